@@ -1,0 +1,92 @@
+"""Every field of a run, its default and its reason. The stages' files say only what differs.
+
+A value here is the paper's (arXiv 2307.05222) unless a comment says otherwise; "unpublished" marks what nobody has
+said, so that it is a field. Override on the command line: --config.optim.steps=100.
+"""
+from ml_collections import ConfigDict
+
+from configs.sizes import model
+
+
+def get_config(size: str = "emu-14b") -> ConfigDict:
+    c = ConfigDict()
+    c.stage = "emu"                     # the loss: "emu" (next element) or "contrastive" (warm-up of an encoder of your own)
+    c.workdir = ""                      # checkpoints, metrics.jsonl, TensorBoard; where a run resumes from
+    c.seed = 0                          # of the initial weights, the data's order and dropout
+    c.init = ""                         # directory of a checkpoint whose weights start this run; "" is from scratch
+    c.model = model(size)               # configs/sizes.py: pretrain.py:emu-7b chooses another
+    c.rules = rules()
+    c.objective = objective()
+    c.optim = optim()
+    c.data = data()
+    c.mesh = ConfigDict(dict(           # the devices; -1 in one of them: what is left
+        data=1,                         #   copies of the parameters
+        fsdp=-1,                        #   parameters, gradients and optimizer state sharded
+        tensor=1))                      #   heads, ffn and vocabulary split
+    c.checkpoint = ConfigDict(dict(
+        every=1000,                     # steps between saves
+        keep=3,                         # the last n are kept
+        keep_every=0))                  # and every n-th step for good; 0: none
+    c.log = ConfigDict(dict(
+        every=1,                        # steps between lines of metrics.jsonl (a line is free: it is fetched a step late)
+        pictures_every=500,             # steps between images and captions in TensorBoard; 0: never
+        max_bad_steps=10))              # stop after so many non-finite or spiking steps in all
+    c.eval = ConfigDict(dict(
+        every=0,                        # steps between evaluations on the held-out split; 0: never
+        batches=8))                     # how many global batches of it
+    return c
+
+
+def rules() -> ConfigDict:
+    """(regex over parameter paths, value) rows: the first full match wins. emu_jax/tree.py."""
+    return ConfigDict(dict(
+        train=((".*", True),),                        # everything end to end; ("vision/.*", False) freezes the encoder
+        peak_lr=(("vision/.*", 4e-5),                 # visual encoder
+                 ("llama/.*", 3e-5),
+                 (".*", 1e-4)),                       # causal transformer; the other new layers as it (unpublished)
+        decay=((".*(norm[^/]*|bias|cls|pos|queries|relative|added|ln_visual)(/.*)?", 0.0),  # unpublished; the usual exceptions
+               (".*", 0.05)),
+        # Towers whose gradient norms are logged apart.
+        groups=(("vision/.*", "vision"), ("llama/.*", "llama"), (".*", "resampler"))))
+
+
+def objective() -> ConfigDict:
+    return ConfigDict(dict(
+        text_weight=1.0,                # of the cross-entropy (unpublished)
+        image_weight=1.0,               # of the regression (unpublished)
+        predict_img=False,              # is [IMG] a label? True: the model decides when to draw. The release: no
+        regress_end=False,              # is the embedding of [/IMG] a 33rd target of an image? The release's mask: yes; the paper: no
+        chunk=256,                      # tokens of a row whose logits exist at one time
+        shift=0,                        # pixels by which training images are moved at random; the paper: no
+        temperature=0.07,               # contrastive stage: of the softmax over the batch
+        readout_weight=4.0))            # contrastive stage: of the linear reading of the pixels (demo.md)
+
+
+def optim() -> ConfigDict:
+    return ConfigDict(dict(
+        steps=10_000,
+        schedule="cosine",              # "cosine", "linear", "constant" or "stepped", after the warm-up; times the peaks of rules.peak_lr
+        warmup=0.2,                     # share of the steps
+        final=0.0,                      # share of the peak that is left at the end
+        boundaries=(),                  # "stepped": (step, share of the peak) pairs
+        b1=0.9, b2=0.98, eps=1e-6,
+        clip=5.0,                       # global norm; unpublished, the follow-up's value; 0: none
+        accumulate=1,                   # micro-batches a step; the gradient is exactly that of the whole batch
+        ema=0.0,                        # decay of an average of the parameters; 0: none
+        spike=0.0))                     # skip a step whose gradient norm is over this many times its running mean; 0: never
+
+
+def data() -> ConfigDict:
+    return ConfigDict(dict(
+        batch=256,                      # rows of a global batch
+        tokens=2048,                    # T, tokens a row: LLaMA's context
+        images=32,                      # I, images a row
+        num_streams=256,                # logical streams of the data: divides batch, and is divided by every number of hosts to come
+        pack_lookahead=16,              # documents of a stream that wait to fill a row
+        prefetch=2,                     # batches made ahead
+        workers=4,                      # threads that read and decode, a host
+        max_bad_share=0.01,             # above this share of corrupt records the run stops
+        tokenizer="",                   # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
+        image_first=0.5,                # of an image and its text, how often the image comes first
+        mixture=(),                     # (name, weight, path) a source: path is a folder of a tensorflow-datasets dataset
+        eval_mixture=()))               # the same, held out

@@ -1,0 +1,46 @@
+"""The models by name. Every number of emu-14b is the paper's and its release's; a field is explained where it is used."""
+from ml_collections import ConfigDict
+
+
+def model(size: str) -> ConfigDict:
+    if size not in SIZES:
+        raise ValueError(f"no model size {size!r}; there are {', '.join(SIZES)}")
+    vision, resampler, llama, rest = SIZES[size]
+    c = ConfigDict(dict(vision=VISION | vision, resampler=RESAMPLER | resampler, llama=LLAMA | llama))
+    c.update(dict(
+        compute="bfloat16",             # or "float32"; parameters, softmax, norms and losses are float32 always
+        attention="auto",               # "dense", "splash" (TPU), "pallas" (GPU), "cudnn" (GPU, unmasked only) or by the platform
+        standardise=False,              # visual tokens standardised per (token, dimension) by measured constants; the release: no
+        ) | rest)
+    return c
+
+
+VISION = dict(                          # EVA-01-CLIP ViT-g/14
+    image=224, patch=14, width=1408, depth=40, heads=16, ffn=6144,
+    mean=(.48145466, .4578275, .40821073), std=(.26862954, .26130258, .27577711),
+    remat="full")
+RESAMPLER = dict(                       # T5-base decoder, from scratch
+    tokens=32, width=768, depth=12, heads=12, head_width=64, ffn=3072, buckets=32, max_distance=128,
+    dropout=0.1, remat="full")
+LLAMA = dict(                           # LLaMA-1 13B
+    vocab=32000, added=4, width=5120, depth=40, heads=40, ffn=13824, rope_base=10000.0,
+    rope_dtype="bfloat16",              # the release rounds the rotary frequencies so (its golden numbers show it); "float32" for LLaMA itself
+    remat="full")
+
+SIZES = {
+    "emu-14b": ({}, {}, {}, {}),
+    "emu-7b": ({}, {}, dict(width=4096, depth=32, heads=32, ffn=11008), {}),            # the paper's ablation: LLaMA-7B
+    "emu-1b": (dict(width=1024, depth=24, heads=16, ffn=4096),                           # a ViT-L and a LLaMA of 1B: the 14B's ratios
+               dict(width=512, depth=8, heads=8, ffn=2048),
+               dict(width=2048, depth=16, heads=16, ffn=5504), {}),
+    "emu-60m": (dict(image=112, width=256, depth=6, heads=4, ffn=1024),                  # for benchmarks on a CPU
+                dict(tokens=8, width=256, depth=4, heads=4, ffn=1024),
+                dict(width=512, depth=8, heads=8, ffn=1376), dict(compute="float32")),
+    "demo": (dict(image=64, patch=16, width=128, depth=4, heads=4, ffn=512, remat="none"),
+             dict(tokens=4, width=128, depth=2, heads=4, head_width=32, ffn=512, dropout=0.0, remat="none"),
+             dict(vocab=2048, width=128, depth=4, heads=4, ffn=384, remat="none"),
+             dict(compute="float32", standardise=True)),
+    "debug": (dict(image=28, width=32, depth=2, heads=4, ffn=64),
+              dict(tokens=4, width=32, depth=2, heads=4, head_width=8, ffn=64),
+              dict(vocab=512, width=32, depth=2, heads=4, ffn=64), dict(compute="float32")),
+}

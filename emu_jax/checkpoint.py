@@ -1,0 +1,284 @@
+"""Checkpoints: workdir/checkpoints/<step>/, written by Orbax in the background, read back onto any mesh.
+
+A step has parts that can be read alone: `params` (trainable and frozen leaves as one tree, so that another split of
+them finds everything), `optimizer` (the rest of the state), `ema` where there is one, and as JSON `data`, `config` and
+`manifest`. The manifest holds dtype, shape and a sum over the bits of every array: TensorStore notices a missing or
+shortened file, but hands out flipped bits as if nothing had happened. Read next: loop.py.
+"""
+import dataclasses
+import json
+import logging
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from emu_jax import tree
+from emu_jax.config import UserError
+
+logging.getLogger("absl").setLevel(logging.WARNING)     # Orbax tells of every file at INFO
+
+
+class Checkpoints:
+    """The checkpoints of a run: the last `keep` steps, and every `keep_every`-th for good (0: none).
+
+    A state is any dataclass with the fields `trainable`, `frozen` (nested dicts), `ema` (nested dict or None), and
+    others of any kind (step, opt_state, ...). All processes of a run call the same methods in the same order.
+    """
+
+    def __init__(self, workdir: str, *, keep: int, keep_every: int):
+        if keep < 1 or keep_every < 0:
+            raise UserError(f"checkpoint.keep={keep} must be at least 1 and checkpoint.keep_every={keep_every} at least 0")
+        self._root = epath.Path(workdir).resolve() / "checkpoints"
+        self._keep, self._keep_every = keep, keep_every
+        self._saving: tuple[int, ocp.AsyncResponse] | None = None
+        self._current = -1                      # the step saved or restored last
+        self._abandoned: set[int] = set()       # steps after the restored one: damaged, they must not crowd out whole ones
+
+    def save(self, step: int, state: Any, data: dict, config: dict, *, wait: bool = False) -> None:
+        """Saves a state, the data's state and the config (both JSON-able); a step that was just saved or restored is not saved again.
+
+        Returns once the arrays are copied to the host, so the state may be donated; with `wait`, once all is on disk.
+        Raises UserError when this save, or the one before it that ran in the background, does not succeed.
+        """
+        self.wait()
+        if step == self._current:
+            return
+        self._tidy()
+        parts = _parts(state)
+        manifest = {"arrays": {name: _describe(part) for name, part in parts.items()},
+                    "json": {"data": _crc(data), "config": _crc(config)}}
+        try:
+            with _context():
+                self._saving = step, ocp.save_checkpointables_async(
+                    self._root / str(step), {**parts, "data": data, "config": config, "manifest": manifest}, overwrite=True)
+        except Exception as error:      # of the disk, from Orbax, TensorStore or Python: they have no class in common
+            raise self._unsaved(step, error) from error
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save in the background is done. Raises UserError when it did not succeed."""
+        if self._saving is None:
+            return
+        step, saving = self._saving
+        try:
+            saving.result()
+        except Exception as error:
+            self._saving = None
+            raise self._unsaved(step, error) from error
+        self._saving, self._current = None, step
+        self._abandoned.discard(step)
+        self._tidy()
+
+    def close(self) -> None:
+        """As `wait`: the last thing a run calls."""
+        self.wait()
+
+    def latest(self) -> int | None:
+        """The newest step that looks whole (its small files are read, its arrays are not); None where there is none at all."""
+        self.wait()
+        return _newest(self._root, None, _notes)[0] if _steps(self._root) else None
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict, dict] | None:
+        """(step, state, data, config) of the newest whole step, or of `step`; None where there is no checkpoint at all.
+
+        abstract_state: the state with ShapeDtypeStructs for arrays; their shardings say where the arrays are put, on
+        whatever mesh. Values come back bit for bit. A damaged step is passed over with a warning that names it.
+        Raises UserError when no step is whole, and when a leaf's shape or dtype is another than `abstract_state` wants.
+        """
+        self.wait()
+        if step is None and not _steps(self._root):
+            return None
+        abstract = _parts(abstract_state)
+
+        def read(path):
+            notes = _notes(path)
+            _check(path, abstract, notes["manifest"]["arrays"])
+            return _load(path, abstract, notes["manifest"]["arrays"]), notes
+
+        step, (parts, notes) = _newest(self._root, step, read)
+        self._current, self._abandoned = step, {other for other in _steps(self._root) if other > step}
+        return step, _join(abstract_state, parts), notes["data"], notes["config"]
+
+    def _unsaved(self, step: int, error: Exception) -> UserError:
+        self._tidy()
+        return UserError(f"checkpoint {self._root / str(step)} could not be saved: {_reason(error)}; the earlier ones are as they were")
+
+    def _tidy(self) -> None:
+        """Removes what a killed or failed save left, and the steps that nobody wants to keep."""
+        if jax.process_index() != 0 or not self._root.is_dir():
+            return
+        half = [path for path in self._root.iterdir() if ".orbax-checkpoint-tmp" in path.name]
+        past = [step for step in _steps(self._root) if step <= self._current and step not in self._abandoned]
+        old = [step for step in past[:-self._keep] if not (self._keep_every and step % self._keep_every == 0)]
+        for path in (*half, *(self._root / str(step) for step in old)):
+            try:
+                path.rmtree()
+            except OSError as error:    # no reason to stop a run
+                logging.warning("cannot remove %s: %s", path, error)
+
+
+def read_config(directory: str, step: int | None = None) -> dict:
+    """The config in the newest whole checkpoint. directory: a run's workdir, or one step, workdir/checkpoints/1000.
+
+    Raises UserError when there is none.
+    """
+    return _newest(*_locate(directory, step), _notes)[1]["config"]
+
+
+def restore_params(directory: str, abstract_params: tree.Tree | None = None, *, step: int | None = None, ema: bool = False) -> tree.Tree:
+    """The parameters in the newest whole checkpoint, and nothing else of it: no optimizer state is read.
+
+    directory: a run's workdir, or one step of it. abstract_params: nested dict of ShapeDtypeStructs with shardings; it
+    may be a part of what was saved (a tower), and another dtype is cast to. None: everything, as NumPy arrays on the host.
+    ema: where a leaf has a moving average, that one. Raises UserError for no whole checkpoint, a missing leaf, another shape.
+    """
+    def read(path):
+        arrays = _notes(path)["manifest"]["arrays"]
+        if ema and "ema" not in arrays:
+            raise UserError(f"{path} has no moving average of the parameters: it was trained with optim.ema=0")
+        wanted = abstract_params
+        if wanted is None:              # np.empty costs nothing until it is written to
+            wanted = tree.unflatten({leaf: np.empty(shape, jnp.dtype(dtype)) for leaf, (dtype, shape, _) in arrays["params"].items()})
+        averaged = {leaf: ema and leaf in arrays["ema"] for leaf, _ in tree.leaves(wanted)}
+        parts = dict(zip(("ema", "params"), tree.split(wanted, tree.unflatten(averaged)), strict=True))
+        parts = {name: part for name, part in parts.items() if part}
+        _check(path, parts, arrays, partial=True)
+        return tree.merge(*_load(path, parts, arrays).values())
+
+    return _newest(*_locate(directory, step), read)[1]
+
+
+def _newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Any]) -> tuple[int, Any]:
+    """(step, read(its path)) for `step`, or for the newest step that can be read; warns of those passed over."""
+    steps = _steps(root)
+    if not steps or step not in (None, *steps):
+        raise UserError(f"no checkpoint{'' if step is None else f' of step {step}'} in {root}"
+                        + (f"; there are {', '.join(map(str, steps))}" if steps else ""))
+    for number in (reversed(steps) if step is None else [step]):
+        try:
+            return number, read(root / str(number))
+        except UserError:               # not damage, but another model than the caller's
+            raise
+        except Exception as error:      # Orbax and TensorStore raise KeyError, ValueError, OSError, JSONDecodeError, ...
+            reason = _reason(error)
+        logging.warning("checkpoint %s is damaged or incomplete and is passed over: %s", root / str(number), reason)
+    raise UserError(f"no whole checkpoint in {root}; {number} is damaged: {reason}")
+
+
+def _locate(directory: str, step: int | None) -> tuple[epath.Path, int | None]:
+    """(the folder of steps, step) of a workdir or of one step's own folder."""
+    path = epath.Path(directory).resolve()
+    if not path.is_dir():
+        raise UserError(f"no directory {str(directory)!r}; give a run's workdir, or one of its checkpoints, workdir/checkpoints/1000")
+    return (path.parent, int(path.name)) if path.parent.name == "checkpoints" and path.name.isdigit() else (path / "checkpoints", step)
+
+
+def _steps(root: epath.Path) -> list[int]:
+    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit()) if root.is_dir() else []
+
+
+def _parts(state: Any) -> dict[str, Any]:
+    """A state as the parts that it is saved in; inverse of `_join`."""
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    parts = {"params": tree.merge(rest.pop("trainable"), rest.pop("frozen")), "ema": rest.pop("ema"), "optimizer": rest}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _join(like: Any, parts: dict[str, Any]) -> Any:
+    params = _flat(parts["params"])
+    trainable, frozen = (jax.tree.map_with_path(lambda path, _: params[_name(path)], part) for part in (like.trainable, like.frozen))
+    return dataclasses.replace(like, trainable=trainable, frozen=frozen, ema=parts.get("ema"), **parts["optimizer"])
+
+
+def _notes(path: epath.Path) -> dict[str, Any]:
+    """{"data", "config", "manifest"} of a step. Raises whatever damage brings about."""
+    with _context():
+        notes = ocp.load_checkpointables(path, dict.fromkeys(("data", "config", "manifest")))
+    for name, crc in notes["manifest"]["json"].items():
+        if _crc(notes[name]) != crc:
+            raise ValueError(f"the contents of {name!r} have changed since they were saved")
+    return notes
+
+
+def _load(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict]) -> dict[str, Any]:
+    """The parts like `abstract` of a step, held to the manifest's sums. Raises whatever damage brings about."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])    # otherwise Orbax looks for the devices of the saving run
+
+    def placed(leaf):
+        return leaf.update(sharding=here) if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None else leaf
+
+    with _context():
+        parts = ocp.load_checkpointables(path, jax.tree.map(placed, abstract))
+    for name, part in parts.items():
+        leaves = {leaf: value for leaf, value in _flat(part).items() if str(value.dtype) == arrays[name][leaf][0]}  # a cast one has no sum
+        for leaf, total in jax.device_get({leaf: _sum_of_bits(value) for leaf, value in leaves.items()}).items():
+            if total != arrays[name][leaf][2]:
+                raise ValueError(f"the array {leaf!r} of {name!r} has changed since it was saved")
+    return parts
+
+
+def _check(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict], partial: bool = False) -> None:
+    """UserError for a leaf that the checkpoint lacks or has in another shape; unless `partial`, also for another dtype or one too many."""
+    for name, part in abstract.items():
+        saved, wanted = arrays.get(name, {}), _flat(part)
+        for leaf, value in wanted.items():
+            if leaf not in saved:
+                raise UserError(f"{path} has no {name} {leaf!r}; it was saved by another model, or with other rules or optimizer")
+            dtype, shape, _ = saved[leaf]
+            if tuple(shape) != value.shape or not partial and dtype != str(value.dtype):
+                raise UserError(f"{name} {leaf!r} is {dtype}{shape} in {path}, but {value.dtype}{list(value.shape)} in this run's config")
+        extra = sorted(saved.keys() - wanted.keys())
+        if extra and not partial:
+            raise UserError(f"{path} has {name} {extra[0]!r}, which this run's config does not; it was saved with another")
+
+
+def _describe(part: Any) -> dict[str, tuple[str, list[int], int]]:
+    """{path: (dtype, shape, sum of its bits)} of every array."""
+    leaves = _flat(part)
+    sums = jax.device_get({leaf: _sum_of_bits(value) for leaf, value in leaves.items()})
+    return {leaf: (str(value.dtype), list(value.shape), int(sums[leaf])) for leaf, value in leaves.items()}
+
+
+@jax.jit
+def _sum_of_bits(x: jax.Array) -> jax.Array:
+    """Sum modulo 2^32 of the elements' bit patterns. Addition there has no order, so it is the same on every mesh."""
+    bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def _crc(value: Any) -> int:
+    return zlib.crc32(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())     # twice: as it will be read back
+
+
+def _flat(part: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(part)}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _context() -> ocp.Context:
+    registry = ocp.handlers.local_registry()
+    for name in ("data", "config", "manifest"):         # by itself Orbax takes a dict of numbers for a tree of arrays
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    context.pytree.loading.partial_load = True          # `_check` has compared the trees
+    return context
+
+
+def _reason(error: BaseException) -> str:
+    """One short line: the first cause's. A Ctrl-C that Orbax has wrapped is raised again."""
+    while error.__cause__:
+        error = error.__cause__
+    if not isinstance(error, Exception):
+        raise error
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]

@@ -1,0 +1,176 @@
+"""The mixture and its logical streams: what is read, in which order, and the rows that it fills.
+
+Order is a pure function of (seed, stream, numbers that only count up), and a document's own randomness one of (seed,
+id, epoch). So S streams, each with a small JSON-able state, say all that will ever be read; hosts only share the
+streams out. Read next: loader.py.
+"""
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from emu_jax.config import UserError
+from emu_jax.data.packing import first_fit
+from emu_jax.data.sequence import Document, Sequence
+from emu_jax.data.sources import Corrupt
+
+log = logging.getLogger(__name__)
+
+BLOCK = 1024        # draws of a stream that share one generator: a generator a draw would cost more than the draw
+STREAK = 100        # corrupt records one after another that end a stream, which else might look for a good one for ever
+
+COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens")
+
+
+class Source(Protocol):
+    """Random access to documents; may be called from several threads, and raises Corrupt for a record it cannot read."""
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Document: ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A sequence in a row: `id` is "name of the source/id of the document", `source` its index in the mixture."""
+    id: str
+    source: int
+    sequence: Sequence
+
+
+def rng_of(*key: Any) -> np.random.Generator:
+    """The generator that belongs to `key`, the same on every host and in every run (which Python's hash is not)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Named, weighted sources over `streams` logical streams. A *place* in a source counts records through its epochs.
+
+    Epoch e is the places [e n, (e + 1) n) of a source of n documents, each epoch in an order of its own. Stream s reads the places s, s + S,
+    s + 2 S, ...: over all streams an epoch holds every document once, however few they are.
+    """
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    sources: tuple[Source, ...]
+    streams: int
+    seed: int
+    orders: tuple[grain.MapDataset, ...] = field(init=False)    # place -> index; computed on access, so it costs no memory
+
+    def __post_init__(self):
+        object.__setattr__(self, "orders", tuple(
+            grain.MapDataset.range(len(source)).shuffle(seed=int(rng_of(self.seed, name).integers(2**32)))
+            for name, source in zip(self.names, self.sources)))
+
+    def draws(self, stream: int, block: int) -> Int[np.ndarray, "n"]:
+        """Sources of the draws [block * BLOCK, (block + 1) * BLOCK) of a stream, as indices into the mixture."""
+        edges = np.cumsum(self.weights)
+        return np.searchsorted(edges / edges[-1], rng_of(self.seed, "draws", stream, block).random(BLOCK), side="right")
+
+    def one_pass(self, stream: int) -> list[tuple[int, int]]:
+        """(source, index) of a stream in the fixed order of an evaluation: a document of each source in turn, once, weights ignored."""
+        places = [np.arange(len(source)) for source in self.sources]
+        index = np.concatenate(places)
+        source = np.repeat(np.arange(len(places)), [len(place) for place in places])
+        mine = np.lexsort((source, index))[stream::self.streams]
+        return list(zip(source[mine].tolist(), index[mine].tolist()))
+
+
+class Stream:
+    """Logical stream `number` of a mixture: draws documents, keeps `lookahead` of them waiting, and packs rows.
+
+    `to_sequence(document, rng=...)` is `make_sequence` with its settings. `state` continues a stream from what `state()` returned.
+    With `once` the stream is its share of one pass in fixed order, and rows are empty when it has ended.
+    Not thread-safe: one task at a time.
+    """
+
+    def __init__(self, mixture: Mixture, number: int, to_sequence: Callable[..., Sequence], lookahead: int,
+                 state: dict | None = None, once: bool = False):
+        self.mixture, self.number, self.to_sequence, self.lookahead = mixture, number, to_sequence, lookahead
+        state = state or {"draws": 0, "sources": {name: {"read": 0, "bad": 0} for name in mixture.names},
+                          "pending": [], "counts": dict.fromkeys(COUNTS, 0)}
+        self.draws = state["draws"]
+        self.read = [state["sources"][name]["read"] for name in mixture.names]
+        self.bad = [state["sources"][name]["bad"] for name in mixture.names]
+        self.counts = dict(state["counts"])
+        self.waiting: list[tuple[tuple[int, int], Packed]] = []     # ((source, place), document)
+        self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])     # of the restored state
+        self.once = iter(mixture.one_pass(number)) if once else None
+        self.block: tuple[int, np.ndarray] = (-1, np.zeros(0))      # the draws at hand and their number
+        self.streak = 0
+
+    def state(self) -> dict:
+        """JSON-able: how far the stream is, the documents that wait (by place: they are read again), and its counts so far."""
+        names = self.mixture.names
+        pending = [place for place, _ in self.waiting] + list(self.unread)
+        return {"draws": self.draws,
+                "sources": {name: {"read": read, "bad": bad} for name, read, bad in zip(names, self.read, self.bad)},
+                "pending": [[names[source], place] for source, place in pending],
+                "counts": dict(self.counts)}
+
+    def row(self, tokens: int, images: int) -> list[Packed]:
+        """The next row of at most `tokens` tokens and `images` images: always the first waiting document that still fits."""
+        row: list[Packed] = []
+        while True:
+            self._refill()
+            index = first_fit([packed.sequence for _, packed in self.waiting], tokens, images)
+            if index is None:
+                break
+            row.append(self.waiting.pop(index)[1])
+            sequence = row[-1].sequence
+            tokens -= len(sequence.tokens)
+            images -= len(sequence.image_slots)
+            self._count(documents=1, tokens=len(sequence.tokens), images=len(sequence.image_slots),
+                        cut_documents=int(sequence.cut > 0), cut_tokens=sequence.cut)
+        self._count(rows=1)
+        return row
+
+    def _refill(self):
+        while len(self.waiting) < self.lookahead:
+            place = self.unread.popleft() if self.unread else self._next_place()
+            if place is None:
+                return
+            packed = self._read(*place)
+            if packed is not None:
+                self.waiting.append((place, packed))
+
+    def _next_place(self) -> tuple[int, int] | None:
+        if self.once is not None:
+            place = next(self.once, None)
+            if place is not None:
+                self.read[place[0]] += 1
+            return place
+        block, offset = divmod(self.draws, BLOCK)
+        if self.block[0] != block:
+            self.block = block, self.mixture.draws(self.number, block)
+        source = int(self.block[1][offset])
+        place = self.number + self.mixture.streams * self.read[source]
+        self.draws += 1
+        self.read[source] += 1
+        return source, place
+
+    def _read(self, source: int, place: int) -> Packed | None:
+        name, documents = self.mixture.names[source], self.mixture.sources[source]
+        try:
+            document = documents[place if self.once is not None else self.mixture.orders[source][place]]
+        except Corrupt as error:
+            log.warning("source %s: a corrupt record is skipped: %s", name, error)
+            self.bad[source] += 1
+            self.streak += 1
+            if self.streak == STREAK:
+                raise UserError(f"source {name!r}: {STREAK} corrupt records one after another in stream {self.number}, the last {error}; "
+                                "mend the data or take the source out of the mixture") from error
+            return None
+        self.streak = 0
+        full_id = f"{name}/{document.id}"
+        rng = rng_of(self.mixture.seed, full_id, place // len(documents))
+        return Packed(full_id, source, self.to_sequence(document, rng=rng))
+
+    def _count(self, **more: int):
+        for name, value in more.items():
+            self.counts[name] += value

@@ -1,0 +1,51 @@
+"""Sources of documents, by random access. `open` is the door; records.py is the format.
+
+A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER holds one tensorflow-datasets dataset
+(itself, or below it as tfds lays them out: FOLDER/CONFIG/VERSION). Read next: records.py, then ../mixture.py.
+"""
+import re
+from pathlib import Path
+from typing import Protocol
+
+from emu_jax.config import UserError
+from emu_jax.data.sequence import Document
+
+
+class Corrupt(Exception):
+    """Record `id` cannot be read: `reason`, in one line."""
+
+    def __init__(self, id: str, reason: str):
+        super().__init__(f"{id}: {reason}")
+        self.id, self.reason = id, reason
+
+
+class Source(Protocol):
+    """What `open` gives. Thread-safe; documents' ids are unique in it and do not change."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document:
+        """Document 0 <= index < len. Raises Corrupt."""
+
+
+def open(path: str, image_size: int) -> Source:
+    """The documents of `path` = FOLDER:SPLIT, their images squashed to image_size x image_size.
+
+    Raises UserError for a folder with no dataset, with several, or with one whose records are not documents; for an
+    unknown or empty split; for a missing file.
+    """
+    from emu_jax.data.sources import records                  # tfds takes a second to import
+    folder, colon, split = path.rpartition(":")
+    if not (colon and re.fullmatch(r"\w+", split)):
+        raise UserError(f"the source '{path}' names no split; write it as FOLDER:SPLIT, for example '{path}:train'")
+    return records.Records(_dataset(Path(folder)), split, image_size)
+
+
+def _dataset(folder: Path) -> Path:
+    found = sorted({info.parent for depth in ("", "*/", "*/*/") for info in folder.glob(f"{depth}dataset_info.json")
+                    if not info.parent.name.startswith("incomplete.")})
+    if not found:
+        raise UserError(f"no dataset in '{folder}'; the demo's is made by: python -m emu_jax.data build --kind=openmoji --to=DIR")
+    if len(found) > 1:
+        raise UserError(f"'{folder}' holds several datasets; name one of them: {', '.join(map(str, found))}")
+    return found[0]

@@ -1,0 +1,107 @@
+"""The one record format, read and written: a document as a tensorflow-datasets example in an ArrayRecord file.
+
+A record's `layout` says how its texts and images, each in order, become the parts of a document: "T" a text, "I" an
+image, "P" a pair of both whose order is drawn anew in every epoch. So "P" is a captioned picture, "TITI" a story.
+Builders yield `example(...)` under `FEATURES()`; `Records` reads, through Grain, without TensorFlow. Read next: ../builders/.
+"""
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
+from tensorflow_datasets.proto import tf_example_pb2
+
+from emu_jax.config import UserError
+from emu_jax.data import images
+from emu_jax.data.sequence import Document, Pair
+from emu_jax.data.sources import Corrupt
+
+METADATA = {"emu_jax": "documents"}     # every builder's metadata has it: how `Records` knows its own
+CACHE_BYTES = 256 * 2**20               # of decoded images a source keeps: small sets are decoded once, large ones hardly notice
+
+
+def FEATURES() -> tfds.features.FeaturesDict:
+    text, image = tfds.features.Text, tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+    return tfds.features.FeaturesDict(dict(
+        id=text(), kind=text(), combination=text(), layout=text(),
+        texts=tfds.features.Sequence(text()), images=tfds.features.Sequence(image)))
+
+
+def example(id: str, kind: str, combination: str, layout: str, texts: Sequence[str], encoded: Sequence[bytes]) -> dict:
+    """What a builder yields: the id that is unique in the dataset, what sort of document it is, the combination of factors
+    that it shows (for what is held out), and its parts, the images as encoded files."""
+    _check(layout, texts, encoded)
+    return dict(id=id, kind=kind, combination=combination, layout=layout, texts=list(texts), images=[io.BytesIO(data) for data in encoded])
+
+
+class Records:
+    """The documents of one split of the dataset in `folder` (where dataset_info.json lies)."""
+
+    def __init__(self, folder: Path, split: str, image_size: int):
+        try:
+            info = tfds.builder_from_directory(str(folder)).info
+        except Exception as error:                            # whatever a damaged JSON makes tfds raise
+            raise UserError(f"the dataset in '{folder}' cannot be opened: {' '.join(str(error).split())}") from error
+        if not METADATA.items() <= dict(info.metadata or {}).items():
+            raise UserError(f"the dataset in '{folder}' was not written by emu_jax: its records are not documents")
+        if split not in info.splits or not info.splits[split].num_examples:
+            raise UserError(f"no records in split '{split}' of '{folder}'; it has {', '.join(info.splits) or 'none'}")
+        files = [str(file) for file in info.splits[split].filepaths]
+        for file in files:
+            if not Path(file).is_file():
+                raise UserError(f"the dataset in '{folder}' lacks its file '{Path(file).name}'")
+        self.name = f"{info.name}:{split}"
+        self._size = image_size
+        self._length = info.splits[split].num_examples
+        try:
+            self._raw = grain.sources.ArrayRecordDataSource(files)
+        except Exception as error:                            # the reader's errors have no common type
+            raise UserError(f"a file of '{folder}', split '{split}', is damaged: {' '.join(str(error).split())}") from error
+        if len(self._raw) != self._length:
+            raise UserError(f"the files of '{folder}', split '{split}', hold {len(self._raw)} records, not {self._length}")
+        self._cache: dict[int, Document] = {}
+        self._room = CACHE_BYTES
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Document:
+        """Document 0 <= index < len; its arrays may be shared and are read-only. Raises Corrupt."""
+        document = self._cache.get(index)
+        if document is None:
+            document, size = self._read(index)
+            if size <= self._room:                            # two threads may both count one document: the limit is a rough one
+                self._room -= size
+                self._cache[index] = document
+        return document
+
+    def _read(self, index: int) -> tuple[Document, int]:
+        id = f"{self.name}[{index}]"
+        try:
+            raw = self._raw[index]
+        except (RuntimeError, OSError) as error:              # a checksum that does not match, a disk that does not answer
+            raise Corrupt(id, " ".join(str(error).split())) from error
+        try:
+            fields = tf_example_pb2.Example.FromString(raw).features.feature
+            texts = [text.decode() for text in fields["texts"].bytes_list.value]
+            id, layout = (fields[name].bytes_list.value[0].decode() for name in ("id", "layout"))
+            _check(layout, texts, fields["images"].bytes_list.value)
+            pixels = [images.decode(data, self._size) for data in fields["images"].bytes_list.value]
+        except IndexError:
+            raise Corrupt(id, "the record has no id or no layout") from None
+        except (DecodeError, ValueError) as error:
+            raise Corrupt(id, " ".join(str(error).split())) from error
+        for image in pixels:
+            image.flags.writeable = False
+        text, image = iter(texts), iter(pixels)
+        part = {"T": lambda: next(text), "I": lambda: next(image), "P": lambda: Pair(next(image), next(text))}
+        return Document(id, tuple(part[letter]() for letter in layout)), sum(image.nbytes for image in pixels)
+
+
+def _check(layout: str, texts: Sequence, encoded: Sequence) -> None:
+    count = [sum(letter in kinds for letter in layout) for kinds in ("TP", "IP")]
+    if not layout or set(layout) - set("TIP") or count != [len(texts), len(encoded)]:
+        raise ValueError(f"the layout {layout!r} does not fit {len(texts)} texts and {len(encoded)} images")

@@ -1,0 +1,99 @@
+"""What every tower is made of: a linear map, two norms, dropout, and depth as a scan over rematerialised blocks.
+
+Parameters are float32; arithmetic is in the dtype of the activations, norms in float32. Modules only hold parameters and
+say their arithmetic: dropout takes its key, no module has random state. Read next: vision.py, resampler.py, llama.py.
+"""
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from emu_jax import sharding
+
+# What a block's backward pass finds saved: everything, nothing, or the outputs of its matrix products.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def einsum(equation: str, x: Array, w: Array) -> Array:
+    """The one matrix product: in x's dtype (float32 means float32, on every platform)."""
+    return jnp.einsum(equation, x, w.astype(x.dtype), precision="highest" if x.dtype == jnp.float32 else None)
+
+
+class Linear(nnx.Module):
+    """einsum with a weight `w` of `shape` and, if asked, a `bias` [...] over the output's last axes."""
+
+    def __init__(self, equation: str, shape: tuple[int, ...], *, std: float, rngs: nnx.Rngs, bias: tuple[int, ...] | None = None):
+        self.equation = equation
+        self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        if bias is not None:
+            self.bias = nnx.Param(jnp.zeros(bias))
+
+    def __call__(self, x: Array) -> Array:
+        y = einsum(self.equation, x, self.w.get_value())
+        return y + self.bias.get_value().astype(y.dtype) if hasattr(self, "bias") else y
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, in float32."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + self.eps)
+        return (normed * self.scale.get_value() + self.bias.get_value()).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x), scaled, over the last axis, in float32: LLaMA's and T5's norm."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + self.eps)
+        return (normed * self.scale.get_value()).astype(x.dtype)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; the identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` modules as one, with a leading L axis on every parameter."""
+    made = nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+    return nnx.split_rngs(splits=depth)(made)(rngs)
+
+
+def run(blocks: nnx.Module, x: Array, call: Callable[[nnx.Module, Array, Array | None], Array], *, where: str, remat: str,
+        key: Array | None = None) -> Array:
+    """x through all L blocks of a stack, `call(block, x, key)` each: a scan over rematerialised blocks, compiled once.
+
+    `where` is the stack's parameter path, by which each block's weights are gathered just before their use; `key`, if given,
+    is split over depth.
+    """
+    graphdef, state = nnx.split(blocks)
+    weights = nnx.to_pure_dict(state)
+    depth = jax.tree.leaves(weights)[0].shape[0]
+
+    def block(x, layer):
+        weights, key = layer
+        return call(nnx.merge(graphdef, sharding.gathered(where, weights, x.dtype, sliced=1)), x, key), None
+
+    block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(block, x, (weights, None if key is None else jax.random.split(key, depth)))[0]

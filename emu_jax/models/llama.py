@@ -1,0 +1,114 @@
+"""LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, an untied head. Emu's multimodal modelling block.
+
+It takes embeddings, since an image's slots hold visual tokens and not ids, and returns the hidden state after the final norm:
+the vocabulary head belongs to the loss (losses.py), which never forms all logits. Read next: emu.py.
+"""
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from emu_jax import sharding
+from emu_jax.models import layers
+from emu_jax.models.attention import attention, self_mask
+
+
+@dataclass(frozen=True)
+class LlamaSize:
+    vocab: int           # rows of LLaMA's own vocabulary
+    added: int           # and Emu's: [PAD] [IMG] [/IMG] <image>, in the chat model [USER] [ASSISTANT]
+    width: int           # D
+    depth: int
+    heads: int
+    ffn: int
+    rope_base: float
+    rope_dtype: str      # to which the frequencies are rounded: the release holds them in bfloat16, also when it computes in float32
+    remat: str
+
+
+class Attention(nnx.Module):
+    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
+        D, H, d = size.width, size.heads, size.width // size.heads
+        self.q = layers.Linear("btD,Dhd->bthd", (D, H, d), std=0.02, rngs=rngs)
+        self.k = layers.Linear("btD,Dhd->bthd", (D, H, d), std=0.02, rngs=rngs)
+        self.v = layers.Linear("btD,Dhd->bthd", (D, H, d), std=0.02, rngs=rngs)
+        self.o = layers.Linear("bthd,hdD->btD", (H, d, D), std=0.02, rngs=rngs)
+
+    def __call__(self, x, mask, rotation, kernel: str):
+        q, k = rotate(self.q(x), rotation), rotate(self.k(x), rotation)
+        return self.o(attention(q, k, self.v(x), mask, scale=q.shape[-1] ** -0.5, kernel=kernel))
+
+
+class Ffn(nnx.Module):
+    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
+        self.gate = layers.Linear("btD,Df->btf", (size.width, size.ffn), std=0.02, rngs=rngs)
+        self.up = layers.Linear("btD,Df->btf", (size.width, size.ffn), std=0.02, rngs=rngs)
+        self.down = layers.Linear("btf,fD->btD", (size.ffn, size.width), std=0.02, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
+        self.norm1 = layers.RMSNorm(size.width, eps=1e-6)
+        self.attn = Attention(size, rngs)
+        self.norm2 = layers.RMSNorm(size.width, eps=1e-6)
+        self.ffn = Ffn(size, rngs)
+
+    def __call__(self, x, mask, rotation, kernel: str):
+        x = x + self.attn(self.norm1(x), mask, rotation, kernel)
+        return sharding.rows(x + self.ffn(self.norm2(x)))
+
+
+class Vocabulary(nnx.Module):
+    """Rows of LLaMA's vocabulary `base` [V, D] and Emu's `added` [n, D], apart: V shards well and imports as it is."""
+
+    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
+        self.base = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.vocab, size.width)))
+        self.added = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.added, size.width)))
+
+    def arrays(self) -> dict[str, Array]:
+        return {"base": self.base.get_value(), "added": self.added.get_value()}
+
+
+class Llama(nnx.Module):
+    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
+        self.size = size
+        self.embed = Vocabulary(size, rngs)
+        self.blocks = layers.stack(lambda rngs: Block(size, rngs), size.depth, rngs)
+        self.norm = layers.RMSNorm(size.width, eps=1e-6)
+        self.lm_head = Vocabulary(size, rngs)
+
+    def embeddings(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+        """Input embeddings of ids; ids from V on are the added tokens."""
+        table = sharding.gathered("llama/embed", self.embed.arrays(), dtype)
+        V, n = self.size.vocab, self.size.added
+        base, added = table["base"][jnp.minimum(tokens, V - 1)], table["added"][jnp.clip(tokens - V, 0, n - 1)]
+        return sharding.rows(jnp.where((tokens < V)[..., None], base, added))
+
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], *,
+                 kernel: str = "auto") -> Float[Array, "B T D"]:
+        """Hidden states after the final norm; position t sees its own segment up to itself."""
+        mask = self_mask(segments)
+        rotation = rotary(positions, self.size.width // self.size.heads, self.size.rope_base, self.size.rope_dtype)
+        x = layers.run(self.blocks, sharding.rows(x), lambda block, x, _: block(x, mask, rotation, kernel),
+                       where="llama/blocks", remat=self.size.remat)
+        return self.norm(x)
+
+
+def rotary(positions: Int[Array, "B T"], width: int, base: float, dtype: str) -> tuple[Array, Array]:
+    """cos and sin [B, T, 1, d/2] of rotary position embeddings (arXiv 2104.09864), in float32; frequencies rounded to `dtype`."""
+    frequencies = jnp.asarray(base ** (-np.arange(0, width, 2) / width), dtype).astype(jnp.float32)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T H d"], rotation: tuple[Array, Array]) -> Float[Array, "B T H d"]:
+    """x turned by its position; pairs are (i, i + d/2), as in Hugging Face's checkpoints."""
+    cos, sin = rotation
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -1,0 +1,92 @@
+"""EVA-01-CLIP's vision transformer (arXiv 2211.07636), Emu's visual encoder: its raw last block, CLS included.
+
+Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and values only. The final norm, head and pooling of
+the original are not used by Emu (section 3.1; emu.md's table). Read next: resampler.py.
+"""
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from emu_jax import sharding
+from emu_jax.models import layers
+from emu_jax.models.attention import attention
+
+
+@dataclass(frozen=True)
+class VisionSize:
+    image: int                      # pixels a side
+    patch: int
+    width: int                      # E
+    depth: int
+    heads: int
+    ffn: int
+    mean: tuple[float, float, float]  # of the pixels in 0..1, subtracted
+    std: tuple[float, float, float]
+    remat: str
+
+    @property
+    def patches(self) -> int:
+        return (self.image // self.patch) ** 2
+
+
+class Attention(nnx.Module):
+    def __init__(self, size: VisionSize, rngs: nnx.Rngs):
+        E, H, d = size.width, size.heads, size.width // size.heads
+        self.q = layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs)
+        self.k = layers.Linear("bte,ehd->bthd", (E, H, d), std=0.02, rngs=rngs)
+        self.v = layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs)
+        self.o = layers.Linear("bthd,hde->bte", (H, d, E), bias=(E,), std=0.02, rngs=rngs)
+
+    def __call__(self, x, kernel: str):
+        q = self.q(x)
+        return self.o(attention(q, self.k(x), self.v(x), None, scale=q.shape[-1] ** -0.5, kernel=kernel))
+
+
+class Ffn(nnx.Module):
+    def __init__(self, size: VisionSize, rngs: nnx.Rngs):
+        self.up = layers.Linear("bte,ef->btf", (size.width, size.ffn), bias=(size.ffn,), std=0.02, rngs=rngs)
+        self.down = layers.Linear("btf,fe->bte", (size.ffn, size.width), bias=(size.width,), std=0.02, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class Block(nnx.Module):
+    def __init__(self, size: VisionSize, rngs: nnx.Rngs):
+        self.norm1 = layers.LayerNorm(size.width, eps=1e-6)
+        self.attn = Attention(size, rngs)
+        self.norm2 = layers.LayerNorm(size.width, eps=1e-6)
+        self.ffn = Ffn(size, rngs)
+
+    def __call__(self, x, kernel: str):
+        x = x + self.attn(self.norm1(x), kernel)
+        return x + self.ffn(self.norm2(x))
+
+
+class Vision(nnx.Module):
+    def __init__(self, size: VisionSize, rngs: nnx.Rngs):
+        self.size = size
+        E, p = size.width, size.patch
+        self.patch = layers.Linear("bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs)
+        self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (E,)))
+        self.pos = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1 + size.patches, E)))
+        self.blocks = layers.stack(lambda rngs: Block(size, rngs), size.depth, rngs)
+
+    def __call__(self, images: Float[Array, "M h w 3"], *, kernel: str = "auto") -> Float[Array, "M 1+P E"]:
+        """Raw features of normalised images (see `normalise`), CLS first."""
+        p = self.size.patch
+        x = self.patch(rearrange(images, "m (x i) (y j) c -> m x y i j c", i=p, j=p))
+        x = rearrange(x, "m x y e -> m (x y) e")
+        cls = jnp.broadcast_to(self.cls.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = sharding.images(jnp.concatenate([cls, x], 1) + self.pos.get_value().astype(x.dtype))
+        return layers.run(self.blocks, x, lambda block, x, _: block(x, kernel), where="vision/blocks", remat=self.size.remat)
+
+
+def normalise(images: Array, size: VisionSize, dtype) -> Array:
+    """uint8 RGB [..., h, w, 3] in 0..255 -> the encoder's input: (x / 255 - mean) / std."""
+    x = images.astype(jnp.float32) / 255
+    return ((x - jnp.array(size.mean)) / jnp.array(size.std)).astype(dtype)

@@ -1,0 +1,155 @@
+"""The mesh and the one table that says where every parameter lives. Axes: data, fsdp, tensor.
+
+`data` holds copies, `fsdp` shards parameters, gradients and optimizer state, `tensor` splits heads, ffn and vocabulary.
+Rows of a batch lie over (data, fsdp). Models never name a mesh axis: they call the three helpers at the end.
+Read next: models/layers.py, which gathers a block's weights with `gathered`.
+"""
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from emu_jax import tree
+from emu_jax.config import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+
+# Tower -> rows in reading order; beside each the weight's shape. Under blocks/ a leading L is scanned and never sharded.
+PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
+    "vision": (
+        ("vision/patch/w", P(None, None, None, ("fsdp", "tensor"))),   # p p 3 E
+        ("vision/(cls|patch/bias)", P()),                              # E
+        ("vision/pos", P(None, ("fsdp", "tensor"))),                   # 1+P E
+        ("vision/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L E H d
+        ("vision/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),   # L H d E
+        ("vision/blocks/ffn/up/w", P(None, "fsdp", "tensor")),         # L E F
+        ("vision/blocks/ffn/down/w", P(None, "tensor", "fsdp")),       # L F E
+        ("vision/blocks/.*(bias|scale)", P()),                         # L E, L H d, L F
+    ),
+    "ln_visual": (("ln_visual/(scale|bias)", P()),),                   # E
+    "resampler": (
+        ("resampler/queries", P(None, "fsdp")),                        # N C
+        ("resampler/relative", P()),                                   # buckets H
+        ("resampler/blocks/(self|cross)/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L C|E H d
+        ("resampler/blocks/(self|cross)/o/w", P(None, "tensor", None, "fsdp")),        # L H d C
+        ("resampler/blocks/ffn/up/w", P(None, "fsdp", "tensor")),      # L C F
+        ("resampler/blocks/ffn/down/w", P(None, "tensor", "fsdp")),    # L F C
+        ("resampler/(blocks/)?norm[^/]*/scale", P()),                  # L C
+        ("resampler/project/w", P("tensor", "fsdp")),                  # C D
+        ("resampler/project/bias", P()),                               # D
+    ),
+    "visual_stats": (("visual_stats/(mean|std)", P(None, "fsdp")),),   # N D
+    "llama": (
+        ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),           # V D
+        ("llama/(embed|lm_head)/added", P(None, "fsdp")),              # n D
+        ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L D H d
+        ("llama/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),    # L H d D
+        ("llama/blocks/ffn/(gate|up)/w", P(None, "fsdp", "tensor")),   # L D F
+        ("llama/blocks/ffn/down/w", P(None, "tensor", "fsdp")),        # L F D
+        ("llama/(blocks/)?norm[^/]*/scale", P()),                      # L D
+    ),
+    "regress_head": (("regress_head/w", P("fsdp", "tensor")),),        # D D
+    "contrast": (
+        ("contrast/.*", P()),                                          # small, of the warm-up only
+    ),
+}
+
+
+def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of {axis: size}; one -1 is what is left. Raises UserError where it does not match the device count."""
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[axis] for axis in AXES]
+    known = int(np.prod([size for size in shape if size != -1]))
+    if shape.count(-1) > 1 or known < 1 or min(shape) < -1:
+        raise UserError(f"mesh {dict(sizes)}: sizes are positive, and at most one is -1 (what is left)")
+    if len(devices) % known or (-1 not in shape and known != len(devices)):
+        raise UserError(f"mesh {dict(sizes)} does not match {len(devices)} devices: the product of its axes must be {len(devices)}")
+    shape = [len(devices) // known if size == -1 else size for size in shape]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def specs(params: tree.Tree) -> tree.Tree:
+    """The PartitionSpec of every parameter. Raises ValueError for a parameter without a row, or a row without one."""
+    rows = [row for tower in params for row in PARAMS.get(tower, ())]
+    return tree.by_rule(rows, params, what="sharding table")
+
+
+def shardings(mesh: Mesh, spec_tree: Any) -> Any:
+    """NamedShardings of a tree of PartitionSpecs."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=lambda x: isinstance(x, P))
+
+
+def of_state(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
+    """NamedShardings of a whole training state: a leaf whose path ends with a parameter's path (the parameter itself, an
+    optimizer moment, an average) lies where that parameter does; everything else (steps, counters) is replicated."""
+    table = dict(tree.leaves(specs(params)))
+
+    def place(path, _leaf):
+        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+        tails = ("/".join(names[start:]) for start in range(len(names)))
+        return NamedSharding(mesh, next((table[tail] for tail in tails if tail in table), P()))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over (data, fsdp)."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+# The helpers that models call: no-ops without a mesh (`jax.set_mesh`).
+
+def _constrain(x: jax.Array, spec: P) -> jax.Array:
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """Leading axis over (data, fsdp): activations of the language model, [B, T, D]."""
+    return _constrain(x, P(ROWS))
+
+
+def images(x: jax.Array) -> jax.Array:
+    """Leading axis over all devices where it divides, else over (data, fsdp): activations of the encoder, [B*I, P, E]."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _constrain(x, P(AXES) if not mesh.empty and x.shape[0] % mesh.size == 0 else P(ROWS))
+
+
+def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> tree.Tree:
+    """A subtree of parameters at path `where`, ready for arithmetic: matrices cast to `dtype` *before* they are gathered over
+    fsdp, still split over tensor; `sliced` leading axes (the scanned L) are gone. The gradient is reduce-scattered back."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def ready(path: str, w: jax.Array) -> jax.Array:
+        w = w.astype(dtype) if path.endswith(("/w", "/base", "/added")) else w
+        if mesh.empty or mesh.size == 1:
+            return w
+        spec = next(spec for pattern, spec in PARAMS[where.split("/")[0]] if re.fullmatch(pattern, path))[sliced:]
+        return _gather(w, P(*spec), P(*map(_without_fsdp, spec)))
+
+    return tree.unflatten({path: ready(f"{where}/{path}", w) for path, w in tree.leaves(weights)})
+
+
+def _without_fsdp(axis):
+    kept = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name != "fsdp")
+    return kept or None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w, stored: P, used: P):
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(w, stored), used)
+
+
+def _gather_fwd(w, stored, used):
+    return _gather(w, stored, used), None
+
+
+def _gather_bwd(stored, _used, _residual, g):
+    return (jax.lax.with_sharding_constraint(g, stored),)   # partial sums -> reduce-scatter, never all-reduce
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)

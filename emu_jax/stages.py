@@ -1,0 +1,133 @@
+"""What each stage trains on: a module, the sums it divides by, and its loss. The loop knows nothing else of a stage.
+
+`emu`: predict the next element (section 2 of the paper), cross-entropy for text and L2 for the embeddings of images, whose
+targets are detached. `contrastive`: the warm-up of an encoder of one's own. Metrics are (sum, weight). Read next: loop.py.
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from emu_jax.losses import fused
+from emu_jax.models.contrast import READOUT, Warmup
+from emu_jax.models.emu import Emu
+from emu_jax.types import Batch, Metrics
+
+END_IMG = 2     # [PAD], [IMG], [/IMG], <image> are the added tokens 0 to 3
+
+
+class Stage(NamedTuple):
+    """`weights(batch)`: the sums that normalise the loss, taken over the whole batch before it is cut into micro-batches;
+    `loss(module, batch, key, totals, objective)` -> (this micro-batch's share of the loss, metrics)."""
+    module: type[nnx.Module]
+    weights: Callable[[Batch], dict[str, Float[Array, ""]]]
+    loss: Callable[..., tuple[Float[Array, ""], Metrics]]
+
+
+def emu_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
+    return {"text": label_weights(batch).sum(), "image": image_weights(batch).sum()}
+
+
+def emu(model: Emu, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
+    """text_weight * mean cross-entropy + image_weight * mean squared error, means over what counts in the whole batch."""
+    batch = shifted(batch, key, objective["shift"])
+    hidden, visual = model(batch, key)
+    return next_element(model, hidden, visual, batch, totals, objective)
+
+
+def next_element(model: Emu, hidden: Float[Array, "B T D"], visual: Float[Array, "B I N D"], batch: Batch, totals: dict,
+                 objective: dict) -> tuple[Float[Array, ""], Metrics]:
+    """The objective on hidden states that are there. An image counts once, whether it has N targets or N + 1."""
+    N = visual.shape[2]
+    counts = image_weights(batch)
+    predictors, targets = batch.image_slots[:, :, None] - 1 + jnp.arange(N), visual
+    if objective["regress_end"]:        # after the last visual token, the embedding of [/IMG]
+        end = model.llama.embeddings(jnp.full((1, 1), model.size.llama.vocab + END_IMG), visual.dtype)
+        targets = jnp.concatenate([visual, jnp.broadcast_to(end, (*visual.shape[:2], 1, visual.shape[3]))], 2)
+        predictors = batch.image_slots[:, :, None] - 1 + jnp.arange(N + 1)
+    per_image = targets.shape[2]
+    text, image = jnp.maximum(totals["text"], 1), jnp.maximum(totals["image"], 1)
+    loss, nll, error = fused(
+        hidden, model.llama.lm_head.arrays(), {"w": model.regress_head.w.get_value()},
+        labels=jnp.roll(batch.tokens, -1, 1), label_weights=label_weights(batch),
+        predictors=rearrange(predictors, "B I N -> B (I N)"), targets=rearrange(targets, "B I N D -> B (I N) D"),
+        target_weights=jnp.repeat(counts, per_image, axis=1),
+        text_scale=objective["text_weight"] / text, image_scale=objective["image_weight"] / (image * per_image), chunk=objective["chunk"])
+
+    error = rearrange(error, "B (I N) -> B I N", N=per_image).mean(-1)
+    nll, words = nll * label_weights(batch), label_weights(batch)
+    source_of_image = jnp.take_along_axis(batch.sources, jnp.minimum(batch.image_slots, batch.tokens.shape[1] - 1), 1)
+    by_source = lambda values, sources: jax.ops.segment_sum(values.ravel(), sources.ravel(), objective["sources"])
+    return loss, {
+        "text_loss": (nll.sum(), words.sum()), "image_loss": ((error * counts).sum(), counts.sum()),
+        "text_loss_by_source": (by_source(nll, batch.sources), by_source(words, batch.sources)),
+        "image_loss_by_source": (by_source(error * counts, source_of_image), by_source(counts, source_of_image)),
+        "visual_variance": variance(visual, counts),
+    }
+
+
+def contrastive_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
+    return {"image": image_weights(batch).sum()}
+
+
+def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
+    """Symmetric InfoNCE between each image's visual tokens and its document's text over the (micro-)batch, plus
+    `readout_weight` times the squared error of a linear reading of the pixels. Equal texts are no negatives of each other."""
+    batch = shifted(batch, key, objective["shift"])
+    pictures = rearrange(batch.images, "B I h w c -> (B I) h w c")
+    counts = image_weights(batch).ravel()
+    visual = model.encode(pictures, key).astype(jnp.float32)
+    mean = jnp.einsum("mnd,m->nd", visual, counts) / jnp.maximum(counts.sum(), 1)
+    spread = jnp.einsum("mnd,m->nd", (visual - mean) ** 2, counts) / jnp.maximum(counts.sum(), 1)
+    z = (visual - mean) * jax.lax.rsqrt(spread + 1e-6)
+
+    text = model.contrast.text(batch)
+    unit = lambda x: x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+    u, w = unit(model.contrast.image(z)), unit(rearrange(text, "B I D -> (B I) D"))
+    logits = jnp.einsum("md,nd->mn", u, w, preferred_element_type=jnp.float32) / objective["temperature"]
+    same = jax.lax.stop_gradient(w @ w.T > 1 - 1e-5) & ~jnp.eye(len(counts), dtype=bool)
+    logits = jnp.where(same | (counts[None] == 0) | (counts[:, None] == 0), -1e9, logits)
+    right = jnp.diagonal(logits)
+    nll = (jax.nn.logsumexp(logits, 0) + jax.nn.logsumexp(logits, 1)) / 2 - right
+    top1 = (jnp.argmax(logits, 1) == jnp.arange(len(counts))) * counts
+
+    small = pictures.astype(jnp.float32).reshape(len(counts), READOUT, pictures.shape[1] // READOUT, READOUT, -1, 3).mean((2, 4)) / 127.5 - 1
+    pixels = ((model.contrast.pixels(z) - small) ** 2).mean((1, 2, 3))
+    total = jnp.maximum(totals["image"], 1)
+    loss = ((nll + objective["readout_weight"] * pixels) * counts).sum() / total
+    return loss, {"contrastive_loss": ((nll * counts).sum(), counts.sum()), "readout_loss": ((pixels * counts).sum(), counts.sum()),
+                  "top1": (top1.sum(), counts.sum()), "visual_variance": variance(visual, counts)}
+
+
+STAGES = {"emu": Stage(Emu, emu_weights, emu), "contrastive": Stage(Warmup, contrastive_weights, contrastive)}
+
+
+def label_weights(batch: Batch) -> Float[Array, "B T"]:
+    """Weight of the label that position t predicts: the next token's, 0 at the row's end."""
+    return jnp.pad(batch.text_weights[:, 1:], ((0, 0), (0, 1)))
+
+
+def image_weights(batch: Batch) -> Float[Array, "B I"]:
+    return batch.image_weights * (batch.image_slots < batch.tokens.shape[1])
+
+
+def variance(visual: Float[Array, "... N D"], counts: Float[Array, "..."]) -> tuple[Array, Array]:
+    """(sum over images of the squared distance to the mean image a dimension, images): collapse shows here."""
+    z, counts = visual.astype(jnp.float32).reshape(-1, *visual.shape[-2:]), counts.ravel()
+    mean = jnp.einsum("mnd,m->nd", z, counts) / jnp.maximum(counts.sum(), 1)
+    return jnp.einsum("mnd,m->", (z - mean) ** 2, counts) / mean.size, counts.sum()
+
+
+def shifted(batch: Batch, key, pixels: int) -> Batch:
+    """Each image moved by up to `pixels` in both directions (its edge rows are repeated); unmoved without a key."""
+    if key is None or pixels == 0:
+        return batch
+    B, I, h, w, _ = batch.images.shape
+    moves = jax.random.randint(jax.random.fold_in(key, 1), (B, I, 2), -pixels, pixels + 1)
+    y, x = (jnp.clip(jnp.arange(size) - moves[..., axis, None], 0, size - 1) for axis, size in ((0, h), (1, w)))
+    take = lambda image, y, x: image[y][:, x]
+    return batch.replace(images=jax.vmap(jax.vmap(take))(batch.images, y, x))

@@ -1,0 +1,67 @@
+"""The one rule language: ordered (regex, value) rows over parameter paths such as "llama/blocks/q/w".
+
+Shardings, what trains, learning rates, weight decay and LoRA targets are all said with it (big_vision's habit).
+A row must match a whole path; the first that does wins. A leaf that no row covers, and a row that no leaf needs,
+are errors: a rule that silently did nothing is how a month of compute is lost.
+"""
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+Tree = dict[str, Any]
+
+
+def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("a/b/c", leaf) pairs of a nested dict in sorted order, which is jax.tree's order too."""
+    for name in sorted(tree):
+        path = f"{prefix}/{name}" if prefix else name
+        if isinstance(tree[name], dict):
+            yield from leaves(tree[name], path)
+        else:
+            yield path, tree[name]
+
+
+def unflatten(pairs: dict[str, Any]) -> Tree:
+    """The nested dict of a flat {"a/b/c": leaf}; inverse of `dict(leaves(tree))`."""
+    tree: Tree = {}
+    for path, leaf in pairs.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def by_rule(rules: Sequence[tuple[str, Any]], tree: Tree, what: str = "rules") -> Tree:
+    """A tree like `tree` with, at every leaf, the value of the first row whose regex matches its whole path.
+
+    Raises ValueError, naming `what`, for a leaf without a row and for a row that no leaf needed.
+    """
+    used: set[int] = set()
+
+    def value_of(path: str) -> Any:
+        for number, (pattern, value) in enumerate(rules):
+            if re.fullmatch(pattern, path):
+                used.add(number)
+                return value
+        raise ValueError(f"{what}: no row covers the parameter {path!r}; add one, or a last row ('.*', ...)")
+
+    values = {path: value_of(path) for path, _ in leaves(tree)}
+    idle = [pattern for number, (pattern, _) in enumerate(rules) if number not in used]
+    if idle:
+        raise ValueError(f"{what}: no parameter needs the row {idle[0]!r}; the parameters are under {sorted(tree)}")
+    return unflatten(values)
+
+
+def split(tree: Tree, chosen: Tree) -> tuple[Tree, Tree]:
+    """(leaves where `chosen` is true, the others), as two nested dicts."""
+    mask = dict(leaves(chosen))
+    yes = {path: leaf for path, leaf in leaves(tree) if mask[path]}
+    no = {path: leaf for path, leaf in leaves(tree) if not mask[path]}
+    return unflatten(yes), unflatten(no)
+
+
+def merge(*trees: Tree) -> Tree:
+    """One nested dict of disjoint ones; inverse of `split`."""
+    return unflatten({path: leaf for tree in trees for path, leaf in leaves(tree)})

@@ -1,0 +1,31 @@
+"""The alphabet of dimensions, and the values that travel between the parts.
+
+B rows of a batch      T tokens of a row       I images of a row     N visual tokens of an image
+P patches of an image  D width of the LLM      E width of the encoder  C width of the resampler
+H heads                d width of a head       F width of an ffn     V vocabulary      L depth
+K regressed positions of a row                 h w c pixels          S length of the keys
+
+Read next: tree.py, then models/emu.py.
+"""
+import flax.struct
+from jaxtyping import Array, Float, Int, UInt8
+
+# A loss or a metric is (sum, weight) until the host divides: never a mean of means.
+Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+
+
+@flax.struct.dataclass
+class Batch:
+    """Packed rows of interleaved documents: what every language-model stage reads. Static shapes.
+
+    Row b holds documents 1, 2, ... one after another; `image_slots[b, i]` is the place in the row of the first of
+    the N slots of its i-th image (so its `[IMG]` stands just before), and T where there is no i-th image.
+    """
+    tokens: Int[Array, "B T"]           # ids; [PAD] where a row ends
+    segments: Int[Array, "B T"]         # 1, 2, ... per packed document; 0 is padding
+    positions: Int[Array, "B T"]        # restart at 0 in every document
+    text_weights: Float[Array, "B T"]   # weight of tokens[b, t] as a label (predicted from t - 1); 0 at a document's first token
+    images: UInt8[Array, "B I h w 3"]   # RGB, 0 to 255
+    image_slots: Int[Array, "B I"]      # T for no image
+    image_weights: Float[Array, "B I"]  # 1 where the image is regressed
+    sources: Int[Array, "B T"]          # index of the document's source in the mixture, for losses per source

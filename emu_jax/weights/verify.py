@@ -1,0 +1,189 @@
+"""Our code held to numbers that the released Emu computed: golden .npz files at tiny sizes, weights made by a rule.
+
+`quantities` rebuilds the weights, runs the towers and the objective, and yields our number beside the file's.
+Read next: tests/golden/README.md for what the files hold.
+"""
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from emu_jax import stages
+from emu_jax.config import UserError
+from emu_jax.models import emu
+from emu_jax.models.llama import LlamaSize
+from emu_jax.models.resampler import ResamplerSize
+from emu_jax.models.vision import VisionSize
+from emu_jax.types import Batch
+from emu_jax.weights import convert, emu1
+
+
+class Quantity(NamedTuple):
+    name: str
+    error: float | None      # largest error relative to the reference's largest absolute value; None: not covered
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error is not None and self.error <= self.tolerance
+
+
+NEEDED = ("config", "seed", "eos_row_scale", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
+          "vision_features", "vision_normed", "visual_tokens", "hidden", "logits_sum", "logits_first8", "logits_logsumexp", "text_targets",
+          "text_loss", "regress_targets", "regress_predictions", "regression_loss_with_end", "regression_loss_visual_only", "grad_names", "grad_norms")
+INPUTS = {"config", "seed", "eos_row_scale", "instruct", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
+          "texts", "grad_names"}
+
+
+def load(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a golden file. Raises UserError for a file that is missing, damaged, or lacks arrays of an Emu file."""
+    if not Path(path).is_file():
+        raise UserError(f"no golden file {path!r}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a readable .npz of plain arrays ({str(error).splitlines()[0]})") from error
+
+
+def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Foreign tensors by the files' rule: from the name, the shape and the seed alone."""
+    out = {}
+    for name, shape in zip(map(str, file["parameter_names"]), map(json.loads, map(str, file["parameter_shapes"])), strict=True):
+        x = np.random.RandomState((zlib.crc32(name.encode()) + int(file["seed"])) % 2**32).standard_normal(shape).astype(np.float32)
+        if len(shape) == 1:
+            x = np.float32(0.1) * x + np.float32(name.endswith("weight"))
+        elif "embed_tokens" in name:
+            x = np.float32(0.5) * x
+        else:
+            x = x / np.float32(np.sqrt(shape[-1] if len(shape) == 2 else np.prod(shape[1:])))
+        if name.endswith("lm_head.weight"):
+            x[2] *= np.float32(file["eos_row_scale"])
+        out[name] = x
+    return out
+
+
+def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
+    """The model of a file's `config` and vocabulary."""
+    try:
+        c, special = json.loads(str(file["config"])), json.loads(str(file["special_ids"]))
+        rows = next(json.loads(str(shape))[0] for name, shape in zip(file["parameter_names"], file["parameter_shapes"], strict=True)
+                    if str(name).endswith("embed_tokens.weight") and "cformer" not in str(name))
+        return emu.EmuSize(
+            VisionSize(c["image_size"], c["patch"], c["vit_width"], c["vit_layers"], c["vit_width"] // c["vit_head_width"],
+                       int(c["vit_width"] * c["vit_mlp_ratio"]), (0.0,) * 3, (1.0,) * 3, "none"),
+            ResamplerSize(c["n_causal"], c["t5_d_model"], c["t5_layers"], c["t5_heads"], c["t5_d_kv"], c["t5_d_ff"], 32, 128, 0.1, "none"),
+            LlamaSize(special["pad"], rows - special["pad"], c["llm_width"], c["llm_layers"], c["llm_heads"], c["llm_ff"], 10000.0, "bfloat16", "none"),
+            compute="float32", attention="dense", standardise=False)
+    except (KeyError, StopIteration, json.JSONDecodeError) as error:
+        raise UserError(f"golden file: its config or special_ids lack {error}") from error
+
+
+def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
+    """Every quantity of an Emu file: covered ones with their error, the others without."""
+    if "input_ids" not in file:     # Stable Diffusion, Inception: nothing of theirs is built yet
+        yield from (Quantity(name, None, 0.0) for name in file if not name.startswith("parameter_"))
+        return
+    if missing := [name for name in NEEDED if name not in file]:
+        raise UserError(f"golden file: missing {', '.join(missing)}")
+    size = size_of(file)
+    table = emu1.table(size)
+    params = jax.tree.map(jnp.asarray, convert.from_theirs(table, emu1.canonical(weights(file))))
+    batch, images = make_batch(file, size)
+    ours = _run(size, params, batch, images)
+
+    seen = file["attention_mask"].astype(bool)
+    reference = {name: np.asarray(file[name]) for name in ours}
+    for name in ("hidden", "logits_sum", "logits_first8", "logits_logsumexp"):    # what padding computes is nobody's concern
+        ours[name], reference[name] = ours[name][seen], reference[name][seen]
+    yield from (_compare(name, reference[name], ours[name], 1e-4) for name in file if name in ours)
+
+    norms = {name: np.linalg.norm(g.astype(np.float64)) for name, g in convert.to_theirs(table, _gradient(size, params, batch, images)).items()}
+    for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
+        plain = next(iter(emu1.canonical({name: np.zeros(0)})), None)     # None for a LoRA leaf, which is merged here
+        yield Quantity(f"grad_norm {name}", None, 5e-4) if plain not in norms else _compare(f"grad_norm {name}", norm, norms[plain], 5e-4)
+    yield from (Quantity(name, None, 1e-4) for name in file if name not in ours and name not in INPUTS | {"grad_norms"})
+
+
+def make_batch(file: dict[str, np.ndarray], size: emu.EmuSize) -> tuple[Batch, jax.Array]:
+    """The file's right-padded rows as a Batch (without pictures), and its already normalised images [M, h, w, 3]."""
+    ids, seen = np.asarray(file["input_ids"]), np.asarray(file["attention_mask"]).astype(np.int32)
+    B, T = ids.shape
+    img, end, slot = (json.loads(str(file["special_ids"]))[name] for name in ("img", "end_img", "image"))
+    starts = [np.flatnonzero(row == img) + 1 for row in ids]
+    slots = np.full((B, max(map(len, starts))), T)
+    for row, at in zip(slots, starts, strict=True):
+        row[:len(at)] = at
+    counts = (seen > 0) & ~np.isin(ids, (img, end, slot))
+    counts[:, 0] = False
+    batch = Batch(tokens=ids.astype(np.int32), segments=seen, positions=np.tile(np.arange(T), (B, 1)), text_weights=counts.astype(np.float32),
+                  images=np.zeros((*slots.shape, 0, 0, 3), np.uint8), image_slots=slots, image_weights=(slots < T).astype(np.float32),
+                  sources=np.zeros_like(seen))
+    return jax.tree.map(jnp.asarray, batch), jnp.asarray(rearrange(file["images"], "m c h w -> m h w c"))
+
+
+def _forward(model: emu.Emu, batch: Batch, images) -> dict[str, jax.Array]:
+    features = model.vision(images, kernel="dense")
+    normed = model.ln_visual(features)
+    tokens = model.resampler(normed, kernel="dense")
+    held = batch.image_slots < batch.tokens.shape[1]      # the images, in reading order
+    place = (jnp.cumsum(held.ravel()) - 1).reshape(held.shape)
+    visual = jnp.where(held[..., None, None], tokens[jnp.maximum(place, 0)], 0)
+    hidden = model.llama(model.interleave(batch.tokens, visual, batch.image_slots), batch.positions, batch.segments, kernel="dense")
+    return dict(vision_features=features, vision_normed=normed, visual_tokens=tokens, hidden=hidden, visual=visual)
+
+
+def _losses(model, out, batch, *, regress_end: bool):
+    objective = dict(text_weight=1.0, image_weight=1.0, regress_end=regress_end, chunk=16, sources=1)
+    return stages.next_element(model, out["hidden"], out["visual"], batch, stages.emu_weights(batch), objective)
+
+
+def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.ndarray]:
+    """Our forward quantities, under the file's names."""
+    def run(params):
+        model = emu.bind(emu.Emu, size, params)
+        out = _forward(model, batch, images)
+        (_, metrics), (_, with_end) = (_losses(model, out, batch, regress_end=end) for end in (False, True))
+        head = jnp.concatenate(list(model.llama.lm_head.arrays().values()))
+        logits = jnp.einsum("btD,vD->btv", out["hidden"], head, precision="highest")
+        N = size.resampler.tokens
+        places = (batch.image_slots[..., None] - 1 + jnp.arange(N + 1)).reshape(len(batch.tokens), -1)
+        predictions = model.regress_head(jnp.take_along_axis(out["hidden"], places[..., None], 1, mode="clip"))
+        end = model.llama.embeddings(jnp.full((1, 1), size.llama.vocab + stages.END_IMG), jnp.float32)[None]
+        targets = jnp.concatenate([out["visual"], jnp.broadcast_to(end, (*batch.image_slots.shape, 1, size.llama.width))], 2)
+        mean = lambda pair: pair[0] / pair[1]
+        return {name: out[name] for name in ("vision_features", "vision_normed", "visual_tokens", "hidden")} | dict(
+            logits_sum=logits.sum(-1), logits_first8=logits[..., :8], logits_logsumexp=jax.nn.logsumexp(logits, -1),
+            text_loss=mean(metrics["text_loss"]), regression_loss_visual_only=mean(metrics["image_loss"]),
+            regression_loss_with_end=mean(with_end["image_loss"]), regress_predictions=predictions, regress_targets=targets)
+
+    ours = {name: np.asarray(value) for name, value in jax.jit(run)(params).items()}
+    held = np.asarray(batch.image_slots) < batch.tokens.shape[1]
+    ours["regress_predictions"] = ours["regress_predictions"].reshape(*held.shape, -1, size.llama.width)
+    for name in ("regress_predictions", "regress_targets"):
+        ours[name] = ours[name][held].reshape(-1, size.llama.width)
+    counts = np.asarray(batch.text_weights, bool) | (np.arange(batch.tokens.shape[1]) == 0)     # the files count <s> too: nothing predicts it
+    ours["text_targets"] = np.where(counts, np.asarray(batch.tokens), -100)
+    return ours
+
+
+def _gradient(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict:
+    def loss(params):
+        model = emu.bind(emu.Emu, size, params)
+        return _losses(model, _forward(model, batch, images), batch, regress_end=False)[0]
+    return jax.jit(jax.grad(loss))(params)
+
+
+def _compare(name: str, reference, ours, tolerance: float) -> Quantity:
+    reference, ours = np.asarray(reference, np.float64), np.asarray(ours, np.float64)
+    if reference.shape != ours.shape:
+        raise UserError(f"golden file: {name} has shape {reference.shape}, its config makes {ours.shape}")
+    error = np.abs(reference - ours).max(initial=0.0) / max(np.abs(reference).max(initial=0.0), 1e-30)
+    return Quantity(name, float(error) if np.isfinite(error) else float("inf"), tolerance)

@@ -1,0 +1,182 @@
+"""Laws of attention: dense equals a loop, every kernel equals dense on packed rows, and a mask hides what it says it hides."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emu_jax.config import UserError
+from emu_jax.models.attention import Mask, allowed, attention, self_mask
+from emu_jax.sharding import make_mesh
+
+SEGMENTS = np.repeat([[1, 2, 3, 0], [1, 2, 3, 0]], [40, 50, 30, 20], axis=1)     # T 140: documents cross the kernels' block of 128
+SEGMENTS[1] = np.repeat([1, 2, 3, 0], [3, 100, 25, 12])
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are interpreted on a CPU")
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+
+def qkv(B=2, T=140, S=None, H=2, G=None, d=64, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (B, T, H, d), (B, S or T, G or H, d), (B, S or T, G or H, d)
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]
+
+
+def value_and_grads(q, k, v, mask, kernel, **more):
+    """Output, and the gradients by q, k and v of a sum of it with random weights."""
+    weights = jax.random.normal(jax.random.key(1), q.shape)
+
+    def loss(q, k, v):
+        out = attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, kernel=kernel, **more)
+        return jnp.sum(out * weights), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return out, *grads
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
+
+
+def test_dense_is_the_definition():
+    q, k, v = qkv(B=2, T=5, S=7, H=4, G=2, d=3)
+    bias = np.random.default_rng(0).normal(size=(4, 5, 7)).astype(np.float32)
+    mask = Mask(q_segments=np.array([[1, 1, 2, 2, 3], [1, 2, 2, 9, 9]]), kv_segments=np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 2, 0]]),
+                q_positions=np.array([[1, 2, 1, 2, 0], [5, 0, 1, 0, 1]]), kv_positions=np.array([[0, 1, 2, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 0]]),
+                causal=True)
+    out = attention(q, k, v, mask, scale=0.5, bias=bias, kernel="dense")
+    for b in range(2):
+        for t in range(5):
+            for h in range(4):
+                seen = [s for s in range(7) if mask.q_segments[b, t] == mask.kv_segments[b, s] and mask.kv_positions[b, s] <= mask.q_positions[b, t]]
+                logits = np.array([0.5 * np.dot(q[b, t, h], k[b, s, h // 2]) + bias[h, t, s] for s in seen])
+                probs = np.exp(logits) / np.exp(logits).sum()
+                expected = sum((p * np.array(v[b, s, h // 2]) for p, s in zip(probs, seen)), np.zeros(3))
+                np.testing.assert_allclose(out[b, t, h], expected, atol=1e-5)
+    assert not out[0, 4].any() and not out[1, 3:].any()          # nobody to look at: zero
+
+
+def test_gradients_are_finite_where_a_query_has_no_key():
+    q, k, v = qkv(T=3)
+    for array in value_and_grads(q, k, v, Mask(q_segments=np.array([[1, 1, 1]] * 2), kv_segments=np.array([[2, 2, 2], [1, 2, 1]])), "dense"):
+        assert np.isfinite(array).all()
+
+
+def test_masks_of_the_docstring():
+    packed = allowed(self_mask(np.array([[1, 1, 2, 2, 0]])), 5, 5)[0]
+    assert packed.astype(int).tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    cache = Mask(*map(np.array, ([[1, 1]], [[1, 1, 1, 0]], [[1, 2]], [[0, 1, 2, 0]])), causal=True)
+    assert allowed(cache, 2, 4)[0].astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    assert allowed(self_mask(), 3, 3)[0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert allowed(None, 2, 3).all() and allowed(self_mask(causal=False), 3, 3).all()
+
+
+@pytest.mark.parametrize("kernel", ["splash", "pallas"])
+@pytest.mark.parametrize("causal, d, G", [(True, 128, 2), (False, 64, 1), (True, 88, 1)])
+@on_cpu
+def test_kernels_equal_dense_on_packed_rows(kernel, causal, d, G):
+    q, k, v = qkv(d=d, G=G)
+    mask = self_mask(SEGMENTS, causal=causal)
+    assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(q, k, v, mask, "dense"))
+
+
+@pytest.mark.parametrize("kernel, causal, S", [("splash", True, 140), ("splash", False, 70), ("splash", False, 128), ("pallas", True, 140), ("pallas", False, 140)])
+@on_cpu
+def test_kernels_equal_dense_without_segments(kernel, causal, S):
+    q, k, v = qkv(B=1, S=S)
+    mask = self_mask(causal=causal)
+    assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(q, k, v, mask, "dense"))
+
+
+@pytest.mark.parametrize("kernel", ["dense", pytest.param("splash", marks=on_cpu), pytest.param("pallas", marks=on_cpu)])
+def test_documents_packed_equal_documents_alone(kernel):
+    q, k, v = qkv(B=1)
+    packed = attention(q, k, v, self_mask(SEGMENTS[:1]), scale=0.1, kernel=kernel)
+    for start, stop in ((0, 40), (40, 90), (90, 120)):
+        alone = attention(*(x[:, start:stop] for x in (q, k, v)), self_mask(), scale=0.1, kernel="dense")
+        np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["dense", pytest.param("splash", marks=on_cpu), pytest.param("pallas", marks=on_cpu)])
+def test_the_past_and_the_neighbours_have_zero_gradient(kernel):
+    """Of the output at t 60, in the second document (40 to 89)."""
+    q, k, v = qkv(B=1)
+
+    def loss(k, v):
+        return jnp.sum(attention(q, k, v, self_mask(SEGMENTS[:1]), scale=0.1, kernel=kernel)[:, 60])
+
+    for grad in jax.grad(loss, argnums=(0, 1))(k, v):
+        assert not grad[:, :40].any() and not grad[:, 61:].any()
+        assert jnp.abs(grad[:, 40:61]).sum((0, 2, 3)).all()
+
+
+def test_dropout_keeps_the_mean_and_needs_a_key():
+    q, k, v = qkv(B=1, T=8, d=16)
+    plain = attention(q, k, v, scale=0.1, kernel="dense")
+    np.testing.assert_array_equal(attention(q, k, v, scale=0.1, dropout=0.5), plain)
+    many = jax.vmap(lambda key: attention(q, k, v, scale=0.1, dropout=0.3, key=key))(jax.random.split(jax.random.key(2), 2000))
+    assert jnp.abs(many[0] - plain).max() > 0.1
+    np.testing.assert_allclose(many.mean(0), plain, atol=0.1)
+
+
+@pytest.mark.parametrize("kernel, sizes, G", [
+    ("splash", dict(data=2, fsdp=2, tensor=2), 2), ("splash", dict(data=1, fsdp=4, tensor=2), 1), ("pallas", dict(data=1, fsdp=4, tensor=2), 2)])
+@on_cpu
+def test_sharded_equals_single(kernel, sizes, G):
+    q, k, v = qkv(B=8, T=12, d=32, G=G)
+    segments = np.tile(np.repeat([1, 2, 0], [5, 4, 3]), (8, 1))
+    single = value_and_grads(q, k, v, self_mask(segments), "dense")
+    with jax.set_mesh(make_mesh(sizes)):
+        assert_close(value_and_grads(q, k, v, self_mask(segments), kernel), single)
+
+
+@pytest.mark.parametrize("platform, kernel, call", [("tpu", "splash", "tpu_custom_call"), ("gpu", "pallas", "triton")])
+@on_cpu
+def test_kernels_lower_for_accelerators_that_are_not_here(platform, kernel, call):
+    """The platform is that of the mesh in use: nothing is interpreted, and "auto" takes the kernel."""
+    device = jax.sharding.AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"), abstract_device=device)
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in qkv(T=256, d=88))
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def loss(q, k, v, ids, kernel):
+        return jnp.sum(attention(q, k, v, self_mask(ids), scale=0.1, kernel=kernel).astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        for name in (kernel, "auto"):
+            step = jax.jit(jax.grad(partial(loss, kernel=name), argnums=(0, 1, 2)))
+            text = step.trace(q, k, v, ids).lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
+            assert call in text, name
+
+
+@pytest.mark.parametrize("kernel, more, why", [
+    ("splash", dict(bias=np.zeros((2, 8, 8))), "bias"),
+    ("splash", dict(dropout=0.1, key=jax.random.key(0)), "dropout"),
+    ("pallas", dict(mask=Mask(*np.zeros((4, 2, 8), int), causal=True)), "self_mask"),
+    ("cudnn", dict(), "not on cpu"),
+    ("flash", dict(), "there are dense")])
+@on_cpu
+def test_a_kernel_that_cannot_says_so_and_auto_falls_back(kernel, more, why):
+    q, k, v = qkv(T=8)
+    with pytest.raises(UserError, match=why) as error:
+        attention(q, k, v, scale=0.1, kernel=kernel, **more)
+    assert "\n" not in str(error.value)
+    assert attention(q, k, v, scale=0.1, kernel="auto", **more).shape == q.shape
+
+
+def gpu_mesh():
+    return jax.sharding.AbstractMesh((1,), ("data",), abstract_device=jax.sharding.AbstractDevice("H100", 132, "gpu"))
+
+
+def test_cudnn_refuses_segments():
+    q, k, v = qkv(T=8, dtype=jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(gpu_mesh()), pytest.raises(UserError, match="segments"):
+        jax.eval_shape(lambda: attention(q, k, v, self_mask(SEGMENTS[:, :8]), scale=0.1, kernel="cudnn"))
+
+
+@pytest.mark.parametrize("kernel, mask", [("cudnn", self_mask()), ("cudnn", None), ("pallas", self_mask(SEGMENTS)), ("pallas", None)])
+@on_gpu
+def test_gpu_kernels_equal_dense(kernel, mask):
+    q, k, v = qkv(d=88, dtype=jnp.bfloat16)
+    assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(*(x.astype(jnp.float32) for x in (q, k, v)), mask, "dense"), 2e-2)

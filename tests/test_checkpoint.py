@@ -1,0 +1,358 @@
+"""What is saved comes back, bit for bit, on any mesh; and what is damaged is noticed and passed over."""
+import json
+import logging
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from emu_jax import checkpoint
+from emu_jax.checkpoint import Checkpoints, read_config, restore_params
+from emu_jax.config import UserError
+
+DATA = {"streams": {"0": {"draw": 7, "epochs": [1, 2], "pending": [["names", 0, 5]]}, "10": {"draw": 0, "share": 0.1}, "2": {}}}
+CONFIG = {"stage": "emu", "optim": {"b1": 0.9, "steps": 10, "ema": None}, "rules": [[".*", True], [".*", 1e-4]]}
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    trainable: Any
+    frozen: Any
+    opt_state: Any
+    ema: Any
+    skipped: Any
+
+
+def make_state(step=1, rows=64, ema=True):
+    keys = jax.random.split(jax.random.key(step), 2)
+    odd = jnp.array([-0.0, jnp.nan, jnp.inf, 1e-40], jnp.float32)
+    trainable = {"llama": {"w": jax.random.normal(keys[0], (rows, 64)), "norm": odd}, "head": jnp.arange(8, dtype=jnp.bfloat16)}
+    frozen = {"llama": {"ids": jnp.arange(6, dtype=jnp.int8)}, "vision": {"w": jax.random.normal(keys[1], (rows, 8))}}
+    labels = {"llama": {"w": "a", "norm": "b"}, "head": "b"}     # masked nodes, empty states, None: whatever optax makes
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(
+        {"a": optax.adamw(1e-3, mu_dtype=jnp.bfloat16), "b": optax.sgd(1e-2)}, labels))
+    return State(jnp.int32(step), trainable, frozen, optimizer.init(trainable),
+                 jax.tree.map(lambda x: x + 1, trainable) if ema else None, jnp.uint32(2**31 + 5))
+
+
+def abstract(state, sharding_of=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of and sharding_of(x)), state)
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == two.dtype and one.shape == two.shape
+        assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
+
+
+def mesh_sharding(shape, *axes):
+    """Leaves whose leading dimension divides are sharded over `axes`; the others are copied to all devices."""
+    mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    count = int(np.prod([mesh.shape[axis] for axis in axes]))
+    return lambda x: NamedSharding(mesh, PartitionSpec(axes) if x.ndim and x.shape[0] % count == 0 else PartitionSpec())
+
+
+def steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())     # any other name is an error
+
+
+def biggest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with the steps 1 and 2 (copy it before changing it)."""
+    workdir = tmp_path_factory.mktemp("saved")
+    run = Checkpoints(str(workdir), keep=5, keep_every=0)
+    for step in (1, 2):
+        run.save(step, make_state(step), DATA, {**CONFIG, "seed": step})
+    run.close()
+    return workdir
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+@pytest.fixture
+def small_disk():
+    """No file of this process can grow over 64 KiB: writes fail as they do on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+# What is saved comes back
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_restored_state_is_the_saved_one_bit_for_bit(tmp_path, ema):
+    state = make_state(ema=ema)
+    run = Checkpoints(str(tmp_path / "a" / "b"), keep=1, keep_every=0)
+    run.save(1, state, DATA, CONFIG, wait=True)
+    step, restored, data, config = run.restore(abstract(state))
+    assert (step, data, config) == (1, DATA, CONFIG)
+    assert_same(restored, state)
+
+
+@pytest.mark.parametrize("target", [mesh_sharding((2, 4), "fsdp"), mesh_sharding((4, 2), "fsdp", "data"), mesh_sharding((1, 8), "data"), None])
+def test_restored_onto_another_mesh_is_exactly_equal(tmp_path, target):
+    state = make_state()
+    there = jax.device_put(state, jax.tree.map(mesh_sharding((1, 8), "fsdp"), state))
+    Checkpoints(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
+    _, restored, _, _ = Checkpoints(str(tmp_path), keep=1, keep_every=0).restore(abstract(state, target))
+    assert_same(restored, state)
+    for leaf in jax.tree.leaves(restored):
+        assert leaf.sharding == target(leaf) if target else len(leaf.sharding.device_set) == 1
+
+
+def test_arrays_may_be_donated_once_save_returns(tmp_path):
+    run = Checkpoints(str(tmp_path), keep=1, keep_every=0)
+    state = {"w": jax.random.normal(jax.random.key(0), (1024, 2048))}
+    expected = np.array(state["w"])
+    run.save(1, State(jnp.int32(1), state, {}, (), None, jnp.int32(0)), DATA, CONFIG)
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    for _ in range(5):
+        state = spoil(state)
+    run.wait()
+    np.testing.assert_array_equal(restore_params(str(tmp_path))["w"], expected)
+
+
+def test_another_split_of_the_parameters_finds_them_all(saved):
+    state = make_state(2)
+    everything = {"llama": state.trainable["llama"] | state.frozen["llama"], "head": state.trainable["head"], "vision": state.frozen["vision"]}
+    assert_same(restore_params(str(saved)), jax.tree.map(np.asarray, everything))
+    assert_same(restore_params(str(saved), abstract(everything, mesh_sharding((2, 4), "fsdp"))), everything)
+
+
+def test_one_tower_is_restored_and_cast_without_the_rest(saved):
+    tower = restore_params(str(saved), {"vision": {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}})
+    assert_same(tower, {"vision": {"w": make_state(2).frozen["vision"]["w"].astype(jnp.bfloat16)}})
+
+
+def test_averaged_parameters_take_the_place_of_those_that_have_an_average(saved):
+    params, state = restore_params(str(saved), ema=True), make_state(2)
+    np.testing.assert_array_equal(params["llama"]["w"], state.ema["llama"]["w"])
+    np.testing.assert_array_equal(params["vision"]["w"], state.frozen["vision"]["w"])
+
+
+def test_parameters_are_read_without_the_optimizer(copy):
+    shutil.rmtree(copy / "checkpoints/2/optimizer")
+    np.testing.assert_array_equal(restore_params(str(copy))["llama"]["w"], make_state(2).trainable["llama"]["w"])
+
+
+def test_a_path_and_nothing_else_gives_the_config(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    assert read_config(".")["seed"] == 2 and read_config(str(saved), step=1)["seed"] == 1
+    assert read_config("checkpoints/1") == {**CONFIG, "seed": 1}
+    np.testing.assert_array_equal(restore_params("checkpoints/1")["llama"]["w"], make_state(1).trainable["llama"]["w"])
+
+
+def test_a_given_step_is_restored(saved):
+    step, restored, _, config = Checkpoints(str(saved), keep=5, keep_every=0).restore(abstract(make_state()), step=1)
+    assert step == config["seed"] == 1
+    assert_same(restored, make_state(1))
+
+
+def test_a_new_workdir_has_nothing(tmp_path):
+    run = Checkpoints(str(tmp_path / "new"), keep=1, keep_every=0)
+    assert run.latest() is None and run.restore(abstract(make_state())) is None
+    assert not (tmp_path / "new").exists()
+
+
+# Which steps stay
+
+def test_the_last_ones_and_every_fourth_are_kept(tmp_path):
+    run = Checkpoints(str(tmp_path), keep=2, keep_every=4)
+    for step in range(1, 11):
+        run.save(step, make_state(step), DATA, CONFIG)
+    run.close()
+    assert steps(tmp_path) == [4, 8, 9, 10] and run.latest() == 10
+
+
+def test_saving_a_step_again_does_nothing(copy):
+    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    run.restore(abstract(make_state()))
+    for step in (2, 3, 3):
+        before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+        run.save(step, make_state(step), DATA, CONFIG, wait=True)
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*")} and steps(copy) == [1, 2, 3]
+
+
+def test_a_damaged_step_does_not_crowd_out_whole_ones_and_is_replaced(copy, caplog):
+    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    run.save(4, make_state(4), DATA, CONFIG, wait=True)
+    biggest_file(copy / "checkpoints/4/params").unlink()
+    run = Checkpoints(str(copy), keep=1, keep_every=0)
+    assert run.restore(abstract(make_state()))[0] == 2
+    run.save(3, make_state(3), DATA, CONFIG, wait=True)
+    assert steps(copy) == [3, 4]
+    assert Checkpoints(str(copy), keep=1, keep_every=0).restore(abstract(make_state()))[0] == 3
+    run.save(4, make_state(4), DATA, CONFIG, wait=True)
+    assert steps(copy) == [4]
+    assert_same(run.restore(abstract(make_state()))[1], make_state(4))
+
+
+# Damage
+
+def delete(path):
+    path.unlink()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def change_a_digit(path):
+    changed = path.read_text().replace("7", "8", 1)
+    json.loads(changed)
+    path.write_text(changed)
+
+
+@pytest.mark.parametrize(("damage", "part", "file"), [
+    (delete, "params", None), (truncate, "params", None), (flip_a_bit, "params", None), (flip_a_bit, "optimizer", None), (flip_a_bit, "ema", None),
+    (delete, "optimizer", "manifest.ocdbt"), (truncate, "params", "_METADATA"), (change_a_digit, "data", "data.json"),
+    (delete, "config", "data.json"), (truncate, "manifest", "data.json"), (delete, ".", "_CHECKPOINT_METADATA"), (shutil.rmtree, ".", "ema")])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(copy, caplog, damage, part, file):
+    folder = copy / "checkpoints/2" / part
+    damage(folder / file if file else biggest_file(folder))
+    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    with caplog.at_level(logging.WARNING):
+        step, restored, _, _ = run.restore(abstract(make_state()))
+    assert step == 1 and str(copy / "checkpoints/2") in caplog.text and "passed over" in caplog.text
+    assert_same(restored, make_state(1))
+    with pytest.raises(UserError, match=r"checkpoints; 2 is damaged: \w+"):
+        run.restore(abstract(make_state()), step=2)
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(copy):
+    for step in (1, 2):
+        truncate(copy / f"checkpoints/{step}/manifest/data.json")
+    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    for read in (run.latest, lambda: run.restore(abstract(make_state())), lambda: read_config(str(copy)), lambda: restore_params(str(copy))):
+        with pytest.raises(UserError, match="no whole checkpoint in .*1 is damaged"):
+            read()
+    assert steps(copy) == [1, 2]
+
+
+def test_the_arrays_of_a_damaged_step_are_freed_before_the_next_is_read(copy, monkeypatch):
+    flip_a_bit(biggest_file(copy / "checkpoints/2/params"))
+    load, held = checkpoint._load, []
+
+    def measured(*arguments):
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return load(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_load", measured)
+    Checkpoints(str(copy), keep=5, keep_every=0).restore(abstract(make_state()))
+    assert len(held) == 2 and held[0] == held[1]
+
+
+def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
+    script = textwrap.dedent("""
+        import os, signal, sys, jax.numpy as jnp, numpy as np
+        sys.path.insert(0, "tests")
+        from test_checkpoint import *
+        noise = jnp.asarray(np.random.default_rng(0).random((24, 2**20), np.float32))
+        run = Checkpoints(sys.argv[1], keep=5, keep_every=0)
+        run.save(3, make_state(3).replace(frozen={"noise": noise}), DATA, CONFIG)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    killed = subprocess.run([sys.executable, "-c", script, copy], cwd=Path(__file__).parent.parent, check=False)
+    assert killed.returncode == -9
+    (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)     # should the kill have come too early for it
+    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    assert run.latest() == 2 and not caplog.records
+    assert_same(run.restore(abstract(make_state()))[1], make_state(2))
+    run.save(3, make_state(3), DATA, CONFIG, wait=True)
+    assert steps(copy) == [1, 2, 3]
+
+
+def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
+    big = make_state(3, rows=4096)
+    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    with pytest.raises(UserError, match=r"checkpoints/3 could not be saved: .*\S.*; the earlier ones are as they were") as error:
+        run.save(3, big, DATA, CONFIG)
+        run.save(4, big, DATA, CONFIG)      # at the latest here
+    assert "\n" not in str(error.value) and steps(copy) == [1, 2]
+    assert_same(run.restore(abstract(make_state()))[1], make_state(2))
+    small_disk()
+    run.save(3, big, DATA, CONFIG, wait=True)
+    assert steps(copy) == [1, 2, 3]
+    assert_same(run.restore(abstract(big))[1], make_state(3, rows=4096))
+
+
+# Bad input
+
+def test_another_shape_names_the_leaf_and_both_shapes(saved):
+    with pytest.raises(UserError, match=r"params 'llama/w' is float32\[64, 64\] in .*checkpoints/2, but float32\[32, 64\]"):
+        Checkpoints(str(saved), keep=5, keep_every=0).restore(abstract(make_state(rows=32)))
+    with pytest.raises(UserError, match=r"params 'vision/w' is float32\[64, 8\] in .*checkpoints/2, but float32\[8\]"):
+        restore_params(str(saved), {"vision": {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}})
+
+
+def test_another_tree_or_dtype_names_the_leaf(saved):
+    run, state = Checkpoints(str(saved), keep=5, keep_every=0), abstract(make_state())
+    for other, message in [
+            (state.replace(frozen={**state.frozen, "new": state.step}), "has no params 'new'"),
+            (state.replace(trainable={"head": state.trainable["head"]}), "has params 'llama/norm', which"),
+            (state.replace(opt_state=()), "has optimizer 'opt_state/"),
+            (state.replace(step=jax.ShapeDtypeStruct((), jnp.float32)), r"optimizer 'step' is int32\[\] in .* but float32\[\]")]:
+        with pytest.raises(UserError, match=message):
+            run.restore(other)
+    with pytest.raises(UserError, match="has no params 'vision/other'"):
+        restore_params(str(saved), {"vision": {"other": jax.ShapeDtypeStruct((8,), jnp.float32)}})
+
+
+def test_an_average_that_was_not_saved_is_an_error(tmp_path):
+    run = Checkpoints(str(tmp_path), keep=1, keep_every=0)
+    run.save(1, make_state(ema=False), DATA, CONFIG, wait=True)
+    with pytest.raises(UserError, match="no moving average"):
+        restore_params(str(tmp_path), ema=True)
+    with pytest.raises(UserError, match="has no ema 'head'"):
+        run.restore(abstract(make_state()))
+
+
+def test_a_missing_directory_or_step_is_an_error(saved, tmp_path):
+    for read in (read_config, restore_params):
+        with pytest.raises(UserError, match="no directory '.*nowhere'"):
+            read(str(tmp_path / "nowhere"))
+        with pytest.raises(UserError, match="no checkpoint in "):
+            read(str(tmp_path))
+        with pytest.raises(UserError, match="no checkpoint of step 7 in .*; there are 1, 2"):
+            read(str(saved), step=7)
+    with pytest.raises(UserError, match="no checkpoint of step 7 in .*; there are 1, 2"):
+        Checkpoints(str(saved), keep=1, keep_every=0).restore(abstract(make_state()), step=7)
+
+
+def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    run = Checkpoints(str(tmp_path), keep=1, keep_every=0)
+    with pytest.raises(UserError, match="could not be saved"):
+        run.save(1, make_state(), DATA, CONFIG, wait=True)
+
+
+def test_keeping_nothing_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="checkpoint.keep=0 must be at least 1"):
+        Checkpoints(str(tmp_path), keep=0, keep_every=0)
