@@ -200,7 +200,7 @@ def _join(like: Any, parts: dict[str, Any]) -> Any:
 def _notes(path: epath.Path) -> dict[str, Any]:
     """{"data", "config", "manifest"} of a step. Raises whatever damage brings about."""
     with _context():
-        notes = ocp.load_checkpointables(path, dict.fromkeys(("data", "config", "manifest")))
+        notes = {name: ocp.load_checkpointables(path, {name: None})[name] for name in ("data", "config", "manifest")}
     for name, crc in notes["manifest"]["json"].items():
         if _crc(notes[name]) != crc:
             raise ValueError(f"the contents of {name!r} have changed since they were saved")
@@ -214,12 +214,14 @@ def _load(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict]) -
     def placed(leaf):
         return leaf.update(sharding=here) if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None else leaf
 
-    with _context():
-        parts = ocp.load_checkpointables(path, jax.tree.map(placed, abstract))
-    for name, part in parts.items():
-        leaves = {leaf: value for leaf, value in _flat(part).items() if str(value.dtype) == arrays[name][leaf][0]}  # a cast one has no sum
-        for leaf, total in jax.device_get({leaf: _sum_of_bits(value) for leaf, value in leaves.items()}).items():
-            if total != arrays[name][leaf][2]:
+    parts = {}
+    for name, part in abstract.items():     # one by one: Orbax complains of the others when one fails
+        with _context():
+            parts[name] = ocp.load_checkpointables(path, {name: jax.tree.map(placed, part)})[name]
+        saved = arrays[name]
+        uncast = {leaf: value for leaf, value in _flat(parts[name]).items() if str(value.dtype) == saved[leaf][0]}
+        for leaf, total in jax.device_get({leaf: _sum_of_bits(value) for leaf, value in uncast.items()}).items():
+            if total != saved[leaf][2]:
                 raise ValueError(f"the array {leaf!r} of {name!r} has changed since it was saved")
     return parts
 
@@ -271,6 +273,7 @@ def _context() -> ocp.Context:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context = ocp.Context()
     context.checkpointables.registry = registry
+    context.asynchronous.create_directories_asynchronously = False  # where that fails, threads would wait 20 minutes for it
     context.pytree.loading.partial_load = True          # `_check` has compared the trees
     return context
 

@@ -15,6 +15,10 @@ from jaxtyping import Array, Float, Int
 from emu_jax.sharding import ROWS
 from emu_jax.tree import Tree
 
+# How the heads lie on a mesh, as in sharding.PARAMS: the collectives below are written for it.
+HEAD = {"base": P("tensor", "fsdp"), "added": P(None, "fsdp")}   # V D, n D
+REGRESS = {"w": P("fsdp", "tensor")}                             # D D
+
 
 def fused(hidden: Float[Array, "B T D"], head: Tree, regress: Tree, labels: Int[Array, "B T"], label_weights: Float[Array, "B T"],
           predictors: Int[Array, "B K"], targets: Float[Array, "B K D"], target_weights: Float[Array, "B K"],
@@ -60,11 +64,10 @@ def _values(chunk, learnt, given, gradient):
         (nll, error), gradients = sweep((), (), (), learnt, given)
     else:
         row = P(ROWS)
-        weights = {"base": P("tensor", "fsdp"), "added": P(None, "fsdp")}, {"w": P("fsdp", "tensor")}   # as in sharding.PARAMS
         (nll, error), gradients = jax.shard_map(
             partial(sweep, "data", "fsdp", "tensor"), check_vma=False,
-            in_specs=((row, *weights), (row, row, row, P(ROWS, None, "tensor"), row)),
-            out_specs=((row, row), (row, *weights) if gradient else None))(learnt, given)
+            in_specs=((row, HEAD, REGRESS), (row, row, row, P(ROWS, None, "tensor"), row)),
+            out_specs=((row, row), (row, HEAD, REGRESS) if gradient else None))(learnt, given)
     loss = (given[1] * nll).sum() + (given[4] * error).sum()
     return (loss, nll, error), gradients
 

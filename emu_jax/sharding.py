@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -108,6 +109,11 @@ def _constrain(x: jax.Array, spec: P) -> jax.Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
 
 
+def constrain(values: Any, spec_tree: Any) -> Any:
+    """A tree of arrays laid out by a tree of PartitionSpecs: gradients like their parameters."""
+    return jax.tree.map(_constrain, values, spec_tree)
+
+
 def rows(x: jax.Array) -> jax.Array:
     """Leading axis over (data, fsdp): activations of the language model, [B, T, D]."""
     return _constrain(x, P(ROWS))
@@ -132,6 +138,27 @@ def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> 
         return _gather(w, P(*spec), P(*map(_without_fsdp, spec)))
 
     return tree.unflatten({path: ready(f"{where}/{path}", w) for path, w in tree.leaves(weights)})
+
+
+def lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a vocabulary `base` [V, D] and `added` [n, D] by ids [B, T] -> [B, T, D]; ids from V on are added rows.
+
+    By hand under a mesh: each tensor shard looks its own rows up in the table that was cast, then gathered over fsdp, and the
+    sum over tensor puts them together. (The compiler's own way was to replicate the activations.)
+    """
+    def look(fsdp, tensor, base, added, tokens):
+        base, added = (jax.lax.all_gather(w.astype(dtype), fsdp, axis=1, tiled=True) for w in (base, added))
+        at = tokens - jax.lax.axis_index(tensor) * base.shape[0]
+        mine = (at >= 0) & (at < base.shape[0])
+        x = jax.lax.psum(jnp.where(mine[..., None], base[jnp.clip(at, 0, base.shape[0] - 1)], 0), tensor)
+        return jnp.where((tokens >= V)[..., None], added[jnp.clip(tokens - V, 0, added.shape[0] - 1)], x)
+
+    V, mesh = base.shape[0], jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return look((), (), base, added, tokens)
+    rows = P(ROWS) if tokens.shape[0] > 1 else P()      # a single row is everybody's
+    return jax.shard_map(partial(look, "fsdp", "tensor"), in_specs=(P("tensor", "fsdp"), P(None, "fsdp"), rows), out_specs=rows,
+                         check_vma=False)(base, added, tokens)
 
 
 def _without_fsdp(axis):

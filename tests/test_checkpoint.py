@@ -43,7 +43,9 @@ def make_state(step=1, rows=64, ema=True):
     labels = {"llama": {"w": "a", "norm": "b"}, "head": "b"}     # masked nodes, empty states, None: whatever optax makes
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(
         {"a": optax.adamw(1e-3, mu_dtype=jnp.bfloat16), "b": optax.sgd(1e-2)}, labels))
-    return State(jnp.int32(step), trainable, frozen, optimizer.init(trainable),
+    gradient = jax.tree.map(lambda x: jnp.cos(step * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trainable)
+    _, opt_state = optimizer.update(gradient, optimizer.init(trainable), trainable)
+    return State(jnp.int32(step), trainable, frozen, opt_state,
                  jax.tree.map(lambda x: x + 1, trainable) if ema else None, jnp.uint32(2**31 + 5))
 
 
@@ -69,8 +71,8 @@ def steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())     # any other name is an error
 
 
-def biggest_file(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+def array_file(folder):
+    return max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,8 @@ def test_restored_state_is_the_saved_one_bit_for_bit(tmp_path, ema):
     assert_same(restored, state)
 
 
-@pytest.mark.parametrize("target", [mesh_sharding((2, 4), "fsdp"), mesh_sharding((4, 2), "fsdp", "data"), mesh_sharding((1, 8), "data"), None])
+@pytest.mark.parametrize("target", [
+    mesh_sharding((2, 4), "fsdp"), mesh_sharding((4, 2), "fsdp", "data"), mesh_sharding((1, 8), "data"), None])
 def test_restored_onto_another_mesh_is_exactly_equal(tmp_path, target):
     state = make_state()
     there = jax.device_put(state, jax.tree.map(mesh_sharding((1, 8), "fsdp"), state))
@@ -135,7 +138,7 @@ def test_arrays_may_be_donated_once_save_returns(tmp_path):
 
 def test_another_split_of_the_parameters_finds_them_all(saved):
     state = make_state(2)
-    everything = {"llama": state.trainable["llama"] | state.frozen["llama"], "head": state.trainable["head"], "vision": state.frozen["vision"]}
+    everything = {**state.frozen, **state.trainable, "llama": state.frozen["llama"] | state.trainable["llama"]}
     assert_same(restore_params(str(saved)), jax.tree.map(np.asarray, everything))
     assert_same(restore_params(str(saved), abstract(everything, mesh_sharding((2, 4), "fsdp"))), everything)
 
@@ -197,7 +200,7 @@ def test_saving_a_step_again_does_nothing(copy):
 def test_a_damaged_step_does_not_crowd_out_whole_ones_and_is_replaced(copy, caplog):
     run = Checkpoints(str(copy), keep=5, keep_every=0)
     run.save(4, make_state(4), DATA, CONFIG, wait=True)
-    biggest_file(copy / "checkpoints/4/params").unlink()
+    array_file(copy / "checkpoints/4/params").unlink()
     run = Checkpoints(str(copy), keep=1, keep_every=0)
     assert run.restore(abstract(make_state()))[0] == 2
     run.save(3, make_state(3), DATA, CONFIG, wait=True)
@@ -231,12 +234,13 @@ def change_a_digit(path):
 
 
 @pytest.mark.parametrize(("damage", "part", "file"), [
-    (delete, "params", None), (truncate, "params", None), (flip_a_bit, "params", None), (flip_a_bit, "optimizer", None), (flip_a_bit, "ema", None),
-    (delete, "optimizer", "manifest.ocdbt"), (truncate, "params", "_METADATA"), (change_a_digit, "data", "data.json"),
-    (delete, "config", "data.json"), (truncate, "manifest", "data.json"), (delete, ".", "_CHECKPOINT_METADATA"), (shutil.rmtree, ".", "ema")])
+    (delete, "params", None), (truncate, "params", None), (flip_a_bit, "params", None), (flip_a_bit, "optimizer", None),
+    (flip_a_bit, "ema", None), (delete, "optimizer", "manifest.ocdbt"), (truncate, "params", "_METADATA"),
+    (change_a_digit, "data", "data.json"), (delete, "config", "data.json"), (truncate, "manifest", "data.json"),
+    (delete, ".", "_CHECKPOINT_METADATA"), (shutil.rmtree, ".", "ema")])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(copy, caplog, damage, part, file):
     folder = copy / "checkpoints/2" / part
-    damage(folder / file if file else biggest_file(folder))
+    damage(folder / file if file else array_file(folder))
     run = Checkpoints(str(copy), keep=5, keep_every=0)
     with caplog.at_level(logging.WARNING):
         step, restored, _, _ = run.restore(abstract(make_state()))
@@ -249,15 +253,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(copy, 
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(copy):
     for step in (1, 2):
         truncate(copy / f"checkpoints/{step}/manifest/data.json")
-    run = Checkpoints(str(copy), keep=5, keep_every=0)
-    for read in (run.latest, lambda: run.restore(abstract(make_state())), lambda: read_config(str(copy)), lambda: restore_params(str(copy))):
+    run, path = Checkpoints(str(copy), keep=5, keep_every=0), str(copy)
+    for read in (run.latest, lambda: run.restore(abstract(make_state())), lambda: read_config(path), lambda: restore_params(path)):
         with pytest.raises(UserError, match="no whole checkpoint in .*1 is damaged"):
             read()
     assert steps(copy) == [1, 2]
 
 
 def test_the_arrays_of_a_damaged_step_are_freed_before_the_next_is_read(copy, monkeypatch):
-    flip_a_bit(biggest_file(copy / "checkpoints/2/params"))
+    flip_a_bit(array_file(copy / "checkpoints/2/params"))
     load, held = checkpoint._load, []
 
     def measured(*arguments):

@@ -8,17 +8,16 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
-import grain
 import numpy as np
 from jaxtyping import Int
 
 from emu_jax.config import UserError
 from emu_jax.data.packing import first_fit
-from emu_jax.data.sequence import Document, Sequence
-from emu_jax.data.sources import Corrupt
+from emu_jax.data.sequence import Sequence
+from emu_jax.data.sources import Corrupt, Source
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +25,6 @@ BLOCK = 1024        # draws of a stream that share one generator: a generator a 
 STREAK = 100        # corrupt records one after another that end a stream, which else might look for a good one for ever
 
 COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens")
-
-
-class Source(Protocol):
-    """Random access to documents; may be called from several threads, and raises Corrupt for a record it cannot read."""
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Document: ...
 
 
 @dataclass(frozen=True)
@@ -42,10 +35,34 @@ class Packed:
     sequence: Sequence
 
 
+def hash_of(*key: Any) -> int:
+    """64 bits that belong to `key`, the same on every host and in every run (which those of Python's hash are not)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
+
+
 def rng_of(*key: Any) -> np.random.Generator:
-    """The generator that belongs to `key`, the same on every host and in every run (which Python's hash is not)."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+    """The generator that belongs to `key`."""
+    return np.random.default_rng(hash_of(*key))
+
+
+def shuffled(place: int, size: int, key: int) -> int:
+    """The index, 0 <= index < size, at `place` of the permutation of `size` that belongs to the 64-bit `key`.
+
+    Computed, not looked up: two billion documents cost no memory. A Feistel network permutes the next even number of bits, and is applied
+    again until it lands below `size` (cycle walking: Black and Rogaway 2002); its rounds mix with splitmix64's finaliser.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low, whole = (1 << half) - 1, (1 << 64) - 1
+    while True:
+        left, right = place >> half, place & low
+        for number in range(8):         # of 4 rounds, the orders of fewer than 20 documents were visibly uneven
+            mixed = (key + (number << 32) + right) & whole
+            mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & whole
+            mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & whole
+            left, right = right, left ^ (mixed ^ mixed >> 31) & low
+        place = left << half | right
+        if place < size:
+            return place
 
 
 @dataclass(frozen=True)
@@ -60,14 +77,13 @@ class Mixture:
     sources: tuple[Source, ...]
     streams: int
     seed: int
-    orders: tuple[grain.MapDataset, ...] = field(init=False)    # place -> index; computed on access, so it costs no memory
 
-    def __post_init__(self):
-        object.__setattr__(self, "orders", tuple(
-            grain.MapDataset.range(len(source)).shuffle(seed=int(rng_of(self.seed, name).integers(2**32)))
-            for name, source in zip(self.names, self.sources)))
+    def index(self, source: int, place: int) -> int:
+        """The record of a source at a place."""
+        epoch, within = divmod(place, len(self.sources[source]))
+        return shuffled(within, len(self.sources[source]), hash_of(self.seed, self.names[source], epoch))
 
-    def draws(self, stream: int, block: int) -> Int[np.ndarray, "n"]:
+    def draws(self, stream: int, block: int) -> Int[np.ndarray, " n"]:
         """Sources of the draws [block * BLOCK, (block + 1) * BLOCK) of a stream, as indices into the mixture."""
         edges = np.cumsum(self.weights)
         return np.searchsorted(edges / edges[-1], rng_of(self.seed, "draws", stream, block).random(BLOCK), side="right")
@@ -157,7 +173,7 @@ class Stream:
     def _read(self, source: int, place: int) -> Packed | None:
         name, documents = self.mixture.names[source], self.mixture.sources[source]
         try:
-            document = documents[place if self.once is not None else self.mixture.orders[source][place]]
+            document = documents[place if self.once is not None else self.mixture.index(source, place)]
         except Corrupt as error:
             log.warning("source %s: a corrupt record is skipped: %s", name, error)
             self.bad[source] += 1

@@ -5,13 +5,11 @@ data sets of the paper is said by the order of a document's parts; the random or
 Read next: packing.py.
 """
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-if TYPE_CHECKING:
-    from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.data.tokenizer import Tokenizer
 
 Image = UInt8[np.ndarray, "h w 3"]      # RGB, 0 to 255, already of the model's size
 
@@ -41,15 +39,15 @@ class Document:
 class Sequence:
     """One tokenised document; t tokens and i images of it. With no image, `images` has shape [0, 0, 0, 3]."""
     id: str
-    tokens: Int[np.ndarray, "t"]            # int32
-    text_weights: Float[np.ndarray, "t"]    # float32; weight of tokens[t] as a label
+    tokens: Int[np.ndarray, " t"]           # int32
+    text_weights: Float[np.ndarray, " t"]   # float32; weight of tokens[t] as a label
     images: UInt8[np.ndarray, "i h w 3"]
-    image_slots: Int[np.ndarray, "i"]       # int32; index in tokens of the first of an image's N slots
-    image_weights: Float[np.ndarray, "i"]   # float32; 1 where the image is regressed
+    image_slots: Int[np.ndarray, " i"]      # int32; index in tokens of the first of an image's N slots
+    image_weights: Float[np.ndarray, " i"]  # float32; 1 where the image is regressed
     cut: int                                # tokens that truncation dropped
 
 
-def make_sequence(document: Document, tokenizer: "Tokenizer", *, n_visual: int, max_tokens: int, max_images: int,
+def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, max_tokens: int, max_images: int,
                   image_first: float, predict_img: bool, rng: np.random.Generator) -> Sequence:
     """The sequence of `document`, of at most `max_tokens` tokens and `max_images` images.
 
@@ -75,11 +73,9 @@ def make_sequence(document: Document, tokenizer: "Tokenizer", *, n_visual: int, 
     weights.append(1.0)
 
     keep = min(len(tokens), max_tokens)
-    if len(slots) > max_images:
-        keep = min(keep, slots[max_images] - 1)
-    kept = sum(slot + n_visual < keep for slot in slots)    # images whose [/IMG], at slot + N, is still there
+    kept = min(max_images, sum(slot + n_visual < keep for slot in slots))      # images whose [/IMG], at slot + N, is still there
     if kept < len(slots):
-        keep = min(keep, slots[kept] - 1)
+        keep = min(keep, slots[kept] - 1)                                      # before the [IMG] of the first that is not
     return Sequence(
         id=document.id,
         tokens=np.array(tokens[:keep], np.int32),

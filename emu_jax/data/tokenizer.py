@@ -61,7 +61,7 @@ def train(texts: Iterable[str], vocab: int, path: str | Path) -> None:
     model.decoder = decoders.Metaspace()
     printable = [chr(code) for code in range(ord("!"), ord("~") + 1)]     # so that whatever is typed in ASCII has its pieces
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIAL), initial_alphabet=printable, show_progress=False)
-    model.train_from_iterable(texts, trainer)
+    model.train_from_iterator(texts, trainer)
     if model.get_vocab_size() != vocab:
         raise UserError(f"these texts give a tokenizer of {model.get_vocab_size()} pieces, not {vocab}; "
                         "take more text or a vocabulary of that size")

@@ -19,7 +19,7 @@ from emu_jax.config import UserError
 
 BLOCK = 128                                 # rows are padded to a multiple of it for splash and pallas
 GPU = ("gpu", "cuda", "rocm")
-PLATFORMS = {"splash": ("tpu", "cpu"), "pallas": (*GPU, "cpu"), "cudnn": GPU}   # on a CPU: interpreted, for tests
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}   # as "auto" prefers them; on a CPU: interpreted
 
 
 @flax.struct.dataclass
@@ -97,7 +97,7 @@ def attention(q: Float[Array, "B T H d"], k: Float[Array, "B S G d"], v: Float[A
     if kernel == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=mask.causal, implementation="cudnn")
     run = partial(_splash if kernel == "splash" else _pallas, scale=scale, causal=mask.causal, interpret=platform == "cpu")
-    return _sharded(run, q, k, v, mask.q_segments)
+    return _sharded(run, q, k, v, mask)
 
 
 def _platform() -> str:
@@ -129,14 +129,15 @@ def _obstacle(platform, q, k, mask, bias, dropout, kernel) -> str:
 
 
 def _pays(platform, q, k) -> bool:
-    """Short rows would be mostly padding; on a CPU the kernels are only interpreted."""
-    return platform != "cpu" and min(q.shape[1], k.shape[1]) >= BLOCK
+    """Short rows would be mostly padding, float32 is asked for to be exact, and on a CPU kernels are only interpreted."""
+    return platform != "cpu" and q.dtype.itemsize == 2 and min(q.shape[1], k.shape[1]) >= BLOCK
 
 
 def _dense(q, k, v, mask, scale, bias, dropout, key):
     G = k.shape[2]
+    einsum = partial(jnp.einsum, precision="highest" if q.dtype == jnp.float32 else None)
     q = rearrange(q, "B T (G r) d -> B T G r d", G=G)
-    logits = scale * jnp.einsum("BTGrd,BSGd->BGrTS", q, k, preferred_element_type=jnp.float32)
+    logits = scale * einsum("BTGrd,BSGd->BGrTS", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += rearrange(bias.astype(jnp.float32), "(G r) T S -> G r T S", G=G)
     ok = allowed(mask, q.shape[1], k.shape[1])[:, None, None]
@@ -144,7 +145,7 @@ def _dense(q, k, v, mask, scale, bias, dropout, key):
     probs = jnp.where(ok, jax.nn.softmax(logits, axis=-1), 0.0)     # zero, not uniform, for a query without keys
     if dropout:
         probs *= jax.random.bernoulli(key, 1 - dropout, probs.shape) / (1 - dropout)
-    return rearrange(jnp.einsum("BGrTS,BSGd->BTGrd", probs.astype(v.dtype), v), "B T G r d -> B T (G r) d")
+    return rearrange(einsum("BGrTS,BSGd->BTGrd", probs.astype(v.dtype), v), "B T G r d -> B T (G r) d")
 
 
 def _splash(q, k, v, segments, *, scale, causal, interpret):
@@ -170,7 +171,9 @@ def _pallas(q, k, v, segments, *, scale, causal, interpret):
     T, H = q.shape[1:3]
     _, ids = _ids(q, k, segments, causal)
     k, v = (repeat(x, "B S G d -> B S (G r) d", r=H // k.shape[2]) for x in (k, v))
-    return gpu.mha(*map(_padded, (q, k, v)), ids, sm_scale=scale, causal=causal, interpret=interpret)[:, :T]
+    b = BLOCK // 2 if q.dtype.itemsize > 2 else BLOCK       # 128 x 128 of float32 do not fit an H100's shared memory
+    blocks = gpu.BlockSizes(block_q=b, block_k=b, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)
+    return gpu.mha(*map(_padded, (q, k, v)), ids, sm_scale=scale, causal=causal, block_sizes=blocks, interpret=interpret)[:, :T]
 
 
 def _block(length: int) -> int:
@@ -197,17 +200,19 @@ def _ids(q, k, segments, causal):
     return _padded(zeros(q.shape[:2])), _padded(zeros(k.shape[:2]), -1)
 
 
-def _sharded(run, q, k, v, segments):
+def _sharded(run, q, k, v, mask):
     """The kernel on each device's rows and heads: a Pallas call does not partition by itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return run(q, k, v, segments)
-    spec = _spec(mesh, q.shape[0], k.shape[2])
-    return jax.shard_map(run, in_specs=(spec, spec, spec, P(spec[0])), out_specs=spec, check_vma=False)(q, k, v, segments)
+        return run(q, k, v, mask.q_segments)
+    spec = _spec(mesh, q.shape[0], k.shape[2], mask.causal)
+    return jax.shard_map(run, in_specs=(spec, spec, spec, P(spec[0])), out_specs=spec, check_vma=False)(q, k, v, mask.q_segments)
 
 
-def _spec(mesh, B: int, G: int) -> P:
-    """Where [B, T, H, d] lies: heads over tensor if it divides them, rows over the axes that are left if these divide them."""
-    heads = "tensor" if G % mesh.shape["tensor"] == 0 else None
+def _spec(mesh, B: int, G: int, causal: bool) -> P:
+    """Where [B, T, H, d] lies: text as `sharding.rows` has it, heads over tensor; what is not causal is images, whose rows
+    `sharding.images` lays over all axes. Rows or heads that do not divide stay whole."""
+    heads = "tensor" if causal and G % mesh.shape["tensor"] == 0 else None
     rows = sharding.ROWS if heads else sharding.AXES
-    return P(rows if B % prod(mesh.shape[axis] for axis in rows) == 0 else None, None, heads, None)
+    fits = [axes for axes in (rows, sharding.ROWS) if B % prod(mesh.shape[axis] for axis in axes) == 0]
+    return P(fits[0] if fits else None, None, heads, None)

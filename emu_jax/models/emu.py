@@ -79,8 +79,8 @@ class Emu(Encoder):
     def __call__(self, batch: Batch, key: Array | None = None) -> tuple[Float[Array, "B T D"], Float[Array, "B I N D"]]:
         """(hidden, visual tokens) of packed rows; `key` turns dropout on."""
         B = batch.images.shape[0]
-        z = self.encode(rearrange(batch.images, "B I h w c -> (B I) h w c"), key)
-        visual = sharding.rows(rearrange(z, "(B I) N D -> B I N D", B=B))
+        z = sharding.rows(self.encode(rearrange(batch.images, "B I h w c -> (B I) h w c"), key))
+        visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
         return self.llama(x, batch.positions, batch.segments, kernel=self.size.attention), visual
 

@@ -85,10 +85,7 @@ class Llama(nnx.Module):
 
     def embeddings(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Input embeddings of ids; ids from V on are the added tokens."""
-        table = sharding.gathered("llama/embed", self.embed.arrays(), dtype)
-        V, n = self.size.vocab, self.size.added
-        base, added = table["base"][jnp.minimum(tokens, V - 1)], table["added"][jnp.clip(tokens - V, 0, n - 1)]
-        return sharding.rows(jnp.where((tokens < V)[..., None], base, added))
+        return sharding.lookup(self.embed.base.get_value(), self.embed.added.get_value(), tokens, dtype)
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], *,
                  kernel: str = "auto") -> Float[Array, "B T D"]:

@@ -91,7 +91,7 @@ class Resampler(nnx.Module):
         bias = jnp.moveaxis(self.relative.get_value()[buckets], -1, 0)
         x = layers.run(self.blocks, x, lambda block, x, key: block(x, features, bias, key, kernel),
                        where="resampler/blocks", remat=size.remat, key=key_blocks)
-        return self.project(layers.dropout(self.norm(x), size.dropout, key_out))
+        return sharding.images(self.project(layers.dropout(self.norm(x), size.dropout, key_out)))
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from emu_jax.config import UserError
 from emu_jax.models.emu import EmuSize
 from emu_jax.weights.convert import Row, Table
 
@@ -60,13 +61,20 @@ def table(size: EmuSize) -> Table:
                  depth=dict(vision=size.vision.depth, resampler=size.resampler.depth, llama=size.llama.depth))
 
 
+def rename(name: str) -> str:
+    """A released name without its optional leading `module.` and without PEFT's wrapping."""
+    return re.sub(r"^module\.", "", name).replace("decoder.lm.base_model.model.", "decoder.lm.").replace(".base_layer.weight", ".weight")
+
+
 def canonical(foreign: Mapping[str, np.ndarray], *, lora_scale: float = 1.0) -> dict[str, np.ndarray]:
-    """Names without the leading `module.` and PEFT's wrapping, LoRA merged into its weights: w + scale * B A (alpha = rank: 1)."""
-    named = {re.sub(r"^module\.", "", name).replace("decoder.lm.base_model.model.", "decoder.lm.").replace(".base_layer.weight", ".weight"): array
-             for name, array in foreign.items()}
+    """The tensors under their plain names, LoRA merged into its weights: w + lora_scale * B A, with lora_scale = alpha / rank.
+    Raises UserError for half a LoRA."""
+    named = {rename(name): array for name, array in foreign.items()}
     merged = {name: array for name, array in named.items() if ".lora_" not in name}
     for name, a in named.items():
         if ".lora_A." in name:
-            weight = re.sub(r"\.lora_A\..*", ".weight", name)
-            merged[weight] = merged[weight] + np.float32(lora_scale) * (named[name.replace(".lora_A.", ".lora_B.")] @ a)
+            weight, other = re.sub(r"\.lora_A\..*", ".weight", name), name.replace(".lora_A.", ".lora_B.")
+            if weight not in merged or other not in named:
+                raise UserError(f"{name} is there without {other if weight in merged else weight}")
+            merged[weight] = merged[weight] + np.float32(lora_scale) * (named[other] @ a)
     return merged

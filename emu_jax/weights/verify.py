@@ -107,8 +107,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
     norms = {name: np.linalg.norm(g.astype(np.float64)) for name, g in convert.to_theirs(table, _gradient(size, params, batch, images)).items()}
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
-        plain = next(iter(emu1.canonical({name: np.zeros(0)})), None)     # None for a LoRA leaf, which is merged here
-        yield Quantity(f"grad_norm {name}", None, 5e-4) if plain not in norms else _compare(f"grad_norm {name}", norm, norms[plain], 5e-4)
+        ours_too = emu1.rename(name) in norms          # not so for a LoRA leaf: it is merged into its weight here
+        yield _compare(f"grad_norm {name}", norm, norms[emu1.rename(name)], 5e-4) if ours_too else Quantity(f"grad_norm {name}", None, 5e-4)
     yield from (Quantity(name, None, 1e-4) for name in file if name not in ours and name not in INPUTS | {"grad_norms"})
 
 

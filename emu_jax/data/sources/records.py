@@ -69,7 +69,9 @@ class Records:
         return self._length
 
     def __getitem__(self, index: int) -> Document:
-        """Document 0 <= index < len; its arrays may be shared and are read-only. Raises Corrupt."""
+        """Document 0 <= index < len; its arrays may be shared and are read-only. Raises Corrupt, and IndexError beyond the end."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"{self.name} has {self._length} documents; there is no number {index}")
         document = self._cache.get(index)
         if document is None:
             document, size = self._read(index)

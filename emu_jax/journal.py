@@ -1,0 +1,77 @@
+"""What a run tells: metrics.jsonl (one object a line), TensorBoard, and a progress bar on a terminal. On process 0 only.
+
+Read next: loop.py, which calls it a step late, so that it never waits for the device.
+"""
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from emu_jax.types import Metrics
+
+
+def means(metrics: Metrics, sources: tuple[str, ...]) -> dict[str, float]:
+    """sum / weight of each metric, on the host; `x_by_source` becomes x/SOURCE for the sources that were there."""
+    out: dict[str, float] = {}
+    for name, (total, weight) in metrics.items():
+        total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
+        if name.endswith("_by_source"):
+            out |= {f"{name.removesuffix('_by_source')}/{source}": float(t / w) for source, t, w in zip(sources, total, weight, strict=True) if w}
+        elif weight:
+            out[name] = float(total / weight)
+    return out
+
+
+class Journal:
+    """Lines of a run in `workdir`; those after step `start`, of a run that was cut off there, are taken out."""
+
+    def __init__(self, workdir: Path, *, start: int, steps: int):
+        self.active = jax.process_index() == 0
+        self.path = workdir / "metrics.jsonl"
+        if not self.active:
+            return
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= start]
+            part = self.path.with_suffix(".part")
+            part.write_text("".join(line + "\n" for line in lines))
+            part.replace(self.path)
+        self.file = self.path.open("a", buffering=1)
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line, for `step` batches consumed. Numbers that are not finite are null in the line (JSON has none)."""
+        if not self.active:
+            return
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps(line) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "text_loss", "image_loss") if name in values}, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def pictures(self, step: int, images: np.ndarray, captions: list[str]) -> None:
+        """Images [M, h, w, 3] and what was said of them, to TensorBoard."""
+        if self.active:
+            self.board.add_images("images", images, step, dataformats="NHWC")
+            self.board.add_text("captions", "\n\n".join(f"{number}. {text}" for number, text in enumerate(captions)), step)
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):       # half a line, of a run that was killed while writing
+        logging.warning("metrics.jsonl: left out a line that is not whole")
+        return math.inf

@@ -1,0 +1,231 @@
+"""One training loop for every stage: `train_step`, and the loop that feeds it. No stage's name occurs here.
+
+The loop never waits for the device: the numbers of step n - 1 are fetched after step n is dispatched. Read next: train.py.
+"""
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from emu_jax import sharding, tree
+from emu_jax.checkpoint import Checkpoints
+from emu_jax.config import UserError, to_dict
+from emu_jax.data.loader import Item, Loader
+from emu_jax.journal import Journal, means
+from emu_jax.models import emu, flops
+from emu_jax.stages import Stage
+from emu_jax.types import Batch, Metrics
+
+log = logging.getLogger(__name__)
+
+
+@flax.struct.dataclass
+class State:
+    step: Int[Array, ""]            # batches consumed
+    trainable: tree.Tree
+    frozen: tree.Tree
+    opt_state: Any
+    ema: tree.Tree | None           # average of the trainable leaves
+    bad: Int[Array, ""]             # steps left out, non-finite or spiking
+    typical_norm: Float[Array, ""]  # running mean of the gradient's norm, for the spikes
+
+
+@dataclass(frozen=True)
+class Program:
+    """All that a step needs beside its arrays."""
+    stage: Stage
+    size: emu.EmuSize
+    objective: dict                 # config.objective and the number of sources
+    optimizer: optax.GradientTransformation
+    groups: tree.Tree               # trainable leaf -> name under which its gradient's norm is logged
+    specs: tree.Tree                # trainable leaf -> PartitionSpec
+    seed: int
+    accumulate: int
+    ema: float
+    spike: float
+
+    def module(self, params: tree.Tree):
+        return emu.bind(self.stage.module, self.size, params)
+
+
+def init_state(program: Program, trainable: tree.Tree, frozen: tree.Tree) -> State:
+    """The state at step 0."""
+    zero = partial(jnp.zeros, (), jnp.int32)
+    return State(zero(), trainable, frozen, program.optimizer.init(trainable), jax.tree.map(jnp.copy, trainable) if program.ema else None,
+                 zero(), jnp.zeros(()))
+
+
+def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Metrics]:
+    """One step on a global batch. A step whose loss or gradient is not finite (or spikes) leaves everything but the counters unchanged."""
+    key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+    totals = program.stage.weights(batch)
+
+    def loss(trainable, micro, key):
+        return program.stage.loss(program.module(tree.merge(trainable, state.frozen)), micro, key, totals, program.objective)
+
+    def one(micro, number):
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable, micro, jax.random.fold_in(key, number))
+        return value, sharding.constrain(grads, program.specs), metrics
+
+    # Rows a, a + A, a + 2 A ... are micro-batch a: every device keeps the rows it has.
+    micros = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=program.accumulate), batch), jnp.arange(program.accumulate)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], micros)))
+    (value, grads, metrics), _ = jax.lax.scan(lambda total, inputs: (jax.tree.map(jnp.add, total, one(*inputs)), None), zero, micros)
+
+    norm = optax.global_norm(grads)
+    ok = jnp.isfinite(value) & jnp.isfinite(norm)
+    if program.spike:
+        ok &= (state.typical_norm == 0) | (norm < program.spike * state.typical_norm)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    ema = state.ema and jax.tree.map(lambda old, new: old + (1 - program.ema) * (new - old), state.ema, trainable)
+    typical = jnp.where(state.typical_norm == 0, norm, 0.98 * state.typical_norm + 0.02 * norm)
+    new = state.replace(trainable=trainable, opt_state=opt_state, ema=ema, typical_norm=typical)
+    new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
+    new = new.replace(step=state.step + 1, bad=state.bad + ~ok)
+    one = jnp.ones(())
+    norms = {f"grad_norm/{name}": (group, one) for name, group in _group_norms(grads, program.groups).items()}
+    return new, metrics | norms | {"loss": (value, one), "grad_norm": (norm, one), "bad_steps": (new.bad.astype(jnp.float32), one)}
+
+
+def eval_step(program: Program, params: tree.Tree, batch: Batch) -> Metrics:
+    """Metrics of a batch without dropout or gradient."""
+    return program.stage.loss(program.module(params), batch, None, program.stage.weights(batch), program.objective)[1]
+
+
+def _group_norms(grads: tree.Tree, groups: tree.Tree) -> dict[str, Array]:
+    squares: dict[str, Array] = {}
+    for (_, grad), (_, name) in zip(tree.leaves(grads), tree.leaves(groups), strict=True):
+        squares[name] = squares.get(name, 0.0) + jnp.sum(jnp.square(grad.astype(jnp.float32)))
+    return {name: jnp.sqrt(square) for name, square in squares.items()}
+
+
+def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Loader, checkpoints: Checkpoints, journal: Journal,
+        evaluate: Callable[[tree.Tree], dict[str, float]] | None = None, pictures: Callable[[tree.Tree, Item], list] | None = None) -> State:
+    """Trains from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and saves. `evaluate(params)` gives held-out numbers,
+    `pictures(params, item)` the arguments of Journal.pictures. Raises UserError after `log.max_bad_steps` bad steps."""
+    place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
+    shards = jax.tree.map(lambda x: x.sharding, state)
+    step_fn = jax.jit(partial(train_step, program), donate_argnums=0, out_shardings=(shards, None))
+    counts = Counts(program, c, state)
+    pending: tuple[int, Item, Metrics, float] | None = None
+    first = step = int(state.step)
+    batches: Iterator[Item] = iter(loader)
+    item = None
+
+    def finish(pending) -> None:
+        """Fetches and tells the numbers of a step that was dispatched; the device is busy with the next one meanwhile."""
+        number, item, metrics, waited = pending
+        values = means(jax.device_get(metrics), loader.source_names)
+        values |= counts.of(item, waited)
+        bad = int(values["bad_steps"])
+        if bad > counts.bad:
+            log.warning("step %d left the weights as they were: loss %s, gradient norm %s; documents: %s", number, values.get("loss"),
+                        values.get("grad_norm"), ", ".join(document for row in item.ids for document in row))
+        counts.bad = bad
+        if number % c.log.every == 0 or bad:
+            journal.write(number, values)
+
+    with stop_signals() as stopped:
+        while step < c.optim.steps and not stopped:
+            began = time.perf_counter()
+            item = next(batches)
+            waited = time.perf_counter() - began
+            state, metrics = step_fn(state, jax.tree.map(place, item.batch))
+            step += 1
+            if pending:
+                finish(pending)
+            pending = step, item, metrics, waited
+            if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
+                break
+            params = lambda: tree.merge(state.trainable, state.frozen)
+            due = lambda every: every and step % every == 0
+            if due(c.checkpoint.every) and step < c.optim.steps:
+                checkpoints.save(step, state, item.state, to_dict(c))
+            if evaluate and (due(c.eval.every) or step == c.optim.steps):
+                values = evaluate(params())
+                journal.write(step, {f"eval/{name}": value for name, value in values.items()})
+                counts.pause()
+            if pictures and due(c.log.pictures_every):
+                journal.pictures(step, *pictures(params(), item))
+                counts.pause()
+    if pending:
+        finish(pending)
+        checkpoints.save(step, state, item.state, to_dict(c), wait=True)
+    loader.close()
+    if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
+        raise UserError(f"stopped at step {step}: {counts.bad} steps were not finite or spiked (log.max_bad_steps={c.log.max_bad_steps}); "
+                        "their documents are named in the log; the checkpoint holds the last good weights")
+    if stopped:
+        log.warning("stopped by %s at step %d of %d; the checkpoint is saved, the same command goes on", stopped[0], step, c.optim.steps)
+    if step > first and step_fn._cache_size() > 1:
+        log.warning("train_step was compiled %d times: a shape or a dtype changes from step to step", step_fn._cache_size())
+    return state
+
+
+class Counts:
+    """The speed of a run: what each step's batch held, over the time from one step's end to the next's."""
+
+    def __init__(self, program: Program, c, state: State):
+        self.size, self.slots = program.size, program.size.resampler.tokens
+        params = tree.merge(state.trainable, state.frozen)
+        self.trained = {tower: any(path.startswith(f"{tower}/") for path, _ in tree.leaves(state.trainable)) for tower in params}
+        self.trained["heads"] = self.trained.get("regress_head", False)
+        self.towers = set(params) | ({"heads"} if "llama" in params else set())
+        self.peak = flops.peak(jax.devices()[0].device_kind)
+        self.bad = self.bad_at_start = int(state.bad)
+        self.ended: float | None = None
+        self.rows = c.data.batch
+
+    def pause(self) -> None:
+        """What was done since the last step is not part of the next one's time."""
+        self.ended = None
+
+    def of(self, item: Item, waited: float) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, self.ended = None if self.ended is None else now - self.ended, now
+        held = item.batch.segments > 0
+        share = self.rows / len(held)         # this process's rows stand for all processes' rows
+        tokens, images = share * held.sum(), share * item.batch.image_weights.sum()
+        values = {"padding": 1 - float(held.mean()), "input_wait": waited}
+        if not seconds:                       # the first step, which compiles, and those after a pause
+            return values
+        pairs = share * (item.batch.positions + 1)[held].sum()
+        work = flops.train(self.size, self.trained, images=images, tokens=tokens, pairs=pairs,
+                           labels=share * item.batch.text_weights.sum(), regressed=images * self.slots)
+        work = {tower: value for tower, value in work.items() if tower in self.towers}
+        values |= {"step_time": seconds, "tokens_per_second": tokens / seconds, "images_per_second": images / seconds,
+                   "flops_per_second": sum(work.values()) / seconds}
+        values |= {f"flops_per_second/{tower}": value / seconds for tower, value in work.items()}
+        return values | ({"mfu": sum(work.values()) / seconds / (self.peak * jax.device_count())} if self.peak else {})
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """A list that SIGINT and SIGTERM put their name into instead of ending the process; a second one ends it."""
+    received: list[str] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, _frame):
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,41 @@
+"""The optimizer: AdamW whose learning rates and weight decays are rules over parameter paths (section 3 of the paper).
+
+Learning rate of a leaf at a step = its peak (rules.peak_lr) times the schedule's share of the peak. Read next: loop.py.
+"""
+import jax
+import optax
+
+from emu_jax.config import UserError
+from emu_jax.tree import Tree
+
+
+def schedule(c) -> optax.Schedule:
+    """Share of the peak at a step, from `config.optim`: a linear warm-up, then its schedule. Raises UserError for an unknown one."""
+    warmup = int(round(c.warmup * c.steps))
+    rest = max(c.steps - warmup, 1)
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(1.0, rest, alpha=c.final),
+        "linear": lambda: optax.linear_schedule(1.0, c.final, rest),
+        "constant": lambda: optax.constant_schedule(1.0),
+        "stepped": lambda: optax.join_schedules([optax.constant_schedule(share) for share in (1.0, *(share for _, share in c.boundaries))],
+                                                [step - warmup for step, _ in c.boundaries]),
+    }
+    if c.schedule not in after:
+        raise UserError(f"optim.schedule={c.schedule!r} is not one of {', '.join(after)}")
+    if not 0 <= c.warmup <= 1 or c.steps < 1:
+        raise UserError(f"optim.warmup={c.warmup} is a share of the steps, 0 to 1, and optim.steps={c.steps} at least 1")
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(warmup, 1)), after[c.schedule]()], [warmup])
+
+
+def make(c, peaks: Tree, decays: Tree) -> optax.GradientTransformation:
+    """AdamW of `config.optim`; `peaks` and `decays` are trees like the trainable parameters, a number at each leaf."""
+    def decay(updates, params):
+        return jax.tree.map(lambda u, p, share: u + share * p if share else u, updates, params, decays)
+
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
+        optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps),
+        optax.stateless(decay),
+        optax.scale_by_schedule(schedule(c)),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, peak: -peak * u, updates, peaks)),
+    )

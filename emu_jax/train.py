@@ -1,0 +1,234 @@
+"""python -m emu_jax.train --config=configs/pretrain.py [--config.FIELD=VALUE ...]: trains any stage.
+
+config -> mesh -> abstract model -> shardings -> parameters (resume, else weights, else scratch) -> data -> loop.
+Read next: loop.py.
+"""
+import dataclasses
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from emu_jax import checkpoint, config, loop, optim, sharding, stages, tree
+from emu_jax.config import UserError
+from emu_jax.data import tokenizer as tokenizers
+from emu_jax.data.loader import Item, Loader
+from emu_jax.generate import text
+from emu_jax.journal import Journal, means
+from emu_jax.models import emu
+
+log = logging.getLogger(__name__)
+
+# Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "eval.every", "eval.batches", "data.prefetch", "data.workers")
+MEASURED = 2048     # images behind the constants that standardise visual tokens
+PICTURES = 8        # images, and what is said of them, a time in TensorBoard
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 trained, or stopped by a signal with everything saved; 2 for what the user can put right."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        train(config.load(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(c: ConfigDict) -> loop.State:
+    """Trains the run that `c` describes, in c.workdir, from its newest checkpoint if it has one."""
+    # Model: shapes only.
+    if c.stage not in stages.STAGES:
+        raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
+    stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
+    abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
+    print(parameter_table(abstract), flush=True)
+
+    # Mesh and shardings.
+    mesh = sharding.make_mesh(c.mesh)
+    check(c, mesh)
+    program = make_program(c, stage, size, abstract)
+    with jax.set_mesh(mesh):
+        placed = sharding.shardings(mesh, sharding.specs(abstract))
+        trains = what_trains(c, abstract)
+
+        # Data.
+        tokenizer = tokenizers.load(c.data.tokenizer, size.llama.vocab)
+        make_loader = partial(Loader, c.data, c.seed, tokenizer, size.resampler.tokens, size.vision.image, c.objective.predict_img,
+                              process=jax.process_index(), processes=jax.process_count())
+        loader = make_loader()
+
+        # State: resume, else weights, else scratch.
+        workdir = Path(c.workdir)
+        claim(workdir, c)
+        checkpoints = checkpoint.Checkpoints(c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
+        state_of = lambda params: loop.init_state(program, *tree.split(params, trains))
+        abstract_state = jax.eval_shape(state_of, abstract)
+        layout = sharding.of_state(mesh, abstract, abstract_state)
+        like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract_state, layout)
+        if (resumed := checkpoints.restore(like)) is not None:
+            step, state, data, _ = resumed
+            loader.restore(data)
+            log.info("resumed at step %d of %d in %s", step, c.optim.steps, workdir)
+        else:
+            step = 0
+            params = jax.jit(partial(emu.init, stage.module, size), out_shardings=placed)(jax.random.key(c.seed))
+            loaded = load_weights(c.init, params) if c.init else {}
+            params = tree.unflatten(dict(tree.leaves(params)) | dict(tree.leaves(loaded)))
+            if size.standardise and "visual_stats" in params and "visual_stats" not in loaded:
+                params |= {"visual_stats": measure_visual_stats(program, params, make_loader(), placed["visual_stats"])}
+            state = jax.jit(state_of, out_shardings=layout, donate_argnums=0)(params)
+
+        # Train.
+        journal = Journal(workdir, start=step, steps=c.optim.steps)
+        try:
+            return loop.run(c, program, state, mesh, loader, checkpoints, journal,
+                            evaluate=held_out(program, mesh, make_loader(eval=True), c) if c.data.eval_mixture else None,
+                            pictures=pictures(program, tokenizer) if "llama" in abstract else None)
+        finally:
+            loader.close()
+            journal.close()
+            checkpoints.close()
+
+
+def parameter_table(abstract: tree.Tree) -> str:
+    """Parameters by tower, one line each."""
+    counts = {tower: sum(leaf.size for leaf in jax.tree.leaves(part)) for tower, part in abstract.items()}
+    counts["total"] = sum(counts.values())
+    return "\n".join(f"{tower:14}{count:>16,} parameters" for tower, count in counts.items())
+
+
+def make_program(c: ConfigDict, stage: stages.Stage, size: emu.EmuSize, abstract: tree.Tree) -> loop.Program:
+    """The program of a config; rules cover the whole model, and the trainable part of what they say is kept."""
+    trains = what_trains(c, abstract)
+    trainable = lambda rows, what: tree.split(_rule(rows, abstract, what), trains)[0]
+    return loop.Program(
+        stage=stage, size=size, objective=c.objective.to_dict() | {"sources": len(c.data.mixture)},
+        optimizer=optim.make(c.optim, trainable(c.rules.peak_lr, "rules.peak_lr"), trainable(c.rules.decay, "rules.decay")),
+        groups=trainable(c.rules.groups, "rules.groups"), specs=tree.split(sharding.specs(abstract), trains)[0],
+        seed=c.seed, accumulate=c.optim.accumulate, ema=c.optim.ema, spike=c.optim.spike)
+
+
+def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
+    """rules.train over the parameters; the measured constants of the visual tokens never train."""
+    trains = _rule(c.rules.train, abstract, "rules.train")
+    trains |= {tower: jax.tree.map(lambda _: False, part) for tower, part in trains.items() if tower == "visual_stats"}
+    if not any(chosen for _, chosen in tree.leaves(trains)):
+        raise UserError("rules.train: nothing trains; at least one row must say True")
+    return trains
+
+
+def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
+    try:
+        return tree.by_rule(rows, abstract, what)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for what is missing, and for a batch that the devices cannot share out."""
+    if not c.workdir:
+        raise UserError("no workdir; give one: --config.workdir=DIR")
+    if not c.data.mixture:
+        raise UserError("no data; give sources, (name, weight, FOLDER:SPLIT) each: --config.data.mixture=\"(('pairs', 1.0, 'DIR:train'),)\" "
+                        "(make demo shows the whole way on data that it makes)")
+    if not c.data.tokenizer:
+        raise UserError("no tokenizer; give LLaMA's tokenizer.model or a tokenizer.json: --config.data.tokenizer=FILE")
+    rows = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
+    if c.optim.accumulate < 1 or c.data.batch % (rows * c.optim.accumulate):
+        raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
+
+
+def claim(workdir: Path, c: ConfigDict) -> None:
+    """Makes the workdir this config's own. Raises UserError if it is another's, naming the fields that differ."""
+    path = workdir / "config.json"
+    new = config.to_dict(c)
+    if path.exists():
+        old = _flat(json.loads(path.read_text()))
+        now = _flat(new)
+        differ = [key for key in sorted(old.keys() | now.keys()) if old.get(key) != now.get(key) and not key.startswith(MAY_DIFFER)]
+        if differ:
+            raise UserError(f"workdir {workdir} is of another config: " +
+                            ", ".join(f"{key} was {old.get(key)!r} and is {now.get(key)!r}" for key in differ[:4]) +
+                            (f" and {len(differ) - 4} more" if len(differ) > 4 else "") + "; choose another workdir")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(new, indent=1) + "\n")
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    return {path: leaf for key, value in values.items()
+            for path, leaf in (_flat(value, f"{prefix}{key}.").items() if isinstance(value, dict) else [(prefix + key, value)])}
+
+
+def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
+    """The leaves of the checkpoint in `directory` that `params` has too, laid out like those; says which towers came, which stay
+    fresh and which are not used. Raises UserError where a shape differs or nothing is shared."""
+    there = checkpoint.param_shapes(directory)
+    here = dict(tree.leaves(params))
+    shared = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in here.items() if path in there}
+    towers = lambda paths: ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
+    if not shared:
+        raise UserError(f"init={directory!r} has no parameter of this model; it holds {towers(there)}")
+    log.info("init %s: loaded %s; fresh: %s; not used: %s", directory, towers(shared), towers(here.keys() - shared.keys()),
+             towers(there.keys() - here.keys()))
+    return checkpoint.restore_params(directory, tree.unflatten(shared))
+
+
+def measure_visual_stats(program: loop.Program, params: tree.Tree, loader: Loader, layout: tree.Tree) -> tree.Tree:
+    """Mean and deviation of each dimension of each visual token over MEASURED training images, for models that standardise them."""
+    encode = jax.jit(lambda params, images: program.module(params).encode(images).astype(jnp.float32))
+    found: list[np.ndarray] = []
+    for item in loader:
+        images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]]
+        rows = len(item.batch.images) * item.batch.images.shape[1]       # one shape for every batch
+        padded = np.concatenate([images, np.zeros((rows - len(images), *images.shape[1:]), np.uint8)])
+        found.append(np.asarray(encode(params, padded))[:len(images)])
+        if sum(map(len, found)) >= MEASURED:
+            break
+    loader.close()
+    tokens = np.concatenate(found)[:MEASURED].astype(np.float64)
+    stats = {"mean": tokens.mean(0), "std": np.maximum(tokens.std(0), 1e-4)}
+    log.info("visual tokens standardised by the mean and deviation of %d images; mean deviation %.3g", len(tokens), stats["std"].mean())
+    return {name: jax.device_put(value.astype(np.float32), layout[name]) for name, value in stats.items()}
+
+
+def held_out(program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: ConfigDict) -> Callable[[tree.Tree], dict[str, float]]:
+    """evaluate(params): the stage's metrics on `eval.batches` global batches of the held-out mixture."""
+    program = dataclasses.replace(program, objective=program.objective | {"sources": len(c.data.eval_mixture)})
+    step = jax.jit(partial(loop.eval_step, program))
+    place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
+
+    def evaluate(params: tree.Tree) -> dict[str, float]:
+        total = None
+        for item in itertools.islice(loader, c.eval.batches):
+            metrics = step(params, jax.tree.map(place, item.batch))
+            total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+        loader.close()
+        return means(jax.device_get(total), loader.source_names)
+    return evaluate
+
+
+def pictures(program: loop.Program, tokenizer: tokenizers.Tokenizer) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+    """pictures(params, item): some images of a batch and what the model says of them."""
+    caption = jax.jit(partial(text.caption, program.size, new_tokens=24))
+
+    def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
+        images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]][:PICTURES]
+        ids = caption(params, jnp.asarray(np.resize(images, (PICTURES, *images.shape[1:]))))
+        return images, [tokenizer.decode(text.until_end(row)) for row in np.asarray(ids)[:len(images)]]
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

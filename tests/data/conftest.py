@@ -1,0 +1,44 @@
+"""A tokenizer and sources small enough to write their results down by hand."""
+import numpy as np
+import pytest
+
+from emu_jax.data.sequence import Document
+from emu_jax.data.sources import Corrupt
+from emu_jax.data.tokenizer import Tokenizer
+
+
+class Memory:
+    """A source of the given documents; those at `corrupt` cannot be read."""
+
+    def __init__(self, documents, corrupt=()):
+        self.documents, self.corrupt = documents, corrupt
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        if index in self.corrupt:
+            raise Corrupt(self.documents[index].id, "not a PNG")
+        return self.documents[index]
+
+
+@pytest.fixture
+def letters():
+    """A tokenizer whose ids are the code points of the letters."""
+    return Tokenizer(256, lambda text: [ord(letter) for letter in text], lambda ids: "".join(map(chr, ids)))
+
+
+@pytest.fixture
+def memory():
+    """Memory(documents, corrupt); a number instead of documents makes that many: d0 "aaa...", d1, ... of 1 to 9 letters."""
+    def make(documents, corrupt=()):
+        if isinstance(documents, int):
+            documents = [Document(f"d{k}", (chr(97 + k % 26) * (1 + k * 7 % 9),)) for k in range(documents)]
+        return Memory(documents, corrupt)
+    return make
+
+
+@pytest.fixture
+def picture():
+    """picture(k, size): an image all of whose values are k."""
+    return lambda k, size=4: np.full((size, size, 3), k, np.uint8)

@@ -1,0 +1,19 @@
+"""A tiny data set for the tests of other parts, made by the demo's own code in a second or two."""
+from pathlib import Path
+
+from emu_jax.data import tokenizer
+from emu_jax.data.builders import openmoji
+
+IMAGE, VOCAB = 28, 512      # of the size "debug"
+MIXTURE = (("names", 1.0, "names"), ("scenes", 2.0, "scenes"), ("stories", 1.0, "stories"))
+
+
+def write_tiny(to: Path) -> None:
+    """24 captioned images (names, scenes) and 8 stories in split "train", as many in "held_out", at 28 px; tokenizer.json of 512."""
+    openmoji.write(to, seed=0, image=IMAGE, first=8)
+    tokenizer.train(sorted(openmoji.files()), VOCAB, to / "tokenizer.json")
+
+
+def mixture(to: Path, split: str) -> tuple[tuple[str, float, str], ...]:
+    """Rows for `config.data.mixture` (split "train") and `config.data.eval_mixture` ("held_out")."""
+    return tuple((name, weight, f"{to}/{folder}:{split}") for name, weight, folder in MIXTURE)

@@ -1,0 +1,96 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emu_jax.data import images
+
+
+def encoded(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def photo():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+
+
+def test_pixels_of_the_right_size_are_kept():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    decoded = images.decode(encoded(Image.fromarray(pixels)), 32)
+    assert decoded.dtype == np.uint8 and (decoded == pixels).all()
+
+
+def test_others_are_squashed_not_cropped(photo):
+    decoded = images.decode(encoded(photo), 28)
+    assert (decoded == np.array(photo.resize((28, 28), Image.Resampling.BICUBIC))).all()
+    assert decoded.shape == (28, 28, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "I;16"])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_every_mode_becomes_rgb(mode, format):
+    grey = Image.new("L", (8, 8), 255)
+    grey.paste(0, (0, 0, 8, 4))
+    image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 128) if mode == "I;16" else grey.convert(mode)
+    if format == "PNG" and mode in ("CMYK", "YCbCr"):
+        pytest.skip("PNG has no such mode")
+    decoded = images.decode(encoded(image, format), 8)
+    assert decoded.shape == (8, 8, 3)
+    assert decoded[:4].max() <= 2 and (decoded[4:] >= 253).all() if mode != "I;16" else (decoded[4:] == 127).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_shows_white(mode):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 8, 4))
+    decoded = images.decode(encoded(image.convert(mode)), 8)
+    assert (decoded[:4] == 0).all() and (decoded[4:] == 255).all()
+
+
+def test_half_transparent_is_mixed_with_white():
+    assert (images.decode(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 51))), 4) == 204).all()
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    decoded = images.decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), 8)
+    assert (decoded == (255, 0, 0)).all()
+
+
+def bomb():
+    """A PNG of a few bytes that claims 20,000 x 20,000 pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs(photo, monkeypatch):
+    with pytest.raises(ValueError, match="not a usable image"):
+        images.decode(bomb(), 16)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 60 - 1)
+    with pytest.raises(ValueError, match="60 x 40 pixels are over the limit of 2399"):
+        images.decode(encoded(photo), 16)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_files_cut_short(photo, format):
+    whole = encoded(photo, format)
+    images.decode(whole, 16)
+    for length in (0, 10, len(whole) // 2):
+        with pytest.raises(ValueError) as caught:
+            images.decode(whole[:length], 16)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_image():
+    for data in (b"", b"<html>not found</html>", bytes(1000), np.random.default_rng(0).bytes(1000)):
+        with pytest.raises(ValueError, match="not a usable image"):
+            images.decode(data, 16)

@@ -1,0 +1,71 @@
+"""Small models and batches for the tests: real packed rows of random interleaved documents."""
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+
+from emu_jax import config, stages, train
+from emu_jax.data.packing import empty_batch, write_row
+from emu_jax.data.sequence import Document, make_sequence
+from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.models import emu
+
+
+def cfg(*overrides: str, size: str = "debug"):
+    """configs/base.py at a small size, on one device, without dropout, with overrides "a.b=value"."""
+    small = ("optim.steps=4", "data.batch=8", "data.tokens=48", "data.images=3", "data.num_streams=4", "objective.chunk=16", "mesh.fsdp=1",
+             "model.resampler.dropout=0.0")
+    return config.load([f"--config=configs/base.py:{size}", *(f"--config.{override}" for override in (*small, *overrides))])
+
+
+def documents(count: int, size: int, seed: int = 0) -> list[Document]:
+    """Documents of one to three parts, texts and images in any order."""
+    rng = np.random.default_rng(seed)
+    image = lambda: rng.integers(0, 256, (size, size, 3), np.uint8)
+    word = lambda: "".join(chr(97 + k) for k in rng.integers(0, 26, rng.integers(2, 9)))
+    kinds = (lambda: (image(), word()), lambda: (word(), image()), lambda: (word(),), lambda: (word(), image(), word()))
+    return [Document(f"d{k}", kinds[rng.integers(len(kinds))]()) for k in range(count)]
+
+
+def sequences(c, count: int, seed: int = 0):
+    vocab = c.model.llama.vocab
+    letters = Tokenizer(vocab, lambda text: [3 + ord(letter) - 97 for letter in text], lambda ids: "".join(chr(94 + k) for k in ids))
+    to_sequence = partial(make_sequence, tokenizer=letters, n_visual=c.model.resampler.tokens, max_tokens=c.data.tokens, max_images=c.data.images,
+                          image_first=0.5, predict_img=c.objective.predict_img)
+    return [to_sequence(document, rng=np.random.default_rng(seed)) for document in documents(count, c.model.vision.image, seed)]
+
+
+def pack(c, rows):
+    """A Batch whose row b holds the sequences rows[b]."""
+    batch = empty_batch(len(rows), c.data.tokens, c.data.images, c.model.vision.image, pad=c.model.llama.vocab)
+    for number, row in enumerate(rows):
+        write_row(batch, number, row, [k % 2 for k in range(len(row))])
+    return batch
+
+
+def batch(c, seed: int = 0):
+    """c.data.batch rows, unevenly filled: one, two or three documents each."""
+    waiting = sequences(c, 3 * c.data.batch, seed)
+    rows = []
+    for number in range(c.data.batch):
+        row, tokens, images = [], 0, 0
+        for _ in range(1 + number % 3):
+            candidate = waiting.pop()
+            tokens, images = tokens + len(candidate.tokens), images + len(candidate.image_slots)
+            if tokens <= c.data.tokens and images <= c.data.images:
+                row.append(candidate)
+        rows.append(row)
+    return pack(c, rows)
+
+
+def program(c):
+    """The loop's Program of a config, for two sources."""
+    stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
+    abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
+    made = train.make_program(c, stage, size, abstract)
+    return dataclasses.replace(made, objective=made.objective | {"sources": 2})
+
+
+def params(p, seed: int = 0):
+    return emu.init(p.stage.module, p.size, jax.random.key(seed))

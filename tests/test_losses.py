@@ -1,0 +1,212 @@
+"""Laws of the fused objective: it is the plain one, in value and gradient, on any mesh, without its memory."""
+import re
+from functools import partial
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from emu_jax import losses, sharding, tree
+from emu_jax.losses import fused
+
+B, T, K, D, V, n = 8, 11, 5, 16, 40, 6
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def learnt(dtype=jnp.float32):
+    """Hidden states and the two heads."""
+    return normal(B, T, D).astype(dtype), {"base": 3 * normal(V, D), "added": 3 * normal(n, D)}, {"w": normal(D, D) / 4}
+
+
+def given():
+    """Labels in both tables; weights that are fractions, and 0 in a whole row and elsewhere; predictors that share a position, and
+    fall off both ends of the row where they count for nothing."""
+    labels = RNG.integers(0, V + n, (B, T))
+    labels[:, :4] = [0, V - 1, V, V + n - 1]
+    label_weights = RNG.uniform(0.5, 2, (B, T)) * RNG.integers(0, 2, (B, T))
+    label_weights[:, :4], label_weights[2] = 1, 0
+    predictors = RNG.integers(0, T, (B, K))
+    predictors[:, 1] = predictors[:, 0]
+    predictors[:, 2], predictors[:, 3] = T + 3, -2
+    target_weights = RNG.uniform(0.5, 2, (B, K))
+    target_weights[:, 2:4], target_weights[3] = 0, 0
+    return (jnp.asarray(labels, jnp.int32), jnp.asarray(label_weights, jnp.float32), jnp.asarray(predictors, jnp.int32),
+            normal(B, K, D), jnp.asarray(target_weights, jnp.float32), jnp.float32(0.7 / label_weights.sum()),
+            jnp.float32(1.3 / target_weights.sum()))
+
+
+def plain(learnt, labels, label_weights, predictors, targets, target_weights, text_scale, image_scale):
+    """The objective as one would write it down."""
+    hidden, head, regress = jax.tree.map(lambda x: x.astype(jnp.float32), learnt)
+    logits = jnp.einsum("BTD,VD->BTV", hidden, jnp.concatenate([head["base"], head["added"]]))
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
+    at = jnp.take_along_axis(hidden, jnp.clip(predictors, 0, T - 1)[..., None], 1)
+    error = jnp.square(jnp.einsum("BKD,DE->BKE", at, regress["w"]) - targets).mean(-1)
+    loss = text_scale * (label_weights * nll).sum() + image_scale * (target_weights * error).sum()
+    return loss, (nll, error)
+
+
+def ours(learnt, *given, chunk=4):
+    loss, nll, error = fused(*learnt, *given, chunk=chunk)
+    return loss, (nll, error)
+
+
+value_and_grad = partial(jax.value_and_grad, has_aux=True)
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Every leaf within `tolerance` of the other's, relative to its largest element."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1e-6, float(jnp.abs(b).max()))), got, want)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 256])
+def test_equals_plain(chunk):
+    x, y = learnt(), given()
+    assert_close(jax.jit(value_and_grad(partial(ours, chunk=chunk)))(x, *y), jax.jit(value_and_grad(plain))(x, *y))
+    assert_close(jax.jit(partial(ours, chunk=chunk))(x, *y), plain(x, *y))
+
+
+def test_large_logits_do_not_overflow():
+    (hidden, *heads), y = learnt(), given()
+    x = (50 * hidden, *heads)                       # logits of some hundreds
+    got, want = jax.jit(value_and_grad(ours))(x, *y), jax.jit(value_and_grad(plain))(x, *y)
+    assert_close(got, want)
+    assert all(np.isfinite(part).all() for part in jax.tree.leaves(got))
+
+
+def test_what_does_not_count_has_no_gradient():
+    y = given()
+    (d_hidden, _, _), _ = jax.jit(jax.grad(ours, has_aux=True))(learnt(), *y)
+    counts = np.asarray(y[1]) != 0
+    for b, k in zip(*np.nonzero(y[4]), strict=True):
+        counts[b, y[2][b, k]] = True                # predicts a target that counts
+    np.testing.assert_array_equal(np.any(d_hidden, -1), counts)
+
+
+def test_no_gradient_to_targets_or_weights():
+    x, y = learnt(), given()
+    floats = tuple(part for part in y if part.dtype == jnp.float32)
+
+    def loss(floats):
+        parts = iter(floats)
+        return ours(x, *(next(parts) if part.dtype == jnp.float32 else part for part in y))[0]
+
+    assert len(floats) == 5 and not any(g.any() for g in jax.grad(loss)(floats))
+
+
+def test_nll_and_error_are_detached():
+    gradient = jax.grad(lambda x, *y: sum(part.sum() for part in ours(x, *y)[1]))(learnt(), *given())
+    assert not any(g.any() for g in jax.tree.leaves(gradient))
+
+
+def test_gradient_is_scaled_by_the_cotangent():
+    x, y = learnt(), given()
+    once = jax.jit(jax.grad(lambda x: ours(x, *y)[0]))(x)
+    composed = jax.jit(jax.grad(lambda x: jnp.square(3 * ours(x, *y)[0]) + x[0].sum()))(x)
+    factor = 18 * ours(x, *y)[0]
+    want = jax.tree.map(lambda g: factor * g, once)
+    assert_close(composed, (want[0] + 1, *want[1:]))
+
+
+def test_gradient_by_finite_differences():
+    x, y = learnt(), given()
+    gradient = jax.jit(jax.grad(lambda x: ours(x, *y)[0]))(x)
+    for part in range(3):
+        direction = jax.tree.map(jnp.zeros_like, x)
+        direction = (*direction[:part], jax.tree.map(lambda w: normal(*w.shape), x[part]), *direction[part + 1:])
+        at = jax.jit(lambda step: ours(jax.tree.map(lambda w, d: w + step * d, x, direction), *y)[0])  # noqa: B023
+        slope = (at(3e-3) - at(-3e-3)) / 6e-3
+        want = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+        np.testing.assert_allclose(slope, want, rtol=1e-2)
+
+
+def test_bfloat16():
+    x, y = learnt(jnp.bfloat16), given()
+    got, gradient = jax.jit(value_and_grad(ours))(x, *y)
+    assert jax.tree.map(lambda g: g.dtype, gradient) == jax.tree.map(lambda w: w.dtype, x)
+    assert got[0].dtype == got[1][0].dtype == jnp.float32
+    assert_close((got, gradient), value_and_grad(plain)(x, *y), tolerance=0.03)
+
+
+@pytest.mark.parametrize("shape, dtype", [((2, 2, 2), jnp.float32), ((1, 8, 1), jnp.float32), ((1, 2, 4), jnp.float32),
+                                          ((2, 2, 2), jnp.bfloat16)])
+def test_sharded_equals_single(shape, dtype):
+    x, y = learnt(dtype), given()
+    want = jax.jit(value_and_grad(ours))(x, *y)
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
+    specs = P(sharding.ROWS), losses.HEAD, losses.REGRESS
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), x, specs)
+        got = jax.jit(value_and_grad(ours))(placed, *y)
+        tolerance = 1e-5 if dtype == jnp.float32 else 0.01
+        assert_close(got, want, tolerance)
+        assert_close(jax.jit(ours)(placed, *y), want[0], tolerance)
+    assert all(jax.tree.leaves(jax.tree.map(lambda g, w: g.sharding.is_equivalent_to(w.sharding, g.ndim), got[1], placed)))
+
+
+def test_heads_lie_as_the_table_says():
+    rows = [row for tower in ("llama", "regress_head") for row in sharding.PARAMS[tower]]
+    for path, spec in tree.leaves({"llama": {"lm_head": losses.HEAD}, "regress_head": losses.REGRESS}):
+        assert next(value for pattern, value in rows if re.fullmatch(pattern, path)) == spec
+
+
+def equations(jaxpr, loops=0):
+    """(equation, how many scans it is inside of) of a jaxpr and all that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation, loops
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner, loops + (equation.primitive.name == "scan"))
+
+
+def arrays(function, *arguments):
+    """(shape, dtype name) of every array that `function` makes."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    return {(out.aval.shape, out.aval.dtype.name) for equation, _ in equations(jaxpr) for out in equation.outvars}
+
+
+@pytest.mark.parametrize("chunk, largest_chunk", [(4, 4), (8, 6)])      # T is 11: chunks of 4, 4, 3 and, evenly, of 6 and 5
+@pytest.mark.parametrize("wrap", [partial, value_and_grad])
+def test_logits_never_exist_beyond_a_chunk(wrap, chunk, largest_chunk):
+    def largest(function):                          # of the arrays over the vocabulary that are no weights
+        found = arrays(function, learnt(), *given())
+        return max(np.prod(shape) for shape, _ in found if set(shape) & {V, V + n} and shape[-2:] not in {(V, D), (V + n, D)})
+    assert largest(wrap(partial(ours, chunk=chunk))) == B * largest_chunk * V
+    assert largest(plain) == B * T * (V + n)
+
+
+def test_evaluating_makes_no_gradient():
+    x, y = learnt(jnp.bfloat16), given()            # so that the weights' copies are bfloat16
+    buffer = ((V, D), "float32")
+    assert buffer in arrays(value_and_grad(ours), x, *y)
+    assert buffer not in arrays(ours, x, *y)
+
+
+def test_a_frozen_head_costs_no_gradient_buffer():
+    x, y = (normal(B, T, D), {"base": normal(4096, D), "added": normal(n, D)}, {"w": normal(D, D)}), given()
+
+    def temporaries(which):
+        def loss(parts):
+            return ours((*parts, *x[len(parts):]), *y, chunk=1)[0]
+        return jax.jit(jax.grad(loss)).lower(x[:which]).compile().memory_analysis()
+
+    frozen, trained = temporaries(1), temporaries(2)
+    assert frozen.temp_size_in_bytes + 4096 * D * 4 <= trained.temp_size_in_bytes + trained.output_size_in_bytes - frozen.output_size_in_bytes
+
+
+def test_only_tensor_collectives_inside_the_loop():
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        jaxpr = jax.make_jaxpr(value_and_grad(ours))(learnt(), *given()).jaxpr
+    over = {True: set(), False: set()}
+    for equation, loops in equations(jaxpr):
+        if equation.primitive.name != "axis_index":
+            axes = equation.params.get("axes", equation.params.get("axis_name", ()))
+            over[loops > 0] |= set(axes if isinstance(axes, tuple) else (axes,)) & set(sharding.AXES)
+    assert over == {True: {"tensor"}, False: {"data", "fsdp", "tensor"}}
