@@ -21,7 +21,8 @@ from orbax.checkpoint import v1 as ocp
 from emu_jax import tree
 from emu_jax.config import UserError
 
-logging.getLogger("absl").setLevel(logging.WARNING)     # Orbax tells of every file at INFO
+# Orbax logs every file at INFO, and the traceback of every thread at ERROR: what matters reaches us as an exception.
+logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
 
 
 class Checkpoints:
@@ -130,6 +131,12 @@ def read_config(directory: str, step: int | None = None) -> dict:
     Raises UserError when there is none.
     """
     return _newest(*_locate(directory, step), _notes)[1]["config"]
+
+
+def param_shapes(directory: str, step: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter in the newest whole checkpoint by its path; no array is read. Raises UserError when there is none."""
+    arrays = _newest(*_locate(directory, step), _notes)[1]["manifest"]["arrays"]
+    return {path: tuple(shape) for path, (_, shape, _) in arrays["params"].items()}
 
 
 def restore_params(directory: str, abstract_params: tree.Tree | None = None, *, step: int | None = None, ema: bool = False) -> tree.Tree:

@@ -198,13 +198,13 @@ class Counts:
         seconds, self.ended = None if self.ended is None else now - self.ended, now
         held = item.batch.segments > 0
         share = self.rows / len(held)         # this process's rows stand for all processes' rows
-        tokens, images = share * held.sum(), share * item.batch.image_weights.sum()
+        tokens, images = share * int(held.sum()), share * float(item.batch.image_weights.sum())
         values = {"padding": 1 - float(held.mean()), "input_wait": waited}
         if not seconds:                       # the first step, which compiles, and those after a pause
             return values
-        pairs = share * (item.batch.positions + 1)[held].sum()
+        pairs = share * int((item.batch.positions + 1)[held].sum())
         work = flops.train(self.size, self.trained, images=images, tokens=tokens, pairs=pairs,
-                           labels=share * item.batch.text_weights.sum(), regressed=images * self.slots)
+                           labels=share * float(item.batch.text_weights.sum()), regressed=images * self.slots)
         work = {tower: value for tower, value in work.items() if tower in self.towers}
         values |= {"step_time": seconds, "tokens_per_second": tokens / seconds, "images_per_second": images / seconds,
                    "flops_per_second": sum(work.values()) / seconds}

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from emu_jax.sharding import ROWS
+from emu_jax.sharding import AXES, ROWS
 from emu_jax.tree import Tree
 
 # How the heads lie on a mesh, as in sharding.PARAMS: the collectives below are written for it.
@@ -64,8 +64,9 @@ def _values(chunk, learnt, given, gradient):
         (nll, error), gradients = sweep((), (), (), learnt, given)
     else:
         row = P(ROWS)
+        axes = (axis if mesh.shape[axis] > 1 else () for axis in AXES)
         (nll, error), gradients = jax.shard_map(
-            partial(sweep, "data", "fsdp", "tensor"), check_vma=False,
+            partial(sweep, *axes), check_vma=False,
             in_specs=((row, HEAD, REGRESS), (row, row, row, P(ROWS, None, "tensor"), row)),
             out_specs=((row, row), (row, HEAD, REGRESS) if gradient else None))(learnt, given)
     loss = (given[1] * nll).sum() + (given[4] * error).sum()
@@ -73,8 +74,8 @@ def _values(chunk, learnt, given, gradient):
 
 
 def _sweep(chunk, gradient, vocab, data, fsdp, tensor, learnt, given):
-    """((nll, error), gradients of this device's shards or None). `data`, `fsdp` and `tensor` name the axes of the mesh, () where
-    there is none: a collective over no axis does nothing. Weights are cast, then gathered over fsdp, once."""
+    """((nll, error), gradients of this device's shards or None). `data`, `fsdp` and `tensor` name the axes of the mesh, () for one
+    of size 1 or none: a collective over no axis does nothing. Weights are cast, then gathered over fsdp, once."""
     hidden, head, regress = learnt
     labels, label_scales, predictors, targets, target_scales = given
     dtype = hidden.dtype

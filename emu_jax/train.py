@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -56,7 +57,7 @@ def train(c: ConfigDict) -> loop.State:
 
     # Mesh and shardings.
     mesh = sharding.make_mesh(c.mesh)
-    check(c, mesh)
+    check(c, mesh, abstract)
     program = make_program(c, stage, size, abstract)
     with jax.set_mesh(mesh):
         placed = sharding.shardings(mesh, sharding.specs(abstract))
@@ -135,18 +136,27 @@ def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
         raise UserError(str(error)) from error
 
 
-def check(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError for what is missing, and for a batch that the devices cannot share out."""
-    if not c.workdir:
-        raise UserError("no workdir; give one: --config.workdir=DIR")
-    if not c.data.mixture:
-        raise UserError("no data; give sources, (name, weight, FOLDER:SPLIT) each: --config.data.mixture=\"(('pairs', 1.0, 'DIR:train'),)\" "
-                        "(make demo shows the whole way on data that it makes)")
-    if not c.data.tokenizer:
-        raise UserError("no tokenizer; give LLaMA's tokenizer.model or a tokenizer.json: --config.data.tokenizer=FILE")
+def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
+    """Raises UserError, in one line, for all that is missing; for a batch that the devices cannot share out; for a model that they
+    cannot hold."""
+    places = [(name, path) for name, _, path in (*c.data.mixture, *c.data.eval_mixture)]
+    missing = [what for absent, what in (
+        (not c.workdir, "a workdir (--config.workdir=DIR)"),
+        (not Path(c.data.tokenizer).is_file(), f"the tokenizer {c.data.tokenizer!r} (--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"),
+        (not places, "data (--config.data.mixture=\"(('NAME', WEIGHT, 'FOLDER:SPLIT'), ...)\")"),
+        *((not Path(path.rpartition(":")[0]).is_dir(), f"the source {name!r} at {path!r}") for name, path in places)) if absent]
+    if missing:
+        raise UserError(f"missing: {'; '.join(missing)}")
     rows = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
     if c.optim.accumulate < 1 or c.data.batch % (rows * c.optim.accumulate):
         raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
+    device = jax.local_devices()[0]
+    memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    size = lambda part: 4 * sum(leaf.size for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
+    needed = size(abstract) + 3 * size(tree.split(abstract, what_trains(c, abstract))[0])      # a gradient and two moments of what trains
+    if needed > memory:
+        raise UserError(f"the model's state needs {needed / 2**30:.1f} GiB a device and a device has {memory / 2**30:.1f} GiB: "
+                        f"use more devices (mesh.fsdp), or a smaller model (--config=configs/pretrain.py:emu-1b)")
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:

@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -88,13 +89,12 @@ class Mixture:
         edges = np.cumsum(self.weights)
         return np.searchsorted(edges / edges[-1], rng_of(self.seed, "draws", stream, block).random(BLOCK), side="right")
 
-    def one_pass(self, stream: int) -> list[tuple[int, int]]:
-        """(source, index) of a stream in the fixed order of an evaluation: a document of each source in turn, once, weights ignored."""
-        places = [np.arange(len(source)) for source in self.sources]
-        index = np.concatenate(places)
-        source = np.repeat(np.arange(len(places)), [len(place) for place in places])
-        mine = np.lexsort((source, index))[stream::self.streams]
-        return list(zip(source[mine].tolist(), index[mine].tolist()))
+    @cached_property
+    def one_pass(self) -> Int[np.ndarray, "n 2"]:
+        """(source, index) rows in the fixed order of an evaluation: a document of each source in turn, once, weights ignored."""
+        sizes = [len(source) for source in self.sources]
+        source, index = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
+        return np.stack([source, index], axis=1)[np.lexsort((source, index))]
 
 
 class Stream:
@@ -116,7 +116,7 @@ class Stream:
         self.counts = dict(state["counts"])
         self.waiting: list[tuple[tuple[int, int], Packed]] = []     # ((source, place), document)
         self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])     # of the restored state
-        self.once = iter(mixture.one_pass(number)) if once else None
+        self.once = iter(mixture.one_pass[number::mixture.streams].tolist()) if once else None
         self.block: tuple[int, np.ndarray] = (-1, np.zeros(0))      # the draws at hand and their number
         self.streak = 0
 

@@ -54,7 +54,8 @@ def train(texts: Iterable[str], vocab: int, path: str | Path) -> None:
     It divides text at spaces only and marks them as SentencePiece does, so that a word which is frequent in a small set
     becomes one piece. Raises UserError if `texts` are too few for so many pieces.
     """
-    from tokenizers import Tokenizer as Model, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
     model = Model(models.BPE(unk_token=SPECIAL[0]))
     model.normalizer = normalizers.NFC()
     model.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -166,10 +166,14 @@ def test_other_errors_of_a_source_are_not_swallowed(memory, to_sequence):
         stream.row(T, I)
 
 
-@pytest.mark.parametrize("streams", [1, 3, 4])
-def test_one_pass_takes_the_sources_in_turn(memory, streams):
-    mixture = mixture_of(memory(2), memory(4), weights=(1.0, 100.0), streams=streams)
-    passes = [mixture.one_pass(stream) for stream in range(streams)]
-    places = [passes[k % streams][k // streams] for k in range(6)]
-    assert places == [(0, 0), (1, 0), (0, 1), (1, 1), (1, 2), (1, 3)]
-    assert sum(map(len, passes)) == 6
+def test_one_pass_takes_the_sources_in_turn(memory):
+    mixture = mixture_of(memory(2), memory(4), weights=(1.0, 100.0))
+    assert mixture.one_pass.tolist() == [[0, 0], [1, 0], [0, 1], [1, 1], [1, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("streams", [1, 3, 4, 9])
+def test_one_pass_is_shared_out_to_the_streams(memory, to_sequence, streams):
+    mixture = mixture_of(memory(2), memory(4), streams=streams)
+    shares = [Stream(mixture, number, to_sequence, lookahead=6, once=True).row(100, 2) for number in range(streams)]
+    assert [[packed.id for packed in share] for share in shares] == [
+        ["a/d0", "b/d0", "a/d1", "b/d1", "b/d2", "b/d3"][number::streams] for number in range(streams)]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grain
-import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2

