@@ -17,13 +17,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from emu_jax import losses, sharding  # noqa: E402
+from emu_jax import losses, sharding
 
 T, V, ADDED, K, CHUNK = 2048, 32000, 6, 256, 256      # K: 8 images of 32 visual tokens
 ROUNDS = {512: 9, 2048: 5}                            # D -> pairs of timings
@@ -66,8 +66,9 @@ def fill(shapes, D):
     learnt, given = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) if x.dtype == jnp.float32 else x, shapes)
     learnt = learnt[0], *jax.tree.map(lambda w: w / D ** 0.5, learnt[1:])
     labels, _, predictors, targets, *_ = given
-    given = (rng.integers(0, V + ADDED, labels.shape, np.int32), np.ones(labels.shape, np.float32), rng.integers(0, T, predictors.shape, np.int32),
-             targets, np.ones(predictors.shape, np.float32), np.float32(1 / T), np.float32(1 / K))
+    given = (rng.integers(0, V + ADDED, labels.shape, np.int32), np.ones(labels.shape, np.float32),
+             rng.integers(0, T, predictors.shape, np.int32), targets, np.ones(predictors.shape, np.float32),
+             np.float32(1 / T), np.float32(1 / K))
     return jax.device_put((learnt, given))
 
 
@@ -153,7 +154,8 @@ def on_mesh(sizes, D=512):
     learnt, given = shapes(8, D)
     row = P(sharding.ROWS)
     specs = (row, losses.HEAD, losses.REGRESS), (row, row, row, row, row, P(), P())
-    placed = jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), (learnt, given), specs)
+    placed = jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+                          (learnt, given), specs)
     with jax.set_mesh(mesh):
         hlo = jax.jit(jax.value_and_grad(fused)).lower(*placed).compile().as_text()
     inside, outside = collectives(hlo)
@@ -184,9 +186,9 @@ def main():
 
     violated = [f"mesh {m['mesh']}: a collective in the loop is not over tensor, or one is missing"
                 for m in meshes if m["inside_not_tensor"] or (m["inside"] > 0) != (m["mesh"][2] > 1)]
-    for r in races:
-        violated += [f"D {r['D']}: {name} is {r[name]:.3g}, over {bound:.3g}"
-                     for name, bound in (("memory_ratio", SHARE), ("time_ratio", SLOWER), ("difference", DIFFERENCE)) if not r[name] <= bound]
+    bounds = {"memory_ratio": SHARE, "time_ratio": SLOWER, "difference": DIFFERENCE}
+    violated += [f"D {r['D']}: {name} is {r[name]:.3g}, over {bound:.3g}"
+                 for r in races for name, bound in bounds.items() if not r[name] <= bound]
     if flags.json:
         Path(flags.json).write_text(json.dumps({"meshes": meshes, "races": races, "violated": violated}, indent=1) + "\n")
     print("\n" + ("\n".join(violated) or "every bound holds"))

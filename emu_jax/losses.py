@@ -100,7 +100,7 @@ def _sweep(chunk, gradient, vocab, data, fsdp, tensor, learnt, given):
 def _text(hidden, base, added, labels, scales, chunk, gradient, vocab, tensor):
     """(nll [B T], (d_hidden [B T D], d_base, d_added) or None), float32. `base` holds this tensor shard's rows of the vocabulary,
     `added` is whole on every shard: what comes from `base` is summed over tensor, what comes from `added` is not."""
-    B, T, D = hidden.shape
+    B, T = labels.shape
     count = -(-T // chunk)
     size = -(-T // count)                                  # chunks as equal as can be: fewer than `count` tokens are padding
     pad = count * size - T

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint
-from emu_jax.checkpoint import Checkpoints, read_config, restore_params
+from emu_jax.checkpoint import Checkpoints, param_shapes, read_config, restore_params
 from emu_jax.config import UserError
 
 # Orbax leaves coroutines of the other arrays behind when one cannot be read.
@@ -149,6 +149,11 @@ def test_another_split_of_the_parameters_finds_them_all(saved):
 def test_one_tower_is_restored_and_cast_without_the_rest(saved):
     tower = restore_params(str(saved), {"vision": {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}})
     assert_same(tower, {"vision": {"w": make_state(2).frozen["vision"]["w"].astype(jnp.bfloat16)}})
+
+
+def test_shapes_are_those_of_the_parameters(saved):
+    assert param_shapes(str(saved)) == {
+        "head": (8,), "llama/ids": (6,), "llama/norm": (4,), "llama/w": (64, 64), "vision/w": (64, 8)}
 
 
 def test_averaged_parameters_take_the_place_of_those_that_have_an_average(saved):

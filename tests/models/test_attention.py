@@ -19,15 +19,14 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are 
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
 
-def qkv(B=2, T=140, S=None, H=2, G=None, d=64, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (B, T, H, d), (B, S or T, G or H, d), (B, S or T, G or H, d)
-    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]
+def qkv(B=2, T=140, S=None, H=2, G=None, d=64, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(B, length, heads, d)).astype(dtype) for length, heads in ((T, H), (S or T, G or H), (S or T, G or H))]
 
 
 def value_and_grads(q, k, v, mask, kernel, **more):
     """Output, and the gradients by q, k and v of a sum of it with random weights."""
-    weights = jax.random.normal(jax.random.key(1), q.shape)
+    weights = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
     def loss(q, k, v):
         out = attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, kernel=kernel, **more)
@@ -43,7 +42,7 @@ def assert_close(actual, expected, tolerance=2e-5):
 
 
 def test_dense_is_the_definition():
-    q, k, v = map(np.asarray, qkv(T=5, S=7, H=4, G=2, d=3))
+    q, k, v = qkv(T=5, S=7, H=4, G=2, d=3)
     bias = np.random.default_rng(0).normal(size=(4, 5, 7)).astype(np.float32)
     q_segments, q_positions = np.array([[[1, 1, 2, 2, 3], [1, 2, 2, 9, 9]], [[1, 2, 1, 2, 0], [5, 0, 1, 0, 1]]])
     segments, positions = np.array([[[1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 2, 0]], [[0, 1, 2, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 0]]])
@@ -200,4 +199,4 @@ def test_cudnn_refuses_segments():
 @on_gpu
 def test_gpu_kernels_equal_dense(kernel, mask):
     q, k, v = qkv(d=88, dtype=jnp.bfloat16)
-    assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(*(x.astype(jnp.float32) for x in (q, k, v)), mask, "dense"), 2e-2)
+    assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(*(x.astype(np.float32) for x in (q, k, v)), mask, "dense"), 2e-2)
