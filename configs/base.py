@@ -54,7 +54,6 @@ def objective() -> ConfigDict:
     return ConfigDict(dict(
         text_weight=1.0,                # of the cross-entropy (unpublished)
         image_weight=1.0,               # of the regression (unpublished)
-        predict_img=False,              # is [IMG] a label? True: the model decides when to draw. The release: no
         regress_end=False,              # is the embedding of [/IMG] a 33rd target of an image? The release's mask: yes; the paper: no
         chunk=256,                      # tokens of a row whose logits exist at one time
         shift=0,                        # pixels by which training images are moved at random; the paper: no
@@ -87,6 +86,7 @@ def data() -> ConfigDict:
         workers=4,                      # threads that read and decode, a host
         max_bad_share=0.01,             # above this share of corrupt records the run stops
         tokenizer="",                   # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
+        labels=("text", "</s>"),        # what counts as a label; with "[IMG]" the model decides when to draw. The release: these two
         image_first=0.5,                # of an image and its text, how often the image comes first
         mixture=(),                     # (name, weight, path) a source: path is a folder of a tensorflow-datasets dataset
         eval_mixture=()))               # the same, held out

@@ -96,6 +96,7 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
     top1 = (jnp.argmax(logits, 1) == jnp.arange(len(counts))) * counts
 
     small = pictures.astype(jnp.float32).reshape(len(counts), READOUT, pictures.shape[1] // READOUT, READOUT, -1, 3).mean((2, 4)) / 127.5 - 1
+    small -= jnp.einsum("mxyc,m->xyc", small, counts) / jnp.maximum(counts.sum(), 1)      # z has no mean either
     pixels = ((model.contrast.pixels(z) - small) ** 2).mean((1, 2, 3))
     total = jnp.maximum(totals["image"], 1)
     loss = ((nll + objective["readout_weight"] * pixels) * counts).sum() / total

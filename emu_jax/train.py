@@ -65,7 +65,7 @@ def train(c: ConfigDict) -> loop.State:
 
         # Data.
         tokenizer = tokenizers.load(c.data.tokenizer, size.llama.vocab)
-        make_loader = partial(Loader, c.data, c.seed, tokenizer, size.resampler.tokens, size.vision.image, c.objective.predict_img,
+        make_loader = partial(Loader, c.data, c.seed, tokenizer, size.resampler.tokens, size.vision.image,
                               process=jax.process_index(), processes=jax.process_count())
         loader = make_loader()
 

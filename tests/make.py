@@ -32,7 +32,7 @@ def sequences(c, count: int, seed: int = 0):
     vocab = c.model.llama.vocab
     letters = Tokenizer(vocab, lambda text: [3 + ord(letter) - 97 for letter in text], lambda ids: "".join(chr(94 + k) for k in ids))
     to_sequence = partial(make_sequence, tokenizer=letters, n_visual=c.model.resampler.tokens, max_tokens=c.data.tokens, max_images=c.data.images,
-                          image_first=0.5, predict_img=c.objective.predict_img)
+                          image_first=0.5, labels=c.data.labels)
     return [to_sequence(document, rng=np.random.default_rng(seed)) for document in documents(count, c.model.vision.image, seed)]
 
 

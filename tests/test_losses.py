@@ -189,7 +189,8 @@ def test_evaluating_makes_no_gradient():
 
 
 def test_a_frozen_head_costs_no_gradient_buffer():
-    x, y = (normal(1, B, T, D), {"base": normal(2, 4096, D), "added": normal(3, n, D)}, {"w": normal(4, D, D)}), given()
+    y = [part[:1] if part.ndim else part for part in given()]      # one row: a chunk of one token is far smaller than the head
+    x = normal(1, 1, T, D), {"base": normal(2, 4096, D), "added": normal(3, n, D)}, {"w": normal(4, D, D)}
 
     def memory(trained):                            # of the gradient of the first `trained` parts: temporaries and results
         def loss(parts):
@@ -197,7 +198,7 @@ def test_a_frozen_head_costs_no_gradient_buffer():
         memory = jax.jit(jax.grad(loss)).lower(x[:trained]).compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
-    assert memory(1) < 4096 * D * 4 < memory(2)
+    assert memory(1) < 4096 * D * 4 / 2 < 4096 * D * 4 < memory(2)
 
 
 def test_only_tensor_collectives_inside_the_loop():

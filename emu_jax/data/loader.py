@@ -18,7 +18,7 @@ from emu_jax.config import UserError
 from emu_jax.data import sources
 from emu_jax.data.mixture import COUNTS, Mixture, Stream
 from emu_jax.data.packing import empty_batch, write_row
-from emu_jax.data.sequence import make_sequence
+from emu_jax.data.sequence import LABELS, make_sequence
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.types import Batch
 
@@ -47,7 +47,7 @@ class Loader:
     Raises UserError for settings that do not fit one another and for more corrupt records than `data.max_bad_share`.
     """
 
-    def __init__(self, data: ConfigDict, seed: int, tokenizer: Tokenizer, n_visual: int, image_size: int, predict_img: bool,
+    def __init__(self, data: ConfigDict, seed: int, tokenizer: Tokenizer, n_visual: int, image_size: int,
                  process: int = 0, processes: int = 1, eval: bool = False):
         rows = data.eval_mixture if eval else data.mixture
         _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
@@ -57,7 +57,7 @@ class Loader:
                                tuple(sources.open(path, image_size) for _, _, path in rows), data.num_streams, seed)
         self.owned = range(process * data.num_streams // processes, (process + 1) * data.num_streams // processes)
         self.to_sequence = partial(make_sequence, tokenizer=tokenizer, n_visual=n_visual, max_tokens=data.tokens,
-                                   max_images=data.images, image_first=data.image_first, predict_img=predict_img)
+                                   max_images=data.images, image_first=data.image_first, labels=data.labels)
         self.state: dict = {}
         self.pool: ThreadPoolExecutor | None = None
         for name, source in zip(self.source_names, self.mixture.sources):
@@ -169,6 +169,8 @@ def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processe
     for name in ("image_first", "max_bad_share"):
         if not 0 <= data[name] <= 1:
             raise UserError(f"data.{name} is {data[name]}; it must lie between 0 and 1")
+    if strange := set(data.labels) - set(LABELS):
+        raise UserError(f"data.labels holds {min(strange)!r}; there are {', '.join(LABELS)}")
     if data.batch % data.num_streams:
         raise UserError(f"data.batch={data.batch} must be a multiple of data.num_streams={data.num_streams}")
     if data.num_streams % processes:

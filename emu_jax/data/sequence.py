@@ -4,6 +4,7 @@ The grammar of Emu (arXiv 2307.05222, section 2; the release's ids and labels). 
 data sets of the paper is said by the order of a document's parts; the random order of a Pair is drawn here.
 Read next: packing.py.
 """
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,9 @@ from jaxtyping import Float, Int, UInt8
 from emu_jax.data.tokenizer import Tokenizer
 
 Image = UInt8[np.ndarray, "h w 3"]      # RGB, 0 to 255, already of the model's size
+
+
+LABELS = ("text", "</s>", "[IMG]", "[/IMG]")
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,16 @@ class Sequence:
 
 
 def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, max_tokens: int, max_images: int,
-                  image_first: float, predict_img: bool, rng: np.random.Generator) -> Sequence:
+                  image_first: float, labels: Collection[str], rng: np.random.Generator) -> Sequence:
     """The sequence of `document`, of at most `max_tokens` tokens and `max_images` images.
 
-    Labels that do not count: `<s>`, slots, `[/IMG]`, and `[IMG]` unless `predict_img`. Every part that is text is encoded on its own,
-    so the tokenizer's dummy prefix stands between neighbours. What is too long loses its end, `</s>` included, and never a
+    `labels` says which of LABELS count as labels; `<s>` and the slots never do. Every part that is text is encoded on its own, so the
+    tokenizer's dummy prefix stands between neighbours. What is too long loses its end, `</s>` included, and never a
     part of an image. `image_first` is the probability that a Pair's image comes first; `rng` is asked once a Pair.
     """
     block = [tokenizer.img, *[tokenizer.image] * n_visual, tokenizer.end_img]
-    block_weights = [float(predict_img), *[0.0] * (n_visual + 1)]
+    counts = {label: float(label in labels) for label in LABELS}
+    block_weights = [counts["[IMG]"], *[0.0] * n_visual, counts["[/IMG]"]]
     tokens, weights, images, slots = [tokenizer.bos], [0.0], [], []
     for part in _ordered(document.parts, image_first, rng):
         if isinstance(part, np.ndarray):
@@ -68,9 +73,9 @@ def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, ma
             text, weight = (part.text, part.weight) if isinstance(part, Text) else (part, 1.0)
             ids = tokenizer.encode(text)
             tokens += ids
-            weights += [weight] * len(ids)
+            weights += [weight * counts["text"]] * len(ids)
     tokens.append(tokenizer.eos)
-    weights.append(1.0)
+    weights.append(counts["</s>"])
 
     keep = min(len(tokens), max_tokens)
     kept = min(max_images, sum(slot + n_visual < keep for slot in slots))      # images whose [/IMG], at slot + N, is still there

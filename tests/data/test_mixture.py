@@ -15,7 +15,7 @@ T, I = 24, 2
 
 @pytest.fixture
 def to_sequence(letters):
-    return partial(make_sequence, tokenizer=letters, n_visual=2, max_tokens=T, max_images=I, image_first=0.5, predict_img=False)
+    return partial(make_sequence, tokenizer=letters, n_visual=2, max_tokens=T, max_images=I, image_first=0.5, labels=("text", "</s>"))
 
 
 def mixture_of(*sources, weights=None, streams=1, seed=0):

@@ -15,7 +15,7 @@ S, E, IMG, END, SLOT = 1, 2, 257, 258, 259      # <s> </s> [IMG] [/IMG] <image> 
 @pytest.fixture
 def make(letters):
     def call(*parts, seed=0, **settings):
-        settings = dict(n_visual=2, max_tokens=100, max_images=10, image_first=0.5, predict_img=False) | settings
+        settings = dict(n_visual=2, max_tokens=100, max_images=10, image_first=0.5, labels=("text", "</s>")) | settings
         return make_sequence(Document("d", parts), letters, rng=np.random.default_rng(seed), **settings)
     return call
 
@@ -39,13 +39,13 @@ def test_ids_and_labels_of_the_release(picture):
         parts = [picture(0) if "[IMG]" in part else part for part in re.split(r"(\[IMG\].*?\[/IMG\])", str(text)) if part]
         tokenizer = Tokenizer(32000, lambda _, runs=runs: [int(i) for i in next(runs).split()], str)
         sequence = make_sequence(Document("d", tuple(parts)), tokenizer, n_visual=4, max_tokens=100, max_images=5,
-                                 image_first=0.5, predict_img=False, rng=np.random.default_rng(0))
+                                 image_first=0.5, labels=("text", "</s>"), rng=np.random.default_rng(0))
         assert sequence.tokens[:-1].tolist() == ids[keep == 1].tolist()
         assert sequence.text_weights[1:-1].tolist() == (targets != -100)[keep == 1][1:].tolist()
 
 
 def test_img_is_a_label_on_demand(make, picture):
-    assert make(picture(3), "a", predict_img=True).text_weights.tolist() == [0, 1, 0, 0, 0, 1, 1]
+    assert make(picture(3), "a", labels=("text", "</s>", "[IMG]")).text_weights.tolist() == [0, 1, 0, 0, 0, 1, 1]
 
 
 def test_no_image(make):

@@ -1,0 +1,104 @@
+"""python benchmarks/train_step.py [--steps=30] [--json=FILE]: the whole train step, at the demo's size and at 60M parameters.
+
+For each: step time, elements (text and visual tokens) a second, input wait, and model FLOP/s (counted by hand, models/flops.py) as a share of
+what this machine reaches in one large float32 matrix product, measured in the same run. Asserts that nothing is compiled after step 1, and
+that the demo waits for its input under 2 % of the time. Needs the demo's data: python -m emu_jax.data build --kind=openmoji --to=data/demo
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from emu_jax import config, loop, sharding, stages, train, tree
+from emu_jax.data import tokenizer
+from emu_jax.data.loader import Loader
+from emu_jax.models import emu
+
+MIXTURE = "--config.data.mixture=(('names',0.5,'data/demo/names:train'),('scenes',0.5,'data/demo/scenes:train'))"
+RUNS = {      # name -> arguments of the config; everything trains, as in pretraining
+    "demo": ["--config=configs/demo.py", "--config.rules.train=(('.*',True),)"],
+    "emu-60m": ["--config=configs/base.py:emu-60m", MIXTURE, "--config.data.tokenizer=data/demo/tokenizer.json", "--config.model.llama.vocab=2048",
+                "--config.data.batch=4", "--config.data.tokens=256", "--config.data.images=12", "--config.data.num_streams=4"],
+}
+
+
+def matmul_peak(size: int = 2048) -> float:
+    """FLOP/s of a float32 product of two size x size matrices: the best of several."""
+    x = jnp.ones((size, size))
+    product = jax.jit(lambda x: jnp.einsum("ij,jk->ik", x, x, precision="highest"))
+    product(x).block_until_ready()
+
+    def once() -> float:
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        return time.perf_counter() - began
+
+    return 2 * size ** 3 / min(once() for _ in range(10))
+
+
+def measure(arguments: list[str], steps: int) -> dict[str, float]:
+    """Medians over `steps` steps of the train step as the loop runs it, on one device."""
+    c = config.load(arguments)
+    stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
+    params = jax.jit(partial(emu.init, stage.module, size))(jax.random.key(0))
+    program = train.make_program(c, stage, size, jax.eval_shape(lambda: params))
+    state = loop.init_state(program, *tree.split(params, train.what_trains(c, params)))
+    step = jax.jit(partial(loop.train_step, program), donate_argnums=0)
+    loader = Loader(c.data, 0, tokenizer.load(c.data.tokenizer, size.llama.vocab), size.resampler.tokens, size.vision.image)
+    counts, rows, batches = loop.Counts(program, c, state), [], iter(loader)
+    for number in range(steps + 3):
+        began = time.perf_counter()
+        item = next(batches)
+        waited = time.perf_counter() - began
+        state, metrics = step(state, item.batch)
+        jax.block_until_ready(metrics)
+        if number >= 2:
+            rows.append(counts.of(item, waited))
+            rows[-1]["images"] = item.batch.image_weights.sum()
+        else:
+            counts.of(item, waited)
+    loader.close()
+    assert step._cache_size() == 1, f"train_step was compiled {step._cache_size()} times"
+    median = lambda name: float(statistics.median(row[name] for row in rows))
+    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), "step_time": median("step_time"),
+            "elements_per_second": median("tokens_per_second"), "images_per_second": median("images_per_second"),
+            "padding": statistics.fmean(row["padding"] for row in rows), "flops_per_second": median("flops_per_second"),
+            "input_wait": sum(row["input_wait"] for row in rows) / sum(row["step_time"] for row in rows)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--json", metavar="FILE")
+    flags = parser.parse_args()
+    found = {}
+    try:
+        with jax.set_mesh(sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])):
+            for name, arguments in RUNS.items():
+                peak = matmul_peak()
+                found[name] = measure(arguments, flags.steps)
+                found[name] |= {"matmul_peak": peak, "share_of_peak": found[name]["flops_per_second"] / peak}
+    except config.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{'':22}" + "".join(f"{name:>12}" for name in found))
+    for field, unit, scale in (("parameters", "M", 1e-6), ("step_time", "ms", 1e3), ("elements_per_second", "", 1), ("images_per_second", "", 1),
+                               ("padding", "%", 100), ("input_wait", "%", 100), ("flops_per_second", "GFLOP/s", 1e-9), ("matmul_peak", "GFLOP/s", 1e-9),
+                               ("share_of_peak", "%", 100)):
+        print(f"{field:22}" + "".join(f"{row[field] * scale:12.1f}" for row in found.values()) + f"  {unit}")
+    if flags.json:
+        with open(flags.json, "w") as file:
+            json.dump(found, file, indent=1)
+    if found["demo"]["input_wait"] >= 0.02:
+        print("FAILED: the demo waits for its input for 2 % of the time or more", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""What the demo's model has learnt, in numbers: does it name drawings, draw from names, and describe scenes it has never seen?
+
+Single names test memory: a name that was held out cannot be guessed. Scenes of held-out combinations test understanding;
+beside them stands what needs none, the caption of the nearest training scene in pixels. Read next: report.py.
+"""
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, Int, UInt8
+from tqdm import tqdm
+
+from emu_jax import checkpoint, tree
+from emu_jax.config import UserError
+from emu_jax.data import sources
+from emu_jax.data import tokenizer as tokenizers
+from emu_jax.data.sequence import Document, Pair, make_sequence
+from emu_jax.data.sources import Source
+from emu_jax.evaluate import history
+from emu_jax.generate import image as drawing
+from emu_jax.generate import text
+from emu_jax.models import emu
+
+BATCH = 128             # images or prompts at once; every batch has this shape, so each function is compiled once
+NEW_TOKENS = 24         # of a caption; the longest name has 15
+TOP = 5
+ENCODER = ("vision", "ln_visual", "resampler")
+
+
+class Told(NamedTuple):
+    """An image, its true caption, the model's, and that of the nearest training image (None where that is not asked)."""
+    id: str
+    image: UInt8[np.ndarray, "h w 3"]
+    true: str
+    said: str
+    nearest: str | None = None
+
+
+class Drawn(NamedTuple):
+    """A name, and the drawings whose visual tokens are nearest to those regressed from it: (name, image), the nearest first."""
+    name: str
+    held_out: bool
+    rank: int           # of the right drawing; 0 is the nearest
+    found: list[tuple[str, UInt8[np.ndarray, "h w 3"]]]
+
+
+class Target(NamedTuple):
+    what: str
+    value: float | None             # None: not measured
+    bound: str
+    reached: bool | None
+
+
+@dataclass(frozen=True)
+class Result:
+    config: dict[str, Any]
+    numbers: dict[str, float]       # shares are 0 to 1
+    targets: list[Target]
+    captions: dict[str, list[Told]]     # by group: names_train, names_held_out, scenes_held_out
+    drawn: list[Drawn]
+    stories: list[list[Told]]       # the images of each held-out story that is told image by image
+    lines: list[history.Line]       # metrics.jsonl of the run, and of its warm-up
+    warmup_lines: list[history.Line]
+
+
+class Model:
+    """A trained Emu as functions from NumPy arrays to NumPy arrays, in batches of one shape."""
+
+    def __init__(self, size: emu.EmuSize, params: tree.Tree, tokenizer: tokenizers.Tokenizer):
+        self.size, self.params, self.tokenizer = size, jax.tree.map(jax.numpy.asarray, params), tokenizer
+
+    def encode(self, images: UInt8[np.ndarray, "M h w 3"]) -> Float[np.ndarray, "M N D"]:
+        """Visual tokens as the LLM gets them."""
+        call = jax.jit(lambda params, images: emu.bind(emu.Emu, self.size, params).encode(images).astype(np.float32))
+        return _batched("encoding", partial(call, self.params), images)
+
+    def caption(self, images: UInt8[np.ndarray, "M h w 3"]) -> list[str]:
+        call = jax.jit(partial(text.caption, self.size, new_tokens=NEW_TOKENS))
+        return self._texts(_batched("captions", partial(call, self.params), images))
+
+    def draw(self, names: list[str]) -> Float[np.ndarray, "M N D"]:
+        """The visual tokens regressed from `<s> name [IMG]`, each fed back."""
+        prompts = [[self.tokenizer.bos, *self.tokenizer.encode(name)] for name in names]
+        call = jax.jit(lambda *inputs: drawing.regress(self.size, *inputs).astype(np.float32))
+        return _batched("drawing", partial(call, self.params), _rows(prompts), np.array([len(prompt) for prompt in prompts]))
+
+    def continue_(self, documents: list[Document], max_images: int) -> list[str]:
+        """What follows documents of texts and images, greedily."""
+        prompts = [make_sequence(document, self.tokenizer, n_visual=self.size.resampler.tokens, max_tokens=1 << 16, max_images=max_images,
+                                 image_first=1.0, labels=(), rng=np.random.default_rng(0)) for document in documents]
+        tokens = _rows([prompt.tokens[:-1] for prompt in prompts])      # without </s>
+        slots = np.full((len(prompts), max_images), tokens.shape[1])
+        images = np.zeros((len(prompts), max_images, *prompts[0].images.shape[1:]), np.uint8)
+        for row, prompt in enumerate(prompts):
+            slots[row, :len(prompt.image_slots)], images[row, :len(prompt.images)] = prompt.image_slots, prompt.images
+        call = jax.jit(partial(_continue, self.size))
+        lengths = np.array([len(prompt.tokens) - 1 for prompt in prompts])
+        return self._texts(_batched("stories", partial(call, self.params), tokens, lengths, images, slots))
+
+    def _texts(self, ids: Int[np.ndarray, "M new"]) -> list[str]:
+        return [plain(self.tokenizer.decode(text.until_end(row))) for row in ids]
+
+
+def _continue(size: emu.EmuSize, params: tree.Tree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], images: UInt8[Array, "B I h w 3"],
+              slots: Int[Array, "B I"]) -> Int[Array, "B new"]:
+    model = emu.bind(emu.Emu, size, params)
+    visual = model.encode(rearrange(images, "B I h w c -> (B I) h w c"))
+    x = model.interleave(tokens, rearrange(visual, "(B I) N D -> B I N D", B=len(tokens)), slots)
+    return text.greedy(model, x, lengths, NEW_TOKENS)
+
+
+def evaluate(directory: str, data: str, warmup: str | None = None) -> Result:
+    """All numbers of the run in `directory` (a workdir or one of its checkpoints) on the demo's data in `data`.
+
+    warmup: the run its encoder comes from; None: where the run's config says it started, if that is still there.
+    Raises UserError for a checkpoint or data that is missing or of another kind.
+    """
+    config = checkpoint.read_config(directory)
+    if config["stage"] != "emu":
+        raise UserError(f"the checkpoint in '{directory}' is of the stage {config['stage']!r}; the demo is evaluated on one of 'emu'")
+    size = emu.EmuSize.of(config["model"])
+    names, held_out, seen, scenes, stories = (sources.open(f"{data}/{split}", size.vision.image) for split in (
+        "names:train", "names:held_out", "scenes:train", "scenes:held_out", "stories:held_out"))
+    tokenizer = tokenizers.load(f"{data}/tokenizer.json", size.llama.vocab)
+    if warmup is None and config["init"] and checkpoint.Checkpoints(config["init"], keep=1, keep_every=0).latest() is not None:
+        warmup = config["init"]
+    params = checkpoint.restore_params(directory, ema=config["optim"]["ema"] > 0)
+    model = Model(size, params, tokenizer)
+    lines, warmup_lines = history.read(directory), history.read(warmup) if warmup else []
+
+    captions = _captions(model, {"names_train": (names, None), "names_held_out": (held_out, names), "scenes_held_out": (scenes, seen)})
+    drawings = captions["names_train"] + captions["names_held_out"]
+    visual = model.encode(np.stack([told.image for told in drawings]))
+    drawn, numbers = _retrieval(drawings, len(names), visual, model.draw([told.true for told in drawings]))
+    told = _stories(model, stories)
+    numbers |= _numbers(captions) | _story_numbers(told) | history.variance(lines)
+    numbers |= {"visual_rank": effective_rank(visual)} | _raw_variance(model, warmup, visual, np.stack([told.image for told in drawings]))
+    numbers |= {f"speed/{name}": value for name, value in history.speed(lines).items()}
+    numbers |= {f"warmup_speed/{name}": value for name, value in history.speed(warmup_lines).items()}
+    return Result(config, numbers, targets(numbers), captions, drawn, told, lines, warmup_lines)
+
+
+def targets(numbers: dict[str, float]) -> list[Target]:
+    """What the demo is to reach, and whether it did."""
+    def target(what, name, bound, reached):
+        value = numbers.get(name)
+        return Target(what, value, bound, None if value is None else bool(reached(value)))
+
+    nearest = numbers["scenes_held_out_nearest_exact"]
+    return [
+        target("training names told exactly", "names_train_exact", "≥ 80 %", lambda x: x >= 0.8),
+        target("name → its drawing among the five nearest", "retrieval_top5", "≥ 60 %", lambda x: x >= 0.6),
+        target("scenes of held-out combinations told exactly", "scenes_held_out_exact", "≥ 50 %", lambda x: x >= 0.5),
+        target("… and against the nearest training scene's caption", "scenes_held_out_exact", f"≥ 2 × {nearest:.1%}", lambda x: x >= 2 * nearest and x > 0),
+        target("least variance of the visual tokens, of the first step's", "visual_variance_ratio", "≥ 10 %", lambda x: x >= 0.1),
+        target("… before standardising, at the end, of the warm-up's", "raw_variance_ratio", "≥ 10 %", lambda x: x >= 0.1),
+        target("share of the time that waits for data", "speed/input_wait_share", "< 2 %", lambda x: x < 0.02)]
+
+
+# --- scores of texts ---
+
+def plain(caption: str) -> str:
+    """With single spaces."""
+    return " ".join(caption.split())
+
+
+def f1(true: str, said: str) -> float:
+    """Harmonic mean of precision and recall of the words, each counted as often as it occurs; their order does not matter."""
+    a, b = Counter(true.split()), Counter(said.split())
+    return 2 * (a & b).total() / (a.total() + b.total()) if a or b else 1.0
+
+
+def slots(caption: str) -> dict[str, str]:
+    """The facts in a scene's caption: number, or relation and second drawing; first drawing, background. {} for another text."""
+    article = r"an? (?P<{}>\w+)"
+    for pattern in (r"(?P<number>one|two|three|four) (?P<first>\w+?)s? on (?P<background>\w+)",
+                    article.format("first") + r" (?P<relation>left of|above) " + article.format("second") + r" on (?P<background>\w+)"):
+        if match := re.fullmatch(pattern, caption):
+            return match.groupdict()
+    return {}
+
+
+def facts(true: str, said: str) -> float:
+    """Share of the true caption's facts that the other has too, each in its role; it must have one at least."""
+    right, given = slots(true), slots(said)
+    return sum(given.get(role) == word for role, word in right.items()) / len(right)
+
+
+# --- scores of visual tokens ---
+
+def ranks(distances: Float[np.ndarray, "Q K"], right: Int[np.ndarray, "Q"]) -> Int[np.ndarray, "Q"]:
+    """How many others are as near as, or nearer than, the right one: tokens that have collapsed to one point are found last, not first."""
+    return (distances <= distances[np.arange(len(right)), right][:, None]).sum(1) - 1
+
+
+def squared_distances(a: Float[np.ndarray, "Q n"], b: Float[np.ndarray, "K n"]) -> Float[np.ndarray, "Q K"]:
+    centre = b.mean(0)                  # a small number is not the difference of two large ones then
+    a, b = a - centre, b - centre
+    return np.square(a).sum(1)[:, None] - 2 * a @ b.T + np.square(b).sum(1)
+
+
+def r2(true: Float[np.ndarray, "M N D"], given: Float[np.ndarray, "M N D"]) -> float:
+    """1 - squared error / squared distance to the mean: 1 is perfect, 0 no better than the mean of all, and it may be below."""
+    return float(1 - np.square(true - given).sum() / np.square(true - true.mean(0)).sum())
+
+
+def effective_rank(z: Float[np.ndarray, "M N D"]) -> float:
+    """(sum of the covariance's eigenvalues)^2 / sum of their squares: about how many directions the visual tokens use."""
+    z = rearrange(z, "M N D -> M (N D)").astype(np.float64)
+    values = np.linalg.eigvalsh(np.cov(z, rowvar=False))
+    return float(values.sum() ** 2 / np.maximum(np.square(values).sum(), 1e-30))
+
+
+def nearest(images: UInt8[np.ndarray, "Q h w 3"], among: UInt8[np.ndarray, "K h w 3"]) -> Int[np.ndarray, "Q"]:
+    """Of each image, the one among `among` with the least squared difference of the pixels."""
+    flat = lambda x: rearrange(x, "M h w c -> M (h w c)").astype(np.float32) / 255
+    return squared_distances(flat(images), flat(among)).argmin(1)
+
+
+# --- the parts ---
+
+def _captions(model: Model, groups: dict[str, tuple[Source, Source | None]]) -> dict[str, list[Told]]:
+    """Each group's images told by the model and, where a second source is given, by the nearest image of it."""
+    pairs = {name: _pairs(source) for name, (source, _) in groups.items()}
+    every = [(pair.image, pair.text) for some in pairs.values() for _, pair in some]
+    # A batch ends with its longest caption: those of about one length go together. Results do not depend on it.
+    order = sorted(range(len(every)), key=lambda i: len(model.tokenizer.encode(every[i][1])))
+    said = dict(zip(order, model.caption(np.stack([every[i][0] for i in order])), strict=True))
+    said = iter([said[i] for i in range(len(every))])
+    captions = {}
+    for name, (_, other) in groups.items():
+        images = np.stack([pair.image for _, pair in pairs[name]])
+        near: list[str | None] = [None] * len(images)
+        if other is not None:
+            known = _pairs(other)
+            near = [plain(known[i][1].text) for i in nearest(images, np.stack([pair.image for _, pair in known]))]
+        captions[name] = [Told(id, pair.image, plain(pair.text), next(said), n) for (id, pair), n in zip(pairs[name], near, strict=True)]
+    return captions
+
+
+def _pairs(source: Source) -> list[tuple[str, Pair]]:
+    return [(document.id, document.parts[0]) for document in (source[i] for i in range(len(source)))]
+
+
+def _numbers(captions: dict[str, list[Told]]) -> dict[str, float]:
+    """Exact share and mean F1 of each group, in scenes also the share of right facts and all by kind; the same of the nearest image's caption."""
+    scenes = captions["scenes_held_out"]
+    kinds = {f"scenes_held_out_{kind}": [told for told in scenes if told.id.startswith(f"{kind}/")] for kind in ("counts", "spatial")}
+    numbers: dict[str, float] = {}
+    for group, some in (captions | kinds).items():
+        numbers[f"{group}_count"] = len(some)
+        for who, said in (("", lambda told: told.said), ("nearest_", lambda told: told.nearest)):
+            if not some or said(some[0]) is None:
+                continue
+            mean = lambda score: float(np.mean([score(told.true, said(told)) for told in some]))
+            numbers |= {f"{group}_{who}exact": mean(str.__eq__), f"{group}_{who}f1": mean(f1)}
+            if group.startswith("scenes"):
+                numbers[f"{group}_{who}facts"] = mean(facts)
+    return numbers
+
+
+def _retrieval(drawings: list[Told], trained: int, visual: Float[np.ndarray, "M N D"],
+               regressed: Float[np.ndarray, "M N D"]) -> tuple[list[Drawn], dict[str, float]]:
+    """Names to drawings by their visual tokens, among all; the first `trained` drawings were seen in training."""
+    flat = lambda z: rearrange(z, "M N D -> M (N D)")
+    distances = squared_distances(flat(regressed), flat(visual))
+    rank = ranks(distances, np.arange(len(drawings)))
+    best = np.argsort(distances, 1)[:, :TOP]
+    drawn = [Drawn(told.true, i >= trained, int(rank[i]), [(drawings[j].true, drawings[j].image) for j in best[i]])
+             for i, told in enumerate(drawings)]
+    numbers: dict[str, float] = {"retrieval_among": len(drawings)}
+    for suffix, part in (("", slice(trained)), ("_held_out", slice(trained, None))):
+        numbers |= {f"retrieval{suffix}_top1": float((rank[part] < 1).mean()), f"retrieval{suffix}_top5": float((rank[part] < TOP).mean()),
+                    f"free_run_r2{suffix}": r2(visual[part], regressed[part])}
+    return drawn, numbers
+
+
+def _stories(model: Model, source: Source) -> list[list[Told]]:
+    """Of the stories in which an image comes before its sentence: each sentence, told from all that is before it.
+
+    What follows the sentence is not judged, and cut off: nothing teaches the model where a sentence inside a story ends.
+    """
+    stories = [story for story in (source[i] for i in range(len(source))) if isinstance(story.parts[0], np.ndarray)]
+    places = [(story, at) for story in stories for at in range(1, len(story.parts), 2)]
+    if not places:
+        return []
+    most = max(len(story.parts) // 2 for story in stories)
+    said = model.continue_([Document(story.id, story.parts[:at]) for story, at in places], most)
+    told = [Told(story.id, story.parts[at - 1], plain(story.parts[at]), " ".join(words.split()[:len(story.parts[at].split())]))
+            for (story, at), words in zip(places, said, strict=True)]
+    return [[sentence for sentence in told if sentence.id == story.id] for story in stories]
+
+
+def _story_numbers(stories: list[list[Told]]) -> dict[str, float]:
+    sentences = [told for story in stories for told in story]
+    return {"stories_held_out_count": len(sentences),
+            "stories_held_out_exact": float(np.mean([told.true == told.said for told in sentences]))} if sentences else {}
+
+
+def _raw_variance(model: Model, warmup: str | None, visual: Float[np.ndarray, "M N D"], images: UInt8[np.ndarray, "M h w 3"]) -> dict[str, float]:
+    """Variance of the drawings' visual tokens before they are standardised, and its share of what the warm-up's encoder gives them."""
+    std = np.asarray(model.params["visual_stats"]["std"]) if model.size.standardise else 1.0
+    spread = lambda z: float(z.var(0, dtype=np.float64).mean())
+    numbers = {"raw_variance": spread(visual * std)}
+    if warmup is None:
+        return numbers
+    before = checkpoint.restore_params(warmup, {tower: jax.tree.map(np.asarray, model.params[tower]) for tower in ENCODER})
+    call = jax.jit(lambda params, images: emu.bind(emu.Encoder, model.size, params).encode(images).astype(np.float32))
+    numbers["raw_variance_warmup"] = spread(_batched("the warm-up's encoder", partial(call, before), images))
+    return numbers | {"raw_variance_ratio": numbers["raw_variance"] / numbers["raw_variance_warmup"]}
+
+
+def _rows(prompts: list[list[int]]) -> Int[np.ndarray, "M T"]:
+    """Prompts of different lengths as rows of one; what stands behind a prompt is never seen by it."""
+    rows = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[:len(prompt)] = prompt
+    return rows
+
+
+def _batched(what: str, call: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
+    """call(*rows) in batches of one shape, the last filled up with copies of its last row."""
+    count = len(arrays[0])
+    size = min(BATCH, count)
+    parts = []
+    for start in tqdm(range(0, count, size), what, unit=" batches", disable=None):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        parts.append(np.asarray(call(*(array[rows] for array in arrays))))
+    return np.concatenate(parts)[:count]
