@@ -76,7 +76,10 @@ def contrastive_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
 
 def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
     """Symmetric InfoNCE between each image's visual tokens and its document's text over the (micro-)batch, plus
-    `readout_weight` times the squared error of a linear reading of the pixels. Equal texts are no negatives of each other."""
+    `readout_weight` times the squared error of a linear reading of the pixels, plus VICReg's two terms (arXiv 2105.04906) on
+    each visual token's dimensions, without which they end small and in a few directions: `spread` times what each one's
+    deviation lacks of 1, and `decorrelate` times their squared correlations.
+    Equal texts are no negatives of each other."""
     batch = shifted(batch, key, objective["shift"])
     pictures = rearrange(batch.images, "B I h w c -> (B I) h w c")
     counts = image_weights(batch).ravel()
@@ -98,9 +101,11 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
     small = pictures.astype(jnp.float32).reshape(len(counts), READOUT, pictures.shape[1] // READOUT, READOUT, -1, 3).mean((2, 4)) / 127.5 - 1
     small -= jnp.einsum("mxyc,m->xyc", small, counts) / jnp.maximum(counts.sum(), 1)      # z has no mean either
     pixels = ((model.contrast.pixels(z) - small) ** 2).mean((1, 2, 3))
-    total = jnp.maximum(totals["image"], 1)
-    loss = ((nll + objective["readout_weight"] * pixels) * counts).sum() / total
-    return loss, {"contrastive_loss": ((nll * counts).sum(), counts.sum()), "readout_loss": ((pixels * counts).sum(), counts.sum()),
+    correlation = jnp.einsum("mnd,mne,m->nde", z, z, counts) / jnp.maximum(counts.sum(), 1)
+    lack = jax.nn.relu(1 - jnp.sqrt(spread + 1e-6)).mean()
+    spill = (jnp.square(correlation).sum((1, 2)) - jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)).mean() / z.shape[-1]
+    loss = ((nll + objective["readout_weight"] * pixels + objective["spread"] * lack + objective["decorrelate"] * spill) * counts).sum() / jnp.maximum(totals["image"], 1)
+    return loss, {"correlation": (spill * counts.sum(), counts.sum()), "contrastive_loss": ((nll * counts).sum(), counts.sum()), "readout_loss": ((pixels * counts).sum(), counts.sum()),
                   "top1": (top1.sum(), counts.sum()), "visual_variance": variance(visual, counts)}
 
 

@@ -1,5 +1,21 @@
-"""Every test runs on eight fake CPU devices, so that what is sharded can be tried; set JAX_PLATFORMS for another platform."""
+"""Every test runs on eight fake CPU devices, so that what is sharded can be tried; set JAX_PLATFORMS for another platform.
+
+The time of the tests is the compiler's: it optimises nothing here, and what one test compiled, the next ones (and the
+processes that they start) load from a folder that lives as long as the session. Shapes in annotations are checked.
+"""
+import atexit
 import os
+import shutil
+import tempfile
+
+import jaxtyping
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# Not types.py and loop.py: JAX rebuilds their structs with what is no array.
+jaxtyping.install_import_hook([f"emu_jax.{name}" for name in ("models", "data", "generate", "weights", "evaluate", "losses", "sharding", "stages",
+                                                              "optim", "tree", "config", "checkpoint", "journal", "train")], "beartype.beartype")

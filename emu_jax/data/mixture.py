@@ -116,7 +116,7 @@ class Stream:
         self.counts = dict(state["counts"])
         self.waiting: list[tuple[tuple[int, int], Packed]] = []     # ((source, place), document)
         self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])     # of the restored state
-        self.once = iter(mixture.one_pass[number::mixture.streams].tolist()) if once else None
+        self.once = map(tuple, mixture.one_pass[number::mixture.streams].tolist()) if once else None
         self.block: tuple[int, np.ndarray] = (-1, np.zeros(0))      # the draws at hand and their number
         self.streak = 0
 

@@ -11,14 +11,17 @@ Curve = list[tuple[float, float]]       # (step, value)
 
 
 def read(directory: str) -> list[Line]:
-    """The lines of a run's workdir, or up to the step of one of its checkpoints; none where there is no metrics.jsonl."""
-    path = Path(directory).resolve()
-    last = None
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        path, last = path.parent.parent, int(path.name)
-    path = path / "metrics.jsonl"
+    """The lines of a run, up to the checkpoint if `directory` is one; none where there is no metrics.jsonl."""
+    folder, last = workdir(directory)
+    path = folder / "metrics.jsonl"
     lines = [_parsed(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [line for line in lines if line and (last is None or line["step"] <= last)]
+
+
+def workdir(directory: str) -> tuple[Path, int | None]:
+    """(a run's workdir, None), or of one of its checkpoints, workdir/checkpoints/1000, (the workdir, its step)."""
+    path = Path(directory).resolve()
+    return (path.parent.parent, int(path.name)) if path.parent.name == "checkpoints" and path.name.isdigit() else (path, None)
 
 
 def curve(lines: list[Line], name: str) -> Curve:

@@ -6,6 +6,7 @@ Read next: layers.py, then llama.py.
 """
 from functools import partial
 from math import prod
+from typing import no_type_check
 
 import flax.struct
 import jax
@@ -23,6 +24,7 @@ PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}   
 
 
 @flax.struct.dataclass
+@no_type_check                              # JAX rebuilds it with what are no arrays
 class Mask:
     """Who may look at whom: the same segment and, when causal, not a later position.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -73,7 +74,7 @@ class Vision(nnx.Module):
         E, p = size.width, size.patch
         self.patch = layers.Linear("bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs)
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (E,)))
-        self.pos = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1 + size.patches, E)))
+        self.pos = nnx.Param(jnp.asarray(sincos(size.image // p, E)))     # learned from there: patches know their place from the start
         self.blocks = layers.stack(lambda rngs: Block(size, rngs), size.depth, rngs)
 
     def __call__(self, images: Float[Array, "M h w 3"], *, kernel: str = "auto") -> Float[Array, "M 1+P E"]:
@@ -84,6 +85,13 @@ class Vision(nnx.Module):
         cls = jnp.broadcast_to(self.cls.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         x = sharding.images(jnp.concatenate([cls, x], 1) + self.pos.get_value().astype(x.dtype))
         return layers.run(self.blocks, x, lambda block, x, _: block(x, kernel), where="vision/blocks", remat=self.size.remat)
+
+
+def sincos(side: int, width: int) -> np.ndarray:
+    """Sines and cosines of each patch's row and column [1 + side * side, width], CLS zero (big_vision's and MAE's initial values)."""
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
+    y, x = (place.reshape(-1, 1) * frequencies for place in np.mgrid[:side, :side])
+    return np.pad(np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1), ((1, 0), (0, width % 4))).astype(np.float32)
 
 
 def normalise(images: Array, size: VisionSize, dtype) -> Array:

@@ -12,8 +12,7 @@ from emu_jax.config import UserError
 from emu_jax.models.attention import Mask, _spec, allowed, attention, self_mask
 from emu_jax.sharding import AXES, ROWS, make_mesh
 
-SEGMENTS = np.repeat([[1, 2, 3, 0], [1, 2, 3, 0]], [40, 50, 30, 20], axis=1)     # T 140: documents cross the kernels' block of 128
-SEGMENTS[1] = np.repeat([1, 2, 3, 0], [3, 100, 25, 12])
+SEGMENTS = jnp.array([np.repeat([1, 2, 3, 0], lengths) for lengths in ([40, 50, 30, 20], [3, 100, 25, 12])])   # T 140 pads to 2 x 128
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})     # the time of these tests is the compiler's
 run = jit(attention, static_argnames=("scale", "dropout", "kernel"))
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are interpreted on a CPU")
@@ -22,7 +21,8 @@ on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"
 
 def qkv(B=2, T=140, S=None, H=2, G=None, d=64, dtype=np.float32):
     rng = np.random.default_rng(0)
-    return [rng.normal(size=(B, length, heads, d)).astype(dtype) for length, heads in ((T, H), (S or T, G or H), (S or T, G or H))]
+    shapes = (B, T, H, d), (B, S or T, G or H, d), (B, S or T, G or H, d)
+    return [jnp.asarray(rng.normal(size=shape).astype(dtype)) for shape in shapes]
 
 
 def value_and_grads(q, k, v, mask, kernel, **more):
@@ -43,7 +43,7 @@ def assert_close(actual, expected, tolerance=2e-5):
 
 
 def test_dense_is_the_definition():
-    q, k, v = qkv(T=5, S=7, H=4, G=2, d=3)
+    q, k, v = map(np.asarray, qkv(T=5, S=7, H=4, G=2, d=3))
     bias = np.random.default_rng(0).normal(size=(4, 5, 7)).astype(np.float32)
     q_segments, q_positions = np.array([[[1, 1, 2, 2, 3], [1, 2, 2, 9, 9]], [[1, 2, 1, 2, 0], [5, 0, 1, 0, 1]]])
     segments, positions = np.array([[[1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 2, 0]], [[0, 1, 2, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 0]]])
@@ -66,7 +66,7 @@ def test_gradients_are_finite_where_a_query_has_no_key():
 
 
 def test_masks_of_the_docstring():
-    packed = allowed(self_mask(np.array([[1, 1, 2, 2, 0]])), 5, 5)[0]
+    packed = allowed(self_mask(jnp.array([[1, 1, 2, 2, 0]])), 5, 5)[0]
     assert packed.astype(int).tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
     cache = Mask(*map(np.array, ([[1, 1]], [[1, 1, 1, 0]], [[1, 2]], [[0, 1, 2, 0]])), causal=True)
     assert allowed(cache, 2, 4)[0].astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
@@ -74,10 +74,10 @@ def test_masks_of_the_docstring():
     assert allowed(None, 2, 3).all() and allowed(self_mask(causal=False), 3, 3).all()
 
 
-@pytest.mark.parametrize("causal, d, G", [(True, 128, 2), (False, 64, 1), (True, 88, 1)])
+@pytest.mark.parametrize("causal, d, H, G", [(True, 128, 2, 2), (False, 64, 4, 2), (True, 88, 2, 1)])
 @on_cpu
-def test_kernels_equal_dense_on_packed_rows(causal, d, G):
-    q, k, v = qkv(d=d, G=G)
+def test_kernels_equal_dense_on_packed_rows(causal, d, H, G):
+    q, k, v = qkv(d=d, H=H, G=G)
     mask = self_mask(SEGMENTS, causal=causal)
     dense = value_and_grads(q, k, v, mask, "dense")
     for kernel in ("splash", "pallas"):
@@ -88,7 +88,7 @@ def test_kernels_equal_dense_on_packed_rows(causal, d, G):
 def test_splash_equals_dense_over_many_blocks():
     """T 520 is padded to 5 blocks of 128 (T 140 to one of 256): blocks that causality skips, documents that cross blocks."""
     q, k, v = qkv(B=1, T=520, H=1, d=16)
-    mask = self_mask(np.repeat([[1, 2, 3, 0]], [200, 130, 185, 5], axis=1))
+    mask = self_mask(jnp.array([np.repeat([1, 2, 3, 0], [200, 130, 185, 5])]))
     assert_close(value_and_grads(q, k, v, mask, "splash"), value_and_grads(q, k, v, mask, "dense"))
 
 
@@ -138,7 +138,7 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 @on_cpu
 def test_sharded_equals_single(kernel, sizes, G, causal):
     q, k, v = qkv(B=8, T=12, d=32, G=G)
-    mask = self_mask(np.tile(np.repeat([1, 2, 0], [5, 4, 3]), (8, 1)), causal=causal)
+    mask = self_mask(jnp.array([np.repeat([1, 2, 0], [5, 4, 3])] * 8), causal=causal)
     single = value_and_grads(q, k, v, mask, "dense")
     with jax.set_mesh(make_mesh(sizes)):
         assert_close(value_and_grads(q, k, v, mask, kernel), single)
@@ -153,8 +153,9 @@ def test_rows_and_heads_lie_where_they_divide(B, G, causal, spec):
 
 def mesh_of(platform):
     """Four devices that are not here: what is traced under their mesh is traced, and lowered, for their platform."""
-    device = {"tpu": ("TPU v5", 1), "gpu": ("NVIDIA H100 80GB HBM3", 132)}[platform]
-    return jax.sharding.AbstractMesh((1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=jax.sharding.AbstractDevice(*device, platform))
+    kind, cores = {"tpu": ("TPU v5", 1), "gpu": ("NVIDIA H100 80GB HBM3", 132)}[platform]
+    device = jax.sharding.AbstractDevice(kind, cores, platform)
+    return jax.sharding.AbstractMesh((1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
 
 
 @pytest.mark.parametrize("platform, target, kernel, call", [
@@ -176,7 +177,7 @@ def test_kernels_lower_for_accelerators_that_are_not_here(platform, target, kern
 
 
 @pytest.mark.parametrize("kernel, more, why", [
-    ("splash", dict(bias=np.zeros((2, 8, 8))), "bias"),
+    ("splash", dict(bias=jnp.zeros((2, 8, 8))), "bias"),
     ("splash", dict(dropout=0.1, key=jax.random.key(0)), "dropout"),
     ("pallas", dict(mask=Mask(*np.zeros((4, 2, 8), int), causal=True)), "self_mask"),
     ("cudnn", dict(), "not on cpu"),
@@ -200,4 +201,4 @@ def test_cudnn_refuses_segments():
 @on_gpu
 def test_gpu_kernels_equal_dense(kernel, mask):
     q, k, v = qkv(d=88, dtype=jnp.bfloat16)
-    assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(*(x.astype(np.float32) for x in (q, k, v)), mask, "dense"), 2e-2)
+    assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(*(x.astype(jnp.float32) for x in (q, k, v)), mask, "dense"), 2e-2)

@@ -5,7 +5,7 @@ A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER 
 """
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from emu_jax.config import UserError
 from emu_jax.data.sequence import Document
@@ -19,6 +19,7 @@ class Corrupt(Exception):
         self.id, self.reason = id, reason
 
 
+@runtime_checkable
 class Source(Protocol):
     """What `open` gives. Thread-safe; documents' ids are unique in it and do not change."""
 
