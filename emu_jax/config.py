@@ -91,12 +91,11 @@ def _from_file(text: str) -> ConfigDict:
     sys.path.insert(0, root)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(*([argument] if argument else []))
-    except (ValueError, TypeError, AttributeError, ImportError, SyntaxError) as error:
-        raise UserError(f"config {text!r}: {error}") from error
+        return module.get_config(*([argument] if argument else [])).lock()
+    except Exception as error:      # a config is a program: anything may be wrong with it
+        raise UserError(f"config {text!r}: {error}".splitlines()[0]) from error
     finally:
         sys.path.remove(root)
-    return config.lock()
 
 
 def _fields(config: ConfigDict, prefix: str = ""):

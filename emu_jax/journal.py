@@ -10,14 +10,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from emu_jax.types import Metrics
 
-
-def means(metrics: Metrics, sources: tuple[str, ...]) -> dict[str, float]:
-    """sum / weight of each metric, on the host; `x_by_source` becomes x/SOURCE for the sources that were there."""
+def means(metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]], sources: tuple[str, ...]) -> dict[str, float]:
+    """sum / weight of each metric (types.Metrics, on the host); `x_by_source` becomes x/SOURCE for the sources that were there."""
     out: dict[str, float] = {}
     for name, (total, weight) in metrics.items():
         total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
@@ -69,9 +68,9 @@ class Journal:
             self.file.close()
 
 
-def _step(line: str) -> float:
+def _step(line: str) -> int | float:
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):       # half a line, of a run that was killed while writing
         logging.warning("metrics.jsonl: left out a line that is not whole")
         return math.inf

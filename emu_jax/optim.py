@@ -2,6 +2,8 @@
 
 Learning rate of a leaf at a step = its peak (rules.peak_lr) times the schedule's share of the peak. Read next: loop.py.
 """
+from itertools import pairwise
+
 import jax
 import optax
 
@@ -24,7 +26,17 @@ def schedule(c) -> optax.Schedule:
         raise UserError(f"optim.schedule={c.schedule!r} is not one of {', '.join(after)}")
     if not 0 <= c.warmup <= 1 or c.steps < 1:
         raise UserError(f"optim.warmup={c.warmup} is a share of the steps, 0 to 1, and optim.steps={c.steps} at least 1")
+    if c.schedule == "stepped" and not _rise(warmup, c.boundaries):
+        raise UserError(f"optim.boundaries={c.boundaries!r} must be (step, share of the peak) pairs, steps rising from the warm-up's end, {warmup}")
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(warmup, 1)), after[c.schedule]()], [warmup])
+
+
+def _rise(first: int, boundaries: tuple) -> bool:
+    try:
+        steps = [first, *(step for step, _ in boundaries)]
+    except (TypeError, ValueError):
+        return False
+    return all(a < b for a, b in pairwise(steps))
 
 
 def make(c, peaks: Tree, decays: Tree) -> optax.GradientTransformation:

@@ -23,9 +23,9 @@ ROWS = ("data", "fsdp")
 # Tower -> rows in reading order; beside each the weight's shape. Under blocks/ a leading L is scanned and never sharded.
 PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     "vision": (
-        ("vision/patch/w", P(None, None, None, ("fsdp", "tensor"))),   # p p 3 E
+        ("vision/patch/w", P(None, None, None, "fsdp")),               # p p 3 E
         ("vision/(cls|patch/bias)", P()),                              # E
-        ("vision/pos", P(None, ("fsdp", "tensor"))),                   # 1+P E
+        ("vision/pos", P(None, "fsdp")),                               # 1+P E
         ("vision/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L E H d
         ("vision/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),   # L H d E
         ("vision/blocks/ffn/up/w", P(None, "fsdp", "tensor")),         # L E F
@@ -156,7 +156,7 @@ def lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> 
     V, mesh = base.shape[0], jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return look((), (), base, added, tokens)
-    rows = P(ROWS) if tokens.shape[0] > 1 else P()      # a single row is everybody's
+    rows = P() if tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else P(ROWS)      # a few rows are everybody's
     return jax.shard_map(partial(look, "fsdp", "tensor"), in_specs=(P("tensor", "fsdp"), P(None, "fsdp"), rows), out_specs=rows,
                          check_vma=False)(base, added, tokens)
 

@@ -33,12 +33,15 @@ def unflatten(pairs: dict[str, Any]) -> Tree:
     return tree
 
 
-def by_rule(rules: Sequence[tuple[str, Any]], tree: Tree, what: str = "rules") -> Tree:
+def by_rule(rules: Sequence[Any], tree: Tree, what: str = "rules") -> Tree:
     """A tree like `tree` with, at every leaf, the value of the first row whose regex matches its whole path.
 
-    Raises ValueError, naming `what`, for a leaf without a row and for a row that no leaf needed.
+    Raises ValueError, naming `what`, for a leaf without a row, for a row that no leaf needed, and for what is no row.
     """
     used: set[int] = set()
+    for row in rules:
+        if not _is_row(row):
+            raise ValueError(f"{what}: {row!r} is not a (regular expression, value) row")
 
     def value_of(path: str) -> Any:
         for number, (pattern, value) in enumerate(rules):
@@ -52,6 +55,14 @@ def by_rule(rules: Sequence[tuple[str, Any]], tree: Tree, what: str = "rules") -
     if idle:
         raise ValueError(f"{what}: no parameter needs the row {idle[0]!r}; the parameters are under {sorted(tree)}")
     return unflatten(values)
+
+
+def _is_row(row: Any) -> bool:
+    try:
+        pattern, _ = row
+        return bool(re.compile(pattern))
+    except (TypeError, ValueError, re.error):
+        return False
 
 
 def split(tree: Tree, chosen: Tree) -> tuple[Tree, Tree]:

@@ -11,7 +11,7 @@ import flax.struct
 from jaxtyping import Array, Float, Int, UInt8
 
 # A loss or a metric is (sum, weight) until the host divides: never a mean of means.
-Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+Metrics = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
 
 
 @flax.struct.dataclass

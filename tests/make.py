@@ -3,9 +3,10 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from emu_jax import config, stages, train
+from emu_jax import config, stages, train, tree
 from emu_jax.data.packing import empty_batch, write_row
 from emu_jax.data.sequence import Document, make_sequence
 from emu_jax.data.tokenizer import Tokenizer
@@ -15,7 +16,7 @@ from emu_jax.models import emu
 def cfg(*overrides: str, size: str = "debug"):
     """configs/base.py at a small size, on one device, without dropout, with overrides "a.b=value"."""
     small = ("optim.steps=4", "data.batch=8", "data.tokens=48", "data.images=3", "data.num_streams=4", "objective.chunk=16", "mesh.fsdp=1",
-             "model.resampler.dropout=0.0")
+             "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none")
     return config.load([f"--config=configs/base.py:{size}", *(f"--config.{override}" for override in (*small, *overrides))])
 
 
@@ -69,3 +70,33 @@ def program(c):
 
 def params(p, seed: int = 0):
     return emu.init(p.stage.module, p.size, jax.random.key(seed))
+
+
+def flat(params) -> list[tuple[str, np.ndarray]]:
+    """("a/b", leaf) of every leaf, in order."""
+    return list(tree.leaves(params))
+
+
+def random_params(p, seed: int = 0):
+    """Every leaf random, norms around 1: a fresh model's biases of 0 and norms of 1 would hide mistakes."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, x):
+        noise = rng.standard_normal(x.shape, np.float32)
+        return jnp.asarray(1 + 0.1 * noise if path.endswith(("scale", "std")) else 0.2 * noise)
+
+    return tree.unflatten({path: leaf(path, x) for path, x in flat(jax.eval_shape(partial(params, p)))})
+
+
+def packed_and_separate(c):
+    """(batch of three full rows, batch of the same eight documents a row each, [(row, start, first image)] of each in the former)."""
+    found = [s for s in sequences(c, 40) if len(s.tokens) <= c.data.tokens // 3 and len(s.image_slots) <= 1][:8]
+    rows = [found[:3], found[3:5], found[5:]]
+    places = []
+    for number, row in enumerate(rows):
+        start = first = 0
+        for sequence in row:
+            places.append((number, start, first))
+            start, first = start + len(sequence.tokens), first + len(sequence.image_slots)
+    assert len(found) == 8 and any(len(s.image_slots) for s in found[1:3])
+    return pack(c, rows + [[]] * 5), pack(c, [[sequence] for sequence in found]), places

@@ -25,12 +25,13 @@ def demo(checkpoint: str, data: str, warmup: str | None, out: str | None) -> Pat
     """Prints the numbers, writes results.json and report.html into `out`, and returns the page's path."""
     from emu_jax.evaluate import demo, history, report  # these take seconds to import: a wrong flag is answered at once
     result = demo.evaluate(checkpoint, data, warmup)
-    print("\n".join(f"{name:38}{_shown(value)}" for name, value in result.numbers.items()))
+    width = max(map(len, result.numbers))
+    print("\n".join(f"{name:{width}}  {_shown(value)}" for name, value in result.numbers.items()))
     verdict = {True: "reached", False: "NOT reached", None: "not measured"}
     width = max(len(target.what) for target in result.targets)
     for target in result.targets:
         value = "-" if target.value is None else f"{target.value:.1%}"
-        print(f"{target.what:{width}}  {value:>8}  {target.bound:12}{verdict[target.reached]}")
+        print(f"{target.what:{width}}  {value:>8}  {target.bound:13} {verdict[target.reached]}")
     folder = Path(out) if out else history.workdir(checkpoint)[0]
     folder.mkdir(parents=True, exist_ok=True)
     told = {group: [{"id": told.id, "true": told.true, "said": told.said, "nearest": told.nearest} for told in some]
@@ -42,7 +43,7 @@ def demo(checkpoint: str, data: str, warmup: str | None, out: str | None) -> Pat
     return folder / "report.html"
 
 
-def _shown(value: float) -> str:
+def _shown(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 

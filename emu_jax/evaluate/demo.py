@@ -18,12 +18,13 @@ from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
 from emu_jax import checkpoint, tree
-from emu_jax.config import UserError
+from emu_jax.config import UserError, from_dict
 from emu_jax.data import sources
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.sequence import Document, Pair, make_sequence
 from emu_jax.data.sources import Source
 from emu_jax.evaluate import history
+from emu_jax.evaluate.history import Number
 from emu_jax.generate import image as drawing
 from emu_jax.generate import text
 from emu_jax.models import emu
@@ -53,7 +54,7 @@ class Drawn(NamedTuple):
 
 class Target(NamedTuple):
     what: str
-    value: float | None             # None: not measured
+    value: Number | None            # None: not measured
     bound: str
     reached: bool | None
 
@@ -61,7 +62,7 @@ class Target(NamedTuple):
 @dataclass(frozen=True)
 class Result:
     config: dict[str, Any]
-    numbers: dict[str, float]       # shares are 0 to 1
+    numbers: dict[str, Number]       # shares are 0 to 1
     targets: list[Target]
     captions: dict[str, list[Told]]     # by group: names_train, names_held_out, scenes_held_out
     drawn: list[Drawn]
@@ -95,7 +96,7 @@ class Model:
         """What follows documents of texts and images, greedily."""
         prompts = [make_sequence(document, self.tokenizer, n_visual=self.size.resampler.tokens, max_tokens=1 << 16, max_images=max_images,
                                  image_first=1.0, labels=(), rng=np.random.default_rng(0)) for document in documents]
-        tokens = _rows([prompt.tokens[:-1] for prompt in prompts])      # without </s>
+        tokens = _rows([prompt.tokens[:-1].tolist() for prompt in prompts])      # without </s>
         slots = np.full((len(prompts), max_images), tokens.shape[1])
         images = np.zeros((len(prompts), max_images, *prompts[0].images.shape[1:]), np.uint8)
         for row, prompt in enumerate(prompts):
@@ -125,7 +126,7 @@ def evaluate(directory: str, data: str, warmup: str | None = None) -> Result:
     config = checkpoint.read_config(directory)
     if config["stage"] != "emu":
         raise UserError(f"the checkpoint in '{directory}' is of the stage {config['stage']!r}; the demo is evaluated on one of 'emu'")
-    size = emu.EmuSize.of(config["model"])
+    size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
     names, held_out, seen, scenes, stories = (sources.open(f"{data}/{split}", size.vision.image) for split in (
         "names:train", "names:held_out", "scenes:train", "scenes:held_out", "stories:held_out"))
     tokenizer = tokenizers.load(f"{data}/tokenizer.json", size.llama.vocab)
@@ -133,6 +134,7 @@ def evaluate(directory: str, data: str, warmup: str | None = None) -> Result:
         warmup = config["init"]
     params = checkpoint.restore_params(directory, ema=config["optim"]["ema"] > 0)
     model = Model(size, params, tokenizer)
+    before = checkpoint.restore_params(warmup, {tower: params[tower] for tower in ENCODER}) if warmup else None
     lines, warmup_lines = history.read(directory), history.read(warmup) if warmup else []
 
     captions = _captions(model, {"names_train": (names, None), "names_held_out": (held_out, names), "scenes_held_out": (scenes, seen)})
@@ -141,13 +143,13 @@ def evaluate(directory: str, data: str, warmup: str | None = None) -> Result:
     drawn, numbers = _retrieval(drawings, len(names), visual, model.draw([told.true for told in drawings]))
     told = _stories(model, stories)
     numbers |= _numbers(captions) | _story_numbers(told) | history.variance(lines)
-    numbers |= {"visual_rank": effective_rank(visual)} | _raw_variance(model, warmup, visual, np.stack([told.image for told in drawings]))
+    numbers |= {"visual_rank": effective_rank(visual)} | _raw_variance(model, before, visual, np.stack([told.image for told in drawings]))
     numbers |= {f"speed/{name}": value for name, value in history.speed(lines).items()}
     numbers |= {f"warmup_speed/{name}": value for name, value in history.speed(warmup_lines).items()}
     return Result(config, numbers, targets(numbers), captions, drawn, told, lines, warmup_lines)
 
 
-def targets(numbers: dict[str, float]) -> list[Target]:
+def targets(numbers: dict[str, Number]) -> list[Target]:
     """What the demo is to reach, and whether it did."""
     def target(what, name, bound, reached):
         value = numbers.get(name)
@@ -158,7 +160,7 @@ def targets(numbers: dict[str, float]) -> list[Target]:
         target("training names told exactly", "names_train_exact", "≥ 80 %", lambda x: x >= 0.8),
         target("name → its drawing among the five nearest", "retrieval_top5", "≥ 60 %", lambda x: x >= 0.6),
         target("scenes of held-out combinations told exactly", "scenes_held_out_exact", "≥ 50 %", lambda x: x >= 0.5),
-        target("… and against the nearest training scene's caption", "scenes_held_out_exact", f"≥ 2 × {nearest:.1%}",
+        target("… and against the nearest training scene's caption", "scenes_held_out_exact", f"≥ 2 × {100 * nearest:.1f} %",
                lambda x: x >= 2 * nearest and x > 0),
         target("least variance of the visual tokens in the run, of the first step's", "visual_variance_ratio", "≥ 10 %", lambda x: x >= 0.1),
         target("… before standardising, at the end, of the warm-up's", "raw_variance_ratio", "≥ 10 %", lambda x: x >= 0.1),
@@ -214,8 +216,10 @@ def squared_distances(a: Float[np.ndarray, "Q n"], b: Float[np.ndarray, "K n"]) 
 
 
 def r2(true: Float[np.ndarray, "M N D"], given: Float[np.ndarray, "M N D"]) -> float:
-    """1 - squared error / squared distance to the mean: 1 is perfect, 0 no better than the mean of all, and it may be below."""
-    return float(1 - np.square(true - given).sum() / np.square(true - true.mean(0)).sum())
+    """1 - squared error / squared distance to the mean: 1 is perfect, 0 no better than the mean of all, and it may be below.
+    0 where all are the same: then there is nothing to foretell."""
+    total = np.square(true - true.mean(0)).sum()
+    return float(1 - np.square(true - given).sum() / total) if total else 0.0
 
 
 def effective_rank(z: Float[np.ndarray, "M N D"]) -> float:
@@ -256,11 +260,11 @@ def _pairs(source: Source) -> list[tuple[str, Pair]]:
     return [(document.id, document.parts[0]) for document in (source[i] for i in range(len(source)))]
 
 
-def _numbers(captions: dict[str, list[Told]]) -> dict[str, float]:
+def _numbers(captions: dict[str, list[Told]]) -> dict[str, Number]:
     """Exact share and mean F1 of each group, for scenes also the right facts, and by kind; the same of the nearest images' captions."""
     scenes = captions["scenes_held_out"]
     kinds = {f"scenes_held_out_{kind}": [told for told in scenes if told.id.startswith(f"{kind}/")] for kind in ("counts", "spatial")}
-    numbers: dict[str, float] = {}
+    numbers: dict[str, Number] = {}
     for group, some in (captions | kinds).items():
         numbers[f"{group}_count"] = len(some)
         for who, said in (("", lambda told: told.said), ("nearest_", lambda told: told.nearest)):
@@ -276,7 +280,7 @@ def _numbers(captions: dict[str, list[Told]]) -> dict[str, float]:
 
 
 def _retrieval(drawings: list[Told], trained: int, visual: Float[np.ndarray, "M N D"],
-               regressed: Float[np.ndarray, "M N D"]) -> tuple[list[Drawn], dict[str, float]]:
+               regressed: Float[np.ndarray, "M N D"]) -> tuple[list[Drawn], dict[str, Number]]:
     """Names to drawings by their visual tokens, among all; the first `trained` drawings were seen in training."""
     flat = lambda z: rearrange(z, "M N D -> M (N D)")
     distances = squared_distances(flat(regressed), flat(visual))
@@ -284,7 +288,7 @@ def _retrieval(drawings: list[Told], trained: int, visual: Float[np.ndarray, "M 
     best = np.argsort(distances, 1)[:, :TOP]
     drawn = [Drawn(told.true, i >= trained, int(rank[i]), [(drawings[j].true, drawings[j].image) for j in best[i]])
              for i, told in enumerate(drawings)]
-    numbers: dict[str, float] = {"retrieval_among": len(drawings)}
+    numbers: dict[str, Number] = {"retrieval_among": len(drawings)}
     for suffix, part in (("", slice(trained)), ("_held_out", slice(trained, None))):
         numbers |= {f"retrieval{suffix}_top1": float((rank[part] < 1).mean()), f"retrieval{suffix}_top5": float((rank[part] < TOP).mean()),
                     f"free_run_r2{suffix}": r2(visual[part], regressed[part])}
@@ -307,21 +311,20 @@ def _stories(model: Model, source: Source) -> list[list[Told]]:
     return [[sentence for sentence in told if sentence.id == story.id] for story in stories]
 
 
-def _story_numbers(stories: list[list[Told]]) -> dict[str, float]:
+def _story_numbers(stories: list[list[Told]]) -> dict[str, Number]:
     sentences = [told for story in stories for told in story]
     return {"stories_held_out_count": len(sentences),
             "stories_held_out_exact": float(np.mean([told.true == told.said for told in sentences]))} if sentences else {}
 
 
-def _raw_variance(model: Model, warmup: str | None, visual: Float[np.ndarray, "M N D"],
-                  images: UInt8[np.ndarray, "M h w 3"]) -> dict[str, float]:
-    """Variance of the drawings' visual tokens before they are standardised, and its share of what the warm-up's encoder gives them."""
+def _raw_variance(model: Model, before: tree.Tree | None, visual: Float[np.ndarray, "M N D"],
+                  images: UInt8[np.ndarray, "M h w 3"]) -> dict[str, Number]:
+    """Variance of the drawings' visual tokens before they are standardised, and its share of what the encoder `before` gives them."""
     std = np.asarray(model.params["visual_stats"]["std"]) if model.size.standardise else 1.0
     spread = lambda z: float(z.var(0, dtype=np.float64).mean())
     numbers = {"raw_variance": spread(visual * std)}
-    if warmup is None:
+    if before is None:
         return numbers
-    before = checkpoint.restore_params(warmup, {tower: jax.tree.map(np.asarray, model.params[tower]) for tower in ENCODER})
     call = jax.jit(lambda params, images: emu.bind(emu.Encoder, model.size, params).encode(images).astype(np.float32))
     numbers["raw_variance_warmup"] = spread(_batched("the warm-up's encoder", partial(call, before), images))
     return numbers | {"raw_variance_ratio": numbers["raw_variance"] / numbers["raw_variance_warmup"]}

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from statistics import fmean, median
 
-Line = dict[str, float | None]
-Curve = list[tuple[float, float]]       # (step, value)
+Number = int | float
+Line = dict[str, Number | None]
+Curve = list[tuple[Number, Number]]     # (step, value)
 
 
 def read(directory: str) -> list[Line]:
@@ -29,7 +30,7 @@ def curve(lines: list[Line], name: str) -> Curve:
     return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
-def speed(lines: list[Line]) -> dict[str, float]:
+def speed(lines: list[Line]) -> dict[str, Number]:
     """Medians over the steps whose time was taken (not the first, which compiles, nor those after an evaluation); {} for no such step.
 
     `input_wait_share` is all waiting over all time, and `wall_s` the mean step's time by the number of steps: without compilation,
@@ -46,8 +47,8 @@ def speed(lines: list[Line]) -> dict[str, float]:
             "input_wait_share": sum(values("input_wait")) / sum(seconds), "padding_share": fmean(values("padding"))}
 
 
-def variance(lines: list[Line]) -> dict[str, float]:
-    """The visual tokens' variance across a batch's images: at the first step, its least over all steps, and their ratio; {} for no line."""
+def variance(lines: list[Line]) -> dict[str, Number]:
+    """The visual tokens' variance across a batch's images: at the first step, its least over the logged steps, and their ratio; {} for none."""
     values = [value for _, value in curve(lines, "visual_variance")]
     return {"visual_variance_first": values[0], "visual_variance_least": min(values),
             "visual_variance_ratio": min(values) / values[0]} if values and values[0] else {}

@@ -17,7 +17,7 @@ from PIL import Image
 
 from emu_jax.evaluate import history
 from emu_jax.evaluate.demo import Drawn, Result, Target, Told
-from emu_jax.evaluate.history import Curve
+from emu_jax.evaluate.history import Curve, Number
 
 SHOWN = {"scenes_held_out": 24, "names_held_out": 12, "names_train": 24}
 QUERIES = {False: 10, True: 4}          # names of the retrieval table: trained, held out
@@ -113,8 +113,9 @@ chosen.</p>
 <p>From a name alone the model regresses the drawing's {result.config["model"]["resampler"]["tokens"]} visual tokens, each fed back. Here are
 the drawings, of all {n["retrieval_among"]:,}, whose true tokens are nearest; the right one is framed. It is among the first five for
 <b>{_percent(n["retrieval_top5"])}</b> of the training names and first for <b>{_percent(n["retrieval_top1"])}</b> (by chance
-{5 / n["retrieval_among"]:.2%} and {1 / n["retrieval_among"]:.2%}); free-run R² {n["free_run_r2"]:.2f}. What a held-out name looks like can only
-be guessed from its words: first five {_percent(n["retrieval_held_out_top5"])}, R² {n["free_run_r2_held_out"]:.2f}.</p>
+{_percent(5 / n["retrieval_among"], 2)} and {_percent(1 / n["retrieval_among"], 2)}); free-run R² {n["free_run_r2"]:.2f}. What a
+held-out name looks like can only be guessed from its words: first five {_percent(n["retrieval_held_out_top5"])}, R²
+{n["free_run_r2_held_out"]:.2f}.</p>
 <div class="card scroll"><table>{_retrieval(result.drawn)}</table></div>
 <h2>Names of drawings</h2>
 <p>Training drawings: memory. All {n["names_train_count"]:,} were asked; <b>{_percent(n["names_train_exact"])}</b> are exactly right, F1 of the
@@ -174,7 +175,7 @@ def chart(title: str, series: Sequence[tuple[str, Curve, bool]], *, log: bool = 
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>')
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: Number, high: Number) -> list[Number]:
     """About four round numbers from below `low` to `high`, from 0 where that is near."""
     low = 0.0 if 0 < low < 0.5 * high else low
     step = 10 ** math.floor(math.log10(max(high - low, 1e-9) / 3))
@@ -182,20 +183,20 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(step * k, 12) for k in range(math.floor(low / step), math.floor(high / step) + 1)] if high > low else [low, low + 1]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, or powers of ten alone where those would be many; the first and the last enclose both."""
+def _log_ticks(low: Number, high: Number) -> list[Number]:
+    """1, 2 and 5 times powers of ten around both values, or where those would be many, powers of ten alone, or some of them."""
     for steps in ((1, 2, 5), (1,)):
         every = [m * 10.0 ** k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2) for m in steps]
         ticks = [a for a, b in pairwise([*every, math.inf]) if b > low]
         ticks = ticks[:next(k for k, tick in enumerate(ticks) if tick >= high and k) + 1]
         if len(ticks) <= 7:
             break
-    return ticks
+    return ticks[::math.ceil(len(ticks) / 7)]
 
 
 def _thin(points: Curve) -> Curve:
     """At most POINTS points: means of neighbours."""
-    each = math.ceil(len(points) / POINTS)
+    each = max(1, math.ceil(len(points) / POINTS))
     return [tuple(np.mean(points[start:start + each], 0)) for start in range(0, len(points), each)]
 
 
@@ -211,8 +212,8 @@ def _picture(image: UInt8[np.ndarray, "h w 3"], label: str, style: str = "") -> 
     return f'<img{style} src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{escape(label)}" title="{escape(label)}">'
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def _percent(value: Number, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}\u00a0%"       # a space that does not break the line
 
 
 def _targets(targets: list[Target]) -> str:
@@ -221,13 +222,13 @@ def _targets(targets: list[Target]) -> str:
             return '<span class="mark">not measured</span>'
         return f'<span class="mark {"right" if target.reached else "wrong"}">{"reached" if target.reached else "not reached"}</span>'
 
-    value = lambda target: "–" if target.value is None else f"{100 * target.value:.2f} %" if target.value < 0.02 else _percent(target.value)
-    rows = (f'<tr><td>{escape(target.what)}</td><td class="number big">{value(target)}</td><td class="number soft">{escape(target.bound)}</td>'
-            f'<td>{mark(target)}</td></tr>' for target in targets)
+    value = lambda target: "–" if target.value is None else _percent(target.value, 2 if target.value < 0.02 else 1)
+    rows = (f'<tr><td>{escape(target.what)} <small class="soft number">{escape(target.bound)}</small></td>'
+            f'<td class="number big">{value(target)}</td><td>{mark(target)}</td></tr>' for target in targets)
     return f'<div class="card scroll"><table>{"".join(rows)}</table></div>'
 
 
-def _scenes(n: dict[str, float]) -> str:
+def _scenes(n: dict[str, Number]) -> str:
     head = ("<tr><th>held-out scenes</th><th>number</th><th>exact</th><th>facts right</th><th>F1 of words</th>"
             "<th>nearest: exact</th><th>facts right</th><th>F1 of words</th></tr>")
     rows = ""
@@ -293,7 +294,7 @@ def _curves(result: Result) -> str:
         chart("Warm-up: variance of the visual tokens (log)", [("in a batch", warmup("visual_variance"), False)], log=True)))
 
 
-def _variance_words(n: dict[str, float]) -> str:
+def _variance_words(n: dict[str, Number]) -> str:
     words = []
     if "visual_variance_ratio" in n:
         words.append(f'Over the Emu stage: {n["visual_variance_first"]:.3g} at the first step, '
@@ -304,14 +305,14 @@ def _variance_words(n: dict[str, float]) -> str:
     return " ".join((*words, f'The tokens use about {n["visual_rank"]:.0f} directions (effective rank).'))
 
 
-def _speed(n: dict[str, float]) -> str:
+def _speed(n: dict[str, Number]) -> str:
     rate = lambda value: f"{value:,.0f}"
     rows = [("steps", "steps", rate), ("wall time, without compiling and evaluating", "wall_s", lambda s: f"{s / 60:.1f} min"),
             ("step, median", "step_time_s", lambda s: f"{1000 * s:.0f} ms"), ("tokens a second", "tokens_per_second", rate),
             ("images a second", "images_per_second", rate), ("model FLOP/s", "flops_per_second", _si)]
     towers = dict.fromkeys(name.rpartition("/")[2] for name in n if "flops_per_second/" in name)
     rows += [(f"… {tower}", f"flops_per_second/{tower}", _si) for tower in towers]
-    rows += [("share of the peak (MFU)", "mfu", _percent), ("waiting for data", "input_wait_share", lambda share: f"{share:.2%}"),
+    rows += [("share of the peak (MFU)", "mfu", _percent), ("waiting for data", "input_wait_share", lambda share: _percent(share, 2)),
              ("padding", "padding_share", _percent)]
     cell = lambda stage, name, show: f'<td class="number">{show(n[f"{stage}/{name}"]) if f"{stage}/{name}" in n else "–"}</td>'
     return "<tr><th></th><th>warm-up</th><th>Emu</th></tr>" + "".join(
@@ -319,7 +320,7 @@ def _speed(n: dict[str, float]) -> str:
         if f"warmup_speed/{name}" in n or f"speed/{name}" in n)
 
 
-def _si(value: float) -> str:
+def _si(value: Number) -> str:
     """3.2 G, 1.1 T, ..."""
     power = min(max(int(math.log10(value) // 3), 0), 5) if value >= 1 else 0
     return f"{value / 1000 ** power:.3g} {' kMGTP'[power]}".strip()

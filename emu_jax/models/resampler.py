@@ -81,7 +81,7 @@ class Resampler(nnx.Module):
         self.norm = layers.RMSNorm(size.width, eps=1e-6)
         self.project = layers.Linear("bnc,cd->bnd", (size.width, llm_width), bias=(llm_width,), std=0.02, rngs=rngs)
 
-    def __call__(self, features: Float[Array, "M 1+P E"], key: Array | None = None, *, kernel: str = "auto") -> Float[Array, "M N D"]:
+    def __call__(self, features: Float[Array, "M S E"], key: Array | None = None, *, kernel: str = "auto") -> Float[Array, "M N D"]:
         """The N visual tokens of each image; `key` turns dropout on."""
         size = self.size
         key_in, key_blocks, key_out = (None,) * 3 if key is None else jax.random.split(key, 3)

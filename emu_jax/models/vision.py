@@ -77,8 +77,8 @@ class Vision(nnx.Module):
         self.pos = nnx.Param(jnp.asarray(sincos(size.image // p, E)))     # learned from there: patches know their place from the start
         self.blocks = layers.stack(lambda rngs: Block(size, rngs), size.depth, rngs)
 
-    def __call__(self, images: Float[Array, "M h w 3"], *, kernel: str = "auto") -> Float[Array, "M 1+P E"]:
-        """Raw features of normalised images (see `normalise`), CLS first."""
+    def __call__(self, images: Float[Array, "M h w 3"], *, kernel: str = "auto") -> Float[Array, "M S E"]:
+        """Raw features of normalised images (see `normalise`): S is CLS and then the P patches."""
         p = self.size.patch
         x = self.patch(rearrange(images, "m (x i) (y j) c -> m x y i j c", i=p, j=p))
         x = rearrange(x, "m x y e -> m (x y) e")

@@ -1,7 +1,6 @@
 """Scenes composed of a few drawings, with whole combinations held out: can a small Emu see, and not just remember?
 
-An image is a grid of 2 x 2 cells on a plain background; each drawing stands in a cell, moved by a little jitter. Three
-kinds, with one right caption for every image:
+An image is a grid of 2 x 2 cells on a plain background, a drawing in a cell with a little jitter, and has one right caption:
   counts   "three cats on blue"              (number, drawing, background) held out
   spatial  "a cat left of a pig on green"    (drawing, relation, drawing) held out, on every background
   stories  "one cat on blue", "a pig comes", "the cat leaves", each sentence with its image: (drawing, drawing) held out

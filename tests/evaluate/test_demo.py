@@ -1,0 +1,297 @@
+"""The demo's numbers: each score on examples made by hand, and the command on a model of no training."""
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import make
+import numpy as np
+import pytest
+
+from emu_jax import config, stages
+from emu_jax.checkpoint import Checkpoints
+from emu_jax.config import UserError
+from emu_jax.data import sources, tokenizer
+from emu_jax.data.builders import openmoji, scenes
+from emu_jax.data.sequence import Document, Pair
+from emu_jax.evaluate import __main__ as command
+from emu_jax.evaluate import demo, history
+from emu_jax.models import emu
+
+# --- texts ---
+
+def test_f1():
+    assert demo.f1("red heart", "red heart") == 1
+    assert demo.f1("red heart", "heart red") == 1                 # order is not its business
+    assert demo.f1("red heart", "") == demo.f1("red heart", "cat") == 0
+    assert demo.f1("a cat and a pig", "a pig") == pytest.approx(2 * 1 * 0.4 / 1.4)
+    assert demo.f1("cat", "cat cat cat") == pytest.approx(0.5)    # a word counts as often as it is there
+
+
+def test_every_caption_of_the_scenes_is_understood():
+    flat = np.zeros((4, 4, 4), np.uint8)
+    for kind in ("counts", "spatial"):
+        for scene in scenes.scenes(kind, True, 0, 64, lambda _: flat):
+            found = demo.facts(scene.texts[0])
+            names = ("number", "first", "background") if kind == "counts" else ("first", "relation", "second")
+            assert " ".join(found[name] for name in names) == scene.combination
+            assert scene.texts[0].endswith(f"on {found['background']}")
+
+
+def test_facts_count_in_their_roles():
+    true = "a cat left of a pig on green"
+    assert demo.facts_right(true, true) == 1
+    assert demo.facts_right(true, "a pig left of a cat on green") == 0.5
+    assert demo.facts_right(true, "a cat above an umbrella on green") == 0.5
+    assert demo.facts_right(true, "two cats on green") == 0.5
+    assert demo.facts_right("two cats on green", "one cat on green") == pytest.approx(2 / 3)
+    assert demo.facts_right(true, "grinning cat") == demo.facts_right(true, "") == 0
+
+
+def test_swapped():
+    true = "a cat left of a pig on green"
+    assert demo.swapped(true, "a pig above a cat on blue") and not demo.swapped(true, true)
+    assert not demo.swapped(true, "two cats on green") and not demo.swapped("two cats on green", "two cats on green")
+
+
+# --- visual tokens ---
+
+def test_ranks_against_sorting():
+    rng = np.random.default_rng(0)
+    distances, right = rng.random((20, 9)), rng.integers(0, 9, 20)
+    assert (demo.ranks(distances, right) == [sorted(row).index(row[r]) for row, r in zip(distances, right)]).all()
+
+
+def test_collapsed_tokens_are_found_last():
+    assert (demo.ranks(np.zeros((3, 7)), np.arange(3)) == 6).all()
+
+
+def test_squared_distances_far_from_the_origin():
+    rng = np.random.default_rng(0)
+    a, b = (1000 + rng.normal(size=(n, 5)).astype(np.float32) for n in (4, 6))
+    want = np.square(a[:, None].astype(np.float64) - b[None]).sum(-1)
+    np.testing.assert_allclose(demo.squared_distances(a, b), want, rtol=1e-3)
+
+
+def test_r2():
+    true = np.random.default_rng(0).normal(size=(50, 3, 4))
+    assert demo.r2(true, true) == 1
+    assert demo.r2(true, np.broadcast_to(true.mean(0), true.shape)) == pytest.approx(0)
+    assert demo.r2(true, -true) < -1
+    assert demo.r2(np.ones((3, 2, 2)), np.ones((3, 2, 2))) == 0      # collapse is not success
+
+
+@pytest.mark.parametrize("directions", [1, 3, 8])
+def test_effective_rank(directions):
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(8, 8)))[0][:directions]
+    z = rng.normal(size=(4000, directions)) @ basis
+    assert demo.effective_rank(z.reshape(-1, 2, 4)) == pytest.approx(directions, rel=0.02)
+    assert demo.effective_rank(np.zeros((10, 2, 4))) == 0
+
+
+def test_nearest():
+    rng = np.random.default_rng(0)
+    among = rng.integers(0, 256, (7, 8, 8, 3), np.uint8)
+    order = rng.permutation(7)
+    noisy = np.clip(among[order].astype(int) + rng.integers(-9, 9, among.shape), 0, 255).astype(np.uint8)
+    assert (demo.nearest(noisy, among) == order).all()
+
+
+def test_batches_have_one_shape_and_lose_nothing():
+    shapes = []
+
+    def double(x, y):
+        shapes.append(x.shape)
+        return 2 * x + y[:, None]
+
+    x, y = np.arange(2 * 300).reshape(300, 2), np.arange(300)
+    assert (demo._batched("", double, x, y) == 2 * x + y[:, None]).all()
+    assert set(shapes) == {(demo.BATCH, 2)}
+
+
+# --- the model ---
+
+@pytest.fixture(scope="module")
+def model():
+    """A debug model of random weights, strong enough that its texts differ, and a tokenizer of the letters."""
+    c = make.cfg("model.llama.vocab=140")
+    p = make.program(c)
+    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, make.params(p))
+    letters = tokenizer.Tokenizer(140, lambda text: [3 + ord(letter) - 97 for letter in text], lambda ids: " ".join(map(str, ids)))
+    return demo.Model(emu.EmuSize.of(c.model.to_dict()), params, letters)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
+
+
+def test_a_name_is_drawn_the_same_beside_longer_ones(model):
+    names = ["cat", "a", "umbrella"]
+    together = model.draw(names)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+    for name, tokens in zip(names, together):
+        np.testing.assert_allclose(model.draw([name])[0], tokens, atol=1e-4)
+
+
+def test_continuing_an_image_is_captioning_it(model, images):
+    captions = model.caption(images)
+    assert len(set(captions)) > 1
+    # One of two images a row; the second place is empty and must not be seen.
+    assert model.continue_([Document("", (image,)) for image in images], 2) == captions
+    # Beside a longer document of two images.
+    assert model.continue_([Document("", (images[0],)), Document("", (images[1], "pig", images[2]))], 2)[0] == captions[0]
+
+
+def test_the_second_image_is_seen(model, images):
+    said = model.continue_([Document("", (images[0], "pig", image)) for image in images[1:]], 2)
+    assert len(set(said)) > 1
+
+
+def test_captions_come_back_to_their_images():
+    """A model that is always right is told so, whatever order its images are batched in; so is the nearest image's caption."""
+    def source(texts, first):
+        return [Document(f"counts/{text}", (Pair(np.full((4, 4, 3), first + k, np.uint8), text),)) for k, text in enumerate(texts)]
+
+    learnt = source(["aaaaaa", "b", "cccc"], 0)
+    unseen = source(["two cats on blue", "one pig on pink"], 100)
+    texts = {0: "aaaaaa", 1: "b", 2: "cccc", 100: "two cats on  blue ", 101: "one cat on pink"}
+
+    class Right(demo.Model):
+        def __init__(self):
+            self.tokenizer = tokenizer.Tokenizer(256, lambda text: [ord(letter) for letter in text], str)
+
+        def caption(self, images):
+            return [demo.plain(texts[image[0, 0, 0]]) for image in images]
+
+    captions = demo._captions(Right(), {"names_train": (learnt, None), "scenes_held_out": (unseen, learnt)})
+    assert [told.said for told in captions["names_train"]] == ["aaaaaa", "b", "cccc"]
+    assert [told.nearest for told in captions["scenes_held_out"]] == ["cccc", "cccc"]
+    numbers = demo._numbers(captions)
+    assert numbers["names_train_exact"] == 1 and "names_train_nearest_exact" not in numbers
+    assert numbers["scenes_held_out_exact"] == numbers["scenes_held_out_counts_exact"] == 0.5
+    assert numbers["scenes_held_out_facts"] == pytest.approx(5 / 6) and numbers["scenes_held_out_nearest_facts"] == 0
+    assert numbers["scenes_held_out_spatial_count"] == 0
+
+
+def test_retrieval_counts_trained_and_held_out_apart():
+    drawings = [demo.Told(str(k), np.zeros((2, 2, 3), np.uint8), str(k), "") for k in range(8)]
+    visual = np.arange(8.0).reshape(8, 1, 1)
+    regressed = visual.copy()
+    regressed[0], regressed[7] = 1.1, 0                           # found second; and last, held out
+    drawn, numbers = demo._retrieval(drawings, 6, visual, regressed)
+    assert [query.rank for query in drawn] == [2, 0, 0, 0, 0, 0, 0, 7]
+    assert [name for name, _ in drawn[0].found][:2] == ["1", "2"] and [query.held_out for query in drawn] == 6 * [False] + 2 * [True]
+    assert numbers["retrieval_top1"] == pytest.approx(5 / 6) and numbers["retrieval_top5"] == 1
+    assert numbers["retrieval_held_out_top5"] == 0.5 and numbers["free_run_r2"] < 1
+
+
+# --- the history ---
+
+def test_history(tmp_path):
+    folder = tmp_path / "checkpoints" / "20"
+    folder.mkdir(parents=True)
+    lines = [{"step": 1, "visual_variance": 2.0, "input_wait": 9.0, "padding": 0.9},                # compiles: no step_time
+             {"step": 10, "visual_variance": 0.5, "input_wait": 0.1, "padding": 0.2, "step_time": 1.0, "tokens_per_second": 10.0,
+              "flops_per_second": 1.0, "flops_per_second/llama": 1.0},
+             {"step": 10, "eval/text_loss": 3.0, "eval/visual_variance": 0.01},
+             {"step": 20, "visual_variance": None, "input_wait": 0.2, "padding": 0.4, "step_time": 2.0, "tokens_per_second": 20.0,
+              "flops_per_second": 3.0, "flops_per_second/llama": 2.0},
+             {"step": 30, "visual_variance": 0.001, "step_time": 5.0, "input_wait": 5.0, "padding": 0.1}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 40, "lo')
+    assert [line["step"] for line in history.read(str(tmp_path))] == [1, 10, 10, 20, 30]
+    lines = history.read(str(folder))                             # as far as that checkpoint
+    assert [line["step"] for line in lines] == [1, 10, 10, 20]
+    assert history.curve(lines, "visual_variance") == [(1, 2.0), (10, 0.5)]
+    assert history.variance(lines) == {"visual_variance_first": 2.0, "visual_variance_least": 0.5, "visual_variance_ratio": 0.25}
+    assert history.speed(lines) == pytest.approx({
+        "steps": 20, "wall_s": 30, "step_time_s": 1.5, "tokens_per_second": 15, "flops_per_second": 2, "flops_per_second/llama": 1.5,
+        "input_wait_share": 0.1, "padding_share": 0.3})
+    assert history.read(str(tmp_path / "checkpoints")) == [] and history.speed([]) == history.variance([]) == {}
+
+
+def test_targets():
+    numbers = {"names_train_exact": 0.8, "retrieval_top5": 0.59, "scenes_held_out_exact": 0.5, "scenes_held_out_nearest_exact": 0.26,
+               "visual_variance_ratio": 0.09, "speed/input_wait_share": 0.02}
+    assert [target.reached for target in demo.targets(numbers)] == [True, False, True, False, False, None, False]
+    nothing = demo.targets(numbers | {"scenes_held_out_exact": 0.0, "scenes_held_out_nearest_exact": 0.0})
+    assert nothing[3].reached is False                            # twice nothing is not a success
+
+
+# --- the command ---
+
+@flax.struct.dataclass
+class State:
+    trainable: Any
+    frozen: Any
+    ema: Any
+    step: Any
+
+
+def save(workdir, c):
+    params = emu.init(stages.STAGES[c.stage].module, emu.EmuSize.of(c.model.to_dict()), jax.random.key(0))
+    Checkpoints(str(workdir), keep=1, keep_every=0).save(7, State(params, {}, None, jnp.int32(7)), {}, config.to_dict(c), wait=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    openmoji.write(folder, 0, 64, first=4)
+    texts = [document.parts[0].text for split in ("names:train", "scenes:train") for document in sources.open(f"{folder}/{split}", 64)]
+    tokenizer.train(texts, 120, folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    save(folder / "warmup", make.cfg("stage=contrastive", "model.llama.vocab=120"))
+    save(folder / "emu", make.cfg("model.llama.vocab=120", "model.standardise=true", f"init={folder}/warmup"))
+    (folder / "emu" / "metrics.jsonl").write_text('{"step": 1, "text_loss": 3.0, "visual_variance": 1.0}\n')
+    return folder
+
+
+def test_the_command(data, runs, capsys):
+    assert command.main(["--task=demo", f"--checkpoint={runs}/emu", f"--data={data}"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == f"{runs}/emu/report.html"
+    results = json.loads((runs / "emu" / "results.json").read_text())
+    numbers = results["numbers"]
+    assert numbers["names_train_count"] == numbers["names_held_out_count"] == 4 and numbers["scenes_held_out_count"] == 8
+    assert numbers["retrieval_among"] == 8 and len(results["captions"]["scenes_held_out"]) == 8
+    assert numbers["raw_variance_ratio"] == pytest.approx(1, abs=1e-4)      # both encoders are of the same seed
+    assert all(np.isfinite(value) for value in numbers.values())
+    assert {line.split()[0] for line in out} > numbers.keys()
+    assert len(results["targets"]) == 7 and "</html>" in (runs / "emu" / "report.html").read_text()
+    assert not list((runs / "emu").glob("*.part"))
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["--checkpoint={runs}/none"], "no directory"),
+    (["--checkpoint={runs}"], "no checkpoint in"),
+    (["--checkpoint={runs}/warmup"], "of the stage 'contrastive'"),
+    (["--checkpoint={runs}/emu", "--data={runs}"], "no dataset in '{runs}/names'"),
+    (["--checkpoint={runs}/emu", "--data={data}", "--warmup={runs}/other"], "no directory"),
+    (["--checkpoint={runs}/emu", "--task=coco"], "invalid choice: 'coco'"),
+    (["--check={runs}/emu"], "required: --checkpoint")])
+def test_bad_input_is_one_line(arguments, told, data, runs, capsys):
+    arguments = ["--task=demo", *(argument.format(runs=runs, data=data) for argument in arguments)]
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and told.format(runs=runs) in error
+
+
+def test_another_tokenizer_is_refused(data, runs):
+    save(runs / "large", make.cfg("model.llama.vocab=500"))
+    with pytest.raises(UserError, match=re.escape("has 120 pieces")):
+        demo.evaluate(str(runs / "large"), str(data))
+
+
+def test_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "emu_jax.evaluate", "--task=demo"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -1,0 +1,144 @@
+"""The page: whole, alone, and honest."""
+import base64
+import dataclasses
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emu_jax.evaluate import demo, report
+
+VOID = {"meta", "img", "br", "line", "polyline"}
+
+
+class Page(HTMLParser):
+    """Elements of a page; fails where a tag is closed that is not open."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.words = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def picture(k):
+    return np.full((8, 8, 3), k, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def result():
+    told = lambda true, said, nearest=None, id="counts/x": demo.Told(id, picture(len(true)), true, said, nearest)
+    captions = {"names_train": [told("cat", "cat"), told("<b>pig</b>", "dog & <script>")] * 30, "names_held_out": [told("fox", "wolf", "fox")],
+                "scenes_held_out": [told("one cat on blue", "one cat on blue", "one pig on blue"),
+                                    told("a cat above a pig on blue", "a pig above a cat on blue", "one cat on pink", "spatial/y")]}
+    drawn = [demo.Drawn("cat", False, 1, [("pig", picture(1)), ("cat", picture(2))]), demo.Drawn("fox", True, 40, [("pig", picture(1))])]
+    lines = [{"step": k, "text_loss": 9 / k, "image_loss": 1 / k, "visual_variance": 1 + k % 2} for k in range(1, 900)]
+    lines.append({"step": 899, "eval/text_loss": 2.0, "eval/text_loss/names": 2.0})
+    numbers = demo._numbers(captions) | demo._retrieval(
+        [told(name, "") for name in "abc"], 2, np.arange(3.0).reshape(3, 1, 1), np.ones((3, 1, 1)))[1]
+    numbers |= {"visual_rank": 3.2, "stories_held_out_count": 1, "stories_held_out_exact": 0.0, "speed/steps": 899, "speed/wall_s": 90.0,
+                "speed/flops_per_second": 5.2e10, "speed/input_wait_share": 0.001}
+    c = {"stage": "emu", "model": {"resampler": {"tokens": 4}}}
+    return demo.Result(c, numbers, demo.targets(numbers), captions, drawn, [[told("a cat comes", "a dog comes")]], lines, [])
+
+
+@pytest.fixture(scope="module")
+def page(result):
+    return Page(report.page(result, "runs/<demo>"))
+
+
+def test_the_page_stands_alone(page):
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "link", "iframe", "object", "b>"}
+    for tag, attributes in page.elements:
+        assert not {"onclick", "onload", "srcset"} & attributes.keys()
+        assert attributes.get("src", "data:").startswith("data:image/png;base64,") or tag != "img"
+    style = next(text for text in page.words if ":root" in text)
+    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
+
+
+def test_pictures_are_the_images(page, result):
+    sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
+    decoded = [np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))) for source in sources]
+    assert (decoded[0] == result.captions["scenes_held_out"][0].image).all()
+    assert len(decoded) == 2 + report.SHOWN["names_train"] + 1 + 1 + 3      # scenes, names, held out, story, retrieved
+
+
+def test_right_and_wrong_are_marked(page):
+    cards = [attributes["class"] for tag, attributes in page.elements if "told" in attributes.get("class", "").split()]
+    half = report.SHOWN["names_train"] // 2
+    assert sum("right" in card.split() for card in cards) == 1 + half
+    assert sum("wrong" in card.split() for card in cards) == 1 + half + 1 + 1
+    hits = [attributes["alt"] for tag, attributes in page.elements if tag == "img" and attributes.get("class") == "hit"]
+    assert hits == ["cat"]
+
+
+def test_texts_are_escaped_and_said(page):
+    words = " ".join(" ".join(page.words).split())
+    assert "dog & <script>" in words and "<b>pig</b>" in words and "runs/<demo>" in words
+    for phrase in ("after 899 steps", "OpenMoji", "CC BY-SA 4.0", "nearest in pixels: one pig on blue", '"stage": "emu"', "52 G", "1.5 min",
+                   "100.0 % name the right two drawings in each other's place"):
+        assert phrase in words, phrase
+
+
+def test_targets_are_told_as_they_are(page, result):
+    marks = [attributes["class"].split()[1:] for tag, attributes in page.elements if tag == "span" and attributes.get("class", "").startswith("mark")]
+    said = {True: ["right"], False: ["wrong"], None: []}
+    assert marks[:7] == [said[target.reached] for target in result.targets]
+    assert {target.reached for target in result.targets} == {True, False, None}
+    assert f"Targets: {sum(target.reached is True for target in result.targets)} of 7 reached" in page.words
+
+
+def test_without_metrics_there_are_no_charts(result):
+    bare = dataclasses.replace(result, lines=[], stories=[])
+    assert "<svg" not in report.page(bare, "x") and "Stories" not in report.page(bare, "x")
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [[3.0], [1.0, 1.0], [0.0, 0.0], [1e-6, 3.0, 2e5], [0.9, 1.1, 1.3], [7.65, 0.8], list(np.linspace(9, 0.1, 2000))])
+def test_curves_stay_in_their_chart(values, log):
+    svg = report.chart("x", [("training", list(enumerate(values, 1)), False), ("held out", list(enumerate(values, 1))[-3:], True)], log=log)
+    if log and not any(values):
+        assert svg == ""
+        return
+    Page(svg)
+    places = [tuple(map(float, pair.split(","))) for points in re.findall(r'points="([^"]*)"', svg) for pair in points.split()]
+    places += [tuple(map(float, pair)) for pair in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)]
+    assert places and all(46 <= x <= 392 and 10 <= y <= 206 for x, y in places)
+    assert len(places) <= 3 * report.POINTS
+    rules = [float(y) for y in re.findall(r'<line[^>]* y1="([^"]*)"', svg)]
+    assert 2 <= len(rules) <= 8 and all(10 <= y <= 206 for y in rules)
+
+
+def test_a_chart_shows_its_values():
+    svg = report.chart("x", [("a", [(0, 1.0), (50, 100.0), (100, 10.0)], True)], log=True)
+    first, second, third = [(float(x), float(y)) for x, y in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)]
+    assert first[1] > third[1] > second[1] and first[1] - third[1] == pytest.approx(third[1] - second[1], abs=0.2)      # decades
+    assert second[0] - first[0] == pytest.approx(third[0] - second[0], abs=0.2)
+
+
+def test_thinning_keeps_the_mean():
+    points = [(float(k), float(k * k)) for k in range(960)]
+    thin = report._thin(points)
+    assert len(thin) == 240 and np.mean(thin, 0) == pytest.approx(np.mean(points, 0))
+
+
+def test_si():
+    assert [report._si(value) for value in (0.5, 12, 1234, 5.2e10, 1.3e15)] == ["0.5", "12", "1.23 k", "52 G", "1.3 P"]

@@ -1,0 +1,150 @@
+"""Images enter the sequence where they belong and nowhere else; packed rows are separate documents; remat changes nothing."""
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import make
+import numpy as np
+import pytest
+
+from emu_jax import tree
+from emu_jax.models import emu
+from emu_jax.models.contrast import Warmup
+
+C = make.cfg()
+P = make.program(C)
+PARAMS = make.random_params(P)
+N = C.model.resampler.tokens
+
+
+def model(params=PARAMS, size=P.size):
+    return emu.bind(emu.Emu, size, params)
+
+
+@pytest.fixture(scope="module")
+def forward():
+    """batch -> (hidden, visual tokens)."""
+    return jax.jit(lambda batch: model()(batch))
+
+
+# Slots
+
+def test_visual_tokens_fill_their_slots_and_nothing_else():
+    T = 12
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 516, (3, T)), jnp.int32)
+    visual = jnp.asarray(np.random.default_rng(1).standard_normal((3, 2, N, 32)), jnp.float32)
+    slots = jnp.array([[2, 7], [T, T], [T - N, T]])             # two images; none; one that ends the row
+    got, want = model().interleave(tokens, visual, slots), np.array(model().llama.embeddings(tokens, jnp.float32))
+    want[0, 2:2 + N], want[0, 7:7 + N], want[2, T - N:] = visual[0, 0], visual[0, 1], visual[2, 0]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_an_image_that_is_not_there_changes_nothing(forward):
+    batch = make.batch(C)
+    absent = batch.image_slots == C.data.tokens
+    assert absent.any() and not absent.all()
+    other = batch.replace(images=np.where(absent[..., None, None, None], 255 - batch.images, batch.images))
+    np.testing.assert_array_equal(forward(other)[0], forward(batch)[0])
+    present = batch.replace(images=np.where(absent[..., None, None, None], batch.images, 255 - batch.images))
+    changed = np.abs(forward(present)[0] - forward(batch)[0]).max((1, 2)) > 1e-3
+    np.testing.assert_array_equal(changed, ~absent.all(1))
+
+
+# Packing
+
+def test_packed_rows_are_separate_documents(forward):
+    """Eight documents in three rows, and each in a row of its own."""
+    packed, separate, places = make.packed_and_separate(C)
+    (hidden, visual), (hidden_alone, visual_alone) = forward(packed), forward(separate)
+    for number, (row, start, first) in enumerate(places):
+        length, images = int((separate.segments[number] > 0).sum()), int((separate.image_slots[number] < C.data.tokens).sum())
+        np.testing.assert_allclose(hidden[row, start:start + length], hidden_alone[number, :length], atol=1e-4)
+        np.testing.assert_allclose(visual[row, first:first + images], visual_alone[number, :images], atol=1e-5)
+    assert max(start for _, start, _ in places) > 0 and max(first for *_, first in places) > 0
+
+
+def test_a_document_does_not_see_the_one_before_it_in_the_row(forward):
+    packed, _, places = make.packed_and_separate(C)
+    row, start, _ = places[1]
+    assert start > 0
+    changed = np.array(packed.tokens)
+    changed[row, 1:start - 1] = np.where(changed[row, 1:start - 1] < 512, (changed[row, 1:start - 1] + 7) % 512, changed[row, 1:start - 1])
+    before, after = forward(packed)[0], forward(packed.replace(tokens=changed))[0]
+    assert np.abs(before[row, :start] - after[row, :start]).max() > 0.01
+    np.testing.assert_array_equal(before[row, start:], after[row, start:])
+
+
+# Visual tokens
+
+def test_standardised_visual_tokens_are_the_raw_ones_in_other_units():
+    c = make.cfg("model.standardise=true")
+    p = make.program(c)
+    params = make.random_params(p)
+    encode = jax.jit(lambda params, images: emu.bind(emu.Emu, p.size, params).encode(images))
+    images = make.batch(c).images[:, 0]
+    stats = params["visual_stats"]
+    still = params | {"visual_stats": {"mean": jnp.zeros_like(stats["mean"]), "std": jnp.ones_like(stats["std"])}}
+    np.testing.assert_allclose(encode(params, images), (encode(still, images) - stats["mean"]) / stats["std"], atol=1e-4)
+
+
+# Rematerialisation
+
+def gradients(policy):
+    towers = {tower: dataclasses.replace(getattr(P.size, tower), remat=policy) for tower in ("vision", "resampler", "llama")}
+    size = dataclasses.replace(P.size, **towers)
+    return partial(lambda size, params, batch: sum((x ** 2).sum() for x in model(params, size)(batch)), size)
+
+
+@pytest.fixture(scope="module")
+def without_remat():
+    return jax.jit(jax.value_and_grad(gradients("none")))(PARAMS, make.batch(C))
+
+
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_remat_changes_nothing(without_remat, policy):
+    value, grads = jax.jit(jax.value_and_grad(gradients(policy)))(PARAMS, make.batch(C))
+    want_value, want = without_remat
+    np.testing.assert_allclose(value, want_value, rtol=1e-6)
+    for (path, got), (_, leaf) in zip(make.flat(grads), make.flat(want), strict=True):
+        np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-5 * max(1e-6, np.abs(leaf).max()), err_msg=path)
+
+
+def test_remat_saves_what_it_says():
+    """Bytes that the backward pass finds saved, by policy and by tower."""
+    batch = jax.tree.map(jnp.asarray, make.batch(C))
+
+    def saved(**policies):
+        towers = {tower: dataclasses.replace(getattr(P.size, tower), remat=policy) for tower, policy in policies.items()}
+        f = lambda params: model(params, dataclasses.replace(P.size, **towers))(batch)[0]
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(f, params)[1], PARAMS)))
+    for tower in ("vision", "resampler", "llama"):
+        assert saved(**{tower: "full"}) < saved(**{tower: "dots"}) < saved(**{tower: "none"}), tower
+
+
+# Initial values
+
+def test_a_fresh_model_starts_as_published():
+    fresh = dict(make.flat(jax.jit(partial(emu.init, emu.Emu, P.size))(jax.random.key(0))))
+    C_, d, F = 32, 8, 64
+    t5 = {"self/q": (C_ * d) ** -0.5, "self/k": C_ ** -0.5, "self/v": C_ ** -0.5, "self/o": C_ ** -0.5, "ffn/up": C_ ** -0.5, "ffn/down": F ** -0.5}
+    t5 |= {name.replace("self", "cross"): std for name, std in t5.items()}
+    stds = {f"resampler/blocks/{name}/w": std for name, std in t5.items()}
+    for path, leaf in fresh.items():
+        if path.endswith("scale"):
+            np.testing.assert_array_equal(leaf, 1)
+        elif path.endswith("bias"):
+            np.testing.assert_array_equal(leaf, 0)
+        elif path not in ("vision/pos", "resampler/relative"):
+            np.testing.assert_allclose(np.std(leaf), stds.get(path, 0.02), rtol=0.35 if leaf.size < 200 else 0.1, err_msg=path)
+    for path in stds:                                       # every layer its own
+        assert np.abs(fresh[path][0] - fresh[path][1]).max() > 1e-3
+
+
+def test_the_warm_ups_encoder_is_emus():
+    shapes = lambda module: jax.tree.map(lambda x: x.shape, jax.eval_shape(partial(emu.init, module, P.size), jax.random.key(0)))
+    ours, warm = shapes(emu.Emu), shapes(Warmup)
+    encoder = {"vision", "ln_visual", "resampler"}
+    assert set(ours) == encoder | {"llama", "regress_head"} and set(warm) == encoder | {"contrast"}
+    assert {tower: ours[tower] for tower in encoder} == {tower: warm[tower] for tower in encoder}
+    assert dict(tree.leaves(ours))["llama/embed/base"] == (512, 32)

@@ -1,0 +1,72 @@
+"""Model FLOPs: a sum written out by hand, and what the traced model multiplies."""
+import jax
+import jax.extend
+import jax.numpy as jnp
+import make
+import numpy as np
+import pytest
+
+from emu_jax.models import emu, flops
+
+P = make.program(make.cfg())
+
+
+def products(jaxpr, times=1):
+    """FLOPs of all matrix products of a jaxpr, a scan's as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contract, _), _ = equation.params["dimension_numbers"]
+            total += times * 2 * equation.outvars[0].aval.size * int(np.prod([equation.invars[0].aval.shape[axis] for axis in contract]))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            total += products(inner, times * (equation.params["length"] if equation.primitive.name == "scan" else 1))
+    return total
+
+
+def traced(function, *shapes):
+    return products(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).jaxpr)
+
+
+def test_it_is_what_the_model_multiplies():
+    params = make.random_params(P)
+    model, B, T, M, N = emu.bind(emu.Emu, P.size, params), 2, 10, 3, P.size.resampler.tokens
+    counts = flops.forward(P.size, images=M, tokens=B * T, pairs=B * T * T, labels=0, regressed=0)
+    positions = jnp.tile(jnp.arange(T), (B, 1))
+    assert counts["vision"] == traced(model.vision, ((M, 28, 28, 3), jnp.float32))
+    assert counts["llama"] == traced(lambda x: model.llama(x, positions, positions), ((B, T, 32), jnp.float32))     # dense: all pairs
+    r = P.size.resampler
+    upper = M * r.depth * 4 * (N * (N - 1) // 2) * r.heads * r.head_width       # pairs that dense attention computes and the mask forbids
+    assert counts["resampler"] + upper == traced(model.resampler, ((M, 5, 32), jnp.float32))
+
+
+def test_the_heads_by_hand():
+    got = flops.forward(P.size, images=0, tokens=0, pairs=0, labels=7, regressed=3)
+    assert got == {"vision": 0, "resampler": 0, "llama": 0, "heads": 7 * 2 * 32 * 516 + 3 * 2 * 32 * 32}
+
+
+def test_llama_by_hand():
+    """Per token and block: q k v o 8 D D, gate up down 6 D F; two documents of 3 and 2 tokens allow 6 + 3 pairs of 4 D each."""
+    got = flops.forward(P.size, images=0, tokens=5, pairs=9, labels=0, regressed=0)["llama"]
+    assert got == 2 * (5 * (8 * 32 * 32 + 6 * 32 * 64) + 9 * 4 * 32)
+
+
+def test_an_emu_14b_step_is_about_six_times_its_parameters():
+    p = make.program(make.cfg(size="emu-14b"))
+    work = flops.forward(p.size, images=0, tokens=1, pairs=0, labels=1, regressed=0)
+    assert sum(work.values()) == pytest.approx(2 * (13.0e9 - 32000 * 5120), rel=0.01)       # the input table is looked up, not multiplied
+    assert flops.train(p.size, {"llama": True, "heads": True}, images=0, tokens=1, pairs=0, labels=1, regressed=0)["llama"] == 3 * work["llama"]
+
+
+@pytest.mark.parametrize(("trained", "times"), [
+    ({"vision": True, "resampler": True, "llama": True, "heads": True}, (3, 3, 3, 3)),
+    ({"llama": True, "heads": True}, (1, 1, 3, 3)), ({"resampler": True}, (1, 3, 2, 2)), ({"vision": True, "resampler": False}, (3, 2, 2, 2)),
+    ({"heads": True}, (1, 1, 1, 3)), ({}, (1, 1, 1, 1))])
+def test_gradients_cost_where_they_go(trained, times):
+    counts = dict(images=2, tokens=20, pairs=90, labels=9, regressed=8)
+    once, step = flops.forward(P.size, **counts), flops.train(P.size, trained, **counts)
+    assert tuple(step[tower] / once[tower] for tower in ("vision", "resampler", "llama", "heads")) == times
+
+
+def test_peaks():
+    assert flops.peak("NVIDIA H100 80GB HBM3") == 989e12 and flops.peak("TPU v5 lite") == 197e12 and flops.peak("TPU v5p") == 459e12
+    assert flops.peak("cpu") is None

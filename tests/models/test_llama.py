@@ -1,0 +1,69 @@
+"""LLaMA: causal and blind to other documents by zero gradients; rotary positions by hand, and only their differences matter."""
+import jax
+import jax.numpy as jnp
+import make
+import numpy as np
+import pytest
+
+from emu_jax.models import emu
+from emu_jax.models.llama import rotary, rotate
+
+P = make.program(make.cfg("model.llama.rope_dtype=float32"))
+PARAMS = make.random_params(P)
+X = jnp.asarray(np.random.default_rng(1).standard_normal((1, 6, 32)), jnp.float32)
+SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0]])
+
+
+def run(x, positions, segments):
+    return emu.bind(emu.Emu, P.size, PARAMS).llama(x, positions, segments)
+
+
+hidden = jax.jit(run)
+
+
+@pytest.mark.parametrize(("segments", "sees"), [
+    ([[1, 1, 1, 1, 1, 1]], np.tril(np.ones((6, 6), bool))),
+    ([[1, 1, 1, 2, 2, 0]], np.array([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]], bool))])
+def test_a_position_sees_its_own_document_up_to_itself(segments, sees):
+    weights = jnp.asarray(np.random.default_rng(2).standard_normal(32), jnp.float32)
+    jacobian = jax.jit(jax.jacrev(lambda x, segments: (run(x, jnp.arange(6)[None], segments) @ weights)[0]))(X, jnp.array(segments))
+    np.testing.assert_array_equal(np.asarray(jacobian)[:, 0].any(-1), sees)
+
+
+def test_only_differences_of_positions_matter():
+    at = jnp.array([[0, 1, 2, 3, 4, 5]])
+    y = hidden(X, at, jnp.ones_like(at))
+    np.testing.assert_allclose(hidden(X, at + 100, jnp.ones_like(at)), y, atol=2e-4)
+    assert np.abs(hidden(X, 2 * at, jnp.ones_like(at)) - y).max() > 0.01
+
+
+def test_packed_documents_are_as_alone():
+    packed = hidden(X, jnp.array([[0, 1, 2, 0, 1, 0]]), SEGMENTS)
+    np.testing.assert_allclose(packed[:, :3], run(X[:, :3], jnp.array([[0, 1, 2]]), jnp.ones((1, 3), int)), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 3:5], run(X[:, 3:5], jnp.array([[0, 1]]), jnp.ones((1, 2), int)), atol=1e-5)
+
+
+def test_rotary_by_hand():
+    cos, sin = rotary(jnp.array([[0, 3]]), 4, 100.0, "float32")         # frequencies 1 and 1 / 10
+    assert cos.shape == (1, 2, 1, 2)
+    np.testing.assert_allclose(cos[0, :, 0], [[1, 1], [np.cos(3), np.cos(0.3)]], atol=1e-6)
+    np.testing.assert_allclose(sin[0, :, 0], [[0, 0], [np.sin(3), np.sin(0.3)]], atol=1e-6)
+    x = jnp.array([1.0, 2, 3, 4]).reshape(1, 1, 1, 4)
+    turned = rotate(jnp.tile(x, (1, 2, 1, 1)), (cos, sin))[0, :, 0]     # pairs (1, 3) by 3, (2, 4) by 0.3
+    np.testing.assert_allclose(turned[0], [1, 2, 3, 4])
+    np.testing.assert_allclose(turned[1], [np.cos(3) - 3 * np.sin(3), 2 * np.cos(.3) - 4 * np.sin(.3),
+                                           3 * np.cos(3) + np.sin(3), 4 * np.cos(.3) + 2 * np.sin(.3)], rtol=1e-5)
+
+
+def test_rotary_frequencies_are_rounded_and_angles_are_not():
+    """The release holds the frequencies in bfloat16: 10000^(-2/128) = 0.8660 becomes 0.8672; the angle at 2047 is far from a bfloat16."""
+    cos, _ = rotary(jnp.array([[2047]]), 128, 10000.0, "bfloat16")
+    np.testing.assert_allclose(cos[0, 0, 0, 1], np.cos(2047 * 0.8671875), atol=1e-4)
+    cos, _ = rotary(jnp.array([[2047]]), 128, 10000.0, "float32")
+    np.testing.assert_allclose(cos[0, 0, 0, 1], np.cos(2047 * 10000 ** (-2 / 128)), atol=1e-3)
+
+
+def test_embeddings_are_rows_of_both_tables():
+    embed = PARAMS["llama"]["embed"]
+    got = emu.bind(emu.Emu, P.size, PARAMS).llama.embeddings(jnp.array([[0, 511, 512, 515]]), jnp.float32)
+    np.testing.assert_array_equal(got[0], np.stack([embed["base"][0], embed["base"][511], embed["added"][0], embed["added"][3]]))
