@@ -54,7 +54,7 @@ def objective() -> ConfigDict:
     return ConfigDict(dict(
         text_weight=1.0,                # of the cross-entropy (unpublished)
         image_weight=1.0,               # of the regression (unpublished)
-        regress_end=False,              # is the embedding of [/IMG] a 33rd target of an image? The release's mask: yes; the paper: no
+        regress_end=True,               # is the embedding of [/IMG] a 33rd target of an image? The release's mask: yes; the paper: unclear
         chunk=256,                      # tokens of a row whose logits exist at one time
         shift=0,                        # pixels by which training images are moved at random; the paper: no
         temperature=0.07,               # contrastive stage: of the softmax over the batch

@@ -13,10 +13,10 @@ ORDER = (
     ("models/*", "data/*"),
     ("losses", "optim", "weights/convert", "weights/emu1"),
     ("stages",),
-    ("checkpoint", "weights/verify"),
+    ("checkpoint",),
     ("journal",),
     ("loop", "generate/*"),
-    ("evaluate/*",),
+    ("evaluate/*", "verify/*"),
     ("train", "fit", "*/__main__"),
 )
 ABSENT = {"torch", "tensorflow", "transformers", "keras", "haiku"}

@@ -2,8 +2,9 @@
 import argparse
 import sys
 
+from emu_jax import verify
 from emu_jax.config import UserError
-from emu_jax.weights import verify
+from emu_jax.verify import golden
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = []
     try:
         for path in parser.parse_args(arguments).files:
-            rows = list(verify.quantities(verify.load(path)))
+            rows = list(verify.quantities(golden.load(path)))
             width = max(len(row.name) for row in rows)
             print(f"{path}\n{'quantity':{width}}  error     tolerance  ok")
             for row in rows:

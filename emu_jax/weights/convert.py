@@ -1,6 +1,6 @@
 """One table per foreign checkpoint, read both ways, so that import and export cannot drift.
 
-A `Row` says where one of our leaves lies in a foreign checkpoint. Tables: emu1.py. Read next: verify.py.
+A `Row` says where one of our leaves lies in a foreign checkpoint. Tables: emu1.py.
 """
 import re
 from collections.abc import Iterable, Mapping

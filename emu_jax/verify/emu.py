@@ -1,14 +1,6 @@
-"""Our code held to numbers that the released Emu computed: golden .npz files at tiny sizes, weights made by a rule.
-
-`quantities` rebuilds the weights, runs the towers and the objective, and yields our number beside the file's.
-Read next: tests/golden/README.md for what the files hold.
-"""
+"""Emu against its release: towers, objective and gradients on a golden file's inputs."""
 import json
-import zipfile
-import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,52 +14,14 @@ from emu_jax.models.llama import LlamaSize
 from emu_jax.models.resampler import ResamplerSize
 from emu_jax.models.vision import VisionSize
 from emu_jax.types import Batch
+from emu_jax.verify.golden import Quantity, compare, weights
 from emu_jax.weights import convert, emu1
-
-
-class Quantity(NamedTuple):
-    name: str
-    error: float | None      # largest error relative to the reference's largest absolute value; None: not covered
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error is not None and self.error <= self.tolerance
-
 
 NEEDED = ("config", "seed", "eos_row_scale", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
           "vision_features", "vision_normed", "visual_tokens", "hidden", "logits_sum", "logits_first8", "logits_logsumexp", "text_targets",
           "text_loss", "regress_targets", "regress_predictions", "regression_loss_with_end", "regression_loss_visual_only", "grad_names", "grad_norms")
 INPUTS = {"config", "seed", "eos_row_scale", "instruct", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
           "texts", "grad_names"}
-
-
-def load(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a golden file. Raises UserError for a file that is missing, damaged, or lacks arrays of an Emu file."""
-    if not Path(path).is_file():
-        raise UserError(f"no golden file {path!r}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a readable .npz of plain arrays ({str(error).splitlines()[0]})") from error
-
-
-def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Foreign tensors by the files' rule: from the name, the shape and the seed alone."""
-    out = {}
-    for name, shape in zip(map(str, file["parameter_names"]), map(json.loads, map(str, file["parameter_shapes"])), strict=True):
-        x = np.random.RandomState((zlib.crc32(name.encode()) + int(file["seed"])) % 2**32).standard_normal(shape).astype(np.float32)
-        if len(shape) == 1:
-            x = np.float32(0.1) * x + np.float32(name.endswith("weight"))
-        elif "embed_tokens" in name:
-            x = np.float32(0.5) * x
-        else:
-            x = x / np.float32(np.sqrt(shape[-1] if len(shape) == 2 else np.prod(shape[1:])))
-        if name.endswith("lm_head.weight"):
-            x[2] *= np.float32(file["eos_row_scale"])
-        out[name] = x
-    return out
 
 
 def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
@@ -87,10 +41,7 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Every quantity of an Emu file: covered ones with their error, the others without."""
-    if "input_ids" not in file:     # Stable Diffusion, Inception: nothing of theirs is built yet
-        yield from (Quantity(name, None, 0.0) for name in file if not name.startswith("parameter_"))
-        return
+    """Every quantity of an Emu file: covered ones with their error, the others without. Raises UserError for a file that lacks some."""
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
     size = size_of(file)
@@ -103,12 +54,12 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     reference = {name: np.asarray(file[name]) for name in ours}
     for name in ("hidden", "logits_sum", "logits_first8", "logits_logsumexp"):    # what padding computes is nobody's concern
         ours[name], reference[name] = ours[name][seen], reference[name][seen]
-    yield from (_compare(name, reference[name], ours[name], 1e-4) for name in file if name in ours)
+    yield from (compare(name, reference[name], ours[name], 1e-4) for name in file if name in ours)
 
     norms = {name: np.linalg.norm(g.astype(np.float64)) for name, g in convert.to_theirs(table, _gradient(size, params, batch, images)).items()}
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
         ours_too = emu1.rename(name) in norms          # not so for a LoRA leaf: it is merged into its weight here
-        yield _compare(f"grad_norm {name}", norm, norms[emu1.rename(name)], 5e-4) if ours_too else Quantity(f"grad_norm {name}", None, 5e-4)
+        yield compare(f"grad_norm {name}", norm, norms[emu1.rename(name)], 5e-4) if ours_too else Quantity(f"grad_norm {name}", None, 5e-4)
     yield from (Quantity(name, None, 1e-4) for name in file if name not in ours and name not in INPUTS | {"grad_norms"})
 
 
@@ -179,11 +130,3 @@ def _gradient(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict:
         model = emu.bind(emu.Emu, size, params)
         return _losses(model, _forward(model, batch, images), batch, regress_end=False)[0]
     return jax.jit(jax.grad(loss))(params)
-
-
-def _compare(name: str, reference, ours, tolerance: float) -> Quantity:
-    reference, ours = np.asarray(reference, np.float64), np.asarray(ours, np.float64)
-    if reference.shape != ours.shape:
-        raise UserError(f"golden file: {name} has shape {reference.shape}, its config makes {ours.shape}")
-    error = np.abs(reference - ours).max(initial=0.0) / max(np.abs(reference).max(initial=0.0), 1e-30)
-    return Quantity(name, float(error) if np.isfinite(error) else float("inf"), tolerance)
