@@ -104,9 +104,10 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
     correlation = jnp.einsum("mnd,mne,m->nde", z, z, counts) / jnp.maximum(counts.sum(), 1)
     lack = jax.nn.relu(1 - jnp.sqrt(spread + 1e-6)).mean()
     spill = (jnp.square(correlation).sum((1, 2)) - jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)).mean() / z.shape[-1]
-    loss = ((nll + objective["readout_weight"] * pixels + objective["spread"] * lack + objective["decorrelate"] * spill) * counts).sum() / jnp.maximum(totals["image"], 1)
-    return loss, {"correlation": (spill * counts.sum(), counts.sum()), "contrastive_loss": ((nll * counts).sum(), counts.sum()), "readout_loss": ((pixels * counts).sum(), counts.sum()),
-                  "top1": (top1.sum(), counts.sum()), "visual_variance": variance(visual, counts)}
+    per_image = nll + objective["readout_weight"] * pixels + objective["spread"] * lack + objective["decorrelate"] * spill
+    return (per_image * counts).sum() / jnp.maximum(totals["image"], 1), {
+        "contrastive_loss": ((nll * counts).sum(), counts.sum()), "readout_loss": ((pixels * counts).sum(), counts.sum()),
+        "top1": (top1.sum(), counts.sum()), "correlation": (spill * counts.sum(), counts.sum()), "visual_variance": variance(visual, counts)}
 
 
 STAGES = {"emu": Stage(Emu, emu_weights, emu), "contrastive": Stage(Warmup, contrastive_weights, contrastive)}

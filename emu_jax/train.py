@@ -142,7 +142,8 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     places = [(name, path) for name, _, path in (*c.data.mixture, *c.data.eval_mixture)]
     missing = [what for absent, what in (
         (not c.workdir, "a workdir (--config.workdir=DIR)"),
-        (not Path(c.data.tokenizer).is_file(), f"the tokenizer {c.data.tokenizer!r} (--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"),
+        (not Path(c.data.tokenizer).is_file(),
+         f"the tokenizer {c.data.tokenizer!r} (--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"),
         (not places, "data (--config.data.mixture=\"(('NAME', WEIGHT, 'FOLDER:SPLIT'), ...)\")"),
         *((not Path(path.rpartition(":")[0]).is_dir(), f"the source {name!r} at {path!r}") for name, path in places)) if absent]
     if missing:
