@@ -57,7 +57,7 @@ def train(c: ConfigDict) -> loop.State:
     print(parameter_table(abstract), flush=True)
 
     # Mesh and shardings.
-    mesh = sharding.make_mesh(c.mesh)
+    mesh = sharding.make_mesh(c.mesh.to_dict())
     check(c, mesh, abstract)
     program = make_program(c, stage, size, abstract)
     with jax.set_mesh(mesh):

@@ -23,7 +23,16 @@ from emu_jax.data.loader import Item, Loader
 from emu_jax.models import emu
 from tests.data import fixtures
 
+MEASURED = 64
 TIMES = ("step_time", "input_wait", "tokens_per_second", "images_per_second", "flops_per_second", "mfu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    """Behind the constants that standardise visual tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "MEASURED", MEASURED)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +88,12 @@ def whole(data, warm, tmp_path_factory):
     return workdir
 
 
-CUT = """
+CUT = f"""
 import os, sys, time
 from pathlib import Path
 from emu_jax import journal, train
 
+train.MEASURED = {MEASURED}
 number, at, checkpoint, write = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), journal.Journal.write
 
 def told(self, step, values):
