@@ -19,9 +19,10 @@ from emu_jax.weights import convert, emu1
 
 NEEDED = ("config", "seed", "eos_row_scale", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
           "vision_features", "vision_normed", "visual_tokens", "hidden", "logits_sum", "logits_first8", "logits_logsumexp", "text_targets",
-          "text_loss", "regress_targets", "regress_predictions", "regression_loss_with_end", "regression_loss_visual_only", "grad_names", "grad_norms")
-INPUTS = {"config", "seed", "eos_row_scale", "instruct", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
-          "texts", "grad_names"}
+          "text_loss", "regress_targets", "regress_predictions", "regression_loss_with_end", "regression_loss_visual_only", "grad_names",
+          "grad_norms")
+INPUTS = {"config", "seed", "eos_row_scale", "instruct", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids",
+          "attention_mask", "texts", "grad_names"}
 
 
 def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
@@ -34,7 +35,8 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
             VisionSize(c["image_size"], c["patch"], c["vit_width"], c["vit_layers"], c["vit_width"] // c["vit_head_width"],
                        int(c["vit_width"] * c["vit_mlp_ratio"]), (0.0,) * 3, (1.0,) * 3, "none"),
             ResamplerSize(c["n_causal"], c["t5_d_model"], c["t5_layers"], c["t5_heads"], c["t5_d_kv"], c["t5_d_ff"], 32, 128, 0.1, "none"),
-            LlamaSize(special["pad"], rows - special["pad"], c["llm_width"], c["llm_layers"], c["llm_heads"], c["llm_ff"], 10000.0, "bfloat16", "none"),
+            LlamaSize(special["pad"], rows - special["pad"], c["llm_width"], c["llm_layers"], c["llm_heads"], c["llm_ff"], 10000.0,
+                      "bfloat16", "none"),
             compute="float32", attention="dense", standardise=False)
     except (KeyError, StopIteration, json.JSONDecodeError) as error:
         raise UserError(f"golden file: its config or special_ids lack {error}") from error
