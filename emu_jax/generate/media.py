@@ -67,7 +67,7 @@ def video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
                     break
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"'{path}' is no usable video: {getattr(error, 'strerror', None) or error}") from error
-    if not found or wanted[-1] not in found and number < wanted[-1] - 2:      # a frame or two are lost at the ends of many a sound file
+    if not found or (wanted[-1] not in found and number < wanted[-1] - 2):      # a frame or two are lost at the ends of many a sound file
         raise UserError(f"'{path}' is cut short: {number + 1 if found else 0} of its {count} frames can be decoded")
     return [found.get(at, found[max(found)]) for at in wanted]
 
@@ -82,9 +82,9 @@ def storyboard(frames: Sequence[UInt8[np.ndarray, "h w 3"]], seconds: float, sub
     """The parts of a storyboard: thumbnails of a film of so many seconds, and its (start, text) subtitles, by time. Frame i stands at
     i * round(seconds / frames); what is said between two frames is one text before the next; what is said after the last stays."""
     every = round(seconds / max(len(frames), 1))
-    events = sorted([(i * every, 0, frame) for i, frame in enumerate(frames)] + [(start, 1, text) for start, text in subtitles], key=lambda event: event[:2])
+    events = [(i * every, 0, frame) for i, frame in enumerate(frames)] + [(start, 1, text) for start, text in subtitles]
     parts: list = []
-    for _, _, event in events:
+    for *_, event in sorted(events, key=lambda event: event[:2]):
         if isinstance(event, str) and parts and isinstance(parts[-1], str):
             parts[-1] += " " + event
         else:

@@ -80,7 +80,8 @@ class Grammar:
             return [media.squashed(part, self.image_size)]
         if part.dtype != np.uint8 and part.shape == (self.n_visual, self.width):
             return [part.astype(np.float32)]
-        raise UserError(f"an image is an array uint8 [h, w, 3], or visual tokens [{self.n_visual}, {self.width}]; this is {part.dtype} {list(part.shape)}")
+        raise UserError(f"an image is an array uint8 [h, w, 3], or visual tokens [{self.n_visual}, {self.width}]; "
+                        f"this is {part.dtype} {list(part.shape)}")
 
     def _written(self, pieces: list) -> Prompt:
         prompt, t = Prompt(), self.tokenizer

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,13 +21,15 @@ from emu_jax.config import UserError, from_dict
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate import image, prompt, reading, text, trie
+from emu_jax.generate.options import Options
 from emu_jax.generate.prompt import Grammar, Part, Prompt
 from emu_jax.generate.reading import Context
-from emu_jax.generate.sampling import Options, Rules
+from emu_jax.generate.sampling import Rules
 from emu_jax.generate.stream import TextStream, until_stop
 from emu_jax.models import emu
 
 LEAST = 16              # ids that a prompt or an answer is compiled for
+DRAWS = 4               # images in an answer of a model that decides when to draw
 CHECK = 8               # ids between looks for a stop text
 Parts = Sequence[Part]
 
@@ -51,17 +52,19 @@ class Session:
 
     def __init__(self, size: emu.EmuSize, params: tree.Tree, tokenizer: Tokenizer, *, context: int,
                  decode: Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]] | None = None,
-                 mesh: jax.sharding.Mesh | None = None, batch: int = 32, truncate: str = "never"):
-        """context: elements that a row may have. batch: rows at once. truncate: "left" cuts prompts that are too long, else they are refused."""
+                 mesh: jax.sharding.Mesh | None = None, batch: int = 32, truncate: str = "never", draws: int = 0):
+        """context: elements that a row may have. batch: rows at once. truncate: "left" cuts prompts that are too long, else they are refused.
+        draws: images that a streamed answer may hold, unless it is said otherwise."""
         self.size, self.params, self.tokenizer, self.context, self.decode, self.truncate = size, params, tokenizer, context, decode, truncate
         self.mesh, self.shards = mesh, 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self.batch = max(batch, self.shards)
+        self.batch, self.draws = max(batch, self.shards), draws
         self.vocab = size.llama.vocab + size.llama.added
         self.grammar = Grammar(tokenizer, size.resampler.tokens, size.vision.image, size.llama.width, size.llama.added)
 
     @classmethod
     def load(cls, directory: str, *, ema: bool = False, tokenizer: str | None = None, mesh: jax.sharding.Mesh | None = None, **options) -> "Session":
-        """From a run's workdir or one of its checkpoints, which knows its model, its tokenizer's path and its context.
+        """From a run's workdir or one of its checkpoints, which knows its model, its tokenizer's path, its context, and whether the model
+        was trained to say when it draws.
 
         Matrices are held in the dtype of the arithmetic. ema: the averaged weights. tokenizer: another path. options: of `Session`.
         Raises UserError for no checkpoint, one of a model that generates nothing, or no tokenizer.
@@ -72,7 +75,8 @@ class Session:
         size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
         tokens = tokenizers.load(tokenizer or config["data"]["tokenizer"], size.llama.vocab)
         params = checkpoint.restore_params(directory, abstract_params(size, mesh), ema=ema)
-        return cls(size, params, tokens, context=config["data"]["tokens"], mesh=mesh, **options)
+        draws = DRAWS if "[IMG]" in config["data"]["labels"] else 0
+        return cls(size, params, tokens, context=config["data"]["tokens"], mesh=mesh, **{"draws": draws} | options)
 
     # --- prompts ---
 
@@ -150,8 +154,8 @@ class Session:
     # --- one, as it comes ---
 
     def stream(self, parts: Parts, options: Options | None = None, *, chat: bool = False, system: str | None = None,
-               images: int = 0) -> Iterator[str | Drawing]:
-        """The answer to one prompt, piece by piece. images: so many may be drawn where the model says `[IMG]`."""
+               images: int | None = None) -> Iterator[str | Drawing]:
+        """The answer to one prompt, piece by piece. images: so many may be drawn where the model says `[IMG]`; None: `draws` of the session."""
         return Conversation(self, chat=chat, system=system).say(parts, options, images=images)
 
     def drawings(self, visual: Float[np.ndarray, "M N D"]) -> list[Drawing]:
@@ -242,10 +246,10 @@ class Session:
         before = prefix.prompt.tokens if prefix else []
         said, _ = _rows([before + given.tokens for given in prompts], rows, fill=self.vocab)
         lengths = np.array([len(before) + len(given) for given in prompts] + [0] * (rows - len(prompts)))
-        value = partial(jnp.asarray, dtype=jnp.float32)
-        return Rules(value(options.temperature), jnp.int32(options.top_k), value(options.top_p), value(options.min_p), value(options.repetition_penalty),
-                     value(options.length_penalty), jnp.int32(options.min_new_tokens), jnp.asarray(np.minimum(options.max_new_tokens, self.context - lengths)),
-                     jnp.asarray(allowed), jnp.asarray(np.isin(np.arange(self.vocab), ends)), jnp.asarray(said), choice)
+        numbers = {name: np.float32(getattr(options, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")}
+        return Rules(**numbers, top_k=np.int32(options.top_k), min_new_tokens=np.int32(options.min_new_tokens),
+                     limits=np.minimum(options.max_new_tokens, self.context - lengths).astype(np.int32), allowed=allowed,
+                     ends=np.isin(np.arange(self.vocab), ends), said=said, trie=choice)
 
     def _write(self, draft: text.Draft, rules: Rules, options: Options) -> np.ndarray:
         """The ids of a draft that is written to its end; with stop texts, a row ends soon after the first of them."""
@@ -271,16 +275,17 @@ class Conversation:
         self._said = Prompt()           # all that was read, and the last id of an answer, which was not
         self._unread = Prompt()
 
-    def say(self, parts: Parts, options: Options | None = None, *, images: int = 0) -> Iterator[str | Drawing]:
-        """The answer, piece by piece. images: so many may be drawn where the model says `[IMG]`. Raises UserError, before anything
-        else, for a turn that cannot be read or does not fit the context."""
+    def say(self, parts: Parts, options: Options | None = None, *, images: int | None = None) -> Iterator[str | Drawing]:
+        """The answer, piece by piece. images: so many may be drawn where the model says `[IMG]`; None: the session's `draws`.
+
+        Raises UserError, before anything else, for a turn that cannot be read or does not fit the context."""
         options = options or Options()
         if options.beams > 1:
             raise UserError("beams know the answer only when it is complete: it cannot be streamed")
         s, first = self._session, self._context is None
         given = s.grammar.turn(parts, system=self._system, first=first) if self._chat else s.grammar.plain(parts) if first else s._after(parts)
         given = s._fitting(given, len(self._said) + len(self._unread), 1)
-        return self._answer(given, options, images)
+        return self._answer(given, options, s.draws if images is None else images)
 
     def draw(self, parts: Parts, *, progress: bool = False) -> Drawing:
         """The image that follows the parts (and `[IMG]`)."""
@@ -369,14 +374,17 @@ def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.T
     shapes = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
     dtype = lambda path, leaf: size.compute if path.endswith(("/w", "/base", "/added")) else leaf.dtype
-    return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path)) for path, leaf in tree.leaves(shapes)})
+    return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
+                           for path, leaf in tree.leaves(shapes)})
 
 
-def mesh_for(heads: int, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh | None:
-    """All devices for one session: as many as divide the key heads side by side in each layer, the others by rows. None for one device."""
+def mesh_of(directory: str, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh | None:
+    """All devices for a session of the checkpoint in `directory`: as many side by side in a layer as divide its key heads, the others
+    by rows. None for one device, and where there is no language model."""
     count = len(jax.devices() if devices is None else devices)
+    heads = checkpoint.param_shapes(directory).get("llama/blocks/attn/k/w", (0, 0, 0))[2]
     tensor = max(n for n in range(1, count + 1) if count % n == 0 and heads % n == 0)
-    return sharding.make_mesh(dict(data=1, fsdp=count // tensor, tensor=tensor), devices) if count > 1 else None
+    return sharding.make_mesh(dict(data=1, fsdp=count // tensor, tensor=tensor), devices) if count > 1 and heads else None
 
 
 def _bucket(n: int, least: int) -> int:

@@ -85,8 +85,8 @@ def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | Non
         key: Array | None = None) -> Any:
     """x through all L blocks of a stack, `call(block, x, key)` each: a scan over rematerialised blocks, compiled once.
 
-    x is the activations, or a tuple that begins with them. `where` is the stack's parameter path, by which each block's weights are gathered just before their use; `key`, if given,
-    is split over depth.
+    x is the activations, or a tuple that begins with them. `where` is the stack's parameter path, by which each block's weights
+    are gathered just before their use; `key`, if given, is split over depth.
     """
     graphdef, state = nnx.split(blocks)
     weights = nnx.to_pure_dict(state)

@@ -12,8 +12,8 @@ from einops import rearrange
 from emu_jax import stages
 from emu_jax.config import UserError
 from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.generate.options import Options
 from emu_jax.generate.prompt import Prompt
-from emu_jax.generate.sampling import Options
 from emu_jax.generate.session import Session
 from emu_jax.models import emu
 from emu_jax.models.llama import LlamaSize
@@ -27,7 +27,8 @@ NEEDED = ("config", "seed", "eos_row_scale", "special_ids", "parameter_names", "
           "vision_features", "vision_normed", "visual_tokens", "hidden", "logits_sum", "logits_first8", "logits_logsumexp", "text_targets",
           "text_loss", "regress_targets", "regress_predictions", "regression_loss_with_end", "regression_loss_visual_only", "grad_names", "grad_norms")
 INPUTS = {"config", "seed", "eos_row_scale", "instruct", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
-          "texts", "grad_names", "prompt_text_only_ids", "prompt_interleaved_ids", "decode_prompt_ids"}
+          "texts", "grad_names", "prompt_text_only_ids", "prompt_interleaved_ids",
+          "decode_prompt_ids"}
 
 
 def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
@@ -85,7 +86,8 @@ def _generated(file: dict[str, np.ndarray], size: emu.EmuSize, params: dict, vis
         return [Prompt(row, list(visual[:len(at)]), at) for row, at in zip(rows, slots, strict=True)]
 
     for name in (name for name in file if name.startswith("generate_image_")):
-        opened = [replace(prompt, tokens=prompt.tokens[:-1]) for prompt in prompts(name.replace("generate_image", "prompt") + "_ids")]     # [IMG] is appended
+        given = prompts(name.replace("generate_image", "prompt") + "_ids")
+        opened = [replace(prompt, tokens=prompt.tokens[:-1]) for prompt in given]       # [IMG] is appended
         yield compare(name, file[name], session.images(opened), 1e-4)
     for name in (name for name in file if name.startswith("decode_") and name != "decode_prompt_ids"):
         options = Options(max_new_tokens=12)
