@@ -17,7 +17,7 @@ from emu_jax.tree import Tree
 
 
 @flax.struct.dataclass
-@no_type_check                              # JAX rebuilds it with what are no arrays
+@no_type_check              # JAX rebuilds it with what are no arrays
 class Sketch:
     """Images that are being drawn; of each row's N visual tokens the first `count` are there, and read."""
     context: Context

@@ -17,7 +17,7 @@ from emu_jax.types import Cache
 
 
 @flax.struct.dataclass
-@no_type_check                              # JAX rebuilds it with what are no arrays
+@no_type_check              # JAX rebuilds it with what are no arrays
 class Context:
     """B rows, each a sequence of its own length."""
     cache: Cache

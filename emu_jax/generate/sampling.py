@@ -7,13 +7,13 @@ from typing import no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.generate.trie import Trie
 
 
 @flax.struct.dataclass
-@no_type_check                              # JAX rebuilds it with what are no arrays
+@no_type_check              # JAX rebuilds it with what are no arrays
 class Rules:
     """`Options` (options.py) and what else bears on the choice of a token, for a compiled loop."""
     temperature: Float[Array, ""]
@@ -40,7 +40,7 @@ def process(scores: Float[Array, "B V"], rules: Rules, said: Int[Array, "B T"], 
     return jnp.where(allowed, scores, -jnp.inf)
 
 
-def sample(scores: Float[Array, "B V"], rules: Rules, keys: PRNGKeyArray) -> Int[Array, "B"]:
+def sample(scores: Float[Array, "B V"], rules: Rules, keys: Key[Array, "B"]) -> Int[Array, "B"]:
     """One id a row, at random; `keys` has one of each row."""
     scores = scores / rules.temperature
     for keep, value in ((top_k, rules.top_k), (top_p, rules.top_p), (min_p, rules.min_p)):

@@ -136,6 +136,12 @@ class Session:
         opened = [prompt.joined(self.prompt(parts) if prefix is None else self._after(parts), start) for parts in prompts]
         return np.stack(self._batched(opened, prefix, N + 1, generate, progress))
 
+    def encode(self, images: Sequence[np.ndarray], progress: str = "") -> Float[np.ndarray, "M N D"]:
+        """The visual tokens of images, as the LLM gets them."""
+        pixels = [image for image, in (self.grammar.plain([given]).images for given in images)]
+        with self._mesh():
+            return self._encoded(pixels, progress)
+
     def losses(self, parts: Parts | Prompt | Prefix, candidates: Sequence[str], *, end: bool = True) -> Float[np.ndarray, "C"]:
         """The mean cross-entropy of each candidate's tokens as the answer: the least is the likeliest. end: its `</s>` counts too."""
         answers = [self.tokenizer.encode(candidate) + [text.EOS] * end for candidate in candidates]
@@ -229,17 +235,20 @@ class Session:
 
     def _visual(self, images: list[np.ndarray]) -> Float[Array, "M N D"]:
         """Visual tokens of images, some of which are visual tokens already; padded to a power of two."""
-        visual: list = [None] * len(images)
-        pixels = [number for number, given in enumerate(images) if given.dtype == np.uint8]
-        for start in range(0, len(pixels), self.batch):
+        pixels = [given.dtype == np.uint8 for given in images]
+        encoded = iter(self._encoded([given for given, is_pixels in zip(images, pixels) if is_pixels], ""))
+        bank = np.zeros((_bucket(len(images), 1), self.grammar.n_visual, self.size.llama.width), np.float32)
+        for row, given, is_pixels in zip(bank, images, pixels, strict=False):
+            row[:] = next(encoded) if is_pixels else given
+        return jnp.asarray(bank, self.size.compute)
+
+    def _encoded(self, pixels: list[np.ndarray], progress: str) -> Float[np.ndarray, "M N D"]:
+        found = [np.zeros((0, self.grammar.n_visual, self.size.llama.width), np.float32)]
+        for start in tqdm(range(0, len(pixels), self.batch), progress, unit=" batches", disable=None if progress else True):
             some = pixels[start:start + self.batch]
-            stacked = np.stack([images[number] for number in some] + [images[some[-1]]] * (self._rows(len(some)) - len(some)))
-            for number, tokens in zip(some, np.asarray(reading.encode(self.size, self.params, stacked)), strict=False):
-                visual[number] = tokens
-        bank = np.zeros((_bucket(len(images), 1), self.grammar.n_visual, self.size.llama.width), jnp.dtype(self.size.compute))
-        for number, given in enumerate(images):
-            bank[number] = given if visual[number] is None else visual[number]
-        return jnp.asarray(bank)
+            stacked = np.stack(some + [some[-1]] * (self._rows(len(some)) - len(some)))
+            found.append(np.asarray(reading.encode(self.size, self.params, stacked), np.float32)[:len(some)])
+        return np.concatenate(found)
 
     def _rules(self, prompts: Sequence[Prompt], prefix: Prefix | None, options: Options, allowed: Bool[np.ndarray, "V"], choice: trie.Trie | None,
                rows: int, ends: Sequence[int] = (text.EOS,)) -> Rules:
@@ -282,19 +291,25 @@ class Conversation:
         options = options or Options()
         if options.beams > 1:
             raise UserError("beams know the answer only when it is complete: it cannot be streamed")
-        s, first = self._session, self._context is None
-        given = s.grammar.turn(parts, system=self._system, first=first) if self._chat else s.grammar.plain(parts) if first else s._after(parts)
-        given = s._fitting(given, len(self._said) + len(self._unread), 1)
-        return self._answer(given, options, s.draws if images is None else images)
+        return self._answer(self._turn(parts, [], 1), options, self._session.draws if images is None else images)
 
     def draw(self, parts: Parts, *, progress: bool = False) -> Drawing:
         """The image that follows the parts (and `[IMG]`)."""
         s = self._session
-        given = s.grammar.turn(parts, system=self._system, first=True) if self._chat else s.grammar.plain(parts)
-        given = s._fitting(prompt.joined(given, Prompt([s.tokenizer.img])), 0, s.grammar.n_visual + 1)
+        given = self._turn(parts, [s.tokenizer.img], s.grammar.n_visual + 1)
         with s._mesh():
             self._read(given, s.grammar.n_visual + 1)
-            return self._drawn(progress)
+            drawing = self._drawn(progress)
+        self._unread = Prompt([s.tokenizer.end_img])
+        return drawing
+
+    def _turn(self, parts: Parts, end: list[int], room: int) -> Prompt:
+        """What is to be read: the turn, and before it the `</s>` of the answer before, if that lacks it."""
+        s, first = self._session, self._context is None
+        given = s.grammar.turn(parts, system=self._system, first=first) if self._chat else s.grammar.plain(parts) if first else s._after(parts)
+        lacks_end = self._chat and not first and self._unread.tokens[-1:] != [text.EOS]
+        given = prompt.joined(Prompt([text.EOS] * lacks_end), given, Prompt(end))
+        return s._fitting(given, len(self._said) + len(self._unread), room)
 
     def _answer(self, given: Prompt, options: Options, images: int) -> Iterator[str | Drawing]:
         s, t, N = self._session, self._session.tokenizer, self._session.grammar.n_visual
@@ -302,7 +317,8 @@ class Conversation:
         while True:
             room = s.context - len(self._said) - len(self._unread) - len(given)
             left = min(options.max_new_tokens - written, room)
-            if left < 1:
+            if left < 1:                        # the end of an image is all that fits
+                self._unread = given
                 break
             with s._mesh():
                 self._read(given, left)
@@ -316,8 +332,6 @@ class Conversation:
                 drawing = self._drawn(False)
             yield drawing
             given, images, turn = Prompt([t.end_img]), images - 1, turn + 1
-        if self._chat and self._unread.tokens[-1:] != [text.EOS]:
-            self._unread = prompt.joined(self._unread, Prompt([text.EOS]))      # a turn ends with </s>, also one that was too long
 
     def _text(self, options: Options, allowed: Bool[np.ndarray, "V"]) -> Iterator[str]:
         """Text up to `</s>`, `[IMG]`, a stop text or the limit, the last of which is not read yet; returns the number of ids."""

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.generate import reading, sampling
 from emu_jax.generate.reading import Context
@@ -23,7 +23,7 @@ DEAD = -1e9                 # log-probability of a beam that is not there
 
 
 @flax.struct.dataclass
-@no_type_check                              # JAX rebuilds it with what are no arrays
+@no_type_check              # JAX rebuilds it with what are no arrays
 class Draft:
     """Answers that are being written: `count` ids a row, of which all but the last are read. A row that is done repeats </s>."""
     context: Context
@@ -31,11 +31,11 @@ class Draft:
     count: Int[Array, ""]
     done: Bool[Array, "B"]
     node: Int[Array, "B"]           # in the trie
-    keys: PRNGKeyArray              # [B]
+    keys: Key[Array, "B"]
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def begin(size: emu.EmuSize, params: Tree, context: Context, keys: PRNGKeyArray, room: int, rules: Rules) -> Draft:
+def begin(size: emu.EmuSize, params: Tree, context: Context, keys: Key[Array, "B"], room: int, rules: Rules) -> Draft:
     """The first id of each answer; there will be at most `room`, and the context needs room for them."""
     rows = context.lengths.shape[0]
     zeros = jnp.zeros(rows, jnp.int32)
@@ -96,7 +96,7 @@ def until_end(ids: np.ndarray) -> list[int]:
 # --- beams: K running answers a row, and the K best that have ended ---
 
 @flax.struct.dataclass
-@no_type_check                              # JAX rebuilds it with what are no arrays
+@no_type_check              # JAX rebuilds it with what are no arrays
 class Beams:
     context: Context                # B * K rows, beam after beam
     ids: Int[Array, "B K n"]
@@ -159,7 +159,7 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
 
     over = state.done | (state.count >= rules.limits)               # such a row stays as it is
     keep = lambda old, new: jnp.where(over.reshape(B, *[1] * (new.ndim - 1)), old, new)
-    done = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0])
+    done = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0]) | (score[:, 0] == -jnp.inf)     # or nothing more is allowed
     came_from = (keep(jnp.arange(K)[None], parent) + K * jnp.arange(B)[:, None]).ravel()
     return Beams(_reorder(state.context, came_from, room), keep(state.ids, ids), keep(state.sums, sums), keep(state.node, node), state.count + 1,
                  keep(state.ended, ended), keep(state.scores, kept_scores), state.done | ~over & done)

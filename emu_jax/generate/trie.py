@@ -11,7 +11,7 @@ from emu_jax.config import UserError
 
 
 @flax.struct.dataclass
-@no_type_check                              # JAX rebuilds it with what are no arrays
+@no_type_check              # JAX rebuilds it with what are no arrays
 class Trie:
     """Node 0 is the start; the i-th edge of a node carries the id ids[node, i] to the node to[node, i]."""
     ids: Int[Array, "nodes edges"]      # a number beyond every id where there is no edge
