@@ -4,7 +4,7 @@ Many prompts at once are sorted by length and batched; results do not depend on 
 to `batch`), images encoded at once (up to `batch`), ids of a prompt and of an answer (from 16 up to the context). So a kind of
 generation is compiled at most log2(batch) x log2(context / 16)^2 times, in practice once or twice. Read next: prompt.py, text.py.
 """
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -136,9 +136,9 @@ class Session:
         opened = [prompt.joined(self.prompt(parts) if prefix is None else self._after(parts), start) for parts in prompts]
         return np.stack(self._batched(opened, prefix, N + 1, generate, progress))
 
-    def encode(self, images: Sequence[np.ndarray], progress: str = "") -> Float[np.ndarray, "M N D"]:
+    def encode(self, images: Iterable[np.ndarray], progress: str = "") -> Float[np.ndarray, "M N D"]:
         """The visual tokens of images, as the LLM gets them."""
-        pixels = [image for image, in (self.grammar.plain([given]).images for given in images)]
+        pixels = [self.grammar.plain([given]).images[0] for given in images]
         with self._mesh():
             return self._encoded(pixels, progress)
 
@@ -253,8 +253,7 @@ class Session:
     def _rules(self, prompts: Sequence[Prompt], prefix: Prefix | None, options: Options, allowed: Bool[np.ndarray, "V"], choice: trie.Trie | None,
                rows: int, ends: Sequence[int] = (text.EOS,)) -> Rules:
         before = prefix.prompt.tokens if prefix else []
-        said, _ = _rows([before + given.tokens for given in prompts], rows, fill=self.vocab)
-        lengths = np.array([len(before) + len(given) for given in prompts] + [0] * (rows - len(prompts)))
+        said, lengths = _rows([before + given.tokens for given in prompts], rows, fill=self.vocab)
         numbers = {name: np.float32(getattr(options, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")}
         return Rules(**numbers, top_k=np.int32(options.top_k), min_new_tokens=np.int32(options.min_new_tokens),
                      limits=np.minimum(options.max_new_tokens, self.context - lengths).astype(np.int32), allowed=allowed,
@@ -345,10 +344,10 @@ class Conversation:
         ids: list[int] = []
         try:
             while True:
-                ids.append(int(draft.ids[0, len(ids)]))
+                ids.append(int(np.asarray(draft.ids)[0, len(ids)]))
                 if new := out.push(ids[-1]):
                     yield new
-                if draft.done[0] or out.stopped:
+                if np.asarray(draft.done)[0] or out.stopped:
                     break
                 with s._mesh():
                     draft = text.write(s.size, s.params, draft, jnp.int32(len(ids) + 1), rules)

@@ -115,4 +115,4 @@ def test_a_storyboard_goes_by_time():
     frames = [np.full((2, 2, 3), number, np.uint8) for number in range(3)]
     parts = media.storyboard(frames, 31.0, [(12.0, "three"), (1.0, "one"), (9.5, "two"), (50.0, "last"), (10.0, "at")])
     assert [part if isinstance(part, str) else int(part[0, 0, 0]) for part in parts] == [0, "one two", 1, "at three", 2, "last"]
-    assert media.storyboard([], 3.0, [(0, "a"), (1, "b")]) == ["a b"]
+    assert media.storyboard([], 3.0, [(0.0, "a"), (1.0, "b")]) == ["a b"]

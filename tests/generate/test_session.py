@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import VOCAB, make_session
+from small import VOCAB, make_session
 
 from emu_jax import sharding, tree
 from emu_jax.config import UserError

@@ -1,7 +1,7 @@
 """Greedy and sampled text against the model without a cache; beams against a plain search over Python lists."""
 import numpy as np
 import pytest
-from conftest import VOCAB, Uncached, make_session
+from small import VOCAB, Uncached, make_session
 
 from emu_jax.generate.options import Options
 
