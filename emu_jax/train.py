@@ -22,7 +22,8 @@ from emu_jax import checkpoint, config, loop, optim, sharding, stages, tree
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Item, Loader
-from emu_jax.generate import text
+from emu_jax.generate.options import Options
+from emu_jax.generate.session import Session
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT
@@ -96,7 +97,7 @@ def train(c: ConfigDict) -> loop.State:
         journal = Journal(workdir, start=step, steps=c.optim.steps)
         try:
             return loop.run(c, program, state, mesh, loader, checkpoints, journal, evaluate,
-                            pictures=pictures(program, tokenizer) if "llama" in abstract else None)
+                            pictures=pictures(program, mesh, tokenizer, c.data.tokens) if "llama" in abstract else None)
         finally:
             loader.close()
             journal.close()
@@ -241,14 +242,13 @@ def held_out(program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: 
     return evaluate
 
 
-def pictures(program: loop.Program, tokenizer: tokenizers.Tokenizer) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
+             context: int) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
     """pictures(params, item): some images of a batch and what the model says of them."""
-    caption = jax.jit(partial(text.caption, program.size, new_tokens=24))
-
     def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
         images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]][:PICTURES]
-        ids = caption(params, jnp.asarray(np.resize(images, (PICTURES, *images.shape[1:]))))
-        return images, [tokenizer.decode(text.until_end(row)) for row in np.asarray(ids)[:len(images)]]
+        session = Session(program.size, params, tokenizer, context=context, mesh=mesh)
+        return images, session.texts([[image] for image in images], Options(max_new_tokens=24))
     return show
 
 

@@ -15,7 +15,7 @@ SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0]])
 
 
 def run(x, positions, segments):
-    return emu.bind(emu.Emu, P.size, PARAMS).llama(x, positions, segments)
+    return emu.bind(emu.Emu, P.size, PARAMS).llama(x, positions, segments)[0]
 
 
 hidden = jax.jit(run)

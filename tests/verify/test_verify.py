@@ -15,14 +15,15 @@ FORWARD = {"vision_features", "vision_normed", "visual_tokens", "hidden", "logit
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_released_numbers_are_ours(name, capsys):
-    """Forward and losses within 1e-4, gradient norms within 5e-4, as the tolerances say; 0 or, where something is not covered, 3."""
+    """Forward, losses and generated images within 1e-4, gradient norms within 5e-4, ids exactly, as the tolerances say."""
     code = main(["verify", FILES[name]])
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[2:-1]]
     told = {row[0].strip(): row[-1].strip() for row in rows}
     file = golden.load(FILES[name])
-    gradients = {f"grad_norm {name}" for name in map(str, file["grad_names"]) if ".lora_" not in name}
-    assert len(gradients) > 40 and all(told[name] == "ok" for name in FORWARD | gradients)
-    assert set(told.values()) <= {"ok", "not covered"} and code == (3 if "not covered" in told.values() else 0)
+    gradients = {f"grad_norm {name}" for name in map(str, file["grad_names"])}
+    assert len(gradients) > 40 and FORWARD | gradients | {"decode_greedy", "decode_beam5_lpm1"} <= told.keys()
+    assert ("generate_image_interleaved" in told) == (name == "emu1_pretrained")
+    assert set(told.values()) == {"ok"} and code == 0
     assert {name for name in file if name not in emu.INPUTS | {"grad_norms"}} <= told.keys()       # nothing is passed over in silence
 
 
@@ -47,16 +48,18 @@ def test_exit_codes(monkeypatch, capsys, quantities, code, last):
 
 
 def test_a_number_that_was_tampered_with_fails(tmp_path, capsys, monkeypatch):
-    """Of two forward quantities and a gradient norm; the gradient itself is left out of it, for time."""
+    """Of forward quantities, generated ones and a gradient norm; the gradient itself is left out of it, for time."""
     file = golden.load(FILES["emu1_instruct"])
     monkeypatch.setattr(emu, "_gradient", lambda size, params, batch, images: params)
-    names = [str(name) for name in file["grad_names"]]
+    gradient = next(f"grad_norm {name}" for name in map(str, file["grad_names"]) if ".lora_" not in name)
     file["hidden"][0, 3, 5] += 1e-3 * np.abs(file["hidden"]).max()
     file["text_loss"] = file["text_loss"] * np.float32(1.001)
+    file["decode_greedy"] = file["decode_greedy"] + (np.arange(12) == 5)
+    file["decode_beam5_lp1"] = file["decode_beam5_lp1"][:, :-1]
     np.savez(tmp_path / "tampered.npz", **file)
     assert main(["verify", str(tmp_path / "tampered.npz")]) == 1
     told = {line.split("  ")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert all("FAILED" in told[name] for name in ("hidden", "text_loss", f"grad_norm {next(name for name in names if '.lora_' not in name)}"))
+    assert all("FAILED" in told[name] for name in ("hidden", "text_loss", "decode_greedy", "decode_beam5_lp1", gradient))
     assert "FAILED" not in told["logits_sum"] + told["visual_tokens"]
 
 
