@@ -43,5 +43,6 @@ def emu(c):
     c.optim.steps = 2000
     c.eval.every = 500
     c.objective.chunk = 128
+    c.objective.image_weight = 4.0
     c.rules.train = (("(vision|ln_visual|resampler)/.*", False), (".*", True))
     c.rules.peak_lr = ((".*", 3e-3),)
