@@ -268,7 +268,7 @@ class Session:
             count = min(count + CHECK, options.max_new_tokens)
             draft = text.write(self.size, self.params, draft, jnp.int32(count), rules)
             ids = np.asarray(draft.ids)
-            stopped = [any(stop in self.tokenizer.decode(row[:count]) for stop in options.stop) for row in ids]
+            stopped = [any(stop in self.tokenizer.decode(row[:count].tolist()) for stop in options.stop) for row in ids]
             draft = draft.replace(done=draft.done | np.array(stopped))
         return np.asarray(draft.ids)
 
