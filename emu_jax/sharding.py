@@ -46,9 +46,9 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     ),
     "visual_stats": (("visual_stats/(mean|std)", P(None, "fsdp")),),   # N D
     "llama": (
-        ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),           # V D
+        ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),           # V D; no lm_head where it is tied
         ("llama/(embed|lm_head)/added", P(None, "fsdp")),              # n D
-        ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L D H d
+        ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L D H d; fewer heads in k and v where they are grouped
         ("llama/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),    # L H d D
         ("llama/blocks/ffn/(gate|up)/w", P(None, "fsdp", "tensor")),   # L D F
         ("llama/blocks/ffn/down/w", P(None, "tensor", "fsdp")),        # L F D

@@ -20,7 +20,7 @@ def greedy(model: emu.Emu, x: Array, lengths: Int[Array, "B"], new_tokens: int) 
     rows = jnp.arange(B)
     x = jnp.pad(x, ((0, 0), (0, new_tokens), (0, 0)))
     positions = jnp.tile(jnp.arange(T + new_tokens), (B, 1))
-    head = model.llama.lm_head.arrays()["base"]
+    head = model.llama.head()["base"]
 
     def going(state):
         count, _, _, done = state
