@@ -11,6 +11,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import jax
@@ -178,12 +179,12 @@ class Slices:
         self._sums = {path: total for path, (_, _, total) in notes["manifest"]["arrays"]["params"].items()}
         self._read: dict[str, int] = {}
         self._where = root / str(number)
+        self._store = cache(lambda path: ts.open(_array_spec(self._where, path), open=True).result())
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """The leaf, or its `layer`-th slice. Raises UserError where it cannot be read."""
         try:
-            store = ts.open(_array_spec(self._where, path), open=True).result()
-            array = (store if layer is None else store[layer]).read().result()
+            array = (self._store(path) if layer is None else self._store(path)[layer]).read().result()
         except ValueError as error:         # all of TensorStore's
             raise UserError(f"{self._where} is damaged: {_reason(error)}") from error
         self._read[path] = (self._read.get(path, 0) + _sum_of_slice(array)) % 2**32
@@ -196,7 +197,8 @@ class Slices:
 
 
 @contextmanager
-def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacked: set[str], config: dict) -> Iterator[Callable[[str, int | None, np.ndarray], None]]:
+def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacked: set[str],
+                   config: dict) -> Iterator[Callable[[str, int | None, np.ndarray], None]]:
     """Step 0 of a new workdir, with parameters only, written a slice at a time by `write(path, layer or None, array)`, each once: what is
     larger than the host's memory is never held. It is there when the context ends, whole or not at all.
 
@@ -215,7 +217,8 @@ def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacke
     try:
         notes = {"data": {}, "config": config, "manifest": {}}
         with _context():                            # Orbax writes its own notes, of arrays with one element
-            ocp.save_checkpointables(half / "0", {"params": tree.unflatten({path: jnp.zeros((1,) * len(x.shape), x.dtype) for path, x in params.items()}), **notes})
+            ones = {path: jnp.zeros((1,) * len(x.shape), x.dtype) for path, x in params.items()}
+            ocp.save_checkpointables(half / "0", {"params": tree.unflatten(ones), **notes})
         stores = {path: ts.open(_array_spec(half / "0", path) | _layout(x, path in stacked), create=True, delete_existing=True).result()
                   for path, x in params.items()}
         _set_shapes(half / "0" / "params", {path: list(x.shape) for path, x in params.items()})
@@ -228,12 +231,16 @@ def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacke
         raise UserError(f"{root / '0'} could not be written: {_reason(error)}; nothing is left of it") from error
     finally:
         half.rmtree(missing_ok=True)
+        for folder in (root, root.parent):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _array_spec(step: epath.Path, path: str) -> dict:
     """TensorStore's words for where Orbax keeps an array."""
     base = str(step / "params")
-    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"{base if '://' in base else f'file://{base}'}/", "path": path.replace("/", ".") + "/"}}
+    store = {"driver": "ocdbt", "base": f"{base if '://' in base else f'file://{base}'}/", "path": path.replace("/", ".") + "/"}
+    return {"driver": "zarr3", "kvstore": store}
 
 
 def _layout(x: jax.ShapeDtypeStruct, stacked: bool) -> dict:
@@ -241,7 +248,8 @@ def _layout(x: jax.ShapeDtypeStruct, stacked: bool) -> dict:
     chunk = [1, *x.shape[1:]] if stacked else list(x.shape)
     while np.prod(chunk) * x.dtype.itemsize > CHUNK and max(chunk) % 2 == 0:
         chunk[chunk.index(max(chunk))] //= 2
-    return {"metadata": {"shape": list(x.shape), "data_type": str(x.dtype), "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+    return {"metadata": {"shape": list(x.shape), "data_type": str(x.dtype),
+                         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
                          "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]}}
 
 
@@ -261,7 +269,7 @@ def _set_shapes(params: epath.Path, shapes: dict[str, list[int]]) -> None:
 
 def _sum_of_slice(array: np.ndarray) -> int:
     """As `_sum_of_bits`, on the host."""
-    return int(np.sum(np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}"), dtype=np.uint32))
+    return int(np.sum(array.view(f"u{array.dtype.itemsize}"), dtype=np.uint32))
 
 
 def _newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Any]) -> tuple[int, Any]:

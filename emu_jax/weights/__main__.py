@@ -20,7 +20,7 @@ Several families make one checkpoint together: EVA-CLIP and a LLaMA are the pape
 the heads) is left out, and is fresh where training starts from DIR (--config.init=DIR).
 The rows of new tokens are the mean of the old ones. Of T5's decoder: all but the learned queries, the projection, and keys and values of the
 cross-attention, which read another width. A chat model's LoRA is merged into its weights.
-With --config (and --config.FIELD=VALUE) the sources must fit that model; without, configs/pretrain.py takes their towers' sizes.
+With --config=FILE the sources must fit its model; without, configs/pretrain.py takes their towers' sizes. --config.FIELD=VALUE as in training.
 """
 EXPORT = """
 Writes safetensors, their index and config.json into a new folder, as the family's own library names them, in the dtype of the checkpoint.
@@ -47,16 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def import_(arguments: list[str]) -> int:
     sources, rest = _sources(arguments)
-    parser = argparse.ArgumentParser(prog="python -m emu_jax.weights import", usage="%(prog)s --family=F SOURCE... [--family=F SOURCE...] --to=DIR [--config=FILE]",
-                                     description=IMPORT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m emu_jax.weights import", usage="%(prog)s --family=F SOURCE... [--family=F SOURCE...] --to=DIR [--config=FILE]",
+        description=IMPORT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = _fail
     parser.add_argument("--to", metavar="DIR", help="directory of the new checkpoint")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="interpolate the encoder's position embeddings (bicubic) to images of this size")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="interpolate position embeddings (bicubic) to images of this size")
     parser.add_argument("--dry-run", action="store_true", help="say what would be imported, and write nothing")
     flags, rest = parser.parse_known_args(rest)
-    given = any(argument.startswith("--config") for argument in rest)
-    named = any(argument == "--config" or argument.startswith("--config=") for argument in rest)
-    c = config.load(([] if named else ["--config=configs/pretrain.py"]) + rest)
+    given = any(argument.startswith("--config=") for argument in rest)
+    c = config.load(([] if given else ["--config=configs/pretrain.py"]) + rest)
     if not sources:
         _fail(f"name a family and its sources: --family=F SOURCE...; families: {NAMES}")
     if not flags.to and not flags.dry_run:
@@ -102,7 +102,7 @@ def _sources(arguments: list[str]) -> tuple[list[tuple[str, list[str]]], list[st
             if name not in FAMILIES:
                 _fail(f"no family {name!r}; there are {NAMES}")
             groups.append((name, []))
-        elif flag in ("--to", "--image-size") and not equals or flag.startswith("--config") and not equals:
+        elif not equals and (flag in ("--to", "--image-size") or flag.startswith("--config")):
             rest.append(f"{flag}={next(waiting, '')}")
         elif argument.startswith("-"):
             rest.append(argument)

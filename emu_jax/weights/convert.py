@@ -5,7 +5,7 @@ A `Row` says where one of our leaves lies in a foreign checkpoint. A foreign ten
 np.asarray reads: files.Tensor, or an array. Read next: families.py for the tables, transfer.py for what uses them.
 """
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -126,18 +126,22 @@ def from_theirs(table: Table, foreign: Tensors, shardings: Mapping[str, NamedSha
         piece = piece.astype(types[path], copy=False)
         if layer is None:
             leaves[path] = _placed(piece, whole)
-            continue
-        if path not in leaves:
-            shape = (table.depth[path.split("/")[0]], *piece.shape)
-            leaves[path] = jax.jit(partial(jnp.zeros, shape, piece.dtype), out_shardings=whole)()
-        one = NamedSharding(whole.mesh, P(*whole.spec[1:])) if shardings else whole
-        leaves[path] = _set_layer(whole)(leaves[path], _placed(piece, one), layer)
+        else:
+            if path not in leaves:
+                shape = (table.depth[path.split("/")[0]], *piece.shape)
+                leaves[path] = jax.jit(partial(jnp.zeros, shape, piece.dtype), out_shardings=whole)()
+            one = NamedSharding(whole.mesh, P(*whole.spec[1:])) if shardings else whole
+            leaves[path] = _set_layer(whole)(leaves[path], _placed(piece, one), layer)
+        del piece                   # before the next is read
     return tree.unflatten(leaves)
 
 
-def to_theirs(table: Table, read: Callable[[str, int | None], Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(foreign name, tensor) of everything in the table: the inverse of `pieces`; `read(leaf, layer or None)` gives our arrays."""
+def to_theirs(table: Table, read: Callable[[str, int | None], Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """(foreign name, tensor) of everything in the table whose name starts with `prefix`: the inverse of `pieces`;
+    `read(leaf, layer or None)` gives our arrays."""
     for name, parts in uses(table, made=False).items():
+        if not name.startswith(prefix):
+            continue
         arrays = [_rearrange(table, row, np.asarray(read(row.ours, layer)), " -> ".join(reversed(row.pattern.split(" -> ")))) for row, layer in parts]
         yield name, np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 

@@ -80,7 +80,8 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """As the release's, and beside it LLaMA's own config, whose heads no tensor shows."""
     N = model["resampler"]["tokens"]
     return {"embed_dim": 1024, "vision_cfg": eva_clip.vision_cfg(VisionSize(**model["vision"])) | {"freeze": False},
-            "multimodal_cfg": {"name": "llama-13B", "xattn": True, "n_causal": N, "freeze": False}, "vladapter_cfg": {"name": "cformer", "n_causal": N},
+            "multimodal_cfg": {"name": "llama-13B", "xattn": True, "n_causal": N, "freeze": False},
+            "vladapter_cfg": {"name": "cformer", "n_causal": N},
             "llama": llama.config_json(model, tokens)}
 
 

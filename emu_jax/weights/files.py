@@ -23,6 +23,7 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64
           "I8": np.int8, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_}
 DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000        # as the format has it
+WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")      # names of a checkpoint in one file
 SHARD = 5_000_000_000               # bytes of one file of an export, as Hugging Face's
 
 
@@ -68,6 +69,13 @@ def read(sources: list[str]) -> Foreign:
     return Foreign(tensors, _json(folder / "config.json") if (folder / "config.json").is_file() else {}, " ".join(sources))
 
 
+def components(folder: str, names: tuple[str, ...]) -> Foreign:
+    """The checkpoints in subfolders of a folder, as one: tensors under "name/...", configs by name."""
+    parts = {name: read([str(Path(folder) / name)]) for name in names}
+    tensors = {f"{name}/{tensor}": lazy for name, part in parts.items() for tensor, lazy in part.tensors.items()}
+    return Foreign(tensors, {name: part.config for name, part in parts.items()}, folder)
+
+
 def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], arrays: Iterable[tuple[str, np.ndarray]],
           shard: int = SHARD) -> None:
     """{stem}-0000n-of-0000m.safetensors of at most `shard` bytes (or one tensor) each, and their index. `layout` says what is to come;
@@ -106,7 +114,7 @@ def _files(source: Path) -> tuple[list[Path], dict[str, str]]:
         return [source], {}
     for kinds in ((".safetensors",), (".bin", ".pt", ".pth")):
         if files := sorted(path for path in source.iterdir() if path.suffix in kinds):
-            return files, {}
+            return [path for path in files if path.stem in WHOLE] or files, {}      # model.safetensors, not its model.fp16.safetensors too
     raise UserError(f"{source} holds no .safetensors, .bin, .pt or .pth file")
 
 

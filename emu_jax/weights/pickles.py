@@ -20,7 +20,8 @@ from emu_jax.config import UserError
 STORAGES = {"Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Double": np.float64, "Long": np.int64, "Int": np.int32,
             "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_}
 DTYPES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in STORAGES.items()}
-TENSOR, PARAMETER, MAKES_DICT, MAKES_TUPLE = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "collections.OrderedDict", "torch.Size"
+TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+MAKES_DICT, MAKES_TUPLE = "collections.OrderedDict", "torch.Size"
 KNOWN = {*DTYPES, TENSOR, PARAMETER, MAKES_DICT, MAKES_TUPLE}
 WRAPPERS = ("state_dict", "module", "model")        # under which a training run's file keeps the tensors
 LARGEST_PICKLE, DEEPEST = 2**27, 16
@@ -97,7 +98,7 @@ def read(path: Path, place: Place) -> np.ndarray:
     if flat.size < place.count * place.dtype.itemsize:
         raise UserError(f"{path} ends within a tensor")
     strides = [stride * place.dtype.itemsize for stride in place.strides]
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat.view(place.dtype), place.shape, strides, writeable=False))
+    return np.asarray(np.lib.stride_tricks.as_strided(flat.view(place.dtype), place.shape, strides, writeable=False), order="C")
 
 
 def interpret(stream: io.BytesIO, where: str) -> Any:

@@ -6,7 +6,6 @@ there. An export writes what the family's own library loads. Read next: convert.
 import json
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from tqdm import tqdm
 
 from emu_jax import checkpoint, config, tree
 from emu_jax.config import UserError
-from emu_jax.models import emu
 from emu_jax.weights import convert, emu1, eva_clip, files
 from emu_jax.weights.convert import Table
 from emu_jax.weights.families import FAMILIES, guess
@@ -38,6 +36,7 @@ class Plan(NamedTuple):
     parts: list[Part]
     leaves: dict[str, jax.ShapeDtypeStruct]     # all that is written, flat
     left_out: list[str]                         # leaves of the model that no source fills
+    assumed: list[str]                          # fields of config.model that are the default config's, for the sources do not say
 
 
 def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, image_size: int | None = None) -> Plan:
@@ -49,17 +48,20 @@ def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, im
     found = [_read(name, where) for name, where in sources]
     if image_size:
         c.model.vision.image = image_size
-    for family, tensors, foreign in found:
-        _agree(c, family, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, foreign, given, image_size)
-    size = emu.EmuSize.of(c.model.to_dict())
-    ours = {path: leaf.shape for path, leaf in tree.leaves(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0)))}
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for _, tensors, _ in found]
+    assumed = [field for (family, _, foreign), those in zip(found, shapes) for field in _agree(c, family, those, foreign, given, image_size)]
+    if image_size and (image_size % c.model.vision.patch or not any(eva_clip.POSITIONS in those for those in shapes)):
+        raise UserError(f"--image-size={image_size} must be a multiple of the patch of {c.model.vision.patch}, and a source must have an encoder")
+    ours: dict[str, tuple[int, ...]] = {}
     parts, homes, problems = [], {}, []
     for family, tensors, foreign in found:
+        size = family.size(c.model.to_dict())
+        ours |= family.shapes(size)
         if image_size and eva_clip.POSITIONS in tensors:
-            tensors = eva_clip.resized(tensors, image_size // size.vision.patch)
+            tensors = eva_clip.resized(tensors, image_size // c.model.vision.patch)
         table = family.table(size)
         if misfits := convert.problems(table, tensors, ours):
-            problems += [f"{foreign.where}: {line}" for line in misfits]
+            problems += [(foreign.where, line) for line in misfits]
             continue
         part = Part(family, foreign.where, tensors, table, convert.dtypes(table, tensors))
         if twice := [path for path in part.dtypes if path in homes]:
@@ -69,18 +71,17 @@ def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, im
     if problems:
         raise Misfit(problems)
     leaves = {path: jax.ShapeDtypeStruct(ours[path], dtype) for part in parts for path, dtype in part.dtypes.items()}
-    return Plan(c, parts, leaves, [path for path in ours if path not in leaves])
+    return Plan(c, parts, leaves, [path for path in ours if path not in leaves], assumed)
 
 
 class Misfit(UserError):
     """Tensors that do not fit, a line each in `lines`."""
 
-    def __init__(self, lines: list[str]):
-        kinds = [line.split(": ", 1)[1].split()[0] for line in lines]
-        counts = ", ".join(f"{kinds.count(kind)} {what}" for kind, what in (("missing", "missing"), ("unexpected", "unexpected"), ("misshapen", "misshapen"),
-                                                                            ("not", "no floating-point numbers")) if kind in kinds)
-        super().__init__(f"the tensors do not fit: {counts}; the first: {' '.join(lines[0].split())}")
-        self.lines = lines
+    def __init__(self, problems: list[tuple[str, str]]):
+        counts = {kind: sum(line.startswith(kind) for _, line in problems) for kind in ("missing", "unexpected", "misshapen", "not a float")}
+        self.lines = [f"{where}: {line}" for where, line in problems]
+        super().__init__(f"the tensors do not fit: {', '.join(f'{count} {kind}' for kind, count in counts.items() if count)}; "
+                         f"the first: {' '.join(self.lines[0].split())}")
 
 
 def write(made: Plan, to: str) -> None:
@@ -97,6 +98,7 @@ def write(made: Plan, to: str) -> None:
             for path, layer, piece in convert.pieces(part.table, part.tensors):
                 put(path, layer, piece.astype(part.dtypes[path], copy=False))
                 bar.update()
+                del piece           # before the next is read
             bar.close()
 
 
@@ -108,11 +110,12 @@ def load(made: Plan, shardings: dict[str, jax.sharding.NamedSharding]) -> tree.T
 def export(name: str, directory: str, to: str, *, dtype: str | None = None, shard: int = files.SHARD) -> dict[str, int]:
     """Writes the family's tensors in the checkpoint in `directory` into the new folder `to`; {file: bytes}. dtype: cast to it.
     Raises UserError for a checkpoint without them, or damaged, and then nothing is left."""
-    family, folder = FAMILIES[name], Path(to)
+    family, folder = FAMILIES[name], Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} is there and not empty; choose another directory")
     source = checkpoint.Slices(directory)
-    table = family.table(emu.EmuSize.of(source.config["model"]))
+    model = config.from_dict(source.config["model"]).to_dict()
+    table = family.table(family.size(model))
     try:
         shapes = convert.shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
     except UserError as error:
@@ -122,12 +125,17 @@ def export(name: str, directory: str, to: str, *, dtype: str | None = None, shar
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
     try:
-        layout = {tensor: (shape, kinds[tensor]) for tensor, shape in shapes.items()}
-        arrays = ((tensor, array.astype(kinds[tensor], copy=False)) for tensor, array in convert.to_theirs(table, source.read))
-        files.write(half, family.stem, layout, tqdm(arrays, desc=name, total=len(layout), unit="tensor", disable=None), shard)
+        said = family.config_json(model, source.config["data"]["tokens"])
+        for component in family.components:
+            prefix, part = (f"{component}/", half / component) if component else ("", half)
+            layout = {tensor.removeprefix(prefix): (shape, kinds[tensor]) for tensor, shape in shapes.items() if tensor.startswith(prefix)}
+            arrays = convert.to_theirs(table, source.read, prefix)
+            cast = ((tensor.removeprefix(prefix), array.astype(kinds[tensor], copy=False)) for tensor, array in arrays)
+            part.mkdir(exist_ok=True)
+            files.write(part, family.stem, layout, tqdm(cast, desc=component or name, total=len(layout), unit="tensor", disable=None), shard)
+            kind = max((kind for _, kind in layout.values()), key=lambda kind: kind.itemsize)
+            (part / "config.json").write_text(json.dumps((said[component] if component else said) | {"torch_dtype": str(kind)}, indent=1) + "\n")
         source.check()
-        said = family.config_json(source.config["model"], source.config["data"]["tokens"]) | {"torch_dtype": str(max(kinds.values(), key=lambda d: d.itemsize))}
-        (half / "config.json").write_text(json.dumps(said, indent=1) + "\n")
         if folder.exists():
             folder.rmdir()
         half.rename(folder)
@@ -135,7 +143,7 @@ def export(name: str, directory: str, to: str, *, dtype: str | None = None, shar
         raise UserError(f"{to} could not be written: {error}; nothing is left of it") from error
     finally:
         shutil.rmtree(half, ignore_errors=True)
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def summary(made: Plan) -> Iterator[str]:
@@ -153,10 +161,13 @@ def summary(made: Plan) -> Iterator[str]:
         mine = [path for path in made.left_out if path.startswith(f"{tower}/")]
         whole = not any(path.startswith(f"{tower}/") for path in made.leaves)
         yield f"left out, fresh where training starts from it: {tower if whole else ', '.join(mine)}"
+    if made.assumed:
+        yield f"not said by the files, and as in the default config: {', '.join(made.assumed)}"
 
 
 def _read(name: str, where: list[str]) -> tuple[Family, dict[str, Any], files.Foreign]:
-    foreign, family = files.read(where), FAMILIES[name]
+    family = FAMILIES[name]
+    foreign = files.read(where) if family.components == ("",) else files.components(where[0], family.components)
     likely = guess({emu1.rename(tensor) for tensor in foreign.tensors})
     if likely is not family:
         like = (f"it looks like {likely.name}: --family={likely.name}" if likely else
@@ -165,8 +176,9 @@ def _read(name: str, where: list[str]) -> tuple[Family, dict[str, Any], files.Fo
     return family, family.tensors(foreign.tensors), foreign
 
 
-def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], foreign: files.Foreign, given: bool, image_size: int | None) -> None:
-    """What the files say of the model against the config, or into it where none was given."""
+def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], foreign: files.Foreign, given: bool,
+           image_size: int | None) -> list[str]:
+    """What the files say of the model against the config, or into it where none was given: then, the fields of which they say nothing."""
     try:
         said = family.says(shapes, foreign.config)
     except (UserError, TypeError, AttributeError, ZeroDivisionError) as error:      # a config.json may say anything
@@ -177,11 +189,12 @@ def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], fo
     of = lambda field: c.model[field.split(".")[0]][field.split(".")[1]]
     differ = [field for field, value in known.items() if of(field) != value]
     if given and differ:
-        raise UserError(f"{foreign.where} is of another model than the config: " + ", ".join(f"{field} is {known[field]!r}, not {of(field)!r}" for field in differ)
+        differences = ", ".join(f"{field} is {known[field]!r}, not {of(field)!r}" for field in differ)
+        raise UserError(f"{foreign.where} is of another model than the config: {differences}"
                         + f" (--config.model.{differ[0]}={known[differ[0]]}, or another --config)"
                         + ("; --image-size interpolates its position embeddings" if "vision.image" in differ else ""))
     if given:
-        return
+        return []
     unknown = [field for field in said if field not in known]
     other = [field for field in differ if field.endswith(".width") and any(lacking.split(".")[0] == field.split(".")[0] for lacking in unknown)]
     if other:
@@ -192,6 +205,7 @@ def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], fo
             c.model[tower][name] = value
         except (TypeError, ValueError) as error:
             raise UserError(f"{foreign.where}: {field} cannot be {value!r}") from error
+    return unknown
 
 
 def _dtypes(table: Table, source: checkpoint.Slices, dtype: str | None) -> dict[str, np.dtype]:

@@ -9,14 +9,14 @@ import make
 import ml_dtypes
 import numpy as np
 
-from emu_jax import tree
+from emu_jax import checkpoint, config, tree
 from emu_jax.models import emu
 from emu_jax.weights import convert, files
 from emu_jax.weights.families import FAMILIES
 
 CONFIG = "--config=configs/base.py:debug"
-LLAMA3 = ("--config.model.llama.kv_heads=2", "--config.model.llama.tied=true", "--config.model.llama.eps=1e-5", "--config.model.llama.rope_base=500000.0",
-          "--config.model.llama.rope_scaling=('llama3',8.0,1.0,4.0,64.0)")
+LLAMA3 = ("--config.model.llama.kv_heads=2", "--config.model.llama.tied=true", "--config.model.llama.eps=1e-5",
+          "--config.model.llama.rope_base=500000.0", "--config.model.llama.rope_scaling=('llama3',8.0,1.0,4.0,64.0)")
 
 
 def random(c, seed=0):
@@ -32,13 +32,12 @@ def tensors(c, family, dtype=np.float32, seed=0):
     return {name: array.astype(dtype) for name, array in convert.to_theirs(table, convert.reader(random(c, seed)))}
 
 
-def folder(path, c, family, dtype=np.float32, seed=0, shard=20_000, config=True):
+def folder(path, c, family, dtype=np.float32, seed=0):
     """Its sharded safetensors with an index, in a new folder."""
     path.mkdir()
     arrays = tensors(c, family, dtype, seed)
-    files.write(path, "model", {name: (array.shape, array.dtype) for name, array in arrays.items()}, arrays.items(), shard)
-    if config:
-        (path / "config.json").write_text(json.dumps(FAMILIES[family].config_json(c.model.to_dict(), 64)))
+    files.write(path, "model", {name: (array.shape, array.dtype) for name, array in arrays.items()}, arrays.items(), 20_000)
+    (path / "config.json").write_text(json.dumps(FAMILIES[family].config_json(c.model.to_dict(), 64)))
     return arrays
 
 
@@ -46,10 +45,15 @@ def small(*overrides):
     return make.cfg(*(override.removeprefix("--config.") for override in overrides))
 
 
+def size_of(directory):
+    """The model of a checkpoint of ours."""
+    return emu.EmuSize.of(config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict())
+
+
 # PyTorch's .bin and .pt
 
-KINDS = {np.dtype(dtype): name for name, dtype in (("Float", np.float32), ("Half", np.float16), ("BFloat16", ml_dtypes.bfloat16), ("Double", np.float64),
-                                                   ("Long", np.int64), ("Byte", np.uint8))}
+KINDS = {np.dtype(dtype): name for name, dtype in (("Float", np.float32), ("Half", np.float16), ("BFloat16", ml_dtypes.bfloat16),
+                                                   ("Double", np.float64), ("Long", np.int64), ("Byte", np.uint8))}
 
 
 class Window:

@@ -10,8 +10,8 @@ from emu_jax.config import UserError
 from emu_jax.weights import files
 
 RNG = np.random.default_rng(0)
-ARRAYS = {"a": RNG.standard_normal((3, 5), np.float32), "b.w": RNG.standard_normal((7, 2)).astype(ml_dtypes.bfloat16), "c": np.arange(3), "d": np.zeros((0, 2), np.float16),
-          "e": np.float64([1.5])}
+ARRAYS = {"a": RNG.standard_normal((3, 5), np.float32), "b.w": RNG.standard_normal((7, 2)).astype(ml_dtypes.bfloat16), "c": np.arange(3),
+          "d": np.zeros((0, 2), np.float16), "e": np.float64([1.5])}
 
 
 def write(folder, arrays=ARRAYS, shard=10**9):
@@ -26,7 +26,7 @@ def same(foreign, arrays):
         assert (tensor.shape, tensor.dtype) == (got.shape, got.dtype) == (array.shape, array.dtype) and got.tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize(("shard", "count"), [(10**9, 1), (60, 3), (1, 5)])
+@pytest.mark.parametrize(("shard", "count"), [(10**9, 1), (60, 2), (59, 3), (1, 5)])
 def test_what_is_written_is_read(tmp_path, shard, count):
     paths = write(tmp_path, shard=shard)
     assert [path.name for path in paths] == [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
@@ -65,10 +65,14 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "wrong header"), (b"abc", "wrong header"), (header({}, length=2**60), "wrong header: it claims 1152921504606846976 bytes"),
-    (header(b"{nonsense"), "wrong header: JSONDecodeError"), (header(b"[]"), "wrong header: "), (header(b"\xff\xfe{}"), "wrong header"), (header({"w": 3}), "wrong header"),
-    (header({"w": ONE | {"dtype": "F33"}}, bytes(8)), "wrong header: KeyError 'F33'"), (header({"w": {"dtype": "F32"}}), "wrong header: KeyError 'shape'"),
-    (header({"w": ONE | {"shape": [3]}}, bytes(8)), r"w is float32\[3\] at bytes 0 to 8"), (header({"w": ONE | {"shape": [-1, -2]}}, bytes(8)), "wrong header: w"),
-    (header({"w": ONE | {"data_offsets": [8, 16]}}, bytes(16)), "at bytes 8 to 16, after 0"), (header({"v": ONE, "w": ONE}, bytes(8)), "at bytes 0 to 8, after 8"),
+    (header(b"{nonsense"), "wrong header: JSONDecodeError"), (header(b"[]"), "wrong header: "), (header(b"\xff\xfe{}"), "wrong header"),
+    (header({"w": 3}), "wrong header"),
+    (header({"w": ONE | {"dtype": "F33"}}, bytes(8)), "wrong header: KeyError 'F33'"),
+    (header({"w": {"dtype": "F32"}}), "wrong header: KeyError 'shape'"),
+    (header({"w": ONE | {"shape": [3]}}, bytes(8)), r"w is float32\[3\] at bytes 0 to 8"),
+    (header({"w": ONE | {"shape": [-1, -2]}}, bytes(8)), "wrong header: w"),
+    (header({"w": ONE | {"data_offsets": [8, 16]}}, bytes(16)), "at bytes 8 to 16, after 0"),
+    (header({"v": ONE, "w": ONE}, bytes(8)), "at bytes 0 to 8, after 8"),
     (header({"w": ONE}, bytes(7)), "describes 8 bytes of tensors and 7 follow: truncated"), (header({"w": ONE}, bytes(9)), "and 9 follow")])
 def test_a_wrong_header_is_one_line(tmp_path, content, message):
     path = tmp_path / "w.safetensors"
@@ -95,10 +99,29 @@ def test_what_is_missing_is_named(tmp_path):
     first.unlink()
     with pytest.raises(UserError, match="names files that are not there: model-00001"):
         files.read([str(tmp_path)])
-    for text, message in (("{", "is no JSON"), ("[]", "no JSON object"), ("{}", "no weight_map"), ('{"weight_map": {"a": "../a.safetensors"}}', "no weight_map")):
+    for text, message in (("{", "is no JSON"), ("[]", "no JSON object"), ("{}", "no weight_map"),
+                          ('{"weight_map": {"a": "../a.safetensors"}}', "no weight_map")):
         index.write_text(text)
         with pytest.raises(UserError, match=message):
             files.read([str(tmp_path)])
+
+
+def test_one_of_several_variants_is_the_one_without_a_suffix(tmp_path):
+    for name, value in (("model.fp16", 2), ("model", 1)):
+        path, = write(tmp_path, {"w": np.float32([value])})
+        path.rename(tmp_path / f"{name}.safetensors")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert np.asarray(files.read([str(tmp_path)]).tensors["w"]) == 1
+
+
+def test_components_of_a_model_are_read_as_one(tmp_path):
+    for number, name in enumerate(("unet", "vae")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, {"conv.weight": np.float32([number])})
+        (tmp_path / name / "config.json").write_text(json.dumps({"number": number}))
+    foreign = files.components(str(tmp_path), ("unet", "vae"))
+    assert foreign.config == {"unet": {"number": 0}, "vae": {"number": 1}}
+    assert {name: float(np.asarray(tensor)[0]) for name, tensor in foreign.tensors.items()} == {"unet/conv.weight": 0, "vae/conv.weight": 1}
 
 
 def test_safetensors_are_preferred_to_pickles(tmp_path):

@@ -5,10 +5,11 @@ Skipped where PyTorch and transformers are not installed: nothing of ours needs 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from foreign import CONFIG, LLAMA3, folder, saved, small
+from flax import nnx
+from foreign import CONFIG, LLAMA3, folder, saved, size_of, small
 
 from emu_jax import checkpoint
-from emu_jax.models import emu
+from emu_jax.models.llama import Llama
 from emu_jax.weights import eva_clip, pickles
 from emu_jax.weights.__main__ import main
 
@@ -20,11 +21,7 @@ LINEAR = ("--config.model.llama.rope_scaling=('linear',4.0)", "--config.model.ll
 
 def ours(directory):
     """Logits of our LLaMA in a checkpoint."""
-    params = checkpoint.restore_params(str(directory))
-    size = emu.EmuSize.of(checkpoint.read_config(str(directory))["model"] | {"compute": "float32"}).llama
-    from flax import nnx
-
-    from emu_jax.models.llama import Llama
+    params, size = checkpoint.restore_params(str(directory)), size_of(directory).llama
     model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(size, nnx.Rngs(params=0)))), params["llama"])
     at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
     hidden = model(model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense")
@@ -48,10 +45,13 @@ def test_what_we_export_has_the_same_logits_there(tmp_path, overrides):
     np.testing.assert_allclose(ours(tmp_path / "ours"), want, atol=2e-4 * np.abs(want).max())
 
 
+STRETCHED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+
+
 @pytest.mark.parametrize("fields", [
     dict(rms_norm_eps=1e-6), dict(num_key_value_heads=2, rms_norm_eps=1e-5),
-    dict(num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True, rope_theta=500000.0, rope_scaling=dict(
-        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64))], ids=["llama1", "llama2", "llama3"])
+    dict(num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True, rope_theta=500000.0, rope_scaling=STRETCHED)],
+    ids=["llama1", "llama2", "llama3"])
 def test_what_they_save_has_the_same_logits_here(tmp_path, fields):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
@@ -69,8 +69,8 @@ def test_what_they_save_has_the_same_logits_here(tmp_path, fields):
 
 def test_pytorch_files_are_read_as_pytorch_reads_them(tmp_path):
     base = torch.randn(6, 8)
-    tensors = {"whole": base, "t": base.T, "row": base[2], "half": base.half(), "bf": base.bfloat16(), "ids": torch.arange(3), "scalar": torch.tensor(2.5),
-               "parameter": torch.nn.Parameter(base[:2].clone()), "none": torch.zeros(0, 3)}
+    tensors = {"whole": base, "t": base.T, "row": base[2], "half": base.half(), "bf": base.bfloat16(), "ids": torch.arange(3),
+               "scalar": torch.tensor(2.5), "parameter": torch.nn.Parameter(base[:2].clone()), "none": torch.zeros(0, 3)}
     torch.save({"epoch": 1, "lr": 0.5, "module": tensors}, tmp_path / "a.pt")
     got = {name: pickles.read(tmp_path / "a.pt", place) for name, place in pickles.places(tmp_path / "a.pt").items()}
     assert list(got) == list(tensors)
@@ -90,5 +90,5 @@ def test_the_tests_own_files_are_pytorchs(tmp_path):
 def test_position_embeddings_are_interpolated_as_pytorch_does(side):
     positions = np.random.default_rng(0).standard_normal((1, 1 + 16 * 16, 6), np.float32)
     square = torch.tensor(positions[:, 1:]).reshape(1, 16, 16, 6).permute(0, 3, 1, 2)
-    want = torch.nn.functional.interpolate(square, size=(side, side), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).reshape(1, side * side, 6)
-    np.testing.assert_allclose(eva_clip.interpolate(positions, side)[:, 1:], want.numpy(), atol=2e-6)
+    want = torch.nn.functional.interpolate(square, size=(side, side), mode="bicubic", align_corners=False)
+    np.testing.assert_allclose(eva_clip.interpolate(positions, side)[:, 1:], want.permute(0, 2, 3, 1).reshape(1, side * side, 6).numpy(), atol=2e-6)

@@ -79,7 +79,8 @@ def test_code_in_a_zip_is_refused_by_name_and_not_run(path, protocol, tmp_path, 
 
 
 @pytest.mark.parametrize(("inside", "message"), [
-    (b"cbuiltins\neval\n(X\x01\x00\x00\x001tR", "names builtins.eval"), (b"cnumpy.core.multiarray\nscalar\n", "names numpy.core.multiarray.scalar"),
+    (b"cbuiltins\neval\n(X\x01\x00\x00\x001tR", "names builtins.eval"),
+    (b"cnumpy.core.multiarray\nscalar\n", "names numpy.core.multiarray.scalar"),
     (b"ctorch._utils\n_rebuild_tensor_v3\n", "names torch._utils._rebuild_tensor_v3"), (b"(iposix\nsystem\n", "has the opcode INST"),
     (b"ccollections\nOrderedDict\n)\x81", "has the opcode NEWOBJ"), (b"\x82\x01", "has the opcode EXT1"),
     (b"ccollections\nOrderedDict\n}b", "sets the attributes of an object"), (b"](ctorch\nFloatStorage\n)R", "is called")])
@@ -93,7 +94,8 @@ def test_anything_but_tensors_is_refused_by_name(path, inside, message):
 
 @pytest.mark.parametrize(("window", "message"), [
     (Window("0", 1, (24,), (1,)), "reaches to element 24 of a storage of 24"), (Window("0", 0, (2, 12), (13, 1)), "reaches to element 24"),
-    (Window("0", 0, (3, 4), (0, 1)), "more than once"), (Window("0", 0, (3, 4), (2, 1)), "more than once"), (Window("0", 0, (2**40,), (0,)), "more than once"),
+    (Window("0", 0, (3, 4), (0, 1)), "more than once"), (Window("0", 0, (3, 4), (2, 1)), "more than once"),
+    (Window("0", 0, (2**40,), (0,)), "more than once"),
     (Window("0", -1, (2,), (1,)), "damaged"), (Window("0", 0, (2,), (-1,)), "damaged"), (Window("0", 0, (2, 2), (1,)), "damaged"),
     (Window("0", 0, (30,), (1,), 30), "has 96 bytes, not 30 x 4")])
 def test_a_window_that_lies_is_refused(path, window, message):
@@ -104,7 +106,8 @@ def test_a_window_that_lies_is_refused(path, window, message):
 
 def test_a_missing_or_compressed_storage_is_refused(path):
     window = {"w": Window("0", 0, (24,), (1,))}
-    for keywords, message in (({"left_out": ("0",)}, "data/0 is missing"), ({"compression": zipfile.ZIP_DEFLATED}, "compressed"), ({"byteorder": "big"}, "big-endian")):
+    for keywords, message in (({"left_out": ("0",)}, "data/0 is missing"), ({"compression": zipfile.ZIP_DEFLATED}, "compressed"),
+                              ({"byteorder": "big"}, "big-endian")):
         torch_file(path, window, {"0": NUMBERS}, **keywords)
         with pytest.raises(UserError, match=message):
             pickles.places(path)
@@ -139,7 +142,7 @@ def test_a_damaged_pickle_is_one_line(path, cut):
 
 
 def test_other_files_are_named(path):
-    path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2) + pickle.dumps({"little_endian": True}, protocol=2))
+    path.write_bytes(b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})))
     with pytest.raises(UserError, match=r"before version 1\.6; load it there and torch\.save it again"):
         pickles.places(path)
     with zipfile.ZipFile(path, "w") as archive:
