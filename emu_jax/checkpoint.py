@@ -245,7 +245,7 @@ def _array_spec(step: epath.Path, path: str) -> dict:
 
 def _layout(x: jax.ShapeDtypeStruct, stacked: bool) -> dict:
     """Chunks within one layer, of at most CHUNK bytes, so that a host that wants a shard reads little else."""
-    chunk = [1, *x.shape[1:]] if stacked else list(x.shape)
+    chunk = [max(length, 1) for length in ((1, *x.shape[1:]) if stacked else x.shape)]
     while np.prod(chunk) * x.dtype.itemsize > CHUNK and max(chunk) % 2 == 0:
         chunk[chunk.index(max(chunk))] //= 2
     return {"metadata": {"shape": list(x.shape), "data_type": str(x.dtype),
