@@ -11,11 +11,14 @@ import tempfile
 import jaxtyping
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join((
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1800"))       # a busy machine is slow, not stuck: after 40 s XLA would abort
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # Not types.py and loop.py: JAX rebuilds their structs with what is no array.
-jaxtyping.install_import_hook([f"emu_jax.{name}" for name in ("models", "data", "generate", "weights", "evaluate", "verify", "losses", "sharding", "stages",
-                                                              "optim", "tree", "config", "checkpoint", "journal", "train")], "beartype.beartype")
+CHECKED = ("models", "data", "generate", "weights", "evaluate", "verify", "losses", "sharding", "stages", "optim", "tree", "config", "checkpoint",
+           "journal", "train")
+jaxtyping.install_import_hook([f"emu_jax.{name}" for name in CHECKED], "beartype.beartype")

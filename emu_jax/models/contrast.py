@@ -30,22 +30,24 @@ class Trigrams(nnx.Module):
         segment = jnp.take_along_axis(batch.segments, jnp.minimum(batch.image_slots, T - 1), 1)
         mine = (batch.segments[:, None] == segment[:, :, None]) & (batch.text_weights > 0)[:, None]
         tables = self.tables.get_value()
-        before = lambda x, n: jnp.pad(x, ((0, 0), (n, 0)))[:, :T]
-        spoken = jnp.where(batch.text_weights > 0, batch.tokens, tables.shape[1] - 1)   # whatever is not text is one token
-        x = jax.nn.gelu(sum(tables[n][before(spoken, n)] for n in range(3)))
+        other = tables.shape[1] - 1                 # one token for whatever is not text, or not of this document
+        spoken = jnp.where(batch.text_weights > 0, batch.tokens, other)
+        shift = lambda x, n: jnp.pad(x, ((0, 0), (n, 0)))[:, :T]
+        before = lambda n: jnp.where(shift(batch.segments, n) == batch.segments, shift(spoken, n), other)
+        x = jax.nn.gelu(sum(tables[n][before(n)] for n in range(3)))
         mine = mine.astype(x.dtype)
         mean = jnp.einsum("bit,btd->bid", mine, x) / jnp.maximum(mine.sum(-1, keepdims=True), 1)
         return self.project(mean)
 
 
 class Contrast(nnx.Module):
-    """Heads of the warm-up on standardised visual tokens [M, N, D]."""
+    """Heads of the warm-up on visual tokens [M, N, D]."""
 
     def __init__(self, size: EmuSize, rngs: nnx.Rngs):
         N, D = size.resampler.tokens, size.llama.width
         self.text = Trigrams(size, rngs)
-        self.image = layers.Linear("mnD,nDE->mE", (N, D, D), std=(N * D) ** -0.5, rngs=rngs)
-        self.readout = layers.Linear("mnD,nDp->mp", (N, D, READOUT * READOUT * 3), std=(N * D) ** -0.5, rngs=rngs)
+        self.image = layers.Linear("mnD,nDE->mE", (N, D, D), bias=(D,), std=(N * D) ** -0.5, rngs=rngs)
+        self.readout = layers.Linear("mnD,nDp->mp", (N, D, READOUT * READOUT * 3), bias=(READOUT * READOUT * 3,), std=(N * D) ** -0.5, rngs=rngs)
 
     def pixels(self, z: Float[Array, "M N D"]) -> Float[Array, "M x y 3"]:
         return rearrange(self.readout(z), "m (x y c) -> m x y c", x=READOUT, y=READOUT)

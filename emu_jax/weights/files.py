@@ -6,7 +6,7 @@ Read next: pickles.py, convert.py.
 """
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -76,7 +76,7 @@ def components(folder: str, names: tuple[str, ...]) -> Foreign:
     return Foreign(tensors, {name: part.config for name, part in parts.items()}, folder)
 
 
-def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], arrays: Iterable[tuple[str, np.ndarray]],
+def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], arrays: Iterator[tuple[str, np.ndarray]],
           shard: int = SHARD) -> None:
     """{stem}-0000n-of-0000m.safetensors of at most `shard` bytes (or one tensor) each, and their index. `layout` says what is to come;
     `arrays` brings it, in that order, and is held one tensor at a time."""
@@ -87,11 +87,10 @@ def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], n
             shards.append([])
         shards[-1].append(name)
     files = {f"{stem}-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, 1)}
-    coming = iter(arrays)
     for file, names in files.items():
         with (folder / file).open("wb") as out:
             out.write(_header({name: layout[name] for name in names}))
-            for name, (got, array) in zip(names, coming):
+            for name, (got, array) in zip(names, arrays):
                 assert got == name and (array.shape, array.dtype) == layout[name], (name, got, array.shape, array.dtype)
                 np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(out)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {name: file for file, names in files.items() for name in names}}

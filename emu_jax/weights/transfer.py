@@ -130,9 +130,10 @@ def export(name: str, directory: str, to: str, *, dtype: str | None = None, shar
             prefix, part = (f"{component}/", half / component) if component else ("", half)
             layout = {tensor.removeprefix(prefix): (shape, kinds[tensor]) for tensor, shape in shapes.items() if tensor.startswith(prefix)}
             arrays = convert.to_theirs(table, source.read, prefix)
-            cast = ((tensor.removeprefix(prefix), array.astype(kinds[tensor], copy=False)) for tensor, array in arrays)
+            bar = tqdm(arrays, desc=component or name, total=len(layout), unit="tensor", disable=None)
+            cast = ((tensor.removeprefix(prefix), array.astype(kinds[tensor], copy=False)) for tensor, array in bar)
             part.mkdir(exist_ok=True)
-            files.write(part, family.stem, layout, tqdm(cast, desc=component or name, total=len(layout), unit="tensor", disable=None), shard)
+            files.write(part, family.stem, layout, cast, shard)
             kind = max((kind for _, kind in layout.values()), key=lambda kind: kind.itemsize)
             (part / "config.json").write_text(json.dumps((said[component] if component else said) | {"torch_dtype": str(kind)}, indent=1) + "\n")
         source.check()

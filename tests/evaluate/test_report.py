@@ -53,10 +53,12 @@ def result():
     lines.append({"step": 899, "eval/text_loss": 2.0, "eval/text_loss/names": 2.0})
     numbers = demo._numbers(captions) | demo._retrieval(
         [told(name, "") for name in "abc"], 2, np.arange(3.0).reshape(3, 1, 1), np.ones((3, 1, 1)))[1]
-    numbers |= {"visual_rank": 3.2, "stories_held_out_count": 1, "stories_held_out_exact": 0.0, "speed/steps": 899, "speed/wall_s": 90.0,
+    numbers |= {"visual_rank": 3.2, "stories_held_out_count": 1, "stories_held_out_exact": 0.0, "in_context_count": 1,
+                "in_context_exact": 0.0, "speed/steps": 899, "speed/wall_s": 90.0,
                 "speed/flops_per_second": 5.2e10, "speed/input_wait_share": 0.001}
     c = {"stage": "emu", "model": {"resampler": {"tokens": 4}}}
-    return demo.Result(c, numbers, demo.targets(numbers), captions, drawn, [[told("a cat comes", "a dog comes")]], lines, [])
+    return demo.Result(c, numbers, demo.targets(numbers), captions, drawn, [[told("a cat comes", "a dog comes")]],
+                       [[told("cat", "cat"), told("pig", "pig"), told("fox", "fox"), told("owl", "eagle")]], lines, [])
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +80,14 @@ def test_pictures_are_the_images(page, result):
     sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     decoded = [np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))) for source in sources]
     assert (decoded[0] == result.captions["scenes_held_out"][0].image).all()
-    assert len(decoded) == 2 + report.SHOWN["names_train"] + 1 + 1 + 3      # scenes, names, held out, story, retrieved
+    assert len(decoded) == 2 + report.SHOWN["names_train"] + 1 + 1 + 4 + 3      # scenes, names, held out, story, in context, retrieved
 
 
 def test_right_and_wrong_are_marked(page):
     cards = [attributes["class"] for tag, attributes in page.elements if "told" in attributes.get("class", "").split()]
     half = report.SHOWN["names_train"] // 2
     assert sum("right" in card.split() for card in cards) == 1 + half
-    assert sum("wrong" in card.split() for card in cards) == 1 + half + 1 + 1
+    assert sum("wrong" in card.split() for card in cards) == 1 + half + 1 + 1 + 1
     hits = [attributes["alt"] for tag, attributes in page.elements if tag == "img" and attributes.get("class") == "hit"]
     assert hits == ["cat"]
 

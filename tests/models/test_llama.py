@@ -16,7 +16,7 @@ SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0]])
 
 
 def run(x, positions, segments):
-    return emu.bind(emu.Emu, P.size, PARAMS).llama(x, positions, segments)
+    return emu.bind(emu.Emu, P.size, PARAMS).llama(x, positions, segments)[0]
 
 
 hidden = jax.jit(run)
@@ -24,7 +24,8 @@ hidden = jax.jit(run)
 
 @pytest.mark.parametrize(("segments", "sees"), [
     ([[1, 1, 1, 1, 1, 1]], np.tril(np.ones((6, 6), bool))),
-    ([[1, 1, 1, 2, 2, 0]], np.array([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]], bool))])
+    ([[1, 1, 1, 2, 2, 0]], np.array([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+                                    [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]], bool))])
 def test_a_position_sees_its_own_document_up_to_itself(segments, sees):
     weights = jnp.asarray(np.random.default_rng(2).standard_normal(32), jnp.float32)
     jacobian = jax.jit(jax.jacrev(lambda x, segments: (run(x, jnp.arange(6)[None], segments) @ weights)[0]))(X, jnp.array(segments))
@@ -79,7 +80,7 @@ def test_grouped_heads_are_repeated_heads():
     repeated = {"q": attn["q"], "o": attn["o"], **{name: {"w": jnp.repeat(attn[name]["w"], 2, axis=2)} for name in "kv"}}
     full = params | {"llama": params["llama"] | {"blocks": params["llama"]["blocks"] | {"attn": repeated}}}
     at = jnp.arange(6)[None]
-    one, two = (emu.bind(emu.Emu, p.size, tree).llama(X, at, SEGMENTS) for p, tree in ((grouped, params), (make.program(make.cfg()), full)))
+    one, two = (emu.bind(emu.Emu, p.size, tree).llama(X, at, SEGMENTS)[0] for p, tree in ((grouped, params), (make.program(make.cfg()), full)))
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 

@@ -36,7 +36,7 @@ def folder(path, c, family, dtype=np.float32, seed=0):
     """Its sharded safetensors with an index, in a new folder."""
     path.mkdir()
     arrays = tensors(c, family, dtype, seed)
-    files.write(path, "model", {name: (array.shape, array.dtype) for name, array in arrays.items()}, arrays.items(), 20_000)
+    files.write(path, "model", {name: (array.shape, array.dtype) for name, array in arrays.items()}, iter(arrays.items()), 20_000)
     (path / "config.json").write_text(json.dumps(FAMILIES[family].config_json(c.model.to_dict(), 64)))
     return arrays
 

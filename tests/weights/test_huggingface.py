@@ -24,7 +24,7 @@ def ours(directory):
     params, size = checkpoint.restore_params(str(directory)), size_of(directory).llama
     model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(size, nnx.Rngs(params=0)))), params["llama"])
     at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
-    hidden = model(model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense")
+    hidden = model(model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense")[0]
     return np.einsum("btD,vD->btv", np.asarray(hidden), np.asarray(model.head()["base"]))
 
 

@@ -72,7 +72,7 @@ def test_leaves_are_where_the_table_says(tmp_path):
     leaves = import_(tmp_path / "ours", "--family=llama", tmp_path / "source", CONFIG)
     np.testing.assert_array_equal(leaves["llama/blocks/attn/q/w"][1, :, 2], arrays["model.layers.1.self_attn.q_proj.weight"][16:24].T)
     np.testing.assert_array_equal(leaves["llama/embed/base"], arrays["model.embed_tokens.weight"])
-    np.testing.assert_allclose(leaves["llama/lm_head/added"], np.tile(arrays["lm_head.weight"].mean(0), (4, 1)), rtol=1e-6)
+    np.testing.assert_allclose(leaves["llama/lm_head/added"], np.tile(arrays["lm_head.weight"].mean(0, np.float64), (4, 1)), rtol=1e-6)
 
 
 def test_without_a_config_the_towers_take_the_files_sizes(tmp_path):
