@@ -2,6 +2,7 @@
 
 Skipped where PyTorch and transformers are not installed: nothing of ours needs them.
 """
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ LINEAR = ("--config.model.llama.rope_scaling=('linear',4.0)", "--config.model.ll
 
 def ours(directory):
     """Logits of our LLaMA in a checkpoint."""
-    params, size = checkpoint.restore_params(str(directory)), size_of(directory).llama
+    params, size = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(directory))), size_of(directory).llama
     model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(size, nnx.Rngs(params=0)))), params["llama"])
     at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
     hidden = model(model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense")[0]
