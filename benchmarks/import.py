@@ -6,7 +6,7 @@ Then the checkpoint is exported again, under the same bound, and compared with t
 """
 import argparse
 import json
-import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,10 +16,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from emu_jax import config
 from emu_jax.models import emu
 from emu_jax.weights import convert, files, llama
 
+ROOT = Path(__file__).resolve().parent.parent
 SHARD = 500_000_000
 
 
@@ -43,13 +46,17 @@ def make(folder: Path, c) -> tuple[int, int]:
 
 
 def run(*arguments: str) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of `python -m emu_jax.weights`."""
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "emu_jax.weights", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    """(seconds, peak resident bytes) of `python -m emu_jax.weights`. The peak is the kernel's own, asked for until the process ends:
+    what wait4 tells may be the peak of this process, which it was split from."""
+    began, peak = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, "-m", "emu_jax.weights", *arguments], stdout=subprocess.DEVNULL, cwd=ROOT)
+    while process.poll() is None:
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()):
+            peak = int(found[1]) * 1024
+        time.sleep(0.02)
+    if process.returncode:
         sys.exit(f"{arguments[0]} failed")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    return time.perf_counter() - began, peak
 
 
 def main() -> int:
@@ -57,11 +64,12 @@ def main() -> int:
     parser.add_argument("--size", default="emu-1b", help="of configs/sizes.py")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well")
     flags = parser.parse_args()
-    c = config.load([f"--config=configs/pretrain.py:{flags.size}", "--config.model.llama.rope_dtype=float32"])
+    named = f"--config={ROOT}/configs/pretrain.py:{flags.size}"
+    c = config.load([named])
     with tempfile.TemporaryDirectory() as where:
         source, ours, theirs = (Path(where) / name for name in ("source", "ours", "theirs"))
         total, largest = make(source, c)
-        found = {"import": run("import", "--family=llama", str(source), f"--config=configs/pretrain.py:{flags.size}", f"--to={ours}"),
+        found = {"import": run("import", "--family=llama", str(source), named, f"--to={ours}"),
                  "export": run("export", "--family=llama", f"--from={ours}", f"--to={theirs}")}
         one, two = files.read([str(source)]).tensors, files.read([str(theirs)]).tensors
         differ = [name for name in one if np.asarray(one[name]).tobytes() != np.asarray(two[name]).tobytes()] + sorted(one.keys() ^ two.keys())
