@@ -85,6 +85,15 @@ def shardings(mesh: Mesh, spec_tree: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=lambda x: isinstance(x, P))
 
 
+def check(mesh: Mesh, params: tree.Tree) -> None:
+    """Raises UserError for a parameter that the mesh does not divide: few heads of keys and values, over many devices."""
+    table = dict(tree.leaves(specs(params)))
+    for path, leaf in tree.leaves(params):
+        for length, axis in zip(leaf.shape, table[path]):
+            if axis and length % mesh.shape[axis]:
+                raise UserError(f"{path} {list(leaf.shape)}: {length} is not divisible by mesh.{axis}={mesh.shape[axis]}")
+
+
 def of_state(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
     """NamedShardings of a whole training state: a leaf whose path ends with a parameter's path (the parameter itself, an
     optimizer moment, an average) lies where that parameter does; everything else (steps, counters) is replicated."""

@@ -88,7 +88,8 @@ def problems(table: Table, foreign: Tensors, ours: Mapping[str, tuple[int, ...]]
 
 def unexpected(table: Table, foreign: Tensors) -> list[str]:
     """Foreign names that the table neither needs nor knows as unused."""
-    return [name for name in foreign if name not in uses(table, made=False) and not any(re.fullmatch(unused, name) for unused in table.unused)]
+    needed = uses(table, made=False)
+    return [name for name in foreign if name not in needed and not any(re.fullmatch(unused, name) for unused in table.unused)]
 
 
 def dtypes(table: Table, foreign: Tensors) -> dict[str, np.dtype]:
