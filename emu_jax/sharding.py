@@ -46,9 +46,9 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     ),
     "visual_stats": (("visual_stats/(mean|std)", P(None, "fsdp")),),   # N D
     "llama": (
-        ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),           # V D
+        ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),           # V D; no lm_head where it is tied
         ("llama/(embed|lm_head)/added", P(None, "fsdp")),              # n D
-        ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L D H d
+        ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L D H d; fewer heads in k and v where they are grouped
         ("llama/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),    # L H d D
         ("llama/blocks/ffn/(gate|up)/w", P(None, "fsdp", "tensor")),   # L D F
         ("llama/blocks/ffn/down/w", P(None, "tensor", "fsdp")),        # L F D
@@ -83,6 +83,15 @@ def specs(params: tree.Tree) -> tree.Tree:
 def shardings(mesh: Mesh, spec_tree: Any) -> Any:
     """NamedShardings of a tree of PartitionSpecs."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=lambda x: isinstance(x, P))
+
+
+def check(mesh: Mesh, params: tree.Tree) -> None:
+    """Raises UserError for a parameter that the mesh does not divide: few heads of keys and values, over many devices."""
+    table = dict(tree.leaves(specs(params)))
+    for path, leaf in tree.leaves(params):
+        for length, axis in zip(leaf.shape, table[path]):
+            if axis and length % mesh.shape[axis]:
+                raise UserError(f"{path} {list(leaf.shape)}: {length} is not divisible by mesh.{axis}={mesh.shape[axis]}")
 
 
 def of_state(mesh: Mesh, params: tree.Tree, state: Any) -> Any:

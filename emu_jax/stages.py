@@ -52,7 +52,7 @@ def next_element(model: Emu, hidden: Float[Array, "B T D"], visual: Float[Array,
     per_image = targets.shape[2]
     text, image = jnp.maximum(totals["text"], 1), jnp.maximum(totals["image"], 1)
     loss, nll, error = fused(
-        hidden, model.llama.lm_head.arrays(), {"w": model.regress_head.w.get_value()},
+        hidden, model.llama.head(), {"w": model.regress_head.w.get_value()},
         labels=jnp.roll(batch.tokens, -1, 1), label_weights=label_weights(batch),
         predictors=rearrange(predictors, "B I N -> B (I N)"), targets=rearrange(targets, "B I N D -> B (I N) D"),
         target_weights=jnp.repeat(counts, per_image, axis=1),

@@ -153,6 +153,7 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     rows = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
     if c.optim.accumulate < 1 or c.data.batch % (rows * c.optim.accumulate):
         raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
+    sharding.check(mesh, abstract)
     if "contrast" in abstract and c.model.vision.image % READOUT:
         raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
     device = jax.local_devices()[0]

@@ -11,11 +11,11 @@ ORDER = (
     ("types", "tree", "config"),
     ("sharding",),
     ("models/*", "data/*"),
-    ("losses", "optim", "weights/convert", "weights/emu1"),
+    ("losses", "optim", *(f"weights/{name}" for name in ("convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "families"))),
     ("stages",),
     ("checkpoint",),
     ("journal",),
-    ("loop", "generate/*"),
+    ("loop", "generate/*", "weights/transfer"),
     ("evaluate/*", "verify/*"),
     ("train", "fit", "*/__main__"),
 )

@@ -385,6 +385,8 @@ class Conversation:
 def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.Tree:
     """Shapes of the parameters as a session holds them: laid out by the table of training, matrices in the dtype of the arithmetic."""
     shapes = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
+    if mesh:
+        sharding.check(mesh, shapes)
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
     dtype = lambda path, leaf: size.compute if path.endswith(("/w", "/base", "/added")) else leaf.dtype
     return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))

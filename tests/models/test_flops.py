@@ -27,7 +27,9 @@ def traced(function, *shapes):
     return products(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).jaxpr)
 
 
-def test_it_is_what_the_model_multiplies():
+@pytest.mark.parametrize("kv_heads", [0, 2])
+def test_it_is_what_the_model_multiplies(kv_heads):
+    P = make.program(make.cfg(f"model.llama.kv_heads={kv_heads}"))
     params = make.random_params(P)
     model, B, T, M, N = emu.bind(emu.Emu, P.size, params), 2, 10, 3, P.size.resampler.tokens
     counts = flops.forward(P.size, images=M, tokens=B * T, pairs=B * T * T, labels=0, regressed=0)
