@@ -10,33 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from emu_jax.data.documents import Document, Pair, Text
 from emu_jax.data.tokenizer import Tokenizer
 
-Image = UInt8[np.ndarray, "h w 3"]      # RGB, 0 to 255, already of the model's size
-
-
 LABELS = ("text", "</s>", "[IMG]", "[/IMG]")
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text and its weight in the loss; a part that is a plain str weighs 1."""
-    text: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image and its text, in an order drawn anew in every epoch."""
-    image: Image
-    text: str | Text
-
-
-@dataclass(frozen=True)
-class Document:
-    """What a source yields: parts in reading order, and an id that is unique in its source and never changes."""
-    id: str
-    parts: tuple[str | Text | Image | Pair, ...]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""Frames of videos, through FFmpeg's libraries (PyAV): chosen by number or by time, upright RGB.
+
+Read next: sources/videos.py and sources/subtitled.py.
+"""
+import io
+from collections.abc import Callable, Iterable, Iterator
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+
+from emu_jax.data.images import MAX_PIXELS
+
+av.logging.set_level(av.logging.PANIC)      # broken files are reported by us, once
+
+SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".gif", ".yuv4mpeg", ".y4m")
+
+Frame = UInt8[np.ndarray, "h w 3"]
+
+
+def centres(count: int, frames: int = 8) -> list[int]:
+    """The numbers of `frames` frames of a video of `count`, at the centres of equal segments, as Emu's release takes them."""
+    segment = (count - 1) / frames
+    return [min(count - 1, int(segment / 2) + round(segment * k)) for k in range(frames)]       # the last may round to one too many
+
+
+def chosen(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float, Frame]]:
+    """(time, frame) of the frames `numbers(count)` of a video that has `count`, in the order asked for.
+
+    Packets are counted without decoding them; where fewer decode than there are, it is asked again with what does.
+    Raises ValueError, in one line, for what cannot be decoded.
+    """
+    try:
+        count = _count(data)
+        for _ in range(2):
+            wanted = numbers(count)
+            last = max(wanted)
+            kept, seen = {}, 0
+            for number, (time, frame) in enumerate(_frames(data)):
+                seen = number + 1
+                if number in wanted:
+                    kept[number] = time, _upright(frame)
+                if number == last:
+                    return [kept[number] for number in wanted]
+            if not seen:
+                break
+            count = seen
+    except Exception as error:          # FFmpeg's errors and those of its wrapper
+        raise ValueError(" ".join(f"not a usable video: {type(error).__name__}: {error}".split())) from error
+    raise ValueError("not a usable video: no frame can be decoded")
+
+
+def sampled(data: bytes, every: float) -> Iterable[tuple[float, Frame]]:
+    """(k * every, frame): the frame that is shown at that time, for k = 0, 1, ... until the video ends. Raises ValueError, as `chosen`."""
+    found, due, shown, first = [], 0, None, None
+    try:
+        for time, frame in _frames(data):
+            first = time if first is None else first
+            while shown is not None and due * every < time - first - 1e-6:
+                found.append((due * every, _upright(shown)))
+                due += 1
+            shown, last = frame, time - first
+        if shown is not None and due * every <= last + 1e-6:
+            found.append((due * every, _upright(shown)))
+    except Exception as error:
+        if not found:                   # what decoded before the damage is good
+            raise ValueError(" ".join(f"not a usable video: {type(error).__name__}: {error}".split())) from error
+    if not found:
+        raise ValueError("not a usable video: no frame can be decoded")
+    return found
+
+
+def _open(data: bytes) -> "av.container.InputContainer":
+    container = av.open(io.BytesIO(data), metadata_errors="ignore")
+    stream = container.streams.video[0]
+    if stream.width * stream.height > MAX_PIXELS:
+        raise ValueError(f"{stream.width} x {stream.height} pixels are over the limit of {MAX_PIXELS}")
+    return container
+
+
+def _count(data: bytes) -> int:
+    with _open(data) as container:
+        return max(1, sum(packet.size > 0 for packet in container.demux(container.streams.video[0])))
+
+
+def _frames(data: bytes) -> Iterator[tuple[float, "av.VideoFrame"]]:
+    with _open(data) as container:
+        rate = container.streams.video[0].average_rate
+        for number, frame in enumerate(container.decode(video=0)):
+            yield (frame.time if frame.time is not None else number / float(rate or 25)), frame
+
+
+def _upright(frame: "av.VideoFrame") -> Frame:
+    image = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(image, round((getattr(frame, "rotation", 0) or 0) / 90) % 4))
