@@ -90,5 +90,6 @@ def data() -> ConfigDict:
         tokenizer="",                   # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
         labels=("text", "</s>"),        # what counts as a label; with "[IMG]" the model decides when to draw. The release: these two
         image_first=0.5,                # of an image and its text, how often the image comes first
-        mixture=(),                     # (name, weight, path) a source: path is a folder of a tensorflow-datasets dataset
+        fit="squash",                   # images to the model's square: "squash" (the release), "centre" or "random" cut of the shorter side
+        mixture=(),                     # (name, weight, "FOLDER:SPLIT"[, rule]) a source: a tensorflow-datasets dataset; rule: data/sequence.py, Rule
         eval_mixture=()))               # the same, held out

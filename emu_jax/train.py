@@ -139,7 +139,7 @@ def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
 def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     """Raises UserError, in one line, for all that is missing; for a batch that the devices cannot share out; for a model that they
     cannot hold."""
-    places = [(name, path) for name, _, path in (*c.data.mixture, *c.data.eval_mixture)]
+    places = [(name, path) for name, _, path, *_ in (*c.data.mixture, *c.data.eval_mixture)]
     missing = [what for absent, what in (
         (not c.workdir, "a workdir (--config.workdir=DIR)"),
         (not Path(c.data.tokenizer).is_file(), f"the tokenizer {c.data.tokenizer!r} (--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"),

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from emu_jax.config import UserError
 from emu_jax.data.packing import first_fit
-from emu_jax.data.sequence import Sequence
+from emu_jax.data.sequence import PLAIN, Rule, Sequence
 from emu_jax.data.sources import Corrupt, Source
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,10 @@ class Mixture:
     sources: tuple[Source, ...]
     streams: int
     seed: int
+    rules: tuple[Rule, ...] = ()        # one a source; () is PLAIN for all
+
+    def rule(self, source: int) -> Rule:
+        return self.rules[source] if self.rules else PLAIN
 
     def index(self, source: int, place: int) -> int:
         """The record of a source at a place."""
@@ -100,7 +104,7 @@ class Mixture:
 class Stream:
     """Logical stream `number` of a mixture: draws documents, keeps `lookahead` of them waiting, and packs rows.
 
-    `to_sequence(document, rng=...)` is `make_sequence` with its settings. `state` continues a stream from what `state()` returned.
+    `to_sequence(document, rng=..., rule=...)` is `make_sequence` with its settings. `state` continues a stream from what `state()` returned.
     With `once` the stream is its share of one pass in fixed order, and rows are empty when it has ended.
     Not thread-safe: one task at a time.
     """
@@ -185,7 +189,7 @@ class Stream:
         self.streak = 0
         full_id = f"{name}/{document.id}"
         rng = rng_of(self.mixture.seed, full_id, place // len(documents))
-        return Packed(full_id, source, self.to_sequence(document, rng=rng))
+        return Packed(full_id, source, self.to_sequence(document, rng=rng, rule=self.mixture.rule(source)))
 
     def _count(self, **more: int):
         for name, value in more.items():

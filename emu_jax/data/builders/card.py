@@ -94,7 +94,7 @@ def page(card: dict[str, Any], samples: list[str]) -> str:
         ("Records left out", "skipped", counts["documents"] + counts["skipped"]),
         ("Parts left out of documents", "dropped", counts["images"] + counts["dropped"])) if card[name]]
     sections += [(title, _bars(histograms[name])) for name, title in (
-        ("text_bytes", "Bytes of text in a document (a token is 3 to 4)"), ("images", "Pictures in a document"),
+        ("tokens", "Tokens in a document (estimated: 4 bytes of text, 34 a picture)"), ("images", "Pictures in a document"),
         ("side", "Shorter side of a picture, pixels")) if histograms[name]]
     return f"""{_head(f"Data card: {card['name']}")}
 <p class="soft">Kind {escape(card["kind"])}, from {escape(", ".join(card["from"]))}; {counts["bytes"] / 2**20:,.1f} MiB in {counts["shards"]:,} shards.</p>
