@@ -83,10 +83,14 @@ def data() -> ConfigDict:
         tokens=2048,                    # T, tokens a row: LLaMA's context
         images=32,                      # I, images a row
         num_streams=256,                # logical streams of the data: divides batch, and is divided by every number of hosts to come
+        packing="first_fit",            # or "best_fit": of those that wait, the one that uses tokens and images most evenly
         pack_lookahead=16,              # documents of a stream that wait to fill a row
         prefetch=2,                     # batches made ahead
         workers=4,                      # threads that read and decode, a host
         max_bad_share=0.01,             # above this share of corrupt records the run stops
+        patience=120.0,                 # seconds that a record may take to come from the file system; 0: for ever
+        retries=2,                      # how often it is asked for again, if it does not come or the disk fails
+        unreadable="skip",              # and then: "skip" it as corrupt, or "stop"
         tokenizer="",                   # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
         labels=("text", "</s>"),        # what counts as a label; with "[IMG]" the model decides when to draw. The release: these two
         image_first=0.5,                # of an image and its text, how often the image comes first

@@ -16,5 +16,6 @@ def get_config(size: str = "emu-14b"):
                       ("mmc4-pairs", 32.0, "data/mmc4:train", dict(tokens=512, pairs=5)),
                       ("webvid", 16.0, "data/webvid:train"),                            # --kind=videos
                       ("yt-storyboard", 16.0, "data/yt-storyboard:train"))              # --kind=storyboards
+    c.data.packing, c.data.pack_lookahead = "best_fit", 32      # padding and empty image slots: benchmarks/data.py
     c.checkpoint.every = 500
     return c

@@ -16,7 +16,9 @@ _TECHNICAL = re.compile(
     r"\b(?:(?:ultra|full)\s+hd|u?hd\s+(?=(?:video|footage|clip)s?\b)|u?hd\b(?=\W*$|\W*[.,;])|[2468]\s?k\b|\d{3,4}\s?x\s?\d{3,4}\b|(?:720|1080|1440|2160)[pi]\b|"
     r"\d{2,3}(?:[.,]\d+)?\s?fps\b|\d{2,3}\s?frames per second\b|pro\s?res(?:\s?\d{3,4}(?:\s?hq)?)?\b|royalty[- ]free\b|"
     r"(?:stock|raw)\s+(?:footage|video|clip)s?\b|(?:no|without)\s+(?:audio|sound)\b|alpha\s+(?:channel|matte)\b|red\s+(?:epic|dragon)\b)", re.I)
-_TAIL = re.compile(r"(?:[\s.,;:|/–—-]+(?:(?:in|at|with|and|shot\s+(?:in|on|at))\b|(?:footage|video|clip|resolution)s?\b)?)*[\s.,;:|/–—-]*$", re.I)
+_LEFT_OVER = frozenset(("in", "at", "with", "and", "on", "shot", "footage", "video", "videos", "clip", "clips", "resolution"))    # words that end in nothing
+_ENDS = " .,;:|/–—-"
+_LONG = 2000            # characters; longer captions hold no such metadata
 
 _URL = re.compile(r"^\s*(?:https?://|www\.)\S+\s*$", re.I)
 _FILE_NAME = re.compile(r"^\s*[\w~()+-]+(?:[ .][\w~()+-]+)*\.(?:jpe?g|png|gif|webp|bmp|tiff?|pdf|html?|php|mp4|mov)\s*$", re.I)
@@ -44,7 +46,7 @@ def junk(caption: str) -> str:
         return "the caption has no letter"
     if _URL.match(caption):
         return "the caption is an address"
-    if _FILE_NAME.match(caption) or _CAMERA.match(caption):
+    if len(caption) < 300 and (_FILE_NAME.match(caption) or _CAMERA.match(caption)):
         return "the caption is a file's name"
     if len(caption) >= 8 and len(set(caption.lower()) - {" "}) <= 2:
         return "the caption repeats itself"
@@ -56,10 +58,15 @@ def junk(caption: str) -> str:
 
 def video_caption(text: str) -> str:
     """A video's caption without place and date in front, without resolution, rate, codec and words of the trade; "" if nothing is left."""
-    text = _DATELINE.sub("", spaces(text))
+    text = spaces(text)
+    if len(text) > _LONG:
+        return text
+    text = _DATELINE.sub("", text)
     stripped = _TECHNICAL.sub("", _BRACKETS.sub("", text))
     if stripped != text:
-        stripped = re.sub(r"\s*([.,;:])(?:\s*[.,;:])+", r"\1", _TAIL.sub("", stripped))
-        stripped = spaces(re.sub(r"\s+([.,;:])", r"\1", stripped)).strip(" ,;:-–—|/")
-        stripped += "." if text.endswith(".") and stripped and stripped[-1] not in ".!?" else ""
+        words = spaces(re.sub(r"\s+([.,;:])", r"\1", re.sub(r"([.,;:])(?:\s*[.,;:])+", r"\1", stripped))).rstrip(_ENDS).split()
+        while words and words[-1].strip(_ENDS).lower() in ("", *_LEFT_OVER):
+            words.pop()
+        stripped = " ".join(words).strip(_ENDS)
+        stripped += "." if text.endswith(".") and stripped and stripped[-1] not in "!?" else ""
     return stripped if any(letter.isalpha() for letter in stripped) else ""

@@ -17,9 +17,11 @@ from ml_collections import ConfigDict
 from emu_jax.config import UserError
 from emu_jax.data import sources
 from emu_jax.data.mixture import COUNTS, Mixture, Stream
-from emu_jax.data.packing import empty_batch, write_row
+from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
 from emu_jax.data.images import FITS
+from emu_jax.data.patience import Patient
 from emu_jax.data.sequence import LABELS, Rule, make_sequence
+from emu_jax.data.sources import CACHE_BYTES, Source
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.types import Batch
 
@@ -54,21 +56,25 @@ class Loader:
         _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
         self.data, self.eval, self.image_size, self.pad = data, eval, image_size, tokenizer.pad
         self.source_names = tuple(row[0] for row in rows)
-        self.mixture = Mixture(self.source_names, tuple(float(row[1]) for row in rows), tuple(sources.open(row[2], image_size, data.fit) for row in rows),
-                               data.num_streams, seed, tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows))
+        self.mixture = Mixture(self.source_names, tuple(float(row[1]) for row in rows), tuple(map(self._open, rows)), data.num_streams, seed,
+                               tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows))
         self.owned = range(process * data.num_streams // processes, (process + 1) * data.num_streams // processes)
         self.to_sequence = partial(make_sequence, tokenizer=tokenizer, n_visual=n_visual, max_tokens=data.tokens,
                                    max_images=data.images, image_first=data.image_first, labels=data.labels)
+        self.fit = {"first_fit": first_fit, "best_fit": partial(best_fit, row_tokens=data.tokens, row_images=data.images)}[data.packing]
         self.state: dict = {}
         self.pool: ThreadPoolExecutor | None = None
         for name, source in zip(self.source_names, self.mixture.sources):
             log.info("source %s: %d documents", name, len(source))
+        ahead = (2 + data.prefetch) * len(self.owned) * self._rows * data.images * 3 * image_size**2
+        log.info("memory: %d MiB of batches made ahead, at most %d MiB of decoded pictures in the caches of the sources, %d documents that wait",
+                 ahead >> 20, len(rows) * CACHE_BYTES >> 20, len(self.owned) * data.pack_lookahead)
 
     def __iter__(self) -> Iterator[Item]:
         self.close()
         pool = self.pool = ThreadPoolExecutor(self.data.workers, "data")
         states = self.state.get("streams", {})
-        streams = [Stream(self.mixture, number, self.to_sequence, self.data.pack_lookahead, states.get(str(number)), self.eval)
+        streams = [Stream(self.mixture, number, self.to_sequence, self.data.pack_lookahead, states.get(str(number)), self.eval, self.fit)
                    for number in (range(self.data.num_streams) if self.eval else self.owned)]
         tasks: list[Future | None] = [None] * len(streams)
         ahead: deque[tuple[Batch, list[Future]]] = deque()
@@ -110,6 +116,10 @@ class Loader:
         pool, self.pool = self.pool, None
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _open(self, row: tuple) -> Source:
+        source = sources.open(row[2], self.image_size, self.data.fit)
+        return Patient(source, row[0], self.data.patience, self.data.retries, self.data.unreadable) if self.data.patience else source
 
     @property
     def _rows(self) -> int:     # of a stream in a batch
@@ -165,7 +175,7 @@ def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int],
 
 
 def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processes: int) -> None:
-    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("prefetch", 0),
+    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("prefetch", 0), ("patience", 0), ("retries", 0),
                         ("tokens", n_visual + 3)):     # <s> and one image
         if data[name] < least:
             raise UserError(f"data.{name} is {data[name]}; it must be at least {least}"
@@ -181,8 +191,9 @@ def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processe
         raise UserError(f"data.num_streams={data.num_streams} must be a multiple of the number of hosts, {processes}")
     if not mixture:
         raise UserError(f"data.{field} is empty; give it a (name, weight, path) row for every source")
-    if data.fit not in FITS:
-        raise UserError(f"data.fit is {data.fit!r}; there are {', '.join(FITS)}")
+    for name, known in (("fit", FITS), ("packing", ("first_fit", "best_fit")), ("unreadable", ("skip", "stop"))):
+        if data[name] not in known:
+            raise UserError(f"data.{name} is {data[name]!r}; there are {', '.join(known)}")
     for row in mixture:
         if not isinstance(row, (tuple, list)) or len(row) not in (3, 4):
             raise UserError(f"data.{field}: {row!r} is not a (name, weight, path) row, nor a (name, weight, path, rule) row")

@@ -1,5 +1,5 @@
 """Every kind of source, read from files that the format's own library wrote, against documents written down by hand."""
-import io
+import hashlib
 import json
 import tarfile
 import zipfile
@@ -13,10 +13,11 @@ from PIL import Image
 
 from emu_jax.config import UserError
 from emu_jax.data import inspection
+from emu_jax.data.builders import card
 from emu_jax.data.documents import Document, Picture, Skipped
 from emu_jax.data.sources import archives
 from emu_jax.data.sources.options import Options
-from tests.data.formats import BLUE, RED, bomb, encoded, film, jsonl, picture, rotated, tar, write_json
+from tests.data.formats import BLUE, bomb, encoded, film, jsonl, picture, rotated, tar, write_json
 
 
 def told(kind, path, **options):
@@ -55,15 +56,15 @@ def test_pairs(tmp_path):
         {"__key__": "000000014", "jpg": good, "txt": "\ufeffwith a mark\r\n"},
         {"__key__": "000000015", "jpg": good},
         {"__key__": "000000016", "jpg": good, "txt": "", "json": "{broken"})
-    assert told("pairs", tmp_path) == {
+    lines = told("pairs", tmp_path)
+    assert lines.pop("000000006").startswith("not a usable image")
+    assert lines == {
         "000000000": [(48, 36), "a red field"], "000000001": [(48, 36), "only in the json"], "000000002": [(48, 36), "as webp"],
         "000000003": "no caption", "000000004": "caption: the text is not UTF-8", "000000005": [(48, 36), "café"],
-        "000000006": [line for key, line in told("pairs", tmp_path).items() if key == "000000006"][0],
         "000000007": "the image is empty", "000000008": [(48, 36), "for print"], "000000009": [(36, 48), "a phone held upright"],
         "000000010": [(48, 36), "sixteen bits"], "000000011": "not a usable image: 20000 x 20000 pixels are over the limit of 67108864",
         "000000012": "no image", "000000013": "the caption is a file's name", "000000014": [(48, 36), "with a mark"], "000000015": "no caption",
         "000000016": "the .json is broken"}
-    assert told("pairs", tmp_path)["000000006"].startswith("not a usable image")
 
 
 def test_filters_of_pairs(tmp_path):
@@ -119,13 +120,11 @@ def test_mmc4(tmp_path, zipped):
         (tmp_path / "docs_shard_0_v2_images").mkdir()
         for name, data in images.items():
             (tmp_path / "docs_shard_0_v2_images" / name).write_bytes(data)
-    lines = told("mmc4", tmp_path)
-    assert lines == {
+    assert {key.replace(".zip", ""): line for key, line in told("mmc4", tmp_path).items()} == {
         "docs_shard_0_v2:0": [(48, 36), "First.", "Second.", (40, 40), "Third."],
         "docs_shard_0_v2:1": "no picture is left: a picture whose similarity is under 0.32",
         "docs_shard_0_v2:2": "no picture is left: a picture matched to no sentence; a picture whose file is not there",
-        "docs_shard_0_v2:3": "no text_list and image_info", lines and [key for key in lines if lines[key] == "the line is not JSON"][0]: "the line is not JSON",
-        [key for key in lines if lines[key] == "the line: the text is not UTF-8"][0]: "the line: the text is not UTF-8"}
+        "docs_shard_0_v2:3": "no text_list and image_info", f"{shard.name}:4": "the line is not JSON", f"{shard.name}:5": "the line: the text is not UTF-8"}
 
 
 def test_obelics(tmp_path):
@@ -200,12 +199,16 @@ def test_html(site):
 
 @pytest.mark.parametrize("archive", ["zip", "tar"])
 def test_html_in_an_archive(site, tmp_path, archive):
+    """A link in a tar is not followed; a zip holds none."""
     path = tmp_path / f"site.{archive}"
+    names = [name for name in sorted(site.rglob("*")) if archive == "tar" or name.is_file() and not name.is_symlink()]
     with zipfile.ZipFile(path, "w") if archive == "zip" else tarfile.open(path, "w") as file:
-        for name in sorted(site.rglob("*")):
-            (file.write if archive == "zip" else file.add)(name, name.relative_to(site).as_posix(), **({} if archive == "zip" else {"recursive": False}))
-    assert told("html", path)["index.html"][:5] == EXPECTED or archive == "zip"
-    assert [(99, 99)] != [part for part in told("html", path)["index.html"] if part == (99, 99)] or archive == "zip"
+        for name in names:
+            if archive == "zip":
+                file.write(name, name.relative_to(site))
+            else:
+                file.add(name, name.relative_to(site), recursive=False)
+    assert told("html", path) == told("html", site)
 
 
 def test_nothing_outside_is_read(site, tmp_path, monkeypatch):
@@ -352,7 +355,6 @@ def test_conversations_on_videos(tmp_path):
 
 def test_inspect_tells_pixels(tmp_path):
     """sha256 of the upright bytes and the grid of mean colours."""
-    import hashlib
     upright = np.asarray(picture(size=(8, 4)).rotate(90, expand=True))
     tar(tmp_path / "0.tar", {"__key__": "0", "png": encoded(Image.fromarray(upright), "PNG"), "txt": "turned"})
     image, _ = inspection.describe(next(inspection.documents("pairs", tmp_path, Options())))["parts"]
@@ -370,10 +372,5 @@ def test_no_input_is_one_line(kind, tmp_path):
 
 
 def test_a_page_of_it(tmp_path):
-    from emu_jax.data.builders import card
     page = "".join(card.inspected("x", [Document("a", (Picture(encoded(picture())), "<b>")), Skipped("c", "because")]))
     assert "&lt;b&gt;" in page and "left out: because" in page and page.count("data:image/jpeg") == 1 and "1 documents, 1 left out" in page
-    assert io.StringIO(page)
-
-
-assert RED != BLUE

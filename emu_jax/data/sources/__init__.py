@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document
 
+CACHE_BYTES = 256 * 2**20               # of decoded images a source keeps: small sets are decoded once, large ones hardly notice
+
 
 class Corrupt(Exception):
     """Record `id` cannot be read: `reason`, in one line."""

@@ -21,10 +21,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 from emu_jax.config import UserError
 from emu_jax.data import images
 from emu_jax.data.documents import Document, Pair, Picture, Text
-from emu_jax.data.sources import Corrupt
+from emu_jax.data.sources import CACHE_BYTES, Corrupt
 
 METADATA = {"emu_jax": "documents"}     # every builder's metadata has it: how `Records` knows its own
-CACHE_BYTES = 256 * 2**20               # of decoded images a source keeps: small sets are decoded once, large ones hardly notice
 
 
 def FEATURES() -> tfds.features.FeaturesDict:
