@@ -41,8 +41,9 @@ SMALL = 4                                           # side of the synthetic imag
 def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
     """A JPEG with the spectrum of a photograph, roughly: noise at several scales."""
     rng = np.random.default_rng(seed)
-    layers = [np.asarray(Image.fromarray(rng.integers(0, 256, (height // s + 1, width // s + 1, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC),
-                         np.float32) / weight for s, weight in ((100, 2), (25, 4), (6, 8), (1, 16))]
+    noise = lambda step: Image.fromarray(rng.integers(0, 256, (height // step + 1, width // step + 1, 3), np.uint8))
+    layers = [np.asarray(noise(step).resize((width, height), Image.Resampling.BICUBIC), np.float32) / weight
+              for step, weight in ((100, 2), (25, 4), (6, 8), (1, 16))]
     file = io.BytesIO()
     Image.fromarray(np.clip(sum(layers), 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
@@ -130,7 +131,8 @@ def memory(steps: int) -> dict[str, float]:
     """Resident memory of a loader of small batches, after a tenth of the steps and at their end, and seconds a step."""
     data = get_config().data
     data.unlock()
-    data.update(dict(batch=4, tokens=512, images=8, num_streams=4, workers=2, mixture=(("web", 1.0, "laion"), ("pages", 0.2, "mmc4"), ("plain", 0.1, "text"))))
+    data.update(dict(batch=4, tokens=512, images=8, num_streams=4, workers=2,
+                     mixture=(("web", 1.0, "laion"), ("pages", 0.2, "mmc4"), ("plain", 0.1, "text"))))
     from emu_jax.data import sources
     sources.open = lambda path, image_size, fit: Synthetic(path)
     loader = Loader(data, 0, letters(), N, SMALL)
@@ -141,7 +143,8 @@ def memory(steps: int) -> dict[str, float]:
         if step == steps:
             break
     loader.close()
-    return {"steps": steps, "mib_early": resident[0] / 2**20, "mib_late": resident[1] / 2**20, "ms_a_step": 1000 * (time.perf_counter() - start) / steps}
+    return {"steps": steps, "mib_early": resident[0] / 2**20, "mib_late": resident[1] / 2**20,
+            "ms_a_step": 1000 * (time.perf_counter() - start) / steps}
 
 
 def main() -> int:

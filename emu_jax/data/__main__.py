@@ -80,12 +80,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     build.add_argument("--to", required=True, help="directory to write into")
     build.add_argument("--seed", type=int, default=0, help="openmoji: decides what is held out, and every placement")
     build.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
-    build.add_argument("--runner", default="", help="a runner of Apache Beam in place of processes here: DirectRunner, DataflowRunner, ...; what follows -- "
-                                                    "is passed on to it")
+    build.add_argument("--runner", default="", help="a runner of Apache Beam in place of processes here: DirectRunner, "
+                       "DataflowRunner, ...; what follows -- is passed on to it")
     for command in (inspect, build):
         for field in fields(Options):
             kind = {"type": _yes_or_no, "metavar": "yes|no"} if isinstance(field.default, bool) else {"type": type(field.default)}
-            command.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=f"{field.metadata['help']} ({field.default})", **kind)
+            help = f"{field.metadata['help']} ({field.default})"
+            command.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=help, **kind)
     for one in (parser, inspect, build):
         one.error = _fail                                       # one line, as everywhere
     here, _, rest = (arguments[:arguments.index("--")], 0, arguments[arguments.index("--") + 1:]) if "--" in arguments else (arguments, 0, [])

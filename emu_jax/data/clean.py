@@ -16,7 +16,7 @@ _TECHNICAL = re.compile(
     r"\b(?:(?:ultra|full)\s+hd|u?hd\s+(?=(?:video|footage|clip)s?\b)|u?hd\b(?=\W*$|\W*[.,;])|[2468]\s?k\b|\d{3,4}\s?x\s?\d{3,4}\b|(?:720|1080|1440|2160)[pi]\b|"
     r"\d{2,3}(?:[.,]\d+)?\s?fps\b|\d{2,3}\s?frames per second\b|pro\s?res(?:\s?\d{3,4}(?:\s?hq)?)?\b|royalty[- ]free\b|"
     r"(?:stock|raw)\s+(?:footage|video|clip)s?\b|(?:no|without)\s+(?:audio|sound)\b|alpha\s+(?:channel|matte)\b|red\s+(?:epic|dragon)\b)", re.I)
-_LEFT_OVER = frozenset(("in", "at", "with", "and", "on", "shot", "footage", "video", "videos", "clip", "clips", "resolution"))    # words that end in nothing
+_LEFT_OVER = frozenset(("in", "at", "with", "and", "on", "shot", "footage", "video", "videos", "clip", "clips", "resolution"))   # at the end
 _ENDS = " .,;:|/–—-"
 _LONG = 2000            # characters; longer captions hold no such metadata
 

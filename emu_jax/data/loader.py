@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from emu_jax.config import UserError
 from emu_jax.data import sources
+from emu_jax.data.images import FITS
 from emu_jax.data.mixture import COUNTS, Mixture, Stream
 from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
-from emu_jax.data.images import FITS
 from emu_jax.data.patience import Patient
 from emu_jax.data.sequence import LABELS, Rule, make_sequence
 from emu_jax.data.sources import CACHE_BYTES, Source
@@ -175,7 +175,8 @@ def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int],
 
 
 def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processes: int) -> None:
-    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("prefetch", 0), ("patience", 0), ("retries", 0),
+    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("prefetch", 0), ("patience", 0),
+                        ("retries", 0),
                         ("tokens", n_visual + 3)):     # <s> and one image
         if data[name] < least:
             raise UserError(f"data.{name} is {data[name]}; it must be at least {least}"

@@ -105,7 +105,8 @@ class Stream:
     """Logical stream `number` of a mixture: draws documents, keeps `lookahead` of them waiting, and packs rows.
 
     `to_sequence(document, rng=..., rule=...)` is `make_sequence` with its settings. `state` continues a stream from what `state()` returned.
-    `fit` is `packing.first_fit`, or `best_fit` with its row's budgets. With `once` the stream is its share of one pass in fixed order, and rows are empty when it has ended.
+    `fit` is `packing.first_fit`, or `best_fit` with its row's budgets. With `once` the stream is its share of one pass in fixed order, and
+    rows are empty when it has ended.
     Not thread-safe: one task at a time.
     """
 

@@ -41,7 +41,8 @@ class Patient:
                 reason = error.reason
             log.warning("source %s: record %d: %s (attempt %d of %d)", self.name, index, reason, attempt + 1, 1 + self.retries)
         if self.unreadable == "stop":
-            raise UserError(f"source {self.name!r}: record {index} cannot be read: {reason}; is the file system well? data.unreadable=skip goes on without")
+            raise UserError(f"source {self.name!r}: record {index} cannot be read: {reason}; is the file system well? "
+                            "data.unreadable=skip goes on without it")
         raise Corrupt(f"record {index}", reason)
 
     def _ask(self, index: int) -> Document:

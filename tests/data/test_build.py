@@ -24,7 +24,8 @@ def shards(tmp_path_factory):
     """Three tars of 8 pairs each; the third pair of each is cut short, the fourth says nothing."""
     to = tmp_path_factory.mktemp("shards")
     for shard in range(3):
-        samples = [{"__key__": f"{shard:05}{k:04}", "jpg": formats.encoded(formats.picture(seed=k)), "txt": f"picture {k} of shard {shard}"} for k in range(8)]
+        samples = [{"__key__": f"{shard:05}{k:04}", "jpg": formats.encoded(formats.picture(seed=k)), "txt": f"picture {k} of shard {shard}"}
+                   for k in range(8)]
         samples[2]["jpg"] = samples[2]["jpg"][:300]
         samples[3]["txt"] = "  "
         formats.tar(to / f"{shard:05}.tar", *samples)
@@ -136,8 +137,9 @@ def test_names_stay_unique_or_are_refused(tmp_path):
 def test_roles_times_and_provenance_travel():
     """`example_of` and `Records` are inverses, but for pictures, which come out decoded."""
     image = np.asarray(formats.picture())
-    document = Document("d", (Text("be kind", role="system"), Picture(image, "user", 1.5), Text("what?", role="user"), Text("a square", role="assistant"),
-                              Pair(Picture(formats.encoded(formats.picture())), Text("x", role="user", time=2.0))), "shard", {"url": "http://a/ü"})
+    pair = Pair(Picture(formats.encoded(formats.picture())), Text("x", role="user", time=2.0))
+    document = Document("d", (Text("be kind", role="system"), Picture(image, "user", 1.5), Text("what?", role="user"),
+                              Text("a square", role="assistant"), pair), "shard", {"url": "http://a/ü"})
     example = records.example_of(document, "shard/d", "llava")
     assert example["layout"] == "TITTP" and example["roles"] == ["system", "user", "user", "assistant", ""]
     assert example["source"] == "shard" and json.loads(example["provenance"]) == {"url": "http://a/ü"}

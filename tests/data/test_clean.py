@@ -25,8 +25,8 @@ def test_captions(caption):
 
 
 @pytest.mark.parametrize("caption, reason", [
-    ("12345", "no letter"), ("--- ...", "no letter"), ("IMG_1234.JPG", "name"), ("my photo (2).png", "name"), ("DSC0001", "name"), ("http://a.b/c", "address"),
-    ("www.example.com", "address"), ("aaaaaaaaaa", "repeats"), ("buy " * 9, "repeats")])
+    ("12345", "no letter"), ("--- ...", "no letter"), ("IMG_1234.JPG", "name"), ("my photo (2).png", "name"), ("DSC0001", "name"),
+    ("http://a.b/c", "address"), ("www.example.com", "address"), ("aaaaaaaaaa", "repeats"), ("buy " * 9, "repeats")])
 def test_junk(caption, reason):
     assert reason in clean.junk(caption.strip())
 

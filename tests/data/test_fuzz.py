@@ -41,8 +41,9 @@ def try_images(count: int, seed: int) -> None:
     rng = random.Random(seed)
     photo = picture(size=(40, 30))
     grey16 = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40))
-    files = [encoded(photo), encoded(photo, progressive=True), encoded(photo.convert("CMYK")), encoded(photo, "PNG"), encoded(photo.convert("P"), "PNG"),
-             encoded(photo.convert("RGBA"), "WEBP"), encoded(photo, "GIF"), encoded(grey16, "PNG"), encoded(photo, "BMP"), encoded(photo, "TIFF")]
+    files = [encoded(photo), encoded(photo, progressive=True), encoded(photo.convert("CMYK")), encoded(photo, "PNG"),
+             encoded(photo.convert("P"), "PNG"), encoded(photo.convert("RGBA"), "WEBP"), encoded(photo, "GIF"), encoded(grey16, "PNG"),
+             encoded(photo, "BMP"), encoded(photo, "TIFF")]
     good = 0
     for number in range(count):
         try:
@@ -58,8 +59,9 @@ def try_archives(count: int, seed: int, folder: str) -> None:
     rng = random.Random(seed)
     root = Path(folder)
     photo = encoded(picture())
-    tars = tar(root / "t.tar", *[{"__key__": f"{k}", "jpg": photo, "txt": f"number {k}", "json": json.dumps({"url": "x"})} for k in range(3)]).read_bytes()
-    films = tar(root / "t.tar", {"__key__": "v", "mp4": film(None, 9), "txt": "a clip", "vtt": "WEBVTT\n\n00:00.000 --> 00:01.000\nhi\n"}).read_bytes()
+    pairs = [{"__key__": f"{k}", "jpg": photo, "txt": f"number {k}", "json": json.dumps({"url": "x"})} for k in range(3)]
+    clip = {"__key__": "v", "mp4": film(None, 9), "txt": "a clip", "vtt": "WEBVTT\n\n00:00.000 --> 00:01.000\nhi\n"}
+    tars, films = (tar(root / "t.tar", *samples).read_bytes() for samples in (pairs, [clip]))
     pyarrow.parquet.write_table(pyarrow.table({"key": ["0", "1"], "jpg": [photo, photo], "txt": ["one", "two"]}), root / "t.parquet")
     table = (root / "t.parquet").read_bytes()
     with zipfile.ZipFile(root / "t.zip", "w", zipfile.ZIP_DEFLATED) as file:

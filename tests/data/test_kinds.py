@@ -68,9 +68,10 @@ def test_pairs(tmp_path):
 
 
 def test_filters_of_pairs(tmp_path):
-    sample = lambda key, size, text, score: {"__key__": key, "jpg": encoded(picture(size=size)), "txt": text, "json": json.dumps({"similarity": score})}
-    tar(tmp_path / "0.tar", sample("a", (48, 36), "fine as it is", 0.31), sample("b", (20, 36), "narrow", 0.31), sample("c", (400, 36), "a banner", 0.31),
-        sample("d", (48, 36), "no", 0.31), sample("e", (48, 36), "unlike its picture", 0.2))
+    def sample(key, size, text, score=0.31):
+        return {"__key__": key, "jpg": encoded(picture(size=size)), "txt": text, "json": json.dumps({"similarity": score})}
+    tar(tmp_path / "0.tar", sample("a", (48, 36), "fine as it is"), sample("b", (20, 36), "narrow"), sample("c", (400, 36), "a banner"),
+        sample("d", (48, 36), "no"), sample("e", (48, 36), "unlike its picture", 0.2))
     kept = told("pairs", tmp_path, min_side=32, max_aspect=3.0, min_chars=3, min_score=0.28)
     assert {key for key, line in kept.items() if isinstance(line, list)} == {"a"}
     assert kept["b"] == "a picture with a side under 32 pixels" and kept["e"] == "the CLIP score is under 0.28"
@@ -124,16 +125,16 @@ def test_mmc4(tmp_path, zipped):
         "docs_shard_0_v2:0": [(48, 36), "First.", "Second.", (40, 40), "Third."],
         "docs_shard_0_v2:1": "no picture is left: a picture whose similarity is under 0.32",
         "docs_shard_0_v2:2": "no picture is left: a picture matched to no sentence; a picture whose file is not there",
-        "docs_shard_0_v2:3": "no text_list and image_info", f"{shard.name}:4": "the line is not JSON", f"{shard.name}:5": "the line: the text is not UTF-8"}
+        "docs_shard_0_v2:3": "no text_list and image_info", f"{shard.name}:4": "the line is not JSON",
+        f"{shard.name}:5": "the line: the text is not UTF-8"}
 
 
 def test_obelics(tmp_path):
     data = encoded(picture())
     struct = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     table = pyarrow.table({
-        "images": pyarrow.array([[{"bytes": data, "path": None}, None, {"bytes": data[:200], "path": None}], [None], [None, {"bytes": b"", "path": None}]],
-                                pyarrow.list_(struct)),
-        "texts": pyarrow.array([[None, "A paragraph.\n\nAnother.", None], ["No picture."], ["One that is empty.", None]], pyarrow.list_(pyarrow.string())),
+        "images": pyarrow.array([[{"bytes": data}, None, {"bytes": data[:200]}], [None], [None, {"bytes": b""}]], pyarrow.list_(struct)),
+        "texts": [[None, "A paragraph.\n\nAnother.", None], ["No picture."], ["One that is empty.", None]],
         "general_metadata": ['{"url": "http://x/0"}', "{", None]})
     pyarrow.parquet.write_table(table, tmp_path / "train-00000.parquet")
     lines = told("obelics", tmp_path)
@@ -146,7 +147,8 @@ def test_obelics(tmp_path):
 def test_obelics_of_addresses(tmp_path):
     """The public release, with what img2dataset downloaded of it."""
     urls = ["http://x/a.jpg", "http://x/failed.jpg", "http://x/never.jpg"]
-    pyarrow.parquet.write_table(pyarrow.table({"images": [[urls[0], None, urls[1], urls[2]]], "texts": [[None, "Between.", None, None]]}), tmp_path / "0.parquet")
+    table = pyarrow.table({"images": [[urls[0], None, urls[1], urls[2]]], "texts": [[None, "Between.", None, None]]})
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet")
     down = tmp_path / "down"
     tar(down / "00000.tar", {"__key__": "000000000", "jpg": encoded(picture()), "json": "{}"})
     pyarrow.parquet.write_table(pyarrow.table({"url": urls[:2], "key": ["000000000", "000000001"], "status": ["success", "failed_to_download"]}),
@@ -171,8 +173,9 @@ PAGE = """<!doctype html><html><head><title>A page</title><script>var a = "<p>no
 def site(tmp_path):
     root = tmp_path / "site"
     (root / "img").mkdir(parents=True)
-    for name, size in (("brand", (80, 80)), ("photo", (90, 70)), ("tiny", (20, 20)), ("a b", (70, 71)), ("site-logo", (90, 90)), ("shared", (90, 91))):
-        (root / "img" / f"{name}.{'jpg' if name == 'photo' else 'png'}").write_bytes(encoded(picture(size=size), "JPEG" if name == "photo" else "PNG"))
+    for name, size in (("brand.png", (80, 80)), ("photo.jpg", (90, 70)), ("tiny.png", (20, 20)), ("a b.png", (70, 71)), ("site-logo.png", (90, 90)),
+                       ("shared.png", (90, 91))):
+        (root / "img" / name).write_bytes(encoded(picture(size=size), "JPEG" if name.endswith("jpg") else "PNG"))
     (tmp_path / "secret.png").write_bytes(encoded(picture(size=(99, 99)), "PNG"))
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "index.html").write_text(PAGE)
@@ -201,7 +204,7 @@ def test_html(site):
 def test_html_in_an_archive(site, tmp_path, archive):
     """A link in a tar is not followed; a zip holds none."""
     path = tmp_path / f"site.{archive}"
-    names = [name for name in sorted(site.rglob("*")) if archive == "tar" or name.is_file() and not name.is_symlink()]
+    names = [name for name in sorted(site.rglob("*")) if archive == "tar" or (name.is_file() and not name.is_symlink())]
     with zipfile.ZipFile(path, "w") if archive == "zip" else tarfile.open(path, "w") as file:
         for name in names:
             if archive == "zip":
@@ -214,7 +217,8 @@ def test_html_in_an_archive(site, tmp_path, archive):
 def test_nothing_outside_is_read(site, tmp_path, monkeypatch):
     """Whatever a page names: every file that is opened lies in the folder."""
     for number, source in enumerate(("../secret.png", "img/../../secret.png", "..%2Fsecret.png", str(tmp_path / "secret.png"), f"file://{tmp_path}/secret.png",
-                                     "link.png", "..\\secret.png", "img/..//../secret.png", "//../secret.png", "./.././secret.png", "\0../secret.png")):
+                                     "link.png", "..\\secret.png", "img/..//../secret.png", "//../secret.png", "./.././secret.png",
+                                     "\0../secret.png")):
         (site / f"evil{number}.html").write_text(f"<p>Look</p><img src='{source}'>")
     opened = []
     monkeypatch.setattr(Path, "read_bytes", lambda self, original=Path.read_bytes: (opened.append(self.resolve()), original(self))[1])
@@ -234,7 +238,8 @@ def greys(kind, path, **options):
 
 
 def test_videos(tmp_path):
-    tar(tmp_path / "tars" / "00000.tar", {"__key__": "000000000", "mp4": film(None, 17), "txt": "Rome, Italy - May 3, 2017: a cat runs. 4k, 60 fps", "json": "{}"})
+    caption = "Rome, Italy - May 3, 2017: a cat runs. 4k, 60 fps"
+    tar(tmp_path / "tars" / "00000.tar", {"__key__": "000000000", "mp4": film(None, 17), "txt": caption, "json": "{}"})
     numbers, document = greys("videos", tmp_path / "tars")
     assert numbers == [1, 3, 5, 7, 9, 11, 13, 15] and document.parts[-1].text == "a cat runs"
     assert len(greys("videos", tmp_path / "tars", choose="random")[0]) == 8
@@ -254,8 +259,8 @@ def test_storyboards(tmp_path):
     """As Emu's tool writes them: through webdataset's TarWriter, which sorts the names as texts."""
     frames = {f"{k}.png": encoded(picture(size=(48, 30 + k)), "PNG") for k in range(11)}
     tar(tmp_path / "0000000.tar",
-        {"__key__": "dQw4w9_-XcQ", **frames, **{f"{k}.txt": "" for k in range(11)}, "2.txt": "two before", "10.txt": "ten  before", "11.txt": "the end",
-         "final_meta.json": json.dumps({"id": "dQw4w9_-XcQ", "duration": 107, "frame_num": 11, "sb": {}, "subtitle": []})},
+        {"__key__": "dQw4w9_-XcQ", **frames, **{f"{k}.txt": "" for k in range(11)}, "2.txt": "two before", "10.txt": "ten  before",
+         "11.txt": "the end", "final_meta.json": json.dumps({"id": "dQw4w9_-XcQ", "duration": 107, "frame_num": 11, "sb": {}, "subtitle": []})},
         {"__key__": "nothing", "0.txt": "words", "final_meta.json": "{}"},
         {"__key__": "half", "0.png": frames["0.png"][:90], "1.png": frames["1.png"], "0.txt": "", "1.txt": "still here"})
     lines = told("storyboards", tmp_path)
@@ -265,13 +270,14 @@ def test_storyboards(tmp_path):
     assert [part.time for part in document.parts if isinstance(part, Picture)] == [10.0 * k for k in range(11)]
     cut = told("storyboards", tmp_path, max_images=4)
     assert [len([part for part in cut[key] if isinstance(part, tuple)]) for key in ("dQw4w9_-XcQ", "dQw4w9_-XcQ#1", "dQw4w9_-XcQ#2")] == [4, 4, 3]
-    assert sum((cut[key] for key in ("dQw4w9_-XcQ", "dQw4w9_-XcQ#1", "dQw4w9_-XcQ#2")), []) == lines["dQw4w9_-XcQ"]
+    assert [*cut["dQw4w9_-XcQ"], *cut["dQw4w9_-XcQ#1"], *cut["dQw4w9_-XcQ#2"]] == lines["dQw4w9_-XcQ"]
 
 
 def test_subtitled(tmp_path):
     film(tmp_path / "a.mp4", 30, rate=10)
     (tmp_path / "a.en.vtt").write_bytes("\ufeffWEBVTT\r\n\r\n00:00:00.100 --> 00:00:01.500\r\n<v Ann>Hello\r\n<i>you</i> &amp; me\r\n\r\n"
-                                        "00:00:00.900 --> 00:00:01.200\r\noverlapping\r\n\r\n00:00:02.500 --> 00:00:09.000\r\nafter the last\r\n".encode())
+                                        "00:00:00.900 --> 00:00:01.200\r\noverlapping\r\n\r\n"
+                                        "00:00:02.500 --> 00:00:09.000\r\nafter the last\r\n".encode())
     film(tmp_path / "b.mp4", 12, rate=10)
     (tmp_path / "b.srt").write_text("1\n00:00:00,000 --> 00:00:00,500\nat the start\n\n2\n00:00:00,600 --> 00:00:00,700\n\n")
     film(tmp_path / "c.mp4", 5)
@@ -294,8 +300,8 @@ def test_text(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffOne document.\r\nTwo lines.\r\n".encode())
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     jsonl(tmp_path / "b.jsonl", {"text": "first"}, {"id": "mine", "text": " second "}, {"text": " "}, {"title": "no text"})
-    assert told("text", tmp_path) == {"a.txt": ["One document.\nTwo lines."], "bad.txt": "the text is not UTF-8", "b:0": ["first"], "mine": ["second"],
-                                      "b:2": "the text is empty", "b:3": "no text"}
+    assert told("text", tmp_path) == {"a.txt": ["One document.\nTwo lines."], "bad.txt": "the text is not UTF-8", "b:0": ["first"],
+                                      "mine": ["second"], "b:2": "the text is empty", "b:3": "no text"}
 
 
 def turns(*values):
@@ -322,7 +328,8 @@ def test_llava(tmp_path):
         "after": [user("What is it?"), a, assistant("Red.")], "joined": [a, user("What is it?"), assistant("Red.")],
         "literal": [a, user("Write an <image> tag."), assistant("Use <image> or\n<image>\nso.")],
         "text": [user("What does <image> mean?\n<image>"), assistant("A tag: <image>")], "unmarked": [a, user("What is it?"), assistant("Red.")],
-        "two": [a, b, user("Compare."), assistant("Alike.")], "gone": "the file 'c.jpg' is not there", "outside": "the file '../../secret.jpg' is not there"}
+        "two": [a, b, user("Compare."), assistant("Alike.")], "gone": "the file 'c.jpg' is not there",
+        "outside": "the file '../../secret.jpg' is not there"}
 
 
 def test_sharegpt_and_alpaca(tmp_path):
@@ -332,7 +339,8 @@ def test_sharegpt_and_alpaca(tmp_path):
     assert told("sharegpt", tmp_path / "share.jsonl") == {
         "a": [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")], "b": [("user", "Hi <image>"), ("assistant", "Hello")],
         "c": "no question and answer", "d": "an unknown speaker: 'crow'", "e": "no conversation", "share:5": "the record is no object"}
-    write_json(tmp_path / "alpaca.json", [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Sing.", "input": "", "output": "La"},
+    write_json(tmp_path / "alpaca.json", [{"instruction": "Add.", "input": "1 2", "output": "3"}, 
+                                          {"instruction": "Sing.", "input": "", "output": "La"},
                                           {"instruction": "Hide.", "input": "", "output": ""}])
     assert told("alpaca", tmp_path / "alpaca.json") == {"alpaca:0": [("user", "Add.\n1 2"), ("assistant", "3")],
                                                         "alpaca:1": [("user", "Sing."), ("assistant", "La")], "alpaca:2": "no question and answer"}
@@ -341,7 +349,8 @@ def test_sharegpt_and_alpaca(tmp_path):
 def test_conversations_on_videos(tmp_path):
     (tmp_path / "videos").mkdir()
     film(tmp_path / "videos" / "v_1.mp4", 9)
-    write_json(tmp_path / "vc.json", [{"video": "v_1.mp4", "QA": [{"i": "Watch.", "q": "What?", "a": "Grey."}, {"i": "", "q": "And?", "a": "Greyer."}]},
+    write_json(tmp_path / "vc.json", [{"video": "v_1.mp4", "QA": [{"i": "Watch.", "q": "What?", "a": "Grey."},
+                                                                  {"i": "", "q": "And?", "a": "Greyer."}]},
                                       {"video": "gone.mp4", "QA": [{"q": "What?", "a": "Grey."}]}, {"video": "v_1.mp4", "QA": []}])
     shown = [("user", (64, 48))] * 8
     assert told("videochat", tmp_path / "vc.json") == {

@@ -323,7 +323,8 @@ def test_a_rule_of_a_source_is_its_own(loader, memory, picture):
 
 
 @pytest.mark.parametrize("row, message", [
-    (("t", 1.0), "is not a (name, weight, path) row"), (("t", 1.0, "texts", {"token": 3}), "it is a dict of tokens, images, start, pairs, image_first"),
+    (("t", 1.0), "is not a (name, weight, path) row"),
+    (("t", 1.0, "texts", {"token": 3}), "it is a dict of tokens, images, start, pairs, image_first"),
     (("t", 1.0, "texts", {"start": "last"}), "there are first and random"), (("t", 1.0, "texts", {"tokens": 2}), "tokens is 0 or at least 5"),
     (("t", 1.0, "texts", {"pairs": 1.5}), "pairs is 1.5; it must be like 0")])
 def test_a_wrong_row_is_one_line(loader, row, message):

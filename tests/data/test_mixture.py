@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from emu_jax.config import UserError
-from emu_jax.data.mixture import Mixture, Stream, hash_of, rng_of, shuffled
 from emu_jax.data.documents import Document
+from emu_jax.data.mixture import Mixture, Stream, hash_of, rng_of, shuffled
 from emu_jax.data.sequence import make_sequence
 
 T, I = 24, 2

@@ -85,6 +85,6 @@ def test_best_fit_leaves_less_empty_than_first_fit_and_lets_none_wait_for_ever()
                 row.append(number)
                 tokens, images = tokens - len(document.tokens), images - len(document.image_slots)
             rows.append(row)
-        assert sorted(sum(rows, [])) == list(range(600))
+        assert sorted(number for row in rows for number in row) == list(range(600))
         used[name] = len(rows)
     assert used["best"] < used["first"]

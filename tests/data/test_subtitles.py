@@ -46,7 +46,8 @@ def plain(cues):
     return [(cue.start, cue.end, cue.text) for cue in cues]
 
 
-@pytest.mark.parametrize("change", [str, lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n"), lambda text: text.replace("\n", "\r")])
+@pytest.mark.parametrize("change", [str, lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n"),
+                                    lambda text: text.replace("\n", "\r")])
 def test_vtt_is_as_webvtt_reads_it(change):
     theirs = [(cue.start_in_seconds, " ".join(cue.text.split())) for cue in webvtt.from_string(VTT)]
     assert [(int(cue.start), cue.text) for cue in parse(change(VTT))] == theirs
@@ -66,7 +67,8 @@ def test_entities_voices_and_karaoke():
 
 
 def test_srt_with_blank_lines_bad_numbers_and_short_fractions():
-    text = "7\n0:00:01.5 --> 00:00:02,000\nbefore\n\nafter a blank\n\n00:00:03,000 --> 00:00:04,000\n{\\an8}<b>no number\n\n9\n00:00:05,000 --> 00:00:06,000\n\n"
+    text = "7\n0:00:01.5 --> 00:00:02,000\nbefore\n\nafter a blank\n\n" \
+           "00:00:03,000 --> 00:00:04,000\n{\\an8}<b>no number\n\n9\n00:00:05,000 --> 00:00:06,000\n\n"
     assert plain(parse(text)) == [(1.5, 2.0, "before after a blank"), (3.0, 4.0, "no number")]
 
 

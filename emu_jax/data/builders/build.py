@@ -61,7 +61,8 @@ class Task:
         return self.to / "parts" / f"{self.number:05}.json"
 
 
-def build(kind: str, sources: list[Path], to: Path, options: Options, workers: int = 0, runner: str = "", rest: list[str] | None = None) -> dict[str, int]:
+def build(kind: str, sources: list[Path], to: Path, options: Options, workers: int = 0, runner: str = "",
+          rest: list[str] | None = None) -> dict[str, int]:
     """Writes the dataset into `to` and returns its counts. `workers` processes (0: one a core; 1: this one), or a Beam `runner` with its
     options `rest`.
 
@@ -225,7 +226,7 @@ def summed(kind: str, sources: list[str], name: str, options: Options, parts: li
         for part in parts:
             for key in path:
                 part = part[key]
-            sums.update({what: count for what, count in part.items()})
+            sums.update(part)
         return sums
 
     def ranked(counts: Counter) -> dict[str, int]:
@@ -243,8 +244,8 @@ def _describe(kind: str, to: Path, tasks: list[Task], counts: list[dict[str, int
     with skip_registration():                                   # its name is the kind's, and a process may build two of a kind
         builder = type(kind.capitalize(), (_Documents,), {"name": kind})(data_dir=str(new / "of"), file_format="array_record")
     template = tfds.core.ShardedFileTemplate(data_dir=to, dataset_name=kind, split="train", filetype_suffix="array_record")
-    split = tfds.core.splits.SplitInfo(name="train", shard_lengths=[count["documents"] for count in counts], num_bytes=sum(count["bytes"] for count in counts),
-                                       filename_template=template)
+    split = tfds.core.splits.SplitInfo(name="train", shard_lengths=[count["documents"] for count in counts],
+                                       num_bytes=sum(count["bytes"] for count in counts), filename_template=template)
     builder.info.set_splits(tfds.core.splits.SplitDict([split]))
     with contextlib.redirect_stdout(io.StringIO()):
         builder.info.write_to_directory(new)

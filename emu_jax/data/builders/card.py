@@ -82,14 +82,16 @@ def thumbnail(data: bytes | Image) -> str:
     image.thumbnail((THUMB, THUMB))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
-    return f'<img alt="{size[0]} x {size[1]}" title="{size[0]} x {size[1]}" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    label = f"{size[0]} x {size[1]}"
+    return f'<img alt="{label}" title="{label}" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def page(card: dict[str, Any], samples: list[str]) -> str:
     """The data card: what `build.summary` counted, and some documents as `shown` made them."""
     counts, histograms = card["counts"], card["histograms"]
     rows = "".join(f'<tr><td>{escape(what.replace("_", " "))}</td><td class="number">{number:,}</td></tr>' for what, number in counts.items())
-    settings = "".join(f"<tr><td>{escape(name)}</td><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>" for name, value in card["settings"].items())
+    settings = "".join(f"<tr><td>{escape(name)}</td><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>"
+                       for name, value in card["settings"].items())
     sections = [(title, _reasons(card[name], total)) for title, name, total in (
         ("Records left out", "skipped", counts["documents"] + counts["skipped"]),
         ("Parts left out of documents", "dropped", counts["images"] + counts["dropped"])) if card[name]]
@@ -97,7 +99,8 @@ def page(card: dict[str, Any], samples: list[str]) -> str:
         ("tokens", "Tokens in a document (estimated: 4 bytes of text, 34 a picture)"), ("images", "Pictures in a document"),
         ("side", "Shorter side of a picture, pixels")) if histograms[name]]
     return f"""{_head(f"Data card: {card['name']}")}
-<p class="soft">Kind {escape(card["kind"])}, from {escape(", ".join(card["from"]))}; {counts["bytes"] / 2**20:,.1f} MiB in {counts["shards"]:,} shards.</p>
+<p class="soft">Kind {escape(card["kind"])}, from {escape(", ".join(card["from"]))};
+{counts["bytes"] / 2**20:,.1f} MiB in {counts["shards"]:,} shards.</p>
 <div class="card"><table>{rows}</table></div>
 {"".join(f"<h2>{title}</h2>{body}" for title, body in sections)}
 <h2>Samples</h2>
@@ -123,7 +126,8 @@ def _reasons(reasons: dict[str, int], total: int) -> str:
 def _bars(histogram: dict[str, int]) -> str:
     """Bars of {"lower edge of a power of two": count}, empty ones between them included."""
     edges = [int(edge) for edge in histogram]
-    every = [0] * (0 in edges) + [1 << k for k in range(max(1, min((edge for edge in edges if edge), default=1)).bit_length() - 1, max(edges).bit_length())]
+    least = min((edge for edge in edges if edge), default=1)
+    every = [0] * (0 in edges) + [1 << k for k in range(least.bit_length() - 1, max(edges).bit_length())]
     values = [histogram.get(str(edge), 0) for edge in every]
     top = max(values)
     bars = "".join(f'<div style="height: {100 * value / top:.1f}%" title="from {edge}: {value:,}"></div>' for edge, value in zip(every, values))

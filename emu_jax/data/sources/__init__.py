@@ -37,7 +37,7 @@ def open(path: str, image_size: int, fit: str = "squash") -> Source:
     Raises UserError for a folder with no dataset, with several, or with one whose records are not documents; for an
     unknown or empty split; for a missing file.
     """
-    from emu_jax.data.sources import records                  # tfds takes a second to import
+    from emu_jax.data.sources import records  # tfds takes a second to import
     folder, colon, split = path.rpartition(":")
     if not (colon and re.fullmatch(r"\w+", split)):
         raise UserError(f"the source '{path}' names no split; write it as FOLDER:SPLIT, for example '{path}:train'")

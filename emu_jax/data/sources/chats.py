@@ -8,6 +8,7 @@
 A placeholder is one only where a picture belongs to it: any other "<image>" is text. Parts carry roles. Read next: html.py.
 """
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,7 @@ def _checked(parts: list[Turn]) -> list[Turn]:
         parts.pop()
     if not any(part.role == "user" for part in parts):
         raise ValueError("no question and answer")
-    answers = [part.role for part in parts]
-    if any(a == b == "assistant" for a, b in zip(answers, answers[1:])):
+    if any(one.role == other.role == "assistant" for one, other in pairwise(parts)):
         raise ValueError("the assistant speaks twice in a row")
     return parts
 

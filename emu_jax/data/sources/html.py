@@ -26,13 +26,17 @@ PAGES = (".html", ".htm", ".xhtml")
 FILES = 200                     # pages in a unit
 MAX_PAGE = 32 * 2**20
 
-NOT_CONTENT = frozenset(("script", "style", "noscript", "template", "nav", "aside", "footer", "form", "iframe", "object", "embed", "svg", "button", "select",
-                         "textarea", "input", "canvas", "audio", "video", "dialog", "menu", "head", "title", "math"))
+NOT_CONTENT = frozenset((
+    "script", "style", "noscript", "template", "nav", "aside", "footer", "form", "iframe", "object", "embed", "svg", "button", "select", "textarea",
+    "input", "canvas", "audio", "video", "dialog", "menu", "head", "title", "math"))
 ROLES = frozenset(("navigation", "banner", "contentinfo", "complementary", "search", "menu", "menubar", "dialog", "alertdialog", "toolbar"))
-NAMES = re.compile(r"(?:site-?|page-?|global-?)?(?:nav(?:bar|header|footer|igation|-.*)?|menu|breadcrumbs?|side-?bar|footer|masthead|cookies?(?:-.*)?|ad(?:s|vert.*)?|"
-                   r"social(?:-.*)?|share(?:-.*)?|sharing|comments|related(?:-.*)?|newsletter|subscribe|popup|modal|paginat.*|pager|toc|skip-?link|copyright)", re.I)
-BLOCKS = frozenset(("address", "article", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption", "figure", "h1",
-                    "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"))
+NAMES = re.compile(                 # classes and ids of what is no content
+    r"(?:site-?|page-?|global-?)?(?:nav(?:bar|header|footer|igation|-.*)?|menu|breadcrumbs?|side-?bar|footer|masthead|cookies?(?:-.*)?|"
+    r"ad(?:s|vert.*)?|social(?:-.*)?|share(?:-.*)?|sharing|comments|related(?:-.*)?|newsletter|subscribe|popup|modal|paginat.*|pager|toc|"
+    r"skip-?link|copyright)", re.I)
+BLOCKS = frozenset((
+    "address", "article", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption", "figure", "h1",
+    "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"))
 ICON = re.compile(r"(?:^|[^a-z])(?:logo|button|icon|favicon|plugin|widget|sprite|spacer|avatar|bullet)s?(?:[^a-z]|$)", re.I)
 CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 
@@ -72,7 +76,7 @@ def _repeated(files: archives.Files) -> frozenset[str]:
         except ValueError:
             continue
         shown.update({target for node in tree.css("img") if (target := _target(_source(node), name))})
-    return frozenset(target for target, count in shown.items() if count >= 3 or count == 2 and len(names) < 4)
+    return frozenset(target for target, count in shown.items() if count >= 3 or (count == 2 and len(names) < 4))
 
 
 def _parse(page: bytes) -> LexborHTMLParser:
@@ -142,7 +146,7 @@ def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | Lexbo
             yield "text", " "
             stack += [(child, pre, inner) for child in reversed(list(node.iter(include_text=True)))]
         elif not node.tag.startswith("-") and (node is root or not _boilerplate(node, inner)) and (captions or node.tag != "figcaption"):
-            inner = inner or node.tag in ("main", "article") or node is root and node.tag != "body"
+            inner = inner or node.tag in ("main", "article") or (node is root and node.tag != "body")
             if node.tag in BLOCKS:
                 yield "break", ""
                 stack.append((None, pre, inner))
@@ -152,7 +156,7 @@ def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | Lexbo
 
 def _boilerplate(node: LexborNode, inner: bool) -> bool:
     """Is this element no content? `inner`: it is inside the page's article, where a header is one of the article."""
-    if node.tag in NOT_CONTENT or node.tag == "header" and not inner:
+    if node.tag in NOT_CONTENT or (node.tag == "header" and not inner):
         return True
     if node.tag in ("main", "article", "body", "html"):
         return False
@@ -230,7 +234,7 @@ def _picture(node: LexborNode, page: str, files: archives.Files, seen: set[str],
     seen.add(key)
     sides = images.size(data)
     declared = [int(value) for name in ("width", "height") if (value := (node.attributes.get(name) or "").removesuffix("px")).isdecimal()]
-    if sides and _icon(sides, options) or len(declared) == 2 and _icon(declared, options):
+    if (sides and _icon(sides, options)) or (len(declared) == 2 and _icon(declared, options)):
         return "an icon, by its size"
     return Picture(data)
 

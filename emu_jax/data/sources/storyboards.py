@@ -1,4 +1,4 @@
-"""Storyboards: the tars that Emu's released tool for YT-Storyboard-1B writes, a video a sample: KEY.0.txt, KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json.
+"""Storyboards: the tars of Emu's released tool for YT-Storyboard-1B, a video a sample: KEY.0.txt, KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json.
 
 Text i was said before frame i (it may be empty), and a last text has no frame; frame i is at i * round(duration / frames)
 seconds. The tool writes its names sorted as texts ("10.png" before "2.png"): numbers bring them in order. What is longer

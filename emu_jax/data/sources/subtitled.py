@@ -57,7 +57,8 @@ def _beside(name: str, root: Path) -> str | None:
     """The subtitles of the video `name`: its stem with .vtt or .srt, or with a language between, the first in alphabetical order."""
     folder, stem = (root / name).parent, Path(name).stem
     files = [file.name for file in folder.iterdir() if file.name.startswith(f"{stem}.") and file.suffix.lower() in SUBTITLES]
-    files = sorted((file for file in files if file.count(".") <= stem.count(".") + 2), key=lambda file: (file.count("."), Path(file).suffix != ".vtt", file))
+    files = sorted((file for file in files if file.count(".") <= stem.count(".") + 2),
+                   key=lambda file: (file.count("."), Path(file).suffix != ".vtt", file))
     return (Path(name).parent / files[0]).as_posix() if files else None
 
 
