@@ -89,9 +89,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             command.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=help, **kind)
     for one in (parser, inspect, build):
         one.error = _fail                                       # one line, as everywhere
-    here, _, rest = (arguments[:arguments.index("--")], 0, arguments[arguments.index("--") + 1:]) if "--" in arguments else (arguments, 0, [])
-    flags = parser.parse_args(here)
-    flags.rest = rest
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = parser.parse_args(arguments[:split])
+    flags.rest = arguments[split + 1:]
     return flags
 
 

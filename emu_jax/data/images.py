@@ -5,6 +5,7 @@ still large), everything else through Pillow. Both give up the interpreter lock:
 Mean and standard deviation are the model's business (models/vision.py). Read next: sources/.
 """
 import io
+import warnings
 
 import numpy as np
 import simplejpeg
@@ -15,6 +16,7 @@ from PIL import Image
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_BYTES = 64 * 1024 * 1024
 Image.MAX_IMAGE_PIXELS = None           # Pillow's own limit is wider and warns on the way
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")      # of odd tags in files whose pixels are good
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")      # not EPS, whose reader starts a program
 FITS = ("squash", "centre", "random")
 

@@ -26,7 +26,7 @@ def documents(kind: str, path: Path, options: Options) -> Iterator[Document | Sk
 
 def describe(document: Document | Skipped) -> dict[str, Any]:
     """{"id", "parts": [{"text"} | {"image": {"width", "height", "sha256", "grid"}}]} or {"id", "skipped"}; a `Pair` is its image, then its
-    text; parts of conversations have a "role", parts of videos a "time"."""
+    text; parts of conversations have a "role"."""
     if isinstance(document, Skipped):
         return {"id": document.id, "skipped": document.reason}
     parts = [half for part in document.parts for half in ((part.image, part.text) if isinstance(part, Pair) else (part,))]
@@ -35,8 +35,7 @@ def describe(document: Document | Skipped) -> dict[str, Any]:
 
 def _part(part: Any) -> dict[str, Any]:
     part = Text(part) if isinstance(part, str) else Picture(part) if isinstance(part, np.ndarray) else part
-    content = {"text": part.text} if isinstance(part, Text) else {"image": _image(part)}
-    return content | ({"role": part.role} if part.role else {}) | ({"time": part.time} if part.time is not None else {})
+    return ({"text": part.text} if isinstance(part, Text) else {"image": _image(part)}) | ({"role": part.role} if part.role else {})
 
 
 def _image(picture: Picture) -> dict[str, Any]:

@@ -299,9 +299,9 @@ def test_subtitled(tmp_path):
 def test_text(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffOne document.\r\nTwo lines.\r\n".encode())
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
-    jsonl(tmp_path / "b.jsonl", {"text": "first"}, {"id": "mine", "text": " second "}, {"text": " "}, {"title": "no text"})
+    jsonl(tmp_path / "b.jsonl", {"text": "first"}, {"id": "mine", "text": " second "}, {"text": " "}, {"title": "no text"}, {"text": "half \ud83d"})
     assert told("text", tmp_path) == {"a.txt": ["One document.\nTwo lines."], "bad.txt": "the text is not UTF-8", "b:0": ["first"],
-                                      "mine": ["second"], "b:2": "the text is empty", "b:3": "no text"}
+                                      "mine": ["second"], "b:2": "the text is empty", "b:3": "no text", "b:4": "the text holds half a character"}
 
 
 def turns(*values):

@@ -85,9 +85,10 @@ def plan(kind: str, sources: list[Path], to: Path, options: Options) -> list[Tas
     found = [(unit, root) for root in sources for unit in kinds.KINDS[kind].units(root)]
     rows = [{"label": _label(unit, root), "path": str(unit.path), "names": len(unit.names), "first": unit.first,
              "bytes": unit.path.stat().st_size if unit.path.is_file() else 0} for unit, root in found]
-    twice = [label for label, count in Counter(row["label"] for row in rows).items() if count > 1]
-    if twice:
-        raise UserError(f"two inputs have the name '{twice[0]}', and so would their documents; give the folder that holds both to --from")
+    paths: dict[str, str] = {}
+    for row in rows:
+        if paths.setdefault(row["label"], row["path"]) != row["path"]:
+            raise UserError(f"two inputs have the name '{row['label']}', and so would their documents; give the folder that holds both to --from")
     wanted = json.dumps({"kind": kind, "options": asdict(options), "units": rows}, indent=1) + "\n"
     to.mkdir(parents=True, exist_ok=True)
     file = to / "plan.json"
@@ -101,9 +102,9 @@ def plan(kind: str, sources: list[Path], to: Path, options: Options) -> list[Tas
 
 
 def _label(unit: Unit, root: Path) -> str:
-    name = unit.path.relative_to(root).as_posix() if unit.path.is_relative_to(root) and unit.path != root else unit.path.name
-    name = f"{name.split('.')[0]}" if unit.path.is_file() else name
-    return name + (f":{unit.names[0]}" if unit.names else f":{unit.first}" if unit.last is not None and unit.first else "")
+    """The first half of the ids of a unit's documents: the path of its file below `root`, without suffixes."""
+    name = unit.path.relative_to(root).as_posix() if unit.path != root and unit.path.is_relative_to(root) else unit.path.name
+    return name.split(".")[0] or name
 
 
 def write(task: Task) -> None:

@@ -35,8 +35,9 @@ NAMES = re.compile(                 # classes and ids of what is no content
     r"ad(?:s|vert.*)?|social(?:-.*)?|share(?:-.*)?|sharing|comments|related(?:-.*)?|newsletter|subscribe|popup|modal|paginat.*|pager|toc|"
     r"skip-?link|copyright)", re.I)
 BLOCKS = frozenset((
-    "address", "article", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption", "figure", "h1",
-    "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"))
+    "address", "article", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption", "figure",
+    "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody",
+    "tfoot", "thead", "tr", "ul"))
 ICON = re.compile(r"(?:^|[^a-z])(?:logo|button|icon|favicon|plugin|widget|sprite|spacer|avatar|bullet)s?(?:[^a-z]|$)", re.I)
 CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from emu_jax.data import images
-from emu_jax.data.documents import Document, Pair, Picture, Skipped, pictures
+from emu_jax.data.documents import Document, Pair, Picture, Skipped, pictures, texts
 from emu_jax.data.sources import chats, html, mmc4, obelics, pairs, storyboards, subtitled, text, videos
 from emu_jax.data.sources.options import Options
 from emu_jax.data.sources.tables import Unit
@@ -46,7 +46,19 @@ def documents(kind: str, unit: Unit, options: Options) -> Iterator[Document | Sk
     """What becomes of the records of `unit`, in their order; every picture has been decoded once and is as large as `options` asks for."""
     needs = KINDS[kind].pictures
     for document in KINDS[kind].read(unit, options):
+        document = replace(document, id=document.id.encode("utf-8", "replace").decode())      # names of files need not be Unicode
+        if isinstance(document, Document) and not all(_is_unicode(text.text) for text in texts(document)):
+            document = Skipped(document.id, "the text holds half a character")
         yield document if isinstance(document, Skipped) or needs == "none" else _checked(document, needs, options)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may hold "\\ud83d" alone, which nothing can store."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def _checked(document: Document, needs: str, options: Options) -> Document | Skipped:

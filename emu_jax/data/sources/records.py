@@ -39,7 +39,7 @@ def example(id: str, kind: str, combination: str, layout: str, texts: Sequence[s
     """What a builder yields: the id that is unique in the dataset, what sort of document it is, the combination of factors
     that it shows (for what is held out), and its parts, the images as encoded files. `roles` and `times` are empty, or one a part."""
     _check(layout, texts, encoded, roles, times)
-    return dict(id=id, kind=kind, combination=combination, source=source, provenance=json.dumps(provenance or {}, ensure_ascii=False, sort_keys=True),
+    return dict(id=id, kind=kind, combination=combination, source=source, provenance=json.dumps(provenance or {}, sort_keys=True),
                 layout=layout, texts=list(texts), images=[io.BytesIO(data) for data in encoded], roles=list(roles),
                 times=[math.nan if time is None else time for time in times])
 
