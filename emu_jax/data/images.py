@@ -74,7 +74,7 @@ def _upright(data: bytes, least: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)           # reads the header only
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are over the limit of {MAX_PIXELS}")
-        turn = _UPRIGHT.get(_orientation(image))
+        turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))       # Pillow turns those itself
         image = _jpeg(data, image, least) if image.format == "JPEG" and image.mode in ("RGB", "L") else _rgb(image)
         return image if turn is None else image.transpose(turn)
     except Exception as error:                                          # on broken files Pillow's readers raise nearly anything

@@ -98,11 +98,12 @@ def test_what_is_no_image():
             images.decode(data, 16)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_stand_upright(photo, orientation):
+def test_photos_stand_upright(photo, orientation, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(photo, "JPEG", exif=exif)
+    data = encoded(photo, format, exif=exif)
     assert (images.pixels(data) == np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))).all()
     assert images.pixels(data).shape[:2] == ((40, 60) if orientation < 5 else (60, 40))
 

@@ -164,7 +164,7 @@ class Slow:
 
     def __getitem__(self, index):
         self.read += 1
-        self.threads.add(threading.current_thread().name)
+        self.threads.add(threading.get_ident())
         time.sleep(random.random() * 0.002)
         return self.documents[index]
 
@@ -243,9 +243,12 @@ def test_a_small_source_is_judged_when_its_epoch_ends(loader, memory, eval):
 
 
 def test_errors_of_threads_reach_the_consumer_and_end_them(loader, memory):
-    each = loader(mixture=(("n", 1.0, "none"),), extra=dict(none=memory([None] * 5)))
-    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'id'"):
-        next(iter(each))
+    documents = memory(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(documents), "__getitem__", lambda self, index: 1 // 0)
+        each = loader(mixture=(("w", 1.0, "wrong"),), extra=dict(wrong=documents))
+        with pytest.raises(ZeroDivisionError):
+            next(iter(each))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
