@@ -31,7 +31,8 @@ from emu_jax.models.contrast import READOUT
 log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "eval.every", "eval.batches", "data.prefetch", "data.workers", "data.patience", "data.retries")
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "eval.every", "eval.batches", "data.prefetch", "data.workers", "data.patience",
+              "data.retries")
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 

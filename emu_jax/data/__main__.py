@@ -34,7 +34,7 @@ def _inspect(flags: argparse.Namespace) -> None:
     documents = inspection.documents(flags.kind, Path(flags.path), _options(flags))
     if flags.jsonl:
         for document in documents:
-            print(json.dumps(inspection.describe(document), ensure_ascii=False), flush=True)
+            print(json.dumps(inspection.describe(document)), flush=True)      # ASCII: whatever the terminal takes, and a line is a line
         return
     page = Path(flags.page or f"inspect-{Path(flags.path).name.split('.')[0] or flags.kind}.html")
     with page.with_suffix(".new").open("w") as file:

@@ -97,8 +97,10 @@ def _jpeg(data: bytes, image: Image.Image, least: int) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):                                      # Pillow would clip 16-bit grey to white
-        values = np.asarray(image)
+        values, clear = np.asarray(image), image.info.get("transparency")
         image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 or image.mode != "I" else values).clip(0, 255).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -42,7 +42,7 @@ def parse(text: str) -> list[Cue]:
             block = block[:-1]                                              # the number of the next cue
         times = _TIMES.match(lines[place]).groups()
         start, end = _seconds(*times[:4]), _seconds(*times[4:])
-        shown = [plain for line in block if (plain := _plain(line, vtt))]
+        shown = [plain for line in block if (plain := _plain(line))]
         fresh = shown
         if rolls or start < until:
             again = next((n for n in range(min(len(before), len(shown)), 0, -1) if before[-n:] == shown[:n]), 0)
@@ -58,6 +58,5 @@ def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> fl
     return int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + int(fraction.ljust(3, "0")) / 1000
 
 
-def _plain(line: str, vtt: bool) -> str:
-    line = _TAG.sub("", line)
-    return " ".join((html.unescape(line) if vtt or "&" in line else line).split())
+def _plain(line: str) -> str:
+    return " ".join(html.unescape(_TAG.sub("", line)).split())

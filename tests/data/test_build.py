@@ -93,10 +93,10 @@ def test_a_build_of_processes_killed_by_signals_ends_byte_equal(shards, tmp_path
     build.build("pairs", [shards], tmp_path / "a" / "set", Options(), workers=1)
     to = tmp_path / "b" / "set"
     arguments = [sys.executable, "-m", "emu_jax.data", "build", "--kind=pairs", f"--from={shards}", f"--to={to}", "--workers=2"]
-    for delay in (0.5, 1.5, 3, 5, 8):
+    for delay in (0.5, 1.5, 3, 5, 8):                   # all of its processes, or only the first: the others may not be in the way
         process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(delay)
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill() if delay in (3, 8) else os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
     assert everything(to) == everything(tmp_path / "a" / "set")
@@ -113,6 +113,9 @@ def test_another_build_is_not_mixed_in(shards, tmp_path):
     build.build("pairs", [shards], tmp_path, Options(), workers=1)
     with pytest.raises(UserError, match="holds a build of other input or with other settings"):
         build.build("pairs", [shards], tmp_path, Options(min_side=10), workers=1)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "plan.json.0.new").write_text("")             # killed before it was a plan
+    assert build.plan("pairs", [shards], tmp_path / "begun", Options())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(UserError, match="is not empty"):

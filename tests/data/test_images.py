@@ -46,6 +46,11 @@ def test_sixteen_bits_lose_their_lower_eight():
     assert (images.decode(encoded(Image.fromarray(values)), 8) == (values >> 8)[..., None]).all()
 
 
+def test_one_of_sixteen_bit_greys_may_be_transparent():
+    values = np.array([[1000, 1001]], np.uint16)
+    assert images.pixels(encoded(Image.fromarray(values), transparency=1001))[..., 0].tolist() == [[3, 255]]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_shows_white(mode):
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))

@@ -121,12 +121,12 @@ def test_mmc4(tmp_path, zipped):
         (tmp_path / "docs_shard_0_v2_images").mkdir()
         for name, data in images.items():
             (tmp_path / "docs_shard_0_v2_images" / name).write_bytes(data)
-    assert {key.replace(".zip", ""): line for key, line in told("mmc4", tmp_path).items()} == {
+    assert told("mmc4", tmp_path) == {
         "docs_shard_0_v2:0": [(48, 36), "First.", "Second.", (40, 40), "Third."],
         "docs_shard_0_v2:1": "no picture is left: a picture whose similarity is under 0.32",
         "docs_shard_0_v2:2": "no picture is left: a picture matched to no sentence; a picture whose file is not there",
-        "docs_shard_0_v2:3": "no text_list and image_info", f"{shard.name}:4": "the line is not JSON",
-        f"{shard.name}:5": "the line: the text is not UTF-8"}
+        "docs_shard_0_v2:3": "no text_list and image_info", "docs_shard_0_v2:4": "the line is not JSON",
+        "docs_shard_0_v2:5": "the line: the text is not UTF-8"}
 
 
 def test_obelics(tmp_path):
@@ -196,6 +196,7 @@ def test_html(site):
     assert lines["two.htm"] == ["Café", (70, 71)]
     assert lines["three.html"] == "no picture is left: a picture of several pages"
     assert lines["four.html"] == "no picture is left: a picture of several pages; an icon, by its size"
+    assert told("html", site / "three.html") == {"three.html": ["Of the article", (90, 91)]}        # alone, it repeats nothing
     told_again = told("html", site, captions=False, alt=True)["index.html"]
     assert told_again[2] == "a photo\nAfter it in line.\n  code\n    kept"
 
@@ -320,6 +321,8 @@ def test_llava(tmp_path):
         {"id": "text", "conversations": turns("What does <image> mean?\n<image>", "A tag: <image>")},
         {"id": "unmarked", "image": "coco/a.jpg", "conversations": turns("What is it?", "Red.")},
         {"id": "two", "image": ["coco/a.jpg", "b.jpg"], "conversations": turns("<image>\n<image>\nCompare.", "Alike.")},
+        {"id": "inline", "image": ["coco/a.jpg", "b.jpg"], "conversations": turns("Is <image> like <image> or not?", "It is.")},
+        {"id": "more", "image": "coco/a.jpg", "conversations": turns("<image>\nWhat is an\n<image>", "A tag.", "And <image>", "Too.")},
         {"id": "gone", "image": "c.jpg", "conversations": turns("<image>\nWhat?", "Red.")},
         {"id": "outside", "image": "../../secret.jpg", "conversations": turns("<image>\nWhat?", "Red.")}])
     user, assistant, a, b = (lambda text: ("user", text)), (lambda text: ("assistant", text)), ("user", (48, 36)), ("user", (40, 40))
@@ -328,7 +331,9 @@ def test_llava(tmp_path):
         "after": [user("What is it?"), a, assistant("Red.")], "joined": [a, user("What is it?"), assistant("Red.")],
         "literal": [a, user("Write an <image> tag."), assistant("Use <image> or\n<image>\nso.")],
         "text": [user("What does <image> mean?\n<image>"), assistant("A tag: <image>")], "unmarked": [a, user("What is it?"), assistant("Red.")],
-        "two": [a, b, user("Compare."), assistant("Alike.")], "gone": "the file 'c.jpg' is not there",
+        "two": [a, b, user("Compare."), assistant("Alike.")],
+        "inline": [user("Is"), a, user("like"), b, user("or not?"), assistant("It is.")],
+        "more": [a, user("What is an\n<image>"), assistant("A tag."), user("And <image>"), assistant("Too.")], "gone": "the file 'c.jpg' is not there",
         "outside": "the file '../../secret.jpg' is not there"}
 
 

@@ -12,10 +12,13 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
+import uuid
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +98,7 @@ def plan(kind: str, sources: list[Path], to: Path, options: Options) -> list[Tas
     if file.exists() and file.read_text() != wanted:
         raise UserError(f"'{to}' holds a build of other input or with other settings ({file}); name another directory, or delete that one")
     if not file.exists():
-        if any(to.iterdir()):
+        if any(path.suffix != ".new" for path in to.iterdir()):             # but for what a build killed right here has left
             raise UserError(f"'{to}' is not empty and holds no build of ours; name another directory")
         _whole(file, wanted)
     return [Task(kind, unit, row["label"], options, to, number, len(found)) for number, ((unit, _), row) in enumerate(zip(found, rows))]
@@ -109,7 +112,7 @@ def _label(unit: Unit, root: Path) -> str:
 
 def write(task: Task) -> None:
     """The whole of a task: the shard of its unit. What it writes depends on the task alone."""
-    new = task.shard.with_name(f"{task.shard.name}.new")
+    new = _beside(task.shard)
     serializer = ExampleSerializer(records.FEATURES().get_serialized_info())
     counts, skipped, dropped, samples = Counter(dict.fromkeys(COUNTS, 0)), Counter(), Counter(), []
     histograms = {name: Counter() for name in ("tokens", "images", "side")}
@@ -168,7 +171,8 @@ def _here(todo: list[Task], total: int, workers: int) -> None:
         context = multiprocessing.get_context("spawn")          # a fork would copy the locks of our threads
         for again in (False, True):
             for batch in ([todo] if not again else [[task] for task in todo]):
-                with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(min(workers, len(batch) or 1), context) as pool:
+                with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(
+                        min(workers, len(batch) or 1), context, _end_with_parent) as pool:
                     for done in as_completed([pool.submit(write, task) for task in batch]):
                         done.result()
                         bar.update()
@@ -177,6 +181,14 @@ def _here(todo: list[Task], total: int, workers: int) -> None:
                 return
     raise UserError(f"the process that reads '{todo[0].unit.path}' dies (of {todo[0].label}; a decoder crashes, or the memory is too small); "
                     "the other shards are whole: mend or remove it and call again")
+
+
+def _end_with_parent() -> None:
+    """A process of the pool whose parent was killed would wait for it for ever: it ends instead."""
+    def watch(parent: int) -> None:
+        wait([parent])
+        os._exit(1)
+    threading.Thread(target=watch, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
 
 
 def _under_beam(todo: list[Task], runner: str, rest: list[str]) -> None:
@@ -257,8 +269,13 @@ def _describe(kind: str, to: Path, tasks: list[Task], counts: list[dict[str, int
         new.rmdir()
 
 
+def _beside(file: Path) -> Path:
+    """Where a file is written before it has its name: no two processes write the same, for one may have outlived a build that was killed."""
+    return file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")
+
+
 def _whole(file: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
-    new = file.with_name(f"{file.name}.new")
+    new = _beside(file)
     new.write_text(text)
     new.replace(file)

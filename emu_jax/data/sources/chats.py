@@ -7,6 +7,7 @@
   videochatgpt  {q, a, video_id}, or LLaVA's form with `video` and "<video>"
 A placeholder is one only where a picture belongs to it: any other "<image>" is text. Parts carry roles. Read next: html.py.
 """
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -102,39 +103,37 @@ def videochatgpt(record: dict, places: list[archives.Files], options: Options, i
 
 
 def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Turn]:
-    """The turns as parts; each of `media` stands where a line of the user is `mark` (or a text begins or ends with it), in order, and
-    those that no line asks for stand first."""
+    """The turns as parts; each of `media` stands where the user's texts say `mark` as a placeholder, in order, and those that no
+    placeholder asks for stand first. Where there are several, and as many marks, every mark is one."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("no conversation")
-    parts: list[Turn] = []
+    said: list[Text] = []
     for turn in turns:
-        role = ROLES.get(str(turn.get("from", turn.get("role"))).lower())
-        if role is None:
-            raise ValueError(f"an unknown speaker: {str(turn.get('from', turn.get('role')))[:40]!r}")
-        text = _text(turn.get("value", turn.get("content")), role).text
-        for piece in _pieces(text, mark) if media and role == "user" else [text]:
-            if piece is None and media:
-                parts += media.pop(0)
-            elif (piece or mark).strip() and (piece is not None or not media):
-                parts.append(Text((piece if piece is not None else mark).strip(), role=role))
+        speaker = str(turn.get("from", turn.get("role")))
+        if speaker.lower() not in ROLES:
+            raise ValueError(f"an unknown speaker: {speaker[:40]!r}")
+        said.append(_text(turn.get("value", turn.get("content")), ROLES[speaker.lower()]))
+    anywhere = len(media) > 1 and sum(text.text.count(mark) for text in said if text.role == "user") == len(media)
+    parts: list[Turn] = []
+    for text in said:
+        for piece in _pieces(text.text, mark, len(media), anywhere) if media and text.role == "user" else [text.text]:
+            parts += media.pop(0) if piece is None else [Text(piece.strip(), role=text.role)]
     at = next((number for number, part in enumerate(parts) if part.role == "user"), 0)
     return parts[:at] + [picture for pictures in media for picture in pictures] + parts[at:]
 
 
-def _pieces(text: str, mark: str) -> list[str | None]:
-    """`text` cut at its placeholders, which are None: lines that are `mark`, and a `mark` at the very beginning or end."""
-    pieces: list[str | None] = [""]
-    for line in text.strip().split("\n"):
-        rest = line.strip()
-        if rest.replace(mark, "").strip() == "" and rest:
-            pieces += [None] * rest.count(mark) + [""]
-        else:
-            pieces[-1] += line + "\n"
-    if text.strip().startswith(mark) and pieces[0] and pieces[0].startswith(mark):
-        pieces[:1] = [None, pieces[0].removeprefix(mark)]
-    if pieces[-1] and pieces[-1].strip().endswith(mark):
-        pieces[-1:] = [pieces[-1].strip().removesuffix(mark), None]
-    return [piece for piece in pieces if piece != ""]
+def _pieces(text: str, mark: str, count: int, anywhere: bool) -> list[str | None]:
+    """`text` cut at its first `count` placeholders, which are None: a `mark` alone in its line, or with which the text begins or ends;
+    any, if `anywhere`."""
+    pieces: list[str | None] = []
+    done = 0
+    for found in re.finditer(re.escape(mark), text):
+        before, after = text[:found.start()], text[found.end():]
+        around = (before, after, before.rpartition("\n")[2] + after.partition("\n")[0])
+        if count and (anywhere or any(not piece.replace(mark, "").strip() for piece in around)):
+            pieces += [text[done:found.start()], None]
+            done, count = found.end(), count - 1
+    return [piece for piece in (*pieces, text[done:]) if piece is None or piece.strip()]
 
 
 def _checked(parts: list[Turn]) -> list[Turn]:

@@ -6,6 +6,8 @@ leads outside. The parser is Lexbor, which reads broken pages as browsers do. Re
 """
 import base64
 import binascii
+import hashlib
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -43,9 +45,9 @@ CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 
 
 def units(path: Path) -> list[Unit]:
-    """A unit 200 pages. `path` is a folder, a zip, a tar, or one page, whose folder is then the root."""
+    """A unit 200 pages. `path` is a folder, a zip, a tar, or one page, whose pictures are then sought in its folder."""
     if path.is_file() and path.name.lower().endswith(PAGES):
-        return [Unit(path.parent, (path.name,))]
+        return [Unit(path)]
     if not path.exists():
         raise UserError(f"there is no '{path}'")
     names = archives.opened(path).names(PAGES)
@@ -56,19 +58,20 @@ def units(path: Path) -> list[Unit]:
 
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
     """The pages of one unit; ids are their names in the folder or archive."""
-    files = archives.opened(unit.path)
-    for name in unit.names:
+    files = archives.opened(unit.path if unit.names else unit.path.parent)
+    repeated = _repeated(files) if unit.names else frozenset()
+    for name in unit.names or (unit.path.name,):
         try:
             tree = _parse(files.read(name, MAX_PAGE))
         except ValueError as error:
             yield Skipped(name, str(error))
         else:
-            yield _document(name, tree, files, options)
+            yield _document(name, tree, files, repeated, options)
 
 
 @lru_cache(2)
 def _repeated(files: archives.Files) -> frozenset[str]:
-    """Pictures of three pages or more, or of two and more than half of all: a pass over all pages, once a process."""
+    """Pictures of three pages or more, or of two where there are two or three: a pass over all pages, once a process."""
     shown: Counter[str] = Counter()
     names = files.names(PAGES)
     for name in names:
@@ -97,7 +100,7 @@ def _parse(page: bytes) -> LexborHTMLParser:
         raise ValueError(f"not a readable page: {clean.spaces(str(error))}") from error
 
 
-def _document(name: str, tree: LexborHTMLParser, files: archives.Files, options: Options) -> Document | Skipped:
+def _document(name: str, tree: LexborHTMLParser, files: archives.Files, repeated: frozenset[str], options: Options) -> Document | Skipped:
     parts: list[Text | Picture] = []
     dropped, seen, text = [], set(), []
     root = tree.css_first("main, [role=main]") or (tree.css_first("article") if len(tree.css("article")) == 1 else None) or tree.body
@@ -114,7 +117,7 @@ def _document(name: str, tree: LexborHTMLParser, files: archives.Files, options:
         if kind != "image":
             text.append((kind, value))
             continue
-        picture = _picture(value, name, files, seen, options)
+        picture = _picture(value, name, files, repeated, seen, options)
         if isinstance(picture, str):
             dropped.append(picture)
             continue
@@ -205,24 +208,24 @@ def _target(source: str, page: str) -> str:
     if place.scheme or place.netloc or not place.path:
         return ""
     path = unquote(place.path)
-    return path.lstrip("/") if path.startswith("/") else str(PurePosixPath(page).parent / path)
+    return posixpath.normpath(path.lstrip("/") if path.startswith("/") else PurePosixPath(page).parent / path)
 
 
-def _picture(node: LexborNode, page: str, files: archives.Files, seen: set[str], options: Options) -> Picture | str:
+def _picture(node: LexborNode, page: str, files: archives.Files, repeated: frozenset[str], seen: set[str], options: Options) -> Picture | str:
     """The picture of an <img>, or why it is dropped."""
     source = _source(node)
     if source[:5].lower() == "data:":
         data = _inline(source)
         if data is None:
             return "a picture inside the page that cannot be read"
-        key = binascii.crc32(data).to_bytes(4, "big").hex()
+        key = hashlib.sha256(data).hexdigest()
     else:
         key = _target(source, page)
         if not key:
             return "a picture that is not in the folder"
         if ICON.search(PurePosixPath(key).stem):
             return "an icon, by its name"
-        if key in _repeated(files):
+        if key in repeated:
             return "a picture of several pages"
         if key not in files:
             return "a picture whose file is not there"

@@ -3,6 +3,7 @@
 A broken line or row group becomes one `Skipped`; what is around it is read. Read next: pairs.py.
 """
 import gzip
+import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def rows(unit: Unit) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
                         yield number, row
                         number += 1
             except Exception as error:
-                yield number, Skipped(f"{unit.path.name}:{number}", f"damaged rows: {_line(error)}")
+                yield number, Skipped(f"{unit.name}:{number}", f"damaged rows: {_line(error)}")
 
 
 def records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -92,7 +93,7 @@ def records(path: Path) -> Iterator[tuple[int, Any]]:
             number = 0
             while line := file.readline(MAX_LINE):
                 if line.strip():
-                    yield number, _value(line, f"{path.name}:{number}")
+                    yield number, _value(line, f"{Unit(path).name}:{number}")
                 number += 1
     except UserError:
         raise
@@ -107,8 +108,7 @@ def _value(line: bytes, id: str) -> Any:
         return Skipped(id, "the line is not JSON" if not str(error).startswith("the text") else f"the line: {error}")
 
 
-def _opened(path: Path):
-    import io
+def _opened(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".zip":
