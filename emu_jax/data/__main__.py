@@ -9,6 +9,7 @@ Read next: sources/kinds.py.
 import argparse
 import json
 import logging
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -108,6 +109,8 @@ def _fail(message: str) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:                                         # of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -27,6 +27,7 @@ from emu_jax.data.sources.tables import Unit
 PAGES = (".html", ".htm", ".xhtml")
 FILES = 200                     # pages in a unit
 MAX_PAGE = 32 * 2**20
+REPEATED = 0.02                 # GIMP's manual: its signs for notes are on 2 to 40 % of the pages, its pictures on 1 % (but for one that many examples use)
 
 NOT_CONTENT = frozenset((
     "script", "style", "noscript", "template", "nav", "aside", "footer", "form", "iframe", "object", "embed", "svg", "button", "select", "textarea",
@@ -71,16 +72,23 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
 
 @lru_cache(2)
 def _repeated(files: archives.Files) -> frozenset[str]:
-    """Pictures of three pages or more, or of two where there are two or three: a pass over all pages, once a process."""
-    shown: Counter[str] = Counter()
+    """Pictures of three pages of a site or more, which are REPEATED of all its pages, or of two where it has two or three. A site is a
+    folder of the root. A pass over all pages, once a process."""
+    shown: Counter[tuple[str, str]] = Counter()
     names = files.names(PAGES)
     for name in names:
         try:
             tree = _parse(files.read(name, MAX_PAGE))
         except ValueError:
             continue
-        shown.update({target for node in tree.css("img") if (target := _target(_source(node), name))})
-    return frozenset(target for target, count in shown.items() if count >= 3 or (count == 2 and len(names) < 4))
+        shown.update({(_site(name), target) for node in tree.css("img") if (target := _target(_source(node), name))})
+    pages = Counter(map(_site, names))
+    return frozenset(target for (site, target), count in shown.items()
+                     if (count >= 3 and count >= REPEATED * pages[site]) or (count == 2 and pages[site] < 4))
+
+
+def _site(name: str) -> str:
+    return name.split("/")[0] if "/" in name else ""
 
 
 def _parse(page: bytes) -> LexborHTMLParser:

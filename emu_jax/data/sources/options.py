@@ -2,8 +2,11 @@
 
 The defaults keep all that is whole: filters are for sets of known size. Read next: kinds.py.
 """
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from emu_jax.config import UserError
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -28,3 +31,11 @@ class Options:
     every: float = _flag(5.0, "subtitled: seconds between frames")
     max_images: int = _flag(32, "subtitled, storyboards: pictures of a document; longer ones are cut into several")
     max_tokens: int = _flag(2048, "subtitled, storyboards: tokens of a document, a picture counting as 34, and 3 bytes of text as one")
+
+    def __post_init__(self):
+        """Raises UserError for what no kind can work with."""
+        for name, good, right in (("choose", self.choose in ("centres", "random"), "centres or random"), ("frames", self.frames >= 1, "at least 1"),
+                                  ("every", 0 < self.every < math.inf, "a positive number"), ("max_images", self.max_images >= 1, "at least 1"),
+                                  ("max_aspect", self.max_aspect >= 1, "at least 1"), ("max_tokens", self.max_tokens >= 1, "at least 1")):
+            if not good:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {right}")

@@ -6,7 +6,6 @@ two frames are joined by a space and stand before the second. What is too long i
 from collections.abc import Iterator
 from pathlib import Path
 
-from emu_jax.config import UserError
 from emu_jax.data import clean, subtitles, video
 from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.sources import archives
@@ -30,8 +29,6 @@ def units(path: Path) -> list[Unit]:
 
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
     """The videos of one unit; ids are names of files, or the tar's keys, followed by "#1", "#2", ... for later pieces."""
-    if options.every <= 0:
-        raise UserError(f"--every is {options.every}; it must be positive")
     if unit.names:
         folder = archives.opened(unit.path)
         for name in unit.names:

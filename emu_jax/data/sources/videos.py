@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from emu_jax.config import UserError
 from emu_jax.data import clean, video
 from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.sources import archives
@@ -77,8 +76,6 @@ def _document(id: str, files: dict[str, bytes], unit: Unit, options: Options) ->
 
 def frames(data: bytes, id: str, options: Options) -> list[Picture]:
     """`options.frames` frames of a video, by `options.choose`. Raises ValueError for what cannot be decoded."""
-    if options.choose not in ("centres", "random"):
-        raise UserError(f"--choose is '{options.choose}'; there are centres and random")
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little"))
     numbers = {"centres": lambda count: video.centres(count, options.frames),
                "random": lambda count: sorted(rng.integers(0, count, options.frames).tolist())}[options.choose]
