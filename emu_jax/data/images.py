@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Beyond this a file of a few kilobytes could fill the memory ("decompression bomb"). 64 megapixels are 192 MB of RGB.
 MAX_PIXELS = 64 * 1024 * 1024
@@ -77,6 +77,8 @@ def _upright(data: bytes, least: int) -> Image.Image:
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))       # Pillow turns those itself
         image = _jpeg(data, image, least) if image.format == "JPEG" and image.mode in ("RGB", "L") else _rgb(image)
         return image if turn is None else image.transpose(turn)
+    except UnidentifiedImageError as error:                             # whose text is an address in memory
+        raise ValueError("not a usable image: cannot identify its format") from error
     except Exception as error:                                          # on broken files Pillow's readers raise nearly anything
         raise ValueError(" ".join(f"not a usable image: {error}".split())) from error
 

@@ -46,7 +46,7 @@ def chosen(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float
                 break
             count = seen
     except Exception as error:          # FFmpeg's errors and those of its wrapper
-        raise ValueError(" ".join(f"not a usable video: {type(error).__name__}: {error}".split())) from error
+        raise _unusable(error) from error
     raise ValueError("not a usable video: no frame can be decoded")
 
 
@@ -64,15 +64,22 @@ def sampled(data: bytes, every: float) -> Iterable[tuple[float, Frame]]:
             found.append((due * every, _upright(shown)))
     except Exception as error:
         if not found:                   # what decoded before the damage is good
-            raise ValueError(" ".join(f"not a usable video: {type(error).__name__}: {error}".split())) from error
+            raise _unusable(error) from error
     if not found:
         raise ValueError("not a usable video: no frame can be decoded")
     return found
 
 
+def _unusable(error: Exception) -> ValueError:
+    """Says the same of the same file: the text of FFmpeg's own errors holds what it logged last, of whichever file that was."""
+    return ValueError(" ".join(f"not a usable video: {error.strerror if isinstance(error, av.FFmpegError) else error}".split()))
+
+
 def _open(data: bytes) -> "av.container.InputContainer":
     container = av.open(io.BytesIO(data), metadata_errors="ignore")
-    stream = container.streams.video[0]
+    stream = next(iter(container.streams.video), None)
+    if stream is None or stream.codec_context is None:
+        raise ValueError("it holds no pictures, or of an unknown kind")
     if stream.width * stream.height > MAX_PIXELS:
         raise ValueError(f"{stream.width} x {stream.height} pixels are over the limit of {MAX_PIXELS}")
     return container

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -100,6 +101,20 @@ def test_a_build_of_processes_killed_by_signals_ends_byte_equal(shards, tmp_path
         process.wait()
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
     assert everything(to) == everything(tmp_path / "a" / "set")
+
+
+@pytest.mark.long
+def test_a_million_records_stream_in_bounded_memory(tmp_path):
+    """A build of a million takes the memory of one of ten thousand."""
+    peaks = []
+    for count in (10_000, 1_000_000):
+        with (tmp_path / f"{count}.jsonl").open("w") as file:
+            file.writelines(f'{{"text": "text number {number} of many, all of them short"}}\n' for number in range(count))
+        subprocess.run([sys.executable, "-m", "emu_jax.data", "build", "--kind=text", f"--from={tmp_path}/{count}.jsonl", f"--to={tmp_path}/{count}",
+                        "--workers=1"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+    assert len(sources.open(f"{tmp_path}/1000000:train", 8)) == 1_000_000
+    assert peaks[1] < peaks[0] + 64
 
 
 def test_a_finished_build_is_left_alone(shards, tmp_path):

@@ -113,7 +113,8 @@ def _label(unit: Unit, root: Path) -> str:
 def write(task: Task) -> None:
     """The whole of a task: the shard of its unit. What it writes depends on the task alone."""
     new = _beside(task.shard)
-    serializer = ExampleSerializer(records.FEATURES().get_serialized_info())
+    features = records.FEATURES()
+    serializer = ExampleSerializer(features.get_serialized_info())
     counts, skipped, dropped, samples = Counter(dict.fromkeys(COUNTS, 0)), Counter(), Counter(), []
     histograms = {name: Counter() for name in ("tokens", "images", "side")}
     writer = ArrayRecordWriter(str(new), "group_size:1")
@@ -122,7 +123,7 @@ def write(task: Task) -> None:
             counts["skipped"] += 1
             skipped[general(document.reason)] += 1
             continue
-        raw = _serialized(document, task, serializer)
+        raw = _serialized(document, task, features, serializer)
         writer.write(raw)
         _count(document, len(raw), counts, histograms)
         dropped.update(map(general, document.dropped))
@@ -140,9 +141,9 @@ def general(reason: str) -> str:
     return re.sub(r"\d+(?:\.\d+)?", "#", re.sub(r"'[^']*'", "'…'", reason))
 
 
-def _serialized(document: Document, task: Task, serializer: ExampleSerializer) -> bytes:
+def _serialized(document: Document, task: Task, features: tfds.features.FeaturesDict, serializer: ExampleSerializer) -> bytes:
     example = records.example_of(document, f"{task.label}/{document.id}", task.kind)
-    return serializer.get_tf_example(records.FEATURES().encode_example(example)).SerializeToString(deterministic=True)
+    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
 
 
 def _count(document: Document, size: int, counts: Counter, histograms: dict[str, Counter]) -> None:
