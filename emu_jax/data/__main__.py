@@ -38,9 +38,13 @@ def _inspect(flags: argparse.Namespace) -> None:
             print(json.dumps(inspection.describe(document)), flush=True)      # ASCII: whatever the terminal takes, and a line is a line
         return
     page = Path(flags.page or f"inspect-{Path(flags.path).name.split('.')[0] or flags.kind}.html")
-    with page.with_suffix(".new").open("w") as file:
-        file.writelines(card.inspected(f"{flags.path}, read as {flags.kind}", documents))
-    page.with_suffix(".new").replace(page)
+    new = page.with_suffix(".new")
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.writelines(card.inspected(f"{flags.path}, read as {flags.kind}", documents))
+        new.replace(page)
+    finally:
+        new.unlink(missing_ok=True)
     print(page)
 
 

@@ -187,6 +187,14 @@ def test_an_unknown_runner_is_one_line(shards, tmp_path):
     assert "\n" not in str(caught.value) and "--runner" in str(caught.value)
 
 
+def test_inspect_shows_a_page_or_leaves_nothing(shards, tmp_path, capsys):
+    command.main(["inspect", str(shards / "00000.tar"), "--kind=pairs", f"--page={tmp_path}/page.html"])
+    assert "6 documents, 2 left out" in (tmp_path / "page.html").read_text() and capsys.readouterr().out == f"{tmp_path}/page.html\n"
+    with pytest.raises(UserError):
+        command.main(["inspect", "/nope", "--kind=pairs", f"--page={tmp_path}/other.html"])
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["build", "--kind=pairs", "--to=x"], "--from"), (["build", "--kind=pairs", "--from=/nope", "--to=/tmp/never-made"], "there is no '/nope'"),
     (["inspect", "x", "--kind=cats"], "invalid choice"), (["inspect", "x", "--kind=html", "--alt=maybe"], "neither yes nor no"),

@@ -88,6 +88,10 @@ def test_the_parquet_beside_a_tar_is_passed_over(tmp_path):
     tar(tmp_path / "00000.tar", {"__key__": "0", "jpg": encoded(picture()), "txt": "one"})
     pyarrow.parquet.write_table(pyarrow.table({"key": ["0"], "url": ["http://x"], "caption": ["one"]}), tmp_path / "00000.parquet")
     assert told("pairs", tmp_path) == {"0": [(48, 36), "one"]}
+    for path in (tmp_path, tmp_path / "00000.parquet"):
+        (tmp_path / "00000.tar").unlink(missing_ok=True)
+        with pytest.raises(UserError, match="holds no pictures"):
+            told("pairs", path)
 
 
 def test_a_tar_cut_short_gives_what_is_whole(tmp_path):

@@ -278,5 +278,5 @@ def _beside(file: Path) -> Path:
 def _whole(file: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
     new = _beside(file)
-    new.write_text(text)
+    new.write_text(text, encoding="utf-8")
     new.replace(file)

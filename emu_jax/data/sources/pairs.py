@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from emu_jax.config import UserError
 from emu_jax.data import clean, images
 from emu_jax.data.documents import Document, Pair, Picture, Skipped
 from emu_jax.data.sources import archives, tables
@@ -23,7 +24,10 @@ PROVENANCE = ("url", "license", "sha256")
 def units(path: Path) -> list[Unit]:
     """A unit a tar, and one a parquet file that holds pictures."""
     found = archives.found(path, (*archives.TARS, ".parquet"))
-    return [Unit(file) for file in found if file.suffix != ".parquet" or len(found) == 1 or set(tables.columns(file)) & set(IMAGES)]
+    with_pictures = [file for file in found if file.suffix != ".parquet" or set(tables.columns(file)) & set(IMAGES)]
+    if not with_pictures:
+        raise UserError(f"'{path}' holds no pictures: no tar, and no parquet with a column {' or '.join(IMAGES)}")
+    return [Unit(file) for file in with_pictures]
 
 
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
