@@ -14,6 +14,8 @@ from emu_jax.data.images import MAX_PIXELS
 av.logging.set_level(av.logging.PANIC)      # broken files are reported by us, once
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".gif", ".yuv4mpeg", ".y4m")
+# FFmpeg's containers of one file: its playlists (concat, HLS, DASH) name other files, which it would read.
+FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,ogg,gif,yuv4mpegpipe,flv,asf"
 
 Frame = UInt8[np.ndarray, "h w 3"]
 
@@ -76,7 +78,7 @@ def _unusable(error: Exception) -> ValueError:
 
 
 def _open(data: bytes) -> "av.container.InputContainer":
-    container = av.open(io.BytesIO(data), metadata_errors="ignore")
+    container = av.open(io.BytesIO(data), metadata_errors="ignore", options={"format_whitelist": FORMATS, "protocol_whitelist": "none"})
     stream = next(iter(container.streams.video), None)
     if stream is None or stream.codec_context is None:
         raise ValueError("it holds no pictures, or of an unknown kind")

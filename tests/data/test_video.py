@@ -40,6 +40,33 @@ def test_a_film_shot_with_the_phone_upright_stands_upright():
     assert frame.shape == (64, 48, 3) and frame[:28].mean() > 250 and frame[36:].mean() < 5
 
 
+@pytest.mark.parametrize("suffix, codec", [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("avi", "mpeg4"), ("mpg", "mpeg2video"), ("mov", "mpeg4"), ("ogv", "libvpx"),
+                                           ("webm", "vp9"), ("y4m", "wrapped_avframe"), ("gif", "gif")])
+def test_every_container_is_read(tmp_path, suffix, codec):
+    if codec not in av.codecs_available:
+        pytest.skip(f"FFmpeg was built without {codec}")
+    path = tmp_path / f"clip.{suffix}"
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8" if codec == "gif" else "yuv420p"
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 255, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+        container.mux(stream.encode())
+    (_, frame), = video.chosen(path.read_bytes(), lambda count: [0])
+    assert frame.shape == (48, 64, 3) and frame.mean() > 240
+
+
+def test_a_playlist_is_no_video(tmp_path, monkeypatch):
+    """It names other files, and FFmpeg would read them."""
+    monkeypatch.chdir(tmp_path)
+    film(tmp_path / "secret.mp4", 9)
+    for data in (b"ffconcat version 1.0\nfile 'secret.mp4'\nduration 1\n",
+                 b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.9,\nfile:secret.mp4\n#EXT-X-ENDLIST\n"):
+        with pytest.raises(ValueError, match="not a usable video"):
+            video.chosen(data, lambda count: [0])
+
+
 @pytest.mark.parametrize("data", [b"", b"no video", film(None, 9)[:400]])
 def test_what_is_no_video(data):
     for frames in (lambda: video.chosen(data, lambda count: [0]), lambda: video.sampled(data, 1.0)):

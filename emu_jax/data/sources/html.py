@@ -27,7 +27,7 @@ from emu_jax.data.sources.tables import Unit
 PAGES = (".html", ".htm", ".xhtml")
 FILES = 200                     # pages in a unit
 MAX_PAGE = 32 * 2**20
-REPEATED = 0.02                 # GIMP's manual: its signs for notes are on 2 to 40 % of the pages, its pictures on 1 % (but for one that many examples use)
+REPEATED = 0.02                 # GIMP's manual: its signs for notes are on 2 to 40 % of the pages, its pictures (but for one) on at most 1 %
 
 NOT_CONTENT = frozenset((
     "script", "style", "noscript", "template", "nav", "aside", "footer", "form", "iframe", "object", "embed", "svg", "button", "select", "textarea",
