@@ -3,7 +3,7 @@
 Read next: sources/videos.py and sources/subtitled.py.
 """
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import av
 import numpy as np
@@ -52,24 +52,25 @@ def chosen(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float
     raise ValueError("not a usable video: no frame can be decoded")
 
 
-def sampled(data: bytes, every: float) -> Iterable[tuple[float, Frame]]:
-    """(k * every, frame): the frame that is shown at that time, for k = 0, 1, ... until the video ends. Raises ValueError, as `chosen`."""
-    found, due, shown, first = [], 0, None, None
+def sampled(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
+    """(k * every, frame): the frame that is shown at that time, for k = 0, 1, ... until the video ends, or is damaged. One at a time: hours of
+    frames would not fit. Raises ValueError, as `chosen`, if there is not one."""
+    due, shown, first, last = 0, None, None, 0.0
     try:
         for time, frame in _frames(data):
             first = time if first is None else first
             while shown is not None and due * every < time - first - 1e-6:
-                found.append((due * every, _upright(shown)))
+                yield due * every, _upright(shown)
                 due += 1
             shown, last = frame, time - first
         if shown is not None and due * every <= last + 1e-6:
-            found.append((due * every, _upright(shown)))
+            yield due * every, _upright(shown)
+            due += 1
     except Exception as error:
-        if not found:                   # what decoded before the damage is good
+        if not due:                     # what decoded before the damage is good
             raise _unusable(error) from error
-    if not found:
+    if not due:
         raise ValueError("not a usable video: no frame can be decoded")
-    return found
 
 
 def _unusable(error: Exception) -> ValueError:

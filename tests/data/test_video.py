@@ -69,7 +69,7 @@ def test_a_playlist_is_no_video(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("data", [b"", b"no video", film(None, 9)[:400]])
 def test_what_is_no_video(data):
-    for frames in (lambda: video.chosen(data, lambda count: [0]), lambda: video.sampled(data, 1.0)):
+    for frames in (lambda: video.chosen(data, lambda count: [0]), lambda: list(video.sampled(data, 1.0))):
         with pytest.raises(ValueError, match="^not a usable video: ") as caught:
             frames()
         assert "\n" not in str(caught.value)

@@ -61,7 +61,7 @@ def _picture(info: Any, sentences: int, places: list[archives.Files], options: O
     """The picture, or why it is dropped."""
     if not isinstance(info, dict) or not isinstance(info.get("image_name"), str) or not isinstance(info.get("matched_sim"), (int, float)):
         return "an image_info without image_name and matched_sim"
-    if info["matched_sim"] < options.min_similarity:
+    if not info["matched_sim"] >= options.min_similarity:                  # NaN is JSON to Python
         return f"a picture whose similarity is under {options.min_similarity}"
     if type(info.get("matched_text_index")) is not int or not 0 <= info["matched_text_index"] < sentences:
         return "a picture matched to no sentence"

@@ -80,7 +80,7 @@ def _pair(key: str, image: Any, caption: Any, meta: dict, complaint: str, unit: 
     if reason := clean.junk(caption):
         return Skipped(key, reason)
     scores = [value for name, value in meta.items() if name.lower() in SCORES and isinstance(value, (int, float))]
-    if scores and scores[0] < options.min_score:
+    if scores and not scores[0] >= options.min_score:                      # NaN, where there was no picture to compare
         return Skipped(key, f"the CLIP score is under {options.min_score}")
     provenance = {name: meta[name] for name in PROVENANCE if isinstance(meta.get(name), str)}
     return Document(key, (Pair(Picture(image), caption),), unit.name, provenance)

@@ -6,7 +6,8 @@ than a document may be is cut into several. Read next: subtitled.py.
 """
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from emu_jax.data import clean
@@ -35,7 +36,7 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
             except ValueError as error:
                 yield Skipped(key, str(error))
             else:
-                yield from pieces(Document(key, parts, unit.name, {"video": key}), options)
+                yield from pieces(parts, Document(key, (), unit.name, {"video": key}), options)
     except ValueError as error:
         yield Skipped(unit.path.name, str(error))
 
@@ -70,22 +71,23 @@ def _step(meta: bytes | None, frames: int) -> int | None:
         return None
 
 
-def pieces(document: Document, options: Options) -> Iterator[Document | Skipped]:
-    """`document` cut where the next part would exceed options.max_images or max_tokens (tokens are estimated from bytes); a piece without
-    pictures is skipped. A text that alone is too long stays whole: the sequence stage cuts it."""
-    groups: list[list[Part]] = [[]]
-    tokens = images = 0
-    for part in document.parts:
+def pieces(parts: Iterable[Part], document: Document, options: Options) -> Iterator[Document | Skipped]:
+    """`document` with `parts`, cut where the next part would exceed options.max_images or max_tokens (tokens are estimated from bytes); a piece
+    without pictures is skipped. A text that alone is too long stays whole: the sequence stage cuts it. Only one piece is held."""
+    held: list[Part] = []
+    tokens = images = number = 0
+
+    def piece():
+        id = f"{document.id}#{number}" if number else document.id
+        return replace(document, id=id, parts=tuple(held)) if images else Skipped(id, "no picture in this piece of a long document")
+
+    for part in parts:
         is_image = isinstance(part, Picture)
         cost = IMAGE_TOKENS if is_image else 1 + len(part.text.encode()) // BYTES_A_TOKEN
-        if groups[-1] and (images + is_image > options.max_images or tokens + cost > options.max_tokens - 2):      # <s> and </s>
-            groups.append([])
-            tokens = images = 0
-        groups[-1].append(part)
+        if held and (images + is_image > options.max_images or tokens + cost > options.max_tokens - 2):      # <s> and </s>
+            yield piece()
+            held, tokens, images, number = [], 0, 0, number + 1
+        held.append(part)
         tokens, images = tokens + cost, images + is_image
-    for number, group in enumerate(groups):
-        id = f"{document.id}#{number}" if number else document.id
-        if any(isinstance(part, Picture) for part in group):
-            yield Document(id, tuple(group), document.source, document.provenance)
-        else:
-            yield Skipped(id, "no picture in this piece of a long document" if len(groups) > 1 else "no picture")
+    if held:
+        yield piece()

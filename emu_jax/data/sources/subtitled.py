@@ -3,7 +3,9 @@
 Frame k is at k times --every seconds; frames and cues are sorted by time, a frame before a cue of its time, and the cues between
 two frames are joined by a space and stand before the second. What is too long is cut. Read next: html.py.
 """
-from collections.abc import Iterator
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from emu_jax.data import clean, subtitles, video
@@ -68,14 +70,15 @@ def _documents(id: str, film: bytes | None, said: bytes | None, unit: Unit, opti
         text = clean.decode(said)
     except ValueError:
         raise ValueError("the subtitles are not UTF-8") from None
-    line = [(cue.start, 1, cue.text) for cue in subtitles.parse(text)]
-    line += [(time, 0, frame) for time, frame in video.sampled(film, options.every)]
-    yield from pieces(Document(id, tuple(_interleaved(sorted(line, key=lambda item: item[:2]))), unit.name), options)
+    cues = [(cue.start, 1, cue.text) for cue in subtitles.parse(text)]
+    frames = ((time, 0, frame) for time, frame in video.sampled(film, options.every))
+    yield from pieces(_interleaved(heapq.merge(cues, frames, key=lambda item: item[:2])), Document(id, (), unit.name), options)
 
 
-def _interleaved(line: list[tuple]) -> Iterator[Part]:
+def _interleaved(line: Iterable[tuple]) -> Iterator[Part]:
+    """Parts of (time, is it text, text or frame), in order of time."""
     waiting: list[tuple[float, str]] = []
-    for time, is_text, content in [*line, (None, 0, None)]:
+    for time, is_text, content in itertools.chain(line, [(None, 0, None)]):
         if is_text:
             waiting.append((time, content))
             continue
