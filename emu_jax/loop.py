@@ -198,7 +198,7 @@ class Counts:
         held = item.batch.segments > 0
         share = self.rows / len(held)         # this process's rows stand for all processes' rows
         tokens, images = share * int(held.sum()), share * float(item.batch.image_weights.sum())
-        values = {"padding": 1 - float(held.mean()), "input_wait": waited}
+        values = {"padding": 1 - float(held.mean()), "input_wait": waited} | {f"epochs/{name}": value for name, value in item.stats["epochs"].items()}
         if not seconds:                       # the first step, which compiles, and those after a pause
             return values
         pairs = share * int((item.batch.positions + 1)[held].sum())

@@ -31,7 +31,8 @@ from emu_jax.models.contrast import READOUT
 log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "eval.every", "eval.batches", "data.prefetch", "data.workers")
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "eval.every", "eval.batches", "data.prefetch", "data.workers", "data.patience",
+              "data.retries")
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
@@ -141,7 +142,7 @@ def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
 def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     """Raises UserError, in one line, for all that is missing; for a batch that the devices cannot share out; for a model that they
     cannot hold."""
-    places = [(name, path) for name, _, path in (*c.data.mixture, *c.data.eval_mixture)]
+    places = [(name, path) for name, _, path, *_ in (*c.data.mixture, *c.data.eval_mixture)]
     missing = [what for absent, what in (
         (not c.workdir, "a workdir (--config.workdir=DIR)"),
         (not Path(c.data.tokenizer).is_file(),
