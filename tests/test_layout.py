@@ -8,7 +8,8 @@ from emu_jax.stages import STAGES
 
 # From the bottom up. A module imports what is below it and what is in its own folder; nothing beside it, nothing above.
 ORDER = (
-    ("types", "tree", "config"),
+    ("types", "tree", "config", "hlo"),
+    ("hardware",),
     ("sharding",),
     ("models/*", "data/*"),
     ("losses", "optim", "weights/convert", "weights/emu1"),
