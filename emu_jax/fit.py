@@ -59,7 +59,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds a step cannot be faster than, by what it is bound by, and the model FLOP/s as a share of the peak at that speed."""
+    """Seconds that a step takes at least, by each of what it needs; were all of it to run at once, it takes the longest of them."""
     compute: float
     memory: float
     links: float        # inside a slice or a node
@@ -250,10 +250,13 @@ def table(found: dict[str, Any], row: hardware.Device | None) -> str:
     """The report, for people."""
     lines = []
     if "memory" in found:
-        lines += ["a device holds"] + [f"  {name:12}{size / GIB:9.3f} GiB{'  of the temporaries' if name == 'gradients' else ''}" for name, size in found["memory"].items()]
+        lines += ["a device holds"] + [f"  {name:12}{size / GIB:9.3f} GiB{'  of the temporaries' if name == 'gradients' else ''}"
+                                       for name, size in found["memory"].items()]
         lines += ["a device receives, a step"] + [
-            f"  {kind:20}{c['bytes'] / GIB:9.3f} GiB  in {c['runs']:,} runs of {c['count']}, {c['asynchronous']:.0%} behind arithmetic" for kind, c in found["collectives"].items()]
-        lines += [f"  gathered by zeros and a sum, or summed whole: {one['bytes'] / 2 ** 20:.0f} MiB x {one['runs']}, {one['name']}" for one in found["padded_gathers"]]
+            f"  {kind:20}{c['bytes'] / GIB:9.3f} GiB  in {c['runs']:,} runs of {c['count']}, {c['asynchronous']:.0%} behind arithmetic"
+            for kind, c in found["collectives"].items()]
+        lines += [f"  gathered by zeros and a sum, or summed whole: {one['bytes'] / 2 ** 20:.0f} MiB x {one['runs']}, {one['name']}"
+                  for one in found["padded_gathers"]]
         lines += [f"attention runs in {found['kernels']} kernels of its own" if found["kernels"] else "attention is dense: no kernel of its own"]
     lines += ["FLOPs of a full step"] + [f"  {tower:12}{value / 1e15:9.3f} P" + (f"  and {found['recomputed_flops'][tower] / 1e15:.3f} P again" if tower in
               found["recomputed_flops"] else "") for tower, value in found["flops"].items()]
@@ -272,10 +275,11 @@ def changes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
     """Changes that save memory, cheapest first, each with all before it; {field: value}."""
     local, parts, images = c.data.batch // rows_of(mesh), c.optim.accumulate, c.data.images
     steps = [{f"model.{tower}.remat": "full" for tower in TOWERS if c.model[tower].remat != "full"}]        # a forward pass more
-    steps += [{"optim.accumulate": n} for n in range(parts + 1, local + 1) if local % n == 0]               # smaller products
+    finer = [n for n in range(parts + 1, local + 1) if local % n == 0]
+    steps += [{"optim.accumulate": n} for n in dict.fromkeys((*finer[:1], *finer[-1:]))]                    # smaller products
     steps += [{"objective.chunk": c.objective.chunk // 2}] if c.objective.chunk >= 256 else []
     steps += [{"data.images": images // 2}] if images > 1 else []                                           # another mixture in a row
-    steps += [{"data.batch": c.data.batch // 2}] if local % 2 == 0 else []                                  # another recipe
+    steps += [{"data.batch": c.data.batch // 2, "optim.accumulate": local // 2}] if local % 2 == 0 else []  # another recipe
     change: dict[str, Any] = {}
     for step in list(filter(None, steps))[:TRIES]:
         change = change | step
@@ -308,7 +312,7 @@ def search(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]
 
     best = largest(measure, row.memory, COMPILATIONS)
     for policy, local in best.items():
-        print(f"largest with remat {policy}: {f'{local} rows a device, --config.data.batch={local * shares}' if local else 'none'}")
+        print(f"remat {policy}: " + (f"{local} rows a device are the most seen to fit, --config.data.batch={local * shares}" if local else "nothing fits"))
     return {"config": config.to_dict(c), "fits": any(best.values()), "rows_a_device": best, "rows_of_the_mesh": shares}
 
 
@@ -374,7 +378,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.error = _fail
     parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, 2xv5e:8x16, h100:8x8, cpu:8, ...")
     parser.add_argument("--json", metavar="FILE", help="write the report there as well")
-    parser.add_argument("--search", action="store_true", help=f"the largest batch a device and the lightest remat that fit, in {COMPILATIONS} compilations")
+    parser.add_argument("--search", action="store_true", help=f"the largest batch of each remat policy, in at most {COMPILATIONS} compilations")
     return parser.parse_known_args(arguments)
 
 

@@ -45,16 +45,16 @@ class Device:
 
 # A TPU's page gives its links in both directions: half of that is what it can receive.
 DEVICES = {
-    "v4": Device("tpu", "TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, 6.25e9,     # links: six of 50 GB/s (arXiv 2304.01433)
-                 "cloud.google.com/tpu/docs/v4", {"chip_config_name": "megacore"}, _TPU_OVERLAP),
+    "v4": Device("tpu", "TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, 6.25e9, "cloud.google.com/tpu/docs/v4; links: arXiv 2304.01433",
+                 {"chip_config_name": "megacore"}, _TPU_OVERLAP),
     "v5e": Device("tpu", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 200e9, 3.125e9, "cloud.google.com/tpu/docs/v5e", {}, _TPU_OVERLAP),
     "v5p": Device("tpu", "TPU v5", 459e12, 95 * GIB, 2765e9, 600e9, 6.25e9, "cloud.google.com/tpu/docs/v5p",
                   {"chips_per_host_bounds": (2, 2, 1), "wrap": (True, True, True)}, _TPU_OVERLAP),
     "v6e": Device("tpu", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 400e9, 12.5e9, "cloud.google.com/tpu/docs/v6e", {}, _TPU_OVERLAP),
     "tpu7x": Device("tpu", "TPU7x", 2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2, "cloud.google.com/tpu/docs/tpu7x", {}, _TPU_OVERLAP),
-    "a100": Device("cuda", "NVIDIA A100", 312e12, 80 * GIB, 2039e9, 300e9, 25e9, "nvidia.com: A100 80GB SXM data sheet; DGX A100: a 200 Gb/s port a GPU", options=_GPU_OVERLAP),
-    "h100": Device("cuda", "NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, 50e9, "nvidia.com: H100 SXM data sheet; DGX H100: a 400 Gb/s port a GPU", options=_GPU_OVERLAP),
-    "h200": Device("cuda", "NVIDIA H200", 989e12, 141 * 10 ** 9, 4800e9, 450e9, 50e9, "nvidia.com: H200 SXM data sheet; DGX H200: a 400 Gb/s port a GPU", options=_GPU_OVERLAP),
+    "a100": Device("cuda", "NVIDIA A100", 312e12, 80 * GIB, 2039e9, 300e9, 25e9, "nvidia.com: data sheets of A100 80GB SXM and DGX A100", options=_GPU_OVERLAP),
+    "h100": Device("cuda", "NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, 50e9, "nvidia.com: data sheets of H100 SXM and DGX H100", options=_GPU_OVERLAP),
+    "h200": Device("cuda", "NVIDIA H200", 989e12, 141 * 10 ** 9, 4800e9, 450e9, 50e9, "nvidia.com: data sheets of H200 SXM and DGX H200", options=_GPU_OVERLAP),
 }
 _NAME = re.compile(r"(?:(\d+)x)?([a-z]+\d+[a-z]*|cpu):(\d+(?:x\d+)*)")
 

@@ -12,7 +12,7 @@ import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 WIDTHS = {"pred": 8, "bf16": 16}        # bits; of the other types the name ends with them: f32, s8, u64, f8e4m3fn
-_COLLECTIVE = re.compile(rf"%?([\w.\-]+) = (.*?) (ragged-)?({'|'.join(KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf"%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Module:
         for name, lines in self.computations.items():
             for line in lines:
                 match = _COLLECTIVE.search(line)
-                if not match or match[2].startswith("(") and " fusion(" in match[2]:
+                if not match:
                     continue
                 chain = re.search(r'chain_id="([^"]*)"', line)
                 key = f"chain {chain[1]}" if chain else match[1]
@@ -128,7 +128,7 @@ class Module:
         return list(found.values())
 
     def _collective(self, match: re.Match, line: str, computation: str, chained: bool) -> Collective:
-        kind, started = match[4], bool(match[5])
+        kind, started = match[3], bool(match[4])
         joined = tuple(map(tuple, groups(line))) or (tuple(range(self.devices)),)
         n, size = len(joined[0]), _bytes(match[2])
         if kind == "collective-permute" and started:            # (operand, result, two counters)

@@ -17,7 +17,7 @@ LOOPS = """HloModule step, num_partitions=4
 }
 
 %inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %gather = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={1}, metadata={op_name="jit(step)/up"}
+  %gather = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={1}, op_name="jit(step)/up"
 }
 
 %outer_cond (p: (s32[])) -> pred[] {
@@ -87,7 +87,8 @@ def test_a_condition_without_a_note_is_read():
 @pytest.mark.parametrize(("notation", "groups"), [
     ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]), ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
     ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]), ("replica_groups={}", []),
-    ("replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}", [[0, 1], [2, 3]]), ("replica_groups=mesh['data'=2,'tensor'=2] {'data'}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['data'=2,'tensor'=2] {'data'}", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]), ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [0, 1]])])
 def test_groups(notation, groups):
     assert hlo.groups(f"%x = f32[2]{{0}} all-reduce(%y), channel_id=1, {notation}, use_global_device_ids=true") == groups
