@@ -94,8 +94,9 @@ def fit(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]) -
     """The report on `c`, printed as it comes; where it does not fit, also what would."""
     p = plan(c, devices)
     print(train.parameter_table(p.abstract))
-    print(f"{len(devices)} x {devices[0].device_kind}, mesh {dict(p.mesh.shape)}, {c.data.batch} rows of {c.data.tokens} tokens and {c.data.images} images"
-          f" ({c.data.batch // rows_of(p.mesh)} a device{f', in {c.optim.accumulate} micro-batches' if c.optim.accumulate > 1 else ''})\n", flush=True)
+    parts = f", in {c.optim.accumulate} micro-batches" if c.optim.accumulate > 1 else ""
+    print(f"{len(devices)} x {devices[0].device_kind}, mesh {dict(p.mesh.shape)}; {c.data.batch} rows of {c.data.tokens} tokens and "
+          f"{c.data.images} images, {c.data.batch // rows_of(p.mesh)} a device{parts}\n", flush=True)
     limit = row.memory if row else None
     least = per_device(p.state)
     if limit and least > limit:
@@ -167,7 +168,8 @@ def report(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
     work, again = step_flops(p)
     found = {"config": config.to_dict(p.c), "devices": p.mesh.size, "kind": p.mesh.devices.flat[0].device_kind, "mesh": dict(p.mesh.shape),
              "parameters": {tower: sum(leaf.size for leaf in jax.tree.leaves(part)) for tower, part in p.abstract.items()},
-             "flops": work, "recomputed_flops": again, "fits": tried["fits"], "peak": tried.get("peak"), "limit": tried.get("limit", row and row.memory),
+             "flops": work, "recomputed_flops": again,
+             "fits": tried["fits"], "peak": tried.get("peak"), "limit": tried.get("limit", row and row.memory),
              "compile_seconds": time.perf_counter() - began, "host_peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     if "compiled" in tried:
         held = memory(p, tried["compiled"])
@@ -193,7 +195,8 @@ def memory(p: Plan, done: jax.stages.Compiled) -> Memory:
     parameters = per_device((p.state.trainable, p.state.frozen))
     code = stats.generated_code_size_in_bytes
     peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes + code
-    return Memory(parameters, per_device(p.state) - parameters, per_device(p.batch), per_device(p.state.trainable), stats.temp_size_in_bytes, code, peak)
+    return Memory(parameters=parameters, optimizer=per_device(p.state) - parameters, batch=per_device(p.batch),
+                  gradients=per_device(p.state.trainable), temporaries=stats.temp_size_in_bytes, code=code, peak=peak)
 
 
 def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
@@ -258,8 +261,8 @@ def table(found: dict[str, Any], row: hardware.Device | None) -> str:
         lines += [f"  gathered by zeros and a sum, or summed whole: {one['bytes'] / 2 ** 20:.0f} MiB x {one['runs']}, {one['name']}"
                   for one in found["padded_gathers"]]
         lines += [f"attention runs in {found['kernels']} kernels of its own" if found["kernels"] else "attention is dense: no kernel of its own"]
-    lines += ["FLOPs of a full step"] + [f"  {tower:12}{value / 1e15:9.3f} P" + (f"  and {found['recomputed_flops'][tower] / 1e15:.3f} P again" if tower in
-              found["recomputed_flops"] else "") for tower, value in found["flops"].items()]
+    again = {tower: f"  and {value / 1e15:.3f} P again" for tower, value in found["recomputed_flops"].items()}
+    lines += ["FLOPs of a full step"] + [f"  {tower:12}{value / 1e15:9.3f} P{again.get(tower, '')}" for tower, value in found["flops"].items()]
     if "roofline" in found:
         times = [f"{name} {found['roofline'][name] * 1e3:.0f} ms" for name in ("compute", "memory", "links", "network")]
         lines += [f"a step takes at least: {', '.join(times)}; bound by {found['roofline']['bound']}, highest possible MFU {found['mfu']:.1%}"
@@ -312,7 +315,7 @@ def search(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]
 
     best = largest(measure, row.memory, COMPILATIONS)
     for policy, local in best.items():
-        print(f"remat {policy}: " + (f"{local} rows a device are the most seen to fit, --config.data.batch={local * shares}" if local else "nothing fits"))
+        print(f"remat {policy}: " + (f"at most {local} rows a device were seen to fit, data.batch={local * shares}" if local else "nothing fits"))
     return {"config": config.to_dict(c), "fits": any(best.values()), "rows_a_device": best, "rows_of_the_mesh": shares}
 
 

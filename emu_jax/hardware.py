@@ -52,9 +52,12 @@ DEVICES = {
                   {"chips_per_host_bounds": (2, 2, 1), "wrap": (True, True, True)}, _TPU_OVERLAP),
     "v6e": Device("tpu", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 400e9, 12.5e9, "cloud.google.com/tpu/docs/v6e", {}, _TPU_OVERLAP),
     "tpu7x": Device("tpu", "TPU7x", 2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2, "cloud.google.com/tpu/docs/tpu7x", {}, _TPU_OVERLAP),
-    "a100": Device("cuda", "NVIDIA A100", 312e12, 80 * GIB, 2039e9, 300e9, 25e9, "nvidia.com: data sheets of A100 80GB SXM and DGX A100", options=_GPU_OVERLAP),
-    "h100": Device("cuda", "NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, 50e9, "nvidia.com: data sheets of H100 SXM and DGX H100", options=_GPU_OVERLAP),
-    "h200": Device("cuda", "NVIDIA H200", 989e12, 141 * 10 ** 9, 4800e9, 450e9, 50e9, "nvidia.com: data sheets of H200 SXM and DGX H200", options=_GPU_OVERLAP),
+    "a100": Device("cuda", "NVIDIA A100", 312e12, 80 * GIB, 2039e9, 300e9, 25e9,
+                   "nvidia.com: data sheets of A100 80GB SXM and DGX A100", options=_GPU_OVERLAP),
+    "h100": Device("cuda", "NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, 50e9,
+                   "nvidia.com: data sheets of H100 SXM and DGX H100", options=_GPU_OVERLAP),
+    "h200": Device("cuda", "NVIDIA H200", 989e12, 141 * 10 ** 9, 4800e9, 450e9, 50e9,
+                   "nvidia.com: data sheets of H200 SXM and DGX H200", options=_GPU_OVERLAP),
 }
 _NAME = re.compile(r"(?:(\d+)x)?([a-z]+\d+[a-z]*|cpu):(\d+(?:x\d+)*)")
 
