@@ -32,7 +32,7 @@ class Device:
     """One accelerator. Rates are bytes a second into a device; `link` is all its links to its slice or node together, `network` its
     share of what joins slices or nodes. `ask` are arguments of `get_topology_desc`."""
     platform: str
-    kind: str                   # how jax's `device_kind` begins
+    kind: str | tuple[str, ...] # how jax's `device_kind` begins
     flops: float                # dense bfloat16 FLOP/s
     memory: int                 # bytes
     bandwidth: float            # of the memory
@@ -43,11 +43,12 @@ class Device:
     options: dict[str, str] = field(default_factory=dict)
 
 
-# A TPU's page gives its links in both directions: half of that is what it can receive.
+# A TPU's page gives its links in both directions: half of that is what it can receive. The first row whose kind matches counts.
 DEVICES = {
     "v4": Device("tpu", "TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, 6.25e9, "cloud.google.com/tpu/docs/v4; links: arXiv 2304.01433",
                  {"chip_config_name": "megacore"}, _TPU_OVERLAP),
-    "v5e": Device("tpu", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 200e9, 3.125e9, "cloud.google.com/tpu/docs/v5e", {}, _TPU_OVERLAP),
+    "v5e": Device("tpu", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 200e9, 3.125e9, "cloud.google.com/tpu/docs/v5e",
+                  {}, _TPU_OVERLAP),
     "v5p": Device("tpu", "TPU v5", 459e12, 95 * GIB, 2765e9, 600e9, 6.25e9, "cloud.google.com/tpu/docs/v5p",
                   {"chips_per_host_bounds": (2, 2, 1), "wrap": (True, True, True)}, _TPU_OVERLAP),
     "v6e": Device("tpu", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 400e9, 12.5e9, "cloud.google.com/tpu/docs/v6e", {}, _TPU_OVERLAP),
@@ -64,8 +65,7 @@ _NAME = re.compile(r"(?:(\d+)x)?([a-z]+\d+[a-z]*|cpu):(\d+(?:x\d+)*)")
 
 def of_kind(device_kind: str) -> Device | None:
     """The row of jax's `device_kind`, or None for one that is not in the table (a CPU)."""
-    found = [row for row in DEVICES.values() if device_kind.startswith(row.kind)]
-    return max(found, key=lambda row: len(row.kind), default=None)
+    return next((row for row in DEVICES.values() if device_kind.startswith(row.kind)), None)
 
 
 def peak(device_kind: str) -> float | None:
