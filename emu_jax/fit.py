@@ -123,7 +123,7 @@ def plan(c: ConfigDict, devices: list[jax.Device]) -> Plan:
         raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
     stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
     abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
-    mesh = sharding.make_mesh(c.mesh, devices)
+    mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
     train.check_rows(c, mesh)
     sharding.check(mesh, abstract)
     program = train.make_program(c, stage, size, abstract)
@@ -205,6 +205,7 @@ def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
     rows, images, N = data.batch, data.batch * data.images, size.resampler.tokens
     counts = dict(images=images, tokens=rows * data.tokens, pairs=rows * data.tokens * (data.tokens + 1) / 2,
                   labels=rows * max(data.tokens - data.images * (N + 2), 0), regressed=images * (N + p.c.objective.regress_end))
+    counts = {name: float(count) for name, count in counts.items()}
     trained = {tower: bool(jax.tree.leaves(part)) for tower, part in p.state.trainable.items()}
     trained["heads"] = trained.get("regress_head", False)
     towers = {"vision", "resampler"} | ({"llama", "heads"} if "llama" in p.abstract else set())
@@ -305,7 +306,7 @@ def search(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]
     """The largest batch a device of each remat policy that fits, heaviest first, within COMPILATIONS; printed as they come."""
     if row is None:
         raise UserError("a search needs a topology whose devices have a memory to fill, like v5e:16x16")
-    shares = rows_of(sharding.make_mesh(c.mesh, devices))
+    shares = rows_of(sharding.make_mesh(c.mesh.to_dict(), devices))
 
     def measure(policy: str, local: int) -> int | None:
         remat = {f"model.{tower}.remat": policy for tower in TOWERS}
