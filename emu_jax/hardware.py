@@ -94,7 +94,7 @@ def absent(topology: str) -> tuple[Device | None, list[jax.Device]]:
     try:
         if row.platform == "cuda":
             nodes, gpus = (["1"] + shape.split("x"))[-2:]
-            devices = topologies.get_topology_desc(topology_name=f"1x{nodes}x{gpus}", platform="cuda", target_config=_gpu_config(kind)).devices
+            devices = topologies.get_topology_desc("", "cuda", topology=f"1x{nodes}x{gpus}", target_config=_gpu_config(kind)).devices
         else:
             more = {"num_slices": slices} if slices > 1 else {}
             devices = topologies.get_topology_desc(topology_name=f"{kind}:{shape}", platform="tpu", **row.ask, **more).devices

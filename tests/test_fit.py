@@ -177,7 +177,7 @@ def test_a_state_that_no_change_makes_fit_is_said_before_anything_is_compiled():
 
 
 def test_the_14b_is_planned_on_a_pod_without_a_byte():
-    c = config.load(["--config=configs/pretrain.py", "--config.mesh.fsdp=8"])
+    c = config.load(["--config=configs/pretrain.py", "--config.mesh.data=1"])
     p = fit.plan(c, jax.devices())
     assert fit.per_device(p.state) == pytest.approx(12 * 14.2e9 / 8, rel=0.02) and p.batch.images.shape == (256, 32, 224, 224, 3)
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(partial(make.params, p.program)))) > 14e9
