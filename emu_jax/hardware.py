@@ -46,7 +46,7 @@ class Device:
 # A TPU's page gives its links in both directions: half of that is what it can receive. The first row whose kind matches counts.
 DEVICES = {
     "v4": Device("tpu", "TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, 6.25e9, "cloud.google.com/tpu/docs/v4; links: arXiv 2304.01433",
-                 {"chip_config_name": "megacore"}, _TPU_OVERLAP),
+                 {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "wrap": (True, True, True)}, _TPU_OVERLAP),
     "v5e": Device("tpu", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 200e9, 3.125e9, "cloud.google.com/tpu/docs/v5e",
                   {}, _TPU_OVERLAP),
     "v5p": Device("tpu", "TPU v5", 459e12, 95 * GIB, 2765e9, 600e9, 6.25e9, "cloud.google.com/tpu/docs/v5p",
