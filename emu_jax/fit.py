@@ -205,7 +205,6 @@ def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
     rows, images, N = data.batch, data.batch * data.images, size.resampler.tokens
     counts = dict(images=images, tokens=rows * data.tokens, pairs=rows * data.tokens * (data.tokens + 1) / 2,
                   labels=rows * max(data.tokens - data.images * (N + 2), 0), regressed=images * (N + p.c.objective.regress_end))
-    counts = {name: float(count) for name, count in counts.items()}
     trained = {tower: bool(jax.tree.leaves(part)) for tower, part in p.state.trainable.items()}
     trained["heads"] = trained.get("regress_head", False)
     towers = {"vision", "resampler"} | ({"llama", "heads"} if "llama" in p.abstract else set())

@@ -4,8 +4,10 @@ Recomputation, padding, norms and softmax count nothing, as in the definition of
 """
 from emu_jax.models.emu import EmuSize
 
+Count = int | float
 
-def forward(size: EmuSize, *, images: float, tokens: float, pairs: float, labels: float, regressed: float) -> dict[str, float]:
+
+def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels: Count, regressed: Count) -> dict[str, Count]:
     """Forward FLOPs by tower of `images` images and `tokens` tokens, of which `labels` are predicted and `regressed` are visual
     targets; `pairs` is the number of (query, key) pairs that the causal mask allows, the sum of n (n + 1) / 2 over documents."""
     v, r, m = size.vision, size.resampler, size.llama
@@ -19,7 +21,7 @@ def forward(size: EmuSize, *, images: float, tokens: float, pairs: float, labels
             "heads": labels * 2 * m.width * (m.vocab + m.added) + regressed * 2 * m.width ** 2}
 
 
-def train(size: EmuSize, trained: dict[str, bool], **counts: float) -> dict[str, float]:
+def train(size: EmuSize, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
     """FLOPs of a step by tower, from the counts of `forward`: three times the forward where the tower trains, twice where
     gradients only pass through it to an earlier one, once otherwise."""
     order = ("vision", "resampler", "llama", "heads")
