@@ -146,13 +146,16 @@ class Module:
 
 def groups(line: str) -> list[list[int]]:
     """The devices that a collective joins, a list of sorted lists; [] for all of them, and where the notation is not one of these:
-    replica_groups={{0,1},{2,3}}, =[2,2]<=[4] (or <=[2,2]T(1,0)), and from jax 0.11 on =mesh['data'=2,'tensor'=2] {'tensor'};
+    replica_groups={{0,1},{2,3}}, =[2,2]<=[4] (or <=[2,2]T(1,0)), and =mesh['data'=2,'tensor'=2] {'tensor'}, where
+    device_ids=([2,2]T(1,0)) before the brace says which device is where;
     for a permutation, source_target_pairs={{0,1},{1,0}}, the pairs."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        joined = re.findall(r"'(\w+)'", named[2])
-        places = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
+        joined = re.findall(r"'(\w+)'", named[4])
+        dims, order = ([int(n) for n in part.split(",")] if part else None for part in (named[2], named[3]))
+        places = np.arange(np.prod(list(sizes.values())))
+        places = (places.reshape(dims).transpose(order) if dims else places).reshape(list(sizes.values()))
         places = places.transpose(sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in joined))
         return np.sort(places.reshape(-1, int(np.prod([sizes[name] for name in joined])))).tolist()
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)

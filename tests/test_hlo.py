@@ -89,6 +89,8 @@ def test_a_condition_without_a_note_is_read():
     ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]), ("replica_groups={}", []),
     ("replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}", [[0, 1], [2, 3]]),
     ("replica_groups=mesh['data'=2,'tensor'=2] {'data'}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=3,'b'=1,'c'=2], device_ids=([2,3]T(1,0)) {'a'}", [[0, 1, 2], [3, 4, 5]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]), ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [0, 1]])])
 def test_groups(notation, groups):
     assert hlo.groups(f"%x = f32[2]{{0}} all-reduce(%y), channel_id=1, {notation}, use_global_device_ids=true") == groups
