@@ -18,7 +18,7 @@ import optax
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from emu_jax import sharding, tree
+from emu_jax import hardware, sharding, tree
 from emu_jax.checkpoint import Checkpoints
 from emu_jax.config import UserError, to_dict
 from emu_jax.data.loader import Item, Loader
@@ -99,6 +99,13 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Met
     return new, metrics | norms | {"loss": (value, one), "grad_norm": (norm, one), "bad_steps": (new.bad.astype(jnp.float32), one)}
 
 
+def jitted(program: Program, state: State) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """`train_step` as it runs: `state`, arrays or their shapes with their shardings, is given up and comes back laid out as it was."""
+    shards = jax.tree.map(lambda x: x.sharding, state)
+    device = next(iter(jax.tree.leaves(shards)[0].device_set))
+    return jax.jit(partial(train_step, program), donate_argnums=0, out_shardings=(shards, None), compiler_options=hardware.options(device))
+
+
 def eval_step(program: Program, params: tree.Tree, batch: Batch) -> Metrics:
     """Metrics of a batch without dropout or gradient."""
     return program.stage.loss(program.module(params), batch, None, program.stage.weights(batch), program.objective)[1]
@@ -116,8 +123,7 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
     """Trains from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and saves. `evaluate(params)` gives held-out numbers,
     `pictures(params, item)` the arguments of Journal.pictures. Raises UserError after `log.max_bad_steps` bad steps."""
     place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-    shards = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = jax.jit(partial(train_step, program), donate_argnums=0, out_shardings=(shards, None))
+    step_fn = jitted(program, state)
     counts = Counts(program, c, state)
     pending: tuple[int, Item, Metrics, float] | None = None
     first = step = int(state.step)
@@ -183,7 +189,7 @@ class Counts:
         self.trained = {tower: any(path.startswith(f"{tower}/") for path, _ in tree.leaves(state.trainable)) for tower in params}
         self.trained["heads"] = self.trained.get("regress_head", False)
         self.towers = set(params) | ({"heads"} if "llama" in params else set())
-        self.peak = flops.peak(jax.devices()[0].device_kind)
+        self.peak = hardware.peak(jax.devices()[0].device_kind)
         self.bad = self.bad_at_start = int(state.bad)
         self.ended: float | None = None
         self.rows = c.data.batch

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,7 +63,8 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of {axis: size}; one -1 is what is left. Raises UserError where it does not match the device count."""
+    """The mesh of {axis: size}; one -1 is what is left. Several TPU slices are neighbours along `data`, which alone crosses the
+    data-centre network. Raises UserError where it does not match the devices."""
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
     known = int(np.prod([size for size in shape if size != -1]))
@@ -71,7 +73,15 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
     if len(devices) % known or (-1 not in shape and known != len(devices)):
         raise UserError(f"mesh {dict(sizes)} does not match {len(devices)} devices: the product of its axes must be {len(devices)}")
     shape = [len(devices) // known if size == -1 else size for size in shape]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if devices[0].platform != "tpu":        # GPUs of a node are neighbours already
+        placed = np.array(devices).reshape(shape)
+    elif (slices := len({getattr(device, "slice_index", 0) for device in devices})) == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape[0] % slices:
+        raise UserError(f"mesh {dict(sizes)} lies on {slices} slices: data must be a multiple of {slices}")
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def specs(params: tree.Tree) -> tree.Tree:
@@ -80,18 +90,21 @@ def specs(params: tree.Tree) -> tree.Tree:
     return tree.by_rule(rows, params, what="sharding table")
 
 
+def check(mesh: Mesh, params: tree.Tree) -> None:
+    """Raises UserError for a parameter that the mesh does not divide, naming the largest sizes of that axis which would."""
+    table = dict(tree.leaves(specs(params)))
+    for path, leaf in tree.leaves(params):
+        for size, over in zip(leaf.shape, table[path]):
+            axes = (over,) if isinstance(over, str) else over or ()
+            if size % (shares := int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))):
+                fit = [n for n in range(1, shares) if size % n == 0 and mesh.size % n == 0]
+                raise UserError(f"mesh {dict(mesh.shape)}: {path} {list(leaf.shape)} does not divide by {' x '.join(axes)} = {shares}; "
+                                f"{fit[-1]} would do, with the rest in data (mesh.data={mesh.shape['data'] * shares // fit[-1]})")
+
+
 def shardings(mesh: Mesh, spec_tree: Any) -> Any:
     """NamedShardings of a tree of PartitionSpecs."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=lambda x: isinstance(x, P))
-
-
-def check(mesh: Mesh, params: tree.Tree) -> None:
-    """Raises UserError for a parameter that the mesh does not divide: few heads of keys and values, over many devices."""
-    table = dict(tree.leaves(specs(params)))
-    for path, leaf in tree.leaves(params):
-        for length, axis in zip(leaf.shape, table[path]):
-            if axis and length % mesh.shape[axis]:
-                raise UserError(f"{path} {list(leaf.shape)}: {length} is not divisible by mesh.{axis}={mesh.shape[axis]}")
 
 
 def of_state(mesh: Mesh, params: tree.Tree, state: Any) -> Any:

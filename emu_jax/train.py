@@ -78,9 +78,7 @@ def train(c: ConfigDict) -> loop.State:
         claim(workdir, c)
         checkpoints = checkpoint.Checkpoints(c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
         state_of = lambda params: loop.init_state(program, *tree.split(params, trains))
-        abstract_state = jax.eval_shape(state_of, abstract)
-        layout = sharding.of_state(mesh, abstract, abstract_state)
-        like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract_state, layout)
+        like = abstract_state(program, mesh, abstract, trains)
         if (resumed := checkpoints.restore(like)) is not None:
             step, state, data, _ = resumed
             loader.restore(data)
@@ -92,7 +90,7 @@ def train(c: ConfigDict) -> loop.State:
             params = tree.unflatten(dict(tree.leaves(params)) | dict(tree.leaves(loaded)))
             if size.standardise and "visual_stats" in params and "visual_stats" not in loaded:
                 params |= {"visual_stats": measure_visual_stats(program, params, make_loader(), placed["visual_stats"])}
-            state = jax.jit(state_of, out_shardings=layout, donate_argnums=0)(params)
+            state = jax.jit(state_of, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
 
         # Train.
         journal = Journal(workdir, start=step, steps=c.optim.steps)
@@ -132,6 +130,12 @@ def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
     return trains
 
 
+def abstract_state(program: loop.Program, mesh: jax.sharding.Mesh, abstract: tree.Tree, trains: tree.Tree) -> loop.State:
+    """The state of a run as shapes, each with its sharding."""
+    state = jax.eval_shape(lambda params: loop.init_state(program, *tree.split(params, trains)), abstract)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, sharding.of_state(mesh, abstract, state))
+
+
 def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
     try:
         return tree.by_rule(rows, abstract, what)
@@ -151,9 +155,7 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         *((not Path(path.rpartition(":")[0]).is_dir(), f"the source {name!r} at {path!r}") for name, path in places)) if absent]
     if missing:
         raise UserError(f"missing: {'; '.join(missing)}")
-    rows = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
-    if c.optim.accumulate < 1 or c.data.batch % (rows * c.optim.accumulate):
-        raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
+    check_rows(c, mesh)
     sharding.check(mesh, abstract)
     if "contrast" in abstract and c.model.vision.image % READOUT:
         raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
@@ -164,6 +166,13 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     if needed > memory:
         raise UserError(f"the model's state needs {needed / 2**30:.1f} GiB a device and a device has {memory / 2**30:.1f} GiB: "
                         f"use more devices (mesh.fsdp), or a smaller model (--config=configs/pretrain.py:emu-1b)")
+
+
+def check_rows(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for a batch that the devices cannot share out."""
+    rows = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
+    if c.optim.accumulate < 1 or c.data.batch % (rows * c.optim.accumulate):
+        raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:

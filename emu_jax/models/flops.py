@@ -6,15 +6,6 @@ from emu_jax.models.emu import EmuSize
 
 Count = int | float
 
-# Dense bfloat16 FLOP/s of a device by the start of jax's `device_kind`; the makers' data sheets.
-PEAK = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
-        "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 2307e12}
-
-
-def peak(device_kind: str) -> float | None:
-    """FLOP/s of one device, or None where it is not known (a CPU)."""
-    return next((value for kind, value in PEAK.items() if device_kind.startswith(kind)), None)
-
 
 def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels: Count, regressed: Count) -> dict[str, Count]:
     """Forward FLOPs by tower of `images` images and `tokens` tokens, of which `labels` are predicted and `regressed` are visual

@@ -67,8 +67,3 @@ def test_gradients_cost_where_they_go(trained, times):
     counts = dict(images=2, tokens=20, pairs=90, labels=9, regressed=8)
     once, step = flops.forward(P.size, **counts), flops.train(P.size, trained, **counts)
     assert tuple(step[tower] / once[tower] for tower in ("vision", "resampler", "llama", "heads")) == times
-
-
-def test_peaks():
-    assert flops.peak("NVIDIA H100 80GB HBM3") == 989e12 and flops.peak("TPU v5 lite") == 197e12 and flops.peak("TPU v5p") == 459e12
-    assert flops.peak("cpu") is None
