@@ -10,10 +10,11 @@ from configs.sizes import model
 
 def get_config(size: str = "emu-14b") -> ConfigDict:
     c = ConfigDict()
-    c.stage = "emu"                     # the loss: "emu" (next element) or "contrastive" (warm-up of an encoder of your own)
+    c.stage = "emu"                     # the loss: "emu" (next element), "contrastive" (warm-up of an encoder of your own) or "decoder" (pixels)
     c.workdir = ""                      # checkpoints, metrics.jsonl, TensorBoard; where a run resumes from
     c.seed = 0                          # of the initial weights, the data's order and dropout
     c.init = ""                         # directory of a checkpoint whose weights start this run; "" is from scratch
+    c.frozen_dtype = "float32"          # of the matrices that do not train; "bfloat16" halves their memory
     c.model = model(size)               # configs/sizes.py: pretrain.py:emu-7b chooses another
     c.rules = rules()
     c.objective = objective()
@@ -60,7 +61,8 @@ def objective() -> ConfigDict:
         temperature=0.07,               # contrastive stage: of the softmax over the batch
         readout_weight=4.0,             # contrastive stage: of the linear reading of the pixels
         spread=1.0,                     # contrastive stage: of what the deviation of a visual token's dimension lacks of 1
-        decorrelate=0.1))               # contrastive stage: of the correlations between a visual token's dimensions
+        decorrelate=0.1,                # contrastive stage: of the correlations between a visual token's dimensions
+        condition_drop=0.1))            # decoder stage: share of the images whose condition is dropped (for zeros: unpublished)
 
 
 def optim() -> ConfigDict:

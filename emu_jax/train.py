@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,9 @@ def train(c: ConfigDict) -> loop.State:
     # Model: shapes only.
     if c.stage not in stages.STAGES:
         raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
-    stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
+    stage = stages.STAGES[c.stage]
+    size = stage.size(c.model.to_dict())
+    model = stage.emu(size)
     abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
     print(parameter_table(abstract), flush=True)
 
@@ -64,8 +67,8 @@ def train(c: ConfigDict) -> loop.State:
         trains = what_trains(c, abstract)
 
         # Data.
-        tokenizer = tokenizers.load(c.data.tokenizer, size.llama.vocab)
-        make_loader = partial(Loader, c.data, c.seed, tokenizer, size.resampler.tokens, size.vision.image,
+        tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
+        make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
                               process=jax.process_index(), processes=jax.process_count())
         loader = make_loader()
 
@@ -74,7 +77,7 @@ def train(c: ConfigDict) -> loop.State:
         claim(workdir, c)
         checkpoints = checkpoint.Checkpoints(c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
         state_of = lambda params: loop.init_state(program, *tree.split(params, trains))
-        abstract_state = jax.eval_shape(state_of, abstract)
+        abstract_state = jax.eval_shape(lambda params: state_of(at_rest(c, trains, params)), abstract)
         layout = sharding.of_state(mesh, abstract, abstract_state)
         like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract_state, layout)
         if (resumed := checkpoints.restore(like)) is not None:
@@ -83,10 +86,10 @@ def train(c: ConfigDict) -> loop.State:
             log.info("resumed at step %d of %d in %s", step, c.optim.steps, workdir)
         else:
             step = 0
-            params = jax.jit(partial(emu.init, stage.module, size), out_shardings=placed)(jax.random.key(c.seed))
+            params = jax.jit(lambda key: at_rest(c, trains, emu.init(stage.module, size, key)), out_shardings=placed)(jax.random.key(c.seed))
             loaded = load_weights(c.init, params) if c.init else {}
             params = tree.unflatten(dict(tree.leaves(params)) | dict(tree.leaves(loaded)))
-            if size.standardise and "visual_stats" in params and "visual_stats" not in loaded:
+            if model.standardise and "visual_stats" in params and "visual_stats" not in loaded:
                 params |= {"visual_stats": measure_visual_stats(program, params, make_loader(), placed["visual_stats"])}
             state = jax.jit(state_of, out_shardings=layout, donate_argnums=0)(params)
 
@@ -109,7 +112,7 @@ def parameter_table(abstract: tree.Tree) -> str:
     return "\n".join(f"{tower:14}{count:>16,} parameters" for tower, count in counts.items())
 
 
-def make_program(c: ConfigDict, stage: stages.Stage, size: emu.EmuSize, abstract: tree.Tree) -> loop.Program:
+def make_program(c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.Tree) -> loop.Program:
     """The program of a config; rules cover the whole model, and the trainable part of what they say is kept."""
     trains = what_trains(c, abstract)
     trainable = lambda rows, what: tree.split(_rule(rows, abstract, what), trains)[0]
@@ -127,6 +130,13 @@ def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
     if not any(chosen for _, chosen in tree.leaves(trains)):
         raise UserError("rules.train: nothing trains; at least one row must say True")
     return trains
+
+
+def at_rest(c: ConfigDict, trains: tree.Tree, params: tree.Tree) -> tree.Tree:
+    """Parameters in the dtypes in which a run holds them: float32, but the matrices of what does not train in `frozen_dtype`."""
+    keep = dict(tree.leaves(trains))
+    return tree.unflatten({path: leaf.astype(c.frozen_dtype) if path.endswith(sharding.MATRICES) and not keep[path] else leaf
+                           for path, leaf in tree.leaves(params)})
 
 
 def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
