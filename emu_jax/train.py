@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,14 +24,17 @@ from emu_jax import checkpoint, config, loop, optim, sharding, stages, tree
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Item, Loader
-from emu_jax.generate import text
+from emu_jax.generate import pixels, text
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu
+from emu_jax.models.decoder import resized
+from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "eval.every", "eval.batches", "data.prefetch", "data.workers")
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "drawing.", "eval.every", "eval.batches", "data.prefetch", "data.workers")
+CONDITIONED = "unet/.*/cross/(k|v)/w"      # [width of the condition, heads, width of a head]
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
@@ -87,9 +91,9 @@ def train(c: ConfigDict) -> loop.State:
         else:
             step = 0
             params = jax.jit(lambda key: at_rest(c, trains, emu.init(stage.module, size, key)), out_shardings=placed)(jax.random.key(c.seed))
-            loaded = load_weights(c.init, params) if c.init else {}
-            params = tree.unflatten(dict(tree.leaves(params)) | dict(tree.leaves(loaded)))
-            if model.standardise and "visual_stats" in params and "visual_stats" not in loaded:
+            loaded = {path: leaf for directory in filter(None, c.init.split(",")) for path, leaf in tree.leaves(load_weights(directory, params))}
+            params = tree.unflatten(dict(tree.leaves(params)) | loaded)
+            if model.standardise and "visual_stats" in params and "visual_stats/mean" not in loaded:
                 params |= {"visual_stats": measure_visual_stats(program, params, make_loader(), placed["visual_stats"])}
             state = jax.jit(state_of, out_shardings=layout, donate_argnums=0)(params)
 
@@ -98,7 +102,7 @@ def train(c: ConfigDict) -> loop.State:
         try:
             return loop.run(c, program, state, mesh, loader, checkpoints, journal,
                             evaluate=held_out(program, mesh, make_loader(eval=True), c) if c.data.eval_mixture else None,
-                            pictures=pictures(program, tokenizer) if "llama" in abstract else None)
+                            pictures=drawings(program, c) if "unet" in abstract else pictures(program, tokenizer) if "llama" in abstract else None)
         finally:
             loader.close()
             journal.close()
@@ -162,8 +166,9 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    size = lambda part: 4 * sum(leaf.size for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
-    needed = size(abstract) + 3 * size(tree.split(abstract, what_trains(c, abstract))[0])      # a gradient and two moments of what trains
+    size = lambda part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
+    trains = what_trains(c, abstract)
+    needed = size(jax.eval_shape(partial(at_rest, c, trains), abstract)) + 3 * size(tree.split(abstract, trains)[0])    # a gradient and two moments
     if needed > memory:
         raise UserError(f"the model's state needs {needed / 2**30:.1f} GiB a device and a device has {memory / 2**30:.1f} GiB: "
                         f"use more devices (mesh.fsdp), or a smaller model (--config=configs/pretrain.py:emu-1b)")
@@ -193,10 +198,16 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
     """The leaves of the checkpoint in `directory` that `params` has too, laid out like those; says which towers came, which stay
-    fresh and which are not used. Raises UserError where a shape differs or nothing is shared."""
+    fresh and which are not used. A decoder's maps of its condition stay fresh where that has another width. Raises UserError where another
+    shape differs or nothing is shared."""
     there = checkpoint.param_shapes(directory)
     here = dict(tree.leaves(params))
-    shared = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in here.items() if path in there}
+    wider = [path for path, leaf in here.items() if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape]
+    if wider:
+        log.warning("init %s: %d maps of the condition stay fresh: it has the width %d there and %d here",
+                    directory, len(wider), there[wider[0]][0], here[wider[0]].shape[0])
+    shared = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+              for path, leaf in here.items() if path in there and path not in wider}
     towers = lambda paths: ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
     if not shared:
         raise UserError(f"init={directory!r} has no parameter of this model; it holds {towers(there)}")
@@ -247,6 +258,24 @@ def pictures(program: loop.Program, tokenizer: tokenizers.Tokenizer) -> Callable
         images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]][:PICTURES]
         ids = caption(params, jnp.asarray(np.resize(images, (PICTURES, *images.shape[1:]))))
         return images, [tokenizer.decode(text.until_end(row)) for row in np.asarray(ids)[:len(images)]]
+    return show
+
+
+def drawings(program: loop.Program, c: ConfigDict) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+    """drawings(params, item): some images of a batch, each beside what the decoder makes of it; always with the same seeds."""
+    side = program.size.image
+
+    def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        condition = program.module(params).conditions(batch)
+        images = resized(batch.images.reshape(-1, *batch.images.shape[2:]), side)
+        return images, pixels.draw(program.size, params, condition, jnp.arange(len(condition)), **c.drawing)
+    both = jax.jit(both)
+
+    def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
+        rows = jax.tree.map(lambda x: jnp.asarray(x[:PICTURES]), item.batch)
+        images = np.concatenate([np.asarray(part) for part in both(params, rows)], 2)
+        held = np.asarray(rows.image_slots).ravel() < rows.tokens.shape[1]
+        return images[held], ["left the image, right as it is drawn"]
     return show
 
 

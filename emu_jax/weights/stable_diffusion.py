@@ -5,6 +5,7 @@ What a config asks that models/unet.py and models/vae.py do not do is said, neve
 """
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,42 +31,39 @@ VAE_FIXED = dict(
 
 def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
     """The size of a U-Net's config.json. Raises UserError for what it asks that is not built, and for what it lacks."""
+    need = partial(_need, "U-Net", config)
     _fixed("U-Net", config, UNET_FIXED)
-    widths = tuple(_need("U-Net", config, "block_out_channels"))
-    each = lambda field, default=None: _each("U-Net", field, _need("U-Net", config, field, default), len(widths))
+    widths = tuple(need("block_out_channels"))
+    each = lambda field, default=None: _each(f"the U-Net's config asks for {field}", need(field, default), len(widths))
     condition = set(each("cross_attention_dim"))
     if len(condition) > 1:
         raise UserError(f"the U-Net's config asks for cross_attention_dim={config['cross_attention_dim']}: one width for all levels is what there is")
     down = _kinds("U-Net", config, "down_block_types", len(widths), {"CrossAttnDownBlock2D": True, "DownBlock2D": False})
-    up = _kinds("U-Net", config, "up_block_types", len(widths), {"CrossAttnUpBlock2D": True, "UpBlock2D": False})
+    up = _kinds("U-Net", config, "up_block_types", len(widths), {"CrossAttnUpBlock2D": True, "UpBlock2D": False})[::-1]
     heads = each("attention_head_dim", 8)       # a number of heads, whatever its name says
-    groups = _need("U-Net", config, "norm_num_groups", 32)
-    attending = [level for level in range(len(widths)) if down[level] or up[::-1][level] or level == len(widths) - 1]
+    attending = [level for level in range(len(widths)) if down[level] or up[level] or level == len(widths) - 1]
     if bad := [level for level in attending if widths[level] % heads[level]]:
         raise UserError(f"the U-Net's config asks for {heads[bad[0]]} heads at level {bad[0]}, which do not divide its width {widths[bad[0]]}")
-    _divides("U-Net", widths, groups)
     return UNetSize(
-        channels_in=_need("U-Net", config, "in_channels", 4), channels_out=_need("U-Net", config, "out_channels", 4), patch=1, widths=widths,
-        resnets=each("layers_per_block", 2), attends_down=down, attends_up=up[::-1], depths=each("transformer_layers_per_block", 1), heads=heads,
-        condition=condition.pop(), time=config.get("time_embedding_dim") or 4 * widths[0],
-        cosine_first=_need("U-Net", config, "flip_sin_to_cos", True), frequency_shift=float(_need("U-Net", config, "freq_shift", 0)),
-        groups=groups, eps=float(_need("U-Net", config, "norm_eps", 1e-5)), linear=_need("U-Net", config, "use_linear_projection", False), remat=remat)
+        channels_in=need("in_channels", 4), channels_out=need("out_channels", 4), patch=1, widths=widths, resnets=each("layers_per_block", 2),
+        attends_down=down, attends_up=up, depths=each("transformer_layers_per_block", 1), heads=heads, condition=condition.pop(),
+        time=config.get("time_embedding_dim") or 4 * widths[0], cosine_first=need("flip_sin_to_cos", True),
+        frequency_shift=float(need("freq_shift", 0)), groups=_groups("U-Net", config, widths), eps=float(need("norm_eps", 1e-5)),
+        linear=need("use_linear_projection", False), remat=remat)
 
 
 def vae_size(config: Mapping[str, Any], *, remat: str = "full") -> VaeSize:
     """The size of an autoencoder's config.json. Raises UserError as `unet_size`."""
+    need = partial(_need, "autoencoder", config)
     _fixed("autoencoder", config, VAE_FIXED)
-    widths = tuple(_need("autoencoder", config, "block_out_channels"))
+    widths = tuple(need("block_out_channels"))
     for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         _kinds("autoencoder", config, field, len(widths), {kind: True})
-    channels = _need("autoencoder", config, "in_channels", 3)
-    if _need("autoencoder", config, "out_channels", 3) != channels:
-        raise UserError(f"the autoencoder's config asks for out_channels={config['out_channels']} and in_channels={channels}: they must be the same")
-    groups = _need("autoencoder", config, "norm_num_groups", 32)
-    _divides("autoencoder", widths, groups)
-    return VaeSize(channels=channels, latent=_need("autoencoder", config, "latent_channels", 4), widths=widths,
-                   resnets=_need("autoencoder", config, "layers_per_block", 1), groups=groups,
-                   scale=float(_need("autoencoder", config, "scaling_factor", 0.18215)), remat=remat)
+    if need("out_channels", 3) != need("in_channels", 3):
+        raise UserError(f"the autoencoder's config asks for out_channels={need('out_channels', 3)} and in_channels={need('in_channels', 3)}: "
+                        "they must be the same")
+    return VaeSize(channels=need("in_channels", 3), latent=need("latent_channels", 4), widths=widths, resnets=need("layers_per_block", 1),
+                   groups=_groups("autoencoder", config, widths), scale=float(need("scaling_factor", 0.18215)), remat=remat)
 
 
 def table(unet: UNetSize | None, vae: VaeSize | None) -> Table:
@@ -190,11 +188,11 @@ def _need(what: str, config: Mapping[str, Any], field: str, default: Any = None)
     return value
 
 
-def _each(what: str, field: str, value: Any, levels: int) -> tuple:
+def _each(asks: str, value: Any, levels: int) -> tuple[int, ...]:
     """A value for each level, of one or of a list."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
     if len(values) != levels or not all(isinstance(item, int) and item > 0 for item in values):
-        raise UserError(f"the {what}'s config asks for {field}={value!r}; it must be a positive whole number, or {levels} of them, one a level")
+        raise UserError(f"{asks}={value!r}; it must be a positive whole number, or {levels} of them, one a level")
     return values
 
 
@@ -207,6 +205,8 @@ def _kinds(what: str, config: Mapping[str, Any], field: str, levels: int, known:
     return tuple(known[kind] for kind in kinds)
 
 
-def _divides(what: str, widths: tuple[int, ...], groups: int) -> None:
+def _groups(what: str, config: Mapping[str, Any], widths: tuple[int, ...]) -> int:
+    groups = _need(what, config, "norm_num_groups", 32)
     if bad := [width for width in widths if width % groups]:
         raise UserError(f"the {what}'s config asks for {groups} norm groups, which do not divide its width {bad[0]}")
+    return groups
