@@ -128,11 +128,11 @@ def dpm_solver(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> 
 
     First order at the first step, and at the last where it ends without noise or there are fewer than 15, as its authors do.
     """
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         h = np.diff(np.log(plan.a) - np.log(plan.s))        # infinite where a point is noise alone or has none
-    more = np.zeros(len(h))
-    inner = slice(1, len(h) - 1 if plan.s[-1] == 0 or len(h) < 15 else len(h))
-    more[inner] = (h[1:] / (2 * h[:-1]))[:len(more[inner])]
+        more = np.append(0.0, h[1:] / (2 * h[:-1]))
+    if plan.s[-1] == 0 or len(h) < 15:
+        more[-1] = 0.0
 
     def step(carry, row):
         x, x0_before = carry

@@ -1,16 +1,18 @@
 """The decoder against diffusers: U-Net, autoencoder, schedule, training loss, gradients and samplers on a golden file's inputs."""
 import json
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from emu_jax import tree
 from emu_jax.config import UserError
 from emu_jax.generate import samplers
 from emu_jax.models.diffusion import Diffusion, add_noise, alphas_cumprod, target
-from emu_jax.models.emu import bind
+from emu_jax.models.emu import bind, init
 from emu_jax.models.unet import UNet, UNetSize
 from emu_jax.models.vae import Vae, VaeSize
 from emu_jax.verify.golden import Quantity, compare, weights
@@ -38,6 +40,10 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     _check(file, unet, vae)
     table = family.table(unet, vae)
     params = jax.tree.map(jnp.asarray, convert.from_theirs(table, family.canonical(weights(file))))
+    made = {"unet": jax.eval_shape(partial(init, UNet, unet), jax.random.key(0)), "vae": jax.eval_shape(partial(init, Vae, vae), jax.random.key(0))}
+    for (path, here), (_, there) in zip(tree.leaves(made), tree.leaves(params), strict=True):
+        if here.shape != there.shape:
+            raise UserError(f"golden file: {path} has the shape {there.shape}, and its config makes {here.shape}")
 
     ours = _vae(vae, params["vae"], file) | _noised(file)
     loss, gradient, ours["unet_out"] = _trained(unet, params["unet"], file)
@@ -86,7 +92,7 @@ def _vae(size: VaeSize, params: dict, file: dict[str, np.ndarray]) -> dict[str, 
 
 
 def _noised(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"add_noise": _first(add_noise(SCHEDULE, _last(file["latents"]), _last(file["noise"]), jnp.asarray(file["timesteps"])))}
+    return {"add_noise": _first(add_noise(SCHEDULE, _last(file["latents"]), _last(file["noise"]), jnp.asarray(file["timesteps"], jnp.float32)))}
 
 
 def _trained(size: UNetSize, params: dict, file: dict[str, np.ndarray]) -> tuple[np.ndarray, dict, np.ndarray]:

@@ -125,23 +125,11 @@ def test_teacher_forced_conditions_are_the_llms_predictions(predicted):
 
 
 def test_a_dropped_condition_is_zero_and_the_share_is_the_configs(trained):
-    seen = []
-
-    class Spy:
-        decoder = P.size
-
-        def __getattr__(self, name):
-            return getattr(model(PARAMS), name)
-
-        def conditions(self, batch):
-            return jnp.ones((8, 4, 32))
-
-        def predict(self, x, times, condition):
-            seen.append(condition)
-            return x
-
+    seen, spy = [], model(PARAMS)
+    spy.conditions = lambda batch: jnp.ones((8, 4, 32))
+    spy.predict = lambda x, times, condition: seen.append(condition) or x
     for share in (0.0, 1.0):
-        P.stage.loss(Spy(), BATCH, jax.random.key(0), P.stage.weights(BATCH), P.objective | {"condition_drop": share})
+        P.stage.loss(spy, BATCH, jax.random.key(0), P.stage.weights(BATCH), P.objective | {"condition_drop": share})
     assert seen[0].min() == 1 and seen[1].max() == 0
 
 
