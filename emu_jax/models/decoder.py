@@ -86,7 +86,7 @@ class Decoder(Emu):
             return z
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
-        hidden = self.llama(x, batch.positions, batch.segments, kernel=size.emu.attention)
+        hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=size.emu.attention)
         places = rearrange(batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2]), "B I N -> B (I N)")
         predicted = self.regress_head(jnp.take_along_axis(hidden, places[..., None], 1, mode="clip"))
         return rearrange(predicted, "B (I N) D -> (B I) N D", I=I)

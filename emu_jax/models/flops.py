@@ -39,7 +39,7 @@ def train(size: EmuSize, trained: dict[str, bool], **counts: float) -> dict[str,
     return {tower: (3 if trained.get(tower) else 2 if passes[tower] else 1) * value for tower, value in forward(size, **counts).items()}
 
 
-def unet(size: UNetSize, side: int, tokens: int) -> float:
+def unet(size: UNetSize, side: int, tokens: int) -> int:
     """Forward FLOPs of one input of `side` x `side` with a condition of `tokens`."""
     places = [(side // size.patch // 2 ** level) ** 2 for level in range(len(size.widths))]
     last = len(places) - 1
@@ -69,7 +69,7 @@ def unet(size: UNetSize, side: int, tokens: int) -> float:
     return total
 
 
-def vae_encoder(size: VaeSize, side: int) -> float:
+def vae_encoder(size: VaeSize, side: int) -> int:
     """Forward FLOPs of encoding one image of `side` x `side`."""
     places = [(side // 2 ** level) ** 2 for level in range(len(size.widths))]
     C, P, last, c = size.widths[-1], places[-1], len(places) - 1, 2 * size.latent
@@ -92,5 +92,5 @@ def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: float,
     return work | {"unet": (3 if trained.get("unet") else 1) * images * unet(size.unet, size.latents[0], size.emu.resampler.tokens)}
 
 
-def _resnet(width_in: int, width_out: int, places: int) -> float:
+def _resnet(width_in: int, width_out: int, places: int) -> int:
     return 18 * places * width_out * (width_in + width_out) + (2 * places * width_in * width_out if width_in != width_out else 0)

@@ -19,6 +19,7 @@ P = make.program(C)
 TRAINS = train.what_trains(C, jax.eval_shape(partial(make.params, P)))
 PARAMS = train.at_rest(C, TRAINS, make.random_params(P))
 BATCH = jax.tree.map(jnp.asarray, make.batch(C))
+BATCH = BATCH.replace(image_slots=BATCH.image_slots.at[2].set(C.data.tokens))     # a row without an image
 
 
 def model(params, size=P.size):
