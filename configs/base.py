@@ -32,10 +32,11 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
         every=1,                        # steps between lines of metrics.jsonl (a line is free: it is fetched a step late)
         pictures_every=500,             # steps between images and captions in TensorBoard; 0: never
         max_bad_steps=10))              # stop after so many non-finite or spiking steps in all
-    c.drawing = ConfigDict(dict(        # decoder stage: the pictures of log.pictures_every
+    c.drawing = ConfigDict(dict(        # decoder stage: how pictures are drawn, of log.pictures_every and by generate
         sampler="pndm",                 # or "ddim", "euler", "dpm++", "flow"
         steps=50, guidance=7.5,         # the release's
-        rescale=0.0))                   # takes guidance's contrast back (arXiv 2305.08891); there: 0.7
+        rescale=0.0,                    # takes guidance's contrast back (arXiv 2305.08891); there: 0.7
+        negative="empty"))              # guidance leads away from what the model makes of the empty prompt (the release), or from "zeros"
     c.eval = ConfigDict(dict(
         every=0,                        # steps between evaluations on the held-out split; 0: never
         batches=8))                     # how many global batches of it
@@ -66,7 +67,8 @@ def objective() -> ConfigDict:
         readout_weight=100.0,           # contrastive stage: of the linear reading of the pixels, whose squared error is soon some hundredths
         spread=10.0,                    # contrastive stage: of what the deviation of a visual token's dimension lacks of 1
         decorrelate=0.5,                # contrastive stage: of the correlations between a visual token's dimensions
-        condition_drop=0.1))            # decoder stage: share of the images whose condition is dropped (for zeros: unpublished)
+        condition_drop=0.1,             # decoder stage: share of the images whose condition is dropped (for zeros: unpublished)
+        encoded_share=0.0))             # decoder stage, condition="generated": share of the images that have their own encoded tokens instead
 
 
 def optim() -> ConfigDict:
@@ -93,6 +95,7 @@ def data() -> ConfigDict:
         prefetch=2,                     # batches made ahead
         workers=4,                      # threads that read and decode, a host
         max_bad_share=0.01,             # above this share of corrupt records the run stops
+        conditions="",                  # decoder stage: directory of conditions that `generate precompute` made
         tokenizer="",                   # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
         labels=("text", "</s>"),        # what counts as a label; with "[IMG]" the model decides when to draw. The release: these two
         image_first=0.5,                # of an image and its text, how often the image comes first

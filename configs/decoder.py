@@ -35,7 +35,8 @@ def decoder(condition: int) -> ConfigDict:
     """The decoder of a model whose visual tokens have the width `condition`: Stable Diffusion 1.5's sizes."""
     return ConfigDict(dict(
         image=512,                      # pixels a side of what is drawn
-        condition="teacher_forced",     # whence the visual tokens: what the LLM predicts for the image, or "encoded" from it, without an LLM
+        condition="teacher_forced",     # whence the visual tokens: the LLM's prediction of each from the true ones before it; "generated": from those
+                                        # that it made itself (the paper's; see data.conditions); "encoded" from the image, without an LLM
         unet=dict(
             channels_in=4, channels_out=4, patch=1, widths=(320, 640, 1280, 1280), resnets=(2, 2, 2, 2),
             attends_down=(True, True, True, False), attends_up=(True, True, True, False), depths=(1, 1, 1, 1),

@@ -72,3 +72,4 @@ def decoder(c):
     c.optim.steps = 1000
     c.eval.every = 500
     c.log.pictures_every = 0
+    c.drawing.update(dict(sampler="ddim", steps=20, guidance=2.0, negative="zeros"))

@@ -123,10 +123,14 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
 def decoder(model: Decoder, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
     """Mean squared error of the U-Net's prediction at a random time for each image, weighted (models/diffusion.py). The condition is zero
     for a share `condition_drop` of the images; it and the target pass no gradient. Without a key the draws are always the same ones."""
-    keys = jax.random.split(jax.random.key(0) if key is None else key, 4)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, 5)
     d = model.decoder.diffusion
     counts = image_weights(batch).ravel()
-    condition = jax.lax.stop_gradient(model.conditions(batch))
+    condition = model.conditions(batch)
+    if key is not None and model.decoder.condition == "generated" and objective["encoded_share"]:
+        own = jax.random.bernoulli(keys[4], objective["encoded_share"], counts.shape)
+        condition = jnp.where(own[:, None, None], model.encoded(batch), condition)
+    condition = jax.lax.stop_gradient(condition)
     if key is not None:
         dropped = jax.random.bernoulli(keys[0], objective["condition_drop"], counts.shape)
         condition = jnp.where(dropped[:, None, None], 0, condition)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from emu_jax import checkpoint, config, loop, optim, sharding, stages, tree
 from emu_jax.config import UserError
+from emu_jax.data import conditions
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Item, Loader
 from emu_jax.generate import pixels
@@ -76,7 +77,7 @@ def train(c: ConfigDict) -> loop.State:
         # Data.
         tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
         make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
-                              process=jax.process_index(), processes=jax.process_count())
+                              process=jax.process_index(), processes=jax.process_count(), conditions=c.data.conditions)
         loader = make_loader()
         evaluate = held_out(program, mesh, make_loader(eval=True), c) if c.data.eval_mixture else None
 
@@ -170,6 +171,7 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
     if "contrast" in abstract and c.model.vision.image % READOUT:
         raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
+    check_conditions(c, abstract)
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     size = lambda part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
@@ -178,6 +180,22 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     if needed > memory:
         raise UserError(f"the model's state needs {needed / 2**30:.1f} GiB a device and a device has {memory / 2**30:.1f} GiB: "
                         f"use more devices (mesh.fsdp), or a smaller model (--config=configs/pretrain.py:emu-1b)")
+
+
+def check_conditions(c: ConfigDict, abstract: tree.Tree) -> None:
+    """Raises UserError for a decoder whose conditions are missing, of another shape, or more than an image a row; and for conditions that nothing
+    draws from."""
+    wanted = "unet" in abstract and c.model.decoder.condition == "generated"
+    if wanted != bool(c.data.conditions):
+        raise UserError(
+            "model.decoder.condition='generated' needs data.conditions=DIR, made by: python -m emu_jax.generate precompute --config=FILE --to=DIR"
+            if wanted else f"data.conditions={c.data.conditions!r}: nothing draws from them but model.decoder.condition='generated'")
+    if wanted:
+        made, model = tuple(conditions.notes(Path(c.data.conditions))["shape"]), (c.model.resampler.tokens, c.model.llama.width)
+        if made != model:
+            raise UserError(f"data.conditions={c.data.conditions!r} are visual tokens {list(made)}, and the model's are {list(model)}")
+        if c.data.images != 1:
+            raise UserError(f"data.images={c.data.images}: there are conditions for the first image of a document only; set data.images=1")
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:
@@ -275,13 +293,14 @@ def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenize
 
 
 def drawings(program: loop.Program, c: ConfigDict) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
-    """drawings(params, item): some images of a batch, each beside what the decoder makes of it; always with the same seeds."""
-    side = program.size.image
+    """drawings(params, item): some images of a batch, each beside what the decoder makes of it, always with the same seeds, and led away
+    from zeros: nothing is generated here."""
+    side, how = program.size.image, {name: c.drawing[name] for name in pixels.HOW}
 
     def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         condition = program.module(params).conditions(batch)
         images = resized(batch.images.reshape(-1, *batch.images.shape[2:]), side)
-        return images, pixels.draw(program.size, params, condition, jnp.arange(len(condition)), **c.drawing)
+        return images, pixels.draw(program.size, params, condition, jnp.arange(len(condition)), **how)
     both = jax.jit(both)
 
     def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:

@@ -1,7 +1,8 @@
 """The visual decoder (section 2.3 of Emu's paper): a U-Net that draws what N visual tokens say, beside the Emu that says them.
 
-A condition is made of a document's image and text: `encoded` (the image's own visual tokens: an autoencoder without an LLM, as in
-Emu2) or `teacher_forced` (what the LLM predicts for each of them from those before).
+A condition is made of a document's image and text: `generated` (what the LLM regresses, made beforehand: it comes with the batch),
+`teacher_forced` (what it predicts for each token from the true ones before) or `encoded` (the image's own visual tokens: an
+autoencoder without an LLM, as in Emu2).
 Read next: unet.py, vae.py, diffusion.py; ../stages.py for the loss.
 """
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from emu_jax.models.unet import UNet, UNetSize
 from emu_jax.models.vae import Vae, VaeSize
 from emu_jax.types import Batch
 
-SOURCES = ("encoded", "teacher_forced")
+SOURCES = ("generated", "teacher_forced", "encoded")
 
 
 @dataclass(frozen=True)
@@ -67,29 +68,14 @@ class DecoderSize:
         return side, side, self.unet.channels_in
 
 
-class Decoder(Emu):
+class Canvas(nnx.Module):
+    """The U-Net and its autoencoder: all that drawing needs of a decoder."""
+
     def __init__(self, size: DecoderSize, rngs: nnx.Rngs):
-        super().__init__(size.emu, rngs)
         self.decoder = size
-        if size.condition == "encoded":
-            del self.llama, self.regress_head
         if size.vae:
             self.vae = Vae(size.vae, rngs)
         self.unet = UNet(size.unet, rngs)
-
-    def conditions(self, batch: Batch) -> Float[Array, "M N D"]:
-        """The condition of every image of the batch, M = B * I."""
-        size, (B, I) = self.decoder, batch.images.shape[:2]
-        images = resized(rearrange(batch.images, "B I h w c -> (B I) h w c"), size.emu.vision.image)
-        z = self.encode(images)
-        if size.condition == "encoded":
-            return z
-        visual = rearrange(z, "(B I) N D -> B I N D", B=B)
-        x = self.interleave(batch.tokens, visual, batch.image_slots)
-        hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=size.emu.attention)
-        places = rearrange(batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2]), "B I N -> B (I N)")
-        predicted = self.regress_head(jnp.take_along_axis(hidden, places[..., None], 1, mode="clip"))
-        return rearrange(predicted, "B (I N) D -> (B I) N D", I=I)
 
     def targets(self, images: UInt8[Array, "M h w 3"], key: Array | None = None) -> Float[Array, "M y x c"]:
         """What is to be drawn: pixels in -1..1, or their latents (drawn with `key`, else their mean), in float32."""
@@ -107,6 +93,35 @@ class Decoder(Emu):
         if self.decoder.vae:
             x = self.vae.decode((x / self.decoder.vae.scale).astype(self.decoder.emu.compute), kernel=self.decoder.emu.attention).astype(jnp.float32)
         return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+class Decoder(Emu, Canvas):
+    """The towers of training: the Emu that makes the condition (without its LLM where that has no say), and what draws."""
+
+    def __init__(self, size: DecoderSize, rngs: nnx.Rngs):
+        Emu.__init__(self, size.emu, rngs)
+        if size.condition != "teacher_forced":
+            del self.llama, self.regress_head
+        Canvas.__init__(self, size, rngs)
+
+    def encoded(self, batch: Batch) -> Float[Array, "M N D"]:
+        """The visual tokens of every image of the batch."""
+        return self.encode(resized(rearrange(batch.images, "B I h w c -> (B I) h w c"), self.decoder.emu.vision.image))
+
+    def conditions(self, batch: Batch) -> Float[Array, "M N D"]:
+        """The condition of every image of the batch, M = B * I."""
+        size, (B, I) = self.decoder, batch.images.shape[:2]
+        if size.condition == "generated":
+            return rearrange(batch.conditions, "B I N D -> (B I) N D").astype(size.emu.compute)
+        z = self.encoded(batch)
+        if size.condition == "encoded":
+            return z
+        visual = rearrange(z, "(B I) N D -> B I N D", B=B)
+        x = self.interleave(batch.tokens, visual, batch.image_slots)
+        hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=size.emu.attention)
+        places = rearrange(batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2]), "B I N -> B (I N)")
+        predicted = self.regress_head(jnp.take_along_axis(hidden, places[..., None], 1, mode="clip"))
+        return rearrange(predicted, "B (I N) D -> (B I) N D", I=I)
 
 
 def resized(images: UInt8[Array, "M h w 3"], side: int) -> UInt8[Array, "M s s 3"]:

@@ -86,9 +86,10 @@ def vae_encoder(size: VaeSize, side: int) -> int:
 
 
 def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: float, **counts: float) -> dict[str, float]:
-    """As `train`, of a step that draws every image once; the LLM runs where the condition comes from it."""
-    text = {name: 0.0 if size.condition == "encoded" else value for name, value in counts.items()} | {"labels": 0.0}
-    work = {tower: value for tower, value in forward(size.emu, images=images, **text).items() if value}
+    """As `train`, of a step that draws every image once; the Emu's towers run as far as the condition comes from them."""
+    text = {name: value if size.condition == "teacher_forced" else 0.0 for name, value in counts.items()} | {"labels": 0.0}
+    read = 0.0 if size.condition == "generated" else images
+    work = {tower: value for tower, value in forward(size.emu, images=read, **text).items() if value}
     if size.vae:
         work["vae"] = images * vae_encoder(size.vae, size.image)
     return work | {"unet": (3 if trained.get("unet") else 1) * images * unet(size.unet, size.latents[0], size.emu.resampler.tokens)}

@@ -185,7 +185,7 @@ def test_the_papers_decoder():
 
 @pytest.mark.parametrize(("override", "message"), [
     ("model.decoder.image=9", "image=9 must be divisible by 2 .2 in the U-Net"),
-    ("model.decoder.condition=drawn", "is not one of encoded, teacher_forced"),
+    ("model.decoder.condition=drawn", "is not one of generated, teacher_forced, encoded"),
     ("model.decoder.unet.condition=16", "unet.condition=16: the model's visual tokens have the width 32"),
     ("model.decoder.unet.channels_in=4", "4 channels in and 3 out; pixels have 3"),
     ("model.decoder.diffusion.target=x0", "target='x0' is not one of"),
