@@ -227,8 +227,8 @@ def _load(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict]) -
             parts[name] = ocp.load_checkpointables(path, {name: jax.tree.map(placed, part)})[name]
         saved = arrays[name]
         uncast = {leaf: value for leaf, value in _flat(parts[name]).items() if str(value.dtype) == saved[leaf][0]}
-        for leaf, total in jax.device_get({leaf: _sum_of_bits(value) for leaf, value in uncast.items()}).items():
-            if total != saved[leaf][2]:
+        for leaf, value in uncast.items():
+            if _sum_of_bits(value) != saved[leaf][2]:
                 raise ValueError(f"the array {leaf!r} of {name!r} has changed since it was saved")
     return parts
 
@@ -250,14 +250,17 @@ def _check(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict], 
 
 def _describe(part: Any) -> dict[str, tuple[str, list[int], int]]:
     """{path: (dtype, shape, sum of its bits)} of every array."""
-    leaves = _flat(part)
-    sums = jax.device_get({leaf: _sum_of_bits(value) for leaf, value in leaves.items()})
-    return {leaf: (str(value.dtype), list(value.shape), int(sums[leaf])) for leaf, value in leaves.items()}
+    return {leaf: (str(value.dtype), list(value.shape), _sum_of_bits(value)) for leaf, value in _flat(part).items()}
+
+
+def _sum_of_bits(x: jax.Array | np.ndarray) -> int:
+    """Sum modulo 2^32 of the elements' bit patterns. Addition there has no order, so it is the same on every mesh. One after another:
+    many of them under way at once were seen to wait for each other for ever, on more CPU devices than cores."""
+    return int(_sum(x))
 
 
 @jax.jit
-def _sum_of_bits(x: jax.Array) -> jax.Array:
-    """Sum modulo 2^32 of the elements' bit patterns. Addition there has no order, so it is the same on every mesh."""
+def _sum(x: jax.Array) -> jax.Array:
     bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     return jnp.sum(bits, dtype=jnp.uint32)
 
