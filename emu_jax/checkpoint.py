@@ -21,6 +21,8 @@ from orbax.checkpoint import v1 as ocp
 from emu_jax import tree
 from emu_jax.config import UserError
 
+log = logging.getLogger(__name__)
+
 # Orbax logs every file at INFO, and the traceback of every thread at ERROR: what matters reaches us as an exception.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
 
@@ -122,7 +124,7 @@ class Checkpoints:
             try:
                 path.rmtree()
             except OSError as error:    # no reason to stop a run
-                logging.warning("cannot remove %s: %s", path, error)
+                log.warning("cannot remove %s: %s", path, error)
 
 
 def read_config(directory: str, step: int | None = None) -> dict:
@@ -175,7 +177,7 @@ def _newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Any
             raise
         except Exception as error:      # Orbax and TensorStore raise KeyError, ValueError, OSError, JSONDecodeError, ...
             reason = _reason(error)
-        logging.warning("checkpoint %s is damaged or incomplete and is passed over: %s", root / str(number), reason)
+        log.warning("checkpoint %s is damaged or incomplete and is passed over: %s", root / str(number), reason)
     raise UserError(f"no whole checkpoint in {root}; {number} is damaged: {reason}")
 
 

@@ -45,8 +45,8 @@ PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 trained, or stopped by a signal with everything saved; 2 for what the user can put right."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)     # as absl does, if Orbax's import has let it
+    logging.getLogger("emu_jax").setLevel(logging.INFO)
     try:
         train(config.load(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
