@@ -121,13 +121,15 @@ def plan(c: ConfigDict, devices: list[jax.Device]) -> Plan:
     """The run that `c` describes on `devices`. Raises UserError where they do not match."""
     if c.stage not in stages.STAGES:
         raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
+    if "decoder" in c.model:
+        raise UserError("fit compiles the stages emu and contrastive, whose work it can count; this config is of the stage decoder")
     stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
     abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
     mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
     train.check_rows(c, mesh)
     sharding.check(mesh, abstract)
     program = train.make_program(c, stage, size, abstract)
-    state = train.abstract_state(program, mesh, abstract, train.what_trains(c, abstract))
+    state = train.abstract_state(c, program, mesh, abstract, train.what_trains(c, abstract))
     return Plan(c, program, mesh, abstract, state, batch_shapes(c, mesh))
 
 

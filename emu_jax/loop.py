@@ -23,7 +23,7 @@ from emu_jax.checkpoint import Checkpoints
 from emu_jax.config import UserError, to_dict
 from emu_jax.data.loader import Item, Loader
 from emu_jax.journal import Journal, means
-from emu_jax.models import emu, flops
+from emu_jax.models import emu
 from emu_jax.stages import Stage
 from emu_jax.types import Batch, Metrics
 
@@ -45,7 +45,7 @@ class State:
 class Program:
     """All that a step needs beside its arrays."""
     stage: Stage
-    size: emu.EmuSize
+    size: Any                       # of the stage's module
     objective: dict                 # config.objective and the number of sources
     optimizer: optax.GradientTransformation
     groups: tree.Tree               # trainable leaf -> name under which its gradient's norm is logged
@@ -184,7 +184,7 @@ class Counts:
     """The speed of a run: what each step's batch held, over the time from one step's end to the next's."""
 
     def __init__(self, program: Program, c, state: State):
-        self.size, self.slots = program.size, program.size.resampler.tokens
+        self.work, self.slots = partial(program.stage.work, program.size), program.stage.emu(program.size).resampler.tokens
         params = tree.merge(state.trainable, state.frozen)
         self.trained = {tower: any(path.startswith(f"{tower}/") for path, _ in tree.leaves(state.trainable)) for tower in params}
         self.trained["heads"] = self.trained.get("regress_head", False)
@@ -208,8 +208,8 @@ class Counts:
         if not seconds:                       # the first step, which compiles, and those after a pause
             return values
         pairs = share * int((item.batch.positions + 1)[held].sum())
-        work = flops.train(self.size, self.trained, images=images, tokens=tokens, pairs=pairs,
-                           labels=share * float(item.batch.text_weights.sum()), regressed=images * self.slots)
+        work = self.work(self.trained, images=images, tokens=tokens, pairs=pairs,
+                         labels=share * float(item.batch.text_weights.sum()), regressed=images * self.slots)
         work = {tower: value for tower, value in work.items() if tower in self.towers}
         values |= {"step_time": seconds, "tokens_per_second": tokens / seconds, "images_per_second": images / seconds,
                    "flops_per_second": sum(work.values()) / seconds}

@@ -20,6 +20,7 @@ from emu_jax.config import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
+MATRICES = ("/w", "/base", "/added")        # how the paths of those end that are cast for arithmetic
 
 # Tower -> rows in reading order; beside each the weight's shape. Under blocks/ a leading L is scanned and never sharded.
 PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
@@ -58,6 +59,28 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     "regress_head": (("regress_head/w", P("fsdp", "tensor")),),        # D D
     "contrast": (
         ("contrast/.*", P()),                                          # small, of the warm-up only
+    ),
+    # The decoder's towers: images lie over all axes (`images`), so nothing is split over tensor. What has few channels is split on the other side.
+    "unet": (
+        ("unet/time/(up|down)/w", P(None, "fsdp")),                    # C|t t
+        ("unet/conv_in/w", P(None, None, None, "fsdp")),               # 3 3 c C
+        ("unet/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),  # 3 3 C C
+        ("unet/.*/resnets/[0-9]+/time/w", P("fsdp", None)),            # t C
+        ("unet/.*/(shortcut|into|out)/w", P("fsdp", None)),            # C C
+        ("unet/.*/(self|cross)/(q|k|v)/w", P("fsdp", None, None)),     # C|D H d
+        ("unet/.*/(self|cross)/o/w", P(None, None, "fsdp")),           # H d C
+        ("unet/.*/ffn/(up|gate)/w", P(None, "fsdp")),                  # C F
+        ("unet/.*/ffn/down/w", P("fsdp", None)),                       # F C
+        ("unet/conv_out/w", P(None, None, "fsdp", None)),              # 3 3 C c
+        ("unet/.*(bias|scale)", P()),                                  # C, t, F, c
+    ),
+    "vae": (
+        ("vae/(quant|post_quant)/w", P()),                             # c c, 2c 2c
+        ("vae/(encoder|decoder)/conv_in/w", P(None, None, None, "fsdp")),       # 3 3 3|c C
+        ("vae/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),       # 3 3 C C
+        ("vae/.*/(shortcut|attn/[qkvo])/w", P("fsdp", None)),          # C C
+        ("vae/(encoder|decoder)/conv_out/w", P(None, None, "fsdp", None)),      # 3 3 C 2c|3
+        ("vae/.*(bias|scale)", P()),                                   # C, c
     ),
 }
 
@@ -162,7 +185,7 @@ def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> 
     mesh = jax.sharding.get_abstract_mesh()
 
     def ready(path: str, w: jax.Array) -> jax.Array:
-        w = w.astype(dtype) if path.endswith(("/w", "/base", "/added")) else w
+        w = w.astype(dtype) if path.endswith(MATRICES) else w
         if mesh.empty or mesh.size == 1:
             return w
         spec = next(spec for pattern, spec in PARAMS[where.split("/")[0]] if re.fullmatch(pattern, path))[sliced:]

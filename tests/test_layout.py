@@ -12,7 +12,8 @@ ORDER = (
     ("hardware",),
     ("sharding",),
     ("models/*", "data/*"),
-    ("losses", "optim", *(f"weights/{name}" for name in ("convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "families"))),
+    ("losses", "optim", *(f"weights/{name}" for name in (
+        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "stable_diffusion", "families"))),
     ("stages",),
     ("checkpoint",),
     ("journal",),

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from emu_jax.config import UserError
 from emu_jax.data import sources
+from emu_jax.data.conditions import Conditions
 from emu_jax.data.images import FITS
 from emu_jax.data.mixture import COUNTS, Mixture, Stream
 from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
@@ -47,11 +48,12 @@ class Loader:
     after an evaluation's last document are empty: segments and weights 0. In an evaluation every process reads all
     streams, for none may end before the others.
 
+    conditions: the directory of what a decoder draws from; batches are DecoderBatches then.
     Raises UserError for settings that do not fit one another and for more corrupt records than `data.max_bad_share`.
     """
 
     def __init__(self, data: ConfigDict, seed: int, tokenizer: Tokenizer, n_visual: int, image_size: int,
-                 process: int = 0, processes: int = 1, eval: bool = False):
+                 process: int = 0, processes: int = 1, eval: bool = False, conditions: str = ""):
         rows = data.eval_mixture if eval else data.mixture
         _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
         self.data, self.eval, self.image_size, self.pad = data, eval, image_size, tokenizer.pad
@@ -62,6 +64,7 @@ class Loader:
         self.to_sequence = partial(make_sequence, tokenizer=tokenizer, n_visual=n_visual, max_tokens=data.tokens,
                                    max_images=data.images, image_first=data.image_first, labels=data.labels)
         self.fit = {"first_fit": first_fit, "best_fit": partial(best_fit, row_tokens=data.tokens, row_images=data.images)}[data.packing]
+        self.conditions = Conditions(conditions, "eval_mixture" if eval else "mixture", self._documents) if conditions else None
         self.state: dict = {}
         self.pool: ThreadPoolExecutor | None = None
         for name, source in zip(self.source_names, self.mixture.sources):
@@ -152,7 +155,7 @@ class Loader:
             return None
         ids = [row for stream, (rows, _) in zip(streams, results) if stream.number in self.owned for row in rows]
         state = {} if self.eval else {"num_streams": self.data.num_streams, "documents": self._documents, "streams": states}
-        return Item(batch, ids, state, stats)
+        return Item(self.conditions.attached(batch, ids) if self.conditions else batch, ids, state, stats)
 
 
 def merge(states: list[dict]) -> dict:

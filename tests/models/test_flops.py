@@ -12,12 +12,15 @@ P = make.program(make.cfg())
 
 
 def products(jaxpr, times=1):
-    """FLOPs of all matrix products of a jaxpr, a scan's as often as it runs."""
+    """FLOPs of all matrix products and convolutions of a jaxpr, a scan's as often as it runs."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contract, _), _ = equation.params["dimension_numbers"]
             total += times * 2 * equation.outvars[0].aval.size * int(np.prod([equation.invars[0].aval.shape[axis] for axis in contract]))
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval                    # height, width, in, out
+            total += times * 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[-1]
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             total += products(inner, times * (equation.params["length"] if equation.primitive.name == "scan" else 1))
     return total
