@@ -76,8 +76,8 @@ class Readers:
         try:
             reader = reader or self._make(self.sources, self.seconds)
             document, error = reader.ask(number, index)
-        except Lost:
-            reader = reader.end()                                 # None: the next question starts another
+        except BaseException:                                     # whatever it was: what it answers next may be to this question
+            reader = reader and reader.end()                      # None: the next question starts another
             raise
         finally:
             self._idle.put(reader)

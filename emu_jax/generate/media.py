@@ -47,7 +47,7 @@ def video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
     try:
         import av
 
-        from emu_jax.data.video import OPTIONS, upright         # one file, whatever it says of others
+        from emu_jax.data.video import OPTIONS, upright
     except ImportError:
         raise UserError(f"'{path}': videos are read with the package av: pip install av") from None
     try:

@@ -111,7 +111,8 @@ def test_a_film_shot_with_the_phone_upright_stands_upright(tmp_path):
         pixels[:, :32] = 255
         container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    plain, turned = (struct.pack(">9i", *numbers, 1 << 30) for numbers in ((65536, 0, 0, 0, 65536, 0, 0, 0), (0, 65536, 0, -65536, 0, 0, 48 << 16, 0)))
+    plain, turned = (struct.pack(">9i", *numbers, 1 << 30) for numbers in (
+        (65536, 0, 0, 0, 65536, 0, 0, 0), (0, 65536, 0, -65536, 0, 0, 48 << 16, 0)))
     data = (tmp_path / "film.mp4").read_bytes()
     track = data.index(b"tkhd")
     (tmp_path / "film.mp4").write_bytes(data[:track] + data[track:].replace(plain, turned, 1))
