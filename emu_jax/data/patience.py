@@ -23,6 +23,7 @@ from emu_jax.data.sources import Corrupt, Source
 log = logging.getLogger(__name__)
 
 START = 300.0           # seconds that a process may take to start: its imports come from a file system, too
+STARTS = 3              # how often one is started that does not live to its first question
 
 
 class Lost(Exception):
@@ -71,10 +72,10 @@ class Readers:
             self._idle.put(None)
 
     def ask(self, number: int, index: int) -> Document:
-        """Document `index` of source `number`. Raises what that raises, and Lost."""
+        """Document `index` of source `number`. Raises what that raises, Lost, and UserError where no process can be started."""
         reader = self._idle.get()
         try:
-            reader = reader or self._make(self.sources, self.seconds)
+            reader = reader or self._start()
             document, error = reader.ask(number, index)
         except BaseException:                                     # whatever it was: what it answers next may be to this question
             reader = reader and reader.end()                      # None: the next question starts another
@@ -84,6 +85,15 @@ class Readers:
         if error is not None:
             raise error
         return document
+
+    def _start(self) -> "_Thread | _Process":
+        for attempt in range(STARTS):
+            try:
+                return self._make(self.sources, self.seconds)
+            except Lost as error:
+                reason = str(error)
+                log.warning("a process that reads for the loader does not start: %s (attempt %d of %d)", reason, attempt + 1, STARTS)
+        raise UserError(f"a process that reads for the loader does not start: {reason}; data.processes=0 does without")
 
     def close(self) -> None:
         """Ends the readers that are idle; `ask` starts new ones."""
@@ -126,7 +136,7 @@ def _serve(sources: Sequence[Source], questions: queue.SimpleQueue, answers: que
 
 class _Process:
     """A Python of its own that knows reader.py and the sources, and nothing of JAX. Not forked, for JAX's threads hold locks, and not
-    multiprocessing's, which would import the program that trains. Raises UserError where it does not start."""
+    multiprocessing's, which would import the program that trains. Raises Lost where it does not start."""
 
     def __init__(self, sources: Sequence[Source], seconds: float):
         self.seconds = seconds
@@ -138,9 +148,9 @@ class _Process:
         self.link.settimeout(START)
         try:
             self._exchange(list(sources))
-        except Lost as error:
+        except Lost:
             self.end()
-            raise UserError(f"a process that reads for the loader does not start: {error}") from error
+            raise
         self.link.settimeout(seconds or None)
 
     def ask(self, number: int, index: int) -> tuple[Document | None, Exception | None]:

@@ -228,7 +228,7 @@ def test_nothing_outside_is_read(site, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(Path, "read_bytes", lambda self, original=Path.read_bytes: (opened.append(self.resolve()), original(self))[1])
     lines = told("html", site)
-    assert all(isinstance(lines[f"evil{number}.html"], str) for number in range(11))
+    assert all(isinstance(line := lines[f"evil{number}.html"], str) and "several pages" not in line for number in range(11))
     assert len(opened) > 15 and all(path.is_relative_to(site.resolve()) for path in opened)
     for name in ("../secret.png", "/etc/passwd", "link.png", "a/../../secret.png"):
         assert name not in archives.Files(site)

@@ -147,10 +147,15 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert len(set(pids)) == 2 and soon(lambda: not any(map(is_there, pids)))
 
 
-def test_a_process_that_does_not_start_is_said(processes, monkeypatch, capfd):
-    each = processes({})
+def test_a_process_that_does_not_start_is_started_again_and_then_said(processes, tmp_path, monkeypatch):
+    each, python, start = processes({}), tmp_path / "python", sys.executable
+    python.write_text(f"#!/bin/sh\nmkdir {tmp_path}/once 2>/dev/null && exit 3\nexec {start} \"$@\"\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert each[0].id == "d0"
+    each.readers.close()
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match=r"^a process that reads for the loader does not start: its process died \(exit 1\)$"):
+    with pytest.raises(UserError, match=r"^a process that reads for the loader does not start: its process died \(exit 1\); data.processes=0"):
         each[0]
 
 
