@@ -146,8 +146,8 @@ def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
         build.build("pairs", [Path(folder, "0.tar")], Path(folder, "set"), Options(), workers=1)
         data = get_config().data
         data.unlock()
-        for workers, processes in ((1, 0), (2, 0), (1, 1), (2, 2)):
-            data.update(dict(batch=8, tokens=512, images=8, num_streams=4, workers=workers, processes=processes,
+        for workers, readers in ((1, 0), (2, 0), (1, 1), (2, 2)):
+            data.update(dict(batch=8, tokens=512, images=8, num_streams=4, workers=workers, readers=readers,
                              mixture=(("web", 1.0, f"{folder}/set:train"),)))
             loader = Loader(data, 0, letters(), N, 224)
             count, start = 0, 0.0
@@ -156,7 +156,7 @@ def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
                 count += step and int((item.batch.image_slots < data.tokens).sum())
                 if step == steps:
                     break
-            results[f"{workers} threads, {processes} processes"] = count / (time.perf_counter() - start)
+            results[f"{workers} threads, {readers} readers"] = count / (time.perf_counter() - start)
             loader.close()
     return results
 

@@ -95,7 +95,7 @@ def data() -> ConfigDict:
         pack_lookahead=16,              # documents of a stream that wait to fill a row
         prefetch=2,                     # batches made ahead
         workers=4,                      # threads that fill rows, a host, and that read and decode where no processes do
-        processes=0,                    # processes that read and decode for them: one may crash or hang, and no Python waits for another; 0: none
+        readers=0,                      # processes that read and decode for them: one may crash or hang, and no Python waits for another; 0: none
         max_bad_share=0.01,             # above this share of corrupt records the run stops
         patience=120.0,                 # seconds that a record may take to come from the file system; 0: for ever
         retries=2,                      # how often it is asked for again, if it does not come or the disk fails

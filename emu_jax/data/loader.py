@@ -59,7 +59,7 @@ class Loader:
         self.data, self.eval, self.image_size, self.pad = data, eval, image_size, tokenizer.pad
         self.source_names = tuple(row[0] for row in rows)
         opened = [sources.open(row[2], image_size, data.fit) for row in rows]
-        self.readers = Readers(opened, data.processes or data.workers, data.patience, data.processes > 0)
+        self.readers = Readers(opened, data.readers or data.workers, data.patience, data.readers > 0)
         self.mixture = Mixture(self.source_names, tuple(float(row[1]) for row in rows), tuple(map(self._waited_for, range(len(rows)))),
                                data.num_streams, seed, tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows))
         self.owned = range(process * data.num_streams // processes, (process + 1) * data.num_streams // processes)
@@ -73,11 +73,11 @@ class Loader:
             log.info("source %s: %d documents", name, len(source))
         ahead = (2 + data.prefetch) * len(self.owned) * self._rows * data.images * 3 * image_size**2
         log.info("memory: %d MiB of batches made ahead, at most %d MiB of documents in the caches of the sources, %d documents that wait, "
-                 "%d processes that hold one each", ahead >> 20, len(rows) * CACHE_BYTES >> 20, len(self.owned) * data.pack_lookahead, data.processes)
+                 "%d processes that hold one each", ahead >> 20, len(rows) * CACHE_BYTES >> 20, len(self.owned) * data.pack_lookahead, data.readers)
 
     def __iter__(self) -> Iterator[Item]:
         self.close()
-        pool = self.pool = ThreadPoolExecutor(max(self.data.workers, self.data.processes), "data")
+        pool = self.pool = ThreadPoolExecutor(max(self.data.workers, self.data.readers), "data")
         states = self.state.get("streams", {})
         streams = [Stream(self.mixture, number, self.to_sequence, self.data.pack_lookahead, states.get(str(number)), self.eval, self.fit)
                    for number in (range(self.data.num_streams) if self.eval else self.owned)]
@@ -180,7 +180,7 @@ def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int],
 
 
 def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processes: int) -> None:
-    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("processes", 0), ("prefetch", 0),
+    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("readers", 0), ("prefetch", 0),
                         ("patience", 0), ("retries", 0),
                         ("tokens", n_visual + 3)):     # <s> and one image
         if data[name] < least:

@@ -93,7 +93,7 @@ class Readers:
             except Lost as error:
                 reason = str(error)
                 log.warning("a process that reads for the loader does not start: %s (attempt %d of %d)", reason, attempt + 1, STARTS)
-        raise UserError(f"a process that reads for the loader does not start: {reason}; data.processes=0 does without")
+        raise UserError(f"a process that reads for the loader does not start: {reason}; data.readers=0 does without")
 
     def close(self) -> None:
         """Ends the readers that are idle; `ask` starts new ones."""

@@ -110,9 +110,9 @@ from emu_jax.data import sources
 from emu_jax.data.loader import Loader
 from emu_jax.data.tokenizer import Tokenizer
 sources.CACHE_BYTES = 2 ** 24
-folder, processes = sys.argv[1], int(sys.argv[2])
+folder, readers = sys.argv[1], int(sys.argv[2])
 data = defaults()
-data.update(batch=64, tokens=512, images=1, num_streams=4, workers=2, processes=processes, mixture=(("text", 1.0, f"{folder}:train"),))
+data.update(batch=64, tokens=512, images=1, num_streams=4, workers=2, readers=readers, mixture=(("text", 1.0, f"{folder}:train"),))
 loader = Loader(data, 0, Tokenizer(256, lambda text: list(text.encode()), lambda ids: ""), 2, 4)
 next(item for item in loader if item.stats["epochs"]["text"] >= 1)
 loader.close()
@@ -132,8 +132,8 @@ def test_a_million_records_stream_in_bounded_memory(tmp_path):
         peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
     assert len(sources.open(f"{tmp_path}/1000000:train", 8)) == 1_000_000
     assert peaks[1] < peaks[0] + 64
-    for processes in (0, 2):
-        few, many = (subprocess.run([sys.executable, "-c", STREAM, f"{tmp_path}/{count}", str(processes)], check=True, stdout=subprocess.PIPE,
+    for readers in (0, 2):
+        few, many = (subprocess.run([sys.executable, "-c", STREAM, f"{tmp_path}/{count}", str(readers)], check=True, stdout=subprocess.PIPE,
                                     text=True).stdout.split() for count in (10_000, 1_000_000))
         assert int(many[0]) < int(few[0]) + 64 and int(many[1]) < int(few[1]) + 32
 

@@ -37,7 +37,7 @@ def loader(letters, memory, picture, monkeypatch):
     def make(seed=0, process=0, processes=1, eval=False, extra=None, **different):
         stored.update(extra or {})
         mixture = (("t", 3.0, "texts"), ("p", 1.0, "pairs"))
-        data = ConfigDict(dict(batch=8, tokens=24, images=2, num_streams=4, pack_lookahead=3, prefetch=2, workers=2, processes=0,
+        data = ConfigDict(dict(batch=8, tokens=24, images=2, num_streams=4, pack_lookahead=3, prefetch=2, workers=2, readers=0,
                                max_bad_share=0.2,
                                patience=5.0, retries=1, unreadable="skip", fit="squash", packing="first_fit",
                                tokenizer="", labels=("text", "</s>"), image_first=0.5, mixture=mixture, eval_mixture=mixture) | different)
@@ -301,7 +301,7 @@ def test_an_evaluation_is_one_pass_in_fixed_order(loader):
     (dict(batch=0), "data.batch is 0; it must be at least 1"),
     (dict(num_streams=0), "data.num_streams is 0"),
     (dict(workers=0), "data.workers is 0"),
-    (dict(processes=-1), "data.processes is -1"),
+    (dict(readers=-1), "data.readers is -1"),
     (dict(prefetch=-1), "data.prefetch is -1"),
     (dict(pack_lookahead=0), "data.pack_lookahead is 0"),
     (dict(images=0), "data.images is 0"),
@@ -372,12 +372,12 @@ def test_a_hung_file_system_is_survived(loader, memory):
 def test_batches_do_not_know_who_reads(loader):
     """Threads, one process or three; and one of three that is killed after every batch."""
     expected = list(islice(loader(), 8))
-    for processes in (1, 3):
-        for item, other in zip(expected, loader(processes=processes)):
+    for readers in (1, 3):
+        for item, other in zip(expected, loader(readers=readers)):
             same(item, other)
             assert (item.state, item.stats) == (other.state, other.stats)
-    dying = loader(processes=3, retries=5)
-    again = loader(processes=2)
+    dying = loader(readers=3, retries=5)
+    again = loader(readers=2)
     for number, (item, other) in enumerate(zip(expected, dying)):
         same(item, other)
         os.kill(children()[0], signal.SIGKILL)
@@ -399,8 +399,8 @@ def children():
 def test_hung_and_deadly_records_are_survived_in_processes(loader, tmp_path):
     """Records 3 and 9 hang, 20 kills its process, whoever reads them: they are skipped as corrupt, and every other document is read."""
     disk = Disk(tmp_path, {3: "hang", 9: "hang", 20: "die"}, size=30)
-    each = loader(mixture=(("h", 1.0, "disk"),), processes=2, patience=0.5, retries=1, max_bad_share=0.5, extra=dict(disk=disk))
+    each = loader(mixture=(("h", 1.0, "disk"),), readers=2, patience=0.5, retries=1, max_bad_share=0.5, extra=dict(disk=disk))
     seen = {id for item in islice(each, 6) for row in item.ids for id in row}
     assert seen == {f"h/d{k}" for k in range(30)} - {"h/d3", "h/d9", "h/d20"}
     with pytest.raises(UserError, match="cannot be read: (no answer within 0.5 seconds|its process died)"):
-        list(islice(loader(mixture=(("h", 1.0, "disk"),), processes=2, patience=0.5, retries=0, unreadable="stop", max_bad_share=0.5), 6))
+        list(islice(loader(mixture=(("h", 1.0, "disk"),), readers=2, patience=0.5, retries=0, unreadable="stop", max_bad_share=0.5), 6))

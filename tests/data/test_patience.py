@@ -155,7 +155,7 @@ def test_a_process_that_does_not_start_is_started_again_and_then_said(processes,
     assert each[0].id == "d0"
     each.readers.close()
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match=r"^a process that reads for the loader does not start: its process died \(exit 1\); data.processes=0"):
+    with pytest.raises(UserError, match=r"^a process that reads for the loader does not start: its process died \(exit 1\); data.readers=0"):
         each[0]
 
 
