@@ -399,7 +399,7 @@ def children():
 def test_hung_and_deadly_records_are_survived_in_processes(loader, tmp_path):
     """Records 3 and 9 hang, 20 kills its process, whoever reads them: they are skipped as corrupt, and every other document is read."""
     disk = Disk(tmp_path, {3: "hang", 9: "hang", 20: "die"}, size=30)
-    each = loader(mixture=(("h", 1.0, "disk"),), readers=2, patience=0.5, retries=1, max_bad_share=0.5, extra=dict(disk=disk))
+    each = loader(mixture=(("h", 1.0, "disk"),), readers=2, patience=1.5, retries=1, max_bad_share=0.5, extra=dict(disk=disk))
     seen = {id for item in islice(each, 6) for row in item.ids for id in row}
     assert seen == {f"h/d{k}" for k in range(30)} - {"h/d3", "h/d9", "h/d20"}
     with pytest.raises(UserError, match="cannot be read: (no answer within 0.5 seconds|its process died)"):
