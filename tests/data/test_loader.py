@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import logging
@@ -380,7 +381,8 @@ def test_batches_do_not_know_who_reads(loader):
     again = loader(readers=2)
     for number, (item, other) in enumerate(zip(expected, dying)):
         same(item, other)
-        os.kill(children()[0], signal.SIGKILL)
+        for pid in children()[:1]:
+            os.kill(pid, signal.SIGKILL)
         if number == 3:
             again.restore(json.loads(json.dumps(other.state)))
     for item, other in zip(expected[4:], again):
@@ -392,8 +394,13 @@ def test_batches_do_not_know_who_reads(loader):
 
 def children():
     """Processes of this one that read."""
-    pids = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
-    return [pid for pid in pids if b"emu_jax.data" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):            # threads and processes end meanwhile
+            for pid in map(int, (task / "children").read_text().split()):
+                if b"emu_jax.data" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+    return found
 
 
 def test_hung_and_deadly_records_are_survived_in_processes(loader, tmp_path):
