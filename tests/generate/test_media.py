@@ -91,6 +91,35 @@ def test_videos_that_are_none(tmp_path, make, told):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile 'secret.mp4'\nduration 1\n",
+                                  "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.9,\nsecret.mp4\n#EXT-X-ENDLIST\n"], ids=["concat", "hls"])
+def test_a_playlist_is_no_video(tmp_path, monkeypatch, text):
+    """It names other files, and FFmpeg would read them."""
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "secret.mp4", 20)
+    (tmp_path / "x.mp4").write_text(text)
+    with pytest.raises(UserError, match="is no usable video"):
+        media.video(tmp_path / "x.mp4", 28)
+
+
+def test_a_film_shot_with_the_phone_upright_stands_upright(tmp_path):
+    """Its matrix says a quarter turn clockwise: what is stored at the left is shown at the top."""
+    with av.open(str(tmp_path / "film.mp4"), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        pixels = np.zeros((48, 64, 3), np.uint8)
+        pixels[:, :32] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    plain, turned = (struct.pack(">9i", *numbers, 1 << 30) for numbers in (
+        (65536, 0, 0, 0, 65536, 0, 0, 0), (0, 65536, 0, -65536, 0, 0, 48 << 16, 0)))
+    data = (tmp_path / "film.mp4").read_bytes()
+    track = data.index(b"tkhd")
+    (tmp_path / "film.mp4").write_bytes(data[:track] + data[track:].replace(plain, turned, 1))
+    frame = media.video(tmp_path / "film.mp4", 28)[0]
+    assert frame[:12].mean() > 240 and frame[16:].mean() < 15
+
+
 def test_without_av(monkeypatch):
     real = builtins.__import__
 

@@ -3,7 +3,7 @@
 A record's `layout` says how its texts and images, each in order, become the parts of a document: "T" a text, "I" an
 image, "P" a pair of both whose order is drawn anew in every epoch. So "P" is a captioned picture, "TITI" a story.
 Conversations have a role and videos a time for each letter of it; `source` and `provenance` (JSON) say where it comes from.
-Builders yield `example(...)` under `FEATURES()`; `Records` reads, through Grain, without TensorFlow. Read next: ../builders/.
+Builders yield `example(...)` under `FEATURES()`; `Records` reads, without TensorFlow, and without JAX, which processes that read do without. Read next: ../builders/.
 """
 import io
 import json
@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from emu_jax.config import UserError
 from emu_jax.data import images
 from emu_jax.data.documents import Document, Pair, Picture, Text
-from emu_jax.data.sources import CACHE_BYTES, Corrupt
+from emu_jax.data.sources import Corrupt
 
 METADATA = {"emu_jax": "documents"}     # every builder's metadata has it: how `Records` knows its own
 
@@ -84,35 +84,24 @@ class Records:
         self._size, self._fit = image_size, fit
         self._length = info.splits[split].num_examples
         try:
-            self._raw = grain.sources.ArrayRecordDataSource(files)
+            self._raw = ArrayRecordDataSource(files)
         except Exception as error:                            # the reader's errors have no common type
             raise UserError(f"a file of '{folder}', split '{split}', is damaged: {' '.join(str(error).split())}") from error
         if len(self._raw) != self._length:
             raise UserError(f"the files of '{folder}', split '{split}', hold {len(self._raw)} records, not {self._length}")
-        self._cache: dict[int, Document] = {}
-        self._room = CACHE_BYTES
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Document:
-        """Document 0 <= index < len; its arrays may be shared and are read-only. Raises Corrupt, and IndexError beyond the end."""
+        """Document 0 <= index < len; its arrays are read-only. Raises Corrupt, and IndexError beyond the end."""
         if not 0 <= index < self._length:
             raise IndexError(f"{self.name} has {self._length} documents; there is no number {index}")
-        document = self._cache.get(index)
-        if document is None:
-            document, size = self._read(index)
-            if size <= self._room:                            # two threads may both count one document: the limit is a rough one
-                self._room -= size
-                self._cache[index] = document
-        return document
-
-    def _read(self, index: int) -> tuple[Document, int]:
         id = f"{self.name}[{index}]"
         try:
             raw = self._raw[index]
         except (RuntimeError, OSError) as error:              # a checksum that does not match, a disk that does not answer
-            raise Corrupt(id, " ".join(str(error).split())) from error
+            raise Corrupt(id, " ".join(str(error).split()), disk=isinstance(error, OSError)) from error
         try:
             fields = tf_example_pb2.Example.FromString(raw).features.feature
             texts = [text.decode() for text in fields["texts"].bytes_list.value]
@@ -132,8 +121,7 @@ class Records:
         told = iter(_told(text, *about) for text, about in zip(texts, _of_texts(layout, roles, times)))
         image = iter(pixels)
         part = {"T": lambda: next(told), "I": lambda: next(image), "P": lambda: Pair(next(image), next(told))}
-        document = Document(id, tuple(part[letter]() for letter in layout), source, provenance)
-        return document, sum(image.nbytes for image in pixels)
+        return Document(id, tuple(part[letter]() for letter in layout), source, provenance)
 
 
 def _told(text: str, role: str, time: float | None) -> str | Text:
