@@ -158,8 +158,8 @@ def test_sharded_over_eight_devices_equals_unsharded(tmp_path, family):
     size = emu.EmuSize.of(c.model.to_dict())
     specs = sharding.specs(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0)))
     placed = dict(tree.leaves(sharding.shardings(mesh, specs)))
-    sharded = dict(tree.leaves(transfer.load(made, placed)))
-    whole = {path: leaf for part in made.parts for path, leaf in tree.leaves(convert.from_theirs(part.table, part.tensors))}
+    sharded, whole = ({path: leaf for part in made.parts for path, leaf in tree.leaves(convert.from_theirs(part.table, part.tensors, where))}
+                      for where in (placed, None))
     same(sharded, {path: np.asarray(leaf) for path, leaf in whole.items()})
     for path, leaf in sharded.items():
         assert leaf.sharding.is_equivalent_to(placed[path], leaf.ndim), path
@@ -238,7 +238,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "must be a multiple of the patch of 14, and a source must" in says("--family=llama", source, CONFIG, "--image-size=28", to)
     assert "llama comes from" in says("--family=llama", source, "--family=llama", source, CONFIG, to)
     saved(tmp_path / "other.bin", {"w": np.zeros(3)})
-    assert "it looks like none of emu1, llama, t5-decoder, eva-clip; it holds w" in says("--family=llama", tmp_path / "other.bin", CONFIG, to)
+    assert "it looks like none of emu1, llama, t5-decoder, eva-clip, stable-diffusion; it holds w" in says("--family=llama", tmp_path / "other.bin", CONFIG, to)
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(os.system))
     assert "names posix.system" in says("--family=llama", tmp_path / "evil.bin", CONFIG, to)
     path = source / "config.json"
