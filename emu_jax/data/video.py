@@ -41,7 +41,7 @@ def chosen(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float
             for number, (time, frame) in enumerate(_frames(data)):
                 seen = number + 1
                 if number in wanted:
-                    kept[number] = time, _upright(frame)
+                    kept[number] = time, upright(frame)
                 if number == last:
                     return [kept[number] for number in wanted]
             if not seen:
@@ -60,11 +60,11 @@ def sampled(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
         for time, frame in _frames(data):
             first = time if first is None else first
             while shown is not None and due * every < time - first - 1e-6:
-                yield due * every, _upright(shown)
+                yield due * every, upright(shown)
                 due += 1
             shown, last = frame, time - first
         if shown is not None and due * every <= last + 1e-6:
-            yield due * every, _upright(shown)
+            yield due * every, upright(shown)
             due += 1
     except Exception as error:
         if not due:                     # what decoded before the damage is good
@@ -100,6 +100,7 @@ def _frames(data: bytes) -> Iterator[tuple[float, "av.VideoFrame"]]:
             yield (frame.time if frame.time is not None else number / float(rate or 25)), frame
 
 
-def _upright(frame: "av.VideoFrame") -> Frame:
+def upright(frame: "av.VideoFrame") -> Frame:
+    """Its pixels, turned as the file says."""
     image = frame.to_ndarray(format="rgb24")
     return np.ascontiguousarray(np.rot90(image, round((getattr(frame, "rotation", 0) or 0) / 90) % 4))

@@ -75,7 +75,7 @@ def import_(arguments: list[str]) -> int:
 
 
 def export(flags: argparse.Namespace) -> int:
-    for name, size in transfer.export(flags.family, flags.source, flags.to, dtype=flags.dtype).items():
+    for name, size in transfer.export(flags.family, flags.source, flags.to, ema=flags.ema, dtype=flags.dtype).items():
         print(f"{size:>16,} bytes  {flags.to}/{name}")
     return 0
 
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--family", required=True, choices=list(FAMILIES))
     out.add_argument("--from", dest="source", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints")
     out.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
+    out.add_argument("--ema", action="store_true", help="the moving average of the weights, where they have one")
     out.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it; default: as the checkpoint has it")
     check = commands.add_parser("verify", help="run our code on golden files and print its largest errors")
     check.add_argument("files", nargs="+", metavar="FILE.npz")

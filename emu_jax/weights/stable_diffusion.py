@@ -93,15 +93,15 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     one_of = lambda values: values[0] if len(set(values)) == 1 else list(values)
     blocks = lambda attends, way: [f"{'CrossAttn' * attending}{way}Block2D" for attending in attends]
     scheduler = _scheduler(Diffusion(**model["decoder"]["diffusion"]))
-    nothing = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer"), [None, None])
+    nothing = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer")}
     return {
         "model_index.json": {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **nothing,
                              "scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DConditionModel"],
                              "vae": ["diffusers", "AutoencoderKL"]},
         "scheduler/scheduler_config.json": scheduler,
         "unet/config.json": {
-            "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": one_of(unet.heads), "block_out_channels": list(unet.widths),
-            "center_input_sample": False, "cross_attention_dim": unet.condition, "down_block_types": blocks(unet.attends_down, "Down"),
+            "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": one_of(unet.heads),
+            "block_out_channels": list(unet.widths), "center_input_sample": False, "cross_attention_dim": unet.condition, "down_block_types": blocks(unet.attends_down, "Down"),
             "downsample_padding": 1, "flip_sin_to_cos": unet.cosine_first, "freq_shift": unet.frequency_shift, "in_channels": unet.channels_in,
             "layers_per_block": one_of(unet.resnets), "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
             "norm_eps": unet.eps, "norm_num_groups": unet.groups, "out_channels": unet.channels_out, "sample_size": side,

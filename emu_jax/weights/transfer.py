@@ -108,13 +108,13 @@ def write(made: Plan, to: str) -> None:
             bar.close()
 
 
-def export(name: str, directory: str, to: str, *, dtype: str | None = None, shard: int = files.SHARD) -> dict[str, int]:
-    """Writes the family's tensors in the checkpoint in `directory` into the new folder `to`; {file: bytes}. dtype: cast to it.
+def export(name: str, directory: str, to: str, *, ema: bool = False, dtype: str | None = None, shard: int = files.SHARD) -> dict[str, int]:
+    """Writes the family's tensors in the checkpoint in `directory` into the new folder `to`; {file: bytes}. ema: averaged. dtype: cast to it.
     Raises UserError for a checkpoint without them, or damaged, and then nothing is left."""
     family, folder = FAMILIES[name], Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} is there and not empty; choose another directory")
-    source = checkpoint.Slices(directory)
+    source = checkpoint.Slices(directory, ema=ema)
     model = config.from_dict(source.config["model"]).to_dict()
     try:
         table = family.table(family.size(model))

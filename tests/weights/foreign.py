@@ -57,11 +57,11 @@ def diffusion(path, unet=UNET1, dtype=np.float32, seed=0, schedule=PNDM, shard=N
     """A folder as diffusers saves it; {name: array} with "unet." and "vae." in front. `shard`: bytes of a file; `fp16`: named as that variant."""
     size, rng = stable_diffusion.Size(stable_diffusion.unet_size(unet), stable_diffusion.vae_size(VAE)), np.random.default_rng(seed)
     ours = {leaf: rng.standard_normal(shape, np.float32) for leaf, shape in stable_diffusion.shapes(size).items()}
-    arrays = {name: array.astype(dtype) for name, array in
-              convert.to_theirs(stable_diffusion.table(*size), convert.reader(tree.unflatten(ours)))}
-    for component, config in (("unet", unet), ("vae", VAE)):
+    theirs = convert.to_theirs(stable_diffusion.table(*size), convert.reader(tree.unflatten(ours)))
+    arrays = {name: array.astype(dtype) for name, array in theirs}
+    for component, said in (("unet", unet), ("vae", VAE)):
         (path / component).mkdir(parents=True)
-        (path / component / "config.json").write_text(json.dumps(config))
+        (path / component / "config.json").write_text(json.dumps(said))
         mine = {name.removeprefix(f"{component}."): array for name, array in arrays.items() if name.startswith(component)}
         files.write(path / component, "diffusion_pytorch_model", {name: (array.shape, array.dtype) for name, array in mine.items()},
                     iter(mine.items()), shard or files.SHARD, bare=True)
