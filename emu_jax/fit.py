@@ -137,8 +137,8 @@ def batch_shapes(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh) 
     at, stage, size = sharding.batch_sharding(mesh), program.stage, program.size
     one = empty_batch(1, c.data.tokens, c.data.images, stage.image(size), pad=0)
     if "decoder" in c.model and c.model.decoder.condition == "generated":
-        emu = stage.emu(size)
-        one = DecoderBatch(**vars(one), conditions=np.zeros((1, c.data.images, emu.resampler.tokens, emu.llama.width), np.float32))
+        towers = stage.emu(size)
+        one = DecoderBatch(**vars(one), conditions=np.zeros((1, c.data.images, towers.resampler.tokens, towers.llama.width), np.float32))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype, sharding=at), one)
 
 

@@ -79,11 +79,16 @@ def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
         _fixed("scheduler", config, dict(shift=(1.0,), use_dynamic_shifting=(False,)))
         return {"steps": steps, "beta_start": None, "beta_end": None, "zero_snr": None, "target": "flow"}
-    _fixed("scheduler", config, SCHEDULE_FIXED)
+    _fixed("scheduler", {"beta_schedule": "linear"} | config, SCHEDULE_FIXED)
     if (target := config.get("prediction_type", "epsilon")) not in TARGETS:
         raise UserError(f"the scheduler's config asks for prediction_type={target!r}, which is not built; {' and '.join(TARGETS)} are")
-    return {"steps": steps, "beta_start": config.get("beta_start", 0.0001), "beta_end": config.get("beta_end", 0.02),
-            "zero_snr": config.get("rescale_betas_zero_snr", False), "target": TARGETS[target]}
+    found = {"steps": steps, "beta_start": config.get("beta_start", 0.0001), "beta_end": config.get("beta_end", 0.02),
+             "zero_snr": config.get("rescale_betas_zero_snr", False), "target": TARGETS[target]}
+    try:
+        Diffusion(**found, min_snr=0.0)
+    except ValueError as error:
+        raise UserError(f"the scheduler's config: {error}") from error
+    return found
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -101,11 +106,11 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
         "scheduler/scheduler_config.json": scheduler,
         "unet/config.json": {
             "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": one_of(unet.heads),
-            "block_out_channels": list(unet.widths), "center_input_sample": False, "cross_attention_dim": unet.condition, "down_block_types": blocks(unet.attends_down, "Down"),
-            "downsample_padding": 1, "flip_sin_to_cos": unet.cosine_first, "freq_shift": unet.frequency_shift, "in_channels": unet.channels_in,
-            "layers_per_block": one_of(unet.resnets), "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
-            "norm_eps": unet.eps, "norm_num_groups": unet.groups, "out_channels": unet.channels_out, "sample_size": side,
-            "time_embedding_dim": None if unet.time == 4 * unet.widths[0] else unet.time,
+            "block_out_channels": list(unet.widths), "center_input_sample": False, "cross_attention_dim": unet.condition,
+            "down_block_types": blocks(unet.attends_down, "Down"), "downsample_padding": 1, "flip_sin_to_cos": unet.cosine_first,
+            "freq_shift": unet.frequency_shift, "in_channels": unet.channels_in, "layers_per_block": one_of(unet.resnets),
+            "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": unet.eps, "norm_num_groups": unet.groups,
+            "out_channels": unet.channels_out, "sample_size": side, "time_embedding_dim": None if unet.time == 4 * unet.widths[0] else unet.time,
             "transformer_layers_per_block": one_of(unet.depths), "up_block_types": blocks(unet.attends_up[::-1], "Up"),
             "use_linear_projection": unet.linear},
         "vae/config.json": {

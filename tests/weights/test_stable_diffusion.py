@@ -200,7 +200,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, capsys):
     path.write_text(json.dumps(PNDM | {"prediction_type": "v_prediction"}))
     assert "decoder.diffusion.target is 'v', not 'epsilon'" in says(sd, *overrides())
     for change, message in (({"beta_schedule": "linear"}, "beta_schedule='linear', which is not built"),
-                            ({"prediction_type": "sample"}, "prediction_type='sample', which is not built")):
+                            ({"prediction_type": "sample"}, "prediction_type='sample', which is not built"),
+                            ({"rescale_betas_zero_snr": True}, "the scheduler's config: diffusion.zero_snr=True leaves nothing")):
         path.write_text(json.dumps(PNDM | change))
         assert message in says(sd)
     path.write_text(json.dumps(PNDM))
