@@ -49,6 +49,8 @@ def size(model: Mapping[str, Any]) -> Size:
         raise UserError("its model has no decoder, as that of configs/decoder.py has")
     if not model["decoder"]["vae"]:
         raise UserError("its decoder draws pixels, without an autoencoder (model.decoder.vae), and is no Stable Diffusion")
+    if (patch := model["decoder"]["unet"]["patch"]) != 1:
+        raise UserError(f"its U-Net works on patches of {patch} (model.decoder.unet.patch), as no Stable Diffusion does")
     return Size(UNetSize(**model["decoder"]["unet"]), VaeSize(**model["decoder"]["vae"]))
 
 
