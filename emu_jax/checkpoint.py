@@ -173,15 +173,20 @@ def restore_params(directory: str, abstract_params: tree.Tree | None = None, *, 
 class Slices:
     """The parameters in the newest whole checkpoint, read a leaf or a layer of a stacked leaf at a time."""
 
-    def __init__(self, directory: str, step: int | None = None):
+    def __init__(self, directory: str, step: int | None = None, *, ema: bool = False):
+        """ema: where a leaf has a moving average, that one. Raises UserError for no whole checkpoint, and for one without averages."""
         root, step = _locate(directory, step)
         number, notes = _newest(root, step, _notes)
+        self._where, arrays = root / str(number), notes["manifest"]["arrays"]
+        if ema and "ema" not in arrays:
+            raise UserError(f"{self._where} has no moving average of the parameters: it was trained with optim.ema=0")
+        averaged = arrays["ema"] if ema else {}
+        described = arrays["params"] | averaged
         self.config: dict = notes["config"]
-        self.shapes = {path: (jnp.dtype(dtype), tuple(shape)) for path, (dtype, shape, _) in notes["manifest"]["arrays"]["params"].items()}
-        self._sums = {path: total for path, (_, _, total) in notes["manifest"]["arrays"]["params"].items()}
+        self.shapes = {path: (jnp.dtype(dtype), tuple(shape)) for path, (dtype, shape, _) in described.items()}
+        self._sums = {path: total for path, (_, _, total) in described.items()}
         self._read: dict[str, int] = {}
-        self._where = root / str(number)
-        self._store = cache(lambda path: ts.open(_array_spec(self._where, path), open=True).result())
+        self._store = cache(lambda path: ts.open(_array_spec(self._where, path, "ema" if path in averaged else "params"), open=True).result())
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """The leaf, or its `layer`-th slice. Raises UserError where it cannot be read."""
@@ -238,9 +243,9 @@ def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacke
                 folder.rmdir()
 
 
-def _array_spec(step: epath.Path, path: str) -> dict:
+def _array_spec(step: epath.Path, path: str, part: str = "params") -> dict:
     """TensorStore's words for where Orbax keeps an array."""
-    base = str(step / "params")
+    base = str(step / part)
     store = {"driver": "ocdbt", "base": f"{base if '://' in base else f'file://{base}'}/", "path": path.replace("/", ".") + "/"}
     return {"driver": "zarr3", "kvstore": store}
 

@@ -32,6 +32,7 @@ from emu_jax.journal import Journal, means
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT
 from emu_jax.models.decoder import resized
+from emu_jax.models.unet import CONDITIONED
 from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
 MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "drawing.", "eval.every", "eval.batches", "data.prefetch", "data.workers",
               "data.readers", "data.patience", "data.retries")
-CONDITIONED = "unet/.*/cross/(k|v)/w"      # [width of the condition, heads, width of a head]
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
@@ -95,8 +95,7 @@ def train(c: ConfigDict) -> loop.State:
         else:
             step = 0
             params = jax.jit(lambda key: at_rest(c, trains, emu.init(stage.module, size, key)), out_shardings=placed)(jax.random.key(c.seed))
-            loaded = {path: leaf for directory in filter(None, c.init.split(",")) for path, leaf in tree.leaves(load_weights(directory, params))}
-            params = tree.unflatten(dict(tree.leaves(params)) | loaded)
+            params, loaded = initial(c, params)
             if model.standardise and "visual_stats" in params and "visual_stats/mean" not in loaded:
                 params |= {"visual_stats": measure_visual_stats(program, params, make_loader(), placed["visual_stats"])}
             state = jax.jit(state_of, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
@@ -239,6 +238,12 @@ def _flat(values: dict, prefix: str = "") -> dict:
             for path, leaf in (_flat(value, f"{prefix}{key}.").items() if isinstance(value, dict) else [(prefix + key, value)])}
 
 
+def initial(c: ConfigDict, params: tree.Tree) -> tuple[tree.Tree, set[str]]:
+    """Fresh parameters with what the checkpoints of c.init hold in their place, and the paths of that; of two that hold a leaf the later counts."""
+    loaded = {path: leaf for directory in filter(None, c.init.split(",")) for path, leaf in tree.leaves(load_weights(directory, params))}
+    return tree.unflatten(dict(tree.leaves(params)) | loaded), set(loaded)
+
+
 def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
     """The leaves of the checkpoint in `directory` that `params` has too, laid out like those; says which towers came, which stay
     fresh and which are not used. A decoder's maps of its condition stay fresh where that has another width. Raises UserError where another
@@ -247,8 +252,8 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
     here = dict(tree.leaves(params))
     wider = [path for path, leaf in here.items() if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape]
     if wider:
-        log.warning("init %s: %d maps of the condition stay fresh: it has the width %d there and %d here",
-                    directory, len(wider), there[wider[0]][0], here[wider[0]].shape[0])
+        log.warning("init %s: %d maps of the condition stay fresh, for it has the width %d there and %d here: %s",
+                    directory, len(wider), there[wider[0]][0], here[wider[0]].shape[0], ", ".join(wider))
     shared = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
               for path, leaf in here.items() if path in there and path not in wider}
     towers = lambda paths: ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"

@@ -32,7 +32,8 @@ def is_video(path: Path) -> bool:
 def image(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The picture in a file, squashed to size x size. Raises UserError for a file that is missing, broken, too large or no image."""
     try:
-        return images.decode(path.read_bytes(), size)
+        with path.open("rb") as file:
+            return images.decode(file.read(images.MAX_BYTES + 1), size)         # no more of it, whatever its size
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}': {getattr(error, 'strerror', None) or error}") from error
 

@@ -19,6 +19,8 @@ from emu_jax.models import layers
 from emu_jax.models.attention import attention
 from emu_jax.models.convolution import Conv, GroupNorm, Resnet, doubled, in_order, numbered, pointwise
 
+CONDITIONED = "unet/.*/cross/(k|v)/w"      # the leaves that read the condition: [its width, heads, width of a head]
+
 
 @dataclass(frozen=True)
 class UNetSize:

@@ -18,6 +18,11 @@ from emu_jax.weights.convert import Table, Tensors
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+def emu_size(model: dict[str, Any]) -> EmuSize:
+    """Of config.model, also where a decoder stands beside the Emu."""
+    return EmuSize.of({name: part for name, part in model.items() if name != "decoder"})
+
+
 def emu_shapes(size: EmuSize) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of an Emu."""
     return {path: leaf.shape for path, leaf in tree.leaves(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0)))}
@@ -30,7 +35,9 @@ class Family:
     of config.model. `tensors`: their tensors under the table's names. `size` of config.model, and the `shapes` of our leaves.
 
     `components`: the subfolders, each with a config.json, in which some libraries keep the parts of a model; names in the table start with
-    "component/", and both config.json and what `config_json` makes are by component."""
+    "component.", config.json are by component, and `config_json` makes all the files of JSON by their paths.
+    `adapts`: a field of config.model of which the files may have another value than a given config, and a regex of the leaves that have other
+    shapes then: the import keeps theirs, and training starts those leaves fresh."""
     name: str
     sign: str
     table: Callable[[Any], Table]
@@ -38,10 +45,10 @@ class Family:
     config_json: Callable[[dict[str, Any], int], dict[str, Any]]
     assumes: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = lambda shapes, config: {}
     tensors: Callable[[Tensors], dict[str, Any]] = dict
-    size: Callable[[dict[str, Any]], Any] = EmuSize.of
+    size: Callable[[dict[str, Any]], Any] = emu_size
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
-    components: tuple[str, ...] = ("",)
-    stem: str = "model"                 # of the files that an export writes
+    components: tuple[str, ...] = ()
+    adapts: tuple[str, str] | None = None
 
 
 def layers(shapes: Shapes, pattern: str) -> int | None:

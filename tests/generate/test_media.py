@@ -14,9 +14,9 @@ from emu_jax.generate import media
 av = pytest.importorskip("av")
 
 
-def write_video(path, count, size=(32, 48)):
+def write_video(path, count, size=(32, 48), **options):
     """Frames that grow brighter."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", **options) as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         for number in range(count):
@@ -74,6 +74,19 @@ def sound(path):
         container.mux(stream.encode())
 
 
+def playlist(path):
+    """Names another file, which must not be read."""
+    write_video(path.with_name("other.mp4"), 9)
+    path.write_text("ffconcat version 1.0\nfile other.mp4\n")
+
+
+def claims(path):
+    """A video whose header says 50,000 x 50,000."""
+    write_video(path, 9, (64, 64), format="avi")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(struct.pack("<II", 64, 64), struct.pack("<II", 50_000, 50_000)))
+
+
 def cut(path):
     write_video(path, 200, (96, 96))
     path.write_bytes(path.read_bytes()[:400])
@@ -81,9 +94,9 @@ def cut(path):
 
 @pytest.mark.parametrize("make, told", [
     (lambda path: path.write_text("hello"), "is no usable video"), (lambda path: path.write_bytes(b""), "is no usable video"),
-    (sound, "has no video in it"),
+    (sound, "has no video in it"), (playlist, "no usable video"), (claims, "2500000000|50000 x 50000|no usable video"),
     (lambda path: write_video(path, 0), "no usable video|no frames|no video"), (cut, "no usable video"), (lambda path: None, "No such file")],
-    ids=["text", "empty", "sound", "frameless", "truncated", "missing"])
+    ids=["text", "empty", "sound", "playlist", "huge", "frameless", "truncated", "missing"])
 def test_videos_that_are_none(tmp_path, make, told):
     make(tmp_path / "x.mp4")
     with pytest.raises(UserError, match=rf"x\.mp4'.*({told})") as error:
