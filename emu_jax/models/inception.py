@@ -127,7 +127,7 @@ class Inception(nnx.Module):
         self.fc = nnx.Param(width ** -0.5 * jax.random.normal(rngs.params(), (width, CLASSES)))
         self.fc_bias = nnx.Param(jnp.zeros(CLASSES))         # the graph has it, FID's logits leave it out
 
-    def __call__(self, images: Float[Array, "M h w 3"]) -> dict[str, Float[Array, "M C"]]:
+    def __call__(self, images: Float[Array, "M h w 3"]) -> dict[str, Float[Array, "M _"]]:
         """Means over the image of the features after five layers, of `prepare`d images: "64", "192", "768", "2048" (FID's) and "logits_unbiased"."""
         out, x = {}, images
         for conv in STEM:
@@ -149,10 +149,10 @@ def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:
     return (x - 128) / 128
 
 
-def apply(params: dict, images: UInt8[Array, "M h w 3"]) -> dict[str, Float[Array, "M C"]]:
-    """`Inception` on a plain dict of parameters and uint8 images."""
+def apply(params: dict, images: Float[Array, "M 299 299 3"]) -> dict[str, Float[Array, "M _"]]:
+    """`Inception` on a plain dict of parameters and `prepare`d images."""
     graphdef = nnx.split(nnx.eval_shape(lambda: Inception(nnx.Rngs(0))))[0]
-    return nnx.merge(graphdef, params)(prepare(images))
+    return nnx.merge(graphdef, params)(images)
 
 
 def _bilinear(size: int) -> np.ndarray:

@@ -4,11 +4,12 @@ Statistics of a set are (mean, covariance) and are cached in a file. Read next: 
 """
 import zipfile
 from collections.abc import Callable, Iterable
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -44,27 +45,14 @@ def distance(a: Statistics, b: Statistics) -> float:
 
 
 def features(params: dict, images: Iterable[UInt8[np.ndarray, "h w 3"]], *, batch: int = 32, layer: str = "2048") -> Float[np.ndarray, "n C"]:
-    """Inception features of images, which may differ in size: neighbours of one size are a batch."""
-    run, out, waiting = jax.jit(partial(_layer, layer=layer)), [], []
-
-    def flush():
-        if waiting:
-            padded = np.stack(waiting + [waiting[0]] * (batch - len(waiting)))       # one shape, one compilation
-            out.append(np.asarray(run(params, padded))[:len(waiting)])
-            waiting.clear()
-
-    for image in images:
-        if waiting and (len(waiting) == batch or image.shape != waiting[0].shape):
-            flush()
-        waiting.append(image)
-    flush()
+    """Inception features of RGB images of any sizes. Raises UserError where there is none."""
+    run, out, images = jax.jit(lambda params, x: inception.apply(params, x)[layer]), [], iter(images)
+    while some := [inception.prepare(image[None])[0] for image in islice(images, batch)]:
+        padded = jnp.stack(some + some[:1] * (batch - len(some)))        # one shape, one compilation
+        out.append(np.asarray(run(params, padded))[:len(some)])
     if not out:
         raise UserError("FID: there are no images")
     return np.concatenate(out)
-
-
-def _layer(params, images, *, layer: str):
-    return inception.apply(params, images)[layer]
 
 
 def cached(path: Path, make: Callable[[], Statistics]) -> Statistics:
