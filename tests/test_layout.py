@@ -11,7 +11,7 @@ ORDER = (
     ("types", "tree", "config"),
     ("sharding",),
     ("models/*", "data/*"),
-    ("losses", "optim", "weights/convert", "weights/emu1"),
+    ("losses", "optim", "weights/convert", "weights/emu1", "weights/inception"),
     ("stages",),
     ("checkpoint",),
     ("journal",),

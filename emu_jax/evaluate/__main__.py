@@ -1,6 +1,7 @@
 """python -m emu_jax.evaluate --task=demo --checkpoint=DIR [--data=data/demo] [--warmup=DIR] [--out=DIR]: numbers, and a page to look at.
+python -m emu_jax.evaluate score --metric=NAME --predictions=FILE --references=FILE: scores of predictions, without a model (--help: the layouts).
 
-Read next: demo.py, report.py.
+Read next: demo.py, report.py; score.py.
 """
 import argparse
 import json
@@ -13,6 +14,10 @@ from emu_jax.config import UserError
 def main(arguments: list[str] | None = None) -> int:
     """0, or 2 for what the user can put right, said in one line."""
     try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments[:1] == ["score"]:
+            print(json.dumps(scores(arguments[1:]), indent=1, ensure_ascii=False))
+            return 0
         flags = _parse(arguments)
         print(demo(flags.checkpoint, flags.data, flags.warmup, flags.out))
     except (UserError, OSError) as error:
@@ -43,6 +48,20 @@ def demo(checkpoint: str, data: str, warmup: str | None, out: str | None) -> Pat
     return folder / "report.html"
 
 
+def scores(arguments: list[str]) -> dict:
+    """The numbers of `score`'s flags."""
+    from emu_jax.evaluate import score
+    parser = argparse.ArgumentParser(prog="python -m emu_jax.evaluate score", description="Scores of predictions, without a model, as JSON.",
+                                     epilog=score.LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = _fail
+    parser.add_argument("--metric", required=True, choices=list(score.METRICS))
+    parser.add_argument("--predictions", required=True, metavar="FILE")
+    parser.add_argument("--references", required=True, nargs="+", metavar="FILE", help="visdial takes two")
+    parser.add_argument("--wordnet", metavar="DIR", help="for wups: a folder with WordNet's files, as Debian's wordnet-base puts into /usr/share/wordnet")
+    flags = parser.parse_args(arguments)
+    return score.score(flags.metric, score.Job(flags.predictions, flags.references, flags.wordnet))
+
+
 def _shown(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
@@ -54,7 +73,7 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m emu_jax.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = _fail                            # one line, as everywhere
     parser.add_argument("--task", required=True, choices=["demo"], help="demo: drawings, scenes and stories, with a report")

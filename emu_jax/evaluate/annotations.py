@@ -74,8 +74,8 @@ def vizwiz(path: str) -> list[Example]:
     """VizWiz-VQA's train.json, val.json or test.json; an example's id is its image's name."""
     what = "VizWiz-VQA's annotations"
     with _fields(path, what):
-        return [Example(row["image"], row["image"], row["question"], tuple(answer["answer"] for answer in row.get("answers", ())), row.get("answer_type", ""))
-                for row in _list(path, load(path), None, what)]
+        return [Example(row["image"], row["image"], row["question"], tuple(answer["answer"] for answer in row.get("answers", ())),
+                        row.get("answer_type", "")) for row in _list(path, load(path), None, what)]
 
 
 def visdial(path: str) -> list[Example]:
@@ -186,7 +186,8 @@ def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) 
                     raise UserError(f"{annotations}: not {benchmark}'s annotations: its answers {'have' if not raw else 'lack'} a raw_answer")
                 marked[row["question_id"]] = row
         if missing := [str(row["question_id"]) for row in rows if row["question_id"] not in marked]:
-            raise UserError(f"{annotations}: no answers to {len(missing)} questions of {questions}: {', '.join(missing[:8])}{', ...' if missing[8:] else ''}")
+            raise UserError(f"{annotations}: no answers to {len(missing)} questions of {questions}: "
+                            f"{', '.join(missing[:8])}{', ...' if missing[8:] else ''}")
     with _fields(questions, what):
         of = lambda row: marked.get(row["question_id"], {})
         return [Example(str(row["question_id"]), f"COCO_{data['data_subtype']}_{row['image_id']:012}.jpg", row["question"],

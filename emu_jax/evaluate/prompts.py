@@ -1,15 +1,15 @@
-"""What the released chat model is asked in each benchmark, and what is kept of what it says (section 7 of its evaluation; emu.md's facts).
+"""What the released chat model is asked in each benchmark, and what is kept of what it says (the release's own evaluation).
 
-`{image}` stands for the picture's own tokens. The text-only examples of "two-shot" prompts go between system message and question.
+`{image}` stands for the picture's tokens, or for those of a video's frames.
 """
-import re
 from collections.abc import Sequence
 
 IMAGE = "{image}"
 IMAGE_SYSTEM = ("You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the image after I provide it to you. "
                 "Please answer my questions based on the given image.")
 VIDEO_SYSTEM = ("You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: "
-                "[IMG]ImageContent[/IMG]. You will be able to see the video after I provide it to you. Please answer my questions based on the given video.")
+                "[IMG]ImageContent[/IMG]. You will be able to see the video after I provide it to you. "
+                "Please answer my questions based on the given video.")
 CAPTION_ASK = "please provide an accurate and concise description of the given image. [ASSISTANT]: the image depicts a photo of"
 ANSWER_ASK = "based on the content of the image and common sense, please provide an accurate answer consisting of only one word or phrase."
 KNOWN = ("yes.", "no.")              # what may follow `known`; after "no." the answer is "unanswerable"
@@ -42,16 +42,18 @@ def free(question: str) -> str:
 
 def clean_caption(text: str) -> str:
     """Lower case, up to the first newline or end of sentence."""
-    return _until(text.strip(), ("\n", ". ")).strip().removesuffix(".").strip().lower()
+    return _until(text, ("\n", ". ")).lower()
 
 
 def clean_answer(text: str) -> str:
     """Lower case, up to the first newline, end of sentence, quote or comma, without a leading "it is" or article."""
-    text = _until(text.strip(), ("\n", ". ", '"', ", ")).strip().removesuffix(".").strip().lower()
-    return re.sub(r"^(it is|it's)\s+", "", text) if re.match(r"^(it is|it's)\s", text) else text
+    text = _until(text, ("\n", ". ", '"', ", ")).lower().removesuffix(".")
+    for start in ("it is ", "it's ", "a ", "an ", "the "):
+        text = text.removeprefix(start)
+    return text
 
 
 def _until(text: str, ends: Sequence[str]) -> str:
     for end in ends:
         text = text.split(end)[0]
-    return text
+    return text.strip()

@@ -143,7 +143,7 @@ class Inception(nnx.Module):
 
 
 def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:
-    """RGB of any size -> the network's input: resized as TensorFlow 1 did (bilinear, corners not aligned, no half-pixel centres), then (x - 128) / 128."""
+    """RGB of any size -> the network's input: resized as TensorFlow 1 did (bilinear, no corners aligned, no half pixels), then (x - 128) / 128."""
     rows, columns = (jnp.asarray(_bilinear(size)) for size in images.shape[1:3])
     x = jnp.einsum("yh,mhwc,xw->myxc", rows, images.astype(jnp.float32), columns, precision="highest")
     return (x - 128) / 128

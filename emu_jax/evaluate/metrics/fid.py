@@ -56,18 +56,25 @@ def features(params: dict, images: Iterable[UInt8[np.ndarray, "h w 3"]], *, batc
 
 
 def cached(path: Path, make: Callable[[], Statistics]) -> Statistics:
-    """The statistics in `path` (.npz with mu and sigma, as other FID codes write them); made and written if the file is not there.
-    Raises UserError for a file that holds something else."""
-    if not path.exists():
-        made = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        with part.open("wb") as file:
-            np.savez(file, mu=made.mean, sigma=made.cov)
-        part.replace(path)
-        return made
+    """The statistics in `path`; made and written if the file is not there."""
+    if path.exists():
+        return read(path)
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        np.savez(file, mu=made.mean, sigma=made.cov)
+    part.replace(path)
+    return made
+
+
+def read(path: Path) -> Statistics:
+    """The statistics in an .npz with mu and sigma, as other FID codes write them too. Raises UserError for a file that holds something else."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return Statistics(file["mu"].astype(np.float64), file["sigma"].astype(np.float64))
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            mean, cov = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: no statistics of a set of images (an .npz with mu and sigma)") from error
+    if mean.ndim != 1 or cov.shape != (len(mean),) * 2:
+        raise UserError(f"{path}: mu of shape {mean.shape} and sigma of shape {cov.shape} are no mean and covariance")
+    return Statistics(mean, cov)

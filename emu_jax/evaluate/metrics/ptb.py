@@ -41,7 +41,7 @@ STARTERS = "|".join(f"[{word[0]}]{word[1:]}" for word in (
 
 NAMES = {
     "space": f"[{SPACE}]",
-    "blank": rf"({{space}}|\r|\r?\n|[\u2028\u2029\u000B\u000C\u0085])",
+    "blank": r"({space}|\r|\r?\n|[\u2028\u2029\u000B\u000C\u0085])",
     "digit": r"({Nd}|[\u07C0-\u07C9])",
     "letter": rf"({{L}}|&[aeiouAEIOU](acute|grave|uml);|[{SIGNS}])",
     "word": r"{letter}({letter}|{digit})*([.!\?]{letter}({letter}|{digit})*)*",
@@ -62,7 +62,7 @@ NAMES = {
     "title": "Mr|Mrs|Ms|[M]iss|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Mt|Ft|Capt|Ste?|Ave|Pres|Lieut|Hon|Brig|"
              "Co?mdr|Pfc|Spc|Supts?|Det|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|Mme|Msgr|Sfc",
     "short": r"({month}|{day}|{state}|{company}|tel|est|ext|sq|Jr|Sr|Bros|(Ed|Ph)\.D|Blvd|Rd|Esq|etc|al|seq|Bldg)\.",
-    "before": r"([A-Za-z]|{initials}|{title}|vs|Alex|Wm|Jos|Cie|a\.k\.a|cf|TREAS|Ph|Invt|Elec|Natl|M[ft]g|Dept)",      # a name follows these
+    "before": r"([A-Za-z]|{initials}|{title}|vs|Alex|Wm|Jos|Cie|a\.k\.a|cf|TREAS|Ph|Invt|Elec|Natl|M[ft]g|Dept)",   # a name follows
     "part": r"({L}|{Nd})+",
     "joined": r"([dDoOlL]{quote}({L}|{Nd}))?{part}",                  # d'Avignon, O'Neill
     "things": r"{joined}([\-_\u058A\u2010\u2011]{joined})*",

@@ -66,8 +66,8 @@ class WordNet:
         subsumer = a if a in candidates else candidates[0]
         depth = self._depth(subsumer, max) + 1
         from_subsumer = {ROOT: 0} if subsumer == ROOT else self._distances(subsumer, rooted)
-        length = sum(min(some[synset] + distance for synset, distance in from_subsumer.items() if synset in some) if synset_ != subsumer else 0
-                     for synset_, some in ((a, up), (b, other_up)))
+        length = sum(min(distances[one] + steps for one, steps in from_subsumer.items() if one in distances)
+                     for synset, distances in ((a, up), (b, other_up)) if synset != subsumer)
         return 2 * depth / (length + 2 * depth)
 
     def _distances(self, synset: Synset, rooted: bool) -> dict[Synset, int]:
@@ -89,8 +89,7 @@ class WordNet:
             fields = self._fields(synset)
             start = 5 + 2 * int(fields[3], 16)
             pointers = [fields[start + 4 * k:start + 4 * k + 4] for k in range(int(fields[start - 1]))]
-            found = [[Synset("a" if kind == "s" else kind, int(place)) for symbol, place, kind, _ in pointers if symbol == wanted] for wanted in ("@", "@i")]
-            self._above[synset] = (*found[0], *found[1])
+            self._above[synset] = tuple(Synset(kind, int(place)) for symbol, place, kind, _ in pointers if symbol in ("@", "@i"))
         return self._above[synset]
 
     def _name(self, synset: Synset) -> str:
