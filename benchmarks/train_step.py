@@ -88,8 +88,8 @@ def main() -> int:
         return 2
     print(f"{'':22}" + "".join(f"{name:>12}" for name in found))
     for field, unit, scale in (("parameters", "M", 1e-6), ("step_time", "ms", 1e3), ("elements_per_second", "", 1), ("images_per_second", "", 1),
-                               ("padding", "%", 100), ("input_wait", "%", 100), ("flops_per_second", "GFLOP/s", 1e-9), ("matmul_peak", "GFLOP/s", 1e-9),
-                               ("share_of_peak", "%", 100)):
+                               ("padding", "%", 100), ("input_wait", "%", 100),
+                               ("flops_per_second", "GFLOP/s", 1e-9), ("matmul_peak", "GFLOP/s", 1e-9), ("share_of_peak", "%", 100)):
         print(f"{field:22}" + "".join(f"{row[field] * scale:12.1f}" for row in found.values()) + f"  {unit}")
     if flags.json:
         with open(flags.json, "w") as file:

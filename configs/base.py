@@ -58,9 +58,9 @@ def objective() -> ConfigDict:
         chunk=256,                      # tokens of a row whose logits exist at one time
         shift=0,                        # pixels by which training images are moved at random; the paper: no
         temperature=0.07,               # contrastive stage: of the softmax over the batch
-        readout_weight=4.0,             # contrastive stage: of the linear reading of the pixels
-        spread=1.0,                     # contrastive stage: of what the deviation of a visual token's dimension lacks of 1
-        decorrelate=0.1))               # contrastive stage: of the correlations between a visual token's dimensions
+        readout_weight=100.0,           # contrastive stage: of the linear reading of the pixels, whose squared error is soon some hundredths
+        spread=10.0,                    # contrastive stage: of what the deviation of a visual token's dimension lacks of 1
+        decorrelate=0.5))               # contrastive stage: of the correlations between a visual token's dimensions
 
 
 def optim() -> ConfigDict:

@@ -26,7 +26,7 @@ def get_config(stage: str = "emu"):
 def warmup(c):
     c.data.mixture = (("names", 0.5, "data/demo/names:train"), ("scenes", 0.5, "data/demo/scenes:train"))
     c.data.batch, c.data.tokens, c.data.images = 16, 128, 8
-    c.optim.steps = 400
+    c.optim.steps = 900
     c.optim.b2 = 0.98
     c.objective.shift = 3
     c.rules.peak_lr = ((".*", 2e-3),)
@@ -39,8 +39,8 @@ def emu(c):
                       ("stories", 0.1, "data/demo/stories:train"))
     c.data.eval_mixture = (("names", 1.0, "data/demo/names:held_out"), ("scenes", 1.0, "data/demo/scenes:held_out"),
                            ("stories", 1.0, "data/demo/stories:held_out"))
-    c.data.batch, c.data.tokens, c.data.images = 8, 128, 8
-    c.optim.steps = 2500
+    c.data.batch, c.data.tokens, c.data.images = 8, 128, 10
+    c.optim.steps = 2000
     c.eval.every = 500
     c.objective.chunk = 128
     c.rules.train = (("(vision|ln_visual|resampler)/.*", False), (".*", True))

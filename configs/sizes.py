@@ -37,7 +37,7 @@ SIZES = {
                 dict(tokens=8, width=256, depth=4, heads=4, ffn=1024),
                 dict(width=512, depth=8, heads=8, ffn=1376), dict(compute="float32")),
     "demo": (dict(image=64, patch=16, width=128, depth=4, heads=4, ffn=512, remat="none"),
-             dict(tokens=4, width=128, depth=2, heads=4, head_width=32, ffn=512, dropout=0.0, remat="none"),
+             dict(tokens=4, width=128, depth=2, heads=8, head_width=16, ffn=512, dropout=0.0, remat="none"),
              dict(vocab=2048, width=128, depth=4, heads=4, ffn=384, remat="none"),
              dict(compute="float32", standardise=True)),
     "debug": (dict(image=28, width=32, depth=2, heads=4, ffn=64),

@@ -241,7 +241,7 @@ def _check(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict], 
             if leaf not in saved:
                 raise UserError(f"{path} has no {name} {leaf!r}; it was saved by another model, or with other rules or optimizer")
             dtype, shape, _ = saved[leaf]
-            if tuple(shape) != value.shape or not partial and dtype != str(value.dtype):
+            if tuple(shape) != value.shape or (not partial and dtype != str(value.dtype)):
                 raise UserError(f"{name} {leaf!r} is {dtype}{shape} in {path}, but {value.dtype}{list(value.shape)} in this run's config")
         extra = sorted(saved.keys() - wanted.keys())
         if extra and not partial:

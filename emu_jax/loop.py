@@ -14,7 +14,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from einops import rearrange
 from jaxtyping import Array, Float, Int
@@ -130,12 +129,12 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
         number, item, metrics, waited = pending
         values = means(jax.device_get(metrics), loader.source_names)
         values |= counts.of(item, waited)
-        bad = int(values["bad_steps"])
-        if bad > counts.bad:
+        bad, before = int(values["bad_steps"]), counts.bad
+        if bad > before:
             log.warning("step %d left the weights as they were: loss %s, gradient norm %s; documents: %s", number, values.get("loss"),
                         values.get("grad_norm"), ", ".join(document for row in item.ids for document in row))
         counts.bad = bad
-        if number % c.log.every == 0 or bad:
+        if number % c.log.every == 0 or bad > before:
             journal.write(number, values)
 
     with stop_signals() as stopped:

@@ -13,7 +13,7 @@ from emu_jax.tree import Tree
 
 def schedule(c) -> optax.Schedule:
     """Share of the peak at a step, from `config.optim`: a linear warm-up, then its schedule. Raises UserError for an unknown one."""
-    warmup = int(round(c.warmup * c.steps))
+    warmup = round(c.warmup * c.steps)
     rest = max(c.steps - warmup, 1)
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(1.0, rest, alpha=c.final),

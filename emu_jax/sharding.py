@@ -1,7 +1,7 @@
 """The mesh and the one table that says where every parameter lives. Axes: data, fsdp, tensor.
 
 `data` holds copies, `fsdp` shards parameters, gradients and optimizer state, `tensor` splits heads, ffn and vocabulary.
-Rows of a batch lie over (data, fsdp). Models never name a mesh axis: they call the three helpers at the end.
+Rows of a batch lie over (data, fsdp). Models never name a mesh axis: they call the helpers at the end.
 Read next: models/layers.py, which gathers a block's weights with `gathered`.
 """
 import re
@@ -117,6 +117,15 @@ def constrain(values: Any, spec_tree: Any) -> Any:
 def rows(x: jax.Array) -> jax.Array:
     """Leading axis over (data, fsdp): activations of the language model, [B, T, D]."""
     return _constrain(x, P(ROWS))
+
+
+def cache(x: jax.Array) -> jax.Array:
+    """Rows over (data, fsdp) and heads over tensor, as the projections leave them, where they divide: a cache, [L, B, S, G, d]."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    fitting = lambda size, axes: axes if size % int(np.prod([mesh.shape[axis] for axis in axes])) == 0 else None
+    return _constrain(x, P(None, fitting(x.shape[1], ROWS), None, fitting(x.shape[3], ("tensor",))))
 
 
 def images(x: jax.Array) -> jax.Array:

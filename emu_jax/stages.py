@@ -76,37 +76,39 @@ def contrastive_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
 
 def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
     """Symmetric InfoNCE between each image's visual tokens and its document's text over the (micro-)batch, plus
-    `readout_weight` times the squared error of a linear reading of the pixels, plus VICReg's two terms (arXiv 2105.04906) on
-    each visual token's dimensions, without which they end small and in a few directions: `spread` times what each one's
-    deviation lacks of 1, and `decorrelate` times their squared correlations.
+
+    readout_weight x the squared error of a linear reading of the pixels,
+    spread x what the deviation of each dimension of a visual token lacks of 1, and
+    decorrelate x their squared correlations: VICReg's two terms (arXiv 2105.04906), without which they end small and in a few directions.
     Equal texts are no negatives of each other."""
     batch = shifted(batch, key, objective["shift"])
     pictures = rearrange(batch.images, "B I h w c -> (B I) h w c")
     counts = image_weights(batch).ravel()
+    mean_over = lambda equation, *values: jnp.einsum(equation, *values, counts) / jnp.maximum(counts.sum(), 1)
     visual = model.encode(pictures, key).astype(jnp.float32)
-    mean = jnp.einsum("mnd,m->nd", visual, counts) / jnp.maximum(counts.sum(), 1)
-    spread = jnp.einsum("mnd,m->nd", (visual - mean) ** 2, counts) / jnp.maximum(counts.sum(), 1)
+    mean = mean_over("mnd,m->nd", visual)
+    spread = mean_over("mnd,m->nd", (visual - mean) ** 2)
     z = (visual - mean) * jax.lax.rsqrt(spread + 1e-6)
+    lack = jax.nn.relu(1 - jnp.sqrt(spread + 1e-6)).mean()
+    correlation = mean_over("mnd,mne,m->nde", z, z)
+    spill = (jnp.square(correlation).sum((1, 2)) - jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)).mean() / z.shape[-1]
 
-    text = model.contrast.text(batch)
     unit = lambda x: x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
-    u, w = unit(model.contrast.image(z)), unit(rearrange(text, "B I D -> (B I) D"))
+    u, w = unit(model.contrast.image(visual)), unit(rearrange(model.contrast.text(batch), "B I D -> (B I) D"))
     logits = jnp.einsum("md,nd->mn", u, w, preferred_element_type=jnp.float32) / objective["temperature"]
     same = jax.lax.stop_gradient(w @ w.T > 1 - 1e-5) & ~jnp.eye(len(counts), dtype=bool)
     logits = jnp.where(same | (counts[None] == 0) | (counts[:, None] == 0), -1e9, logits)
-    right = jnp.diagonal(logits)
-    nll = (jax.nn.logsumexp(logits, 0) + jax.nn.logsumexp(logits, 1)) / 2 - right
-    top1 = (jnp.argmax(logits, 1) == jnp.arange(len(counts))) * counts
+    nll = (jax.nn.logsumexp(logits, 0) + jax.nn.logsumexp(logits, 1)) / 2 - jnp.diagonal(logits)
+    top1 = jnp.argmax(logits, 1) == jnp.arange(len(counts))
 
     small = pictures.astype(jnp.float32).reshape(len(counts), READOUT, pictures.shape[1] // READOUT, READOUT, -1, 3).mean((2, 4)) / 127.5 - 1
-    small -= jnp.einsum("mxyc,m->xyc", small, counts) / jnp.maximum(counts.sum(), 1)      # z has no mean either
-    pixels = ((model.contrast.pixels(z) - small) ** 2).mean((1, 2, 3))
-    correlation = jnp.einsum("mnd,mne,m->nde", z, z, counts) / jnp.maximum(counts.sum(), 1)
-    lack = jax.nn.relu(1 - jnp.sqrt(spread + 1e-6)).mean()
-    spill = (jnp.square(correlation).sum((1, 2)) - jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)).mean() / z.shape[-1]
-    loss = ((nll + objective["readout_weight"] * pixels + objective["spread"] * lack + objective["decorrelate"] * spill) * counts).sum() / jnp.maximum(totals["image"], 1)
-    return loss, {"correlation": (spill * counts.sum(), counts.sum()), "contrastive_loss": ((nll * counts).sum(), counts.sum()), "readout_loss": ((pixels * counts).sum(), counts.sum()),
-                  "top1": (top1.sum(), counts.sum()), "visual_variance": variance(visual, counts)}
+    pixels = ((model.contrast.pixels(visual) - small) ** 2).mean((1, 2, 3))
+
+    each = nll + objective["readout_weight"] * pixels + objective["spread"] * lack + objective["decorrelate"] * spill
+    per_image = lambda values: ((values * counts).sum(), counts.sum())
+    return (each * counts).sum() / jnp.maximum(totals["image"], 1), {
+        "contrastive_loss": per_image(nll), "readout_loss": per_image(pixels), "correlation": per_image(spill), "top1": per_image(top1),
+        "visual_variance": variance(visual, counts)}
 
 
 STAGES = {"emu": Stage(Emu, emu_weights, emu), "contrastive": Stage(Warmup, contrastive_weights, contrastive)}

@@ -22,9 +22,11 @@ from emu_jax import checkpoint, config, loop, optim, sharding, stages, tree
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Item, Loader
-from emu_jax.generate import text
+from emu_jax.generate.options import Options
+from emu_jax.generate.session import Session
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu
+from emu_jax.models.contrast import READOUT
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def train(c: ConfigDict) -> loop.State:
     print(parameter_table(abstract), flush=True)
 
     # Mesh and shardings.
-    mesh = sharding.make_mesh(c.mesh)
+    mesh = sharding.make_mesh(c.mesh.to_dict())
     check(c, mesh, abstract)
     program = make_program(c, stage, size, abstract)
     with jax.set_mesh(mesh):
@@ -68,6 +70,7 @@ def train(c: ConfigDict) -> loop.State:
         make_loader = partial(Loader, c.data, c.seed, tokenizer, size.resampler.tokens, size.vision.image,
                               process=jax.process_index(), processes=jax.process_count())
         loader = make_loader()
+        evaluate = held_out(program, mesh, make_loader(eval=True), c) if c.data.eval_mixture else None
 
         # State: resume, else weights, else scratch.
         workdir = Path(c.workdir)
@@ -93,9 +96,8 @@ def train(c: ConfigDict) -> loop.State:
         # Train.
         journal = Journal(workdir, start=step, steps=c.optim.steps)
         try:
-            return loop.run(c, program, state, mesh, loader, checkpoints, journal,
-                            evaluate=held_out(program, mesh, make_loader(eval=True), c) if c.data.eval_mixture else None,
-                            pictures=pictures(program, tokenizer) if "llama" in abstract else None)
+            return loop.run(c, program, state, mesh, loader, checkpoints, journal, evaluate,
+                            pictures=pictures(program, mesh, tokenizer, c.data.tokens) if "llama" in abstract else None)
         finally:
             loader.close()
             journal.close()
@@ -142,7 +144,8 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     places = [(name, path) for name, _, path in (*c.data.mixture, *c.data.eval_mixture)]
     missing = [what for absent, what in (
         (not c.workdir, "a workdir (--config.workdir=DIR)"),
-        (not Path(c.data.tokenizer).is_file(), f"the tokenizer {c.data.tokenizer!r} (--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"),
+        (not Path(c.data.tokenizer).is_file(),
+         f"the tokenizer {c.data.tokenizer!r} (--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"),
         (not places, "data (--config.data.mixture=\"(('NAME', WEIGHT, 'FOLDER:SPLIT'), ...)\")"),
         *((not Path(path.rpartition(":")[0]).is_dir(), f"the source {name!r} at {path!r}") for name, path in places)) if absent]
     if missing:
@@ -150,6 +153,8 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     rows = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
     if c.optim.accumulate < 1 or c.data.batch % (rows * c.optim.accumulate):
         raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
+    if "contrast" in abstract and c.model.vision.image % READOUT:
+        raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     size = lambda part: 4 * sum(leaf.size for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
@@ -160,11 +165,14 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:
-    """Makes the workdir this config's own. Raises UserError if it is another's, naming the fields that differ."""
+    """Makes the workdir this config's own. Raises UserError if it is another's, naming the fields that differ, or cannot be written into."""
     path = workdir / "config.json"
     new = config.to_dict(c)
     if path.exists():
-        old = _flat(json.loads(path.read_text()))
+        try:
+            old = _flat(json.loads(path.read_text()))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}; every checkpoint in {workdir} holds the config too") from error
         now = _flat(new)
         differ = [key for key in sorted(old.keys() | now.keys()) if old.get(key) != now.get(key) and not key.startswith(MAY_DIFFER)]
         if differ:
@@ -172,8 +180,13 @@ def claim(workdir: Path, c: ConfigDict) -> None:
                             ", ".join(f"{key} was {old.get(key)!r} and is {now.get(key)!r}" for key in differ[:4]) +
                             (f" and {len(differ) - 4} more" if len(differ) > 4 else "") + "; choose another workdir")
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(new, indent=1) + "\n")
+        part = path.with_suffix(".part")
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(new, indent=1) + "\n")
+            part.replace(path)                  # whole or not at all
+        except OSError as error:
+            raise UserError(f"cannot write into the workdir {workdir}: {error.strerror}") from error
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
@@ -229,14 +242,13 @@ def held_out(program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: 
     return evaluate
 
 
-def pictures(program: loop.Program, tokenizer: tokenizers.Tokenizer) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
+             context: int) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
     """pictures(params, item): some images of a batch and what the model says of them."""
-    caption = jax.jit(partial(text.caption, program.size, new_tokens=24))
-
     def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
         images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]][:PICTURES]
-        ids = caption(params, jnp.asarray(np.resize(images, (PICTURES, *images.shape[1:]))))
-        return images, [tokenizer.decode(text.until_end(row)) for row in np.asarray(ids)[:len(images)]]
+        session = Session(program.size, params, tokenizer, context=context, mesh=mesh)
+        return images, session.texts([[image] for image in images], Options(max_new_tokens=24))
     return show
 
 

@@ -29,3 +29,22 @@ class Batch:
     image_slots: Int[Array, "B I"]      # T for no image
     image_weights: Float[Array, "B I"]  # 1 where the image is regressed
     sources: Int[Array, "B T"]          # index of the document's source in the mixture, for losses per source
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values, of every layer, of what an LLM has read, and room for more.
+
+    Its first `filled` slots are in use, in every row; segments is 0 where a slot of a row holds nothing: padding of a shorter
+    prompt, or a slot that is still free.
+    """
+    k: Float[Array, "L B S G d"]
+    v: Float[Array, "L B S G d"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    filled: Int[Array, ""]
+    fresh: bool = flax.struct.field(pytree_node=False)      # nothing is in it yet: what is read first looks at itself alone, by any kernel
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[2]

@@ -17,5 +17,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # Not types.py and loop.py: JAX rebuilds their structs with what is no array.
-jaxtyping.install_import_hook([f"emu_jax.{name}" for name in ("models", "data", "generate", "weights", "evaluate", "verify", "losses", "sharding", "stages",
-                                                              "optim", "tree", "config", "checkpoint", "journal", "train")], "beartype.beartype")
+CHECKED = ("models", "data", "generate", "weights", "evaluate", "verify", "losses", "sharding", "stages", "optim", "tree", "config", "checkpoint",
+           "journal", "train")
+jaxtyping.install_import_hook([f"emu_jax.{name}" for name in CHECKED], "beartype.beartype")

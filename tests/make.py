@@ -20,6 +20,12 @@ def cfg(*overrides: str, size: str = "debug"):
     return config.load([f"--config=configs/base.py:{size}", *(f"--config.{override}" for override in (*small, *overrides))])
 
 
+def warm_cfg(*overrides: str):
+    """`cfg` of the contrastive stage, whose reading of the pixels wants images of a multiple of 16, and whose model has no llama."""
+    return cfg("stage=contrastive", "model.vision.image=32", "model.vision.patch=16", "rules.peak_lr=(('.*', 1e-3),)",
+               "rules.groups=(('vision/.*', 'vision'), ('.*', 'rest'))", *overrides)
+
+
 def documents(count: int, size: int, seed: int = 0) -> list[Document]:
     """Documents of one to three parts, texts and images in any order."""
     rng = np.random.default_rng(seed)

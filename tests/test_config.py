@@ -65,8 +65,8 @@ def test_bad_arguments_are_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["def get_config(:", "import nothing_of_that_name", "def get_config(): return undefined", "def get_config(): return {}",
-                                  "def get_config(): return {}['a']", "def get_config(): open('/nothing/there')"])
+@pytest.mark.parametrize("text", ["def get_config(:", "import nothing_of_that_name", "def get_config(): return undefined",
+                                  "def get_config(): return {}", "def get_config(): return {}['a']", "def get_config(): open('/nothing/there')"])
 def test_a_config_file_that_fails_is_one_line(tmp_path, text):
     path = tmp_path / "mine.py"
     path.write_text(text)

@@ -63,7 +63,7 @@ def test_imports_run_one_way(path):
     module = own(path)
     for imported in ours(path):
         same_folder = "/" in module and imported.split("/")[0] == module.split("/")[0]
-        assert height(imported) < height(module) or same_folder and height(imported) <= height(module), f"{module} imports {imported}"
+        assert height(imported) < height(module) or (same_folder and height(imported) <= height(module)), f"{module} imports {imported}"
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if own(path).startswith("data")], ids=own)

@@ -38,7 +38,8 @@ def test_the_decoders_published_schedule():
     (["warmup=2000"], r"optim.warmup=2000.0 is a share of the steps, 0 to 1"),
     (["warmup=-0.1"], "optim.warmup=-0.1 is a share"),
     (["steps=0"], "optim.steps=0 at least 1"),
-    (["schedule=stepped", "boundaries=((8, 0.5), (4, 0.1))"], r"optim.boundaries=.* \(step, share of the peak\) pairs, steps rising from the warm-up's end, 2"),
+    (["schedule=stepped", "boundaries=((8, 0.5), (4, 0.1))"],
+     r"optim.boundaries=.* \(step, share of the peak\) pairs, steps rising from the warm-up's end, 2"),
     (["schedule=stepped", "boundaries=((1, 0.5),)"], "optim.boundaries="),
     (["schedule=stepped", "boundaries=(4, 0.5)"], "optim.boundaries=")])
 def test_a_wrong_schedule_is_one_line(overrides, message):

@@ -72,8 +72,8 @@ def test_mesh(sizes, shape):
 
 @pytest.mark.parametrize(("sizes", "message"), [
     ((1, 3, -1), "does not match 8 devices: the product of its axes must be 8"), ((1, 4, 1), "does not match 8 devices"),
-    ((2, 2, 4), "does not match 8 devices"), ((-1, -1, 1), "at most one is -1"), ((0, -1, 1), "sizes are positive"), ((1, 8, 0), "sizes are positive"),
-    ((-2, 4, 1), "sizes are positive"), ((-2, -4, 1), "sizes are positive")])
+    ((2, 2, 4), "does not match 8 devices"), ((-1, -1, 1), "at most one is -1"), ((0, -1, 1), "sizes are positive"),
+    ((1, 8, 0), "sizes are positive"), ((-2, 4, 1), "sizes are positive"), ((-2, -4, 1), "sizes are positive")])
 def test_a_mesh_that_does_not_match_is_one_line(sizes, message):
     with pytest.raises(UserError, match=rf"mesh {{'data': {sizes[0]}, .*{message}"):
         sharding.make_mesh(dict(zip(sharding.AXES, sizes)))

@@ -5,7 +5,7 @@ beside them stands what needs none, the caption of the nearest training scene in
 """
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,16 +21,18 @@ from emu_jax import checkpoint, tree
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import sources
 from emu_jax.data import tokenizer as tokenizers
-from emu_jax.data.sequence import Document, Pair, make_sequence
+from emu_jax.data.sequence import Pair
 from emu_jax.data.sources import Source
 from emu_jax.evaluate import history
 from emu_jax.evaluate.history import Number
-from emu_jax.generate import image as drawing
-from emu_jax.generate import text
+from emu_jax.generate.options import Options
+from emu_jax.generate.session import Parts, Session
 from emu_jax.models import emu
 
-BATCH = 128             # images or prompts at once; every batch has this shape, so each function is compiled once
+BATCH = 128             # images or prompts at once
 NEW_TOKENS = 24         # of a caption; the longest name has 15
+IN_CONTEXT = 400        # drawings of the examples in context
+LONGEST = 1024          # elements of a prompt and its answer: more than any has here
 TOP = 5
 ENCODER = ("vision", "ln_visual", "resampler")
 
@@ -67,54 +69,32 @@ class Result:
     captions: dict[str, list[Told]]     # by group: names_train, names_held_out, scenes_held_out
     drawn: list[Drawn]
     stories: list[list[Told]]       # the images of each held-out story that is told image by image
+    in_context: list[list[Told]]    # training drawings: some with their names, and one that the model names after them
     lines: list[history.Line]       # metrics.jsonl of the run, and of its warm-up
     warmup_lines: list[history.Line]
 
 
 class Model:
-    """A trained Emu as functions from NumPy arrays to NumPy arrays, in batches of one shape."""
+    """A trained Emu, asked many things of one kind at once."""
 
     def __init__(self, size: emu.EmuSize, params: tree.Tree, tokenizer: tokenizers.Tokenizer):
         self.size, self.params, self.tokenizer = size, jax.tree.map(jax.numpy.asarray, params), tokenizer
+        self.session = Session(size, self.params, tokenizer, context=LONGEST, batch=BATCH)
 
     def encode(self, images: UInt8[np.ndarray, "M h w 3"]) -> Float[np.ndarray, "M N D"]:
         """Visual tokens as the LLM gets them."""
-        call = jax.jit(lambda params, images: emu.bind(emu.Emu, self.size, params).encode(images).astype(np.float32))
-        return _batched("encoding", partial(call, self.params), images)
+        return self.session.encode(images, "encoding")
 
     def caption(self, images: UInt8[np.ndarray, "M h w 3"]) -> list[str]:
-        call = jax.jit(partial(text.caption, self.size, new_tokens=NEW_TOKENS))
-        return self._texts(_batched("captions", partial(call, self.params), images))
+        return self.continue_([(image,) for image in images], "captions")
 
     def draw(self, names: list[str]) -> Float[np.ndarray, "M N D"]:
         """The visual tokens regressed from `<s> name [IMG]`, each fed back."""
-        prompts = [[self.tokenizer.bos, *self.tokenizer.encode(name)] for name in names]
-        call = jax.jit(lambda *inputs: drawing.regress(self.size, *inputs).astype(np.float32))
-        return _batched("drawing", partial(call, self.params), _rows(prompts), np.array([len(prompt) for prompt in prompts]))
+        return self.session.images([[name] for name in names], progress="drawing")
 
-    def continue_(self, documents: list[Document], max_images: int) -> list[str]:
-        """What follows documents of texts and images, greedily."""
-        prompts = [make_sequence(document, self.tokenizer, n_visual=self.size.resampler.tokens, max_tokens=1 << 16, max_images=max_images,
-                                 image_first=1.0, labels=(), rng=np.random.default_rng(0)) for document in documents]
-        tokens = _rows([prompt.tokens[:-1].tolist() for prompt in prompts])      # without </s>
-        slots = np.full((len(prompts), max_images), tokens.shape[1])
-        images = np.zeros((len(prompts), max_images, *prompts[0].images.shape[1:]), np.uint8)
-        for row, prompt in enumerate(prompts):
-            slots[row, :len(prompt.image_slots)], images[row, :len(prompt.images)] = prompt.image_slots, prompt.images
-        call = jax.jit(partial(_continue, self.size))
-        lengths = np.array([len(prompt.tokens) - 1 for prompt in prompts])
-        return self._texts(_batched("stories", partial(call, self.params), tokens, lengths, images, slots))
-
-    def _texts(self, ids: Int[np.ndarray, "M new"]) -> list[str]:
-        return [plain(self.tokenizer.decode(text.until_end(row))) for row in ids]
-
-
-def _continue(size: emu.EmuSize, params: tree.Tree, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], images: UInt8[Array, "B I h w 3"],
-              slots: Int[Array, "B I"]) -> Int[Array, "B new"]:
-    model = emu.bind(emu.Emu, size, params)
-    visual = model.encode(rearrange(images, "B I h w c -> (B I) h w c"))
-    x = model.interleave(tokens, rearrange(visual, "(B I) N D -> B I N D", B=len(tokens)), slots)
-    return text.greedy(model, x, lengths, NEW_TOKENS)
+    def continue_(self, prompts: Sequence[Parts], progress: str = "stories") -> list[str]:
+        """What follows texts and images, greedily."""
+        return [plain(said) for said in self.session.texts(prompts, Options(max_new_tokens=NEW_TOKENS), progress=progress)]
 
 
 def evaluate(directory: str, data: str, warmup: str | None = None) -> Result:
@@ -141,12 +121,12 @@ def evaluate(directory: str, data: str, warmup: str | None = None) -> Result:
     drawings = captions["names_train"] + captions["names_held_out"]
     visual = model.encode(np.stack([told.image for told in drawings]))
     drawn, numbers = _retrieval(drawings, len(names), visual, model.draw([told.true for told in drawings]))
-    told = _stories(model, stories)
-    numbers |= _numbers(captions) | _story_numbers(told) | history.variance(lines)
+    told, in_context = _stories(model, stories), _in_context(model, captions["names_train"])
+    numbers |= _numbers(captions) | _story_numbers(told) | _in_context_numbers(in_context) | history.variance(lines)
     numbers |= {"visual_rank": effective_rank(visual)} | _raw_variance(model, before, visual, np.stack([told.image for told in drawings]))
     numbers |= {f"speed/{name}": value for name, value in history.speed(lines).items()}
     numbers |= {f"warmup_speed/{name}": value for name, value in history.speed(warmup_lines).items()}
-    return Result(config, numbers, targets(numbers), captions, drawn, told, lines, warmup_lines)
+    return Result(config, numbers, targets(numbers), captions, drawn, told, in_context, lines, warmup_lines)
 
 
 def targets(numbers: dict[str, Number]) -> list[Target]:
@@ -304,8 +284,7 @@ def _stories(model: Model, source: Source) -> list[list[Told]]:
     places = [(story, at) for story in stories for at in range(1, len(story.parts), 2)]
     if not places:
         return []
-    most = max(len(story.parts) // 2 for story in stories)
-    said = model.continue_([Document(story.id, story.parts[:at]) for story, at in places], most)
+    said = model.continue_([story.parts[:at] for story, at in places])
     told = [Told(story.id, story.parts[at - 1], plain(story.parts[at]), " ".join(words.split()[:len(story.parts[at].split())]))
             for (story, at), words in zip(places, said, strict=True)]
     return [[sentence for sentence in told if sentence.id == story.id] for story in stories]
@@ -315,6 +294,17 @@ def _story_numbers(stories: list[list[Told]]) -> dict[str, Number]:
     sentences = [told for story in stories for told in story]
     return {"stories_held_out_count": len(sentences),
             "stories_held_out_exact": float(np.mean([told.true == told.said for told in sentences]))} if sentences else {}
+
+
+def _in_context(model: Model, drawings: list[Told]) -> list[list[Told]]:
+    """Drawings by fours: three with their names, and a fourth that the model names after having read them."""
+    fours = [drawings[start:start + 4] for start in range(0, min(len(drawings), IN_CONTEXT) - 3, 4)]
+    said = model.continue_([[*(part for told in four[:3] for part in (told.image, told.true)), four[3].image] for four in fours], "in context")
+    return [[*four[:3], four[3]._replace(said=words)] for four, words in zip(fours, said, strict=True)]
+
+
+def _in_context_numbers(fours: list[list[Told]]) -> dict[str, Number]:
+    return {"in_context_count": len(fours), "in_context_exact": float(np.mean([four[3].true == four[3].said for four in fours]))} if fours else {}
 
 
 def _raw_variance(model: Model, before: tree.Tree | None, visual: Float[np.ndarray, "M N D"],
@@ -328,14 +318,6 @@ def _raw_variance(model: Model, before: tree.Tree | None, visual: Float[np.ndarr
     call = jax.jit(lambda params, images: emu.bind(emu.Encoder, model.size, params).encode(images).astype(np.float32))
     numbers["raw_variance_warmup"] = spread(_batched("the warm-up's encoder", partial(call, before), images))
     return numbers | {"raw_variance_ratio": numbers["raw_variance"] / numbers["raw_variance_warmup"]}
-
-
-def _rows(prompts: list[list[int]]) -> Int[np.ndarray, "M T"]:
-    """Prompts of different lengths as rows of one; what stands behind a prompt is never seen by it."""
-    rows = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[:len(prompt)] = prompt
-    return rows
 
 
 def _batched(what: str, call: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from emu_jax.evaluate.history import Curve, Number
 SHOWN = {"scenes_held_out": 24, "names_held_out": 12, "names_train": 24}
 QUERIES = {False: 10, True: 4}          # names of the retrieval table: trained, held out
 STORIES = 4
+IN_CONTEXT = 8
 POINTS = 240                            # of a curve: neighbouring steps are averaged
 
 LICENCE = ('Drawings: “OpenMoji – the open-source emoji and icon project” (<a href="https://openmoji.org">openmoji.org</a>), licence '
@@ -109,6 +110,7 @@ chosen.</p>
 {_scenes(n)}
 <div class="grid" style="--least: 235px">{_told(result, "scenes_held_out")}</div>
 {_stories(result)}
+{_in_context(result)}
 <h2>From a name to its drawing</h2>
 <p>From a name alone the model regresses the drawing's {result.config["model"]["resampler"]["tokens"]} visual tokens, each fed back. Here are
 the drawings, of all {n["retrieval_among"]:,}, whose true tokens are nearest; the right one is framed. It is among the first five for
@@ -267,6 +269,18 @@ def _stories(result: Result) -> str:
 <p>Held-out pairs of drawings. Each sentence is told from all images and true sentences before it: {_percent(n["stories_held_out_exact"])} of
 {n["stories_held_out_count"]} are exactly right as far as the true sentence goes (nothing teaches where a sentence inside a story ends).</p>
 <div class="grid" style="--least: 235px">{stories}</div>"""
+
+
+def _in_context(result: Result) -> str:
+    if not result.in_context:
+        return ""
+    given = lambda told: (f'<div class="told">{_picture(told.image, told.true)}<div><small>given</small><div>{escape(told.true)}</div></div></div>')
+    fours = "".join(f'<div class="card story">{"".join(map(given, four[:3]))}{_card(four[3])}</div>' for four in result.in_context[:IN_CONTEXT])
+    return f"""<h2>Examples in context</h2>
+<p>Three training drawings with their names, and then a fourth: the model reads all that and goes on. It was trained on one drawing and its name
+at a time, so what helps with one can disturb among four: {_percent(result.numbers["in_context_exact"])} of
+{result.numbers["in_context_count"]} are exactly right.</p>
+<div class="grid" style="--least: 210px">{fours}</div>"""
 
 
 def _retrieval(drawn: list[Drawn]) -> str:

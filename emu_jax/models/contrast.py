@@ -39,13 +39,13 @@ class Trigrams(nnx.Module):
 
 
 class Contrast(nnx.Module):
-    """Heads of the warm-up on standardised visual tokens [M, N, D]."""
+    """Heads of the warm-up on visual tokens [M, N, D]."""
 
     def __init__(self, size: EmuSize, rngs: nnx.Rngs):
         N, D = size.resampler.tokens, size.llama.width
         self.text = Trigrams(size, rngs)
-        self.image = layers.Linear("mnD,nDE->mE", (N, D, D), std=(N * D) ** -0.5, rngs=rngs)
-        self.readout = layers.Linear("mnD,nDp->mp", (N, D, READOUT * READOUT * 3), std=(N * D) ** -0.5, rngs=rngs)
+        self.image = layers.Linear("mnD,nDE->mE", (N, D, D), bias=(D,), std=(N * D) ** -0.5, rngs=rngs)
+        self.readout = layers.Linear("mnD,nDp->mp", (N, D, READOUT * READOUT * 3), bias=(READOUT * READOUT * 3,), std=(N * D) ** -0.5, rngs=rngs)
 
     def pixels(self, z: Float[Array, "M N D"]) -> Float[Array, "M x y 3"]:
         return rearrange(self.readout(z), "m (x y c) -> m x y c", x=READOUT, y=READOUT)

@@ -82,7 +82,7 @@ class Emu(Encoder):
         z = sharding.rows(self.encode(rearrange(batch.images, "B I h w c -> (B I) h w c"), key))
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
-        return self.llama(x, batch.positions, batch.segments, kernel=self.size.attention), visual
+        return self.llama(x, batch.positions, batch.segments, kernel=self.size.attention)[0], visual
 
     def interleave(self, tokens: Int[Array, "B T"], visual: Float[Array, "B I N D"], slots: Int[Array, "B I"]) -> Float[Array, "B T D"]:
         """Embeddings of the ids, with the visual tokens in their images' slots. A slot of T (no image) falls off the row."""

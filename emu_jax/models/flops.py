@@ -20,7 +20,8 @@ def forward(size: EmuSize, *, images: float, tokens: float, pairs: float, labels
     v, r, m = size.vision, size.resampler, size.llama
     P, E, N, C, hd = 1 + v.patches, v.width, r.tokens, r.width, r.heads * r.head_width
     vision = 2 * v.patches * v.patch ** 2 * 3 * E + v.depth * P * (8 * E * E + 4 * E * v.ffn + 4 * P * E)
-    resampler = r.depth * (N * (8 * C * hd + 4 * C * hd + 4 * C * r.ffn) + P * 4 * E * hd + N * (N + 1) * 2 * hd + 4 * N * P * hd) + 2 * N * C * m.width
+    resampler = r.depth * (N * (8 * C * hd + 4 * C * hd + 4 * C * r.ffn) + P * 4 * E * hd + N * (N + 1) * 2 * hd + 4 * N * P * hd)
+    resampler += 2 * N * C * m.width
     block = 8 * m.width ** 2 + 6 * m.width * m.ffn
     return {"vision": images * vision, "resampler": images * resampler,
             "llama": m.depth * (tokens * block + 4 * pairs * m.width),

@@ -4,6 +4,7 @@ Parameters are float32; arithmetic is in the dtype of the activations, norms in 
 say their arithmetic: dropout takes its key, no module has random state. Read next: vision.py, resampler.py, llama.py.
 """
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,20 +81,20 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
     return nnx.split_rngs(splits=depth)(made)(rngs)
 
 
-def run(blocks: nnx.Module, x: Array, call: Callable[[nnx.Module, Array, Array | None], Array], *, where: str, remat: str,
-        key: Array | None = None) -> Array:
+def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | None], Any], *, where: str, remat: str,
+        key: Array | None = None) -> Any:
     """x through all L blocks of a stack, `call(block, x, key)` each: a scan over rematerialised blocks, compiled once.
 
-    `where` is the stack's parameter path, by which each block's weights are gathered just before their use; `key`, if given,
-    is split over depth.
+    x is the activations, or a tuple that begins with them. `where` is the stack's parameter path, by which each block's weights
+    are gathered just before their use; `key`, if given, is split over depth.
     """
     graphdef, state = nnx.split(blocks)
     weights = nnx.to_pure_dict(state)
-    depth = jax.tree.leaves(weights)[0].shape[0]
+    depth, dtype = jax.tree.leaves(weights)[0].shape[0], jax.tree.leaves(x)[0].dtype
 
     def block(x, layer):
         weights, key = layer
-        return call(nnx.merge(graphdef, sharding.gathered(where, weights, x.dtype, sliced=1)), x, key), None
+        return call(nnx.merge(graphdef, sharding.gathered(where, weights, dtype, sliced=1)), x, key), None
 
     block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(block, x, (weights, None if key is None else jax.random.split(key, depth)))[0]

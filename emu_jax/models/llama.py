@@ -1,9 +1,10 @@
 """LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, an untied head. Emu's multimodal modelling block.
 
 It takes embeddings, since an image's slots hold visual tokens and not ids, and returns the hidden state after the final norm:
-the vocabulary head belongs to the loss (losses.py), which never forms all logits. Read next: emu.py.
+in training the vocabulary head belongs to the loss (losses.py), which never forms all logits. Read next: emu.py.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from emu_jax import sharding
 from emu_jax.models import layers
-from emu_jax.models.attention import attention, self_mask
+from emu_jax.models.attention import Mask, attention, self_mask
+from emu_jax.types import Cache
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Attention(nnx.Module):
         self.v = layers.Linear("btD,Dhd->bthd", (D, H, d), std=0.02, rngs=rngs)
         self.o = layers.Linear("bthd,hdD->btD", (H, d, D), std=0.02, rngs=rngs)
 
-    def __call__(self, x, mask, rotation, kernel: str):
-        q, k = rotate(self.q(x), rotation), rotate(self.k(x), rotation)
-        return self.o(attention(q, k, self.v(x), mask, scale=q.shape[-1] ** -0.5, kernel=kernel))
+    def __call__(self, x, mask, rotation, kernel: str, remember):
+        q, k, v = rotate(self.q(x), rotation), rotate(self.k(x), rotation), self.v(x)
+        return self.o(attention(q, *remember(k, v), mask, scale=q.shape[-1] ** -0.5, kernel=kernel))
 
 
 class Ffn(nnx.Module):
@@ -59,8 +61,9 @@ class Block(nnx.Module):
         self.norm2 = layers.RMSNorm(size.width, eps=1e-6)
         self.ffn = Ffn(size, rngs)
 
-    def __call__(self, x, mask, rotation, kernel: str):
-        x = x + self.attn(self.norm1(x), mask, rotation, kernel)
+    def __call__(self, x, mask, rotation, kernel: str, remember=lambda k, v: (k, v)):
+        """`remember` gives the keys and values to look at for those of x."""
+        x = x + self.attn(self.norm1(x), mask, rotation, kernel, remember)
         return sharding.rows(x + self.ffn(self.norm2(x)))
 
 
@@ -87,14 +90,49 @@ class Llama(nnx.Module):
         """Input embeddings of ids; ids from V on are the added tokens."""
         return sharding.lookup(self.embed.base.get_value(), self.embed.added.get_value(), tokens, dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], *,
-                 kernel: str = "auto") -> Float[Array, "B T D"]:
-        """Hidden states after the final norm; position t sees its own segment up to itself."""
-        mask = self_mask(segments)
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Of the next token, in float32: LLaMA's vocabulary and then the added tokens. For a few positions: never for a batch in training."""
+        head = sharding.gathered("llama/lm_head", self.lm_head.arrays(), hidden.dtype)
+        product = partial(jnp.einsum, "bD,vD->bv", hidden, precision="highest", preferred_element_type=jnp.float32)
+        return jnp.concatenate([product(head["base"]), product(head["added"])], -1)
+
+    def empty_cache(self, rows: int, slots: int, dtype) -> Cache:
+        """A cache with room for `slots` tokens a row."""
+        L, _, G, d = self.blocks.attn.k.w.shape
+        zeros = lambda: sharding.cache(jnp.zeros((L, rows, slots, G, d), dtype))
+        free = jnp.zeros((rows, slots), jnp.int32)
+        return Cache(zeros(), zeros(), free, free, jnp.int32(0), fresh=True)
+
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], cache: Cache | None = None, *,
+                 kernel: str = "auto") -> tuple[Float[Array, "B T D"], Cache | None]:
+        """(hidden states after the final norm, the cache with x in its next T slots); position t sees its own segment up to itself.
+
+        Without a cache, x is all there is. With one, x goes on from what the cache holds, which must have T slots free; where x is
+        the first that a cache reads, padding (segment 0) stands at the ends of the rows.
+        """
         rotation = rotary(positions, self.size.width // self.size.heads, self.size.rope_base, self.size.rope_dtype)
-        x = layers.run(self.blocks, sharding.rows(x), lambda block, x, _: block(x, mask, rotation, kernel),
-                       where="llama/blocks", remat=self.size.remat)
-        return self.norm(x)
+        run = partial(layers.run, self.blocks, where="llama/blocks", remat=self.size.remat)
+        if cache is None:
+            mask = self_mask(segments)
+            return self.norm(run(sharding.rows(x), lambda block, x, _: block(x, mask, rotation, kernel))), None
+
+        put = lambda old, new, *place: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
+        seen = put(cache.segments, segments, 0, cache.filled), put(cache.positions, positions, 0, cache.filled)
+        mask = self_mask(segments) if cache.fresh else Mask(segments, seen[0], positions, seen[1], causal=True)
+
+        def layer(block, carry, _):
+            x, k, v, number = carry
+
+            def remember(new_k, new_v):
+                nonlocal k, v
+                k, v = (put(old, new[None], number, 0, cache.filled, 0, 0) for old, new in ((k, new_k), (v, new_v)))
+                return (new_k, new_v) if cache.fresh else (k[number], v[number])
+
+            x = block(x, mask, rotation, kernel, remember)
+            return x, sharding.cache(k), sharding.cache(v), number + 1
+
+        x, k, v, _ = run((sharding.rows(x), cache.k, cache.v, jnp.int32(0)), layer)
+        return self.norm(x), Cache(k, v, seen[1], seen[0], cache.filled + x.shape[1], fresh=False)
 
 
 def rotary(positions: Int[Array, "B T"], width: int, base: float, dtype: str) -> tuple[Array, Array]:

@@ -1,6 +1,8 @@
-"""Emu against its release: towers, objective and gradients on a golden file's inputs."""
+"""Emu against its release: towers, objective, gradients and generation on a golden file's inputs."""
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,10 @@ from einops import rearrange
 
 from emu_jax import stages
 from emu_jax.config import UserError
+from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.generate.options import Options
+from emu_jax.generate.prompt import Prompt
+from emu_jax.generate.session import Session
 from emu_jax.models import emu
 from emu_jax.models.llama import LlamaSize
 from emu_jax.models.resampler import ResamplerSize
@@ -19,9 +25,10 @@ from emu_jax.weights import convert, emu1
 
 NEEDED = ("config", "seed", "eos_row_scale", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
           "vision_features", "vision_normed", "visual_tokens", "hidden", "logits_sum", "logits_first8", "logits_logsumexp", "text_targets",
-          "text_loss", "regress_targets", "regress_predictions", "regression_loss_with_end", "regression_loss_visual_only", "grad_names", "grad_norms")
-INPUTS = {"config", "seed", "eos_row_scale", "instruct", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
-          "texts", "grad_names"}
+          "text_loss", "regress_targets", "regress_predictions", "regression_loss_with_end", "regression_loss_visual_only", "grad_names",
+          "grad_norms")
+INPUTS = {"config", "seed", "eos_row_scale", "instruct", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids",
+          "attention_mask", "texts", "grad_names", "prompt_text_only_ids", "prompt_interleaved_ids", "decode_prompt_ids"}
 
 
 def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
@@ -34,7 +41,8 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
             VisionSize(c["image_size"], c["patch"], c["vit_width"], c["vit_layers"], c["vit_width"] // c["vit_head_width"],
                        int(c["vit_width"] * c["vit_mlp_ratio"]), (0.0,) * 3, (1.0,) * 3, "none"),
             ResamplerSize(c["n_causal"], c["t5_d_model"], c["t5_layers"], c["t5_heads"], c["t5_d_kv"], c["t5_d_ff"], 32, 128, 0.1, "none"),
-            LlamaSize(special["pad"], rows - special["pad"], c["llm_width"], c["llm_layers"], c["llm_heads"], c["llm_ff"], 10000.0, "bfloat16", "none"),
+            LlamaSize(special["pad"], rows - special["pad"], c["llm_width"], c["llm_layers"], c["llm_heads"], c["llm_ff"], 10000.0,
+                      "bfloat16", "none"),
             compute="float32", attention="dense", standardise=False)
     except (KeyError, StopIteration, json.JSONDecodeError) as error:
         raise UserError(f"golden file: its config or special_ids lack {error}") from error
@@ -46,7 +54,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
     size = size_of(file)
     table = emu1.table(size)
-    params = jax.tree.map(jnp.asarray, convert.from_theirs(table, emu1.canonical(weights(file))))
+    foreign = weights(file)
+    params = jax.tree.map(jnp.asarray, convert.from_theirs(table, emu1.canonical(foreign)))
     batch, images = make_batch(file, size)
     ours = _run(size, params, batch, images)
 
@@ -56,11 +65,41 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         ours[name], reference[name] = ours[name][seen], reference[name][seen]
     yield from (compare(name, reference[name], ours[name], 1e-4) for name in file if name in ours)
 
-    norms = {name: np.linalg.norm(g.astype(np.float64)) for name, g in convert.to_theirs(table, _gradient(size, params, batch, images)).items()}
+    yield from _generated(file, size, params, ours["visual_tokens"])
+
+    gradient = _with_lora(convert.to_theirs(table, _gradient(size, params, batch, images)), foreign)
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
-        ours_too = emu1.rename(name) in norms          # not so for a LoRA leaf: it is merged into its weight here
-        yield compare(f"grad_norm {name}", norm, norms[emu1.rename(name)], 5e-4) if ours_too else Quantity(f"grad_norm {name}", None, 5e-4)
-    yield from (Quantity(name, None, 1e-4) for name in file if name not in ours and name not in INPUTS | {"grad_norms"})
+        if emu1.rename(name) not in gradient:
+            raise UserError(f"golden file: grad_names has {name!r}, which is no parameter")
+        yield compare(f"grad_norm {name}", norm, np.linalg.norm(gradient[emu1.rename(name)].astype(np.float64)), 5e-4)
+    yield from (Quantity(name, None, 1e-4) for name in file
+                if name not in ours and name not in INPUTS | {"grad_norms"} and not name.startswith(("generate_image_", "decode_")))
+
+
+def _generated(file: dict[str, np.ndarray], size: emu.EmuSize, params: dict, visual: np.ndarray) -> Iterator[Quantity]:
+    """The image loop and decoding, by the session that a user has, from the file's ids and its images' visual tokens."""
+    session = Session(size, params, Tokenizer(size.llama.vocab, list, str), context=1 << 20)
+    special = json.loads(str(file["special_ids"]))
+
+    def prompts(name: str) -> list[Prompt]:
+        rows = [row[row != special["pad"]].tolist() for row in np.asarray(file[name])]
+        slots = [[at + 1 for at in range(len(row) - 1) if row[at:at + 2] == [special["img"], special["image"]]] for row in rows]
+        return [Prompt(row, list(visual[:len(at)]), at) for row, at in zip(rows, slots, strict=True)]
+
+    for name in (name for name in file if name.startswith("generate_image_")):
+        given = prompts(name.replace("generate_image", "prompt") + "_ids")
+        opened = [replace(prompt, tokens=prompt.tokens[:-1]) for prompt in given]       # [IMG] is appended
+        yield compare(name, file[name], session.images(opened), 1e-4)
+    for name in (name for name in file if name.startswith("decode_") and name != "decode_prompt_ids"):
+        options = Options(max_new_tokens=12)
+        if found := re.fullmatch(r"decode_beam(\d+)_lp(m?)([\d.]+)", name):
+            options = replace(options, beams=int(found[1]), length_penalty=float(found[3]) * (-1 if found[2] else 1))
+        ids = session.ids(prompts("decode_prompt_ids"), options, added=True)
+        rows = [(row + [special["eos"]])[:12] for row in ids]
+        longest = max(map(len, rows))
+        ours = np.array([row + [special["pad"]] * (longest - len(row)) for row in rows])
+        same = ours.shape == file[name].shape and (ours == file[name]).all()
+        yield Quantity(name, 0.0 if same else float("inf"), 0.0)
 
 
 def make_batch(file: dict[str, np.ndarray], size: emu.EmuSize) -> tuple[Batch, jax.Array]:
@@ -87,7 +126,7 @@ def _forward(model: emu.Emu, batch: Batch, images) -> dict[str, jax.Array]:
     held = batch.image_slots < batch.tokens.shape[1]      # the images, in reading order
     place = (jnp.cumsum(held.ravel()) - 1).reshape(held.shape)
     visual = jnp.where(held[..., None, None], tokens[jnp.maximum(place, 0)], 0)
-    hidden = model.llama(model.interleave(batch.tokens, visual, batch.image_slots), batch.positions, batch.segments, kernel="dense")
+    hidden = model.llama(model.interleave(batch.tokens, visual, batch.image_slots), batch.positions, batch.segments, kernel="dense")[0]
     return dict(vision_features=features, vision_normed=normed, visual_tokens=tokens, hidden=hidden, visual=visual)
 
 
@@ -123,6 +162,15 @@ def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.
     counts = np.asarray(batch.text_weights, bool) | (np.arange(batch.tokens.shape[1]) == 0)     # the files count <s> too: nothing predicts it
     ours["text_targets"] = np.where(counts, np.asarray(batch.tokens), -100)
     return ours
+
+
+def _with_lora(gradient: dict[str, np.ndarray], foreign: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With the gradients of LoRA's A and B, by the chain rule from that of the weight they are merged into, w + B A."""
+    named = {emu1.rename(name): array for name, array in foreign.items()}
+    for name in [name for name in named if ".lora_A." in name]:
+        other, outer = name.replace(".lora_A.", ".lora_B."), gradient[re.sub(r"\.lora_A\..*", ".weight", name)]
+        gradient |= {name: named[other].T @ outer, other: outer @ named[name].T}
+    return gradient
 
 
 def _gradient(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict:

@@ -24,7 +24,8 @@ def table(size: EmuSize) -> Table:
         Row("visual.patch_embed.proj.weight", "vision/patch/w", "e c i j -> i j c e"),
         Row("visual.patch_embed.proj.bias", "vision/patch/bias"),
         *norm(vision + "norm1", "vision/blocks/norm1"),
-        *(Row(vision + "attn.qkv.weight", f"vision/blocks/attn/{name}/w", "(vh d) e -> e vh d", (i * E, (i + 1) * E)) for i, name in enumerate("qkv")),
+        *(Row(vision + "attn.qkv.weight", f"vision/blocks/attn/{name}/w", "(vh d) e -> e vh d", (i * E, (i + 1) * E))
+          for i, name in enumerate("qkv")),
         Row(vision + "attn.q_bias", "vision/blocks/attn/q/bias", "(vh d) -> vh d"),
         Row(vision + "attn.v_bias", "vision/blocks/attn/v/bias", "(vh d) -> vh d"),
         Row(vision + "attn.proj.weight", "vision/blocks/attn/o/w", "e (vh d) -> vh d e"),

@@ -14,6 +14,11 @@ def write_tiny(to: Path) -> None:
     tokenizer.train(sorted(openmoji.files()), VOCAB, to / "tokenizer.json")
 
 
+def shard(dataset: Path, split: str = "train") -> Path:
+    """The file of a split of one of them, DIR/names for example."""
+    return next(dataset.glob(f"*/*/*-{split}.array_record*"))
+
+
 def mixture(to: Path, split: str) -> tuple[tuple[str, float, str], ...]:
     """Rows for `config.data.mixture` (split "train") and `config.data.eval_mixture` ("held_out")."""
     return tuple((name, weight, f"{to}/{folder}:{split}") for name, weight, folder in MIXTURE)

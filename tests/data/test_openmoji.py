@@ -21,7 +21,7 @@ PAIRS, KINDS, SPLITS = ("counts", "spatial"), ("counts", "spatial", "stories"), 
 def flat(word):
     """Instead of a drawing: an opaque square as large as allowed, of a colour of its own."""
     square = np.full((scenes.drawing_size(64), scenes.drawing_size(64), 4), 255, np.uint8)
-    square[..., :3] = (0, 0, 10 * list(scenes.DRAWINGS).index(word))
+    square[..., :3] = (0, 0, 9 * list(scenes.DRAWINGS).index(word))
     return square
 
 
@@ -38,7 +38,7 @@ def shown(image):
         for column in (0, 1):
             middle = image[row * 32 + 16, column * 32 + 16]
             if tuple(middle) != scenes.BACKGROUNDS[background]:
-                words[row, column] = list(scenes.DRAWINGS)[middle[2] // 10]
+                words[row, column] = list(scenes.DRAWINGS)[middle[2] // 9]
     return background, words
 
 

@@ -12,6 +12,7 @@ from emu_jax.data import sources
 from emu_jax.data.sequence import Pair
 from emu_jax.data.sources import records
 from tests.data import fixtures
+from tests.data.fixtures import shard
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,6 @@ def tiny(tmp_path_factory):
 def copy(tiny, tmp_path):
     """A copy of the tiny data that a test may damage."""
     return shutil.copytree(tiny, tmp_path / "tiny")
-
-
-def shard(folder, split="train"):
-    return next(folder.glob(f"*/*/*-{split}.array_record*"))
 
 
 def rewrite(folder, change):

@@ -142,15 +142,22 @@ def test_a_name_is_drawn_the_same_beside_longer_ones(model):
 def test_continuing_an_image_is_captioning_it(model, images):
     captions = model.caption(images)
     assert len(set(captions)) > 1
-    # One of two images a row; the second place is empty and must not be seen.
-    assert model.continue_([Document("", (image,)) for image in images], 2) == captions
-    # Beside a longer document of two images.
-    assert model.continue_([Document("", (images[0],)), Document("", (images[1], "pig", images[2]))], 2)[0] == captions[0]
+    assert model.continue_([(image,) for image in images]) == captions
+    # Beside a longer prompt of two images.
+    assert model.continue_([(images[0],), (images[1], "pig", images[2])])[0] == captions[0]
 
 
 def test_the_second_image_is_seen(model, images):
-    said = model.continue_([Document("", (images[0], "pig", image)) for image in images[1:]], 2)
+    said = model.continue_([(images[0], "pig", image) for image in images[1:]])
     assert len(set(said)) > 1
+
+
+def test_the_fourth_is_told_after_three(model, images):
+    drawings = [demo.Told(str(k), images[k % 5], name, "") for k, name in enumerate(("pig", "owl", "cat", "dog", "fox"))]
+    four, = demo._in_context(model, drawings)
+    assert four[:3] == drawings[:3] and four[3].true == "dog"
+    assert four[3].said == model.continue_([(images[0], "pig", images[1], "owl", images[2], "cat", images[3])])[0] != model.caption(images)[3]
+    assert demo._in_context_numbers([four]) == {"in_context_count": 1, "in_context_exact": 0.0} and not demo._in_context(model, drawings[:3])
 
 
 def test_captions_come_back_to_their_images():

@@ -53,10 +53,12 @@ def result():
     lines.append({"step": 899, "eval/text_loss": 2.0, "eval/text_loss/names": 2.0})
     numbers = demo._numbers(captions) | demo._retrieval(
         [told(name, "") for name in "abc"], 2, np.arange(3.0).reshape(3, 1, 1), np.ones((3, 1, 1)))[1]
-    numbers |= {"visual_rank": 3.2, "stories_held_out_count": 1, "stories_held_out_exact": 0.0, "speed/steps": 899, "speed/wall_s": 90.0,
+    numbers |= {"visual_rank": 3.2, "stories_held_out_count": 1, "stories_held_out_exact": 0.0, "in_context_count": 1,
+                "in_context_exact": 0.0, "speed/steps": 899, "speed/wall_s": 90.0,
                 "speed/flops_per_second": 5.2e10, "speed/input_wait_share": 0.001}
     c = {"stage": "emu", "model": {"resampler": {"tokens": 4}}}
-    return demo.Result(c, numbers, demo.targets(numbers), captions, drawn, [[told("a cat comes", "a dog comes")]], lines, [])
+    return demo.Result(c, numbers, demo.targets(numbers), captions, drawn, [[told("a cat comes", "a dog comes")]],
+                       [[told("cat", "cat"), told("pig", "pig"), told("fox", "fox"), told("owl", "eagle")]], lines, [])
 
 
 @pytest.fixture(scope="module")

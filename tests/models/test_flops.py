@@ -33,7 +33,7 @@ def test_it_is_what_the_model_multiplies():
     counts = flops.forward(P.size, images=M, tokens=B * T, pairs=B * T * T, labels=0, regressed=0)
     positions = jnp.tile(jnp.arange(T), (B, 1))
     assert counts["vision"] == traced(model.vision, ((M, 28, 28, 3), jnp.float32))
-    assert counts["llama"] == traced(lambda x: model.llama(x, positions, positions), ((B, T, 32), jnp.float32))     # dense: all pairs
+    assert counts["llama"] == traced(lambda x: model.llama(x, positions, positions)[0], ((B, T, 32), jnp.float32))     # dense: all pairs
     r = P.size.resampler
     upper = M * r.depth * 4 * (N * (N - 1) // 2) * r.heads * r.head_width       # pairs that dense attention computes and the mask forbids
     assert counts["resampler"] + upper == traced(model.resampler, ((M, 5, 32), jnp.float32))

@@ -15,7 +15,7 @@ SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0]])
 
 
 def run(x, positions, segments):
-    return emu.bind(emu.Emu, P.size, PARAMS).llama(x, positions, segments)
+    return emu.bind(emu.Emu, P.size, PARAMS).llama(x, positions, segments)[0]
 
 
 hidden = jax.jit(run)
@@ -23,7 +23,8 @@ hidden = jax.jit(run)
 
 @pytest.mark.parametrize(("segments", "sees"), [
     ([[1, 1, 1, 1, 1, 1]], np.tril(np.ones((6, 6), bool))),
-    ([[1, 1, 1, 2, 2, 0]], np.array([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]], bool))])
+    ([[1, 1, 1, 2, 2, 0]], np.array([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+                                    [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]], bool))])
 def test_a_position_sees_its_own_document_up_to_itself(segments, sees):
     weights = jnp.asarray(np.random.default_rng(2).standard_normal(32), jnp.float32)
     jacobian = jax.jit(jax.jacrev(lambda x, segments: (run(x, jnp.arange(6)[None], segments) @ weights)[0]))(X, jnp.array(segments))

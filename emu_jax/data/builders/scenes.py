@@ -15,22 +15,25 @@ from itertools import permutations, product
 import numpy as np
 from jaxtyping import UInt8
 
-# Word of the captions -> the drawing's name. Sixteen that differ in colour and outline even at 26 pixels, with regular plurals: 480
-# spatial triples, enough that composing them is easier than remembering them.
+# Word of the captions -> the drawing's name. They differ in colour and outline even at 26 pixels, and have regular plurals. With 28 of them
+# there are 1,512 spatial triples: with 16 (480 triples) a small Emu remembered who stands where with whom, and told unseen triples in
+# the order it had seen, the drawings right and swapped.
 DRAWINGS = {
     "cat": "cat face", "pig": "pig face", "frog": "frog", "bear": "bear", "whale": "whale", "car": "automobile", "tree": "evergreen tree",
     "star": "star", "heart": "red heart", "ball": "soccer ball", "house": "house", "hat": "top hat", "robot": "robot",
-    "penguin": "penguin", "shirt": "t-shirt", "umbrella": "umbrella"}
+    "penguin": "penguin", "shirt": "t-shirt", "umbrella": "umbrella", "apple": "red apple", "banana": "banana", "bee": "honeybee",
+    "cactus": "cactus", "carrot": "carrot", "crown": "crown", "guitar": "guitar", "key": "key", "mushroom": "mushroom", "owl": "owl",
+    "rocket": "rocket", "snail": "snail"}
 # Pale, so that every drawing stands out; more than 30 levels apart in some channel, so that a linear readout tells them.
 BACKGROUNDS = {"blue": (186, 220, 255), "green": (204, 240, 196), "yellow": (255, 246, 178), "pink": (255, 208, 224)}
 NUMBERS = ("one", "two", "three", "four")
 RELATIONS = ("left of", "above")
 
 # How often a combination is rendered for training (placement, jitter and, where free, background differ) and for the held-out split,
-# and how many combinations are held out. Spatial: 432 x 6 and 48 x 4; counts: 232 x 4 and 24 x 2; stories: 220 x 2 and 20 x 2. So some
-# 3,500 captioned images and 440 stories to train on: what the demo's minutes suffice for; tests show 280 held-out documents.
-RENDERS = {"counts": (4, 2), "spatial": (6, 4), "stories": (2, 2)}
-HELD_OUT = {"counts": 24, "spatial": 48, "stories": 20}
+# and how many combinations are held out. Spatial: 1416 x 2 and 96 x 2; counts: 424 x 2 and 24 x 2; stories: 736 x 1 and 20 x 2. So some
+# 3,700 captioned images and 740 stories to train on: what the demo's minutes suffice for; tests show 280 held-out documents.
+RENDERS = {"counts": (2, 2), "spatial": (2, 2), "stories": (1, 2)}
+HELD_OUT = {"counts": 24, "spatial": 96, "stories": 20}
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 Drawing = UInt8[np.ndarray, "h w 4"]    # RGBA, cropped to what is drawn, no larger than `drawing_size`
@@ -112,7 +115,8 @@ def _story(words, render, image, draw, rng):
         steps.append([(there, here)[leaving]])
     shift = {place: _shift(image, rng) for place in (here, there)}  # what stays does not move
     images = [_paint(image, background, step, draw, rng, shift) for step in steps]
-    return ("IT" if render % 2 else "TI") * len(images), texts, images      # image first: to be told; text first: to be drawn
+    order = "IT" if (render + zlib.crc32(second.encode())) % 2 else "TI"     # image first: to be told; text first: to be drawn
+    return order * len(images), texts, images
 
 
 def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:

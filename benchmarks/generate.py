@@ -1,0 +1,122 @@
+"""python benchmarks/generate.py [--rounds=3] [--json=FILE]: generation with a cache, beside the release's way without one.
+
+The release runs the whole prefix again for each of an image's visual tokens; `whole` below does so with the same arithmetic, padded to one
+shape so that it is compiled once (3 % more than it would need to). Both draw an image after the same 512-token prompt at the 60M size, by
+turns in one run, and must agree. Then text: time to the first token of a 512-token prompt, and tokens a second, for 1 and 8 prompts at once. Compiling is timed apart.
+Exits 1 if the image loop is not 10 times as fast. Run it on an idle machine; results of one: benchmarks/results/generate.md.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emu_jax import config
+from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.generate import text
+from emu_jax.generate.options import Options
+from emu_jax.generate.prompt import Prompt
+from emu_jax.generate.session import Session
+from emu_jax.models import emu
+
+PREFIX, N, NEW = 512, 32, 64        # tokens of the prompt, visual tokens of an image (as the release has), new tokens of an answer
+WANTED = 10
+
+
+def whole(size, params, x, _):
+    """x [B, PREFIX, D] -> the N visual tokens [B, N, D], each from a run over all that is before it."""
+    model = emu.bind(emu.Emu, size, params)
+    positions = jnp.tile(jnp.arange(PREFIX + N), (len(x), 1))
+
+    def one(x, n):
+        hidden, _ = model.llama(x, positions, jnp.ones_like(positions), kernel=size.attention)
+        z = model.regress_head(jax.lax.dynamic_slice_in_dim(hidden, PREFIX - 1 + n, 1, 1))
+        return jax.lax.dynamic_update_slice_in_dim(x, z, PREFIX + n, 1), z[:, 0]
+
+    return jnp.moveaxis(jax.lax.scan(one, jnp.pad(x, ((0, 0), (0, N), (0, 0))), jnp.arange(N))[1], 0, 1)
+
+
+def timed(call) -> tuple[float, np.ndarray]:
+    began = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return time.perf_counter() - began, result
+
+
+def prompts(session: Session, count: int, rng: np.random.Generator) -> list[Prompt]:
+    return [Prompt([1, *rng.integers(3, session.size.llama.vocab, PREFIX - 1).tolist()]) for _ in range(count)]
+
+
+def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[str, float]:
+    """One image after PREFIX tokens, [IMG] among them: seconds of both ways (medians), taking turns."""
+    prompt, = prompts(session, 1, rng)
+    opened = Prompt(prompt.tokens[:-1])                     # the session appends [IMG]
+    x, _ = session._embedded([Prompt([*opened.tokens, session.tokenizer.img])])
+    slow = partial(jax.jit(whole, static_argnums=0), session.size, session.params, x, None)
+    ways = {"cached": lambda: session.images([opened]), "whole": slow}
+    found = {f"{name}_compile": timed(call) for name, call in ways.items()}
+    results = {name: seconds for name, (seconds, _) in found.items()}
+    a, b = (np.asarray(found[f"{name}_compile"][1]) for name in ways)
+    results["difference"] = float(np.abs(a - b).max() / np.abs(b).max())
+    runs = [{name: timed(call)[0] for name, call in ways.items()} for _ in range(rounds)]
+    results |= {name: statistics.median(run[name] for run in runs) for name in ways}
+    ratios = sorted(run["whole"] / run["cached"] for run in runs)
+    return results | {"ratio": statistics.median(ratios), "ratio_least": ratios[0], "ratio_most": ratios[-1]}
+
+
+def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) -> dict[str, float]:
+    """Seconds to the first token, and tokens a second after it, of `rows` prompts of PREFIX tokens."""
+    some, options = prompts(session, rows, rng), Options(max_new_tokens=NEW, min_new_tokens=NEW)
+    rules = session._rules(some, None, options, session._allowed(), None, rows)
+    keys = jax.random.split(jax.random.key(0), rows)
+
+    def once() -> tuple[float, float]:
+        first, draft = timed(lambda: text.begin(session.size, session.params, session._read(some, None, NEW), keys, NEW, rules))
+        rest, draft = timed(lambda: text.write(session.size, session.params, draft, jnp.int32(NEW), rules))
+        assert int(draft.count) == NEW
+        return first, rest
+
+    compiled = once()
+    runs = [once() for _ in range(rounds)]
+    first, rest = (statistics.median(run[k] for run in runs) for k in (0, 1))
+    return {"first_token_s": first, "tokens_per_second": rows * (NEW - 1) / rest, "compile_s": sum(compiled) - first - rest}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="timings, of which medians are taken (3)")
+    parser.add_argument("--json", metavar="FILE", help="the numbers, as JSON")
+    flags = parser.parse_args()
+    c = config.load(["--config=configs/base.py:emu-60m", f"--config.model.resampler.tokens={N}"])
+    size, rng = emu.EmuSize.of(c.model.to_dict()), np.random.default_rng(0)
+    params = jax.jit(partial(emu.init, emu.Emu, size))(jax.random.key(0))
+    session = Session(size, params, Tokenizer(size.llama.vocab, list, str), context=2048)
+    results = {"image": image_loop(session, flags.rounds, rng)} | {f"text_{rows}": writing(session, rows, flags.rounds, rng) for rows in (1, 8)}
+    image = results["image"]
+    millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+    print(f"one image of {N} visual tokens after {PREFIX} tokens, {millions:.0f}M parameters, {size.compute}")
+    print(f"  with a cache     {image['cached']:8.3f} s   (first call, with compiling {image['cached_compile']:.1f} s)")
+    print(f"  whole prefix     {image['whole']:8.3f} s   (first call, with compiling {image['whole_compile']:.1f} s)")
+    print(f"  ratio            {image['ratio']:8.1f}     ({image['ratio_least']:.1f} to {image['ratio_most']:.1f}); "
+          f"largest difference {image['difference']:.1e}")
+    for rows in (1, 8):
+        row = results[f"text_{rows}"]
+        print(f"text, batch {rows}: first token after {row['first_token_s']:.3f} s, then {row['tokens_per_second']:.1f} tokens a second "
+              f"(compiling {row['compile_s']:.1f} s)")
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(results, indent=1) + "\n")
+    if image["ratio"] < WANTED or image["difference"] > 1e-3:
+        print(f"FAILED: the cache must be {WANTED} times as fast, and draw the same", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

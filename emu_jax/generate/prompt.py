@@ -1,0 +1,125 @@
+"""Prompts: parts in reading order become the ids, images and slots that a model was trained on (data/sequence.py's grammar).
+
+A part is a text, an image (pixels, or the visual tokens of one that a model drew), or the path of an image or video file; a video is
+its frames, each as an image. Chat: `<system> [USER]: <parts> [ASSISTANT]: <answer></s>`. Read next: session.py.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from emu_jax.config import UserError
+from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.generate import media
+
+Part = str | Path | np.ndarray
+
+# The release's system messages by what a prompt holds; "[IMG]" in them are the added tokens, as its tokenizer reads them.
+SYSTEM = {
+    "image": ("You will be presented with an image: ", "[IMG]", "ImageContent", "[/IMG]", ". You will be able to see the image after I provide it "
+              "to you. Please answer my questions based on the given image."),
+    "video": ("You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: ", "[IMG]",
+              "ImageContent", "[/IMG]", ". You will be able to see the video after I provide it to you. Please answer my questions based on the "
+              "given video."),
+    "": (),
+}
+
+
+@dataclass
+class Prompt:
+    """Ids, and the images whose visual tokens take the places of `<image>`: uint8 pixels [h w 3], or the tokens themselves [N D]."""
+    tokens: list[int] = field(default_factory=list)
+    images: list[np.ndarray] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)          # index in tokens of the first of each image's N slots
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """How parts are written for one model."""
+    tokenizer: Tokenizer
+    n_visual: int           # N
+    image_size: int
+    width: int              # D
+    added: int              # tokens after the vocabulary; six are needed for chat
+
+    def plain(self, parts: Sequence[Part]) -> Prompt:
+        """`<s>` and the parts; each text is encoded on its own, as in training."""
+        return self._written([self.tokenizer.bos, *(piece for part in parts for piece in self._pieces(part))])
+
+    def turn(self, parts: Sequence[Part], *, system: str | None, first: bool) -> Prompt:
+        """A user's turn of a chat, up to where the answer begins. system: None for the release's message, "" for none."""
+        if self.added < 6:
+            raise UserError("this model has no [USER] and [ASSISTANT]: only one that was tuned on instructions can chat (model.llama.added=6)")
+        t = self.tokenizer
+        beginning: list[str | int] = []
+        if first:
+            special = {"[IMG]": t.img, "[/IMG]": t.end_img}
+            said = SYSTEM[_kind(parts)] if system is None else (system,) if system else ()
+            beginning = [t.bos, *(special.get(piece, piece) for piece in said), *([" "] if said else [])]
+        pieces = [*beginning, t.user, ": ", *(piece for part in parts for piece in self._pieces(part)), " ", t.assistant, ":"]
+        joined: list = []                   # texts side by side are one text here
+        for piece in pieces:
+            if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+                joined[-1] += piece
+            else:
+                joined.append(piece)
+        return self._written(joined)
+
+    def _pieces(self, part: Part) -> list:
+        """A part as texts and images."""
+        if isinstance(part, str):
+            return [part]
+        if isinstance(part, Path):
+            return media.video(part, self.image_size) if media.is_video(part) else [media.image(part, self.image_size)]
+        part = np.asarray(part)
+        if part.dtype == np.uint8 and part.ndim == 3 and part.shape[-1] == 3 and part.size:
+            return [media.squashed(part, self.image_size)]
+        if part.dtype != np.uint8 and part.shape == (self.n_visual, self.width):
+            return [part.astype(np.float32)]
+        raise UserError(f"an image is an array uint8 [h, w, 3], or visual tokens [{self.n_visual}, {self.width}]; "
+                        f"this is {part.dtype} {list(part.shape)}")
+
+    def _written(self, pieces: list) -> Prompt:
+        prompt, t = Prompt(), self.tokenizer
+        for piece in pieces:
+            if isinstance(piece, str):
+                prompt.tokens += t.encode(piece)
+            elif isinstance(piece, int):
+                prompt.tokens.append(piece)
+            else:
+                prompt.images.append(piece)
+                prompt.slots.append(len(prompt) + 1)
+                prompt.tokens += [t.img, *[t.image] * self.n_visual, t.end_img]
+        return prompt
+
+
+def _kind(parts: Sequence[Part]) -> str:
+    """One image, one video, or else nothing that the release has a system message for."""
+    pictures = [part for part in parts if not isinstance(part, str)]
+    if len(pictures) != 1:
+        return ""
+    return "video" if isinstance(pictures[0], Path) and media.is_video(pictures[0]) else "image"
+
+
+def joined(*prompts: Prompt) -> Prompt:
+    """One prompt of several, one after another."""
+    whole = Prompt()
+    for prompt in prompts:
+        whole.slots += [len(whole) + slot for slot in prompt.slots]
+        whole.images += prompt.images
+        whole.tokens += prompt.tokens
+    return whole
+
+
+def cut_left(prompt: Prompt, length: int, n_visual: int) -> Prompt:
+    """The prompt's end, of at most `length` ids, `<s>` before it, without parts of images."""
+    start = len(prompt) - length + 1
+    for slot in prompt.slots:
+        if slot - 1 < start <= slot + n_visual:         # inside [IMG] ... [/IMG]
+            start = slot + n_visual + 1
+    kept = [(image, slot - start + 1) for image, slot in zip(prompt.images, prompt.slots, strict=True) if slot > start]
+    return Prompt([prompt.tokens[0], *prompt.tokens[start:]], [image for image, _ in kept], [slot for _, slot in kept])

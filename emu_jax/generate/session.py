@@ -1,0 +1,417 @@
+"""A trained Emu in use: interleaved prompts in, text, images and rankings out; for the command line, evaluation and serving.
+
+Many prompts at once are sorted by length and batched; results do not depend on it. Everything is compiled for powers of two: rows (up
+to `batch`), images encoded at once (up to `batch`), ids of a prompt and of an answer (from 16 up to the context). So a kind of
+generation is compiled at most log2(batch) x log2(context / 16)^2 times, in practice once or twice. Read next: prompt.py, text.py.
+"""
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+from tqdm import tqdm
+
+from emu_jax import checkpoint, sharding, tree
+from emu_jax.config import UserError, from_dict
+from emu_jax.data import tokenizer as tokenizers
+from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.generate import image, prompt, reading, text, trie
+from emu_jax.generate.options import Options
+from emu_jax.generate.prompt import Grammar, Part, Prompt
+from emu_jax.generate.reading import Context
+from emu_jax.generate.sampling import Rules
+from emu_jax.generate.stream import TextStream, until_stop
+from emu_jax.models import emu
+
+LEAST = 16              # ids that a prompt or an answer is compiled for
+DRAWS = 4               # images in an answer of a model that decides when to draw
+CHECK = 8               # ids between looks for a stop text
+Parts = Sequence[Part]
+
+
+class Drawing(NamedTuple):
+    """An image that the model drew."""
+    visual: Float[np.ndarray, "N D"]                # a part of later prompts as it is
+    pixels: UInt8[np.ndarray, "h w 3"] | None       # None without a decoder
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What prompts have in common, read once."""
+    context: Context        # of one row (or as many, all the same, as the mesh needs)
+    prompt: Prompt
+
+
+class Session:
+    """A model, its tokenizer, and what turns visual tokens into pixels: decode([M, N, D]) -> [M, h, w, 3], or None."""
+
+    def __init__(self, size: emu.EmuSize, params: tree.Tree, tokenizer: Tokenizer, *, context: int,
+                 decode: Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]] | None = None,
+                 mesh: jax.sharding.Mesh | None = None, batch: int = 32, truncate: str = "never", draws: int = 0):
+        """context: elements that a row may have. batch: rows at once. truncate: "left" cuts prompts that are too long, else they are refused.
+        draws: images that a streamed answer may hold, unless it is said otherwise."""
+        self.size, self.params, self.tokenizer, self.context, self.decode, self.truncate = size, params, tokenizer, context, decode, truncate
+        self.mesh, self.shards = mesh, 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch, self.draws = max(batch, self.shards), draws
+        self.vocab = size.llama.vocab + size.llama.added
+        self.grammar = Grammar(tokenizer, size.resampler.tokens, size.vision.image, size.llama.width, size.llama.added)
+
+    @classmethod
+    def load(cls, directory: str, *, ema: bool = False, tokenizer: str | None = None, mesh: jax.sharding.Mesh | None = None, **options) -> "Session":
+        """From a run's workdir or one of its checkpoints, which knows its model, its tokenizer's path, its context, and whether the model
+        was trained to say when it draws.
+
+        Matrices are held in the dtype of the arithmetic. ema: the averaged weights. tokenizer: another path. options: of `Session`.
+        Raises UserError for no checkpoint, one of a model that generates nothing, or no tokenizer.
+        """
+        config = checkpoint.read_config(directory)
+        if not any(path.startswith("llama/") for path in checkpoint.param_shapes(directory)):
+            raise UserError(f"the checkpoint in '{directory}' is of the stage {config['stage']!r}: it has no language model to generate with")
+        size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
+        tokens = tokenizers.load(tokenizer or config["data"]["tokenizer"], size.llama.vocab)
+        params = checkpoint.restore_params(directory, abstract_params(size, mesh), ema=ema)
+        draws = DRAWS if "[IMG]" in config["data"]["labels"] else 0
+        return cls(size, params, tokens, context=config["data"]["tokens"], mesh=mesh, **{"draws": draws} | options)
+
+    # --- prompts ---
+
+    def prompt(self, parts: Parts | Prompt) -> Prompt:
+        """`<s>` and the parts as ids and images. Raises UserError for files that cannot be read."""
+        return parts if isinstance(parts, Prompt) else self.grammar.plain(parts)
+
+    def chat_prompt(self, parts: Parts, *, system: str | None = None) -> Prompt:
+        """The first turn of a chat, up to where the answer begins. system: None for the release's message, "" for none."""
+        return self.grammar.turn(parts, system=system, first=True)
+
+    def read(self, parts: Parts | Prompt) -> Prefix:
+        """A prefix for many prompts: a system message, few-shot examples. What follows it is given without `<s>`."""
+        prompt = self.prompt(parts)
+        with self._mesh():
+            return Prefix(self._read([prompt], None, 0), prompt)
+
+    # --- many at once ---
+
+    def texts(self, prompts: Sequence[Parts | Prompt], options: Options | None = None, *, choices: Sequence[str] | None = None,
+              prefix: Prefix | None = None, progress: str = "") -> list[str]:
+        """The answer to each prompt. choices: the answers allowed. progress: the name of a progress bar."""
+        options = options or Options()
+        ids = self.ids(prompts, options, choices=choices and [self.tokenizer.encode(choice) for choice in choices], prefix=prefix, progress=progress)
+        return [until_stop(self.tokenizer.decode(row), options.stop) for row in ids]
+
+    def ids(self, prompts: Sequence[Parts | Prompt], options: Options, *, choices: Sequence[Sequence[int]] | None = None,
+            prefix: Prefix | None = None, added: bool = False, progress: str = "") -> list[list[int]]:
+        """As `texts`, in ids and not cut at stop texts, without `</s>`. added: the added tokens may be said too."""
+        allowed = self._allowed() | added
+        choice = None if choices is None else trie.make(choices, text.EOS)
+
+        def generate(some: list[Prompt], numbers: list[int]) -> list[list[int]]:
+            room = _bucket(options.max_new_tokens, LEAST)
+            context = self._read(some, prefix, room)
+            rules = self._rules(some, prefix, options, allowed, choice, len(context.lengths))
+            if options.beams > 1:
+                context = reading.spread(context, options.beams, context.cache.slots)
+                found = text.search(self.size, self.params, context, options.beams, room, rules)
+            else:
+                numbers = numbers + [numbers[-1]] * (len(context.lengths) - len(numbers))
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(options.seed), jnp.array(numbers))
+                found = self._write(text.begin(self.size, self.params, context, keys, room, rules), rules, options)
+            limits = np.asarray(rules.limits)
+            return [text.until_end(row[:limit]) for row, limit in zip(np.asarray(found), limits, strict=True)]
+
+        return self._batched(prompts, prefix, 1, generate, progress)
+
+    def images(self, prompts: Sequence[Parts | Prompt], *, prefix: Prefix | None = None, progress: str = "") -> Float[np.ndarray, "M N D"]:
+        """The visual tokens of the image that follows each prompt (and `[IMG]`, which is appended)."""
+        N, start = self.grammar.n_visual, Prompt([self.tokenizer.img])
+
+        def generate(some: list[Prompt], _: list[int]) -> list[np.ndarray]:
+            sketch = image.begin(self.size, self._read(some, prefix, N))
+            return list(np.asarray(image.draw(self.size, self.params, sketch, jnp.int32(N)).visual, np.float32))
+
+        opened = [prompt.joined(self.prompt(parts) if prefix is None else self._after(parts), start) for parts in prompts]
+        return np.stack(self._batched(opened, prefix, N + 1, generate, progress))
+
+    def encode(self, images: Iterable[np.ndarray], progress: str = "") -> Float[np.ndarray, "M N D"]:
+        """The visual tokens of images, as the LLM gets them."""
+        pixels = [self.grammar.plain([given]).images[0] for given in images]
+        with self._mesh():
+            return self._encoded(pixels, progress)
+
+    def losses(self, parts: Parts | Prompt | Prefix, candidates: Sequence[str], *, end: bool = True) -> Float[np.ndarray, "C"]:
+        """The mean cross-entropy of each candidate's tokens as the answer: the least is the likeliest. end: its `</s>` counts too."""
+        answers = [self.tokenizer.encode(candidate) + [text.EOS] * end for candidate in candidates]
+        if not answers or not all(answers):
+            raise UserError("there are no candidates to rank, or one is empty")
+        prefix = parts if isinstance(parts, Prefix) else self.read(self._fitting(self.prompt(parts), 0, max(map(len, answers))))
+
+        def nlls(some: list[Prompt], _: list[int]) -> list[float]:
+            tokens, lengths = _rows([answer.tokens for answer in some], self._rows(len(some)))
+            slots = prefix.context.cache.slots + tokens.shape[1]
+            context = reading.spread(prefix.context, len(tokens) // len(prefix.context.lengths), slots)
+            return (np.asarray(text.nll(self.size, self.params, context, tokens, lengths)) / lengths).tolist()
+
+        return np.array(self._batched([Prompt(answer) for answer in answers], prefix, 0, nlls, ""), np.float32)
+
+    # --- one, as it comes ---
+
+    def stream(self, parts: Parts, options: Options | None = None, *, chat: bool = False, system: str | None = None,
+               images: int | None = None) -> Iterator[str | Drawing]:
+        """The answer to one prompt, piece by piece. images: so many may be drawn where the model says `[IMG]`; None: `draws` of the session."""
+        return Conversation(self, chat=chat, system=system).say(parts, options, images=images)
+
+    def drawings(self, visual: Float[np.ndarray, "M N D"]) -> list[Drawing]:
+        """With their pixels, where there is a decoder."""
+        pixels = [None] * len(visual) if self.decode is None else self.decode(visual)
+        return [Drawing(*pair) for pair in zip(visual, pixels, strict=True)]
+
+    # --- within ---
+
+    def _mesh(self):
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _rows(self, count: int) -> int:
+        return _bucket(count, self.shards)
+
+    def _allowed(self) -> Bool[np.ndarray, "V"]:
+        """What an answer is made of: the vocabulary, not the added tokens."""
+        return np.arange(self.vocab) < self.size.llama.vocab
+
+    def _after(self, parts: Parts | Prompt) -> Prompt:
+        """What follows a prefix: no `<s>`."""
+        if isinstance(parts, Prompt):
+            return parts
+        whole = self.prompt(parts)
+        return Prompt(whole.tokens[1:], whole.images, [slot - 1 for slot in whole.slots])
+
+    def _fitting(self, given: Prompt, before: int, room: int) -> Prompt:
+        """The prompt, cut if that is wanted, so that it leaves `room` in the context. Raises UserError for one that is too long."""
+        if before + len(given) + room <= self.context:
+            return given
+        if self.truncate == "left" and before == 0 and room + 1 < self.context:
+            return prompt.cut_left(given, self.context - room, self.grammar.n_visual)
+        raise UserError(f"the prompt has {before + len(given)} elements and its answer {room} or more, and the context holds {self.context}; "
+                        "shorten it, or cut its beginning with --truncate=left")
+
+    def _batched(self, prompts: Sequence[Parts | Prompt], prefix: Prefix | None, room: int, generate: Callable, progress: str) -> list:
+        """generate(prompts, numbers) of prompts of about one length at a time; results in the order of the prompts."""
+        before = len(prefix.prompt) if prefix else 0
+        found = [self._fitting(self._after(parts) if prefix else self.prompt(parts), before, room) for parts in prompts]
+        order = sorted(range(len(found)), key=lambda number: len(found[number]))
+        results: list = [None] * len(found)
+        with self._mesh():
+            for start in tqdm(range(0, len(order), self.batch), progress, unit=" batches", disable=None if progress else True):
+                some = order[start:start + self.batch]
+                for number, result in zip(some, generate([found[number] for number in some], some), strict=False):      # rows that fill up come last
+                    results[number] = result
+        return results
+
+    def _read(self, prompts: Sequence[Prompt], prefix: Prefix | None, room: int) -> Context:
+        """The context after `prefix` and each prompt, with exactly `room` slots free; rows are filled up with copies of the last."""
+        rows = self._rows(len(prompts))
+        prompts = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
+        x, lengths = self._embedded(prompts)
+        if prefix is None:
+            context = reading.empty(self.size, self.params, rows, x.shape[1] + room)
+        else:
+            old = prefix.context
+            context = reading.spread(old, rows // len(old.lengths), old.cache.slots + x.shape[1] + room)
+        return reading.read(self.size, self.params, context, x, lengths)
+
+    def _embedded(self, prompts: Sequence[Prompt]) -> tuple[Float[Array, "B T D"], np.ndarray]:
+        """The LLM's input for prompts, and their lengths."""
+        tokens, lengths = _rows([given.tokens for given in prompts], len(prompts))
+        every = {id(pixels): pixels for given in prompts for pixels in given.images}        # one that many prompts share is encoded once
+        place = {key: number for number, key in enumerate(every)}
+        most = _bucket(max(len(given.images) for given in prompts), 1)
+        images, slots = np.zeros((len(prompts), most), np.int32), np.full((len(prompts), most), tokens.shape[1])
+        for row, given in enumerate(prompts):
+            images[row, :len(given.images)], slots[row, :len(given.images)] = [place[id(pixels)] for pixels in given.images], given.slots
+        return reading.embed(self.size, self.params, tokens, self._visual(list(every.values())), images, slots), lengths
+
+    def _visual(self, images: list[np.ndarray]) -> Float[Array, "M N D"]:
+        """Visual tokens of images, some of which are visual tokens already; padded to a power of two."""
+        pixels = [given.dtype == np.uint8 for given in images]
+        encoded = iter(self._encoded([given for given, is_pixels in zip(images, pixels) if is_pixels], ""))
+        bank = np.zeros((_bucket(len(images), 1), self.grammar.n_visual, self.size.llama.width), np.float32)
+        for row, given, is_pixels in zip(bank, images, pixels, strict=False):
+            row[:] = next(encoded) if is_pixels else given
+        return jnp.asarray(bank, self.size.compute)
+
+    def _encoded(self, pixels: list[np.ndarray], progress: str) -> Float[np.ndarray, "M N D"]:
+        found = [np.zeros((0, self.grammar.n_visual, self.size.llama.width), np.float32)]
+        for start in tqdm(range(0, len(pixels), self.batch), progress, unit=" batches", disable=None if progress else True):
+            some = pixels[start:start + self.batch]
+            stacked = np.stack(some + [some[-1]] * (self._rows(len(some)) - len(some)))
+            found.append(np.asarray(reading.encode(self.size, self.params, stacked), np.float32)[:len(some)])
+        return np.concatenate(found)
+
+    def _rules(self, prompts: Sequence[Prompt], prefix: Prefix | None, options: Options, allowed: Bool[np.ndarray, "V"], choice: trie.Trie | None,
+               rows: int, ends: Sequence[int] = (text.EOS,)) -> Rules:
+        before = prefix.prompt.tokens if prefix else []
+        said, lengths = _rows([before + given.tokens for given in prompts], rows, fill=self.vocab)
+        numbers = {name: np.float32(getattr(options, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")}
+        return Rules(**numbers, top_k=np.int32(options.top_k), min_new_tokens=np.int32(options.min_new_tokens),
+                     limits=np.minimum(options.max_new_tokens, self.context - lengths).astype(np.int32), allowed=allowed,
+                     ends=np.isin(np.arange(self.vocab), ends), said=said, trie=choice)
+
+    def _write(self, draft: text.Draft, rules: Rules, options: Options) -> np.ndarray:
+        """The ids of a draft that is written to its end; with stop texts, a row ends soon after the first of them."""
+        if not options.stop:
+            return np.asarray(text.write(self.size, self.params, draft, jnp.int32(options.max_new_tokens), rules).ids)
+        count = 1
+        while count < options.max_new_tokens and not draft.done.all():
+            count = min(count + CHECK, options.max_new_tokens)
+            draft = text.write(self.size, self.params, draft, jnp.int32(count), rules)
+            ids = np.asarray(draft.ids)
+            stopped = [any(stop in self.tokenizer.decode(row[:count]) for stop in options.stop) for row in ids]
+            draft = draft.replace(done=draft.done | np.array(stopped))
+        return np.asarray(draft.ids)
+
+
+class Conversation:
+    """Turns of a chat, or one prompt and its answer: what was read stays read. An answer may hold text, images, and text again."""
+
+    def __init__(self, session: Session, *, chat: bool, system: str | None = None):
+        """system: None for the release's message, "" for none."""
+        self._session, self._chat, self._system = session, chat, system
+        self._context: Context | None = None
+        self._said = Prompt()           # all that was read, and the last id of an answer, which was not
+        self._unread = Prompt()
+
+    def say(self, parts: Parts, options: Options | None = None, *, images: int | None = None) -> Iterator[str | Drawing]:
+        """The answer, piece by piece. images: so many may be drawn where the model says `[IMG]`; None: the session's `draws`.
+
+        Raises UserError, before anything else, for a turn that cannot be read or does not fit the context."""
+        options = options or Options()
+        if options.beams > 1:
+            raise UserError("beams know the answer only when it is complete: it cannot be streamed")
+        return self._answer(self._turn(parts, [], 1), options, self._session.draws if images is None else images)
+
+    def draw(self, parts: Parts, *, progress: bool = False) -> Drawing:
+        """The image that follows the parts (and `[IMG]`)."""
+        s = self._session
+        given = self._turn(parts, [s.tokenizer.img], s.grammar.n_visual + 1)
+        with s._mesh():
+            self._read(given, s.grammar.n_visual + 1)
+            drawing = self._drawn(progress)
+        self._unread = Prompt([s.tokenizer.end_img])
+        return drawing
+
+    def _turn(self, parts: Parts, end: list[int], room: int) -> Prompt:
+        """What is to be read: the turn, and before it the `</s>` of the answer before, if that lacks it."""
+        s, first = self._session, self._context is None
+        given = s.grammar.turn(parts, system=self._system, first=first) if self._chat else s.grammar.plain(parts) if first else s._after(parts)
+        lacks_end = self._chat and not first and self._unread.tokens[-1:] != [text.EOS]
+        given = prompt.joined(Prompt([text.EOS] * lacks_end), given, Prompt(end))
+        return s._fitting(given, len(self._said) + len(self._unread), room)
+
+    def _answer(self, given: Prompt, options: Options, images: int) -> Iterator[str | Drawing]:
+        s, t, N = self._session, self._session.tokenizer, self._session.grammar.n_visual
+        written = turn = 0
+        while True:
+            room = s.context - len(self._said) - len(self._unread) - len(given)
+            left = min(options.max_new_tokens - written, room)
+            if left < 1:                        # the end of an image is all that fits
+                self._unread = given
+                break
+            with s._mesh():
+                self._read(given, left)
+            allowed = s._allowed() | (np.arange(s.vocab) == t.img) & (images > 0) & (room > N + 2)
+            least = min(max(options.min_new_tokens - written, 0), left)
+            written += yield from self._text(replace(options, max_new_tokens=left, min_new_tokens=least, seed=options.seed + turn), allowed)
+            if self._unread.tokens != [t.img]:
+                break
+            with s._mesh():
+                self._read(Prompt(), N + 1)
+                drawing = self._drawn(False)
+            yield drawing
+            given, images, turn = Prompt([t.end_img]), images - 1, turn + 1
+
+    def _text(self, options: Options, allowed: Bool[np.ndarray, "V"]) -> Iterator[str]:
+        """Text up to `</s>`, `[IMG]`, a stop text or the limit, the last of which is not read yet; returns the number of ids."""
+        s, t = self._session, self._session.tokenizer
+        rows = len(self._context.lengths)
+        out = TextStream(t.decode, options.stop)
+        rules = s._rules([self._said] * rows, None, options, allowed, None, rows, ends=(text.EOS, t.img))
+        keys = jnp.stack([jax.random.fold_in(jax.random.key(options.seed), 0)] * rows)
+        with s._mesh():
+            draft = text.begin(s.size, s.params, self._context, keys, _bucket(options.max_new_tokens, LEAST), rules)
+        ids: list[int] = []
+        try:
+            while True:
+                ids.append(int(np.asarray(draft.ids)[0, len(ids)]))
+                if new := out.push(ids[-1]):
+                    yield new
+                if np.asarray(draft.done)[0] or out.stopped:
+                    break
+                with s._mesh():
+                    draft = text.write(s.size, s.params, draft, jnp.int32(len(ids) + 1), rules)
+            if new := out.finish():
+                yield new
+        finally:                # also where nobody wants to hear more
+            self._context = draft.context
+            self._said, self._unread = prompt.joined(self._said, Prompt(ids[:-1])), Prompt(ids[-1:])
+        return len(ids)
+
+    def _drawn(self, progress: bool) -> Drawing:
+        s = self._session
+        sketch, N = image.begin(s.size, self._context), s.grammar.n_visual
+        for count in tqdm(range(1, N + 1), "drawing", unit=" visual tokens", disable=None) if progress else [N]:
+            sketch = image.draw(s.size, s.params, sketch, jnp.int32(count))
+            sketch.visual.block_until_ready()
+        self._context = sketch.context
+        self._said = prompt.joined(self._said, Prompt([s.tokenizer.image] * N))
+        return s.drawings(np.asarray(sketch.visual[:1], np.float32))[0]
+
+    def _read(self, given: Prompt, room: int) -> None:
+        """Reads what is unread and `given`, and makes `room` for what comes."""
+        s, given = self._session, prompt.joined(self._unread, given)
+        if self._context is None:
+            self._context = s._read([given], None, _bucket(room, LEAST))
+        else:
+            rows = len(self._context.lengths)
+            x, lengths = s._embedded([given] * rows)
+            slots = _bucket(int(self._context.cache.filled) + x.shape[1] + room, LEAST)
+            self._context = reading.spread(self._context, 1, max(slots, self._context.cache.slots))
+            self._context = reading.read(s.size, s.params, self._context, x, lengths)
+        self._said, self._unread = prompt.joined(self._said, given), Prompt()
+
+
+def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.Tree:
+    """Shapes of the parameters as a session holds them: laid out by the table of training, matrices in the dtype of the arithmetic."""
+    shapes = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
+    places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
+    dtype = lambda path, leaf: size.compute if path.endswith(("/w", "/base", "/added")) else leaf.dtype
+    return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
+                           for path, leaf in tree.leaves(shapes)})
+
+
+def mesh_of(directory: str, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh | None:
+    """All devices for a session of the checkpoint in `directory`: as many side by side in a layer as divide its key heads, the others
+    by rows. None for one device, and where there is no language model."""
+    count = len(jax.devices() if devices is None else devices)
+    heads = checkpoint.param_shapes(directory).get("llama/blocks/attn/k/w", (0, 0, 0))[2]
+    tensor = max(n for n in range(1, count + 1) if count % n == 0 and heads % n == 0)
+    return sharding.make_mesh(dict(data=1, fsdp=count // tensor, tensor=tensor), devices) if count > 1 and heads else None
+
+
+def _bucket(n: int, least: int) -> int:
+    """`least` times a power of two, n or more."""
+    while least < n:
+        least *= 2
+    return least
+
+
+def _rows(ids: Sequence[Sequence[int]], rows: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(ids of different lengths as rows [rows, T], their lengths); T is a power of two, and the last row is repeated."""
+    ids = [*ids, *[ids[-1]] * (rows - len(ids))]
+    lengths = np.array([len(row) for row in ids], np.int32)
+    out = np.full((rows, _bucket(int(lengths.max()), LEAST)), fill, np.int32)
+    for row, some in zip(out, ids, strict=True):
+        row[:len(some)] = some
+    return out, lengths

@@ -1,0 +1,77 @@
+"""What was read does not depend on how: in one piece or in any two, alone or beside longer rows, from a shared prefix or not."""
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emu_jax.generate import reading
+from emu_jax.generate.prompt import Prompt
+
+
+def read(session, context, prompt):
+    x, lengths = session._embedded([prompt])
+    return reading.read(session.size, session.params, context, x, lengths)
+
+
+def same(a, b):
+    np.testing.assert_allclose(a.hidden, b.hidden, atol=2e-5)
+    np.testing.assert_array_equal(a.lengths, b.lengths)
+
+
+def part(prompt, start, stop):
+    """What stands at start and before stop; no image is cut."""
+    inside = [(image, slot - start) for image, slot in zip(prompt.images, prompt.slots) if start < slot < stop]
+    return Prompt(prompt.tokens[start:stop], [image for image, _ in inside], [slot for _, slot in inside])
+
+
+def test_cached_is_uncached(session, uncached, images):
+    prompt = session.prompt(["a dog", images[0], "and", images[1], "!"])
+    context = session._read([prompt], None, 0)
+    np.testing.assert_allclose(context.hidden[0], uncached.hidden(uncached.x(prompt))[-1], atol=2e-5)
+    assert context.lengths.tolist() == [len(prompt)] and context.cache.slots == 32 and int(context.cache.filled) == 32
+
+
+@pytest.mark.parametrize("at", [1, 6, 12, 19])        # after <s>; before [IMG]; after [/IMG]; before the last
+def test_any_split_of_a_prompt(session, images, at):
+    prompt = session.prompt(["a dog", images[0], "is here."])
+    assert len(prompt) == 20
+    empty = reading.empty(session.size, session.params, 1, 64)
+    twice = read(session, read(session, empty, part(prompt, 0, at)), part(prompt, at, 20))
+    same(twice, session._read([prompt], None, 0))
+
+
+def test_nothing_more_changes_nothing(session):
+    context = session._read([session.prompt(["a dog"])], None, 16)
+    hidden = np.asarray(context.hidden)
+    after = reading.read(session.size, session.params, context, jnp.zeros((1, 16, 32)), jnp.array([0]))
+    np.testing.assert_array_equal(after.hidden, hidden)
+    assert after.lengths.tolist() == [6]
+
+
+def test_rows_do_not_see_each_other(session, images):
+    prompts = [session.prompt(parts) for parts in (["x"], ["a longer one", images[2], "of two"], [images[3]])]
+    together = session._read(prompts, None, 0)
+    assert together.hidden.shape[0] == 4                 # filled up to a power of two
+    for row, prompt in enumerate(prompts):
+        alone = session._read([prompt], None, 0)
+        np.testing.assert_allclose(together.hidden[row], alone.hidden[0], atol=2e-5)
+
+
+def test_a_prefix_is_shared(session, images):
+    prefix = session.read(["few ", images[0], "shots: "])
+    prompts = [session.grammar.plain(["a"]), session.grammar.plain(["bb", images[1]])]
+    after = session._read([session._after(["a"]), session._after(["bb", images[1]])], prefix, 16)
+    for row, prompt in enumerate(prompts):
+        whole = session.prompt(["few ", images[0], "shots: "])
+        tokens = whole.tokens + prompt.tokens[1:]
+        slots = whole.slots + [len(whole) + slot - 1 for slot in prompt.slots]
+        alone = session._read([Prompt(tokens, whole.images + prompt.images, slots)], None, 0)
+        np.testing.assert_allclose(after.hidden[row], alone.hidden[0], atol=2e-5)
+    assert not prefix.context.hidden.is_deleted()        # it can be used again
+
+
+def test_bfloat16_is_cached_in_bfloat16(session):
+    size = dataclasses.replace(session.size, compute="bfloat16")
+    cache = reading.empty(size, session.params, 2, 16).cache
+    assert cache.k.dtype == cache.v.dtype == jnp.bfloat16 and cache.k.shape == (2, 2, 16, 4, 8)

@@ -1,0 +1,193 @@
+"""One session: many prompts as one by one, as it comes as at once, sharded as alone; images, answers that hold them, and chats."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import VOCAB, make_session
+
+from emu_jax import sharding, tree
+from emu_jax.config import UserError
+from emu_jax.generate.options import Options
+from emu_jax.generate.prompt import Prompt
+from emu_jax.generate.session import Conversation, Session, abstract_params
+
+EIGHT = Options(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def prompts(images):
+    return [["a dog", images[0]], ["x"], [images[1], "a much longer one", images[2]], [images[0]]]
+
+
+def uncached_image(session, uncached, prompt):
+    x, zs = uncached.x(Prompt([*prompt.tokens, session.tokenizer.img], prompt.images, prompt.slots)), []
+    for _ in range(session.grammar.n_visual):
+        zs.append(uncached.regressed(x))
+        x = np.concatenate([x, zs[-1][None]])
+    return np.stack(zs), x
+
+
+def test_images_are_the_uncached_loops(session, uncached, prompts):
+    found = session.images(prompts)
+    for parts, drawn in zip(prompts, found, strict=True):
+        np.testing.assert_allclose(drawn, uncached_image(session, uncached, session.prompt(parts))[0], atol=2e-4)
+        np.testing.assert_allclose(session.images([parts])[0], drawn, atol=2e-5)
+    assert np.abs(found[0] - found[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("options", [EIGHT, Options(max_new_tokens=8, beams=3)], ids=["greedy", "beams"])
+def test_many_are_as_one_by_one(session, prompts, options):
+    together = session.texts(prompts, options)
+    assert together == [session.texts([parts], options)[0] for parts in prompts]
+    small = make_session(batch=2)
+    assert small.texts(prompts, options) == together
+
+
+def test_a_prefix_is_as_if_it_were_said_again(session, images):
+    examples = [images[3], "first", images[4], "second"]
+    prefix, asked = session.read(examples), [[images[0]], ["x", images[1]]]
+    whole = [[*examples, *parts] for parts in asked]
+    assert session.texts(asked, EIGHT, prefix=prefix) == session.texts(whole, EIGHT)
+    assert session.texts(asked, Options(max_new_tokens=8, beams=3), prefix=prefix) == session.texts(whole, Options(max_new_tokens=8, beams=3))
+    np.testing.assert_allclose(session.images(asked, prefix=prefix), session.images(whole), atol=2e-5)
+
+
+def test_visual_tokens_are_an_image_too(session, images):
+    drawn = np.asarray(session._visual([images[0]]))[0]
+    assert session.texts([["a", drawn, "b"]], EIGHT) == session.texts([["a", images[0], "b"]], EIGHT)
+
+
+def test_as_it_comes_is_as_at_once(session, prompts):
+    for options in (EIGHT, Options(max_new_tokens=8, temperature=1.0, top_p=0.9)):
+        for parts in prompts[:2]:
+            pieces = list(session.stream(parts, options))
+            assert "".join(pieces) == session.texts([parts], options)[0] and len(pieces) > 4
+
+
+def test_choices(session, prompts):
+    answers = ["yes.", "no.", "yes"]
+    for options in (Options(), Options(beams=3)):
+        found = session.texts(prompts, options, choices=answers)
+        assert set(found) <= set(answers)
+    best = [answers[int(np.argmin(session.losses(parts, answers) * [5, 4, 4]))] for parts in prompts]       # the sum, for beams without a penalty
+    assert session.texts(prompts, Options(beams=8, length_penalty=0.0), choices=answers) == best
+
+
+def test_stop_texts(session):
+    whole = session.texts([["dog"], ["a cat"]], Options(max_new_tokens=24))
+    stop = whole[0][5:7]
+    options = Options(max_new_tokens=24, stop=(stop, "not there"))
+    cut = [text[:text.find(stop)] if stop in text else text for text in whole]
+    assert session.texts([["dog"], ["a cat"]], options) == cut and len(cut[0]) <= 5
+    assert "".join(session.stream(["dog"], options)) == cut[0]
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    """A model that says [IMG] where it may, after any three letters or so."""
+    session = make_session(scale=3, draws=2)
+    head = session.params["llama"]["lm_head"]
+    head["added"] = head["added"].at[1].mul(6)
+    return session
+
+
+def test_an_answer_may_hold_images(drawing):
+    options = Options(max_new_tokens=24, temperature=1.0, seed=3)
+    pieces = list(drawing.stream(["dog"], options))
+    drawn = [number for number, piece in enumerate(pieces) if not isinstance(piece, str)]
+    assert len(drawn) == 2 and drawn[1] < len(pieces) - 1                   # the limit; and text goes on after it
+    # The answer is what one prompt after another would have brought.
+    said, parts = drawing.prompt(["dog"]), pieces[:drawn[0]]
+    first = Prompt(said.tokens + drawing.tokenizer.encode("".join(parts)))
+    np.testing.assert_allclose(pieces[drawn[0]].visual, drawing.images([first])[0], atol=2e-5)
+    assert pieces[drawn[0]].pixels is None
+    assert all(isinstance(piece, str) for piece in drawing.stream(["dog"], options, images=0))
+
+
+def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
+    greedy = Options(max_new_tokens=12)
+    head = drawing.params["llama"]["lm_head"]
+    loud = drawing.params | {"llama": drawing.params["llama"] | {"lm_head": head | {"added": head["added"].at[1].mul(20)}}}
+    eager = Session(drawing.size, loud, drawing.tokenizer, context=128, draws=1)
+    prompt = next(word for word in ("dog", "cat", "a", "xyz", "no", "what") if not isinstance(next(iter(eager.stream([word], greedy))), str))
+    pieces = list(eager.stream([prompt], greedy))
+    text = "".join(pieces[1:])
+    assert text == eager.texts([[prompt, pieces[0].visual]], Options(max_new_tokens=11))[0]     # [IMG] was the first of the twelve
+
+
+def test_pixels_come_from_decode(session):
+    other = Session(session.size, session.params, session.tokenizer, context=128, decode=lambda z: np.full((len(z), 8, 8, 3), 7, np.uint8))
+    drawn = Conversation(other, chat=False).draw(["dog"])
+    np.testing.assert_allclose(drawn.visual, session.images([["dog"]])[0], atol=1e-6)
+    assert drawn.pixels.shape == (8, 8, 3) and (drawn.pixels == 7).all()
+
+
+def test_a_chat_goes_on(session, images):
+    talk, t = Conversation(session, chat=True), session.tokenizer
+    first = list(talk.say([images[0], "what is this?"], EIGHT))
+    second = list(talk.say(["and now?"], EIGHT))
+    prompt = session.chat_prompt([images[0], "what is this?"])
+    ids = session.ids([prompt], EIGHT)[0]
+    assert "".join(first) == t.decode(ids)
+    again = session.grammar.turn(["and now?"], system=None, first=False)
+    whole = Prompt([*prompt.tokens, *ids, t.eos, *again.tokens], prompt.images, prompt.slots)       # a turn ends with </s>
+    assert "".join(second) == session.texts([whole], EIGHT)[0]
+
+
+def test_a_chat_survives_who_stops_listening(session):
+    talk = Conversation(session, chat=True)
+    for number, _ in enumerate(talk.say(["tell me"], EIGHT)):
+        if number == 2:
+            break
+    assert "".join(talk.say(["go on"], EIGHT))
+
+
+@pytest.mark.parametrize("sizes", [dict(data=1, fsdp=2, tensor=4), dict(data=2, fsdp=4, tensor=1)], ids=str)
+def test_sharded_is_as_alone(session, prompts, sizes):
+    mesh = sharding.make_mesh(sizes)
+    places = dict(tree.leaves(abstract_params(session.size, mesh)))
+    params = tree.unflatten({path: jax.device_put(leaf, places[path].sharding) for path, leaf in tree.leaves(session.params)})
+    sharded = Session(session.size, params, session.tokenizer, context=128, mesh=mesh)
+    np.testing.assert_allclose(sharded.images(prompts[:2]), session.images(prompts[:2]), atol=2e-4)
+    assert sharded.texts(prompts, EIGHT) == session.texts(prompts, EIGHT)
+    cache = sharded.read(["a dog"]).context.cache
+    assert cache.k.sharding.shard_shape(cache.k.shape)[3] == 4 // sizes["tensor"]
+
+
+# --- what is refused ---
+
+def test_a_prompt_longer_than_the_context(images):
+    tight = make_session(context=20)
+    with pytest.raises(UserError, match=r"prompt has 31 elements and its answer 1 or more, and the context holds 20.*--truncate=left"):
+        tight.texts([["x" * 30]])
+    with pytest.raises(UserError, match="prompt has 18 elements and its answer 5 or more"):
+        tight.images([["x" * 16]])
+    with pytest.raises(UserError, match="prompt has 33 elements"):
+        Conversation(tight, chat=False).say(["x" * 32])
+    cut = make_session(context=20, truncate="left")
+    assert cut.ids([["y" * 30 + "x" * 17]], Options(max_new_tokens=1)) == cut.ids([["y" + "x" * 17]], Options(max_new_tokens=1))
+
+
+def test_no_room_is_left_for_a_turn():
+    talk = Conversation(make_session(context=40), chat=True, system="")
+    list(talk.say(["x" * 20], Options(max_new_tokens=2)))
+    with pytest.raises(UserError, match="the context holds 40"):
+        talk.say(["x" * 20])
+    assert "".join(talk.say(["x"], Options(max_new_tokens=2)))          # a shorter one is welcome
+
+
+def test_beams_are_not_streamed(session):
+    with pytest.raises(UserError, match="cannot be streamed"):
+        session.stream(["dog"], Options(beams=2))
+
+
+def test_a_model_without_roles_does_not_chat():
+    plain = make_session("model.llama.added=4")
+    with pytest.raises(UserError, match=r"no \[USER\] and \[ASSISTANT\]"):
+        plain.chat_prompt(["dog"])
+
+
+def test_nothing_to_rank(session):
+    with pytest.raises(UserError, match="no candidates"):
+        session.losses(["dog"], [])
+    assert VOCAB == session.size.llama.vocab and jnp.isfinite(session.losses(["dog"], ["cat"]))[0]

@@ -1,0 +1,356 @@
+"""A run through its command: it trains, tells, saves, stops, and goes on exactly where it was; and what is wrong is one line."""
+import contextlib
+import io
+import json
+import logging
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import make
+import numpy as np
+import pytest
+from test_checkpoint import small_disk  # noqa: F401
+
+from emu_jax import checkpoint, config, train, tree
+from emu_jax.config import UserError
+from emu_jax.data.loader import Item, Loader
+from emu_jax.models import emu
+from tests.data import fixtures
+
+MEASURED = 64
+TIMES = ("step_time", "input_wait", "tokens_per_second", "images_per_second", "flops_per_second", "mfu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    """Behind the constants that standardise visual tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "MEASURED", MEASURED)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    to = tmp_path_factory.mktemp("data")
+    fixtures.write_tiny(to)
+    return to
+
+
+def arguments(data, workdir, *overrides):
+    """A run of four small steps, over eight devices."""
+    small = (f"workdir={workdir}", f"data.tokenizer={data}/tokenizer.json", f"data.mixture={fixtures.mixture(data, 'train')!r}",
+             "optim.steps=4", "optim.warmup=0.0", "data.batch=8", "data.tokens=64", "data.images=4", "data.num_streams=4", "data.pack_lookahead=2",
+             "data.workers=2", "objective.chunk=32", "model.vision.image=32", "model.vision.patch=16", "model.vision.remat=none",
+             "model.resampler.remat=none", "model.llama.remat=none", "log.pictures_every=0")
+    return ["--config=configs/base.py:debug", *(f"--config.{override}" for override in (*small, *overrides))]
+
+
+def warm_arguments(data, workdir):
+    return arguments(data, workdir, "stage=contrastive", "optim.steps=2", "objective.shift=2", "rules.peak_lr=(('.*', 1e-3),)",
+                     "rules.groups=(('vision/.*', 'vision'), ('contrast/.*', 'contrast'), ('.*', 'resampler'))")
+
+
+def emu_arguments(data, workdir, warm, *overrides):
+    """From the warmed-up encoder, whose ViT is frozen: with dropout, an average, evaluations, pictures and saves."""
+    return arguments(data, workdir, f"init={warm}", "model.standardise=true", "optim.ema=0.9", "rules.train=(('vision/.*', False), ('.*', True))",
+                     "rules.peak_lr=(('vision/.*', 1.0), ('.*', 1e-3))", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}", "eval.every=3",
+                     "eval.batches=2", "checkpoint.every=2", "log.pictures_every=3", *overrides)
+
+
+def run(arguments):
+    """(exit status, standard output)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        return train.main(arguments), out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def warm(data, tmp_path_factory):
+    """The workdir of two contrastive steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "warm"
+    assert run(warm_arguments(data, workdir))[0] == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(data, warm, tmp_path_factory):
+    """The workdir of an undisturbed run of four steps from `warm`."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    code, out = run(emu_arguments(data, workdir, warm))
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [
+        "llama", "ln_visual", "regress_head", "resampler", "vision", "visual_stats", "total"]
+    return workdir
+
+
+CUT = f"""
+import os, sys, time
+from pathlib import Path
+from emu_jax import journal, train
+
+train.MEASURED = {MEASURED}
+number, at, checkpoint, write = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), journal.Journal.write
+
+def told(self, step, values):
+    write(self, step, values)
+    if step == at:
+        while number == 9 and not checkpoint.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+journal.Journal.write = told
+sys.exit(train.main(sys.argv[4:]))
+"""
+
+
+def cut_off(number, at, arguments, workdir):
+    """The command as a process of its own, which is sent signal `number` when step `at` is told (SIGKILL: and step 2 is saved)."""
+    command = [sys.executable, "-c", CUT, str(int(number)), str(at), f"{workdir}/checkpoints/2", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def killed(data, warm, tmp_path_factory):
+    """The workdir of the same run, killed in its third step (copy it before going on)."""
+    workdir = tmp_path_factory.mktemp("runs") / "killed"
+    done = cut_off(signal.SIGKILL, 3, emu_arguments(data, workdir, warm), workdir)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
+    return workdir
+
+
+@pytest.fixture
+def copy(killed, tmp_path):
+    return shutil.copytree(killed, tmp_path / "run")
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(workdir):
+    return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in lines(workdir)]
+
+
+def saved(workdir):
+    """(parameters, what the newest checkpoint's manifest says of the bits of every array, the data's state)."""
+    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    notes = checkpoint._notes(checkpoint.epath.Path(workdir) / "checkpoints" / str(step))
+    return checkpoint.restore_params(str(workdir)), {"step": step, **notes["manifest"]["arrays"]}, notes["data"]
+
+
+def assert_same_run(workdir, other):
+    (params, arrays, data), (want, arrays_wanted, data_wanted) = saved(workdir), saved(other)
+    assert arrays == arrays_wanted and set(arrays) == {"step", "params", "optimizer", "ema"} and data == data_wanted
+    for (path, got), (_, leaf) in zip(tree.leaves(params), tree.leaves(want), strict=True):
+        assert got.tobytes() == leaf.tobytes(), path
+    assert untimed(workdir) == untimed(other)
+
+
+# What a run leaves behind
+
+def test_a_run_tells_what_it_promises(whole):
+    told = lines(whole)
+    steps, evaluations = ([line for line in told if ("eval/text_loss" in line) == held] for held in (False, True))
+    assert [line["step"] for line in steps] == [1, 2, 3, 4] and [line["step"] for line in evaluations] == [3, 4]
+    sources = [name for name, *_ in fixtures.MIXTURE]
+    losses = {"text_loss", "image_loss", "visual_variance"}
+    by_source = {f"{name}/{source}" for name in ("text_loss", "image_loss") for source in sources}
+    assert by_source < {name for line in steps for name in line}
+    for line in steps:
+        assert losses | {"loss", "grad_norm", "grad_norm/llama", "grad_norm/resampler", "padding", "input_wait", "bad_steps"} < set(line)
+        assert line["loss"] == pytest.approx(line["text_loss"] + line["image_loss"], rel=1e-5) and 0 < line["padding"] < 1
+        assert "grad_norm/vision" not in line                                                       # frozen
+    for line in evaluations:
+        assert {f"eval/{name}" for name in losses | by_source} < set(line)
+    towers = {f"flops_per_second/{tower}" for tower in ("vision", "resampler", "llama", "heads")}
+    assert {"step_time", "tokens_per_second", "images_per_second", "flops_per_second"} | towers < set(steps[1])
+    assert all(math.isfinite(value) for line in told for value in line.values()) and len({line["loss"] for line in steps}) == 4
+
+
+def test_a_run_leaves_its_config_its_checkpoints_and_tensorboard(whole, data, warm):
+    assert json.loads((whole / "config.json").read_text()) == config.to_dict(config.load(emu_arguments(data, whole, warm)))
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["2", "4"]
+    assert checkpoint.read_config(str(whole)) == json.loads((whole / "config.json").read_text())
+    board = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
+    assert all(word in board for word in (b"image_loss/scenes", b"eval/text_loss", b"PNG", b"captions"))
+    assert {path.name for path in whole.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard"}
+
+
+def test_the_warm_up_starts_the_run_and_what_is_frozen_stays(whole, warm):
+    before, after, at_2 = (checkpoint.restore_params(str(path)) for path in (warm, whole, whole / "checkpoints/2"))
+    for (path, leaf), (_, started) in zip(tree.leaves(after["vision"]), tree.leaves(before["vision"]), strict=True):
+        np.testing.assert_array_equal(leaf, started, err_msg=path)
+    moved = max(np.abs(leaf - started).max() for (_, leaf), (_, started) in zip(tree.leaves(after["resampler"]), tree.leaves(before["resampler"])))
+    assert 1e-4 < moved < 1e-2                                                                      # four steps of 1e-3 from there
+    for name, leaf in after["visual_stats"].items():                                                # measured before the first step
+        assert leaf.tobytes() == at_2["visual_stats"][name].tobytes() and leaf.std() > 1e-3
+    averaged = checkpoint.restore_params(str(whole), ema=True)
+    assert np.abs(averaged["llama"]["embed"]["base"] - after["llama"]["embed"]["base"]).max() > 1e-4
+    assert set(saved(whole)[1]["ema"]) == {path for path, _ in tree.leaves(after) if not path.startswith(("vision/", "visual_stats/"))}
+
+
+def test_the_contrastive_stage_tells_its_own(warm):
+    for line in lines(warm):
+        assert {"contrastive_loss", "readout_loss", "top1", "correlation", "visual_variance", "grad_norm/contrast", "grad_norm/vision"} < set(line)
+        assert line["loss"] > 0 and 0 <= line["top1"] <= 1
+
+
+# Going on
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_two_steps_a_cut_and_two_more_are_four(number, data, warm, whole, killed, tmp_path):
+    """Bit for bit: parameters, average, optimizer, the data's state and the metrics. Resuming is what the same command does."""
+    workdir = tmp_path / "run"
+    if number == signal.SIGKILL:
+        shutil.copytree(killed, workdir)
+    else:
+        done = cut_off(number, 1, emu_arguments(data, workdir, warm), workdir)
+        assert done.returncode == 0 and "stopped by SIGTERM at step 2 of 4" in done.stderr and "Traceback" not in done.stderr
+        assert [line["step"] for line in lines(workdir)] == [1, 2] and saved(workdir)[1]["step"] == 2
+        assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast" in done.stderr
+        assert "visual tokens standardised by the mean and deviation of" in done.stderr
+    assert run(emu_arguments(data, workdir, warm))[0] == 0
+    assert_same_run(workdir, whole)
+
+
+def test_it_goes_on_on_another_mesh(data, warm, whole, copy, caplog):
+    with caplog.at_level(logging.INFO):
+        assert run(emu_arguments(data, copy, warm, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"))[0] == 0
+    assert "resumed at step 2 of 4" in caplog.text and "was compiled" not in caplog.text
+    for line, want in zip(untimed(copy), untimed(whole), strict=True):
+        assert line == pytest.approx(want, rel=1e-4)
+    (params, _, state), (want, _, state_wanted) = saved(copy), saved(whole)
+    assert state == state_wanted
+    for (path, got), (_, leaf) in zip(tree.leaves(params), tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-4, err_msg=path)
+
+
+def test_a_finished_run_has_nothing_to_do(data, warm, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    assert run(emu_arguments(data, workdir, warm))[0] == 0
+    assert_same_run(workdir, whole)
+
+
+# Weights to start from
+
+def test_towers_that_are_shared_are_loaded(warm, data, caplog):
+    c = config.load(emu_arguments(data, "nowhere", warm))
+    fresh = jax.jit(partial(emu.init, emu.Emu, emu.EmuSize.of(c.model.to_dict())))(jax.random.key(5))
+    with caplog.at_level(logging.INFO):
+        loaded = train.load_weights(str(warm), fresh)
+    assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast" in caplog.text
+    there = checkpoint.restore_params(str(warm))
+    assert set(loaded) == {"vision", "ln_visual", "resampler"}
+    for path, leaf in tree.leaves(loaded):
+        np.testing.assert_array_equal(leaf, dict(tree.leaves(there))[path])
+    with pytest.raises(UserError, match=r"has no parameter of this model; it holds contrast, ln_visual, resampler, vision"):
+        train.load_weights(str(warm), {"llama": fresh["llama"]})
+    with pytest.raises(UserError, match=r"params 'vision/cls' is float32\[32\] in .*, but float32\[64\]"):
+        train.load_weights(str(warm), {"vision": {"cls": jnp.zeros(64)}})
+
+
+def test_visual_tokens_are_standardised_by_the_images_that_are_there():
+    c = make.cfg("model.standardise=true")
+    p = make.program(c)
+    params = make.random_params(p)
+    params["visual_stats"] = {"mean": np.zeros((4, 32), np.float32), "std": np.ones((4, 32), np.float32)}
+    batches = [make.batch(c, seed) for seed in range(2)]
+
+    class Feed(Loader):
+        def __init__(self):
+            self.pool = None
+
+        def __iter__(self):
+            return (Item(batch, [], {}, {}) for batch in batches)
+
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    stats = train.measure_visual_stats(p, params, Feed(), {"mean": where, "std": where})
+    images = np.concatenate([batch.images[batch.image_slots < c.data.tokens] for batch in batches])
+    tokens = np.asarray(jax.jit(lambda images: p.module(params).encode(images))(images), np.float64)
+    np.testing.assert_allclose(stats["mean"], tokens.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stats["std"], tokens.std(0), rtol=1e-4)
+
+
+# Bad input
+
+@pytest.mark.parametrize(("overrides", "told"), [
+    (["optim.step=3"], "the config has no field 'optim.step'; did you mean 'optim.steps'?"),
+    (["optim.steps=many"], "'optim.steps' must be of type int, like 4; it was given 'many'"),
+    (["stage=emus"], "stage='emus' is not one of emu, contrastive"),
+    (["stage=contrastive", "model.vision.image=28", "model.vision.patch=14"], "model.vision.image=28 must be a multiple of 16"),
+    (["data.batch=12"], "data.batch=12 is not divisible by 8 (the mesh's data x fsdp) x 1 (optim.accumulate)"),
+    (["optim.accumulate=3"], "data.batch=8 is not divisible by 8 (the mesh's data x fsdp) x 3 (optim.accumulate)"),
+    (["optim.accumulate=0"], "x 0 (optim.accumulate)"),
+    (["data.num_streams=3"], "data.batch=8 must be a multiple of data.num_streams=3"),
+    (["mesh.fsdp=3"], "does not match 8 devices: the product of its axes must be 8"),
+    (["data.mixture=()"], "missing: data (--config.data.mixture="),
+    (["data.mixture=(('a', 1.0, 'nowhere/a:train'),)"], "missing: the source 'a' at 'nowhere/a:train'"),
+    (["data.mixture=(('a', 1.0, '{data}/names:validation'),)"], "no records in split 'validation' of"),
+    (["data.eval_mixture=(('a', 1.0, '{data}/names:validation'),)"], "no records in split 'validation' of"),
+    (["data.mixture=(('a', 1.0, '{data}:train'),)"], "no dataset in '{data}'"),
+    (["data.tokenizer=nowhere/tokenizer.json"], "missing: the tokenizer 'nowhere/tokenizer.json'"),
+    (["model.llama.vocab=500"], "has 512 pieces, and model.llama.vocab is 500; they must be equal"),
+    (["optim.schedule=cosin"], "optim.schedule='cosin' is not one of"),
+    (["rules.train=(('.*', False),)"], "rules.train: nothing trains"),
+    (["rules.peak_lr=(('lama/.*', 1.0), ('.*', 1.0))"], "rules.peak_lr: no parameter needs the row 'lama/.*'"),
+    (["rules.decay=(('llama/.*', 1.0),)"], "rules.decay: no row covers the parameter 'ln_visual/bias'"),
+    (["model.llama.depth=100000000"], "the model's state needs "),
+    (["workdir="], "missing: a workdir (--config.workdir=DIR)"),
+    (["workdir={data}/tokenizer.json/run"], "cannot write into the workdir {data}/tokenizer.json/run: Not a directory")])
+def test_bad_input_is_one_line_and_leaves_nothing(overrides, told, data, tmp_path, capsys):
+    assert train.main(arguments(data, tmp_path / "run", *(override.format(data=data) for override in overrides))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and told.format(data=data) in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_of_another_config_is_refused(whole, data, warm, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert train.main(emu_arguments(data, whole, warm, "optim.b1=0.5", "mesh.tensor=2", "seed=1")) == 2       # another mesh would be no reason
+    error = capsys.readouterr().err
+    assert error == f"error: workdir {whole} is of another config: optim.b1 was 0.9 and is 0.5, seed was 0 and is 1; choose another workdir\n"
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_a_damaged_config_is_said(data, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"stage": "em')
+    assert train.main(arguments(data, tmp_path)) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/config.json is damaged: ")
+
+
+def test_corrupt_records_above_the_share_stop_the_run(data, tmp_path, capsys, caplog):
+    broken = shutil.copytree(data, tmp_path / "data")
+    file = fixtures.shard(broken / "names")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"\x89PNG") + 40] ^= 255
+    file.write_bytes(content)
+    assert train.main(arguments(broken, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: source 'names': ") and error.count("\n") == 1 and "more than data.max_bad_share=0.01 allows" in error
+    assert "source names: a corrupt record is skipped: names:train[" in caplog.text
+    assert not (tmp_path / "run/checkpoints").exists() and lines(tmp_path / "run") == []
+
+
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(data, warm, whole, copy, capsys, small_disk):  # noqa: F811
+    assert train.main(emu_arguments(data, copy, warm)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "checkpoints/4 could not be saved: " in error and "; the earlier ones are as they were" in error
+    small_disk()
+    assert saved(copy)[1]["step"] == 2 and run(emu_arguments(data, copy, warm))[0] == 0
+    assert_same_run(copy, whole)
+
+
+# The paper's model
+
+def test_the_papers_recipe_says_in_one_line_what_is_missing(capsys):
+    assert train.main(["--config=configs/pretrain.py"]) == 2
+    out, error = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["llama", "ln_visual", "regress_head", "resampler", "vision", "total"]
+    assert error.count("\n") == 1 and error.startswith("error: missing: a workdir (--config.workdir=DIR); the tokenizer ''")
+    assert all(f"the source '{name}'" in error for name in ("laion-2b", "laion-coco", "mmc4", "webvid", "yt-storyboard"))
