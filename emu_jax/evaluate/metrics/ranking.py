@@ -2,9 +2,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 
-def ndcg(ranks: Sequence[int], relevance: Sequence[float]) -> float:
+def ndcg(ranks: Sequence[int] | Int[np.ndarray, "C"], relevance: Sequence[float] | Float[np.ndarray, "C"]) -> float:
     """Of one round: `ranks[k]` is the place (from 1) of candidate k, `relevance[k]` its share of annotators. As many places count as there are
     candidates with any relevance. 0 where there is none."""
     ranks, relevance = np.asarray(ranks), np.asarray(relevance, float)
