@@ -2,7 +2,8 @@
 
 The release runs the whole prefix again for each of an image's visual tokens; `whole` below does so with the same arithmetic, padded to one
 shape so that it is compiled once (3 % more than it would need to). Both draw an image after the same 512-token prompt at the 60M size, by
-turns in one run, and must agree. Then text: time to the first token of a 512-token prompt, and tokens a second, for 1 and 8 prompts at once. Compiling is timed apart.
+turns in one run, and must agree. Then text: time to the first token of a 512-token prompt, and tokens a second, for 1 and 8 prompts at
+once. Compiling is timed apart.
 Exits 1 if the image loop is not 10 times as fast. Run it on an idle machine; results of one: benchmarks/results/generate.md.
 """
 import argparse

@@ -180,21 +180,20 @@ def warm():
 
 
 def features(batch):
-    """(visual tokens standardised over the batch, their deviations, unit image features, unit text features) of the images there."""
+    """(visual tokens, unit image features, unit text features) of the images there."""
     model = WARM_P.module(WARM_PARAMS)
     there = np.asarray(batch.image_slots).ravel() < T
     both = jax.jit(lambda: (model.encode(batch.images.reshape(-1, 32, 32, 3)), model.contrast.text(batch).reshape(-1, 32)))()
     visual, text = (np.asarray(x, np.float64)[there] for x in both)
-    z = (visual - visual.mean(0)) / np.sqrt(visual.var(0) + 1e-6)
-    image = np.einsum("mnD,nDE->mE", z, model.contrast.image.w.get_value())
+    image = np.einsum("mnD,nDE->mE", visual, model.contrast.image.w.get_value()) + model.contrast.image.bias.get_value()
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-    return z, visual.std(0), unit(image), unit(text)
+    return visual, unit(image), unit(text)
 
 
 def test_contrastive_by_hand_and_equal_texts_are_no_negatives(warm):
     batch = warm_batch()
     (value, metrics), _ = warm(batch)
-    z, deviation, u, w = features(batch)
+    visual, u, w = features(batch)
     logits = u @ w.T / 0.07
     rival = np.array([[a != b or i == j for j, b in enumerate(TEXTS)] for i, a in enumerate(TEXTS)])
     assert rival.sum() == 25 - 2
@@ -204,15 +203,17 @@ def test_contrastive_by_hand_and_equal_texts_are_no_negatives(warm):
     np.testing.assert_allclose(metrics["top1"], (sum(np.where(rival, logits, -np.inf).argmax(1) == np.arange(5)), 5))
 
     pixels = np.asarray(batch.images)[np.asarray(batch.image_slots) < T].reshape(5, 16, 2, 16, 2, 3).mean((2, 4)) / 127.5 - 1
-    read = np.einsum("mnD,nDp->mp", z, WARM_PARAMS["contrast"]["readout"]["w"]).reshape(5, 16, 16, 3)
-    readout = ((read - (pixels - pixels.mean(0))) ** 2).mean((1, 2, 3))
+    head = WARM_PARAMS["contrast"]["readout"]
+    readout = (((np.einsum("mnD,nDp->mp", visual, head["w"]) + head["bias"]).reshape(5, 16, 16, 3) - pixels) ** 2).mean((1, 2, 3))
     np.testing.assert_allclose(metrics["readout_loss"], (readout.sum(), 5), rtol=1e-4)
 
+    deviation = visual.std(0)
+    z = (visual - visual.mean(0)) / np.sqrt(deviation ** 2 + 1e-6)
     correlation = np.einsum("mnd,mne->nde", z, z) / 5
     spill = np.mean([(c ** 2).sum() - (np.diag(c) ** 2).sum() for c in correlation]) / 32
     lack = np.maximum(1 - deviation, 0).mean()
     np.testing.assert_allclose(metrics["correlation"], (5 * spill, 5), rtol=1e-4)
-    np.testing.assert_allclose(value, np.mean(nll) + 4.0 * readout.mean() + 1.0 * lack + 0.1 * spill, rtol=1e-4)
+    np.testing.assert_allclose(value, np.mean(nll) + 100.0 * readout.mean() + 10.0 * lack + 0.5 * spill, rtol=1e-4)
     np.testing.assert_allclose(metrics["visual_variance"], (5 * (deviation ** 2).mean(), 5), rtol=1e-4)
 
 

@@ -102,7 +102,7 @@ def page(result: Result, checkpoint: str) -> str:
 <h1>A small Emu: what it learnt</h1>
 <p>Emu (<a href="https://arxiv.org/abs/2307.05222">arXiv 2307.05222</a>) predicts the next element of interleaved text and images: a word, or
 a visual token. This one is the same code as the 14B model at a size that two CPU cores train in minutes, on drawings with their names and on
-scenes composed of sixteen of them. Checkpoint <code>{escape(checkpoint)}</code>{after}. The examples are the first of each split: nothing is
+scenes composed of 28 of them. Checkpoint <code>{escape(checkpoint)}</code>{after}. The examples are the first of each split: nothing is
 chosen.</p>
 <h2>Targets: {reached} of {len(result.targets)} reached</h2>
 {_targets(result.targets)}

@@ -30,9 +30,11 @@ class Trigrams(nnx.Module):
         segment = jnp.take_along_axis(batch.segments, jnp.minimum(batch.image_slots, T - 1), 1)
         mine = (batch.segments[:, None] == segment[:, :, None]) & (batch.text_weights > 0)[:, None]
         tables = self.tables.get_value()
-        before = lambda x, n: jnp.pad(x, ((0, 0), (n, 0)))[:, :T]
-        spoken = jnp.where(batch.text_weights > 0, batch.tokens, tables.shape[1] - 1)   # whatever is not text is one token
-        x = jax.nn.gelu(sum(tables[n][before(spoken, n)] for n in range(3)))
+        other = tables.shape[1] - 1                 # one token for whatever is not text, or not of this document
+        spoken = jnp.where(batch.text_weights > 0, batch.tokens, other)
+        shift = lambda x, n: jnp.pad(x, ((0, 0), (n, 0)))[:, :T]
+        before = lambda n: jnp.where(shift(batch.segments, n) == batch.segments, shift(spoken, n), other)
+        x = jax.nn.gelu(sum(tables[n][before(n)] for n in range(3)))
         mine = mine.astype(x.dtype)
         mean = jnp.einsum("bit,btd->bid", mine, x) / jnp.maximum(mine.sum(-1, keepdims=True), 1)
         return self.project(mean)

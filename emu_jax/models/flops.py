@@ -4,6 +4,8 @@ Recomputation, padding, norms and softmax count nothing, as in the definition of
 """
 from emu_jax.models.emu import EmuSize
 
+Count = int | float
+
 # Dense bfloat16 FLOP/s of a device by the start of jax's `device_kind`; the makers' data sheets.
 PEAK = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
         "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 2307e12}
@@ -14,7 +16,7 @@ def peak(device_kind: str) -> float | None:
     return next((value for kind, value in PEAK.items() if device_kind.startswith(kind)), None)
 
 
-def forward(size: EmuSize, *, images: float, tokens: float, pairs: float, labels: float, regressed: float) -> dict[str, float]:
+def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels: Count, regressed: Count) -> dict[str, Count]:
     """Forward FLOPs by tower of `images` images and `tokens` tokens, of which `labels` are predicted and `regressed` are visual
     targets; `pairs` is the number of (query, key) pairs that the causal mask allows, the sum of n (n + 1) / 2 over documents."""
     v, r, m = size.vision, size.resampler, size.llama
@@ -28,7 +30,7 @@ def forward(size: EmuSize, *, images: float, tokens: float, pairs: float, labels
             "heads": labels * 2 * m.width * (m.vocab + m.added) + regressed * 2 * m.width ** 2}
 
 
-def train(size: EmuSize, trained: dict[str, bool], **counts: float) -> dict[str, float]:
+def train(size: EmuSize, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
     """FLOPs of a step by tower, from the counts of `forward`: three times the forward where the tower trains, twice where
     gradients only pass through it to an earlier one, once otherwise."""
     order = ("vision", "resampler", "llama", "heads")

@@ -80,14 +80,14 @@ def test_pictures_are_the_images(page, result):
     sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     decoded = [np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))) for source in sources]
     assert (decoded[0] == result.captions["scenes_held_out"][0].image).all()
-    assert len(decoded) == 2 + report.SHOWN["names_train"] + 1 + 1 + 3      # scenes, names, held out, story, retrieved
+    assert len(decoded) == 2 + report.SHOWN["names_train"] + 1 + 1 + 4 + 3      # scenes, names, held out, story, in context, retrieved
 
 
 def test_right_and_wrong_are_marked(page):
     cards = [attributes["class"] for tag, attributes in page.elements if "told" in attributes.get("class", "").split()]
     half = report.SHOWN["names_train"] // 2
     assert sum("right" in card.split() for card in cards) == 1 + half
-    assert sum("wrong" in card.split() for card in cards) == 1 + half + 1 + 1
+    assert sum("wrong" in card.split() for card in cards) == 1 + half + 1 + 1 + 1
     hits = [attributes["alt"] for tag, attributes in page.elements if tag == "img" and attributes.get("class") == "hit"]
     assert hits == ["cat"]
 

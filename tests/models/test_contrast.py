@@ -8,7 +8,7 @@ import pytest
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT, Warmup
 
-C = make.cfg("stage=contrastive", "data.batch=2", "data.tokens=16", "data.images=2")
+C = make.warm_cfg("data.batch=2", "data.tokens=16", "data.images=2")
 P = make.program(C)
 PARAMS = make.random_params(P)
 IMG, END, SLOT, PAD = 513, 514, 515, 512
