@@ -8,7 +8,6 @@ devices and its HLO is read. Exits 1 if a bound is violated. Results of one mach
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -23,13 +22,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from emu_jax import losses, sharding
+from emu_jax import hlo, losses, sharding
 
 T, V, ADDED, K, CHUNK = 2048, 32000, 6, 256, 256      # K: 8 images of 32 visual tokens
 ROUNDS = {512: 9, 2048: 5}                            # D -> pairs of timings
 MESHES = ((1, 4, 2), (2, 2, 2), (1, 2, 4), (1, 8, 1))  # data, fsdp, tensor
 SHARE, SLOWER, DIFFERENCE = 1 / 8, 1.1, 1e-4          # the bounds
-COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(-start)?\(")
 
 
 def shapes(B, D):
@@ -104,50 +102,6 @@ def race(D):
             "time_ratio_min": float(ratios.min()), "time_ratio_max": float(ratios.max()), "difference": difference}
 
 
-def computations(hlo):
-    """{name: its lines} of an HLO module's text."""
-    found, name = {}, None
-    for line in hlo.splitlines():
-        if line and not line[0].isspace() and line.endswith("{"):
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            found[name] = []
-        elif name and line.startswith(" "):
-            found[name].append(line)
-    return found
-
-
-def collectives(hlo):
-    """(lines with a collective inside the body of any while, those outside)."""
-    parts = computations(hlo)
-    called = {name: {word for line in lines for word in re.findall(r"%([\w.\-]+)", line) if word in parts} for name, lines in parts.items()}
-    inside, waiting = set(), [body for lines in parts.values() for line in lines for body in re.findall(r"body=%?([\w.\-]+)", line)]
-    while waiting:
-        name = waiting.pop()
-        if name not in inside:
-            inside.add(name)
-            waiting += called[name]
-    lines = [(name in inside, line.strip()) for name, lines in parts.items() for line in lines if COLLECTIVE.search(line)]
-    return [line for within, line in lines if within], [line for within, line in lines if not within]
-
-
-def groups(line):
-    """The devices that a collective joins, a list of sorted lists; [] for all of them, and where the notation is not one of these:
-    replica_groups={{0,1},{2,3}}, =[2,2]<=[4] (or <=[2,2]T(1,0)), and from jax 0.11 on =mesh['data'=2,'tensor'=2] {'tensor'}."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
-    if named:
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        joined = re.findall(r"'(\w+)'", named[2])
-        places = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
-        places = places.transpose(sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in joined))
-        return np.sort(places.reshape(-1, int(np.prod([sizes[name] for name in joined])))).tolist()
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    if iota:
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
-        return np.sort(np.arange(np.prod(dims)).reshape(dims).transpose(order).reshape(shape)).tolist()
-    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line)
-    return [sorted(int(n) for n in part.split(",")) for part in re.findall(r"\{([\d,]+)\}", listed[1])] if listed else []
-
-
 def on_mesh(sizes, D=512):
     """One row of the table: how many collectives the compiled loop holds, and how many of them are not over tensor alone."""
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
@@ -157,11 +111,11 @@ def on_mesh(sizes, D=512):
     placed = jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
                           (learnt, given), specs)
     with jax.set_mesh(mesh):
-        hlo = jax.jit(jax.value_and_grad(fused)).lower(*placed).compile().as_text()
-    inside, outside = collectives(hlo)
+        found = hlo.Module(jax.jit(jax.value_and_grad(fused)).lower(*placed).compile().as_text()).collectives()
+    inside = [c for c in found if c.in_loop]
     tensor = np.arange(mesh.size).reshape(-1, sizes[2]).tolist()
-    strangers = [line for line in inside if sorted(groups(line)) != tensor]
-    return {"mesh": list(sizes), "inside": len(inside), "inside_not_tensor": len(strangers), "outside": len(outside)}
+    strangers = [c for c in inside if sorted(map(list, c.groups)) != tensor]
+    return {"mesh": list(sizes), "inside": len(inside), "inside_not_tensor": len(strangers), "outside": len(found) - len(inside)}
 
 
 def main():

@@ -10,10 +10,11 @@ from configs.sizes import model
 
 def get_config(size: str = "emu-14b") -> ConfigDict:
     c = ConfigDict()
-    c.stage = "emu"                     # the loss: "emu" (next element) or "contrastive" (warm-up of an encoder of your own)
+    c.stage = "emu"                     # the loss: "emu" (next element), "contrastive" (warm-up of an encoder of your own) or "decoder" (pixels)
     c.workdir = ""                      # checkpoints, metrics.jsonl, TensorBoard; where a run resumes from
     c.seed = 0                          # of the initial weights, the data's order and dropout
-    c.init = ""                         # directory of a checkpoint whose weights start this run; "" is from scratch
+    c.init = ""                         # directory of a checkpoint whose weights start this run (or several: "EMU,SD"); "" is from scratch
+    c.frozen_dtype = "float32"          # of the matrices that do not train; "bfloat16" halves their memory
     c.model = model(size)               # configs/sizes.py: pretrain.py:emu-7b chooses another
     c.rules = rules()
     c.objective = objective()
@@ -31,6 +32,11 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
         every=1,                        # steps between lines of metrics.jsonl (a line is free: it is fetched a step late)
         pictures_every=500,             # steps between images and captions in TensorBoard; 0: never
         max_bad_steps=10))              # stop after so many non-finite or spiking steps in all
+    c.drawing = ConfigDict(dict(        # decoder stage: how pictures are drawn, of log.pictures_every and by generate
+        sampler="pndm",                 # or "ddim", "euler", "dpm++", "flow"
+        steps=50, guidance=7.5,         # the release's
+        rescale=0.0,                    # takes guidance's contrast back (arXiv 2305.08891); there: 0.7
+        negative="empty"))              # guidance leads away from what the model makes of the empty prompt (the release), or from "zeros"
     c.eval = ConfigDict(dict(
         every=0,                        # steps between evaluations on the held-out split; 0: never
         batches=8))                     # how many global batches of it
@@ -60,7 +66,9 @@ def objective() -> ConfigDict:
         temperature=0.07,               # contrastive stage: of the softmax over the batch
         readout_weight=100.0,           # contrastive stage: of the linear reading of the pixels, whose squared error is soon some hundredths
         spread=10.0,                    # contrastive stage: of what the deviation of a visual token's dimension lacks of 1
-        decorrelate=0.5))               # contrastive stage: of the correlations between a visual token's dimensions
+        decorrelate=0.5,                # contrastive stage: of the correlations between a visual token's dimensions
+        condition_drop=0.1,             # decoder stage: share of the images whose condition is dropped (for zeros: unpublished)
+        encoded_share=0.0))             # decoder stage, condition="generated": share of the images that have their own encoded tokens instead
 
 
 def optim() -> ConfigDict:
@@ -83,12 +91,18 @@ def data() -> ConfigDict:
         tokens=2048,                    # T, tokens a row: LLaMA's context
         images=32,                      # I, images a row
         num_streams=256,                # logical streams of the data: divides batch, and is divided by every number of hosts to come
+        packing="first_fit",            # or "best_fit": of those that wait, the one that uses tokens and images most evenly
         pack_lookahead=16,              # documents of a stream that wait to fill a row
         prefetch=2,                     # batches made ahead
         workers=4,                      # threads that read and decode, a host
         max_bad_share=0.01,             # above this share of corrupt records the run stops
+        patience=120.0,                 # seconds that a record may take to come from the file system; 0: for ever
+        retries=2,                      # how often it is asked for again, if it does not come or the disk fails
+        unreadable="skip",              # and then: "skip" it as corrupt, or "stop"
+        conditions="",                  # decoder stage: directory of conditions that `generate precompute` made
         tokenizer="",                   # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
         labels=("text", "</s>"),        # what counts as a label; with "[IMG]" the model decides when to draw. The release: these two
         image_first=0.5,                # of an image and its text, how often the image comes first
-        mixture=(),                     # (name, weight, path) a source: path is a folder of a tensorflow-datasets dataset
+        fit="squash",                   # images to the model's square: "squash" (the release), "centre" or "random" cut of the shorter side
+        mixture=(),                     # (name, weight, "FOLDER:SPLIT"[, rule]) a source: a tensorflow-datasets dataset; rule: data/sequence.py, Rule
         eval_mixture=()))               # the same, held out

@@ -23,7 +23,12 @@ RESAMPLER = dict(                       # T5-base decoder, from scratch
     tokens=32, width=768, depth=12, heads=12, head_width=64, ffn=3072, buckets=32, max_distance=128,
     dropout=0.1, remat="full")
 LLAMA = dict(                           # LLaMA-1 13B
-    vocab=32000, added=4, width=5120, depth=40, heads=40, ffn=13824, rope_base=10000.0,
+    vocab=32000, added=4, width=5120, depth=40, heads=40, ffn=13824,
+    kv_heads=0,                         # heads of keys and values (LLaMA 2 and 3: fewer than heads); 0: as many as heads
+    eps=1e-6,                           # of the RMSNorms; LLaMA 2 and 3: 1e-5
+    tied=False,                         # is the output head the input table? The small LLaMA 3: yes
+    rope_base=10000.0,
+    rope_scaling=(),                    # ("linear", factor) or ("llama3", factor, low, high, context) for a context longer than trained
     rope_dtype="bfloat16",              # the release rounds the rotary frequencies so (its golden numbers show it); "float32" for LLaMA itself
     remat="full")
 

@@ -9,20 +9,28 @@ import dataclasses
 import json
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from emu_jax import tree
 from emu_jax.config import UserError
 
+log = logging.getLogger(__name__)
+
 # Orbax logs every file at INFO, and the traceback of every thread at ERROR: what matters reaches us as an exception.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+
+
+CHUNK = 2**25       # bytes of the largest chunk of an array that is written by slices
 
 
 class Checkpoints:
@@ -122,7 +130,7 @@ class Checkpoints:
             try:
                 path.rmtree()
             except OSError as error:    # no reason to stop a run
-                logging.warning("cannot remove %s: %s", path, error)
+                log.warning("cannot remove %s: %s", path, error)
 
 
 def read_config(directory: str, step: int | None = None) -> dict:
@@ -162,6 +170,110 @@ def restore_params(directory: str, abstract_params: tree.Tree | None = None, *, 
     return _newest(*_locate(directory, step), read)[1]
 
 
+class Slices:
+    """The parameters in the newest whole checkpoint, read a leaf or a layer of a stacked leaf at a time."""
+
+    def __init__(self, directory: str, step: int | None = None):
+        root, step = _locate(directory, step)
+        number, notes = _newest(root, step, _notes)
+        self.config: dict = notes["config"]
+        self.shapes = {path: (jnp.dtype(dtype), tuple(shape)) for path, (dtype, shape, _) in notes["manifest"]["arrays"]["params"].items()}
+        self._sums = {path: total for path, (_, _, total) in notes["manifest"]["arrays"]["params"].items()}
+        self._read: dict[str, int] = {}
+        self._where = root / str(number)
+        self._store = cache(lambda path: ts.open(_array_spec(self._where, path), open=True).result())
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """The leaf, or its `layer`-th slice. Raises UserError where it cannot be read."""
+        try:
+            array = (self._store(path) if layer is None else self._store(path)[layer]).read().result()
+        except ValueError as error:         # all of TensorStore's
+            raise UserError(f"{self._where} is damaged: {_reason(error)}") from error
+        self._read[path] = (self._read.get(path, 0) + _sum_of_slice(array)) % 2**32
+        return array
+
+    def check(self) -> None:
+        """Raises UserError for a leaf that was read, each part once, and is not what was saved."""
+        if changed := [path for path, total in self._read.items() if total != self._sums[path]]:
+            raise UserError(f"{self._where} is damaged: the array {changed[0]!r} has changed since it was saved")
+
+
+@contextmanager
+def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacked: set[str],
+                   config: dict) -> Iterator[Callable[[str, int | None, np.ndarray], None]]:
+    """Step 0 of a new workdir, with parameters only, written a slice at a time by `write(path, layer or None, array)`, each once: what is
+    larger than the host's memory is never held. It is there when the context ends, whole or not at all.
+
+    params: flat. stacked: leaves that come by layer. Raises UserError where there is a checkpoint already and where the disk is full.
+    """
+    root = epath.Path(workdir).resolve() / "checkpoints"
+    if _steps(root):
+        raise UserError(f"{root} holds a checkpoint already; choose another directory")
+    half = root / "0.orbax-checkpoint-tmp"          # what Checkpoints clears away, should this be killed
+    sums = dict.fromkeys(params, 0)
+
+    def write(path: str, layer: int | None, array: np.ndarray) -> None:
+        (stores[path] if layer is None else stores[path][layer]).write(array).result()
+        sums[path] = (sums[path] + _sum_of_slice(array)) % 2**32
+
+    try:
+        notes = {"data": {}, "config": config, "manifest": {}}
+        with _context():                            # Orbax writes its own notes, of arrays with one element
+            ones = {path: jnp.zeros((1,) * len(x.shape), x.dtype) for path, x in params.items()}
+            ocp.save_checkpointables(half / "0", {"params": tree.unflatten(ones), **notes})
+        stores = {path: ts.open(_array_spec(half / "0", path) | _layout(x, path in stacked), create=True, delete_existing=True).result()
+                  for path, x in params.items()}
+        _set_shapes(half / "0" / "params", {path: list(x.shape) for path, x in params.items()})
+        yield write
+        arrays = {path: (str(x.dtype), list(x.shape), sums[path]) for path, x in params.items()}
+        manifest = {"arrays": {"params": arrays}, "json": {name: _crc(notes[name]) for name in ("data", "config")}}
+        (half / "0" / "manifest" / "data.json").write_text(json.dumps(manifest))
+        (half / "0").rename(root / "0")
+    except (ValueError, OSError) as error:          # TensorStore's and the disk's
+        raise UserError(f"{root / '0'} could not be written: {_reason(error)}; nothing is left of it") from error
+    finally:
+        half.rmtree(missing_ok=True)
+        for folder in (root, root.parent):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _array_spec(step: epath.Path, path: str) -> dict:
+    """TensorStore's words for where Orbax keeps an array."""
+    base = str(step / "params")
+    store = {"driver": "ocdbt", "base": f"{base if '://' in base else f'file://{base}'}/", "path": path.replace("/", ".") + "/"}
+    return {"driver": "zarr3", "kvstore": store}
+
+
+def _layout(x: jax.ShapeDtypeStruct, stacked: bool) -> dict:
+    """Chunks within one layer, of at most CHUNK bytes, so that a host that wants a shard reads little else."""
+    chunk = [max(length, 1) for length in ((1, *x.shape[1:]) if stacked else x.shape)]
+    while np.prod(chunk) * x.dtype.itemsize > CHUNK and max(chunk) % 2 == 0:
+        chunk[chunk.index(max(chunk))] //= 2
+    return {"metadata": {"shape": list(x.shape), "data_type": str(x.dtype),
+                         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+                         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]}}
+
+
+def _set_shapes(params: epath.Path, shapes: dict[str, list[int]]) -> None:
+    """The arrays' true shapes in Orbax's notes."""
+    tree_notes = json.loads((params / "_METADATA").read_text())
+    for entry in tree_notes["tree_metadata"].values():
+        entry["value_metadata"]["write_shape"] = shapes["/".join(key["key"] for key in entry["key_metadata"])]
+    (params / "_METADATA").write_text(json.dumps(tree_notes))
+    for file in (params / "array_metadatas").iterdir():
+        array_notes = json.loads(file.read_text())
+        for entry in array_notes["array_metadatas"]:
+            shape = shapes[entry["array_metadata"]["param_name"].replace(".", "/")]
+            entry["array_metadata"] |= {"write_shape": shape, "chunk_shape": shape}
+        file.write_text(json.dumps(array_notes))
+
+
+def _sum_of_slice(array: np.ndarray) -> int:
+    """As `_sum_of_bits`, on the host."""
+    return int(np.sum(array.view(f"u{array.dtype.itemsize}"), dtype=np.uint32))
+
+
 def _newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Any]) -> tuple[int, Any]:
     """(step, read(its path)) for `step`, or for the newest step that can be read; warns of those passed over."""
     steps = _steps(root)
@@ -175,7 +287,7 @@ def _newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Any
             raise
         except Exception as error:      # Orbax and TensorStore raise KeyError, ValueError, OSError, JSONDecodeError, ...
             reason = _reason(error)
-        logging.warning("checkpoint %s is damaged or incomplete and is passed over: %s", root / str(number), reason)
+        log.warning("checkpoint %s is damaged or incomplete and is passed over: %s", root / str(number), reason)
     raise UserError(f"no whole checkpoint in {root}; {number} is damaged: {reason}")
 
 
@@ -227,8 +339,8 @@ def _load(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict]) -
             parts[name] = ocp.load_checkpointables(path, {name: jax.tree.map(placed, part)})[name]
         saved = arrays[name]
         uncast = {leaf: value for leaf, value in _flat(parts[name]).items() if str(value.dtype) == saved[leaf][0]}
-        for leaf, total in jax.device_get({leaf: _sum_of_bits(value) for leaf, value in uncast.items()}).items():
-            if total != saved[leaf][2]:
+        for leaf, value in uncast.items():
+            if _sum_of_bits(value) != saved[leaf][2]:
                 raise ValueError(f"the array {leaf!r} of {name!r} has changed since it was saved")
     return parts
 
@@ -250,14 +362,17 @@ def _check(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict], 
 
 def _describe(part: Any) -> dict[str, tuple[str, list[int], int]]:
     """{path: (dtype, shape, sum of its bits)} of every array."""
-    leaves = _flat(part)
-    sums = jax.device_get({leaf: _sum_of_bits(value) for leaf, value in leaves.items()})
-    return {leaf: (str(value.dtype), list(value.shape), int(sums[leaf])) for leaf, value in leaves.items()}
+    return {leaf: (str(value.dtype), list(value.shape), _sum_of_bits(value)) for leaf, value in _flat(part).items()}
+
+
+def _sum_of_bits(x: jax.Array | np.ndarray) -> int:
+    """Sum modulo 2^32 of the elements' bit patterns. Addition there has no order, so it is the same on every mesh. One after another:
+    many of them under way at once were seen to wait for each other for ever, on more CPU devices than cores."""
+    return int(_sum(x))
 
 
 @jax.jit
-def _sum_of_bits(x: jax.Array) -> jax.Array:
-    """Sum modulo 2^32 of the elements' bit patterns. Addition there has no order, so it is the same on every mesh."""
+def _sum(x: jax.Array) -> jax.Array:
     bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     return jnp.sum(bits, dtype=jnp.uint32)
 

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+log = logging.getLogger(__name__)
+
 
 def means(metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]], sources: tuple[str, ...]) -> dict[str, float]:
     """sum / weight of each metric (types.Metrics, on the host); `x_by_source` becomes x/SOURCE for the sources that were there."""
@@ -72,5 +74,5 @@ def _step(line: str) -> int | float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):       # half a line, of a run that was killed while writing
-        logging.warning("metrics.jsonl: left out a line that is not whole")
+        log.warning("metrics.jsonl: left out a line that is not whole")
         return math.inf

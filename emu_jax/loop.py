@@ -18,12 +18,12 @@ import optax
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from emu_jax import sharding, tree
+from emu_jax import hardware, sharding, tree
 from emu_jax.checkpoint import Checkpoints
 from emu_jax.config import UserError, to_dict
 from emu_jax.data.loader import Item, Loader
 from emu_jax.journal import Journal, means
-from emu_jax.models import emu, flops
+from emu_jax.models import emu
 from emu_jax.stages import Stage
 from emu_jax.types import Batch, Metrics
 
@@ -45,7 +45,7 @@ class State:
 class Program:
     """All that a step needs beside its arrays."""
     stage: Stage
-    size: emu.EmuSize
+    size: Any                       # of the stage's module
     objective: dict                 # config.objective and the number of sources
     optimizer: optax.GradientTransformation
     groups: tree.Tree               # trainable leaf -> name under which its gradient's norm is logged
@@ -99,6 +99,13 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Met
     return new, metrics | norms | {"loss": (value, one), "grad_norm": (norm, one), "bad_steps": (new.bad.astype(jnp.float32), one)}
 
 
+def jitted(program: Program, state: State) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """`train_step` as it runs: `state`, arrays or their shapes with their shardings, is given up and comes back laid out as it was."""
+    shards = jax.tree.map(lambda x: x.sharding, state)
+    device = next(iter(jax.tree.leaves(shards)[0].device_set))
+    return jax.jit(partial(train_step, program), donate_argnums=0, out_shardings=(shards, None), compiler_options=hardware.options(device))
+
+
 def eval_step(program: Program, params: tree.Tree, batch: Batch) -> Metrics:
     """Metrics of a batch without dropout or gradient."""
     return program.stage.loss(program.module(params), batch, None, program.stage.weights(batch), program.objective)[1]
@@ -116,8 +123,7 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
     """Trains from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and saves. `evaluate(params)` gives held-out numbers,
     `pictures(params, item)` the arguments of Journal.pictures. Raises UserError after `log.max_bad_steps` bad steps."""
     place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-    shards = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = jax.jit(partial(train_step, program), donate_argnums=0, out_shardings=(shards, None))
+    step_fn = jitted(program, state)
     counts = Counts(program, c, state)
     pending: tuple[int, Item, Metrics, float] | None = None
     first = step = int(state.step)
@@ -178,12 +184,12 @@ class Counts:
     """The speed of a run: what each step's batch held, over the time from one step's end to the next's."""
 
     def __init__(self, program: Program, c, state: State):
-        self.size, self.slots = program.size, program.size.resampler.tokens
+        self.work, self.slots = partial(program.stage.work, program.size), program.stage.emu(program.size).resampler.tokens
         params = tree.merge(state.trainable, state.frozen)
         self.trained = {tower: any(path.startswith(f"{tower}/") for path, _ in tree.leaves(state.trainable)) for tower in params}
         self.trained["heads"] = self.trained.get("regress_head", False)
         self.towers = set(params) | ({"heads"} if "llama" in params else set())
-        self.peak = flops.peak(jax.devices()[0].device_kind)
+        self.peak = hardware.peak(jax.devices()[0].device_kind)
         self.bad = self.bad_at_start = int(state.bad)
         self.ended: float | None = None
         self.rows = c.data.batch
@@ -198,12 +204,12 @@ class Counts:
         held = item.batch.segments > 0
         share = self.rows / len(held)         # this process's rows stand for all processes' rows
         tokens, images = share * int(held.sum()), share * float(item.batch.image_weights.sum())
-        values = {"padding": 1 - float(held.mean()), "input_wait": waited}
+        values = {"padding": 1 - float(held.mean()), "input_wait": waited} | {f"epochs/{name}": value for name, value in item.stats["epochs"].items()}
         if not seconds:                       # the first step, which compiles, and those after a pause
             return values
         pairs = share * int((item.batch.positions + 1)[held].sum())
-        work = flops.train(self.size, self.trained, images=images, tokens=tokens, pairs=pairs,
-                           labels=share * float(item.batch.text_weights.sum()), regressed=images * self.slots)
+        work = self.work(self.trained, images=images, tokens=tokens, pairs=pairs,
+                         labels=share * float(item.batch.text_weights.sum()), regressed=images * self.slots)
         work = {tower: value for tower, value in work.items() if tower in self.towers}
         values |= {"step_time": seconds, "tokens_per_second": tokens / seconds, "images_per_second": images / seconds,
                    "flops_per_second": sum(work.values()) / seconds}

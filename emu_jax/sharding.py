@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +20,7 @@ from emu_jax.config import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
+MATRICES = ("/w", "/base", "/added")        # how the paths of those end that are cast for arithmetic
 
 # Tower -> rows in reading order; beside each the weight's shape. Under blocks/ a leading L is scanned and never sharded.
 PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
@@ -46,9 +48,9 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     ),
     "visual_stats": (("visual_stats/(mean|std)", P(None, "fsdp")),),   # N D
     "llama": (
-        ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),           # V D
+        ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),           # V D; no lm_head where it is tied
         ("llama/(embed|lm_head)/added", P(None, "fsdp")),              # n D
-        ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L D H d
+        ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L D H d; fewer heads in k and v where they are grouped
         ("llama/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),    # L H d D
         ("llama/blocks/ffn/(gate|up)/w", P(None, "fsdp", "tensor")),   # L D F
         ("llama/blocks/ffn/down/w", P(None, "tensor", "fsdp")),        # L F D
@@ -58,11 +60,34 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     "contrast": (
         ("contrast/.*", P()),                                          # small, of the warm-up only
     ),
+    # The decoder's towers: images lie over all axes (`images`), so nothing is split over tensor. What has few channels is split on the other side.
+    "unet": (
+        ("unet/time/(up|down)/w", P(None, "fsdp")),                    # C|t t
+        ("unet/conv_in/w", P(None, None, None, "fsdp")),               # 3 3 c C
+        ("unet/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),  # 3 3 C C
+        ("unet/.*/resnets/[0-9]+/time/w", P("fsdp", None)),            # t C
+        ("unet/.*/(shortcut|into|out)/w", P("fsdp", None)),            # C C
+        ("unet/.*/(self|cross)/(q|k|v)/w", P("fsdp", None, None)),     # C|D H d
+        ("unet/.*/(self|cross)/o/w", P(None, None, "fsdp")),           # H d C
+        ("unet/.*/ffn/(up|gate)/w", P(None, "fsdp")),                  # C F
+        ("unet/.*/ffn/down/w", P("fsdp", None)),                       # F C
+        ("unet/conv_out/w", P(None, None, "fsdp", None)),              # 3 3 C c
+        ("unet/.*(bias|scale)", P()),                                  # C, t, F, c
+    ),
+    "vae": (
+        ("vae/(quant|post_quant)/w", P()),                             # c c, 2c 2c
+        ("vae/(encoder|decoder)/conv_in/w", P(None, None, None, "fsdp")),       # 3 3 3|c C
+        ("vae/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),       # 3 3 C C
+        ("vae/.*/(shortcut|attn/[qkvo])/w", P("fsdp", None)),          # C C
+        ("vae/(encoder|decoder)/conv_out/w", P(None, None, "fsdp", None)),      # 3 3 C 2c|3
+        ("vae/.*(bias|scale)", P()),                                   # C, c
+    ),
 }
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of {axis: size}; one -1 is what is left. Raises UserError where it does not match the device count."""
+    """The mesh of {axis: size}; one -1 is what is left. Several TPU slices are neighbours along `data`, which alone crosses the
+    data-centre network. Raises UserError where it does not match the devices."""
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
     known = int(np.prod([size for size in shape if size != -1]))
@@ -71,13 +96,33 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
     if len(devices) % known or (-1 not in shape and known != len(devices)):
         raise UserError(f"mesh {dict(sizes)} does not match {len(devices)} devices: the product of its axes must be {len(devices)}")
     shape = [len(devices) // known if size == -1 else size for size in shape]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if devices[0].platform != "tpu":        # GPUs of a node are neighbours already
+        placed = np.array(devices).reshape(shape)
+    elif (slices := len({getattr(device, "slice_index", 0) for device in devices})) == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape[0] % slices:
+        raise UserError(f"mesh {dict(sizes)} lies on {slices} slices: data must be a multiple of {slices}")
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def specs(params: tree.Tree) -> tree.Tree:
     """The PartitionSpec of every parameter. Raises ValueError for a parameter without a row, or a row without one."""
     rows = [row for tower in params for row in PARAMS.get(tower, ())]
     return tree.by_rule(rows, params, what="sharding table")
+
+
+def check(mesh: Mesh, params: tree.Tree) -> None:
+    """Raises UserError for a parameter that the mesh does not divide, naming the largest sizes of that axis which would."""
+    table = dict(tree.leaves(specs(params)))
+    for path, leaf in tree.leaves(params):
+        for size, over in zip(leaf.shape, table[path]):
+            axes = (over,) if isinstance(over, str) else over or ()
+            if size % (shares := int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))):
+                fit = [n for n in range(1, shares) if size % n == 0 and mesh.size % n == 0]
+                raise UserError(f"mesh {dict(mesh.shape)}: {path} {list(leaf.shape)} does not divide by {' x '.join(axes)} = {shares}; "
+                                f"{fit[-1]} would do, with the rest in data (mesh.data={mesh.shape['data'] * shares // fit[-1]})")
 
 
 def shardings(mesh: Mesh, spec_tree: Any) -> Any:
@@ -140,7 +185,7 @@ def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> 
     mesh = jax.sharding.get_abstract_mesh()
 
     def ready(path: str, w: jax.Array) -> jax.Array:
-        w = w.astype(dtype) if path.endswith(("/w", "/base", "/added")) else w
+        w = w.astype(dtype) if path.endswith(MATRICES) else w
         if mesh.empty or mesh.size == 1:
             return w
         spec = next(spec for pattern, spec in PARAMS[where.split("/")[0]] if re.fullmatch(pattern, path))[sliced:]

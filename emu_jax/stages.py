@@ -1,10 +1,11 @@
 """What each stage trains on: a module, the sums it divides by, and its loss. The loop knows nothing else of a stage.
 
 `emu`: predict the next element (section 2 of the paper), cross-entropy for text and L2 for the embeddings of images, whose
-targets are detached. `contrastive`: the warm-up of an encoder of one's own. Metrics are (sum, weight). Read next: loop.py.
+targets are detached. `contrastive`: the warm-up of an encoder of one's own. `decoder`: the U-Net that draws what visual tokens
+say. Metrics are (sum, weight). Read next: loop.py.
 """
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +14,27 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from emu_jax.losses import fused
+from emu_jax.models import diffusion, flops
 from emu_jax.models.contrast import READOUT, Warmup
-from emu_jax.models.emu import Emu
+from emu_jax.models.decoder import Decoder, DecoderSize
+from emu_jax.models.emu import Emu, EmuSize
 from emu_jax.types import Batch, Metrics
 
 END_IMG = 2     # [PAD], [IMG], [/IMG], <image> are the added tokens 0 to 3
 
 
 class Stage(NamedTuple):
-    """`weights(batch)`: the sums that normalise the loss, taken over the whole batch before it is cut into micro-batches;
-    `loss(module, batch, key, totals, objective)` -> (this micro-batch's share of the loss, metrics)."""
+    """`size(config.model as a dict)`: what `module` is made of; `emu(size)`: the Emu in it, and `image(size)`: pixels a side of its images;
+    `weights(batch)`: the sums that normalise the loss, taken over the whole batch before it is cut into micro-batches;
+    `loss(module, batch, key, totals, objective)` -> (this micro-batch's share of the loss, metrics);
+    `work(size, trained, counts)`: FLOPs of a step by tower (flops.train)."""
     module: type[nnx.Module]
     weights: Callable[[Batch], dict[str, Float[Array, ""]]]
     loss: Callable[..., tuple[Float[Array, ""], Metrics]]
+    size: Callable[[dict], Any] = EmuSize.of
+    emu: Callable[[Any], EmuSize] = lambda size: size
+    image: Callable[[Any], int] = lambda size: size.vision.image
+    work: Callable[..., dict[str, float]] = flops.train
 
 
 def emu_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
@@ -52,7 +61,7 @@ def next_element(model: Emu, hidden: Float[Array, "B T D"], visual: Float[Array,
     per_image = targets.shape[2]
     text, image = jnp.maximum(totals["text"], 1), jnp.maximum(totals["image"], 1)
     loss, nll, error = fused(
-        hidden, model.llama.lm_head.arrays(), {"w": model.regress_head.w.get_value()},
+        hidden, model.llama.head(), {"w": model.regress_head.w.get_value()},
         labels=jnp.roll(batch.tokens, -1, 1), label_weights=label_weights(batch),
         predictors=rearrange(predictors, "B I N -> B (I N)"), targets=rearrange(targets, "B I N D -> B (I N) D"),
         target_weights=jnp.repeat(counts, per_image, axis=1),
@@ -70,7 +79,7 @@ def next_element(model: Emu, hidden: Float[Array, "B T D"], visual: Float[Array,
     }
 
 
-def contrastive_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
+def picture_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
     return {"image": image_weights(batch).sum()}
 
 
@@ -111,7 +120,30 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
         "visual_variance": variance(visual, counts)}
 
 
-STAGES = {"emu": Stage(Emu, emu_weights, emu), "contrastive": Stage(Warmup, contrastive_weights, contrastive)}
+def decoder(model: Decoder, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
+    """Mean squared error of the U-Net's prediction at a random time for each image, weighted (models/diffusion.py). The condition is zero
+    for a share `condition_drop` of the images; it and the target pass no gradient. Without a key the draws are always the same ones."""
+    keys = jax.random.split(jax.random.key(0) if key is None else key, 5)
+    d = model.decoder.diffusion
+    counts = image_weights(batch).ravel()
+    condition = model.conditions(batch)
+    if key is not None and model.decoder.condition == "generated" and objective["encoded_share"]:
+        own = jax.random.bernoulli(keys[4], objective["encoded_share"], counts.shape)
+        condition = jnp.where(own[:, None, None], model.encoded(batch), condition)
+    condition = jax.lax.stop_gradient(condition)
+    if key is not None:
+        dropped = jax.random.bernoulli(keys[0], objective["condition_drop"], counts.shape)
+        condition = jnp.where(dropped[:, None, None], 0, condition)
+    x0 = jax.lax.stop_gradient(model.targets(rearrange(batch.images, "B I h w c -> (B I) h w c"), keys[1]))
+    e, times = jax.random.normal(keys[2], x0.shape), diffusion.draw_times(d, keys[3], len(x0))
+    predicted = model.predict(diffusion.add_noise(d, x0, e, times), times, condition)
+    error = jnp.square(predicted - diffusion.target(d, x0, e, times)).mean((1, 2, 3))
+    loss = (error * diffusion.loss_weights(d, times) * counts).sum() / jnp.maximum(totals["image"], 1)
+    return loss, {"diffusion_loss": ((error * counts).sum(), counts.sum()), "condition_variance": variance(condition, counts)}
+
+
+STAGES = {"emu": Stage(Emu, emu_weights, emu), "contrastive": Stage(Warmup, picture_weights, contrastive),
+          "decoder": Stage(Decoder, picture_weights, decoder, DecoderSize.of, lambda size: size.emu, lambda size: size.loaded, flops.train_decoder)}
 
 
 def label_weights(batch: Batch) -> Float[Array, "B T"]:

@@ -8,10 +8,12 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +22,32 @@ from ml_collections import ConfigDict
 
 from emu_jax import checkpoint, config, loop, optim, sharding, stages, tree
 from emu_jax.config import UserError
+from emu_jax.data import conditions
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Item, Loader
+from emu_jax.generate import pixels
 from emu_jax.generate.options import Options
 from emu_jax.generate.session import Session
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT
+from emu_jax.models.decoder import resized
+from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "eval.every", "eval.batches", "data.prefetch", "data.workers")
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "drawing.", "eval.every", "eval.batches", "data.prefetch", "data.workers",
+              "data.patience", "data.retries")
+CONDITIONED = "unet/.*/cross/(k|v)/w"      # [width of the condition, heads, width of a head]
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 trained, or stopped by a signal with everything saved; 2 for what the user can put right."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)     # as absl does, if Orbax's import has let it
+    logging.getLogger("emu_jax").setLevel(logging.INFO)
     try:
         train(config.load(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
@@ -53,7 +61,9 @@ def train(c: ConfigDict) -> loop.State:
     # Model: shapes only.
     if c.stage not in stages.STAGES:
         raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
-    stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
+    stage = stages.STAGES[c.stage]
+    size = stage.size(c.model.to_dict())
+    model = stage.emu(size)
     abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
     print(parameter_table(abstract), flush=True)
 
@@ -66,9 +76,9 @@ def train(c: ConfigDict) -> loop.State:
         trains = what_trains(c, abstract)
 
         # Data.
-        tokenizer = tokenizers.load(c.data.tokenizer, size.llama.vocab)
-        make_loader = partial(Loader, c.data, c.seed, tokenizer, size.resampler.tokens, size.vision.image,
-                              process=jax.process_index(), processes=jax.process_count())
+        tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
+        make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
+                              process=jax.process_index(), processes=jax.process_count(), conditions=c.data.conditions)
         loader = make_loader()
         evaluate = held_out(program, mesh, make_loader(eval=True), c) if c.data.eval_mixture else None
 
@@ -77,27 +87,25 @@ def train(c: ConfigDict) -> loop.State:
         claim(workdir, c)
         checkpoints = checkpoint.Checkpoints(c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
         state_of = lambda params: loop.init_state(program, *tree.split(params, trains))
-        abstract_state = jax.eval_shape(state_of, abstract)
-        layout = sharding.of_state(mesh, abstract, abstract_state)
-        like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract_state, layout)
+        like = abstract_state(c, program, mesh, abstract, trains)
         if (resumed := checkpoints.restore(like)) is not None:
             step, state, data, _ = resumed
             loader.restore(data)
             log.info("resumed at step %d of %d in %s", step, c.optim.steps, workdir)
         else:
             step = 0
-            params = jax.jit(partial(emu.init, stage.module, size), out_shardings=placed)(jax.random.key(c.seed))
-            loaded = load_weights(c.init, params) if c.init else {}
-            params = tree.unflatten(dict(tree.leaves(params)) | dict(tree.leaves(loaded)))
-            if size.standardise and "visual_stats" in params and "visual_stats" not in loaded:
+            params = jax.jit(lambda key: at_rest(c, trains, emu.init(stage.module, size, key)), out_shardings=placed)(jax.random.key(c.seed))
+            loaded = {path: leaf for directory in filter(None, c.init.split(",")) for path, leaf in tree.leaves(load_weights(directory, params))}
+            params = tree.unflatten(dict(tree.leaves(params)) | loaded)
+            if model.standardise and "visual_stats" in params and "visual_stats/mean" not in loaded:
                 params |= {"visual_stats": measure_visual_stats(program, params, make_loader(), placed["visual_stats"])}
-            state = jax.jit(state_of, out_shardings=layout, donate_argnums=0)(params)
+            state = jax.jit(state_of, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
 
         # Train.
         journal = Journal(workdir, start=step, steps=c.optim.steps)
         try:
-            return loop.run(c, program, state, mesh, loader, checkpoints, journal, evaluate,
-                            pictures=pictures(program, mesh, tokenizer, c.data.tokens) if "llama" in abstract else None)
+            draws = drawings(program, c) if "unet" in abstract else pictures(program, mesh, tokenizer, c.data.tokens) if "llama" in abstract else None
+            return loop.run(c, program, state, mesh, loader, checkpoints, journal, evaluate, pictures=draws)
         finally:
             loader.close()
             journal.close()
@@ -111,7 +119,7 @@ def parameter_table(abstract: tree.Tree) -> str:
     return "\n".join(f"{tower:14}{count:>16,} parameters" for tower, count in counts.items())
 
 
-def make_program(c: ConfigDict, stage: stages.Stage, size: emu.EmuSize, abstract: tree.Tree) -> loop.Program:
+def make_program(c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.Tree) -> loop.Program:
     """The program of a config; rules cover the whole model, and the trainable part of what they say is kept."""
     trains = what_trains(c, abstract)
     trainable = lambda rows, what: tree.split(_rule(rows, abstract, what), trains)[0]
@@ -131,6 +139,19 @@ def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
     return trains
 
 
+def abstract_state(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh, abstract: tree.Tree, trains: tree.Tree) -> loop.State:
+    """The state of a run as shapes, each with its sharding."""
+    state = jax.eval_shape(lambda params: loop.init_state(program, *tree.split(at_rest(c, trains, params), trains)), abstract)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, sharding.of_state(mesh, abstract, state))
+
+
+def at_rest(c: ConfigDict, trains: tree.Tree, params: tree.Tree) -> tree.Tree:
+    """Parameters in the dtypes in which a run holds them: float32, but the matrices of what does not train in `frozen_dtype`."""
+    keep = dict(tree.leaves(trains))
+    return tree.unflatten({path: leaf.astype(c.frozen_dtype) if path.endswith(sharding.MATRICES) and not keep[path] else leaf
+                           for path, leaf in tree.leaves(params)})
+
+
 def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
     try:
         return tree.by_rule(rows, abstract, what)
@@ -141,7 +162,7 @@ def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
 def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     """Raises UserError, in one line, for all that is missing; for a batch that the devices cannot share out; for a model that they
     cannot hold."""
-    places = [(name, path) for name, _, path in (*c.data.mixture, *c.data.eval_mixture)]
+    places = [(name, path) for name, _, path, *_ in (*c.data.mixture, *c.data.eval_mixture)]
     missing = [what for absent, what in (
         (not c.workdir, "a workdir (--config.workdir=DIR)"),
         (not Path(c.data.tokenizer).is_file(),
@@ -150,18 +171,42 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         *((not Path(path.rpartition(":")[0]).is_dir(), f"the source {name!r} at {path!r}") for name, path in places)) if absent]
     if missing:
         raise UserError(f"missing: {'; '.join(missing)}")
-    rows = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
-    if c.optim.accumulate < 1 or c.data.batch % (rows * c.optim.accumulate):
-        raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
+    check_rows(c, mesh)
+    sharding.check(mesh, abstract)
     if "contrast" in abstract and c.model.vision.image % READOUT:
         raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
+    check_conditions(c, abstract)
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    size = lambda part: 4 * sum(leaf.size for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
-    needed = size(abstract) + 3 * size(tree.split(abstract, what_trains(c, abstract))[0])      # a gradient and two moments of what trains
+    size = lambda part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
+    trains = what_trains(c, abstract)
+    needed = size(jax.eval_shape(partial(at_rest, c, trains), abstract)) + 3 * size(tree.split(abstract, trains)[0])    # a gradient and two moments
     if needed > memory:
         raise UserError(f"the model's state needs {needed / 2**30:.1f} GiB a device and a device has {memory / 2**30:.1f} GiB: "
                         f"use more devices (mesh.fsdp), or a smaller model (--config=configs/pretrain.py:emu-1b)")
+
+
+def check_rows(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for a batch that the devices cannot share out."""
+    rows = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
+    if c.optim.accumulate < 1 or c.data.batch % (rows * c.optim.accumulate):
+        raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
+
+
+def check_conditions(c: ConfigDict, abstract: tree.Tree) -> None:
+    """Raises UserError for a decoder whose conditions are missing, of another shape, or more than an image a row; and for conditions that nothing
+    draws from."""
+    wanted = "unet" in abstract and c.model.decoder.condition == "generated"
+    if wanted != bool(c.data.conditions):
+        raise UserError(
+            "model.decoder.condition='generated' needs data.conditions=DIR, made by: python -m emu_jax.generate precompute --config=FILE --to=DIR"
+            if wanted else f"data.conditions={c.data.conditions!r}: nothing draws from them but model.decoder.condition='generated'")
+    if wanted:
+        made, model = tuple(conditions.notes(Path(c.data.conditions))["shape"]), (c.model.resampler.tokens, c.model.llama.width)
+        if made != model:
+            raise UserError(f"data.conditions={c.data.conditions!r} are visual tokens {list(made)}, and the model's are {list(model)}")
+        if c.data.images != 1:
+            raise UserError(f"data.images={c.data.images}: there are conditions for the first image of a document only; set data.images=1")
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:
@@ -196,10 +241,16 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
     """The leaves of the checkpoint in `directory` that `params` has too, laid out like those; says which towers came, which stay
-    fresh and which are not used. Raises UserError where a shape differs or nothing is shared."""
+    fresh and which are not used. A decoder's maps of its condition stay fresh where that has another width. Raises UserError where another
+    shape differs or nothing is shared."""
     there = checkpoint.param_shapes(directory)
     here = dict(tree.leaves(params))
-    shared = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in here.items() if path in there}
+    wider = [path for path, leaf in here.items() if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape]
+    if wider:
+        log.warning("init %s: %d maps of the condition stay fresh: it has the width %d there and %d here",
+                    directory, len(wider), there[wider[0]][0], here[wider[0]].shape[0])
+    shared = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+              for path, leaf in here.items() if path in there and path not in wider}
     towers = lambda paths: ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
     if not shared:
         raise UserError(f"init={directory!r} has no parameter of this model; it holds {towers(there)}")
@@ -249,6 +300,25 @@ def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenize
         images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]][:PICTURES]
         session = Session(program.size, params, tokenizer, context=context, mesh=mesh)
         return images, session.texts([[image] for image in images], Options(max_new_tokens=24))
+    return show
+
+
+def drawings(program: loop.Program, c: ConfigDict) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+    """drawings(params, item): some images of a batch, each beside what the decoder makes of it, always with the same seeds, and led away
+    from zeros: nothing is generated here."""
+    side, how = program.size.image, {name: c.drawing[name] for name in pixels.HOW}
+
+    def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        condition = program.module(params).conditions(batch)
+        images = resized(batch.images.reshape(-1, *batch.images.shape[2:]), side)
+        return images, pixels.draw(program.size, params, condition, jnp.arange(len(condition)), **how)
+    both = jax.jit(both)
+
+    def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
+        rows = jax.tree.map(lambda x: jnp.asarray(x[:PICTURES]), item.batch)
+        images = np.concatenate([np.asarray(part) for part in both(params, rows)], 2)
+        held = np.asarray(rows.image_slots).ravel() < rows.tokens.shape[1]
+        return images[held], ["left the image, right as it is drawn"]
     return show
 
 

@@ -32,6 +32,12 @@ class Batch:
 
 
 @flax.struct.dataclass
+class DecoderBatch(Batch):
+    """With what the LLM regressed for each image, for a decoder whose conditions were made once (data/conditions.py)."""
+    conditions: Float[Array, "B I N D"]
+
+
+@flax.struct.dataclass
 class Cache:
     """Keys and values, of every layer, of what an LLM has read, and room for more.
 

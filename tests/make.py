@@ -20,6 +20,21 @@ def cfg(*overrides: str, size: str = "debug"):
     return config.load([f"--config=configs/base.py:{size}", *(f"--config.{override}" for override in (*small, *overrides))])
 
 
+def decoder_cfg(*overrides: str):
+    """configs/decoder.py at a small size: pixels 8 x 8 from the encoder's 28 x 28, in documents of an image a row."""
+    small = ("optim.steps=4", "optim.warmup=0.25", "optim.boundaries=((2, 0.5),)", "data.batch=8", "data.tokens=24", "data.num_streams=4",
+             "mesh.fsdp=1", "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none")
+    c = config.load(["--config=configs/decoder.py:debug", *(f"--config.{override}" for override in small)])
+    with c.unlocked():
+        c.model.decoder.update(dict(image=8, unet=dict(
+            channels_in=3, channels_out=3, patch=2, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,),
+            time=16, groups=4, remat="none")))
+        c.model.decoder.vae = {}
+    for override in overrides:
+        config.override(c, *override.split("=", 1))
+    return c
+
+
 def warm_cfg(*overrides: str):
     """`cfg` of the contrastive stage, whose reading of the pixels wants images of a multiple of 16, and whose model has no llama."""
     return cfg("stage=contrastive", "model.vision.image=32", "model.vision.patch=16", "rules.peak_lr=(('.*', 1e-3),)",
@@ -68,7 +83,8 @@ def batch(c, seed: int = 0):
 
 def program(c):
     """The loop's Program of a config, for two sources."""
-    stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
+    stage = stages.STAGES[c.stage]
+    size = stage.size(c.model.to_dict())
     abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
     made = train.make_program(c, stage, size, abstract)
     return dataclasses.replace(made, objective=made.objective | {"sources": 2})

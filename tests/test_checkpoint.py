@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from emu_jax import checkpoint
+from emu_jax import checkpoint, tree
 from emu_jax.checkpoint import Checkpoints, param_shapes, read_config, restore_params
 from emu_jax.config import UserError
 
@@ -184,6 +184,49 @@ def test_a_new_workdir_has_nothing(tmp_path):
     run = Checkpoints(str(tmp_path / "new"), keep=1, keep_every=0)
     assert run.latest() is None and run.restore(abstract(make_state())) is None
     assert not (tmp_path / "new").exists()
+
+
+# By slices
+
+def sliced(workdir, params, config=CONFIG):
+    flat = dict(tree.leaves(params))
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
+    with checkpoint.writing_slices(str(workdir), shapes, {"llama/w"}, config) as write:
+        for path, x in flat.items():
+            if path == "llama/w":
+                for layer in reversed(range(len(x))):
+                    write(path, layer, np.asarray(x[layer]))
+            else:
+                write(path, None, np.asarray(x))
+
+
+def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK", 64)
+    params = make_state().trainable | {"vision": {"pos": jnp.ones((3, 5), jnp.float16)}}
+    sliced(tmp_path, params)
+    assert_same(restore_params(str(tmp_path)), jax.tree.map(np.asarray, params))
+    assert_same(restore_params(str(tmp_path), abstract(params, mesh_sharding((2, 4), "fsdp"))), params)
+    assert read_config(str(tmp_path)) == CONFIG
+    slices = checkpoint.Slices(str(tmp_path))
+    assert slices.shapes["llama/w"] == (np.float32, (64, 64))
+    np.testing.assert_array_equal(slices.read("llama/w", 3), params["llama"]["w"][3])
+    np.testing.assert_array_equal(slices.read("head", None), params["head"])
+    with pytest.raises(UserError, match="'llama/w' has changed"):
+        slices.check()                                          # for the other slices were not read
+    for layer in set(range(64)) - {3}:
+        slices.read("llama/w", layer)
+    slices.check()
+
+
+def test_what_is_not_written_whole_is_not_there(tmp_path, small_disk):
+    with pytest.raises(UserError, match=r"could not be written: .*\S.*; nothing is left of it"):
+        sliced(tmp_path / "run", {"llama": {"w": make_state(rows=4096).trainable["llama"]["w"]}})
+    assert not (tmp_path / "run").exists()
+    small_disk()
+    sliced(tmp_path / "run", make_state().trainable)
+    with pytest.raises(UserError, match="holds a checkpoint already"):
+        sliced(tmp_path / "run", make_state(2).trainable)
+    assert_same(restore_params(str(tmp_path / "run")), jax.tree.map(np.asarray, make_state().trainable))
 
 
 # Which steps stay

@@ -8,17 +8,20 @@ from emu_jax.stages import STAGES
 
 # From the bottom up. A module imports what is below it and what is in its own folder; nothing beside it, nothing above.
 ORDER = (
-    ("types", "tree", "config"),
+    ("types", "tree", "config", "hlo"),
+    ("hardware",),
     ("sharding",),
     ("models/*", "data/*"),
-    ("losses", "optim", "weights/convert", "weights/emu1", "weights/inception"),
+    ("losses", "optim", *(f"weights/{name}" for name in (
+        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "stable_diffusion", "inception", "families"))),
     ("stages",),
     ("checkpoint",),
     ("journal",),
-    ("loop", "generate/*"),
+    ("loop", "generate/*", "weights/transfer"),
     ("evaluate/*",),
     ("verify/*",),
-    ("train", "fit", "*/__main__"),
+    ("train",),
+    ("fit", "*/__main__"),
 )
 ABSENT = {"torch", "tensorflow", "transformers", "keras", "haiku"}
 MODULES = sorted(path for path in Path("emu_jax").rglob("*.py") if path.read_text())

@@ -170,7 +170,7 @@ def warm_batch():
 
 
 def warm_loss(params, batch, key=None, **objective):
-    return stages.contrastive(WARM_P.module(params), batch, key, stages.contrastive_weights(batch), WARM_P.objective | objective)
+    return stages.contrastive(WARM_P.module(params), batch, key, stages.picture_weights(batch), WARM_P.objective | objective)
 
 
 @pytest.fixture(scope="module")

@@ -285,6 +285,7 @@ def test_visual_tokens_are_standardised_by_the_images_that_are_there():
     (["stage=emus"], "stage='emus' is not one of emu, contrastive"),
     (["stage=contrastive", "model.vision.image=28", "model.vision.patch=14"], "model.vision.image=28 must be a multiple of 16"),
     (["data.batch=12"], "data.batch=12 is not divisible by 8 (the mesh's data x fsdp) x 1 (optim.accumulate)"),
+    (["model.llama.kv_heads=1", "mesh.fsdp=4", "mesh.tensor=2"], "llama/blocks/attn/k/w [2, 32, 1, 8] does not divide by tensor = 2; 1 would do"),
     (["optim.accumulate=3"], "data.batch=8 is not divisible by 8 (the mesh's data x fsdp) x 3 (optim.accumulate)"),
     (["optim.accumulate=0"], "x 0 (optim.accumulate)"),
     (["data.num_streams=3"], "data.batch=8 must be a multiple of data.num_streams=3"),

@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,13 @@ from ml_collections import ConfigDict
 
 from emu_jax.config import UserError
 from emu_jax.data import sources
+from emu_jax.data.conditions import Conditions
+from emu_jax.data.images import FITS
 from emu_jax.data.mixture import COUNTS, Mixture, Stream
-from emu_jax.data.packing import empty_batch, write_row
-from emu_jax.data.sequence import LABELS, make_sequence
+from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
+from emu_jax.data.patience import Patient
+from emu_jax.data.sequence import LABELS, Rule, make_sequence
+from emu_jax.data.sources import CACHE_BYTES, Source
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.types import Batch
 
@@ -44,30 +48,36 @@ class Loader:
     after an evaluation's last document are empty: segments and weights 0. In an evaluation every process reads all
     streams, for none may end before the others.
 
+    conditions: the directory of what a decoder draws from; batches are DecoderBatches then.
     Raises UserError for settings that do not fit one another and for more corrupt records than `data.max_bad_share`.
     """
 
     def __init__(self, data: ConfigDict, seed: int, tokenizer: Tokenizer, n_visual: int, image_size: int,
-                 process: int = 0, processes: int = 1, eval: bool = False):
+                 process: int = 0, processes: int = 1, eval: bool = False, conditions: str = ""):
         rows = data.eval_mixture if eval else data.mixture
         _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
         self.data, self.eval, self.image_size, self.pad = data, eval, image_size, tokenizer.pad
-        self.source_names = tuple(name for name, _, _ in rows)
-        self.mixture = Mixture(self.source_names, tuple(float(weight) for _, weight, _ in rows),
-                               tuple(sources.open(path, image_size) for _, _, path in rows), data.num_streams, seed)
+        self.source_names = tuple(row[0] for row in rows)
+        self.mixture = Mixture(self.source_names, tuple(float(row[1]) for row in rows), tuple(map(self._open, rows)), data.num_streams, seed,
+                               tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows))
         self.owned = range(process * data.num_streams // processes, (process + 1) * data.num_streams // processes)
         self.to_sequence = partial(make_sequence, tokenizer=tokenizer, n_visual=n_visual, max_tokens=data.tokens,
                                    max_images=data.images, image_first=data.image_first, labels=data.labels)
+        self.fit = {"first_fit": first_fit, "best_fit": partial(best_fit, row_tokens=data.tokens, row_images=data.images)}[data.packing]
+        self.conditions = Conditions(conditions, "eval_mixture" if eval else "mixture", self._documents) if conditions else None
         self.state: dict = {}
         self.pool: ThreadPoolExecutor | None = None
         for name, source in zip(self.source_names, self.mixture.sources):
             log.info("source %s: %d documents", name, len(source))
+        ahead = (2 + data.prefetch) * len(self.owned) * self._rows * data.images * 3 * image_size**2
+        log.info("memory: %d MiB of batches made ahead, at most %d MiB of decoded pictures in the caches of the sources, %d documents that wait",
+                 ahead >> 20, len(rows) * CACHE_BYTES >> 20, len(self.owned) * data.pack_lookahead)
 
     def __iter__(self) -> Iterator[Item]:
         self.close()
         pool = self.pool = ThreadPoolExecutor(self.data.workers, "data")
         states = self.state.get("streams", {})
-        streams = [Stream(self.mixture, number, self.to_sequence, self.data.pack_lookahead, states.get(str(number)), self.eval)
+        streams = [Stream(self.mixture, number, self.to_sequence, self.data.pack_lookahead, states.get(str(number)), self.eval, self.fit)
                    for number in (range(self.data.num_streams) if self.eval else self.owned)]
         tasks: list[Future | None] = [None] * len(streams)
         ahead: deque[tuple[Batch, list[Future]]] = deque()
@@ -110,6 +120,10 @@ class Loader:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def _open(self, row: tuple) -> Source:
+        source = sources.open(row[2], self.image_size, self.data.fit)
+        return Patient(source, row[0], self.data.patience, self.data.retries, self.data.unreadable) if self.data.patience else source
+
     @property
     def _rows(self) -> int:     # of a stream in a batch
         return self.data.batch // self.data.num_streams
@@ -131,7 +145,7 @@ class Loader:
 
     def _item(self, batch: Batch, streams: list[Stream], results: list[tuple[list[list[str]], dict]]) -> Item | None:
         states = {str(stream.number): state for stream, (_, state) in zip(streams, results)}
-        stats = statistics(states, self.data.tokens)
+        stats = statistics(states, self.data.tokens, self._documents, self.data.num_streams)
         for name, documents in self._documents.items():
             read, bad = stats["read"][name], stats["bad"][name]
             if read >= min(JUDGED, documents) and bad > self.data.max_bad_share * read:
@@ -141,7 +155,7 @@ class Loader:
             return None
         ids = [row for stream, (rows, _) in zip(streams, results) if stream.number in self.owned for row in rows]
         state = {} if self.eval else {"num_streams": self.data.num_streams, "documents": self._documents, "streams": states}
-        return Item(batch, ids, state, stats)
+        return Item(self.conditions.attached(batch, ids) if self.conditions else batch, ids, state, stats)
 
 
 def merge(states: list[dict]) -> dict:
@@ -149,19 +163,23 @@ def merge(states: list[dict]) -> dict:
     return {**states[0], "streams": {number: stream for state in states for number, stream in state["streams"].items()}}
 
 
-def statistics(streams: dict[str, dict], tokens: int) -> dict[str, Any]:
+def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int], num_streams: int) -> dict[str, Any]:
     """Sums over streams' states, rows being `tokens` long: packed rows, documents, tokens, images, cut_documents and cut_tokens;
-    records `read` and `bad` by source (those that wait included); `padding`, the share of positions that hold nothing."""
+    records `read` and `bad` by source (those that wait included); `epochs` by source: how often its `documents` were read, by all of the
+    `num_streams` streams if these are not all (below 1 it is the share of the source that was seen, for an epoch repeats nothing);
+    `padding`, the share of positions that hold nothing."""
     stats: dict[str, Any] = {name: sum(stream["counts"][name] for stream in streams.values()) for name in COUNTS}
     names = next(iter(streams.values()))["sources"]
     for what in ("read", "bad"):
         stats[what] = {name: sum(stream["sources"][name][what] for stream in streams.values()) for name in names}
+    stats["epochs"] = {name: read * num_streams / (len(streams) * documents[name]) for name, read in stats["read"].items()}
     stats["padding"] = 1 - stats["tokens"] / (stats["rows"] * tokens)
     return stats
 
 
 def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processes: int) -> None:
-    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("prefetch", 0),
+    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("prefetch", 0), ("patience", 0),
+                        ("retries", 0),
                         ("tokens", n_visual + 3)):     # <s> and one image
         if data[name] < least:
             raise UserError(f"data.{name} is {data[name]}; it must be at least {least}"
@@ -177,11 +195,30 @@ def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processe
         raise UserError(f"data.num_streams={data.num_streams} must be a multiple of the number of hosts, {processes}")
     if not mixture:
         raise UserError(f"data.{field} is empty; give it a (name, weight, path) row for every source")
+    for name, known in (("fit", FITS), ("packing", ("first_fit", "best_fit")), ("unreadable", ("skip", "stop"))):
+        if data[name] not in known:
+            raise UserError(f"data.{name} is {data[name]!r}; there are {', '.join(known)}")
     for row in mixture:
-        if not isinstance(row, (tuple, list)) or len(row) != 3:
-            raise UserError(f"data.{field}: {row!r} is not a (name, weight, path) row")
+        if not isinstance(row, (tuple, list)) or len(row) not in (3, 4):
+            raise UserError(f"data.{field}: {row!r} is not a (name, weight, path) row, nor a (name, weight, path, rule) row")
+        _check_rule(row[3] if len(row) > 3 else {}, f"data.{field}: the rule of {row[0]!r}", n_visual)
         if not isinstance(row[1], (int, float)) or not 0 < row[1] < float("inf"):
             raise UserError(f"data.{field}: the weight of {row[0]!r} is {row[1]!r}; it must be a positive number")
     names = [row[0] for row in mixture]
     if len(set(names)) < len(names):
         raise UserError(f"data.{field}: the names of the sources must differ; they are {', '.join(map(str, names))}")
+
+
+def _check_rule(rule: Any, what: str, n_visual: int) -> None:
+    known = {field.name: field for field in fields(Rule)}
+    if not isinstance(rule, dict) or set(rule) - set(known):
+        raise UserError(f"{what} is {rule!r}; it is a dict of {', '.join(known)}")
+    for name, value in rule.items():
+        default = known[name].default
+        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+            raise UserError(f"{what}: {name} is {value!r}; it must be like {default!r}")
+    rule = Rule(**rule)
+    if rule.start not in ("first", "random"):
+        raise UserError(f"{what}: start is {rule.start!r}; there are first and random")
+    if 0 < rule.tokens < n_visual + 3 or min(rule.tokens, rule.images, rule.pairs) < 0 or rule.image_first > 1:
+        raise UserError(f"{what}: tokens is 0 or at least {n_visual + 3}, images and pairs are not negative, image_first is at most 1")

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from emu_jax.config import UserError
 from emu_jax.data.packing import first_fit
-from emu_jax.data.sequence import Sequence
+from emu_jax.data.sequence import PLAIN, Rule, Sequence
 from emu_jax.data.sources import Corrupt, Source
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,10 @@ class Mixture:
     sources: tuple[Source, ...]
     streams: int
     seed: int
+    rules: tuple[Rule, ...] = ()        # one a source; () is PLAIN for all
+
+    def rule(self, source: int) -> Rule:
+        return self.rules[source] if self.rules else PLAIN
 
     def index(self, source: int, place: int) -> int:
         """The record of a source at a place."""
@@ -100,14 +104,15 @@ class Mixture:
 class Stream:
     """Logical stream `number` of a mixture: draws documents, keeps `lookahead` of them waiting, and packs rows.
 
-    `to_sequence(document, rng=...)` is `make_sequence` with its settings. `state` continues a stream from what `state()` returned.
-    With `once` the stream is its share of one pass in fixed order, and rows are empty when it has ended.
+    `to_sequence(document, rng=..., rule=...)` is `make_sequence` with its settings. `state` continues a stream from what `state()` returned.
+    `fit` is `packing.first_fit`, or `best_fit` with its row's budgets. With `once` the stream is its share of one pass in fixed order, and
+    rows are empty when it has ended.
     Not thread-safe: one task at a time.
     """
 
     def __init__(self, mixture: Mixture, number: int, to_sequence: Callable[..., Sequence], lookahead: int,
-                 state: dict | None = None, once: bool = False):
-        self.mixture, self.number, self.to_sequence, self.lookahead = mixture, number, to_sequence, lookahead
+                 state: dict | None = None, once: bool = False, fit: Callable[..., int | None] = first_fit):
+        self.mixture, self.number, self.to_sequence, self.lookahead, self.fit = mixture, number, to_sequence, lookahead, fit
         state = state or {"draws": 0, "sources": {name: {"read": 0, "bad": 0} for name in mixture.names},
                           "pending": [], "counts": dict.fromkeys(COUNTS, 0)}
         self.draws = state["draws"]
@@ -130,11 +135,11 @@ class Stream:
                 "counts": dict(self.counts)}
 
     def row(self, tokens: int, images: int) -> list[Packed]:
-        """The next row of at most `tokens` tokens and `images` images: always the first waiting document that still fits."""
+        """The next row of at most `tokens` tokens and `images` images: always that waiting document which `fit` chooses."""
         row: list[Packed] = []
         while True:
             self._refill()
-            index = first_fit([packed.sequence for _, packed in self.waiting], tokens, images)
+            index = self.fit([packed.sequence for _, packed in self.waiting], tokens, images)
             if index is None:
                 break
             row.append(self.waiting.pop(index)[1])
@@ -185,7 +190,7 @@ class Stream:
         self.streak = 0
         full_id = f"{name}/{document.id}"
         rng = rng_of(self.mixture.seed, full_id, place // len(documents))
-        return Packed(full_id, source, self.to_sequence(document, rng=rng))
+        return Packed(full_id, source, self.to_sequence(document, rng=rng, rule=self.mixture.rule(source)))
 
     def _count(self, **more: int):
         for name, value in more.items():

@@ -1,4 +1,4 @@
-"""Rows of several documents: first fit under two budgets, T tokens and I images.
+"""Rows of several documents: first or best fit under two budgets, T tokens and I images.
 
 A row is dense: nothing but its end is padding, and segments keep its documents apart (attention is masked by them,
 positions restart in them). Read next: mixture.py, which says what waits to be packed.
@@ -17,6 +17,22 @@ def first_fit(waiting: Ordered[Sequence], tokens: int, images: int) -> int | Non
         if len(sequence.tokens) <= tokens and len(sequence.image_slots) <= images:
             return index
     return None
+
+
+def best_fit(waiting: Ordered[Sequence], tokens: int, images: int, row_tokens: int, row_images: int) -> int | None:
+    """Index of the one of `waiting` that fits into what is left of a row of `row_tokens` and `row_images`, and that leaves both budgets
+    most evenly used; None if none fits. An empty row takes the first, so that none waits for ever.
+
+    With one budget used up the rest of the other is lost, and that is most of what first fit loses.
+    """
+    if (tokens, images) == (row_tokens, row_images):
+        return first_fit(waiting, tokens, images)
+    fitting = [index for index, sequence in enumerate(waiting) if len(sequence.tokens) <= tokens and len(sequence.image_slots) <= images]
+
+    def uneven(index: int) -> float:
+        return abs((tokens - len(waiting[index].tokens)) / row_tokens - (images - len(waiting[index].image_slots)) / row_images)
+
+    return min(fitting, key=uneven, default=None)
 
 
 def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) -> Batch:

@@ -10,33 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from emu_jax.data.documents import Document, Pair, Text
 from emu_jax.data.tokenizer import Tokenizer
 
-Image = UInt8[np.ndarray, "h w 3"]      # RGB, 0 to 255, already of the model's size
-
-
 LABELS = ("text", "</s>", "[IMG]", "[/IMG]")
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text and its weight in the loss; a part that is a plain str weighs 1."""
-    text: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image and its text, in an order drawn anew in every epoch."""
-    image: Image
-    text: str | Text
-
-
-@dataclass(frozen=True)
-class Document:
-    """What a source yields: parts in reading order, and an id that is unique in its source and never changes."""
-    id: str
-    parts: tuple[str | Text | Image | Pair, ...]
 
 
 @dataclass(frozen=True)
@@ -51,29 +28,56 @@ class Sequence:
     cut: int                                # tokens that truncation dropped
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How the documents of one source become sequences, where that is not how all do: the fourth field of a row of data.mixture.
+
+    `pairs` draws so many of a document's pairs (all, if it has fewer), in their order, and leaves everything else out. `start="random"` begins
+    what is longer than `tokens` at a part drawn at random, in place of its first.
+    """
+    tokens: int = 0                     # of a sequence, at most; 0: data.tokens
+    images: int = 0                     # the first so many are kept, the others left out and the text goes on; 0: all that data.images allows
+    start: str = "first"                # or "random"
+    pairs: int = 0                      # 0: the whole document
+    image_first: float = -1.0           # of an image and its text, how often the image comes first; -1: data.image_first
+
+
+PLAIN = Rule()
+
+
 def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, max_tokens: int, max_images: int,
-                  image_first: float, labels: Collection[str], rng: np.random.Generator) -> Sequence:
-    """The sequence of `document`, of at most `max_tokens` tokens and `max_images` images.
+                  image_first: float, labels: Collection[str], rng: np.random.Generator, rule: Rule = PLAIN) -> Sequence:
+    """The sequence of `document`, of at most `max_tokens` tokens and `max_images` images, made by `rule`.
 
     `labels` says which of LABELS count as labels; `<s>` and the slots never do. Every part that is text is encoded on its own, so the
     tokenizer's dummy prefix stands between neighbours. What is too long loses its end, `</s>` included, and never a
-    part of an image. `image_first` is the probability that a Pair's image comes first; `rng` is asked once a Pair.
+    part of an image. `image_first` is the probability that a Pair's image comes first. `rng` is asked once a Pair, once more for an image
+    that is not square (its place of the cut: images.decode, "random"), and by a rule that draws.
     """
+    max_tokens = min(max_tokens, rule.tokens or max_tokens)
     block = [tokenizer.img, *[tokenizer.image] * n_visual, tokenizer.end_img]
     counts = {label: float(label in labels) for label in LABELS}
     block_weights = [counts["[IMG]"], *[0.0] * n_visual, counts["[/IMG]"]]
-    tokens, weights, images, slots = [tokenizer.bos], [0.0], [], []
-    for part in _ordered(document.parts, image_first, rng):
+    pieces: list[tuple[list[int], list[float], np.ndarray | None]] = []
+    for part in _ordered(_chosen(document.parts, rule.pairs, rng), image_first if rule.image_first < 0 else rule.image_first, rng):
         if isinstance(part, np.ndarray):
-            images.append(part)
-            slots.append(len(tokens) + 1)
-            tokens += block
-            weights += block_weights
+            pieces.append((block, block_weights, _square(part, rng)))
         else:
             text, weight = (part.text, part.weight) if isinstance(part, Text) else (part, 1.0)
             ids = tokenizer.encode(text)
-            tokens += ids
-            weights += [weight * counts["text"]] * len(ids)
+            pieces.append((ids, [weight * counts["text"]] * len(ids), None))
+    before, pieces = _begun(pieces, max_tokens, rule.start, rng)
+
+    tokens, weights, images, slots = [tokenizer.bos], [0.0], [], []
+    for ids, counted, image in pieces:
+        if image is not None:
+            if rule.images and len(images) == rule.images:
+                before += len(ids)
+                continue
+            images.append(image)
+            slots.append(len(tokens) + 1)
+        tokens += ids
+        weights += counted
     tokens.append(tokenizer.eos)
     weights.append(counts["</s>"])
 
@@ -88,7 +92,14 @@ def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, ma
         images=np.stack(images[:kept]) if kept else np.zeros((0, 0, 0, 3), np.uint8),
         image_slots=np.array(slots[:kept], np.int32),
         image_weights=np.ones(kept, np.float32),
-        cut=len(tokens) - keep)
+        cut=before + len(tokens) - keep)
+
+
+def _chosen(parts, pairs, rng):
+    found = [part for part in parts if isinstance(part, Pair)]
+    if not pairs or not found:
+        return parts
+    return [found[place] for place in sorted(rng.permutation(len(found))[:pairs])]
 
 
 def _ordered(parts, image_first, rng):
@@ -99,3 +110,24 @@ def _ordered(parts, image_first, rng):
             yield from (part.image, part.text)
         else:
             yield from (part.text, part.image)
+
+
+def _begun(pieces, max_tokens, start, rng):
+    """(tokens left out, the pieces from where the subsequence begins)."""
+    starts = np.cumsum([0, *(len(ids) for ids, _, _ in pieces)])
+    spare = int(starts[-1]) + 2 - max_tokens                                   # <s> and </s>
+    if start == "first" or spare <= 0:
+        return 0, pieces
+    first = int(np.searchsorted(starts[:-1], rng.integers(spare + 1)))         # the first piece that begins there or after
+    first = min(first, len(pieces) - 1)
+    return int(starts[first]), pieces[first:]
+
+
+def _square(image, rng):
+    """The square of an image's shorter side, its place drawn along the longer one."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if height == width:
+        return image
+    place = int(rng.integers(max(height, width) - side + 1))
+    return image[place:place + side] if height > width else image[:, place:place + side]

@@ -57,7 +57,7 @@ def scores(arguments: list[str]) -> dict:
     parser.add_argument("--metric", required=True, choices=list(score.METRICS))
     parser.add_argument("--predictions", required=True, metavar="FILE")
     parser.add_argument("--references", required=True, nargs="+", metavar="FILE", help="visdial takes two")
-    parser.add_argument("--wordnet", metavar="DIR", help="for wups: a folder with WordNet's files, as Debian's wordnet-base puts into /usr/share/wordnet")
+    parser.add_argument("--wordnet", metavar="DIR", help="for wups: a folder with WordNet's files; Debian's wordnet-base: /usr/share/wordnet")
     flags = parser.parse_args(arguments)
     return score.score(flags.metric, score.Job(flags.predictions, flags.references, flags.wordnet))
 

@@ -20,7 +20,8 @@ LAYOUTS = """layouts of the files, JSON unless said otherwise (ids are compared 
       references  {id: [caption, ...]} or COCO's {"annotations": [{"image_id", "caption"}]}
   vqa: accuracy in percent, normalised as in GT-Vision-Lab/VQA's vqaEval.py
       predictions {id: answer}, VQA's results [{"question_id", "answer"}] or VizWiz's [{"image", "answer"}]
-      references  {id: [answer, ...]}, VQA's {"annotations": [{"question_id", "answers": [{"answer"}, ...]}]} or VizWiz's [{"image", "answers": [...]}]
+      references  {id: [answer, ...]}, VQA's {"annotations": [{"question_id", "answers": [{"answer"}, ...]}]} or
+                  VizWiz's [{"image", "answers": [{"answer"}, ...]}]
   exact_match: percent of answers that equal a reference, letter by letter
       predictions {id: answer} or [{"id", "answer"}]
       references  {id: answer}, {id: [answer, ...]} or MSVD-QA's and MSRVTT-QA's [{"id", "answer"}]

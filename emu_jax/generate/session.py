@@ -268,7 +268,7 @@ class Session:
             count = min(count + CHECK, options.max_new_tokens)
             draft = text.write(self.size, self.params, draft, jnp.int32(count), rules)
             ids = np.asarray(draft.ids)
-            stopped = [any(stop in self.tokenizer.decode(row[:count]) for stop in options.stop) for row in ids]
+            stopped = [any(stop in self.tokenizer.decode(row[:count].tolist()) for stop in options.stop) for row in ids]
             draft = draft.replace(done=draft.done | np.array(stopped))
         return np.asarray(draft.ids)
 
@@ -385,6 +385,8 @@ class Conversation:
 def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.Tree:
     """Shapes of the parameters as a session holds them: laid out by the table of training, matrices in the dtype of the arithmetic."""
     shapes = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
+    if mesh:
+        sharding.check(mesh, shapes)
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
     dtype = lambda path, leaf: size.compute if path.endswith(("/w", "/base", "/added")) else leaf.dtype
     return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
@@ -392,12 +394,16 @@ def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.T
 
 
 def mesh_of(directory: str, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh | None:
-    """All devices for a session of the checkpoint in `directory`: as many side by side in a layer as divide its key heads, the others
-    by rows. None for one device, and where there is no language model."""
+    """All devices for a session of the checkpoint in `directory`: as many side by side in a layer as divide its parameters, the others
+    by rows. None for one device, and where nothing divides them."""
     count = len(jax.devices() if devices is None else devices)
-    heads = checkpoint.param_shapes(directory).get("llama/blocks/attn/k/w", (0, 0, 0))[2]
-    tensor = max(n for n in range(1, count + 1) if count % n == 0 and heads % n == 0)
-    return sharding.make_mesh(dict(data=1, fsdp=count // tensor, tensor=tensor), devices) if count > 1 and heads else None
+    shapes = checkpoint.param_shapes(directory)
+    table = dict(tree.leaves(sharding.specs(tree.unflatten(shapes))))
+    for tensor in (n for n in range(count, 0, -1) if count % n == 0 and count > 1):
+        sizes = dict(data=1, fsdp=count // tensor, tensor=tensor)
+        if all(length % sizes.get(axis, 1) == 0 for path, shape in shapes.items() for length, axis in zip(shape, table[path])):
+            return sharding.make_mesh(sizes, devices)
+    return None
 
 
 def _bucket(n: int, least: int) -> int:

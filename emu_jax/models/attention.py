@@ -87,7 +87,7 @@ def attention(q: Float[Array, "B T H d"], k: Float[Array, "B S G d"], v: Float[A
     """
     mask = Mask() if mask is None else mask
     dropout = dropout if key is not None else 0.0
-    platform = _platform()
+    platform = platform_in_use()
     obstacle = partial(_obstacle, platform, q, k, mask, bias, dropout)
     if kernel == "auto":
         kernel = next((name for name in PLATFORMS if not obstacle(name) and _pays(platform, q, k)), "dense")
@@ -102,7 +102,7 @@ def attention(q: Float[Array, "B T H d"], k: Float[Array, "B S G d"], v: Float[A
     return _sharded(run, q, k, v, mask)
 
 
-def _platform() -> str:
+def platform_in_use() -> str:
     """The platform that is traced for: that of the mesh in use, which may be of devices that are not here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

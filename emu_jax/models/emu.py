@@ -6,6 +6,7 @@
 Outside this package a model is a plain nested dict of parameters: `init` makes it, `bind` gives it arithmetic.
 """
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,12 +92,12 @@ class Emu(Encoder):
         return jax.vmap(lambda row, at, z: row.at[at].set(z, mode="drop"))(x, places, rearrange(visual, "B I N D -> B (I N) D"))
 
 
-def init(module: type[nnx.Module], size: EmuSize, key: Array) -> dict:
+def init(module: type[nnx.Module], size: Any, key: Array) -> dict:
     """Fresh parameters of `module(size, rngs)` as a nested dict; under jax.eval_shape, their shapes."""
     return nnx.to_pure_dict(nnx.state(module(size, nnx.Rngs(params=key))))
 
 
-def bind(module: type[nnx.Module], size: EmuSize, params: dict) -> nnx.Module:
+def bind(module: type[nnx.Module], size: Any, params: dict) -> nnx.Module:
     """The module whose parameters are `params`: for use inside a jitted function."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: module(size, nnx.Rngs(params=0))))
     return nnx.merge(graphdef, params)

@@ -2,18 +2,12 @@
 
 Recomputation, padding, norms and softmax count nothing, as in the definition of MFU (PaLM, arXiv 2204.02311, appendix B).
 """
+from emu_jax.models.decoder import DecoderSize
 from emu_jax.models.emu import EmuSize
+from emu_jax.models.unet import UNetSize
+from emu_jax.models.vae import VaeSize
 
 Count = int | float
-
-# Dense bfloat16 FLOP/s of a device by the start of jax's `device_kind`; the makers' data sheets.
-PEAK = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
-        "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 2307e12}
-
-
-def peak(device_kind: str) -> float | None:
-    """FLOP/s of one device, or None where it is not known (a CPU)."""
-    return next((value for kind, value in PEAK.items() if device_kind.startswith(kind)), None)
 
 
 def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels: Count, regressed: Count) -> dict[str, Count]:
@@ -24,7 +18,7 @@ def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels
     vision = 2 * v.patches * v.patch ** 2 * 3 * E + v.depth * P * (8 * E * E + 4 * E * v.ffn + 4 * P * E)
     resampler = r.depth * (N * (8 * C * hd + 4 * C * hd + 4 * C * r.ffn) + P * 4 * E * hd + N * (N + 1) * 2 * hd + 4 * N * P * hd)
     resampler += 2 * N * C * m.width
-    block = 8 * m.width ** 2 + 6 * m.width * m.ffn
+    block = 4 * m.width ** 2 + 4 * m.width ** 2 * m.kv // m.heads + 6 * m.width * m.ffn
     return {"vision": images * vision, "resampler": images * resampler,
             "llama": m.depth * (tokens * block + 4 * pairs * m.width),
             "heads": labels * 2 * m.width * (m.vocab + m.added) + regressed * 2 * m.width ** 2}
@@ -36,3 +30,61 @@ def train(size: EmuSize, trained: dict[str, bool], **counts: Count) -> dict[str,
     order = ("vision", "resampler", "llama", "heads")
     passes = {tower: any(trained.get(before) for before in order[:place]) for place, tower in enumerate(order)}
     return {tower: (3 if trained.get(tower) else 2 if passes[tower] else 1) * value for tower, value in forward(size, **counts).items()}
+
+
+def unet(size: UNetSize, side: int, tokens: int) -> int:
+    """Forward FLOPs of one input of `side` x `side` with a condition of `tokens`."""
+    places = [(side // size.patch // 2 ** level) ** 2 for level in range(len(size.widths))]
+    last = len(places) - 1
+
+    def transformer(level):
+        C, P, N = size.widths[level], places[level], tokens
+        block = P * (8 * C * C + 4 * P * C) + P * (4 * C * C + 4 * N * C) + 4 * N * size.condition * C + 24 * P * C * C     # self, cross, ffn
+        return 4 * P * C * C + size.depths[level] * block
+
+    def resnet(width_in, level):
+        return _resnet(width_in, size.widths[level], places[level]) + 2 * size.time * size.widths[level]
+
+    ends = 18 * places[0] * size.patch ** 2 * (size.channels_in + size.channels_out) * size.widths[0]
+    total = ends + 2 * size.time * (size.widths[0] + size.time) + 2 * resnet(size.widths[last], last) + transformer(last)
+    skips = [size.widths[0]]
+    for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):
+        total += resnet(skips[-1], level) + (count - 1) * resnet(C, level) + count * size.attends_down[level] * transformer(level)
+        total += 18 * C * C * places[level + 1] if level < last else 0
+        skips += [C] * (count + (level < last))
+    width = size.widths[last]
+    for level in range(last, -1, -1):
+        C, count = size.widths[level], size.resnets[level] + 1
+        total += sum(resnet(before + skips.pop(), level) for before in [width] + [C] * (count - 1))
+        total += count * size.attends_up[level] * transformer(level)
+        total += 18 * C * C * places[level - 1] if level else 0
+        width = C
+    return total
+
+
+def vae_encoder(size: VaeSize, side: int) -> int:
+    """Forward FLOPs of encoding one image of `side` x `side`."""
+    places = [(side // 2 ** level) ** 2 for level in range(len(size.widths))]
+    C, P, last, c = size.widths[-1], places[-1], len(places) - 1, 2 * size.latent
+    total = 18 * places[0] * size.channels * size.widths[0] + 18 * P * C * c + 2 * P * c * c
+    total += 2 * _resnet(C, C, P) + P * (8 * C * C + 4 * P * C)
+    before = size.widths[0]
+    for level, width in enumerate(size.widths):
+        total += _resnet(before, width, places[level]) + (size.resnets - 1) * _resnet(width, width, places[level])
+        total += 18 * width * width * places[level + 1] if level < last else 0
+        before = width
+    return total
+
+
+def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: float, **counts: float) -> dict[str, float]:
+    """As `train`, of a step that draws every image once; the Emu's towers run as far as the condition comes from them."""
+    text = {name: value if size.condition == "teacher_forced" else 0.0 for name, value in counts.items()} | {"labels": 0.0}
+    read = 0.0 if size.condition == "generated" else images
+    work = {tower: value for tower, value in forward(size.emu, images=read, **text).items() if value}
+    if size.vae:
+        work["vae"] = images * vae_encoder(size.vae, size.image)
+    return work | {"unet": (3 if trained.get("unet") else 1) * images * unet(size.unet, size.latents[0], size.emu.resampler.tokens)}
+
+
+def _resnet(width_in: int, width_out: int, places: int) -> int:
+    return 18 * places * width_out * (width_in + width_out) + (2 * places * width_in * width_out if width_in != width_out else 0)

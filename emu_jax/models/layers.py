@@ -98,3 +98,13 @@ def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | Non
 
     block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(block, x, (weights, None if key is None else jax.random.split(key, depth)))[0]
+
+
+def once(block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str) -> Array:
+    """`call(block, x, *inputs)` as `run` does it for each block of a stack: for towers whose blocks differ in shape."""
+    graphdef, state = nnx.split(block)
+
+    def one(weights, x, *inputs):
+        return call(nnx.merge(graphdef, sharding.gathered(where, weights, x.dtype)), x, *inputs)
+
+    return jax.checkpoint(one, policy=REMAT[remat])(nnx.to_pure_dict(state), x, *inputs)

@@ -1,4 +1,4 @@
-"""LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, an untied head. Emu's multimodal modelling block.
+"""LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783): RMSNorm, rotary positions, SwiGLU. Emu's multimodal modelling block.
 
 It takes embeddings, since an image's slots hold visual tokens and not ids, and returns the hidden state after the final norm:
 in training the vocabulary head belongs to the loss (losses.py), which never forms all logits. Read next: emu.py.
@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from emu_jax import sharding
+from emu_jax.config import UserError
 from emu_jax.models import layers
 from emu_jax.models.attention import Mask, attention, self_mask
 from emu_jax.types import Cache
@@ -25,18 +26,31 @@ class LlamaSize:
     width: int           # D
     depth: int
     heads: int
+    kv_heads: int        # heads of keys and values, each serving heads / kv_heads queries' (grouped-query attention); 0: as many as heads
     ffn: int
+    eps: float           # of the RMSNorms
     rope_base: float
+    rope_scaling: tuple  # (), ("linear", factor) or ("llama3", factor, low, high, context): see `frequencies`
     rope_dtype: str      # to which the frequencies are rounded: the release holds them in bfloat16, also when it computes in float32
+    tied: bool           # the output head is the input table
     remat: str
+
+    @property
+    def kv(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    def __post_init__(self):
+        if self.width % self.heads or self.heads % self.kv:
+            raise UserError(f"model.llama: width {self.width} must be a multiple of heads {self.heads}, and that of kv_heads {self.kv}")
 
 
 class Attention(nnx.Module):
     def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
-        D, H, d = size.width, size.heads, size.width // size.heads
+        D, H, G, d = size.width, size.heads, size.kv, size.width // size.heads
         self.q = layers.Linear("btD,Dhd->bthd", (D, H, d), std=0.02, rngs=rngs)
-        self.k = layers.Linear("btD,Dhd->bthd", (D, H, d), std=0.02, rngs=rngs)
-        self.v = layers.Linear("btD,Dhd->bthd", (D, H, d), std=0.02, rngs=rngs)
+        self.k = layers.Linear("btD,Dhd->bthd", (D, G, d), std=0.02, rngs=rngs)
+        self.v = layers.Linear("btD,Dhd->bthd", (D, G, d), std=0.02, rngs=rngs)
         self.o = layers.Linear("bthd,hdD->btD", (H, d, D), std=0.02, rngs=rngs)
 
     def __call__(self, x, mask, rotation, kernel: str, remember):
@@ -56,9 +70,9 @@ class Ffn(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
-        self.norm1 = layers.RMSNorm(size.width, eps=1e-6)
+        self.norm1 = layers.RMSNorm(size.width, eps=size.eps)
         self.attn = Attention(size, rngs)
-        self.norm2 = layers.RMSNorm(size.width, eps=1e-6)
+        self.norm2 = layers.RMSNorm(size.width, eps=size.eps)
         self.ffn = Ffn(size, rngs)
 
     def __call__(self, x, mask, rotation, kernel: str, remember=lambda k, v: (k, v)):
@@ -83,8 +97,13 @@ class Llama(nnx.Module):
         self.size = size
         self.embed = Vocabulary(size, rngs)
         self.blocks = layers.stack(lambda rngs: Block(size, rngs), size.depth, rngs)
-        self.norm = layers.RMSNorm(size.width, eps=1e-6)
-        self.lm_head = Vocabulary(size, rngs)
+        self.norm = layers.RMSNorm(size.width, eps=size.eps)
+        if not size.tied:
+            self.lm_head = Vocabulary(size, rngs)
+
+    def head(self) -> dict[str, Array]:
+        """The output head's rows, {"base": [V, D], "added": [n, D]}: what losses and generation multiply by."""
+        return (self.embed if self.size.tied else self.lm_head).arrays()
 
     def embeddings(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Input embeddings of ids; ids from V on are the added tokens."""
@@ -92,7 +111,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Of the next token, in float32: LLaMA's vocabulary and then the added tokens. For a few positions: never for a batch in training."""
-        head = sharding.gathered("llama/lm_head", self.lm_head.arrays(), hidden.dtype)
+        head = sharding.gathered("llama/lm_head", self.head(), hidden.dtype)
         product = partial(jnp.einsum, "bD,vD->bv", hidden, precision="highest", preferred_element_type=jnp.float32)
         return jnp.concatenate([product(head["base"]), product(head["added"])], -1)
 
@@ -110,8 +129,9 @@ class Llama(nnx.Module):
         Without a cache, x is all there is. With one, x goes on from what the cache holds, which must have T slots free; where x is
         the first that a cache reads, padding (segment 0) stands at the ends of the rows.
         """
-        rotation = rotary(positions, self.size.width // self.size.heads, self.size.rope_base, self.size.rope_dtype)
-        run = partial(layers.run, self.blocks, where="llama/blocks", remat=self.size.remat)
+        size = self.size
+        rotation = rotary(positions, size.width // size.heads, size.rope_base, size.rope_dtype, size.rope_scaling)
+        run = partial(layers.run, self.blocks, where="llama/blocks", remat=size.remat)
         if cache is None:
             mask = self_mask(segments)
             return self.norm(run(sharding.rows(x), lambda block, x, _: block(x, mask, rotation, kernel))), None
@@ -135,11 +155,26 @@ class Llama(nnx.Module):
         return self.norm(x), Cache(k, v, seen[1], seen[0], cache.filled + x.shape[1], fresh=False)
 
 
-def rotary(positions: Int[Array, "B T"], width: int, base: float, dtype: str) -> tuple[Array, Array]:
+def rotary(positions: Int[Array, "B T"], width: int, base: float, dtype: str, scaling: tuple = ()) -> tuple[Array, Array]:
     """cos and sin [B, T, 1, d/2] of rotary position embeddings (arXiv 2104.09864), in float32; frequencies rounded to `dtype`."""
-    frequencies = jnp.asarray(base ** (-np.arange(0, width, 2) / width), dtype).astype(jnp.float32)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies(width, base, scaling), dtype).astype(jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def frequencies(width: int, base: float, scaling: tuple) -> np.ndarray:
+    """Radians a token of each pair of dimensions [d/2], stretched to a longer context by `scaling`. ("linear", factor): all are divided
+    by factor (arXiv 2306.15595). ("llama3", factor, low, high, context): those that turn less than `low` times within `context` tokens
+    are, those that turn more than `high` times are not, and between the two it is interpolated (LLaMA 3.1's model card)."""
+    plain = base ** (-np.arange(0, width, 2) / width)
+    match scaling:
+        case ():
+            return plain
+        case ("linear", factor):
+            return plain / factor
+        case ("llama3", factor, low, high, context):
+            kept = np.clip((context * plain / (2 * np.pi) - low) / (high - low), 0, 1)
+            return kept * plain + (1 - kept) * plain / factor
+    raise UserError(f"model.llama.rope_scaling={scaling!r} is none of (), ('linear', factor), ('llama3', factor, low, high, context)")
 
 
 def rotate(x: Float[Array, "B T H d"], rotation: tuple[Array, Array]) -> Float[Array, "B T H d"]:

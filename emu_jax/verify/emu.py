@@ -41,8 +41,8 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
             VisionSize(c["image_size"], c["patch"], c["vit_width"], c["vit_layers"], c["vit_width"] // c["vit_head_width"],
                        int(c["vit_width"] * c["vit_mlp_ratio"]), (0.0,) * 3, (1.0,) * 3, "none"),
             ResamplerSize(c["n_causal"], c["t5_d_model"], c["t5_layers"], c["t5_heads"], c["t5_d_kv"], c["t5_d_ff"], 32, 128, 0.1, "none"),
-            LlamaSize(special["pad"], rows - special["pad"], c["llm_width"], c["llm_layers"], c["llm_heads"], c["llm_ff"], 10000.0,
-                      "bfloat16", "none"),
+            LlamaSize(special["pad"], rows - special["pad"], c["llm_width"], c["llm_layers"], c["llm_heads"], 0, c["llm_ff"], 1e-6, 10000.0, (),
+                      "bfloat16", False, "none"),
             compute="float32", attention="dense", standardise=False)
     except (KeyError, StopIteration, json.JSONDecodeError) as error:
         raise UserError(f"golden file: its config or special_ids lack {error}") from error
@@ -55,7 +55,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     size = size_of(file)
     table = emu1.table(size)
     foreign = weights(file)
-    params = jax.tree.map(jnp.asarray, convert.from_theirs(table, emu1.canonical(foreign)))
+    params = convert.from_theirs(table, emu1.canonical(foreign))
     batch, images = make_batch(file, size)
     ours = _run(size, params, batch, images)
 
@@ -67,7 +67,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
     yield from _generated(file, size, params, ours["visual_tokens"])
 
-    gradient = _with_lora(convert.to_theirs(table, _gradient(size, params, batch, images)), foreign)
+    theirs = dict(convert.to_theirs(table, convert.reader(_gradient(size, params, batch, images))))
+    gradient = _with_lora(theirs, foreign)
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
         if emu1.rename(name) not in gradient:
             raise UserError(f"golden file: grad_names has {name!r}, which is no parameter")
@@ -141,7 +142,7 @@ def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.
         model = emu.bind(emu.Emu, size, params)
         out = _forward(model, batch, images)
         (_, metrics), (_, with_end) = (_losses(model, out, batch, regress_end=end) for end in (False, True))
-        head = jnp.concatenate(list(model.llama.lm_head.arrays().values()))
+        head = jnp.concatenate(list(model.llama.head().values()))
         logits = jnp.einsum("btD,vD->btv", out["hidden"], head, precision="highest")
         N = size.resampler.tokens
         places = (batch.image_slots[..., None] - 1 + jnp.arange(N + 1)).reshape(len(batch.tokens), -1)

@@ -1,81 +1,89 @@
-"""The released Emu checkpoint: its names and ours (shared by its pretrained and chat models).
+"""The released Emu checkpoint, pretrained or chat: EVA-CLIP's, T5's and LLaMA's tables under its prefixes, and its own few names.
 
-PyTorch's linear weights are [out, in]; EVA's qkv and LLaMA's vocabulary each hold several of our leaves.
+A chat model's LoRA is merged into its weights, and its exports have none. A model with more added tokens than the file ([USER]
+[ASSISTANT]) gets their rows as the mean of the others.
 """
 import re
-from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from emu_jax.config import UserError
 from emu_jax.models.emu import EmuSize
-from emu_jax.weights.convert import Row, Table
+from emu_jax.models.vision import VisionSize
+from emu_jax.weights import eva_clip, llama, t5
+from emu_jax.weights.convert import Row, Table, Tensors
+from emu_jax.weights.family import Family, Shapes
+from emu_jax.weights.files import Tensor
+
+LM, T5 = "decoder.lm.", "cformer.cformer."
+VOCAB = 32000       # rows of LLaMA-1's vocabulary; those after it are Emu's
 
 
 def table(size: EmuSize) -> Table:
     """Rows in the model's reading order, for a model of `size`."""
-    E, V, end = size.vision.width, size.llama.vocab, size.llama.vocab + size.llama.added
-    vision, t5, llama = "visual.blocks.{l}.", "cformer.cformer.block.{l}.layer.", "decoder.lm.model.layers.{l}."
-    norm = lambda theirs, ours: (Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias"))
-    linear = lambda theirs, ours: (Row(f"{theirs}.weight", f"{ours}/w", "o i -> i o"), Row(f"{theirs}.bias", f"{ours}/bias"))
+    base, added = llama.vocabulary(size.llama, LM)
     rows = (
-        Row("visual.cls_token", "vision/cls", "1 1 e -> e"),
-        Row("visual.pos_embed", "vision/pos", "1 t e -> t e"),
-        Row("visual.patch_embed.proj.weight", "vision/patch/w", "e c i j -> i j c e"),
-        Row("visual.patch_embed.proj.bias", "vision/patch/bias"),
-        *norm(vision + "norm1", "vision/blocks/norm1"),
-        *(Row(vision + "attn.qkv.weight", f"vision/blocks/attn/{name}/w", "(vh d) e -> e vh d", (i * E, (i + 1) * E))
-          for i, name in enumerate("qkv")),
-        Row(vision + "attn.q_bias", "vision/blocks/attn/q/bias", "(vh d) -> vh d"),
-        Row(vision + "attn.v_bias", "vision/blocks/attn/v/bias", "(vh d) -> vh d"),
-        Row(vision + "attn.proj.weight", "vision/blocks/attn/o/w", "e (vh d) -> vh d e"),
-        Row(vision + "attn.proj.bias", "vision/blocks/attn/o/bias"),
-        *norm(vision + "norm2", "vision/blocks/norm2"),
-        *linear(vision + "mlp.fc1", "vision/blocks/ffn/up"),
-        *linear(vision + "mlp.fc2", "vision/blocks/ffn/down"),
-        *norm("ln_visual", "ln_visual"),
+        *eva_clip.rows(size.vision),
+        *eva_clip.norm("ln_visual", "ln_visual"),
         Row("cformer.causal_tokens", "resampler/queries", "1 n c -> n c"),
-        Row("cformer.cformer.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "resampler/relative"),
-        *(row for number, theirs, ours in ((0, "SelfAttention", "self"), (1, "EncDecAttention", "cross")) for row in (
-            Row(f"{t5}{number}.layer_norm.weight", f"resampler/blocks/norm{number + 1}/scale"),
-            *(Row(f"{t5}{number}.{theirs}.{name}.weight", f"resampler/blocks/{ours}/{name}/w", "(rh d) c -> c rh d") for name in "qkv"),
-            Row(f"{t5}{number}.{theirs}.o.weight", f"resampler/blocks/{ours}/o/w", "c (rh d) -> rh d c"))),
-        Row(t5 + "2.layer_norm.weight", "resampler/blocks/norm3/scale"),
-        Row(t5 + "2.DenseReluDense.wi.weight", "resampler/blocks/ffn/up/w", "f c -> c f"),
-        Row(t5 + "2.DenseReluDense.wo.weight", "resampler/blocks/ffn/down/w", "c f -> f c"),
-        Row("cformer.cformer.final_layer_norm.weight", "resampler/norm/scale"),
-        *linear("cformer.projection", "resampler/project"),
-        Row("decoder.lm.model.embed_tokens.weight", "llama/embed/base", cut=(0, V)),
-        Row("decoder.lm.model.embed_tokens.weight", "llama/embed/added", cut=(V, end)),
-        Row(llama + "input_layernorm.weight", "llama/blocks/norm1/scale"),
-        *(Row(f"{llama}self_attn.{name}_proj.weight", f"llama/blocks/attn/{name}/w", "(lh d) D -> D lh d") for name in "qkv"),
-        Row(llama + "self_attn.o_proj.weight", "llama/blocks/attn/o/w", "D (lh d) -> lh d D"),
-        Row(llama + "post_attention_layernorm.weight", "llama/blocks/norm2/scale"),
-        *(Row(f"{llama}mlp.{name}_proj.weight", f"llama/blocks/ffn/{name}/w", "o i -> i o") for name in ("gate", "up", "down")),
-        Row("decoder.lm.model.norm.weight", "llama/norm/scale"),
-        Row("decoder.lm.lm_head.weight", "llama/lm_head/base", cut=(0, V)),
-        Row("decoder.lm.lm_head.weight", "llama/lm_head/added", cut=(V, end)),
-        Row("decoder.lm.stu_regress_head.weight", "regress_head/w", "o i -> i o"),
+        *t5.rows(size.resampler, T5, "qkv"),
+        *eva_clip.linear("cformer.projection", "resampler/project"),
+        *(row for pair in zip(base, added) for row in pair),
+        *llama.blocks(size.llama, LM),
+        Row(LM + "stu_regress_head.weight", "regress_head/w", "o i -> i o"),
     )
-    return Table(rows, axes=dict(vh=size.vision.heads, rh=size.resampler.heads, lh=size.llama.heads),
-                 unused=(r"visual\.(norm|head|fc_norm)\..*", r"cformer\.cformer\.embed_tokens\.weight", r".*rotary_emb\.inv_freq"),
+    return Table(rows, axes=eva_clip.axes(size.vision) | t5.axes(size.resampler) | llama.axes(size.llama),
+                 unused=(*eva_clip.UNUSED, r"cformer\.cformer\.embed_tokens\.weight", *llama.unused(size.llama, LM)),
                  depth=dict(vision=size.vision.depth, resampler=size.resampler.depth, llama=size.llama.depth))
 
 
 def rename(name: str) -> str:
     """A released name without its optional leading `module.` and without PEFT's wrapping."""
-    return re.sub(r"^module\.", "", name).replace("decoder.lm.base_model.model.", "decoder.lm.").replace(".base_layer.weight", ".weight")
+    return re.sub(r"^module\.", "", name).replace("decoder.lm.base_model.model.", LM).replace(".base_layer.weight", ".weight")
 
 
-def canonical(foreign: Mapping[str, np.ndarray], *, lora_scale: float = 1.0) -> dict[str, np.ndarray]:
-    """The tensors under their plain names, LoRA merged into its weights: w + lora_scale * B A, with lora_scale = alpha / rank.
-    Raises UserError for half a LoRA."""
-    named = {rename(name): array for name, array in foreign.items()}
-    merged = {name: array for name, array in named.items() if ".lora_" not in name}
-    for name, a in named.items():
-        if ".lora_A." in name:
-            weight, other = re.sub(r"\.lora_A\..*", ".weight", name), name.replace(".lora_A.", ".lora_B.")
-            if weight not in merged or other not in named:
-                raise UserError(f"{name} is there without {other if weight in merged else weight}")
-            merged[weight] = merged[weight] + np.float32(lora_scale) * (named[other] @ a)
+def canonical(foreign: Tensors, *, lora_scale: float = 1.0) -> dict[str, Any]:
+    """The tensors under their plain names, LoRA merged into its weights when they are read: w + lora_scale * B A, with
+    lora_scale = alpha / rank. Raises UserError for half a LoRA."""
+    named = {rename(name): tensor for name, tensor in foreign.items()}
+    merged = {name: tensor for name, tensor in named.items() if ".lora_" not in name}
+    for name in named:
+        if ".lora_" in name:
+            pair = [re.sub(r"\.lora_[AB]\.", f".lora_{half}.", name) for half in "AB"]
+            weight = re.sub(r"\.lora_[AB]\..*", ".weight", name)
+            if lacking := [other for other in (weight, *pair) if other not in named]:
+                raise UserError(f"{name} is there without {lacking[0]}")
+            merged[weight] = _merged(named[weight], *(named[half] for half in pair), lora_scale)
     return merged
+
+
+def _merged(w: Any, a: Any, b: Any, scale: float) -> Tensor:
+    dtype = np.promote_types(w.dtype, np.promote_types(a.dtype, b.dtype))
+    read = lambda: (np.asarray(w).astype(np.float32) + np.float32(scale) * (np.asarray(b).astype(np.float32) @ np.asarray(a).astype(np.float32)))
+    return Tensor(tuple(w.shape), dtype, lambda: read().astype(dtype))
+
+
+def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of config.model that the tensors, and the config.json of an export of ours, fix."""
+    queries = shapes.get("cformer.causal_tokens")
+    return {**eva_clip.says(shapes, config), **t5.says(shapes, {}, T5), **llama.says(shapes, config.get("llama", {}), LM),
+            "llama.vocab": config.get("llama", {}).get("vocab_size"), "resampler.tokens": queries and queries[1]}
+
+
+def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+    embed = shapes.get(LM + "model.embed_tokens.weight")
+    return {"llama.added": embed[0] - config.get("llama", {}).get("vocab_size", VOCAB)} if embed else {}
+
+
+def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """As the release's, and beside it LLaMA's own config, whose heads no tensor shows."""
+    N = model["resampler"]["tokens"]
+    return {"embed_dim": 1024, "vision_cfg": eva_clip.vision_cfg(VisionSize(**model["vision"])) | {"freeze": False},
+            "multimodal_cfg": {"name": "llama-13B", "xattn": True, "n_causal": N, "freeze": False},
+            "vladapter_cfg": {"name": "cformer", "n_causal": N},
+            "llama": llama.config_json(model, tokens)}
+
+
+FAMILY = Family("emu1", sign=r"decoder\.lm\.model\.layers\.\d+\.self_attn\.q_proj\.weight", table=table, says=says, assumes=assumes,
+                config_json=config_json, tensors=canonical)

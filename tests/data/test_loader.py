@@ -27,12 +27,13 @@ def loader(letters, memory, picture, monkeypatch):
         texts=memory(40, corrupt=(7,)),
         pairs=memory([Document(f"p{k}", (Pair(picture(k), "x" * (k % 5)),)) for k in range(11)]),
         few=memory(3), broken=memory(300, corrupt=range(0, 300, 10)))
-    monkeypatch.setattr(sources, "open", lambda path, image_size: stored[path])
+    monkeypatch.setattr(sources, "open", lambda path, image_size, fit: stored[path])
 
     def make(seed=0, process=0, processes=1, eval=False, extra=None, **different):
         stored.update(extra or {})
         mixture = (("t", 3.0, "texts"), ("p", 1.0, "pairs"))
         data = ConfigDict(dict(batch=8, tokens=24, images=2, num_streams=4, pack_lookahead=3, prefetch=2, workers=2, max_bad_share=0.2,
+                               patience=5.0, retries=1, unreadable="skip", fit="squash", packing="first_fit",
                                tokenizer="", labels=("text", "</s>"), image_first=0.5, mixture=mixture, eval_mixture=mixture) | different)
         made.append(Loader(data, seed, letters, n_visual=2, image_size=4, process=process, processes=processes, eval=eval))
         return made[-1]
@@ -163,7 +164,7 @@ class Slow:
 
     def __getitem__(self, index):
         self.read += 1
-        self.threads.add(threading.current_thread().name)
+        self.threads.add(threading.get_ident())
         time.sleep(random.random() * 0.002)
         return self.documents[index]
 
@@ -242,9 +243,12 @@ def test_a_small_source_is_judged_when_its_epoch_ends(loader, memory, eval):
 
 
 def test_errors_of_threads_reach_the_consumer_and_end_them(loader, memory):
-    each = loader(mixture=(("n", 1.0, "none"),), extra=dict(none=memory([None] * 5)))
-    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'id'"):
-        next(iter(each))
+    documents = memory(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(documents), "__getitem__", lambda self, index: 1 // 0)
+        each = loader(mixture=(("w", 1.0, "wrong"),), extra=dict(wrong=documents))
+        with pytest.raises(ZeroDivisionError):
+            next(iter(each))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
@@ -306,3 +310,53 @@ def test_an_evaluation_is_one_pass_in_fixed_order(loader):
 def test_settings_that_do_not_fit(loader, different, message):
     with pytest.raises(UserError, match=message):
         loader(**different)
+
+
+def test_a_rule_of_a_source_is_its_own(loader, memory, picture):
+    documents = memory([Document("d", tuple(part for k in range(4) for part in ("xy", Pair(picture(k), "z"))))])       # 4 pairs, of 12 texts
+    each = loader(mixture=(("whole", 1.0, "same"), ("pairs", 1.0, "same", dict(pairs=1, image_first=1.0)), ("short", 1.0, "same", dict(tokens=7))),
+                  num_streams=1, batch=8, pack_lookahead=1, tokens=24, extra=dict(same=documents))
+    lengths = {}
+    for item in islice(each, 20):
+        for row, ids in enumerate(item.ids):
+            for number, id in enumerate(ids, 1):
+                lengths.setdefault(id.split("/")[0], set()).add(int((item.batch.segments[row] == number).sum()))
+    assert lengths["pairs"] == {7} and max(lengths["short"]) == 7 and min(lengths["whole"]) > 7        # <s> [IMG] 2 [/IMG] z </s>
+    assert set(item.stats["epochs"]) == {"whole", "pairs", "short"} and item.stats["epochs"]["pairs"] == item.stats["read"]["pairs"]
+
+
+@pytest.mark.parametrize("row, message", [
+    (("t", 1.0), "is not a (name, weight, path) row"),
+    (("t", 1.0, "texts", {"token": 3}), "it is a dict of tokens, images, start, pairs, image_first"),
+    (("t", 1.0, "texts", {"start": "last"}), "there are first and random"), (("t", 1.0, "texts", {"tokens": 2}), "tokens is 0 or at least 5"),
+    (("t", 1.0, "texts", {"pairs": 1.5}), "pairs is 1.5; it must be like 0")])
+def test_a_wrong_row_is_one_line(loader, row, message):
+    with pytest.raises(UserError) as caught:
+        loader(mixture=(row,))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_best_fit_is_deterministic_and_resumes(loader):
+    items = list(islice(loader(packing="best_fit"), 8))
+    again = loader(packing="best_fit")
+    again.restore(items[3].state)
+    for item, other in zip(items[4:], again):
+        same(item, other)
+
+
+def test_a_hung_file_system_is_survived(loader, memory):
+    """Three reads never come: they are skipped as corrupt, and every other document is still read."""
+    class Hung(type(memory(1))):
+        def __getitem__(self, index):
+            if index in (3, 9, 20):
+                released.wait()
+            return super().__getitem__(index)
+    released = threading.Event()
+    each = loader(mixture=(("h", 1.0, "hung"),), patience=0.05, retries=0, max_bad_share=0.5, extra=dict(hung=Hung(memory(40).documents)))
+    seen = {id for item in islice(each, 30) for row in item.ids for id in row}
+    released.set()
+    assert seen == {f"h/d{k}" for k in range(40)} - {"h/d3", "h/d9", "h/d20"}
+    with pytest.raises(UserError, match="cannot be read: no answer within 0.05 seconds"):
+        released.clear()
+        list(islice(loader(mixture=(("h", 1.0, "hung"),), patience=0.05, retries=0, unreadable="stop", max_bad_share=0.5), 30))
+    released.set()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from emu_jax.config import UserError
+from emu_jax.data.documents import Document
 from emu_jax.data.mixture import Mixture, Stream, hash_of, rng_of, shuffled
-from emu_jax.data.sequence import Document, make_sequence
+from emu_jax.data.sequence import make_sequence
 
 T, I = 24, 2
 
@@ -86,9 +87,9 @@ def test_too_long_documents_are_cut_to_a_row_and_counted(memory, to_sequence, pi
 
 
 def test_randomness_of_a_document_is_of_its_id_and_the_epoch(memory, to_sequence):
-    def drawing(document, rng):
+    def drawing(document, rng, rule):
         drawn.append(rng.random())
-        return to_sequence(document, rng=rng)
+        return to_sequence(document, rng=rng, rule=rule)
     seen = {}       # (streams, seed) -> {(id, epoch): a random number}
     for streams, seed in ((1, 0), (3, 0), (1, 1)):
         mixture = mixture_of(memory(10), streams=streams, seed=seed)

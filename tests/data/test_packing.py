@@ -1,6 +1,8 @@
+from functools import partial
+
 import numpy as np
 
-from emu_jax.data.packing import empty_batch, first_fit, write_row
+from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
 from emu_jax.data.sequence import Sequence
 
 
@@ -9,6 +11,10 @@ def sequence(length, slots=(), first=10):
     return Sequence("d", np.arange(first, first + length, dtype=np.int32), np.arange(length).clip(0, 1).astype(np.float32),
                     np.array([np.full((2, 2, 3), slot) for slot in slots], np.uint8).reshape(-1, 2, 2, 3),
                     np.array(slots, np.int32), np.ones(len(slots), np.float32), 0)
+
+
+def of(tokens, images):
+    return sequence(tokens, slots=range(images))
 
 
 def test_first_fit_respects_both_budgets():
@@ -51,3 +57,34 @@ def test_dtypes_and_shapes():
     assert batch.text_weights.shape == (2, 12) and batch.image_weights.shape == batch.image_slots.shape == (2, 4)
     assert batch.images.dtype == np.uint8 and batch.images.shape == (2, 4, 2, 2, 3)
     assert batch.image_slots.dtype == np.int32
+
+
+def test_best_fit_by_hand():
+    """What is left: 50 of 100 tokens and 2 of 10 images, so a text evens it out; an empty row takes the first, whatever it is."""
+    waiting = [of(30, 2), of(60, 0), of(20, 0), of(30, 0), of(10, 1)]
+    assert best_fit(waiting, 50, 2, 100, 10) == 3
+    assert best_fit(waiting, 100, 10, 100, 10) == 0
+    assert best_fit(waiting, 15, 9, 100, 10) == 4 and best_fit(waiting, 5, 9, 100, 10) is None
+
+
+def test_best_fit_leaves_less_empty_than_first_fit_and_lets_none_wait_for_ever():
+    rng = np.random.default_rng(0)
+    documents = [of(*((50, 1) if rng.random() < 0.7 else (int(rng.integers(200, 900)), int(rng.integers(0, 12))))) for _ in range(600)]
+    used = {}
+    for name, fit in (("first", first_fit), ("best", partial(best_fit, row_tokens=1000, row_images=12))):
+        unread, waiting, rows = list(enumerate(documents)), [], []
+        while unread or waiting:
+            tokens, images, row = 1000, 12, []
+            while True:
+                while unread and len(waiting) < 16:
+                    waiting.append(unread.pop(0))
+                index = fit([document for _, document in waiting], tokens, images)
+                if index is None:
+                    break
+                number, document = waiting.pop(index)
+                row.append(number)
+                tokens, images = tokens - len(document.tokens), images - len(document.image_slots)
+            rows.append(row)
+        assert sorted(number for row in rows for number in row) == list(range(600))
+        used[name] = len(rows)
+    assert used["best"] < used["first"]

@@ -1,10 +1,12 @@
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from emu_jax.data.sequence import Document, Pair, Text, make_sequence
+from emu_jax.data.documents import Document, Pair, Text
+from emu_jax.data.sequence import Rule, make_sequence
 from emu_jax.data.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "emu1_pretrained.npz"
@@ -90,3 +92,48 @@ def test_pairs_are_ordered_one_by_one_with_the_given_probability(make, picture):
     sequence = make(*[Pair(picture(1), "a")] * 1000, image_first=0.25, max_tokens=10_000, max_images=1000)
     starts = sequence.tokens[1:-1].reshape(1000, 5)[:, 0]
     assert 190 < (starts == IMG).sum() < 310      # 250, deviation 14
+
+
+LONG = [f"{letter}" * 3 for letter in "abcdefghij"]
+
+
+def test_a_rule_begins_a_long_document_anywhere(make):
+    firsts = Counter()
+    for seed in range(200):
+        sequence = make(*LONG, seed=seed, rule=Rule(tokens=11, start="random"))
+        text = "".join(map(chr, sequence.tokens[1:])).strip("\x02")
+        assert "".join(LONG).find(text) % 3 == 0 and 8 <= len(sequence.tokens) <= 11
+        assert sequence.cut == 32 - len(sequence.tokens)
+        firsts[text[0]] += 1
+    assert set(firsts) == set("abcdefgh") and min(firsts.values()) >= 5         # 3 parts and </s> fit: "h" ends the document
+    assert make(*LONG[:3], seed=0, rule=Rule(tokens=11, start="random")).tokens[1] == ord("a")      # it fits: from its beginning
+
+
+def test_a_rule_keeps_the_first_images_and_all_text(make, picture):
+    sequence = make("a", picture(1), "b", picture(2), "c", picture(3), "d", rule=Rule(images=2))
+    assert sequence.images[:, 0, 0, 0].tolist() == [1, 2] and sequence.cut == 4
+    assert [chr(token) for token in sequence.tokens if 32 < token < 127] == list("abcd")
+
+
+def test_a_rule_draws_pairs_in_their_order(make, picture):
+    parts = [part for k in range(6) for part in (f"text {k}", Pair(picture(k), chr(97 + k)))]
+    drawn = set()
+    for seed in range(100):
+        sequence = make(*parts, seed=seed, rule=Rule(pairs=3, image_first=1.0))
+        shown = tuple(sequence.images[:, 0, 0, 0].tolist())
+        assert list(shown) == sorted(set(shown)) and len(shown) == 3
+        assert [chr(token) for token in sequence.tokens if 32 < token < 127] == [chr(97 + k) for k in shown]
+        drawn.add(shown)
+    assert len(drawn) > 15                                                      # of 20
+    assert make("no", "pairs", rule=Rule(pairs=3)).tokens.tolist() == make("no", "pairs").tokens.tolist()
+
+
+def test_a_plain_rule_draws_nothing_more(make, picture):
+    parts = [Pair(picture(k), "a" * k) for k in range(5)]
+    assert (make(*parts, seed=3).tokens == make(*parts, seed=3, rule=Rule()).tokens).all()
+
+
+def test_oblong_images_are_cut_at_random(make):
+    wide = np.arange(12, dtype=np.uint8)[None, :, None] + np.zeros((4, 1, 3), np.uint8)
+    places = {int(make(wide, seed=seed).images[0, 0, 0, 0]) for seed in range(100)}
+    assert places == set(range(9)) and make(wide.transpose(1, 0, 2), seed=0).images.shape == (1, 4, 4, 3)

@@ -9,7 +9,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from emu_jax.config import UserError
 from emu_jax.data import sources
-from emu_jax.data.sequence import Pair
+from emu_jax.data.documents import Pair
 from emu_jax.data.sources import records
 from tests.data import fixtures
 from tests.data.fixtures import shard

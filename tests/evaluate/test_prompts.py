@@ -25,7 +25,8 @@ def test_captions_are_cut(text, clean):
 
 
 @pytest.mark.parametrize(("text", "clean"), [
-    (" It is a dog. Really", "dog"), (" it's the end", "end"), (" an apple, red", "apple"), (' Stop" says', "stop"), (" two\nthree", "two"), (" Yes.", "yes"),
+    (" It is a dog. Really", "dog"), (" it's the end", "end"), (" an apple, red", "apple"), (' Stop" says', "stop"), (" two\nthree", "two"),
+    (" Yes.", "yes"),
     (" theatre", "theatre"), (" answer", "answer"), (" the", "the"), (" 1,000", "1,000"), ("", "")])
 def test_answers_are_cut(text, clean):
     assert prompts.clean_answer(text) == clean

@@ -4,9 +4,13 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import Uncached, make_session
 
 from emu_jax.generate import reading
 from emu_jax.generate.prompt import Prompt
+
+LLAMA3 = ("model.llama.kv_heads=2", "model.llama.tied=true", "model.llama.eps=1e-5", "model.llama.rope_base=500000.0",
+          "model.llama.rope_scaling=('llama3',8.0,1.0,4.0,16.0)")
 
 
 def read(session, context, prompt):
@@ -30,6 +34,23 @@ def test_cached_is_uncached(session, uncached, images):
     context = session._read([prompt], None, 0)
     np.testing.assert_allclose(context.hidden[0], uncached.hidden(uncached.x(prompt))[-1], atol=2e-5)
     assert context.lengths.tolist() == [len(prompt)] and context.cache.slots == 32 and int(context.cache.filled) == 32
+
+
+def test_cached_is_uncached_with_llama_3s_shapes(images):
+    """Fewer heads of keys and values, which the cache holds as they are; scaled positions; and logits by the input table."""
+    session = make_session(*LLAMA3)
+    uncached, prompt = Uncached(session), session.prompt(["a dog", images[0], "and"])
+    context = session._read([prompt], None, 8)
+    assert context.cache.k.shape[3] == 2 and "lm_head" not in session.params["llama"]
+    x = uncached.x(prompt)
+    for token in (7, 11, 13):
+        np.testing.assert_allclose(context.hidden[0], uncached.hidden(x)[-1], atol=2e-5)
+        table = np.concatenate([session.params["llama"]["embed"][name] for name in ("base", "added")])
+        np.testing.assert_allclose(uncached.logits(x)[-1], table @ np.asarray(context.hidden[0]), atol=2e-4)
+        context = reading.read(session.size, session.params, context, uncached.embedding(token)[None], jnp.array([1]))
+        x = np.concatenate([x, uncached.embedding(token)])
+    answer = session.texts([["a dog", images[0]]])
+    assert answer == session.texts([["a dog", images[0]], ["x"]])[:1] and answer[0]
 
 
 @pytest.mark.parametrize("at", [1, 6, 12, 19])        # after <s>; before [IMG]; after [/IMG]; before the last

@@ -5,8 +5,9 @@ import make
 import numpy as np
 import pytest
 
+from emu_jax.config import UserError
 from emu_jax.models import emu
-from emu_jax.models.llama import rotary, rotate
+from emu_jax.models.llama import frequencies, rotary, rotate
 
 P = make.program(make.cfg("model.llama.rope_dtype=float32"))
 PARAMS = make.random_params(P)
@@ -68,3 +69,43 @@ def test_embeddings_are_rows_of_both_tables():
     embed = PARAMS["llama"]["embed"]
     got = emu.bind(emu.Emu, P.size, PARAMS).llama.embeddings(jnp.array([[0, 511, 512, 515]]), jnp.float32)
     np.testing.assert_array_equal(got[0], np.stack([embed["base"][0], embed["base"][511], embed["added"][0], embed["added"][3]]))
+
+
+def test_grouped_heads_are_repeated_heads():
+    """Two heads of keys and values for four of queries: as four, of which each two are the same."""
+    grouped = make.program(make.cfg("model.llama.kv_heads=2"))
+    params = make.random_params(grouped)
+    attn = params["llama"]["blocks"]["attn"]
+    assert attn["q"]["w"].shape == (2, 32, 4, 8) and attn["k"]["w"].shape == attn["v"]["w"].shape == (2, 32, 2, 8)
+    repeated = {"q": attn["q"], "o": attn["o"], **{name: {"w": jnp.repeat(attn[name]["w"], 2, axis=2)} for name in "kv"}}
+    full = params | {"llama": params["llama"] | {"blocks": params["llama"]["blocks"] | {"attn": repeated}}}
+    at = jnp.arange(6)[None]
+    one, two = (emu.bind(emu.Emu, p.size, tree).llama(X, at, SEGMENTS)[0] for p, tree in ((grouped, params), (make.program(make.cfg()), full)))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_a_tied_head_is_the_input_table():
+    tied = make.program(make.cfg("model.llama.tied=true"))
+    params = make.random_params(tied)
+    assert "lm_head" not in params["llama"]
+    head = emu.bind(emu.Emu, tied.size, params).llama.head()
+    np.testing.assert_array_equal(head["base"], params["llama"]["embed"]["base"])
+    np.testing.assert_array_equal(emu.bind(emu.Emu, P.size, PARAMS).llama.head()["added"], PARAMS["llama"]["lm_head"]["added"])
+
+
+def test_scaled_frequencies_by_hand():
+    """Width 4, base 100: one radian a token and a tenth. Within 8 pi tokens they turn 4 and 0.4 times."""
+    np.testing.assert_allclose(frequencies(4, 100.0, ()), [1, 0.1])
+    np.testing.assert_allclose(frequencies(4, 100.0, ("linear", 4.0)), [0.25, 0.025])
+    scaled = lambda low, high: frequencies(4, 100.0, ("llama3", 8.0, low, high, 8 * np.pi))
+    np.testing.assert_allclose(scaled(1.0, 4.0), [1, 0.1 / 8])
+    np.testing.assert_allclose(scaled(0.2, 0.4), [1, 0.1])
+    np.testing.assert_allclose(scaled(0.0, 8.0), [0.5 + 0.5 / 8, 0.1 * (0.05 + 0.95 / 8)])       # half, and a twentieth of the way
+    with pytest.raises(UserError, match=r"rope_scaling=\('yarn', 2.0\) is none of"):
+        frequencies(4, 100.0, ("yarn", 2.0))
+
+
+@pytest.mark.parametrize("overrides", [("model.llama.kv_heads=3",), ("model.llama.heads=5",)])
+def test_heads_that_do_not_divide_are_one_line(overrides):
+    with pytest.raises(UserError, match="model.llama: width 32 must be a multiple of heads"):
+        make.program(make.cfg(*overrides))

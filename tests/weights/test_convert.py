@@ -16,10 +16,15 @@ from emu_jax.verify import golden
 from emu_jax.verify.emu import size_of
 from emu_jax.weights import convert, emu1
 
+
+def theirs_of(table, params):
+    return dict(convert.to_theirs(table, convert.reader(tree.unflatten(params))))
+
+
 P = make.program(make.cfg())
 TABLE = emu1.table(P.size)
 PARAMS = {path: np.asarray(leaf) for path, leaf in make.flat(make.random_params(P))}
-FOREIGN = convert.to_theirs(TABLE, tree.unflatten(PARAMS))
+FOREIGN = theirs_of(TABLE, PARAMS)
 
 
 def test_import_of_export_is_the_identity_bit_for_bit():
@@ -32,7 +37,7 @@ def test_import_of_export_is_the_identity_bit_for_bit():
 def test_export_of_import_is_the_identity_bit_for_bit():
     rng = np.random.default_rng(1)
     theirs = {name: rng.standard_normal(array.shape, np.float32) for name, array in FOREIGN.items()}
-    back = convert.to_theirs(TABLE, convert.from_theirs(TABLE, theirs))
+    back = theirs_of(TABLE, dict(tree.leaves(convert.from_theirs(TABLE, theirs))))
     assert back.keys() == theirs.keys()
     for name, array in theirs.items():
         assert np.asarray(back[name]).tobytes() == array.tobytes(), name
@@ -58,7 +63,7 @@ def test_names_and_shapes_are_those_of_the_release(name):
     size = size_of(file)
     abstract = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
     table = emu1.table(size)
-    ours = convert.to_theirs(table, tree.unflatten({path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in tree.leaves(abstract)}))
+    ours = theirs_of(table, {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in tree.leaves(abstract)})
     extra = {name for name in released.keys() - ours.keys() if ".lora_" not in name}
     assert {name: array.shape for name, array in ours.items()}.items() <= released.items()
     assert extra and all(any(re.fullmatch(unused, name) for unused in table.unused) for name in extra)
@@ -87,7 +92,7 @@ def test_the_14b_has_the_releases_tensors_and_parameters():
                  **{f"{number}.{kind}.{name}": (C, E if number and name in "kv" else C)
                     for number, kind in enumerate(("SelfAttention", "EncDecAttention")) for name in "qkvo"}}
         want |= {f"cformer.cformer.block.{layer}.layer.{name}.weight": shape for name, shape in block.items()}
-    assert set(convert.names(emu1.table(size))) == set(want)
+    assert set(convert.uses(emu1.table(size), made=False)) == set(want)
     prefix = {"vision": "visual.", "ln_visual": "ln_visual.", "resampler": "cformer.", "regress_head": "decoder.lm.stu_regress_head."}
     counts = dict.fromkeys((*prefix, "llama", "total"), 0)
     for name, shape in want.items():

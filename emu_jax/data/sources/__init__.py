@@ -1,4 +1,4 @@
-"""Sources of documents, by random access. `open` is the door; records.py is the format.
+"""Sources of documents, by random access. `open` is the door; records.py is the format; kinds.py knows the formats of others.
 
 A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER holds one tensorflow-datasets dataset
 (itself, or below it as tfds lays them out: FOLDER/CONFIG/VERSION). Read next: records.py, then ../mixture.py.
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from emu_jax.config import UserError
-from emu_jax.data.sequence import Document
+from emu_jax.data.documents import Document
+
+CACHE_BYTES = 256 * 2**20               # of decoded images a source keeps: small sets are decoded once, large ones hardly notice
 
 
 class Corrupt(Exception):
@@ -29,17 +31,17 @@ class Source(Protocol):
         """Document 0 <= index < len. Raises Corrupt."""
 
 
-def open(path: str, image_size: int) -> Source:
-    """The documents of `path` = FOLDER:SPLIT, their images squashed to image_size x image_size.
+def open(path: str, image_size: int, fit: str = "squash") -> Source:
+    """The documents of `path` = FOLDER:SPLIT, their images brought to image_size by `fit` (images.decode).
 
     Raises UserError for a folder with no dataset, with several, or with one whose records are not documents; for an
     unknown or empty split; for a missing file.
     """
-    from emu_jax.data.sources import records                  # tfds takes a second to import
+    from emu_jax.data.sources import records  # tfds takes a second to import
     folder, colon, split = path.rpartition(":")
     if not (colon and re.fullmatch(r"\w+", split)):
         raise UserError(f"the source '{path}' names no split; write it as FOLDER:SPLIT, for example '{path}:train'")
-    return records.Records(_dataset(Path(folder)), split, image_size)
+    return records.Records(_dataset(Path(folder)), split, image_size, fit)
 
 
 def _dataset(folder: Path) -> Path:

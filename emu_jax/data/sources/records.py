@@ -2,44 +2,72 @@
 
 A record's `layout` says how its texts and images, each in order, become the parts of a document: "T" a text, "I" an
 image, "P" a pair of both whose order is drawn anew in every epoch. So "P" is a captioned picture, "TITI" a story.
+Conversations have a role and videos a time for each letter of it; `source` and `provenance` (JSON) say where it comes from.
 Builders yield `example(...)` under `FEATURES()`; `Records` reads, through Grain, without TensorFlow. Read next: ../builders/.
 """
 import io
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
+import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from emu_jax.config import UserError
 from emu_jax.data import images
-from emu_jax.data.sequence import Document, Pair
-from emu_jax.data.sources import Corrupt
+from emu_jax.data.documents import Document, Pair, Picture, Text
+from emu_jax.data.sources import CACHE_BYTES, Corrupt
 
 METADATA = {"emu_jax": "documents"}     # every builder's metadata has it: how `Records` knows its own
-CACHE_BYTES = 256 * 2**20               # of decoded images a source keeps: small sets are decoded once, large ones hardly notice
 
 
 def FEATURES() -> tfds.features.FeaturesDict:
-    text, image = tfds.features.Text, tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+    text, image = tfds.features.Text, tfds.features.Image(shape=(None, None, 3))
     return tfds.features.FeaturesDict(dict(
-        id=text(), kind=text(), combination=text(), layout=text(),
-        texts=tfds.features.Sequence(text()), images=tfds.features.Sequence(image)))
+        id=text(), kind=text(), combination=text(), source=text(), provenance=text(), layout=text(),
+        texts=tfds.features.Sequence(text()), images=tfds.features.Sequence(image),
+        roles=tfds.features.Sequence(text()), times=tfds.features.Sequence(tfds.features.Scalar(np.float32))))
 
 
-def example(id: str, kind: str, combination: str, layout: str, texts: Sequence[str], encoded: Sequence[bytes]) -> dict:
+def example(id: str, kind: str, combination: str, layout: str, texts: Sequence[str], encoded: Sequence[bytes], *, source: str = "",
+            provenance: dict[str, Any] | None = None, roles: Sequence[str] = (), times: Sequence[float | None] = ()) -> dict:
     """What a builder yields: the id that is unique in the dataset, what sort of document it is, the combination of factors
-    that it shows (for what is held out), and its parts, the images as encoded files."""
-    _check(layout, texts, encoded)
-    return dict(id=id, kind=kind, combination=combination, layout=layout, texts=list(texts), images=[io.BytesIO(data) for data in encoded])
+    that it shows (for what is held out), and its parts, the images as encoded files. `roles` and `times` are empty, or one a part."""
+    _check(layout, texts, encoded, roles, times)
+    return dict(id=id, kind=kind, combination=combination, source=source, provenance=json.dumps(provenance or {}, sort_keys=True),
+                layout=layout, texts=list(texts), images=[io.BytesIO(data) for data in encoded], roles=list(roles),
+                times=[math.nan if time is None else time for time in times])
+
+
+def example_of(document: Document, id: str, kind: str) -> dict:
+    """`example` of a document as sources yield it, under the id `id`: files stay as they are, frames of videos become JPEGs."""
+    layout, texts, encoded, roles, times = "", [], [], [], []
+    for part in document.parts:
+        pair = isinstance(part, Pair)
+        text = part.text if pair else part if isinstance(part, (str, Text)) else None
+        picture = part.image if pair else part if text is None else None
+        layout += "P" if pair else "I" if text is None else "T"
+        if text is not None:
+            text = Text(text) if isinstance(text, str) else text
+            texts.append(text.text)
+        if picture is not None:
+            picture = Picture(picture) if isinstance(picture, np.ndarray) else picture
+            encoded.append(images.encode(picture.data) if isinstance(picture.data, np.ndarray) else picture.data)
+        roles.append((picture or text).role)
+        times.append((picture or text).time)
+    return example(id, kind, "", layout, texts, encoded, source=document.source, provenance=document.provenance,
+                   roles=roles if any(roles) else (), times=times if any(time is not None for time in times) else ())
 
 
 class Records:
     """The documents of one split of the dataset in `folder` (where dataset_info.json lies)."""
 
-    def __init__(self, folder: Path, split: str, image_size: int):
+    def __init__(self, folder: Path, split: str, image_size: int, fit: str = "squash"):
         try:
             info = tfds.builder_from_directory(str(folder)).info
         except Exception as error:                            # whatever a damaged JSON makes tfds raise
@@ -53,7 +81,7 @@ class Records:
             if not Path(file).is_file():
                 raise UserError(f"the dataset in '{folder}' lacks its file '{Path(file).name}'")
         self.name = f"{info.name}:{split}"
-        self._size = image_size
+        self._size, self._fit = image_size, fit
         self._length = info.splits[split].num_examples
         try:
             self._raw = grain.sources.ArrayRecordDataSource(files)
@@ -89,20 +117,38 @@ class Records:
             fields = tf_example_pb2.Example.FromString(raw).features.feature
             texts = [text.decode() for text in fields["texts"].bytes_list.value]
             id, layout = (fields[name].bytes_list.value[0].decode() for name in ("id", "layout"))
-            _check(layout, texts, fields["images"].bytes_list.value)
-            pixels = [images.decode(data, self._size) for data in fields["images"].bytes_list.value]
+            source, provenance = (next((value.decode() for value in fields[name].bytes_list.value), "") for name in ("source", "provenance"))
+            roles = [role.decode() for role in fields["roles"].bytes_list.value]
+            times = [None if math.isnan(time) else time for time in fields["times"].float_list.value]
+            _check(layout, texts, fields["images"].bytes_list.value, roles, times)
+            pixels = [images.decode(data, self._size, self._fit) for data in fields["images"].bytes_list.value]
+            provenance = json.loads(provenance or "{}")
         except IndexError:
             raise Corrupt(id, "the record has no id or no layout") from None
         except (DecodeError, ValueError) as error:
             raise Corrupt(id, " ".join(str(error).split())) from error
         for image in pixels:
             image.flags.writeable = False
-        text, image = iter(texts), iter(pixels)
-        part = {"T": lambda: next(text), "I": lambda: next(image), "P": lambda: Pair(next(image), next(text))}
-        return Document(id, tuple(part[letter]() for letter in layout)), sum(image.nbytes for image in pixels)
+        told = iter(_told(text, *about) for text, about in zip(texts, _of_texts(layout, roles, times)))
+        image = iter(pixels)
+        part = {"T": lambda: next(told), "I": lambda: next(image), "P": lambda: Pair(next(image), next(told))}
+        document = Document(id, tuple(part[letter]() for letter in layout), source, provenance)
+        return document, sum(image.nbytes for image in pixels)
 
 
-def _check(layout: str, texts: Sequence, encoded: Sequence) -> None:
+def _told(text: str, role: str, time: float | None) -> str | Text:
+    return Text(text, role=role, time=time) if role or time is not None else text
+
+
+def _of_texts(layout: str, roles: Sequence[str], times: Sequence[float | None]) -> list[tuple[str, float | None]]:
+    """(role, time) of the parts that have a text."""
+    about = zip(roles or [""] * len(layout), times or [None] * len(layout))
+    return [pair for letter, pair in zip(layout, about) if letter != "I"]
+
+
+def _check(layout: str, texts: Sequence, encoded: Sequence, roles: Sequence = (), times: Sequence = ()) -> None:
     count = [sum(letter in kinds for letter in layout) for kinds in ("TP", "IP")]
     if not layout or set(layout) - set("TIP") or count != [len(texts), len(encoded)]:
         raise ValueError(f"the layout {layout!r} does not fit {len(texts)} texts and {len(encoded)} images")
+    if {len(roles), len(times)} - {0, len(layout)}:
+        raise ValueError(f"the layout {layout!r} does not fit {len(roles)} roles and {len(times)} times")

@@ -5,8 +5,10 @@ from emu_jax.evaluate.metrics import vqa
 
 
 @pytest.mark.parametrize(("answer", "normal"), [
-    ("The two dogs", "2 dogs"), ("isnt", "isn't"), ("couldntve", "couldntve"), ("couldn'tve", "couldn't've"), ("couldnt've", "couldn't've"), ("somebody'd", "somebodyd"),
-    ("oclock", "o'clock"), ("1,000", "1000"), ("a,b", "b"), ("x, y", "x y"), ("x,y", "x y"), ("t-shirt", "t shirt"), ("red/white", "red white"), ("3.5", "3.5"),
+    ("The two dogs", "2 dogs"), ("isnt", "isn't"), ("couldntve", "couldntve"), ("couldn'tve", "couldn't've"), ("couldnt've", "couldn't've"),
+    ("somebody'd", "somebodyd"),
+    ("oclock", "o'clock"), ("1,000", "1000"), ("a,b", "b"), ("x, y", "x y"), ("x,y", "x y"), ("t-shirt", "t shirt"),
+    ("red/white", "red white"), ("3.5", "3.5"),
     ("st. john.", "st john"), ("None", "0"), ("ten apples!", "10 apples"), ("an", ""), ("yall'd've", "y'all'd've"), ("twas", "'twas"), ("1.a", "1a"),
     (".5", ".5"), ("Im", "im"), ("hows it", "how's it"), ("eleven", "eleven"), ("$5", "$5"), ("what's up?", "what's up")])
 def test_normalised(answer, normal):

@@ -1,0 +1,52 @@
+"""Emu's visual decoder (section 2.3 of the paper): Stable Diffusion 1.5's U-Net learns to draw what visual tokens say; all else is frozen.
+
+python -m emu_jax.train --config=configs/decoder.py[:emu-7b] --config.workdir=DIR --config.init=EMU --config.data.tokenizer=tokenizer.model
+"""
+from ml_collections import ConfigDict
+
+from configs.base import get_config as base
+
+
+def get_config(size: str = "emu-14b"):
+    c = base(size)
+    c.stage = "decoder"
+    c.frozen_dtype = "bfloat16"
+    c.model.decoder = decoder(c.model.llama.width)
+    c.rules.train = (("unet/.*", True), (".*", False))
+    c.rules.peak_lr = ((".*", 1e-4),)
+    c.rules.decay = ((".*", 1e-2),)
+    c.rules.groups = (("unet/.*/cross/.*", "condition"), (".*", "unet"))
+    c.optim.steps = 15_000
+    c.optim.schedule = "stepped"
+    c.optim.warmup = 1 / 3
+    c.optim.boundaries = ((10_000, 0.5), (14_000, 0.1))
+    c.optim.b2, c.optim.eps = 0.999, 1e-8       # eps unpublished
+    c.optim.clip = 1.0                  # unpublished
+    c.optim.ema = 0.9999                # unpublished
+    c.data.mixture = (("laion-coco", 7.0, "data/laion-coco:train"), ("laion-aesthetics", 2.0, "data/laion-aesthetics:train"))
+    c.data.batch, c.data.num_streams = 1600, 64
+    c.data.tokens, c.data.images = 96, 1        # a caption and its image
+    c.data.image_first = 0.0            # the caption says what is drawn
+    c.checkpoint.every = 500
+    return c
+
+
+def decoder(condition: int) -> ConfigDict:
+    """The decoder of a model whose visual tokens have the width `condition`: Stable Diffusion 1.5's sizes."""
+    return ConfigDict(dict(
+        image=512,                      # pixels a side of what is drawn
+        condition="teacher_forced",     # whence the visual tokens: the LLM's prediction of each from the true ones before it; "generated": from those
+                                        # that it made itself (the paper's; see data.conditions); "encoded" from the image, without an LLM
+        unet=dict(
+            channels_in=4, channels_out=4, patch=1, widths=(320, 640, 1280, 1280), resnets=(2, 2, 2, 2),
+            attends_down=(True, True, True, False), attends_up=(True, True, True, False), depths=(1, 1, 1, 1),
+            heads=(8, 8, 8, 8),         # SD 2: (5, 10, 20, 20)
+            condition=condition, time=1280, cosine_first=True, frequency_shift=0.0, groups=32, eps=1e-5,
+            linear=False,               # SD 2: True
+            remat="full"),
+        vae=dict(channels=3, latent=4, widths=(128, 256, 512, 512), resnets=2, groups=32, scale=0.18215, remat="full"),     # {}: draw pixels
+        diffusion=dict(
+            steps=1000, beta_start=0.00085, beta_end=0.012,
+            zero_snr=False,             # end the schedule in noise alone; with "v"
+            target="epsilon",           # or "v" (SD 2.1), or "flow"
+            min_snr=0.0)))              # cut the loss's weights at this signal-to-noise ratio (5.0 is usual); 0: all are 1

@@ -1,0 +1,72 @@
+"""Rules for texts, in no language in particular: what is a caption, what is junk, what is metadata.
+
+Read next: sources/pairs.py and sources/videos.py, which use them.
+"""
+import re
+import unicodedata
+
+# The paper strips metadata from WebVid's captions "by rules" that it does not print; these are ours. A caption there reads
+# "London, UK - January 12, 2018: crowd on a bridge, aerial. 4k footage, 60 fps".
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_DATE = rf"(?:circa\s+)?(?:{_MONTH}\s*(?:\d{{1,2}}(?:st|nd|rd|th)?\s*,?\s*)?(?:19|20)\d\d|\d{{1,2}}(?:st|nd|rd|th)?\s+{_MONTH}\s*,?\s*(?:19|20)\d\d"
+_DATE += r"|(?:19|20)\d\d|\d{1,2}[./-]\d{1,2}[./-](?:19|20)?\d\d)"
+_DATELINE = re.compile(rf"^[^:.!?]{{2,80}}?\s*[-–—,]\s*{_DATE}\s*[:.-]\s*", re.I)         # "City, Country - date: "
+_BRACKETS = re.compile(r"[\[(](?:[^\[\]()]*\b(?:\d+\s*fps|\d?\dk|u?hd|footage|slow motion|loop(?:able)?|alpha|pro\s?res)\b[^\[\]()]*)[\])]", re.I)
+_TECHNICAL = re.compile(
+    r"\b(?:(?:ultra|full)\s+hd|u?hd\s+(?=(?:video|footage|clip)s?\b)|u?hd\b(?=\W*$|\W*[.,;])|[2468]\s?k\b|\d{3,4}\s?x\s?\d{3,4}\b|(?:720|1080|1440|2160)[pi]\b|"
+    r"\d{2,3}(?:[.,]\d+)?\s?fps\b|\d{2,3}\s?frames per second\b|pro\s?res(?:\s?\d{3,4}(?:\s?hq)?)?\b|royalty[- ]free\b|"
+    r"(?:stock|raw)\s+(?:footage|video|clip)s?\b|(?:no|without)\s+(?:audio|sound)\b|alpha\s+(?:channel|matte)\b|red\s+(?:epic|dragon)\b)", re.I)
+_LEFT_OVER = frozenset(("in", "at", "with", "and", "on", "shot", "footage", "video", "videos", "clip", "clips", "resolution"))   # at the end
+_ENDS = " .,;:|/–—-"
+_LONG = 2000            # characters; longer captions hold no such metadata
+
+_URL = re.compile(r"^\s*(?:https?://|www\.)\S+\s*$", re.I)
+_FILE_NAME = re.compile(r"^\s*[\w~()+-]+(?:[ .][\w~()+-]+)*\.(?:jpe?g|png|gif|webp|bmp|tiff?|pdf|html?|php|mp4|mov)\s*$", re.I)
+_CAMERA = re.compile(r"^\s*(?:dsc[nf]?|img|dscf|pict?|p|image|photo|screenshot)[ _-]*\d{2,}\s*$", re.I)
+
+
+def decode(data: bytes) -> str:
+    """Text of UTF-8 (a byte order mark is dropped) or of UTF-16 with one; line ends are "\\n". Raises ValueError for other bytes."""
+    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(coding)
+    except UnicodeDecodeError:
+        raise ValueError("the text is not UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def spaces(text: str) -> str:
+    """Every run of white space and control characters becomes one space; none at the ends."""
+    return " ".join("".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text).split())
+
+
+def junk(caption: str) -> str:
+    """Why a caption says nothing, in no matter which language, or ""."""
+    if not any(unicodedata.category(letter)[0] in "LS" for letter in caption):      # letters, and symbols for emoji
+        return "the caption has no letter"
+    if _URL.match(caption):
+        return "the caption is an address"
+    if len(caption) < 300 and (_FILE_NAME.match(caption) or _CAMERA.match(caption)):
+        return "the caption is a file's name"
+    if len(caption) >= 8 and len(set(caption.lower()) - {" "}) <= 2:
+        return "the caption repeats itself"
+    words = caption.lower().split()
+    if len(words) >= 8 and len(set(words)) <= len(words) // 4:
+        return "the caption repeats itself"
+    return ""
+
+
+def video_caption(text: str) -> str:
+    """A video's caption without place and date in front, without resolution, rate, codec and words of the trade; "" if nothing is left."""
+    text = spaces(text)
+    if len(text) > _LONG:
+        return text
+    text = _DATELINE.sub("", text)
+    stripped = _TECHNICAL.sub("", _BRACKETS.sub("", text))
+    if stripped != text:
+        words = spaces(re.sub(r"\s+([.,;:])", r"\1", re.sub(r"([.,;:])(?:\s*[.,;:])+", r"\1", stripped))).rstrip(_ENDS).split()
+        while words and words[-1].strip(_ENDS).lower() in ("", *_LEFT_OVER):
+            words.pop()
+        stripped = " ".join(words).strip(_ENDS)
+        stripped += "." if text.endswith(".") and stripped and stripped[-1] not in "!?" else ""
+    return stripped if any(letter.isalpha() for letter in stripped) else ""

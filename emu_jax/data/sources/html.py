@@ -1,0 +1,263 @@
+"""A folder or archive of HTML pages with their pictures: a page becomes one document, text and pictures in reading order.
+
+Dropped: what is not content (navigation, headers and footers of the site, forms, scripts, hidden elements), icons, pictures that
+several pages show (logos) or that a page shows again, and pictures that are not in the folder: remote ones, and whatever
+leads outside. The parser is Lexbor, which reads broken pages as browsers do. Read next: kinds.py.
+"""
+import base64
+import binascii
+import hashlib
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from selectolax.lexbor import LexborHTMLParser, LexborNode
+
+from emu_jax.config import UserError
+from emu_jax.data import clean, images
+from emu_jax.data.documents import Document, Picture, Skipped, Text
+from emu_jax.data.sources import archives
+from emu_jax.data.sources.options import Options
+from emu_jax.data.sources.tables import Unit
+
+PAGES = (".html", ".htm", ".xhtml")
+FILES = 200                     # pages in a unit
+MAX_PAGE = 32 * 2**20
+REPEATED = 0.02                 # GIMP's manual: its signs for notes are on 2 to 40 % of the pages, its pictures (but for one) on at most 1 %
+
+NOT_CONTENT = frozenset((
+    "script", "style", "noscript", "template", "nav", "aside", "footer", "form", "iframe", "object", "embed", "svg", "button", "select", "textarea",
+    "input", "canvas", "audio", "video", "dialog", "menu", "head", "title", "math"))
+ROLES = frozenset(("navigation", "banner", "contentinfo", "complementary", "search", "menu", "menubar", "dialog", "alertdialog", "toolbar"))
+NAMES = re.compile(                 # classes and ids of what is no content
+    r"(?:site-?|page-?|global-?)?(?:nav(?:bar|header|footer|igation|-.*)?|menu|breadcrumbs?|side-?bar|footer|masthead|cookies?(?:-.*)?|"
+    r"ad(?:s|vert.*)?|social(?:-.*)?|share(?:-.*)?|sharing|comments|related(?:-.*)?|newsletter|subscribe|popup|modal|paginat.*|pager|toc|"
+    r"skip-?link|copyright)", re.I)
+BLOCKS = frozenset((
+    "address", "article", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption", "figure",
+    "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody",
+    "tfoot", "thead", "tr", "ul"))
+ICON = re.compile(r"(?:^|[^a-z])(?:logo|button|icon|favicon|plugin|widget|sprite|spacer|avatar|bullet)s?(?:[^a-z]|$)", re.I)
+CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
+
+
+def units(path: Path) -> list[Unit]:
+    """A unit 200 pages. `path` is a folder, a zip, a tar, or one page, whose pictures are then sought in its folder."""
+    if path.is_file() and path.name.lower().endswith(PAGES):
+        return [Unit(path)]
+    if not path.exists():
+        raise UserError(f"there is no '{path}'")
+    names = archives.opened(path).names(PAGES)
+    if not names:
+        raise UserError(f"'{path}' holds no file that ends with {' or '.join(PAGES)}")
+    return [Unit(path, tuple(names[first:first + FILES])) for first in range(0, len(names), FILES)]
+
+
+def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+    """The pages of one unit; ids are their names in the folder or archive."""
+    files = archives.opened(unit.path if unit.names else unit.path.parent)
+    repeated = _repeated(files) if unit.names else frozenset()
+    for name in unit.names or (unit.path.name,):
+        try:
+            tree = _parse(files.read(name, MAX_PAGE))
+        except ValueError as error:
+            yield Skipped(name, str(error))
+        else:
+            yield _document(name, tree, files, repeated, options)
+
+
+@lru_cache(2)
+def _repeated(files: archives.Files) -> frozenset[str]:
+    """Pictures of three pages of a site or more, which are REPEATED of all its pages, or of two where it has two or three. A site is a
+    folder of the root. A pass over all pages, once a process."""
+    shown: Counter[tuple[str, str]] = Counter()
+    names = files.names(PAGES)
+    for name in names:
+        try:
+            tree = _parse(files.read(name, MAX_PAGE))
+        except ValueError:
+            continue
+        shown.update({(_site(name), target) for node in tree.css("img") if (target := _target(_source(node), name))})
+    pages = Counter(map(_site, names))
+    return frozenset(target for (site, target), count in shown.items()
+                     if (count >= 3 and count >= REPEATED * pages[site]) or (count == 2 and pages[site] < 4))
+
+
+def _site(name: str) -> str:
+    return name.split("/")[0] if "/" in name else ""
+
+
+def _parse(page: bytes) -> LexborHTMLParser:
+    declared = CHARSET.search(page[:4096])
+    codings = ["utf-8-sig"] if page[:2] not in (b"\xff\xfe", b"\xfe\xff") else ["utf-16"]
+    for coding in [*codings, declared.group(1).decode() if declared else "cp1252", "cp1252"]:
+        try:
+            text = page.decode(coding)
+            break
+        except (UnicodeDecodeError, LookupError):
+            continue
+    else:
+        text = page.decode("latin-1")
+    try:
+        return LexborHTMLParser(text.replace("\0", ""))
+    except Exception as error:                              # of selectolax and of the C library below it
+        raise ValueError(f"not a readable page: {clean.spaces(str(error))}") from error
+
+
+def _document(name: str, tree: LexborHTMLParser, files: archives.Files, repeated: frozenset[str], options: Options) -> Document | Skipped:
+    parts: list[Text | Picture] = []
+    dropped, seen, text = [], set(), []
+    root = tree.css_first("main, [role=main]") or (tree.css_first("article") if len(tree.css("article")) == 1 else None) or tree.body
+    if root is None:
+        return Skipped(name, "the page is empty")
+
+    def flush():
+        lines = [line for line in (clean.spaces(line) if not kept else line.rstrip() for line, kept in _lines(text)) if line.strip()]
+        if lines:
+            parts.append(Text("\n".join(lines)))
+        text.clear()
+
+    for kind, value in _events(root, options.captions):
+        if kind != "image":
+            text.append((kind, value))
+            continue
+        picture = _picture(value, name, files, repeated, seen, options)
+        if isinstance(picture, str):
+            dropped.append(picture)
+            continue
+        flush()
+        parts.append(picture)
+        alt = clean.spaces(value.attributes.get("alt") or "")
+        if options.alt and alt:
+            text += [("break", ""), ("text", alt), ("break", "")]
+    flush()
+    if not any(isinstance(part, Text) for part in parts):
+        return Skipped(name, "no text")
+    title = tree.css_first("title")
+    return Document(name, tuple(parts), files.root.name, {"title": clean.spaces(title.text())} if title else {}, tuple(dropped))
+
+
+def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | LexborNode]]:
+    """("text", str), ("pre", str), ("break", "") and ("image", node), in reading order; no recursion, for pages may be nested without end."""
+    stack: list[tuple[LexborNode | None, bool, bool]] = [(root, False, False)]     # node (None: a block ends), inside <pre>, inside the article
+    while stack:
+        node, pre, inner = stack.pop()
+        if node is None:
+            yield "break", ""
+        elif node.tag == "-text":
+            yield "pre" if pre else "text", node.text_content or ""
+        elif node.tag == "img":
+            yield "image", node
+        elif node.tag == "br":
+            yield "break", ""
+        elif node.tag in ("td", "th"):
+            yield "text", " "
+            stack += [(child, pre, inner) for child in reversed(list(node.iter(include_text=True)))]
+        elif not node.tag.startswith("-") and (node is root or not _boilerplate(node, inner)) and (captions or node.tag != "figcaption"):
+            inner = inner or node.tag in ("main", "article") or (node is root and node.tag != "body")
+            if node.tag in BLOCKS:
+                yield "break", ""
+                stack.append((None, pre, inner))
+            pre = pre or node.tag == "pre"
+            stack += [(child, pre, inner) for child in reversed(list(node.iter(include_text=True)))]
+
+
+def _boilerplate(node: LexborNode, inner: bool) -> bool:
+    """Is this element no content? `inner`: it is inside the page's article, where a header is one of the article."""
+    if node.tag in NOT_CONTENT or (node.tag == "header" and not inner):
+        return True
+    if node.tag in ("main", "article", "body", "html"):
+        return False
+    attributes = node.attributes
+    style = (attributes.get("style") or "").replace(" ", "").lower()
+    return ("hidden" in attributes or attributes.get("aria-hidden") == "true" or "display:none" in style
+            or (attributes.get("role") or "").lower() in ROLES
+            or any(NAMES.fullmatch(word) for word in f"{attributes.get('class') or ''} {attributes.get('id') or ''}".split()))
+
+
+def _lines(events: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
+    """(line, is it of a <pre>) between breaks."""
+    line, kept = "", False
+    for kind, value in [*events, ("break", "")]:
+        if kind == "break":
+            yield line, kept
+            line, kept = "", False
+        elif kind == "pre":
+            *whole, value = (line + value).split("\n")
+            yield from ((one, True) for one in whole)
+            line, kept = value, True
+        else:
+            line += value
+
+
+def _source(node: LexborNode) -> str:
+    """What an <img> shows: src, unless that is a placeholder of a page that loads its pictures late."""
+    attributes = node.attributes
+    late = attributes.get("data-src") or attributes.get("data-original") or ""
+    source = (attributes.get("src") or "").strip()
+    if late and (not source or source.startswith("data:")):
+        source = late.strip()
+    return source or (attributes.get("srcset") or "").strip().split(" ")[0].rstrip(",")
+
+
+def _target(source: str, page: str) -> str:
+    """The name, in the folder, of what `source` on `page` points to: "" for what is none of its files (remote, data, malformed).
+
+    It may still lead out: reading it is then refused.
+    """
+    try:
+        place = urlsplit(source)
+    except ValueError:
+        return ""
+    if place.scheme or place.netloc or not place.path:
+        return ""
+    path = unquote(place.path)
+    return posixpath.normpath(path.lstrip("/") if path.startswith("/") else PurePosixPath(page).parent / path)
+
+
+def _picture(node: LexborNode, page: str, files: archives.Files, repeated: frozenset[str], seen: set[str], options: Options) -> Picture | str:
+    """The picture of an <img>, or why it is dropped."""
+    source = _source(node)
+    if source[:5].lower() == "data:":
+        data = _inline(source)
+        if data is None:
+            return "a picture inside the page that cannot be read"
+        key = hashlib.sha256(data).hexdigest()
+    else:
+        key = _target(source, page)
+        if not key:
+            return "a picture that is not in the folder"
+        if ICON.search(PurePosixPath(key).stem):
+            return "an icon, by its name"
+        if key in repeated:
+            return "a picture of several pages"
+        if key not in files:
+            return "a picture whose file is not there"
+        try:
+            data = files.read(key, images.MAX_BYTES)
+        except ValueError:
+            return "a picture that cannot be read"
+    if key in seen:
+        return "a picture that the page shows again"
+    seen.add(key)
+    sides = images.size(data)
+    declared = [int(value) for name in ("width", "height") if (value := (node.attributes.get(name) or "").removesuffix("px")).isdecimal()]
+    if (sides and _icon(sides, options)) or (len(declared) == 2 and _icon(declared, options)):
+        return "an icon, by its size"
+    return Picture(data)
+
+
+def _icon(sides, options: Options) -> bool:
+    return max(sides) < options.icon or 2 * min(sides) < options.icon
+
+
+def _inline(source: str) -> bytes | None:
+    head, _, body = source.partition(",")
+    try:
+        return base64.b64decode(unquote_to_bytes(body), validate=False) if head.lower().endswith(";base64") else unquote_to_bytes(body)
+    except (binascii.Error, ValueError):
+        return None

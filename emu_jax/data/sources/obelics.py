@@ -1,0 +1,89 @@
+"""OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of `texts` and `images`, lists of one length, one of the two None at each place.
+
+The public release holds addresses in `images`; with --images=DIR they are looked up in what img2dataset made of them
+(NNNNN.parquet with url and key, beside NNNNN.tar or the folder NNNNN), and those that are not there are dropped and
+counted. Sets with pictures inside hold bytes, or structs of bytes and path. Read next: html.py.
+"""
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from emu_jax.config import UserError
+from emu_jax.data.documents import Document, Picture, Skipped, Text
+from emu_jax.data.images import MAX_BYTES
+from emu_jax.data.sources import archives, tables
+from emu_jax.data.sources.options import Options
+from emu_jax.data.sources.pairs import IMAGES
+from emu_jax.data.sources.tables import Unit
+
+
+def units(path: Path) -> list[Unit]:
+    """A unit about 4096 rows."""
+    return [unit for file in archives.found(path, (".parquet",)) for unit in tables.groups(file)]
+
+
+def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+    """The documents of some row groups; ids are FILE:ROW."""
+    for number, row in tables.rows(unit):
+        yield row if isinstance(row, Skipped) else _document(f"{unit.name}:{number}", row, unit, options)
+
+
+def _document(id: str, row: dict[str, Any], unit: Unit, options: Options) -> Document | Skipped:
+    texts, images = row.get("texts"), row.get("images")
+    if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
+        return Skipped(id, "texts and images are not two lists of one length")
+    parts: list[Text | Picture] = []
+    dropped = []
+    for text, image in zip(texts, images):
+        if image is not None:
+            picture = _picture(image, options.images)
+            (dropped if isinstance(picture, str) else parts).append(picture)
+        if isinstance(text, str) and text.strip():
+            parts.append(Text(text))
+    try:
+        general = json.loads(row.get("general_metadata") or "{}")
+        provenance = {"url": general["url"]} if isinstance(general.get("url"), str) else {}
+    except (ValueError, AttributeError, TypeError):
+        provenance = {}
+    return Document(id, tuple(parts), unit.name, provenance, tuple(dropped))
+
+
+def _picture(image: Any, folder: str) -> Picture | str:
+    if isinstance(image, dict):
+        image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, bytes):
+        return Picture(image) if image else "a picture that is empty"
+    if not isinstance(image, str):
+        return "a picture that is neither bytes nor an address"
+    if not folder:
+        return "a picture of which only the address is known"
+    place = _index(Path(folder)).get(image)
+    if place is None:
+        return "a picture whose address was not downloaded"
+    shard, key = place
+    files = archives.opened(shard)
+    name = next((f"{key}.{suffix}" for suffix in IMAGES if f"{key}.{suffix}" in files), "")
+    data = archives.fetch(name, [files], MAX_BYTES) if name else "a picture whose address was not downloaded"
+    return data if isinstance(data, str) else Picture(data)
+
+
+@lru_cache(1)
+def _index(folder: Path) -> dict[str, tuple[Path, str]]:
+    """address -> (tar or folder, key) of all that img2dataset says it downloaded into `folder`."""
+    index = {}
+    for file in archives.found(folder, (".parquet",)):
+        shard = next((place for place in (file.with_suffix(".tar"), file.with_suffix("")) if place.exists()), None)
+        try:
+            table = pyarrow.parquet.read_table(file, columns=[name for name in ("url", "key", "status") if name in tables.columns(file)]).to_pydict()
+        except Exception as error:                          # pyarrow's errors have no common type
+            raise UserError(f"--images: '{file}' cannot be read: {' '.join(str(error).split())}") from error
+        if shard is None or not {"url", "key"} <= table.keys():
+            raise UserError(f"--images: '{file}' is not what img2dataset writes: it needs url and key, and {file.stem}.tar or {file.stem}/ beside it")
+        for url, key, status in zip(table["url"], table["key"], table.get("status", ["success"] * len(table["url"]))):
+            if status == "success":
+                index.setdefault(url, (shard, str(key)))
+    return index

@@ -1,0 +1,395 @@
+"""python -m emu_jax.fit --config=FILE --topology=NAME [--search] [--json=FILE] [--config.FIELD=VALUE ...]: does it fit, before you rent it?
+
+Compiles the real train step for devices that need not be here and says what each will hold, send and compute, and how fast that can be
+at best. NAME is v5e:16x16, 2xv5e:8x16 (two slices), h100:8x8 (nodes x GPUs), ...; no data is opened. Read next: hardware.py, hlo.py.
+"""
+import argparse
+import copy
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from emu_jax import config, hardware, hlo, loop, sharding, stages, train, tree
+from emu_jax.config import UserError
+from emu_jax.data.packing import empty_batch
+from emu_jax.hardware import GIB
+from emu_jax.models import emu, flops
+from emu_jax.types import Batch
+
+COMPILATIONS = 8        # of a search
+POLICIES = ("full", "dots", "none")     # of remat, as they rise in need of memory
+TRIES = 4               # changes that are tried on a config that does not fit
+TOWERS = ("vision", "resampler", "llama")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a run but its numbers: the program, and its arguments as shapes with their shardings."""
+    c: ConfigDict
+    program: loop.Program
+    mesh: jax.sharding.Mesh
+    abstract: tree.Tree         # the parameters
+    state: loop.State
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. `gradients` are part of `temporaries`; `peak` is what the compiler says all of it takes."""
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int
+    temporaries: int
+    code: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds that a step takes at least, by each of what it needs; were all of it to run at once, it takes the longest of them."""
+    compute: float
+    memory: float
+    links: float        # inside a slice or a node
+    network: float      # between slices or nodes
+
+    @property
+    def bound(self) -> str:
+        return max(asdict(self), key=asdict(self).get)
+
+    @property
+    def seconds(self) -> float:
+        return max(asdict(self).values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 it fits; 1 it does not; 2 for what the user can put right."""
+    try:
+        flags, rest = _parse(sys.argv[1:] if arguments is None else arguments)
+        c = config.load(rest)
+        _without_devices()
+        row, devices = hardware.absent(flags.topology)
+        found = search(c, row, devices) if flags.search else fit(c, row, devices)
+        if flags.json:
+            Path(flags.json).write_text(json.dumps({"topology": flags.topology} | found, indent=1) + "\n")
+        return 0 if found["fits"] else 1
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def fit(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]) -> dict[str, Any]:
+    """The report on `c`, printed as it comes; where it does not fit, also what would."""
+    p = plan(c, devices)
+    print(train.parameter_table(p.abstract))
+    parts = f", in {c.optim.accumulate} micro-batches" if c.optim.accumulate > 1 else ""
+    print(f"{len(devices)} x {devices[0].device_kind}, mesh {dict(p.mesh.shape)}; {c.data.batch} rows of {c.data.tokens} tokens and "
+          f"{c.data.images} images, {c.data.batch // rows_of(p.mesh)} a device{parts}\n", flush=True)
+    limit = row.memory if row else None
+    least = per_device(p.state)
+    if limit and least > limit:
+        raise UserError(f"the parameters and the optimizer alone need {least / GIB:.1f} GiB a device and a device has {limit / GIB:.1f} GiB: "
+                        f"take at least {-(-least * len(devices) // limit)} devices, more mesh.fsdp, or a smaller model (pretrain.py:emu-1b)")
+    found = report(p, row)
+    print(table(found, row), flush=True)
+    if not found["fits"]:
+        found["changes"] = []
+        for change in changes(c, p.mesh):
+            tried = attempt(plan(changed(c, change), devices), row)
+            found["changes"].append({"change": change, "peak": tried.get("peak"), "fits": tried["fits"]})
+            print(f"{'fits' if tried['fits'] else 'does not fit'} with {_flags(change)}{_of(tried)}", flush=True)
+            if tried["fits"]:
+                break
+    return found
+
+
+# What is compiled
+
+def plan(c: ConfigDict, devices: list[jax.Device]) -> Plan:
+    """The run that `c` describes on `devices`. Raises UserError where they do not match."""
+    if c.stage not in stages.STAGES:
+        raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
+    if "decoder" in c.model:
+        raise UserError("fit compiles the stages emu and contrastive, whose work it can count; this config is of the stage decoder")
+    stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
+    abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
+    mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
+    train.check_rows(c, mesh)
+    sharding.check(mesh, abstract)
+    program = train.make_program(c, stage, size, abstract)
+    state = train.abstract_state(c, program, mesh, abstract, train.what_trains(c, abstract))
+    return Plan(c, program, mesh, abstract, state, batch_shapes(c, mesh))
+
+
+def batch_shapes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
+    """The global batch of a config, as shapes."""
+    at = sharding.batch_sharding(mesh)
+    one = empty_batch(1, c.data.tokens, c.data.images, c.model.vision.image, pad=0)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype, sharding=at), one)
+
+
+def compiled(p: Plan) -> jax.stages.Compiled:
+    """The train step, as the loop would run it."""
+    with jax.set_mesh(p.mesh):
+        return loop.jitted(p.program, p.state).lower(p.state, p.batch).compile()
+
+
+def attempt(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
+    """Compiles, and says {"fits", "peak", "compiled"}; the last only where the compiler could."""
+    try:
+        done = compiled(p)
+    except jax.errors.JaxRuntimeError as error:      # the TPU's compiler refuses what does not fit
+        if not (used := re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", str(error))):
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise UserError(f"the compiler failed: {' '.join(str(error).split())[:500]}") from error
+            return {"fits": False}
+        scale = {"K": 2 ** 10, "M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
+        return {"fits": False, "peak": int(float(used[1]) * scale[used[2]]), "limit": int(float(used[3]) * scale[used[4]])}
+    peak = memory(p, done).peak
+    return {"fits": row is None or peak <= row.memory, "peak": peak, "compiled": done}
+
+
+# What is said of it
+
+def report(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
+    """Everything that is known of the compiled step, JSON-able."""
+    began = time.perf_counter()
+    tried = attempt(p, row)
+    work, again = step_flops(p)
+    found = {"config": config.to_dict(p.c), "devices": p.mesh.size, "kind": p.mesh.devices.flat[0].device_kind, "mesh": dict(p.mesh.shape),
+             "parameters": {tower: sum(leaf.size for leaf in jax.tree.leaves(part)) for tower, part in p.abstract.items()},
+             "flops": work, "recomputed_flops": again,
+             "fits": tried["fits"], "peak": tried.get("peak"), "limit": tried.get("limit", row and row.memory),
+             "compile_seconds": time.perf_counter() - began, "host_peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    if "compiled" in tried:
+        held = memory(p, tried["compiled"])
+        module = hlo.Module(tried["compiled"].as_text())
+        collectives = module.collectives()
+        found |= {"memory": asdict(held), "collectives": by_kind(collectives), "padded_gathers": padded_gathers(p, collectives),
+                  "kernels": len(re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"', module.text))}
+        if row:
+            line = roofline(p, row, held, collectives, sum(work.values()) + sum(again.values()))
+            found |= {"roofline": asdict(line) | {"bound": line.bound}, "step_seconds": line.seconds,
+                      "mfu": sum(work.values()) / (line.seconds * row.flops * p.mesh.size)}
+    return found
+
+
+def per_device(values: Any) -> int:
+    """Bytes of a tree of shapes with shardings that one device holds."""
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(values))
+
+
+def memory(p: Plan, done: jax.stages.Compiled) -> Memory:
+    """What a device holds: the arguments from their shapes, the rest from the compiler."""
+    stats = done.memory_analysis()
+    parameters = per_device((p.state.trainable, p.state.frozen))
+    code = stats.generated_code_size_in_bytes
+    peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes + code
+    return Memory(parameters=parameters, optimizer=per_device(p.state) - parameters, batch=per_device(p.batch),
+                  gradients=per_device(p.state.trainable), temporaries=stats.temp_size_in_bytes, code=code, peak=peak)
+
+
+def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
+    """(model FLOPs, FLOPs of what is computed again for the backward pass) of a step by tower, every row one document full of tokens and images."""
+    data, size = p.c.data, p.program.size
+    rows, images, N = data.batch, data.batch * data.images, size.resampler.tokens
+    counts = dict(images=images, tokens=rows * data.tokens, pairs=rows * data.tokens * (data.tokens + 1) / 2,
+                  labels=rows * max(data.tokens - data.images * (N + 2), 0), regressed=images * (N + p.c.objective.regress_end))
+    trained = {tower: bool(jax.tree.leaves(part)) for tower, part in p.state.trainable.items()}
+    trained["heads"] = trained.get("regress_head", False)
+    towers = {"vision", "resampler"} | ({"llama", "heads"} if "llama" in p.abstract else set())
+    once, work = flops.forward(size, **counts), flops.train(size, trained, **counts)
+    again = {tower: once[tower] for tower in TOWERS if tower in towers and p.c.model[tower].remat == "full" and work[tower] > once[tower]}
+    return {tower: value for tower, value in work.items() if tower in towers}, again
+
+
+def roofline(p: Plan, row: hardware.Device, held: Memory, collectives: list[hlo.Collective], work: float) -> Roofline:
+    """Each time a lower bound: all FLOPs at the peak rate; the state read and written once, and the gathered weights of a layer written and
+    read in each pass; the bytes that reach a device over the links, and over the network where a collective crosses slices or nodes."""
+    place = [_neighbourhood(device) for device in p.mesh.devices.flat]
+    far = [c for c in collectives if len({place[device] for device in c.groups[0]}) > 1]
+    received = lambda some: sum(c.times * c.received for c in some)
+    gathered = sum(c.times * c.bytes for c in collectives if c.kind == "all-gather")
+    return Roofline(compute=work / (row.flops * p.mesh.size), memory=(2 * (held.parameters + held.optimizer) + 2 * gathered) / row.bandwidth,
+                    links=received([c for c in collectives if c not in far]) / row.link, network=received(far) / row.network)
+
+
+def _neighbourhood(device: jax.Device) -> int:
+    """Devices of one number reach each other without the network: those of a TPU slice, of a GPU node."""
+    return getattr(device, "slice_index", 0) or 0 if device.platform == "tpu" else device.process_index
+
+
+def by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str, float]]:
+    """{kind: how many there are, how often they run a step, the bytes that reach a device a step, and the share that is asynchronous}."""
+    found = {}
+    for kind in sorted({c.kind for c in collectives}):
+        some = [c for c in collectives if c.kind == kind]
+        received = [c.times * c.received for c in some]
+        found[kind] = {"count": len(some), "runs": sum(c.times for c in some), "bytes": sum(received),
+                       "asynchronous": sum(b for c, b in zip(some, received) if c.asynchronous) / max(sum(received), 1)}
+    return found
+
+
+def padded_gathers(p: Plan, collectives: list[hlo.Collective]) -> list[dict[str, Any]]:
+    """All-reduces over the shards of parameters that are as large as a block's matrix: weights gathered as zeros and a sum, or gradients summed
+    whole. There should be none."""
+    least = min(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if "blocks/" in path and path.endswith("/w"))
+    shard = lambda device: np.unravel_index(device, p.mesh.devices.shape)[sharding.AXES.index("fsdp")]
+    return [{"name": c.name, "bytes": c.bytes, "runs": c.times, "source": c.source} for c in collectives
+            if c.kind == "all-reduce" and c.bytes >= least and len({shard(device) for device in c.groups[0]}) > 1]
+
+
+def table(found: dict[str, Any], row: hardware.Device | None) -> str:
+    """The report, for people."""
+    lines = []
+    if "memory" in found:
+        lines += ["a device holds"] + [f"  {name:12}{size / GIB:9.3f} GiB{'  of the temporaries' if name == 'gradients' else ''}"
+                                       for name, size in found["memory"].items()]
+        lines += ["a device receives, a step"] + [
+            f"  {kind:20}{c['bytes'] / GIB:9.3f} GiB  in {c['runs']:,} runs of {c['count']}, {c['asynchronous']:.0%} behind arithmetic"
+            for kind, c in found["collectives"].items()]
+        lines += [f"  gathered by zeros and a sum, or summed whole: {one['bytes'] / 2 ** 20:.0f} MiB x {one['runs']}, {one['name']}"
+                  for one in found["padded_gathers"]]
+        lines += [f"attention runs in {found['kernels']} kernels of its own" if found["kernels"] else "attention is dense: no kernel of its own"]
+    again = {tower: f"  and {value / 1e15:.3f} P again" for tower, value in found["recomputed_flops"].items()}
+    lines += ["FLOPs of a full step"] + [f"  {tower:12}{value / 1e15:9.3f} P{again.get(tower, '')}" for tower, value in found["flops"].items()]
+    if "roofline" in found:
+        times = [f"{name} {found['roofline'][name] * 1e3:.0f} ms" for name in ("compute", "memory", "links", "network")]
+        lines += [f"a step takes at least: {', '.join(times)}; bound by {found['roofline']['bound']}, highest possible MFU {found['mfu']:.1%}"
+                  f" ({row.source})"]
+    lines += [f"compiled in {found['compile_seconds']:.0f} s; host memory {found['host_peak'] / GIB:.1f} GiB",
+              ("fits" if found["fits"] else "does not fit") + _of(found)]
+    return "\n".join(lines)
+
+
+# What would fit
+
+def changes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
+    """Changes that save memory, cheapest first, each with all before it; {field: value}."""
+    local, parts, images = c.data.batch // rows_of(mesh), c.optim.accumulate, c.data.images
+    steps = [{f"model.{tower}.remat": "full" for tower in TOWERS if c.model[tower].remat != "full"}]        # a forward pass more
+    finer = [n for n in range(parts + 1, local + 1) if local % n == 0]
+    steps += [{"optim.accumulate": n} for n in dict.fromkeys((*finer[:1], *finer[-1:]))]                    # smaller products
+    steps += [{"objective.chunk": c.objective.chunk // 2}] if c.objective.chunk >= 256 else []
+    steps += [{"data.images": images // 2}] if images > 1 else []                                           # another mixture in a row
+    steps += [{"data.batch": c.data.batch // 2, "optim.accumulate": local // 2}] if local % 2 == 0 else []  # another recipe
+    change: dict[str, Any] = {}
+    for step in list(filter(None, steps))[:TRIES]:
+        change = change | step
+        yield change
+
+
+def changed(c: ConfigDict, change: dict[str, Any]) -> ConfigDict:
+    """A copy of `c` with {"a.b": value} in it."""
+    c = copy.deepcopy(c)
+    for key, value in change.items():
+        *parents, name = key.split(".")
+        node = c
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    return c
+
+
+def search(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]) -> dict[str, Any]:
+    """The largest batch a device of each remat policy that fits, heaviest first, within COMPILATIONS; printed as they come."""
+    if row is None:
+        raise UserError("a search needs a topology whose devices have a memory to fill, like v5e:16x16")
+    shares = rows_of(sharding.make_mesh(c.mesh.to_dict(), devices))
+
+    def measure(policy: str, local: int) -> int | None:
+        remat = {f"model.{tower}.remat": policy for tower in TOWERS}
+        tried = attempt(plan(changed(c, remat | {"data.batch": local * shares, "optim.accumulate": 1}), devices), row)
+        print(f"remat {policy:5} {local:3} rows a device: {'fits' if tried['fits'] else 'does not fit'}{_of(tried)}", flush=True)
+        return tried["peak"] if tried["fits"] else None
+
+    best = largest(measure, row.memory, COMPILATIONS)
+    for policy, local in best.items():
+        print(f"remat {policy}: " + (f"at most {local} rows a device were seen to fit, data.batch={local * shares}" if local else "nothing fits"))
+    return {"config": config.to_dict(c), "fits": any(best.values()), "rows_a_device": best, "rows_of_the_mesh": shares}
+
+
+def largest(measure: Callable[[str, int], int | None], limit: int, budget: int, policies: tuple[str, ...] = POLICIES) -> dict[str, int]:
+    """{policy: the most rows a device that fit}, 0 for none; `measure(policy, rows)` gives the peak in bytes, or None where it does not fit,
+    and is asked at most `budget` times. Policies rise in need of memory: after one that fits nothing, none is tried."""
+    best: dict[str, int] = {}
+    for later, policy in zip(reversed(range(len(policies))), policies):
+        peaks: dict[int, int] = {}
+        refused, rows = None, 1
+        while rows and budget > later:          # each later policy is tried at least once
+            budget -= 1
+            peak = measure(policy, rows)
+            if peak is None:
+                refused = rows
+            else:
+                peaks[rows] = peak
+            rows = _next(peaks, refused, limit)
+        best[policy] = max(peaks, default=0)
+        if not peaks:
+            break
+    return best
+
+
+def _next(peaks: dict[int, int], refused: int | None, limit: int) -> int | None:
+    """The rows to try next, None where the answer is known: memory grows linearly, so two peaks foretell the rest."""
+    most = max(peaks, default=0)
+    if not peaks or refused == most + 1:
+        return None
+    if len(peaks) == 1:
+        guess = 2 * most
+    else:
+        (a, low), (b, high) = sorted(peaks.items())[-2:]
+        guess = b + int((limit - high) * (b - a) / max(high - low, 1))
+    guess = guess if refused is None else min(guess, refused - 1)
+    return guess if guess > most else None
+
+
+# Small things
+
+def rows_of(mesh: jax.sharding.Mesh) -> int:
+    """Devices between which the rows of a batch are shared out."""
+    return int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
+
+
+def _of(found: dict[str, Any]) -> str:
+    peak, limit = found.get("peak"), found.get("limit")
+    return (f": {peak / GIB:.2f} GiB" + (f" of {limit / GIB:.2f} GiB" if limit else "")) if peak else ""
+
+
+def _flags(change: dict[str, Any]) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in change.items())
+
+
+def _without_devices() -> None:
+    """This machine's accelerators, if it has any, stay free; and libtpu asks no metadata server who it is."""
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="python -m emu_jax.fit", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = _fail
+    parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, 2xv5e:8x16, h100:8x8, cpu:8, ...")
+    parser.add_argument("--json", metavar="FILE", help="write the report there as well")
+    parser.add_argument("--search", action="store_true", help=f"the largest batch of each remat policy, in at most {COMPILATIONS} compilations")
+    return parser.parse_known_args(arguments)
+
+
+def _fail(message: str) -> None:
+    raise UserError(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The visual decoder (section 2.3 of Emu's paper): a U-Net that draws what N visual tokens say, beside the Emu that says them.
+
+A condition is made of a document's image and text: `generated` (what the LLM regresses, made beforehand: it comes with the batch),
+`teacher_forced` (what it predicts for each token from the true ones before) or `encoded` (the image's own visual tokens: an
+autoencoder without an LLM, as in Emu2).
+Read next: unet.py, vae.py, diffusion.py; ../stages.py for the loss.
+"""
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from emu_jax.config import UserError
+from emu_jax.models.diffusion import Diffusion
+from emu_jax.models.emu import Emu, EmuSize
+from emu_jax.models.unet import UNet, UNetSize
+from emu_jax.models.vae import Vae, VaeSize
+from emu_jax.types import Batch
+
+SOURCES = ("generated", "teacher_forced", "encoded")
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    emu: EmuSize
+    unet: UNetSize
+    vae: VaeSize | None         # None: the U-Net works on pixels
+    diffusion: Diffusion
+    image: int                  # pixels a side of what is drawn
+    condition: str              # its source
+
+    @classmethod
+    def of(cls, model: dict) -> "DecoderSize":
+        """From `config.model` with its group `decoder`. Raises UserError for parts that do not fit one another."""
+        d = model["decoder"]
+        rest = {name: value for name, value in model.items() if name != "decoder"}
+        try:
+            diffusion = Diffusion(**d["diffusion"])
+        except ValueError as error:
+            raise UserError(f"model.decoder: {error}") from error
+        size = cls(EmuSize.of(rest), UNetSize(**d["unet"]), VaeSize(**d["vae"]) if d["vae"] else None, diffusion, d["image"], d["condition"])
+        factor = size.vae.factor if size.vae else 1
+        channels = size.vae.latent if size.vae else 3
+        if size.condition not in SOURCES:
+            raise UserError(f"model.decoder.condition={size.condition!r} is not one of {', '.join(SOURCES)}")
+        if size.unet.condition != size.emu.llama.width:
+            raise UserError(f"model.decoder.unet.condition={size.unet.condition}: the model's visual tokens have the width {size.emu.llama.width}")
+        if size.image % (factor * size.unet.divisor):
+            raise UserError(f"model.decoder.image={size.image} must be divisible by {factor * size.unet.divisor} "
+                            f"({f'{factor} pixels a latent, ' if size.vae else ''}{size.unet.divisor} in the U-Net)")
+        if (size.unet.channels_in, size.unet.channels_out) != (channels, channels):
+            raise UserError(f"model.decoder.unet has {size.unet.channels_in} channels in and {size.unet.channels_out} out; "
+                            f"{'the latents' if size.vae else 'pixels'} have {channels}")
+        return size
+
+    @property
+    def loaded(self) -> int:
+        """Pixels a side of the images that the loader gives: the larger of what is drawn and what the encoder sees."""
+        return max(self.image, self.emu.vision.image)
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        """Shape of what is denoised."""
+        side = self.image // (self.vae.factor if self.vae else 1)
+        return side, side, self.unet.channels_in
+
+
+class Canvas(nnx.Module):
+    """The U-Net and its autoencoder: all that drawing needs of a decoder."""
+
+    def __init__(self, size: DecoderSize, rngs: nnx.Rngs):
+        self.decoder = size
+        if size.vae:
+            self.vae = Vae(size.vae, rngs)
+        self.unet = UNet(size.unet, rngs)
+
+    def targets(self, images: UInt8[Array, "M h w 3"], key: Array | None = None) -> Float[Array, "M y x c"]:
+        """What is to be drawn: pixels in -1..1, or their latents (drawn with `key`, else their mean), in float32."""
+        x = resized(images, self.decoder.image).astype(jnp.float32) / 127.5 - 1
+        if not self.decoder.vae:
+            return x
+        return self.vae.sample(x.astype(self.decoder.emu.compute), key, kernel=self.decoder.emu.attention).astype(jnp.float32)
+
+    def predict(self, x: Float[Array, "M y x c"], times: Float[Array, "M"], condition: Float[Array, "M N D"]) -> Float[Array, "M y x c"]:
+        """The U-Net's prediction, in float32."""
+        return self.unet(x.astype(self.decoder.emu.compute), times, condition, kernel=self.decoder.emu.attention).astype(jnp.float32)
+
+    def pixels(self, x: Float[Array, "M y x c"]) -> UInt8[Array, "M h w 3"]:
+        """Images of what was sampled: the inverse of `targets`."""
+        if self.decoder.vae:
+            x = self.vae.decode((x / self.decoder.vae.scale).astype(self.decoder.emu.compute), kernel=self.decoder.emu.attention).astype(jnp.float32)
+        return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+class Decoder(Emu, Canvas):
+    """The towers of training: the Emu that makes the condition (without its LLM where that has no say), and what draws."""
+
+    def __init__(self, size: DecoderSize, rngs: nnx.Rngs):
+        Emu.__init__(self, size.emu, rngs)
+        if size.condition != "teacher_forced":
+            del self.llama, self.regress_head
+        Canvas.__init__(self, size, rngs)
+
+    def encoded(self, batch: Batch) -> Float[Array, "M N D"]:
+        """The visual tokens of every image of the batch."""
+        return self.encode(resized(rearrange(batch.images, "B I h w c -> (B I) h w c"), self.decoder.emu.vision.image))
+
+    def conditions(self, batch: Batch) -> Float[Array, "M N D"]:
+        """The condition of every image of the batch, M = B * I."""
+        size, (B, I) = self.decoder, batch.images.shape[:2]
+        if size.condition == "generated":
+            return rearrange(batch.conditions, "B I N D -> (B I) N D").astype(size.emu.compute)
+        z = self.encoded(batch)
+        if size.condition == "encoded":
+            return z
+        visual = rearrange(z, "(B I) N D -> B I N D", B=B)
+        x = self.interleave(batch.tokens, visual, batch.image_slots)
+        hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=size.emu.attention)
+        places = rearrange(batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2]), "B I N -> B (I N)")
+        predicted = self.regress_head(jnp.take_along_axis(hidden, places[..., None], 1, mode="clip"))
+        return rearrange(predicted, "B (I N) D -> (B I) N D", I=I)
+
+
+def resized(images: UInt8[Array, "M h w 3"], side: int) -> UInt8[Array, "M s s 3"]:
+    """Bicubic, with the finer detail filtered out first; unchanged where it fits."""
+    if images.shape[1:3] == (side, side):
+        return images
+    x = jax.image.resize(images.astype(jnp.float32), (len(images), side, side, 3), "cubic", antialias=True)
+    return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)

@@ -1,0 +1,132 @@
+"""Stable Diffusion's autoencoder (arXiv 2112.10752, KL-regularised): images to latents of an eighth of their side, and back.
+
+Read next: unet.py, which works on the latents; diffusion.py.
+"""
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from emu_jax import sharding
+from emu_jax.config import UserError
+from emu_jax.models import layers
+from emu_jax.models.attention import attention
+from emu_jax.models.convolution import Conv, GroupNorm, Resnet, doubled, in_order, numbered, pointwise
+
+EPS = 1e-6      # of every norm
+
+
+@dataclass(frozen=True)
+class VaeSize:
+    channels: int               # of the images
+    latent: int                 # c, channels of the latents
+    widths: tuple[int, ...]     # of each level, the finest first
+    resnets: int                # of a level on the way down; one more on the way up
+    groups: int
+    scale: float                # by which latents are multiplied before the U-Net sees them
+    remat: str
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent."""
+        return 2 ** (len(self.widths) - 1)
+
+
+class Attention(nnx.Module):
+    """One head over all places, beside a shortcut."""
+
+    def __init__(self, width: int, groups: int, rngs: nnx.Rngs):
+        self.norm = GroupNorm(width, groups, eps=EPS)
+        self.q, self.k, self.v = (pointwise(width, width, rngs=rngs) for _ in range(3))
+        self.o = pointwise(width, width, rngs=rngs, std=0.0)
+
+    def __call__(self, x: Float[Array, "B h w C"], kernel: str) -> Float[Array, "B h w C"]:
+        y = self.norm(x)
+        q, k, v = (rearrange(linear(y), "b h w c -> b (h w) 1 c") for linear in (self.q, self.k, self.v))
+        y = attention(q, k, v, None, scale=x.shape[-1] ** -0.5, kernel=kernel)
+        return x + self.o(rearrange(y, "b (h w) 1 c -> b h w c", h=x.shape[1]))
+
+
+class Level(nnx.Module):
+    def __init__(self, size: VaeSize, width_in: int, width: int, count: int, rngs: nnx.Rngs, *, resample: bool):
+        self.resnets = numbered(Resnet(width_in if n == 0 else width, width, size.groups, eps=EPS, rngs=rngs) for n in range(count))
+        if resample:
+            self.resample = Conv(width, width, rngs=rngs)
+
+
+class Middle(nnx.Module):
+    def __init__(self, size: VaeSize, rngs: nnx.Rngs):
+        C = size.widths[-1]
+        self.resnets = numbered(Resnet(C, C, size.groups, eps=EPS, rngs=rngs) for _ in range(2))
+        self.attn = Attention(C, size.groups, rngs)
+
+
+class Half(nnx.Module):
+    """The encoder or the decoder; levels/0 is the finest in both."""
+
+    def __init__(self, size: VaeSize, rngs: nnx.Rngs, *, encodes: bool):
+        self.size, self.encodes = size, encodes
+        widths, last = size.widths, len(size.widths) - 1
+        first, end = (size.channels, 2 * size.latent) if encodes else (size.latent, size.channels)
+        outer, inner = (widths[0], widths[last]) if encodes else (widths[last], widths[0])
+        self.conv_in = Conv(first, outer, rngs=rngs)
+        before = lambda level: widths[max(level - 1, 0)] if encodes else widths[min(level + 1, last)]
+        self.levels = numbered(Level(size, before(level), C, size.resnets + (not encodes), rngs, resample=level < last if encodes else level > 0)
+                               for level, C in enumerate(widths))
+        self.mid = Middle(size, rngs)
+        self.norm_out = GroupNorm(inner, size.groups, eps=EPS)
+        self.conv_out = Conv(inner, end, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B h w i"], kernel: str) -> Float[Array, "B y x o"]:
+        root = "vae/encoder" if self.encodes else "vae/decoder"
+        once = lambda module, call, x, where: layers.once(module, call, x, where=f"{root}/{where}", remat=self.size.remat)
+        plain = lambda module, x: module(x)
+
+        def middle(x):
+            x = once(self.mid.resnets["0"], plain, x, "mid/resnets/0")
+            x = once(self.mid.attn, lambda attn, x: attn(x, kernel), x, "mid/attn")
+            return once(self.mid.resnets["1"], plain, x, "mid/resnets/1")
+
+        x = once(self.conv_in, plain, sharding.images(x), "conv_in")
+        if not self.encodes:
+            x = middle(x)
+        levels = list(enumerate(in_order(self.levels)))
+        for number, level in levels if self.encodes else reversed(levels):
+            for place, resnet in enumerate(in_order(level.resnets)):
+                x = once(resnet, plain, x, f"levels/{number}/resnets/{place}")
+            if hasattr(level, "resample"):
+                change = (lambda conv, x: conv(x, stride=2, padding=(0, 1))) if self.encodes else (lambda conv, x: conv(doubled(x)))
+                x = once(level.resample, change, x, f"levels/{number}/resample")
+        if self.encodes:
+            x = middle(x)
+        return once(self.conv_out, plain, jax.nn.silu(self.norm_out(x)), "conv_out")
+
+
+class Vae(nnx.Module):
+    def __init__(self, size: VaeSize, rngs: nnx.Rngs):
+        self.size = size
+        self.encoder = Half(size, rngs, encodes=True)
+        self.quant = pointwise(2 * size.latent, 2 * size.latent, rngs=rngs)
+        self.post_quant = pointwise(size.latent, size.latent, rngs=rngs)
+        self.decoder = Half(size, rngs, encodes=False)
+
+    def encode(self, images: Float[Array, "B h w 3"], *, kernel: str = "auto") -> tuple[Float[Array, "B y x c"], Float[Array, "B y x c"]]:
+        """(mean, log variance) of the latents, unscaled, of images in -1..1. Raises UserError where a side does not divide."""
+        if images.shape[1] % self.size.factor or images.shape[2] % self.size.factor:
+            raise UserError(f"the autoencoder takes images whose sides {self.size.factor} divides, not {images.shape[1]} x {images.shape[2]}")
+        mean, log_variance = jnp.split(self.quant(self.encoder(images, kernel)), 2, -1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def decode(self, latents: Float[Array, "B y x c"], *, kernel: str = "auto") -> Float[Array, "B h w 3"]:
+        """Images, about -1..1, of unscaled latents."""
+        return self.decoder(self.post_quant(latents), kernel)
+
+    def sample(self, images: Float[Array, "B h w 3"], key: Array | None = None, *, kernel: str = "auto") -> Float[Array, "B y x c"]:
+        """Latents as the U-Net sees them: scaled, drawn from the encoder's distribution; without a key, its mean."""
+        mean, log_variance = self.encode(images, kernel=kernel)
+        if key is not None:
+            mean = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
+        return self.size.scale * mean

@@ -1,0 +1,123 @@
+"""The decoder against diffusers: U-Net, autoencoder, schedule, training loss, gradients and samplers on a golden file's inputs."""
+import json
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from emu_jax import tree
+from emu_jax.config import UserError
+from emu_jax.generate import samplers
+from emu_jax.models.diffusion import Diffusion, add_noise, alphas_cumprod, target
+from emu_jax.models.emu import bind, init
+from emu_jax.models.unet import UNet, UNetSize
+from emu_jax.models.vae import Vae, VaeSize
+from emu_jax.verify.golden import Quantity, compare, weights
+from emu_jax.weights import convert
+from emu_jax.weights import stable_diffusion as family
+
+INPUTS = ("unet_config", "vae_config", "seed", "parameter_names", "parameter_shapes", "latents", "condition", "timesteps", "image", "noise",
+          "unconditional", "x_init", "grad_names")
+NEEDED = (*INPUTS, "unet_out", "vae_mean", "vae_logvar", "vae_decoded", "add_noise", "alphas_cumprod", "train_loss", "grad_norms")
+SAMPLED = {"ddim": "ddim", "pndm": "pndm", "euler": "euler", "dpmpp": "dpm++"}      # a file's name of a sampler, and ours
+GUIDANCE = 7.5
+SCHEDULE = Diffusion(steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0)
+
+
+def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
+    """Every quantity of a Stable Diffusion file with its error; those that we do not know, without. Raises UserError for a file that lacks
+    some, and for a config that asks what is not built."""
+    if missing := [name for name in NEEDED if name not in file]:
+        raise UserError(f"golden file: missing {', '.join(missing)}")
+    try:
+        configs = [json.loads(str(file[f"{tower}_config"])) for tower in ("unet", "vae")]
+    except json.JSONDecodeError as error:
+        raise UserError(f"golden file: its configs are no JSON ({error})") from error
+    unet, vae = family.unet_size(configs[0], remat="none"), family.vae_size(configs[1], remat="none")
+    _check(file, unet, vae)
+    table = family.table(unet, vae)
+    params = jax.tree.map(jnp.asarray, convert.from_theirs(table, family.canonical(weights(file))))
+    made = {"unet": jax.eval_shape(partial(init, UNet, unet), jax.random.key(0)), "vae": jax.eval_shape(partial(init, Vae, vae), jax.random.key(0))}
+    for (path, here), (_, there) in zip(tree.leaves(made), tree.leaves(params), strict=True):
+        if here.shape != there.shape:
+            raise UserError(f"golden file: {path} has the shape {there.shape}, and its config makes {here.shape}")
+
+    ours = _vae(vae, params["vae"], file) | _noised(file)
+    loss, gradient, ours["unet_out"] = _trained(unet, params["unet"], file)
+    ours |= {"train_loss": loss, "alphas_cumprod": alphas_cumprod(SCHEDULE)}
+    sampled = {}
+    for theirs, name in SAMPLED.items():
+        if f"sample_{theirs}" in file:
+            sampled[f"timesteps_{theirs}"], sampled[f"sample_{theirs}"] = _sampled(unet, params["unet"], name, file)
+    for name in file:
+        if name in ours or name in sampled:
+            yield compare(name, file[name], (ours | sampled)[name], 1e-3 if name.startswith("sample_") else 1e-4)
+
+    norms = {name.removeprefix("unet."): np.linalg.norm(g.astype(np.float64))
+             for name, g in convert.to_theirs(family.table(unet, None), convert.reader({"unet": gradient}))}
+    # Where a group norm takes out again what a bias adds, the gradient is zero and its number the rounding's: nothing is smaller than this.
+    least = 1e-3 * np.max(file["grad_norms"], initial=0.0)
+    for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
+        error = float(abs(norms[name] - norm) / max(norm, least)) if name in norms else None
+        yield Quantity(f"grad_norm {name}", error, 1e-4)
+    yield from (Quantity(name, None, 1e-4) for name in file if name not in {*ours, *sampled, *INPUTS, "grad_norms"})
+
+
+def _check(file: dict[str, np.ndarray], unet: UNetSize, vae: VaeSize) -> None:
+    """The file's inputs against its own configs."""
+    for name, axis, wanted, of in (("latents", 1, unet.channels_in, "unet_config's in_channels"),
+                                   ("condition", 2, unet.condition, "unet_config's cross_attention_dim"),
+                                   ("image", 1, vae.channels, "vae_config's in_channels")):
+        if file[name].shape[axis] != wanted:
+            raise UserError(f"golden file: {name} has {file[name].shape[axis]} channels, and {of} is {wanted}")
+
+
+def _last(x: np.ndarray) -> jax.Array:
+    return jnp.asarray(rearrange(x, "b c h w -> b h w c"))
+
+
+def _first(x: jax.Array) -> np.ndarray:
+    return rearrange(np.asarray(x), "b h w c -> b c h w")
+
+
+def _vae(size: VaeSize, params: dict, file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(params, image):
+        model = bind(Vae, size, params)
+        mean, log_variance = model.encode(image)
+        return dict(vae_mean=mean, vae_logvar=log_variance, vae_decoded=model.decode(mean))
+    return {name: _first(x) for name, x in jax.jit(run)(params, _last(file["image"])).items()}
+
+
+def _noised(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"add_noise": _first(add_noise(SCHEDULE, _last(file["latents"]), _last(file["noise"]), jnp.asarray(file["timesteps"], jnp.float32)))}
+
+
+def _trained(size: UNetSize, params: dict, file: dict[str, np.ndarray]) -> tuple[np.ndarray, dict, np.ndarray]:
+    """The training loss, its gradient, and the U-Net's prediction for the latents as they are."""
+    x0, e, condition = _last(file["latents"]), _last(file["noise"]), jnp.asarray(file["condition"])
+    times = jnp.asarray(file["timesteps"], jnp.float32)
+
+    def loss(params):
+        predicted = bind(UNet, size, params)(add_noise(SCHEDULE, x0, e, times), times, condition)
+        return jnp.square(predicted - target(SCHEDULE, x0, e, times)).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    plain = jax.jit(lambda params: bind(UNet, size, params)(x0, times, condition))(params)
+    return np.asarray(value), gradient, _first(plain)
+
+
+def _sampled(size: UNetSize, params: dict, sampler: str, file: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(times at which the network is asked, sample) of as many steps as the file's sampler took."""
+    theirs = next(theirs for theirs, ours in SAMPLED.items() if ours == sampler)
+    plan = samplers.plan_of(SCHEDULE, sampler, len(file[f"timesteps_{theirs}"]) - (sampler == "pndm"))
+
+    def run(params, x, condition, negative):
+        denoise = samplers.denoiser(SCHEDULE, bind(UNet, size, params), condition, negative, guidance=GUIDANCE)
+        return samplers.SAMPLERS[sampler].run(denoise, x, plan)
+
+    times = plan.t[samplers.evaluated(len(plan.t))] if sampler == "pndm" else plan.t
+    condition, negative = (jnp.asarray(file[name][:len(file["x_init"])]) for name in ("condition", "unconditional"))
+    return times, _first(jax.jit(run)(params, _last(file["x_init"]), condition, negative))

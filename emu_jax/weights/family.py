@@ -1,0 +1,50 @@
+"""What a foreign family of checkpoints is: its table, what its files say of the model's size, and the config.json of its library.
+
+Read next: emu1.py, which is made of the others; families.py.
+"""
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from emu_jax import tree
+from emu_jax.models import emu
+from emu_jax.models.emu import EmuSize
+from emu_jax.weights.convert import Table, Tensors
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def emu_shapes(size: EmuSize) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of an Emu."""
+    return {path: leaf.shape for path, leaf in tree.leaves(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0)))}
+
+
+@dataclass(frozen=True)
+class Family:
+    """`sign`: regex of a tensor's name by which a file of the family is known. `says(shapes, config.json)`: fields of config.model that
+    the files fix, None where they do not say; `assumes`: fields that they suggest where no config is given. `config_json(model, tokens)`:
+    of config.model. `tensors`: their tensors under the table's names. `size` of config.model, and the `shapes` of our leaves.
+
+    `components`: the subfolders, each with a config.json, in which some libraries keep the parts of a model; names in the table start with
+    "component/", and both config.json and what `config_json` makes are by component."""
+    name: str
+    sign: str
+    table: Callable[[Any], Table]
+    says: Callable[[Shapes, dict[str, Any]], dict[str, Any]]
+    config_json: Callable[[dict[str, Any], int], dict[str, Any]]
+    assumes: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = lambda shapes, config: {}
+    tensors: Callable[[Tensors], dict[str, Any]] = dict
+    size: Callable[[dict[str, Any]], Any] = EmuSize.of
+    shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
+    components: tuple[str, ...] = ("",)
+    stem: str = "model"                 # of the files that an export writes
+
+
+def layers(shapes: Shapes, pattern: str) -> int | None:
+    """One more than the largest number that `pattern` finds in a name."""
+    found = [int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))]
+    return max(found) + 1 if found else None

@@ -1,0 +1,212 @@
+"""Stable Diffusion 1 and 2 in diffusers' layout: its configs as our sizes, its names and ours.
+
+A folder holds unet/ and vae/, each with a config.json and its tensors; here the names carry `unet.` and `vae.` in front.
+What a config asks that models/unet.py and models/vae.py do not do is said, never skipped.
+"""
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from emu_jax.config import UserError
+from emu_jax.models.unet import UNetSize
+from emu_jax.models.vae import VaeSize
+from emu_jax.weights.convert import Row, Table
+
+# Fields of diffusers' configs that we have one value for. An absent field has the first one.
+UNET_FIXED = dict(
+    act_fn=("silu", "swish"), addition_embed_type=(None,), attention_type=("default",), center_input_sample=(False,), class_embed_type=(None,),
+    class_embeddings_concat=(False,), conv_in_kernel=(3,), conv_out_kernel=(3,), cross_attention_norm=(None,), downsample_padding=(1,),
+    dropout=(0.0,), dual_cross_attention=(False,), encoder_hid_dim=(None,), encoder_hid_dim_type=(None,),
+    mid_block_only_cross_attention=(None, False), mid_block_scale_factor=(1,), mid_block_type=("UNetMidBlock2DCrossAttn",),
+    num_attention_heads=(None,), num_class_embeds=(None,), only_cross_attention=(False,), resnet_out_scale_factor=(1.0,),
+    resnet_skip_time_act=(False,), resnet_time_scale_shift=("default",), reverse_transformer_layers_per_block=(None,),
+    time_cond_proj_dim=(None,), time_embedding_act_fn=(None,), time_embedding_type=("positional",), timestep_post_act=(None,))
+VAE_FIXED = dict(
+    act_fn=("silu", "swish"), latents_mean=(None,), latents_std=(None,), mid_block_add_attention=(True,), shift_factor=(None, 0.0),
+    use_post_quant_conv=(True,), use_quant_conv=(True,))
+
+
+def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
+    """The size of a U-Net's config.json. Raises UserError for what it asks that is not built, and for what it lacks."""
+    need = partial(_need, "U-Net", config)
+    _fixed("U-Net", config, UNET_FIXED)
+    widths = tuple(need("block_out_channels"))
+    each = lambda field, default=None: _each(f"the U-Net's config asks for {field}", need(field, default), len(widths))
+    condition = set(each("cross_attention_dim"))
+    if len(condition) > 1:
+        raise UserError(f"the U-Net's config asks for cross_attention_dim={config['cross_attention_dim']}: one width for all levels is what there is")
+    down = _kinds("U-Net", config, "down_block_types", len(widths), {"CrossAttnDownBlock2D": True, "DownBlock2D": False})
+    up = _kinds("U-Net", config, "up_block_types", len(widths), {"CrossAttnUpBlock2D": True, "UpBlock2D": False})[::-1]
+    heads = each("attention_head_dim", 8)       # a number of heads, whatever its name says
+    attending = [level for level in range(len(widths)) if down[level] or up[level] or level == len(widths) - 1]
+    if bad := [level for level in attending if widths[level] % heads[level]]:
+        raise UserError(f"the U-Net's config asks for {heads[bad[0]]} heads at level {bad[0]}, which do not divide its width {widths[bad[0]]}")
+    return UNetSize(
+        channels_in=need("in_channels", 4), channels_out=need("out_channels", 4), patch=1, widths=widths, resnets=each("layers_per_block", 2),
+        attends_down=down, attends_up=up, depths=each("transformer_layers_per_block", 1), heads=heads, condition=condition.pop(),
+        time=config.get("time_embedding_dim") or 4 * widths[0], cosine_first=need("flip_sin_to_cos", True),
+        frequency_shift=float(need("freq_shift", 0)), groups=_groups("U-Net", config, widths), eps=float(need("norm_eps", 1e-5)),
+        linear=need("use_linear_projection", False), remat=remat)
+
+
+def vae_size(config: Mapping[str, Any], *, remat: str = "full") -> VaeSize:
+    """The size of an autoencoder's config.json. Raises UserError as `unet_size`."""
+    need = partial(_need, "autoencoder", config)
+    _fixed("autoencoder", config, VAE_FIXED)
+    widths = tuple(need("block_out_channels"))
+    for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        _kinds("autoencoder", config, field, len(widths), {kind: True})
+    if need("out_channels", 3) != need("in_channels", 3):
+        raise UserError(f"the autoencoder's config asks for out_channels={need('out_channels', 3)} and in_channels={need('in_channels', 3)}: "
+                        "they must be the same")
+    return VaeSize(channels=need("in_channels", 3), latent=need("latent_channels", 4), widths=widths, resnets=need("layers_per_block", 1),
+                   groups=_groups("autoencoder", config, widths), scale=float(need("scaling_factor", 0.18215)), remat=remat)
+
+
+def table(unet: UNetSize | None, vae: VaeSize | None) -> Table:
+    """Rows of a U-Net, an autoencoder, or both."""
+    rows = (*(_unet(unet) if unet else ()), *(_vae(vae) if vae else ()))
+    return Table(rows, axes={f"h{number}": number for number in set(unet.heads if unet else ())}, unused=(), depth={})
+
+
+def rename(name: str) -> str:
+    """A name as diffusers writes it today: older autoencoders call their attention's maps otherwise."""
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        name = re.sub(rf"(^|\.)(mid_block\.attentions\.0\.){old}\.", rf"\1\2{new}.", name)
+    return name
+
+
+def canonical(foreign: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under today's names; the autoencoder's attention as matrices where it was stored as 1 x 1 convolutions."""
+    square = lambda name, x: x[:, :, 0, 0] if x.ndim == 4 and re.search(r"mid_block\.attentions\.0\.to_", name) else x
+    return {rename(name): square(rename(name), np.asarray(x)) for name, x in foreign.items()}
+
+
+def _unet(size: UNetSize) -> list[Row]:
+    last = len(size.widths) - 1
+    flat = "o i -> i o" if size.linear else "o i 1 1 -> i o"
+
+    def resnets(theirs, ours, widths_in, width):
+        for n, width_in in enumerate(widths_in):
+            yield from _resnet(f"{theirs}.resnets.{n}", f"{ours}/resnets/{n}", shortcut=width_in != width)
+            yield from _linear(f"{theirs}.resnets.{n}.time_emb_proj", f"{ours}/resnets/{n}/time")
+
+    def attentions(theirs, ours, count, level):
+        heads = f"h{size.heads[level]}"
+        for n in range(count):
+            t, o = f"{theirs}.attentions.{n}", f"{ours}/attentions/{n}"
+            yield from (*_norm(f"{t}.norm", f"{o}/norm"), *_linear(f"{t}.proj_in", f"{o}/into", flat))
+            for depth in range(size.depths[level]):
+                yield from _block(f"{t}.transformer_blocks.{depth}", f"{o}/blocks/{depth}", heads, size.widths[level])
+            yield from _linear(f"{t}.proj_out", f"{o}/out", flat)
+
+    rows = [*_linear("unet.time_embedding.linear_1", "unet/time/up"), *_linear("unet.time_embedding.linear_2", "unet/time/down"),
+            *_conv("unet.conv_in", "unet/conv_in")]
+    skips = [size.widths[0]]
+    for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):
+        theirs, ours = f"unet.down_blocks.{level}", f"unet/down/{level}"
+        rows += resnets(theirs, ours, [skips[-1]] + [C] * (count - 1), C)
+        rows += attentions(theirs, ours, count * size.attends_down[level], level)
+        rows += _conv(f"{theirs}.downsamplers.0.conv", f"{ours}/resample") if level < last else []
+        skips += [C] * (count + (level < last))
+    rows += [*resnets("unet.mid_block", "unet/mid", [0, 0], 0), *attentions("unet.mid_block", "unet/mid", 1, last)]
+    width = size.widths[-1]
+    for level in reversed(range(last + 1)):
+        theirs, ours, C, count = f"unet.up_blocks.{last - level}", f"unet/up/{level}", size.widths[level], size.resnets[level] + 1
+        rows += resnets(theirs, ours, [before + skips.pop() for before in [width] + [C] * (count - 1)], C)
+        rows += attentions(theirs, ours, count * size.attends_up[level], level)
+        rows += _conv(f"{theirs}.upsamplers.0.conv", f"{ours}/resample") if level else []
+        width = C
+    return rows + [*_norm("unet.conv_norm_out", "unet/norm_out"), *_conv("unet.conv_out", "unet/conv_out")]
+
+
+def _vae(size: VaeSize) -> list[Row]:
+    last, widths = len(size.widths) - 1, size.widths
+    rows = [*_linear("vae.quant_conv", "vae/quant", "o i 1 1 -> i o"), *_linear("vae.post_quant_conv", "vae/post_quant", "o i 1 1 -> i o")]
+    for half in ("encoder", "decoder"):
+        encodes, t, o = half == "encoder", f"vae.{half}", f"vae/{half}"
+        rows += _conv(f"{t}.conv_in", f"{o}/conv_in")
+        for level, C in enumerate(widths):
+            theirs = f"{t}.down_blocks.{level}" if encodes else f"{t}.up_blocks.{last - level}"
+            before = widths[max(level - 1, 0)] if encodes else widths[min(level + 1, last)]
+            for n in range(size.resnets + (not encodes)):
+                rows += _resnet(f"{theirs}.resnets.{n}", f"{o}/levels/{level}/resnets/{n}", shortcut=n == 0 and before != C)
+            if level < last if encodes else level > 0:
+                rows += _conv(f"{theirs}.{'down' if encodes else 'up'}samplers.0.conv", f"{o}/levels/{level}/resample")
+        for n in range(2):
+            rows += _resnet(f"{t}.mid_block.resnets.{n}", f"{o}/mid/resnets/{n}", shortcut=False)
+        rows += _norm(f"{t}.mid_block.attentions.0.group_norm", f"{o}/mid/attn/norm")
+        for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")):
+            rows += _linear(f"{t}.mid_block.attentions.0.{theirs}", f"{o}/mid/attn/{ours}")
+        rows += [*_norm(f"{t}.conv_norm_out", f"{o}/norm_out"), *_conv(f"{t}.conv_out", f"{o}/conv_out")]
+    return rows
+
+
+def _block(t: str, o: str, heads: str, C: int) -> list[Row]:
+    rows = []
+    for n, (theirs, ours) in enumerate((("attn1", "self"), ("attn2", "cross")), 1):
+        rows += _norm(f"{t}.norm{n}", f"{o}/norm{n}")
+        rows += [Row(f"{t}.{theirs}.to_{name}.weight", f"{o}/{ours}/{name}/w", f"({heads} d) i -> i {heads} d") for name in "qkv"]
+        rows += [Row(f"{t}.{theirs}.to_out.0.weight", f"{o}/{ours}/o/w", f"o ({heads} d) -> {heads} d o"),
+                 Row(f"{t}.{theirs}.to_out.0.bias", f"{o}/{ours}/o/bias")]
+    rows += _norm(f"{t}.norm3", f"{o}/norm3")
+    for ours, cut in (("up", (0, 4 * C)), ("gate", (4 * C, 8 * C))):
+        rows += [Row(f"{t}.ff.net.0.proj.weight", f"{o}/ffn/{ours}/w", "f i -> i f", cut),
+                 Row(f"{t}.ff.net.0.proj.bias", f"{o}/ffn/{ours}/bias", cut=cut)]
+    return rows + _linear(f"{t}.ff.net.2", f"{o}/ffn/down")
+
+
+def _resnet(t: str, o: str, *, shortcut: bool) -> list[Row]:
+    rows = [row for n in (1, 2) for row in (*_norm(f"{t}.norm{n}", f"{o}/norm{n}"), *_conv(f"{t}.conv{n}", f"{o}/conv{n}"))]
+    return rows + (_linear(f"{t}.conv_shortcut", f"{o}/shortcut", "o i 1 1 -> i o") if shortcut else [])
+
+
+def _norm(t: str, o: str) -> list[Row]:
+    return [Row(f"{t}.weight", f"{o}/scale"), Row(f"{t}.bias", f"{o}/bias")]
+
+
+def _linear(t: str, o: str, pattern: str = "o i -> i o") -> list[Row]:
+    return [Row(f"{t}.weight", f"{o}/w", pattern), Row(f"{t}.bias", f"{o}/bias")]
+
+
+def _conv(t: str, o: str) -> list[Row]:
+    return [Row(f"{t}.weight", f"{o}/w", "o i y x -> y x i o"), Row(f"{t}.bias", f"{o}/bias")]
+
+
+def _fixed(what: str, config: Mapping[str, Any], fixed: dict[str, tuple]) -> None:
+    for field, values in fixed.items():
+        if config.get(field, values[0]) not in values:
+            raise UserError(f"the {what}'s config asks for {field}={config[field]!r}, which is not built; {field}={values[0]!r} is")
+
+
+def _need(what: str, config: Mapping[str, Any], field: str, default: Any = None) -> Any:
+    if (value := config.get(field, default)) is None:
+        raise UserError(f"the {what}'s config lacks {field}")
+    return value
+
+
+def _each(asks: str, value: Any, levels: int) -> tuple[int, ...]:
+    """A value for each level, of one or of a list."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    if len(values) != levels or not all(isinstance(item, int) and item > 0 for item in values):
+        raise UserError(f"{asks}={value!r}; it must be a positive whole number, or {levels} of them, one a level")
+    return values
+
+
+def _kinds(what: str, config: Mapping[str, Any], field: str, levels: int, known: dict[str, bool]) -> tuple[bool, ...]:
+    kinds = _need(what, config, field)
+    if strange := [kind for kind in kinds if kind not in known]:
+        raise UserError(f"the {what}'s config asks for {field} with {strange[0]!r}, which is not built; {' and '.join(known)} are")
+    if len(kinds) != levels:
+        raise UserError(f"the {what}'s config has {len(kinds)} {field} and {levels} block_out_channels")
+    return tuple(known[kind] for kind in kinds)
+
+
+def _groups(what: str, config: Mapping[str, Any], widths: tuple[int, ...]) -> int:
+    groups = _need(what, config, "norm_num_groups", 32)
+    if bad := [width for width in widths if width % groups]:
+        raise UserError(f"the {what}'s config asks for {groups} norm groups, which do not divide its width {bad[0]}")
+    return groups

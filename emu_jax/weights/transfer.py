@@ -1,0 +1,215 @@
+"""Foreign checkpoints into ours and ours into theirs, one tensor at a time.
+
+An import writes a checkpoint that `config.init=DIR` starts from; the towers that no source fills are left out of it, and are fresh
+there. An export writes what the family's own library loads. Read next: convert.py, ../checkpoint.py.
+"""
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from emu_jax import checkpoint, config, tree
+from emu_jax.config import UserError
+from emu_jax.weights import convert, emu1, eva_clip, files
+from emu_jax.weights.convert import Table
+from emu_jax.weights.families import FAMILIES, guess
+from emu_jax.weights.family import Family
+
+
+class Part(NamedTuple):
+    """One family's share of an import: its tensors under the table's names, and what they become."""
+    family: Family
+    where: str
+    tensors: dict[str, Any]
+    table: Table
+    dtypes: dict[str, np.dtype]             # of our leaves
+
+
+class Plan(NamedTuple):
+    config: ConfigDict
+    parts: list[Part]
+    leaves: dict[str, jax.ShapeDtypeStruct]     # all that is written, flat
+    left_out: list[str]                         # leaves of the model that no source fills
+    assumed: list[str]                          # fields of config.model that are the default config's, for the sources do not say
+
+
+def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, image_size: int | None = None) -> Plan:
+    """What an import of [(family, files or folders)] into the model of `c` would do. Where `c` was `given`, the sources must agree with it;
+    otherwise what they say of their towers is taken. image_size: interpolate the position embeddings to it.
+
+    Raises Misfit, which lists every tensor that is missing, unexpected or misshapen, and UserError for all else.
+    """
+    found = [_read(name, where) for name, where in sources]
+    if image_size:
+        c.model.vision.image = image_size
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for _, tensors, _ in found]
+    assumed = [field for (family, _, foreign), those in zip(found, shapes) for field in _agree(c, family, those, foreign, given, image_size)]
+    if image_size and (image_size % c.model.vision.patch or not any(eva_clip.POSITIONS in those for those in shapes)):
+        raise UserError(f"--image-size={image_size} must be a multiple of the patch of {c.model.vision.patch}, and a source must have an encoder")
+    ours: dict[str, tuple[int, ...]] = {}
+    parts, homes, problems = [], {}, []
+    for family, tensors, foreign in found:
+        size = family.size(c.model.to_dict())
+        ours |= family.shapes(size)
+        if image_size and eva_clip.POSITIONS in tensors:
+            tensors = eva_clip.resized(tensors, image_size // c.model.vision.patch)
+        table = family.table(size)
+        if misfits := convert.problems(table, tensors, ours):
+            problems += [(foreign.where, line) for line in misfits]
+            continue
+        part = Part(family, foreign.where, tensors, table, convert.dtypes(table, tensors))
+        if twice := [path for path in part.dtypes if path in homes]:
+            raise UserError(f"{twice[0].split('/')[0]} comes from {homes[twice[0]]} and from {foreign.where}; one of them must go")
+        homes |= dict.fromkeys(part.dtypes, foreign.where)
+        parts.append(part)
+    if problems:
+        raise Misfit(problems)
+    leaves = {path: jax.ShapeDtypeStruct(ours[path], dtype) for part in parts for path, dtype in part.dtypes.items()}
+    return Plan(c, parts, leaves, [path for path in ours if path not in leaves], assumed)
+
+
+class Misfit(UserError):
+    """Tensors that do not fit, a line each in `lines`."""
+
+    def __init__(self, problems: list[tuple[str, str]]):
+        counts = {kind: sum(line.startswith(kind) for _, line in problems) for kind in ("missing", "unexpected", "misshapen", "not a float")}
+        self.lines = [f"{where}: {line}" for where, line in problems]
+        super().__init__(f"the tensors do not fit: {', '.join(f'{count} {kind}' for kind, count in counts.items() if count)}; "
+                         f"the first: {' '.join(self.lines[0].split())}")
+
+
+def write(made: Plan, to: str) -> None:
+    """Carries a plan out: a checkpoint with the resolved config in `to`. Raises UserError, and then nothing is left of it."""
+    needed, folder = sum(leaf.size * leaf.dtype.itemsize for leaf in made.leaves.values()), Path(to).absolute()
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    if needed > free:
+        raise UserError(f"{to} needs {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB")
+    stacked = set().union(*(convert.stacked(part.table) for part in made.parts))
+    with checkpoint.writing_slices(to, made.leaves, stacked, config.to_dict(made.config)) as put:
+        for part in made.parts:
+            needs = convert.uses(part.table, made=True)
+            bar = tqdm(desc=part.family.name, total=sum(map(len, needs.values())), unit="leaf", disable=None)
+            for path, layer, piece in convert.pieces(part.table, part.tensors):
+                put(path, layer, piece.astype(part.dtypes[path], copy=False))
+                bar.update()
+                del piece           # before the next is read
+            bar.close()
+
+
+def load(made: Plan, shardings: dict[str, jax.sharding.NamedSharding]) -> tree.Tree:
+    """Carries a plan out on the devices: the parameters, each leaf where `shardings` has it."""
+    return tree.merge(*(convert.from_theirs(part.table, part.tensors, shardings) for part in made.parts))
+
+
+def export(name: str, directory: str, to: str, *, dtype: str | None = None, shard: int = files.SHARD) -> dict[str, int]:
+    """Writes the family's tensors in the checkpoint in `directory` into the new folder `to`; {file: bytes}. dtype: cast to it.
+    Raises UserError for a checkpoint without them, or damaged, and then nothing is left."""
+    family, folder = FAMILIES[name], Path(to).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{to} is there and not empty; choose another directory")
+    source = checkpoint.Slices(directory)
+    model = config.from_dict(source.config["model"]).to_dict()
+    table = family.table(family.size(model))
+    try:
+        shapes = convert.shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
+    except UserError as error:
+        raise UserError(f"{directory} holds no whole {name}: {error}") from error
+    kinds = _dtypes(table, source, dtype)
+    half = folder.with_name(f".{folder.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    try:
+        said = family.config_json(model, source.config["data"]["tokens"])
+        for component in family.components:
+            prefix, part = (f"{component}/", half / component) if component else ("", half)
+            layout = {tensor.removeprefix(prefix): (shape, kinds[tensor]) for tensor, shape in shapes.items() if tensor.startswith(prefix)}
+            arrays = convert.to_theirs(table, source.read, prefix)
+            bar = tqdm(arrays, desc=component or name, total=len(layout), unit="tensor", disable=None)
+            cast = ((tensor.removeprefix(prefix), array.astype(kinds[tensor], copy=False)) for tensor, array in bar)
+            part.mkdir(exist_ok=True)
+            files.write(part, family.stem, layout, cast, shard)
+            kind = max((kind for _, kind in layout.values()), key=lambda kind: kind.itemsize)
+            (part / "config.json").write_text(json.dumps((said[component] if component else said) | {"torch_dtype": str(kind)}, indent=1) + "\n")
+        source.check()
+        if folder.exists():
+            folder.rmdir()
+        half.rename(folder)
+    except OSError as error:
+        raise UserError(f"{to} could not be written: {error}; nothing is left of it") from error
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def summary(made: Plan) -> Iterator[str]:
+    """Lines that say what an import brings, tower by tower, and what it does not."""
+    for part in made.parts:
+        for tower in dict.fromkeys(path.split("/")[0] for path in part.dtypes):
+            mine = [made.leaves[path] for path in part.dtypes if path.startswith(f"{tower}/")]
+            kinds = ", ".join(sorted({str(leaf.dtype) for leaf in mine}))
+            yield f"{tower:14}{sum(leaf.size for leaf in mine):>16,} parameters  {kinds}  from {part.family.name} {part.where}"
+        needs = convert.uses(part.table, made=True)
+        idle = [name for name in part.tensors if name not in needs]
+        if idle:
+            yield f"not used: {len(idle)} tensors of {part.where}: {', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''}"
+    for tower in dict.fromkeys(path.split("/")[0] for path in made.left_out):
+        mine = [path for path in made.left_out if path.startswith(f"{tower}/")]
+        whole = not any(path.startswith(f"{tower}/") for path in made.leaves)
+        yield f"left out, fresh where training starts from it: {tower if whole else ', '.join(mine)}"
+    if made.assumed:
+        yield f"not said by the files, and as in the default config: {', '.join(made.assumed)}"
+
+
+def _read(name: str, where: list[str]) -> tuple[Family, dict[str, Any], files.Foreign]:
+    family = FAMILIES[name]
+    foreign = files.read(where) if family.components == ("",) else files.components(where[0], family.components)
+    likely = guess({emu1.rename(tensor) for tensor in foreign.tensors})
+    if likely is not family:
+        like = (f"it looks like {likely.name}: --family={likely.name}" if likely else
+                f"it looks like none of {', '.join(FAMILIES)}; it holds {', '.join(list(foreign.tensors)[:3])}, ...")
+        raise UserError(f"{foreign.where} is not of the family {name}; {like}")
+    return family, family.tensors(foreign.tensors), foreign
+
+
+def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], foreign: files.Foreign, given: bool,
+           image_size: int | None) -> list[str]:
+    """What the files say of the model against the config, or into it where none was given: then, the fields of which they say nothing."""
+    try:
+        said = family.says(shapes, foreign.config)
+    except (UserError, TypeError, AttributeError, ZeroDivisionError) as error:      # a config.json may say anything
+        raise UserError(f"{foreign.where}: {error}") from error
+    if image_size:
+        said.pop("vision.image", None)
+    known = {field: value for field, value in said.items() if value is not None}
+    of = lambda field: c.model[field.split(".")[0]][field.split(".")[1]]
+    differ = [field for field, value in known.items() if of(field) != value]
+    if given and differ:
+        differences = ", ".join(f"{field} is {known[field]!r}, not {of(field)!r}" for field in differ)
+        raise UserError(f"{foreign.where} is of another model than the config: {differences}"
+                        + f" (--config.model.{differ[0]}={known[differ[0]]}, or another --config)"
+                        + ("; --image-size interpolates its position embeddings" if "vision.image" in differ else ""))
+    if given:
+        return []
+    unknown = [field for field in said if field not in known]
+    other = [field for field in differ if field.endswith(".width") and any(lacking.split(".")[0] == field.split(".")[0] for lacking in unknown)]
+    if other:
+        raise UserError(f"{foreign.where} does not say {', '.join(unknown)}, and has no config.json that does: give --config=FILE")
+    for field, value in (family.assumes(shapes, foreign.config) | known).items():
+        tower, name = field.split(".")
+        try:
+            c.model[tower][name] = value
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{foreign.where}: {field} cannot be {value!r}") from error
+    return unknown
+
+
+def _dtypes(table: Table, source: checkpoint.Slices, dtype: str | None) -> dict[str, np.dtype]:
+    """The dtype of each foreign tensor: as our leaves have it, or `dtype`."""
+    return {name: np.dtype(jax.numpy.dtype(dtype)) if dtype else np.result_type(*(source.shapes[use.row.ours][0] for use in parts))
+            for name, parts in convert.uses(table, made=False).items()}

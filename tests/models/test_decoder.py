@@ -1,0 +1,195 @@
+"""The decoder stage: only the U-Net learns, conditions come from where the config says, and sampling is a function of the seed."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import make
+import numpy as np
+import pytest
+
+from emu_jax import config, loop, sharding, train, tree
+from emu_jax.checkpoint import Checkpoints
+from emu_jax.config import UserError
+from emu_jax.generate import samplers
+from emu_jax.models import emu, flops
+from emu_jax.models.decoder import Decoder, DecoderSize, resized
+
+C = make.decoder_cfg("optim.ema=0.9")
+P = make.program(C)
+TRAINS = train.what_trains(C, jax.eval_shape(partial(make.params, P)))
+PARAMS = train.at_rest(C, TRAINS, make.random_params(P))
+BATCH = jax.tree.map(jnp.asarray, make.batch(C))
+BATCH = BATCH.replace(image_slots=BATCH.image_slots.at[2].set(C.data.tokens))     # a row without an image
+
+
+def model(params, size=P.size):
+    return emu.bind(Decoder, size, params)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The states before and after two steps, and the metrics of each step."""
+    states, told = [loop.init_state(P, *tree.split(PARAMS, TRAINS))], []
+    step = jax.jit(partial(loop.train_step, P))
+    for _ in range(2):
+        state, metrics = step(states[-1], BATCH)
+        states.append(state)
+        told.append(metrics)
+    return states, told
+
+
+# What trains
+
+def test_frozen_towers_stay_as_they_are(trained):
+    (before, *_, after), _ = trained
+    for (path, old), (_, new) in zip(make.flat(before.frozen), make.flat(after.frozen), strict=True):
+        assert old.dtype == new.dtype and (np.asarray(old) == np.asarray(new)).all(), path
+    assert {path.split("/")[0] for path, _ in make.flat(after.frozen)} == {"vision", "ln_visual", "resampler", "llama", "regress_head"}
+    moved = [(np.asarray(new) != np.asarray(old)).any() for old, new in zip(*(jax.tree.leaves(state.trainable) for state in (before, after)))]
+    assert np.mean(moved) > 0.95
+
+
+def test_frozen_towers_have_neither_gradient_nor_optimizer_state(trained):
+    state = trained[0][-1]
+    held = [jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path((state.opt_state, state.ema, state.trainable))]
+    assert held and not [path for path in held if any(tower in path for tower in ("vision", "resampler", "llama", "regress_head"))]
+    assert {path.split("/")[0] for path, _ in make.flat(state.trainable)} == {"unet"}
+
+
+def test_frozen_matrices_are_bfloat16_and_all_else_is_float32(trained):
+    for path, leaf in make.flat(trained[0][-1].frozen):
+        assert leaf.dtype == (jnp.bfloat16 if path.endswith(("/w", "/base", "/added")) else jnp.float32), path
+    assert {leaf.dtype for _, leaf in make.flat(trained[0][-1].trainable)} == {jnp.dtype("float32")}
+
+
+def test_the_average_follows_by_its_decay(trained):
+    first, second, third = trained[0]
+    for old, new, weights in ((first.ema, second.ema, second.trainable), (second.ema, third.ema, third.trainable)):
+        for a, b, w in zip(*(jax.tree.leaves(part) for part in (old, new, weights)), strict=True):
+            np.testing.assert_allclose(b, 0.9 * a + 0.1 * w, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_a_mean_over_images_and_micro_batches_change_nothing_of_it(trained):
+    """Without images the loss is 0; the sums over micro-batches are the sums over the batch."""
+    empty = BATCH.replace(image_weights=jnp.zeros_like(BATCH.image_weights))
+    totals = P.stage.weights(empty)
+    loss, metrics = jax.jit(lambda batch: P.stage.loss(model(PARAMS), batch, None, totals, P.objective))(empty)
+    assert loss == 0 and metrics["diffusion_loss"][1] == 0
+    held = float((BATCH.image_slots < C.data.tokens).sum())
+    assert 0 < held < BATCH.image_slots.size and trained[1][0]["diffusion_loss"][1] == held
+
+
+def test_a_run_goes_on_as_if_it_had_not_been_cut_off(trained, tmp_path):
+    """One step, saved, restored, and a second: bit for bit the two steps in one."""
+    (_, middle, end), _ = trained
+    saved = Checkpoints(str(tmp_path), keep=1, keep_every=0)
+    saved.save(1, middle, {}, {}, wait=True)
+    step, restored, _, _ = saved.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), middle))
+    again, _ = jax.jit(partial(loop.train_step, P))(restored, BATCH)
+    assert step == 1
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(end), strict=True):
+        assert a.dtype == b.dtype and (np.asarray(a) == np.asarray(b)).all()
+
+
+# Conditions
+
+def conditions(c, batch=BATCH):
+    p = make.program(c)
+    params = {tower: part for tower, part in PARAMS.items() if tower in jax.eval_shape(partial(make.params, p))}
+    return jax.jit(lambda batch: model(params, p.size).conditions(batch))(batch)
+
+
+@pytest.fixture(scope="module")
+def predicted():
+    return conditions(C)
+
+
+def test_encoded_conditions_are_the_visual_tokens_and_need_no_llm():
+    c = make.decoder_cfg("model.decoder.condition=encoded")
+    assert set(jax.eval_shape(partial(make.params, make.program(c)))) == {"vision", "ln_visual", "resampler", "unet"}
+    plain = emu.bind(emu.Encoder, P.size.emu, {tower: PARAMS[tower] for tower in ("vision", "ln_visual", "resampler")})
+    np.testing.assert_allclose(conditions(c), jax.jit(plain.encode)(BATCH.images[:, 0]), atol=1e-4)
+    changed = BATCH.replace(tokens=jnp.where(BATCH.tokens < 512, (BATCH.tokens + 1) % 512, BATCH.tokens))
+    np.testing.assert_array_equal(conditions(c, changed), conditions(c))
+
+
+def test_teacher_forced_conditions_are_the_llms_predictions(predicted):
+    full = emu.bind(emu.Emu, P.size.emu, {tower: part for tower, part in PARAMS.items() if tower != "unet"})
+    hidden = jax.jit(lambda batch: full.regress_head(full(batch)[0]))(BATCH)
+    held = 0
+    for row, slot in enumerate(np.asarray(BATCH.image_slots)[:, 0]):
+        if slot < C.data.tokens:
+            np.testing.assert_allclose(predicted[row], hidden[row, slot - 1:slot - 1 + predicted.shape[1]], atol=1e-4)
+            held += 1
+    assert held > 2
+
+
+def test_a_dropped_condition_is_zero_and_the_share_is_the_configs(trained):
+    seen, spy = [], model(PARAMS)
+    spy.conditions = lambda batch: jnp.ones((8, 4, 32))
+    spy.predict = lambda x, times, condition: seen.append(condition) or x
+    for share in (0.0, 1.0):
+        P.stage.loss(spy, BATCH, jax.random.key(0), P.stage.weights(BATCH), P.objective | {"condition_drop": share})
+    assert seen[0].min() == 1 and seen[1].max() == 0
+
+
+# Pictures
+
+def test_pixels_are_the_inverse_of_targets():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)), jnp.uint8)
+    bound = model(PARAMS)
+    np.testing.assert_array_equal(bound.pixels(bound.targets(images)), images)
+
+
+def test_resized_keeps_what_fits_and_flat_colours():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)), jnp.uint8)
+    assert resized(images, 8) is images
+    np.testing.assert_array_equal(resized(jnp.full((1, 28, 28, 3), 77, jnp.uint8), 8), 77)
+    np.testing.assert_array_equal(resized(images[:, :, ::-1], 4), resized(images, 4)[:, :, ::-1])
+
+
+def test_sampling_is_a_function_of_the_seed_on_any_mesh(predicted):
+    plan = samplers.plan_of(P.size.diffusion, "ddim", 2)
+
+    def draw(params, condition, seeds):
+        bound = model(params)
+        denoise = samplers.denoiser(P.size.diffusion, bound.predict, condition, jnp.zeros_like(condition), guidance=2.0)
+        return samplers.ddim(denoise, samplers.noise(seeds, P.size.latents), plan)
+    seeds = jnp.arange(8)
+    alone = jax.jit(draw)(PARAMS, predicted, seeds)
+    other = jax.jit(draw)(PARAMS, predicted, seeds + 1)
+    assert jnp.abs(alone - other).max() > 0.1
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(PARAMS, sharding.shardings(mesh, sharding.specs(PARAMS)))
+        np.testing.assert_allclose(jax.jit(draw)(placed, predicted, seeds), alone, atol=1e-3)
+
+
+# Sizes
+
+def test_the_papers_decoder():
+    """SD 1.5's U-Net (859,520,964 parameters at 768) with keys and values of width 5120: 16 transformers."""
+    c = config.load(["--config=configs/decoder.py"])
+    size = DecoderSize.of(c.model.to_dict())
+    abstract = jax.eval_shape(partial(emu.init, Decoder, size), jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract["unet"]))
+    widths = 5 * 320 + 5 * 640 + 6 * 1280
+    assert count == 859_520_964 + 2 * (5120 - 768) * widths
+    specs = dict(tree.leaves(sharding.specs(abstract)))
+    for path, leaf in tree.leaves(abstract):
+        for n, axes in zip(leaf.shape, specs[path]):
+            assert axes is None or n % (32 if "unet" in path or "vae" in path else 1) == 0, (path, leaf.shape)
+    assert flops.unet(size.unet, 64, 77) == pytest.approx(8.0e11, rel=0.05)     # about 0.4 T multiply-adds, as is often said of SD 1.5
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("model.decoder.image=9", "image=9 must be divisible by 2 .2 in the U-Net"),
+    ("model.decoder.condition=drawn", "is not one of generated, teacher_forced, encoded"),
+    ("model.decoder.unet.condition=16", "unet.condition=16: the model's visual tokens have the width 32"),
+    ("model.decoder.unet.channels_in=4", "4 channels in and 3 out; pixels have 3"),
+    ("model.decoder.diffusion.target=x0", "target='x0' is not one of"),
+    ("model.decoder.diffusion.zero_snr=true", "use target='v'")])
+def test_parts_that_do_not_fit_are_one_line(override, message):
+    with pytest.raises(UserError, match=message):
+        DecoderSize.of(make.decoder_cfg(override).model.to_dict())

@@ -1,0 +1,183 @@
+"""What fit foretells: the bytes of live arrays, a roofline by hand, a search in few steps, and one line for what cannot be."""
+import json
+from functools import partial
+from itertools import pairwise
+
+import jax
+import make
+import numpy as np
+import pytest
+
+from emu_jax import config, fit, hardware, hlo, loop, train, tree
+from emu_jax.config import UserError
+
+SHARDED = ("mesh.fsdp=4", "mesh.tensor=2")
+ROW = hardware.Device("tpu", "TPU none", flops=1e12, memory=1000, bandwidth=1e9, link=1e8, network=1e7, source="nobody")
+
+
+def plan(*overrides, devices=8):
+    return fit.plan(make.cfg(*SHARDED, *overrides), jax.devices()[:devices])
+
+
+def live_bytes(values):
+    """Bytes of the first device's shards."""
+    first = jax.devices()[0]
+    return sum(shard.data.nbytes for x in jax.tree.leaves(values) for shard in x.addressable_shards if shard.device == first)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    p = plan("optim.ema=0.9", "rules.train=(('vision/.*', False), ('.*', True))")
+    return p, fit.compiled(p)
+
+
+def test_the_bytes_it_foretells_are_those_of_live_arrays(compiled):
+    p, step = compiled
+    with jax.set_mesh(p.mesh):
+        params = make.params(p.program)
+        state = loop.init_state(p.program, *tree.split(params, train.what_trains(p.c, params)))
+        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, p.state))
+        batch = jax.device_put(make.batch(p.c), jax.tree.map(lambda x: x.sharding, p.batch))
+    held = fit.memory(p, step)
+    assert held.parameters == live_bytes((state.trainable, state.frozen)) and held.batch == live_bytes(batch)
+    assert held.parameters + held.optimizer == live_bytes(state)
+    assert held.gradients == live_bytes(state.trainable) < held.parameters                  # the encoder is frozen
+    assert held.parameters + held.optimizer + held.batch == step.memory_analysis().argument_size_in_bytes
+    new, _ = step(state, batch)                                                             # what was compiled is what runs
+    assert int(new.step) == 1 and jax.tree.map(lambda x: x.sharding, new) == jax.tree.map(lambda x: x.sharding, p.state)
+
+
+def test_the_batch_is_the_loaders():
+    p = plan()
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), p.batch)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), make.batch(p.c))
+
+
+def test_weights_are_gathered_and_gradients_are_not_summed_whole(compiled):
+    """Each block's weights by all-gathers in the loop over depth, once forward; remat gathers them again."""
+    found = hlo.Module(compiled[1].as_text()).collectives()
+    gathers = [c for c in found if c.kind == "all-gather" and c.in_loop]
+    assert gathers and {c.times for c in gathers} <= {2, 4, 6, 8} and all(len(c.groups[0]) in (2, 4, 8) for c in gathers)
+
+
+def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
+    p, step = compiled
+    monkeypatch.setattr(fit, "compiled", lambda _: step)
+    found = json.loads(json.dumps(fit.report(p, ROW)))
+    assert found["devices"] == 8 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert found["parameters"]["llama"] == sum(leaf.size for leaf in jax.tree.leaves(p.abstract["llama"]))
+    assert not found["fits"] and found["peak"] == found["memory"]["peak"] > ROW.memory == found["limit"]
+    c = p.c.data
+    head = 3 * 2 * 32 * (516 * c.batch * (c.tokens - 6 * c.images) + 32 * c.batch * c.images * 5)       # 4 visual tokens and [/IMG]; 2 around them
+    assert found["flops"]["heads"] == head and set(found["flops"]) == {"vision", "resampler", "llama", "heads"}
+    assert found["recomputed_flops"] == {}                                                              # no remat in it
+    assert found["mfu"] == pytest.approx(sum(found["flops"].values()) / (found["step_seconds"] * 8e12))
+    assert found["roofline"]["bound"] in ("compute", "memory", "links", "network")
+    assert "does not fit" in fit.table(found, ROW) and "nobody" in fit.table(found, ROW)
+
+
+def test_a_roofline_by_hand():
+    p = plan()
+    one = lambda kind, size, groups, times: hlo.Collective(kind, "c", size, groups, times, False, True, "")
+    held = fit.Memory(parameters=300, optimizer=700, batch=0, gradients=0, temporaries=0, code=0, peak=1000)
+    line = fit.roofline(p, ROW, held, [one("all-gather", 400, ((0, 1, 2, 3), (4, 5, 6, 7)), 3), one("all-reduce", 100, ((0, 4),), 1)], work=16e12)
+    assert line.compute == 2.0 and line.memory == pytest.approx((2000 + 2400) / 1e9)
+    assert line.links == pytest.approx((3 * 300 + 100) / 1e8) and line.network == 0
+    assert line.bound == "compute" and line.seconds == 2.0
+
+
+def test_recomputation_counts_beside_the_model():
+    with_remat = plan("model.llama.remat=full", "model.vision.remat=dots")
+    work, again = fit.step_flops(with_remat)
+    assert set(again) == {"llama"} and again["llama"] == work["llama"] / 3
+    assert work == fit.step_flops(plan())[0]
+
+
+@pytest.mark.parametrize("slope", [1, 7, 30, 90, 200])
+def test_a_search_finds_the_most_rows_in_few_steps(slope):
+    """Peaks of 100 + slope a row under full remat, three and nine times the slope under the others, of 1000."""
+    asked, cost = [], {"full": slope, "dots": 3 * slope, "none": 9 * slope}
+
+    def measure(policy, rows):
+        asked.append((policy, rows))
+        peak = 100 + cost[policy] * rows
+        return peak if peak <= 1000 else None
+
+    best = fit.largest(measure, 1000, fit.COMPILATIONS)
+    assert len(asked) == len(set(asked)) <= fit.COMPILATIONS
+    assert best["full"] == 900 // slope
+    for policy, rows in best.items():
+        assert rows == 0 or 100 + cost[policy] * rows <= 1000
+    assert best.get("dots", 0) in (900 // cost["dots"], 1, 2)
+
+
+def test_a_search_survives_a_line_that_bends():
+    peaks = {1: 300, 2: 400, 3: 900, 4: 1300}
+    measure = lambda policy, rows: peaks.get(rows) if peaks.get(rows, 9999) <= 1000 else None
+    assert fit.largest(measure, 1000, 8, ("full",)) == {"full": 3}
+
+
+def test_changes_grow_and_stay_runnable(monkeypatch):
+    p = plan("data.batch=16", "data.images=4")
+    monkeypatch.setattr(fit, "TRIES", 9)
+    found = list(fit.changes(p.c, p.mesh))
+    assert found[0] == {f"model.{tower}.remat": "full" for tower in fit.TOWERS}
+    assert [change.get("optim.accumulate") for change in found] == [None, 2, 4, 4, 2]
+    assert found[-1]["data.batch"] == 8 and found[-1]["data.images"] == 2
+    for before, after in pairwise(found):
+        assert before.keys() <= after.keys() and before != after
+    for change in found:
+        assert fit.plan(fit.changed(p.c, change), jax.devices()).c != p.c
+    assert p.c == make.cfg(*SHARDED, "data.batch=16", "data.images=4")
+
+
+def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
+    peaks = iter([1500, 1200, 900])
+
+    def attempt(p, row):
+        peak = next(peaks)
+        return {"fits": peak <= row.memory, "peak": peak, "limit": row.memory}
+
+    monkeypatch.setattr(fit, "attempt", attempt)
+    monkeypatch.setattr(fit, "per_device", lambda values: 10)
+    found = fit.fit(make.cfg(*SHARDED, "data.batch=16"), ROW, jax.devices())
+    assert not found["fits"] and [change["fits"] for change in found["changes"]] == [False, True]
+    assert "fits with --config.model.vision.remat=full" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "found"), [
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.",
+     {"fits": False, "peak": int(17.5 * 2 ** 30), "limit": int(15.75 * 2 ** 30)}),
+    ("RESOURCE_EXHAUSTED: out of memory", {"fits": False})])
+def test_a_compiler_that_refuses(words, found, monkeypatch):
+    def refuse(_):
+        raise jax.errors.JaxRuntimeError(words)
+    monkeypatch.setattr(fit, "compiled", refuse)
+    assert fit.attempt(None, ROW) == found
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--topology=v5q:4x4"], "topology 'v5q:4x4' is not one"), (["--topology=cpu:99"], "there are 8 CPU devices"),
+    ([], "--topology"), (["--topology=cpu:8", "--serch"], "--serch"), (["--topology=cpu:8", "--config.mesh.fsdp=3"], "does not match 8 devices"),
+    (["--topology=cpu:8", "--config.data.batch=12"], "data.batch=12 is not divisible by 8"),
+    (["--topology=cpu:8", "--config.stage=x"], "stage='x' is not one of"),
+    (["--topology=cpu:8", "--search"], "a search needs a topology whose devices have a memory"),
+    (["--topology=cpu:8", "--config.model.llama.width=36", "--config.model.llama.heads=2"],
+     "does not divide by fsdp = 8; 4 would do, with the rest in data (mesh.data=2)")])
+def test_what_cannot_be_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(fit, "_without_devices", lambda: None)
+    assert fit.main(["--config=configs/base.py:debug", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_state_that_no_change_makes_fit_is_said_before_anything_is_compiled():
+    with pytest.raises(UserError, match=r"the parameters and the optimizer alone need 0.0 GiB a device .* take at least \d+ devices"):
+        fit.fit(make.cfg(*SHARDED), ROW, jax.devices())
+
+
+def test_the_14b_is_planned_on_a_pod_without_a_byte():
+    c = config.load(["--config=configs/pretrain.py", "--config.mesh.data=1"])
+    p = fit.plan(c, jax.devices())
+    assert fit.per_device(p.state) == pytest.approx(12 * 14.2e9 / 8, rel=0.02) and p.batch.images.shape == (256, 32, 224, 224, 3)
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(partial(make.params, p.program)))) > 14e9
