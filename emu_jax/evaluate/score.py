@@ -90,12 +90,12 @@ def _wups(job: Job) -> dict:
     predictions = _texts(job.predictions, ("id",), "answer")
     _same_ids(job, predictions, references)
     out: dict[str, Any] = {"count": len(references)}
-    for threshold in (0, 0.9):
+    for threshold in (0.0, 0.9):
         values = {key: predictions[key] in truths if kinds.get(key) in ("DB", "DC") else wups.score(wordnet, predictions[key], truths, threshold)
                   for key, truths in references.items()}
-        out[f"wups@{threshold}"] = _percent(values.values())
+        out[f"wups@{threshold:g}"] = _percent(values.values())
         for kind in sorted(set(kinds.values())):
-            out[f"wups@{threshold}/{kind}"] = _percent(value for key, value in values.items() if kinds[key] == kind)
+            out[f"wups@{threshold:g}/{kind}"] = _percent(value for key, value in values.items() if kinds[key] == kind)
     return out
 
 

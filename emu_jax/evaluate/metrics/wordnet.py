@@ -34,12 +34,12 @@ class WordNet:
         self._exceptions: dict[str, dict[str, list[str]]] = {}
         for kind, name in FILES.items():
             self._data[kind] = _read(folder, f"data.{name}")
-            lines = [line.split() for line in _read(folder, f"index.{name}").decode().splitlines() if not line.startswith(" ")]
+            lines = [line.split() for line in _lines(folder, f"index.{name}") if not line.startswith(" ")]
             try:
                 self._index[kind] = {fields[0]: list(map(int, fields[-int(fields[2]):])) for fields in lines}
             except (ValueError, IndexError) as error:
                 raise UserError(f"{Path(folder, f'index.{name}')}: not an index of WordNet") from error
-            self._exceptions[kind] = {fields[0]: fields[1:] for fields in map(str.split, _read(folder, f"{name}.exc").decode().splitlines())}
+            self._exceptions[kind] = {fields[0]: fields[1:] for fields in map(str.split, _lines(folder, f"{name}.exc")) if fields}
         self._above: dict[Synset, tuple[Synset, ...]] = {ROOT: ()}
 
     def first(self, word: str) -> Synset | None:
@@ -110,3 +110,10 @@ def _read(folder: str, name: str) -> bytes:
         return Path(folder, name).read_bytes()
     except OSError as error:
         raise UserError(f"no WordNet file {str(Path(folder, name))!r}; {WHERE}") from error
+
+
+def _lines(folder: str, name: str) -> list[str]:
+    try:
+        return _read(folder, name).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{Path(folder, name)}: not a file of WordNet") from error
