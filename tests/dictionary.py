@@ -6,7 +6,8 @@ SYNSETS = (
     ("n", "entity", ()), ("n", "object physical_object", ("entity",)), ("n", "animal beast", ("object",)), ("n", "artifact", ("object",)),
     ("n", "pet", ("object",)), ("n", "canine", ("animal",)), ("n", "feline", ("animal",)), ("n", "dog domestic_dog", ("canine", "pet")),
     ("n", "puppy", ("dog",)), ("n", "cat", ("feline", "pet")), ("n", "mouse", ("animal",)), ("n", "furniture", ("artifact",)),
-    ("n", "table", ("furniture",)), ("n", "child", ("animal",)), ("n", "box", ("artifact",)), ("n", "Lassie", ("@i dog",)), ("n", "run", ("artifact",)),
+    ("n", "table", ("furniture",)), ("n", "child", ("animal",)), ("n", "box", ("artifact",)),
+    ("n", "Lassie", ("@i dog",)), ("n", "run", ("artifact",)),
     ("v", "move", ()), ("v", "run", ("move",)), ("v", "walk", ("move",)), ("v", "chase", ("run",)), ("v", "eat", ()),
     ("a", "happy", ()), ("a", "big", ()), ("r", "quickly", ()),
 )
@@ -20,7 +21,7 @@ def write(folder: Path) -> Path:
     lines = {}
     for _ in range(2):                          # the first time for the lengths, which do not depend on the offsets
         places, offset = {}, dict.fromkeys(NAMES, len(licence))
-        for kind, lemmas, above in SYNSETS:
+        for kind, lemmas, _ in SYNSETS:
             places[kind, lemmas.split()[0].lower()] = offset[kind]
             offset[kind] += len(lines.get((kind, lemmas), b""))
         for kind, lemmas, above in SYNSETS:
@@ -33,7 +34,7 @@ def write(folder: Path) -> Path:
         mine = [(lemmas, line) for (k, lemmas), line in lines.items() if k == kind]
         (folder / f"data.{name}").write_bytes(licence + b"".join(line for _, line in mine))
         index = sorted((word.lower(), int(line[:8])) for lemmas, line in mine for word in lemmas.split())
-        pointers = lambda word: "1 @ " if kind in "nv" else "0 "
-        (folder / f"index.{name}").write_text(licence.decode() + "".join(f"{word} {kind} 1 {pointers(word)}1 1 {place:08}  \n" for word, place in index))
+        pointers = "1 @ " if kind in "nv" else "0 "
+        (folder / f"index.{name}").write_text(licence.decode() + "".join(f"{word} {kind} 1 {pointers}1 1 {place:08}  \n" for word, place in index))
         (folder / f"{name}.exc").write_text(EXCEPTIONS[kind])
     return folder

@@ -32,6 +32,8 @@ def load(path: str | Path) -> Any:
         raise UserError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: malformed JSON, line {error.lineno} column {error.colno}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:       # nested a thousand deep; a number of five thousand digits
+        raise UserError(f"{path}: no JSON that can be read ({str(error).splitlines()[0]})") from error
 
 
 def karpathy(path: str, dataset: str, split: str = "test") -> list[Example]:
@@ -41,7 +43,7 @@ def karpathy(path: str, dataset: str, split: str = "test") -> list[Example]:
     images = _list(path, data, "images", what)
     if data.get("dataset") != dataset:
         raise UserError(f"{path}: annotations of {data.get('dataset')!r}, not {what}")
-    with _fields(path, what):
+    with fields_of(path, what):
         kept = [image for image in images if image["split"] == split]
         if not kept:
             raise UserError(f"{path}: no image of split {split!r}; there are {', '.join(sorted({image['split'] for image in images}))}")
@@ -53,7 +55,7 @@ def nocaps(path: str) -> list[Example]:
     """NoCaps' nocaps_val_4500_captions.json; its domain is the kind. The test split has no annotations."""
     data, what = load(path), "NoCaps' image info and captions"
     images = _list(path, data, "images", what)
-    with _fields(path, what):
+    with fields_of(path, what):
         captions: dict[Any, list[str]] = {}
         for row in data.get("annotations", []):
             captions.setdefault(row["image_id"], []).append(row["caption"])
@@ -73,7 +75,7 @@ def okvqa(questions: str, annotations: str | None = None) -> list[Example]:
 def vizwiz(path: str) -> list[Example]:
     """VizWiz-VQA's train.json, val.json or test.json; an example's id is its image's name."""
     what = "VizWiz-VQA's annotations"
-    with _fields(path, what):
+    with fields_of(path, what):
         return [Example(row["image"], row["image"], row["question"], tuple(answer["answer"] for answer in row.get("answers", ())),
                         row.get("answer_type", "")) for row in _list(path, load(path), None, what)]
 
@@ -83,7 +85,7 @@ def visdial(path: str) -> list[Example]:
     data, what = load(path), "VisDial 1.0's dialogs"
     if not isinstance(data, dict) or not isinstance(data.get("data"), dict):
         raise UserError(f"{path}: not {what}")
-    with _fields(path, what):
+    with fields_of(path, what):
         questions, answers, out = data["data"]["questions"], data["data"]["answers"], []
         for dialog in data["data"]["dialogs"]:
             history: list[tuple[str, str]] = []
@@ -91,9 +93,11 @@ def visdial(path: str) -> list[Example]:
                 question, options = questions[turn["question"]], tuple(answers[k] for k in turn.get("answer_options", ()))
                 answer = answers[turn["answer"]] if "answer" in turn else options[turn["gt_index"]] if "gt_index" in turn else None
                 if options:
+                    if (truth := turn.get("gt_index")) is not None and truth not in range(len(options)):
+                        raise ValueError(f"gt_index={truth!r} is none of the {len(options)} candidates")
                     picture = f"VisualDialog_{data['split']}2018_{dialog['image_id']:012}.jpg"
                     out.append(Example(f"{dialog['image_id']}/{number}", picture, question, () if answer is None else (answer,), options=options,
-                                       truth=turn.get("gt_index"), history=tuple(history)))
+                                       truth=truth, history=tuple(history)))
                 history.append((question, answer))
         return out
 
@@ -102,7 +106,7 @@ def video_qa(path: str, benchmark: str) -> list[Example]:
     """MSVD-QA ("msvd") and MSRVTT-QA ("msrvtt"), whose rows have a category too."""
     what = {"msvd": "MSVD-QA's", "msrvtt": "MSRVTT-QA's"}[benchmark] + " questions"
     rows = _list(path, load(path), None, what)
-    with _fields(path, what):
+    with fields_of(path, what):
         if any(("category_id" in row) != (benchmark == "msrvtt") for row in rows):
             raise UserError(f"{path}: not {what}: rows {'have a' if benchmark == 'msvd' else 'lack the'} category_id")
         name = "video{}.mp4" if benchmark == "msrvtt" else "vid{}.avi"
@@ -122,7 +126,7 @@ def nextqa(path: str, more: str | None = None) -> list[Example]:
     if not rows or not {"video", "qid", "question", "answer", "type"} <= set(rows[0]) or "a0" in rows[0]:
         raise UserError(f"{path}: not {what}" + ("; these are multiple-choice questions" if rows and "a0" in rows[0] else ""))
     added = load(more) if more else {}
-    with _fields(more or path, what):
+    with fields_of(more or path, what):
         return [Example(f"{row['video']}/{row['qid']}", f"{row['video']}.mp4", row["question"],
                         (row["answer"], *([added[row["video"]][row["qid"]]] if row["video"] in added else [])), row["type"]) for row in rows]
 
@@ -132,7 +136,7 @@ def mmvet(path: str) -> list[Example]:
     data, what = load(path), "MM-Vet's questions"
     if not isinstance(data, dict) or not data:
         raise UserError(f"{path}: not {what}")
-    with _fields(path, what):
+    with fields_of(path, what):
         return [Example(key, row["imagename"], row["question"], (row["answer"],), ", ".join(row["capability"])) for key, row in data.items()]
 
 
@@ -180,7 +184,7 @@ def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) 
     rows = _list(questions, data, "questions", what)
     marked: dict[Any, dict] = {}
     if annotations:
-        with _fields(annotations, f"{benchmark}'s annotations"):
+        with fields_of(annotations, f"{benchmark}'s annotations"):
             for row in _list(annotations, load(annotations), "annotations", f"{benchmark}'s annotations"):
                 if any(("raw_answer" in answer) != raw for answer in row["answers"]):
                     raise UserError(f"{annotations}: not {benchmark}'s annotations: its answers {'have' if not raw else 'lack'} a raw_answer")
@@ -188,9 +192,10 @@ def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) 
         if missing := [str(row["question_id"]) for row in rows if row["question_id"] not in marked]:
             raise UserError(f"{annotations}: no answers to {len(missing)} questions of {questions}: "
                             f"{', '.join(missing[:8])}{', ...' if missing[8:] else ''}")
-    with _fields(questions, what):
+    with fields_of(questions, what):
         of = lambda row: marked.get(row["question_id"], {})
-        return [Example(str(row["question_id"]), f"COCO_{data['data_subtype']}_{row['image_id']:012}.jpg", row["question"],
+        pictures = data["data_subtype"].replace("-dev", "")            # test-dev2015 is a part of test2015
+        return [Example(str(row["question_id"]), f"COCO_{pictures}_{row['image_id']:012}.jpg", row["question"],
                         tuple(answer["answer"] for answer in of(row).get("answers", ())), of(row).get("answer_type", "")) for row in rows]
 
 
@@ -201,7 +206,7 @@ def _list(path: str, data: Any, key: str | None, what: str) -> list[dict]:
     return rows
 
 
-class _fields:
+class fields_of:
     """A field that is missing or of another type, as one error that names the file."""
 
     def __init__(self, path: str, what: str):
@@ -213,5 +218,5 @@ class _fields:
     def __exit__(self, kind, error, trace):
         if isinstance(error, KeyError):
             raise UserError(f"{self.path}: not {self.what}: a row has no {error}") from error
-        if isinstance(error, (TypeError, AttributeError, IndexError, ValueError)):
-            raise UserError(f"{self.path}: not {self.what}: {error}") from error
+        if isinstance(error, (TypeError, AttributeError, IndexError, ValueError, OverflowError)):
+            raise UserError(f"{self.path}: not {self.what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error

@@ -35,10 +35,18 @@ LAYOUTS = """layouts of the files, JSON unless said otherwise (ids are compared 
   clip_score: two .npy with CLIP features [n, C], of the pictures and of their texts"""
 
 
+CAPTION = ("cider", "bleu", "rouge")
+
+
 class Job(NamedTuple):
     predictions: str
     references: Sequence[str]
     wordnet: str | None
+
+
+class Scores(NamedTuple):
+    numbers: dict[str, Any]
+    each: dict[str, float]          # of each example, by its id; more is better
 
 
 def score(metric: str, job: Job) -> dict[str, Any]:
@@ -46,20 +54,89 @@ def score(metric: str, job: Job) -> dict[str, Any]:
     return {"metric": metric} | METRICS[metric](job)
 
 
+# --- of predictions and references by id ---
+
+def of_captions(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], wanted: Sequence[str] = CAPTION) -> Scores:
+    """As coco-caption prints them."""
+    told, true = captions.tokenize(predictions, references)
+    numbers: dict[str, Any] = {"count": len(told)}
+    each: dict[str, float] = {}
+    if "rouge" in wanted:
+        each = captions.rouge(told, true)
+        numbers["ROUGE_L"] = float(np.mean(list(each.values())))
+    if "bleu" in wanted:
+        numbers |= {f"Bleu_{n}": value for n, value in enumerate(captions.bleu(told, true), 1)}
+    if "cider" in wanted:
+        each = captions.cider(told, true)
+        numbers["CIDEr"] = float(np.mean(list(each.values())))
+    return Scores(numbers, each)
+
+
+def of_vqa(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
+    each = {key: vqa.accuracy(predictions[key], truths) for key, truths in references.items()}
+    return Scores({"count": len(each), "accuracy": _percent(each.values())}, each)
+
+
+def of_exact_match(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
+    each = {key: float(predictions[key] in truths) for key, truths in references.items()}
+    return Scores({"count": len(each), "exact_match": _percent(each.values())}, each)
+
+
+def of_wups(wordnet: WordNet, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> Scores:
+    """`kinds`: NExT-QA's types of question by id ({} for none), of which DB and DC count exact matches, and TP is TN."""
+    kinds = {key: "TN" if kind == "TP" else kind for key, kind in kinds.items()}
+    numbers: dict[str, Any] = {"count": len(references)}
+    each: dict[str, float] = {}
+    for threshold in (0.9, 0.0):
+        each = {key: float(predictions[key] in truths) if kinds.get(key) in ("DB", "DC") else
+                wups.score(wordnet, predictions[key], truths, threshold) for key, truths in references.items()}
+        numbers[f"wups@{threshold:g}"] = _percent(each.values())
+        for kind in sorted(set(kinds.values())):
+            numbers[f"wups@{threshold:g}/{kind}"] = _percent(value for key, value in each.items() if kinds[key] == kind)
+    return Scores(numbers, each)
+
+
+def of_ranks(ranks: Mapping[str, Sequence[int]], dense: Mapping[str, Sequence[float]], true: Mapping[str, int]) -> Scores:
+    """Of VisDial's rounds: ndcg against the `dense` relevances, and the places of the `true` candidates."""
+    numbers: dict[str, Any] = {"count": len(ranks)}
+    each: dict[str, float] = {}
+    if true:
+        found = {key: ranks[key][place] for key, place in true.items()}
+        numbers, each = numbers | ranking.places(list(found.values())), {key: 1 / place for key, place in found.items()}
+    if dense:
+        gains = {key: ranking.ndcg(ranks[key], relevance) for key, relevance in dense.items()}
+        numbers["ndcg"] = float(np.mean(list(gains.values())))
+        each = each | gains
+    return Scores(numbers, each)
+
+
+def dense_of(path: str) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """({round: relevance of each candidate}, {round: the true candidate}) of VisDial's dense annotations, or of rows with gt_index."""
+    what = "VisDial's annotations"
+    dense: dict[str, list[float]] = {}
+    true: dict[str, int] = {}
+    for row in _rows(path, annotations.load(path), what):
+        key, relevance = _round(path, row, what), row.get("gt_relevance", row.get("relevance"))
+        if relevance is None and "gt_index" not in row:
+            raise UserError(f'{path}: not {what}: a row has neither "gt_relevance" nor "gt_index"')
+        if relevance is not None:
+            if not isinstance(relevance, list) or not relevance or not all(_number(value) and value >= 0 for value in relevance):
+                raise UserError(f"{path}: not {what}: the relevance of round {key} is no list of numbers")
+            dense[key] = list(map(float, relevance))
+        if "gt_index" in row:
+            if not _whole(row["gt_index"]):
+                raise UserError(f"{path}: not {what}: the gt_index of round {key} is {row['gt_index']!r}")
+            true[key] = row["gt_index"]
+    return dense, true
+
+
+# --- of files ---
+
 def _captions(*wanted: str) -> Callable[[Job], dict]:
     def run(job: Job) -> dict:
-        predictions = _texts(job.predictions, ("image_id",), "caption")
-        references = _lists(job.references, ("image_id",), "caption")
+        predictions, references = _texts(job.predictions, ("image_id",), "caption"), _lists(job.references, ("image_id",), "caption")
         _same_ids(job, predictions, references)
-        told, true = captions.tokenize(predictions, references)
-        out: dict[str, Any] = {"count": len(told)}
-        if "cider" in wanted:
-            out["CIDEr"] = float(np.mean(list(captions.cider(told, true).values())))
-        if "bleu" in wanted:
-            out |= {f"Bleu_{n}": value for n, value in enumerate(captions.bleu(told, true), 1)}
-        if "rouge" in wanted:
-            out["ROUGE_L"] = float(np.mean(list(captions.rouge(told, true).values())))
-        return out
+        return of_captions(predictions, references, wanted).numbers
     return run
 
 
@@ -67,89 +144,72 @@ def _vqa(job: Job) -> dict:
     keys = ("question_id", "image")
     predictions, references = _texts(job.predictions, keys, "answer"), _lists(job.references, keys, "answer")
     _same_ids(job, predictions, references)
-    return {"count": len(references), "accuracy": _percent(vqa.accuracy(predictions[key], truths) for key, truths in references.items())}
+    return of_vqa(predictions, references).numbers
 
 
 def _exact_match(job: Job) -> dict:
     predictions, references = _texts(job.predictions, ("id",), "answer"), _lists(job.references, ("id",), "answer")
     _same_ids(job, predictions, references)
-    return {"count": len(references), "exact_match": _percent(predictions[key] in truths for key, truths in references.items())}
+    return of_exact_match(predictions, references).numbers
 
 
 def _wups(job: Job) -> dict:
     if not job.wordnet:
         raise UserError(f"metric wups needs {WHERE}")
-    wordnet = WordNet(job.wordnet)
-    kinds: dict[str, str] = {}
+    wordnet, kinds = WordNet(job.wordnet), {}
     if job.references[0].endswith(".csv"):
+        if len(job.references) > 2:
+            raise UserError(f"NExT-QA's references are a .csv and its add_reference_answer_*.json; {len(job.references)} files were given")
         examples = annotations.nextqa(*job.references)
         references = {example.id: list(example.answers) for example in examples}
-        kinds = {example.id: "TN" if example.kind == "TP" else example.kind for example in examples}
+        kinds = {example.id: example.kind for example in examples}
     else:
         references = _lists(job.references, ("id",), "answer")
     predictions = _texts(job.predictions, ("id",), "answer")
     _same_ids(job, predictions, references)
-    out: dict[str, Any] = {"count": len(references)}
-    for threshold in (0.0, 0.9):
-        values = {key: predictions[key] in truths if kinds.get(key) in ("DB", "DC") else wups.score(wordnet, predictions[key], truths, threshold)
-                  for key, truths in references.items()}
-        out[f"wups@{threshold:g}"] = _percent(values.values())
-        for kind in sorted(set(kinds.values())):
-            out[f"wups@{threshold:g}/{kind}"] = _percent(value for key, value in values.items() if kinds[key] == kind)
-    return out
+    return of_wups(wordnet, predictions, references, kinds).numbers
 
 
 def _visdial(job: Job) -> dict:
     what = 'a list of {"image_id", "round_id", "ranks"}'
-    ranks = {}
-    for row in _rows(job.predictions, annotations.load(job.predictions), what):
-        ranks[_round(job.predictions, row, what)] = _field(job.predictions, row, "ranks", what)
-    dense, true = {}, {}
+    rows = _rows(job.predictions, annotations.load(job.predictions), what)
+    ranks = {_round(job.predictions, row, what): _field(job.predictions, row, "ranks", what) for row in rows}
+    dense: dict[str, list[float]] = {}
+    true: dict[str, int] = {}
     for path in job.references:
-        data = annotations.load(path)
-        if isinstance(data, dict):
+        if isinstance(annotations.load(path), dict):
             true |= {example.id: example.truth for example in annotations.visdial(path) if example.truth is not None}
-            continue
-        for row in _rows(path, data, "VisDial's annotations"):
-            relevance = row.get("gt_relevance", row.get("relevance"))
-            if relevance is None and "gt_index" not in row:
-                raise UserError(f'{path}: not VisDial\'s annotations: a row has neither "gt_relevance" nor "gt_index"')
-            key = _round(path, row, "VisDial's annotations")
-            dense |= {} if relevance is None else {key: relevance}
-            true |= {key: row["gt_index"]} if "gt_index" in row else {}
-    known = dense | true
+        else:
+            dense, true = (before | new for before, new in zip((dense, true), dense_of(path), strict=True))
     if len(job.references) == 1:
-        _same_ids(job, ranks, known)
+        _same_ids(job, ranks, dense | true)
+    if missing := [key for key in dense | true if key not in ranks]:
+        raise UserError(f"{job.predictions}: no ranks of {_listed(missing, 'rounds')}")
     for key, some in ranks.items():
-        if key in known and (not isinstance(some, list) or sorted(some) != list(range(1, len(some) + 1))):
+        if not isinstance(some, list) or not all(_whole(place) for place in some) or sorted(some) != list(range(1, len(some) + 1)):
             raise UserError(f"{job.predictions}: the ranks of round {key} are not the places 1, 2, ... of its candidates, each once")
         if key in dense and len(dense[key]) != len(some):
             raise UserError(f"{job.predictions}: round {key} has {len(some)} ranks; its relevance is of {len(dense[key])} candidates")
-    out: dict[str, Any] = {"count": len(ranks)}
-    for name, wanted in (("dense", dense), ("true", true)):
-        if missing := [key for key in wanted if key not in ranks]:
-            raise UserError(f"{job.predictions}: no ranks of {_listed(missing, 'rounds')}")
-        if name == "dense" and dense:
-            out["ndcg"] = float(np.mean([ranking.ndcg(ranks[key], relevance) for key, relevance in dense.items()]))
-        if name == "true" and true:
-            out |= ranking.places([ranks[key][place] for key, place in true.items()])
-    return out
+        if key in true and not (_whole(true[key]) and 0 <= true[key] < len(some)):
+            raise UserError(f"{job.references[0]}: the true candidate of round {key} is {true[key]!r}, and there are {len(some)}")
+    return of_ranks(ranks, dense, true).numbers
 
 
 def _fid(job: Job) -> dict:
-    sets = [_statistics(path) for path in (job.predictions, job.references[0])]
-    return {"fid": fid.distance(*sets)}
+    return {"fid": fid.distance(*(_statistics(path) for path in (job.predictions, _only(job.references))))}
 
 
 def _clip_score(job: Job) -> dict:
-    pictures, texts = (_array(path) for path in (job.predictions, job.references[0]))
-    if pictures.shape != texts.shape or pictures.ndim != 2:
+    pictures, texts = (_array(path) for path in (job.predictions, _only(job.references)))
+    if pictures.shape != texts.shape or pictures.ndim != 2 or not pictures.size:
         raise UserError(f"CLIP features of {pictures.shape} pictures and of {texts.shape} texts do not pair up: both must be [n, C]")
+    if not (np.abs(pictures).sum(1).all() and np.abs(texts).sum(1).all()):
+        raise UserError(f"{job.predictions}, {job.references[0]}: a feature of zeros has no direction")
     return {"count": len(pictures), "clip_score": clip_score.score(pictures, texts)}
 
 
 METRICS: dict[str, Callable[[Job], dict]] = {
-    "cider": _captions("cider"), "bleu": _captions("bleu"), "rouge": _captions("rouge"), "captions": _captions("cider", "bleu", "rouge"), "vqa": _vqa,
+    "cider": _captions("cider"), "bleu": _captions("bleu"), "rouge": _captions("rouge"), "captions": _captions(*CAPTION), "vqa": _vqa,
     "exact_match": _exact_match, "wups": _wups, "visdial": _visdial, "fid": _fid, "clip_score": _clip_score}
 
 
@@ -165,7 +225,7 @@ def _texts(path: str, keys: Sequence[str], field: str) -> dict[str, str]:
         out = dict(pairs)
         if len(out) < len(pairs):
             raise UserError(f"{path}: {len(pairs) - len(out)} ids come more than once")
-    elif isinstance(data, dict) and data and all(isinstance(value, dict) for value in data.values()) and "annotations" not in data:
+    elif isinstance(data, dict) and data and all(isinstance(value, dict) for value in data.values()):
         out = {f"{video}/{number}": text for video, some in data.items() for number, text in some.items()}
     else:
         out = data
@@ -176,10 +236,8 @@ def _texts(path: str, keys: Sequence[str], field: str) -> dict[str, str]:
 
 def _lists(paths: Sequence[str], keys: Sequence[str], field: str) -> dict[str, list[str]]:
     """{id: texts} of a file of references in any of its layouts."""
-    path, *others = paths
+    path = _only(paths)
     what = f"references ({{id: [{field}, ...]}}, or rows with {' or '.join(map(repr, keys))} and their {field}s)"
-    if others:
-        raise UserError(f"this metric takes one file of references; {len(paths)} were given")
     data = annotations.load(path)
     rows = data["annotations"] if isinstance(data, dict) and isinstance(data.get("annotations"), list) else data
     if isinstance(rows, list):
@@ -192,6 +250,12 @@ def _lists(paths: Sequence[str], keys: Sequence[str], field: str) -> dict[str, l
     if not out or not all(isinstance(some, list) and some and all(isinstance(text, str) for text in some) for some in out.values()):
         raise UserError(f"{path}: not {what}")
     return out
+
+
+def _only(paths: Sequence[str]) -> str:
+    if len(paths) > 1:
+        raise UserError(f"this metric takes one file of references; {len(paths)} were given")
+    return paths[0]
 
 
 def _same_ids(job: Job, predictions: Mapping, references: Mapping) -> None:
@@ -229,15 +293,23 @@ def _round(path: str, row: dict, what: str) -> str:
     return f"{_field(path, row, 'image_id', what)}/{_field(path, row, 'round_id', what)}"
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _array(path: str) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UserError(f"cannot read {path!r}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a .npy file of numbers") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise UserError(f"{path}: not a .npy file of numbers")
+        raise UserError(f"{path}: not a .npy file of finite numbers") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise UserError(f"{path}: not a .npy file of finite numbers")
     return array
 
 

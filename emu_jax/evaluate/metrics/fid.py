@@ -75,6 +75,6 @@ def read(path: Path) -> Statistics:
             mean, cov = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
     except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: no statistics of a set of images (an .npz with mu and sigma)") from error
-    if mean.ndim != 1 or cov.shape != (len(mean),) * 2:
-        raise UserError(f"{path}: mu of shape {mean.shape} and sigma of shape {cov.shape} are no mean and covariance")
+    if mean.ndim != 1 or cov.shape != (len(mean),) * 2 or not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UserError(f"{path}: mu of shape {mean.shape} and sigma of shape {cov.shape} are no mean and covariance of finite numbers")
     return Statistics(mean, cov)

@@ -31,7 +31,7 @@ def test_cider_of_a_perfect_caption_is_ten_and_repeating_a_word_does_not_pay():
 
 
 def test_cider_by_hand():
-    """Both unigrams of "cat sleeps" are in one of two documents: weight ln 2 each. Of "cat": cosine 1 / sqrt(2) for n = 1, 0 above; lengths 0, 1 bigrams."""
+    """Both words of "cat sleeps" are in one of two documents: weight ln 2 each. Of "cat": cosine 1 / sqrt(2) for n = 1, 0 above; 0 and 1 bigrams."""
     scores = captions.cider({"1": "cat", "2": "x"}, {"1": ["cat sleeps"], "2": ["dog"]})
     assert scores == pytest.approx({"1": 10 / 4 / math.sqrt(2) * math.exp(-1 / 72), "2": 0.0})
     assert captions.cider({"1": "cat"}, {"1": ["cat"]}) == {"1": 0.0}       # of one image no word is rare
@@ -39,7 +39,8 @@ def test_cider_by_hand():
 
 def test_bleu_by_hand():
     """Clipped: "the" counts twice of seven, the length is the closest; too short is punished."""
-    assert captions.bleu({"1": "the the the the the the the"}, {"1": ["the cat is on the mat", "there is a cat on the mat"]})[0] == pytest.approx(2 / 7)
+    references = {"1": ["the cat is on the mat", "there is a cat on the mat"]}
+    assert captions.bleu({"1": "the the the the the the the"}, references)[0] == pytest.approx(2 / 7)
     short = captions.bleu({"1": "a cat"}, {"1": ["a cat on a mat"]})
     assert short[0] == pytest.approx(math.exp(1 - 5 / 2)) and short[1] == pytest.approx(math.exp(1 - 5 / 2)) and short[2] < 1e-2
 
@@ -48,7 +49,8 @@ def test_rouge_by_hand():
     """The longest common subsequence of "a b c d" and "a c d e f" is "a c d": precision 3/4, recall 3/5."""
     precision, recall = 3 / 4, 3 / 5
     f = (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
-    assert captions.rouge({"1": "a b c d", "2": "x", "3": ""}, {"1": ["a c d e f"], "2": ["y"], "3": ["a"]}) == pytest.approx({"1": f, "2": 0, "3": 0})
+    found = captions.rouge({"1": "a b c d", "2": "x", "3": ""}, {"1": ["a c d e f"], "2": ["y"], "3": ["a"]})
+    assert found == pytest.approx({"1": f, "2": 0, "3": 0})
 
 
 def test_best_precision_and_best_recall_may_come_from_two_references():

@@ -45,7 +45,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(UserError, match="no statistics"):
         fid.read(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
-    with pytest.raises(UserError, match="no mean and covariance"):
+    with pytest.raises(UserError, match="no mean and covariance of finite"):
         fid.read(tmp_path / "b.npz")
 
 
