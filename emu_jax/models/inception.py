@@ -115,6 +115,12 @@ class Mixed(nnx.Module):
         return jnp.concatenate([*parts, pooled], -1)
 
 
+class Logits(nnx.Module):
+    def __init__(self, inputs: int, rngs: nnx.Rngs):
+        self.w = nnx.Param(inputs ** -0.5 * jax.random.normal(rngs.params(), (inputs, CLASSES)))
+        self.bias = nnx.Param(jnp.zeros(CLASSES))            # the graph has it, FID's logits leave it out
+
+
 class Inception(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         width = 3
@@ -124,8 +130,7 @@ class Inception(nnx.Module):
         for block in BLOCKS:
             setattr(self, block.name, Mixed(block, width, rngs))
             width = (block.project.outputs if block.project else width) + sum(conv.outputs for branch in block.branches for conv in branch[-1])
-        self.fc = nnx.Param(width ** -0.5 * jax.random.normal(rngs.params(), (width, CLASSES)))
-        self.fc_bias = nnx.Param(jnp.zeros(CLASSES))         # the graph has it, FID's logits leave it out
+        self.fc = Logits(width, rngs)
 
     def __call__(self, images: Float[Array, "M h w 3"]) -> dict[str, Float[Array, "M _"]]:
         """Means over the image of the features after five layers, of `prepare`d images: "64", "192", "768", "2048" (FID's) and "logits_unbiased"."""
@@ -139,7 +144,7 @@ class Inception(nnx.Module):
             x = getattr(self, block.name)(x)
             if block.name in ("Mixed_6e", "Mixed_7c"):
                 out[str(x.shape[-1])] = x.mean((1, 2))
-        return out | {"logits_unbiased": jnp.einsum("mc,ck->mk", out["2048"], self.fc.get_value(), precision="highest")}
+        return out | {"logits_unbiased": jnp.einsum("mc,ck->mk", out["2048"], self.fc.w.get_value(), precision="highest")}
 
 
 def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:

@@ -20,6 +20,7 @@ Several families make one checkpoint together: EVA-CLIP and a LLaMA are the pape
 the heads) is left out, and is fresh where training starts from DIR (--config.init=DIR).
 The rows of new tokens are the mean of the old ones. Of T5's decoder: all but the learned queries, the projection, and keys and values of the
 cross-attention, which read another width. A chat model's LoRA is merged into its weights.
+inception: the network of FID, for python -m emu_jax.evaluate --inception=DIR; a checkpoint of its own.
 With --config=FILE the sources must fit its model; without, configs/pretrain.py takes their towers' sizes. --config.FIELD=VALUE as in training.
 """
 EXPORT = """
@@ -65,7 +66,7 @@ def import_(arguments: list[str]) -> int:
     print(*transfer.summary(made), sep="\n", flush=True)
     if not flags.dry_run:
         transfer.write(made, flags.to)
-        print(f"{flags.to}: start from it with --config.init={flags.to}")
+        print(f"{flags.to}: {made.parts[0].family.use.format(to=flags.to)}")
     return 0
 
 

@@ -42,6 +42,7 @@ class Family:
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
     components: tuple[str, ...] = ("",)
     stem: str = "model"                 # of the files that an export writes
+    use: str = "start from it with --config.init={to}"
 
 
 def layers(shapes: Shapes, pattern: str) -> int | None:

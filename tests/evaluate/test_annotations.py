@@ -12,9 +12,12 @@ from emu_jax.evaluate import annotations
 def files(tmp_path_factory):
     """A file or two of each benchmark by name."""
     root = tmp_path_factory.mktemp("data")
-    made = {"coco": layouts.karpathy(root / "coco", "coco"), "flickr30k": layouts.karpathy(root / "f", "flickr30k"),
-            "nocaps": layouts.nocaps(root / "n"), "vqav2": layouts.vqa(root / "v", "v2_"), "okvqa": layouts.vqa(root / "o", ""), "vizwiz": layouts.vizwiz(root / "z"),
-            "visdial": layouts.visdial(root / "d")[0], "msvd": layouts.video_qa(root / "m", "msvd"), "msrvtt": layouts.video_qa(root / "r", "msrvtt"),
+    made = {"coco": layouts.karpathy(root / "coco", "coco"),
+            "flickr30k": layouts.karpathy(root / "f", "flickr30k"),
+            "nocaps": layouts.nocaps(root / "n"), "vqav2": layouts.vqa(root / "v", "v2_"),
+            "okvqa": layouts.vqa(root / "o", ""), "vizwiz": layouts.vizwiz(root / "z"),
+            "visdial": layouts.visdial(root / "d")[0],
+            "msvd": layouts.video_qa(root / "m", "msvd"), "msrvtt": layouts.video_qa(root / "r", "msrvtt"),
             "nextqa": layouts.nextqa(root / "x"), "mmvet": layouts.mmvet(root / "mm")}
     return {name: tuple(map(str, paths)) if isinstance(paths, tuple) else (str(paths),) for name, paths in made.items()}
 
@@ -22,7 +25,8 @@ def files(tmp_path_factory):
 READERS = {
     "coco": lambda path: annotations.karpathy(path, "coco"), "flickr30k": lambda path: annotations.karpathy(path, "flickr30k"),
     "nocaps": annotations.nocaps, "vqav2": annotations.vqav2, "okvqa": annotations.okvqa, "vizwiz": annotations.vizwiz,
-    "visdial": annotations.visdial, "msvd": lambda path: annotations.video_qa(path, "msvd"), "msrvtt": lambda path: annotations.video_qa(path, "msrvtt"),
+    "visdial": annotations.visdial,
+    "msvd": lambda path: annotations.video_qa(path, "msvd"), "msrvtt": lambda path: annotations.video_qa(path, "msrvtt"),
     "nextqa": annotations.nextqa, "mmvet": annotations.mmvet}
 
 

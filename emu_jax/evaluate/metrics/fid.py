@@ -47,7 +47,7 @@ def distance(a: Statistics, b: Statistics) -> float:
 def features(params: dict, images: Iterable[UInt8[np.ndarray, "h w 3"]], *, batch: int = 32, layer: str = "2048") -> Float[np.ndarray, "n C"]:
     """Inception features of RGB images of any sizes. Raises UserError where there is none."""
     run, out, images = jax.jit(lambda params, x: inception.apply(params, x)[layer]), [], iter(images)
-    while some := [inception.prepare(image[None])[0] for image in islice(images, batch)]:
+    while some := [inception.prepare(jnp.asarray(image[None]))[0] for image in islice(images, batch)]:
         padded = jnp.stack(some + some[:1] * (batch - len(some)))        # one shape, one compilation
         out.append(np.asarray(run(params, padded))[:len(some)])
     if not out:
