@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from emu_jax.config import UserError
 
 
@@ -49,6 +51,16 @@ def karpathy(path: str, dataset: str, split: str = "test") -> list[Example]:
             raise UserError(f"{path}: no image of split {split!r}; there are {', '.join(sorted({image['split'] for image in images}))}")
         return [Example(str(image["cocoid" if dataset == "coco" else "imgid"]), "/".join(filter(None, (image.get("filepath"), image["filename"]))),
                         answers=tuple(sentence["raw"] for sentence in image["sentences"])) for image in kept]
+
+
+def coco_prompts(path: str, count: int = 30_000) -> list[Example]:
+    """COCO's captions_val2014.json as prompts of text to image: `count` of its captions, always the same, in random order."""
+    data, what = load(path), "COCO's captions"
+    rows, images = _list(path, data, "annotations", what), _list(path, data, "images", what)
+    with fields_of(path, what):
+        names = {image["id"]: image["file_name"] for image in images}
+        chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+        return [Example(str(row["id"]), names[row["image_id"]], answers=(row["caption"].strip(),)) for row in (rows[number] for number in chosen)]
 
 
 def nocaps(path: str) -> list[Example]:

@@ -2,9 +2,12 @@
 
 `{image}` stands for the picture's tokens, or for those of a video's frames.
 """
+import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 IMAGE = "{image}"
+QUESTION = "{question}"
 IMAGE_SYSTEM = ("You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the image after I provide it to you. "
                 "Please answer my questions based on the given image.")
 VIDEO_SYSTEM = ("You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: "
@@ -12,32 +15,48 @@ VIDEO_SYSTEM = ("You are a helpful assistant and you will be presented with a vi
                 "Please answer my questions based on the given video.")
 CAPTION_ASK = "please provide an accurate and concise description of the given image. [ASSISTANT]: the image depicts a photo of"
 ANSWER_ASK = "based on the content of the image and common sense, please provide an accurate answer consisting of only one word or phrase."
-KNOWN = ("yes.", "no.")              # what may follow `known`; after "no." the answer is "unanswerable"
+KNOWN = ("yes.", "no.")              # what may follow "known"; after "no." the answer is "unanswerable"
 
 
-def caption() -> str:
-    return f"{IMAGE_SYSTEM} [USER]: {IMAGE}{CAPTION_ASK}"
+# A turn up to where the answer begins, for the chat model as the release asks it, and for one that knows no turns (unpublished: as usual).
+CHAT = {
+    "caption": f" [USER]: {IMAGE}{CAPTION_ASK}",
+    "answer": f" [USER]: {IMAGE} {ANSWER_ASK} {QUESTION} [ASSISTANT]: the answer is:",
+    "known": f" [USER]: {IMAGE} {ANSWER_ASK} {QUESTION}, is the answer known? [ASSISTANT]:",      # VizWiz asks this first
+    "free": f" [USER]: {IMAGE}{QUESTION} [ASSISTANT]:",                                           # MM-Vet: answered at length
+}
+PLAIN = {
+    "caption": f"{IMAGE}a picture of",
+    "answer": f"{IMAGE}Question: {QUESTION} Short answer:",
+    "known": f"{IMAGE}Question: {QUESTION}, is the answer known? Short answer:",
+    "free": f"{IMAGE}Question: {QUESTION} Answer:",
+}
 
 
-def answer(question: str, *, video: bool = False) -> str:
-    """The prompt of VQA; of a video its frames stand at {image}."""
-    return f"{VIDEO_SYSTEM if video else IMAGE_SYSTEM} [USER]: {IMAGE} {ANSWER_ASK} {question} [ASSISTANT]: the answer is:"
+class Shot(NamedTuple):
+    """An example before the question."""
+    question: str
+    answer: str
+    picture: bool        # is it shown, or told without?
 
 
-def known(question: str) -> str:
-    """VizWiz asks this first: can the question be answered at all?"""
-    return f"{IMAGE_SYSTEM} [USER]: {IMAGE} {ANSWER_ASK} {question}, is the answer known? [ASSISTANT]:"
+def ask(kind: str, question: str = "", shots: Sequence[Shot] = (), *, chat: bool = True, video: bool = False) -> str:
+    """The prompt of a `kind` of turn. Of a video its frames stand at {image}; so do the shown pictures of `shots`, in their order."""
+    turn = (CHAT if chat else PLAIN)[kind]
+    filled = lambda asked: turn.replace(QUESTION, _quoted(asked))
+    end = ".</s>" if chat else ".\n"
+    seen = lambda shot: filled(shot.question) if shot.picture else filled(shot.question).replace(IMAGE, "")
+    told = "".join(f"{seen(shot)} {_quoted(shot.answer)}{end}" for shot in shots)
+    return f"{_system(chat, video)}{told}{filled(question)}"
 
 
-def dialog(history: Sequence[tuple[str, str]], question: str) -> str:
+def dialog(history: Sequence[tuple[str, str]], question: str, *, chat: bool = True) -> str:
     """VisDial: after this, each candidate is scored."""
+    history, question = [(_quoted(asked), _quoted(answered)) for asked, answered in history], _quoted(question)
+    if not chat:
+        return IMAGE + "".join(f"Question: {asked}? Answer: {answered}.\n" for asked, answered in history) + f"Question: {question}? Answer:"
     turns = "".join(f" [USER]: {asked}? [ASSISTANT]: {answered}.</s>" for asked, answered in history)
     return f"{IMAGE_SYSTEM} [USER]: {IMAGE}</s>{turns} [USER]: {question}? [ASSISTANT]:"
-
-
-def free(question: str) -> str:
-    """MM-Vet: the question alone, answered at length."""
-    return f"{IMAGE_SYSTEM} [USER]: {IMAGE}{question} [ASSISTANT]:"
 
 
 def clean_caption(text: str) -> str:
@@ -57,3 +76,12 @@ def _until(text: str, ends: Sequence[str]) -> str:
     for end in ends:
         text = text.split(end)[0]
     return text.strip()
+
+
+def _system(chat: bool, video: bool) -> str:
+    return "" if not chat else VIDEO_SYSTEM if video else IMAGE_SYSTEM
+
+
+def _quoted(text: str) -> str:
+    """What others wrote, without what would be read as tokens or pictures."""
+    return re.sub(r"\[(/?IMG|USER|ASSISTANT)\]|\{(image|question)\}|<(/s)>", lambda match: next(filter(None, match.groups())), text)

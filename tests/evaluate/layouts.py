@@ -48,6 +48,14 @@ def karpathy(root: Path, dataset: str, count: int = 3) -> Path:
     return put(root / f"dataset_{dataset}.json", {"dataset": dataset, "images": images})
 
 
+def coco_prompts(root: Path, count: int = 4) -> Path:
+    for k in range(count):
+        picture(root / "val2014" / f"COCO_val2014_{k:012}.jpg", k)
+    return put(root / "captions_val2014.json", {
+        "info": {}, "images": [{"id": k, "file_name": f"COCO_val2014_{k:012}.jpg"} for k in range(count)],
+        "annotations": [{"id": 500 + k, "image_id": k, "caption": f"a dog {k}. "} for k in range(count)]})
+
+
 def nocaps(root: Path, count: int = 3) -> Path:
     for k in range(count):
         picture(root / "val" / f"0{k}.jpg", k)
