@@ -117,7 +117,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="the benchmark's annotation files and pictures, wherever in it; demo: data/demo")
     parser.add_argument("--out", metavar="DIR", help="for predictions, submission.json, scores.json and report.html; by default within the run")
     parser.add_argument("--limit", type=_count, metavar="N", help="the first N examples only")
-    parser.add_argument("--shots", type=int, choices=range(33), default=0, metavar="K", help="K examples before the question, chosen by RICES (0)")
+    parser.add_argument("--shots", type=_count, default=0, metavar="K", help="K examples before the question, chosen by RICES (0)")
     parser.add_argument("--text-only", action="store_true", help="these examples without their pictures, and the same ones for all questions")
     parser.add_argument("--split", metavar="NAME", help="another split than the task's")
     parser.add_argument("--allow-missing", action="store_true", help="leave out questions whose picture is not there")

@@ -89,9 +89,10 @@ def plan(settings: Settings, *, limit: int | None = None, allow_missing: bool = 
         if not settings.text_only:
             paths |= {example.picture: path for example in pool if (path := folder.picture(example))}
             pool = [example for example in pool if example.picture in paths]
-        if len(pool) < settings.shots:
-            raise UserError(f"--shots={settings.shots}: the split {task.examples!r} has {len(pool)} examples"
-                            + ("" if settings.text_only else " whose picture is there"))
+        there = len(pool) if settings.text_only else len({example.picture for example in pool})
+        if there < settings.shots:
+            what = "examples" if settings.text_only else "pictures of examples in the folder"
+            raise UserError(f"--shots={settings.shots}: the split {task.examples!r} has {there} {what}")
     return Plan(examples, paths, missing, pool)
 
 

@@ -90,7 +90,7 @@ class Folder:
         for folder, inner, names in os.walk(self.root, followlinks=True):
             inner.sort()
             for name in names:
-                self._paths.setdefault(name, Path(folder, name))        # of two, that nearer to the root
+                self._paths.setdefault(name, Path(folder, name))        # of two, the first
 
     def find(self, name: str) -> Path | None:
         return self._paths.get(name)
