@@ -21,16 +21,15 @@ from emu_jax.evaluate import benchmark, prompts, retrieval
 from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate.session import Session
-from emu_jax.models import emu
-from emu_jax.models.decoder import Decoder, DecoderSize
 
 WORDS = ["a picture of dog", "Question: Short answer:", "red and blue", "is it the answer known?", "one two three four"] * 9
 LAYOUTS = {
-    "coco-caption": lambda root: layouts.karpathy(root, "coco"), "flickr30k": lambda root: layouts.karpathy(root, "flickr30k"),
-    "nocaps": layouts.nocaps,
-    "vqav2": lambda root: layouts.vqa(root, "v2_"), "okvqa": lambda root: layouts.vqa(root, ""), "vizwiz": layouts.vizwiz,
-    "visdial": layouts.visdial, "msvd-qa": lambda root: layouts.video_qa(root, "msvd"), "msrvtt-qa": lambda root: layouts.video_qa(root, "msrvtt"),
-    "nextqa": layouts.nextqa, "mmvet": layouts.mmvet, "coco-t2i": layouts.coco_prompts}
+    "coco-caption": lambda root: layouts.karpathy(root, "coco", 4), "flickr30k": lambda root: layouts.karpathy(root, "flickr30k", 4),
+    "nocaps": lambda root: layouts.nocaps(root, 4),
+    "vqav2": lambda root: layouts.vqa(root, "v2_"), "okvqa": lambda root: layouts.vqa(root, ""), "vizwiz": lambda root: layouts.vizwiz(root, 4),
+    "visdial": layouts.visdial, "msvd-qa": lambda root: layouts.video_qa(root, "msvd", 4),
+    "msrvtt-qa": lambda root: layouts.video_qa(root, "msrvtt", 4),
+    "nextqa": lambda root: layouts.nextqa(root, 4), "mmvet": lambda root: layouts.mmvet(root, 4), "coco-t2i": layouts.coco_prompts}
 SCORES = {"captions": {"CIDEr", "Bleu_4", "ROUGE_L"}, "vqa": {"accuracy"}, "exact_match": {"exact_match"},
           "wups": {"wups@0", "wups@0.9", "wups@0/CW"}, "visdial": {"ndcg", "mrr", "recall@5"}, "judge": {"count"}, "fid": {"fid"}}
 
@@ -47,11 +46,9 @@ def root(tmp_path_factory):
     tokenizer.train(WORDS, 140, root / "tokenizer.json")
     for name, added in (("emu", 4), ("chat", 6)):
         c = make.cfg("model.llama.vocab=140", f"model.llama.added={added}", f"data.tokenizer={root}/tokenizer.json", "data.tokens=512")
-        params = emu.init(emu.Emu, emu.EmuSize.of(c.model.to_dict()), jax.random.key(0))
-        save(root / name, c, jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params))
-    c = make.decoder_cfg("optim.ema=0.0")
-    size = DecoderSize.of(c.model.to_dict())
-    save(root / "decoder", c, emu.init(Decoder, size, jax.random.key(0)))
+        save(root / name, c, make.random_params(make.program(c)))
+    c = make.decoder_cfg("optim.ema=0.0", "drawing.sampler=ddim", "drawing.steps=2")
+    save(root / "decoder", c, make.random_params(make.program(c)))
     save(root / "inception", c, {"x": jnp.zeros(2)})
     dictionary.write(root / "wordnet")
     return root
@@ -223,11 +220,11 @@ def test_a_folder_of_other_settings_or_of_damaged_lines_is_one_line(root, data, 
 # During training
 
 def test_during_training_the_numbers_are_the_commands(root, data, tmp_path, monkeypatch):
-    assert call(root, data, "vqav2", f"--out={tmp_path}", "--limit=3") == 0
+    assert call(root, data, "vqav2", f"--out={tmp_path}", "--limit=2") == 0
     task = TASKS["vqav2"]
     monkeypatch.setitem(TASKS, "vqav2", dataclasses.replace(task, options=dataclasses.replace(task.options, beams=1)))
     c = config.from_dict(checkpoint.read_config(str(root / "emu")))
-    c.eval.tasks = (("vqav2", str(data("vqav2")), 3),)
+    c.eval.tasks = (("vqav2", str(data("vqav2")), 2),)
     program = make.program(c)
     session = Session.load(str(root / "emu"))
     evaluate = train.benchmarks(program, sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1]), session.tokenizer, c)
