@@ -39,7 +39,8 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
         negative="empty"))              # guidance leads away from what the model makes of the empty prompt (the release), or from "zeros"
     c.eval = ConfigDict(dict(
         every=0,                        # steps between evaluations on the held-out split; 0: never
-        batches=8))                     # how many global batches of it
+        batches=8,                      # how many global batches of it
+        tasks=()))                      # and benchmarks, scored as emu_jax.evaluate does: (task, "FOLDER", its first N examples) rows
     return c
 
 

@@ -133,6 +133,11 @@ class Checkpoints:
                 log.warning("cannot remove %s: %s", path, error)
 
 
+def newest(directory: str) -> int:
+    """The step of the newest whole checkpoint in a run's workdir, or of the one that `directory` is. Raises UserError when there is none."""
+    return _newest(*_locate(directory, None), _notes)[0]
+
+
 def read_config(directory: str, step: int | None = None) -> dict:
     """The config in the newest whole checkpoint. directory: a run's workdir, or one step, workdir/checkpoints/1000.
 

@@ -25,6 +25,8 @@ from emu_jax.config import UserError
 from emu_jax.data import conditions
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Item, Loader
+from emu_jax.evaluate import benchmark
+from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate import pixels
 from emu_jax.generate.options import Options
 from emu_jax.generate.session import Session
@@ -38,7 +40,7 @@ from emu_jax.types import Batch
 log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "drawing.", "eval.every", "eval.batches", "data.prefetch", "data.workers",
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "drawing.", "eval.every", "eval.batches", "eval.tasks", "data.prefetch", "data.workers",
               "data.readers", "data.patience", "data.retries")
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
@@ -80,7 +82,9 @@ def train(c: ConfigDict) -> loop.State:
         make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
                               process=jax.process_index(), processes=jax.process_count(), conditions=c.data.conditions)
         loader = make_loader()
-        evaluate = held_out(program, mesh, make_loader(eval=True), c) if c.data.eval_mixture else None
+        evaluations = [held_out(program, mesh, make_loader(eval=True), c)] if c.data.eval_mixture else []
+        evaluations += [benchmarks(program, mesh, tokenizer, c)] if c.eval.tasks else []
+        evaluate = (lambda params: {name: value for one in evaluations for name, value in one(params).items()}) if evaluations else None
 
         # State: resume, else weights, else scratch.
         workdir = Path(c.workdir)
@@ -295,6 +299,29 @@ def held_out(program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: 
             total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
         loader.close()
         return means(jax.device_get(total), loader.source_names)
+    return evaluate
+
+
+def benchmarks(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
+               c: ConfigDict) -> Callable[[tree.Tree], dict[str, float]]:
+    """evaluate(params): the numbers of `eval.tasks`, each "task/number". Raises UserError, before anything is trained, for what it cannot ask."""
+    if program.stage.module is not emu.Emu:
+        raise UserError(f"eval.tasks: a model of the stage {c.stage!r} answers nothing")
+    asked = []
+    for row in c.eval.tasks:
+        if not isinstance(row, (tuple, list)) or list(map(type, row)) != [str, str, int] or row[2] < 1:
+            raise UserError(f"eval.tasks: {row!r} is no (task, \"FOLDER\", number of examples)")
+        task, folder, count = row
+        if task not in TASKS or TASKS[task].metric in ("wups", "judge", "fid"):
+            able = ", ".join(name for name, its in TASKS.items() if its.metric not in ("wups", "judge", "fid"))
+            raise UserError(f"eval.tasks: {task!r} is none of {able}")
+        asked.append((benchmark.Settings(task, c.workdir, 0, folder, TASKS[task].split), count))
+        benchmark.plan(asked[-1][0], limit=count)
+
+    def evaluate(params: tree.Tree) -> dict[str, float]:
+        session = Session(program.size, params, tokenizer, context=c.data.tokens, mesh=mesh)
+        return {f"{settings.task}/{name}": value for settings, count in asked for name, value in
+                benchmark.numbers(session, settings, limit=count).items()}
     return evaluate
 
 

@@ -13,12 +13,13 @@ ORDER = (
     ("sharding",),
     ("models/*", "data/*"),
     ("losses", "optim", *(f"weights/{name}" for name in (
-        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "stable_diffusion", "families"))),
+        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "stable_diffusion", "inception", "families"))),
     ("stages",),
     ("checkpoint",),
     ("journal",),
     ("loop", "generate/*", "weights/transfer"),
-    ("evaluate/*", "verify/*"),
+    ("evaluate/*",),
+    ("verify/*",),
     ("train",),
     ("fit", "*/__main__"),
 )

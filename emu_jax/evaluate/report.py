@@ -208,7 +208,7 @@ def _running_mean(points: Curve) -> Curve:
     return [(x, float(np.mean(values[max(0, k - reach):k + reach + 1]))) for k, (x, _) in enumerate(points)]
 
 
-def _picture(image: UInt8[np.ndarray, "h w 3"], label: str, style: str = "") -> str:
+def picture(image: UInt8[np.ndarray, "h w 3"], label: str, style: str = "") -> str:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", optimize=True)
     return f'<img{style} src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{escape(label)}" title="{escape(label)}">'
@@ -252,7 +252,7 @@ def _card(told: Told) -> str:
     said = escape(told.said) or "(nothing)"
     other = "" if right else f"<div><small>true:</small> {escape(told.true)}</div>"
     near = f"<div><small>nearest in pixels: {escape(told.nearest)}</small></div>" if told.nearest is not None else ""
-    return (f'<div class="card told {"right" if right else "wrong"}">{_picture(told.image, told.true)}'
+    return (f'<div class="card told {"right" if right else "wrong"}">{picture(told.image, told.true)}'
             f'<div><div class="said">{"✓" if right else "✗"} {said}</div>{other}{near}</div></div>')
 
 
@@ -274,7 +274,7 @@ def _stories(result: Result) -> str:
 def _in_context(result: Result) -> str:
     if not result.in_context:
         return ""
-    given = lambda told: (f'<div class="told">{_picture(told.image, told.true)}<div><small>given</small><div>{escape(told.true)}</div></div></div>')
+    given = lambda told: (f'<div class="told">{picture(told.image, told.true)}<div><small>given</small><div>{escape(told.true)}</div></div></div>')
     fours = "".join(f'<div class="card story">{"".join(map(given, four[:3]))}{_card(four[3])}</div>' for four in result.in_context[:IN_CONTEXT])
     return f"""<h2>Examples in context</h2>
 <p>Three training drawings with their names, and then a fourth: the model reads all that and goes on. It was trained on one drawing and its name
@@ -286,7 +286,7 @@ at a time, so what helps with one can disturb among four: {_percent(result.numbe
 def _retrieval(drawn: list[Drawn]) -> str:
     rows = "<tr><th>name</th><th>place</th><th>nearest five</th></tr>"
     for query in (query for held_out, count in QUERIES.items() for query in [q for q in drawn if q.held_out == held_out][:count]):
-        pictures = "".join(_picture(image, name, ' class="hit"' if name == query.name else "") for name, image in query.found)
+        pictures = "".join(picture(image, name, ' class="hit"' if name == query.name else "") for name, image in query.found)
         mark = "<br><small class=soft>held out</small>" if query.held_out else ""
         rows += (f'<tr><td>{escape(query.name)}{mark}</td><td class="number">'
                  f'<span class="mark {"right" if query.rank < len(query.found) else "wrong"}">{query.rank + 1:,}</span></td>'

@@ -22,6 +22,7 @@ The rows of new tokens are the mean of the old ones. Of T5's decoder: all but th
 cross-attention, which read another width. A chat model's LoRA is merged into its weights.
 stable-diffusion: one folder of diffusers', of which unet, vae and the scheduler's config are read. Its condition may have another width than the
 model's: what reads it is fresh then where training starts from DIR (--config.init=EMU,DIR).
+inception: the network of FID, for python -m emu_jax.evaluate --inception=DIR; a checkpoint of its own.
 With --config=FILE the sources must fit its model; without, configs/pretrain.py (stable-diffusion: configs/decoder.py) takes their towers' sizes.
 --config.FIELD=VALUE as in training.
 """
@@ -70,7 +71,7 @@ def import_(arguments: list[str]) -> int:
     print(*transfer.summary(made), sep="\n", flush=True)
     if not flags.dry_run:
         transfer.write(made, flags.to)
-        print(f"{flags.to}: start from it with --config.init={flags.to}")
+        print(f"{flags.to}: {made.parts[0].family.use.format(to=flags.to)}")
     return 0
 
 

@@ -49,6 +49,7 @@ class Family:
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
     components: tuple[str, ...] = ()
     adapts: tuple[str, str] | None = None
+    use: str = "start from it with --config.init={to}"
 
 
 def layers(shapes: Shapes, pattern: str) -> int | None:
