@@ -31,7 +31,7 @@ from emu_jax.generate.session import Session
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT
-from emu_jax.models.decoder import resized
+from emu_jax.models.decoder import DecoderSize, resized
 from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
@@ -176,6 +176,8 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     if "contrast" in abstract and c.model.vision.image % READOUT:
         raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
     check_conditions(c, abstract)
+    if "unet" in abstract:
+        pixels.check(DecoderSize.of(c.model.to_dict()).diffusion, c.drawing)
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     size = lambda part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])

@@ -1,4 +1,4 @@
-"""python -m emu_jax.evaluate --task=demo --checkpoint=DIR [--data=data/demo] [--warmup=DIR] [--out=DIR]: numbers, and a page to look at.
+"""python -m emu_jax.evaluate --task=demo --checkpoint=DIR [--decoder=DIR] [--data=data/demo] [--warmup=DIR] [--out=DIR]: numbers, and a page.
 
 Read next: demo.py, report.py.
 """
@@ -14,17 +14,17 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 2 for what the user can put right, said in one line."""
     try:
         flags = _parse(arguments)
-        print(demo(flags.checkpoint, flags.data, flags.warmup, flags.out))
+        print(demo(flags.checkpoint, flags.data, flags.warmup, flags.decoder, flags.out))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def demo(checkpoint: str, data: str, warmup: str | None, out: str | None) -> Path:
+def demo(checkpoint: str, data: str, warmup: str | None, decoder: str | None, out: str | None) -> Path:
     """Prints the numbers, writes results.json and report.html into `out`, and returns the page's path."""
     from emu_jax.evaluate import demo, history, report  # these take seconds to import: a wrong flag is answered at once
-    result = demo.evaluate(checkpoint, data, warmup)
+    result = demo.evaluate(checkpoint, data, warmup, decoder)
     width = max(map(len, result.numbers))
     print("\n".join(f"{name:{width}}  {_shown(value)}" for name, value in result.numbers.items()))
     verdict = {True: "reached", False: "NOT reached", None: "not measured"}
@@ -61,6 +61,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="a run's workdir, or one of its checkpoints")
     parser.add_argument("--data", default="data/demo", help="what `python -m emu_jax.data build --kind=openmoji` wrote")
     parser.add_argument("--warmup", help="the run that warmed the encoder up; by default where the run's config says it started")
+    parser.add_argument("--decoder", help="the run of the stage decoder that draws its visual tokens; without it no pictures are drawn")
     parser.add_argument("--out", help="directory for results.json and report.html; by default the run's")
     return parser.parse_args(arguments)
 
