@@ -1,5 +1,5 @@
-"""What a run tells: metrics.jsonl (one object a line), TensorBoard, and how long it still takes: a bar on a terminal, else a line
-of the log a minute. On process 0 only.
+"""What a run tells: metrics.jsonl (one object a line), TensorBoard, pictures/STEP.png, and how long it still takes: a bar on a terminal,
+else a line of the log a minute. On process 0 only.
 
 Read next: loop.py, which calls it a step late, so that it never waits for the device.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -68,8 +69,13 @@ class Journal:
             self.told = now
 
     def pictures(self, step: int, images: np.ndarray, captions: list[str]) -> None:
-        """Images [M, h, w, 3] and what was said of them, to TensorBoard."""
+        """Images [M, h, w, 3] and what was said of them, to TensorBoard; the images also to disk, one below the other."""
         if self.active:
+            try:
+                self.path.with_name("pictures").mkdir(exist_ok=True)
+                Image.fromarray(np.concatenate(images)).save(self.path.with_name("pictures") / f"{step}.png")
+            except OSError as error:
+                log.warning("the pictures of step %d are not on disk: %s", step, error.strerror or error)
             self.board.add_images("images", images, step, dataformats="NHWC")
             self.board.add_text("captions", "\n\n".join(f"{number}. {text}" for number, text in enumerate(captions)), step)
 

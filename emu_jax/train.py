@@ -104,7 +104,11 @@ def train(c: ConfigDict) -> loop.State:
         # Train.
         journal = Journal(workdir, start=step, steps=c.optim.steps)
         try:
-            draws = drawings(program, c) if "unet" in abstract else pictures(program, mesh, tokenizer, c.data.tokens) if "llama" in abstract else None
+            draws = None
+            if "unet" in abstract and c.log.pictures_every:
+                draws = drawings(program, c, make_loader)
+            elif "llama" in abstract:
+                draws = pictures(program, mesh, tokenizer, c.data.tokens)
             return loop.run(c, program, state, mesh, loader, checkpoints, journal, evaluate, pictures=draws)
         finally:
             loader.close()
@@ -305,10 +309,12 @@ def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenize
     return show
 
 
-def drawings(program: loop.Program, c: ConfigDict) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
-    """drawings(params, item): some images of a batch, each beside what the decoder makes of it, always with the same seeds, and led away
-    from zeros: nothing is generated here."""
-    side, how = program.size.image, {name: c.drawing[name] for name in pixels.HOW}
+def drawings(program: loop.Program, c: ConfigDict, make_loader: Callable[[], Loader]) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+    """drawings(params, item): the first images of the data, each beside what the decoder makes of it, always the same ones with the same seeds,
+    and led away from zeros: nothing is generated here."""
+    side, how, first = program.size.image, {name: c.drawing[name] for name in pixels.HOW}, make_loader()
+    rows = jax.tree.map(lambda x: jnp.asarray(x[:PICTURES]), next(iter(first)).batch)
+    first.close()
 
     def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         condition = program.module(params).conditions(batch)
@@ -316,8 +322,7 @@ def drawings(program: loop.Program, c: ConfigDict) -> Callable[[tree.Tree, Item]
         return images, pixels.draw(program.size, params, condition, jnp.arange(len(condition)), **how)
     both = jax.jit(both)
 
-    def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
-        rows = jax.tree.map(lambda x: jnp.asarray(x[:PICTURES]), item.batch)
+    def show(params: tree.Tree, _: Item) -> tuple[np.ndarray, list[str]]:
         images = np.concatenate([np.asarray(part) for part in both(params, rows)], 2)
         held = np.asarray(rows.image_slots).ravel() < rows.tokens.shape[1]
         return images[held], ["left the image, right as it is drawn"]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from emu_jax import journal
 from emu_jax.journal import Journal, means
@@ -80,7 +81,17 @@ def test_scalars_pictures_and_captions_reach_tensorboard(tmp_path):
     told.pictures(1, np.zeros((2, 8, 8, 3), np.uint8), ["a red cat", "two dogs"])
     told.close()
     board = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    with Image.open(tmp_path / "pictures/1.png") as saved:
+        assert saved.size == (8, 16)
     assert all(word in board for word in (b"image_loss", b"PNG", b"0. a red cat", b"1. two dogs"))
+
+
+def test_pictures_that_do_not_fit_on_the_disk_stop_no_run(tmp_path, caplog):
+    told = Journal(tmp_path, start=0, steps=9)
+    (tmp_path / "pictures").write_text("")
+    told.pictures(1, np.zeros((1, 8, 8, 3), np.uint8), ["a red cat"])
+    told.close()
+    assert "the pictures of step 1 are not on disk" in caplog.text
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
