@@ -50,5 +50,5 @@ def decoder(condition: int) -> ConfigDict:
         diffusion=dict(
             steps=1000, beta_start=0.00085, beta_end=0.012,
             zero_snr=False,             # end the schedule in noise alone; with "v"
-            target="epsilon",           # or "v" (SD 2.1), or "flow"
+            target="epsilon",           # or "v" (SD 2.1), "flow" or "x0"
             min_snr=0.0)))              # cut the loss's weights at this signal-to-noise ratio (5.0 is usual); 0: all are 1

@@ -181,7 +181,7 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
     check_conditions(c, abstract)
     if "unet" in abstract:
-        pixels.check(DecoderSize.of(c.model.to_dict()).diffusion, c.drawing)
+        pixels.check(DecoderSize.of(c.model.to_dict()).diffusion, c.drawing.to_dict())
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     size = lambda part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])

@@ -111,7 +111,7 @@ def test_two_steps_a_cut_and_two_more_are_four(made, whole, tmp_path):
     (["data.conditions=nowhere"], "no conditions in 'nowhere'"),
     (["data.images=2"], "set data.images=1"),
     (["drawing.sampler=dim"], "no sampler 'dim'"),
-    (["model.decoder.diffusion.target=x0"], "is not one of epsilon, v, flow")])
+    (["model.decoder.diffusion.target=noise"], "is not one of epsilon, v, flow, x0")])
 def test_bad_input_is_one_line_and_leaves_nothing(made, overrides, told, tmp_path, capsys):
     assert train.main(made(tmp_path / "run", *overrides)) == 2
     error = capsys.readouterr().err
