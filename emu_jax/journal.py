@@ -50,8 +50,9 @@ class Journal:
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
-        self.start, self.steps = start, steps
-        self.began = self.told = time.monotonic()
+        self.steps = steps
+        self.first: tuple[int, float] | None = None     # the first step told, which was compiled for, and when
+        self.told = 0.0
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, for `step` batches consumed. Numbers that are not finite are null in the line (JSON has none)."""
@@ -63,9 +64,16 @@ class Journal:
             self.board.add_scalar(name, value, step)
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "text_loss", "image_loss") if name in values}, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and "loss" in values and (now := time.monotonic()) - self.told >= EVERY:
-            left = (now - self.began) / (step - self.start) * (self.steps - step)
-            log.info("step %d of %d, loss %.4g, about %d minutes left", step, self.steps, values["loss"], math.ceil(left / 60))
+        if self.bar.disable and "loss" in values:
+            self._tell(step, values["loss"], time.monotonic())
+
+    def _tell(self, step: int, loss: float, now: float) -> None:
+        if self.first is None:
+            self.first, self.told = (step, now), now
+        elif now - self.told >= EVERY:
+            first, began = self.first
+            left = (now - began) / (step - first) * (self.steps - step)
+            log.info("step %d of %d, loss %.4g, about %d minutes left", step, self.steps, loss, math.ceil(left / 60))
             self.told = now
 
     def pictures(self, step: int, images: np.ndarray, captions: list[str]) -> None:

@@ -107,7 +107,7 @@ def train(c: ConfigDict) -> loop.State:
             draws = None
             if "unet" in abstract and c.log.pictures_every:
                 draws = drawings(program, c, make_loader)
-            elif "llama" in abstract:
+            elif "llama" in abstract and c.log.pictures_every:
                 draws = pictures(program, mesh, tokenizer, c.data.tokens)
             return loop.run(c, program, state, mesh, loader, checkpoints, journal, evaluate, pictures=draws)
         finally:

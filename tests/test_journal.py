@@ -48,10 +48,10 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 
 def test_without_a_terminal_the_log_says_how_long_it_takes(tmp_path, caplog, monkeypatch):
-    clock = iter([0.0, 30.0, 120.0, 121.0])         # the journal's beginning, and each step's end
+    clock = iter([500.0, 530.0, 620.0, 621.0])      # when each step is told; the first one was compiled for
     monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with caplog.at_level("INFO", "emu_jax.journal"):
-        tell(tmp_path, 3, [4, 5, 6])
+        tell(tmp_path, 2, [3, 4, 5, 6])
     assert [record.getMessage() for record in caplog.records] == ["step 5 of 9, loss 5, about 4 minutes left"]
 
 
