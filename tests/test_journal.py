@@ -43,7 +43,7 @@ def test_a_line_is_there_as_soon_as_it_is_written(tmp_path):
 def test_what_is_not_finite_is_null(tmp_path):
     told = Journal(tmp_path, start=0, steps=9)
     told.write(1, {"loss": float("nan"), "norm": float("inf"), "bad": -float("inf"), "rate": 2.0})
-    journal.close()
+    told.close()
     assert lines(tmp_path) == [{"step": 1, "loss": None, "norm": None, "bad": None, "rate": 2.0}]
 
 

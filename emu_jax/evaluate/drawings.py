@@ -28,7 +28,7 @@ class Picture(NamedTuple):
     caption: str
     image: Pixels
     encoded: Pixels
-    said: Pixels
+    regressed: Pixels
 
 
 class Blend(NamedTuple):
@@ -43,8 +43,8 @@ def pictures(session: Session, paint: Painter, captions: list[str], images: UInt
     """The first AMONG images, drawn twice."""
     captions, images = captions[:AMONG], images[:AMONG]
     encoded = _painted(paint, session.encode(images))
-    said = _painted(paint, session.images([[caption] for caption in captions]))
-    return [Picture(*row) for row in zip(captions, _small(paint, images), encoded, said, strict=True)]
+    regressed = _painted(paint, session.images([[caption] for caption in captions]))
+    return [Picture(*row) for row in zip(captions, _small(paint, images), encoded, regressed, strict=True)]
 
 
 def blends(session: Session, paint: Painter, captions: list[str], images: UInt8[np.ndarray, "M h w 3"]) -> list[Blend]:
@@ -60,7 +60,7 @@ def numbers(group: str, drawn: list[Picture]) -> dict[str, int | float]:
     """How many pictures of a group there are, and the shares that find their own image first, and among the first five."""
     images = np.stack([picture.image for picture in drawn])
     found: dict[str, int | float] = {f"pictures_{group}_count": len(drawn)}
-    for source in ("encoded", "said"):
+    for source in ("encoded", "regressed"):
         place = places(np.stack([getattr(picture, source) for picture in drawn]), images)
         found |= {f"pictures_{group}_{source}_top{top}": float((place < top).mean()) for top in TOP}
     return found

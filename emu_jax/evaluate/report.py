@@ -49,7 +49,7 @@ code { overflow-wrap: anywhere; }
 .soft, figcaption, th { color: var(--soft); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px; min-width: 0; }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least, 320px)), 1fr)); margin-top: 12px; }
-.grid + p { margin-top: 26px; }
+.grid + p, .card + p { margin-top: 26px; }
 .scroll { overflow-x: auto; padding: 4px 14px; }
 table { border-collapse: collapse; width: 100%; font-size: .94rem; }
 th, td { text-align: left; padding: 8px 14px 8px 0; border-top: 1px solid var(--line); }
@@ -299,10 +299,10 @@ def _pictures(result: Result) -> str:
     head = "<tr><th>pictures</th><th>number</th><th>of visual tokens: first</th><th>in five</th><th>of the caption: first</th><th>in five</th></tr>"
     rows, shown = "", {}
     for group, label in (("names_train", "training drawings"), ("names_held_out", "held-out drawings"), ("scenes_held_out", "held-out scenes")):
-        scores = (f"pictures_{group}_{source}_top{top}" for source in ("encoded", "said") for top in (1, 5))
+        scores = (f"pictures_{group}_{source}_top{top}" for source in ("encoded", "regressed") for top in (1, 5))
         rows += (f'<tr><td>{label}</td><td class="number">{n[f"pictures_{group}_count"]}</td>' +
                  "".join(f'<td class="number">{_percent(n[score])}</td>' for score in scores) + "</tr>")
-        cards = (_row(picture.caption, list(zip((picture.image, picture.encoded, picture.said), PARTS, strict=True)))
+        cards = (_row(picture.caption, list(zip((picture.image, picture.encoded, picture.regressed), PARTS, strict=True)))
                  for picture in result.pictures[group][:PICTURES[group]])
         shown[group] = f'<div class="grid" style="--least: 150px">{"".join(cards)}</div>'
     return f"""<h2>Drawn</h2>
@@ -311,7 +311,7 @@ tokens. In each card: the image, what is drawn of the visual tokens that the enc
 regresses from the caption alone. In how many cases is the image the one nearest to its picture in pixels, of all in its row of the table, or
 among the nearest five?</p>
 <div class="card scroll"><table>{head}{rows}</table></div>
-<p></p><p>Training drawings.</p>
+<p>Training drawings.</p>
 {shown["names_train"]}
 <p>Scenes of combinations it has never seen. A caption does not say where exactly its drawings are, so the picture need not be the image.</p>
 {shown["scenes_held_out"]}

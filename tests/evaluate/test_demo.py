@@ -286,7 +286,7 @@ def test_the_command_with_a_decoder(data, runs, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     numbers, targets = results["numbers"], {target["what"]: target for target in results["targets"]}
     assert [numbers[f"pictures_{group}_count"] for group in ("names_train", "names_held_out", "scenes_held_out")] == [4, 4, 8]
-    for source, target in (("encoded", "picture of a drawing's visual tokens"), ("said", "picture of a drawing's name")):
+    for source, target in (("encoded", "picture of a drawing's visual tokens"), ("regressed", "picture of a drawing's name")):
         found, = (value for what, value in targets.items() if what.startswith(target))
         assert found["value"] == numbers[f"pictures_names_train_{source}_top5"] == 1.0      # among four
         assert 0 <= numbers[f"pictures_scenes_held_out_{source}_top1"] <= numbers[f"pictures_scenes_held_out_{source}_top5"] <= 1

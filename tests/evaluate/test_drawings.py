@@ -53,7 +53,7 @@ def test_pictures_that_are_all_the_same_find_nothing():
     assert drawings.places(same, same).min() == 59
     found = drawings.numbers("x", [drawings.Picture("", image, image, same[0]) for image in IMAGES])
     assert found == {"pictures_x_count": 60, "pictures_x_encoded_top1": 1, "pictures_x_encoded_top5": 1,
-                     "pictures_x_said_top1": pytest.approx(1 / 60), "pictures_x_said_top5": pytest.approx(5 / 60)}
+                     "pictures_x_regressed_top1": pytest.approx(1 / 60), "pictures_x_regressed_top5": pytest.approx(5 / 60)}
 
 
 def test_each_image_is_drawn_of_its_tokens_and_of_its_caption():
@@ -61,7 +61,7 @@ def test_each_image_is_drawn_of_its_tokens_and_of_its_caption():
     drawn = drawings.pictures(Colours(), paint, captions, IMAGES)
     assert paint.asked == 2 * [40, 20] and [picture.caption for picture in drawn] == captions
     for k, picture in enumerate(drawn):
-        assert picture.image.shape == (2, 2, 3) and (picture.said == np.round(k / 2)).all()
+        assert picture.image.shape == (2, 2, 3) and (picture.regressed == np.round(k / 2)).all()
         assert (picture.encoded == np.round(IMAGES[k].mean((0, 1)))).all()
 
 
