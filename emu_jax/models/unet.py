@@ -138,8 +138,8 @@ class UNet(nnx.Module):
         C, last, places = size.widths, len(size.widths) - 1, size.patch ** 2
         self.time = Time(size, rngs)
         if size.pooled:
-            N, D = size.pooled, size.condition
-            self.pooled = layers.Linear("bnD,nDt->bt", (N, D, size.time), std=(N * D) ** -0.5, rngs=rngs)
+            side_by_side = size.pooled * size.condition
+            self.pooled = layers.Linear("bk,kt->bt", (side_by_side, size.time), std=side_by_side ** -0.5, rngs=rngs)
         self.conv_in = Conv(places * size.channels_in, C[0], rngs=rngs)
         down, skips = [], [C[0]]
         for level, count in enumerate(size.resnets):
@@ -170,7 +170,7 @@ class UNet(nnx.Module):
         time = once(self.time, plain, waves, where="time")
         condition = condition.astype(x.dtype)
         if size.pooled:
-            time = time + once(self.pooled, plain, condition, where="pooled")
+            time = time + once(self.pooled, plain, rearrange(condition, "b n D -> b (n D)"), where="pooled")
 
         def step(level, place, x, where):
             x = once(level.resnets[str(place)], plain, x, time, where=f"{where}/resnets/{place}")
