@@ -33,7 +33,7 @@ from emu_jax.generate.session import Session
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT
-from emu_jax.models.decoder import resized
+from emu_jax.models.decoder import DecoderSize, resized
 from emu_jax.models.unet import CONDITIONED
 from emu_jax.types import Batch
 
@@ -107,7 +107,11 @@ def train(c: ConfigDict) -> loop.State:
         # Train.
         journal = Journal(workdir, start=step, steps=c.optim.steps)
         try:
-            draws = drawings(program, c) if "unet" in abstract else pictures(program, mesh, tokenizer, c.data.tokens) if "llama" in abstract else None
+            draws = None
+            if "unet" in abstract and c.log.pictures_every:
+                draws = drawings(program, c, make_loader)
+            elif "llama" in abstract and c.log.pictures_every:
+                draws = pictures(program, mesh, tokenizer, c.data.tokens)
             return loop.run(c, program, state, mesh, loader, checkpoints, journal, evaluate, pictures=draws)
         finally:
             loader.close()
@@ -179,6 +183,8 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     if "contrast" in abstract and c.model.vision.image % READOUT:
         raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
     check_conditions(c, abstract)
+    if "unet" in abstract:
+        pixels.check(DecoderSize.of(c.model.to_dict()).diffusion, c.drawing.to_dict())
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     size = lambda part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
@@ -335,10 +341,12 @@ def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenize
     return show
 
 
-def drawings(program: loop.Program, c: ConfigDict) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
-    """drawings(params, item): some images of a batch, each beside what the decoder makes of it, always with the same seeds, and led away
-    from zeros: nothing is generated here."""
-    side, how = program.size.image, {name: c.drawing[name] for name in pixels.HOW}
+def drawings(program: loop.Program, c: ConfigDict, make_loader: Callable[[], Loader]) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+    """drawings(params, item): the first images of the data, each beside what the decoder makes of it, always the same ones with the same seeds,
+    and led away from zeros: nothing is generated here."""
+    side, how, first = program.size.image, {name: c.drawing[name] for name in pixels.HOW}, make_loader()
+    rows = jax.tree.map(lambda x: jnp.asarray(x[:PICTURES]), next(iter(first)).batch)
+    first.close()
 
     def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         condition = program.module(params).conditions(batch)
@@ -346,8 +354,7 @@ def drawings(program: loop.Program, c: ConfigDict) -> Callable[[tree.Tree, Item]
         return images, pixels.draw(program.size, params, condition, jnp.arange(len(condition)), **how)
     both = jax.jit(both)
 
-    def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
-        rows = jax.tree.map(lambda x: jnp.asarray(x[:PICTURES]), item.batch)
+    def show(params: tree.Tree, _: Item) -> tuple[np.ndarray, list[str]]:
         images = np.concatenate([np.asarray(part) for part in both(params, rows)], 2)
         held = np.asarray(rows.image_slots).ravel() < rows.tokens.shape[1]
         return images[held], ["left the image, right as it is drawn"]

@@ -179,7 +179,7 @@ def test_a_run_leaves_its_config_its_checkpoints_and_tensorboard(whole, data, wa
     assert checkpoint.read_config(str(whole)) == json.loads((whole / "config.json").read_text())
     board = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
     assert all(word in board for word in (b"image_loss/scenes", b"eval/text_loss", b"PNG", b"captions"))
-    assert {path.name for path in whole.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard"}
+    assert {path.name for path in whole.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "pictures", "tensorboard"}
 
 
 def test_the_warm_up_starts_the_run_and_what_is_frozen_stays(whole, warm):

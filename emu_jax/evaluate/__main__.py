@@ -1,5 +1,5 @@
 """python -m emu_jax.evaluate --task=T --data=DIR --checkpoint=DIR [--shots=K] [--limit=N]: a benchmark, and a page to look at.
-python -m emu_jax.evaluate --task=demo --checkpoint=DIR: the demo's numbers and page.
+python -m emu_jax.evaluate --task=demo --checkpoint=DIR [--decoder=DIR]: the demo's numbers and page.
 python -m emu_jax.evaluate score --metric=NAME --predictions=FILE --references=FILE: scores of predictions, without a model (--help: the layouts).
 
 Read next: benchmark.py; demo.py, report.py; score.py.
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(scores(arguments[1:]), indent=1, ensure_ascii=False))
             return 0
         flags = _parse(arguments)
-        print(demo(flags.checkpoint, flags.data or "data/demo", flags.warmup, flags.out) if flags.task == "demo" else benchmark(flags))
+        print(demo(flags.checkpoint, flags.data or "data/demo", flags.warmup, flags.decoder, flags.out) if flags.task == "demo" else benchmark(flags))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -33,10 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def demo(checkpoint: str, data: str, warmup: str | None, out: str | None) -> Path:
+def demo(checkpoint: str, data: str, warmup: str | None, decoder: str | None, out: str | None) -> Path:
     """Prints the numbers, writes results.json and report.html into `out`, and returns the page's path."""
     from emu_jax.evaluate import demo, history, report  # these take seconds to import: a wrong flag is answered at once
-    result = demo.evaluate(checkpoint, data, warmup)
+    result = demo.evaluate(checkpoint, data, warmup, decoder)
     width = max(map(len, result.numbers))
     print("\n".join(f"{name:{width}}  {_shown(value)}" for name, value in result.numbers.items()))
     verdict = {True: "reached", False: "NOT reached", None: "not measured"}
@@ -126,7 +126,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
     parser.add_argument("--tokenizer", metavar="FILE", help="if it is not where the checkpoint's config says")
     parser.add_argument("--wordnet", metavar="DIR", help="nextqa: WordNet's files")
-    parser.add_argument("--decoder", metavar="DIR", help="coco-t2i: a run of the stage decoder")
+    parser.add_argument("--decoder", metavar="DIR", help="demo, coco-t2i: a run of the stage decoder, which draws")
     parser.add_argument("--inception", metavar="DIR", help="coco-t2i: what `python -m emu_jax.weights import --family=inception` made")
     parser.add_argument("--host", type=int, default=0, metavar="K", help="which of --hosts this is, from 0 (0)")
     parser.add_argument("--hosts", type=_count, metavar="N", help="how many share the work; by default the processes that JAX knows of")

@@ -46,7 +46,8 @@ def unet(size: UNetSize, side: int, tokens: int) -> int:
         return _resnet(width_in, size.widths[level], places[level]) + 2 * size.time * size.widths[level]
 
     ends = 18 * places[0] * size.patch ** 2 * (size.channels_in + size.channels_out) * size.widths[0]
-    total = ends + 2 * size.time * (size.widths[0] + size.time) + 2 * resnet(size.widths[last], last) + transformer(last)
+    time = 2 * size.time * (size.widths[0] + size.time + size.pooled * size.condition)
+    total = ends + time + 2 * resnet(size.widths[last], last) + transformer(last)
     skips = [size.widths[0]]
     for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):
         total += resnet(skips[-1], level) + (count - 1) * resnet(C, level) + count * size.attends_down[level] * transformer(level)

@@ -188,7 +188,7 @@ def test_the_papers_decoder():
     ("model.decoder.condition=drawn", "is not one of generated, teacher_forced, encoded"),
     ("model.decoder.unet.condition=16", "unet.condition=16: the model's visual tokens have the width 32"),
     ("model.decoder.unet.channels_in=4", "4 channels in and 3 out; pixels have 3"),
-    ("model.decoder.diffusion.target=x0", "target='x0' is not one of"),
+    ("model.decoder.diffusion.target=noise", "target='noise' is not one of"),
     ("model.decoder.diffusion.zero_snr=true", "use target='v'")])
 def test_parts_that_do_not_fit_are_one_line(override, message):
     with pytest.raises(UserError, match=message):
