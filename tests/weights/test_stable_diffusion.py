@@ -119,8 +119,8 @@ def same(got, want):
 V = PNDM | {"prediction_type": "v_prediction"}
 
 
-@pytest.mark.parametrize(("unet", "schedule", "dtype", "layout"), [(UNET1, PNDM, np.float32, {"shard": 9000}), (UNET2, V, np.float16, {"fp16": True})],
-                         ids=["sd1-shards", "sd2-v-fp16"])
+@pytest.mark.parametrize(("unet", "schedule", "dtype", "layout"), [
+    (UNET1, PNDM, np.float32, {"shard": 9000}), (UNET2, V, np.float16, {"fp16": True})], ids=["sd1-shards", "sd2-v-fp16"])
 def test_export_of_import_of_a_folder_is_the_identity(tmp_path, unet, schedule, dtype, layout):
     arrays = diffusion(tmp_path / "theirs", unet, dtype, schedule=schedule, **layout)
     assert import_(tmp_path / "theirs", tmp_path / "ours") == 0
