@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from emu_jax import tree
+from emu_jax.config import UserError
 from emu_jax.models import emu
 from emu_jax.models.emu import EmuSize
 from emu_jax.weights.convert import Table, Tensors
@@ -53,6 +54,8 @@ class Family:
 
 
 def layers(shapes: Shapes, pattern: str) -> int | None:
-    """One more than the largest number that `pattern` finds in a name."""
+    """One more than the largest number that `pattern` finds in a name. Raises UserError for one that so few tensors cannot reach."""
     found = [int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))]
+    if max(found, default=0) > len(shapes):
+        raise UserError(f"a tensor is of layer {max(found)}, and there are only {len(shapes)} tensors")
     return max(found) + 1 if found else None

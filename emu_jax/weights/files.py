@@ -129,7 +129,7 @@ def _files(source: Path) -> tuple[list[Path], dict[str, str]]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -149,7 +149,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         found = {name: (DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"])) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: wrong header: {type(error).__name__} {str(error).splitlines()[0]}") from error
     end = 0
     for name, (dtype, shape, start, stop) in sorted(found.items(), key=lambda item: item[1][2:]):

@@ -60,8 +60,11 @@ def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, im
     ours: dict[str, tuple[int, ...]] = {}
     parts, homes, problems = [], {}, []
     for family, tensors, foreign in found:
-        size = family.size(c.model.to_dict())
-        ours |= family.shapes(size)
+        try:
+            size = family.size(c.model.to_dict())
+            ours |= family.shapes(size)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{foreign.where}: a model of such sizes cannot be: {' '.join(str(error).split())}") from error
         if image_size and eva_clip.POSITIONS in tensors:
             tensors = eva_clip.resized(tensors, image_size // c.model.vision.patch)
         table = family.table(size)
@@ -200,8 +203,8 @@ def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], fo
     """What the files say of the model against the config, or into it where none was given: then, the fields of which they say nothing; and
     what of a given config gives way (Plan.adapted)."""
     try:
-        said = family.says(shapes, foreign.config)
-    except (UserError, TypeError, AttributeError, ZeroDivisionError) as error:      # a config.json may say anything
+        said, guessed = family.says(shapes, foreign.config), family.assumes(shapes, foreign.config)
+    except (UserError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:       # a config.json may say anything
         raise UserError(f"{foreign.where}: {error}") from error
     if image_size:
         said.pop("vision.image", None)
@@ -222,7 +225,7 @@ def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], fo
     other = [field for field in differ if field.endswith(".width") and any(lacking.split(".")[0] == field.split(".")[0] for lacking in unknown)]
     if other:
         raise UserError(f"{foreign.where} does not say {', '.join(unknown)}, and has no config.json that does: give --config=FILE")
-    for field, value in (family.assumes(shapes, foreign.config) | known).items():
+    for field, value in (guessed | known).items():
         _set(c, field, value, foreign.where)
     return unknown, []
 

@@ -116,11 +116,11 @@ def same(got, want):
         assert (mine.dtype, mine.shape) == (array.dtype, array.shape) and mine.tobytes() == array.tobytes(), name
 
 
+V = PNDM | {"prediction_type": "v_prediction"}
+
+
 @pytest.mark.parametrize(("unet", "schedule", "dtype", "layout"), [
-    (UNET1, PNDM, np.float32, {}), (UNET2, PNDM | {"prediction_type": "v_prediction"}, np.float16, {"fp16": True}),
-    (UNET2, PNDM | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, np.float32, {"shard": 9000}),
-    (UNET1, {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}, np.float32, {})],
-    ids=["sd1", "sd2-v-fp16", "zero-snr-shards", "flow"])
+    (UNET1, PNDM, np.float32, {"shard": 9000}), (UNET2, V, np.float16, {"fp16": True})], ids=["sd1-shards", "sd2-v-fp16"])
 def test_export_of_import_of_a_folder_is_the_identity(tmp_path, unet, schedule, dtype, layout):
     arrays = diffusion(tmp_path / "theirs", unet, dtype, schedule=schedule, **layout)
     assert import_(tmp_path / "theirs", tmp_path / "ours") == 0
@@ -134,21 +134,31 @@ def test_export_of_import_of_a_folder_is_the_identity(tmp_path, unet, schedule, 
         "vae/diffusion_pytorch_model.safetensors"}
 
 
+@pytest.mark.parametrize("schedule", [
+    PNDM, V, V | {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True},
+    {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}], ids=["epsilon", "v", "zero-snr", "flow"])
+@pytest.mark.parametrize("unet", [UNET1, UNET2, SMALL, SD1, SD2 | {"sample_size": 96, "time_embedding_dim": 777}], ids=range(5))
+def test_the_configs_that_are_written_say_what_was_read(unet, schedule):
+    theirs = {"unet": unet, "vae": VAE, "scheduler": schedule}
+    diffusion = dict(beta_start=0.1, beta_end=0.2, zero_snr=False, min_snr=0.0)
+    diffusion |= {name: value for name, value in family.schedule(schedule).items() if value is not None}
+    ours = {"decoder": {"image": 64, "unet": asdict(family.unet_size(unet)), "vae": asdict(family.vae_size(VAE)), "diffusion": diffusion}}
+    written = {path.split("/")[0]: said for path, said in json.loads(json.dumps(family.config_json(ours, 0))).items()}
+    assert family.says({}, written) == family.says({}, theirs) and family.assumes({}, written) == {"decoder.image": 64}
+
+
 def test_pickles_and_old_names_of_a_folder_give_the_same(tmp_path):
     """As Stable Diffusion 1.5 is still to be had: .bin files, and an autoencoder whose attention has its old names."""
-    diffusion(tmp_path / "new")
-    diffusion(tmp_path / "old")
+    want = diffusion(tmp_path)
     for component in ("unet", "vae"):
-        path = tmp_path / "old" / component / "diffusion_pytorch_model.safetensors"
+        path = tmp_path / component / "diffusion_pytorch_model.safetensors"
         arrays = {name: np.asarray(tensor) for name, tensor in files.read([str(path)]).tensors.items()}
         for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
             arrays = {name.replace(f"mid_block.attentions.0.{new}", f"mid_block.attentions.0.{old}") if component == "vae" else name: array
                       for name, array in arrays.items()}
         saved(path.with_suffix(".bin"), arrays)
         path.unlink()
-    for name in ("new", "old"):
-        assert import_(tmp_path / name, tmp_path / f"of-{name}") == 0
-    same(*(dict(tree.leaves(checkpoint.restore_params(str(tmp_path / f"of-{name}")))) for name in ("old", "new")))
+    same(family.canonical(files.components(str(tmp_path), ("unet", "vae")).tensors), want)
 
 
 def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
@@ -233,8 +243,9 @@ def test_tensors_of_another_size_are_listed(tmp_path, capsys):
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_decoder_of_pixels_is_no_stable_diffusion(tmp_path, capsys):
-    folder(tmp_path / "emu", small(), "llama")
-    assert main(["import", "--family=llama", str(tmp_path / "emu"), f"--to={tmp_path / 'ours'}", "--config=configs/base.py:debug"]) == 0
-    assert main(["export", "--family=stable-diffusion", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}"]) == 2
-    assert "holds no whole stable-diffusion: its model has no decoder" in capsys.readouterr().err and not (tmp_path / "theirs").exists()
+@pytest.mark.parametrize(("decoder", "message"), [
+    ({}, "has no decoder, as that of configs/decoder.py"), ({"decoder": {"vae": {}}}, "draws pixels, without an autoencoder"),
+    ({"decoder": {"vae": {"latent": 4}, "unet": {"patch": 2}}}, "works on patches of 2")])
+def test_what_is_no_stable_diffusion(decoder, message):
+    with pytest.raises(UserError, match=message):
+        family.size(decoder)

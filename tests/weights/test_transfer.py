@@ -247,9 +247,14 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     for change, message in (({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'linear' and 'llama3' are known"),
                             ({"hidden_act": "gelu"}, "hidden_act='gelu'"), ({"model_type": "mistral"}, "of a 'mistral'"),
                             ({"head_dim": 5}, "head_dim=5"), ({"attention_bias": True}, "biases"),
-                            ({"num_attention_heads": "four"}, "source: ")):
+                            ({"num_attention_heads": "four"}, "source: "), ({"rope_theta": "wide"}, "source: could not convert"),
+                            ({"rope_scaling": [1]}, "source: ")):
         path.write_text(json.dumps(said | change))
         assert message in says("--family=llama", source, CONFIG, to)
+    path.write_text(json.dumps(said | {"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": None}))
+    assert "source: a model of such sizes cannot be: " in says("--family=llama", source, to)
+    saved(tmp_path / "tall.bin", {"model.layers.999999999.self_attn.q_proj.weight": np.zeros((2, 2), np.float32)})
+    assert "a tensor is of layer 999999999, and there are only 1 tensors" in says("--family=llama", tmp_path / "tall.bin", CONFIG, to)
     path.write_text(json.dumps(said | {"num_key_value_heads": 3}))
     assert "multiple of heads 4, and that of kv_heads 3" in says("--family=llama", source, to)
     path.unlink()
