@@ -6,6 +6,7 @@ which may die of what they read. Whoever reads, the documents are the same. Read
 """
 import contextlib
 import logging
+import os
 import pickle
 import queue
 import signal
@@ -135,7 +136,7 @@ def _serve(sources: Sequence[Source], questions: queue.SimpleQueue, answers: que
 
 
 class _Process:
-    """A Python of its own that knows reader.py and the sources, and nothing of JAX. Not forked, for JAX's threads hold locks, and not
+    """A Python of its own that knows reader.py and the sources, and no accelerator. Not forked, for JAX's threads hold locks, and not
     multiprocessing's, which would import the program that trains. Raises Lost where it does not start."""
 
     def __init__(self, sources: Sequence[Source], seconds: float):
@@ -143,7 +144,8 @@ class _Process:
         self.link, theirs = socket.socketpair()
         with theirs:
             program = f"import sys; sys.path[:] = {sys.path!r}; from emu_jax.data import reader; reader.main({theirs.fileno()})"
-            self.process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                            env=os.environ | {"JAX_PLATFORMS": "cpu"})
         self.file = self.link.makefile("rwb")
         self.link.settimeout(START)
         try:

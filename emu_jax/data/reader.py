@@ -1,7 +1,7 @@
 """A process that reads for the loader: it is sent the sources, then (source, index) after (source, index), and answers each with its document.
 
 patience.py starts it, and ends it too: signals of the terminal or of a scheduler, which go to all processes, are for the one that trains. It also
-ends when that one is gone. It must not import JAX. Read next: sources/records.py.
+ends when that one is gone. JAX comes into it with Grain, and sees no accelerator. Read next: sources/records.py.
 """
 import pickle
 import signal

@@ -3,7 +3,7 @@
 A record's `layout` says how its texts and images, each in order, become the parts of a document: "T" a text, "I" an
 image, "P" a pair of both whose order is drawn anew in every epoch. So "P" is a captioned picture, "TITI" a story.
 Conversations have a role and videos a time for each letter of it; `source` and `provenance` (JSON) say where it comes from.
-Builders yield `example(...)` under `FEATURES()`; `Records` reads, without TensorFlow, and without JAX, which processes that read do without. Read next: ../builders/.
+Builders yield `example(...)` under `FEATURES()`; `Records` reads, through Grain, without TensorFlow. Read next: ../builders/.
 """
 import io
 import json
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -84,7 +84,7 @@ class Records:
         self._size, self._fit = image_size, fit
         self._length = info.splits[split].num_examples
         try:
-            self._raw = ArrayRecordDataSource(files)
+            self._raw = grain.sources.ArrayRecordDataSource(files)
         except Exception as error:                            # the reader's errors have no common type
             raise UserError(f"a file of '{folder}', split '{split}', is damaged: {' '.join(str(error).split())}") from error
         if len(self._raw) != self._length:
