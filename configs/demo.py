@@ -76,7 +76,7 @@ def decoder(c):
     c.data.eval_mixture = (("names", 1.0, "data/demo/names:held_out"), ("scenes", 1.0, "data/demo/scenes:held_out"))
     c.data.batch, c.data.tokens, c.data.images = 32, 32, 1
     c.data.image_first = 0.0
-    c.optim.steps = 1300                # eight minutes
-    c.eval.every = 650
+    c.optim.steps = 1200                # seven minutes
+    c.eval.every = 600
     c.log.pictures_every = 0
     c.drawing.update(dict(sampler="ddim", steps=8, guidance=2.0, negative="zeros"))
