@@ -60,8 +60,8 @@ def decoder(c):
     c.data.conditions = "runs/demo/conditions"
     c.objective.encoded_share = 0.5     # so that it draws what the encoder sees as well as what the model imagines
     c.model.decoder.vae = {}            # on pixels
-    # Coarse levels are cheap here, and where a drawing's tokens become a drawing. Added to the time's embedding, they reach every level at once:
-    # attention over four tokens begins as their mean, and takes more minutes than there are to tell them apart.
+    # Levels of 8, 4 and 2 places a side: coarse ones are cheap, and where tokens become a drawing. Added to the time's embedding, side by side,
+    # the tokens are told apart from the first step on; attention over them begins as their mean.
     c.model.decoder.unet.update(dict(
         channels_in=3, channels_out=3, patch=4, widths=(64, 128, 128), resnets=(1, 1, 1), attends_down=(False, True, True),
         attends_up=(False, True, True), depths=(1, 1, 1), heads=(4, 4, 4), pooled=c.model.resampler.tokens, time=256, groups=8, remat="none"))
@@ -76,7 +76,7 @@ def decoder(c):
     c.data.eval_mixture = (("names", 1.0, "data/demo/names:held_out"), ("scenes", 1.0, "data/demo/scenes:held_out"))
     c.data.batch, c.data.tokens, c.data.images = 32, 32, 1
     c.data.image_first = 0.0
-    c.optim.steps = 1300                # eight minutes
-    c.eval.every = 650
+    c.optim.steps = 1200                # seven minutes
+    c.eval.every = 600
     c.log.pictures_every = 0
     c.drawing.update(dict(sampler="ddim", steps=8, guidance=2.0, negative="zeros"))

@@ -22,7 +22,8 @@ from configs.decoder import get_config as paper
 
 def get_config():
     c = paper("debug")
-    c.model.decoder.update(dict(image=8, condition="generated", vae={}))
+    c.model.decoder.update(dict(image=8, condition="generated"))
+    c.model.decoder.vae = {}
     c.model.decoder.unet.update(dict(
         channels_in=3, channels_out=3, patch=2, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,),
         time=16, groups=4, remat="none"))
