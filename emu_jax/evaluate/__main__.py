@@ -107,7 +107,7 @@ def _write(path: Path, text: str) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from emu_jax.evaluate.tasks import TASKS
-    names = lambda task: ", ".join(file.format(split=task.split) for file in (*task.files, *task.more))
+    names = lambda task: ", ".join(file.format(split=task.split) for file in (*task.files, *task.more, *filter(None, [task.marks])))
     epilog = "tasks, and what they read:\n" + "\n".join(f"  {name:14}{task.what}\n{'':16}{names(task)}" for name, task in TASKS.items())
     parser = argparse.ArgumentParser(prog="python -m emu_jax.evaluate", description=DESCRIPTION, epilog=epilog, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -5,6 +5,7 @@ scored, and written: submission.json, scores.json, report.html. Read next: tasks
 """
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +33,9 @@ from emu_jax.generate.session import Session
 from emu_jax.weights import inception
 
 SIDE = 160              # pixels of a picture on the page
-KEPT = 256              # pictures that are held, for many questions are about one
+KEPT = 64               # pictures that are held, for many questions are about one
+SETTINGS = "settings.json"
+INCEPTION = "Mixed_7c/branch_pool/w"        # what only that checkpoint has
 POOL = 1                # seed of the examples that are drawn at random
 
 
@@ -136,7 +139,7 @@ class Asker:
         chosen = []
         for example, feature in zip(examples, features, strict=True):
             near = self.index.nearest(feature, self.settings.shots, but=example.picture)
-            number = int(example.id.encode().hex(), 16)          # of several questions about a near picture, one, always the same
+            number = zlib.crc32(example.id.encode())              # of several questions about a near picture, one, always the same
             chosen.append([some[number % len(some)] for some in (self.by_picture[name] for name in near)])
         return chosen
 
@@ -182,8 +185,8 @@ def scores_of(settings: Settings, examples: Sequence[Example], predictions: dict
     if task.metric == "wups":
         return score.of_wups(WordNet(wordnet), predictions, true, kinds)
     if task.metric == "visdial":
-        _, more = Folder(settings.data).annotations(settings.task, settings.split)
-        dense = score.dense_of(str(more[0]))[0] if more else {}
+        path = Folder(settings.data).find(task.marks.format(split=settings.split))
+        dense = score.dense_of(str(path))[0] if path else {}
         return score.of_ranks(predictions, {key: dense[key] for key in predictions if key in dense},
                               {example.id: example.truth for example in examples if example.truth is not None})
     of = {"captions": score.of_captions, "vqa": score.of_vqa, "exact_match": score.of_exact_match}[task.metric]
@@ -205,8 +208,10 @@ def run(settings: Settings, load: Callable[[], Session], out: Path, *, limit: in
         WordNet(wordnet)
     if task.kind == "image" and not (settings.decoder and inception_dir):
         raise UserError(f"--task={settings.task} needs a trained decoder (--decoder=DIR) and {inception.WHERE}")
+    if task.kind == "image" and INCEPTION not in checkpoint.param_shapes(inception_dir):
+        raise UserError(f"the checkpoint in '{inception_dir}' is not FID's Inception; {inception.WHERE}")
     planned = plan(settings, limit=limit, allow_missing=allow_missing)
-    claim(settings, out)
+    check_folder(settings, out)
     done = predicted(out)
     mine = planned.examples[host::hosts]
     if todo := [example for example in mine if example.id not in done]:
@@ -239,17 +244,14 @@ def numbers(session: Session, settings: Settings, *, limit: int) -> dict[str, fl
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
-def claim(settings: Settings, out: Path) -> None:
-    """Makes the folder `out` these settings' own. Raises UserError where it is others'."""
-    path, told = out / "settings.json", asdict(settings)
-    if path.exists():
-        before = annotations.load(path)
-        differ = [name for name in told if not isinstance(before, dict) or before.get(name) != told[name]]
-        if differ:
-            old = before.get(differ[0]) if isinstance(before, dict) else None
-            raise UserError(f"{out} holds predictions of other settings: {differ[0]} was {old!r} and is {told[differ[0]]!r}; choose another --out")
-    else:
-        write(path, json.dumps(told, indent=1) + "\n")
+def check_folder(settings: Settings, out: Path) -> None:
+    """Raises UserError where the folder `out` holds predictions of other settings."""
+    if (out / SETTINGS).exists():
+        before, now = annotations.load(out / SETTINGS), asdict(settings)
+        before = before if isinstance(before, dict) else {}
+        if differ := [name for name in now if before.get(name) != now[name]]:
+            raise UserError(f"{out} holds predictions of other settings: {differ[0]} was {before.get(differ[0])!r} and is {now[differ[0]]!r}; "
+                            "choose another --out")
 
 
 def predicted(out: Path) -> dict[str, Predicted]:
@@ -288,6 +290,7 @@ def _predict(settings: Settings, planned: Plan, load: Callable[[], Session], out
              host: int) -> Iterator[Predicted]:
     """Predicts and appends, a batch at a time."""
     session = load()
+    write(out / SETTINGS, json.dumps(asdict(settings), indent=1) + "\n")
     ask = _drawer(session, settings, out) if TASKS[settings.task].kind == "image" else Asker(session, settings, planned, out / "examples.npz").predict
     path = out / f"predictions-{host}.jsonl"
     with path.open("ab+") as file, tqdm(desc=settings.task, initial=total - len(todo), total=total, disable=None) as bar:
@@ -315,9 +318,9 @@ def _drawer(session: Session, settings: Settings, out: Path) -> Callable[[Sequen
 
     def draw(examples: Sequence[Example]) -> list[Predicted]:
         visual = session.images([[example.answers[0]] for example in examples])
-        for example, tokens in zip(examples, visual, strict=True):
-            painter.seed = int(example.id)
-            Image.fromarray(painter(tokens[None])[0]).save(folder / f"{example.id}.png")
+        seeds = np.array([zlib.crc32(example.id.encode()) % 2**31 for example in examples])
+        for example, picture in zip(examples, painter(visual, seeds), strict=True):
+            Image.fromarray(picture).save(folder / f"{example.id}.png")
         return [Predicted(example.id, "", f"pictures/{example.id}.png", 0) for example in examples]
     return draw
 

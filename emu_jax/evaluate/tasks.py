@@ -2,7 +2,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class Task:
     options: Options = ANSWER
     video: bool = False
     one_file: bool = False                  # of all splits
-    fewshot: str = ""                       # the files that few-shot examples come from, where they are another task's
+    marks: str = ""                         # a file that only its score reads, and that may be missing
+    fewshot: str = ""                       # the task that few-shot examples come from, where it is another
 
     def clean(self, text: str) -> str:
         """What is kept of what a model says."""
@@ -39,12 +40,9 @@ class Task:
 
 
 def _karpathy(what: str, dataset: str) -> Task:
-    return Task(f"captions of {what} (Karpathy's split)", "caption", (f"dataset_{dataset}.json",), (), partial(_split_of, dataset), "test", "train",
-                "captions", annotations.caption_results, CAPTION, one_file=True)
-
-
-def _split_of(dataset: str, path: str, split: str) -> list[Example]:
-    return annotations.karpathy(path, dataset, split)
+    return Task(f"captions of {what} (Karpathy's split)", "caption", (f"dataset_{dataset}.json",), (),
+                lambda path, split: annotations.karpathy(path, dataset, split), "test", "train", "captions", annotations.caption_results, CAPTION,
+                one_file=True)
 
 
 def _vqa(what: str, prefix: str, read: Callable[..., list[Example]]) -> Task:
@@ -66,14 +64,14 @@ TASKS = {
     "okvqa": _vqa("OK-VQA", "", annotations.okvqa),
     "vizwiz": Task("VizWiz-VQA: first, whether the answer is known", "answer", ("{split}.json",), (), annotations.vizwiz, "val", "train", "vqa",
                    annotations.vizwiz_results),
-    "visdial": Task("VisDial 1.0: candidates ranked by the LLM's loss", "dialog", ("visdial_1.0_{split}.json",),
-                    ("visdial_1.0_{split}_dense_annotations.json",), annotations.visdial, "val", "", "visdial", annotations.visdial_results),
+    "visdial": Task("VisDial 1.0: candidates ranked by the LLM's loss", "dialog", ("visdial_1.0_{split}.json",), (),
+                    annotations.visdial, "val", "", "visdial", annotations.visdial_results, marks="visdial_1.0_{split}_dense_annotations.json"),
     "msvd-qa": _video_qa("MSVD-QA", "msvd"),
     "msrvtt-qa": _video_qa("MSRVTT-QA", "msrvtt"),
     "nextqa": Task("NExT-QA, open-ended; needs --wordnet", "answer", ("{split}.csv",), ("add_reference_answer_{split}.json",), annotations.nextqa,
                    "test", "train", "wups", annotations.nextqa_results, video=True),
-    "mmvet": Task("MM-Vet: a file of answers for its judge", "free", ("mm-vet.json",), (), annotations.mmvet, "all", "", "judge",
-                  annotations.mmvet_results, FREE, one_file=True),
+    "mmvet": Task("MM-Vet: a file of answers for its judge", "free", ("mm-vet.json",), (), lambda path, split: annotations.mmvet(path), "all", "",
+                  "judge", annotations.mmvet_results, FREE, one_file=True),
     "coco-t2i": Task("30,000 captions of COCO drawn, and FID; needs --decoder and --inception", "image", ("captions_{split}.json",), (),
                      annotations.coco_prompts, "val2014", "", "fid", dict),
 }
@@ -95,8 +93,8 @@ class Folder:
     def find(self, name: str) -> Path | None:
         return self._paths.get(name)
 
-    def annotations(self, name: str, split: str) -> tuple[list[Path], list[Path]]:
-        """(the files that the task of this name needs, those of its further ones that are there). Raises UserError that names what is missing."""
+    def annotations(self, name: str, split: str) -> list[Path]:
+        """The files that the task of this name needs, and those of its further ones that are there. Raises UserError that names what is missing."""
         task = TASKS[name]
         wanted = [file.format(split=split) for file in task.files]
         if missing := [file for file in wanted if file not in self._paths]:
@@ -105,7 +103,7 @@ class Folder:
             raise UserError(f"{self.root}: no {' and no '.join(missing)} anywhere in it, which --task={name} reads"
                             + (f"; it looks like --task={others[0]}" if others else "")
                             + ("" if task.one_file else " (another --split has another name)"))
-        return [self._paths[file] for file in wanted], list(filter(None, (self.find(file.format(split=split)) for file in task.more)))
+        return [self._paths[file] for file in wanted] + list(filter(None, (self.find(file.format(split=split)) for file in task.more)))
 
     def picture(self, example: Example) -> Path | None:
         """The file of an example's picture or video. The videos of MSVD and NExT-QA may have the names that they have on the web, where the table
@@ -128,10 +126,5 @@ class Folder:
 def examples_of(name: str, folder: Folder, split: str) -> list[Example]:
     """Raises UserError for files that are missing, or another benchmark's."""
     task = TASKS[name]
-    needed, more = folder.annotations(name, split)
-    if name == "visdial":
-        more = []                           # its dense annotations are for the score alone
-    paths = list(map(str, needed + more))
-    if task.one_file and name != "mmvet":
-        return task.read(*paths, split)
-    return task.read(*paths)
+    paths = map(str, folder.annotations(name, split))
+    return task.read(*paths, split) if task.one_file else task.read(*paths)

@@ -50,9 +50,10 @@ class Painter:
         self.rows = BATCH if mesh is None else -(-BATCH // mesh.size) * mesh.size
         self._draw = jax.jit(partial(draw, size, **how))
 
-    def __call__(self, visual: Float[np.ndarray, "M N D"]) -> UInt8[np.ndarray, "M h w 3"]:
-        seeds = self.seed + np.arange(len(visual))
-        self.seed += len(visual)
+    def __call__(self, visual: Float[np.ndarray, "M N D"], seeds: Int[np.ndarray, "M"] | None = None) -> UInt8[np.ndarray, "M h w 3"]:
+        if seeds is None:
+            seeds = self.seed + np.arange(len(visual))
+            self.seed += len(visual)
         found = [np.zeros((0, self.size.image, self.size.image, 3), np.uint8)]
         for start in range(0, len(visual), self.rows):
             rows = np.minimum(np.arange(start, start + (self.rows if self.mesh or len(visual) > 1 else 1)), len(visual) - 1)

@@ -29,6 +29,14 @@ def test_by_hand(caption, tokens):
     assert ptb.tokenize([caption]) == [tokens]
 
 
+@pytest.mark.parametrize(("end", "tokens"), [
+    ("we'll", "we ll"), ("isn't", "is n't"), ("he'd", "he 'd"), ("5 p.m", "5 p.m"), ("rock 'n", "rock 'n"), ("no.", "no"), ("n't", "n't"),
+    ("5 1/2", "5\u00a01/2"), ("dogs'", "dogs")])
+def test_the_programs_tokens_at_the_very_end(end, tokens):
+    """Where nothing follows, rules that look ahead do not match: the Java program's own answers."""
+    assert ptb.tokenize([f"a dog {end}"]) == [f"a dog {tokens}"]
+
+
 def test_a_line_break_within_a_caption_is_a_space():
     assert ptb.tokenize(["a\ndog\r\nruns", "b\u2028c\x0bd"]) == ["a dog runs", "b c d"]
 
