@@ -104,11 +104,17 @@ def test_frozen_towers_come_out_as_they_went_in(folder, whole):
     assert np.abs(averaged["unet"]["conv_in"]["w"] - after["unet/conv_in/w"]).max() > 0
 
 
-def test_two_steps_a_cut_and_two_more_are_four(made, whole, tmp_path):
+@pytest.fixture
+def copy(whole, tmp_path):
+    """The same run, cut off after its first checkpoint."""
     workdir = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints/4")
-    assert run(made(workdir))[0] == 0
-    assert_same_run(workdir, whole)
+    return workdir
+
+
+def test_two_steps_a_cut_and_two_more_are_four(made, whole, copy):
+    assert run(made(copy))[0] == 0
+    assert_same_run(copy, whole)
 
 
 @pytest.mark.parametrize(("overrides", "told"), [
@@ -128,14 +134,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(made, overrides, told, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(made, whole, tmp_path, capsys, small_disk):  # noqa: F811
-    workdir = shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(workdir / "checkpoints/4")
-    assert train.main(made(workdir)) == 2
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(made, copy, capsys, small_disk):  # noqa: F811
+    assert train.main(made(copy)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "checkpoints/4 could not be saved: " in error
     small_disk()
-    assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
+    assert [path.name for path in (copy / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
 
 
 def test_conditions_on_a_full_disk_are_one_line_and_nothing_half_written(folder, tmp_path, capsys, monkeypatch):
