@@ -322,7 +322,7 @@ among the nearest five?</p>
 
 
 def _row(caption: str, pictures: list[tuple[UInt8[np.ndarray, "h w 3"], str]]) -> str:
-    images = "".join(_picture(image, label) for image, label in pictures)
+    images = "".join(picture(image, label) for image, label in pictures)
     return f'<div class="card"><div class="row">{images}</div><div>{escape(caption)}</div></div>'
 
 

@@ -77,7 +77,7 @@ def vae_encoder(size: VaeSize, side: int) -> int:
     return total
 
 
-def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: float, **counts: float) -> dict[str, float]:
+def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: Count, **counts: Count) -> dict[str, Count]:
     """As `train`, of a step that draws every image once; the Emu's towers run as far as the condition comes from them."""
     text = {name: value if size.condition == "teacher_forced" else 0.0 for name, value in counts.items()} | {"labels": 0.0}
     read = 0.0 if size.condition == "generated" else images

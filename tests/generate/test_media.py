@@ -14,10 +14,10 @@ from emu_jax.generate import media
 av = pytest.importorskip("av")
 
 
-def write_video(path, count, size=(32, 48), **options):
+def write_video(path, count, size=(32, 48), codec="mpeg4", **options):
     """Frames that grow brighter."""
     with av.open(str(path), "w", **options) as container:
-        stream = container.add_stream("mpeg4", rate=10)
+        stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 255 * number // max(count - 1, 1), np.uint8), format="rgb24")
@@ -82,7 +82,7 @@ def playlist(path):
 
 def claims(path):
     """A video whose header says 50,000 x 50,000."""
-    write_video(path, 9, (64, 64), format="avi")
+    write_video(path, 9, (64, 64), "rawvideo", format="avi")
     data = path.read_bytes()
     path.write_bytes(data.replace(struct.pack("<II", 64, 64), struct.pack("<II", 50_000, 50_000)))
 
