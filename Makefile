@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(python) -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu --decoder=runs/demo/decoder
 
 test: .venv/ready
-	$(python) -m pytest -n 2
+	$(python) -m pytest -n 2 --dist loadgroup
 
 test-long: .venv/ready
 	$(python) -m pytest -m long

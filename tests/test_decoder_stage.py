@@ -18,6 +18,8 @@ from emu_jax.generate import __main__ as generate
 from emu_jax.generate import precompute
 from tests.data import fixtures
 
+pytestmark = pytest.mark.xdist_group("decoder_stage")  # one process: what its tests share is made once
+
 CONFIG = """
 from configs.decoder import get_config as paper
 

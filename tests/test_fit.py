@@ -11,6 +11,8 @@ import pytest
 from emu_jax import config, fit, hardware, hlo, loop, train, tree
 from emu_jax.config import UserError
 
+pytestmark = pytest.mark.xdist_group("fit")  # one process: what its tests share is made once
+
 SHARDED = ("mesh.fsdp=4", "mesh.tensor=2")
 ROW = hardware.Device("tpu", "TPU none", flops=1e12, memory=1000, bandwidth=1e9, link=1e8, network=1e7, source="nobody")
 

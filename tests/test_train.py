@@ -23,6 +23,8 @@ from emu_jax.data.loader import Item, Loader
 from emu_jax.models import emu
 from tests.data import fixtures
 
+pytestmark = pytest.mark.xdist_group("train")  # one process: what its tests share is made once
+
 MEASURED = 64
 TIMES = ("step_time", "input_wait", "tokens_per_second", "images_per_second", "flops_per_second", "mfu")
 

@@ -22,6 +22,8 @@ from emu_jax.evaluate import __main__ as command
 from emu_jax.evaluate import demo, history
 from emu_jax.models import emu
 
+pytestmark = pytest.mark.xdist_group("demo")  # one process: what its tests share is made once
+
 # --- texts ---
 
 def test_f1():

@@ -14,6 +14,8 @@ from emu_jax.generate import samplers
 from emu_jax.models import emu, flops
 from emu_jax.models.decoder import Decoder, DecoderSize, resized
 
+pytestmark = pytest.mark.xdist_group("decoder")  # one process: what its tests share is made once
+
 C = make.decoder_cfg("optim.ema=0.9")
 P = make.program(C)
 TRAINS = train.what_trains(C, jax.eval_shape(partial(make.params, P)))

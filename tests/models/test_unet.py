@@ -63,14 +63,14 @@ def test_the_order_of_the_conditions_tokens_says_nothing(run):
     np.testing.assert_allclose(run(PARAMS, X, TIMES, CONDITION[:, ::-1]), run(PARAMS, X, TIMES, CONDITION), atol=1e-4)
 
 
-def test_pooled_the_order_says_something_and_its_map_is_counted():
+def test_pooled_the_order_says_something_and_its_map_is_counted(run):
     size = dataclasses.replace(SIZE, pooled=3)
     params = random(UNet, size)
     call = jax.jit(partial(forward, size=size))
     assert jnp.abs(call(params, X, TIMES, CONDITION[:, ::-1]) - call(params, X, TIMES, CONDITION)).max() > 1e-3
     none = {"pooled": {"w": jnp.zeros_like(params["pooled"]["w"])}}
     plain = {name: part for name, part in params.items() if name != "pooled"}
-    np.testing.assert_allclose(call(params | none, X, TIMES, CONDITION), forward(plain, X, TIMES, CONDITION), atol=1e-4)
+    np.testing.assert_allclose(call(params | none, X, TIMES, CONDITION), run(plain, X, TIMES, CONDITION), atol=1e-4)
     f32 = jnp.float32
     assert flops.unet(size, 4, 3) == traced(lambda x, t, c: forward(params, x, t, c, size), ((1, 4, 4, 3), f32), ((1,), f32), ((1, 3, 12), f32))
 

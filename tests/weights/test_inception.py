@@ -12,6 +12,8 @@ from emu_jax.verify import inception as rule
 from emu_jax.weights import files
 from emu_jax.weights.__main__ import main
 
+pytestmark = pytest.mark.xdist_group("inception")  # one process: what its tests share is made once
+
 FILE = golden.load("tests/golden/inception.npz")
 
 
