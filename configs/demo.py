@@ -43,7 +43,7 @@ def emu(c):
     c.data.eval_mixture = (("names", 1.0, "data/demo/names:held_out"), ("scenes", 1.0, "data/demo/scenes:held_out"),
                            ("stories", 1.0, "data/demo/stories:held_out"))
     c.data.batch, c.data.tokens, c.data.images = 8, 128, 10     # rows are full at ten images of 6 elements with their names
-    c.optim.steps = 2000                # seven minutes: each name is met about forty times, half of them before its drawing
+    c.optim.steps = 1800                # seven minutes: each name is met about thirty-five times, half of them before its drawing
     c.eval.every = 500
     c.objective.chunk = 128             # the whole row: logits of 1,024 tokens are small here
     c.objective.image_weight = 4.0      # at 1, drawings are told as well, but a name finds its own among the nearest five in 31 %, not 79 %
@@ -56,7 +56,7 @@ def decoder(c):
     c.stage = "decoder"
     c.init = "runs/demo/emu"
     c.model.decoder = sd15(c.model.llama.width)
-    c.model.decoder.update(dict(image=32, condition="generated"))       # as the paper; make demo makes them first
+    c.model.decoder.update(dict(image=32, condition="generated"))       # as the paper; make demo-draw makes them first
     c.data.conditions = "runs/demo/conditions"
     c.objective.encoded_share = 0.5     # so that it draws what the encoder sees as well as what the model imagines
     c.model.decoder.vae = {}            # on pixels
@@ -76,7 +76,7 @@ def decoder(c):
     c.data.eval_mixture = (("names", 1.0, "data/demo/names:held_out"), ("scenes", 1.0, "data/demo/scenes:held_out"))
     c.data.batch, c.data.tokens, c.data.images = 32, 32, 1
     c.data.image_first = 0.0
-    c.optim.steps = 1200                # seven minutes
+    c.optim.steps = 1200                # nine minutes
     c.eval.every = 600
     c.log.pictures_every = 0
     c.drawing.update(dict(sampler="ddim", steps=8, guidance=2.0, negative="zeros"))
