@@ -74,21 +74,24 @@ train="cd emu && exec .venv/bin/python -m emu_jax.train --config.workdir=run $(p
 
 trap give_back EXIT
 trap 'exit 130' INT TERM
+failures=0
 while true; do
   case $(state) in
     ACTIVE)
       everywhere "$install"
       status=0
+      began=$SECONDS
       everywhere "$train" || status=$?
-      if ((status == 0)); then
+      sleep 60                          # a preemption shows late, and lets the run save and end with 0
+      if ((status == 0)) && [[ $(state) == ACTIVE ]]; then
         exit 0
-      elif ((status == 2)); then        # what the user can put right
-        exit 2
+      fi
+      failures=$((status && SECONDS - began < 900 ? failures + 1 : 0))
+      if ((failures == 3)); then
+        echo "error: the run failed three times within its first minutes; what it said stands above" >&2
+        exit 1
       fi
       echo "the run ended with status $status; it goes on from its last checkpoint" >&2
-      if [[ $(state) == ACTIVE ]]; then
-        sleep 30
-      fi
       ;;
     NONE) ask ;;
     FAILED | SUSPENDED) give_back ;;

@@ -46,7 +46,7 @@ def test_one_that_fails_ends_the_others():
 
 
 def test_a_signal_reaches_all():
-    run = local(2, 'trap "echo stopped; kill %1; exit 0" TERM; echo ready; sleep 100 & wait')
+    run = local(2, 'sleep 100 & trap "echo stopped; kill $!; exit 0" TERM; echo ready; wait')
     assert {run.stdout.readline(), run.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
     run.send_signal(signal.SIGTERM)
     out, _ = run.communicate(timeout=60)
@@ -97,6 +97,31 @@ def test_the_jobset_starts_a_run_that_there_is():
     jobset = yaml.safe_load(Path("launch/gke.yaml").read_text())
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]
-    assert container["command"][:3] == ["python", "-m", "emu_jax.train"] and job["parallelism"] == job["completions"]
-    c = config.load(container["command"][3:])
+    assert container["args"][:3] == ["python", "-m", "emu_jax.train"] and job["parallelism"] == job["completions"]
+    c = config.load(container["args"][3:])
     assert c.checkpoint.to.startswith("gs://") and jobset["spec"]["replicatedJobs"][0]["replicas"] == c.mesh.data
+
+
+def test_a_pod_that_was_stopped_has_not_done_its_work():
+    pod = yaml.safe_load(Path("launch/gke.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    start = lambda script: subprocess.Popen([*pod["command"], "bash", "-c", script], stdout=subprocess.PIPE, text=True)
+    for status in (0, 2):
+        assert start(f"exit {status}").wait(60) == status
+    run = start('sleep 100 & trap "sleep 0.2; echo saved; kill $!; exit 0" TERM; echo ready; wait')
+    assert run.stdout.readline() == "ready\n"
+    run.send_signal(signal.SIGTERM)
+    assert run.communicate(timeout=60)[0] == "saved\n" and run.returncode == 143
+
+
+def test_a_job_of_slurm_that_was_stopped_is_queued_again(tmp_path):
+    fakes = {"bin/srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"', "bin/scontrol": 'echo "$@"', "bin/scancel": "kill -TERM $(cat pid)",
+             ".venv/bin/python": 'echo $$ > pid; sleep 100 & trap "sleep 0.2; echo saved; kill $!; exit 0" TERM; echo ready; wait'}
+    for path, text in fakes.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / path).chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "71"}
+    run = subprocess.Popen(["launch/slurm.sbatch", "--config=a"], env=environ, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "ready\n"
+    run.send_signal(signal.SIGTERM)
+    assert run.communicate(timeout=60)[0] == "saved\nrequeue 71\n" and run.returncode == 0

@@ -16,7 +16,9 @@ from emu_jax import checkpoint, processes, sharding
 from emu_jax.config import UserError
 from tests.data import fixtures
 
-SHALLOW = ("model.vision.depth=1", "model.resampler.depth=1", "model.llama.depth=1", "objective.chunk=64")
+# A model of one block a tower, whose program does not depend on the number of steps: the compiler's time is the tests'.
+SHALLOW = ("model.vision.depth=1", "model.resampler.depth=1", "model.llama.depth=1", "objective.chunk=64", "optim.schedule=constant",
+           "mesh.data=-1", "mesh.fsdp=1")
 
 
 def command(data, workdir, count, *overrides):
@@ -58,8 +60,7 @@ def assert_same_losses(lines, others, rtol):
 def test_two_processes_are_one(data, tmp_path):
     """Packed, mixed, interleaved documents on 2 x 4, 1 x 8 and 1 x 1 devices: the same of them in every batch (the state of the streams says how
     far each is) and the same losses, held out too."""
-    more = ("optim.steps=20", "mesh.data=-1", "mesh.fsdp=1", "eval.every=20", "eval.batches=2",
-            f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}")
+    more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}")
     run = lambda name, *of: trained(data, tmp_path / name, *of, *more)
     (two, there, _), (one, here, _), (single, alone, _) = run("two", 2, 4), run("one", 1, 8), run("single", 1, 1)
     assert there == here == alone and there["streams"].keys() == {"0", "1", "2", "3"}
@@ -71,7 +72,7 @@ def test_two_processes_are_one(data, tmp_path):
 def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(data, tmp_path):
     pid = 'echo $$ > "$0-$JAX_PROCESS_ID"; exec "$@"'
     launch = command(data, tmp_path / "run", 2, "optim.steps=10000")
-    run = subprocess.Popen([*launch[:2], "bash", "-c", pid, str(tmp_path / "pid"), *launch[2:]], env=environ(2), stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([*launch[:2], "bash", "-c", pid, str(tmp_path / "pid"), *launch[2:]], env=environ(4), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run/metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.1)
@@ -83,6 +84,14 @@ def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(dat
     assert told[0][0] == "another process" and told[1][0] == "SIGTERM" and told[0][1] == told[1][1]
     assert checkpoint.Checkpoints(str(tmp_path / "run"), keep=1, keep_every=0).latest() == int(told[0][1])
     assert re.search(r"data's state in \d+ bytes; goodput of \d+ s: steps ", err)
+
+
+def test_one_that_leaves_after_an_error_ends_all_of_them():
+    script = ("import os, time; from emu_jax import processes; processes.start(); "
+              "processes.leave(2) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(600)")
+    began = time.time()
+    done = subprocess.run(["launch/local.sh", "2", sys.executable, "-c", script], env=os.environ | {"GRACE": "1"}, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and time.time() - began < 300
 
 
 def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
