@@ -125,3 +125,36 @@ def test_a_job_of_slurm_that_was_stopped_is_queued_again(tmp_path):
     assert run.stdout.readline() == "ready\n"
     run.send_signal(signal.SIGTERM)
     assert run.communicate(timeout=60)[0] == "saved\nrequeue 71\n" and run.returncode == 0
+
+
+GCLOUD = """
+echo "$3 $4 $5" >> calls
+case $3 in
+  queued-resources)
+    case $4 in
+      create) echo WAITING > state ;;
+      delete) rm -f state ;;
+      describe) cat state 2>/dev/null || exit 1; sed -i "s/WAITING/ACTIVE/" state ;;
+    esac ;;
+  tpu-vm)
+    echo "${@: -1}" >> commands
+    if [[ ${@: -1} == *emu_jax.train* && ! -e again ]]; then touch again; echo SUSPENDED > state; fi ;;     # preempted: it saves and ends with 0
+esac
+"""
+
+
+def test_a_pod_of_tpus_is_asked_for_again_when_it_is_preempted(tmp_path):
+    for name, text in (("gcloud", GCLOUD), ("sleep", "")):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROJECT": "p", "ZONE": "z", "TYPE": "v5p-128", "RUNTIME": "r", "NODES": "2",
+               "REPO": "url", "REF": "commit"}
+    done = subprocess.run([Path("launch/tpu_pod.sh").resolve(), "emu", "--config=configs/pretrain.py", "--config.checkpoint.to=gs://b/a run"],
+                          cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "goes on from its last checkpoint" in done.stderr
+    calls = [call for call in (tmp_path / "calls").read_text().splitlines() if "describe" not in call]
+    asked, trained = "queued-resources create emu", ["tpu-vm ssh emu-0", "tpu-vm ssh emu-1"]
+    assert calls[0] == calls[6] == asked and calls[5] == calls[-1] == "queued-resources delete emu" and len(calls) == 12
+    assert sorted(calls[1:5]) == sorted(calls[7:11]) == sorted(trained * 2)
+    commands = (tmp_path / "commands").read_text()
+    assert commands.count("git checkout -q 'commit'") == 4 and commands.count(r"--config.checkpoint.to=gs://b/a\ run") == 4
