@@ -1,4 +1,4 @@
-# make demo: an Emu learns drawings on this machine, and a page shows it.   make test: every test.
+# make demo: an Emu learns drawings on this machine, and a page shows it.   make test: every test.   make torture: a run that is killed 30 times.
 PYTHON ?= python3
 python = .venv/bin/python
 
@@ -14,6 +14,9 @@ test: .venv/ready
 test-long: .venv/ready
 	$(python) -m pytest -m long
 
+torture: .venv/ready
+	$(python) -m tests.torture
+
 lint: .venv/ready
 	$(python) -m pip install -q "ruff>=0.15,<0.18" && .venv/bin/ruff check .
 
@@ -23,4 +26,4 @@ lint: .venv/ready
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: demo test test-long lint
+.PHONY: demo test test-long torture lint

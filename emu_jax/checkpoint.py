@@ -31,6 +31,7 @@ logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathn
 
 
 CHUNK = 2**25       # bytes of the largest chunk of an array that is written by slices
+UNDER_WAY = 2**31   # bytes that Orbax reads or writes at a time, where no array is larger: else it might hold the state twice
 
 
 class Checkpoints:
@@ -63,7 +64,7 @@ class Checkpoints:
         manifest = {"arrays": {name: _describe(part) for name, part in parts.items()},
                     "json": {"data": _crc(data), "config": _crc(config)}}
         try:
-            with _context():
+            with _context(parts):
                 self._saving = step, ocp.save_checkpointables_async(
                     self._root / str(step), {**parts, "data": data, "config": config, "manifest": manifest}, overwrite=True)
         except Exception as error:      # of the disk, from Orbax, TensorStore or Python: they have no class in common
@@ -356,7 +357,7 @@ def _load(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict]) -
 
     parts = {}
     for name, part in abstract.items():     # one by one: Orbax complains of the others when one fails
-        with _context():
+        with _context(part):
             parts[name] = ocp.load_checkpointables(path, {name: jax.tree.map(placed, part)})[name]
         saved = arrays[name]
         uncast = {leaf: value for leaf, value in _flat(parts[name]).items() if str(value.dtype) == saved[leaf][0]}
@@ -419,7 +420,7 @@ def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _context() -> ocp.Context:
+def _context(arrays: Any = ()) -> ocp.Context:
     registry = ocp.handlers.local_registry()
     for name in ("data", "config", "manifest"):         # by itself Orbax takes a dict of numbers for a tree of arrays
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
@@ -427,6 +428,8 @@ def _context() -> ocp.Context:
     context.checkpointables.registry = registry
     context.asynchronous.create_directories_asynchronously = False  # where that fails, threads would wait 20 minutes for it
     context.pytree.loading.partial_load = True          # `_check` has compared the trees
+    largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)), default=0)     # Orbax refuses one over the limit
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(UNDER_WAY, 2 * largest)
     return context
 
 
