@@ -428,8 +428,8 @@ def _context(arrays: Any = ()) -> ocp.Context:
     context.checkpointables.registry = registry
     context.asynchronous.create_directories_asynchronously = False  # where that fails, threads would wait 20 minutes for it
     context.pytree.loading.partial_load = True          # `_check` has compared the trees
-    largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)), default=0)     # Orbax refuses one over the limit
-    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(UNDER_WAY, 2 * largest)
+    largest = max((leaf.size for leaf in jax.tree.leaves(arrays)), default=0)       # Orbax refuses an array of the limit's size or more
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(UNDER_WAY, 8 * largest)      # 4 a float32, cast or not
     return context
 
 
