@@ -1,5 +1,6 @@
 # make demo: an Emu learns drawings on this machine, and a page shows it.   make demo-draw: and to draw.   make test: every test.
 # make test-real: GIMP's manual, clips with subtitles and photographs become documents, and a mixture of all kinds trains (50 MB are fetched).
+# make torture: a run that is killed 30 times.
 PYTHON ?= python3
 python = .venv/bin/python
 
@@ -32,6 +33,9 @@ test-real: .venv/ready
 	mkdir -p data/real && cd data/real && { test -d usr || { apt-get download gimp-help-en && dpkg -x gimp-help-en_*.deb .; }; }
 	$(python) -m pytest -m "long or not long" tests/data/test_real.py
 
+torture: .venv/ready
+	$(python) -m tests.torture
+
 lint: .venv/ready
 	$(python) -m pip install -q "ruff>=0.15,<0.18" && .venv/bin/ruff check .
 
@@ -41,4 +45,4 @@ lint: .venv/ready
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: demo demo-draw test test-long test-real lint
+.PHONY: demo demo-draw test test-long test-real torture lint

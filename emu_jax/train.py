@@ -10,7 +10,9 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from emu_jax import checkpoint, config, loop, optim, sharding, stages, tree
+from emu_jax import checkpoint, config, loop, optim, processes, sharding, stages, tree, watch
 from emu_jax.config import UserError
 from emu_jax.data import conditions
 from emu_jax.data import tokenizer as tokenizers
@@ -40,8 +43,8 @@ from emu_jax.types import Batch
 log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "drawing.", "eval.every", "eval.batches", "eval.tasks", "data.prefetch", "data.workers",
-              "data.readers", "data.patience", "data.retries")
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "profile.", "compile_cache", "drawing.", "eval.every", "eval.batches", "eval.tasks",
+              "data.prefetch", "data.workers", "data.readers", "data.patience", "data.retries")
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
@@ -51,10 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)     # as absl does, if Orbax's import has let it
     logging.getLogger("emu_jax").setLevel(logging.INFO)
     try:
-        train(config.load(sys.argv[1:] if arguments is None else arguments))
+        if arguments is None:               # a process of its own
+            processes.start()
+        c = config.load(sys.argv[1:] if arguments is None else arguments)
+        if c.compile_cache and not jax.config.jax_compilation_cache_dir:        # JAX_COMPILATION_CACHE_DIR goes before
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
+        train(c)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        processes.leave(2)
         return 2
+    except Exception:
+        traceback.print_exc()
+        processes.leave(1)
+        return 1
     return 0
 
 
@@ -73,15 +86,16 @@ def train(c: ConfigDict) -> loop.State:
     mesh = sharding.make_mesh(c.mesh.to_dict())
     check(c, mesh, abstract)
     program = make_program(c, stage, size, abstract)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), ExitStack() as at_end:
         placed = sharding.shardings(mesh, sharding.specs(abstract))
         trains = what_trains(c, abstract)
 
         # Data.
         tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
+        number, shares = processes.share(mesh, c.data.batch)
         make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
-                              process=jax.process_index(), processes=jax.process_count(), conditions=c.data.conditions)
-        loader = make_loader()
+                              process=number, processes=shares, conditions=c.data.conditions)
+        loader = at_end.enter_context(closing(make_loader()))
         evaluations = [held_out(program, mesh, make_loader(eval=True), c)] if c.data.eval_mixture else []
         evaluations += [benchmarks(program, mesh, tokenizer, c)] if c.eval.tasks else []
         evaluate = (lambda params: {name: value for one in evaluations for name, value in one(params).items()}) if evaluations else None
@@ -89,7 +103,9 @@ def train(c: ConfigDict) -> loop.State:
         # State: resume, else weights, else scratch.
         workdir = Path(c.workdir)
         claim(workdir, c)
-        checkpoints = checkpoint.Checkpoints(c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
+        watching = at_end.enter_context(watch.Watch(workdir, c.log.hang))
+        checkpoints = at_end.enter_context(closing(checkpoint.Checkpoints(
+            c.checkpoint.to or c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)))
         state_of = lambda params: loop.init_state(program, *tree.split(params, trains))
         like = abstract_state(c, program, mesh, abstract, trains)
         if (resumed := checkpoints.restore(like)) is not None:
@@ -101,22 +117,19 @@ def train(c: ConfigDict) -> loop.State:
             params = jax.jit(lambda key: at_rest(c, trains, emu.init(stage.module, size, key)), out_shardings=placed)(jax.random.key(c.seed))
             params, loaded = initial(c, params)
             if model.standardise and "visual_stats" in params and "visual_stats/mean" not in loaded:
-                params |= {"visual_stats": measure_visual_stats(program, params, make_loader(), placed["visual_stats"])}
+                params |= {"visual_stats": measure_visual_stats(program, params, make_loader(process=0, processes=1), placed["visual_stats"])}
             state = jax.jit(state_of, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
 
         # Train.
-        journal = Journal(workdir, start=step, steps=c.optim.steps)
-        try:
-            draws = None
-            if "unet" in abstract and c.log.pictures_every:
-                draws = drawings(program, c, make_loader)
-            elif "llama" in abstract and c.log.pictures_every:
-                draws = pictures(program, mesh, tokenizer, c.data.tokens)
-            return loop.run(c, program, state, mesh, loader, checkpoints, journal, evaluate, pictures=draws)
-        finally:
-            loader.close()
-            journal.close()
-            checkpoints.close()
+        journal = at_end.enter_context(closing(Journal(workdir, start=step, steps=c.optim.steps)))
+        draws = None
+        if c.log.pictures_every and jax.process_count() > 1:
+            log.info("no pictures are drawn meanwhile: several processes have no images in common (log.pictures_every)")
+        elif c.log.pictures_every and "unet" in abstract:
+            draws = drawings(program, c, make_loader)
+        elif c.log.pictures_every and "llama" in abstract:
+            draws = pictures(program, mesh, tokenizer, c.data.tokens)
+        return loop.run(c, program, state, mesh, loader, checkpoints, journal, watching, evaluate, pictures=draws)
 
 
 def parameter_table(abstract: tree.Tree) -> str:
@@ -178,6 +191,10 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         *((not Path(path.rpartition(":")[0]).is_dir(), f"the source {name!r} at {path!r}") for name, path in places)) if absent]
     if missing:
         raise UserError(f"missing: {'; '.join(missing)}")
+    if "://" in c.workdir:
+        raise UserError(f"workdir={c.workdir!r} is a bucket; metrics are written into a folder: --config.workdir=DIR, and "
+                        f"--config.checkpoint.to={c.workdir} for the checkpoints")
+    watch.span(c.profile.steps)
     check_rows(c, mesh)
     sharding.check(mesh, abstract)
     if "contrast" in abstract and c.model.vision.image % READOUT:
@@ -275,8 +292,9 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
 
 
 def measure_visual_stats(program: loop.Program, params: tree.Tree, loader: Loader, layout: tree.Tree) -> tree.Tree:
-    """Mean and deviation of each dimension of each visual token over MEASURED training images, for models that standardise them."""
-    encode = jax.jit(lambda params, images: program.module(params).encode(images).astype(jnp.float32))
+    """Mean and deviation of each dimension of each visual token over MEASURED training images, for models that standardise them.
+    Several processes all read the same images: `loader` is that of one process."""
+    encode = jax.jit(lambda params, images: sharding.constrain(program.module(params).encode(images).astype(jnp.float32), PartitionSpec()))
     found: list[np.ndarray] = []
     for item in loader:
         images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]]

@@ -22,6 +22,7 @@ from emu_jax.config import UserError
 from emu_jax.data.loader import Item
 from emu_jax.journal import Journal
 from emu_jax.models import emu, flops, layers
+from emu_jax.watch import Watch
 
 C = make.cfg()
 T = C.data.tokens
@@ -232,9 +233,9 @@ def run(workdir, batches, *overrides, p=None, before=lambda number: None, evalua
     checkpoints, journal = Checkpoints(str(workdir), keep=9, keep_every=0), Journal(workdir, start=0, steps=c.optim.steps)
     feed = Feed(batches, before)
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), Watch(workdir, c.log.hang) as watching:
             state = jax.device_put(jax.tree.map(jnp.copy, start(p)), NamedSharding(mesh, PartitionSpec()))     # donated
-            return loop.run(c, p, state, mesh, feed, checkpoints, journal, evaluate, pictures), checkpoints
+            return loop.run(c, p, state, mesh, feed, checkpoints, journal, watching, evaluate, pictures), checkpoints
     finally:
         assert feed.closed
         journal.close()

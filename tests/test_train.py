@@ -304,6 +304,8 @@ def test_visual_tokens_are_standardised_by_the_images_that_are_there():
     (["rules.peak_lr=(('lama/.*', 1.0), ('.*', 1.0))"], "rules.peak_lr: no parameter needs the row 'lama/.*'"),
     (["rules.decay=(('llama/.*', 1.0),)"], "rules.decay: no row covers the parameter 'ln_visual/bias'"),
     (["model.llama.depth=100000000"], "the model's state needs "),
+    (["profile.steps=10"], "profile.steps='10' is not FIRST:END, like 10:13"),
+    (["workdir=gs://bucket/run"], "--config.checkpoint.to=gs://bucket/run for the checkpoints"),
     (["workdir="], "missing: a workdir (--config.workdir=DIR)"),
     (["workdir={data}/tokenizer.json/run"], "cannot write into the workdir {data}/tokenizer.json/run: Not a directory")])
 def test_bad_input_is_one_line_and_leaves_nothing(overrides, told, data, tmp_path, capsys):
