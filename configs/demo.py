@@ -64,11 +64,11 @@ def decoder(c):
     # A map of that for each of the 8 x 8 places costs a tenth of the arithmetic and halves the steps: without, all is said to all places alike.
     c.model.decoder.unet.update(dict(
         channels_in=3, channels_out=3, patch=4, widths=(64, 96), resnets=(1, 1), attends_down=(False, False), attends_up=(False, False),
-        depths=(1, 1), heads=(4, 4), pooled=c.model.resampler.tokens, side=8, time=1024, groups=8, remat="none"))
+        depths=(1, 1), heads=(4, 4), pooled=c.model.resampler.tokens, side=8, time=1536, groups=8, remat="none"))
     # Of x0, for what is not learnt yet is then blurred. Of the velocity it is noise: after 300 steps nothing else was to be seen.
     c.model.decoder.diffusion.update(dict(target="x0", zero_snr=True))
     c.rules.train = (("unet/.*", True), (".*", False))
-    c.rules.peak_lr = ((".*", 3e-3),)
+    c.rules.peak_lr = ((".*", 2e-3),)
     c.rules.groups = (("unet/.*/cross/.*", "condition"), (".*", "unet"))
     c.optim.ema = 0.99
     c.optim.clip = 1.0
