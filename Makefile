@@ -1,4 +1,4 @@
-# make demo: an Emu learns drawings on this machine, and a page shows it.   make test: every test.
+# make demo: an Emu learns drawings on this machine, and a page shows it.   make demo-chat: it learns to answer questions.   make test: every test.
 PYTHON ?= python3
 python = .venv/bin/python
 
@@ -7,6 +7,12 @@ demo: .venv/ready
 	$(python) -m emu_jax.train --config=configs/demo.py:warmup
 	$(python) -m emu_jax.train --config=configs/demo.py
 	$(python) -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu
+
+demo-chat: .venv/ready
+	test -d runs/demo/emu/checkpoints || $(MAKE) demo
+	$(python) -m emu_jax.data build --kind=openmoji --to=data/demo
+	$(python) -m emu_jax.train --config=configs/demo.py:instruct
+	$(python) -m emu_jax.evaluate --task=demo-chat --checkpoint=runs/demo/instruct
 
 test: .venv/ready
 	$(python) -m pytest -n 2
@@ -23,4 +29,4 @@ lint: .venv/ready
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: demo test test-long lint
+.PHONY: demo demo-chat test test-long lint

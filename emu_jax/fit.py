@@ -207,8 +207,7 @@ def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
     rows, images, N = data.batch, data.batch * data.images, size.resampler.tokens
     counts = dict(images=images, tokens=rows * data.tokens, pairs=rows * data.tokens * (data.tokens + 1) / 2,
                   labels=rows * max(data.tokens - data.images * (N + 2), 0), regressed=images * (N + p.c.objective.regress_end))
-    trained = {tower: bool(jax.tree.leaves(part)) for tower, part in p.state.trainable.items()}
-    trained["heads"] = trained.get("regress_head", False)
+    trained = flops.trained(path for path, _ in tree.leaves(p.state.trainable))
     towers = {"vision", "resampler"} | ({"llama", "heads"} if "llama" in p.abstract else set())
     once, work = flops.forward(size, **counts), flops.train(size, trained, **counts)
     again = {tower: once[tower] for tower in TOWERS if tower in towers and p.c.model[tower].remat == "full" and work[tower] > once[tower]}

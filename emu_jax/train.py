@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +27,7 @@ from emu_jax.data.loader import Item, Loader
 from emu_jax.generate import pixels
 from emu_jax.generate.options import Options
 from emu_jax.generate.session import Session
+from emu_jax.initial import load_weights
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
 MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "drawing.", "eval.every", "eval.batches", "data.prefetch", "data.workers",
               "data.patience", "data.retries")
-CONDITIONED = "unet/.*/cross/(k|v)/w"      # [width of the condition, heads, width of a head]
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
@@ -78,7 +77,7 @@ def train(c: ConfigDict) -> loop.State:
         # Data.
         tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
         make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
-                              process=jax.process_index(), processes=jax.process_count(), conditions=c.data.conditions)
+                              process=jax.process_index(), processes=jax.process_count(), conditions=c.data.conditions, chats=model.llama.added >= 6)
         loader = make_loader()
         evaluate = held_out(program, mesh, make_loader(eval=True), c) if c.data.eval_mixture else None
 
@@ -127,12 +126,21 @@ def make_program(c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.T
         stage=stage, size=size, objective=c.objective.to_dict() | {"sources": len(c.data.mixture)},
         optimizer=optim.make(c.optim, trainable(c.rules.peak_lr, "rules.peak_lr"), trainable(c.rules.decay, "rules.decay")),
         groups=trainable(c.rules.groups, "rules.groups"), specs=tree.split(sharding.specs(abstract), trains)[0],
+        rows=tree.split(trains, trains)[0],
         seed=c.seed, accumulate=c.optim.accumulate, ema=c.optim.ema, spike=c.optim.spike)
 
 
 def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
-    """rules.train over the parameters; the measured constants of the visual tokens never train."""
+    """rules.train over the parameters: True, False, or (start, stop) for some rows of a matrix. The measured constants of the visual tokens
+    never train. Raises UserError for what cannot train."""
     trains = _rule(c.rules.train, abstract, "rules.train")
+    shapes = dict(tree.leaves(abstract))
+    for path, chosen in tree.leaves(trains):
+        if chosen and path.endswith(sharding.CODES):
+            raise UserError(f"rules.train: {sharding.role(path)} is stored as {path.rpartition('/')[2]} and cannot train; a row before says: "
+                            "('llama/blocks/.*/(int8|nf4|absmax)', False)")
+        if not isinstance(chosen, bool) and not _are_rows(chosen, shapes[path].shape[0]):
+            raise UserError(f"rules.train: {chosen!r} is neither True, nor False, nor (start, stop) of the rows of {path} {list(shapes[path].shape)}")
     trains |= {tower: jax.tree.map(lambda _: False, part) for tower, part in trains.items() if tower == "visual_stats"}
     if not any(chosen for _, chosen in tree.leaves(trains)):
         raise UserError("rules.train: nothing trains; at least one row must say True")
@@ -150,6 +158,10 @@ def at_rest(c: ConfigDict, trains: tree.Tree, params: tree.Tree) -> tree.Tree:
     keep = dict(tree.leaves(trains))
     return tree.unflatten({path: leaf.astype(c.frozen_dtype) if path.endswith(sharding.MATRICES) and not keep[path] else leaf
                            for path, leaf in tree.leaves(params)})
+
+
+def _are_rows(chosen: Any, count: int) -> bool:
+    return isinstance(chosen, tuple) and len(chosen) == 2 and all(type(row) is int for row in chosen) and 0 <= chosen[0] < chosen[1] <= count
 
 
 def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
@@ -237,26 +249,6 @@ def claim(workdir: Path, c: ConfigDict) -> None:
 def _flat(values: dict, prefix: str = "") -> dict:
     return {path: leaf for key, value in values.items()
             for path, leaf in (_flat(value, f"{prefix}{key}.").items() if isinstance(value, dict) else [(prefix + key, value)])}
-
-
-def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
-    """The leaves of the checkpoint in `directory` that `params` has too, laid out like those; says which towers came, which stay
-    fresh and which are not used. A decoder's maps of its condition stay fresh where that has another width. Raises UserError where another
-    shape differs or nothing is shared."""
-    there = checkpoint.param_shapes(directory)
-    here = dict(tree.leaves(params))
-    wider = [path for path, leaf in here.items() if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape]
-    if wider:
-        log.warning("init %s: %d maps of the condition stay fresh: it has the width %d there and %d here",
-                    directory, len(wider), there[wider[0]][0], here[wider[0]].shape[0])
-    shared = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-              for path, leaf in here.items() if path in there and path not in wider}
-    towers = lambda paths: ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
-    if not shared:
-        raise UserError(f"init={directory!r} has no parameter of this model; it holds {towers(there)}")
-    log.info("init %s: loaded %s; fresh: %s; not used: %s", directory, towers(shared), towers(here.keys() - shared.keys()),
-             towers(there.keys() - here.keys()))
-    return checkpoint.restore_params(directory, tree.unflatten(shared))
 
 
 def measure_visual_stats(program: loop.Program, params: tree.Tree, loader: Loader, layout: tree.Tree) -> tree.Tree:

@@ -13,10 +13,10 @@ ORDER = (
     ("sharding",),
     ("models/*", "data/*"),
     ("losses", "optim", *(f"weights/{name}" for name in (
-        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "stable_diffusion", "families"))),
+        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "peft", "stable_diffusion", "families"))),
     ("stages",),
     ("checkpoint",),
-    ("journal",),
+    ("journal", "initial"),
     ("loop", "generate/*", "weights/transfer"),
     ("evaluate/*", "verify/*"),
     ("train",),

@@ -1,7 +1,7 @@
 """What a source yields: a document, an ordered list of parts, before anything about it is random or tokenised.
 
 A picture is the bytes of its file (or pixels, where it is a frame of a video) until sources/records.py decodes it for the
-model; then it is a plain array. Read next: sources/kinds.py, which makes documents of the world's formats, or sequence.py.
+model; then it is a plain array, but where it has a role. Read next: sources/kinds.py, which makes documents of the world's formats, or sequence.py.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
-"""python -m emu_jax.evaluate --task=demo --checkpoint=DIR [--data=data/demo] [--warmup=DIR] [--out=DIR]: numbers, and a page to look at.
+"""python -m emu_jax.evaluate --task=demo|demo-chat --checkpoint=DIR [--data=data/demo] [--warmup=DIR] [--out=DIR]: numbers, and a page to look at.
 
-Read next: demo.py, report.py.
+Read next: demo.py, report.py; chat.py.
 """
 import argparse
 import json
@@ -14,7 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 2 for what the user can put right, said in one line."""
     try:
         flags = _parse(arguments)
-        print(demo(flags.checkpoint, flags.data, flags.warmup, flags.out))
+        print(chat(flags.checkpoint, flags.data, flags.out) if flags.task == "demo-chat" else
+              demo(flags.checkpoint, flags.data, flags.warmup, flags.out))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,6 +44,21 @@ def demo(checkpoint: str, data: str, warmup: str | None, out: str | None) -> Pat
     return folder / "report.html"
 
 
+def chat(checkpoint: str, data: str, out: str | None) -> Path:
+    """As `demo`, for a model that was tuned to answer questions."""
+    from emu_jax.evaluate import chat, history
+    result = chat.evaluate(checkpoint, data)
+    print(chat.table(result))
+    folder = Path(out) if out else history.workdir(checkpoint)[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = [{"id": told.id, "kind": told.kind, "question": told.question, "true": told.true, "before": told.before, "after": told.after}
+               for told in result.told]
+    _write(folder / "results.json", json.dumps({"checkpoint": checkpoint, "numbers": result.numbers, "answers": answers}, indent=1,
+                                               ensure_ascii=False) + "\n")
+    _write(folder / "report.html", chat.page(result, checkpoint))
+    return folder / "report.html"
+
+
 def _shown(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
@@ -57,7 +73,8 @@ def _write(path: Path, text: str) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m emu_jax.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = _fail                            # one line, as everywhere
-    parser.add_argument("--task", required=True, choices=["demo"], help="demo: drawings, scenes and stories, with a report")
+    parser.add_argument("--task", required=True, choices=["demo", "demo-chat"],
+                        help="demo: drawings, scenes and stories, with a report; demo-chat: questions on scenes, before and after tuning")
     parser.add_argument("--checkpoint", required=True, help="a run's workdir, or one of its checkpoints")
     parser.add_argument("--data", default="data/demo", help="what `python -m emu_jax.data build --kind=openmoji` wrote")
     parser.add_argument("--warmup", help="the run that warmed the encoder up; by default where the run's config says it started")

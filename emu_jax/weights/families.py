@@ -2,10 +2,10 @@
 import re
 from collections.abc import Iterable
 
-from emu_jax.weights import emu1, eva_clip, llama, t5
+from emu_jax.weights import emu1, eva_clip, llama, peft, t5
 from emu_jax.weights.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (emu1.FAMILY, llama.FAMILY, t5.FAMILY, eva_clip.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (emu1.FAMILY, llama.FAMILY, t5.FAMILY, eva_clip.FAMILY, peft.FAMILY)}
 
 
 def guess(names: Iterable[str]) -> Family | None:

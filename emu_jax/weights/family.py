@@ -42,6 +42,7 @@ class Family:
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
     components: tuple[str, ...] = ("",)
     stem: str = "model"                 # of the files that an export writes
+    config_name: str = "config.json"    # an adapter's is another, and its tensors are one file
 
 
 def layers(shapes: Shapes, pattern: str) -> int | None:

@@ -66,7 +66,8 @@ def read(sources: list[str]) -> Foreign:
     if lacking := [f"{name} ({file})" for name, file in promised.items() if name not in tensors]:
         raise UserError(f"{sources[0]}: its index promises {len(lacking)} tensors that are not there: {', '.join(lacking[:4])}")
     folder = Path(sources[0]) if Path(sources[0]).is_dir() else Path(sources[0]).parent
-    return Foreign(tensors, _json(folder / "config.json") if (folder / "config.json").is_file() else {}, " ".join(sources))
+    config = next((path for name in ("config.json", "adapter_config.json") if (path := folder / name).is_file()), None)
+    return Foreign(tensors, _json(config) if config else {}, " ".join(sources))
 
 
 def components(folder: str, names: tuple[str, ...]) -> Foreign:
@@ -77,22 +78,25 @@ def components(folder: str, names: tuple[str, ...]) -> Foreign:
 
 
 def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], arrays: Iterator[tuple[str, np.ndarray]],
-          shard: int = SHARD) -> None:
-    """{stem}-0000n-of-0000m.safetensors of at most `shard` bytes (or one tensor) each, and their index. `layout` says what is to come;
-    `arrays` brings it, in that order, and is held one tensor at a time."""
+          shard: int | None = SHARD) -> None:
+    """{stem}-0000n-of-0000m.safetensors of at most `shard` bytes (or one tensor) each, and their index; or, for None, {stem}.safetensors alone.
+    `layout` says what is to come; `arrays` brings it, in that order, and is held one tensor at a time."""
     shards: list[list[str]] = [[]]
     sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
     for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard:
+        if shard and shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard:
             shards.append([])
         shards[-1].append(name)
-    files = {f"{stem}-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, 1)}
+    called = lambda number: f"{stem}-{number:05}-of-{len(shards):05}.safetensors" if shard else f"{stem}.safetensors"
+    files = {called(number): names for number, names in enumerate(shards, 1)}
     for file, names in files.items():
         with (folder / file).open("wb") as out:
             out.write(_header({name: layout[name] for name in names}))
             for name, (got, array) in zip(names, arrays):
                 assert got == name and (array.shape, array.dtype) == layout[name], (name, got, array.shape, array.dtype)
                 np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(out)
+    if not shard:
+        return
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {name: file for file, names in files.items() for name in names}}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 

@@ -3,6 +3,7 @@
 An import writes a checkpoint that `config.init=DIR` starts from; the towers that no source fills are left out of it, and are fresh
 there. An export writes what the family's own library loads. Read next: convert.py, ../checkpoint.py.
 """
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from emu_jax import checkpoint, config, tree
+from emu_jax import checkpoint, config, sharding, tree
 from emu_jax.config import UserError
-from emu_jax.weights import convert, emu1, eva_clip, files
+from emu_jax.models import lora
+from emu_jax.models.lora import LoraSize
+from emu_jax.weights import convert, emu1, eva_clip, files, peft
 from emu_jax.weights.convert import Table
 from emu_jax.weights.families import FAMILIES, guess
 from emu_jax.weights.family import Family
@@ -45,7 +48,8 @@ def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, im
 
     Raises Misfit, which lists every tensor that is missing, unexpected or misshapen, and UserError for all else.
     """
-    found = [_read(name, where) for name, where in sources]
+    c.model.lora.storage = ""       # what comes in is whole; a run that starts from it rounds it
+    found = [part for name, where in sources for part in _read(name, where, keep_lora=c.model.lora.rank > 0)]
     if image_size:
         c.model.vision.image = image_size
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for _, tensors, _ in found]
@@ -113,13 +117,15 @@ def export(name: str, directory: str, to: str, *, dtype: str | None = None, shar
     family, folder = FAMILIES[name], Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} is there and not empty; choose another directory")
-    source = checkpoint.Slices(directory)
+    source = checkpoint.Slices(directory) if family is peft.FAMILY else Baked(directory)
     model = config.from_dict(source.config["model"]).to_dict()
     table = family.table(family.size(model))
     try:
         shapes = convert.shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
     except UserError as error:
         raise UserError(f"{directory} holds no whole {name}: {error}") from error
+    if not shapes:              # of an adapter
+        raise UserError(f"{directory} holds no LoRA")
     kinds = _dtypes(table, source, dtype)
     half = folder.with_name(f".{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
@@ -133,9 +139,11 @@ def export(name: str, directory: str, to: str, *, dtype: str | None = None, shar
             bar = tqdm(arrays, desc=component or name, total=len(layout), unit="tensor", disable=None)
             cast = ((tensor.removeprefix(prefix), array.astype(kinds[tensor], copy=False)) for tensor, array in bar)
             part.mkdir(exist_ok=True)
-            files.write(part, family.stem, layout, cast, shard)
+            adapter = family is peft.FAMILY
+            files.write(part, family.stem, layout, cast, None if adapter else shard)
             kind = max((kind for _, kind in layout.values()), key=lambda kind: kind.itemsize)
-            (part / "config.json").write_text(json.dumps((said[component] if component else said) | {"torch_dtype": str(kind)}, indent=1) + "\n")
+            told = (said[component] if component else said) | ({} if adapter else {"torch_dtype": str(kind)})
+            (part / family.config_name).write_text(json.dumps(told, indent=1) + "\n")
         source.check()
         if folder.exists():
             folder.rmdir()
@@ -145,6 +153,47 @@ def export(name: str, directory: str, to: str, *, dtype: str | None = None, shar
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Baked:
+    """The parameters in a checkpoint as those of a model without LoRA and with plain matrices; read like checkpoint.Slices."""
+
+    def __init__(self, directory: str):
+        self._source = checkpoint.Slices(directory)
+        self.config = copy.deepcopy(self._source.config)
+        self._size = LoraSize(**config.from_dict(self.config["model"].get("lora", {})).to_dict())
+        self.config["model"]["lora"] = self.config["model"].get("lora", {}) | {"rank": 0, "storage": ""}
+        self._codes: dict[str, str] = {}        # matrix -> its codes
+        self.shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        for path, (dtype, shape) in self._source.shapes.items():
+            if path.endswith(sharding.CODES):
+                self._codes[sharding.role(path)] = path
+                shape = (*shape[:-1], shape[-1] * (2 if path.endswith("nf4") else 1))
+                self.shapes[sharding.role(path)] = np.dtype(jax.numpy.dtype(self.config["model"]["compute"])), shape
+            elif not path.endswith(("/absmax", "/a", "/b")):
+                self.shapes[path] = dtype, shape
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        where, read = path.removesuffix("/w"), self._source.read
+        w = lora.Quantised(read(self._codes[path], layer), read(f"{where}/absmax", layer)) if path in self._codes else read(path, layer)
+        if path.endswith("/w") and f"{where}/a" in self._source.shapes:
+            return np.asarray(lora.baked(self._size, w, read(f"{where}/a", layer), read(f"{where}/b", layer))).astype(self.shapes[path][0])
+        return np.asarray(w.plain(self.shapes[path][0])) if path in self._codes else w
+
+    def check(self) -> None:
+        self._source.check()
+
+
+def bake(directory: str, to: str) -> None:
+    """A checkpoint in `to` of the same model without LoRA and with plain matrices. Raises UserError, and then nothing is left of it."""
+    source = Baked(directory)
+    leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (dtype, shape) in source.shapes.items()}
+    stacked = {path for path in leaves if path.split("/")[0] in ("vision", "resampler", "llama") and "/blocks/" in path}
+    with checkpoint.writing_slices(to, leaves, stacked, source.config) as put:
+        for path, leaf in tqdm(leaves.items(), "bake", unit="leaf", disable=None):
+            for layer in range(leaf.shape[0]) if path in stacked else [None]:
+                put(path, layer, source.read(path, layer))
+        source.check()
 
 
 def summary(made: Plan) -> Iterator[str]:
@@ -166,7 +215,8 @@ def summary(made: Plan) -> Iterator[str]:
         yield f"not said by the files, and as in the default config: {', '.join(made.assumed)}"
 
 
-def _read(name: str, where: list[str]) -> tuple[Family, dict[str, Any], files.Foreign]:
+def _read(name: str, where: list[str], *, keep_lora: bool) -> list[tuple[Family, dict[str, Any], files.Foreign]]:
+    """A source as its family's part; a chat model, of which LoRA is to be kept, as two."""
     family = FAMILIES[name]
     foreign = files.read(where) if family.components == ("",) else files.components(where[0], family.components)
     likely = guess({emu1.rename(tensor) for tensor in foreign.tensors})
@@ -174,7 +224,10 @@ def _read(name: str, where: list[str]) -> tuple[Family, dict[str, Any], files.Fo
         like = (f"it looks like {likely.name}: --family={likely.name}" if likely else
                 f"it looks like none of {', '.join(FAMILIES)}; it holds {', '.join(list(foreign.tensors)[:3])}, ...")
         raise UserError(f"{foreign.where} is not of the family {name}; {like}")
-    return family, family.tensors(foreign.tensors), foreign
+    if family is emu1.FAMILY and keep_lora:
+        plain, adapter = emu1.parted(foreign.tensors)
+        return [(family, plain, foreign), *([(peft.FAMILY, adapter, files.Foreign(adapter, {}, foreign.where))] if adapter else [])]
+    return [(family, family.tensors(foreign.tensors), foreign)]
 
 
 def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], foreign: files.Foreign, given: bool,
@@ -209,7 +262,7 @@ def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], fo
     return unknown
 
 
-def _dtypes(table: Table, source: checkpoint.Slices, dtype: str | None) -> dict[str, np.dtype]:
+def _dtypes(table: Table, source: checkpoint.Slices | Baked, dtype: str | None) -> dict[str, np.dtype]:
     """The dtype of each foreign tensor: as our leaves have it, or `dtype`."""
     return {name: np.dtype(jax.numpy.dtype(dtype)) if dtype else np.result_type(*(source.shapes[use.row.ours][0] for use in parts))
             for name, parts in convert.uses(table, made=False).items()}
