@@ -125,7 +125,7 @@ class Docs:
 
 
 def stream(letters, docs, tokens=30):
-    to_sequence = partial(make_sequence, tokenizer=letters, n_visual=2, max_tokens=tokens, max_images=4, image_first=0, labels=("text", "</s>"),
+    to_sequence = partial(make_sequence, tokenizer=letters, n_visual=2, max_tokens=tokens, max_images=4, image_first=0.0, labels=("text", "</s>"),
                           system="none")
     return Stream(Mixture(("talk",), (1.0,), (docs,), 1, 0), 0, to_sequence, 2, once=True)
 
