@@ -160,6 +160,7 @@ def quantised(w: Float[Numbers, "..."], storage: str) -> tuple[Int8[Array, "..."
 
 def dequantised(codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Float[Numbers, "..."]) -> Float[Array, "..."]:
     """Inverse of `quantised`, but for what it rounded; float32."""
+    codes, absmax = jnp.asarray(codes), jnp.asarray(absmax)
     if _name(codes) == "int8":
         scaled = codes.astype(jnp.float32) / 127
     else:
