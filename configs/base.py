@@ -24,14 +24,19 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
         data=1,                         #   copies of the parameters
         fsdp=-1,                        #   parameters, gradients and optimizer state sharded
         tensor=1))                      #   heads, ffn and vocabulary split
+    c.compile_cache = "~/.cache/emu_jax"    # compiled programs, which the next start loads: a folder, or gs://...; "": none
     c.checkpoint = ConfigDict(dict(
+        to="",                          # a folder or bucket (gs://...) in the place of workdir, for what is large
         every=1000,                     # steps between saves
         keep=3,                         # the last n are kept
         keep_every=0))                  # and every n-th step for good; 0: none
     c.log = ConfigDict(dict(
         every=1,                        # steps between lines of metrics.jsonl (a line is free: it is fetched a step late)
+        hang=600.0,                     # seconds in one phase of a step after which a process says where it hangs; 0: never
         pictures_every=500,             # steps between images and captions in TensorBoard; 0: never
         max_bad_steps=10))              # stop after so many non-finite or spiking steps in all
+    c.profile = ConfigDict(dict(
+        steps=""))                      # "10:13": an XLA trace of the steps 10, 11 and 12, in workdir/profile
     c.drawing = ConfigDict(dict(        # decoder stage: how pictures are drawn, of log.pictures_every and by generate
         sampler="pndm",                 # or "ddim", "euler", "dpm++", "flow"
         steps=50, guidance=7.5,         # the release's
@@ -39,7 +44,8 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
         negative="empty"))              # guidance leads away from what the model makes of the empty prompt (the release), or from "zeros"
     c.eval = ConfigDict(dict(
         every=0,                        # steps between evaluations on the held-out split; 0: never
-        batches=8))                     # how many global batches of it
+        batches=8,                      # how many global batches of it
+        tasks=()))                      # and benchmarks, scored as emu_jax.evaluate does: (task, "FOLDER", its first N examples) rows
     return c
 
 
@@ -94,7 +100,8 @@ def data() -> ConfigDict:
         packing="first_fit",            # or "best_fit": of those that wait, the one that uses tokens and images most evenly
         pack_lookahead=16,              # documents of a stream that wait to fill a row
         prefetch=2,                     # batches made ahead
-        workers=4,                      # threads that read and decode, a host
+        workers=4,                      # threads that fill rows, a host, and that read and decode where no processes do
+        readers=0,                      # processes that read and decode for them: one may crash or hang, and no Python waits for another; 0: none
         max_bad_share=0.01,             # above this share of corrupt records the run stops
         patience=120.0,                 # seconds that a record may take to come from the file system; 0: for ever
         retries=2,                      # how often it is asked for again, if it does not come or the disk fails

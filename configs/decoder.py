@@ -41,12 +41,14 @@ def decoder(condition: int) -> ConfigDict:
             channels_in=4, channels_out=4, patch=1, widths=(320, 640, 1280, 1280), resnets=(2, 2, 2, 2),
             attends_down=(True, True, True, False), attends_up=(True, True, True, False), depths=(1, 1, 1, 1),
             heads=(8, 8, 8, 8),         # SD 2: (5, 10, 20, 20)
-            condition=condition, time=1280, cosine_first=True, frequency_shift=0.0, groups=32, eps=1e-5,
+            condition=condition,
+            pooled=0,                   # the number of visual tokens: they are added to the time's embedding too. Stable Diffusion: no
+            time=1280, cosine_first=True, frequency_shift=0.0, groups=32, eps=1e-5,
             linear=False,               # SD 2: True
             remat="full"),
         vae=dict(channels=3, latent=4, widths=(128, 256, 512, 512), resnets=2, groups=32, scale=0.18215, remat="full"),     # {}: draw pixels
         diffusion=dict(
             steps=1000, beta_start=0.00085, beta_end=0.012,
             zero_snr=False,             # end the schedule in noise alone; with "v"
-            target="epsilon",           # or "v" (SD 2.1), or "flow"
+            target="epsilon",           # or "v" (SD 2.1), "flow" or "x0"
             min_snr=0.0)))              # cut the loss's weights at this signal-to-noise ratio (5.0 is usual); 0: all are 1

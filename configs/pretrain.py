@@ -8,7 +8,8 @@ from configs.base import get_config as base
 def get_config(size: str = "emu-14b"):
     c = base(size)
     # The paper's batch of each set is its weight here: one mixture, packed, in place of one set a step (unpublished).
-    # 256 rows of 2048 tokens hold about 8,200 documents. Paths are FOLDER:SPLIT of what `python -m emu_jax.data build` writes.
+    # 256 rows of 2048 tokens hold about 3,450 documents (benchmarks/images_a_row.py).
+    # Paths are FOLDER:SPLIT of what `python -m emu_jax.data build` writes.
     # Of MMC4 half is subsequences with at most 5 images, half is 5 images with their sentences (how they were mixed is unpublished).
     c.data.mixture = (("laion-2b", 128.0, "data/laion-2b:train"),                       # --kind=pairs
                       ("laion-coco", 128.0, "data/laion-coco:train"),                   # --kind=pairs

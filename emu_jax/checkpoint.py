@@ -1,4 +1,4 @@
-"""Checkpoints: workdir/checkpoints/<step>/, written by Orbax in the background, read back onto any mesh.
+"""Checkpoints: DIR/checkpoints/<step>/, in a folder or bucket, written by Orbax in the background, read back onto any mesh.
 
 A step has parts that can be read alone: `params` (trainable and frozen leaves as one tree, so that another split of
 them finds everything), `optimizer` (the rest of the state), `ema` where there is one, and as JSON `data`, `config` and
@@ -21,7 +21,7 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from emu_jax import tree
+from emu_jax import processes, tree
 from emu_jax.config import UserError
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathn
 
 
 CHUNK = 2**25       # bytes of the largest chunk of an array that is written by slices
+UNDER_WAY = 2**31   # bytes that Orbax reads or writes at a time, where no array is larger: else it might hold the state twice
 
 
 class Checkpoints:
@@ -43,7 +44,7 @@ class Checkpoints:
     def __init__(self, workdir: str, *, keep: int, keep_every: int):
         if keep < 1 or keep_every < 0:
             raise UserError(f"checkpoint.keep={keep} must be at least 1 and checkpoint.keep_every={keep_every} at least 0")
-        self._root = epath.Path(workdir).resolve() / "checkpoints"
+        self._root = _path(workdir) / "checkpoints"
         self._keep, self._keep_every = keep, keep_every
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
         self._current = -1                      # the step saved or restored last
@@ -63,7 +64,7 @@ class Checkpoints:
         manifest = {"arrays": {name: _describe(part) for name, part in parts.items()},
                     "json": {"data": _crc(data), "config": _crc(config)}}
         try:
-            with _context():
+            with _context(parts):
                 self._saving = step, ocp.save_checkpointables_async(
                     self._root / str(step), {**parts, "data": data, "config": config, "manifest": manifest}, overwrite=True)
         except Exception as error:      # of the disk, from Orbax, TensorStore or Python: they have no class in common
@@ -102,7 +103,7 @@ class Checkpoints:
         Raises UserError when no step is whole, and when a leaf's shape or dtype is another than `abstract_state` wants.
         """
         self.wait()
-        if step is None and not _steps(self._root):
+        if step is None and not processes.all_of(_steps(self._root))[0]:
             return None
         abstract = _parts(abstract_state)
 
@@ -123,7 +124,7 @@ class Checkpoints:
         """Removes what a killed or failed save left, and the steps that nobody wants to keep."""
         if jax.process_index() != 0 or not self._root.is_dir():
             return
-        half = [path for path in self._root.iterdir() if ".orbax-checkpoint-tmp" in path.name]
+        half = [path for path in self._root.iterdir() if ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not _ended(path))]
         past = [step for step in _steps(self._root) if step <= self._current and step not in self._abandoned]
         old = [step for step in past[:-self._keep] if not (self._keep_every and step % self._keep_every == 0)]
         for path in (*half, *(self._root / str(step) for step in old)):
@@ -131,6 +132,11 @@ class Checkpoints:
                 path.rmtree()
             except OSError as error:    # no reason to stop a run
                 log.warning("cannot remove %s: %s", path, error)
+
+
+def newest(directory: str) -> int:
+    """The step of the newest whole checkpoint in a run's workdir, or of the one that `directory` is. Raises UserError when there is none."""
+    return _newest(*_locate(directory, None), _notes)[0]
 
 
 def read_config(directory: str, step: int | None = None) -> dict:
@@ -173,15 +179,20 @@ def restore_params(directory: str, abstract_params: tree.Tree | None = None, *, 
 class Slices:
     """The parameters in the newest whole checkpoint, read a leaf or a layer of a stacked leaf at a time."""
 
-    def __init__(self, directory: str, step: int | None = None):
+    def __init__(self, directory: str, step: int | None = None, *, ema: bool = False):
+        """ema: where a leaf has a moving average, that one. Raises UserError for no whole checkpoint, and for one without averages."""
         root, step = _locate(directory, step)
         number, notes = _newest(root, step, _notes)
+        self._where, arrays = root / str(number), notes["manifest"]["arrays"]
+        if ema and "ema" not in arrays:
+            raise UserError(f"{self._where} has no moving average of the parameters: it was trained with optim.ema=0")
+        averaged = arrays["ema"] if ema else {}
+        described = arrays["params"] | averaged
         self.config: dict = notes["config"]
-        self.shapes = {path: (jnp.dtype(dtype), tuple(shape)) for path, (dtype, shape, _) in notes["manifest"]["arrays"]["params"].items()}
-        self._sums = {path: total for path, (_, _, total) in notes["manifest"]["arrays"]["params"].items()}
+        self.shapes = {path: (jnp.dtype(dtype), tuple(shape)) for path, (dtype, shape, _) in described.items()}
+        self._sums = {path: total for path, (_, _, total) in described.items()}
         self._read: dict[str, int] = {}
-        self._where = root / str(number)
-        self._store = cache(lambda path: ts.open(_array_spec(self._where, path), open=True).result())
+        self._store = cache(lambda path: ts.open(_array_spec(self._where, path, "ema" if path in averaged else "params"), open=True).result())
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """The leaf, or its `layer`-th slice. Raises UserError where it cannot be read."""
@@ -206,7 +217,7 @@ def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacke
 
     params: flat. stacked: leaves that come by layer. Raises UserError where there is a checkpoint already and where the disk is full.
     """
-    root = epath.Path(workdir).resolve() / "checkpoints"
+    root = _path(workdir) / "checkpoints"
     if _steps(root):
         raise UserError(f"{root} holds a checkpoint already; choose another directory")
     half = root / "0.orbax-checkpoint-tmp"          # what Checkpoints clears away, should this be killed
@@ -238,9 +249,9 @@ def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacke
                 folder.rmdir()
 
 
-def _array_spec(step: epath.Path, path: str) -> dict:
+def _array_spec(step: epath.Path, path: str, part: str = "params") -> dict:
     """TensorStore's words for where Orbax keeps an array."""
-    base = str(step / "params")
+    base = str(step / part)
     store = {"driver": "ocdbt", "base": f"{base if '://' in base else f'file://{base}'}/", "path": path.replace("/", ".") + "/"}
     return {"driver": "zarr3", "kvstore": store}
 
@@ -270,37 +281,58 @@ def _set_shapes(params: epath.Path, shapes: dict[str, list[int]]) -> None:
 
 
 def _sum_of_slice(array: np.ndarray) -> int:
-    """As `_sum_of_bits`, on the host."""
+    """As `_sums`, of an array on the host."""
     return int(np.sum(array.view(f"u{array.dtype.itemsize}"), dtype=np.uint32))
 
 
 def _newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Any]) -> tuple[int, Any]:
-    """(step, read(its path)) for `step`, or for the newest step that can be read; warns of those passed over."""
-    steps = _steps(root)
+    """(step, read(its path)) for `step`, or for the newest step that can be read, by every process; warns of those passed over."""
+    steps = processes.all_of(_steps(root))[0]
     if not steps or step not in (None, *steps):
         raise UserError(f"no checkpoint{'' if step is None else f' of step {step}'} in {root}"
                         + (f"; there are {', '.join(map(str, steps))}" if steps else ""))
     for number in (reversed(steps) if step is None else [step]):
+        found, reason = None, ""
         try:
-            return number, read(root / str(number))
+            found = read(root / str(number))
         except UserError:               # not damage, but another model than the caller's
             raise
         except Exception as error:      # Orbax and TensorStore raise KeyError, ValueError, OSError, JSONDecodeError, ...
             reason = _reason(error)
+        if not (reasons := list(filter(None, processes.all_of(reason)))):
+            return number, found
+        found, reason = None, reasons[0]
         log.warning("checkpoint %s is damaged or incomplete and is passed over: %s", root / str(number), reason)
     raise UserError(f"no whole checkpoint in {root}; {number} is damaged: {reason}")
 
 
 def _locate(directory: str, step: int | None) -> tuple[epath.Path, int | None]:
     """(the folder of steps, step) of a workdir or of one step's own folder."""
-    path = epath.Path(directory).resolve()
+    path = _path(directory)
     if not path.is_dir():
         raise UserError(f"no directory {str(directory)!r}; give a run's workdir, or one of its checkpoints, workdir/checkpoints/1000")
     return (path.parent, int(path.name)) if path.parent.name == "checkpoints" and path.name.isdigit() else (path / "checkpoints", step)
 
 
+def _path(directory: str) -> epath.Path:
+    """Raises UserError for a bucket that cannot be reached."""
+    path = epath.Path(directory)
+    if "://" not in str(directory):
+        return path.resolve()
+    try:
+        path.exists()
+    except Exception as error:          # a package that is missing, a name, a right, the network: each with exceptions of its own
+        raise UserError(f"{directory!r} cannot be reached: {_reason(error)} (gs:// needs: pip install gcsfs, and credentials)") from error
+    return path
+
+
 def _steps(root: epath.Path) -> list[int]:
-    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit()) if root.is_dir() else []
+    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit() and _ended(path)) if root.is_dir() else []
+
+
+def _ended(path: epath.Path) -> bool:
+    """Whether a step's folder is of a save that has ended. A bucket cannot rename: there it is so with the last file that Orbax writes."""
+    return "://" not in str(path) or (path / "commit_success.txt").exists()
 
 
 def _parts(state: Any) -> dict[str, Any]:
@@ -335,12 +367,12 @@ def _load(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict]) -
 
     parts = {}
     for name, part in abstract.items():     # one by one: Orbax complains of the others when one fails
-        with _context():
+        with _context(part):
             parts[name] = ocp.load_checkpointables(path, {name: jax.tree.map(placed, part)})[name]
         saved = arrays[name]
         uncast = {leaf: value for leaf, value in _flat(parts[name]).items() if str(value.dtype) == saved[leaf][0]}
-        for leaf, value in uncast.items():
-            if _sum_of_bits(value) != saved[leaf][2]:
+        for leaf, total in _sums(uncast).items():
+            if total != saved[leaf][2]:
                 raise ValueError(f"the array {leaf!r} of {name!r} has changed since it was saved")
     return parts
 
@@ -362,17 +394,26 @@ def _check(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict], 
 
 def _describe(part: Any) -> dict[str, tuple[str, list[int], int]]:
     """{path: (dtype, shape, sum of its bits)} of every array."""
-    return {leaf: (str(value.dtype), list(value.shape), _sum_of_bits(value)) for leaf, value in _flat(part).items()}
+    leaves = _flat(part)
+    sums = _sums(leaves)
+    return {leaf: (str(value.dtype), list(value.shape), sums[leaf]) for leaf, value in leaves.items()}
 
 
-def _sum_of_bits(x: jax.Array | np.ndarray) -> int:
-    """Sum modulo 2^32 of the elements' bit patterns. Addition there has no order, so it is the same on every mesh. One after another:
-    many of them under way at once were seen to wait for each other for ever, on more CPU devices than cores."""
-    return int(_sum(x))
+def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
+    """Sum modulo 2^32 of the bit patterns of each one's elements. Addition there has no order, so it is the same on every mesh."""
+    on_host = {leaf: _sum_of_slice(x) for leaf, x in leaves.items() if isinstance(x, np.ndarray)}
+    on_devices = jax.device_get(_sums_of_bits({leaf: x for leaf, x in leaves.items() if leaf not in on_host}))
+    return on_host | {leaf: int(total) for leaf, total in on_devices.items()}
 
 
 @jax.jit
-def _sum(x: jax.Array) -> jax.Array:
+def _sums_of_bits(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """In one program: many under way at once were seen to wait for each other for ever, on more CPU devices than cores; and among several
+    processes every program has connections of its own to make."""
+    return {leaf: _sum_of_bits(x) for leaf, x in leaves.items()}
+
+
+def _sum_of_bits(x: jax.Array) -> jax.Array:
     bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     return jnp.sum(bits, dtype=jnp.uint32)
 
@@ -389,7 +430,7 @@ def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _context() -> ocp.Context:
+def _context(arrays: Any = ()) -> ocp.Context:
     registry = ocp.handlers.local_registry()
     for name in ("data", "config", "manifest"):         # by itself Orbax takes a dict of numbers for a tree of arrays
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
@@ -397,6 +438,8 @@ def _context() -> ocp.Context:
     context.checkpointables.registry = registry
     context.asynchronous.create_directories_asynchronously = False  # where that fails, threads would wait 20 minutes for it
     context.pytree.loading.partial_load = True          # `_check` has compared the trees
+    largest = max((leaf.size for leaf in jax.tree.leaves(arrays)), default=0)       # Orbax refuses an array of the limit's size or more
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(UNDER_WAY, 8 * largest)      # 4 a float32, cast or not
     return context
 
 

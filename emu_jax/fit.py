@@ -25,13 +25,13 @@ from emu_jax import config, hardware, hlo, loop, sharding, stages, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.packing import empty_batch
 from emu_jax.hardware import GIB
-from emu_jax.models import emu, flops
-from emu_jax.types import Batch
+from emu_jax.models import emu
+from emu_jax.types import Batch, DecoderBatch
 
 COMPILATIONS = 8        # of a search
 POLICIES = ("full", "dots", "none")     # of remat, as they rise in need of memory
 TRIES = 4               # changes that are tried on a config that does not fit
-TOWERS = ("vision", "resampler", "llama")
+TOWERS = ("vision", "resampler", "llama", "decoder.vae", "decoder.unet")      # groups of config.model that have a remat
 
 
 @dataclass(frozen=True)
@@ -121,22 +121,24 @@ def plan(c: ConfigDict, devices: list[jax.Device]) -> Plan:
     """The run that `c` describes on `devices`. Raises UserError where they do not match."""
     if c.stage not in stages.STAGES:
         raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
-    if "decoder" in c.model:
-        raise UserError("fit compiles the stages emu and contrastive, whose work it can count; this config is of the stage decoder")
-    stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
+    stage = stages.STAGES[c.stage]
+    size = stage.size(c.model.to_dict())
     abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
     mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
     train.check_rows(c, mesh)
     sharding.check(mesh, abstract)
     program = train.make_program(c, stage, size, abstract)
     state = train.abstract_state(c, program, mesh, abstract, train.what_trains(c, abstract))
-    return Plan(c, program, mesh, abstract, state, batch_shapes(c, mesh))
+    return Plan(c, program, mesh, abstract, state, batch_shapes(c, program, mesh))
 
 
-def batch_shapes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
+def batch_shapes(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh) -> Batch:
     """The global batch of a config, as shapes."""
-    at = sharding.batch_sharding(mesh)
-    one = empty_batch(1, c.data.tokens, c.data.images, c.model.vision.image, pad=0)
+    at, stage, size = sharding.batch_sharding(mesh), program.stage, program.size
+    one = empty_batch(1, c.data.tokens, c.data.images, stage.image(size), pad=0)
+    if "decoder" in c.model and c.model.decoder.condition == "generated":
+        towers = stage.emu(size)
+        one = DecoderBatch(**vars(one), conditions=np.zeros((1, c.data.images, towers.resampler.tokens, towers.llama.width), np.float32))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype, sharding=at), one)
 
 
@@ -203,15 +205,26 @@ def memory(p: Plan, done: jax.stages.Compiled) -> Memory:
 
 def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
     """(model FLOPs, FLOPs of what is computed again for the backward pass) of a step by tower, every row one document full of tokens and images."""
-    data, size = p.c.data, p.program.size
-    rows, images, N = data.batch, data.batch * data.images, size.resampler.tokens
+    data, size, stage = p.c.data, p.program.size, p.program.stage
+    rows, images, N = data.batch, data.batch * data.images, stage.emu(size).resampler.tokens
     counts = dict(images=images, tokens=rows * data.tokens, pairs=rows * data.tokens * (data.tokens + 1) / 2,
                   labels=rows * max(data.tokens - data.images * (N + 2), 0), regressed=images * (N + p.c.objective.regress_end))
     trained = flops.trained(path for path, _ in tree.leaves(p.state.trainable))
-    towers = {"vision", "resampler"} | ({"llama", "heads"} if "llama" in p.abstract else set())
-    once, work = flops.forward(size, **counts), flops.train(size, trained, **counts)
-    again = {tower: once[tower] for tower in TOWERS if tower in towers and p.c.model[tower].remat == "full" and work[tower] > once[tower]}
-    return {tower: value for tower, value in work.items() if tower in towers}, again
+    towers = set(p.abstract) | ({"heads"} if "llama" in p.abstract else set())
+    once, work = ({tower: value for tower, value in stage.work(size, trains, **counts).items() if tower in towers} for trains in ({}, trained))
+    full = {field.split(".")[-2] for field, policy in remats(p.c).items() if policy == "full"}
+    return work, {tower: value for tower, value in once.items() if tower in full and work[tower] > value}
+
+
+def remats(c: ConfigDict) -> dict[str, str]:
+    """{field: its value} of the policies of remat in a config."""
+    found = {}
+    for name in TOWERS:
+        *parents, tower = name.split(".")
+        group = c.model if not parents else c.model.get(parents[0], {})
+        if group.get(tower):
+            found[f"model.{name}.remat"] = group[tower].remat
+    return found
 
 
 def roofline(p: Plan, row: hardware.Device, held: Memory, collectives: list[hlo.Collective], work: float) -> Roofline:
@@ -244,7 +257,7 @@ def by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str, float]]:
 def padded_gathers(p: Plan, collectives: list[hlo.Collective]) -> list[dict[str, Any]]:
     """All-reduces over the shards of parameters that are as large as a block's matrix: weights gathered as zeros and a sum, or gradients summed
     whole. There should be none."""
-    least = min(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if "blocks/" in path and path.endswith("/w"))
+    least = min(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if re.fullmatch(r"\w+/blocks/.*/w", path))
     shard = lambda device: np.unravel_index(device, p.mesh.devices.shape)[sharding.AXES.index("fsdp")]
     return [{"name": c.name, "bytes": c.bytes, "runs": c.times, "source": c.source} for c in collectives
             if c.kind == "all-reduce" and c.bytes >= least and len({shard(device) for device in c.groups[0]}) > 1]
@@ -278,7 +291,7 @@ def table(found: dict[str, Any], row: hardware.Device | None) -> str:
 def changes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
     """Changes that save memory, cheapest first, each with all before it; {field: value}."""
     local, parts, images = c.data.batch // rows_of(mesh), c.optim.accumulate, c.data.images
-    steps = [{f"model.{tower}.remat": "full" for tower in TOWERS if c.model[tower].remat != "full"}]        # a forward pass more
+    steps = [{field: "full" for field, policy in remats(c).items() if policy != "full"}]                    # a forward pass more
     finer = [n for n in range(parts + 1, local + 1) if local % n == 0]
     steps += [{"optim.accumulate": n} for n in dict.fromkeys((*finer[:1], *finer[-1:]))]                    # smaller products
     steps += [{"objective.chunk": c.objective.chunk // 2}] if c.objective.chunk >= 256 else []
@@ -309,7 +322,7 @@ def search(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]
     shares = rows_of(sharding.make_mesh(c.mesh.to_dict(), devices))
 
     def measure(policy: str, local: int) -> int | None:
-        remat = {f"model.{tower}.remat": policy for tower in TOWERS}
+        remat = dict.fromkeys(remats(c), policy)
         tried = attempt(plan(changed(c, remat | {"data.batch": local * shares, "optim.accumulate": 1}), devices), row)
         print(f"remat {policy:5} {local:3} rows a device: {'fits' if tried['fits'] else 'does not fit'}{_of(tried)}", flush=True)
         return tried["peak"] if tried["fits"] else None

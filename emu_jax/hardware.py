@@ -53,6 +53,8 @@ DEVICES = {
                   {"chips_per_host_bounds": (2, 2, 1), "wrap": (True, True, True)}, _TPU_OVERLAP),
     "v6e": Device("tpu", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 400e9, 12.5e9, "cloud.google.com/tpu/docs/v6e", {}, _TPU_OVERLAP),
     "tpu7x": Device("tpu", "TPU7x", 2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2, "cloud.google.com/tpu/docs/tpu7x", {}, _TPU_OVERLAP),
+    "a100-40g": Device("cuda", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312e12, 40 * GIB, 1555e9, 300e9, 25e9,
+                       "nvidia.com: data sheets of A100 40GB SXM and DGX A100", options=_GPU_OVERLAP),
     "a100": Device("cuda", "NVIDIA A100", 312e12, 80 * GIB, 2039e9, 300e9, 25e9,
                    "nvidia.com: data sheets of A100 80GB SXM and DGX A100", options=_GPU_OVERLAP),
     "h100": Device("cuda", "NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, 50e9,
@@ -60,7 +62,7 @@ DEVICES = {
     "h200": Device("cuda", "NVIDIA H200", 989e12, 141 * 10 ** 9, 4800e9, 450e9, 50e9,
                    "nvidia.com: data sheets of H200 SXM and DGX H200", options=_GPU_OVERLAP),
 }
-_NAME = re.compile(r"(?:(\d+)x)?([a-z]+\d+[a-z]*|cpu):(\d+(?:x\d+)*)")
+_NAME = re.compile(r"(?:(\d+)x)?([a-z]+\d+[a-z]*(?:-\d+g)?|cpu):(\d+(?:x\d+)*)")
 
 
 def of_kind(device_kind: str) -> Device | None:
@@ -115,11 +117,12 @@ def _cpus(shape: str) -> list[jax.Device]:
 
 def _gpu_config(kind: str) -> str:
     """XLA's description of a GPU that is not there: figures of NVIDIA's CUDA C++ programming guide (compute capabilities 8.0 and 9.0)."""
-    row, hopper = DEVICES[kind], kind != "a100"
+    row, hopper = DEVICES[kind], not kind.startswith("a100")
+    name = row.kind if isinstance(row.kind, str) else row.kind[0]
     return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
         shared_memory_per_core: {233472 if hopper else 167936} shared_memory_per_block_optin: {232448 if hopper else 166912}
         threads_per_core_limit: 2048 core_count: {132 if hopper else 108} fpus_per_core: {128 if hopper else 64}
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {int(row.bandwidth)}
         l2_cache_size: {50 * 2 ** 20 if hopper else 40 * 2 ** 20} clock_rate_ghz: {1.98 if hopper else 1.41} device_memory_size: {row.memory}
         cuda_compute_capability {{ major: {9 if hopper else 8} }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
-        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{row.kind}" """
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}" """

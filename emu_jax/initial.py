@@ -1,6 +1,6 @@
-"""The weights that a run starts from: those of another run, or of an import (config.init), fitted to this run's model.
+"""The weights that a run starts from: those of other runs, or of imports (config.init), fitted to this run's model.
 
-What the model has beyond that checkpoint stays fresh. Rows of new tokens are the mean of the old ones, as the release makes them;
+What the model has beyond those checkpoints stays fresh. Rows of new tokens are the mean of the old ones, as the release makes them;
 matrices that the model stores in few bits are rounded, and how far off that puts them is said. Read next: train.py.
 """
 import logging
@@ -13,11 +13,18 @@ import numpy as np
 from emu_jax import checkpoint, sharding, tree
 from emu_jax.config import UserError
 from emu_jax.models import lora
+from emu_jax.models.unet import CONDITIONED
 
 log = logging.getLogger(__name__)
 
-CONDITIONED = "unet/.*/cross/(k|v)/w"      # [width of the condition, heads, width of a head]
 ADDED = "llama/(embed|lm_head)/added"
+
+
+def initial(init: str, params: tree.Tree) -> tuple[tree.Tree, set[str]]:
+    """Fresh parameters with what the checkpoints of config.init hold in their place, and the paths of that; of two that hold a leaf the later
+    counts."""
+    loaded = {path: leaf for directory in filter(None, init.split(",")) for path, leaf in tree.leaves(load_weights(directory, params))}
+    return tree.unflatten(dict(tree.leaves(params)) | loaded), set(loaded)
 
 
 def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
@@ -28,8 +35,8 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
     here = dict(tree.leaves(params))
     wider = [path for path, leaf in here.items() if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape]
     if wider:
-        log.warning("init %s: %d maps of the condition stay fresh: it has the width %d there and %d here",
-                    directory, len(wider), there[wider[0]][0], here[wider[0]].shape[0])
+        log.warning("init %s: %d maps of the condition stay fresh, for it has the width %d there and %d here: %s",
+                    directory, len(wider), there[wider[0]][0], here[wider[0]].shape[0], ", ".join(wider))
     homeless = [path for path in there if path not in here and path.endswith(("/a", *sharding.CODES)) and path.rpartition("/")[0] + "/w" in here]
     if homeless:
         raise UserError(f"init={directory!r} has {homeless[0]} and this model no place for it: set config.model.lora as that run did, or make plain "

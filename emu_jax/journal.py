@@ -1,4 +1,5 @@
-"""What a run tells: metrics.jsonl (one object a line), TensorBoard, and a progress bar on a terminal. On process 0 only.
+"""What a run tells: metrics.jsonl (one object a line), TensorBoard, pictures/STEP.png, and how long it still takes: a bar on a terminal,
+else a line of the log a minute. On process 0 only.
 
 Read next: loop.py, which calls it a step late, so that it never waits for the device.
 """
@@ -6,15 +7,19 @@ import json
 import logging
 import math
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+
+EVERY = 60.0    # seconds between lines of the log that say how far the run is
 
 
 def means(metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]], sources: tuple[str, ...]) -> dict[str, float]:
@@ -45,6 +50,9 @@ class Journal:
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
+        self.steps = steps
+        self.first: tuple[int, float] | None = None     # the first step told, which was compiled for, and when
+        self.told = 0.0
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, for `step` batches consumed. Numbers that are not finite are null in the line (JSON has none)."""
@@ -56,10 +64,26 @@ class Journal:
             self.board.add_scalar(name, value, step)
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "text_loss", "image_loss") if name in values}, refresh=False)
         self.bar.update(step - self.bar.n)
+        if self.bar.disable and "loss" in values:
+            self._tell(step, values["loss"], time.monotonic())
+
+    def _tell(self, step: int, loss: float, now: float) -> None:
+        if self.first is None:
+            self.first, self.told = (step, now), now
+        elif now - self.told >= EVERY:
+            first, began = self.first
+            left = (now - began) / (step - first) * (self.steps - step)
+            log.info("step %d of %d, loss %.4g, about %d minutes left", step, self.steps, loss, math.ceil(left / 60))
+            self.told = now
 
     def pictures(self, step: int, images: np.ndarray, captions: list[str]) -> None:
-        """Images [M, h, w, 3] and what was said of them, to TensorBoard."""
+        """Images [M, h, w, 3] and what was said of them, to TensorBoard; the images also to disk, one below the other."""
         if self.active:
+            try:
+                self.path.with_name("pictures").mkdir(exist_ok=True)
+                Image.fromarray(np.concatenate(images)).save(self.path.with_name("pictures") / f"{step}.png")
+            except OSError as error:
+                log.warning("the pictures of step %d are not on disk: %s", step, error.strerror or error)
             self.board.add_images("images", images, step, dataformats="NHWC")
             self.board.add_text("captions", "\n\n".join(f"{number}. {text}" for number, text in enumerate(captions)), step)
 

@@ -2,6 +2,7 @@
 
 The loop never waits for the device: the numbers of step n - 1 are fetched after step n is dispatched. Read next: train.py.
 """
+import json
 import logging
 import signal
 import time
@@ -18,10 +19,10 @@ import optax
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from emu_jax import hardware, sharding, tree
+from emu_jax import hardware, processes, sharding, tree, watch
 from emu_jax.checkpoint import Checkpoints
 from emu_jax.config import UserError, to_dict
-from emu_jax.data.loader import Item, Loader
+from emu_jax.data.loader import Item, Loader, merge
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu, flops
 from emu_jax.stages import Stage
@@ -131,7 +132,7 @@ def _group_norms(grads: tree.Tree, groups: tree.Tree) -> dict[str, Array]:
     return {name: jnp.sqrt(square) for name, square in squares.items()}
 
 
-def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Loader, checkpoints: Checkpoints, journal: Journal,
+def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Loader, checkpoints: Checkpoints, journal: Journal, watching: watch.Watch,
         evaluate: Callable[[tree.Tree], dict[str, float]] | None = None, pictures: Callable[[tree.Tree, Item], list] | None = None) -> State:
     """Trains from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and saves. `evaluate(params)` gives held-out numbers,
     `pictures(params, item)` the arguments of Journal.pictures. Raises UserError after `log.max_bad_steps` bad steps."""
@@ -156,12 +157,25 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
         if number % c.log.every == 0 or bad > before:
             journal.write(number, values)
 
-    with stop_signals() as stopped:
-        while step < c.optim.steps and not stopped:
+    def save(wait: bool = False) -> None:
+        jax.block_until_ready(state)            # so that the time is the save's
+        with watching.phase("checkpoint"):
+            data = merge(processes.all_of(item.state))
+            checkpoints.save(step, state, data, to_dict(c), wait=wait)
+        log.info("step %d is being saved, the data's state in %d bytes; %s", step, len(json.dumps(data)), watching.goodput())
+
+    vote = processes.Vote(mesh)
+    watching.enter("steps")
+    with stop_signals() as stopped, watch.traced(watch.span(c.profile.steps), journal.path.parent / f"profile/{jax.process_index()}") as before:
+        while step < c.optim.steps and not vote(bool(stopped)):
             began = time.perf_counter()
-            item = next(batches)
+            with watching.phase("input wait"):
+                item = next(batches)
             waited = time.perf_counter() - began
-            state, metrics = step_fn(state, jax.tree.map(place, item.batch))
+            watching.begin(step + 1, item.ids)
+            before(step + 1, state)
+            with watching.phase("steps" if step > first else "compile"):
+                state, metrics = step_fn(state, jax.tree.map(place, item.batch))
             step += 1
             if pending:
                 finish(pending)
@@ -171,23 +185,26 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
             params = lambda: tree.merge(state.trainable, state.frozen)
             due = lambda every: every and step % every == 0
             if due(c.checkpoint.every) and step < c.optim.steps:
-                checkpoints.save(step, state, item.state, to_dict(c))
+                save()
             if evaluate and (due(c.eval.every) or step == c.optim.steps):
-                values = evaluate(params())
+                with watching.phase("evaluation"):
+                    values = evaluate(params())
                 journal.write(step, {f"eval/{name}": value for name, value in values.items()})
                 counts.pause()
             if pictures and due(c.log.pictures_every):
-                journal.pictures(step, *pictures(params(), item))
+                with watching.phase("evaluation"):
+                    journal.pictures(step, *pictures(params(), item))
                 counts.pause()
     if pending:
         finish(pending)
-        checkpoints.save(step, state, item.state, to_dict(c), wait=True)
+        save(wait=True)
     loader.close()
     if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
         raise UserError(f"stopped at step {step}: {counts.bad} steps were not finite or spiked (log.max_bad_steps={c.log.max_bad_steps}); "
                         "their documents are named in the log; the checkpoint holds the last good weights")
-    if stopped:
-        log.warning("stopped by %s at step %d of %d; the checkpoint is saved, the same command goes on", stopped[0], step, c.optim.steps)
+    if stopped or step < c.optim.steps:
+        log.warning("stopped by %s at step %d of %d; the checkpoint is saved, the same command goes on", *(stopped[:1] or ["another process"]),
+                    step, c.optim.steps)
     if step > first and step_fn._cache_size() > 1:
         log.warning("train_step was compiled %d times: a shape or a dtype changes from step to step", step_fn._cache_size())
     return state

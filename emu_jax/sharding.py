@@ -63,7 +63,7 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     ),
     # The decoder's towers: images lie over all axes (`images`), so nothing is split over tensor. What has few channels is split on the other side.
     "unet": (
-        ("unet/time/(up|down)/w", P(None, "fsdp")),                    # C|t t
+        ("unet/(time/(up|down)|pooled)/w", P(None, "fsdp")),           # C|t|ND t
         ("unet/conv_in/w", P(None, None, None, "fsdp")),               # 3 3 c C
         ("unet/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),  # 3 3 C C
         ("unet/.*/resnets/[0-9]+/time/w", P("fsdp", None)),            # t C

@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,28 +19,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from emu_jax import checkpoint, config, loop, optim, sharding, stages, tree
+from emu_jax import checkpoint, config, loop, optim, processes, sharding, stages, tree, watch
 from emu_jax.config import UserError
 from emu_jax.data import conditions
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Item, Loader
+from emu_jax.evaluate import benchmark
+from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate import pixels
 from emu_jax.generate.options import Options
 from emu_jax.generate.session import Session
-from emu_jax.initial import load_weights
+from emu_jax.initial import initial
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT
-from emu_jax.models.decoder import resized
+from emu_jax.models.decoder import DecoderSize, resized
 from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "drawing.", "eval.every", "eval.batches", "data.prefetch", "data.workers",
-              "data.patience", "data.retries")
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "profile.", "compile_cache", "drawing.", "eval.every", "eval.batches", "eval.tasks",
+              "data.prefetch", "data.workers", "data.readers", "data.patience", "data.retries")
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
@@ -48,10 +53,20 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)     # as absl does, if Orbax's import has let it
     logging.getLogger("emu_jax").setLevel(logging.INFO)
     try:
-        train(config.load(sys.argv[1:] if arguments is None else arguments))
+        if arguments is None:               # a process of its own
+            processes.start()
+        c = config.load(sys.argv[1:] if arguments is None else arguments)
+        if c.compile_cache and not jax.config.jax_compilation_cache_dir:        # JAX_COMPILATION_CACHE_DIR goes before
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
+        train(c)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        processes.leave(2)
         return 2
+    except Exception:
+        traceback.print_exc()
+        processes.leave(1)
+        return 1
     return 0
 
 
@@ -70,21 +85,26 @@ def train(c: ConfigDict) -> loop.State:
     mesh = sharding.make_mesh(c.mesh.to_dict())
     check(c, mesh, abstract)
     program = make_program(c, stage, size, abstract)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), ExitStack() as at_end:
         placed = sharding.shardings(mesh, sharding.specs(abstract))
         trains = what_trains(c, abstract)
 
         # Data.
         tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
+        number, shares = processes.share(mesh, c.data.batch)
         make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
-                              process=jax.process_index(), processes=jax.process_count(), conditions=c.data.conditions, chats=model.llama.added >= 6)
-        loader = make_loader()
-        evaluate = held_out(program, mesh, make_loader(eval=True), c) if c.data.eval_mixture else None
+                              process=number, processes=shares, conditions=c.data.conditions, chats=model.llama.added >= 6)
+        loader = at_end.enter_context(closing(make_loader()))
+        evaluations = [held_out(program, mesh, make_loader(eval=True), c)] if c.data.eval_mixture else []
+        evaluations += [benchmarks(program, mesh, tokenizer, c)] if c.eval.tasks else []
+        evaluate = (lambda params: {name: value for one in evaluations for name, value in one(params).items()}) if evaluations else None
 
         # State: resume, else weights, else scratch.
         workdir = Path(c.workdir)
         claim(workdir, c)
-        checkpoints = checkpoint.Checkpoints(c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)
+        watching = at_end.enter_context(watch.Watch(workdir, c.log.hang))
+        checkpoints = at_end.enter_context(closing(checkpoint.Checkpoints(
+            c.checkpoint.to or c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)))
         state_of = lambda params: loop.init_state(program, *tree.split(params, trains))
         like = abstract_state(c, program, mesh, abstract, trains)
         if (resumed := checkpoints.restore(like)) is not None:
@@ -94,21 +114,21 @@ def train(c: ConfigDict) -> loop.State:
         else:
             step = 0
             params = jax.jit(lambda key: at_rest(c, trains, emu.init(stage.module, size, key)), out_shardings=placed)(jax.random.key(c.seed))
-            loaded = {path: leaf for directory in filter(None, c.init.split(",")) for path, leaf in tree.leaves(load_weights(directory, params))}
-            params = tree.unflatten(dict(tree.leaves(params)) | loaded)
+            params, loaded = initial(c.init, params)
             if model.standardise and "visual_stats" in params and "visual_stats/mean" not in loaded:
-                params |= {"visual_stats": measure_visual_stats(program, params, make_loader(), placed["visual_stats"])}
+                params |= {"visual_stats": measure_visual_stats(program, params, make_loader(process=0, processes=1), placed["visual_stats"])}
             state = jax.jit(state_of, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
 
         # Train.
-        journal = Journal(workdir, start=step, steps=c.optim.steps)
-        try:
-            draws = drawings(program, c) if "unet" in abstract else pictures(program, mesh, tokenizer, c.data.tokens) if "llama" in abstract else None
-            return loop.run(c, program, state, mesh, loader, checkpoints, journal, evaluate, pictures=draws)
-        finally:
-            loader.close()
-            journal.close()
-            checkpoints.close()
+        journal = at_end.enter_context(closing(Journal(workdir, start=step, steps=c.optim.steps)))
+        draws = None
+        if c.log.pictures_every and jax.process_count() > 1:
+            log.info("no pictures are drawn meanwhile: several processes have no images in common (log.pictures_every)")
+        elif c.log.pictures_every and "unet" in abstract:
+            draws = drawings(program, c, make_loader)
+        elif c.log.pictures_every and "llama" in abstract:
+            draws = pictures(program, mesh, tokenizer, c.data.tokens)
+        return loop.run(c, program, state, mesh, loader, checkpoints, journal, watching, evaluate, pictures=draws)
 
 
 def parameter_table(abstract: tree.Tree) -> str:
@@ -183,11 +203,17 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         *((not Path(path.rpartition(":")[0]).is_dir(), f"the source {name!r} at {path!r}") for name, path in places)) if absent]
     if missing:
         raise UserError(f"missing: {'; '.join(missing)}")
+    if "://" in c.workdir:
+        raise UserError(f"workdir={c.workdir!r} is a bucket; metrics are written into a folder: --config.workdir=DIR, and "
+                        f"--config.checkpoint.to={c.workdir} for the checkpoints")
+    watch.span(c.profile.steps)
     check_rows(c, mesh)
     sharding.check(mesh, abstract)
     if "contrast" in abstract and c.model.vision.image % READOUT:
         raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
     check_conditions(c, abstract)
+    if "unet" in abstract:
+        pixels.check(DecoderSize.of(c.model.to_dict()).diffusion, c.drawing.to_dict())
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     size = lambda part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
@@ -252,8 +278,9 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 
 def measure_visual_stats(program: loop.Program, params: tree.Tree, loader: Loader, layout: tree.Tree) -> tree.Tree:
-    """Mean and deviation of each dimension of each visual token over MEASURED training images, for models that standardise them."""
-    encode = jax.jit(lambda params, images: program.module(params).encode(images).astype(jnp.float32))
+    """Mean and deviation of each dimension of each visual token over MEASURED training images, for models that standardise them.
+    Several processes all read the same images: `loader` is that of one process."""
+    encode = jax.jit(lambda params, images: sharding.constrain(program.module(params).encode(images).astype(jnp.float32), PartitionSpec()))
     found: list[np.ndarray] = []
     for item in loader:
         images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]]
@@ -285,6 +312,29 @@ def held_out(program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: 
     return evaluate
 
 
+def benchmarks(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
+               c: ConfigDict) -> Callable[[tree.Tree], dict[str, float]]:
+    """evaluate(params): the numbers of `eval.tasks`, each "task/number". Raises UserError, before anything is trained, for what it cannot ask."""
+    if program.stage.module is not emu.Emu:
+        raise UserError(f"eval.tasks: a model of the stage {c.stage!r} answers nothing")
+    asked = []
+    for row in c.eval.tasks:
+        if not isinstance(row, (tuple, list)) or list(map(type, row)) != [str, str, int] or row[2] < 1:
+            raise UserError(f"eval.tasks: {row!r} is no (task, \"FOLDER\", number of examples)")
+        task, folder, count = row
+        if task not in TASKS or TASKS[task].metric in ("wups", "judge", "fid"):
+            able = ", ".join(name for name, its in TASKS.items() if its.metric not in ("wups", "judge", "fid"))
+            raise UserError(f"eval.tasks: {task!r} is none of {able}")
+        asked.append((benchmark.Settings(task, c.workdir, 0, folder, TASKS[task].split), count))
+        benchmark.plan(asked[-1][0], limit=count)
+
+    def evaluate(params: tree.Tree) -> dict[str, float]:
+        session = Session(program.size, params, tokenizer, context=c.data.tokens, mesh=mesh)
+        return {f"{settings.task}/{name}": value for settings, count in asked for name, value in
+                benchmark.numbers(session, settings, limit=count).items()}
+    return evaluate
+
+
 def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
              context: int) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
     """pictures(params, item): some images of a batch and what the model says of them."""
@@ -295,10 +345,12 @@ def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenize
     return show
 
 
-def drawings(program: loop.Program, c: ConfigDict) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
-    """drawings(params, item): some images of a batch, each beside what the decoder makes of it, always with the same seeds, and led away
-    from zeros: nothing is generated here."""
-    side, how = program.size.image, {name: c.drawing[name] for name in pixels.HOW}
+def drawings(program: loop.Program, c: ConfigDict, make_loader: Callable[[], Loader]) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+    """drawings(params, item): the first images of the data, each beside what the decoder makes of it, always the same ones with the same seeds,
+    and led away from zeros: nothing is generated here."""
+    side, how, first = program.size.image, {name: c.drawing[name] for name in pixels.HOW}, make_loader()
+    rows = jax.tree.map(lambda x: jnp.asarray(x[:PICTURES]), next(iter(first)).batch)
+    first.close()
 
     def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         condition = program.module(params).conditions(batch)
@@ -306,8 +358,7 @@ def drawings(program: loop.Program, c: ConfigDict) -> Callable[[tree.Tree, Item]
         return images, pixels.draw(program.size, params, condition, jnp.arange(len(condition)), **how)
     both = jax.jit(both)
 
-    def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
-        rows = jax.tree.map(lambda x: jnp.asarray(x[:PICTURES]), item.batch)
+    def show(params: tree.Tree, _: Item) -> tuple[np.ndarray, list[str]]:
         images = np.concatenate([np.asarray(part) for part in both(params, rows)], 2)
         held = np.asarray(rows.image_slots).ravel() < rows.tokens.shape[1]
         return images[held], ["left the image, right as it is drawn"]

@@ -11,6 +11,8 @@ import pytest
 from emu_jax import config, fit, hardware, hlo, loop, train, tree
 from emu_jax.config import UserError
 
+pytestmark = pytest.mark.xdist_group("fit")  # one process: what its tests share is made once
+
 SHARDED = ("mesh.fsdp=4", "mesh.tensor=2")
 ROW = hardware.Device("tpu", "TPU none", flops=1e12, memory=1000, bandwidth=1e9, link=1e8, network=1e7, source="nobody")
 
@@ -93,6 +95,30 @@ def test_recomputation_counts_beside_the_model():
     assert work == fit.step_flops(plan())[0]
 
 
+def decoder_plan(*overrides):
+    return fit.plan(make.decoder_cfg("mesh.fsdp=4", "mesh.data=2", *overrides), jax.devices())
+
+
+def test_the_decoder_stage_is_planned_with_its_frozen_towers():
+    p = decoder_plan("optim.ema=0.9")
+    assert p.batch.images.shape == (8, 1, 28, 28, 3) and not hasattr(p.batch, "conditions")
+    assert {path.split("/")[0] for path, _ in tree.leaves(p.state.trainable)} == {"unet"}
+    assert all(leaf.dtype == "bfloat16" for path, leaf in tree.leaves(p.state.frozen) if path.endswith("/w"))
+    unet = fit.per_device(p.state.trainable)
+    assert fit.per_device(p.state) == pytest.approx(4 * unet + fit.per_device(p.state.frozen), rel=0.01)     # itself, two moments, an average
+    work, again = fit.step_flops(p)
+    assert set(work) == {"vision", "resampler", "llama", "heads", "unet"} and again == {}
+    remat = decoder_plan("model.decoder.unet.remat=full", "model.llama.remat=full")
+    assert fit.step_flops(remat) == (work, {"unet": work["unet"] / 3})                                       # the frozen LLM goes back no more
+    assert fit.remats(p.c) == {f"model.{name}.remat": "none" for name in ("vision", "resampler", "llama", "decoder.unet")}
+    assert next(fit.changes(p.c, p.mesh)) == {f"model.{name}.remat": "full" for name in ("vision", "resampler", "llama", "decoder.unet")}
+
+
+def test_conditions_made_beforehand_are_part_of_the_batch():
+    p = decoder_plan("model.decoder.condition=generated")
+    assert p.batch.conditions.shape == (8, 1, 4, 32) and set(fit.step_flops(p)[0]) == {"unet"}
+
+
 @pytest.mark.parametrize("slope", [1, 7, 30, 90, 200])
 def test_a_search_finds_the_most_rows_in_few_steps(slope):
     """Peaks of 100 + slope a row under full remat, three and nine times the slope under the others, of 1000."""
@@ -121,7 +147,7 @@ def test_changes_grow_and_stay_runnable(monkeypatch):
     p = plan("data.batch=16", "data.images=4")
     monkeypatch.setattr(fit, "TRIES", 9)
     found = list(fit.changes(p.c, p.mesh))
-    assert found[0] == {f"model.{tower}.remat": "full" for tower in fit.TOWERS}
+    assert found[0] == {f"model.{tower}.remat": "full" for tower in ("vision", "resampler", "llama")}
     assert [change.get("optim.accumulate") for change in found] == [None, 2, 4, 4, 2]
     assert found[-1]["data.batch"] == 8 and found[-1]["data.images"] == 2
     for before, after in pairwise(found):
@@ -174,6 +200,27 @@ def test_what_cannot_be_is_one_line(arguments, message, capsys, monkeypatch):
 def test_a_state_that_no_change_makes_fit_is_said_before_anything_is_compiled():
     with pytest.raises(UserError, match=r"the parameters and the optimizer alone need 0.0 GiB a device .* take at least \d+ devices"):
         fit.fit(make.cfg(*SHARDED), ROW, jax.devices())
+
+
+def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
+    """The compiler's own words, where libtpu is: a block's weights all-gathered and its gradients reduce-scattered, none of them a sum over all
+    of zeros and a shard; splash attention forward and backward."""
+    pytest.importorskip("libtpu")
+    sizes = ("llama.width=1024", "llama.heads=8", "llama.ffn=2048", "vision.width=1024", "vision.heads=8", "vision.ffn=2048", "resampler.width=1024",
+             "resampler.heads=8", "resampler.head_width=128", "resampler.ffn=2048", "compute=bfloat16", "vision.remat=full", "resampler.remat=full",
+             "llama.remat=full")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+            patch.setenv(name, value)
+        _, devices = hardware.absent("v5e:4x4")
+        p = fit.plan(make.cfg("mesh.data=2", "mesh.fsdp=8", "data.batch=16", "data.tokens=256", *(f"model.{size}" for size in sizes)), devices)
+        text = fit.compiled(p).as_text()
+    found = hlo.Module(text).collectives()
+    looped = {kind: sum(c.bytes for c in found if c.kind == kind and c.in_loop) for kind in ("all-gather", "reduce-scatter")}
+    a_block = sum(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if path.startswith("llama/blocks") and path.endswith("/w"))
+    assert looped["all-gather"] >= 2 * a_block and looped["reduce-scatter"] >= a_block       # forward, and again for the backward pass
+    assert not [c for c in fit.padded_gathers(p, found) if c["runs"] > 1]
+    assert text.count('custom_call_target="tpu_custom_call"') >= 3
 
 
 def test_the_14b_is_planned_on_a_pod_without_a_byte():

@@ -6,7 +6,8 @@ from emu_jax.config import UserError
 
 
 @pytest.mark.parametrize(("kind", "name"), [
-    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"),
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"),
+    ("NVIDIA A100-SXM4-40GB", "a100-40g"), ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"),
     ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x")])
 def test_kinds(kind, name):
     assert hardware.of_kind(kind) is hardware.DEVICES[name] and hardware.peak(kind) == hardware.DEVICES[name].flops
@@ -28,7 +29,8 @@ def test_cpus_are_at_hand():
 
 
 @pytest.mark.parametrize(("topology", "message"), [
-    ("v5e", "is not one: KIND:SHAPE"), ("v9:4x4", "kinds are v4, v5e, v5p, v6e, tpu7x, a100, h100, h200 and cpu"), ("v5e:4by4", "is not one"),
+    ("v5e", "is not one: KIND:SHAPE"), ("v9:4x4", "kinds are v4, v5e, v5p, v6e, tpu7x, a100-40g, a100, h100, h200 and cpu"),
+    ("v5e:4by4", "is not one"),
     ("cpu:9", "there are 8 CPU devices here; XLA_FLAGS=--xla_force_host_platform_device_count=9 makes more"), ("cpu:2x2", "there are 8 CPU")])
 def test_what_is_no_topology_is_one_line(topology, message):
     with pytest.raises(UserError, match=message) as error:

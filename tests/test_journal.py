@@ -1,10 +1,13 @@
 """What a run tells is whole after any end, and a mean is a sum over a weight."""
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from emu_jax import journal
 from emu_jax.journal import Journal, means
 
 
@@ -13,10 +16,10 @@ def lines(path):
 
 
 def tell(path, start, steps):
-    journal = Journal(path, start=start, steps=9)
+    told = Journal(path, start=start, steps=9)
     for step in steps:
-        journal.write(step, {"loss": float(step)})
-    journal.close()
+        told.write(step, {"loss": float(step)})
+    told.close()
 
 
 def test_means_divide_once():
@@ -31,17 +34,25 @@ def test_means_of_other_sources_are_an_error():
 
 
 def test_a_line_is_there_as_soon_as_it_is_written(tmp_path):
-    journal = Journal(tmp_path, start=0, steps=9)
-    journal.write(1, {"loss": 0.5, "rate": 2.0})
+    told = Journal(tmp_path, start=0, steps=9)
+    told.write(1, {"loss": 0.5, "rate": 2.0})
     assert lines(tmp_path) == [{"step": 1, "loss": 0.5, "rate": 2.0}]
-    journal.close()
+    told.close()
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    journal = Journal(tmp_path, start=0, steps=9)
-    journal.write(1, {"loss": float("nan"), "norm": float("inf"), "bad": -float("inf"), "rate": 2.0})
-    journal.close()
+    told = Journal(tmp_path, start=0, steps=9)
+    told.write(1, {"loss": float("nan"), "norm": float("inf"), "bad": -float("inf"), "rate": 2.0})
+    told.close()
     assert lines(tmp_path) == [{"step": 1, "loss": None, "norm": None, "bad": None, "rate": 2.0}]
+
+
+def test_without_a_terminal_the_log_says_how_long_it_takes(tmp_path, caplog, monkeypatch):
+    clock = iter([500.0, 530.0, 620.0, 621.0])      # when each step is told; the first one was compiled for
+    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with caplog.at_level("INFO", "emu_jax.journal"):
+        tell(tmp_path, 2, [3, 4, 5, 6])
+    assert [record.getMessage() for record in caplog.records] == ["step 5 of 9, loss 5, about 4 minutes left"]
 
 
 def test_a_resumed_run_takes_out_what_it_will_tell_again(tmp_path):
@@ -65,12 +76,22 @@ def test_a_half_written_line_is_left_out_and_said(tmp_path, half, caplog):
 
 
 def test_scalars_pictures_and_captions_reach_tensorboard(tmp_path):
-    journal = Journal(tmp_path, start=0, steps=9)
-    journal.write(1, {"image_loss": 0.5})
-    journal.pictures(1, np.zeros((2, 8, 8, 3), np.uint8), ["a red cat", "two dogs"])
-    journal.close()
-    told = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
-    assert all(word in told for word in (b"image_loss", b"PNG", b"0. a red cat", b"1. two dogs"))
+    told = Journal(tmp_path, start=0, steps=9)
+    told.write(1, {"image_loss": 0.5})
+    told.pictures(1, np.zeros((2, 8, 8, 3), np.uint8), ["a red cat", "two dogs"])
+    told.close()
+    board = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    with Image.open(tmp_path / "pictures/1.png") as saved:
+        assert saved.size == (8, 16)
+    assert all(word in board for word in (b"image_loss", b"PNG", b"0. a red cat", b"1. two dogs"))
+
+
+def test_pictures_that_do_not_fit_on_the_disk_stop_no_run(tmp_path, caplog):
+    told = Journal(tmp_path, start=0, steps=9)
+    (tmp_path / "pictures").write_text("")
+    told.pictures(1, np.zeros((1, 8, 8, 3), np.uint8), ["a red cat"])
+    told.close()
+    assert "the pictures of step 1 are not on disk" in caplog.text
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from emu_jax.config import UserError
 from emu_jax.data.loader import Item
 from emu_jax.journal import Journal
 from emu_jax.models import emu, flops, layers
+from emu_jax.watch import Watch
 
 C = make.cfg()
 T = C.data.tokens
@@ -220,7 +221,7 @@ class Feed:
     def __iter__(self):
         for number, batch in enumerate(self.batches, 1):
             self.before(number)
-            yield Item(batch, [[f"a/first{number}", f"b/second{number}"], [f"b/third{number}"]], {"number": number}, {})
+            yield Item(batch, [[f"a/first{number}", f"b/second{number}"], [f"b/third{number}"]], {"number": number}, {"epochs": {"a": number / 4}})
 
     def close(self):
         self.closed = True
@@ -233,9 +234,9 @@ def run(workdir, batches, *overrides, p=None, before=lambda number: None, evalua
     checkpoints, journal = Checkpoints(str(workdir), keep=9, keep_every=0), Journal(workdir, start=0, steps=c.optim.steps)
     feed = Feed(batches, before)
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), Watch(workdir, c.log.hang) as watching:
             state = jax.device_put(jax.tree.map(jnp.copy, start(p)), NamedSharding(mesh, PartitionSpec()))     # donated
-            return loop.run(c, p, state, mesh, feed, checkpoints, journal, evaluate, pictures), checkpoints
+            return loop.run(c, p, state, mesh, feed, checkpoints, journal, watching, evaluate, pictures), checkpoints
     finally:
         assert feed.closed
         journal.close()
@@ -360,9 +361,9 @@ def test_speed_by_hand(monkeypatch):
     trained = {"vision": False, "resampler": True, "llama": True, "heads": True}
     work = flops.train(p.size, trained, images=images, tokens=tokens, pairs=pairs, labels=float(batch.text_weights.sum()), regressed=4 * images)
 
-    item = Item(batch, [], {}, {})
+    item = Item(batch, [], {}, {"epochs": {"pairs": 0.25}})
     counts = loop.Counts(p, C, loop.State(0, train, freeze, None, None, 0, 0.0))
-    still = {"padding": 1 - tokens / (8 * T), "input_wait": 0.5}
+    still = {"padding": 1 - tokens / (8 * T), "input_wait": 0.5, "epochs/pairs": 0.25}
     assert counts.of(item, 0.5) == pytest.approx(still)                     # step 1 compiles
     want = still | {"step_time": 2.0, "tokens_per_second": tokens / 2, "images_per_second": images / 2, "flops_per_second": sum(work.values()) / 2}
     want |= {f"flops_per_second/{tower}": value / 2 for tower, value in work.items()}

@@ -1,5 +1,6 @@
 """One table places every parameter, evenly; and the helpers change where things are, never what they are."""
 import re
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -155,3 +156,24 @@ def test_a_block_is_gathered_in_the_compute_dtype_and_its_gradient_scattered():
     assert grad.sharding.is_equivalent_to(placed.sharding, 2)
     np.testing.assert_array_equal(ready, w.astype(jnp.bfloat16))
     np.testing.assert_allclose(grad, 2 * w.astype(jnp.bfloat16).astype(jnp.float32), rtol=0.01)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A chip of a v5e:4x4 that is not here."""
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_slices_are_neighbours_along_data_alone():
+    chips = [Chip(16 * part + 4 * y + x, part, (x, y, 0), 4 * part + 2 * (y // 2) + x // 2) for part in range(2) for y in range(4) for x in range(4)]
+    placed = sharding.make_mesh({"data": 4, "fsdp": 4, "tensor": 2}, chips).devices
+    assert [{chip.slice_index for chip in row.flat} for row in placed] == [{0}, {0}, {1}, {1}]
+    assert len(set(placed.flat)) == 32
+    with pytest.raises(UserError, match="lies on 2 slices: data must be a multiple of 2"):
+        sharding.make_mesh({"data": 1, "fsdp": 32, "tensor": 1}, chips)

@@ -20,8 +20,11 @@ from test_checkpoint import small_disk  # noqa: F401
 from emu_jax import checkpoint, config, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.loader import Item, Loader
+from emu_jax.initial import load_weights
 from emu_jax.models import emu
 from tests.data import fixtures
+
+pytestmark = pytest.mark.xdist_group("train")  # one process: what its tests share is made once
 
 MEASURED = 64
 TIMES = ("step_time", "input_wait", "tokens_per_second", "images_per_second", "flops_per_second", "mfu")
@@ -179,7 +182,7 @@ def test_a_run_leaves_its_config_its_checkpoints_and_tensorboard(whole, data, wa
     assert checkpoint.read_config(str(whole)) == json.loads((whole / "config.json").read_text())
     board = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
     assert all(word in board for word in (b"image_loss/scenes", b"eval/text_loss", b"PNG", b"captions"))
-    assert {path.name for path in whole.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "tensorboard"}
+    assert {path.name for path in whole.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "pictures", "tensorboard"}
 
 
 def test_the_warm_up_starts_the_run_and_what_is_frozen_stays(whole, warm):
@@ -243,16 +246,16 @@ def test_towers_that_are_shared_are_loaded(warm, data, caplog):
     c = config.load(emu_arguments(data, "nowhere", warm))
     fresh = jax.jit(partial(emu.init, emu.Emu, emu.EmuSize.of(c.model.to_dict())))(jax.random.key(5))
     with caplog.at_level(logging.INFO):
-        loaded = train.load_weights(str(warm), fresh)
+        loaded = load_weights(str(warm), fresh)
     assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast" in caplog.text
     there = checkpoint.restore_params(str(warm))
     assert set(loaded) == {"vision", "ln_visual", "resampler"}
     for path, leaf in tree.leaves(loaded):
         np.testing.assert_array_equal(leaf, dict(tree.leaves(there))[path])
     with pytest.raises(UserError, match=r"has no parameter of this model; it holds contrast, ln_visual, resampler, vision"):
-        train.load_weights(str(warm), {"llama": fresh["llama"]})
+        load_weights(str(warm), {"llama": fresh["llama"]})
     with pytest.raises(UserError, match=r"params 'vision/cls' is float32\[32\] in .*, but float32\[64\]"):
-        train.load_weights(str(warm), {"vision": {"cls": jnp.zeros(64)}})
+        load_weights(str(warm), {"vision": {"cls": jnp.zeros(64)}})
 
 
 def test_visual_tokens_are_standardised_by_the_images_that_are_there():
@@ -302,6 +305,8 @@ def test_visual_tokens_are_standardised_by_the_images_that_are_there():
     (["rules.peak_lr=(('lama/.*', 1.0), ('.*', 1.0))"], "rules.peak_lr: no parameter needs the row 'lama/.*'"),
     (["rules.decay=(('llama/.*', 1.0),)"], "rules.decay: no row covers the parameter 'ln_visual/bias'"),
     (["model.llama.depth=100000000"], "the model's state needs "),
+    (["profile.steps=10"], "profile.steps='10' is not FIRST:END, like 10:13"),
+    (["workdir=gs://bucket/run"], "--config.checkpoint.to=gs://bucket/run for the checkpoints"),
     (["workdir="], "missing: a workdir (--config.workdir=DIR)"),
     (["workdir={data}/tokenizer.json/run"], "cannot write into the workdir {data}/tokenizer.json/run: Not a directory")])
 def test_bad_input_is_one_line_and_leaves_nothing(overrides, told, data, tmp_path, capsys):

@@ -22,7 +22,7 @@ _LONG = 2000            # characters; longer captions hold no such metadata
 
 _URL = re.compile(r"^\s*(?:https?://|www\.)\S+\s*$", re.I)
 _FILE_NAME = re.compile(r"^\s*[\w~()+-]+(?:[ .][\w~()+-]+)*\.(?:jpe?g|png|gif|webp|bmp|tiff?|pdf|html?|php|mp4|mov)\s*$", re.I)
-_CAMERA = re.compile(r"^\s*(?:dsc[nf]?|img|dscf|pict?|p|image|photo|screenshot)[ _-]*\d{2,}\s*$", re.I)
+_CAMERA = re.compile(r"^\s*(?:dsc[nf]?|img|pict?|p)[ _-]?\d{4,}\s*$", re.I)
 
 
 def decode(data: bytes) -> str:

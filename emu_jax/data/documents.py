@@ -68,6 +68,11 @@ def pictures(document: Document) -> Iterator[Picture | Image]:
             yield part
 
 
+def pixels(document: Document) -> Iterator[Image]:
+    """The same of a document whose images are decoded."""
+    return (image.data if isinstance(image, Picture) else image for image in pictures(document))
+
+
 def texts(document: Document) -> Iterator[Text]:
     """The texts of a document, in the order of its parts."""
     for part in document.parts:

@@ -1,4 +1,4 @@
-"""The loader: streams are filled by threads into batches ahead of the step, and a batch travels with its state.
+"""The loader: streams are filled by threads, for which processes may read, into batches ahead of the step, and a batch travels with its state.
 
 Rows b of the global batch belong to stream b // (B / S), and a host owns neighbouring streams: so the n-th global batch
 is the same for any number of hosts. The state of a batch is the one *after* it: save that of the last batch you
@@ -21,9 +21,9 @@ from emu_jax.data.conditions import Conditions
 from emu_jax.data.images import FITS
 from emu_jax.data.mixture import COUNTS, Mixture, Stream
 from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
-from emu_jax.data.patience import Patient
+from emu_jax.data.patience import Patient, Readers
 from emu_jax.data.sequence import LABELS, Rule, make_sequence
-from emu_jax.data.sources import CACHE_BYTES, Source
+from emu_jax.data.sources import CACHE_BYTES, Cached, Source
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.types import Batch
 
@@ -59,8 +59,10 @@ class Loader:
         _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
         self.data, self.eval, self.image_size, self.pad = data, eval, image_size, tokenizer.pad
         self.source_names = tuple(row[0] for row in rows)
-        self.mixture = Mixture(self.source_names, tuple(float(row[1]) for row in rows), tuple(map(self._open, rows)), data.num_streams, seed,
-                               tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows))
+        opened = [sources.open(row[2], image_size, data.fit) for row in rows]
+        self.readers = Readers(opened, data.readers or data.workers, data.patience, data.readers > 0)
+        self.mixture = Mixture(self.source_names, tuple(float(row[1]) for row in rows), tuple(map(self._waited_for, range(len(rows)))),
+                               data.num_streams, seed, tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows))
         self.owned = range(process * data.num_streams // processes, (process + 1) * data.num_streams // processes)
         self.to_sequence = partial(make_sequence, tokenizer=tokenizer, n_visual=n_visual, max_tokens=data.tokens,
                                    max_images=data.images, image_first=data.image_first, labels=data.labels, chats=chats, system=data.system)
@@ -72,12 +74,12 @@ class Loader:
         for name, source in zip(self.source_names, self.mixture.sources):
             log.info("source %s: %d documents", name, len(source))
         ahead = (2 + data.prefetch) * len(self.owned) * self._rows * data.images * 3 * image_size**2
-        log.info("memory: %d MiB of batches made ahead, at most %d MiB of decoded pictures in the caches of the sources, %d documents that wait",
-                 ahead >> 20, len(rows) * CACHE_BYTES >> 20, len(self.owned) * data.pack_lookahead)
+        log.info("memory: %d MiB of batches made ahead, at most %d MiB of documents in the caches of the sources, %d documents that wait, "
+                 "%d processes that hold one each", ahead >> 20, len(rows) * CACHE_BYTES >> 20, len(self.owned) * data.pack_lookahead, data.readers)
 
     def __iter__(self) -> Iterator[Item]:
         self.close()
-        pool = self.pool = ThreadPoolExecutor(self.data.workers, "data")
+        pool = self.pool = ThreadPoolExecutor(max(self.data.workers, self.data.readers), "data")
         states = self.state.get("streams", {})
         streams = [Stream(self.mixture, number, self.to_sequence, self.data.pack_lookahead, states.get(str(number)), self.eval, self.fit)
                    for number in (range(self.data.num_streams) if self.eval else self.owned)]
@@ -117,14 +119,14 @@ class Loader:
         self.state = state
 
     def close(self) -> None:
-        """Ends an iteration that is under way and waits for its threads; the loader can be iterated again."""
+        """Ends an iteration that is under way and waits for its threads and processes; the loader can be iterated again."""
         pool, self.pool = self.pool, None
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+            self.readers.close()
 
-    def _open(self, row: tuple) -> Source:
-        source = sources.open(row[2], self.image_size, self.data.fit)
-        return Patient(source, row[0], self.data.patience, self.data.retries, self.data.unreadable) if self.data.patience else source
+    def _waited_for(self, number: int) -> Source:
+        return Cached(Patient(self.readers, number, self.source_names[number], self.data.retries, self.data.unreadable))
 
     @property
     def _rows(self) -> int:     # of a stream in a batch
@@ -166,7 +168,7 @@ class Loader:
 
 def merge(states: list[dict]) -> dict:
     """One state of those that the processes have after one and the same batch, for `restore` on any number of processes."""
-    return {**states[0], "streams": {number: stream for state in states for number, stream in state["streams"].items()}}
+    return states[0] if len(states) == 1 else {**states[0], "streams": {number: stream for state in states for number, stream in state["streams"].items()}}
 
 
 def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int], num_streams: int) -> dict[str, Any]:
@@ -184,8 +186,8 @@ def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int],
 
 
 def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processes: int) -> None:
-    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("prefetch", 0), ("patience", 0),
-                        ("retries", 0),
+    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("readers", 0), ("prefetch", 0),
+                        ("patience", 0), ("retries", 0),
                         ("tokens", n_visual + 3)):     # <s> and one image
         if data[name] < least:
             raise UserError(f"data.{name} is {data[name]}; it must be at least {least}"

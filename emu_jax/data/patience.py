@@ -1,11 +1,20 @@
-"""A source that is waited for: what a hung or failing file system does to the loader is said, tried again, and then skipped or an error.
+"""Sources that are waited for: what a hung file system, a failing disk or a crashing decoder does to the loader is said, tried again, and then
+skipped or an error.
 
-A thread that hangs in a read cannot be ended, only left alone: so each thread of the loader reads through a helper thread of its own,
-and takes a new one where the old has not answered in time. Read next: loader.py.
+The loader's threads read through readers: threads, which can only be left alone where they hang, or processes, which can be ended and
+which may die of what they read. Whoever reads, the documents are the same. Read next: reader.py, the process, then loader.py.
 """
+import contextlib
 import logging
+import os
+import pickle
 import queue
+import signal
+import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from emu_jax.config import UserError
@@ -14,29 +23,35 @@ from emu_jax.data.sources import Corrupt, Source
 
 log = logging.getLogger(__name__)
 
+START = 300.0           # seconds that a process may take to start: its imports come from a file system, too
+STARTS = 3              # how often one is started that does not live to its first question
+
+
+class Lost(Exception):
+    """A reader did not answer, and why, in one line."""
+
 
 class Patient:
-    """`source`, each record of which has `seconds` to come, and is asked for `retries` times more if it does not, or if the disk fails.
+    """Source `number` of `readers`, each record of which is asked for `retries` times more if its reader is lost, or if the disk fails.
 
     Then, with `unreadable="skip"`, it counts as corrupt; with "stop" it ends the run (UserError).
     """
 
-    def __init__(self, source: Source, name: str, seconds: float, retries: int, unreadable: str):
-        self.source, self.name, self.seconds, self.retries, self.unreadable = source, name, seconds, retries, unreadable
-        self._own = threading.local()
+    def __init__(self, readers: "Readers", number: int, name: str, retries: int, unreadable: str):
+        self.readers, self.number, self.name, self.retries, self.unreadable = readers, number, name, retries, unreadable
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.readers.sources[self.number])
 
     def __getitem__(self, index: int) -> Document:
-        """As that of `source`."""
+        """As that of the source."""
         for attempt in range(1 + self.retries):
             try:
-                return self._ask(index)
-            except TimeoutError:
-                reason = f"no answer within {self.seconds:g} seconds"
+                return self.readers.ask(self.number, index)
+            except Lost as error:
+                reason = str(error)
             except Corrupt as error:
-                if not isinstance(error.__cause__, OSError):      # what is read is bad, and will be again
+                if not error.disk:                                # what is read is bad, and will be again
                     raise
                 reason = error.reason
             log.warning("source %s: record %d: %s (attempt %d of %d)", self.name, index, reason, attempt + 1, 1 + self.retries)
@@ -45,36 +60,125 @@ class Patient:
                             "data.unreadable=skip goes on without it")
         raise Corrupt(f"record {index}", reason)
 
-    def _ask(self, index: int) -> Document:
-        helper = getattr(self._own, "helper", None)
-        if helper is None:
-            helper = self._own.helper = _Helper(self.source)
-        helper.questions.put(index)
+
+class Readers:
+    """`count` readers of `sources`, threads or `processes`, started when they are needed: so many questions are asked at a time, and a record
+    each is all that they hold. One that does not answer within `seconds` (0: it is waited for), or dies, is replaced. Thread-safe."""
+
+    def __init__(self, sources: Sequence[Source], count: int, seconds: float, processes: bool):
+        self.sources, self.seconds = sources, seconds
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()   # None: one that is not started
+        self._make = _Process if processes else _Thread
+        for _ in range(count):
+            self._idle.put(None)
+
+    def ask(self, number: int, index: int) -> Document:
+        """Document `index` of source `number`. Raises what that raises, Lost, and UserError where no process can be started."""
+        reader = self._idle.get()
         try:
-            answer, error = helper.answers.get(timeout=self.seconds)
-        except queue.Empty:
-            self._own.helper = None                               # it may answer one day: nobody listens
-            raise TimeoutError from None
+            reader = reader or self._start()
+            document, error = reader.ask(number, index)
+        except BaseException:                                     # whatever it was: what it answers next may be to this question
+            reader = reader and reader.end()                      # None: the next question starts another
+            raise
+        finally:
+            self._idle.put(reader)
         if error is not None:
             raise error
-        return answer
+        return document
+
+    def _start(self) -> "_Thread | _Process":
+        for attempt in range(STARTS):
+            try:
+                return self._make(self.sources, self.seconds)
+            except Lost as error:
+                reason = str(error)
+                log.warning("a process that reads for the loader does not start: %s (attempt %d of %d)", reason, attempt + 1, STARTS)
+        raise UserError(f"a process that reads for the loader does not start: {reason}; data.readers=0 does without")
+
+    def close(self) -> None:
+        """Ends the readers that are idle; `ask` starts new ones."""
+        idle = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                idle.append(self._idle.get_nowait())
+        for reader in idle:
+            self._idle.put(reader.end() if reader else None)
 
 
-class _Helper:
-    """A thread that reads for one other thread, and ends when that one is gone."""
+class _Thread:
+    """Ends when it is told to, if it ever comes back from what it reads."""
 
-    def __init__(self, source: Source):
+    def __init__(self, sources: Sequence[Source], seconds: float):
+        self.seconds = seconds or None
         self.questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=_serve, args=(source, self.questions, self.answers), name="reader", daemon=True).start()
+        threading.Thread(target=_serve, args=(sources, self.questions, self.answers), name="reader", daemon=True).start()
 
-    def __del__(self):
+    def ask(self, number: int, index: int) -> tuple[Document | None, Exception | None]:
+        self.questions.put((number, index))
+        try:
+            return self.answers.get(timeout=self.seconds)
+        except queue.Empty:
+            raise Lost(f"no answer within {self.seconds:g} seconds") from None
+
+    def end(self) -> None:
         self.questions.put(None)
 
 
-def _serve(source: Source, questions: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
-    while (index := questions.get()) is not None:
+def _serve(sources: Sequence[Source], questions: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+    while (question := questions.get()) is not None:
+        number, index = question
         try:
-            answers.put((source[index], None))
+            answers.put((sources[number][index], None))
         except Exception as error:                                # handed on, whatever it is
             answers.put((None, error))
+
+
+class _Process:
+    """A Python of its own that knows reader.py and the sources, and no accelerator. Not forked, for JAX's threads hold locks, and not
+    multiprocessing's, which would import the program that trains. Raises Lost where it does not start."""
+
+    def __init__(self, sources: Sequence[Source], seconds: float):
+        self.seconds = seconds
+        self.link, theirs = socket.socketpair()
+        with theirs:
+            program = f"import sys; sys.path[:] = {sys.path!r}; from emu_jax.data import reader; reader.main({theirs.fileno()})"
+            self.process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                            env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        self.file = self.link.makefile("rwb")
+        self.link.settimeout(START)
+        try:
+            self._exchange(list(sources))
+        except Lost:
+            self.end()
+            raise
+        self.link.settimeout(seconds or None)
+
+    def ask(self, number: int, index: int) -> tuple[Document | None, Exception | None]:
+        return self._exchange((number, index))
+
+    def end(self) -> None:
+        """It holds nothing that could be lost. One that hangs in the kernel ends when that lets it."""
+        self.process.kill()
+        with contextlib.suppress(OSError):                        # half a question may be left in it
+            self.file.close()
+        self.link.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+
+    def _exchange(self, question: Any) -> Any:
+        try:
+            pickle.dump(question, self.file, pickle.HIGHEST_PROTOCOL)
+            self.file.flush()
+            return pickle.load(self.file)
+        except TimeoutError:
+            raise Lost(f"no answer within {self.link.gettimeout():g} seconds") from None
+        except (EOFError, OSError, pickle.UnpicklingError):       # a broken pipe, or half an answer
+            raise Lost(f"its process died ({self._fate()})") from None
+
+    def _fate(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self.process.wait(1)
+            return signal.Signals(-code).name if code < 0 else f"exit {code}"
+        return "it hung up"

@@ -7,8 +7,9 @@ import html
 import re
 from dataclasses import dataclass
 
-_CLOCK = r"(?:(\d{1,3}):)?(\d{1,2}):(\d{1,2})[.,](\d{1,3})"
+_CLOCK = r"(?:(\d{1,3}):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,3}))?"
 _TIMES = re.compile(rf"^\s*{_CLOCK}\s*-->\s*{_CLOCK}(?:\s.*)?$")
+_LIKE_TIMES = re.compile(r"^\s*-?\d[\d:.,]*\s*-->\s*-?\d[\d:.,]*(?:\s.*)?$")      # of a cue that is none: negative, for one
 _TAG = re.compile(r"</?[a-zA-Z](?:[^<>]*)>|<\d[\d:.]*>|\{\\[^{}]*\}")      # <i>, <v Bob>, <c.red>, <00:01.000>, and SubRip's {\an8}
 _KARAOKE = re.compile(r"<\d[\d:.]*>")                                       # times within a cue: captions that roll
 
@@ -24,24 +25,26 @@ class Cue:
 def parse(text: str) -> list[Cue]:
     """The cues of a file, by start (equal starts in the file's order), their lines joined by a space, tags gone; cues without text are left out.
 
-    In captions that roll (every cue shows the line before it again, as YouTube's do) a line counts once. Raises ValueError for a file with
-    no cue at all.
+    A cue whose times are none (negative ones) is left out; one that ends before it starts is not. In captions that roll (every cue shows the
+    line before it again, as YouTube's do) a line counts once. Raises ValueError for a file with no cue at all.
     """
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
     lines = text.split("\n")
     vtt = lines[0].startswith("WEBVTT")
-    places = [number for number, line in enumerate(lines) if _TIMES.match(line)]
-    if not places:
+    times = {number: found.groups() for number, line in enumerate(lines) if (found := _TIMES.match(line))}
+    places = [number for number, line in enumerate(lines) if number in times or ("-->" in line if vtt else _LIKE_TIMES.match(line))]
+    if not times:
         raise ValueError("no cue in the subtitles")
     cues, rolls, before, until = [], bool(_KARAOKE.search(text)), [], -1.0
     for place, following in zip(places, [*places[1:], None]):
+        if place not in times:
+            continue
         block = lines[place + 1:following]
         if vtt:
             block = block[:next((n for n, line in enumerate(block) if not line), len(block))]
         elif following is not None and block and block[-1].strip().isdigit():
             block = block[:-1]                                              # the number of the next cue
-        times = _TIMES.match(lines[place]).groups()
-        start, end = _seconds(*times[:4]), _seconds(*times[4:])
+        start, end = _seconds(*times[place][:4]), _seconds(*times[place][4:])
         shown = [plain for line in block if (plain := _plain(line))]
         fresh = shown
         if rolls or start < until:
@@ -54,8 +57,8 @@ def parse(text: str) -> list[Cue]:
     return sorted(cues, key=lambda cue: cue.start)
 
 
-def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> float:
-    return int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + int(fraction.ljust(3, "0")) / 1000
+def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
+    return int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + int((fraction or "").ljust(3, "0")) / 1000
 
 
 def _plain(line: str) -> str:

@@ -15,7 +15,7 @@ av.logging.set_level(av.logging.PANIC)      # broken files are reported by us, o
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".gif", ".yuv4mpeg", ".y4m")
 # FFmpeg's containers of one file: its playlists (concat, HLS, DASH) name other files, which it would read.
-FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,ogg,gif,yuv4mpegpipe,flv,asf"
+OPTIONS = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,ogg,gif,yuv4mpegpipe,flv,asf", "protocol_whitelist": "none"}
 
 Frame = UInt8[np.ndarray, "h w 3"]
 
@@ -41,7 +41,7 @@ def chosen(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float
             for number, (time, frame) in enumerate(_frames(data)):
                 seen = number + 1
                 if number in wanted:
-                    kept[number] = time, _upright(frame)
+                    kept[number] = time, upright(frame)
                 if number == last:
                     return [kept[number] for number in wanted]
             if not seen:
@@ -60,11 +60,11 @@ def sampled(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
         for time, frame in _frames(data):
             first = time if first is None else first
             while shown is not None and due * every < time - first - 1e-6:
-                yield due * every, _upright(shown)
+                yield due * every, upright(shown)
                 due += 1
             shown, last = frame, time - first
         if shown is not None and due * every <= last + 1e-6:
-            yield due * every, _upright(shown)
+            yield due * every, upright(shown)
             due += 1
     except Exception as error:
         if not due:                     # what decoded before the damage is good
@@ -79,7 +79,7 @@ def _unusable(error: Exception) -> ValueError:
 
 
 def _open(data: bytes) -> "av.container.InputContainer":
-    container = av.open(io.BytesIO(data), metadata_errors="ignore", options={"format_whitelist": FORMATS, "protocol_whitelist": "none"})
+    container = av.open(io.BytesIO(data), metadata_errors="ignore", options=OPTIONS)
     stream = next(iter(container.streams.video), None)
     if stream is None or stream.codec_context is None:
         raise ValueError("it holds no pictures, or of an unknown kind")
@@ -100,6 +100,7 @@ def _frames(data: bytes) -> Iterator[tuple[float, "av.VideoFrame"]]:
             yield (frame.time if frame.time is not None else number / float(rate or 25)), frame
 
 
-def _upright(frame: "av.VideoFrame") -> Frame:
+def upright(frame: "av.VideoFrame") -> Frame:
+    """Its pixels, turned as the file says that it was filmed."""
     image = frame.to_ndarray(format="rgb24")
     return np.ascontiguousarray(np.rot90(image, round((getattr(frame, "rotation", 0) or 0) / 90) % 4))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from emu_jax import checkpoint, tree
+from emu_jax import checkpoint
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import chat, sources
 from emu_jax.data import tokenizer as tokenizers
@@ -28,7 +28,7 @@ from emu_jax.generate import prompt
 from emu_jax.generate.options import Options
 from emu_jax.generate.prompt import Prompt
 from emu_jax.generate.session import Session
-from emu_jax.initial import load_weights
+from emu_jax.initial import initial
 from emu_jax.models import emu
 
 BATCH = 128
@@ -69,7 +69,7 @@ def evaluate(directory: str, data: str) -> Result:
     tokenizer = tokenizers.load(f"{data}/tokenizer.json", size.llama.vocab)
     after = jax.tree.map(jax.numpy.asarray, checkpoint.restore_params(directory))
     fresh = jax.jit(partial(emu.init, emu.Emu, size))(jax.random.key(config["seed"]))
-    before = tree.unflatten(dict(tree.leaves(fresh)) | dict(tree.leaves(load_weights(config["init"], fresh))))
+    before, _ = initial(config["init"], fresh)
     sessions = [Session(size, params, tokenizer, context=2 * config["data"]["tokens"], batch=BATCH, system=config["data"]["system"])
                 for params in (before, after)]
     told = _asked(sessions, asked)

@@ -1,7 +1,7 @@
 """What the demo's model has learnt, in numbers: does it name drawings, draw from names, and describe scenes it has never seen?
 
 Single names test memory: a name that was held out cannot be guessed. Scenes of held-out combinations test understanding;
-beside them stands what needs none, the caption of the nearest training scene in pixels. Read next: report.py.
+beside them stands what needs none, the caption of the nearest training scene in pixels. Read next: drawings.py, report.py.
 """
 import re
 from collections import Counter
@@ -23,8 +23,9 @@ from emu_jax.data import sources
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.sequence import Pair
 from emu_jax.data.sources import Source
-from emu_jax.evaluate import history
+from emu_jax.evaluate import drawings, history
 from emu_jax.evaluate.history import Number
+from emu_jax.generate import pixels
 from emu_jax.generate.options import Options
 from emu_jax.generate.session import Parts, Session
 from emu_jax.models import emu
@@ -70,8 +71,11 @@ class Result:
     drawn: list[Drawn]
     stories: list[list[Told]]       # the images of each held-out story that is told image by image
     in_context: list[list[Told]]    # training drawings: some with their names, and one that the model names after them
-    lines: list[history.Line]       # metrics.jsonl of the run, and of its warm-up
+    pictures: dict[str, list[drawings.Picture]]     # by group, as captions; {} without a decoder
+    blends: list[drawings.Blend]
+    lines: list[history.Line]       # metrics.jsonl of the run, of its warm-up, and of the decoder
     warmup_lines: list[history.Line]
+    decoder_lines: list[history.Line]
 
 
 class Model:
@@ -97,10 +101,11 @@ class Model:
         return [plain(said) for said in self.session.texts(prompts, Options(max_new_tokens=NEW_TOKENS), progress=progress)]
 
 
-def evaluate(directory: str, data: str, warmup: str | None = None) -> Result:
+def evaluate(directory: str, data: str, warmup: str | None = None, decoder: str | None = None) -> Result:
     """All numbers of the run in `directory` (a workdir or one of its checkpoints) on the demo's data in `data`.
 
     warmup: the run its encoder comes from; None: where the run's config says it started, if that is still there.
+    decoder: the run that learnt to draw its visual tokens; None: no pictures are drawn.
     Raises UserError for a checkpoint or data that is missing or of another kind.
     """
     config = checkpoint.read_config(directory)
@@ -115,18 +120,23 @@ def evaluate(directory: str, data: str, warmup: str | None = None) -> Result:
     params = checkpoint.restore_params(directory, ema=config["optim"]["ema"] > 0)
     model = Model(size, params, tokenizer)
     before = checkpoint.restore_params(warmup, {tower: params[tower] for tower in ENCODER}) if warmup else None
-    lines, warmup_lines = history.read(directory), history.read(warmup) if warmup else []
+    lines, warmup_lines, decoder_lines = (history.read(run) if run else [] for run in (directory, warmup, decoder))
+    paint = pixels.load(decoder, size, empty=lambda: model.session.images([[]])[0]) if decoder else None
 
     captions = _captions(model, {"names_train": (names, None), "names_held_out": (held_out, names), "scenes_held_out": (scenes, seen)})
-    drawings = captions["names_train"] + captions["names_held_out"]
-    visual = model.encode(np.stack([told.image for told in drawings]))
-    drawn, numbers = _retrieval(drawings, len(names), visual, model.draw([told.true for told in drawings]))
+    named = captions["names_train"] + captions["names_held_out"]
+    visual = model.encode(np.stack([told.image for told in named]))
+    drawn, numbers = _retrieval(named, len(names), visual, model.draw([told.true for told in named]))
     told, in_context = _stories(model, stories), _in_context(model, captions["names_train"])
     numbers |= _numbers(captions) | _story_numbers(told) | _in_context_numbers(in_context) | history.variance(lines)
-    numbers |= {"visual_rank": effective_rank(visual)} | _raw_variance(model, before, visual, np.stack([told.image for told in drawings]))
+    numbers |= {"visual_rank": effective_rank(visual)} | _raw_variance(model, before, visual, np.stack([told.image for told in named]))
+    pictures, blends = _pictures(model, paint, captions) if paint else ({}, [])
+    for group, some in pictures.items():
+        numbers |= drawings.numbers(group, some)
     numbers |= {f"speed/{name}": value for name, value in history.speed(lines).items()}
     numbers |= {f"warmup_speed/{name}": value for name, value in history.speed(warmup_lines).items()}
-    return Result(config, numbers, targets(numbers), captions, drawn, told, in_context, lines, warmup_lines)
+    numbers |= {f"decoder_speed/{name}": value for name, value in history.speed(decoder_lines).items()}
+    return Result(config, numbers, targets(numbers), captions, drawn, told, in_context, pictures, blends, lines, warmup_lines, decoder_lines)
 
 
 def targets(numbers: dict[str, Number]) -> list[Target]:
@@ -142,6 +152,10 @@ def targets(numbers: dict[str, Number]) -> list[Target]:
         target("scenes of held-out combinations told exactly", "scenes_held_out_exact", "≥ 50 %", lambda x: x >= 0.5),
         target("… and against the nearest training scene's caption", "scenes_held_out_exact", f"≥ 2 × {100 * nearest:.1f} %",
                lambda x: x >= 2 * nearest and x > 0),
+        target("picture of a drawing's visual tokens → the drawing among the five nearest of 200", "pictures_names_train_encoded_top5", "≥ 75 %",
+               lambda x: x >= 0.75),
+        target("picture of a drawing's name → the drawing among the five nearest of 200", "pictures_names_train_regressed_top5", "≥ 55 %",
+               lambda x: x >= 0.55),
         target("least variance of the visual tokens in the run, of the first step's", "visual_variance_ratio", "≥ 10 %", lambda x: x >= 0.1),
         target("… before standardising, at the end, of the warm-up's", "raw_variance_ratio", "≥ 10 %", lambda x: x >= 0.1),
         target("share of the time that waits for data", "speed/input_wait_share", "< 2 %", lambda x: x < 0.02)]
@@ -305,6 +319,13 @@ def _in_context(model: Model, drawings: list[Told]) -> list[list[Told]]:
 
 def _in_context_numbers(fours: list[list[Told]]) -> dict[str, Number]:
     return {"in_context_count": len(fours), "in_context_exact": float(np.mean([four[3].true == four[3].said for four in fours]))} if fours else {}
+
+
+def _pictures(model: Model, paint: pixels.Painter, captions: dict[str, list[Told]]) -> tuple[dict[str, list[drawings.Picture]], list[drawings.Blend]]:
+    """Of each group's first images, and blends of the training drawings'."""
+    parts = {group: ([told.true for told in some], np.stack([told.image for told in some])) for group, some in captions.items()}
+    return ({group: drawings.pictures(model.session, paint, *part) for group, part in parts.items()},
+            drawings.blends(model.session, paint, *parts["names_train"]))
 
 
 def _raw_variance(model: Model, before: tree.Tree | None, visual: Float[np.ndarray, "M N D"],

@@ -8,6 +8,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from itertools import pairwise
 
@@ -17,9 +18,12 @@ from PIL import Image
 
 from emu_jax.evaluate import history
 from emu_jax.evaluate.demo import Drawn, Result, Target, Told
+from emu_jax.evaluate.drawings import Blend
 from emu_jax.evaluate.history import Curve, Number
 
 SHOWN = {"scenes_held_out": 24, "names_held_out": 12, "names_train": 24}
+PICTURES = {"names_train": 40, "names_held_out": 10, "scenes_held_out": 20}
+PARTS = ("the image", "of its visual tokens", "of its caption")
 QUERIES = {False: 10, True: 4}          # names of the retrieval table: trained, held out
 STORIES = 4
 IN_CONTEXT = 8
@@ -45,7 +49,7 @@ code { overflow-wrap: anywhere; }
 .soft, figcaption, th { color: var(--soft); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px; min-width: 0; }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least, 320px)), 1fr)); margin-top: 12px; }
-.grid + p { margin-top: 26px; }
+.grid + p, .card + p { margin-top: 26px; }
 .scroll { overflow-x: auto; padding: 4px 14px; }
 table { border-collapse: collapse; width: 100%; font-size: .94rem; }
 th, td { text-align: left; padding: 8px 14px 8px 0; border-top: 1px solid var(--line); }
@@ -68,6 +72,9 @@ td.big { font-weight: 650; font-size: 1.1rem; }
 .story .told { border: 0; padding: 0; }
 img { width: 64px; height: 64px; border-radius: 6px; background: #fff; flex: none; }
 .told img { width: 80px; height: 80px; }
+.row { display: flex; gap: 4px; }
+.row img { flex: 1; width: 0; height: auto; }
+.row + div { font-size: .82rem; line-height: 1.3; margin-top: 6px; overflow-wrap: anywhere; }
 .found { white-space: nowrap; font-size: 0; }
 .found img { outline: 1px solid var(--line); margin-right: 9px; }
 .found img.hit { outline: 4px solid var(--good); outline-offset: -1px; }
@@ -119,6 +126,7 @@ the drawings, of all {n["retrieval_among"]:,}, whose true tokens are nearest; th
 held-out name looks like can only be guessed from its words: first five {percent(n["retrieval_held_out_top5"])}, R²
 {n["free_run_r2_held_out"]:.2f}.</p>
 <div class="card scroll"><table>{_retrieval(result.drawn)}</table></div>
+{_pictures(result)}
 <h2>Names of drawings</h2>
 <p>Training drawings: memory. All {n["names_train_count"]:,} were asked; <b>{percent(n["names_train_exact"])}</b> are exactly right, F1 of the
 words {n["names_train_f1"]:.2f}.</p>
@@ -283,6 +291,46 @@ at a time, so what helps with one can disturb among four: {percent(result.number
 <div class="grid" style="--least: 210px">{fours}</div>"""
 
 
+def _pictures(result: Result) -> str:
+    """What the decoder draws; "" where there is none."""
+    if not result.pictures:
+        return ""
+    n = result.numbers
+    head = "<tr><th>pictures</th><th>number</th><th>of visual tokens: first</th><th>in five</th><th>of the caption: first</th><th>in five</th></tr>"
+    rows, shown = "", {}
+    for group, label in (("names_train", "training drawings"), ("names_held_out", "held-out drawings"), ("scenes_held_out", "held-out scenes")):
+        scores = (f"pictures_{group}_{source}_top{top}" for source in ("encoded", "regressed") for top in (1, 5))
+        rows += (f'<tr><td>{label}</td><td class="number">{n[f"pictures_{group}_count"]}</td>' +
+                 "".join(f'<td class="number">{_percent(n[score])}</td>' for score in scores) + "</tr>")
+        cards = (_row(picture.caption, list(zip((picture.image, picture.encoded, picture.regressed), PARTS, strict=True)))
+                 for picture in result.pictures[group][:PICTURES[group]])
+        shown[group] = f'<div class="grid" style="--least: 150px">{"".join(cards)}</div>'
+    return f"""<h2>Drawn</h2>
+<p>The visual decoder, a U-Net on {len(result.pictures["names_train"][0].image)} × {len(result.pictures["names_train"][0].image)} pixels, draws visual
+tokens. In each card: the image, what is drawn of the visual tokens that the encoder makes of it, and what is drawn of those that the model
+regresses from the caption alone. In how many cases is the image the one nearest to its picture in pixels, of all in its row of the table, or
+among the nearest five?</p>
+<div class="card scroll"><table>{head}{rows}</table></div>
+<p>Training drawings.</p>
+{shown["names_train"]}
+<p>Scenes of combinations it has never seen. A caption does not say where exactly its drawings are, so the picture need not be the image.</p>
+{shown["scenes_held_out"]}
+<p>Held-out drawings: their look cannot be known from their names.</p>
+{shown["names_held_out"]}
+<p>Blends: two drawings, what the model regresses after having read both, and the mean of their visual tokens.</p>
+<div class="grid" style="--least: 220px">{"".join(map(_blend, result.blends))}</div>"""
+
+
+def _row(caption: str, pictures: list[tuple[UInt8[np.ndarray, "h w 3"], str]]) -> str:
+    images = "".join(picture(image, label) for image, label in pictures)
+    return f'<div class="card"><div class="row">{images}</div><div>{escape(caption)}</div></div>'
+
+
+def _blend(blend: Blend) -> str:
+    sides = zip(blend.images, blend.captions, strict=True)
+    return _row(" + ".join(blend.captions), [*sides, (blend.regressed, "regressed after both"), (blend.mean, "of the mean of their visual tokens")])
+
+
 def _retrieval(drawn: list[Drawn]) -> str:
     rows = "<tr><th>name</th><th>place</th><th>nearest five</th></tr>"
     for query in (query for held_out, count in QUERIES.items() for query in [q for q in drawn if q.held_out == held_out][:count]):
@@ -295,7 +343,7 @@ def _retrieval(drawn: list[Drawn]) -> str:
 
 
 def _curves(result: Result) -> str:
-    emu, warmup = (lambda name: history.curve(result.lines, name)), (lambda name: history.curve(result.warmup_lines, name))
+    emu, warmup, decoder = (partial(history.curve, lines) for lines in (result.lines, result.warmup_lines, result.decoder_lines))
     held = sorted({name.removeprefix("eval/text_loss/") for line in result.lines for name in line if name.startswith("eval/text_loss/")})
     return "".join((
         chart("Emu: text loss, nats a token (log)", [("training", emu("text_loss"), False), ("held out", emu("eval/text_loss"), True)], log=True),
@@ -303,6 +351,8 @@ def _curves(result: Result) -> str:
               log=True),
         chart("Emu: held-out text loss by source (log)", [(name, emu(f"eval/text_loss/{name}"), True) for name in held[:4]], log=True),
         chart("Emu: variance of the visual tokens", [("in a batch", emu("visual_variance"), False)]),
+        chart("Decoder: squared error of the prediction", [("training", decoder("diffusion_loss"), False),
+                                                          ("held out", decoder("eval/diffusion_loss"), True)]),
         chart("Warm-up: contrastive loss, nats", [("training", warmup("contrastive_loss"), False)]),
         chart("Warm-up: linear reading of the pixels, squared error (log)", [("training", warmup("readout_loss"), False)], log=True),
         chart("Warm-up: variance of the visual tokens (log)", [("in a batch", warmup("visual_variance"), False)], log=True)))
@@ -324,14 +374,15 @@ def _speed(n: dict[str, Number]) -> str:
     rows = [("steps", "steps", rate), ("wall time, without compiling and evaluating", "wall_s", lambda s: f"{s / 60:.1f} min"),
             ("step, median", "step_time_s", lambda s: f"{1000 * s:.0f} ms"), ("tokens a second", "tokens_per_second", rate),
             ("images a second", "images_per_second", rate), ("model FLOP/s", "flops_per_second", _si)]
+    stages = {"warmup_speed": "warm-up", "speed": "Emu"} | ({"decoder_speed": "decoder"} if "decoder_speed/steps" in n else {})
     towers = dict.fromkeys(name.rpartition("/")[2] for name in n if "flops_per_second/" in name)
     rows += [(f"… {tower}", f"flops_per_second/{tower}", _si) for tower in towers]
     rows += [("share of the peak (MFU)", "mfu", percent), ("waiting for data", "input_wait_share", lambda share: percent(share, 2)),
              ("padding", "padding_share", percent)]
     cell = lambda stage, name, show: f'<td class="number">{show(n[f"{stage}/{name}"]) if f"{stage}/{name}" in n else "–"}</td>'
-    return "<tr><th></th><th>warm-up</th><th>Emu</th></tr>" + "".join(
-        f'<tr><td>{label}</td>{cell("warmup_speed", name, show)}{cell("speed", name, show)}</tr>' for label, name, show in rows
-        if f"warmup_speed/{name}" in n or f"speed/{name}" in n)
+    return "<tr><th></th>" + "".join(f"<th>{label}</th>" for label in stages.values()) + "</tr>" + "".join(
+        f'<tr><td>{label}</td>{"".join(cell(stage, name, show) for stage in stages)}</tr>' for label, name, show in rows
+        if any(f"{stage}/{name}" in n for stage in stages))
 
 
 def _si(value: Number) -> str:

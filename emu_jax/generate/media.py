@@ -32,7 +32,8 @@ def is_video(path: Path) -> bool:
 def image(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The picture in a file, squashed to size x size. Raises UserError for a file that is missing, broken, too large or no image."""
     try:
-        return images.decode(path.read_bytes(), size)
+        with path.open("rb") as file:
+            return images.decode(file.read(images.MAX_BYTES + 1), size)         # no more of it, whatever its size
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}': {getattr(error, 'strerror', None) or error}") from error
 
@@ -46,23 +47,25 @@ def video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
     """FRAMES frames of a video, each squashed. Raises UserError for a file that is missing, broken, or without frames."""
     try:
         import av
+
+        from emu_jax.data.video import OPTIONS, upright
     except ImportError:
         raise UserError(f"'{path}': videos are read with the package av: pip install av") from None
     try:
-        with av.open(str(path)) as container:
+        with path.open("rb") as file, av.open(file, metadata_errors="ignore", options=OPTIONS) as container:
             if not container.streams.video:
                 raise UserError(f"'{path}' has no video in it")
             count = sum(packet.size > 0 for packet in container.demux(video=0))         # what a header says of the number may be wrong
         if not count:
             raise UserError(f"'{path}' has no frames in it")
         wanted, found = centres(count), {}
-        with av.open(str(path)) as container:
+        with path.open("rb") as file, av.open(file, metadata_errors="ignore", options=OPTIONS) as container:
             stream = container.streams.video[0]
             if stream.width * stream.height > images.MAX_PIXELS:
                 raise UserError(f"'{path}': {stream.width} x {stream.height} pixels are over the limit of {images.MAX_PIXELS}")
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:
-                    found[number] = np.array(frame.to_image().resize((size, size), Image.Resampling.BICUBIC))
+                    found[number] = squashed(upright(frame), size)
                 if number >= wanted[-1]:
                     break
     except (av.error.FFmpegError, OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from emu_jax.config import UserError, from_dict
 from emu_jax.generate import samplers
 from emu_jax.models import emu
 from emu_jax.models.decoder import Canvas, DecoderSize
+from emu_jax.models.diffusion import Diffusion
 from emu_jax.models.emu import EmuSize
 from emu_jax.tree import Tree
 
@@ -32,20 +33,27 @@ def draw(size: DecoderSize, params: Tree, condition: Float[Array, "B N D"], seed
     return model.pixels(samplers.SAMPLERS[sampler].run(denoise, samplers.noise(seeds, size.latents), plan))
 
 
+def check(diffusion: Diffusion, how: dict) -> None:
+    """Raises UserError for a config.drawing that says what is not there."""
+    samplers.plan_of(diffusion, how["sampler"], how["steps"])
+    if how["negative"] not in NEGATIVES:
+        raise UserError(f"drawing.negative={how['negative']!r} is not one of {', '.join(NEGATIVES)}")
+
+
 class Painter:
     """A trained decoder in use: paint(visual) are pictures, the first with the seed `seed`, the next with seed + 1, ..."""
 
     def __init__(self, size: DecoderSize, params: Tree, how: dict, *, negative: Float[np.ndarray, "N D"] | None = None, seed: int = 0,
                  mesh: jax.sharding.Mesh | None = None, check: Callable[[UInt8[np.ndarray, "B h w 3"]], Bool[np.ndarray, "B"]] | None = None):
         """how: the fields HOW of config.drawing. check: says which pictures may be shown (a safety checker); the others come out black."""
-        samplers.plan_of(size.diffusion, how["sampler"], how["steps"])
         self.size, self.params, self.how, self.negative, self.seed, self.mesh, self.check = size, params, how, negative, seed, mesh, check
         self.rows = BATCH if mesh is None else -(-BATCH // mesh.size) * mesh.size
         self._draw = jax.jit(partial(draw, size, **how))
 
-    def __call__(self, visual: Float[np.ndarray, "M N D"]) -> UInt8[np.ndarray, "M h w 3"]:
-        seeds = self.seed + np.arange(len(visual))
-        self.seed += len(visual)
+    def __call__(self, visual: Float[np.ndarray, "M N D"], seeds: Int[np.ndarray, "M"] | None = None) -> UInt8[np.ndarray, "M h w 3"]:
+        if seeds is None:
+            seeds = self.seed + np.arange(len(visual))
+            self.seed += len(visual)
         found = [np.zeros((0, self.size.image, self.size.image, 3), np.uint8)]
         for start in range(0, len(visual), self.rows):
             rows = np.minimum(np.arange(start, start + (self.rows if self.mesh or len(visual) > 1 else 1)), len(visual) - 1)
@@ -71,8 +79,7 @@ def load(directory: str, like: EmuSize, *, mesh: jax.sharding.Mesh | None = None
     if takes != makes:
         raise UserError(f"the decoder in '{directory}' draws visual tokens {takes}, and the model makes {makes} (their number and width)")
     how = config["drawing"] | (given or {})
-    if how["negative"] not in NEGATIVES:
-        raise UserError(f"drawing.negative={how['negative']!r} is not one of {', '.join(NEGATIVES)}")
+    check(size.diffusion, how)
     params = checkpoint.restore_params(directory, _abstract(size, mesh), ema=config["optim"]["ema"] > 0)
     negative = empty() if empty and how["negative"] == "empty" and how["guidance"] != 1 else None
     return Painter(size, params, {name: how[name] for name in HOW}, negative=negative, seed=seed, mesh=mesh)

@@ -3,6 +3,7 @@
 A part is a text, an image (pixels, or the visual tokens of one that a model drew), or the path of an image or video file; a video is
 its frames, each as an image. Chat: `<system> [USER]: <parts> [ASSISTANT]: <answer></s>`. Read next: session.py.
 """
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,9 @@ from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate import media
 
 Part = str | Path | np.ndarray
+
+MARKS = re.compile(r"(\[USER\]|\[ASSISTANT\]|\[IMG\]|\[/IMG\]|</s>|\{image\})")         # of `Grammar.template`
+
 
 @dataclass
 class Prompt:
@@ -49,6 +53,22 @@ class Grammar:
         said = said if system is None else (system,) if system else ()
         beginning = chat.opening(self.tokenizer, said) if first else []
         return self._written(chat.joined([*beginning, *chat.asked(self.tokenizer, [piece for part in parts for piece in self._pieces(part)])]))
+
+    def template(self, text: str, images: Sequence[Sequence[np.ndarray]]) -> Prompt:
+        """`<s>` and a text in which "[USER]", "[ASSISTANT]", "[IMG]", "[/IMG]" and "</s>" are those tokens, and each "{image}" the next of
+        `images`: an image's pixels, or the frames of a video."""
+        t, waiting, pieces = self.tokenizer, iter(images), [self.tokenizer.bos]
+        special = {"[USER]": t.user, "[ASSISTANT]": t.assistant, "[IMG]": t.img, "[/IMG]": t.end_img, "</s>": t.eos}
+        for piece in MARKS.split(text):
+            if piece == "{image}":
+                pieces += next(waiting)
+            elif piece:
+                pieces.append(special.get(piece, piece))
+        return self._written(pieces)
+
+    def frames(self, path: Path) -> list[np.ndarray]:
+        """The picture in a file, or the frames of a video, as the model sees them. Raises UserError."""
+        return self._pieces(path)
 
     def _pieces(self, part: Part) -> list:
         """A part as texts and images."""

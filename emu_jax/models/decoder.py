@@ -49,6 +49,8 @@ class DecoderSize:
             raise UserError(f"model.decoder.condition={size.condition!r} is not one of {', '.join(SOURCES)}")
         if size.unet.condition != size.emu.llama.width:
             raise UserError(f"model.decoder.unet.condition={size.unet.condition}: the model's visual tokens have the width {size.emu.llama.width}")
+        if size.unet.pooled not in (0, size.emu.resampler.tokens):
+            raise UserError(f"model.decoder.unet.pooled={size.unet.pooled} must be 0 or the number of visual tokens, {size.emu.resampler.tokens}")
         if size.image % (factor * size.unet.divisor):
             raise UserError(f"model.decoder.image={size.image} must be divisible by {factor * size.unet.divisor} "
                             f"({f'{factor} pixels a latent, ' if size.vae else ''}{size.unet.divisor} in the U-Net)")

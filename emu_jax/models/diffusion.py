@@ -1,7 +1,7 @@
 """Diffusion as two linear maps: what is noised at time t is a x0 + s e, and a network predicts p x0 + q e of it.
 
 e is unit noise. Schedules say a and s (Stable Diffusion's: arXiv 2112.10752; flow: arXiv 2209.03003), targets p and q: the
-noise, the velocity (arXiv 2202.00512) or the flow. Everything else, x0 and e from a prediction included, is the 2 x 2 system.
+noise, the velocity (arXiv 2202.00512), the flow or x0. Everything else, x0 and e from a prediction included, is the 2 x 2 system.
 Read next: ../generate/samplers.py.
 """
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-TARGETS = ("epsilon", "v", "flow")
+TARGETS = ("epsilon", "v", "flow", "x0")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Diffusion:
     beta_start: float
     beta_end: float
     zero_snr: bool          # rescaled so that the last step is noise alone (arXiv 2305.08891)
-    target: str             # "epsilon", "v" or "flow", whose path is straight and whose times are continuous
+    target: str             # "epsilon", "v", "x0", or "flow", whose path is straight and whose times are continuous
     min_snr: float          # weights of the loss are cut at this signal-to-noise ratio (arXiv 2303.09556); 0: all are 1
 
     def __post_init__(self):
@@ -59,7 +59,7 @@ def draw_times(d: Diffusion, key: Array, count: int) -> Float[Array, "B"]:
 def parts(d: Diffusion, a: Array, s: Array) -> tuple[Array, Array]:
     """p and q: the target is p x0 + q e."""
     one = jnp.ones_like(a)
-    return {"epsilon": (0 * one, one), "v": (-s, a), "flow": (-one, one)}[d.target]
+    return {"epsilon": (0 * one, one), "v": (-s, a), "flow": (-one, one), "x0": (one, 0 * one)}[d.target]
 
 
 def add_noise(d: Diffusion, x0: Float[Array, "B h w c"], e: Float[Array, "B h w c"], times: Float[Array, "B"]) -> Float[Array, "B h w c"]:

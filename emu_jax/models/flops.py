@@ -57,7 +57,8 @@ def unet(size: UNetSize, side: int, tokens: int) -> int:
         return _resnet(width_in, size.widths[level], places[level]) + 2 * size.time * size.widths[level]
 
     ends = 18 * places[0] * size.patch ** 2 * (size.channels_in + size.channels_out) * size.widths[0]
-    total = ends + 2 * size.time * (size.widths[0] + size.time) + 2 * resnet(size.widths[last], last) + transformer(last)
+    time = 2 * size.time * (size.widths[0] + size.time + size.pooled * size.condition)
+    total = ends + time + 2 * resnet(size.widths[last], last) + transformer(last)
     skips = [size.widths[0]]
     for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):
         total += resnet(skips[-1], level) + (count - 1) * resnet(C, level) + count * size.attends_down[level] * transformer(level)
@@ -87,7 +88,7 @@ def vae_encoder(size: VaeSize, side: int) -> int:
     return total
 
 
-def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: float, **counts: float) -> dict[str, float]:
+def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: Count, **counts: Count) -> dict[str, Count]:
     """As `train`, of a step that draws every image once; the Emu's towers run as far as the condition comes from them."""
     text = {name: value if size.condition == "teacher_forced" else 0.0 for name, value in counts.items()} | {"labels": 0.0}
     read = 0.0 if size.condition == "generated" else images

@@ -19,6 +19,8 @@ from emu_jax.models import layers
 from emu_jax.models.attention import attention
 from emu_jax.models.convolution import Conv, GroupNorm, Resnet, doubled, in_order, numbered, pointwise
 
+CONDITIONED = "unet/.*/cross/(k|v)/w"      # the leaves that read the condition: [its width, heads, width of a head]
+
 
 @dataclass(frozen=True)
 class UNetSize:
@@ -33,6 +35,7 @@ class UNetSize:
     depths: tuple[int, ...]         # blocks of a transformer
     heads: tuple[int, ...]
     condition: int                  # D, width of the condition
+    pooled: int                     # N, if the condition's tokens, side by side, are added to the time's embedding too; 0: they are only looked at
     time: int                       # width of the time's embedding
     cosine_first: bool              # in the time's sinusoids; both releases: yes
     frequency_shift: float
@@ -136,6 +139,9 @@ class UNet(nnx.Module):
         self.size = size
         C, last, places = size.widths, len(size.widths) - 1, size.patch ** 2
         self.time = Time(size, rngs)
+        if size.pooled:
+            side_by_side = size.pooled * size.condition
+            self.pooled = layers.Linear("bk,kt->bt", (side_by_side, size.time), std=side_by_side ** -0.5, rngs=rngs)
         self.conv_in = Conv(places * size.channels_in, C[0], rngs=rngs)
         down, skips = [], [C[0]]
         for level, count in enumerate(size.resnets):
@@ -165,6 +171,8 @@ class UNet(nnx.Module):
         waves = sinusoids(times, size.widths[0], size.frequency_shift, cosine_first=size.cosine_first).astype(x.dtype)
         time = once(self.time, plain, waves, where="time")
         condition = condition.astype(x.dtype)
+        if size.pooled:
+            time = time + once(self.pooled, plain, rearrange(condition, "b n D -> b (n D)"), where="pooled")
 
         def step(level, place, x, where):
             x = once(level.resnets[str(place)], plain, x, time, where=f"{where}/resnets/{place}")

@@ -1,12 +1,12 @@
 """Our code held to numbers that others computed: `python -m emu_jax.weights verify FILE.npz`.
 
-A golden file holds inputs and outputs, and no weights: these follow a rule. Read next: golden.py, then emu.py and stable_diffusion.py.
+A golden file holds inputs and outputs, and no weights: these follow a rule. Read next: golden.py, then emu.py, stable_diffusion.py and inception.py.
 """
 from collections.abc import Iterator
 
 import numpy as np
 
-from emu_jax.verify import emu, stable_diffusion
+from emu_jax.verify import emu, inception, stable_diffusion
 from emu_jax.verify.golden import Quantity
 
 
@@ -16,4 +16,6 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         return emu.quantities(file)
     if "unet_config" in file:
         return stable_diffusion.quantities(file)
-    return (Quantity(name, None, 0.0) for name in file if not name.startswith("parameter_"))   # Inception: not built yet
+    if any(name.startswith("Mixed_") for name in map(str, file.get("parameter_names", ()))):
+        return inception.quantities(file)
+    return (Quantity(name, None, 0.0) for name in file if not name.startswith("parameter_"))

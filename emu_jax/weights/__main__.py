@@ -22,12 +22,17 @@ the heads) is left out, and is fresh where training starts from DIR (--config.in
 The rows of new tokens are the mean of the old ones. Of T5's decoder: all but the learned queries, the projection, and keys and values of the
 cross-attention, which read another width. A chat model's LoRA is merged into its weights, or stays LoRA where the config's model
 has it (configs/instruct.py, model.lora.rank). A PEFT adapter (peft) goes beside its model: --family=llama LLAMA --family=peft ADAPTER.
-With --config=FILE the sources must fit its model; without, configs/pretrain.py takes their towers' sizes. --config.FIELD=VALUE as in training.
+stable-diffusion: one folder of diffusers', of which unet, vae and the scheduler's config are read. Its condition may have another width than the
+model's: what reads it is fresh then where training starts from DIR (--config.init=EMU,DIR).
+inception: the network of FID, for python -m emu_jax.evaluate --inception=DIR; a checkpoint of its own.
+With --config=FILE the sources must fit its model; without, configs/pretrain.py (stable-diffusion: configs/decoder.py) takes their towers' sizes.
+--config.FIELD=VALUE as in training.
 """
 EXPORT = """
 Writes safetensors, their index and config.json into a new folder, as the family's own library names them, in the dtype of the checkpoint.
-llama: LlamaForCausalLM, without Emu's added tokens; emu1: the release's names. LoRA is merged into their weights. peft: the LoRA alone, as an
-adapter of a LlamaForCausalLM (without the rows of [USER] and [ASSISTANT]).
+llama: LlamaForCausalLM, without Emu's added tokens; emu1: the release's names; LoRA is merged into their weights. peft: the LoRA alone, as an
+adapter of a LlamaForCausalLM, without the rows of [USER] and [ASSISTANT]. stable-diffusion: a folder for StableDiffusionPipeline, without a text
+encoder, for an Emu makes its conditions.
 """
 
 
@@ -63,7 +68,8 @@ def import_(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be imported, and write nothing")
     flags, rest = parser.parse_known_args(rest)
     given = any(argument.startswith("--config=") for argument in rest)
-    c = config.load(([] if given else ["--config=configs/pretrain.py"]) + rest)
+    default = "decoder" if any(FAMILIES[family].components for family, _ in sources) else "pretrain"
+    c = config.load(([] if given else [f"--config=configs/{default}.py"]) + rest)
     if not sources:
         _fail(f"name a family and its sources: --family=F SOURCE...; families: {NAMES}")
     if not flags.to and not flags.dry_run:
@@ -72,12 +78,12 @@ def import_(arguments: list[str]) -> int:
     print(*transfer.summary(made), sep="\n", flush=True)
     if not flags.dry_run:
         transfer.write(made, flags.to)
-        print(f"{flags.to}: start from it with --config.init={flags.to}")
+        print(f"{flags.to}: {made.parts[0].family.use.format(to=flags.to)}")
     return 0
 
 
 def export(flags: argparse.Namespace) -> int:
-    for name, size in transfer.export(flags.family, flags.source, flags.to, dtype=flags.dtype).items():
+    for name, size in transfer.export(flags.family, flags.source, flags.to, ema=flags.ema, dtype=flags.dtype).items():
         print(f"{size:>16,} bytes  {flags.to}/{name}")
     return 0
 
@@ -130,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--family", required=True, choices=list(FAMILIES))
     out.add_argument("--from", dest="source", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints")
     out.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
+    out.add_argument("--ema", action="store_true", help="the moving average of the weights, where they have one")
     out.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it; default: as the checkpoint has it")
     flat = commands.add_parser("bake", help="a checkpoint without LoRA and with plain matrices, the same model")
     flat.add_argument("--from", dest="source", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints")

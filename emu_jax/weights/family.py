@@ -11,11 +11,17 @@ from typing import Any
 import jax
 
 from emu_jax import tree
+from emu_jax.config import UserError
 from emu_jax.models import emu
 from emu_jax.models.emu import EmuSize
 from emu_jax.weights.convert import Table, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def emu_size(model: dict[str, Any]) -> EmuSize:
+    """Of config.model, also where a decoder stands beside the Emu."""
+    return EmuSize.of({name: part for name, part in model.items() if name != "decoder"})
 
 
 def emu_shapes(size: EmuSize) -> dict[str, tuple[int, ...]]:
@@ -30,7 +36,11 @@ class Family:
     of config.model. `tensors`: their tensors under the table's names. `size` of config.model, and the `shapes` of our leaves.
 
     `components`: the subfolders, each with a config.json, in which some libraries keep the parts of a model; names in the table start with
-    "component/", and both config.json and what `config_json` makes are by component."""
+    "component.", config.json are by component.
+    `stem`: of the files that an export writes. Under another one than Hugging Face's "model" they are without an index where one holds all, and
+    `config_json` makes all the files of JSON by their paths.
+    `adapts`: a field of config.model of which the files may have another value than a given config, and a regex of the leaves that have other
+    shapes then: the import keeps theirs, and training starts those leaves fresh."""
     name: str
     sign: str
     table: Callable[[Any], Table]
@@ -38,14 +48,17 @@ class Family:
     config_json: Callable[[dict[str, Any], int], dict[str, Any]]
     assumes: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = lambda shapes, config: {}
     tensors: Callable[[Tensors], dict[str, Any]] = dict
-    size: Callable[[dict[str, Any]], Any] = EmuSize.of
+    size: Callable[[dict[str, Any]], Any] = emu_size
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
-    components: tuple[str, ...] = ("",)
-    stem: str = "model"                 # of the files that an export writes
-    config_name: str = "config.json"    # an adapter's is another, and its tensors are one file
+    components: tuple[str, ...] = ()
+    stem: str = "model"
+    adapts: tuple[str, str] | None = None
+    use: str = "start from it with --config.init={to}"
 
 
 def layers(shapes: Shapes, pattern: str) -> int | None:
-    """One more than the largest number that `pattern` finds in a name."""
+    """One more than the largest number that `pattern` finds in a name. Raises UserError for one that so few tensors cannot reach."""
     found = [int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))]
+    if max(found, default=0) > len(shapes):
+        raise UserError(f"a tensor is of layer {max(found)}, and there are only {len(shapes)} tensors")
     return max(found) + 1 if found else None

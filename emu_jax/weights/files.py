@@ -6,6 +6,7 @@ Read next: pickles.py, convert.py.
 """
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64
 DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000        # as the format has it
 WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")      # names of a checkpoint in one file
+VARIANTS = ("", ".fp16")            # of such a name, the better first
 SHARD = 5_000_000_000               # bytes of one file of an export, as Hugging Face's
 
 
@@ -71,40 +73,43 @@ def read(sources: list[str]) -> Foreign:
 
 
 def components(folder: str, names: tuple[str, ...]) -> Foreign:
-    """The checkpoints in subfolders of a folder, as one: tensors under "name/...", configs by name."""
+    """The checkpoints in subfolders of a folder, as one: tensors under "name....", configs by name, and that of the scheduler ({} for none)."""
     parts = {name: read([str(Path(folder) / name)]) for name in names}
-    tensors = {f"{name}/{tensor}": lazy for name, part in parts.items() for tensor, lazy in part.tensors.items()}
-    return Foreign(tensors, {name: part.config for name, part in parts.items()}, folder)
+    tensors = {f"{name}.{tensor}": lazy for name, part in parts.items() for tensor, lazy in part.tensors.items()}
+    scheduler = Path(folder) / "scheduler" / "scheduler_config.json"
+    configs = {name: part.config for name, part in parts.items()} | {"scheduler": _json(scheduler) if scheduler.is_file() else {}}
+    return Foreign(tensors, configs, folder)
 
 
 def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], arrays: Iterator[tuple[str, np.ndarray]],
-          shard: int | None = SHARD) -> None:
-    """{stem}-0000n-of-0000m.safetensors of at most `shard` bytes (or one tensor) each, and their index; or, for None, {stem}.safetensors alone.
-    `layout` says what is to come; `arrays` brings it, in that order, and is held one tensor at a time."""
+          shard: int = SHARD, *, bare: bool = False) -> None:
+    """{stem}-0000n-of-0000m.safetensors of at most `shard` bytes (or one tensor) each, and their index; `bare`: {stem}.safetensors without
+    an index where that holds all. `layout` says what is to come; `arrays` brings it, in that order, and is held one tensor at a time."""
     shards: list[list[str]] = [[]]
     sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
     for name, size in sizes.items():
         if shard and shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard:
             shards.append([])
         shards[-1].append(name)
-    called = lambda number: f"{stem}-{number:05}-of-{len(shards):05}.safetensors" if shard else f"{stem}.safetensors"
-    files = {called(number): names for number, names in enumerate(shards, 1)}
+    bare = bare and len(shards) == 1
+    files = {f"{stem}{'' if bare else f'-{number:05}-of-{len(shards):05}'}.safetensors": names for number, names in enumerate(shards, 1)}
     for file, names in files.items():
         with (folder / file).open("wb") as out:
             out.write(_header({name: layout[name] for name in names}))
             for name, (got, array) in zip(names, arrays):
                 assert got == name and (array.shape, array.dtype) == layout[name], (name, got, array.shape, array.dtype)
                 np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(out)
-    if not shard:
-        return
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {name: file for file, names in files.items() for name in names}}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    if not bare:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {name: file for file, names in files.items() for name in names}}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _files(source: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of a source, and the promises of its index."""
-    indices = sorted(source.glob("*.index.json"), key=lambda path: "safetensors" not in path.name) if source.is_dir() else []
-    if source.name.endswith(".index.json") or indices:
+    of_index = re.compile(r".*\.index(\.\w+)?\.json")       # diffusers puts a variant's name before ".json"
+    indices = [path for path in source.iterdir() if of_index.fullmatch(path.name)] if source.is_dir() else []
+    indices.sort(key=lambda path: ("safetensors" not in path.name, not path.name.endswith(".index.json"), path.name))
+    if of_index.fullmatch(source.name) or indices:
         index = indices[0] if indices else source
         promised = _json(index).get("weight_map")
         if not isinstance(promised, dict) or not all(isinstance(file, str) and file == os.path.basename(file) for file in promised.values()):
@@ -117,14 +122,15 @@ def _files(source: Path) -> tuple[list[Path], dict[str, str]]:
         return [source], {}
     for kinds in ((".safetensors",), (".bin", ".pt", ".pth")):
         if files := sorted(path for path in source.iterdir() if path.suffix in kinds):
-            return [path for path in files if path.stem in WHOLE] or files, {}      # model.safetensors, not its model.fp16.safetensors too
+            chosen = [[path for path in files if path.stem.removesuffix(variant) in WHOLE] for variant in VARIANTS]
+            return next(filter(None, chosen), files), {}        # model.safetensors, not its model.fp16.safetensors too
     raise UserError(f"{source} holds no .safetensors, .bin, .pt or .pth file")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -144,7 +150,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         found = {name: (DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"])) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: wrong header: {type(error).__name__} {str(error).splitlines()[0]}") from error
     end = 0
     for name, (dtype, shape, start, stop) in sorted(found.items(), key=lambda item: item[1][2:]):

@@ -56,14 +56,14 @@ def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """adapter_config.json."""
+    """adapter_config.json, by its name."""
     size = EmuSize.of(model)
     modules = sorted({row.theirs.split(".lora_")[0].rpartition(".")[2] for row in table(size).rows})
     lora: LoraSize = size.lora
     plain = {name: value for name, value in PLAIN.items() if name != "trainable_token_indices"}      # older versions of PEFT know no such field
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "r": lora.rank,
-            "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": modules} | plain
+    said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "r": lora.rank,
+            "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": modules}
+    return {"adapter_config.json": said | plain}
 
 
-FAMILY = Family("peft", sign=NAME.pattern, table=table, says=says, config_json=config_json, assumes=assumes, stem="adapter_model",
-                config_name="adapter_config.json")
+FAMILY = Family("peft", sign=NAME.pattern, table=table, says=says, config_json=config_json, assumes=assumes, stem="adapter_model")

@@ -5,9 +5,11 @@ that knows dictionaries, lists, tuples, numbers, strings and tensors interprets 
 its name. Read next: files.py.
 """
 import io
+import lzma
 import pickletools
 import struct
 import zipfile
+import zlib
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +87,7 @@ def places(path: Path) -> dict[str, Place]:
             if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
                 raise UserError(f"{path} was saved on a big-endian machine")
             value = interpret(io.BytesIO(archive.read(f"{root}data.pkl")), str(path))
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
         raise UserError(f"{path}: truncated or damaged, or no PyTorch file ({_line(error)})") from error
     tensors = _tensors(str(path), value)
     starts = _starts(path, entries, {f"{root}data/{tensor.storage.key}": tensor.storage for tensor in tensors.values()})

@@ -5,15 +5,22 @@ What a config asks that models/unet.py and models/vae.py do not do is said, neve
 """
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from emu_jax import tree
 from emu_jax.config import UserError
-from emu_jax.models.unet import UNetSize
-from emu_jax.models.vae import VaeSize
-from emu_jax.weights.convert import Row, Table
+from emu_jax.models import emu
+from emu_jax.models.diffusion import Diffusion
+from emu_jax.models.unet import CONDITIONED, UNet, UNetSize
+from emu_jax.models.vae import Vae, VaeSize
+from emu_jax.weights.convert import Row, Table, Tensors
+from emu_jax.weights.family import Family, Shapes
+from emu_jax.weights.files import Tensor
 
 # Fields of diffusers' configs that we have one value for. An absent field has the first one.
 UNET_FIXED = dict(
@@ -27,6 +34,104 @@ UNET_FIXED = dict(
 VAE_FIXED = dict(
     act_fn=("silu", "swish"), latents_mean=(None,), latents_std=(None,), mid_block_add_attention=(True,), shift_factor=(None, 0.0),
     use_post_quant_conv=(True,), use_quant_conv=(True,))
+SCHEDULE_FIXED = dict(beta_schedule=("scaled_linear",), trained_betas=(None,))
+TARGETS = {"epsilon": "epsilon", "v_prediction": "v"}      # their names of what is predicted, and ours
+
+
+class Size(NamedTuple):
+    unet: UNetSize
+    vae: VaeSize
+
+
+def size(model: Mapping[str, Any]) -> Size:
+    """Of config.model. Raises UserError for one that draws otherwise."""
+    if "decoder" not in model:
+        raise UserError("its model has no decoder, as that of configs/decoder.py has")
+    if not model["decoder"]["vae"]:
+        raise UserError("its decoder draws pixels, without an autoencoder (model.decoder.vae), and is no Stable Diffusion")
+    if (patch := model["decoder"]["unet"]["patch"]) != 1:
+        raise UserError(f"its U-Net works on patches of {patch} (model.decoder.unet.patch), as no Stable Diffusion does")
+    return Size(UNetSize(**model["decoder"]["unet"]), VaeSize(**model["decoder"]["vae"]))
+
+
+def shapes(size: Size) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of the two towers."""
+    made = {tower: jax.eval_shape(partial(emu.init, module, part), jax.random.key(0))
+            for tower, module, part in (("unet", UNet, size.unet), ("vae", Vae, size.vae))}
+    return {path: leaf.shape for path, leaf in tree.leaves(made)}
+
+
+def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of model.decoder, from the configs of a folder; those of the diffusion are None where there is no scheduler's."""
+    parts = {"unet": unet_size(config["unet"]), "vae": vae_size(config["vae"])}
+    found = {f"decoder.{tower}.{name}": value for tower, part in parts.items() for name, value in asdict(part).items() if name != "remat"}
+    return found | {f"decoder.diffusion.{name}": value for name, value in schedule(config["scheduler"]).items()}
+
+
+def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+    side = config["unet"].get("sample_size")
+    return {"decoder.image": side * vae_size(config["vae"]).factor} if isinstance(side, int) else {}
+
+
+def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of model.decoder.diffusion that a scheduler's config fixes; None for all where there is none."""
+    if not config:
+        return dict.fromkeys(("steps", "beta_start", "beta_end", "zero_snr", "target"))
+    steps = config.get("num_train_timesteps", 1000)
+    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        _fixed("scheduler", config, dict(shift=(1.0,), use_dynamic_shifting=(False,)))
+        return {"steps": steps, "beta_start": None, "beta_end": None, "zero_snr": None, "target": "flow"}
+    _fixed("scheduler", {"beta_schedule": "linear"} | config, SCHEDULE_FIXED)
+    if (target := config.get("prediction_type", "epsilon")) not in TARGETS:
+        raise UserError(f"the scheduler's config asks for prediction_type={target!r}, which is not built; {' and '.join(TARGETS)} are")
+    found = {"steps": steps, "beta_start": config.get("beta_start", 0.0001), "beta_end": config.get("beta_end", 0.02),
+             "zero_snr": config.get("rescale_betas_zero_snr", False), "target": TARGETS[target]}
+    try:
+        Diffusion(**found, min_snr=0.0)
+    except ValueError as error:
+        raise UserError(f"the scheduler's config: {error}") from error
+    return found
+
+
+def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """By file, as StableDiffusionPipeline has them; it gets no text encoder, for ours is conditioned on an Emu."""
+    unet, vae = size(model)
+    side = model["decoder"]["image"] // vae.factor
+    one_of = lambda values: values[0] if len(set(values)) == 1 else list(values)
+    blocks = lambda attends, way: [f"{'CrossAttn' * attending}{way}Block2D" for attending in attends]
+    scheduler = _scheduler(Diffusion(**model["decoder"]["diffusion"]))
+    nothing = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer")}
+    return {
+        "model_index.json": {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **nothing,
+                             "scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DConditionModel"],
+                             "vae": ["diffusers", "AutoencoderKL"]},
+        "scheduler/scheduler_config.json": scheduler,
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": one_of(unet.heads),
+            "block_out_channels": list(unet.widths), "center_input_sample": False, "cross_attention_dim": unet.condition,
+            "down_block_types": blocks(unet.attends_down, "Down"), "downsample_padding": 1, "flip_sin_to_cos": unet.cosine_first,
+            "freq_shift": unet.frequency_shift, "in_channels": unet.channels_in, "layers_per_block": one_of(unet.resnets),
+            "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": unet.eps, "norm_num_groups": unet.groups,
+            "out_channels": unet.channels_out, "sample_size": side, "time_embedding_dim": None if unet.time == 4 * unet.widths[0] else unet.time,
+            "transformer_layers_per_block": one_of(unet.depths), "up_block_types": blocks(unet.attends_up[::-1], "Up"),
+            "use_linear_projection": unet.linear},
+        "vae/config.json": {
+            "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(vae.widths),
+            "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths), "in_channels": vae.channels, "latent_channels": vae.latent,
+            "layers_per_block": vae.resnets, "norm_num_groups": vae.groups, "out_channels": vae.channels, "sample_size": model["decoder"]["image"],
+            "scaling_factor": vae.scale, "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths)},
+    }
+
+
+def _scheduler(d: Diffusion) -> dict[str, Any]:
+    """PNDM, as Stable Diffusion 1.5's; DDIM where the schedule ends in noise alone, which PNDM cannot; Euler's of a flow."""
+    if d.target == "flow":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": d.steps, "shift": 1.0}
+    theirs = {ours: name for name, ours in TARGETS.items()}
+    rest = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if d.zero_snr else {"skip_prk_steps": True, "steps_offset": 1}
+    return {"_class_name": "DDIMScheduler" if d.zero_snr else "PNDMScheduler", "num_train_timesteps": d.steps, "beta_start": d.beta_start,
+            "beta_end": d.beta_end, "beta_schedule": "scaled_linear", "prediction_type": theirs[d.target], "set_alpha_to_one": False,
+            "clip_sample": False, "trained_betas": None, **rest}
 
 
 def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
@@ -46,7 +151,7 @@ def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
         raise UserError(f"the U-Net's config asks for {heads[bad[0]]} heads at level {bad[0]}, which do not divide its width {widths[bad[0]]}")
     return UNetSize(
         channels_in=need("in_channels", 4), channels_out=need("out_channels", 4), patch=1, widths=widths, resnets=each("layers_per_block", 2),
-        attends_down=down, attends_up=up, depths=each("transformer_layers_per_block", 1), heads=heads, condition=condition.pop(),
+        attends_down=down, attends_up=up, depths=each("transformer_layers_per_block", 1), heads=heads, condition=condition.pop(), pooled=0,
         time=config.get("time_embedding_dim") or 4 * widths[0], cosine_first=need("flip_sin_to_cos", True),
         frequency_shift=float(need("freq_shift", 0)), groups=_groups("U-Net", config, widths), eps=float(need("norm_eps", 1e-5)),
         linear=need("use_linear_projection", False), remat=remat)
@@ -79,10 +184,13 @@ def rename(name: str) -> str:
     return name
 
 
-def canonical(foreign: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def canonical(foreign: Tensors) -> dict[str, Any]:
     """The tensors under today's names; the autoencoder's attention as matrices where it was stored as 1 x 1 convolutions."""
-    square = lambda name, x: x[:, :, 0, 0] if x.ndim == 4 and re.search(r"mid_block\.attentions\.0\.to_", name) else x
-    return {rename(name): square(rename(name), np.asarray(x)) for name, x in foreign.items()}
+    def square(name: str, x: Any) -> Any:
+        if len(x.shape) == 2 or not re.fullmatch(r"vae\..*mid_block\.attentions\.0\.to_.*weight", name):
+            return x
+        return Tensor(tuple(x.shape[:2]), x.dtype, lambda: np.asarray(x)[:, :, 0, 0])
+    return {rename(name): square(rename(name), x) for name, x in foreign.items()}
 
 
 def _unet(size: UNetSize) -> list[Row]:
@@ -210,3 +318,8 @@ def _groups(what: str, config: Mapping[str, Any], widths: tuple[int, ...]) -> in
     if bad := [width for width in widths if width % groups]:
         raise UserError(f"the {what}'s config asks for {groups} norm groups, which do not divide its width {bad[0]}")
     return groups
+
+
+FAMILY = Family("stable-diffusion", sign=r"unet\.down_blocks\.\d+\.resnets\.\d+\.conv1\.weight", table=lambda size: table(*size), says=says,
+                assumes=assumes, config_json=config_json, tensors=canonical, size=size, shapes=shapes, components=("unet", "vae"),
+                stem="diffusion_pytorch_model", adapts=("decoder.unet.condition", CONDITIONED))

@@ -5,8 +5,11 @@ there. An export writes what the family's own library loads. Read next: convert.
 """
 import copy
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from emu_jax import checkpoint, config, sharding, tree
+from emu_jax import checkpoint, config, sharding
 from emu_jax.config import UserError
 from emu_jax.models import lora
 from emu_jax.models.lora import LoraSize
@@ -40,6 +43,7 @@ class Plan(NamedTuple):
     leaves: dict[str, jax.ShapeDtypeStruct]     # all that is written, flat
     left_out: list[str]                         # leaves of the model that no source fills
     assumed: list[str]                          # fields of config.model that are the default config's, for the sources do not say
+    adapted: list[tuple[str, Any, Any, str]]    # (field of config.model, its value in the files, in the given config, regex of its leaves)
 
 
 def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, image_size: int | None = None) -> Plan:
@@ -53,14 +57,18 @@ def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, im
     if image_size:
         c.model.vision.image = image_size
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for _, tensors, _ in found]
-    assumed = [field for (family, _, foreign), those in zip(found, shapes) for field in _agree(c, family, those, foreign, given, image_size)]
+    agreed = [_agree(c, family, those, foreign, given, image_size) for (family, _, foreign), those in zip(found, shapes)]
+    c.optim.ema = 0.0                   # what comes in has no average
     if image_size and (image_size % c.model.vision.patch or not any(eva_clip.POSITIONS in those for those in shapes)):
         raise UserError(f"--image-size={image_size} must be a multiple of the patch of {c.model.vision.patch}, and a source must have an encoder")
     ours: dict[str, tuple[int, ...]] = {}
     parts, homes, problems = [], {}, []
     for family, tensors, foreign in found:
-        size = family.size(c.model.to_dict())
-        ours |= family.shapes(size)
+        try:
+            size = family.size(c.model.to_dict())
+            ours |= family.shapes(size)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{foreign.where}: a model of such sizes cannot be: {' '.join(str(error).split())}") from error
         if image_size and eva_clip.POSITIONS in tensors:
             tensors = eva_clip.resized(tensors, image_size // c.model.vision.patch)
         table = family.table(size)
@@ -75,7 +83,8 @@ def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, im
     if problems:
         raise Misfit(problems)
     leaves = {path: jax.ShapeDtypeStruct(ours[path], dtype) for part in parts for path, dtype in part.dtypes.items()}
-    return Plan(c, parts, leaves, [path for path in ours if path not in leaves], assumed)
+    assumed, adapted = ([line for lines in column for line in lines] for column in zip(*agreed))
+    return Plan(c, parts, leaves, [path for path in ours if path not in leaves], assumed, adapted)
 
 
 class Misfit(UserError):
@@ -106,21 +115,16 @@ def write(made: Plan, to: str) -> None:
             bar.close()
 
 
-def load(made: Plan, shardings: dict[str, jax.sharding.NamedSharding]) -> tree.Tree:
-    """Carries a plan out on the devices: the parameters, each leaf where `shardings` has it."""
-    return tree.merge(*(convert.from_theirs(part.table, part.tensors, shardings) for part in made.parts))
-
-
-def export(name: str, directory: str, to: str, *, dtype: str | None = None, shard: int = files.SHARD) -> dict[str, int]:
-    """Writes the family's tensors in the checkpoint in `directory` into the new folder `to`; {file: bytes}. dtype: cast to it.
+def export(name: str, directory: str, to: str, *, ema: bool = False, dtype: str | None = None, shard: int = files.SHARD) -> dict[str, int]:
+    """Writes the family's tensors in the checkpoint in `directory` into the new folder `to`; {file: bytes}. ema: averaged. dtype: cast to it.
     Raises UserError for a checkpoint without them, or damaged, and then nothing is left."""
     family, folder = FAMILIES[name], Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} is there and not empty; choose another directory")
-    source = checkpoint.Slices(directory) if family is peft.FAMILY else Baked(directory)
+    source = checkpoint.Slices(directory, ema=ema) if family is peft.FAMILY else Baked(directory, ema=ema)
     model = config.from_dict(source.config["model"]).to_dict()
-    table = family.table(family.size(model))
     try:
+        table = family.table(family.size(model))
         shapes = convert.shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
     except UserError as error:
         raise UserError(f"{directory} holds no whole {name}: {error}") from error
@@ -132,18 +136,20 @@ def export(name: str, directory: str, to: str, *, dtype: str | None = None, shar
     half.mkdir(parents=True)
     try:
         said = family.config_json(model, source.config["data"]["tokens"])
-        for component in family.components:
-            prefix, part = (f"{component}/", half / component) if component else ("", half)
+        for component in family.components or ("",):
+            prefix = f"{component}." if component else ""
             layout = {tensor.removeprefix(prefix): (shape, kinds[tensor]) for tensor, shape in shapes.items() if tensor.startswith(prefix)}
             arrays = convert.to_theirs(table, source.read, prefix)
             bar = tqdm(arrays, desc=component or name, total=len(layout), unit="tensor", disable=None)
             cast = ((tensor.removeprefix(prefix), array.astype(kinds[tensor], copy=False)) for tensor, array in bar)
-            part.mkdir(exist_ok=True)
-            adapter = family is peft.FAMILY
-            files.write(part, family.stem, layout, cast, None if adapter else shard)
+            (half / component).mkdir(exist_ok=True)
+            files.write(half / component, family.stem, layout, cast, shard, bare=family.stem != "model")
+        if family.stem == "model":
             kind = max((kind for _, kind in layout.values()), key=lambda kind: kind.itemsize)
-            told = (said[component] if component else said) | ({} if adapter else {"torch_dtype": str(kind)})
-            (part / family.config_name).write_text(json.dumps(told, indent=1) + "\n")
+            said = {"config.json": said | {"torch_dtype": str(kind)}}
+        for file, values in said.items():
+            (half / file).parent.mkdir(exist_ok=True)
+            (half / file).write_text(json.dumps(values, indent=1) + "\n")
         source.check()
         if folder.exists():
             folder.rmdir()
@@ -158,8 +164,8 @@ def export(name: str, directory: str, to: str, *, dtype: str | None = None, shar
 class Baked:
     """The parameters in a checkpoint as those of a model without LoRA and with plain matrices; read like checkpoint.Slices."""
 
-    def __init__(self, directory: str):
-        self._source = checkpoint.Slices(directory)
+    def __init__(self, directory: str, *, ema: bool = False):
+        self._source = checkpoint.Slices(directory, ema=ema)
         self.config = copy.deepcopy(self._source.config)
         self._size = LoraSize(**config.from_dict(self.config["model"].get("lora", {})).to_dict())
         self.config["model"]["lora"] = self.config["model"].get("lora", {}) | {"rank": 0, "storage": ""}
@@ -189,7 +195,8 @@ def bake(directory: str, to: str) -> None:
     source = Baked(directory)
     leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (dtype, shape) in source.shapes.items()}
     stacked = {path for path in leaves if path.split("/")[0] in ("vision", "resampler", "llama") and "/blocks/" in path}
-    with checkpoint.writing_slices(to, leaves, stacked, source.config) as put:
+    told = source.config | {"optim": source.config["optim"] | {"ema": 0.0}}      # what is written has no average
+    with checkpoint.writing_slices(to, leaves, stacked, told) as put:
         for path, leaf in tqdm(leaves.items(), "bake", unit="leaf", disable=None):
             for layer in range(leaf.shape[0]) if path in stacked else [None]:
                 put(path, layer, source.read(path, layer))
@@ -211,19 +218,31 @@ def summary(made: Plan) -> Iterator[str]:
         mine = [path for path in made.left_out if path.startswith(f"{tower}/")]
         whole = not any(path.startswith(f"{tower}/") for path in made.leaves)
         yield f"left out, fresh where training starts from it: {tower if whole else ', '.join(mine)}"
+    for field, theirs, ours, leaves in made.adapted:
+        fresh = [path for path in made.leaves if re.fullmatch(leaves, path)]
+        yield (f"{field} is {theirs} in the files and {ours} in the config: theirs is kept, and where training starts from it with {ours}, "
+               f"{len(fresh)} leaves are fresh: {', '.join(fresh)}")
     if made.assumed:
         yield f"not said by the files, and as in the default config: {', '.join(made.assumed)}"
 
 
 def _read(name: str, where: list[str], *, keep_lora: bool) -> list[tuple[Family, dict[str, Any], files.Foreign]]:
-    """A source as its family's part; a chat model, of which LoRA is to be kept, as two."""
+    """The sources of a family as its part; a chat model, of which LoRA is to be kept, as two. Raises UserError, which guesses the right family,
+    where they are another's."""
     family = FAMILIES[name]
-    foreign = files.read(where) if family.components == ("",) else files.components(where[0], family.components)
+    if family.components and len(where) > 1:
+        raise UserError(f"--family={name} takes one folder, with {' and '.join(family.components)} in it, not {' '.join(where)}")
+    there = lambda components: [component for component in components if len(where) == 1 and (Path(where[0]) / component).is_dir()]
+    if there(family.components) and (lacking := [component for component in family.components if component not in there(family.components)]):
+        raise UserError(f"{where[0]} has no folder {lacking[0]}; a {name} needs {' and '.join(family.components)}")
+    apart = next((other.components for other in FAMILIES.values() if there(other.components)), ())
+    foreign = files.components(where[0], apart) if apart else files.read(where)
     likely = guess({emu1.rename(tensor) for tensor in foreign.tensors})
     if likely is not family:
         like = (f"it looks like {likely.name}: --family={likely.name}" if likely else
                 f"it looks like none of {', '.join(FAMILIES)}; it holds {', '.join(list(foreign.tensors)[:3])}, ...")
-        raise UserError(f"{foreign.where} is not of the family {name}; {like}")
+        layout = f", which is a folder of diffusers' with {' and '.join(family.components)} in it" if family.components else ""
+        raise UserError(f"{foreign.where} is not of the family {name}{layout}; {like}")
     if family is emu1.FAMILY and keep_lora:
         plain, adapter = emu1.parted(foreign.tensors)
         return [(family, plain, foreign), *([(peft.FAMILY, adapter, files.Foreign(adapter, {}, foreign.where))] if adapter else [])]
@@ -231,35 +250,50 @@ def _read(name: str, where: list[str], *, keep_lora: bool) -> list[tuple[Family,
 
 
 def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], foreign: files.Foreign, given: bool,
-           image_size: int | None) -> list[str]:
-    """What the files say of the model against the config, or into it where none was given: then, the fields of which they say nothing."""
+           image_size: int | None) -> tuple[list[str], list[tuple[str, Any, Any, str]]]:
+    """What the files say of the model against the config, or into it where none was given: then, the fields of which they say nothing; and
+    what of a given config gives way (Plan.adapted)."""
     try:
-        said = family.says(shapes, foreign.config)
-    except (UserError, TypeError, AttributeError, ZeroDivisionError) as error:      # a config.json may say anything
+        said, guessed = family.says(shapes, foreign.config), family.assumes(shapes, foreign.config)
+    except (UserError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:       # a config.json may say anything
         raise UserError(f"{foreign.where}: {error}") from error
     if image_size:
         said.pop("vision.image", None)
     known = {field: value for field, value in said.items() if value is not None}
-    of = lambda field: c.model[field.split(".")[0]][field.split(".")[1]]
-    differ = [field for field, value in known.items() if of(field) != value]
+    differ = {field: ours for field, value in known.items() if (ours := _field(c, field)) != value}
+    adapted = [(field, known[field], differ.pop(field), leaves) for field, leaves in filter(None, [family.adapts]) if given and field in differ]
+    for field, theirs, _, _ in adapted:
+        _set(c, field, theirs, foreign.where)
     if given and differ:
-        differences = ", ".join(f"{field} is {known[field]!r}, not {of(field)!r}" for field in differ)
+        differences = ", ".join(f"{field} is {known[field]!r}, not {ours!r}" for field, ours in differ.items())
+        first = next(iter(differ))
         raise UserError(f"{foreign.where} is of another model than the config: {differences}"
-                        + f" (--config.model.{differ[0]}={known[differ[0]]}, or another --config)"
+                        + f" ({shlex.quote(f'--config.model.{first}={known[first]}')}, or another --config)"
                         + ("; --image-size interpolates its position embeddings" if "vision.image" in differ else ""))
     if given:
-        return []
+        return [], adapted
     unknown = [field for field in said if field not in known]
     other = [field for field in differ if field.endswith(".width") and any(lacking.split(".")[0] == field.split(".")[0] for lacking in unknown)]
     if other:
         raise UserError(f"{foreign.where} does not say {', '.join(unknown)}, and has no config.json that does: give --config=FILE")
-    for field, value in (family.assumes(shapes, foreign.config) | known).items():
-        tower, name = field.split(".")
-        try:
-            c.model[tower][name] = value
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{foreign.where}: {field} cannot be {value!r}") from error
-    return unknown
+    for field, value in (guessed | known).items():
+        _set(c, field, value, foreign.where)
+    return unknown, []
+
+
+def _field(c: ConfigDict, field: str) -> Any:
+    try:
+        return reduce(getattr, field.split("."), c.model)
+    except AttributeError:
+        raise UserError(f"the config has no model.{field}, which these files fill (configs/decoder.py has a decoder)") from None
+
+
+def _set(c: ConfigDict, field: str, value: Any, where: str) -> None:
+    *parents, name = field.split(".")
+    try:
+        reduce(getattr, parents, c.model)[name] = value
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {field} cannot be {value!r}") from error
 
 
 def _dtypes(table: Table, source: checkpoint.Slices | Baked, dtype: str | None) -> dict[str, np.dtype]:

@@ -3,23 +3,8 @@ import numpy as np
 import pytest
 
 from emu_jax.data.sequence import Document
-from emu_jax.data.sources import Corrupt
 from emu_jax.data.tokenizer import Tokenizer
-
-
-class Memory:
-    """A source of the given documents; those at `corrupt` cannot be read."""
-
-    def __init__(self, documents, corrupt=()):
-        self.documents, self.corrupt = documents, corrupt
-
-    def __len__(self):
-        return len(self.documents)
-
-    def __getitem__(self, index):
-        if index in self.corrupt:
-            raise Corrupt(self.documents[index].id, "not a PNG")
-        return self.documents[index]
+from tests.data.memory import Memory
 
 
 @pytest.fixture

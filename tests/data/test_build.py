@@ -103,9 +103,26 @@ def test_a_build_of_processes_killed_by_signals_ends_byte_equal(shards, tmp_path
     assert everything(to) == everything(tmp_path / "a" / "set")
 
 
+STREAM = """
+import resource, sys
+from configs.base import data as defaults
+from emu_jax.data import sources
+from emu_jax.data.loader import Loader
+from emu_jax.data.tokenizer import Tokenizer
+sources.CACHE_BYTES = 2 ** 24
+folder, readers = sys.argv[1], int(sys.argv[2])
+data = defaults()
+data.update(batch=64, tokens=512, images=1, num_streams=4, workers=2, readers=readers, mixture=(("text", 1.0, f"{folder}:train"),))
+loader = Loader(data, 0, Tokenizer(256, lambda text: list(text.encode()), lambda ids: ""), 2, 4)
+next(item for item in loader if item.stats["epochs"]["text"] >= 1)
+loader.close()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+"""
+
+
 @pytest.mark.long
 def test_a_million_records_stream_in_bounded_memory(tmp_path):
-    """A build of a million takes the memory of one of ten thousand."""
+    """A build of a million takes the memory of one of ten thousand, and so does a loader that reads all of them, and a process that reads for it."""
     peaks = []
     for count in (10_000, 1_000_000):
         with (tmp_path / f"{count}.jsonl").open("w") as file:
@@ -115,6 +132,10 @@ def test_a_million_records_stream_in_bounded_memory(tmp_path):
         peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
     assert len(sources.open(f"{tmp_path}/1000000:train", 8)) == 1_000_000
     assert peaks[1] < peaks[0] + 64
+    for readers in (0, 2):
+        few, many = (subprocess.run([sys.executable, "-c", STREAM, f"{tmp_path}/{count}", str(readers)], check=True, stdout=subprocess.PIPE,
+                                    text=True).stdout.split() for count in (10_000, 1_000_000))
+        assert int(many[0]) < int(few[0]) + 64 and int(many[1]) < int(few[1]) + 32
 
 
 def test_a_finished_build_is_left_alone(shards, tmp_path):

@@ -101,7 +101,7 @@ def test_a_tar_cut_short_gives_what_is_whole(tmp_path):
     assert lines["0"] == [(48, 36), "number 0"] and lines["0.tar"].startswith("the archive is damaged after the sample")
 
 
-@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("zipped", [False, "flat", "with its folder"])
 def test_mmc4(tmp_path, zipped):
     info = lambda name, index, similarity: {"image_name": name, "raw_url": f"http://x/{name}", "matched_text_index": index, "matched_sim": similarity}
     shard = jsonl(tmp_path / "docs_shard_0_v2.jsonl",
@@ -120,7 +120,7 @@ def test_mmc4(tmp_path, zipped):
         shard.unlink()
         with zipfile.ZipFile(tmp_path / "docs_shard_0_v2_images.zip", "w") as archive:
             for name, data in images.items():
-                archive.writestr(name, data)
+                archive.writestr(name if zipped == "flat" else f"docs_shard_0_v2_images/{name}", data)
     else:
         (tmp_path / "docs_shard_0_v2_images").mkdir()
         for name, data in images.items():
@@ -228,7 +228,7 @@ def test_nothing_outside_is_read(site, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(Path, "read_bytes", lambda self, original=Path.read_bytes: (opened.append(self.resolve()), original(self))[1])
     lines = told("html", site)
-    assert all(isinstance(lines[f"evil{number}.html"], str) for number in range(11))
+    assert all(isinstance(line := lines[f"evil{number}.html"], str) and "several pages" not in line for number in range(11))
     assert len(opened) > 15 and all(path.is_relative_to(site.resolve()) for path in opened)
     for name in ("../secret.png", "/etc/passwd", "link.png", "a/../../secret.png"):
         assert name not in archives.Files(site)
@@ -326,6 +326,7 @@ def test_llava(tmp_path):
         {"id": "unmarked", "image": "coco/a.jpg", "conversations": turns("What is it?", "Red.")},
         {"id": "two", "image": ["coco/a.jpg", "b.jpg"], "conversations": turns("<image>\n<image>\nCompare.", "Alike.")},
         {"id": "inline", "image": ["coco/a.jpg", "b.jpg"], "conversations": turns("Is <image> like <image> or not?", "It is.")},
+        {"id": "middle", "image": "coco/a.jpg", "conversations": turns("What does <image> show?", "Red.")},
         {"id": "more", "image": "coco/a.jpg", "conversations": turns("<image>\nWhat is an\n<image>", "A tag.", "And <image>", "Too.")},
         {"id": "gone", "image": "c.jpg", "conversations": turns("<image>\nWhat?", "Red.")},
         {"id": "outside", "image": "../../secret.jpg", "conversations": turns("<image>\nWhat?", "Red.")}])
@@ -337,6 +338,7 @@ def test_llava(tmp_path):
         "text": [user("What does <image> mean?\n<image>"), assistant("A tag: <image>")], "unmarked": [a, user("What is it?"), assistant("Red.")],
         "two": [a, b, user("Compare."), assistant("Alike.")],
         "inline": [user("Is"), a, user("like"), b, user("or not?"), assistant("It is.")],
+        "middle": [user("What does"), a, user("show?"), assistant("Red.")],
         "more": [a, user("What is an\n<image>"), assistant("A tag."), user("And <image>"), assistant("Too.")], "gone": "the file 'c.jpg' is not there",
         "outside": "the file '../../secret.jpg' is not there"}
 

@@ -1,11 +1,15 @@
+import contextlib
 import dataclasses
 import json
 import logging
+import os
 import random
+import signal
 import threading
 import time
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from emu_jax.config import UserError
 from emu_jax.data import sources
 from emu_jax.data.loader import Loader, merge
 from emu_jax.data.sequence import Document, Pair
+from tests.data.memory import Disk
 
 PAD = 256
 
@@ -28,11 +33,13 @@ def loader(letters, memory, picture, monkeypatch):
         pairs=memory([Document(f"p{k}", (Pair(picture(k), "x" * (k % 5)),)) for k in range(11)]),
         few=memory(3), broken=memory(300, corrupt=range(0, 300, 10)))
     monkeypatch.setattr(sources, "open", lambda path, image_size, fit: stored[path])
+    monkeypatch.setattr(sources, "CACHE_BYTES", 0)          # what is read is read again in the next epoch
 
     def make(seed=0, process=0, processes=1, eval=False, extra=None, **different):
         stored.update(extra or {})
         mixture = (("t", 3.0, "texts"), ("p", 1.0, "pairs"))
-        data = ConfigDict(dict(batch=8, tokens=24, images=2, num_streams=4, pack_lookahead=3, prefetch=2, workers=2, max_bad_share=0.2,
+        data = ConfigDict(dict(batch=8, tokens=24, images=2, num_streams=4, pack_lookahead=3, prefetch=2, workers=2, readers=0,
+                               max_bad_share=0.2,
                                patience=5.0, retries=1, unreadable="skip", fit="squash", packing="first_fit",
                                tokenizer="", labels=("text", "</s>"), image_first=0.5, system="release", mixture=mixture, eval_mixture=mixture) | different)
         made.append(Loader(data, seed, letters, n_visual=2, image_size=4, process=process, processes=processes, eval=eval))
@@ -295,6 +302,7 @@ def test_an_evaluation_is_one_pass_in_fixed_order(loader):
     (dict(batch=0), "data.batch is 0; it must be at least 1"),
     (dict(num_streams=0), "data.num_streams is 0"),
     (dict(workers=0), "data.workers is 0"),
+    (dict(readers=-1), "data.readers is -1"),
     (dict(prefetch=-1), "data.prefetch is -1"),
     (dict(pack_lookahead=0), "data.pack_lookahead is 0"),
     (dict(images=0), "data.images is 0"),
@@ -360,3 +368,46 @@ def test_a_hung_file_system_is_survived(loader, memory):
         released.clear()
         list(islice(loader(mixture=(("h", 1.0, "hung"),), patience=0.05, retries=0, unreadable="stop", max_bad_share=0.5), 30))
     released.set()
+
+
+def test_batches_do_not_know_who_reads(loader):
+    """Threads, one process or three; and one of three that is killed after every batch."""
+    expected = list(islice(loader(), 8))
+    for readers in (1, 3):
+        for item, other in zip(expected, loader(readers=readers)):
+            same(item, other)
+            assert (item.state, item.stats) == (other.state, other.stats)
+    dying = loader(readers=3, retries=5)
+    again = loader(readers=2)
+    for number, (item, other) in enumerate(zip(expected, dying)):
+        same(item, other)
+        for pid in children()[:1]:
+            os.kill(pid, signal.SIGKILL)
+        if number == 3:
+            again.restore(json.loads(json.dumps(other.state)))
+    for item, other in zip(expected[4:], again):
+        same(item, other)
+    for each in (dying, again):
+        each.close()
+    assert not children()
+
+
+def children():
+    """Processes of this one that read."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):            # threads and processes end meanwhile
+            for pid in map(int, (task / "children").read_text().split()):
+                if b"emu_jax.data" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+    return found
+
+
+def test_hung_and_deadly_records_are_survived_in_processes(loader, tmp_path):
+    """Records 3 and 9 hang, 20 kills its process, whoever reads them: they are skipped as corrupt, and every other document is read."""
+    disk = Disk(tmp_path, {3: "hang", 9: "hang", 20: "die"}, size=30)
+    each = loader(mixture=(("h", 1.0, "disk"),), readers=2, patience=1.5, retries=1, max_bad_share=0.5, extra=dict(disk=disk))
+    seen = {id for item in islice(each, 6) for row in item.ids for id in row}
+    assert seen == {f"h/d{k}" for k in range(30)} - {"h/d3", "h/d9", "h/d20"}
+    with pytest.raises(UserError, match="cannot be read: (no answer within 0.5 seconds|its process died)"):
+        list(islice(loader(mixture=(("h", 1.0, "disk"),), readers=2, patience=0.5, retries=0, unreadable="stop", max_bad_share=0.5), 6))

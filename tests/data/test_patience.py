@@ -1,77 +1,164 @@
+import contextlib
 import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from emu_jax.config import UserError
-from emu_jax.data.documents import Document
-from emu_jax.data.patience import Patient
+from emu_jax.data.patience import Patient, Readers
 from emu_jax.data.sources import Corrupt
+from tests.data.memory import Disk
 
 
-class Disk:
-    """A source of three documents whose records in `hangs` never come while `event` is unset, and in `fails` are as often unreadable."""
-
-    def __init__(self, hangs=(), fails=()):
-        self.hangs, self.fails, self.event, self.reads = set(hangs), dict(fails), threading.Event(), []
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, index):
-        self.reads.append(index)
-        if index in self.hangs:
-            self.event.wait()
-        if self.fails.get(index, 0) > 0:
-            self.fails[index] -= 1
-            raise Corrupt(f"d{index}", "Input/output error") from OSError("Input/output error")
-        if index == 2:
-            raise Corrupt("d2", "not a PNG") from ValueError("not a PNG")
-        return Document(f"d{index}", ("a",))
+@pytest.fixture(params=[False, True], ids=["threads", "processes"])
+def patient(tmp_path, request):
+    """patient(faults, seconds, retries, unreadable, times): of a disk, read by one reader, a thread or a process."""
+    with contextlib.ExitStack() as stack:
+        def make(faults, seconds=5.0, retries=0, unreadable="skip", times=10**9):
+            readers = Readers([Disk(tmp_path, faults, times)], 1, seconds, request.param)
+            stack.callback(readers.close)
+            return Patient(readers, 0, "web", retries, unreadable)
+        yield make
+        (tmp_path / "free").touch()
 
 
-def test_a_hung_read_is_reported_and_skipped_or_ends_the_run(caplog):
-    disk = Disk(hangs=(0,))
-    with caplog.at_level(logging.WARNING):
-        with pytest.raises(Corrupt, match="no answer within 0.05 seconds"):
-            Patient(disk, "web", 0.05, 1, "skip")[0]
-    assert "source web: record 0: no answer within 0.05 seconds (attempt 2 of 2)" in caplog.text
-    with pytest.raises(UserError, match="source 'web': record 0 cannot be read: no answer within 0.05 seconds; .* data.unreadable=skip"):
-        Patient(disk, "web", 0.05, 0, "stop")[0]
-    assert Patient(disk, "web", 5.0, 0, "stop")[1].id == "d1"
-    disk.event.set()
+def is_there(pid: int) -> bool:
+    """Zombies are not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
-def test_after_a_hang_the_next_records_come(caplog):
-    disk = Disk(hangs=(0,))
-    patient = Patient(disk, "web", 0.05, 0, "skip")
+def soon(condition) -> bool:
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_hung_read_is_reported_and_skipped_or_ends_the_run(patient, caplog):
+    with caplog.at_level(logging.WARNING), pytest.raises(Corrupt, match="no answer within 0.5 seconds"):
+        patient({0: "hang"}, 0.5, 1)[0]
+    assert "source web: record 0: no answer within 0.5 seconds (attempt 2 of 2)" in caplog.text
+    with pytest.raises(UserError, match="source 'web': record 0 cannot be read: no answer within 0.5 seconds; .* data.unreadable=skip"):
+        patient({0: "hang"}, 0.5, 0, "stop")[0]
+
+
+def test_after_a_hang_the_next_records_come(patient):
+    each = patient({0: "hang"}, 0.5)
     for index, good in ((0, False), (1, True), (0, False), (1, True)):
         if good:
-            assert patient[index].id == "d1"
+            assert each[index].id == "d1"
         else:
             with pytest.raises(Corrupt):
-                patient[index]
-    disk.event.set()
+                each[index]
 
 
-def test_a_failing_disk_is_asked_again_and_a_bad_record_is_not():
-    disk = Disk(fails={0: 2})
-    patient = Patient(disk, "web", 5.0, 2, "stop")
-    assert patient[0].id == "d0" and disk.reads == [0, 0, 0]
-    with pytest.raises(Corrupt, match="not a PNG"):
-        patient[2]
-    assert disk.reads == [0, 0, 0, 2] and len(patient) == 3
+def test_a_failing_disk_is_asked_again_and_a_bad_record_is_not(patient):
+    each = patient({0: "fail", 2: "bad"}, retries=2, unreadable="stop", times=2)
+    disk = each.readers.sources[0]
+    assert each[0].id == "d0" and len(disk.readers(0)) == 3
+    with pytest.raises(Corrupt, match="d2: not a PNG") as caught:
+        each[2]
+    assert len(disk.readers(2)) == 1 and len(each) == 3 and not caught.value.disk
 
 
-def test_the_helper_ends_with_its_thread():
-    patient = Patient(Disk(), "web", 5.0, 0, "stop")
-    thread = threading.Thread(target=lambda: patient[1])
+def test_threads_end_when_they_are_told_to(tmp_path):
     before = threading.active_count()
-    thread.start()
-    thread.join()
-    for _ in range(100):
-        if threading.active_count() == before:
-            return
-        time.sleep(0.02)
-    raise AssertionError("the reader is still there")
+    readers = Readers([Disk(tmp_path, {})], 3, 0.0, False)
+    assert [readers.ask(0, index).id for index in (0, 1, 2)] == ["d0", "d1", "d2"] and threading.active_count() == before + 3
+    readers.close()
+    assert soon(lambda: threading.active_count() == before)
+
+
+@pytest.fixture
+def processes(tmp_path):
+    with contextlib.ExitStack() as stack:
+        def make(faults, count=1, retries=2, unreadable="skip", times=10**9):
+            readers = Readers([Disk(tmp_path, faults, times)], count, 20.0, True)
+            stack.callback(readers.close)
+            return Patient(readers, 0, "web", retries, unreadable)
+        yield make
+
+
+def test_a_process_that_dies_is_replaced_and_the_record_comes(processes, caplog):
+    each = processes({0: "die"}, times=1)
+    with caplog.at_level(logging.WARNING):
+        assert each[0].id == "d0"
+    assert [record.getMessage() for record in caplog.records] == ["source web: record 0: its process died (SIGKILL) (attempt 1 of 3)"]
+    first, second = each.readers.sources[0].readers(0)
+    assert first != second != os.getpid()
+
+
+def test_a_record_of_which_every_process_dies_is_skipped_or_ends_the_run(processes):
+    with pytest.raises(Corrupt, match=r"record 0: its process died \(SIGKILL\)"):
+        processes({0: "die"}, retries=1)[0]
+    with pytest.raises(UserError, match="record 0 cannot be read: its process died"):
+        processes({0: "die"}, retries=0, unreadable="stop")[0]
+
+
+def test_a_stopped_process_is_as_one_that_hangs(tmp_path, processes):
+    each = processes({})
+    each.readers.seconds = 0.3
+    assert each[0].parts == ("a", "jax: False")             # a process that reads does not import it
+    pid, = each.readers.sources[0].readers(0)
+    os.kill(pid, signal.SIGSTOP)
+    assert each[1].id == "d1" and not is_there(pid)
+
+
+def test_signals_to_all_are_not_for_readers(processes):
+    each = processes({})
+    assert each[0].id == "d0"
+    pid, = each.readers.sources[0].readers(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid, number)
+    assert each[1].id == "d1" and each.readers.sources[0].readers(1) == [pid]
+    each.readers.close()
+    assert not is_there(pid)
+    assert each[2].id == "d2" and each.readers.sources[0].readers(2) != [pid]
+
+
+def test_faults_of_ours_say_where_they_were(processes):
+    with pytest.raises(RuntimeError, match="(?s)in a process that reads:.*memory.py.*ZeroDivisionError"):
+        processes({0: "wrong"})[0]
+
+
+def test_processes_end_with_the_one_that_trains(tmp_path):
+    program = f"""
+import os, signal
+from pathlib import Path
+from emu_jax.data.patience import Readers
+from tests.data.memory import Disk
+readers = Readers([Disk(Path({str(tmp_path)!r}), {{}})], 2, 0.0, True)
+readers.ask(0, 0), readers.ask(0, 1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.getcwd()}).returncode == -signal.SIGKILL
+    pids = Disk(tmp_path, {}).readers(0) + Disk(tmp_path, {}).readers(1)
+    assert len(set(pids)) == 2 and soon(lambda: not any(map(is_there, pids)))
+
+
+def test_a_process_that_does_not_start_is_started_again_and_then_said(processes, tmp_path, monkeypatch):
+    each, python, start = processes({}), tmp_path / "python", sys.executable
+    python.write_text(f"#!/bin/sh\nmkdir {tmp_path}/once 2>/dev/null && exit 3\nexec {start} \"$@\"\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert each[0].id == "d0"
+    each.readers.close()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match=r"^a process that reads for the loader does not start: its process died \(exit 1\); data.readers=0"):
+        each[0]
+
+
+def test_corrupt_can_be_sent():
+    error = pickle.loads(pickle.dumps(Corrupt("a", "b", disk=True)))
+    assert (error.id, error.reason, error.disk, str(error)) == ("a", "b", True, "a: b")

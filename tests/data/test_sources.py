@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from emu_jax.config import UserError
 from emu_jax.data import sources
-from emu_jax.data.documents import Pair
+from emu_jax.data.documents import Document, Pair
 from emu_jax.data.sources import records
 from tests.data import fixtures
 from tests.data.fixtures import shard
@@ -81,15 +82,28 @@ def test_random_access_from_threads_equals_a_pass_in_order(tiny):
 
 
 def test_cache_is_bounded_and_changes_nothing(tiny, monkeypatch):
-    path = f"{tiny}/scenes:train"
-    cached = sources.open(path, 28)
-    assert cached[3] is cached[3] and not cached[3].parts[0].image.flags.writeable
-    monkeypatch.setattr(records, "CACHE_BYTES", 2 * 28 * 28 * 3)
-    bounded = sources.open(path, 28)
+    source = sources.open(f"{tiny}/scenes:train", 28)
+    cached = sources.Cached(source)
+    assert cached[3] is cached[3] and source[3] is not source[3] and not cached[3].parts[0].image.flags.writeable
+    monkeypatch.setattr(sources, "CACHE_BYTES", 2 * (28 * 28 * 3 + sources.RECORD_BYTES + 100))
+    bounded = sources.Cached(source)
     kept = [bounded[index] is bounded[index] for index in range(len(bounded))]
     assert sum(kept) == 2
     for index in range(len(bounded)):
         assert (bounded[index].parts[0].image == cached[index].parts[0].image).all()
+
+
+def test_texts_fill_the_cache_too(memory, monkeypatch):
+    monkeypatch.setattr(sources, "CACHE_BYTES", 10 * sources.RECORD_BYTES)
+    cached = sources.Cached(memory([Document(f"d{k}", ("x" * sources.RECORD_BYTES,)) for k in range(20)]))
+    assert sum(cached[index] is cached[index] for index in range(20)) == 20         # of a list that is itself in memory
+    assert len(cached._kept) == 5
+
+
+def test_a_source_can_be_sent(tiny):
+    source = sources.open(f"{tiny}/scenes:train", 28)
+    again = pickle.loads(pickle.dumps(source))
+    assert len(again) == len(source) and again[5].id == source[5].id and (again[5].parts[0].image == source[5].parts[0].image).all()
 
 
 def test_beyond_the_end(tiny):

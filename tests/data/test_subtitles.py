@@ -87,6 +87,14 @@ def test_cues_are_sorted_by_start():
     assert parse(text) == [Cue(1.0, 2.0, "a"), Cue(5.0, 6.0, "b")]
 
 
+def test_cues_whose_times_are_none_are_left_out_with_their_text():
+    text = ("1\n00:00:01,000 --> 00:00:02,000\na\n\n2\n-00:00:01,000 --> 00:00:02,500\nnegative\n\n3\n00:00:05,000 --> 00:00:03,000\nbackwards\n\n"
+            "4\n00:00:06 --> 00:00:07\nno fraction, go --> there\n\n5\n01:09,5 --> 01:10,25\nno hours\n")
+    assert plain(parse(text)) == [(1.0, 2.0, "a"), (5.0, 3.0, "backwards"), (6.0, 7.0, "no fraction, go --> there"), (69.5, 70.25, "no hours")]
+    vtt = "WEBVTT\n\n00:01.000 --> 00:02.000\na\nx --> 1\nb\n\n00:03.000 --> 00:04.000\nc\n"
+    assert plain(parse(vtt)) == [(1.0, 2.0, "a"), (3.0, 4.0, "c")]
+
+
 @pytest.mark.parametrize("text", ["", "WEBVTT\n", "hello", "1\n00:00:01 -> 00:00:02\nx"])
 def test_no_cue(text):
     with pytest.raises(ValueError, match="no cue"):

@@ -22,6 +22,8 @@ from emu_jax.evaluate import __main__ as command
 from emu_jax.evaluate import demo, history
 from emu_jax.models import emu
 
+pytestmark = pytest.mark.xdist_group("demo")  # one process: what its tests share is made once
+
 # --- texts ---
 
 def test_f1():
@@ -225,7 +227,7 @@ def test_history(tmp_path):
 def test_targets():
     numbers = {"names_train_exact": 0.8, "retrieval_top5": 0.59, "scenes_held_out_exact": 0.5, "scenes_held_out_nearest_exact": 0.26,
                "visual_variance_ratio": 0.09, "speed/input_wait_share": 0.02}
-    assert [target.reached for target in demo.targets(numbers)] == [True, False, True, False, False, None, False]
+    assert [target.reached for target in demo.targets(numbers)] == [True, False, True, False, None, None, False, None, False]
     nothing = demo.targets(numbers | {"scenes_held_out_exact": 0.0, "scenes_held_out_nearest_exact": 0.0})
     assert nothing[3].reached is False                            # twice nothing is not a success
 
@@ -241,7 +243,8 @@ class State:
 
 
 def save(workdir, c):
-    params = emu.init(stages.STAGES[c.stage].module, emu.EmuSize.of(c.model.to_dict()), jax.random.key(0))
+    stage = stages.STAGES[c.stage]
+    params = emu.init(stage.module, stage.size(c.model.to_dict()), jax.random.key(0))
     Checkpoints(str(workdir), keep=1, keep_every=0).save(7, State(params, {}, None, jnp.int32(7)), {}, config.to_dict(c), wait=True)
 
 
@@ -260,6 +263,8 @@ def runs(tmp_path_factory):
     save(folder / "warmup", make.cfg("stage=contrastive", "model.llama.vocab=120"))
     save(folder / "emu", make.cfg("model.llama.vocab=120", "model.standardise=true", f"init={folder}/warmup"))
     (folder / "emu" / "metrics.jsonl").write_text('{"step": 1, "text_loss": 3.0, "visual_variance": 1.0}\n')
+    drawing = ("drawing.sampler=ddim", "drawing.steps=2", "drawing.negative=zeros", "model.decoder.condition=encoded", "optim.ema=0.0")
+    save(folder / "decoder", make.decoder_cfg("model.llama.vocab=120", *drawing))
     return folder
 
 
@@ -274,8 +279,20 @@ def test_the_command(data, runs, capsys):
     assert numbers["raw_variance_ratio"] == pytest.approx(1, abs=1e-4)      # both encoders are of the same seed
     assert all(np.isfinite(value) for value in numbers.values())
     assert {line.split()[0] for line in out} > numbers.keys()
-    assert len(results["targets"]) == 7 and "</html>" in (runs / "emu" / "report.html").read_text()
-    assert not list((runs / "emu").glob("*.part"))
+    assert len(results["targets"]) == 9 and "</html>" in (runs / "emu" / "report.html").read_text()
+    assert not [name for name in numbers if name.startswith("pictures")] and not list((runs / "emu").glob("*.part"))
+
+
+def test_the_command_with_a_decoder(data, runs, tmp_path):
+    assert command.main(["--task=demo", f"--checkpoint={runs}/emu", f"--data={data}", f"--decoder={runs}/decoder", f"--out={tmp_path}"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    numbers, targets = results["numbers"], {target["what"]: target for target in results["targets"]}
+    assert [numbers[f"pictures_{group}_count"] for group in ("names_train", "names_held_out", "scenes_held_out")] == [4, 4, 8]
+    for source, target in (("encoded", "picture of a drawing's visual tokens"), ("regressed", "picture of a drawing's name")):
+        found, = (value for what, value in targets.items() if what.startswith(target))
+        assert found["value"] == numbers[f"pictures_names_train_{source}_top5"] == 1.0      # among four
+        assert 0 <= numbers[f"pictures_scenes_held_out_{source}_top1"] <= numbers[f"pictures_scenes_held_out_{source}_top5"] <= 1
+    assert "Blends" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("arguments, told", [
@@ -284,6 +301,7 @@ def test_the_command(data, runs, capsys):
     (["--checkpoint={runs}/warmup"], "of the stage 'contrastive'"),
     (["--checkpoint={runs}/emu", "--data={runs}"], "no dataset in '{runs}/names'"),
     (["--checkpoint={runs}/emu", "--data={data}", "--warmup={runs}/other"], "no directory"),
+    (["--checkpoint={runs}/emu", "--data={data}", "--decoder={runs}/warmup"], "not a decoder's"),
     (["--checkpoint={runs}/emu", "--task=coco"], "invalid choice: 'coco'"),
     (["--check={runs}/emu"], "required: --checkpoint")])
 def test_bad_input_is_one_line(arguments, told, data, runs, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax.evaluate import demo, report
+from emu_jax.evaluate import demo, drawings, report
 
 VOID = {"meta", "img", "br", "line", "polyline"}
 
@@ -56,9 +56,16 @@ def result():
     numbers |= {"visual_rank": 3.2, "stories_held_out_count": 1, "stories_held_out_exact": 0.0, "in_context_count": 1,
                 "in_context_exact": 0.0, "speed/steps": 899, "speed/wall_s": 90.0,
                 "speed/flops_per_second": 5.2e10, "speed/input_wait_share": 0.001}
+    drawn_as = lambda caption, k: drawings.Picture(caption, picture(k), picture(k + 1), picture(k + 100))
+    pictures = {"names_train": [drawn_as("<b>pig</b>", 2 * k) for k in range(50)], "names_held_out": [drawn_as("fox", 3)],
+                "scenes_held_out": [drawn_as("one cat on blue", 3)]}
+    for group, some in pictures.items():
+        numbers |= drawings.numbers(group, some)
+    blends = [drawings.Blend(("cat", "<pig>"), (picture(1), picture(2)), picture(3), picture(4))]
     c = {"stage": "emu", "model": {"resampler": {"tokens": 4}}}
     return demo.Result(c, numbers, demo.targets(numbers), captions, drawn, [[told("a cat comes", "a dog comes")]],
-                       [[told("cat", "cat"), told("pig", "pig"), told("fox", "fox"), told("owl", "eagle")]], lines, [])
+                       [[told("cat", "cat"), told("pig", "pig"), told("fox", "fox"), told("owl", "eagle")]],
+                       pictures, blends, lines, [], [{"step": 1, "diffusion_loss": 0.5}])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,8 @@ def test_pictures_are_the_images(page, result):
     sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     decoded = [np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))) for source in sources]
     assert (decoded[0] == result.captions["scenes_held_out"][0].image).all()
-    assert len(decoded) == 2 + report.SHOWN["names_train"] + 1 + 1 + 4 + 3      # scenes, names, held out, story, in context, retrieved
+    assert len(decoded) == 2 + report.SHOWN["names_train"] + 1 + 1 + 4 + 3 + 3 * (report.PICTURES["names_train"] + 1 + 1) + 4
+    # scenes, names, held out, story, in context, retrieved, drawn, blended
 
 
 def test_right_and_wrong_are_marked(page):
@@ -96,21 +104,21 @@ def test_texts_are_escaped_and_said(page):
     words = " ".join(" ".join(page.words).split())
     assert "dog & <script>" in words and "<b>pig</b>" in words and "runs/<demo>" in words
     for phrase in ("after 899 steps", "OpenMoji", "CC BY-SA 4.0", "nearest in pixels: one pig on blue", '"stage": "emu"', "52 G", "1.5 min",
-                   "100.0 % name the right two drawings in each other's place"):
+                   "100.0 % name the right two drawings in each other's place", "8 × 8 pixels", "cat + <pig>"):
         assert phrase in words, phrase
 
 
 def test_targets_are_told_as_they_are(page, result):
     marks = [attributes["class"].split()[1:] for tag, attributes in page.elements if tag == "span" and attributes.get("class", "").startswith("mark")]
     said = {True: ["right"], False: ["wrong"], None: []}
-    assert marks[:7] == [said[target.reached] for target in result.targets]
+    assert marks[:9] == [said[target.reached] for target in result.targets]
     assert {target.reached for target in result.targets} == {True, False, None}
-    assert f"Targets: {sum(target.reached is True for target in result.targets)} of 7 reached" in page.words
+    assert f"Targets: {sum(target.reached is True for target in result.targets)} of 9 reached" in page.words
 
 
 def test_without_metrics_there_are_no_charts(result):
-    bare = dataclasses.replace(result, lines=[], stories=[])
-    assert "<svg" not in report.page(bare, "x") and "Stories" not in report.page(bare, "x")
+    bare = report.page(dataclasses.replace(result, lines=[], decoder_lines=[], stories=[], pictures={}), "x")
+    assert "<svg" not in bare and "Stories" not in bare and "Drawn" not in bare
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -14,10 +14,10 @@ from emu_jax.generate import media
 av = pytest.importorskip("av")
 
 
-def write_video(path, count, size=(32, 48)):
+def write_video(path, count, size=(32, 48), codec="mpeg4", **options):
     """Frames that grow brighter."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 255 * number // max(count - 1, 1), np.uint8), format="rgb24")
@@ -74,6 +74,19 @@ def sound(path):
         container.mux(stream.encode())
 
 
+def playlist(path):
+    """Names another file, which must not be read."""
+    write_video(path.with_name("other.mp4"), 9)
+    path.write_text("ffconcat version 1.0\nfile other.mp4\n")
+
+
+def claims(path):
+    """A video whose header says 50,000 x 50,000."""
+    write_video(path, 9, (64, 64), "rawvideo", format="avi")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(struct.pack("<II", 64, 64), struct.pack("<II", 50_000, 50_000)))
+
+
 def cut(path):
     write_video(path, 200, (96, 96))
     path.write_bytes(path.read_bytes()[:400])
@@ -81,14 +94,43 @@ def cut(path):
 
 @pytest.mark.parametrize("make, told", [
     (lambda path: path.write_text("hello"), "is no usable video"), (lambda path: path.write_bytes(b""), "is no usable video"),
-    (sound, "has no video in it"),
+    (sound, "has no video in it"), (playlist, "no usable video"), (claims, "2500000000|50000 x 50000|no usable video"),
     (lambda path: write_video(path, 0), "no usable video|no frames|no video"), (cut, "no usable video"), (lambda path: None, "No such file")],
-    ids=["text", "empty", "sound", "frameless", "truncated", "missing"])
+    ids=["text", "empty", "sound", "playlist", "huge", "frameless", "truncated", "missing"])
 def test_videos_that_are_none(tmp_path, make, told):
     make(tmp_path / "x.mp4")
     with pytest.raises(UserError, match=rf"x\.mp4'.*({told})") as error:
         media.video(tmp_path / "x.mp4", 28)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile 'secret.mp4'\nduration 1\n",
+                                  "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.9,\nsecret.mp4\n#EXT-X-ENDLIST\n"], ids=["concat", "hls"])
+def test_a_playlist_is_no_video(tmp_path, monkeypatch, text):
+    """It names other files, and FFmpeg would read them."""
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "secret.mp4", 20)
+    (tmp_path / "x.mp4").write_text(text)
+    with pytest.raises(UserError, match="is no usable video"):
+        media.video(tmp_path / "x.mp4", 28)
+
+
+def test_a_film_shot_with_the_phone_upright_stands_upright(tmp_path):
+    """Its matrix says a quarter turn clockwise: what is stored at the left is shown at the top."""
+    with av.open(str(tmp_path / "film.mp4"), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        pixels = np.zeros((48, 64, 3), np.uint8)
+        pixels[:, :32] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    plain, turned = (struct.pack(">9i", *numbers, 1 << 30) for numbers in (
+        (65536, 0, 0, 0, 65536, 0, 0, 0), (0, 65536, 0, -65536, 0, 0, 48 << 16, 0)))
+    data = (tmp_path / "film.mp4").read_bytes()
+    track = data.index(b"tkhd")
+    (tmp_path / "film.mp4").write_bytes(data[:track] + data[track:].replace(plain, turned, 1))
+    frame = media.video(tmp_path / "film.mp4", 28)[0]
+    assert frame[:12].mean() > 240 and frame[16:].mean() < 15
 
 
 def test_without_av(monkeypatch):

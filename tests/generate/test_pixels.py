@@ -36,8 +36,9 @@ def run(tmp_path_factory):
     save(make.cfg(*model), folder / "emu")
     drawing = ("drawing.sampler=ddim", "drawing.steps=2", "model.decoder.condition=encoded", "optim.ema=0.0")
     save(make.decoder_cfg(*model, *drawing), folder / "decoder")
-    save(make.decoder_cfg(*model, *drawing, "model.resampler.tokens=3"), folder / "three")
+    save(make.decoder_cfg(*model, *drawing, "model.llama.width=64", "model.decoder.unet.condition=64"), folder / "wide")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(folder / "x.png")
+    (folder / "bad.png").write_text("no picture")
     return folder
 
 
@@ -93,7 +94,7 @@ def test_what_a_checker_rejects_is_black(run, session, visual):
 
 
 @pytest.mark.parametrize(("decoder", "given", "told"), [
-    ("emu", {}, "of the stage 'emu', not a decoder's"), ("three", {}, r"draws visual tokens \[3, 32\], and the model makes \[4, 32\]"),
+    ("emu", {}, "of the stage 'emu', not a decoder's"), ("wide", {}, r"draws visual tokens \[4, 64\], and the model makes \[4, 32\]"),
     ("decoder", {"sampler": "dim"}, "no sampler 'dim'; there are ddim"), ("decoder", {"steps": 0}, "a sampler takes 1 to 1000 steps"),
     ("decoder", {"negative": "nothing"}, "is not one of empty, zeros")])
 def test_what_cannot_draw_is_one_line(run, session, decoder, given, told):
@@ -123,10 +124,13 @@ def test_blends_and_reconstructions(run, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
-    (["--image", " "], "the prompt is empty"), (["--image", "a", "--out=x.png"], "need a decoder"), (["--reconstruct", "a"], "need a decoder"),
+    (["--image", " "], "the prompt is empty"), (["--image", "", "--decoder={run}/decoder"], "the prompt is empty"),
+    (["--image", "{run}/bad.png", "--decoder={run}/decoder"], "bad.png': not a usable image"),
+    (["--reconstruct", "{run}/bad.png", "--decoder={run}/decoder"], "bad.png': not a usable image"),
+    (["--image", "a", "--out=x.png"], "need a decoder"), (["--reconstruct", "a"], "need a decoder"),
     (["--image", "a", "--count=0", "--decoder={run}/decoder"], "--count=0 must be at least 1"),
     (["--reconstruct", "a", "--decoder={run}/decoder"], "--reconstruct takes image files"),
-    (["--image", "a", "--decoder={run}/none"], "no directory"), (["--image", "a", "--decoder={run}/three"], "draws visual tokens"),
+    (["--image", "a", "--decoder={run}/none"], "no directory"), (["--image", "a", "--decoder={run}/wide"], "draws visual tokens"),
     (["--image", "a", "--decoder={run}/decoder", "--out=/dev/full/x.png"], "/dev/full"),
     (["--image", "a", "--decoder={run}/decoder", "--sampler=dim"], "no sampler 'dim'")])
 def test_bad_input_is_one_line(run, capsys, arguments, told):

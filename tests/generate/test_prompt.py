@@ -6,6 +6,7 @@ import pytest
 
 from emu_jax.config import UserError
 from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.evaluate import prompts
 from emu_jax.generate import prompt
 from emu_jax.generate.prompt import Grammar, Prompt
 
@@ -88,3 +89,13 @@ def test_cutting_takes_no_part_of_an_image():
 def test_joined():
     a, b = Prompt([1, 9], [], []), Prompt([257, 259, 259, 258], [FIRST], [1])
     assert prompt.joined(a, b, b).slots == [3, 7] and prompt.joined(a, b).tokens == [1, 9, 257, 259, 259, 258]
+
+
+def test_a_template_is_what_a_turn_is(session, images):
+    """The evaluation's prompts are the chat's, and what looks like a token in one is that token."""
+    asked = session.grammar.template(prompts.ask("free", "why"), [[images[0]]])
+    turn = session.chat_prompt([images[0], "why"])
+    assert asked.tokens == turn.tokens and asked.slots == turn.slots and asked.images[0] is images[0]
+    t = session.tokenizer
+    frames = session.grammar.template("a</s>{image}", [images[:2]])
+    assert frames.tokens[:3] == [t.bos, *t.encode("a"), t.eos] and len(frames.images) == 2

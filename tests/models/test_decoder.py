@@ -14,6 +14,8 @@ from emu_jax.generate import samplers
 from emu_jax.models import emu, flops
 from emu_jax.models.decoder import Decoder, DecoderSize, resized
 
+pytestmark = pytest.mark.xdist_group("decoder")  # one process: what its tests share is made once
+
 C = make.decoder_cfg("optim.ema=0.9")
 P = make.program(C)
 TRAINS = train.what_trains(C, jax.eval_shape(partial(make.params, P)))
@@ -187,8 +189,9 @@ def test_the_papers_decoder():
     ("model.decoder.image=9", "image=9 must be divisible by 2 .2 in the U-Net"),
     ("model.decoder.condition=drawn", "is not one of generated, teacher_forced, encoded"),
     ("model.decoder.unet.condition=16", "unet.condition=16: the model's visual tokens have the width 32"),
+    ("model.decoder.unet.pooled=3", "pooled=3 must be 0 or the number of visual tokens, 4"),
     ("model.decoder.unet.channels_in=4", "4 channels in and 3 out; pixels have 3"),
-    ("model.decoder.diffusion.target=x0", "target='x0' is not one of"),
+    ("model.decoder.diffusion.target=noise", "target='noise' is not one of"),
     ("model.decoder.diffusion.zero_snr=true", "use target='v'")])
 def test_parts_that_do_not_fit_are_one_line(override, message):
     with pytest.raises(UserError, match=message):

@@ -10,7 +10,8 @@ from emu_jax.models import diffusion
 from emu_jax.models.diffusion import Diffusion
 
 SD = Diffusion(steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0)
-KINDS = [SD, dataclasses.replace(SD, target="v"), dataclasses.replace(SD, target="v", zero_snr=True), dataclasses.replace(SD, target="flow")]
+KINDS = [SD, dataclasses.replace(SD, target="v"), dataclasses.replace(SD, target="v", zero_snr=True), dataclasses.replace(SD, target="flow"),
+         dataclasses.replace(SD, target="x0", zero_snr=True)]
 name = lambda d: d.target + "-zero" * d.zero_snr
 rng = np.random.default_rng(0)
 X0, E = (jnp.asarray(rng.standard_normal((4, 3, 3, 2)), jnp.float32) for _ in range(2))
@@ -54,13 +55,14 @@ def test_targets_by_hand():
     np.testing.assert_array_equal(diffusion.target(SD, X0, E, TIMES), E)
     np.testing.assert_allclose(diffusion.target(KINDS[1], X0, E, TIMES), a * E - s * X0, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(diffusion.target(KINDS[3], X0, E, TIMES), E - X0, rtol=1e-6)
+    np.testing.assert_array_equal(diffusion.target(KINDS[4], X0, E, TIMES), X0)
 
 
 def test_min_snr_weights_are_the_papers():
-    """min(snr, 5) / snr for the noise, min(snr, 5) / (snr + 1) for the velocity; 1 without."""
+    """min(snr, 5) / snr for the noise, min(snr, 5) / (snr + 1) for the velocity, min(snr, 5) for x0; 1 without."""
     a2 = diffusion.alphas_cumprod(SD)[TIMES.astype(int)]
     snr = a2 / (1 - a2)
-    for d, below in ((KINDS[0], snr), (KINDS[1], snr + 1)):
+    for d, below in ((KINDS[0], snr), (KINDS[1], snr + 1), (dataclasses.replace(SD, target="x0"), 1)):
         got = diffusion.loss_weights(dataclasses.replace(d, min_snr=5.0), TIMES)
         np.testing.assert_allclose(got, np.minimum(snr, 5) / below, rtol=1e-3)
         np.testing.assert_array_equal(diffusion.loss_weights(d, TIMES), 1)
@@ -73,7 +75,8 @@ def test_times_cover_the_schedule_evenly():
     assert flow.min() > 0 and flow.max() <= 1000 and (flow != np.floor(flow)).any()
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"target": "noise"}, "is not one of epsilon, v, flow"), ({"zero_snr": True}, "use target='v'")])
+@pytest.mark.parametrize(("changes", "message"), [({"target": "noise"}, "is not one of epsilon, v, flow, x0"),
+                                                  ({"zero_snr": True}, "use target='v'")])
 def test_what_cannot_be_is_an_error(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SD, **changes)

@@ -1,5 +1,6 @@
 """The U-Net and the autoencoder: what their shape promises. Their numbers are held to diffusers' in tests/verify."""
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from emu_jax.models.unet import UNet, UNetSize
 from emu_jax.models.vae import Vae, VaeSize
 
 SIZE = UNetSize(channels_in=3, channels_out=2, patch=1, widths=(8, 16), resnets=(1, 1), attends_down=(False, True), attends_up=(True, False),
-                depths=(1, 2), heads=(2, 4), condition=12, time=16, cosine_first=True, frequency_shift=0.0, groups=4, eps=1e-5, linear=False,
-                remat="none")
+                depths=(1, 2), heads=(2, 4), condition=12, pooled=0, time=16, cosine_first=True, frequency_shift=0.0, groups=4, eps=1e-5,
+                linear=False, remat="none")
 VAE = VaeSize(channels=3, latent=2, widths=(8, 16), resnets=1, groups=4, scale=0.5, remat="none")
 rng = np.random.default_rng(0)
 X, CONDITION = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 4, 4, 3), (8, 3, 12)))
@@ -60,6 +61,18 @@ def test_rows_do_not_see_one_another_and_everything_is_seen(run):
 
 def test_the_order_of_the_conditions_tokens_says_nothing(run):
     np.testing.assert_allclose(run(PARAMS, X, TIMES, CONDITION[:, ::-1]), run(PARAMS, X, TIMES, CONDITION), atol=1e-4)
+
+
+def test_pooled_the_order_says_something_and_its_map_is_counted(run):
+    size = dataclasses.replace(SIZE, pooled=3)
+    params = random(UNet, size)
+    call = jax.jit(partial(forward, size=size))
+    assert jnp.abs(call(params, X, TIMES, CONDITION[:, ::-1]) - call(params, X, TIMES, CONDITION)).max() > 1e-3
+    none = {"pooled": {"w": jnp.zeros_like(params["pooled"]["w"])}}
+    plain = {name: part for name, part in params.items() if name != "pooled"}
+    np.testing.assert_allclose(call(params | none, X, TIMES, CONDITION), run(plain, X, TIMES, CONDITION), atol=1e-4)
+    f32 = jnp.float32
+    assert flops.unet(size, 4, 3) == traced(lambda x, t, c: forward(params, x, t, c, size), ((1, 4, 4, 3), f32), ((1,), f32), ((1, 3, 12), f32))
 
 
 def test_a_patch_is_more_channels_at_a_place():

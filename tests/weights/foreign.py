@@ -11,7 +11,7 @@ import numpy as np
 
 from emu_jax import checkpoint, config, tree
 from emu_jax.models import emu
-from emu_jax.weights import convert, files
+from emu_jax.weights import convert, files, stable_diffusion
 from emu_jax.weights.families import FAMILIES
 
 CONFIG = "--config=configs/base.py:debug"
@@ -38,6 +38,38 @@ def folder(path, c, family, dtype=np.float32, seed=0):
     arrays = tensors(c, family, dtype, seed)
     files.write(path, "model", {name: (array.shape, array.dtype) for name, array in arrays.items()}, iter(arrays.items()), 20_000)
     (path / "config.json").write_text(json.dumps(FAMILIES[family].config_json(c.model.to_dict(), 64)))
+    return arrays
+
+
+# Stable Diffusions by their configs: a small one of version 1, and of version 2 with another head count, depth and width at every level.
+
+UNET1 = dict(in_channels=2, out_channels=2, block_out_channels=[16, 24], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+             up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], layers_per_block=1, attention_head_dim=2, cross_attention_dim=12, norm_num_groups=4,
+             sample_size=8)
+UNET2 = UNET1 | dict(layers_per_block=[1, 2], attention_head_dim=[2, 3], transformer_layers_per_block=[1, 2], cross_attention_dim=20,
+                     use_linear_projection=True)
+VAE = dict(in_channels=3, out_channels=3, latent_channels=2, block_out_channels=[8, 12], down_block_types=["DownEncoderBlock2D"] * 2,
+           up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1, norm_num_groups=4, scaling_factor=0.25)
+PNDM = dict(_class_name="PNDMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def diffusion(path, unet=UNET1, dtype=np.float32, seed=0, schedule=PNDM, shard=None, fp16=False):
+    """A folder as diffusers saves it; {name: array} with "unet." and "vae." in front. `shard`: bytes of a file; `fp16`: named as that variant."""
+    size, rng = stable_diffusion.Size(stable_diffusion.unet_size(unet), stable_diffusion.vae_size(VAE)), np.random.default_rng(seed)
+    ours = {leaf: rng.standard_normal(shape, np.float32) for leaf, shape in stable_diffusion.shapes(size).items()}
+    theirs = convert.to_theirs(stable_diffusion.table(*size), convert.reader(tree.unflatten(ours)))
+    arrays = {name: array.astype(dtype) for name, array in theirs}
+    for component, said in (("unet", unet), ("vae", VAE)):
+        (path / component).mkdir(parents=True)
+        (path / component / "config.json").write_text(json.dumps(said))
+        mine = {name.removeprefix(f"{component}."): array for name, array in arrays.items() if name.startswith(component)}
+        files.write(path / component, "diffusion_pytorch_model", {name: (array.shape, array.dtype) for name, array in mine.items()},
+                    iter(mine.items()), shard or files.SHARD, bare=True)
+        for file in (path / component).glob("*.safetensors") if fp16 else ():
+            file.rename(file.with_suffix(".fp16.safetensors"))
+    if schedule:
+        (path / "scheduler").mkdir()
+        (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
     return arrays
 
 

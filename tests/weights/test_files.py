@@ -66,7 +66,8 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "wrong header"), (b"abc", "wrong header"), (header({}, length=2**60), "wrong header: it claims 1152921504606846976 bytes"),
     (header(b"{nonsense"), "wrong header: JSONDecodeError"), (header(b"[]"), "wrong header: "), (header(b"\xff\xfe{}"), "wrong header"),
-    (header({"w": 3}), "wrong header"),
+    (header({"w": 3}), "wrong header"), (header(b"[" * 100_000), "wrong header: RecursionError"),
+    (header(b'{"w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}', bytes(8)), "wrong header: OverflowError"),
     (header({"w": ONE | {"dtype": "F33"}}, bytes(8)), "wrong header: KeyError 'F33'"),
     (header({"w": {"dtype": "F32"}}), "wrong header: KeyError 'shape'"),
     (header({"w": ONE | {"shape": [3]}}, bytes(8)), r"w is float32\[3\] at bytes 0 to 8"),
@@ -121,8 +122,8 @@ def test_components_of_a_model_are_read_as_one(tmp_path):
         write(tmp_path / name, {"conv.weight": np.float32([number])})
         (tmp_path / name / "config.json").write_text(json.dumps({"number": number}))
     foreign = files.components(str(tmp_path), ("unet", "vae"))
-    assert foreign.config == {"unet": {"number": 0}, "vae": {"number": 1}}
-    assert {name: float(np.asarray(tensor)[0]) for name, tensor in foreign.tensors.items()} == {"unet/conv.weight": 0, "vae/conv.weight": 1}
+    assert foreign.config == {"unet": {"number": 0}, "vae": {"number": 1}, "scheduler": {}}
+    assert {name: float(np.asarray(tensor)[0]) for name, tensor in foreign.tensors.items()} == {"unet.conv.weight": 0, "vae.conv.weight": 1}
 
 
 def test_safetensors_are_preferred_to_pickles(tmp_path):

@@ -14,9 +14,9 @@ from foreign import CONFIG, LLAMA3, folder, random, saved, size_of, small, tenso
 
 from emu_jax import checkpoint, config, sharding, tree
 from emu_jax.config import UserError
+from emu_jax.initial import load_weights
 from emu_jax.loop import State
 from emu_jax.models import emu
-from emu_jax.train import load_weights
 from emu_jax.weights import convert, files, transfer
 from emu_jax.weights.__main__ import main
 from emu_jax.weights.families import FAMILIES
@@ -158,8 +158,8 @@ def test_sharded_over_eight_devices_equals_unsharded(tmp_path, family):
     size = emu.EmuSize.of(c.model.to_dict())
     specs = sharding.specs(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0)))
     placed = dict(tree.leaves(sharding.shardings(mesh, specs)))
-    sharded = dict(tree.leaves(transfer.load(made, placed)))
-    whole = {path: leaf for part in made.parts for path, leaf in tree.leaves(convert.from_theirs(part.table, part.tensors))}
+    sharded, whole = ({path: leaf for part in made.parts for path, leaf in tree.leaves(convert.from_theirs(part.table, part.tensors, where))}
+                      for where in (placed, None))
     same(sharded, {path: np.asarray(leaf) for path, leaf in whole.items()})
     for path, leaf in sharded.items():
         assert leaf.sharding.is_equivalent_to(placed[path], leaf.ndim), path
@@ -238,7 +238,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "must be a multiple of the patch of 14, and a source must" in says("--family=llama", source, CONFIG, "--image-size=28", to)
     assert "llama comes from" in says("--family=llama", source, "--family=llama", source, CONFIG, to)
     saved(tmp_path / "other.bin", {"w": np.zeros(3)})
-    assert "it looks like none of emu1, llama, t5-decoder, eva-clip; it holds w" in says("--family=llama", tmp_path / "other.bin", CONFIG, to)
+    none = "it looks like none of emu1, llama, t5-decoder, eva-clip, stable-diffusion, inception; it holds w"
+    assert none in says("--family=llama", tmp_path / "other.bin", CONFIG, to)
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(os.system))
     assert "names posix.system" in says("--family=llama", tmp_path / "evil.bin", CONFIG, to)
     path = source / "config.json"
@@ -246,9 +247,14 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     for change, message in (({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'linear' and 'llama3' are known"),
                             ({"hidden_act": "gelu"}, "hidden_act='gelu'"), ({"model_type": "mistral"}, "of a 'mistral'"),
                             ({"head_dim": 5}, "head_dim=5"), ({"attention_bias": True}, "biases"),
-                            ({"num_attention_heads": "four"}, "source: ")):
+                            ({"num_attention_heads": "four"}, "source: "), ({"rope_theta": "wide"}, "source: could not convert"),
+                            ({"rope_scaling": [1]}, "source: ")):
         path.write_text(json.dumps(said | change))
         assert message in says("--family=llama", source, CONFIG, to)
+    path.write_text(json.dumps(said | {"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": None}))
+    assert "source: a model of such sizes cannot be: " in says("--family=llama", source, to)
+    saved(tmp_path / "tall.bin", {"model.layers.999999999.self_attn.q_proj.weight": np.zeros((2, 2), np.float32)})
+    assert "a tensor is of layer 999999999, and there are only 1 tensors" in says("--family=llama", tmp_path / "tall.bin", CONFIG, to)
     path.write_text(json.dumps(said | {"num_key_value_heads": 3}))
     assert "multiple of heads 4, and that of kv_heads 3" in says("--family=llama", source, to)
     path.unlink()
@@ -308,7 +314,12 @@ def test_a_trained_checkpoint_is_exported(tmp_path):
     params = random(c)
     mesh = sharding.make_mesh(dict(data=1, fsdp=8, tensor=1))
     placed = jax.device_put(params, sharding.shardings(mesh, sharding.specs(params)))
-    state = State(jnp.int32(7), placed, {}, (jnp.zeros(2),), None, jnp.int32(0), jnp.zeros(()))
+    average = {"llama": jax.tree.map(lambda x: x / 2, placed["llama"])}
+    state = State(jnp.int32(7), placed, {}, (jnp.zeros(2),), average, jnp.int32(0), jnp.zeros(()))
     checkpoint.Checkpoints(str(tmp_path / "run"), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
     assert main(["export", "--family=emu1", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'theirs'}"]) == 0
-    same(files.read([str(tmp_path / "theirs")]).tensors, tensors(c, "emu1"))
+    arrays = tensors(c, "emu1")
+    same(files.read([str(tmp_path / "theirs")]).tensors, arrays)
+    assert main(["export", "--family=emu1", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'averaged'}", "--ema"]) == 0
+    halved = {name: array / 2 if ".model." in name or "lm_head" in name else array for name, array in arrays.items()}
+    same(files.read([str(tmp_path / "averaged")]).tensors, halved)

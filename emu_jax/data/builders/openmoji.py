@@ -25,7 +25,7 @@ from tqdm import tqdm
 from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
 from emu_jax.data.builders import questions, scenes
-from emu_jax.data.documents import Document, Picture, pictures, texts
+from emu_jax.data.documents import Document, pictures, pixels, texts
 from emu_jax.data.sources import records
 
 try:
@@ -215,13 +215,9 @@ def _texts(document: Document) -> list[str]:
     return [text.text for text in texts(document)]
 
 
-def _images(document: Document) -> list[np.ndarray]:
-    return [image.data if isinstance(image, Picture) else image for image in pictures(document)]
-
-
 def _counts(documents: list[Document]) -> Counter:
     kinds = Counter(document.id.split("/")[0] for document in documents)
-    return kinds + Counter(images=sum(len(_images(document)) for document in documents))
+    return kinds + Counter(images=sum(1 for document in documents for _ in pictures(document)))
 
 
 def _spread(documents: list[Document], count: int) -> list[Document]:
@@ -235,7 +231,7 @@ def _sheet(documents: list[Document], image: int) -> Image.Image:
     tile, line, margin = 2 * image, 14, 12
     placed, x, y = [], margin, margin
     for document in documents:
-        width = max(len(_images(document)) * (tile + 4), 6 * max(map(len, _texts(document)))) + margin
+        width = max(len(list(pixels(document))) * (tile + 4), 6 * max(map(len, _texts(document)))) + margin
         if x + width > 1200:
             x, y = margin, y + tile + 4 * line
         placed.append((document, x, y))
@@ -243,8 +239,8 @@ def _sheet(documents: list[Document], image: int) -> Image.Image:
     sheet = Image.new("RGB", (1200, y + tile + 4 * line), "white")
     pen = ImageDraw.Draw(sheet)
     for document, x, y in placed:
-        for column, pixels in enumerate(_images(document)):
-            sheet.paste(Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST), (x + column * (tile + 4), y))
+        for column, shown in enumerate(pixels(document)):
+            sheet.paste(Image.fromarray(shown).resize((tile, tile), Image.Resampling.NEAREST), (x + column * (tile + 4), y))
         for row, text in enumerate(_texts(document)):
             pen.text((x, y + tile + row * line), text, fill="black")
     return sheet

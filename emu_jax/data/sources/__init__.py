@@ -8,27 +8,53 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from emu_jax.config import UserError
-from emu_jax.data.documents import Document
+from emu_jax.data.documents import Document, pixels, texts
 
-CACHE_BYTES = 256 * 2**20               # of decoded images a source keeps: small sets are decoded once, large ones hardly notice
+CACHE_BYTES = 256 * 2**20               # of documents a source keeps: small sets are decoded once, large ones hardly notice
+RECORD_BYTES = 1000                     # of a document beside its pixels and letters, about
 
 
 class Corrupt(Exception):
-    """Record `id` cannot be read: `reason`, in one line."""
+    """Record `id` cannot be read: `reason`, in one line. `disk`: it is the disk that failed, and may do better when asked again."""
 
-    def __init__(self, id: str, reason: str):
-        super().__init__(f"{id}: {reason}")
-        self.id, self.reason = id, reason
+    def __init__(self, id: str, reason: str, disk: bool = False):
+        super().__init__(id, reason, disk)
+        self.id, self.reason, self.disk = id, reason, disk
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.reason}"
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What `open` gives. Thread-safe; documents' ids are unique in it and do not change."""
+    """What `open` gives. Thread-safe, and can be pickled; documents' ids are unique in it and do not change."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document:
         """Document 0 <= index < len. Raises Corrupt."""
+
+
+class Cached:
+    """`source`, of whose documents it keeps the first CACHE_BYTES. Their arrays are shared."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self._kept: dict[int, Document] = {}
+        self._room = CACHE_BYTES
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Document:
+        document = self._kept.get(index)
+        if document is None:
+            document = self.source[index]
+            size = RECORD_BYTES + sum(image.nbytes for image in pixels(document)) + sum(len(text.text) for text in texts(document))
+            if size <= self._room:                            # two threads may both count one document: the limit is a rough one
+                self._room -= size
+                self._kept[index] = document
+        return document
 
 
 def open(path: str, image_size: int, fit: str = "squash") -> Source:

@@ -109,13 +109,16 @@ def places(given: str, folder: Path, names: list[str]) -> list[Files]:
 
 
 def fetch(name: str, places: list[Files], limit: int = MAX_FILE) -> bytes | str:
-    """The bytes of the file `name` of the first of `places` that has it, or why there are none."""
+    """The bytes of the file `name` of the first of `places` that has it, or why there are none. `zip -r a.zip a` puts a folder into an archive
+    of its name: there it is looked for, too."""
     for place in places:
-        if name in place:
-            try:
-                return place.read(name, limit)
-            except ValueError as error:
-                return f"a picture that cannot be read: {error}"
+        folded = f"{place.root.name.split('.')[0]}/{name}" if place.root.is_file() and ".." not in name else name
+        for inside in (name, folded):
+            if inside in place:
+                try:
+                    return place.read(inside, limit)
+                except ValueError as error:
+                    return f"a picture that cannot be read: {error}"
     return "a picture whose file is not there"
 
 

@@ -104,7 +104,7 @@ def videochatgpt(record: dict, places: list[archives.Files], options: Options, i
 
 def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Turn]:
     """The turns as parts; each of `media` stands where the user's texts say `mark` as a placeholder, in order, and those that no
-    placeholder asks for stand first. Where there are several, and as many marks, every mark is one."""
+    placeholder asks for stand first. Where there are as many marks, every mark is one."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("no conversation")
     said: list[Text] = []
@@ -113,7 +113,7 @@ def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Tur
         if speaker.lower() not in ROLES:
             raise ValueError(f"an unknown speaker: {speaker[:40]!r}")
         said.append(_text(turn.get("value", turn.get("content")), ROLES[speaker.lower()]))
-    anywhere = len(media) > 1 and sum(text.text.count(mark) for text in said if text.role == "user") == len(media)
+    anywhere = sum(text.text.count(mark) for text in said if text.role == "user") == len(media)
     parts: list[Turn] = []
     for text in said:
         for piece in _pieces(text.text, mark, len(media), anywhere) if media and text.role == "user" else [text.text]:

@@ -233,10 +233,10 @@ def _picture(node: LexborNode, page: str, files: archives.Files, repeated: froze
             return "a picture that is not in the folder"
         if ICON.search(PurePosixPath(key).stem):
             return "an icon, by its name"
-        if key in repeated:
-            return "a picture of several pages"
         if key not in files:
             return "a picture whose file is not there"
+        if key in repeated:
+            return "a picture of several pages"
         try:
             data = files.read(key, images.MAX_BYTES)
         except ValueError:

@@ -21,7 +21,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from emu_jax.config import UserError
 from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Pair, Picture, Text
-from emu_jax.data.sources import CACHE_BYTES, Corrupt
+from emu_jax.data.sources import Corrupt
 
 METADATA = {"emu_jax": "documents"}     # every builder's metadata has it: how `Records` knows its own
 
@@ -89,30 +89,19 @@ class Records:
             raise UserError(f"a file of '{folder}', split '{split}', is damaged: {' '.join(str(error).split())}") from error
         if len(self._raw) != self._length:
             raise UserError(f"the files of '{folder}', split '{split}', hold {len(self._raw)} records, not {self._length}")
-        self._cache: dict[int, Document] = {}
-        self._room = CACHE_BYTES
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Document:
-        """Document 0 <= index < len; its arrays may be shared and are read-only. Raises Corrupt, and IndexError beyond the end."""
+        """Document 0 <= index < len; its arrays are read-only. Raises Corrupt, and IndexError beyond the end."""
         if not 0 <= index < self._length:
             raise IndexError(f"{self.name} has {self._length} documents; there is no number {index}")
-        document = self._cache.get(index)
-        if document is None:
-            document, size = self._read(index)
-            if size <= self._room:                            # two threads may both count one document: the limit is a rough one
-                self._room -= size
-                self._cache[index] = document
-        return document
-
-    def _read(self, index: int) -> tuple[Document, int]:
         id = f"{self.name}[{index}]"
         try:
             raw = self._raw[index]
         except (RuntimeError, OSError) as error:              # a checksum that does not match, a disk that does not answer
-            raise Corrupt(id, " ".join(str(error).split())) from error
+            raise Corrupt(id, " ".join(str(error).split()), disk=isinstance(error, OSError)) from error
         try:
             fields = tf_example_pb2.Example.FromString(raw).features.feature
             texts = [text.decode() for text in fields["texts"].bytes_list.value]
@@ -132,8 +121,7 @@ class Records:
         told = iter(_told(text, *about) for text, about in zip(texts, _of_texts(layout, roles, times)))
         image = iter(_shown(array, *about) for array, about in zip(pixels, _of_images(layout, roles, times)))
         part = {"T": lambda: next(told), "I": lambda: next(image), "P": lambda: Pair(next(image), next(told))}
-        document = Document(id, tuple(part[letter]() for letter in layout), source, provenance)
-        return document, sum(image.nbytes for image in pixels)
+        return Document(id, tuple(part[letter]() for letter in layout), source, provenance)
 
 
 def _told(text: str, role: str, time: float | None) -> str | Text:

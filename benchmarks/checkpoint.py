@@ -1,0 +1,82 @@
+"""python benchmarks/checkpoint.py [--devices=1] [--to=DIR] [--config=configs/pretrain.py:emu-1b ...]: save and restore of a whole training state.
+
+Time, bytes, and the peak of the host's memory, of which on a CPU the state is itself a part: what counts is what comes on top. Each half is a process
+of its own. The state is random bits, which do not compress: trained weights hardly do. --to: a folder on the disk to be measured.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+GIB = 2 ** 30
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--to", metavar="DIR")
+    flags, rest = parser.parse_known_args()
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ".", "XLA_FLAGS": f"--xla_force_host_platform_device_count={flags.devices}"}
+    with tempfile.TemporaryDirectory(dir=flags.to) as folder:
+        for what in ("save", "restore"):
+            done = subprocess.run([sys.executable, __file__, what, folder, *(rest or ["--config=configs/pretrain.py:emu-1b"])], env=environ,
+                                  stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                return done.returncode
+            found = json.loads(done.stdout.splitlines()[-1])
+            state, seconds = found["state"], found["seconds"]
+            print(f"{what:8}{state / GIB:8.2f} GiB of state in {seconds:.1f} s, {state / GIB / seconds:.2f} GiB/s; memory: "
+                  f"{found['before'] / state:.2f} x the state before, {found['peak'] / state:.2f} x at most", flush=True)
+        print(f"on disk {sum(path.stat().st_size for path in Path(folder).rglob('*') if path.is_file()) / GIB:8.2f} GiB")
+    return 0
+
+
+def half(what: str, folder: str, arguments: list[str]) -> None:
+    import jax
+
+    from emu_jax import config, sharding, stages, train
+    from emu_jax.checkpoint import Checkpoints
+    from emu_jax.models import emu
+    c = config.load([*arguments, "--config.mesh.data=1"])
+    stage = stages.STAGES[c.stage]
+    size = stage.size(c.model.to_dict())
+    abstract = jax.eval_shape(lambda: emu.init(stage.module, size, jax.random.key(0)))
+    mesh = sharding.make_mesh(c.mesh.to_dict())
+    with jax.set_mesh(mesh):
+        like = train.abstract_state(c, train.make_program(c, stage, size, abstract), mesh, abstract, train.what_trains(c, abstract))
+        state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+        run = Checkpoints(folder, keep=1, keep_every=0)
+        state = jax.tree.map(random, like) if what == "save" else None
+        jax.block_until_ready(state)
+        Path("/proc/self/clear_refs").write_text("5")           # the peak from here on
+        before, began = memory("VmRSS"), time.perf_counter()
+        if what == "save":
+            run.save(1, state, {}, config.to_dict(c), wait=True)
+        else:
+            jax.block_until_ready(run.restore(like)[1])
+        print(json.dumps({"seconds": time.perf_counter() - began, "state": state_bytes, "before": before, "peak": memory("VmHWM")}))
+
+
+def random(leaf):
+    import jax
+    import jax.numpy as jnp
+    word = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize]
+    make = lambda: jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(1), leaf.shape, word), leaf.dtype)
+    return jax.block_until_ready(jax.jit(make, out_shardings=leaf.sharding)())
+
+
+def memory(what: str) -> int:
+    """Bytes, as Linux counts them for this process: "VmRSS" now, "VmHWM" at most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["save"], ["restore"]):
+        half(sys.argv[1], sys.argv[2], sys.argv[3:])
+    else:
+        sys.exit(main())

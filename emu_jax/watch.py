@@ -1,0 +1,153 @@
+"""Watching over a run: where its time goes, whether a step hangs, whether it dies in the same batch again and again, and a trace of some steps.
+
+Each process watches itself and says in its log what it sees; only process 0 writes. Read next: loop.py.
+"""
+import faulthandler
+import json
+import logging
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from emu_jax import processes
+from emu_jax.config import UserError
+
+log = logging.getLogger(__name__)
+
+PHASES = ("steps", "input wait", "compile", "checkpoint", "evaluation", "restart")     # "restart": all before the first batch
+REMEMBERED = 5      # deaths of runs
+
+
+class Watch:
+    """What this process does, a phase at a time. A context: left without an error, or with a UserError, the run has not died.
+
+    hang: seconds in one phase after which it is said, with the place of every thread; again whenever the time has doubled. 0: never.
+    """
+
+    def __init__(self, workdir: Path, hang: float):
+        self.step, self.now, self.since = 0, "restart", time.perf_counter()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.ended = threading.Event()
+        self.path = workdir / "running.json"            # there while a run is under way, or has died
+        found = processes.all_of(_read(self.path))[0]
+        self.deaths: list[int | None] = [*found["deaths"], found["step"]][-REMEMBERED:] if found else []
+        self.file = self.path.open("w") if jax.process_index() == 0 else None
+        self._note(None)
+        died = self.deaths[-1] if self.deaths else None
+        self.times = next((n for n, at in enumerate(reversed(self.deaths)) if at != died), len(self.deaths))
+        self.suspect = died if self.times > 1 else None
+        if self.suspect is not None:
+            log.error("the last %d runs died in step %d: its documents will be named; a process that was killed for its memory, or a record that "
+                      "crashes a decoder, look like this", self.times, self.suspect)
+        if hang:
+            threading.Thread(target=self._watch, args=(hang,), name="watchdog", daemon=True).start()
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, kind: type | None, _error: Any, _traceback: Any) -> None:
+        self.ended.set()
+        if self.file:
+            self.file.close()
+            if kind is None or issubclass(kind, (UserError, KeyboardInterrupt)):
+                self.path.unlink(missing_ok=True)
+
+    def begin(self, step: int, documents: list[list[str]]) -> None:
+        """The batch that makes step `step` is about to be trained on; `documents`: this process's, a row each."""
+        self.step = step
+        self._note(step)
+        if step == self.suspect:
+            log.error("step %d, in which the last %d runs died, holds the documents %s", step, self.times,
+                      ", ".join(document for row in documents for document in row))
+
+    def enter(self, phase: str) -> None:
+        """From now on, until the next."""
+        now = time.perf_counter()
+        self.seconds[self.now] += now - self.since
+        self.now, self.since = phase, now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """`enter`, and back to the phase before."""
+        before = self.now
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def goodput(self) -> str:
+        """One line: the shares of this process's time since it was made."""
+        self.enter(self.now)
+        total = sum(self.seconds.values())
+        shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in self.seconds.items())
+        return f"goodput of {total:.0f} s: {shares}"
+
+    def _note(self, step: int | None) -> None:
+        if self.file:           # of one length, and in one write: it is whole whenever the process is killed
+            self.file.seek(0)
+            self.file.write(json.dumps({"step": step, "deaths": self.deaths}).ljust(32 + 16 * REMEMBERED) + "\n")
+            self.file.flush()
+
+    def _watch(self, hang: float) -> None:
+        who = f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
+        since, told = self.since, hang
+        while not self.ended.wait(hang / 8):
+            if self.since != since:
+                since, told = self.since, hang
+            if (late := time.perf_counter() - since) >= told:
+                told = 2 * late
+                log.error("%s hangs: %s of step %d has taken %.0f s so far; its threads are at:", who, self.now, self.step, late)
+                faulthandler.dump_traceback(sys.__stderr__)
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):       # none, or cut off at its very start
+        return None
+
+
+def span(text: str) -> range:
+    """"10:13", the steps 10, 11 and 12; "" is none. Raises UserError."""
+    first, colon, end = text.partition(":")
+    if not text:
+        return range(0)
+    if not (colon and first.isdigit() and end.isdigit() and 0 < int(first) < int(end)):
+        raise UserError(f"profile.steps={text!r} is not FIRST:END, like 10:13 for the steps 10, 11 and 12")
+    return range(int(first), int(end))
+
+
+@contextmanager
+def traced(steps: range, to: Path) -> Iterator[Callable[[int, Any], None]]:
+    """before(step, state): to be called before each step. An XLA trace of `steps` is written to `to`, for TensorBoard and Perfetto."""
+    under_way = False
+
+    def before(step: int, state: Any) -> None:
+        nonlocal under_way
+        if step in (steps.start, steps.stop):
+            jax.block_until_ready(state)
+        if step in steps and not under_way:
+            jax.profiler.start_trace(to)
+            under_way = True
+        if step == steps.stop and under_way:
+            end()
+
+    def end() -> None:
+        nonlocal under_way
+        under_way = False
+        jax.profiler.stop_trace()
+        log.info("a trace of the steps %d to %d is in %s", steps.start, steps.stop - 1, to)
+
+    try:
+        yield before
+    finally:
+        if under_way:       # the run ended within
+            end()

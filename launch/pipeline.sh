@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# The whole story, stage after stage; what is done already is passed over, so that the same command goes on after a stop.
+#
+#   launch/pipeline.sh demo     on this machine: drawings, the warm-up, Emu, the decoder, the page that shows them (half an hour on two cores)
+#   launch/pipeline.sh paper    the paper's: the data, the weights, pretraining, the decoder, a picture
+#
+# Needs .venv (make .venv/ready). For "paper" also RAW, a folder of downloads: laion-2b, laion-coco, laion-aesthetics and webvid (img2dataset's and
+# video2dataset's tars), mmc4 (JSONL and images), yt-storyboard (tars), eva-clip, llama (with its tokenizer.model) and stable-diffusion (weights).
+# May be set: TRAIN, what starts a run on your devices, like "launch/local.sh 8 .venv/bin/python -m emu_jax.train" (a process a GPU), or
+# "sbatch --wait launch/slurm.sbatch"; SIZE, of configs/sizes.py (emu-14b).
+set -euo pipefail
+
+python=.venv/bin/python
+read -ra train <<<"${TRAIN:-$python -m emu_jax.train}"
+
+data() {                                # data KIND NAME FOLDER: a data set, unless it is there
+  if [[ ! -e data/$2/done ]]; then
+    "$python" -m emu_jax.data build --kind="$1" --from "$3"/* --to="data/$2"
+    touch "data/$2/done"
+  fi
+}
+
+weights() {                             # weights NAME ARGUMENT...: foreign weights as a checkpoint, unless it is there
+  if [[ ! -d runs/$1/checkpoints ]]; then
+    "$python" -m emu_jax.weights import "${@:2}" --to="runs/$1"
+  fi
+}
+
+case ${1:-} in
+  demo)
+    if [[ ! -f data/demo/tokenizer.json ]]; then
+      "$python" -m emu_jax.data build --kind=openmoji --to=data/demo
+    fi
+    for stage in warmup emu decoder; do
+      "${train[@]}" --config="configs/demo.py:$stage"
+    done
+    "$python" -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu
+    ;;
+  paper)
+    if [[ ! -d ${RAW:-} ]]; then
+      echo "error: set RAW to the folder of the downloads; what it holds stands at the top of launch/pipeline.sh" >&2
+      exit 2
+    fi
+    raw=$RAW
+    size=${SIZE:-emu-14b}
+    tokenizer=--config.data.tokenizer=$raw/llama/tokenizer.model
+    for name in laion-2b laion-coco laion-aesthetics; do
+      data pairs "$name" "$raw/$name"
+    done
+    data mmc4 mmc4 "$raw/mmc4"
+    data videos webvid "$raw/webvid"
+    data storyboards yt-storyboard "$raw/yt-storyboard"
+
+    weights start --family=eva-clip "$raw/eva-clip" --family=llama "$raw/llama" --config="configs/pretrain.py:$size"
+    weights stable-diffusion --family=stable-diffusion "$raw/stable-diffusion" --config="configs/decoder.py:$size"
+
+    "${train[@]}" --config="configs/pretrain.py:$size" --config.workdir=runs/emu --config.init=runs/start "$tokenizer"
+    "${train[@]}" --config="configs/decoder.py:$size" --config.workdir=runs/decoder --config.init=runs/emu,runs/stable-diffusion "$tokenizer"
+    "$python" -m emu_jax.generate --checkpoint=runs/emu --decoder=runs/decoder --image --out=dog.png "a photo of a dog"
+    ;;
+  *)
+    echo "error: usage: launch/pipeline.sh demo, or: RAW=FOLDER launch/pipeline.sh paper" >&2
+    exit 2
+    ;;
+esac

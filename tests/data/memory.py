@@ -1,0 +1,57 @@
+"""Sources in memory, which processes can be sent, and which misbehave as files do."""
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from emu_jax.data.documents import Document
+from emu_jax.data.sources import Corrupt
+
+
+class Memory:
+    """A source of the given documents; those at `corrupt` cannot be read."""
+
+    def __init__(self, documents, corrupt=()):
+        self.documents, self.corrupt = documents, corrupt
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        if index in self.corrupt:
+            raise Corrupt(self.documents[index].id, "not a PNG")
+        return self.documents[index]
+
+
+class Disk:
+    """Documents d0, d1, ..., of a disk that does `faults[index]` whenever that record is read, or only the first `times` times.
+
+    "hang": no answer until the file `folder`/free is there; "die": the process is killed; "fail": an error of the disk; "bad": the record is.
+    """
+
+    def __init__(self, folder: Path, faults: dict[int, str], times: int = 10**9, size: int = 3):
+        self.folder, self.faults, self.times, self.size = folder, faults, times, size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        with (self.folder / f"read{index}").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        fault = self.faults.get(index) if len(self.readers(index)) <= self.times else None
+        if fault == "hang":
+            while not (self.folder / "free").exists():
+                time.sleep(0.01)
+        if fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault in ("fail", "bad"):
+            raise Corrupt(f"d{index}", "Input/output error" if fault == "fail" else "not a PNG", disk=fault == "fail")
+        if fault == "wrong":
+            raise ZeroDivisionError
+        return Document(f"d{index}", ("a", f"jax: {'jax' in sys.modules}"))
+
+    def readers(self, index: int) -> list[int]:
+        """The processes that have read, or tried to read, this record."""
+        file = self.folder / f"read{index}"
+        return list(map(int, file.read_text().split())) if file.exists() else []

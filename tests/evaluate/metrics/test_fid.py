@@ -1,0 +1,55 @@
+"""Frechet distance: closed forms, singular covariances, the cache; and CLIP score."""
+import numpy as np
+import pytest
+
+from emu_jax.config import UserError
+from emu_jax.evaluate.metrics import clip_score, fid
+
+
+def normal(seed, n, dims):
+    return np.random.default_rng(seed).standard_normal((n, dims))
+
+
+def test_of_diagonal_gaussians_it_is_the_closed_form():
+    a, b = fid.Statistics(np.zeros(3), np.diag([1.0, 4.0, 9.0])), fid.Statistics(np.array([1.0, 0.0, 2.0]), np.diag([4.0, 4.0, 1.0]))
+    assert fid.distance(a, b) == pytest.approx(5 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2)
+
+
+def test_it_is_zero_of_itself_and_symmetric_even_with_fewer_images_than_features():
+    a, b = fid.statistics(normal(0, 20, 64)), fid.statistics(1.5 * normal(1, 30, 64) + 0.2)
+    assert fid.distance(a, a) == pytest.approx(0, abs=1e-5)
+    assert fid.distance(a, b) == pytest.approx(fid.distance(b, a), rel=1e-6)
+
+
+def test_turning_both_sets_changes_nothing():
+    x, y = normal(0, 200, 8), normal(1, 300, 8) @ np.diag(np.arange(1, 9.0))
+    turn = np.linalg.qr(normal(2, 8, 8))[0]
+    assert fid.distance(fid.statistics(x @ turn), fid.statistics(y @ turn)) == pytest.approx(fid.distance(fid.statistics(x), fid.statistics(y)))
+
+
+def test_statistics_are_cached(tmp_path):
+    made = []
+    make = lambda: made.append(1) or fid.statistics(normal(0, 20, 4))
+    path = tmp_path / "cache" / "coco.npz"
+    first, second = fid.cached(path, make), fid.cached(path, make)
+    assert len(made) == 1 and [one.name for one in path.parent.iterdir()] == ["coco.npz"]
+    np.testing.assert_array_equal(first.cov, second.cov)
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(UserError, match="at least two images.* is 1"):
+        fid.statistics(normal(0, 1, 4))
+    with pytest.raises(UserError, match="same layer"):
+        fid.distance(fid.statistics(normal(0, 9, 4)), fid.statistics(normal(0, 9, 5)))
+    (tmp_path / "a.npz").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="no statistics"):
+        fid.read(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    with pytest.raises(UserError, match="no mean and covariance of finite"):
+        fid.read(tmp_path / "b.npz")
+
+
+def test_clip_score_by_hand():
+    pictures = np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    texts = np.array([[1.0, 0.0], [3.0, 4.0], [-1.0, 0.0]])
+    assert clip_score.score(pictures, texts) == pytest.approx(100 * (1 + 0.8 + 0) / 3)

@@ -1,0 +1,73 @@
+"""A picture is found by what it looks like; each is drawn of its own tokens, whatever the batch."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from emu_jax.evaluate import drawings
+from emu_jax.generate.pixels import Painter
+from emu_jax.generate.session import Session
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), np.uint8)
+
+
+class Colours(Session):
+    """Encodes an image as its mean colour, and a caption as what it says."""
+
+    def __init__(self):
+        pass
+
+    def encode(self, images, progress=""):
+        return np.stack([image.mean((0, 1))[None] for image in images])
+
+    def images(self, prompts, **_):
+        told = lambda part: np.full((1, 3), float(part)) if isinstance(part, str) else self.encode([part])[0]
+        return np.stack([sum(map(told, parts)) / 2 for parts in prompts])
+
+
+class Paint(Painter):
+    """Draws the colour that the tokens are; counts what it is asked for."""
+
+    def __init__(self):
+        self.asked, self.size = [], SimpleNamespace(image=2)
+
+    def __call__(self, visual):
+        self.asked.append(len(visual))
+        return np.broadcast_to(np.round(visual)[:, :, None], (len(visual), 2, 2, 3)).astype(np.uint8)
+
+
+def test_a_picture_finds_its_own():
+    assert not drawings.places(IMAGES, IMAGES).any()
+    noisy = np.clip(IMAGES.astype(int) + np.random.default_rng(1).integers(-30, 31, IMAGES.shape), 0, 255).astype(np.uint8)
+    assert not drawings.places(noisy, IMAGES).any()
+    assert (drawings.places(IMAGES[::-1].copy(), IMAGES) > 0).all()
+
+
+def test_places_count_what_is_nearer():
+    grey = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (0, 100, 200)])
+    np.testing.assert_array_equal(drawings.places(np.stack([grey[1], grey[1], grey[0]]), grey), [1 + 1, 0, 2])     # 0 and 200 are as far from 100
+
+
+def test_pictures_that_are_all_the_same_find_nothing():
+    same = np.zeros((60, 4, 4, 3), np.uint8)
+    assert drawings.places(same, same).min() == 59
+    found = drawings.numbers("x", [drawings.Picture("", image, image, same[0]) for image in IMAGES])
+    assert found == {"pictures_x_count": 60, "pictures_x_encoded_top1": 1, "pictures_x_encoded_top5": 1,
+                     "pictures_x_regressed_top1": pytest.approx(1 / 60), "pictures_x_regressed_top5": pytest.approx(5 / 60)}
+
+
+def test_each_image_is_drawn_of_its_tokens_and_of_its_caption():
+    paint, captions = Paint(), [str(k) for k in range(60)]
+    drawn = drawings.pictures(Colours(), paint, captions, IMAGES)
+    assert paint.asked == 2 * [40, 20] and [picture.caption for picture in drawn] == captions
+    for k, picture in enumerate(drawn):
+        assert picture.image.shape == (2, 2, 3) and (picture.regressed == np.round(k / 2)).all()
+        assert (picture.encoded == np.round(IMAGES[k].mean((0, 1)))).all()
+
+
+def test_blends_are_of_both():
+    blends = drawings.blends(Colours(), Paint(), [str(k) for k in range(5)], IMAGES[:5])
+    assert [blend.captions for blend in blends] == [("0", "1"), ("2", "3")]
+    for k, blend in enumerate(blends):
+        mean = IMAGES[2 * k:2 * k + 2].mean((0, 1, 2))
+        assert (blend.mean == np.round(mean)).all() and (blend.regressed == np.round(mean)).all()

@@ -1,0 +1,149 @@
+"""Several processes of one run: launch/local.sh starts two, over Gloo, and they train as one does."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import pytest
+from test_train import arguments
+
+from emu_jax import checkpoint, processes, sharding
+from emu_jax.config import UserError
+from tests.data import fixtures
+
+# A model of one block a tower, whose program does not depend on the number of steps: the compiler's time is the tests'.
+SHALLOW = ("model.vision.depth=1", "model.resampler.depth=1", "model.llama.depth=1", "objective.chunk=64", "optim.schedule=constant",
+           "mesh.data=-1", "mesh.fsdp=1")
+
+
+def command(data, workdir, count, *overrides):
+    train = [sys.executable, "-m", "emu_jax.train", *arguments(data, workdir, *SHALLOW, *overrides)]
+    return ["launch/local.sh", str(count), *train] if count > 1 else train
+
+
+def environ(devices):
+    """For a process with so many devices."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return os.environ | {"XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])}
+
+
+def trained(data, workdir, count, devices, *overrides):
+    """(lines of metrics.jsonl, saved state of the data, what was logged) of a run on `count` processes of `devices` devices."""
+    done = subprocess.run(command(data, workdir, count, *overrides), env=environ(devices), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return lines, checkpoint._newest(*checkpoint._locate(str(workdir), None), checkpoint._notes)[1]["data"], done.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    to = tmp_path_factory.mktemp("data")
+    fixtures.write_tiny(to)
+    return to
+
+
+LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "eval/text_loss", "eval/image_loss")
+
+
+def assert_same_losses(lines, others, rtol):
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    for line, other in zip(lines, others, strict=True):
+        here, there = ({key: line[key] for key in LOSSES if key in line} for line in (line, other))
+        assert len(here) > 1 and here == pytest.approx(there, rel=rtol)
+
+
+def test_two_processes_are_one(data, tmp_path):
+    """Packed, mixed, interleaved documents on 2 x 4, 1 x 8 and 1 x 1 devices: the same of them in every batch (the state of the streams says how
+    far each is) and the same losses, held out too."""
+    more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}")
+    run = lambda name, *of: trained(data, tmp_path / name, *of, *more)
+    (two, there, _), (one, here, _), (single, alone, _) = run("two", 2, 4), run("one", 1, 8), run("single", 1, 1)
+    assert there == here == alone and there["streams"].keys() == {"0", "1", "2", "3"}
+    assert [line["step"] for line in two] == [*range(1, 21), 20]
+    for other in (one, single):
+        assert_same_losses(two, other, rtol=1e-4)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(data, tmp_path):
+    pid = 'echo $$ > "$0-$JAX_PROCESS_ID"; exec "$@"'
+    launch = command(data, tmp_path / "run", 2, "optim.steps=10000")
+    run = subprocess.Popen([*launch[:2], "bash", "-c", pid, str(tmp_path / "pid"), *launch[2:]], env=environ(4), stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.1)
+    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0 and "Traceback" not in err, err[-3000:]
+    stop = r"stopped by (.*) at step (\d+) of 10000; the checkpoint is saved"
+    told = [re.search(rf"\[{process}\] .*{stop}", err).groups() for process in (0, 1)]
+    assert told[0][0] == "another process" and told[1][0] == "SIGTERM" and told[0][1] == told[1][1]
+    assert checkpoint.Checkpoints(str(tmp_path / "run"), keep=1, keep_every=0).latest() == int(told[0][1])
+    assert re.search(r"data's state in \d+ bytes; goodput of \d+ s: steps ", err)
+
+
+def test_one_that_leaves_after_an_error_ends_all_of_them():
+    script = ("import os, time; from emu_jax import processes; processes.start(); "
+              "processes.leave(2) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(600)")
+    began = time.time()
+    done = subprocess.run(["launch/local.sh", "2", sys.executable, "-c", script], env=os.environ | {"GRACE": "1"}, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and time.time() - began < 300
+
+
+def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
+    """(process of each device in the mesh's order) -> share of each process."""
+    def shares(processes_of, data, tensor):
+        mesh = sharding.make_mesh({"data": data, "fsdp": 1, "tensor": tensor}, jax.devices())
+        layout = sharding.batch_sharding(mesh).devices_indices_map((16,))
+        stands_for = dict(zip(mesh.devices.flat, processes_of, strict=True))
+        faked = SimpleNamespace(devices_indices_map=lambda _: {SimpleNamespace(process_index=stands_for[device], id=device.id): at
+                                                               for device, at in layout.items()})
+        monkeypatch.setattr(sharding, "batch_sharding", lambda _: faked)
+        try:
+            found = []
+            for process in sorted(set(processes_of)):
+                monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+                found.append(processes.share(mesh, 16))
+            return found
+        finally:
+            monkeypatch.undo()
+
+    assert shares([0, 0, 0, 0, 1, 1, 1, 1], data=8, tensor=1) == [(0, 2), (1, 2)]
+    assert shares([0, 0, 1, 1, 2, 2, 3, 3], data=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert shares([0, 0, 1, 1, 2, 2, 3, 3], data=1, tensor=8) == [(0, 1)] * 4
+    assert shares([0, 1, 0, 1, 2, 3, 2, 3], data=8, tensor=1) == [(0, 4), (1, 4), (2, 4), (3, 4)]       # as a TPU's axes may fall
+    with pytest.raises(UserError, match="a part of their rows in common"):
+        shares([0, 0, 0, 1, 1, 1, 1, 1], data=4, tensor=2)
+
+
+@pytest.mark.parametrize(("given", "gpus"), [
+    ({}, None),
+    ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "8"}, [0, 1, 2, 3, 4, 5, 6, 7]),      # a process a node
+    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8"}, [3]),                           # a process a GPU
+    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}, [0]),   # and sees no other
+    ({"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [4, 5, 6, 7])])
+def test_gpus_under_slurm(given, gpus):
+    assert processes.slurm_gpus(given, present=8) == gpus
+    assert processes.slurm_gpus(given, present=0) is None
+
+
+def test_gpus_that_do_not_share_out_are_one_line():
+    with pytest.raises(UserError, match="3 processes on a node of 8 GPUs: start one a node"):
+        processes.slurm_gpus({"SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_LOCALID": "0"}, present=8)
+
+
+def test_half_of_the_variables_are_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID are set: of several processes each needs JAX_COORDINATOR_ADDRESS"):
+        processes.start()
+
+
+def test_alone_a_vote_counts_at_once():
+    vote = processes.Vote(sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, jax.devices()))
+    assert vote(True) and not vote(False) and processes.all_of({"a": 1}) == [{"a": 1}]
