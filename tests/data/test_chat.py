@@ -134,7 +134,7 @@ def test_streams_skip_bad_ones_count_cut_ones_and_pack_the_rest(letters, caplog)
     docs = Docs(("u:a", "a:b"), ("u:a",), ("u:" + 40 * "x", "a:b"), ("u:a", "a:b", "u:" + 40 * "x", "a:b"), ("u:c", "a:d"))
     made = stream(letters, docs)
     with caplog.at_level(logging.WARNING):
-        rows = [made.row(30, 4) for _ in range(3)]
+        rows = [made.row(25, 4) for _ in range(3)]
     assert [[packed.id for packed in row] for row in rows] == [["talk/0", "talk/3"], ["talk/4"], []]
     assert "source talk: a corrupt record is skipped: 1: a conversation without an answer" in caplog.text
     counts = made.state()["counts"]

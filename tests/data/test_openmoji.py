@@ -12,6 +12,7 @@ from emu_jax.config import UserError
 from emu_jax.data import __main__ as command
 from emu_jax.data import sources, tokenizer
 from emu_jax.data.builders import openmoji, questions, scenes
+from emu_jax.data.documents import pixels
 from emu_jax.data.sources import records
 
 PAIRS, KINDS, SPLITS = ("counts", "spatial"), ("counts", "spatial", "stories"), (False, True)
@@ -161,7 +162,7 @@ def build(to, seed=0):
 
 def everything(to):
     """(id, texts, images as bytes) of every document in `to`."""
-    return {split: [(document.id, openmoji._texts(document), [image.tobytes() for image in openmoji._images(document)])
+    return {split: [(document.id, openmoji._texts(document), [image.tobytes() for image in pixels(document)])
                     for document in sources.open(f"{to}/{split}", 28)]
             for split in (f"{name}:{split}" for name in ("names", "scenes", "stories", "questions") for split in ("train", "held_out"))}
 

@@ -60,7 +60,9 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     relation = caption.removeprefix(f"{a(first)} ").partition(f" {a(second)} on ")[0]
     found.append(Question("relation", f"what is {relation} the {second}?", a(first)))
     animals = [word for word in shown if word in ANIMALS]
-    return found + [Question("animal", "which of the two is an animal?", f"the {animals[0]}")] * (len(animals) == 1)
+    if len(animals) == 1:
+        found.append(Question("animal", "which of the two is an animal?", f"the {animals[0]}"))
+    return found
 
 
 def _roles(layout: str) -> tuple[str, ...]:
