@@ -1,4 +1,4 @@
-# make demo: an Emu learns to tell and to draw on this machine, and a page shows it.   make test: every test.
+# make demo: an Emu learns to tell and to draw on this machine, and a page shows it.   make demo-chat: and to answer.   make test: every test.
 # make test-real: GIMP's manual, clips with subtitles and photographs become documents, and a mixture of all kinds trains (50 MB are fetched).
 # make torture: a run that is killed 30 times.
 PYTHON ?= python3
@@ -17,6 +17,14 @@ demo: .venv/ready
 	$(python) -m emu_jax.train --config=configs/demo.py:decoder
 	@echo "--- 6 of 6: what they have learnt. About 2 minutes are left"
 	$(python) -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu --decoder=runs/demo/decoder
+
+demo-chat: .venv/ready
+	test -d runs/demo/emu/checkpoints || $(MAKE) demo
+	$(python) -m emu_jax.data build --kind=openmoji --to=data/demo
+	@echo "--- 1 of 2: the demo's Emu learns to answer questions on scenes"
+	$(python) -m emu_jax.train --config=configs/demo.py:instruct
+	@echo "--- 2 of 2: held-out questions, answered before and after"
+	$(python) -m emu_jax.evaluate --task=demo-chat --checkpoint=runs/demo/instruct
 
 test: .venv/ready
 	$(python) -m pytest -n 2 --dist loadgroup
@@ -41,4 +49,4 @@ lint: .venv/ready
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: demo test test-long test-real torture lint
+.PHONY: demo demo-chat test test-long test-real torture lint

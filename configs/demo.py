@@ -3,13 +3,14 @@
 python -m emu_jax.train --config=configs/demo.py:warmup     an encoder of our own: contrastive
 python -m emu_jax.train --config=configs/demo.py            Emu's objective, from that encoder
 python -m emu_jax.train --config=configs/demo.py:decoder    a U-Net on pixels, from that Emu's visual tokens
+python -m emu_jax.train --config=configs/demo.py:instruct   LoRA: that Emu answers questions on scenes; `make demo-chat`
 """
 from configs.base import get_config as base
 from configs.decoder import decoder as sd15
 
 
 def get_config(stage: str = "emu"):
-    stages = {"warmup": warmup, "emu": emu, "decoder": decoder}
+    stages = {"warmup": warmup, "emu": emu, "decoder": decoder, "instruct": instruct}
     if stage not in stages:
         raise ValueError(f"the demo's stages are {', '.join(stages)}, not {stage!r}")
     c = base("demo")
@@ -51,6 +52,23 @@ def emu(c):
     # The encoder is frozen. End to end (5e-4) the tokens' variance held, at 0.36 to 0.48, but a step took 1.7 times as long for no better captions.
     c.rules.train = (("(vision|ln_visual|resampler)/.*", False), (".*", True))
     c.rules.peak_lr = ((".*", 3e-3),)
+
+
+def instruct(c):
+    c.init = "runs/demo/emu"
+    c.model.llama.added = 6
+    c.model.lora.rank = 16
+    c.rules.train = ((".*/(a|b)", True), ("llama/(embed|lm_head)/added", (4, 6)), (".*", False))
+    c.rules.peak_lr = ((".*", 5e-3),)
+    c.rules.decay = ((".*", 0.0),)
+    c.data.mixture = (("questions", 1.0, "data/demo/questions:train"),)
+    c.data.eval_mixture = (("questions", 1.0, "data/demo/questions:held_out"),)
+    c.data.system = "none"              # the release's would be two thirds of a conversation
+    c.data.batch, c.data.tokens, c.data.images = 8, 192, 4
+    c.objective.chunk = 192
+    c.optim.steps = 600
+    c.eval.every = 200
+    c.log.pictures_every = 0
 
 
 def decoder(c):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from emu_jax.config import UserError
 from emu_jax.models.diffusion import Diffusion
 from emu_jax.models.emu import Emu, EmuSize
+from emu_jax.models.lora import LoraSize
 from emu_jax.models.unet import UNet, UNetSize
 from emu_jax.models.vae import Vae, VaeSize
 from emu_jax.types import Batch
@@ -59,6 +60,10 @@ class DecoderSize:
             raise UserError(f"model.decoder.unet has {size.unet.channels_in} channels in and {size.unet.channels_out} out; "
                             f"{'the latents' if size.vae else 'pixels'} have {channels}")
         return size
+
+    @property
+    def lora(self) -> LoraSize:
+        return self.emu.lora
 
     @property
     def loaded(self) -> int:
