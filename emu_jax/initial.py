@@ -79,8 +79,7 @@ def _rounded(directory: str, paths: list[str], here: dict, there: dict[str, tupl
         at = {name: here[f"{where}/{name}"].sharding for name in (storage, "absmax")}
         whole = jax.ShapeDtypeStruct(there[matrix], jnp.float32, sharding=at[storage])
         w = dict(tree.leaves(checkpoint.restore_params(directory, tree.unflatten({matrix: whole}))))[matrix]
-        by_layer = lambda w: jax.lax.map(lambda layer: lora.quantised(layer, storage), w)
-        codes, absmax = jax.jit(by_layer, out_shardings=(at[storage], at["absmax"]))(w)
+        codes, absmax = jax.jit(_quantised, static_argnums=1, out_shardings=(at[storage], at["absmax"]))(w, storage)
         if codes.shape != here[path].shape:
             raise UserError(f"init={directory!r}: {matrix} is {list(there[matrix])} there, which does not make {path} {list(here[path].shape)}")
         errors[matrix] = float(_error(w, codes, absmax))
@@ -90,6 +89,11 @@ def _rounded(directory: str, paths: list[str], here: dict, there: dict[str, tupl
         log.info("init %s: %d matrices stored as %s, off by %.2f %% of their root mean square, at most %.2f %% (%s)", directory, len(errors),
                  storage, 100 * np.mean(list(errors.values())), 100 * errors[worst], worst)
     return found
+
+
+def _quantised(w: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
+    """lora.quantised, a layer at a time: in one piece its steps would be held for the whole stack."""
+    return jax.lax.map(lambda layer: lora.quantised(layer, storage), w)
 
 
 @jax.jit

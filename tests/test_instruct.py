@@ -1,5 +1,7 @@
 """A run of configs/instruct.py through its command: from a pretrained model in few bits to one that chats; and what is wrong is one line."""
 import json
+from contextlib import closing
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +9,19 @@ import make
 import numpy as np
 import pytest
 
-from emu_jax import checkpoint, config, train, tree
-from emu_jax.generate.options import Options
-from emu_jax.generate.session import Conversation, Session
+from emu_jax import checkpoint, config, sharding, train, tree
+from emu_jax.config import UserError
+from emu_jax.data import tokenizer as tokenizers
+from emu_jax.data.loader import Loader
+from emu_jax.evaluate import __main__ as command
+from emu_jax.evaluate import chat
+from emu_jax.generate.session import Session
 from tests.data import fixtures
 
 SMALL = ("data.batch=8", "data.num_streams=4", "data.tokens=128", "data.images=4", "data.pack_lookahead=4", "data.workers=2", "data.system=none",
-         "objective.chunk=64", "log.pictures_every=0", "optim.steps=3", "optim.warmup=0.0", "rules.peak_lr=(('.*', 1e-2),)", "model.lora.rank=4",
-         "model.lora.storage=nf4", "model.compute=float32", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none")
+         "objective.chunk=64", "log.pictures_every=0", "optim.steps=3", "optim.warmup=0.0", "rules.peak_lr=(('.*', 1e-2),)",
+         "rules.decay=(('.*', 0.1),)", "model.lora.rank=4", "model.lora.storage=int8", "model.compute=float32", "model.vision.remat=none",
+         "model.resampler.remat=none", "model.llama.remat=none")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,15 @@ def arguments(data, base, workdir, *overrides):
 
 
 @pytest.fixture(scope="module")
-def tuned(data, base, tmp_path_factory):
+def one_device():
+    """Sharded, it is in tests/models/test_lora.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tuned(data, base, one_device, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "tuned"
     assert train.main(arguments(data, base, workdir)) == 0
     return workdir
@@ -53,12 +68,27 @@ def test_lora_and_the_new_rows_learn_from_answers(base, tuned):
     before, after = (dict(tree.leaves(checkpoint.restore_params(str(directory)))) for directory in (base, tuned))
     for path in before.keys() & after.keys() - {"llama/embed/added", "llama/lm_head/added"}:
         np.testing.assert_array_equal(after[path], before[path].astype(after[path].dtype), err_msg=path)
-    assert after["llama/embed/base"].dtype == jnp.bfloat16 and after["llama/blocks/attn/q/nf4"].dtype == np.uint8
+    assert after["llama/embed/base"].dtype == jnp.bfloat16 and after["llama/blocks/attn/q/int8"].dtype == np.int8
     for table in ("embed", "lm_head"):
         old, new = before[f"llama/{table}/added"], after[f"llama/{table}/added"]
         np.testing.assert_array_equal(new[:4], old)
         assert (np.abs(new[4:] - np.concatenate([before[f"llama/{table}/base"], old]).mean(0)).max(1) > 1e-3).all()
     assert all(np.abs(after[f"llama/blocks/attn/{name}/b"]).max() > 1e-3 for name in "qkvo")
+
+
+def test_its_answers_before_and_after_are_told_by_a_command(data, tuned, capsys, monkeypatch):
+    monkeypatch.setattr(chat, "NEW_TOKENS", 4)
+    assert command.main(["--task=demo-chat", f"--checkpoint={tuned}", f"--data={data}"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == f"{tuned}/report.html" and out[0].split() == "held-out questions number before after most common answer".split()
+    results = json.loads((tuned / "results.json").read_text())
+    numbers, answers = results["numbers"], results["answers"]
+    assert numbers["all_count"] == len(answers) >= 2 * 16
+    for when in ("before", "after"):
+        assert numbers[f"all_{when}"] == pytest.approx(np.mean([answer["true"] == answer[when] for answer in answers]))
+    assert any(answer["before"] != answer["after"] for answer in answers) and 0 < numbers["all_most_common"] < 1
+    page = (tuned / "report.html").read_text()
+    assert page.count("<img") >= chat.SHOWN and "<script" not in page and "CC BY-SA" in page
 
 
 def test_it_goes_on_from_its_checkpoint(data, base, tuned, capsys):
@@ -67,20 +97,11 @@ def test_it_goes_on_from_its_checkpoint(data, base, tuned, capsys):
     assert "model.lora.rank was 4 and is 8" in capsys.readouterr().err
 
 
-def test_a_tuned_checkpoint_chats_and_keeps_what_was_said_in_the_cache(tuned):
+def test_a_chat_begins_as_it_was_tuned(tuned):
+    """Without the release's message. That a chat goes on in its cache: tests/generate/test_session.py."""
     session = Session.load(str(tuned))
-    image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
-    options = Options(max_new_tokens=4)
-    talk = Conversation(session, chat=True)
-    first = "".join(talk.say([image, "what is this?"], options))
-    read = int(talk._context.cache.filled)
-    prompt = session.grammar.turn([image, "what is this?"], system=None, first=True)
-    assert prompt.tokens[:2] == [1, session.tokenizer.user]                 # without the release's message, as it was tuned
-    assert [first] == session.texts([prompt], options)
-    second = "".join(talk.say(["sure?"], options))
-    turn = session.grammar.turn(["sure?"], system=None, first=False)
-    assert read <= int(talk._context.cache.filled) <= read + 16 + 16 + len(turn)          # the picture was not read again
-    assert isinstance(second, str)
+    prompt = session.grammar.turn([np.zeros((28, 28, 3), np.uint8), "what is this?"], system=None, first=True)
+    assert prompt.tokens[:2] == [1, session.tokenizer.user] and len(prompt.images) == 1
 
 
 def test_the_paper_trains_26_million_of_14_billion_and_another_rule_the_whole_llm():
@@ -97,8 +118,8 @@ def test_the_paper_trains_26_million_of_14_billion_and_another_rule_the_whole_ll
     assert tree.split(abstract, train.what_trains(c, abstract))[0].keys() == {"llama", "regress_head"}
 
 
-def test_a_model_without_the_tokens_is_told(data, base, tmp_path, capsys):
-    rules = "rules.train=(('.*/(a|b)', True), ('.*', False))"
-    assert train.main(arguments(data, base, tmp_path / "run", "model.llama.added=4", rules)) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "is a conversation, and this model has no [USER] and [ASSISTANT]: model.llama.added=6" in error
+def test_a_model_without_the_tokens_is_told(data, base):
+    c = config.load(arguments(data, base, "run"))
+    loader = Loader(c.data, 0, tokenizers.load(c.data.tokenizer, fixtures.VOCAB), 4, fixtures.IMAGE, chats=False)
+    with closing(loader), pytest.raises(UserError, match=r"is a conversation, and this model has no \[USER\] and \[ASSISTANT\]: model.llama.added=6"):
+        next(iter(loader))

@@ -5,16 +5,16 @@ answer that training gives most often to questions of a kind. A later turn is as
 """
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from emu_jax import checkpoint
+from emu_jax import checkpoint, tree
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import chat, sources
 from emu_jax.data import tokenizer as tokenizers
@@ -67,9 +67,9 @@ def evaluate(directory: str, data: str) -> Result:
                         f"init={config['init']!r}); configs/demo.py:instruct is")
     asked, learnt = (sources.open(f"{data}/questions:{split}", size.vision.image) for split in ("held_out", "train"))
     tokenizer = tokenizers.load(f"{data}/tokenizer.json", size.llama.vocab)
-    after = jax.tree.map(jax.numpy.asarray, checkpoint.restore_params(directory))
-    fresh = jax.jit(partial(emu.init, emu.Emu, size))(jax.random.key(config["seed"]))
-    before, _ = initial(config["init"], fresh)
+    after = jax.tree.map(jnp.asarray, checkpoint.restore_params(directory))
+    untuned = {path: jnp.zeros_like(leaf) if path.endswith("/b") else leaf for path, leaf in tree.leaves(after)}      # LoRA starts as nothing
+    before, _ = initial(config["init"], tree.unflatten(untuned))
     sessions = [Session(size, params, tokenizer, context=2 * config["data"]["tokens"], batch=BATCH, system=config["data"]["system"])
                 for params in (before, after)]
     told = _asked(sessions, asked)
