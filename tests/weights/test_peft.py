@@ -26,7 +26,11 @@ IDS = np.random.default_rng(0).integers(3, 500, (2, 40))
 
 def blank(c):
     """Parameters of a config's Emu, of nothing but zeros."""
-    shapes = jax.eval_shape(lambda: emu.init(emu.Emu, emu.EmuSize.of(c.model.to_dict()), jax.random.key(0)))
+    return zeros(emu.EmuSize.of(c.model.to_dict()))
+
+
+def zeros(size):
+    shapes = jax.eval_shape(lambda: emu.init(emu.Emu, size, jax.random.key(0)))
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
@@ -42,14 +46,14 @@ def same(got, want):
 
 
 def logits(directory):
-    """Of our LLaMA in a checkpoint, over its own vocabulary."""
+    """Of our LLaMA in a checkpoint, which may lack the other towers, over its own vocabulary."""
     def run(params):
         model = emu.bind(emu.Emu, size, params).llama
         at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
         hidden = model(model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense")[0]
         return jnp.einsum("btD,vD->btv", hidden, model.head()["base"], precision="highest")
     size = size_of(directory)
-    return np.asarray(jax.jit(run)(checkpoint.restore_params(str(directory))))
+    return np.asarray(jax.jit(run)(tree.unflatten(dict(tree.leaves(zeros(size))) | read(directory))))
 
 
 def error_of(capsys, *arguments):
