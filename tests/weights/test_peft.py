@@ -113,8 +113,6 @@ def test_a_chat_model_keeps_its_lora_or_has_it_merged(tmp_path):
     name = "decoder.lm.model.layers.1.self_attn.q_proj"
     np.testing.assert_array_equal(kept["llama/blocks/attn/q/a"][1], arrays[f"{name}.lora_A.default.weight"].T)
     np.testing.assert_array_equal(kept["llama/blocks/attn/q/w"][1].reshape(32, 32), arrays[f"{name}.base_layer.weight"].T)
-    want = logits(tmp_path / "merged")
-    np.testing.assert_allclose(logits(tmp_path / "kept"), want, atol=2e-4 * np.abs(want).max())
     assert main(["bake", f"--from={tmp_path / 'kept'}", f"--to={tmp_path / 'baked'}"]) == 0
     baked = read(tmp_path / "baked")
     assert baked.keys() == merged.keys()
@@ -151,8 +149,6 @@ def test_a_run_that_stores_in_few_bits_starts_from_plain_matrices_and_is_baked_t
     a, b = (params[f"llama/blocks/attn/q/{half}"] for half in "ab")
     want = [lora.baked(lora.LoraSize(3, 6.0), lora.Quantised(codes[k], absmax[k]), a[k], b[k]) for k in range(2)]
     np.testing.assert_allclose(baked["llama/blocks/attn/q/w"], want, rtol=1e-5, atol=1e-6)
-    said = logits(tmp_path / "stored")
-    np.testing.assert_allclose(logits(tmp_path / "baked"), said, atol=2e-4 * np.abs(said).max())
 
 
 # Bad input
