@@ -23,6 +23,7 @@ def get_config(size: str = "emu-14b"):
     c.optim.b2, c.optim.eps = 0.999, 1e-8       # eps unpublished
     c.optim.clip = 1.0                  # unpublished
     c.optim.ema = 0.9999                # unpublished
+    # Built with --max-chars=150: the paper drops longer captions.
     c.data.mixture = (("laion-coco", 7.0, "data/laion-coco:train"), ("laion-aesthetics", 2.0, "data/laion-aesthetics:train"))
     c.data.batch, c.data.num_streams = 1600, 64
     c.data.tokens, c.data.images = 96, 1        # a caption and its image
@@ -43,6 +44,7 @@ def decoder(condition: int) -> ConfigDict:
             heads=(8, 8, 8, 8),         # SD 2: (5, 10, 20, 20)
             condition=condition,
             pooled=0,                   # the number of visual tokens: they are added to the time's embedding too. Stable Diffusion: no
+            side=0,                     # places a side of the finest level: each is told what to draw by a map of its own. Stable Diffusion: no
             time=1280, cosine_first=True, frequency_shift=0.0, groups=32, eps=1e-5,
             linear=False,               # SD 2: True
             remat="full"),

@@ -25,7 +25,7 @@ from emu_jax import config, hardware, hlo, loop, sharding, stages, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.packing import empty_batch
 from emu_jax.hardware import GIB
-from emu_jax.models import emu
+from emu_jax.models import emu, flops
 from emu_jax.types import Batch, DecoderBatch
 
 COMPILATIONS = 8        # of a search

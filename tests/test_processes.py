@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from types import SimpleNamespace
 
 import jax
@@ -94,13 +95,16 @@ def test_one_that_leaves_after_an_error_ends_all_of_them():
     assert done.returncode == 2 and time.time() - began < 300
 
 
+Device = namedtuple("Device", ("process_index", "id"))
+
+
 def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
     """(process of each device in the mesh's order) -> share of each process."""
     def shares(processes_of, data, tensor):
         mesh = sharding.make_mesh({"data": data, "fsdp": 1, "tensor": tensor}, jax.devices())
         layout = sharding.batch_sharding(mesh).devices_indices_map((16,))
         stands_for = dict(zip(mesh.devices.flat, processes_of, strict=True))
-        faked = SimpleNamespace(devices_indices_map=lambda _: {SimpleNamespace(process_index=stands_for[device], id=device.id): at
+        faked = SimpleNamespace(devices_indices_map=lambda _: {Device(stands_for[device], device.id): at
                                                                for device, at in layout.items()})
         monkeypatch.setattr(sharding, "batch_sharding", lambda _: faked)
         try:

@@ -301,7 +301,7 @@ def _pictures(result: Result) -> str:
     for group, label in (("names_train", "training drawings"), ("names_held_out", "held-out drawings"), ("scenes_held_out", "held-out scenes")):
         scores = (f"pictures_{group}_{source}_top{top}" for source in ("encoded", "regressed") for top in (1, 5))
         rows += (f'<tr><td>{label}</td><td class="number">{n[f"pictures_{group}_count"]}</td>' +
-                 "".join(f'<td class="number">{_percent(n[score])}</td>' for score in scores) + "</tr>")
+                 "".join(f'<td class="number">{percent(n[score])}</td>' for score in scores) + "</tr>")
         cards = (_row(picture.caption, list(zip((picture.image, picture.encoded, picture.regressed), PARTS, strict=True)))
                  for picture in result.pictures[group][:PICTURES[group]])
         shown[group] = f'<div class="grid" style="--least: 150px">{"".join(cards)}</div>'

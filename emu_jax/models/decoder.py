@@ -51,6 +51,8 @@ class DecoderSize:
             raise UserError(f"model.decoder.unet.condition={size.unet.condition}: the model's visual tokens have the width {size.emu.llama.width}")
         if size.unet.pooled not in (0, size.emu.resampler.tokens):
             raise UserError(f"model.decoder.unet.pooled={size.unet.pooled} must be 0 or the number of visual tokens, {size.emu.resampler.tokens}")
+        if size.unet.side not in (0, size.image // (factor * size.unet.patch)):
+            raise UserError(f"model.decoder.unet.side={size.unet.side} must be 0 or {size.image // (factor * size.unet.patch)}, the places a side")
         if size.image % (factor * size.unet.divisor):
             raise UserError(f"model.decoder.image={size.image} must be divisible by {factor * size.unet.divisor} "
                             f"({f'{factor} pixels a latent, ' if size.vae else ''}{size.unet.divisor} in the U-Net)")

@@ -57,7 +57,7 @@ def unet(size: UNetSize, side: int, tokens: int) -> int:
         return _resnet(width_in, size.widths[level], places[level]) + 2 * size.time * size.widths[level]
 
     ends = 18 * places[0] * size.patch ** 2 * (size.channels_in + size.channels_out) * size.widths[0]
-    time = 2 * size.time * (size.widths[0] + size.time + size.pooled * size.condition)
+    time = 2 * size.time * (size.widths[0] + size.time + size.pooled * size.condition + size.side ** 2 * size.widths[0])
     total = ends + time + 2 * resnet(size.widths[last], last) + transformer(last)
     skips = [size.widths[0]]
     for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):

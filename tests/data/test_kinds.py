@@ -205,6 +205,13 @@ def test_html(site):
     assert told_again[2] == "a photo\nAfter it in line.\n  code\n    kept"
 
 
+@pytest.mark.parametrize(("base", "found"), [("img/", True), ("/img/any.html", True), ("img", False), ("../", False), ("http://far/img/", False)])
+def test_html_has_a_base(site, base, found):
+    (site / "based.html").write_text(f"<base href='{base}'><p>Look</p><img src=photo.jpg>")
+    line = told("html", site / "based.html")["based.html"]
+    assert line == (["Look", (90, 70)] if found else line) and isinstance(line, list) == found
+
+
 @pytest.mark.parametrize("archive", ["zip", "tar"])
 def test_html_in_an_archive(site, tmp_path, archive):
     """A link in a tar is not followed; a zip holds none."""

@@ -81,7 +81,8 @@ def _repeated(files: archives.Files) -> frozenset[str]:
             tree = _parse(files.read(name, MAX_PAGE))
         except ValueError:
             continue
-        shown.update({(_site(name), target) for node in tree.css("img") if (target := _target(_source(node), name))})
+        folder = _folder(tree, name)
+        shown.update({(_site(name), target) for node in tree.css("img") if (target := _target(_source(node), folder))})
     pages = Counter(map(_site, names))
     return frozenset(target for (site, target), count in shown.items()
                      if (count >= 3 and count >= REPEATED * pages[site]) or (count == 2 and pages[site] < 4))
@@ -110,7 +111,7 @@ def _parse(page: bytes) -> LexborHTMLParser:
 
 def _document(name: str, tree: LexborHTMLParser, files: archives.Files, repeated: frozenset[str], options: Options) -> Document | Skipped:
     parts: list[Text | Picture] = []
-    dropped, seen, text = [], set(), []
+    dropped, seen, text, folder = [], set(), [], _folder(tree, name)
     root = tree.css_first("main, [role=main]") or (tree.css_first("article") if len(tree.css("article")) == 1 else None) or tree.body
     if root is None:
         return Skipped(name, "the page is empty")
@@ -125,7 +126,7 @@ def _document(name: str, tree: LexborHTMLParser, files: archives.Files, repeated
         if kind != "image":
             text.append((kind, value))
             continue
-        picture = _picture(value, name, files, repeated, seen, options)
+        picture = _picture(value, folder, files, repeated, seen, options)
         if isinstance(picture, str):
             dropped.append(picture)
             continue
@@ -204,22 +205,34 @@ def _source(node: LexborNode) -> str:
     return source or (attributes.get("srcset") or "").strip().split(" ")[0].rstrip(",")
 
 
-def _target(source: str, page: str) -> str:
-    """The name, in the folder, of what `source` on `page` points to: "" for what is none of its files (remote, data, malformed).
+def _folder(tree: LexborHTMLParser, page: str) -> str | None:
+    """Where the relative addresses of a page start: its folder, or what its first <base href> makes of that; None for another place."""
+    base = tree.css_first("base[href]")
+    return _joined(base.attributes["href"] or "", posixpath.dirname(page), whole=False) if base else posixpath.dirname(page)
+
+
+def _target(source: str, folder: str | None) -> str:
+    """The name, in the folder of pages, of what `source` points to from `folder`: "" for what is none of its files (remote, data, malformed).
 
     It may still lead out: reading it is then refused.
     """
+    place = _joined(source, folder, whole=True)
+    return posixpath.normpath(place.lstrip("/")) if place else ""
+
+
+def _joined(address: str, folder: str | None, *, whole: bool) -> str | None:
+    """`address` as seen from `folder`, `whole` or up to its last "/"; None for one that is not on this site, or names nothing."""
     try:
-        place = urlsplit(source)
+        place = urlsplit(address.strip())
     except ValueError:
-        return ""
-    if place.scheme or place.netloc or not place.path:
-        return ""
-    path = unquote(place.path)
-    return posixpath.normpath(path.lstrip("/") if path.startswith("/") else PurePosixPath(page).parent / path)
+        return None
+    if place.scheme or place.netloc or folder is None or (whole and not place.path):
+        return None
+    path = posixpath.join(folder, unquote(place.path))
+    return path if whole else posixpath.dirname(path)
 
 
-def _picture(node: LexborNode, page: str, files: archives.Files, repeated: frozenset[str], seen: set[str], options: Options) -> Picture | str:
+def _picture(node: LexborNode, folder: str | None, files: archives.Files, repeated: frozenset[str], seen: set[str], options: Options) -> Picture | str:
     """The picture of an <img>, or why it is dropped."""
     source = _source(node)
     if source[:5].lower() == "data:":
@@ -228,7 +241,7 @@ def _picture(node: LexborNode, page: str, files: archives.Files, repeated: froze
             return "a picture inside the page that cannot be read"
         key = hashlib.sha256(data).hexdigest()
     else:
-        key = _target(source, page)
+        key = _target(source, folder)
         if not key:
             return "a picture that is not in the folder"
         if ICON.search(PurePosixPath(key).stem):
