@@ -6,6 +6,7 @@
 Outside this package a model is a plain nested dict of parameters: `init` makes it, `bind` gives it arithmetic.
 """
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -105,8 +106,12 @@ def init(module: type[nnx.Module], size: Any, key: Array) -> dict:
 
 def bind(module: type[nnx.Module], size: Any, params: dict, key: Array | None = None) -> nnx.Module:
     """The module whose parameters are `params`: for use inside a jitted function. `key` turns the dropout of LoRA on."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: module(size, nnx.Rngs(params=0))))
-    return nnx.merge(graphdef, lora.bound(_lora(size), params, key))
+    return nnx.merge(_graphdef(module, size), lora.bound(_lora(size), params, key))
+
+
+@cache      # a second or two each time that something is traced
+def _graphdef(module: type[nnx.Module], size: Any) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: module(size, nnx.Rngs(params=0))))
 
 
 def _lora(size: Any) -> LoraSize | None:

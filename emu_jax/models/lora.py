@@ -128,6 +128,7 @@ def extended(size: LoraSize | None, params: tree.Tree, inputs: dict[str, int], k
     return tree.unflatten(leaves)
 
 
+@partial(jax.jit, static_argnums=0)
 def baked(size: LoraSize, w: Numbers | Quantised, a: Numbers, b: Numbers) -> Float[Array, "..."]:
     """w + alpha / rank * a b in float32, of one layer."""
     w = w.plain(jnp.float32) if isinstance(w, Quantised) else jnp.asarray(w, jnp.float32)
@@ -144,6 +145,7 @@ def stored(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str, Array
     return {f"{where}/{storage}": codes, f"{where}/absmax": absmax}
 
 
+@partial(jax.jit, static_argnums=1)
 def quantised(w: Float[Numbers, "..."], storage: str) -> tuple[Int8[Array, "..."] | UInt8[Array, "..."], Float[Array, "..."]]:
     """(codes, scales) of a matrix by blocks of its last axis, each scaled to -1..1."""
     blocks = rearrange(jnp.asarray(w, jnp.float32), "... (n k) -> ... n k", k=math.gcd(BLOCK, w.shape[-1]))
@@ -158,6 +160,7 @@ def quantised(w: Float[Numbers, "..."], storage: str) -> tuple[Int8[Array, "..."
     return codes[..., ::2] | codes[..., 1::2] << 4, absmax
 
 
+@jax.jit
 def dequantised(codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Float[Numbers, "..."]) -> Float[Array, "..."]:
     """Inverse of `quantised`, but for what it rounded; float32."""
     codes, absmax = jnp.asarray(codes), jnp.asarray(absmax)

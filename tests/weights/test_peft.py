@@ -26,7 +26,11 @@ IDS = np.random.default_rng(0).integers(3, 500, (2, 40))
 
 def blank(c):
     """Parameters of a config's Emu, of nothing but zeros."""
-    shapes = jax.eval_shape(lambda: emu.init(emu.Emu, emu.EmuSize.of(c.model.to_dict()), jax.random.key(0)))
+    return zeros(emu.EmuSize.of(c.model.to_dict()))
+
+
+def zeros(size):
+    shapes = jax.eval_shape(lambda: emu.init(emu.Emu, size, jax.random.key(0)))
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
@@ -42,14 +46,14 @@ def same(got, want):
 
 
 def logits(directory):
-    """Of our LLaMA in a checkpoint, over its own vocabulary."""
+    """Of our LLaMA in a checkpoint, which may lack the other towers, over its own vocabulary."""
     def run(params):
         model = emu.bind(emu.Emu, size, params).llama
         at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
         hidden = model(model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense")[0]
         return jnp.einsum("btD,vD->btv", hidden, model.head()["base"], precision="highest")
     size = size_of(directory)
-    return np.asarray(jax.jit(run)(checkpoint.restore_params(str(directory))))
+    return np.asarray(jax.jit(run)(tree.unflatten(dict(tree.leaves(zeros(size))) | read(directory))))
 
 
 def error_of(capsys, *arguments):
@@ -113,8 +117,6 @@ def test_a_chat_model_keeps_its_lora_or_has_it_merged(tmp_path):
     name = "decoder.lm.model.layers.1.self_attn.q_proj"
     np.testing.assert_array_equal(kept["llama/blocks/attn/q/a"][1], arrays[f"{name}.lora_A.default.weight"].T)
     np.testing.assert_array_equal(kept["llama/blocks/attn/q/w"][1].reshape(32, 32), arrays[f"{name}.base_layer.weight"].T)
-    want = logits(tmp_path / "merged")
-    np.testing.assert_allclose(logits(tmp_path / "kept"), want, atol=2e-4 * np.abs(want).max())
     assert main(["bake", f"--from={tmp_path / 'kept'}", f"--to={tmp_path / 'baked'}"]) == 0
     baked = read(tmp_path / "baked")
     assert baked.keys() == merged.keys()
@@ -151,8 +153,6 @@ def test_a_run_that_stores_in_few_bits_starts_from_plain_matrices_and_is_baked_t
     a, b = (params[f"llama/blocks/attn/q/{half}"] for half in "ab")
     want = [lora.baked(lora.LoraSize(3, 6.0), lora.Quantised(codes[k], absmax[k]), a[k], b[k]) for k in range(2)]
     np.testing.assert_allclose(baked["llama/blocks/attn/q/w"], want, rtol=1e-5, atol=1e-6)
-    said = logits(tmp_path / "stored")
-    np.testing.assert_allclose(logits(tmp_path / "baked"), said, atol=2e-4 * np.abs(said).max())
 
 
 # Bad input
