@@ -1,6 +1,7 @@
 """The decoder stage through its commands: conditions made once, a run that goes on where it was cut off, and what is wrong in one line."""
 import dataclasses
 import json
+import re
 import shutil
 from functools import partial
 
@@ -14,6 +15,7 @@ from test_train import assert_same_run, lines, run
 
 from emu_jax import checkpoint, config, sharding, train, tree
 from emu_jax.checkpoint import Checkpoints
+from emu_jax.config import UserError
 from emu_jax.generate import __main__ as generate
 from emu_jax.generate import precompute
 from tests.data import fixtures
@@ -41,6 +43,8 @@ def get_config():
     return c
 """
 
+LATENT = CONFIG.replace("vae = {}", f"vae = {make.VAE}").replace("channels_in=3, channels_out=3", "channels_in=4, channels_out=4")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
@@ -48,27 +52,30 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
         patch.setattr(precompute, "mesh_of", lambda *_: None)
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         yield
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with data, an Emu of random weights, and the config of its decoder."""
+    """A folder with data, an Emu and an autoencoder of random weights, and the configs of its decoders of pixels and of latents."""
     folder = tmp_path_factory.mktemp("decoder")
     fixtures.write_tiny(folder)
     (folder / "small.py").write_text(CONFIG)
+    (folder / "latent.py").write_text(LATENT)
     c = make.cfg(f"data.tokenizer={folder}/tokenizer.json")
-    params = make.random_params(make.program(c))
-    state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(params, {}, None, jax.numpy.int32(7))
-    Checkpoints(str(folder / "emu"), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
+    for name, params in (("emu", make.random_params(make.program(c))),
+                         ("sd", {"vae": make.random_params(make.program(make.decoder_cfg(vae=True)))["vae"]})):
+        state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(params, {}, None, jax.numpy.int32(7))
+        Checkpoints(str(folder / name), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
     return folder
 
 
-def flags(folder, *overrides):
+def flags(folder, *overrides, file="small"):
     rows = {split: tuple(row for row in fixtures.mixture(folder, split) if row[0] != "stories") for split in ("train", "held_out")}
     own = (f"init={folder}/emu", f"data.tokenizer={folder}/tokenizer.json", f"data.mixture={rows['train']!r}",
            f"data.eval_mixture={rows['held_out']!r}")
-    return [f"--config={folder}/small.py", *(f"--config.{override}" for override in (*own, *overrides))]
+    return [f"--config={folder}/{file}.py", *(f"--config.{override}" for override in (*own, *overrides))]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,7 @@ def test_two_steps_a_cut_and_two_more_are_four(made, whole, copy):
     (["data.conditions="], "needs data.conditions=DIR, made by: python -m emu_jax.generate precompute"),
     (["data.conditions=nowhere"], "no conditions in 'nowhere'"),
     (["data.images=2"], "set data.images=1"),
+    (["data.latents=anywhere"], "model.decoder.vae is empty, and the U-Net draws pixels"),
     (["drawing.sampler=dim"], "no sampler 'dim'"),
     (["model.decoder.diffusion.target=noise"], "is not one of epsilon, v, flow, x0")])
 def test_bad_input_is_one_line_and_leaves_nothing(made, overrides, told, tmp_path, capsys):
@@ -153,3 +161,54 @@ def test_conditions_on_a_full_disk_are_one_line_and_nothing_half_written(folder,
     assert error.splitlines()[-1] == f"error: cannot write {tmp_path}/conditions/mixture/names/00000.npy: No space left on device"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["conditions.json"]
     assert json.loads((tmp_path / "conditions/conditions.json").read_text())["shape"] == [4, 32]
+
+
+# Latents
+
+@pytest.fixture(scope="module")
+def encoded(folder, made):
+    """The flags of a run on latents that two hosts made, and on conditions."""
+    arguments = ["precompute", "--latents", "--batch=5", *flags(folder, f"init={folder}/sd", file="latent"), f"--to={folder}/latents"]
+    for host in "01":
+        assert generate.main([*arguments, "--hosts=2", f"--host={host}"]) == 0
+    return lambda workdir, *overrides: flags(
+        folder, f"workdir={workdir}", f"init={folder}/emu,{folder}/sd", f"data.conditions={folder}/conditions", f"data.latents={folder}/latents",
+        *overrides, file="latent")
+
+
+def test_a_run_on_latents_is_the_run_on_images_but_for_rounding(folder, encoded, tmp_path, capsys):
+    assert generate.main(["precompute", "--latents", *flags(folder, f"init={folder}/sd", file="latent"), f"--to={folder}/latents"]) == 0
+    assert f"0 shards made, 4 were there; train with --config.data.latents={folder}/latents\n" in capsys.readouterr().out
+    short = ("optim.steps=2", "data.eval_mixture=()", "log.pictures_every=0", "objective.encoded_share=0.0")
+    for name, latents in (("latents", f"{folder}/latents"), ("images", "")):
+        assert run(encoded(tmp_path / name, f"data.latents={latents}", *short))[0] == 0
+    (first, second), (like, then) = lines(tmp_path / "latents"), lines(tmp_path / "images")
+    assert first["diffusion_loss"] == pytest.approx(like["diffusion_loss"], rel=1e-3)
+    assert second["diffusion_loss"] == pytest.approx(then["diffusion_loss"], rel=1e-2)      # Adam's first step is the gradient's sign
+    assert "flops_per_second/vae" in then and "flops_per_second/vae" not in second
+
+
+@pytest.mark.parametrize(("overrides", "told"), [
+    (["model.decoder.image=16"], "than this config's: image 8, not 16; shape [4, 4, 8], not [8, 8, 8]"),
+    (["model.decoder.vae.latent=2", "model.decoder.unet.channels_in=2", "model.decoder.unet.channels_out=2"], "shape [4, 4, 8], not [4, 4, 4]"),
+    (["data.fit=centre"], "fit squash, not centre"), (["data.fit=random"], "set data.fit to squash or centre"),
+    (["data.latents=nowhere"], "no latents in 'nowhere'; they are made by: python -m emu_jax.generate precompute --latents"),
+    (["stage=emu"], "stage='emu' has none")])
+def test_latents_of_other_images_are_one_line(encoded, overrides, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        train.check_precomputed(config.load(encoded("", *overrides)), {"unet": {}})
+
+
+@pytest.mark.parametrize(("file", "arguments", "told"), [
+    ("small", ["--to={to}"], "only a decoder with an autoencoder has latents"),
+    ("latent", ["--to={to}", "--config.data.fit=random"], "data.fit='random': latents are made once"),
+    ("latent", ["--to={to}"], "emu' names no checkpoint with an autoencoder"),
+    ("latent", ["--to={to}", "--config.init={folder}/sd", "--batch=0"], "--batch=0 must be at least 1"),
+    ("latent", ["--to={to}/conditions", "--config.init={folder}/sd"], "holds conditions of another model or other data")])
+def test_latents_that_cannot_be_made_are_one_line(folder, file, arguments, told, tmp_path, capsys):
+    (tmp_path / "conditions").mkdir()
+    (tmp_path / "conditions/conditions.json").write_text("{}")
+    given = [argument.format(to=tmp_path, folder=folder) for argument in arguments]
+    assert generate.main(["precompute", "--latents", *flags(folder, file=file), *given]) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["conditions.json"]

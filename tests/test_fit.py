@@ -119,6 +119,12 @@ def test_conditions_made_beforehand_are_part_of_the_batch():
     assert p.batch.conditions.shape == (8, 1, 4, 32) and set(fit.step_flops(p)[0]) == {"unet"}
 
 
+def test_latents_made_beforehand_take_the_autoencoders_work_out_of_the_step():
+    before, after = (fit.plan(make.decoder_cfg("model.decoder.condition=encoded", f"data.latents={latents}", vae=True), jax.devices()[:1])
+                     for latents in ("", "DIR"))
+    assert after.batch.latents.shape == (8, 1, 4, 4, 8) and set(fit.step_flops(before)[0]) - set(fit.step_flops(after)[0]) == {"vae"}
+
+
 @pytest.mark.parametrize("slope", [1, 7, 30, 90, 200])
 def test_a_search_finds_the_most_rows_in_few_steps(slope):
     """Peaks of 100 + slope a row under full remat, three and nine times the slope under the others, of 1000."""
