@@ -1,26 +1,30 @@
-# make demo: an Emu learns drawings on this machine, and a page shows it.   make demo-draw: and to draw.   make test: every test.
+# make demo: an Emu learns to tell and to draw on this machine, and a page shows it.   make demo-chat: and to answer.   make test: every test.
 # make test-real: GIMP's manual, clips with subtitles and photographs become documents, and a mixture of all kinds trains (50 MB are fetched).
 # make torture: a run that is killed 30 times.
 PYTHON ?= python3
 python = .venv/bin/python
 
 demo: .venv/ready
-	@echo "--- 1 of 4: drawings, scenes and stories to learn from. About 15 minutes are left, on two idle cores"
+	@echo "--- 1 of 6: drawings, scenes and stories to learn from. About 23 minutes are left, on two idle cores"
 	$(python) -m emu_jax.data build --kind=openmoji --to=data/demo
-	@echo "--- 2 of 4: an encoder warms up. About 14 minutes are left"
+	@echo "--- 2 of 6: an encoder warms up. About 22 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py:warmup
-	@echo "--- 3 of 4: Emu learns to tell and to imagine. About 9 minutes are left"
+	@echo "--- 3 of 6: Emu learns to tell and to imagine. About 17 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py
-	@echo "--- 4 of 4: what it has learnt. About a minute is left"
-	$(python) -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu
-
-demo-draw: demo
-	@echo "--- 1 of 3: it imagines every drawing from its caption. About 13 minutes are left"
+	@echo "--- 4 of 6: it imagines every drawing from its caption. About 9 minutes are left"
 	$(python) -m emu_jax.generate precompute --config=configs/demo.py:decoder --to=runs/demo/conditions
-	@echo "--- 2 of 3: a decoder learns to draw what Emu imagines. About 12 minutes are left"
+	@echo "--- 5 of 6: a decoder learns to draw what Emu imagines. About 8 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py:decoder
-	@echo "--- 3 of 3: what they have learnt. About 2 minutes are left"
+	@echo "--- 6 of 6: what they have learnt. About 2 minutes are left"
 	$(python) -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu --decoder=runs/demo/decoder
+
+demo-chat: .venv/ready
+	test -d runs/demo/emu/checkpoints || $(MAKE) demo
+	$(python) -m emu_jax.data build --kind=openmoji --to=data/demo
+	@echo "--- 1 of 2: the demo's Emu learns to answer questions on scenes"
+	$(python) -m emu_jax.train --config=configs/demo.py:instruct
+	@echo "--- 2 of 2: held-out questions, answered before and after"
+	$(python) -m emu_jax.evaluate --task=demo-chat --checkpoint=runs/demo/instruct
 
 test: .venv/ready
 	$(python) -m pytest -n 2 --dist loadgroup
@@ -45,4 +49,4 @@ lint: .venv/ready
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: demo demo-draw test test-long test-real torture lint
+.PHONY: demo demo-chat test test-long test-real torture lint

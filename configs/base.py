@@ -110,6 +110,7 @@ def data() -> ConfigDict:
         latents="",                     # decoder stage: directory that `generate precompute --latents` made; "": images are encoded in every step
         tokenizer="",                   # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
         labels=("text", "</s>"),        # what counts as a label; with "[IMG]" the model decides when to draw. The release: these two
+        system="release",               # conversations: begin with the release's system messages, which say what is coming, or with "none"
         image_first=0.5,                # of an image and its text, how often the image comes first
         fit="squash",                   # images to the model's square: "squash" (the release), "centre" or "random" cut of the shorter side
         mixture=(),                     # (name, weight, "FOLDER:SPLIT"[, rule]) a source: a tensorflow-datasets dataset; rule: data/sequence.py, Rule

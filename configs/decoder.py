@@ -44,6 +44,7 @@ def decoder(condition: int) -> ConfigDict:
             heads=(8, 8, 8, 8),         # SD 2: (5, 10, 20, 20)
             condition=condition,
             pooled=0,                   # the number of visual tokens: they are added to the time's embedding too. Stable Diffusion: no
+            side=0,                     # places a side of the finest level: each is told what to draw by a map of its own. Stable Diffusion: no
             time=1280, cosine_first=True, frequency_shift=0.0, groups=32, eps=1e-5,
             linear=False,               # SD 2: True
             remat="full"),

@@ -6,7 +6,7 @@ def model(size: str) -> ConfigDict:
     if size not in SIZES:
         raise ValueError(f"no model size {size!r}; there are {', '.join(SIZES)}")
     vision, resampler, llama, rest = SIZES[size]
-    c = ConfigDict(dict(vision=VISION | vision, resampler=RESAMPLER | resampler, llama=LLAMA | llama))
+    c = ConfigDict(dict(vision=VISION | vision, resampler=RESAMPLER | resampler, llama=LLAMA | llama, lora=LORA))
     c.update(dict(
         compute="bfloat16",             # or "float32"; parameters, softmax, norms and losses are float32 always
         attention="auto",               # "dense", "splash" (TPU), "pallas" (GPU), "cudnn" (GPU, unmasked only) or by the platform
@@ -31,6 +31,12 @@ LLAMA = dict(                           # LLaMA-1 13B
     rope_scaling=(),                    # ("linear", factor) or ("llama3", factor, low, high, context) for a context longer than trained
     rope_dtype="bfloat16",              # the release rounds the rotary frequencies so (its golden numbers show it); "float32" for LLaMA itself
     remat="full")
+LORA = dict(
+    rank=0,                             # 0: none; the release: 16
+    alpha=16.0,                         # the product of A and B counts alpha / rank times
+    dropout=0.05,                       # of what A multiplies
+    targets=(("llama/blocks/attn/(q|k|v|o)/w", True), (".*", False)),    # beside which matrices of the towers' blocks
+    storage="")                         # the matrices of the LLM's blocks, where they are frozen, as "int8" or "nf4" (QLoRA); "": frozen_dtype
 
 SIZES = {
     "emu-14b": ({}, {}, {}, {}),

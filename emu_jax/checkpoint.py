@@ -261,7 +261,8 @@ def _layout(x: jax.ShapeDtypeStruct, stacked: bool) -> dict:
     chunk = [max(length, 1) for length in ((1, *x.shape[1:]) if stacked else x.shape)]
     while np.prod(chunk) * x.dtype.itemsize > CHUNK and max(chunk) % 2 == 0:
         chunk[chunk.index(max(chunk))] //= 2
-    return {"metadata": {"shape": list(x.shape), "data_type": str(x.dtype),
+    return {"store_data_equal_to_fill_value": True,             # Orbax takes a chunk that is not there for a damage, not for zeros
+            "metadata": {"shape": list(x.shape), "data_type": str(x.dtype),
                          "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
                          "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]}}
 

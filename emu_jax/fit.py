@@ -26,7 +26,7 @@ from emu_jax.config import UserError
 from emu_jax.data.packing import empty_batch
 from emu_jax.generate.precompute import latents_of
 from emu_jax.hardware import GIB
-from emu_jax.models import emu
+from emu_jax.models import emu, flops
 from emu_jax.types import Batch, DecoderBatch
 
 COMPILATIONS = 8        # of a search
@@ -215,8 +215,7 @@ def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
     rows, images, N = data.batch, data.batch * data.images, stage.emu(size).resampler.tokens
     counts = dict(images=images, tokens=rows * data.tokens, pairs=rows * data.tokens * (data.tokens + 1) / 2,
                   labels=rows * max(data.tokens - data.images * (N + 2), 0), regressed=images * (N + p.c.objective.regress_end))
-    trained = {tower: bool(jax.tree.leaves(part)) for tower, part in p.state.trainable.items()}
-    trained["heads"] = trained.get("regress_head", False)
+    trained = flops.trained(path for path, _ in tree.leaves(p.state.trainable))
     towers = set(p.abstract) | ({"heads"} if "llama" in p.abstract else set())
     once, work = ({tower: value for tower, value in stage.work(size, trains, **counts).items() if tower in towers} for trains in ({}, trained))
     full = {field.split(".")[-2] for field, policy in remats(p.c).items() if policy == "full"}

@@ -24,7 +24,7 @@ from emu_jax.checkpoint import Checkpoints
 from emu_jax.config import UserError, to_dict
 from emu_jax.data.loader import Item, Loader, merge
 from emu_jax.journal import Journal, means
-from emu_jax.models import emu
+from emu_jax.models import emu, flops
 from emu_jax.stages import Stage
 from emu_jax.types import Batch, Metrics
 
@@ -51,13 +51,15 @@ class Program:
     optimizer: optax.GradientTransformation
     groups: tree.Tree               # trainable leaf -> name under which its gradient's norm is logged
     specs: tree.Tree                # trainable leaf -> PartitionSpec
+    rows: tree.Tree                 # trainable leaf -> True, or (start, stop): only these of its rows train
     seed: int
     accumulate: int
     ema: float
     spike: float
 
-    def module(self, params: tree.Tree):
-        return emu.bind(self.stage.module, self.size, params)
+    def module(self, params: tree.Tree, key: Array | None = None):
+        """`key` turns the dropout of LoRA on."""
+        return emu.bind(self.stage.module, self.size, params, key)
 
 
 def init_state(program: Program, trainable: tree.Tree, frozen: tree.Tree) -> State:
@@ -73,7 +75,7 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Met
     totals = program.stage.weights(batch)
 
     def loss(trainable, micro, key):
-        return program.stage.loss(program.module(tree.merge(trainable, state.frozen)), micro, key, totals, program.objective)
+        return program.stage.loss(program.module(tree.merge(trainable, state.frozen), key), micro, key, totals, program.objective)
 
     def one(micro, number):
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable, micro, jax.random.fold_in(key, number))
@@ -84,12 +86,13 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Met
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], micros)))
     (value, grads, metrics), _ = jax.lax.scan(lambda total, inputs: (jax.tree.map(jnp.add, total, one(*inputs)), None), zero, micros)
 
+    grads = only(grads, program.rows)
     norm = optax.global_norm(grads)
     ok = jnp.isfinite(value) & jnp.isfinite(norm)
     if program.spike:
         ok &= (state.typical_norm == 0) | (norm < program.spike * state.typical_norm)
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable = optax.apply_updates(state.trainable, only(updates, program.rows))
     ema = state.ema and jax.tree.map(lambda old, new: old + (1 - program.ema) * (new - old), state.ema, trainable)
     typical = jnp.where(state.typical_norm == 0, norm, 0.98 * state.typical_norm + 0.02 * norm)
     new = state.replace(trainable=trainable, opt_state=opt_state, ema=ema, typical_norm=typical)
@@ -98,6 +101,16 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Met
     one = jnp.ones(())
     norms = {f"grad_norm/{name}": (group, one) for name, group in _group_norms(grads, program.groups).items()}
     return new, metrics | norms | {"loss": (value, one), "grad_norm": (norm, one), "bad_steps": (new.bad.astype(jnp.float32), one)}
+
+
+def only(values: tree.Tree, rows: tree.Tree) -> tree.Tree:
+    """`values` with zeros in the rows that do not train."""
+    def one(x, rows):
+        if rows is True:
+            return x
+        at = jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where((rows[0] <= at) & (at < rows[1]), x, 0)
+    return jax.tree.map(one, values, rows)
 
 
 def jitted(program: Program, state: State) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -203,8 +216,7 @@ class Counts:
     def __init__(self, program: Program, c, state: State):
         self.work, self.slots = partial(program.stage.work, program.size), program.stage.emu(program.size).resampler.tokens
         params = tree.merge(state.trainable, state.frozen)
-        self.trained = {tower: any(path.startswith(f"{tower}/") for path, _ in tree.leaves(state.trainable)) for tower in params}
-        self.trained["heads"] = self.trained.get("regress_head", False)
+        self.trained = flops.trained(path for path, _ in tree.leaves(state.trainable))
         self.towers = set(params) | ({"heads"} if "llama" in params else set())
         self.peak = hardware.peak(jax.devices()[0].device_kind)
         self.bad = self.bad_at_start = int(state.bad)
@@ -220,13 +232,15 @@ class Counts:
         seconds, self.ended = None if self.ended is None else now - self.ended, now
         held = item.batch.segments > 0
         share = self.rows / len(held)         # this process's rows stand for all processes' rows
-        tokens, images = share * int(held.sum()), share * float(item.batch.image_weights.sum())
-        values = {"padding": 1 - float(held.mean()), "input_wait": waited} | {f"epochs/{name}": value for name, value in item.stats["epochs"].items()}
+        tokens, images = share * int(held.sum()), share * int((item.batch.image_slots < held.shape[1]).sum())
+        values = {"padding": 1 - float(held.mean()), "input_wait": waited}
+        values |= {name: item.stats[name] for name in ("cut_documents", "cut_turns") if name in item.stats}
+        values |= {f"epochs/{name}": value for name, value in item.stats["epochs"].items()}
         if not seconds:                       # the first step, which compiles, and those after a pause
             return values
         pairs = share * int((item.batch.positions + 1)[held].sum())
         work = self.work(self.trained, images=images, tokens=tokens, pairs=pairs,
-                         labels=share * float(item.batch.text_weights.sum()), regressed=images * self.slots)
+                         labels=share * float(item.batch.text_weights.sum()), regressed=share * float(item.batch.image_weights.sum()) * self.slots)
         work = {tower: value for tower, value in work.items() if tower in self.towers}
         values |= {"step_time": seconds, "tokens_per_second": tokens / seconds, "images_per_second": images / seconds,
                    "flops_per_second": sum(work.values()) / seconds}

@@ -20,7 +20,8 @@ from emu_jax.config import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-MATRICES = ("/w", "/base", "/added")        # how the paths of those end that are cast for arithmetic
+MATRICES = ("/w", "/base", "/added", "/a", "/b")        # how the paths of those end that are cast for arithmetic
+CODES = ("int8", "nf4")                     # names of what a matrix is stored as in its place, beside the scales `absmax` (models/lora.py)
 
 # Tower -> rows in reading order; beside each the weight's shape. Under blocks/ a leading L is scanned and never sharded.
 PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
@@ -65,7 +66,7 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
         ("unet/(time/(up|down)|pooled)/w", P(None, "fsdp")),           # C|t|ND t
         ("unet/conv_in/w", P(None, None, None, "fsdp")),               # 3 3 c C
         ("unet/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),  # 3 3 C C
-        ("unet/.*/resnets/[0-9]+/time/w", P("fsdp", None)),            # t C
+        ("unet/(.*/resnets/[0-9]+/time|places)/w", P("fsdp", None)),   # t C|t h w C
         ("unet/.*/(shortcut|into|out)/w", P("fsdp", None)),            # C C
         ("unet/.*/(self|cross)/(q|k|v)/w", P("fsdp", None, None)),     # C|D H d
         ("unet/.*/(self|cross)/o/w", P(None, None, "fsdp")),           # H d C
@@ -83,6 +84,21 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
         ("vae/.*(bias|scale)", P()),                                   # C, c
     ),
 }
+
+# What lies beside a matrix of any tower's blocks, where it has LoRA; codes and scales of a stored matrix lie where it would (models/lora.py).
+BESIDE: tuple[tuple[str, P], ...] = (
+    (".*/blocks/.*/(q|k|v|gate|up)/a", P(None, "fsdp", None)),         # L D r
+    (".*/blocks/.*/(q|k|v)/b", P(None, None, "tensor", None)),         # L r H d
+    (".*/blocks/.*/o/a", P(None, "tensor", None, None)),               # L H d r
+    (".*/blocks/.*/(gate|up)/b", P(None, None, "tensor")),             # L r F
+    (".*/blocks/.*/down/a", P(None, "tensor", None)),                  # L F r
+    (".*/blocks/.*/(o|down)/b", P(None, None, "fsdp")),                # L r D
+)
+
+
+def role(path: str) -> str:
+    """The path of the matrix that a leaf is, or is stored for."""
+    return re.sub(rf"/({'|'.join(CODES)}|absmax)$", "/w", path)
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -109,8 +125,11 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
 
 def specs(params: tree.Tree) -> tree.Tree:
     """The PartitionSpec of every parameter. Raises ValueError for a parameter without a row, or a row without one."""
-    rows = [row for tower in params for row in PARAMS.get(tower, ())]
-    return tree.by_rule(rows, params, what="sharding table")
+    roles = {path: role(path) for path, _ in tree.leaves(params)}
+    rows = [row for row in BESIDE if any(re.fullmatch(row[0], path) for path in roles)]
+    rows += [row for tower in params for row in PARAMS.get(tower, ())]
+    found = dict(tree.leaves(tree.by_rule(rows, tree.unflatten(dict.fromkeys(roles.values())), what="sharding table")))
+    return tree.unflatten({path: _whole_scales(path, found[role]) for path, role in roles.items()})
 
 
 def check(mesh: Mesh, params: tree.Tree) -> None:
@@ -181,14 +200,18 @@ def images(x: jax.Array) -> jax.Array:
 
 def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> tree.Tree:
     """A subtree of parameters at path `where`, ready for arithmetic: matrices cast to `dtype` *before* they are gathered over
-    fsdp, still split over tensor; `sliced` leading axes (the scanned L) are gone. The gradient is reduce-scattered back."""
+    fsdp, still split over tensor; `sliced` leading axes (the scanned L) are gone. The gradient is reduce-scattered back.
+    Of a weight that is more than one array (models/lora.py), each is gathered: codes, not the matrix that they stand for."""
     mesh = jax.sharding.get_abstract_mesh()
 
-    def ready(path: str, w: jax.Array) -> jax.Array:
+    def ready(path: str, w: Any) -> Any:
+        if hasattr(w, "map"):
+            return w.map(lambda name, part: ready(f"{path.rpartition('/')[0]}/{name}", part))
         w = w.astype(dtype) if path.endswith(MATRICES) else w
         if mesh.empty or mesh.size == 1:
             return w
-        spec = next(spec for pattern, spec in PARAMS[where.split("/")[0]] if re.fullmatch(pattern, path))[sliced:]
+        rows = (*BESIDE, *PARAMS[where.split("/")[0]])
+        spec = _whole_scales(path, next(spec for pattern, spec in rows if re.fullmatch(pattern, role(path))))[sliced:]
         return _gather(w, P(*spec), P(*map(_without_fsdp, spec)))
 
     return tree.unflatten({path: ready(f"{where}/{path}", w) for path, w in tree.leaves(weights)})
@@ -213,6 +236,11 @@ def lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> 
     rows = P() if tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else P(ROWS)      # a few rows are everybody's
     return jax.shard_map(partial(look, "fsdp", "tensor"), in_specs=(P("tensor", "fsdp"), P(None, "fsdp"), rows), out_specs=rows,
                          check_vma=False)(base, added, tokens)
+
+
+def _whole_scales(path: str, spec: P) -> P:
+    """The spec of a matrix for what is stored in its place: the few scales along the last axis are not split."""
+    return P(*spec[:-1], None) if path.endswith("/absmax") else spec
 
 
 def _without_fsdp(axis):

@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,11 +32,11 @@ from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate import pixels, precompute
 from emu_jax.generate.options import Options
 from emu_jax.generate.session import Session
+from emu_jax.initial import initial
 from emu_jax.journal import Journal, means
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT
 from emu_jax.models.decoder import DecoderSize, resized
-from emu_jax.models.unet import CONDITIONED
 from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
@@ -93,7 +92,8 @@ def train(c: ConfigDict) -> loop.State:
         # Data.
         tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
         number, shares = processes.share(mesh, c.data.batch)
-        make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size), process=number, processes=shares)
+        make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
+                              process=number, processes=shares, chats=model.llama.added >= 6)
         loader = at_end.enter_context(closing(make_loader()))
         evaluations = [held_out(program, mesh, make_loader(eval=True), c)] if c.data.eval_mixture else []
         evaluations += [benchmarks(program, mesh, tokenizer, c)] if c.eval.tasks else []
@@ -114,7 +114,7 @@ def train(c: ConfigDict) -> loop.State:
         else:
             step = 0
             params = jax.jit(lambda key: at_rest(c, trains, emu.init(stage.module, size, key)), out_shardings=placed)(jax.random.key(c.seed))
-            params, loaded = initial(c, params)
+            params, loaded = initial(c.init, params)
             if model.standardise and "visual_stats" in params and "visual_stats/mean" not in loaded:
                 params |= {"visual_stats": measure_visual_stats(program, params, make_loader(process=0, processes=1), placed["visual_stats"])}
             state = jax.jit(state_of, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
@@ -148,12 +148,21 @@ def make_program(c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.T
         stage=stage, size=size, objective=c.objective.to_dict() | {"sources": len(c.data.mixture)},
         optimizer=optim.make(c.optim, trainable(c.rules.peak_lr, "rules.peak_lr"), trainable(c.rules.decay, "rules.decay")),
         groups=trainable(c.rules.groups, "rules.groups"), specs=tree.split(sharding.specs(abstract), trains)[0],
+        rows=tree.split(trains, trains)[0],
         seed=c.seed, accumulate=c.optim.accumulate, ema=c.optim.ema, spike=c.optim.spike)
 
 
 def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
-    """rules.train over the parameters; the measured constants of the visual tokens never train."""
+    """rules.train over the parameters: True, False, or (start, stop) for some rows of a matrix. The measured constants of the visual tokens
+    never train. Raises UserError for what cannot train."""
     trains = _rule(c.rules.train, abstract, "rules.train")
+    shapes = dict(tree.leaves(abstract))
+    for path, chosen in tree.leaves(trains):
+        if chosen and path.endswith(sharding.CODES):
+            raise UserError(f"rules.train: {sharding.role(path)} is stored as {path.rpartition('/')[2]} and cannot train; a row before says: "
+                            "('llama/blocks/.*/(int8|nf4|absmax)', False)")
+        if not isinstance(chosen, bool) and not _are_rows(chosen, shapes[path].shape[0]):
+            raise UserError(f"rules.train: {chosen!r} is neither True, nor False, nor (start, stop) of the rows of {path} {list(shapes[path].shape)}")
     trains |= {tower: jax.tree.map(lambda _: False, part) for tower, part in trains.items() if tower == "visual_stats"}
     if not any(chosen for _, chosen in tree.leaves(trains)):
         raise UserError("rules.train: nothing trains; at least one row must say True")
@@ -171,6 +180,10 @@ def at_rest(c: ConfigDict, trains: tree.Tree, params: tree.Tree) -> tree.Tree:
     keep = dict(tree.leaves(trains))
     return tree.unflatten({path: leaf.astype(c.frozen_dtype) if path.endswith(sharding.MATRICES) and not keep[path] else leaf
                            for path, leaf in tree.leaves(params)})
+
+
+def _are_rows(chosen: Any, count: int) -> bool:
+    return isinstance(chosen, tuple) and len(chosen) == 2 and all(type(row) is int for row in chosen) and 0 <= chosen[0] < chosen[1] <= count
 
 
 def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
@@ -266,32 +279,6 @@ def claim(workdir: Path, c: ConfigDict) -> None:
 def _flat(values: dict, prefix: str = "") -> dict:
     return {path: leaf for key, value in values.items()
             for path, leaf in (_flat(value, f"{prefix}{key}.").items() if isinstance(value, dict) else [(prefix + key, value)])}
-
-
-def initial(c: ConfigDict, params: tree.Tree) -> tuple[tree.Tree, set[str]]:
-    """Fresh parameters with what the checkpoints of c.init hold in their place, and the paths of that; of two that hold a leaf the later counts."""
-    loaded = {path: leaf for directory in filter(None, c.init.split(",")) for path, leaf in tree.leaves(load_weights(directory, params))}
-    return tree.unflatten(dict(tree.leaves(params)) | loaded), set(loaded)
-
-
-def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
-    """The leaves of the checkpoint in `directory` that `params` has too, laid out like those; says which towers came, which stay
-    fresh and which are not used. A decoder's maps of its condition stay fresh where that has another width. Raises UserError where another
-    shape differs or nothing is shared."""
-    there = checkpoint.param_shapes(directory)
-    here = dict(tree.leaves(params))
-    wider = [path for path, leaf in here.items() if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape]
-    if wider:
-        log.warning("init %s: %d maps of the condition stay fresh, for it has the width %d there and %d here: %s",
-                    directory, len(wider), there[wider[0]][0], here[wider[0]].shape[0], ", ".join(wider))
-    shared = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-              for path, leaf in here.items() if path in there and path not in wider}
-    towers = lambda paths: ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
-    if not shared:
-        raise UserError(f"init={directory!r} has no parameter of this model; it holds {towers(there)}")
-    log.info("init %s: loaded %s; fresh: %s; not used: %s", directory, towers(shared), towers(here.keys() - shared.keys()),
-             towers(there.keys() - here.keys()))
-    return checkpoint.restore_params(directory, tree.unflatten(shared))
 
 
 def measure_visual_stats(program: loop.Program, params: tree.Tree, loader: Loader, layout: tree.Tree) -> tree.Tree:

@@ -24,5 +24,5 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 # Not types.py and loop.py: JAX rebuilds their structs with what is no array.
 CHECKED = ("models", "data", "generate", "weights", "evaluate", "verify", "losses", "sharding", "stages", "optim", "tree", "config", "checkpoint",
-           "journal", "train")
+           "journal", "initial", "train")
 jaxtyping.install_import_hook([f"emu_jax.{name}" for name in CHECKED], "beartype.beartype")

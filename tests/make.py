@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emu_jax import config, stages, train, tree
+from emu_jax import checkpoint, config, stages, train, tree
 from emu_jax.data.packing import empty_batch, write_row
 from emu_jax.data.sequence import Document, make_sequence
 from emu_jax.data.tokenizer import Tokenizer
@@ -113,6 +113,16 @@ def random_params(p, seed: int = 0):
         return jnp.asarray(1 + 0.1 * noise if path.endswith(("scale", "std")) else 0.2 * noise)
 
     return tree.unflatten({path: leaf(path, x) for path, x in flat(jax.eval_shape(partial(params, p)))})
+
+
+def written(path, c, params):
+    """A checkpoint of parameters and a config in `path`; the parameters."""
+    flat = {name: np.asarray(leaf) for name, leaf in tree.leaves(params)}
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
+    with checkpoint.writing_slices(str(path), shapes, set(), config.to_dict(c)) as put:
+        for name, leaf in flat.items():
+            put(name, None, leaf)
+    return params
 
 
 def packed_and_separate(c):

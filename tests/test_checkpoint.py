@@ -202,7 +202,7 @@ def sliced(workdir, params, config=CONFIG):
 
 def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK", 64)
-    params = make_state().trainable | {"vision": {"pos": jnp.ones((3, 5), jnp.float16)}}
+    params = make_state().trainable | {"vision": {"pos": jnp.ones((3, 5), jnp.float16), "bias": jnp.zeros((70,))}}      # zeros are written too
     sliced(tmp_path, params)
     assert_same(restore_params(str(tmp_path)), jax.tree.map(np.asarray, params))
     assert_same(restore_params(str(tmp_path), abstract(params, mesh_sharding((2, 4), "fsdp"))), params)

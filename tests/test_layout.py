@@ -13,10 +13,10 @@ ORDER = (
     ("sharding",),
     ("processes", "models/*", "data/*"),
     ("losses", "optim", *(f"weights/{name}" for name in (
-        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "stable_diffusion", "inception", "families"))),
+        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "peft", "stable_diffusion", "inception", "families"))),
     ("stages",),
     ("checkpoint",),
-    ("journal", "watch"),
+    ("journal", "watch", "initial"),
     ("loop", "generate/*", "weights/transfer"),
     ("evaluate/*",),
     ("verify/*",),

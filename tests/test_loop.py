@@ -54,7 +54,8 @@ PARAMS = emu.init(Line, SIZE, jax.random.key(0))
 def program(*, trains=("slope", "shift"), dropout=0.0, accumulate=1, ema=0.0, spike=0.0):
     leaves = lambda value: {tower: {"w": value(tower)} for tower in trains}
     return loop.Program(stage=LINE, size=SIZE, objective={"dropout": dropout}, optimizer=optax.adam(0.1),
-                        groups=leaves(str), specs=leaves(lambda _: PartitionSpec()), seed=3, accumulate=accumulate, ema=ema, spike=spike)
+                        groups=leaves(str), specs=leaves(lambda _: PartitionSpec()), rows=leaves(lambda _: True), seed=3, accumulate=accumulate,
+                        ema=ema, spike=spike)
 
 
 def start(p):

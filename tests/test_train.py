@@ -20,6 +20,7 @@ from test_checkpoint import small_disk  # noqa: F401
 from emu_jax import checkpoint, config, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.loader import Item, Loader
+from emu_jax.initial import load_weights
 from emu_jax.models import emu
 from tests.data import fixtures
 
@@ -245,16 +246,16 @@ def test_towers_that_are_shared_are_loaded(warm, data, caplog):
     c = config.load(emu_arguments(data, "nowhere", warm))
     fresh = jax.jit(partial(emu.init, emu.Emu, emu.EmuSize.of(c.model.to_dict())))(jax.random.key(5))
     with caplog.at_level(logging.INFO):
-        loaded = train.load_weights(str(warm), fresh)
+        loaded = load_weights(str(warm), fresh)
     assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast" in caplog.text
     there = checkpoint.restore_params(str(warm))
     assert set(loaded) == {"vision", "ln_visual", "resampler"}
     for path, leaf in tree.leaves(loaded):
         np.testing.assert_array_equal(leaf, dict(tree.leaves(there))[path])
     with pytest.raises(UserError, match=r"has no parameter of this model; it holds contrast, ln_visual, resampler, vision"):
-        train.load_weights(str(warm), {"llama": fresh["llama"]})
+        load_weights(str(warm), {"llama": fresh["llama"]})
     with pytest.raises(UserError, match=r"params 'vision/cls' is float32\[32\] in .*, but float32\[64\]"):
-        train.load_weights(str(warm), {"vision": {"cls": jnp.zeros(64)}})
+        load_weights(str(warm), {"vision": {"cls": jnp.zeros(64)}})
 
 
 def test_visual_tokens_are_standardised_by_the_images_that_are_there():

@@ -1,7 +1,7 @@
 """What a source yields: a document, an ordered list of parts, before anything about it is random or tokenised.
 
 A picture is the bytes of its file (or pixels, where it is a frame of a video) until sources/records.py decodes it for the
-model; then it is a plain array. Read next: sources/kinds.py, which makes documents of the world's formats, or sequence.py.
+model; then it is a plain array, but where it has a role. Read next: sources/kinds.py, which makes documents of the world's formats, or sequence.py.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -66,6 +66,11 @@ def pictures(document: Document) -> Iterator[Picture | Image]:
             yield part.image
         elif not isinstance(part, (str, Text)):
             yield part
+
+
+def pixels(document: Document) -> Iterator[Image]:
+    """The same of a document whose images are decoded."""
+    return (image.data if isinstance(image, Picture) else image for image in pictures(document))
 
 
 def texts(document: Document) -> Iterator[Text]:

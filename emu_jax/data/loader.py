@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from emu_jax.config import UserError
 from emu_jax.data import sources
+from emu_jax.data.chat import SYSTEMS
 from emu_jax.data.images import FITS
 from emu_jax.data.mixture import COUNTS, Mixture, Stream
 from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
@@ -48,12 +49,12 @@ class Loader:
     after an evaluation's last document are empty: segments and weights 0. In an evaluation every process reads all
     streams, for none may end before the others.
 
-    With data.conditions or data.latents batches are DecoderBatches.
+    With data.conditions or data.latents batches are DecoderBatches. chats: has the model tokens for conversations?
     Raises UserError for settings that do not fit one another and for more corrupt records than `data.max_bad_share`.
     """
 
     def __init__(self, data: ConfigDict, seed: int, tokenizer: Tokenizer, n_visual: int, image_size: int,
-                 process: int = 0, processes: int = 1, eval: bool = False):
+                 process: int = 0, processes: int = 1, eval: bool = False, chats: bool = True):
         rows = data.eval_mixture if eval else data.mixture
         _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
         self.data, self.eval, self.image_size, self.pad = data, eval, image_size, tokenizer.pad
@@ -64,11 +65,12 @@ class Loader:
                                data.num_streams, seed, tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows))
         self.owned = range(process * data.num_streams // processes, (process + 1) * data.num_streams // processes)
         self.to_sequence = partial(make_sequence, tokenizer=tokenizer, n_visual=n_visual, max_tokens=data.tokens,
-                                   max_images=data.images, image_first=data.image_first, labels=data.labels)
+                                   max_images=data.images, image_first=data.image_first, labels=data.labels, chats=chats, system=data.system)
         self.fit = {"first_fit": first_fit, "best_fit": partial(best_fit, row_tokens=data.tokens, row_images=data.images)}[data.packing]
         self.precomputed = {kind: Precomputed(data[kind], kind, "eval_mixture" if eval else "mixture", self._documents)
                             for kind in KINDS if data[kind]}
         self.state: dict = {}
+        self.told_of_cuts = False
         self.pool: ThreadPoolExecutor | None = None
         for name, source in zip(self.source_names, self.mixture.sources):
             log.info("source %s: %d documents", name, len(source))
@@ -154,6 +156,10 @@ class Loader:
             if read >= min(JUDGED, documents) and bad > self.data.max_bad_share * read:
                 raise UserError(f"source {name!r}: {bad} of {read} records are corrupt (each is named in the log), more than "
                                 f"data.max_bad_share={self.data.max_bad_share} allows; mend the data or raise the share")
+        if stats["cut_turns"] and not self.told_of_cuts:
+            self.told_of_cuts = True
+            log.warning("conversations are longer than data.tokens=%d and data.images=%d allow: their last turns are left out, %d so far; "
+                        "metrics.jsonl goes on counting (cut_turns, cut_documents)", self.data.tokens, self.data.images, stats["cut_turns"])
         if not any(row for rows, _ in results for row in rows):
             return None
         ids = [row for stream, (rows, _) in zip(streams, results) if stream.number in self.owned for row in rows]
@@ -167,7 +173,7 @@ def merge(states: list[dict]) -> dict:
 
 
 def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int], num_streams: int) -> dict[str, Any]:
-    """Sums over streams' states, rows being `tokens` long: packed rows, documents, tokens, images, cut_documents and cut_tokens;
+    """Sums over streams' states, rows being `tokens` long: packed rows, documents, tokens, images, cut_documents, cut_tokens and cut_turns;
     records `read` and `bad` by source (those that wait included); `epochs` by source: how often its `documents` were read, by all of the
     `num_streams` streams if these are not all (below 1 it is the share of the source that was seen, for an epoch repeats nothing);
     `padding`, the share of positions that hold nothing."""
@@ -198,7 +204,7 @@ def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processe
         raise UserError(f"data.num_streams={data.num_streams} must be a multiple of the number of hosts, {processes}")
     if not mixture:
         raise UserError(f"data.{field} is empty; give it a (name, weight, path) row for every source")
-    for name, known in (("fit", FITS), ("packing", ("first_fit", "best_fit")), ("unreadable", ("skip", "stop"))):
+    for name, known in (("fit", FITS), ("packing", ("first_fit", "best_fit")), ("unreadable", ("skip", "stop")), ("system", SYSTEMS)):
         if data[name] not in known:
             raise UserError(f"data.{name} is {data[name]!r}; there are {', '.join(known)}")
     for row in mixture:

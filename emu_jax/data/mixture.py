@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 BLOCK = 1024        # draws of a stream that share one generator: a generator a draw would cost more than the draw
 STREAK = 100        # corrupt records one after another that end a stream, which else might look for a good one for ever
 
-COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens")
+COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens", "cut_turns")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Stream:
         self.draws = state["draws"]
         self.read = [state["sources"][name]["read"] for name in mixture.names]
         self.bad = [state["sources"][name]["bad"] for name in mixture.names]
-        self.counts = dict(state["counts"])
+        self.counts = dict.fromkeys(COUNTS, 0) | state["counts"]
         self.waiting: list[tuple[tuple[int, int], Packed]] = []     # ((source, place), document)
         self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])     # of the restored state
         self.once = map(tuple, mixture.one_pass[number::mixture.streams].tolist()) if once else None
@@ -146,8 +146,8 @@ class Stream:
             sequence = row[-1].sequence
             tokens -= len(sequence.tokens)
             images -= len(sequence.image_slots)
-            self._count(documents=1, tokens=len(sequence.tokens), images=len(sequence.image_slots),
-                        cut_documents=int(sequence.cut > 0), cut_tokens=sequence.cut)
+            self._count(documents=1, tokens=len(sequence.tokens), images=len(sequence.image_slots))
+            self._count_cut(sequence)
         self._count(rows=1)
         return row
 
@@ -179,6 +179,9 @@ class Stream:
         name, documents = self.mixture.names[source], self.mixture.sources[source]
         try:
             document = documents[place if self.once is not None else self.mixture.index(source, place)]
+            full_id = f"{name}/{document.id}"
+            rng = rng_of(self.mixture.seed, full_id, place // len(documents))
+            sequence = self.to_sequence(document, rng=rng, rule=self.mixture.rule(source))
         except Corrupt as error:
             log.warning("source %s: a corrupt record is skipped: %s", name, error)
             self.bad[source] += 1
@@ -187,10 +190,18 @@ class Stream:
                 raise UserError(f"source {name!r}: {STREAK} corrupt records one after another in stream {self.number}, the last {error}; "
                                 "mend the data or take the source out of the mixture") from error
             return None
+        if not len(sequence.tokens):
+            self._count_cut(sequence)
+            self.streak += 1
+            if self.streak == STREAK:
+                raise UserError(f"source {name!r}: {STREAK} conversations one after another in stream {self.number} have a first turn that is too "
+                                f"long, the last {full_id}; raise data.tokens or data.images")
+            return None
         self.streak = 0
-        full_id = f"{name}/{document.id}"
-        rng = rng_of(self.mixture.seed, full_id, place // len(documents))
-        return Packed(full_id, source, self.to_sequence(document, rng=rng, rule=self.mixture.rule(source)))
+        return Packed(full_id, source, sequence)
+
+    def _count_cut(self, sequence: Sequence):
+        self._count(cut_documents=int(sequence.cut > 0), cut_tokens=sequence.cut, cut_turns=sequence.cut_turns)
 
     def _count(self, **more: int):
         for name, value in more.items():

@@ -2,6 +2,7 @@
 
 The grammar of Emu (arXiv 2307.05222, section 2; the release's ids and labels). Everything that differs between the
 data sets of the paper is said by the order of a document's parts; the random order of a Pair is drawn here.
+A conversation is written by chat.py, and only its answers count.
 Read next: packing.py.
 """
 from collections.abc import Collection
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from emu_jax.data.documents import Document, Pair, Text
+from emu_jax.config import UserError
+from emu_jax.data import chat
+from emu_jax.data.documents import Document, Pair, Picture, Text
 from emu_jax.data.tokenizer import Tokenizer
 
 LABELS = ("text", "</s>", "[IMG]", "[/IMG]")
@@ -26,6 +29,7 @@ class Sequence:
     image_slots: Int[np.ndarray, " i"]      # int32; index in tokens of the first of an image's N slots
     image_weights: Float[np.ndarray, " i"]  # float32; 1 where the image is regressed
     cut: int                                # tokens that truncation dropped
+    cut_turns: int = 0                      # and turns of a conversation
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,24 @@ PLAIN = Rule()
 
 
 def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, max_tokens: int, max_images: int,
-                  image_first: float, labels: Collection[str], rng: np.random.Generator, rule: Rule = PLAIN) -> Sequence:
+                  image_first: float, labels: Collection[str], rng: np.random.Generator, rule: Rule = PLAIN, chats: bool = True,
+                  system: str = "release") -> Sequence:
     """The sequence of `document`, of at most `max_tokens` tokens and `max_images` images, made by `rule`.
 
     `labels` says which of LABELS count as labels; `<s>` and the slots never do. Every part that is text is encoded on its own, so the
     tokenizer's dummy prefix stands between neighbours. What is too long loses its end, `</s>` included, and never a
     part of an image. `image_first` is the probability that a Pair's image comes first. `rng` is asked once a Pair, once more for an image
     that is not square (its place of the cut: images.decode, "random"), and by a rule that draws.
+
+    A conversation is cut after a whole turn instead; one whose first turn is too long has no tokens. Its questions and their images count
+    nothing. system: "release" begins it with the release's message, if it has none of its own. Raises Corrupt for roles out of order, and
+    UserError for a conversation where the model has no tokens for it (`chats`).
     """
     max_tokens = min(max_tokens, rule.tokens or max_tokens)
+    if chat.is_conversation(document):
+        if not chats:
+            raise UserError(f"{document.id} is a conversation, and this model has no [USER] and [ASSISTANT]: model.llama.added=6")
+        return _conversation(document, tokenizer, n_visual, max_tokens, min(max_images, rule.images or max_images), labels, rng, system)
     block = [tokenizer.img, *[tokenizer.image] * n_visual, tokenizer.end_img]
     counts = {label: float(label in labels) for label in LABELS}
     block_weights = [counts["[IMG]"], *[0.0] * n_visual, counts["[/IMG]"]]
@@ -93,6 +106,61 @@ def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, ma
         image_slots=np.array(slots[:kept], np.int32),
         image_weights=np.ones(kept, np.float32),
         cut=before + len(tokens) - keep)
+
+
+def _conversation(document, tokenizer, n_visual, max_tokens, max_images, labels, rng, system) -> Sequence:
+    own, turns = chat.turns(document)
+    counts = {label: float(label in labels) for label in LABELS}
+    said = own or (chat.MESSAGES[chat.kind([part for part in turns[0].question if isinstance(part, Picture)])] if system == "release" else ())
+    written = _Written(tokenizer, n_visual, counts)
+    ends = [written.end]
+    for number, (question, answer) in enumerate(turns):
+        asked = [_square(part.data, rng) if isinstance(part, Picture) else part.text for part in question]
+        for piece in chat.joined([*(chat.opening(tokenizer, said) if number == 0 else ()), *chat.asked(tokenizer, asked)]):
+            written.add(piece, 0.0)
+        for part in answer:
+            written.add(*((_square(part.data, rng), 1.0) if isinstance(part, Picture) else (part.text, part.weight)))
+        written.add(tokenizer.eos, counts["</s>"])
+        ends.append(written.end)
+    kept = max(number for number, (tokens, images) in enumerate(ends) if tokens <= max_tokens and images <= max_images)
+    return written.until(document.id, ends[kept], cut_turns=len(turns) - kept)
+
+
+class _Written:
+    """A sequence that grows by pieces."""
+
+    def __init__(self, tokenizer: Tokenizer, n_visual: int, counts: dict[str, float]):
+        self.t, self.n, self.counts = tokenizer, n_visual, counts
+        self.tokens, self.weights, self.images, self.slots, self.regressed = [], [], [], [], []
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """(tokens, images) so far."""
+        return len(self.tokens), len(self.images)
+
+    def add(self, piece: chat.Piece, weight: float) -> None:
+        """weight: of a special id as a label; of a text, and of an image as a target, beside what `labels` says."""
+        if isinstance(piece, int):
+            ids, weights = [piece], [weight]
+        elif isinstance(piece, str):
+            ids = self.t.encode(piece)
+            weights = [weight * self.counts["text"]] * len(ids)
+        else:
+            self.images.append(piece)
+            self.slots.append(len(self.tokens) + 1)
+            self.regressed.append(weight)
+            ids = [self.t.img, *[self.t.image] * self.n, self.t.end_img]
+            weights = [weight * self.counts["[IMG]"], *[0.0] * self.n, weight * self.counts["[/IMG]"]]
+        self.tokens += ids
+        self.weights += weights
+
+    def until(self, id: str, end: tuple[int, int], cut_turns: int) -> Sequence:
+        tokens, images = end
+        return Sequence(
+            id=id, tokens=np.array(self.tokens[:tokens], np.int32), text_weights=np.array(self.weights[:tokens], np.float32),
+            images=np.stack(self.images[:images]) if images else np.zeros((0, 0, 0, 3), np.uint8),
+            image_slots=np.array(self.slots[:images], np.int32), image_weights=np.array(self.regressed[:images], np.float32),
+            cut=len(self.tokens) - tokens, cut_turns=cut_turns)
 
 
 def _chosen(parts, pairs, rng):

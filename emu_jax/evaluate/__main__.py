@@ -1,8 +1,8 @@
 """python -m emu_jax.evaluate --task=T --data=DIR --checkpoint=DIR [--shots=K] [--limit=N]: a benchmark, and a page to look at.
-python -m emu_jax.evaluate --task=demo --checkpoint=DIR [--decoder=DIR]: the demo's numbers and page.
+python -m emu_jax.evaluate --task=demo|demo-chat --checkpoint=DIR [--decoder=DIR]: the demo's numbers and page.
 python -m emu_jax.evaluate score --metric=NAME --predictions=FILE --references=FILE: scores of predictions, without a model (--help: the layouts).
 
-Read next: benchmark.py; demo.py, report.py; score.py.
+Read next: benchmark.py; demo.py, report.py; chat.py; score.py.
 """
 import argparse
 import json
@@ -13,6 +13,7 @@ from emu_jax.config import UserError
 
 DESCRIPTION = """A trained model on a benchmark, from its published annotation files: predictions, their scores, and a page with pictures.
 A run that was stopped goes on with the same command."""
+DEMOS = ("demo", "demo-chat")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(scores(arguments[1:]), indent=1, ensure_ascii=False))
             return 0
         flags = _parse(arguments)
-        print(demo(flags.checkpoint, flags.data or "data/demo", flags.warmup, flags.decoder, flags.out) if flags.task == "demo" else benchmark(flags))
+        data = flags.data or "data/demo"
+        if flags.task == "demo":
+            print(demo(flags.checkpoint, data, flags.warmup, flags.decoder, flags.out))
+        else:
+            print(chat(flags.checkpoint, data, flags.out) if flags.task == "demo-chat" else benchmark(flags))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -52,6 +57,21 @@ def demo(checkpoint: str, data: str, warmup: str | None, decoder: str | None, ou
                "captions": told}
     _write(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     _write(folder / "report.html", report.page(result, checkpoint))
+    return folder / "report.html"
+
+
+def chat(checkpoint: str, data: str, out: str | None) -> Path:
+    """As `demo`, for a model that was tuned to answer questions."""
+    from emu_jax.evaluate import chat, history
+    result = chat.evaluate(checkpoint, data)
+    print(chat.table(result))
+    folder = Path(out) if out else history.workdir(checkpoint)[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = [{"id": told.id, "kind": told.kind, "question": told.question, "true": told.true, "before": told.before, "after": told.after}
+               for told in result.told]
+    _write(folder / "results.json", json.dumps({"checkpoint": checkpoint, "numbers": result.numbers, "answers": answers}, indent=1,
+                                               ensure_ascii=False) + "\n")
+    _write(folder / "report.html", chat.page(result, checkpoint))
     return folder / "report.html"
 
 
@@ -112,9 +132,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m emu_jax.evaluate", description=DESCRIPTION, epilog=epilog, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = _fail                            # one line, as everywhere
-    parser.add_argument("--task", required=True, choices=["demo", *TASKS], metavar="T", help="demo, or one of the tasks below")
+    parser.add_argument("--task", required=True, choices=[*DEMOS, *TASKS], metavar="T",
+                        help="demo; demo-chat: its questions, before and after tuning; or one of the tasks below")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints")
-    parser.add_argument("--data", metavar="DIR", help="the benchmark's annotation files and pictures, wherever in it; demo: data/demo")
+    parser.add_argument("--data", metavar="DIR", help="the benchmark's annotation files and pictures, wherever in it; demos: data/demo")
     parser.add_argument("--out", metavar="DIR", help="for predictions, submission.json, scores.json and report.html; by default within the run")
     parser.add_argument("--limit", type=_count, metavar="N", help="the first N examples only")
     parser.add_argument("--shots", type=_count, default=0, metavar="K", help="K examples before the question, chosen by RICES (0)")
@@ -132,7 +153,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hosts", type=_count, metavar="N", help="how many share the work; by default the processes that JAX knows of")
     parser.add_argument("--warmup", metavar="DIR", help="demo: the run that warmed the encoder up; by default where the run's config says it started")
     flags = parser.parse_args(arguments)
-    if flags.task != "demo" and not flags.data:
+    if flags.task not in DEMOS and not flags.data:
         _fail(f"--data=DIR is missing: the folder with {', '.join(TASKS[flags.task].files)} and the pictures")
     if flags.text_only and not flags.shots:
         _fail("--text-only needs --shots=K: how many examples")

@@ -121,19 +121,19 @@ chosen.</p>
 <h2>From a name to its drawing</h2>
 <p>From a name alone the model regresses the drawing's {result.config["model"]["resampler"]["tokens"]} visual tokens, each fed back. Here are
 the drawings, of all {n["retrieval_among"]:,}, whose true tokens are nearest; the right one is framed. It is among the first five for
-<b>{_percent(n["retrieval_top5"])}</b> of the training names and first for <b>{_percent(n["retrieval_top1"])}</b> (by chance
-{_percent(5 / n["retrieval_among"], 2)} and {_percent(1 / n["retrieval_among"], 2)}); free-run R² {n["free_run_r2"]:.2f}. What a
-held-out name looks like can only be guessed from its words: first five {_percent(n["retrieval_held_out_top5"])}, R²
+<b>{percent(n["retrieval_top5"])}</b> of the training names and first for <b>{percent(n["retrieval_top1"])}</b> (by chance
+{percent(5 / n["retrieval_among"], 2)} and {percent(1 / n["retrieval_among"], 2)}); free-run R² {n["free_run_r2"]:.2f}. What a
+held-out name looks like can only be guessed from its words: first five {percent(n["retrieval_held_out_top5"])}, R²
 {n["free_run_r2_held_out"]:.2f}.</p>
 <div class="card scroll"><table>{_retrieval(result.drawn)}</table></div>
 {_pictures(result)}
 <h2>Names of drawings</h2>
-<p>Training drawings: memory. All {n["names_train_count"]:,} were asked; <b>{_percent(n["names_train_exact"])}</b> are exactly right, F1 of the
+<p>Training drawings: memory. All {n["names_train_count"]:,} were asked; <b>{percent(n["names_train_exact"])}</b> are exactly right, F1 of the
 words {n["names_train_f1"]:.2f}.</p>
 <div class="grid" style="--least: 210px">{_told(result, "names_train")}</div>
-<p>Held-out drawings, for information, since a name that was never read cannot be known: {_percent(n["names_held_out_exact"])} of
+<p>Held-out drawings, for information, since a name that was never read cannot be known: {percent(n["names_held_out_exact"])} of
 {n["names_held_out_count"]} exactly right, F1 {n["names_held_out_f1"]:.2f}. The name of the nearest training drawing in pixels:
-{_percent(n["names_held_out_nearest_exact"])}, F1 {n["names_held_out_nearest_f1"]:.2f}.</p>
+{percent(n["names_held_out_nearest_exact"])}, F1 {n["names_held_out_nearest_f1"]:.2f}.</p>
 <div class="grid" style="--least: 210px">{_told(result, "names_held_out")}</div>
 <h2>Curves</h2>
 <p>Pale: training; strong: its running mean; circles: held-out data.</p>
@@ -222,7 +222,7 @@ def picture(image: UInt8[np.ndarray, "h w 3"], label: str, style: str = "") -> s
     return f'<img{style} src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{escape(label)}" title="{escape(label)}">'
 
 
-def _percent(value: Number, digits: int = 1) -> str:
+def percent(value: Number, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}\u00a0%"       # a space that does not break the line
 
 
@@ -232,7 +232,7 @@ def _targets(targets: list[Target]) -> str:
             return '<span class="mark">not measured</span>'
         return f'<span class="mark {"right" if target.reached else "wrong"}">{"reached" if target.reached else "not reached"}</span>'
 
-    value = lambda target: "–" if target.value is None else _percent(target.value, 2 if target.value < 0.02 else 1)
+    value = lambda target: "–" if target.value is None else percent(target.value, 2 if target.value < 0.02 else 1)
     rows = (f'<tr><td>{escape(target.what)} <small class="soft number">{escape(target.bound)}</small></td>'
             f'<td class="number big">{value(target)}</td><td>{mark(target)}</td></tr>' for target in targets)
     return f'<div class="card scroll"><table>{"".join(rows)}</table></div>'
@@ -246,12 +246,12 @@ def _scenes(n: dict[str, Number]) -> str:
         scores = [f"{group}_{who}{score}" for who in ("", "nearest_") for score in ("exact", "facts", "f1")]
         if n[f"{group}_count"]:
             rows += f'<tr><td>{label}</td><td class="number">{n[f"{group}_count"]}</td>' + "".join(
-                f'<td class="number">{_percent(n[score])}</td>' for score in scores) + "</tr>"
+                f'<td class="number">{percent(n[score])}</td>' for score in scores) + "</tr>"
     swapped = n.get("scenes_held_out_spatial_swapped")
     return f"""<p>Each number, drawing, relation and background below was seen in training, but never together. Exactly right:
-<b>{_percent(n["scenes_held_out_exact"])}</b> of {n["scenes_held_out_count"]}. The caption of the nearest training scene in pixels cannot be exactly
+<b>{percent(n["scenes_held_out_exact"])}</b> of {n["scenes_held_out_count"]}. The caption of the nearest training scene in pixels cannot be exactly
 right, for its combination is another one; so also compare the share of facts (number or relation, drawings, background) that are right, each in
-its role. {"" if swapped is None else f"Of the spatial captions {_percent(swapped)} name the right two drawings in each other's place."}</p>
+its role. {"" if swapped is None else f"Of the spatial captions {percent(swapped)} name the right two drawings in each other's place."}</p>
 <div class="card scroll"><table>{head}{rows}</table></div>"""
 
 
@@ -274,7 +274,7 @@ def _stories(result: Result) -> str:
     n = result.numbers
     stories = "".join(f'<div class="card story">{"".join(map(_card, story))}</div>' for story in result.stories[:STORIES])
     return f"""<h2>Stories, sentence by sentence</h2>
-<p>Held-out pairs of drawings. Each sentence is told from all images and true sentences before it: {_percent(n["stories_held_out_exact"])} of
+<p>Held-out pairs of drawings. Each sentence is told from all images and true sentences before it: {percent(n["stories_held_out_exact"])} of
 {n["stories_held_out_count"]} are exactly right as far as the true sentence goes (nothing teaches where a sentence inside a story ends).</p>
 <div class="grid" style="--least: 235px">{stories}</div>"""
 
@@ -286,7 +286,7 @@ def _in_context(result: Result) -> str:
     fours = "".join(f'<div class="card story">{"".join(map(given, four[:3]))}{_card(four[3])}</div>' for four in result.in_context[:IN_CONTEXT])
     return f"""<h2>Examples in context</h2>
 <p>Three training drawings with their names, and then a fourth: the model reads all that and goes on. It was trained on one drawing and its name
-at a time, so what helps with one can disturb among four: {_percent(result.numbers["in_context_exact"])} of
+at a time, so what helps with one can disturb among four: {percent(result.numbers["in_context_exact"])} of
 {result.numbers["in_context_count"]} are exactly right.</p>
 <div class="grid" style="--least: 210px">{fours}</div>"""
 
@@ -301,7 +301,7 @@ def _pictures(result: Result) -> str:
     for group, label in (("names_train", "training drawings"), ("names_held_out", "held-out drawings"), ("scenes_held_out", "held-out scenes")):
         scores = (f"pictures_{group}_{source}_top{top}" for source in ("encoded", "regressed") for top in (1, 5))
         rows += (f'<tr><td>{label}</td><td class="number">{n[f"pictures_{group}_count"]}</td>' +
-                 "".join(f'<td class="number">{_percent(n[score])}</td>' for score in scores) + "</tr>")
+                 "".join(f'<td class="number">{percent(n[score])}</td>' for score in scores) + "</tr>")
         cards = (_row(picture.caption, list(zip((picture.image, picture.encoded, picture.regressed), PARTS, strict=True)))
                  for picture in result.pictures[group][:PICTURES[group]])
         shown[group] = f'<div class="grid" style="--least: 150px">{"".join(cards)}</div>'
@@ -377,8 +377,8 @@ def _speed(n: dict[str, Number]) -> str:
     stages = {"warmup_speed": "warm-up", "speed": "Emu"} | ({"decoder_speed": "decoder"} if "decoder_speed/steps" in n else {})
     towers = dict.fromkeys(name.rpartition("/")[2] for name in n if "flops_per_second/" in name)
     rows += [(f"… {tower}", f"flops_per_second/{tower}", _si) for tower in towers]
-    rows += [("share of the peak (MFU)", "mfu", _percent), ("waiting for data", "input_wait_share", lambda share: _percent(share, 2)),
-             ("padding", "padding_share", _percent)]
+    rows += [("share of the peak (MFU)", "mfu", percent), ("waiting for data", "input_wait_share", lambda share: percent(share, 2)),
+             ("padding", "padding_share", percent)]
     cell = lambda stage, name, show: f'<td class="number">{show(n[f"{stage}/{name}"]) if f"{stage}/{name}" in n else "–"}</td>'
     return "<tr><th></th>" + "".join(f"<th>{label}</th>" for label in stages.values()) + "</tr>" + "".join(
         f'<tr><td>{label}</td>{"".join(cell(stage, name, show) for stage in stages)}</tr>' for label, name, show in rows

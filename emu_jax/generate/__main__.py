@@ -200,7 +200,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reconstruct", action="store_true", help="draw pictures from their own visual tokens, as the encoder makes them")
     parser.add_argument("--decoder", metavar="DIR", help="a run of the stage decoder, or one of its checkpoints: drawings become pictures")
     parser.add_argument("--chat", action="store_true", help="the chat format of a model tuned on instructions; without parts, a conversation")
-    parser.add_argument("--system", metavar="TEXT", help="chat: the system message; by default the release's for one image or one video, else none")
+    parser.add_argument("--system", metavar="TEXT", help="chat: the system message; by default what the model was tuned with: "
+                        "the release has one for an image, one for a video")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
     parser.add_argument("--out", default="generated", metavar="DIR", help="where drawings are saved (generated), or with --decoder a FILE.png")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model or tokenizer.json, if it is not where the checkpoint's config says")

@@ -11,20 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from emu_jax.config import UserError
+from emu_jax.data import chat
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate import media
 
 Part = str | Path | np.ndarray
-
-# The release's system messages by what a prompt holds; "[IMG]" in them are the added tokens, as its tokenizer reads them.
-SYSTEM = {
-    "image": ("You will be presented with an image: ", "[IMG]", "ImageContent", "[/IMG]", ". You will be able to see the image after I provide it "
-              "to you. Please answer my questions based on the given image."),
-    "video": ("You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: ", "[IMG]",
-              "ImageContent", "[/IMG]", ". You will be able to see the video after I provide it to you. Please answer my questions based on the "
-              "given video."),
-    "": (),
-}
 
 MARKS = re.compile(r"(\[USER\]|\[ASSISTANT\]|\[IMG\]|\[/IMG\]|</s>|\{image\})")         # of `Grammar.template`
 
@@ -48,29 +39,20 @@ class Grammar:
     image_size: int
     width: int              # D
     added: int              # tokens after the vocabulary; six are needed for chat
+    system: str = "release"  # what a chat begins with: data.system
 
     def plain(self, parts: Sequence[Part]) -> Prompt:
         """`<s>` and the parts; each text is encoded on its own, as in training."""
         return self._written([self.tokenizer.bos, *(piece for part in parts for piece in self._pieces(part))])
 
     def turn(self, parts: Sequence[Part], *, system: str | None, first: bool) -> Prompt:
-        """A user's turn of a chat, up to where the answer begins. system: None for the release's message, "" for none."""
+        """A user's turn of a chat, up to where the answer begins. system: None for the message it was tuned with, "" for none."""
         if self.added < 6:
             raise UserError("this model has no [USER] and [ASSISTANT]: only one that was tuned on instructions can chat (model.llama.added=6)")
-        t = self.tokenizer
-        beginning: list[str | int] = []
-        if first:
-            special = {"[IMG]": t.img, "[/IMG]": t.end_img}
-            said = SYSTEM[_kind(parts)] if system is None else (system,) if system else ()
-            beginning = [t.bos, *(special.get(piece, piece) for piece in said), *([" "] if said else [])]
-        pieces = [*beginning, t.user, ": ", *(piece for part in parts for piece in self._pieces(part)), " ", t.assistant, ":"]
-        joined: list = []                   # texts side by side are one text here
-        for piece in pieces:
-            if isinstance(piece, str) and joined and isinstance(joined[-1], str):
-                joined[-1] += piece
-            else:
-                joined.append(piece)
-        return self._written(joined)
+        said = () if self.system == "none" else chat.MESSAGES[_kind(parts)]
+        said = said if system is None else (system,) if system else ()
+        beginning = chat.opening(self.tokenizer, said) if first else []
+        return self._written(chat.joined([*beginning, *chat.asked(self.tokenizer, [piece for part in parts for piece in self._pieces(part)])]))
 
     def template(self, text: str, images: Sequence[Sequence[np.ndarray]]) -> Prompt:
         """`<s>` and a text in which "[USER]", "[ASSISTANT]", "[IMG]", "[/IMG]" and "</s>" are those tokens, and each "{image}" the next of

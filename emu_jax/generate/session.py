@@ -52,14 +52,15 @@ class Session:
 
     def __init__(self, size: emu.EmuSize, params: tree.Tree, tokenizer: Tokenizer, *, context: int,
                  decode: Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]] | None = None,
-                 mesh: jax.sharding.Mesh | None = None, batch: int = 32, truncate: str = "never", draws: int = 0):
+                 mesh: jax.sharding.Mesh | None = None, batch: int = 32, truncate: str = "never", draws: int = 0,
+                 system: str = "release"):
         """context: elements that a row may have. batch: rows at once. truncate: "left" cuts prompts that are too long, else they are refused.
-        draws: images that a streamed answer may hold, unless it is said otherwise."""
+        draws: images that a streamed answer may hold, unless it is said otherwise. system: what chats begin with, data.system."""
         self.size, self.params, self.tokenizer, self.context, self.decode, self.truncate = size, params, tokenizer, context, decode, truncate
         self.mesh, self.shards = mesh, 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch, self.draws = max(batch, self.shards), draws
         self.vocab = size.llama.vocab + size.llama.added
-        self.grammar = Grammar(tokenizer, size.resampler.tokens, size.vision.image, size.llama.width, size.llama.added)
+        self.grammar = Grammar(tokenizer, size.resampler.tokens, size.vision.image, size.llama.width, size.llama.added, system)
 
     @classmethod
     def load(cls, directory: str, *, ema: bool = False, tokenizer: str | None = None, mesh: jax.sharding.Mesh | None = None, **options) -> "Session":
@@ -76,7 +77,8 @@ class Session:
         tokens = tokenizers.load(tokenizer or config["data"]["tokenizer"], size.llama.vocab)
         params = checkpoint.restore_params(directory, abstract_params(size, mesh), ema=ema)
         draws = DRAWS if "[IMG]" in config["data"]["labels"] else 0
-        return cls(size, params, tokens, context=config["data"]["tokens"], mesh=mesh, **{"draws": draws} | options)
+        return cls(size, params, tokens, context=config["data"]["tokens"], mesh=mesh,
+                   **{"draws": draws, "system": config["data"].get("system", "release")} | options)
 
     # --- prompts ---
 
@@ -388,7 +390,7 @@ def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.T
     if mesh:
         sharding.check(mesh, shapes)
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
-    dtype = lambda path, leaf: size.compute if path.endswith(("/w", "/base", "/added")) else leaf.dtype
+    dtype = lambda path, leaf: size.compute if path.endswith(sharding.MATRICES) else leaf.dtype
     return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
                            for path, leaf in tree.leaves(shapes)})
 

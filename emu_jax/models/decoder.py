@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from emu_jax.config import UserError
 from emu_jax.models.diffusion import Diffusion
 from emu_jax.models.emu import Emu, EmuSize
+from emu_jax.models.lora import LoraSize
 from emu_jax.models.unet import UNet, UNetSize
 from emu_jax.models.vae import Vae, VaeSize
 from emu_jax.types import Batch, DecoderBatch
@@ -50,6 +51,8 @@ class DecoderSize:
             raise UserError(f"model.decoder.unet.condition={size.unet.condition}: the model's visual tokens have the width {size.emu.llama.width}")
         if size.unet.pooled not in (0, size.emu.resampler.tokens):
             raise UserError(f"model.decoder.unet.pooled={size.unet.pooled} must be 0 or the number of visual tokens, {size.emu.resampler.tokens}")
+        if size.unet.side not in (0, size.image // (factor * size.unet.patch)):
+            raise UserError(f"model.decoder.unet.side={size.unet.side} must be 0 or {size.image // (factor * size.unet.patch)}, the places a side")
         if size.image % (factor * size.unet.divisor):
             raise UserError(f"model.decoder.image={size.image} must be divisible by {factor * size.unet.divisor} "
                             f"({f'{factor} pixels a latent, ' if size.vae else ''}{size.unet.divisor} in the U-Net)")
@@ -57,6 +60,10 @@ class DecoderSize:
             raise UserError(f"model.decoder.unet has {size.unet.channels_in} channels in and {size.unet.channels_out} out; "
                             f"{'the latents' if size.vae else 'pixels'} have {channels}")
         return size
+
+    @property
+    def lora(self) -> LoraSize:
+        return self.emu.lora
 
     @property
     def loaded(self) -> int:

@@ -6,6 +6,7 @@
 Outside this package a model is a plain nested dict of parameters: `init` makes it, `bind` gives it arithmetic.
 """
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from emu_jax import sharding
-from emu_jax.models import layers
+from emu_jax.models import layers, lora
 from emu_jax.models.llama import Llama, LlamaSize
+from emu_jax.models.lora import NO_LORA, LoraSize
 from emu_jax.models.resampler import Resampler, ResamplerSize
 from emu_jax.models.vision import Vision, VisionSize, normalise
 from emu_jax.types import Batch
@@ -30,11 +32,13 @@ class EmuSize:
     compute: str            # dtype of the arithmetic
     attention: str          # kernel of the three towers' attention
     standardise: bool       # visual tokens standardised by constants measured once (visual_stats)
+    lora: LoraSize = NO_LORA
 
     @classmethod
     def of(cls, model: dict) -> "EmuSize":
         """From `config.model`, whose fields are these."""
-        towers = dict(vision=VisionSize(**model["vision"]), resampler=ResamplerSize(**model["resampler"]), llama=LlamaSize(**model["llama"]))
+        towers = dict(vision=VisionSize(**model["vision"]), resampler=ResamplerSize(**model["resampler"]), llama=LlamaSize(**model["llama"]),
+                      lora=LoraSize(**model.get("lora", {})))
         return cls(**{**model, **towers})
 
 
@@ -93,11 +97,23 @@ class Emu(Encoder):
 
 
 def init(module: type[nnx.Module], size: Any, key: Array) -> dict:
-    """Fresh parameters of `module(size, rngs)` as a nested dict; under jax.eval_shape, their shapes."""
-    return nnx.to_pure_dict(nnx.state(module(size, nnx.Rngs(params=key))))
+    """Fresh parameters of `module(size, rngs)` as a nested dict, with its LoRA; under jax.eval_shape, their shapes."""
+    made = module(size, nnx.Rngs(params=key))
+    linear = {"/".join(map(str, path)) + "/w": part.inputs for path, part in nnx.iter_modules(made) if isinstance(part, layers.Linear)}
+    inputs = {path: axes for path, axes in linear.items() if "/blocks/" in path}
+    return lora.extended(_lora(size), nnx.to_pure_dict(nnx.state(made)), inputs, key)
 
 
-def bind(module: type[nnx.Module], size: Any, params: dict) -> nnx.Module:
-    """The module whose parameters are `params`: for use inside a jitted function."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: module(size, nnx.Rngs(params=0))))
-    return nnx.merge(graphdef, params)
+def bind(module: type[nnx.Module], size: Any, params: dict, key: Array | None = None) -> nnx.Module:
+    """The module whose parameters are `params`: for use inside a jitted function. `key` turns the dropout of LoRA on."""
+    return nnx.merge(_graphdef(module, size), lora.bound(_lora(size), params, key))
+
+
+@cache      # a second or two each time that something is traced
+def _graphdef(module: type[nnx.Module], size: Any) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: module(size, nnx.Rngs(params=0))))
+
+
+def _lora(size: Any) -> LoraSize | None:
+    """None for what has no Emu in it: a U-Net alone."""
+    return getattr(size, "lora", None)

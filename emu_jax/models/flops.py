@@ -2,6 +2,8 @@
 
 Recomputation, padding, norms and softmax count nothing, as in the definition of MFU (PaLM, arXiv 2204.02311, appendix B).
 """
+from collections.abc import Iterable
+
 from emu_jax.models.decoder import DecoderSize
 from emu_jax.models.emu import EmuSize
 from emu_jax.models.unet import UNetSize
@@ -26,10 +28,19 @@ def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels
 
 def train(size: EmuSize, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
     """FLOPs of a step by tower, from the counts of `forward`: three times the forward where the tower trains, twice where
-    gradients only pass through it to an earlier one, once otherwise."""
-    order = ("vision", "resampler", "llama", "heads")
+    gradients only pass through it to an earlier one (or to LoRA in it, whose own few count nothing), once otherwise."""
+    order = ("vision", "resampler", "inputs", "llama", "heads")
     passes = {tower: any(trained.get(before) for before in order[:place]) for place, tower in enumerate(order)}
     return {tower: (3 if trained.get(tower) else 2 if passes[tower] else 1) * value for tower, value in forward(size, **counts).items()}
+
+
+def trained(paths: Iterable[str]) -> dict[str, bool]:
+    """What `train` asks of the parameters that train: by tower, is it one, or more than LoRA and single rows in it? "inputs": is it these?"""
+    found: dict[str, bool] = {}
+    for path in paths:
+        tower = path.split("/")[0]
+        found["inputs" if tower == "llama" and path.endswith(("/a", "/b", "/added")) else tower] = True
+    return found | {"heads": found.get("regress_head", False)}
 
 
 def unet(size: UNetSize, side: int, tokens: int) -> int:
@@ -46,7 +57,7 @@ def unet(size: UNetSize, side: int, tokens: int) -> int:
         return _resnet(width_in, size.widths[level], places[level]) + 2 * size.time * size.widths[level]
 
     ends = 18 * places[0] * size.patch ** 2 * (size.channels_in + size.channels_out) * size.widths[0]
-    time = 2 * size.time * (size.widths[0] + size.time + size.pooled * size.condition)
+    time = 2 * size.time * (size.widths[0] + size.time + size.pooled * size.condition + size.side ** 2 * size.widths[0])
     total = ends + time + 2 * resnet(size.widths[last], last) + transformer(last)
     skips = [size.widths[0]]
     for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):

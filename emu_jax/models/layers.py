@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from emu_jax import sharding
+from emu_jax.models.lora import Lora, Quantised, equations
 
 # What a block's backward pass finds saved: everything, nothing, or the outputs of its matrix products.
 REMAT = {
@@ -21,8 +22,13 @@ REMAT = {
 }
 
 
-def einsum(equation: str, x: Array, w: Array) -> Array:
-    """The one matrix product: in x's dtype (float32 means float32, on every platform)."""
+def einsum(equation: str, x: Array, w: Array | Quantised | Lora) -> Array:
+    """The one matrix product: in x's dtype (float32 means float32, on every platform), with whatever kind of weight."""
+    if isinstance(w, Lora):
+        down, up = equations(equation)
+        return einsum(equation, x, w.w) + w.scale * einsum(up, einsum(down, dropout(x, w.dropout, w.keys), w.a), w.b)
+    if isinstance(w, Quantised):
+        w = w.plain(x.dtype)
     return jnp.einsum(equation, x, w.astype(x.dtype), precision="highest" if x.dtype == jnp.float32 else None)
 
 
@@ -31,6 +37,7 @@ class Linear(nnx.Module):
 
     def __init__(self, equation: str, shape: tuple[int, ...], *, std: float, rngs: nnx.Rngs, bias: tuple[int, ...] | None = None):
         self.equation = equation
+        self.inputs = sum(axis not in equation.partition("->")[2] for axis in equation.partition(",")[2].partition("->")[0])   # axes of w summed over
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         if bias is not None:
             self.bias = nnx.Param(jnp.zeros(bias))

@@ -117,7 +117,7 @@ class Llama(nnx.Module):
 
     def empty_cache(self, rows: int, slots: int, dtype) -> Cache:
         """A cache with room for `slots` tokens a row."""
-        L, _, G, d = self.blocks.attn.k.w.shape
+        L, G, d = self.size.depth, self.size.kv, self.size.width // self.size.heads
         zeros = lambda: sharding.cache(jnp.zeros((L, rows, slots, G, d), dtype))
         free = jnp.zeros((rows, slots), jnp.int32)
         return Cache(zeros(), zeros(), free, free, jnp.int32(0), fresh=True)

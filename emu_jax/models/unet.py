@@ -36,6 +36,7 @@ class UNetSize:
     heads: tuple[int, ...]
     condition: int                  # D, width of the condition
     pooled: int                     # N, if the condition's tokens, side by side, are added to the time's embedding too; 0: they are only looked at
+    side: int                       # places a side of the finest level, if each has a map of that embedding of its own; 0: all have the same ones
     time: int                       # width of the time's embedding
     cosine_first: bool              # in the time's sinusoids; both releases: yes
     frequency_shift: float
@@ -143,6 +144,8 @@ class UNet(nnx.Module):
             side_by_side = size.pooled * size.condition
             self.pooled = layers.Linear("bk,kt->bt", (side_by_side, size.time), std=side_by_side ** -0.5, rngs=rngs)
         self.conv_in = Conv(places * size.channels_in, C[0], rngs=rngs)
+        if size.side:
+            self.places = layers.Linear("bt,thwc->bhwc", (size.time, size.side, size.side, C[0]), std=size.time ** -0.5, rngs=rngs)
         down, skips = [], [C[0]]
         for level, count in enumerate(size.resnets):
             widths_in = [skips[-1]] + [C[level]] * (count - 1)
@@ -181,7 +184,10 @@ class UNet(nnx.Module):
             return x
 
         x = rearrange(sharding.images(x), "b (h i) (w j) c -> b h w (i j c)", i=p, j=p)
-        skips = [x := once(self.conv_in, plain, x, where="conv_in")]
+        x = once(self.conv_in, plain, x, where="conv_in")
+        if size.side:
+            x = x + once(self.places, plain, jax.nn.silu(time), where="places")
+        skips = [x]
         for number, level in enumerate(in_order(self.down)):
             for place in range(len(level.resnets)):
                 skips.append(x := step(level, place, x, f"down/{number}"))

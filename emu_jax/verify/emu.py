@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from emu_jax import stages
+from emu_jax import stages, tree
 from emu_jax.config import UserError
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate.options import Options
@@ -17,11 +17,12 @@ from emu_jax.generate.prompt import Prompt
 from emu_jax.generate.session import Session
 from emu_jax.models import emu
 from emu_jax.models.llama import LlamaSize
+from emu_jax.models.lora import LoraSize
 from emu_jax.models.resampler import ResamplerSize
 from emu_jax.models.vision import VisionSize
 from emu_jax.types import Batch
 from emu_jax.verify.golden import Quantity, compare, weights
-from emu_jax.weights import convert, emu1
+from emu_jax.weights import convert, emu1, peft
 
 NEEDED = ("config", "seed", "eos_row_scale", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
           "vision_features", "vision_normed", "visual_tokens", "hidden", "logits_sum", "logits_first8", "logits_logsumexp", "text_targets",
@@ -43,9 +44,17 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
             ResamplerSize(c["n_causal"], c["t5_d_model"], c["t5_layers"], c["t5_heads"], c["t5_d_kv"], c["t5_d_ff"], 32, 128, 0.1, "none"),
             LlamaSize(special["pad"], rows - special["pad"], c["llm_width"], c["llm_layers"], c["llm_heads"], 0, c["llm_ff"], 1e-6, 10000.0, (),
                       "bfloat16", False, "none"),
-            compute="float32", attention="dense", standardise=False)
+            compute="float32", attention="dense", standardise=False, lora=_lora(file))
     except (KeyError, StopIteration, json.JSONDecodeError) as error:
         raise UserError(f"golden file: its config or special_ids lack {error}") from error
+
+
+def _lora(file: dict[str, np.ndarray]) -> LoraSize:
+    """Of the file's adapter, whose alpha is its rank, without dropout; rank 0 where it has none."""
+    names, shapes = map(str, file["parameter_names"]), map(json.loads, map(str, file["parameter_shapes"]))
+    _, adapter = emu1.parted(dict(zip(names, map(tuple, shapes), strict=False)))
+    rank = peft.says(adapter, {})["lora.rank"]
+    return LoraSize(rank, float(rank), 0.0, peft.assumes(adapter, {})["lora.targets"]) if rank else LoraSize()
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
@@ -55,7 +64,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     size = size_of(file)
     table = emu1.table(size)
     foreign = weights(file)
-    params = convert.from_theirs(table, emu1.canonical(foreign))
+    plain, adapter = emu1.parted(foreign)
+    params = tree.merge(convert.from_theirs(table, plain), convert.from_theirs(peft.table(size), adapter))
     batch, images = make_batch(file, size)
     ours = _run(size, params, batch, images)
 
@@ -67,12 +77,13 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
     yield from _generated(file, size, params, ours["visual_tokens"])
 
-    theirs = dict(convert.to_theirs(table, convert.reader(_gradient(size, params, batch, images))))
-    gradient = _with_lora(theirs, foreign)
+    gradient = _gradient(size, params, batch, images)
+    theirs = _theirs(table, gradient) | _theirs(peft.table(size), gradient)
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
-        if emu1.rename(name) not in gradient:
-            raise UserError(f"golden file: grad_names has {name!r}, which is no parameter")
-        yield compare(f"grad_norm {name}", norm, np.linalg.norm(gradient[emu1.rename(name)].astype(np.float64)), 5e-4)
+        own = next(key for part in emu1.parted({name: None}) for key in part)
+        if own not in theirs:
+            raise UserError(f"golden file: grad_names has {name!r}, which is no parameter that trains")
+        yield compare(f"grad_norm {name}", norm, np.linalg.norm(theirs[own].astype(np.float64)), 5e-4)
     yield from (Quantity(name, None, 1e-4) for name in file
                 if name not in ours and name not in INPUTS | {"grad_norms"} and not name.startswith(("generate_image_", "decode_")))
 
@@ -165,17 +176,20 @@ def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.
     return ours
 
 
-def _with_lora(gradient: dict[str, np.ndarray], foreign: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """With the gradients of LoRA's A and B, by the chain rule from that of the weight they are merged into, w + B A."""
-    named = {emu1.rename(name): array for name, array in foreign.items()}
-    for name in [name for name in named if ".lora_A." in name]:
-        other, outer = name.replace(".lora_A.", ".lora_B."), gradient[re.sub(r"\.lora_A\..*", ".weight", name)]
-        gradient |= {name: named[other].T @ outer, other: outer @ named[name].T}
-    return gradient
+def _theirs(table: convert.Table, gradient: tree.Tree) -> dict[str, np.ndarray]:
+    """The gradients that there are, under the table's names."""
+    there = {path for path, _ in tree.leaves(gradient)}
+    rows = tuple(row for row in table.rows if row.ours in there)
+    return dict(convert.to_theirs(table._replace(rows=rows), convert.reader(gradient)))
 
 
-def _gradient(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict:
-    def loss(params):
-        model = emu.bind(emu.Emu, size, params)
+def _gradient(size: emu.EmuSize, params: tree.Tree, batch: Batch, images) -> tree.Tree:
+    """Of everything; where there is LoRA, of its matrices and what comes before the LLM: the rest is frozen."""
+    trains = {path: not size.lora.rank or path.endswith(("/a", "/b")) or not path.startswith(("llama/", "regress_head/"))
+              for path, _ in tree.leaves(params)}
+    trainable, frozen = tree.split(params, tree.unflatten(trains))
+
+    def loss(trainable):
+        model = emu.bind(emu.Emu, size, tree.merge(trainable, frozen))
         return _losses(model, _forward(model, batch, images), batch, regress_end=False)[0]
-    return jax.jit(jax.grad(loss))(params)
+    return jax.jit(jax.grad(loss))(trainable)

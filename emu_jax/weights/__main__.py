@@ -2,6 +2,7 @@
 
     import --family=llama LLAMA --family=eva-clip EVA --config=configs/pretrain.py --to=DIR     several sources make one checkpoint
     export --family=llama --from=DIR --to=FOLDER
+    bake --from=DIR --to=DIR                                    LoRA into its matrices, and those that are stored in few bits made plain
     verify FILE.npz ...
 """
 import argparse
@@ -19,7 +20,8 @@ SOURCE: a folder, a .safetensors, .bin or .pt file, an index, or all files of on
 Several families make one checkpoint together: EVA-CLIP and a LLaMA are the paper's start. What no source fills (the resampler,
 the heads) is left out, and is fresh where training starts from DIR (--config.init=DIR).
 The rows of new tokens are the mean of the old ones. Of T5's decoder: all but the learned queries, the projection, and keys and values of the
-cross-attention, which read another width. A chat model's LoRA is merged into its weights.
+cross-attention, which read another width. A chat model's LoRA is merged into its weights, or stays LoRA where the config's model
+has it (configs/instruct.py, model.lora.rank). A PEFT adapter (peft) goes beside its model: --family=llama LLAMA --family=peft ADAPTER.
 stable-diffusion: one folder of diffusers', of which unet, vae and the scheduler's config are read. Its condition may have another width than the
 model's: what reads it is fresh then where training starts from DIR (--config.init=EMU,DIR).
 inception: the network of FID, for python -m emu_jax.evaluate --inception=DIR; a checkpoint of its own.
@@ -28,8 +30,9 @@ With --config=FILE the sources must fit its model; without, configs/pretrain.py 
 """
 EXPORT = """
 Writes safetensors, their index and config.json into a new folder, as the family's own library names them, in the dtype of the checkpoint.
-llama: LlamaForCausalLM, without Emu's added tokens; emu1: the release's names; stable-diffusion: a folder for StableDiffusionPipeline, without a
-text encoder, for an Emu makes its conditions.
+llama: LlamaForCausalLM, without Emu's added tokens; emu1: the release's names; LoRA is merged into their weights. peft: the LoRA alone, as an
+adapter of a LlamaForCausalLM, without the rows of [USER] and [ASSISTANT]. stable-diffusion: a folder for StableDiffusionPipeline, without a text
+encoder, for an Emu makes its conditions.
 """
 
 
@@ -41,6 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == ["import"]:
             return import_(arguments[1:])
         flags = _parser().parse_args(arguments)
+        if flags.command == "bake":
+            transfer.bake(flags.source, flags.to)
+            print(f"{flags.to}: one model of plain matrices; start from it with --config.init={flags.to}")
+            return 0
         return export(flags) if flags.command == "export" else verify_(flags.files)
     except transfer.Misfit as error:
         print(*error.lines, sep="\n", file=sys.stderr)
@@ -131,9 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
     out.add_argument("--ema", action="store_true", help="the moving average of the weights, where they have one")
     out.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it; default: as the checkpoint has it")
+    flat = commands.add_parser("bake", help="a checkpoint without LoRA and with plain matrices, the same model")
+    flat.add_argument("--from", dest="source", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints")
+    flat.add_argument("--to", required=True, metavar="DIR", help="directory of the new checkpoint")
     check = commands.add_parser("verify", help="run our code on golden files and print its largest errors")
     check.add_argument("files", nargs="+", metavar="FILE.npz")
-    for command in (parser, out, check):
+    for command in (parser, out, flat, check):
         command.error = _fail
     return parser
 

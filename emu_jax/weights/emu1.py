@@ -1,7 +1,7 @@
 """The released Emu checkpoint, pretrained or chat: EVA-CLIP's, T5's and LLaMA's tables under its prefixes, and its own few names.
 
-A chat model's LoRA is merged into its weights, and its exports have none. A model with more added tokens than the file ([USER]
-[ASSISTANT]) gets their rows as the mean of the others.
+A chat model's LoRA is merged into its weights, or becomes PEFT's adapter (`parted`); exports have none. A model with more added
+tokens than the file ([USER] [ASSISTANT]) gets their rows as the mean of the others.
 """
 import re
 from typing import Any
@@ -56,6 +56,14 @@ def canonical(foreign: Tensors, *, lora_scale: float = 1.0) -> dict[str, Any]:
                 raise UserError(f"{name} is there without {lacking[0]}")
             merged[weight] = _merged(named[weight], *(named[half] for half in pair), lora_scale)
     return merged
+
+
+def parted(foreign: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the tensors under their plain names without LoRA, its A and B as PEFT's adapter files name them)."""
+    named = {rename(name): tensor for name, tensor in foreign.items()}
+    adapter = {re.sub(r"(\.lora_[AB])\..*", r"\1.weight", name).replace(LM, "base_model.model.", 1): tensor for name, tensor in named.items()
+               if ".lora_" in name}
+    return {name: tensor for name, tensor in named.items() if ".lora_" not in name}, adapter
 
 
 def _merged(w: Any, a: Any, b: Any, scale: float) -> Tensor:

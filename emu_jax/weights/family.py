@@ -36,7 +36,9 @@ class Family:
     of config.model. `tensors`: their tensors under the table's names. `size` of config.model, and the `shapes` of our leaves.
 
     `components`: the subfolders, each with a config.json, in which some libraries keep the parts of a model; names in the table start with
-    "component.", config.json are by component, and `config_json` makes all the files of JSON by their paths.
+    "component.", config.json are by component.
+    `stem`: of the files that an export writes. Under another one than Hugging Face's "model" they are without an index where one holds all, and
+    `config_json` makes all the files of JSON by their paths.
     `adapts`: a field of config.model of which the files may have another value than a given config, and a regex of the leaves that have other
     shapes then: the import keeps theirs, and training starts those leaves fresh."""
     name: str
@@ -49,6 +51,7 @@ class Family:
     size: Callable[[dict[str, Any]], Any] = emu_size
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
     components: tuple[str, ...] = ()
+    stem: str = "model"
     adapts: tuple[str, str] | None = None
     use: str = "start from it with --config.init={to}"
 

@@ -68,7 +68,8 @@ def read(sources: list[str]) -> Foreign:
     if lacking := [f"{name} ({file})" for name, file in promised.items() if name not in tensors]:
         raise UserError(f"{sources[0]}: its index promises {len(lacking)} tensors that are not there: {', '.join(lacking[:4])}")
     folder = Path(sources[0]) if Path(sources[0]).is_dir() else Path(sources[0]).parent
-    return Foreign(tensors, _json(folder / "config.json") if (folder / "config.json").is_file() else {}, " ".join(sources))
+    config = next((path for name in ("config.json", "adapter_config.json") if (path := folder / name).is_file()), None)
+    return Foreign(tensors, _json(config) if config else {}, " ".join(sources))
 
 
 def components(folder: str, names: tuple[str, ...]) -> Foreign:
@@ -87,7 +88,7 @@ def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], n
     shards: list[list[str]] = [[]]
     sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
     for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard:
+        if shard and shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard:
             shards.append([])
         shards[-1].append(name)
     bare = bare and len(shards) == 1

@@ -152,7 +152,7 @@ def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
     return UNetSize(
         channels_in=need("in_channels", 4), channels_out=need("out_channels", 4), patch=1, widths=widths, resnets=each("layers_per_block", 2),
         attends_down=down, attends_up=up, depths=each("transformer_layers_per_block", 1), heads=heads, condition=condition.pop(), pooled=0,
-        time=config.get("time_embedding_dim") or 4 * widths[0], cosine_first=need("flip_sin_to_cos", True),
+        side=0, time=config.get("time_embedding_dim") or 4 * widths[0], cosine_first=need("flip_sin_to_cos", True),
         frequency_shift=float(need("freq_shift", 0)), groups=_groups("U-Net", config, widths), eps=float(need("norm_eps", 1e-5)),
         linear=need("use_linear_projection", False), remat=remat)
 
@@ -322,4 +322,4 @@ def _groups(what: str, config: Mapping[str, Any], widths: tuple[int, ...]) -> in
 
 FAMILY = Family("stable-diffusion", sign=r"unet\.down_blocks\.\d+\.resnets\.\d+\.conv1\.weight", table=lambda size: table(*size), says=says,
                 assumes=assumes, config_json=config_json, tensors=canonical, size=size, shapes=shapes, components=("unet", "vae"),
-                adapts=("decoder.unet.condition", CONDITIONED))
+                stem="diffusion_pytorch_model", adapts=("decoder.unet.condition", CONDITIONED))

@@ -3,6 +3,7 @@
 An import writes a checkpoint that `config.init=DIR` starts from; the towers that no source fills are left out of it, and are fresh
 there. An export writes what the family's own library loads. Read next: convert.py, ../checkpoint.py.
 """
+import copy
 import json
 import re
 import shlex
@@ -17,9 +18,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from emu_jax import checkpoint, config
+from emu_jax import checkpoint, config, sharding
 from emu_jax.config import UserError
-from emu_jax.weights import convert, emu1, eva_clip, files
+from emu_jax.models import lora
+from emu_jax.models.lora import LoraSize
+from emu_jax.weights import convert, emu1, eva_clip, files, peft
 from emu_jax.weights.convert import Table
 from emu_jax.weights.families import FAMILIES, guess
 from emu_jax.weights.family import Family
@@ -49,7 +52,8 @@ def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, im
 
     Raises Misfit, which lists every tensor that is missing, unexpected or misshapen, and UserError for all else.
     """
-    found = [_read(name, where) for name, where in sources]
+    c.model.lora.storage = ""       # what comes in is whole; a run that starts from it rounds it
+    found = [part for name, where in sources for part in _read(name, where, keep_lora=c.model.lora.rank > 0)]
     if image_size:
         c.model.vision.image = image_size
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for _, tensors, _ in found]
@@ -117,13 +121,15 @@ def export(name: str, directory: str, to: str, *, ema: bool = False, dtype: str 
     family, folder = FAMILIES[name], Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} is there and not empty; choose another directory")
-    source = checkpoint.Slices(directory, ema=ema)
+    source = checkpoint.Slices(directory, ema=ema) if family is peft.FAMILY else Baked(directory, ema=ema)
     model = config.from_dict(source.config["model"]).to_dict()
     try:
         table = family.table(family.size(model))
         shapes = convert.shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
     except UserError as error:
         raise UserError(f"{directory} holds no whole {name}: {error}") from error
+    if not shapes:              # of an adapter
+        raise UserError(f"{directory} holds no LoRA")
     kinds = _dtypes(table, source, dtype)
     half = folder.with_name(f".{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
@@ -137,9 +143,8 @@ def export(name: str, directory: str, to: str, *, ema: bool = False, dtype: str 
             bar = tqdm(arrays, desc=component or name, total=len(layout), unit="tensor", disable=None)
             cast = ((tensor.removeprefix(prefix), array.astype(kinds[tensor], copy=False)) for tensor, array in bar)
             (half / component).mkdir(exist_ok=True)
-            stem = "diffusion_pytorch_model" if component else "model"
-            files.write(half / component, stem, layout, cast, shard, bare=bool(component))
-        if not family.components:
+            files.write(half / component, family.stem, layout, cast, shard, bare=family.stem != "model")
+        if family.stem == "model":
             kind = max((kind for _, kind in layout.values()), key=lambda kind: kind.itemsize)
             said = {"config.json": said | {"torch_dtype": str(kind)}}
         for file, values in said.items():
@@ -154,6 +159,48 @@ def export(name: str, directory: str, to: str, *, ema: bool = False, dtype: str 
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Baked:
+    """The parameters in a checkpoint as those of a model without LoRA and with plain matrices; read like checkpoint.Slices."""
+
+    def __init__(self, directory: str, *, ema: bool = False):
+        self._source = checkpoint.Slices(directory, ema=ema)
+        self.config = copy.deepcopy(self._source.config)
+        self._size = LoraSize(**config.from_dict(self.config["model"].get("lora", {})).to_dict())
+        self.config["model"]["lora"] = self.config["model"].get("lora", {}) | {"rank": 0, "storage": ""}
+        self._codes: dict[str, str] = {}        # matrix -> its codes
+        self.shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        for path, (dtype, shape) in self._source.shapes.items():
+            if path.endswith(sharding.CODES):
+                self._codes[sharding.role(path)] = path
+                shape = (*shape[:-1], shape[-1] * (2 if path.endswith("nf4") else 1))
+                self.shapes[sharding.role(path)] = np.dtype(jax.numpy.dtype(self.config["model"]["compute"])), shape
+            elif not path.endswith(("/absmax", "/a", "/b")):
+                self.shapes[path] = dtype, shape
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        where, read = path.removesuffix("/w"), self._source.read
+        w = lora.Quantised(read(self._codes[path], layer), read(f"{where}/absmax", layer)) if path in self._codes else read(path, layer)
+        if path.endswith("/w") and f"{where}/a" in self._source.shapes:
+            return np.asarray(lora.baked(self._size, w, read(f"{where}/a", layer), read(f"{where}/b", layer))).astype(self.shapes[path][0])
+        return np.asarray(w.plain(self.shapes[path][0])) if path in self._codes else w
+
+    def check(self) -> None:
+        self._source.check()
+
+
+def bake(directory: str, to: str) -> None:
+    """A checkpoint in `to` of the same model without LoRA and with plain matrices. Raises UserError, and then nothing is left of it."""
+    source = Baked(directory)
+    leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (dtype, shape) in source.shapes.items()}
+    stacked = {path for path in leaves if path.split("/")[0] in ("vision", "resampler", "llama") and "/blocks/" in path}
+    told = source.config | {"optim": source.config["optim"] | {"ema": 0.0}}      # what is written has no average
+    with checkpoint.writing_slices(to, leaves, stacked, told) as put:
+        for path, leaf in tqdm(leaves.items(), "bake", unit="leaf", disable=None):
+            for layer in range(leaf.shape[0]) if path in stacked else [None]:
+                put(path, layer, source.read(path, layer))
+        source.check()
 
 
 def summary(made: Plan) -> Iterator[str]:
@@ -179,8 +226,9 @@ def summary(made: Plan) -> Iterator[str]:
         yield f"not said by the files, and as in the default config: {', '.join(made.assumed)}"
 
 
-def _read(name: str, where: list[str]) -> tuple[Family, dict[str, Any], files.Foreign]:
-    """The sources of a family. Raises UserError, which guesses the right family, where they are another's."""
+def _read(name: str, where: list[str], *, keep_lora: bool) -> list[tuple[Family, dict[str, Any], files.Foreign]]:
+    """The sources of a family as its part; a chat model, of which LoRA is to be kept, as two. Raises UserError, which guesses the right family,
+    where they are another's."""
     family = FAMILIES[name]
     if family.components and len(where) > 1:
         raise UserError(f"--family={name} takes one folder, with {' and '.join(family.components)} in it, not {' '.join(where)}")
@@ -195,7 +243,10 @@ def _read(name: str, where: list[str]) -> tuple[Family, dict[str, Any], files.Fo
                 f"it looks like none of {', '.join(FAMILIES)}; it holds {', '.join(list(foreign.tensors)[:3])}, ...")
         layout = f", which is a folder of diffusers' with {' and '.join(family.components)} in it" if family.components else ""
         raise UserError(f"{foreign.where} is not of the family {name}{layout}; {like}")
-    return family, family.tensors(foreign.tensors), foreign
+    if family is emu1.FAMILY and keep_lora:
+        plain, adapter = emu1.parted(foreign.tensors)
+        return [(family, plain, foreign), *([(peft.FAMILY, adapter, files.Foreign(adapter, {}, foreign.where))] if adapter else [])]
+    return [(family, family.tensors(foreign.tensors), foreign)]
 
 
 def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], foreign: files.Foreign, given: bool,
@@ -245,7 +296,7 @@ def _set(c: ConfigDict, field: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: {field} cannot be {value!r}") from error
 
 
-def _dtypes(table: Table, source: checkpoint.Slices, dtype: str | None) -> dict[str, np.dtype]:
+def _dtypes(table: Table, source: checkpoint.Slices | Baked, dtype: str | None) -> dict[str, np.dtype]:
     """The dtype of each foreign tensor: as our leaves have it, or `dtype`."""
     return {name: np.dtype(jax.numpy.dtype(dtype)) if dtype else np.result_type(*(source.shapes[use.row.ours][0] for use in parts))
             for name, parts in convert.uses(table, made=False).items()}

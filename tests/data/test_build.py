@@ -191,7 +191,8 @@ def test_conversations_are_read_with_their_roles(tmp_path):
         {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]}])
     build.build("llava", [tmp_path / "in"], tmp_path / "set", Options(), workers=1)
     image, question, answer = sources.open(f"{tmp_path}/set:train", 8)[0].parts
-    assert image.shape == (8, 8, 3) and question == Text("What is it?", role="user") and answer == Text("A square.", role="assistant")
+    assert (image.data.shape, image.role) == ((8, 8, 3), "user")
+    assert (question, answer) == (Text("What is it?", role="user"), Text("A square.", role="assistant"))
 
 
 def test_times_of_frames_are_read(tmp_path):

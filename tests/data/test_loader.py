@@ -41,7 +41,7 @@ def loader(letters, memory, picture, monkeypatch):
         data = ConfigDict(dict(batch=8, tokens=24, images=2, num_streams=4, pack_lookahead=3, prefetch=2, workers=2, readers=0,
                                max_bad_share=0.2,
                                patience=5.0, retries=1, unreadable="skip", fit="squash", packing="first_fit",
-                               conditions="", latents="", tokenizer="", labels=("text", "</s>"), image_first=0.5,
+                               conditions="", latents="", tokenizer="", labels=("text", "</s>"), image_first=0.5, system="release",
                                mixture=mixture, eval_mixture=mixture) | different)
         made.append(Loader(data, seed, letters, n_visual=2, image_size=4, process=process, processes=processes, eval=eval))
         return made[-1]

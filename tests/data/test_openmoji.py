@@ -11,7 +11,8 @@ import pytest
 from emu_jax.config import UserError
 from emu_jax.data import __main__ as command
 from emu_jax.data import sources, tokenizer
-from emu_jax.data.builders import openmoji, scenes
+from emu_jax.data.builders import openmoji, questions, scenes
+from emu_jax.data.documents import pixels
 from emu_jax.data.sources import records
 
 PAIRS, KINDS, SPLITS = ("counts", "spatial"), ("counts", "spatial", "stories"), (False, True)
@@ -161,17 +162,18 @@ def build(to, seed=0):
 
 def everything(to):
     """(id, texts, images as bytes) of every document in `to`."""
-    return {split: [(document.id, openmoji._texts(document), [image.tobytes() for image in openmoji._images(document)])
+    return {split: [(document.id, openmoji._texts(document), [image.tobytes() for image in pixels(document)])
                     for document in sources.open(f"{to}/{split}", 28)]
-            for split in ("names:train", "names:held_out", "scenes:train", "scenes:held_out", "stories:train", "stories:held_out")}
+            for split in (f"{name}:{split}" for name in ("names", "scenes", "stories", "questions") for split in ("train", "held_out"))}
 
 
 def test_build_writes_what_it_says(built):
     to, counts = built
-    assert sorted(path.name for path in to.iterdir()) == ["LICENSE.txt", "names", "scenes", "sheet.png", "stories", "tokenizer.json"]
+    assert sorted(path.name for path in to.iterdir()) == ["LICENSE.txt", "names", "questions", "scenes", "sheet.png", "stories", "tokenizer.json"]
     assert counts["scenes:train"] == Counter(counts=8, spatial=8, images=16)
     assert counts["names:held_out"] == Counter(names=8, images=8)
     assert counts["stories:train"]["stories"] == 8 and counts["stories:train"]["images"] >= 16
+    assert counts["questions:train"]["questions"] == 16 <= counts["questions:train"]["images"] <= 32
     mine = tokenizer.load(to / "tokenizer.json", 160)
     for documents in everything(to).values():
         for _, texts, _ in documents:
@@ -249,3 +251,54 @@ def test_bad_arguments(arguments, message):
     with pytest.raises(UserError) as caught:
         command.main(arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Questions
+
+@functools.cache
+def talks(held_out):
+    """{id of a scene: (the scene, its conversation as [(kind, question, answer)], layout, roles, images)}."""
+    found = {}
+    for kind in PAIRS:
+        for scene, talk in zip(made(kind, held_out), questions.conversations(made(kind, held_out), 0), strict=True):
+            assert talk.id == f"questions/{scene.id}"
+            found[scene.id] = scene, list(zip(talk.provenance["kinds"], talk.texts[::2], talk.texts[1::2], strict=True)), talk
+    return found
+
+
+@pytest.mark.parametrize("held_out", SPLITS)
+def test_answers_are_what_is_seen(held_out):
+    """Each answer follows from what the picture shows, found independently of the captions."""
+    seen = Counter()
+    for scene, talk, _ in talks(held_out).values():
+        background, words = shown(scene.images[0])
+        places = sorted(words.items())
+        for kind, question, answer in talk[:2]:
+            seen[kind] += 1
+            if kind == "what":
+                assert answer == caption(background, words)
+            elif kind == "colour":
+                assert answer == background
+            elif kind == "number":
+                assert question == f"how many {places[0][1]}s are there?" and answer == scenes.NUMBERS[len(words) - 1]
+            elif kind == "there":
+                assert answer == ("yes" if question.split()[-1].rstrip("?") in words.values() else "no")
+            elif kind == "relation":
+                assert question.endswith(f"the {places[1][1]}?") and answer.split()[-1] == places[0][1]
+                assert ("left of" in question) == (places[0][0][0] == places[1][0][0])
+            else:
+                assert [word for word in words.values() if word in questions.ANIMALS] == [answer.removeprefix("the ")]
+    assert seen.keys() == {"what", "colour", "number", "there", "relation", "animal"} and min(seen.values()) >= (8 if held_out else 100)
+
+
+def test_conversations_have_turns_and_some_go_on_with_another_picture():
+    every = list(talks(False).values())
+    longer = [(talk, turns) for _, turns, talk in every if len(talk.images) == 2]
+    assert 0.25 < len(longer) / len(every) < 0.42
+    for talk, turns in longer:
+        assert talk.layout == "ITTTTITT" and len(turns) == 3
+        assert turns[2] == ("what", "and what is this?", caption(*shown(talk.images[1])))
+        assert talk.roles == ("user", "user", "assistant", "user", "assistant", "user", "user", "assistant")
+    assert all(len({question for _, question, _ in turns}) == len(turns) for _, turns, _ in every)
+    yes = Counter(answer for _, turns, _ in every for kind, _, answer in turns if kind == "there")
+    assert 0.4 < yes["yes"] / yes.total() < 0.6

@@ -207,6 +207,7 @@ def test_the_papers_decoder():
     ("model.decoder.condition=drawn", "is not one of generated, teacher_forced, encoded"),
     ("model.decoder.unet.condition=16", "unet.condition=16: the model's visual tokens have the width 32"),
     ("model.decoder.unet.pooled=3", "pooled=3 must be 0 or the number of visual tokens, 4"),
+    ("model.decoder.unet.side=3", "side=3 must be 0 or"),
     ("model.decoder.unet.channels_in=4", "4 channels in and 3 out; pixels have 3"),
     ("model.decoder.diffusion.target=noise", "target='noise' is not one of"),
     ("model.decoder.diffusion.zero_snr=true", "use target='v'")])

@@ -65,7 +65,9 @@ def test_an_emu_14b_step_is_about_six_times_its_parameters():
 @pytest.mark.parametrize(("trained", "times"), [
     ({"vision": True, "resampler": True, "llama": True, "heads": True}, (3, 3, 3, 3)),
     ({"llama": True, "heads": True}, (1, 1, 3, 3)), ({"resampler": True}, (1, 3, 2, 2)), ({"vision": True, "resampler": False}, (3, 2, 2, 2)),
-    ({"heads": True}, (1, 1, 1, 3)), ({}, (1, 1, 1, 1))])
+    ({"heads": True}, (1, 1, 1, 3)), ({}, (1, 1, 1, 1)),
+    (flops.trained(["llama/blocks/attn/q/a", "llama/blocks/attn/q/b", "llama/lm_head/added"]), (1, 1, 2, 2)),      # LoRA: gradients pass through
+    (flops.trained(["llama/blocks/attn/q/w", "llama/embed/added", "regress_head/w"]), (1, 1, 3, 3))])
 def test_gradients_cost_where_they_go(trained, times):
     counts = dict(images=2, tokens=20, pairs=90, labels=9, regressed=8)
     once, step = flops.forward(P.size, **counts), flops.train(P.size, trained, **counts)

@@ -16,7 +16,7 @@ from emu_jax.models.unet import UNet, UNetSize
 from emu_jax.models.vae import Vae, VaeSize
 
 SIZE = UNetSize(channels_in=3, channels_out=2, patch=1, widths=(8, 16), resnets=(1, 1), attends_down=(False, True), attends_up=(True, False),
-                depths=(1, 2), heads=(2, 4), condition=12, pooled=0, time=16, cosine_first=True, frequency_shift=0.0, groups=4, eps=1e-5,
+                depths=(1, 2), heads=(2, 4), condition=12, pooled=0, side=0, time=16, cosine_first=True, frequency_shift=0.0, groups=4, eps=1e-5,
                 linear=False, remat="none")
 VAE = VaeSize(channels=3, latent=2, widths=(8, 16), resnets=1, groups=4, scale=0.5, remat="none")
 rng = np.random.default_rng(0)
@@ -71,6 +71,22 @@ def test_pooled_the_order_says_something_and_its_map_is_counted(run):
     none = {"pooled": {"w": jnp.zeros_like(params["pooled"]["w"])}}
     plain = {name: part for name, part in params.items() if name != "pooled"}
     np.testing.assert_allclose(call(params | none, X, TIMES, CONDITION), run(plain, X, TIMES, CONDITION), atol=1e-4)
+    f32 = jnp.float32
+    assert flops.unet(size, 4, 3) == traced(lambda x, t, c: forward(params, x, t, c, size), ((1, 4, 4, 3), f32), ((1,), f32), ((1, 3, 12), f32))
+
+
+def test_each_place_is_told_by_a_map_of_its_own(run):
+    """Where that map is zero nothing changes; where it is not, at one place, that place feels it."""
+    size = dataclasses.replace(SIZE, pooled=3, side=4)
+    params, none = random(UNet, size), dataclasses.replace(SIZE, pooled=3)
+    call = jax.jit(partial(forward, size=size))
+    alone = params | {"places": {"w": jnp.zeros_like(params["places"]["w"])}}
+    before = call(alone, X, TIMES, CONDITION)
+    plain = {name: part for name, part in params.items() if name != "places"}
+    np.testing.assert_allclose(before, jax.jit(partial(forward, size=none))(plain, X, TIMES, CONDITION), atol=1e-4)
+    one = params | {"places": {"w": alone["places"]["w"].at[:, 1, 2].set(params["places"]["w"][:, 1, 2])}}
+    moved = jnp.abs(call(one, X, TIMES, CONDITION) - before).max((0, 3))
+    assert moved[1, 2] > 0.1
     f32 = jnp.float32
     assert flops.unet(size, 4, 3) == traced(lambda x, t, c: forward(params, x, t, c, size), ((1, 4, 4, 3), f32), ((1,), f32), ((1, 3, 12), f32))
 

@@ -12,6 +12,7 @@ from foreign import PNDM, UNET1, UNET2, diffusion, folder, saved, small
 
 from emu_jax import checkpoint, config, sharding, train, tree
 from emu_jax.config import UserError
+from emu_jax.initial import initial
 from emu_jax.models import emu
 from emu_jax.models.decoder import Decoder, DecoderSize
 from emu_jax.models.unet import UNet
@@ -177,7 +178,7 @@ def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
     start = jax.jit(partial(emu.init, Decoder, size))(jax.random.key(1))
     trains = train.what_trains(c, start)
     with caplog.at_level(logging.WARNING):
-        params, loaded = train.initial(c, train.at_rest(c, trains, start))
+        params, loaded = initial(c.init, train.at_rest(c, trains, start))
     assert f"8 maps of the condition stay fresh, for it has the width 12 there and 32 here: {', '.join(fresh)}" in caplog.text
     begun, got, held = dict(tree.leaves(start)), dict(tree.leaves(params)), train.at_rest(c, trains, start)
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in got.items()} == {path: (leaf.shape, leaf.dtype) for path, leaf in tree.leaves(held)}

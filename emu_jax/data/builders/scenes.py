@@ -9,8 +9,9 @@ Read next: openmoji.py, which draws and writes them.
 """
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -49,6 +50,8 @@ class Scene:
     layout: str
     texts: tuple[str, ...]
     images: tuple[Pixels, ...]
+    roles: tuple[str, ...] = ()         # of a conversation's parts
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def drawing_size(image: int) -> int:
@@ -97,7 +100,7 @@ def _spatial(words, render, image, draw, rng):
     background = _turn(words, render)
     row, column = _cells(rng)[0]
     cells = [(row, 0), (row, 1)] if relation == "left of" else [(0, column), (1, column)]
-    caption = f"{_a(first)} {relation} {_a(second)} on {background}"
+    caption = f"{a(first)} {relation} {a(second)} on {background}"
     return "P", [caption], [_paint(image, background, list(zip((first, second), cells)), draw, rng)]
 
 
@@ -107,7 +110,7 @@ def _story(words, render, image, draw, rng):
     row, column = _cells(rng)[0]
     # The two stand diagonally: beside or above each other they would show a spatial triple that may be held out.
     here, there = (first, (row, column)), (second, (1 - row, 1 - column))
-    texts = [_how_many("one", first, background), f"{_a(second)} comes"]
+    texts = [_how_many("one", first, background), f"{a(second)} comes"]
     steps = [[here], [here, there]]
     leaving = rng.integers(3)                                       # the first, the second, or neither
     if leaving < 2:
@@ -154,5 +157,6 @@ def _how_many(number, word, background) -> str:
     return f"{number} {word}{'s' * (number != 'one')} on {background}"
 
 
-def _a(word: str) -> str:
+def a(word: str) -> str:
+    """"a cat", "an owl"."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from emu_jax.config import UserError
-from emu_jax.data.documents import Document, pictures, texts
+from emu_jax.data.documents import Document, pixels, texts
 
 CACHE_BYTES = 256 * 2**20               # of documents a source keeps: small sets are decoded once, large ones hardly notice
 RECORD_BYTES = 1000                     # of a document beside its pixels and letters, about
@@ -50,7 +50,7 @@ class Cached:
         document = self._kept.get(index)
         if document is None:
             document = self.source[index]
-            size = RECORD_BYTES + sum(image.nbytes for image in pictures(document)) + sum(len(text.text) for text in texts(document))
+            size = RECORD_BYTES + sum(image.nbytes for image in pixels(document)) + sum(len(text.text) for text in texts(document))
             if size <= self._room:                            # two threads may both count one document: the limit is a rough one
                 self._room -= size
                 self._kept[index] = document

@@ -20,7 +20,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from emu_jax.config import UserError
 from emu_jax.data import images
-from emu_jax.data.documents import Document, Pair, Picture, Text
+from emu_jax.data.documents import Document, Image, Pair, Picture, Text
 from emu_jax.data.sources import Corrupt
 
 METADATA = {"emu_jax": "documents"}     # every builder's metadata has it: how `Records` knows its own
@@ -119,13 +119,23 @@ class Records:
         for image in pixels:
             image.flags.writeable = False
         told = iter(_told(text, *about) for text, about in zip(texts, _of_texts(layout, roles, times)))
-        image = iter(pixels)
+        image = iter(_shown(array, *about) for array, about in zip(pixels, _of_images(layout, roles, times)))
         part = {"T": lambda: next(told), "I": lambda: next(image), "P": lambda: Pair(next(image), next(told))}
         return Document(id, tuple(part[letter]() for letter in layout), source, provenance)
 
 
 def _told(text: str, role: str, time: float | None) -> str | Text:
     return Text(text, role=role, time=time) if role or time is not None else text
+
+
+def _shown(image: Image, role: str, time: float | None) -> Image | Picture:
+    return Picture(image, role, time) if role else image
+
+
+def _of_images(layout: str, roles: Sequence[str], times: Sequence[float | None]) -> list[tuple[str, float | None]]:
+    """(role, time) of the parts that have an image; that of a pair has none, its text has."""
+    about = zip(roles or [""] * len(layout), times or [None] * len(layout))
+    return [pair if letter == "I" else ("", None) for letter, pair in zip(layout, about) if letter != "T"]
 
 
 def _of_texts(layout: str, roles: Sequence[str], times: Sequence[float | None]) -> list[tuple[str, float | None]]:
