@@ -174,10 +174,10 @@ def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
     loader = Loader(c.data, 0, tokenizer.load(c.data.tokenizer, c.model.llama.vocab), c.model.resampler.tokens, program.stage.image(program.size))
     batch = next(iter(loader)).batch
     loader.close()
-    of = partial(program.stage.loss, program.module(params), key=jax.random.key(0), objective=program.objective)
-    loss = jax.jit(lambda batch: of(batch, totals=program.stage.weights(batch))[0])
+    loss = partial(jax.jit(lambda params, batch: program.stage.loss(
+        program.module(params), batch, jax.random.key(0), program.stage.weights(batch), program.objective)[0]), params)
     assert batch.latents.dtype == np.float16 and loss(batch) == pytest.approx(float(loss(batch.replace(latents=None))), rel=1e-3)
-    assert loss(batch) == loss(batch.replace(images=np.zeros_like(batch.images)))
+    assert loss(batch) == loss(batch.replace(images=np.zeros_like(batch.images))) != loss(batch.replace(latents=0 * batch.latents))
 
 
 @pytest.mark.parametrize(("overrides", "told"), [
