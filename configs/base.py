@@ -107,6 +107,7 @@ def data() -> ConfigDict:
         retries=2,                      # how often it is asked for again, if it does not come or the disk fails
         unreadable="skip",              # and then: "skip" it as corrupt, or "stop"
         conditions="",                  # decoder stage: directory of conditions that `generate precompute` made
+        latents="",                     # decoder stage: directory that `generate precompute --latents` made; "": images are encoded in every step
         tokenizer="",                   # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
         labels=("text", "</s>"),        # what counts as a label; with "[IMG]" the model decides when to draw. The release: these two
         system="release",               # conversations: begin with the release's system messages, which say what is coming, or with "none"

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from emu_jax import config, hardware, hlo, loop, sharding, stages, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.packing import empty_batch
+from emu_jax.generate.precompute import latents_of
 from emu_jax.hardware import GIB
 from emu_jax.models import emu, flops
 from emu_jax.types import Batch, DecoderBatch
@@ -136,9 +137,14 @@ def batch_shapes(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh) 
     """The global batch of a config, as shapes."""
     at, stage, size = sharding.batch_sharding(mesh), program.stage, program.size
     one = empty_batch(1, c.data.tokens, c.data.images, stage.image(size), pad=0)
+    shapes = {}
     if "decoder" in c.model and c.model.decoder.condition == "generated":
         towers = stage.emu(size)
-        one = DecoderBatch(**vars(one), conditions=np.zeros((1, c.data.images, towers.resampler.tokens, towers.llama.width), np.float32))
+        shapes["conditions"] = (towers.resampler.tokens, towers.llama.width)
+    if c.data.latents:
+        shapes["latents"] = latents_of(c)["shape"]
+    if shapes:
+        one = DecoderBatch(**vars(one), **{kind: np.zeros((1, c.data.images, *shape), np.float16) for kind, shape in shapes.items()})
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype, sharding=at), one)
 
 

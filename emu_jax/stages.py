@@ -134,7 +134,7 @@ def decoder(model: Decoder, batch: Batch, key, totals: dict, objective: dict) ->
     if key is not None:
         dropped = jax.random.bernoulli(keys[0], objective["condition_drop"], counts.shape)
         condition = jnp.where(dropped[:, None, None], 0, condition)
-    x0 = jax.lax.stop_gradient(model.targets(rearrange(batch.images, "B I h w c -> (B I) h w c"), keys[1]))
+    x0 = jax.lax.stop_gradient(model.drawn(batch, keys[1]))
     e, times = jax.random.normal(keys[2], x0.shape), diffusion.draw_times(d, keys[3], len(x0))
     predicted = model.predict(diffusion.add_noise(d, x0, e, times), times, condition)
     error = jnp.square(predicted - diffusion.target(d, x0, e, times)).mean((1, 2, 3))

@@ -24,12 +24,12 @@ from ml_collections import ConfigDict
 
 from emu_jax import checkpoint, config, loop, optim, processes, sharding, stages, tree, watch
 from emu_jax.config import UserError
-from emu_jax.data import conditions
+from emu_jax.data import precomputed
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Item, Loader
 from emu_jax.evaluate import benchmark
 from emu_jax.evaluate.tasks import TASKS
-from emu_jax.generate import pixels
+from emu_jax.generate import pixels, precompute
 from emu_jax.generate.options import Options
 from emu_jax.generate.session import Session
 from emu_jax.initial import initial
@@ -93,7 +93,7 @@ def train(c: ConfigDict) -> loop.State:
         tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
         number, shares = processes.share(mesh, c.data.batch)
         make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
-                              process=number, processes=shares, conditions=c.data.conditions, chats=model.llama.added >= 6)
+                              process=number, processes=shares, chats=model.llama.added >= 6)
         loader = at_end.enter_context(closing(make_loader()))
         evaluations = [held_out(program, mesh, make_loader(eval=True), c)] if c.data.eval_mixture else []
         evaluations += [benchmarks(program, mesh, tokenizer, c)] if c.eval.tasks else []
@@ -142,6 +142,8 @@ def make_program(c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.T
     """The program of a config; rules cover the whole model, and the trainable part of what they say is kept."""
     trains = what_trains(c, abstract)
     trainable = lambda rows, what: tree.split(_rule(rows, abstract, what), trains)[0]
+    if c.data.latents:
+        stage = stage._replace(work=partial(stage.work, encodes=False))
     return loop.Program(
         stage=stage, size=size, objective=c.objective.to_dict() | {"sources": len(c.data.mixture)},
         optimizer=optim.make(c.optim, trainable(c.rules.peak_lr, "rules.peak_lr"), trainable(c.rules.decay, "rules.decay")),
@@ -211,7 +213,7 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     sharding.check(mesh, abstract)
     if "contrast" in abstract and c.model.vision.image % READOUT:
         raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
-    check_conditions(c, abstract)
+    check_precomputed(c, abstract)
     if "unet" in abstract:
         pixels.check(DecoderSize.of(c.model.to_dict()).diffusion, c.drawing.to_dict())
     device = jax.local_devices()[0]
@@ -231,20 +233,22 @@ def check_rows(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
 
 
-def check_conditions(c: ConfigDict, abstract: tree.Tree) -> None:
-    """Raises UserError for a decoder whose conditions are missing, of another shape, or more than an image a row; and for conditions that nothing
-    draws from."""
+def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
+    """Raises UserError for a decoder whose conditions, or whose latents, are missing or not of this model; and for those that nothing draws from."""
     wanted = "unet" in abstract and c.model.decoder.condition == "generated"
     if wanted != bool(c.data.conditions):
         raise UserError(
             "model.decoder.condition='generated' needs data.conditions=DIR, made by: python -m emu_jax.generate precompute --config=FILE --to=DIR"
             if wanted else f"data.conditions={c.data.conditions!r}: nothing draws from them but model.decoder.condition='generated'")
     if wanted:
-        made, model = tuple(conditions.notes(Path(c.data.conditions))["shape"]), (c.model.resampler.tokens, c.model.llama.width)
+        made, model = tuple(precomputed.notes(Path(c.data.conditions), "conditions")["shape"]), (c.model.resampler.tokens, c.model.llama.width)
         if made != model:
             raise UserError(f"data.conditions={c.data.conditions!r} are visual tokens {list(made)}, and the model's are {list(model)}")
-        if c.data.images != 1:
-            raise UserError(f"data.images={c.data.images}: there are conditions for the first image of a document only; set data.images=1")
+    if c.data.latents:
+        here = precompute.latents_of(c)
+        there = precomputed.notes(Path(c.data.latents), "latents")
+        if differ := [f"{name} {there.get(name)}, not {value}" for name, value in here.items() if there.get(name) != value]:
+            raise UserError(f"data.latents={c.data.latents!r} are of other images than this config's: {'; '.join(differ)}")
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:

@@ -33,8 +33,9 @@ class Batch:
 
 @flax.struct.dataclass
 class DecoderBatch(Batch):
-    """With what the LLM regressed for each image, for a decoder whose conditions were made once (data/conditions.py)."""
-    conditions: Float[Array, "B I N D"]
+    """With what was made once for each image (data/precomputed.py); None for what each step makes anew."""
+    conditions: Float[Array, "B I N D"] | None = None   # what the LLM regressed
+    latents: Float[Array, "B I y x m"] | None = None    # means of the autoencoder's latents, and their log variances: m = 2 c
 
 
 @flax.struct.dataclass

@@ -20,8 +20,11 @@ def cfg(*overrides: str, size: str = "debug"):
     return config.load([f"--config=configs/base.py:{size}", *(f"--config.{override}" for override in (*small, *overrides))])
 
 
-def decoder_cfg(*overrides: str):
-    """configs/decoder.py at a small size: pixels 8 x 8 from the encoder's 28 x 28, in documents of an image a row."""
+VAE = dict(channels=3, latent=4, widths=(8, 8), resnets=1, groups=4, scale=0.5, remat="none")
+
+
+def decoder_cfg(*overrides: str, vae: bool = False):
+    """configs/decoder.py at a small size: pixels 8 x 8 from the encoder's 28 x 28, or 4 x 4 latents of those, in documents of an image a row."""
     small = ("optim.steps=4", "optim.warmup=0.25", "optim.boundaries=((2, 0.5),)", "data.batch=8", "data.tokens=24", "data.num_streams=4",
              "mesh.fsdp=1", "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none")
     c = config.load(["--config=configs/decoder.py:debug", *(f"--config.{override}" for override in small)])
@@ -29,7 +32,9 @@ def decoder_cfg(*overrides: str):
         c.model.decoder.update(dict(image=8, unet=dict(
             channels_in=3, channels_out=3, patch=2, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,),
             time=16, groups=4, remat="none")))
-        c.model.decoder.vae = {}
+        c.model.decoder.vae = VAE if vae else {}
+        if vae:
+            c.model.decoder.unet.update(dict(channels_in=4, channels_out=4))
     for override in overrides:
         config.override(c, *override.split("=", 1))
     return c

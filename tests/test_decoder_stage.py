@@ -1,6 +1,7 @@
 """The decoder stage through its commands: conditions made once, a run that goes on where it was cut off, and what is wrong in one line."""
 import dataclasses
 import json
+import re
 import shutil
 from functools import partial
 
@@ -14,21 +15,24 @@ from test_train import assert_same_run, lines, run
 
 from emu_jax import checkpoint, config, sharding, train, tree
 from emu_jax.checkpoint import Checkpoints
+from emu_jax.config import UserError
+from emu_jax.data import tokenizer
+from emu_jax.data.loader import Loader
 from emu_jax.generate import __main__ as generate
 from emu_jax.generate import precompute
 from tests.data import fixtures
 
 pytestmark = pytest.mark.xdist_group("decoder_stage")  # one process: what its tests share is made once
 
-CONFIG = """
+CONFIG = f"""
 from configs.decoder import get_config as paper
 
 def get_config():
     c = paper("debug")
     c.model.decoder.update(dict(image=8, condition="generated"))
-    c.model.decoder.vae = {}
+    c.model.decoder.vae = {make.VAE}
     c.model.decoder.unet.update(dict(
-        channels_in=3, channels_out=3, patch=2, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,),
+        channels_in=4, channels_out=4, patch=2, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,),
         time=16, groups=4, remat="none"))
     for tower in (c.model.vision, c.model.resampler, c.model.llama):
         tower.remat = "none"
@@ -48,34 +52,39 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
         patch.setattr(precompute, "mesh_of", lambda *_: None)
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         yield
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with data, an Emu of random weights, and the config of its decoder."""
+    """A folder with data, an Emu and an autoencoder of random weights, and the config of their decoder."""
     folder = tmp_path_factory.mktemp("decoder")
     fixtures.write_tiny(folder)
     (folder / "small.py").write_text(CONFIG)
     c = make.cfg(f"data.tokenizer={folder}/tokenizer.json")
-    params = make.random_params(make.program(c))
-    state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(params, {}, None, jax.numpy.int32(7))
-    Checkpoints(str(folder / "emu"), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
+    for name, params in (("emu", make.random_params(make.program(c))),
+                         ("sd", {"vae": make.random_params(make.program(make.decoder_cfg(vae=True)))["vae"]})):
+        state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(params, {}, None, jax.numpy.int32(7))
+        Checkpoints(str(folder / name), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
     return folder
 
 
 def flags(folder, *overrides):
     rows = {split: tuple(row for row in fixtures.mixture(folder, split) if row[0] != "stories") for split in ("train", "held_out")}
-    own = (f"init={folder}/emu", f"data.tokenizer={folder}/tokenizer.json", f"data.mixture={rows['train']!r}",
+    own = (f"init={folder}/emu,{folder}/sd", f"data.tokenizer={folder}/tokenizer.json", f"data.mixture={rows['train']!r}",
            f"data.eval_mixture={rows['held_out']!r}")
     return [f"--config={folder}/small.py", *(f"--config.{override}" for override in (*own, *overrides))]
 
 
 @pytest.fixture(scope="module")
 def made(folder):
-    """The flags of a run, its conditions made."""
+    """The flags of a run, its conditions made, and its latents by two hosts."""
     assert generate.main(["precompute", *flags(folder), f"--to={folder}/conditions"]) == 0
-    return lambda workdir, *overrides: flags(folder, f"workdir={workdir}", f"data.conditions={folder}/conditions", *overrides)
+    for host in "01":
+        assert generate.main(["precompute", "--latents", *flags(folder), f"--to={folder}/latents", "--batch=5", "--hosts=2", f"--host={host}"]) == 0
+    return lambda workdir, *overrides: flags(folder, f"workdir={workdir}", f"data.conditions={folder}/conditions", f"data.latents={folder}/latents",
+                                             *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +92,7 @@ def whole(made, tmp_path_factory):
     """The workdir of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     code, out = run(made(workdir))
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["ln_visual", "resampler", "unet", "vision", "total"]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["ln_visual", "resampler", "unet", "vae", "vision", "total"]
     return workdir
 
 
@@ -91,13 +100,15 @@ def test_a_run_tells_its_loss_saves_and_draws(whole):
     told = [line for line in lines(whole) if "diffusion_loss" in line]
     assert [line["step"] for line in told] == [1, 2, 3, 4] and [line["step"] for line in lines(whole) if "eval/diffusion_loss" in line] == [4]
     assert {"condition_variance", "grad_norm/condition", "grad_norm/unet"} < told[0].keys() and "flops_per_second/unet" in told[1]
+    assert "flops_per_second/vae" not in told[1]        # whose latents were made beforehand
     with Image.open(whole / "pictures/3.png") as drawn:     # the image and its drawing, each 8 wide, for eight rows
         assert drawn.size == (16, 64)
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["2", "4"]
 
 
 def test_frozen_towers_come_out_as_they_went_in(folder, whole):
-    before, after = (dict(tree.leaves(checkpoint.restore_params(str(path)))) for path in (folder / "emu", whole))
+    emu, sd, after = (dict(tree.leaves(checkpoint.restore_params(str(path)))) for path in (folder / "emu", folder / "sd", whole))
+    before = emu | sd
     frozen = [path for path in after if not path.startswith("unet/")]
     assert len(frozen) > 10
     for path in frozen:         # matrices are held in bfloat16
@@ -120,7 +131,7 @@ def test_two_steps_a_cut_and_two_more_are_four(made, whole, copy):
 
 
 @pytest.mark.parametrize(("overrides", "told"), [
-    (["model.decoder.image=9"], "model.decoder.image=9 must be divisible by 2 (2 in the U-Net)"),
+    (["model.decoder.image=9"], "model.decoder.image=9 must be divisible by 4 (2 pixels a latent, 2 in the U-Net)"),
     (["model.decoder.unet.condition=16"], "model.decoder.unet.condition=16: the model's visual tokens have the width 32"),
     (["model.resampler.tokens=3"], "are visual tokens [4, 32], and the model's are [3, 32]"),
     (["model.decoder.condition=encoded"], "nothing draws from them but model.decoder.condition='generated'"),
@@ -153,3 +164,51 @@ def test_conditions_on_a_full_disk_are_one_line_and_nothing_half_written(folder,
     assert error.splitlines()[-1] == f"error: cannot write {tmp_path}/conditions/mixture/names/00000.npy: No space left on device"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["conditions.json"]
     assert json.loads((tmp_path / "conditions/conditions.json").read_text())["shape"] == [4, 32]
+
+
+# Latents
+
+def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
+    c = config.load(made("", "objective.encoded_share=0.0"))
+    program, params = make.program(c), checkpoint.restore_params(str(whole))
+    loader = Loader(c.data, 0, tokenizer.load(c.data.tokenizer, c.model.llama.vocab), c.model.resampler.tokens, program.stage.image(program.size))
+    batch = next(iter(loader)).batch
+    loader.close()
+    loss = partial(jax.jit(lambda params, batch: program.stage.loss(
+        program.module(params), batch, jax.random.key(0), program.stage.weights(batch), program.objective)[0]), params)
+    assert batch.latents.dtype == np.float16 and loss(batch) == pytest.approx(float(loss(batch.replace(latents=None))), rel=1e-3)
+    assert loss(batch) == loss(batch.replace(images=np.zeros_like(batch.images))) != loss(batch.replace(latents=0 * batch.latents))
+
+
+@pytest.mark.parametrize(("overrides", "told"), [
+    (["model.decoder.image=16"], "than this config's: image 8, not 16; shape [4, 4, 8], not [8, 8, 8]"),
+    (["model.decoder.vae.latent=2", "model.decoder.unet.channels_in=2", "model.decoder.unet.channels_out=2"], "shape [4, 4, 8], not [4, 4, 4]"),
+    (["data.fit=centre"], "fit squash, not centre"), (["data.fit=random"], "set data.fit to squash or centre"),
+    (["data.latents=nowhere"], "no latents in 'nowhere'; they are made by: python -m emu_jax.generate precompute --latents"),
+    (["stage=emu"], "stage='emu' has none")])
+def test_latents_of_other_images_are_one_line(made, overrides, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        train.check_precomputed(config.load(made("", *overrides)), {"unet": {}})
+
+
+def test_a_decoder_of_pixels_has_no_latents(made):
+    c = config.load(made(""))
+    with c.unlocked():
+        c.model.decoder.vae = {}
+        c.model.decoder.unet.update(channels_in=3, channels_out=3)
+    with pytest.raises(UserError, match="model.decoder.vae is empty, and the U-Net draws pixels"):
+        train.check_precomputed(c, {"unet": {}})
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["--config.stage=emu"], "only a decoder with an autoencoder has latents"),
+    (["--config.data.fit=random"], "data.fit='random': latents are made once"),
+    (["--config.init={folder}/emu"], "emu' names no checkpoint with an autoencoder"),
+    (["--batch=0"], "--batch=0 must be at least 1"),
+    (["--to={folder}/conditions"], "holds conditions of another model or other data"),
+    (["--to={folder}/latents", "--config.data.fit=centre"], "holds latents of another model or other data")])
+def test_latents_that_cannot_be_made_are_one_line(folder, made, arguments, told, tmp_path, capsys):
+    given = [argument.format(folder=folder) for argument in arguments]
+    assert generate.main(["precompute", "--latents", *flags(folder), f"--to={tmp_path}", *given]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ") and told in error and not list(tmp_path.iterdir())

@@ -95,8 +95,8 @@ def test_recomputation_counts_beside_the_model():
     assert work == fit.step_flops(plan())[0]
 
 
-def decoder_plan(*overrides):
-    return fit.plan(make.decoder_cfg("mesh.fsdp=4", "mesh.data=2", *overrides), jax.devices())
+def decoder_plan(*overrides, vae=False):
+    return fit.plan(make.decoder_cfg("mesh.fsdp=4", "mesh.data=2", *overrides, vae=vae), jax.devices())
 
 
 def test_the_decoder_stage_is_planned_with_its_frozen_towers():
@@ -114,9 +114,9 @@ def test_the_decoder_stage_is_planned_with_its_frozen_towers():
     assert next(fit.changes(p.c, p.mesh)) == {f"model.{name}.remat": "full" for name in ("vision", "resampler", "llama", "decoder.unet")}
 
 
-def test_conditions_made_beforehand_are_part_of_the_batch():
-    p = decoder_plan("model.decoder.condition=generated")
-    assert p.batch.conditions.shape == (8, 1, 4, 32) and set(fit.step_flops(p)[0]) == {"unet"}
+def test_what_was_made_beforehand_is_part_of_the_batch_and_no_work():
+    p = decoder_plan("model.decoder.condition=generated", "data.latents=DIR", vae=True)
+    assert p.batch.conditions.shape == (8, 1, 4, 32) and p.batch.latents.shape == (8, 1, 4, 4, 8) and set(fit.step_flops(p)[0]) == {"unet"}
 
 
 @pytest.mark.parametrize("slope", [1, 7, 30, 90, 200])

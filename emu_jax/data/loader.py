@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from emu_jax.config import UserError
 from emu_jax.data import sources
 from emu_jax.data.chat import SYSTEMS
-from emu_jax.data.conditions import Conditions
 from emu_jax.data.images import FITS
 from emu_jax.data.mixture import COUNTS, Mixture, Stream
 from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
 from emu_jax.data.patience import Patient, Readers
+from emu_jax.data.precomputed import KINDS, Precomputed, attached
 from emu_jax.data.sequence import LABELS, Rule, make_sequence
 from emu_jax.data.sources import CACHE_BYTES, Cached, Source
 from emu_jax.data.tokenizer import Tokenizer
@@ -49,12 +49,12 @@ class Loader:
     after an evaluation's last document are empty: segments and weights 0. In an evaluation every process reads all
     streams, for none may end before the others.
 
-    conditions: the directory of what a decoder draws from; batches are DecoderBatches then. chats: has the model tokens for conversations?
+    With data.conditions or data.latents batches are DecoderBatches. chats: has the model tokens for conversations?
     Raises UserError for settings that do not fit one another and for more corrupt records than `data.max_bad_share`.
     """
 
     def __init__(self, data: ConfigDict, seed: int, tokenizer: Tokenizer, n_visual: int, image_size: int,
-                 process: int = 0, processes: int = 1, eval: bool = False, conditions: str = "", chats: bool = True):
+                 process: int = 0, processes: int = 1, eval: bool = False, chats: bool = True):
         rows = data.eval_mixture if eval else data.mixture
         _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
         self.data, self.eval, self.image_size, self.pad = data, eval, image_size, tokenizer.pad
@@ -67,7 +67,8 @@ class Loader:
         self.to_sequence = partial(make_sequence, tokenizer=tokenizer, n_visual=n_visual, max_tokens=data.tokens,
                                    max_images=data.images, image_first=data.image_first, labels=data.labels, chats=chats, system=data.system)
         self.fit = {"first_fit": first_fit, "best_fit": partial(best_fit, row_tokens=data.tokens, row_images=data.images)}[data.packing]
-        self.conditions = Conditions(conditions, "eval_mixture" if eval else "mixture", self._documents) if conditions else None
+        self.precomputed = {kind: Precomputed(data[kind], kind, "eval_mixture" if eval else "mixture", self._documents)
+                            for kind in KINDS if data[kind]}
         self.state: dict = {}
         self.told_of_cuts = False
         self.pool: ThreadPoolExecutor | None = None
@@ -163,7 +164,7 @@ class Loader:
             return None
         ids = [row for stream, (rows, _) in zip(streams, results) if stream.number in self.owned for row in rows]
         state = {} if self.eval else {"num_streams": self.data.num_streams, "documents": self._documents, "streams": states}
-        return Item(self.conditions.attached(batch, ids) if self.conditions else batch, ids, state, stats)
+        return Item(attached(batch, ids, self.precomputed) if self.precomputed else batch, ids, state, stats)
 
 
 def merge(states: list[dict]) -> dict:
@@ -215,6 +216,18 @@ def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processe
     names = [row[0] for row in mixture]
     if len(set(names)) < len(names):
         raise UserError(f"data.{field}: the names of the sources must differ; they are {', '.join(map(str, names))}")
+    if data.conditions or data.latents:
+        _check_first_images(data, mixture, field)
+
+
+def _check_first_images(data: ConfigDict, mixture: tuple, field: str) -> None:
+    """Raises UserError where a row may hold another image than a document's first."""
+    only = "data.conditions and data.latents are made for the first image of a document only"
+    if data.images != 1:
+        raise UserError(f"data.images={data.images}: {only}; set data.images=1")
+    for name, _, _, *rule in mixture:
+        if rule and (rule[0].get("start") == "random" or rule[0].get("pairs")):
+            raise UserError(f"data.{field}: the rule of {name!r} may leave that out: {only}; set neither start nor pairs")
 
 
 def _check_rule(rule: Any, what: str, n_visual: int) -> None:

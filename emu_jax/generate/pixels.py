@@ -80,15 +80,15 @@ def load(directory: str, like: EmuSize, *, mesh: jax.sharding.Mesh | None = None
         raise UserError(f"the decoder in '{directory}' draws visual tokens {takes}, and the model makes {makes} (their number and width)")
     how = config["drawing"] | (given or {})
     check(size.diffusion, how)
-    params = checkpoint.restore_params(directory, _abstract(size, mesh), ema=config["optim"]["ema"] > 0)
+    params = checkpoint.restore_params(directory, abstract_params(size, mesh, size.emu.compute), ema=config["optim"]["ema"] > 0)
     negative = empty() if empty and how["negative"] == "empty" and how["guidance"] != 1 else None
     return Painter(size, params, {name: how[name] for name in HOW}, negative=negative, seed=seed, mesh=mesh)
 
 
-def _abstract(size: DecoderSize, mesh: jax.sharding.Mesh | None) -> Tree:
-    """Shapes of the towers that draw, as a painter holds them: matrices in the dtype of the arithmetic."""
+def abstract_params(size: DecoderSize, mesh: jax.sharding.Mesh | None, matrices: str) -> Tree:
+    """Shapes of the towers that draw, laid out by the table of training, with matrices in the dtype `matrices`."""
     shapes = jax.eval_shape(partial(emu.init, Canvas, size), jax.random.key(0))
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
-    dtype = lambda path, leaf: size.emu.compute if path.endswith(sharding.MATRICES) else leaf.dtype
+    dtype = lambda path, leaf: matrices if path.endswith(sharding.MATRICES) else leaf.dtype
     return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
                            for path, leaf in tree.leaves(shapes)})

@@ -1,29 +1,46 @@
-"""python -m emu_jax.generate precompute --config=configs/decoder.py --to=DIR: a decoder's conditions, drawn by the LLM once for all epochs.
+"""python -m emu_jax.generate precompute --config=configs/decoder.py --to=DIR: what a decoder's training reads, made once for all epochs.
 
-For every document of data.mixture and data.eval_mixture, what stands before its first image is the prompt, and the image's visual
-tokens are regressed from it (section 2.3 of the paper). Shards that are there are kept, so the same command goes on; hosts take
-turns. The training reads them with data.conditions=DIR and model.decoder.condition=generated. Read next: ../data/conditions.py.
+For every document of data.mixture and data.eval_mixture: the conditions, which are the visual tokens of its first image that the LLM
+regresses from what stands before it (section 2.3 of the paper); or with --latents the moments that the autoencoder finds in that image.
+Shards that are there are kept, so the same command goes on; hosts take turns. The training reads them with data.conditions=DIR and
+model.decoder.condition=generated, or with data.latents=DIR. Read next: ../data/precomputed.py.
 """
 import argparse
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from emu_jax import checkpoint, config
+from emu_jax import checkpoint, config, sharding
 from emu_jax.config import UserError
 from emu_jax.data import sources
-from emu_jax.data.conditions import NOTES, SHARD, notes, path_of, shards
+from emu_jax.data.documents import pictures
+from emu_jax.data.precomputed import KINDS, SHARD, notes, notes_of, path_of, shards
 from emu_jax.data.sequence import Document, Pair, Text
 from emu_jax.data.sources import Corrupt, Source
+from emu_jax.generate import pixels
 from emu_jax.generate.session import Parts, Session, mesh_of
+from emu_jax.models import emu
+from emu_jax.models.decoder import DecoderSize, moments
+from emu_jax.models.vae import Vae
 
-BATCH = 64
+PROMPTS, IMAGES = 64, 8     # at once; images on each device
+
+
+class Maker(NamedTuple):
+    """What makes arrays of one kind: `part(document)` is what a document's array is made of, None where it has none; `arrays([part, ...])`
+    are theirs; `told`, JSON-able, says by what; `side`: pixels a side of the documents' images."""
+    told: dict[str, Any]
+    side: int
+    part: Callable[[Document], Any]
+    arrays: Callable[[list], Float[np.ndarray, "n ..."]]
 
 
 def main(arguments: list[str]) -> None:
@@ -34,45 +51,91 @@ def main(arguments: list[str]) -> None:
     processes, process = (jax.process_count(), jax.process_index()) if flags.hosts is None else (flags.hosts, flags.host)
     if not 0 <= process < processes:
         raise UserError(f"--host={process} must be from 0 to {processes - 1}, for --hosts={processes}")
-    speaks = lambda directory: any(path.startswith("llama/") for path in checkpoint.param_shapes(directory))
-    checkpoints = list(filter(speaks, filter(None, c.init.split(","))))
-    if not checkpoints:
-        raise UserError(f"init={c.init!r} names no checkpoint with a language model: --config.init=DIR")
-    session = Session.load(checkpoints[0], tokenizer=c.data.tokenizer, mesh=mesh_of(checkpoints[0], jax.local_devices()), batch=flags.batch,
-                           truncate="left")
-    size = session.size
-    found = {(mixture, name): sources.open(path, size.vision.image) for mixture in ("mixture", "eval_mixture") for name, _, path in c.data[mixture]}
+    if flags.batch is not None and flags.batch < 1:
+        raise UserError(f"--batch={flags.batch} must be at least 1")
+    kind, maker = ("latents", latents(c, flags.batch or IMAGES)) if flags.latents else ("conditions", conditions(c, flags.batch or PROMPTS))
+    found = {(mixture, name): sources.open(path, maker.side, c.data.fit) for mixture in ("mixture", "eval_mixture")
+             for name, _, path, *_ in c.data[mixture]}
     if not found:
         raise UserError("data.mixture is empty; give it a (name, weight, path) row for every source")
-    told = {"checkpoint": str(Path(checkpoints[0]).resolve()), "shape": [size.resampler.tokens, size.llama.width],
-            "documents": {f"{mixture}/{name}": len(source) for (mixture, name), source in found.items()}}
+    told = maker.told | {"documents": {f"{mixture}/{name}": len(source) for (mixture, name), source in found.items()}}
     directory = Path(flags.to)
-    if (directory / NOTES).exists():
-        if (before := notes(directory)) != told:
-            raise UserError(f"'{directory}' holds conditions of another model or other data ({before}); choose another --to")
-    else:
-        write(directory / NOTES, lambda file: file.write(json.dumps(told, indent=1).encode()))
+    for other in KINDS:
+        if notes_of(directory, other).exists() and (other != kind or notes(directory, kind) != told):
+            raise UserError(f"'{directory}' holds {other} of another model or other data ({notes(directory, other)}); choose another --to")
+    if not notes_of(directory, kind).exists():
+        write(notes_of(directory, kind), lambda file: file.write(json.dumps(told, indent=1).encode()))
     work = [(mixture, name, shard) for (mixture, name), source in found.items() for shard in range(shards(len(source)))]
     todo = [(*row, path) for row in work[process::processes] if not (path := path_of(directory, *row)).with_suffix(".json").exists()]
-    for mixture, name, shard, path in tqdm(todo, "conditions", unit=" shards", disable=None):
-        make(session, found[mixture, name], shard, path)
-    print(f"{len(todo)} shards made, {len(work[process::processes]) - len(todo)} were there; train with --config.data.conditions={directory} "
-          "--config.model.decoder.condition=generated")
+    for mixture, name, shard, path in tqdm(todo, kind, unit=" shards", disable=None):
+        make(maker, found[mixture, name], shard, path)
+    print(f"{len(todo)} shards made, {len(work[process::processes]) - len(todo)} were there; train with --config.data.{kind}={directory}"
+          + (" --config.model.decoder.condition=generated" if kind == "conditions" else ""))
 
 
-def make(session: Session, source: Source, shard: int, path: Path) -> None:
-    """One shard's files. A record that is corrupt, and a document without an image, have no condition: training does not see them."""
-    ids, prompts = [], []
+def conditions(c: ConfigDict, batch: int) -> Maker:
+    """Of the visual tokens that the config's Emu regresses, `batch` prompts at once. Raises UserError where c.init names no Emu."""
+    directory = _holding(c, "llama", "a language model")[0]
+    session = Session.load(directory, tokenizer=c.data.tokenizer, mesh=mesh_of(directory, jax.local_devices()), batch=batch, truncate="left")
+    size = session.size
+    told = {"checkpoint": str(Path(directory).resolve()), "shape": [size.resampler.tokens, size.llama.width]}
+    return Maker(told, size.vision.image, before_image, session.images)
+
+
+def latents(c: ConfigDict, batch: int) -> Maker:
+    """Of the moments that the config's autoencoder finds in images, `batch` at once on each of this process's devices, held as the training would
+    hold it. Raises UserError where c.init names no autoencoder, and as `latents_of`."""
+    told, size = latents_of(c), DecoderSize.of(c.model.to_dict())
+    directory = _holding(c, "vae", "an autoencoder")[-1]        # that of the training: of two the later counts
+    mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), devices=jax.local_devices())
+    params = checkpoint.restore_params(directory, {"vae": pixels.abstract_params(size, mesh, c.frozen_dtype)["vae"]})["vae"]
+    encode = jax.jit(lambda params, images: moments(size, emu.bind(Vae, size.vae, params), images))
+    rows = batch * mesh.size
+
+    def arrays(images: list[np.ndarray]) -> Float[np.ndarray, "n y x m"]:
+        found = []
+        for start in range(0, len(images), rows):
+            some = [*images[start:start + rows], *images[:1] * (start + rows - len(images))]        # one shape for every batch
+            with jax.set_mesh(mesh):
+                found.append(np.asarray(encode(params, np.stack(some)), np.float32))
+        return np.concatenate(found)[:len(images)]
+    return Maker(told | {"checkpoint": str(Path(directory).resolve())}, size.loaded, lambda document: next(pictures(document), None), arrays)
+
+
+def latents_of(c: ConfigDict) -> dict[str, Any]:
+    """What the latents of a config's images depend on beside the autoencoder: pixels a side as they are loaded and as they are drawn, how they become
+    square; and their shape. Raises UserError for a config without an autoencoder, and for one whose images are other ones in every epoch."""
+    size = DecoderSize.of(c.model.to_dict()) if c.stage == "decoder" else None
+    if size is None or size.vae is None:
+        raise UserError("only a decoder with an autoencoder has latents (data.latents): " +
+                        (f"stage={c.stage!r} has none" if size is None else "model.decoder.vae is empty, and the U-Net draws pixels"))
+    if c.data.fit not in ("squash", "centre"):
+        raise UserError(f"data.fit={c.data.fit!r}: latents are made once, of images that never change; set data.fit to squash or centre")
+    return {"loaded": size.loaded, "image": size.image, "fit": c.data.fit, "shape": list(size.moments)}
+
+
+def _holding(c: ConfigDict, tower: str, what: str) -> list[str]:
+    """The checkpoints of c.init that hold a tower."""
+    found = [directory for directory in filter(None, c.init.split(","))
+             if any(path.startswith(f"{tower}/") for path in checkpoint.param_shapes(directory))]
+    if not found:
+        raise UserError(f"init={c.init!r} names no checkpoint with {what}: --config.init=DIR")
+    return found
+
+
+def make(maker: Maker, source: Source, shard: int, path: Path) -> None:
+    """One shard's files. A record that is corrupt, and a document without an image, have no array: training does not see them."""
+    ids, parts = [], []
     for index in range(shard * SHARD, min((shard + 1) * SHARD, len(source))):
         try:
             document = source[index]
         except Corrupt:
             continue
-        if (parts := before_image(document)) is not None:
+        if (part := maker.part(document)) is not None:
             ids.append(document.id)
-            prompts.append(parts)
-    visual = session.images(prompts) if prompts else np.zeros((0, session.size.resampler.tokens, session.size.llama.width))
-    write(path, lambda file: np.save(file, visual.astype(np.float16)))
+            parts.append(part)
+    made = maker.arrays(parts) if parts else np.zeros((0, *maker.told["shape"]))
+    write(path, lambda file: np.save(file, made.astype(np.float16)))
     write(path.with_suffix(".json"), lambda file: file.write(json.dumps(ids).encode()))
 
 
@@ -106,8 +169,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m emu_jax.generate precompute", description=__doc__.splitlines()[0].partition(": ")[2],
                                      allow_abbrev=False)
     parser.error = _fail                            # one line, as everywhere
-    parser.add_argument("--to", required=True, metavar="DIR", help="where the conditions are written, or go on being written")
-    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"prompts at once ({BATCH})")
+    parser.add_argument("--to", required=True, metavar="DIR", help="where they are written, or go on being written")
+    parser.add_argument("--latents", action="store_true", help="the autoencoder's latents of the images instead of the LLM's conditions")
+    parser.add_argument("--batch", type=int, metavar="N", help=f"prompts at once ({PROMPTS}), or with --latents images on each device ({IMAGES})")
     parser.add_argument("--host", type=int, default=0, metavar="K", help="which of --hosts this is, from 0 (0)")
     parser.add_argument("--hosts", type=int, metavar="N", help="how many share the work; by default the processes that JAX knows of")
     return parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from emu_jax.models.emu import Emu, EmuSize
 from emu_jax.models.lora import LoraSize
 from emu_jax.models.unet import UNet, UNetSize
 from emu_jax.models.vae import Vae, VaeSize
-from emu_jax.types import Batch
+from emu_jax.types import Batch, DecoderBatch
 
 SOURCES = ("generated", "teacher_forced", "encoded")
 
@@ -76,6 +76,12 @@ class DecoderSize:
         side = self.image // (self.vae.factor if self.vae else 1)
         return side, side, self.unet.channels_in
 
+    @property
+    def moments(self) -> tuple[int, int, int]:
+        """Shape of `moments` of an image."""
+        y, x, c = self.latents
+        return y, x, 2 * c
+
 
 class Canvas(nnx.Module):
     """The U-Net and its autoencoder: all that drawing needs of a decoder."""
@@ -88,10 +94,14 @@ class Canvas(nnx.Module):
 
     def targets(self, images: UInt8[Array, "M h w 3"], key: Array | None = None) -> Float[Array, "M y x c"]:
         """What is to be drawn: pixels in -1..1, or their latents (drawn with `key`, else their mean), in float32."""
-        x = resized(images, self.decoder.image).astype(jnp.float32) / 127.5 - 1
         if not self.decoder.vae:
-            return x
-        return self.vae.sample(x.astype(self.decoder.emu.compute), key, kernel=self.decoder.emu.attention).astype(jnp.float32)
+            return signed(images, self.decoder.image)
+        return self.sampled(moments(self.decoder, self.vae, images), key)
+
+    def sampled(self, moments: Float[Array, "M y x m"], key: Array | None = None) -> Float[Array, "M y x c"]:
+        """As `targets`, of images of which `moments` said this."""
+        mean, log_variance = jnp.split(moments.astype(self.decoder.emu.compute), 2, -1)
+        return self.vae.sample(mean, log_variance, key).astype(jnp.float32)
 
     def predict(self, x: Float[Array, "M y x c"], times: Float[Array, "M"], condition: Float[Array, "M N D"]) -> Float[Array, "M y x c"]:
         """The U-Net's prediction, in float32."""
@@ -113,6 +123,12 @@ class Decoder(Emu, Canvas):
             del self.llama, self.regress_head
         Canvas.__init__(self, size, rngs)
 
+    def drawn(self, batch: Batch, key: Array) -> Float[Array, "M y x c"]:
+        """`targets` of every image of the batch, M = B * I, from the moments that came with it if some did: the same but for their rounding."""
+        if isinstance(batch, DecoderBatch) and batch.latents is not None:
+            return self.sampled(rearrange(batch.latents, "B I y x m -> (B I) y x m"), key)
+        return self.targets(rearrange(batch.images, "B I h w c -> (B I) h w c"), key)
+
     def encoded(self, batch: Batch) -> Float[Array, "M N D"]:
         """The visual tokens of every image of the batch."""
         return self.encode(resized(rearrange(batch.images, "B I h w c -> (B I) h w c"), self.decoder.emu.vision.image))
@@ -131,6 +147,16 @@ class Decoder(Emu, Canvas):
         places = rearrange(batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2]), "B I N -> B (I N)")
         predicted = self.regress_head(jnp.take_along_axis(hidden, places[..., None], 1, mode="clip"))
         return rearrange(predicted, "B (I N) D -> (B I) N D", I=I)
+
+
+def moments(size: DecoderSize, vae: Vae, images: UInt8[Array, "M h w 3"]) -> Float[Array, "M y x m"]:
+    """What the autoencoder's encoder makes of images: the means of their latents, unscaled, and beside them the log variances, m = 2 c."""
+    return jnp.concatenate(vae.encode(signed(images, size.image).astype(size.emu.compute), kernel=size.emu.attention), -1)
+
+
+def signed(images: UInt8[Array, "M h w 3"], side: int) -> Float[Array, "M s s 3"]:
+    """`resized`, in -1..1."""
+    return resized(images, side).astype(jnp.float32) / 127.5 - 1
 
 
 def resized(images: UInt8[Array, "M h w 3"], side: int) -> UInt8[Array, "M s s 3"]:

@@ -88,12 +88,13 @@ def vae_encoder(size: VaeSize, side: int) -> int:
     return total
 
 
-def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: Count, **counts: Count) -> dict[str, Count]:
-    """As `train`, of a step that draws every image once; the Emu's towers run as far as the condition comes from them."""
+def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: Count, encodes: bool = True, **counts: Count) -> dict[str, Count]:
+    """As `train`, of a step that draws every image once; the Emu's towers run as far as the condition comes from them, and
+    the autoencoder's encoder only where it `encodes` what is drawn."""
     text = {name: value if size.condition == "teacher_forced" else 0.0 for name, value in counts.items()} | {"labels": 0.0}
     read = 0.0 if size.condition == "generated" else images
     work = {tower: value for tower, value in forward(size.emu, images=read, **text).items() if value}
-    if size.vae:
+    if size.vae and encodes:
         work["vae"] = images * vae_encoder(size.vae, size.image)
     return work | {"unet": (3 if trained.get("unet") else 1) * images * unet(size.unet, size.latents[0], size.emu.resampler.tokens)}
 

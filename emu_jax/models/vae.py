@@ -124,9 +124,8 @@ class Vae(nnx.Module):
         """Images, about -1..1, of unscaled latents."""
         return self.decoder(self.post_quant(latents), kernel)
 
-    def sample(self, images: Float[Array, "B h w 3"], key: Array | None = None, *, kernel: str = "auto") -> Float[Array, "B y x c"]:
-        """Latents as the U-Net sees them: scaled, drawn from the encoder's distribution; without a key, its mean."""
-        mean, log_variance = self.encode(images, kernel=kernel)
+    def sample(self, mean: Float[Array, "B y x c"], log_variance: Float[Array, "B y x c"], key: Array | None = None) -> Float[Array, "B y x c"]:
+        """Latents as the U-Net sees them: scaled, drawn from the distribution that `encode` gave; without a key, its mean."""
         if key is not None:
             mean = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
         return self.size.scale * mean

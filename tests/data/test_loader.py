@@ -41,7 +41,8 @@ def loader(letters, memory, picture, monkeypatch):
         data = ConfigDict(dict(batch=8, tokens=24, images=2, num_streams=4, pack_lookahead=3, prefetch=2, workers=2, readers=0,
                                max_bad_share=0.2,
                                patience=5.0, retries=1, unreadable="skip", fit="squash", packing="first_fit",
-                               tokenizer="", labels=("text", "</s>"), image_first=0.5, system="release", mixture=mixture, eval_mixture=mixture) | different)
+                               conditions="", latents="", tokenizer="", labels=("text", "</s>"), image_first=0.5, system="release",
+                               mixture=mixture, eval_mixture=mixture) | different)
         made.append(Loader(data, seed, letters, n_visual=2, image_size=4, process=process, processes=processes, eval=eval))
         return made[-1]
     yield make
@@ -314,6 +315,8 @@ def test_an_evaluation_is_one_pass_in_fixed_order(loader):
     (dict(mixture=("texts",)), "'texts' is not a .name, weight, path. row"),
     (dict(mixture=(("t", 0.0, "texts"),)), "the weight of 't' is 0.0; it must be a positive number"),
     (dict(mixture=(("t", float("nan"), "texts"),)), "the weight of 't' is nan"),
+    (dict(latents="x"), "data.images=2: .* first image of a document only"),
+    (dict(latents="x", images=1, mixture=(("t", 1.0, "texts", {"start": "random"}),)), "the rule of 't' may leave that out"),
     (dict(mixture=(("t", 1.0, "texts"), ("t", 1.0, "pairs"))), "the names of the sources must differ; they are t, t")])
 def test_settings_that_do_not_fit(loader, different, message):
     with pytest.raises(UserError, match=message):

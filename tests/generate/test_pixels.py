@@ -11,8 +11,8 @@ from PIL import Image
 from emu_jax import config, sharding
 from emu_jax.checkpoint import Checkpoints
 from emu_jax.config import UserError
-from emu_jax.data import tokenizer
-from emu_jax.data.conditions import Conditions
+from emu_jax.data import precomputed, tokenizer
+from emu_jax.data.precomputed import Precomputed
 from emu_jax.data.sequence import Document, Pair
 from emu_jax.generate import __main__ as command
 from emu_jax.generate import pixels, precompute
@@ -165,19 +165,19 @@ def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(run, sessi
     said = ["a dog", "a cat", "red", "blue", "one two"]
     documents = [Document(f"d{n}", parts) for n, parts in enumerate([(Pair(image, said[0]),), (said[1], image), (said[2],), (image, said[3]),
                                                                      (Pair(image, said[4]),)])]
-    monkeypatch.setattr(precompute.sources, "open", lambda path, size: Memory(documents))
+    monkeypatch.setattr(precompute.sources, "open", lambda path, size, fit: Memory(documents))
     monkeypatch.setattr(precompute, "mesh_of", lambda *_: None)     # eight fake devices are slow, and the commands above have them
-    for module in (precompute, __import__("emu_jax.data.conditions", fromlist=["SHARD"])):
+    for module in (precompute, precomputed):
         monkeypatch.setattr(module, "SHARD", 2)
     arguments = ["precompute", "--config=configs/decoder.py:debug", f"--config.init={run}/emu", f"--config.data.tokenizer={run}/tokenizer.json",
                  "--config.data.mixture=(('a', 1.0, 'x:train'),)", f"--to={tmp_path}"]
     assert command.main([*arguments, "--hosts=2", "--host=1"]) == 0
     with pytest.raises(UserError, match="are not whole"):
-        Conditions(str(tmp_path), "mixture", {"a": 5})
+        Precomputed(str(tmp_path), "conditions", "mixture", {"a": 5})
     made = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("0*")}
     assert command.main(arguments) == 0 and "2 shards made, 1 were there" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == made.get(path.name, path.stat().st_mtime_ns) for path in tmp_path.rglob("0*"))
-    stored = Conditions(str(tmp_path), "mixture", {"a": 5})
+    stored = Precomputed(str(tmp_path), "conditions", "mixture", {"a": 5})
     for number, parts in ((0, ["a dog"]), (1, ["a cat"]), (3, []), (4, ["one two"])):
         np.testing.assert_allclose(stored.of(f"a/d{number}"), session.images([parts])[0], rtol=2e-3, atol=2e-3)
     assert command.main([*(a for a in arguments if "init" not in a), f"--config.init={run}/decoder"]) == 2

@@ -12,7 +12,8 @@ from emu_jax.checkpoint import Checkpoints
 from emu_jax.config import UserError
 from emu_jax.generate import samplers
 from emu_jax.models import emu, flops
-from emu_jax.models.decoder import Decoder, DecoderSize, resized
+from emu_jax.models.decoder import Decoder, DecoderSize, moments, resized
+from emu_jax.types import DecoderBatch
 
 pytestmark = pytest.mark.xdist_group("decoder")  # one process: what its tests share is made once
 
@@ -166,6 +167,22 @@ def test_sampling_is_a_function_of_the_seed_on_any_mesh(predicted):
     with jax.set_mesh(mesh):
         placed = jax.device_put(PARAMS, sharding.shardings(mesh, sharding.specs(PARAMS)))
         np.testing.assert_allclose(jax.jit(draw)(placed, predicted, seeds), alone, atol=1e-3)
+
+
+def test_latents_that_come_with_the_batch_are_those_of_its_images():
+    """In bfloat16 too the same key draws the same, but for the rounding of the moments to float16; the images are not looked at."""
+    p = make.program(make.decoder_cfg("model.decoder.condition=encoded", "model.compute=bfloat16", vae=True))
+    params = make.random_params(p)
+
+    def both(images, keys):
+        bound = model(params, p.size)
+        stored = moments(p.size, bound.vae, images[:, 0]).astype(jnp.float16)
+        batch = DecoderBatch(**vars(BATCH.replace(images=jnp.zeros_like(images))), latents=stored[:, None])
+        return stored, [bound.targets(images[:, 0], key) for key in keys], [bound.drawn(batch, key) for key in keys]
+    stored, step, once = jax.jit(both)(BATCH.images, jax.random.split(jax.random.key(0)))
+    assert stored.shape[1:] == p.size.moments == (4, 4, 8) and step[0].shape[1:] == p.size.latents and jnp.abs(step[0] - step[1]).max() > 0.1
+    for a, b in zip(step, once):
+        np.testing.assert_allclose(b, a, rtol=5e-3, atol=5e-3 * np.abs(a).max())
 
 
 # Sizes

@@ -142,8 +142,8 @@ def test_latents_are_scaled_and_drawn_around_their_mean():
     def everything(params, images):
         model = emu.bind(Vae, VAE, params)
         mean, log_variance = model.encode(images)
-        draws = jax.vmap(lambda key: model.sample(images, key))(jax.random.split(jax.random.key(0), 400))
-        return mean, log_variance, model.sample(images), draws, model.decode(mean)
+        draws = jax.vmap(partial(model.sample, mean, log_variance))(jax.random.split(jax.random.key(0), 400))
+        return mean, log_variance, model.sample(mean, log_variance), draws, model.decode(mean)
     mean, log_variance, still, draws, decoded = jax.jit(everything)(params, images)
     assert mean.shape == (2, 2, 2, 2) and decoded.shape == images.shape
     np.testing.assert_allclose(still, VAE.scale * mean, rtol=1e-6)
