@@ -31,10 +31,11 @@ case ${1:-} in
     if [[ ! -f data/demo/tokenizer.json ]]; then
       "$python" -m emu_jax.data build --kind=openmoji --to=data/demo
     fi
-    for stage in warmup emu decoder; do
-      "${train[@]}" --config="configs/demo.py:$stage"
-    done
-    "$python" -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu
+    "${train[@]}" --config=configs/demo.py:warmup
+    "${train[@]}" --config=configs/demo.py:emu
+    "$python" -m emu_jax.generate precompute --config=configs/demo.py:decoder --to=runs/demo/conditions
+    "${train[@]}" --config=configs/demo.py:decoder
+    "$python" -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu --decoder=runs/demo/decoder
     ;;
   paper)
     if [[ ! -d ${RAW:-} ]]; then
