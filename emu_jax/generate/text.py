@@ -72,7 +72,7 @@ def _said(rules: Rules, ids: Int[Array, "B n"], count: Int[Array, ""]) -> Int[Ar
     return jnp.concatenate([rules.said, jnp.where(jnp.arange(ids.shape[1]) < count, ids, nothing)], 1)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnums=0)
 def nll(size: emu.EmuSize, params: Tree, context: Context, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B"]:
     """Summed cross-entropy of the first `lengths` tokens of each row, as what follows the context."""
     model = emu.bind(emu.Emu, size, params)
