@@ -153,6 +153,12 @@ def param_shapes(directory: str, step: int | None = None) -> dict[str, tuple[int
     return {path: tuple(shape) for path, (_, shape, _) in arrays["params"].items()}
 
 
+def fingerprint(directory: str, tower: str) -> int:
+    """Of the bits of a tower's parameters in the newest whole checkpoint, from what its manifest says of them: another one for other weights."""
+    arrays = _newest(*_locate(directory, None), _notes)[1]["manifest"]["arrays"]["params"]
+    return _crc({path: told for path, told in arrays.items() if path.startswith(f"{tower}/")})
+
+
 def restore_params(directory: str, abstract_params: tree.Tree | None = None, *, step: int | None = None, ema: bool = False) -> tree.Tree:
     """The parameters in the newest whole checkpoint, and nothing else of it: no optimizer state is read.
 

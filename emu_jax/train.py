@@ -113,6 +113,8 @@ def train(c: ConfigDict) -> loop.State:
             log.info("resumed at step %d of %d in %s", step, c.optim.steps, workdir)
         else:
             step = 0
+            for kind in (kind for kind in precomputed.KINDS if c.data[kind]):
+                precompute.check_weights(c, kind)
             params = jax.jit(lambda key: at_rest(c, trains, emu.init(stage.module, size, key)), out_shardings=placed)(jax.random.key(c.seed))
             params, loaded = initial(c.init, params)
             if model.standardise and "visual_stats" in params and "visual_stats/mean" not in loaded:

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint, tree
-from emu_jax.checkpoint import Checkpoints, param_shapes, read_config, restore_params
+from emu_jax.checkpoint import Checkpoints, fingerprint, param_shapes, read_config, restore_params
 from emu_jax.config import UserError
 
 # Orbax leaves coroutines of the other arrays behind when one cannot be read.
@@ -154,6 +154,11 @@ def test_one_tower_is_restored_and_cast_without_the_rest(saved):
 def test_shapes_are_those_of_the_parameters(saved):
     assert param_shapes(str(saved)) == {
         "head": (8,), "llama/ids": (6,), "llama/norm": (4,), "llama/w": (64, 64), "vision/w": (64, 8)}
+
+
+def test_a_tower_is_known_by_its_bits(saved):
+    print_of = lambda tower, step=2: fingerprint(f"{saved}/checkpoints/{step}", tower)
+    assert print_of("llama") == fingerprint(str(saved), "llama") and print_of("llama") not in (print_of("vision"), print_of("llama", 1))
 
 
 def test_averaged_parameters_take_the_place_of_those_that_have_an_average(saved):

@@ -18,6 +18,7 @@ from emu_jax.checkpoint import Checkpoints
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer
 from emu_jax.data.loader import Loader
+from emu_jax.data.precomputed import notes, notes_of
 from emu_jax.generate import __main__ as generate
 from emu_jax.generate import precompute
 from tests.data import fixtures
@@ -189,6 +190,16 @@ def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
 def test_latents_of_other_images_are_one_line(made, overrides, told):
     with pytest.raises(UserError, match=re.escape(told)):
         train.check_precomputed(config.load(made("", *overrides)), {"unet": {}})
+
+
+@pytest.mark.parametrize(("kind", "directory"), [("conditions", "emu"), ("latents", "sd")])
+def test_what_other_weights_made_is_one_line(folder, made, tmp_path, kind, directory):
+    """As where the Emu was trained anew, and its old conditions still lie there."""
+    precompute.check_weights(config.load(made("")), kind)
+    told = notes(folder / kind, kind)
+    notes_of(tmp_path, kind).write_text(json.dumps(told | {"weights": told["weights"] ^ 1}))
+    with pytest.raises(UserError, match=f"were made by other weights .* than those of init, {folder}/{directory}; make them again"):
+        precompute.check_weights(config.load(made("", f"data.{kind}={tmp_path}")), kind)
 
 
 def test_a_decoder_of_pixels_has_no_latents(made):

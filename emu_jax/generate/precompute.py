@@ -32,6 +32,7 @@ from emu_jax.models.decoder import DecoderSize, moments
 from emu_jax.models.vae import Vae
 
 PROMPTS, IMAGES = 64, 8     # at once; images on each device
+MADE_BY = {"conditions": ("llama", "a language model"), "latents": ("vae", "an autoencoder")}   # a tower, and what it is
 
 
 class Maker(NamedTuple):
@@ -75,10 +76,10 @@ def main(arguments: list[str]) -> None:
 
 def conditions(c: ConfigDict, batch: int) -> Maker:
     """Of the visual tokens that the config's Emu regresses, `batch` prompts at once. Raises UserError where c.init names no Emu."""
-    directory = _holding(c, "llama", "a language model")[0]
+    directory = holding(c, "conditions")
     session = Session.load(directory, tokenizer=c.data.tokenizer, mesh=mesh_of(directory, jax.local_devices()), batch=batch, truncate="left")
     size = session.size
-    told = {"checkpoint": str(Path(directory).resolve()), "shape": [size.resampler.tokens, size.llama.width]}
+    told = _by(directory, "conditions") | {"shape": [size.resampler.tokens, size.llama.width]}
     return Maker(told, size.vision.image, before_image, session.images)
 
 
@@ -86,7 +87,7 @@ def latents(c: ConfigDict, batch: int) -> Maker:
     """Of the moments that the config's autoencoder finds in images, `batch` at once on each of this process's devices, held as the training would
     hold it. Raises UserError where c.init names no autoencoder, and as `latents_of`."""
     told, size = latents_of(c), DecoderSize.of(c.model.to_dict())
-    directory = _holding(c, "vae", "an autoencoder")[-1]        # that of the training: of two the later counts
+    directory = holding(c, "latents")
     mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), devices=jax.local_devices())
     params = checkpoint.restore_params(directory, {"vae": pixels.abstract_params(size, mesh, c.frozen_dtype)["vae"]})["vae"]
     encode = jax.jit(lambda params, images: moments(size, emu.bind(Vae, size.vae, params), images))
@@ -99,7 +100,7 @@ def latents(c: ConfigDict, batch: int) -> Maker:
             with jax.set_mesh(mesh):
                 found.append(np.asarray(encode(params, np.stack(some)), np.float32))
         return np.concatenate(found)[:len(images)]
-    return Maker(told | {"checkpoint": str(Path(directory).resolve())}, size.loaded, lambda document: next(pictures(document), None), arrays)
+    return Maker(told | _by(directory, "latents"), size.loaded, lambda document: next(pictures(document), None), arrays)
 
 
 def latents_of(c: ConfigDict) -> dict[str, Any]:
@@ -114,13 +115,26 @@ def latents_of(c: ConfigDict) -> dict[str, Any]:
     return {"loaded": size.loaded, "image": size.image, "fit": c.data.fit, "shape": list(size.moments)}
 
 
-def _holding(c: ConfigDict, tower: str, what: str) -> list[str]:
-    """The checkpoints of c.init that hold a tower."""
+def holding(c: ConfigDict, kind: str) -> str:
+    """The checkpoint of c.init whose weights make arrays of a kind: of two the later counts, as in the training. Raises UserError where none does."""
+    tower, what = MADE_BY[kind]
     found = [directory for directory in filter(None, c.init.split(","))
              if any(path.startswith(f"{tower}/") for path in checkpoint.param_shapes(directory))]
     if not found:
         raise UserError(f"init={c.init!r} names no checkpoint with {what}: --config.init=DIR")
-    return found
+    return found[-1]
+
+
+def check_weights(c: ConfigDict, kind: str) -> None:
+    """Raises UserError where a training that begins from c.init reads arrays that other weights made."""
+    directory, there = holding(c, kind), notes(Path(c.data[kind]), kind)
+    if _by(directory, kind)["weights"] != there.get("weights"):
+        raise UserError(f"data.{kind}={c.data[kind]!r} were made by other weights ({there.get('checkpoint')}) than those of init, {directory}; make "
+                        f"them again: python -m emu_jax.generate precompute{KINDS[kind]} --config=FILE --to=ANOTHER")
+
+
+def _by(directory: str, kind: str) -> dict[str, Any]:
+    return {"checkpoint": str(Path(directory).resolve()), "weights": checkpoint.fingerprint(directory, MADE_BY[kind][0])}
 
 
 def make(maker: Maker, source: Source, shard: int, path: Path) -> None:
