@@ -21,9 +21,9 @@ demo: .venv/ready
 demo-chat: .venv/ready
 	test -d runs/demo/emu/checkpoints || $(MAKE) demo
 	$(python) -m emu_jax.data build --kind=openmoji --to=data/demo
-	@echo "--- 1 of 2: the demo's Emu learns to answer questions on scenes"
+	@echo "--- 1 of 2: the demo's Emu learns to answer questions on scenes. About 8 minutes are left, on two idle cores"
 	$(python) -m emu_jax.train --config=configs/demo.py:instruct
-	@echo "--- 2 of 2: held-out questions, answered before and after"
+	@echo "--- 2 of 2: held-out questions, answered before and after. About 1 minute is left"
 	$(python) -m emu_jax.evaluate --task=demo-chat --checkpoint=runs/demo/instruct
 
 test: .venv/ready
