@@ -14,6 +14,7 @@ import jaxtyping
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join((
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",                        # a test a core: what one compiles is not split among more
     "--xla_cpu_collective_call_terminate_timeout_seconds=1800"))       # a busy machine is slow, not stuck: after 40 s XLA would abort
 if version("jaxlib").startswith("0.10."):       # what it emits now takes twice as long to compile; later ones do not know the flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
