@@ -23,6 +23,7 @@ LAYOUTS = {     # processes, devices of each, overrides
 }
 MOMENTS = ("step", "save", "start")
 EVERY = 3           # steps between saves
+STEPS_A_KILL = 8    # so that no kill comes too late
 NEAR = 1e-3
 LOSSES = ("loss", "text_loss", "image_loss")
 
@@ -97,12 +98,17 @@ def start(folder: Path, workdir: Path, number: int, one: Start, steps: int, chan
 
 
 def moment_has_come(run: subprocess.Popen, notes: Path, workdir: Path, moment: str, chance: random.Random) -> bool:
-    """Waits for the moment; whether the run still lives then."""
-    wanted, pause = chance.randint(2, 5), {"step": chance.uniform(0, 0.5), "save": chance.uniform(0, 0.03), "start": chance.uniform(0, 8)}[moment]
+    """Waits for the moment; whether the run still lives then. In some starts a save is over by then, so that the run gets on."""
     consumed = lambda: sum(path.read_bytes().count(b"\n") for path in notes.parent.glob(f"{notes.name}-0.jsonl"))
-    began = time.time()
-    saving = lambda: any(_changed(path) > began for path in workdir.glob("checkpoints/*.orbax-checkpoint-tmp"))
-    come = {"step": lambda: consumed() >= wanted, "save": lambda: consumed() >= 1 and saving(), "start": lambda: True}[moment]
+    began, saves, seen = time.time(), chance.randint(1, 2), set()
+
+    def saving() -> bool:
+        now = {path.name for path in workdir.glob("checkpoints/*.orbax-checkpoint-tmp") if _changed(path) > began}
+        seen.update(now)
+        return bool(now) and len(seen) >= saves
+
+    wanted, pause = chance.randint(2, 3 * EVERY), {"step": chance.uniform(0, 0.5), "save": chance.uniform(0, 0.03), "start": chance.uniform(0, 8)}[moment]
+    come = {"step": lambda: consumed() >= wanted, "save": saving, "start": lambda: True}[moment]
     while run.poll() is None and not come():
         time.sleep(0.002)
     time.sleep(pause)
@@ -194,7 +200,7 @@ def main() -> int:
     layouts = ["same" if number < flags.kills // 3 else chance.choice(list(LAYOUTS)) for number in range(flags.kills + 1)]
     plan = [(layout, chance.choices(MOMENTS, (3, 3, 1))[0]) for layout in layouts[:-1]]
     with tempfile.TemporaryDirectory() as folder:
-        line = torture(Path(folder), plan, layouts[-1], 4 * flags.kills + EVERY, flags.seed, lambda line: print(line, flush=True))
+        line = torture(Path(folder), plan, layouts[-1], STEPS_A_KILL * flags.kills, flags.seed, lambda line: print(line, flush=True))
     count = lambda what, of: ", ".join(f"{sum(pair[of] == name for pair in plan)} {name}" for name in what)
     print(f"{flags.kills} kills ({count(MOMENTS, 1)}) on {count(LAYOUTS, 0)}, in {time.time() - began:.0f} s: {line}")
     return 0
