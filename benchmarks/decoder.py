@@ -1,10 +1,10 @@
 """python benchmarks/decoder.py [--steps=5] [--sampling=50] [--json=FILE]: the visual decoder's training step and its sampling.
 
-Stable Diffusion 1.5's U-Net at a quarter of its width, on 64 x 64 places (as its latents of 512 x 512 pixels have; of 3 channels here, for it
-works on pixels: no autoencoder in the way), with conditions of 32 visual tokens that come with the batch. The training step is the whole
-one of the loop, of one image; sampling is PNDM with guidance, two inputs a step, of one picture. Compiling is timed apart. FLOP/s are
-counted by hand (models/flops.py), as a share of what this machine reaches in one large float32 matrix product, measured in the same run.
-Run it on an idle machine; results of one: benchmarks/results/decoder.md.
+Stable Diffusion 1.5's U-Net at a quarter of its width (its heads as wide as there, so a quarter as many), on 64 x 64 places, as its latents of
+512 x 512 pixels have; of 3 channels here, for it works on pixels: no autoencoder in the way. Conditions of 32 visual tokens come with the batch.
+The training step is the whole one of the loop, of one image; sampling is PNDM with guidance, two inputs a step, of one picture. Compiling is
+timed apart. FLOP/s are counted by hand (models/flops.py), as a share of what this machine reaches in one large float32 matrix product, measured
+in the same run. Run it on an idle machine (some 10 minutes on two cores); results of one: benchmarks/results/decoder.md.
 """
 import argparse
 import json
@@ -37,7 +37,8 @@ def quarter() -> config.ConfigDict:
                      f"--config.model.decoder.image={SIDE}", "--config.model.decoder.condition=generated"])
     with c.unlocked():
         c.model.decoder.vae = {}
-        c.model.decoder.unet.update(dict(channels_in=3, channels_out=3, widths=(80, 160, 320, 320), time=320, groups=8, condition=WIDTH))
+        c.model.decoder.unet.update(dict(channels_in=3, channels_out=3, widths=(80, 160, 320, 320), heads=(2, 2, 2, 2), time=320, groups=8,
+                                         condition=WIDTH))
     return c
 
 
@@ -80,7 +81,7 @@ def measure(steps: int, sampling: int) -> dict[str, float]:
     canvas = {"unet": state.trainable["unet"]}
     condition, seeds = jnp.asarray(rows.conditions[0]), jnp.zeros(1, jnp.int32)
     draw_compile, draw = compiled(jax.jit(partial(pixels.draw, size, sampler=SAMPLER, steps=sampling, guidance=GUIDANCE)), canvas, condition, seeds)
-    draw_s = min(timed(lambda: draw(canvas, condition, seeds))[0] for _ in range(2))
+    draw_s, _ = timed(lambda: draw(canvas, condition, seeds))
     evaluations = 2 * len(samplers.evaluated(sampling))
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params["unet"])), "matmul_peak": peak, "forward_flops": once,
             "train_compile_s": train_compile, "train_step_s": train_s, "train_flops_per_second": 3 * once / train_s,
