@@ -8,13 +8,17 @@ Builders yield `example(...)` under `FEATURES()`; `Records` reads, through Grain
 import io
 import json
 import math
+import threading
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -84,11 +88,12 @@ class Records:
         self._size, self._fit = image_size, fit
         self._length = info.splits[split].num_examples
         try:
-            self._raw = grain.sources.ArrayRecordDataSource(files)
+            held = len(grain.sources.ArrayRecordDataSource(files))
         except Exception as error:                            # the reader's errors have no common type
             raise UserError(f"a file of '{folder}', split '{split}', is damaged: {' '.join(str(error).split())}") from error
-        if len(self._raw) != self._length:
-            raise UserError(f"the files of '{folder}', split '{split}', hold {len(self._raw)} records, not {self._length}")
+        if held != self._length:
+            raise UserError(f"the files of '{folder}', split '{split}', hold {held} records, not {self._length}")
+        self._raw = Raw(files, list(info.splits[split].shard_lengths))
 
     def __len__(self) -> int:
         return self._length
@@ -122,6 +127,31 @@ class Records:
         image = iter(_shown(array, *about) for array, about in zip(pixels, _of_images(layout, roles, times)))
         part = {"T": lambda: next(told), "I": lambda: next(image), "P": lambda: Pair(next(image), next(told))}
         return Document(id, tuple(part[letter]() for letter in layout), source, provenance)
+
+
+class Raw:
+    """The bytes of the records of ArrayRecord files, one file after another; threads may share it. `lengths`: records of each file.
+
+    A reader seeks: what Grain asks of it, a list of records, takes time in proportion to all that its file holds (array-record 0.8.6: 7 ms of a
+    million, against 10 us)."""
+
+    def __init__(self, files: list[str], lengths: list[int]):
+        self._files, self._lengths, self._ends = files, lengths, list(accumulate(lengths))
+        self._readers: list[ArrayRecordReader | None] = [None] * len(files)
+        self._locks = [threading.Lock() for _ in files]
+
+    def __reduce__(self) -> tuple:
+        return Raw, (self._files, self._lengths)            # a process opens its own
+
+    def __getitem__(self, index: int) -> bytes:
+        file = bisect_right(self._ends, index)
+        with self._locks[file]:
+            reader, self._readers[file] = self._readers[file], None         # one that has failed is not asked again
+            reader = reader or ArrayRecordReader(self._files[file], options="readahead_buffer_size:0,max_parallelism:0")
+            reader.seek(index - self._ends[file] + self._lengths[file])
+            record = reader.read()
+            self._readers[file] = reader
+        return record
 
 
 def _told(text: str, role: str, time: float | None) -> str | Text:
