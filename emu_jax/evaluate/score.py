@@ -13,6 +13,7 @@ from emu_jax.config import UserError
 from emu_jax.evaluate import annotations
 from emu_jax.evaluate.metrics import captions, clip_score, fid, ranking, vqa, wups
 from emu_jax.evaluate.metrics.wordnet import WHERE, WordNet
+from emu_jax.weights.clip import WHERE as WHERE_CLIP
 
 LAYOUTS = """layouts of the files, JSON unless said otherwise (ids are compared as text):
   cider, bleu, rouge, captions (all three): CIDEr-D, BLEU and ROUGE-L as coco-caption prints them
@@ -32,16 +33,21 @@ LAYOUTS = """layouts of the files, JSON unless said otherwise (ids are compared 
       predictions [{"image_id", "round_id", "ranks": [place of candidate 0 from 1, ...]}]
       references  [{"image_id", "round_id", "gt_relevance": [...]}], visdial_1.0_val.json, or rows with "gt_index"
   fid: two .npz with mu and sigma, or .npy with the Inception features [images, 2048] of each set
-  clip_score: two .npy with CLIP features [n, C], of the pictures and of their texts"""
+  clip_score: 100 * the mean of max(cosine, 0) between CLIP's features of a picture and of its caption; of several captions, their mean. With --clip=DIR:
+      predictions {id: path of a picture, from the folder of this file} (coco-t2i's submission.json), or a folder of pictures, each named ID.png, ID.jpg, ...
+      references  {id: caption} or {id: [caption, ...]}
+      or, without --clip, two .npy with features [n, C], of the pictures and of their captions"""
 
 
 CAPTION = ("cider", "bleu", "rouge")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Job(NamedTuple):
     predictions: str
     references: Sequence[str]
     wordnet: str | None
+    clip: str | None
 
 
 class Scores(NamedTuple):
@@ -108,6 +114,11 @@ def of_ranks(ranks: Mapping[str, Sequence[int]], dense: Mapping[str, Sequence[fl
         numbers["ndcg"] = float(np.mean(list(gains.values())))
         each = each | gains
     return Scores(numbers, each)
+
+
+def of_clip(model: clip_score.Clip, pictures: Mapping[str, Path], captions: Mapping[str, Sequence[str]]) -> Scores:
+    each = clip_score.of_pictures(model, pictures, captions)
+    return Scores({"count": len(each), "clip_score": float(np.mean(list(each.values())))}, each)
 
 
 def dense_of(path: str) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -200,6 +211,12 @@ def _fid(job: Job) -> dict:
 
 
 def _clip_score(job: Job) -> dict:
+    if not job.predictions.endswith(".npy"):
+        if not job.clip:
+            raise UserError(f"metric clip_score of pictures needs {WHERE_CLIP}")
+        pictures, captions = _pictures(job.predictions), _lists(job.references, ("id",), "caption")
+        _same_ids(job, pictures, captions)
+        return of_clip(clip_score.load(job.clip), pictures, captions).numbers
     pictures, texts = (_array(path) for path in (job.predictions, _only(job.references)))
     if pictures.shape != texts.shape or pictures.ndim != 2 or not pictures.size:
         raise UserError(f"CLIP features of {pictures.shape} pictures and of {texts.shape} texts do not pair up: both must be [n, C]")
@@ -250,6 +267,17 @@ def _lists(paths: Sequence[str], keys: Sequence[str], field: str) -> dict[str, l
     if not out or not all(isinstance(some, list) and some and all(isinstance(text, str) for text in some) for some in out.values()):
         raise UserError(f"{path}: not {what}")
     return out
+
+
+def _pictures(path: str) -> dict[str, Path]:
+    """{id: file} of a folder, or of a file of paths."""
+    if not Path(path).is_dir():
+        return {key: Path(path).parent / picture for key, picture in _texts(path, ("id",), "picture").items()}
+    files = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in SUFFIXES]
+    found = {file.stem: file for file in files}
+    if not files or len(found) < len(files):
+        raise UserError(f"{path}: " + ("two pictures have one name but for its suffix" if files else f"no pictures ({', '.join(SUFFIXES)}) in it"))
+    return found
 
 
 def _only(paths: Sequence[str]) -> str:

@@ -72,7 +72,7 @@ TASKS = {
                    "test", "train", "wups", annotations.nextqa_results, video=True),
     "mmvet": Task("MM-Vet: a file of answers for its judge", "free", ("mm-vet.json",), (), lambda path, split: annotations.mmvet(path), "all", "",
                   "judge", annotations.mmvet_results, FREE, one_file=True),
-    "coco-t2i": Task("30,000 captions of COCO drawn, and FID; needs --decoder and --inception", "image", ("captions_{split}.json",), (),
+    "coco-t2i": Task("30,000 captions of COCO drawn, and FID; needs --decoder and --inception, takes --clip", "image", ("captions_{split}.json",), (),
                      annotations.coco_prompts, "val2014", "", "fid", dict),
 }
 
