@@ -33,8 +33,8 @@ LAYOUTS = """layouts of the files, JSON unless said otherwise (ids are compared 
       predictions [{"image_id", "round_id", "ranks": [place of candidate 0 from 1, ...]}]
       references  [{"image_id", "round_id", "gt_relevance": [...]}], visdial_1.0_val.json, or rows with "gt_index"
   fid: two .npz with mu and sigma, or .npy with the Inception features [images, 2048] of each set
-  clip_score: 100 * the mean of max(cosine, 0) between CLIP's features of a picture and of its caption; of several captions, their mean. With --clip=DIR:
-      predictions {id: path of a picture, from the folder of this file} (coco-t2i's submission.json), or a folder of pictures, each named ID.png, ID.jpg, ...
+  clip_score: 100 * the mean of max(cosine, 0) of CLIP's features of a picture and of its caption (of several captions, their mean); needs --clip=DIR
+      predictions {id: path of a picture, from this file's folder} (as coco-t2i's submission.json), or a folder of pictures, ID.png, ID.jpg, ...
       references  {id: caption} or {id: [caption, ...]}
       or, without --clip, two .npy with features [n, C], of the pictures and of their captions"""
 
@@ -47,7 +47,7 @@ class Job(NamedTuple):
     predictions: str
     references: Sequence[str]
     wordnet: str | None
-    clip: str | None
+    clip: str | None = None
 
 
 class Scores(NamedTuple):

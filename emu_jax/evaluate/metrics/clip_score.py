@@ -150,6 +150,7 @@ def _bpe(vocab: Path, merges: Path) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.add_special_tokens([START, END])
     start, end = ((name, tokenizer.token_to_id(name)) for name in (START, END))
     tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     return tokenizer
