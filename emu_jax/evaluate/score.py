@@ -4,6 +4,7 @@ Read next: metrics/, annotations.py.
 """
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from emu_jax.config import UserError
 from emu_jax.evaluate import annotations
-from emu_jax.evaluate.metrics import captions, clip_score, fid, ranking, vqa, wups
+from emu_jax.evaluate.metrics import captions, clip_score, fid, lemmas, ranking, vqa, wups
 from emu_jax.evaluate.metrics.wordnet import WHERE, WordNet
 from emu_jax.weights.clip import WHERE as WHERE_CLIP
 
@@ -26,7 +27,8 @@ LAYOUTS = """layouts of the files, JSON unless said otherwise (ids are compared 
   exact_match: percent of answers that equal a reference, letter by letter
       predictions {id: answer} or [{"id", "answer"}]
       references  {id: answer}, {id: [answer, ...]} or MSVD-QA's and MSRVTT-QA's [{"id", "answer"}]
-  wups: percent, at thresholds 0 and 0.9; of a .csv by type of question too, where DB and DC count exact matches; needs --wordnet=DIR
+  wups: percent, at thresholds 0 and 0.9; of a .csv by type of question too, where DB and DC count exact matches; needs --wordnet=DIR.
+      Texts are compared as they are; with --tagger=DIR as lemmas without stop words, as NExT-QA's official script has them
       predictions {id: answer} or NExT-QA's {video: {qid: answer}}
       references  {id: answer}, {id: [answer, ...]} or NExT-QA's .csv (and after it its add_reference_answer_*.json)
   visdial: ndcg of a dense file, recall@1, @5, @10, mean_rank and mrr of the true answers; give both files for all
@@ -48,6 +50,7 @@ class Job(NamedTuple):
     references: Sequence[str]
     wordnet: str | None
     clip: str | None = None
+    tagger: str | None = None
 
 
 class Scores(NamedTuple):
@@ -100,6 +103,13 @@ def of_wups(wordnet: WordNet, predictions: Mapping[str, str], references: Mappin
         for kind in sorted(set(kinds.values())):
             numbers[f"wups@{threshold:g}/{kind}"] = _percent(value for key, value in each.items() if kinds[key] == kind)
     return Scores(numbers, each)
+
+
+def lemmatised(wordnet: WordNet, tagger: str, predictions: Mapping[str, str],
+               references: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Both sides as NExT-QA's official script reduces them; `tagger`: the folder of NLTK's."""
+    reduced = cache(partial(lemmas.reduced, wordnet, lemmas.Tagger(tagger)))
+    return {key: reduced(text) for key, text in predictions.items()}, {key: list(map(reduced, some)) for key, some in references.items()}
 
 
 def of_ranks(ranks: Mapping[str, Sequence[int]], dense: Mapping[str, Sequence[float]], true: Mapping[str, int]) -> Scores:
@@ -178,6 +188,8 @@ def _wups(job: Job) -> dict:
         references = _lists(job.references, ("id",), "answer")
     predictions = _texts(job.predictions, ("id",), "answer")
     _same_ids(job, predictions, references)
+    if job.tagger:
+        predictions, references = lemmatised(wordnet, job.tagger, predictions, references)
     return of_wups(wordnet, predictions, references, kinds).numbers
 
 

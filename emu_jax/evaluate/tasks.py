@@ -68,7 +68,7 @@ TASKS = {
                     annotations.visdial, "val", "", "visdial", annotations.visdial_results, marks="visdial_1.0_{split}_dense_annotations.json"),
     "msvd-qa": _video_qa("MSVD-QA", "msvd"),
     "msrvtt-qa": _video_qa("MSRVTT-QA", "msrvtt"),
-    "nextqa": Task("NExT-QA, open-ended; needs --wordnet", "answer", ("{split}.csv",), ("add_reference_answer_{split}.json",), annotations.nextqa,
+    "nextqa": Task("NExT-QA, open-ended; needs --wordnet, takes --tagger", "answer", ("{split}.csv",), ("add_reference_answer_{split}.json",), annotations.nextqa,
                    "test", "train", "wups", annotations.nextqa_results, video=True),
     "mmvet": Task("MM-Vet: a file of answers for its judge", "free", ("mm-vet.json",), (), lambda path, split: annotations.mmvet(path), "all", "",
                   "judge", annotations.mmvet_results, FREE, one_file=True),
