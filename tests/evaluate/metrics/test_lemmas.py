@@ -5,6 +5,7 @@ import dictionary
 import pytest
 
 from emu_jax.config import UserError
+from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.metrics import lemmas
 from emu_jax.evaluate.metrics.wordnet import WordNet
 
@@ -42,6 +43,18 @@ def test_an_answer_is_reduced(tagger, tmp_path):
     reduced = lambda text: lemmas.reduced(wordnet, lemmas.Tagger(str(tagger)), text)
     assert reduced("The dogs") == "dog" and reduced("it is a Puppy") == "puppy" and reduced("") == ""
     assert reduced("xyzs of the cat") == "xyzs cat"             # neither is in WordNet: as it is
+
+
+def test_nextqas_answers_count_as_lemmas_where_there_is_a_tagger(tagger, tmp_path, capsys):
+    dictionary.write(tmp_path / "wordnet")
+    (tmp_path / "val.csv").write_text("video,qid,question,answer,type\n1,0,what is it,the dogs,DB\n1,1,what is it,a puppy,TN\n")
+    (tmp_path / "told.json").write_text(json.dumps({"1": {"0": "dog", "1": "is puppies"}}))
+    files = [f"--predictions={tmp_path}/told.json", f"--references={tmp_path}/val.csv", f"--wordnet={tmp_path}/wordnet"]
+    scores = []
+    for more in ([], [f"--tagger={tagger}"]):
+        assert main(["score", "--metric=wups", *files, *more]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert [found["wups@0/DB"] for found in scores] == [0, 100] and scores[1]["wups@0.9/TN"] == 100
 
 
 def test_a_folder_without_its_files_is_one_line(tagger, tmp_path):
