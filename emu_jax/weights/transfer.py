@@ -211,7 +211,7 @@ def summary(made: Plan) -> Iterator[str]:
     """Lines that say what an import brings, tower by tower, and what it does not."""
     for part in made.parts:
         for tower in dict.fromkeys(path.split("/")[0] for path in part.dtypes):
-            mine = [made.leaves[path] for path in part.dtypes if path.startswith(f"{tower}/")]
+            mine = [made.leaves[path] for path in part.dtypes if path.split("/")[0] == tower]
             kinds = ", ".join(sorted({str(leaf.dtype) for leaf in mine}))
             yield f"{tower:14}{sum(leaf.size for leaf in mine):>16,} parameters  {kinds}  from {part.family.name} {part.where}"
         needs = convert.uses(part.table, made=True)
@@ -289,7 +289,7 @@ def _field(c: ConfigDict, field: str) -> Any:
     try:
         return reduce(getattr, field.split("."), c.model)
     except AttributeError:
-        raise UserError(f"the config has no model.{field}, which these files fill (configs/decoder.py has a decoder)") from None
+        raise UserError(f"the config has no model.{field}, which these files fill (configs/decoder.py and configs/clip.py have more)") from None
 
 
 def _set(c: ConfigDict, field: str, value: Any, where: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
 
 from emu_jax import checkpoint
 from emu_jax.config import UserError, from_dict
@@ -49,7 +51,8 @@ def score(images: Float[np.ndarray, "n C"], texts: Float[np.ndarray, "n C"]) -> 
 
 def of_pictures(model: Clip, pictures: Mapping[str, Path], captions: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """100 * max(cosine, 0) of each picture with its caption, by its id; with several captions, their mean. The score of all is the mean."""
-    seen = dict(zip(pictures, picture_features(model, pictures.values()), strict=True))
+    paths = tqdm(pictures.values(), "CLIP", unit=" pictures", disable=None)
+    seen = dict(zip(pictures, picture_features(model, paths), strict=True))
     pairs = [(key, caption) for key in pictures for caption in captions[key]]
     cosines = _cosines(np.stack([seen[key] for key, _ in pairs]), text_features(model, [caption for _, caption in pairs]))
     found: dict[str, list[float]] = {}
@@ -71,7 +74,7 @@ def load(directory: str) -> Clip:
     """What `weights import --family=clip` made. Raises UserError for what is something else, or lacks its tokenizer."""
     check(directory)
     folder, size = _folder_and_size(directory)
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), checkpoint.restore_params(directory))
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.restore_params(directory))
     return Clip(size, params, _tokenizer(folder, size), _preprocessor(folder, size))
 
 
