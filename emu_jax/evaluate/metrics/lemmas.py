@@ -96,7 +96,7 @@ PLURAL = ((r"(?<=^.)ies", "ie", 0), ("sses", "ss", 0), ("ies", "i", 0), ("ss", "
 PAST = ((r"(?<=^.)ied", "ie", 0), ("ied", "i", 0), ("eed", "ee", 1))
 DERIVED = (
     tuple((*pair.split(">"), 1) for pair in (
-        "ational>ate tional>tion enci>ence anci>ance izer>ize bli>ble alli>al entli>ent eli>e ousli>ous ization>ize ation>ate ator>ate alism>al "
+        "ational>ate tional>tion enci>ence anci>ance izer>ize bli>ble entli>ent eli>e ousli>ous ization>ize ation>ate ator>ate alism>al "
         "iveness>ive fulness>ful ousness>ous aliti>al iviti>ive biliti>ble fulli>ful (?<=l)ogi>og").split()),
     tuple((*pair.split(">"), 1) for pair in "icate>ic ative> alize>al iciti>ic ical>ic ful> ness>".split()),
     tuple((ending, "", 2) for ending in (
@@ -116,6 +116,8 @@ def stem(word: str) -> str:
         word = _mended(cut)
     if word.endswith("y") and len(word) > 2 and _sounds(word[:-1]).endswith("c"):
         word = word[:-1] + "i"
+    if word.endswith("alli") and _measure(word[:-4]):
+        word = word[:-2]
     for rules in DERIVED:
         word = _rewritten(word, rules)
     if word.endswith("e") and (_measure(word[:-1]) > 1 or (_measure(word[:-1]) == 1 and not _short(word[:-1]))):
