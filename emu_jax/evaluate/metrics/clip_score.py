@@ -136,14 +136,14 @@ def _tokenizer(folder: Path, size: ClipSize) -> Tokenizer:
         raise UserError(f"{folder} lacks CLIP's tokenizer: copy tokenizer.json, or vocab.json and merges.txt, from where its weights were into it")
     try:
         tokenizer = Tokenizer.from_file(str(whole)) if whole.is_file() else _bpe(vocab, merges)
+        tokenizer.no_truncation()                                         # a file may say how its last text was cut and padded
+        tokenizer.no_padding()
         ends = tokenizer.encode("").ids
     except Exception as error:                                            # the library raises plain Exception
         raise UserError(f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}") from error
     if len(ends) != 2 or tokenizer.get_vocab_size() > size.vocab or size.eos not in (clip.OLD_EOS, ends[1]):
         raise UserError(f"{folder}: its tokenizer is not this CLIP's: it has {tokenizer.get_vocab_size()} tokens and puts {ends} around a text; the "
                         f"model has {size.vocab} tokens and reads a text at {size.eos}")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 
