@@ -1,6 +1,6 @@
 """Captions a second, as a benchmark asks for them (beam 5, 8 to 20 tokens): in batches, and one by one.
 
-    python benchmarks/evaluate.py [--images=64] [--batch=32] [--size=emu-60m] [--json=FILE]
+    python benchmarks/evaluate.py [--images=32] [--batch=32] [--size=emu-60m] [--json=FILE]
 
 Random weights: what is said is nonsense, and takes as long. Pictures are decoded from files, as in an evaluation.
 """
@@ -51,7 +51,7 @@ def captions(session: Session, planned: benchmark.Plan, batch: int) -> tuple[flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=64, help="pictures (64)")
+    parser.add_argument("--images", type=int, default=32, help="pictures (32)")
     parser.add_argument("--batch", type=int, default=32, help="pictures at once (32)")
     parser.add_argument("--size", default="emu-60m", help="of configs/sizes.py (emu-60m)")
     parser.add_argument("--json", metavar="FILE", help="the numbers, as JSON")

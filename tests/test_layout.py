@@ -13,7 +13,7 @@ ORDER = (
     ("sharding",),
     ("processes", "models/*", "data/*"),
     ("losses", "optim", *(f"weights/{name}" for name in (
-        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "peft", "stable_diffusion", "inception", "families"))),
+        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "peft", "stable_diffusion", "inception", "clip", "families"))),
     ("stages",),
     ("checkpoint",),
     ("journal", "watch", "initial"),

@@ -93,7 +93,7 @@ def benchmark(flags: argparse.Namespace) -> str:
     load = lambda: Session.load(flags.checkpoint, ema=flags.ema, tokenizer=flags.tokenizer, mesh=mesh(), batch=flags.batch)
     out = Path(flags.out) if flags.out else benchmark.where(settings)
     told = benchmark.run(settings, load, out, limit=flags.limit, allow_missing=flags.allow_missing, wordnet=flags.wordnet,
-                         inception_dir=flags.inception, host=host, hosts=hosts)
+                         inception_dir=flags.inception, clip_dir=flags.clip, tagger=flags.tagger, host=host, hosts=hosts)
     if "waiting" in told:
         return f"{told['waiting']} of {told['count']} predictions are other hosts'; once they are in {out}, the same command scores them"
     print("\n".join(f"{name}: {_shown(value)}" for name, value in told.items() if isinstance(value, (int, float)) and not isinstance(value, bool)))
@@ -107,11 +107,13 @@ def scores(arguments: list[str]) -> dict:
                                      epilog=score.LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = _fail
     parser.add_argument("--metric", required=True, choices=list(score.METRICS))
-    parser.add_argument("--predictions", required=True, metavar="FILE")
+    parser.add_argument("--predictions", required=True, metavar="FILE", help="clip_score: or a folder")
     parser.add_argument("--references", required=True, nargs="+", metavar="FILE", help="visdial takes two")
     parser.add_argument("--wordnet", metavar="DIR", help="for wups: a folder with WordNet's files; Debian's wordnet-base: /usr/share/wordnet")
+    parser.add_argument("--clip", metavar="DIR", help="for clip_score: what `python -m emu_jax.weights import --family=clip` made")
+    parser.add_argument("--tagger", metavar="DIR", help="for wups of NExT-QA: NLTK's averaged_perceptron_tagger_eng (.json)")
     flags = parser.parse_args(arguments)
-    return score.score(flags.metric, score.Job(flags.predictions, flags.references, flags.wordnet))
+    return score.score(flags.metric, score.Job(flags.predictions, flags.references, flags.wordnet, flags.clip, flags.tagger))
 
 
 def _shown(value: int | float) -> str:
@@ -147,8 +149,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
     parser.add_argument("--tokenizer", metavar="FILE", help="if it is not where the checkpoint's config says")
     parser.add_argument("--wordnet", metavar="DIR", help="nextqa: WordNet's files")
+    parser.add_argument("--tagger", metavar="DIR", help="nextqa: NLTK's averaged_perceptron_tagger_eng; answers count as lemmas then, as officially")
     parser.add_argument("--decoder", metavar="DIR", help="demo, coco-t2i: a run of the stage decoder, which draws")
     parser.add_argument("--inception", metavar="DIR", help="coco-t2i: what `python -m emu_jax.weights import --family=inception` made")
+    parser.add_argument("--clip", metavar="DIR", help="coco-t2i: clip_score too, by what `python -m emu_jax.weights import --family=clip` made")
     parser.add_argument("--host", type=int, default=0, metavar="K", help="which of --hosts this is, from 0 (0)")
     parser.add_argument("--hosts", type=_count, metavar="N", help="how many share the work; by default the processes that JAX knows of")
     parser.add_argument("--warmup", metavar="DIR", help="demo: the run that warmed the encoder up; by default where the run's config says it started")

@@ -22,7 +22,7 @@ from emu_jax import checkpoint
 from emu_jax.config import UserError
 from emu_jax.evaluate import annotations, gallery, history, prompts, retrieval, score
 from emu_jax.evaluate.annotations import Example
-from emu_jax.evaluate.metrics import fid
+from emu_jax.evaluate.metrics import clip_score, fid, lemmas
 from emu_jax.evaluate.metrics.wordnet import WHERE, WordNet
 from emu_jax.evaluate.score import Scores
 from emu_jax.evaluate.tasks import TASKS, Folder, examples_of
@@ -172,17 +172,19 @@ def answer_of(example: Example, kind: str) -> str:
     return example.answers[0].strip().removesuffix(".").lower() if kind == "caption" else Counter(example.answers).most_common(1)[0][0]
 
 
-def scores_of(settings: Settings, examples: Sequence[Example], predictions: dict[str, Any], *, wordnet: str | None = None,
-              pictures: Callable[[], dict[str, Any]] | None = None) -> Scores:
+def scores_of(settings: Settings, examples: Sequence[Example], predictions: dict[str, Any], *, wordnet: str | None = None, tagger: str | None = None,
+              pictures: Callable[[], Scores] | None = None) -> Scores:
     """The numbers of a benchmark, and each example's; none of each where the split's answers are withheld. `pictures`: those of drawn ones."""
     task, counted = TASKS[settings.task], {"count": len(predictions)}
     if task.metric == "fid":
-        return Scores(counted | pictures(), {})
+        return pictures()
     true = {example.id: list(example.answers) for example in examples}
     if task.metric == "judge" or not all(true.values()):
         return Scores(counted, {})
     kinds = {example.id: example.kind for example in examples}
     if task.metric == "wups":
+        if tagger:
+            predictions, true = score.lemmatised(WordNet(wordnet), tagger, predictions, true)
         return score.of_wups(WordNet(wordnet), predictions, true, kinds)
     if task.metric == "visdial":
         path = Folder(settings.data).find(task.marks.format(split=settings.split))
@@ -199,17 +201,22 @@ def scores_of(settings: Settings, examples: Sequence[Example], predictions: dict
 
 
 def run(settings: Settings, load: Callable[[], Session], out: Path, *, limit: int | None = None, allow_missing: bool = False,
-        wordnet: str | None = None, inception_dir: str | None = None, host: int = 0, hosts: int = 1) -> dict[str, Any]:
+        wordnet: str | None = None, inception_dir: str | None = None, clip_dir: str | None = None,
+        tagger: str | None = None, host: int = 0, hosts: int = 1) -> dict[str, Any]:
     """Predicts what is not predicted yet, and once all is, scores it: what scores.json says. Raises UserError for what the user can put right."""
     task = TASKS[settings.task]
     if task.metric == "wups" and not wordnet:
         raise UserError(f"--task={settings.task} needs {WHERE}")
     if task.metric == "wups":
         WordNet(wordnet)
+        if tagger:
+            lemmas.Tagger(tagger)
     if task.kind == "image" and not (settings.decoder and inception_dir):
         raise UserError(f"--task={settings.task} needs a trained decoder (--decoder=DIR) and {inception.WHERE}")
     if task.kind == "image" and INCEPTION not in checkpoint.param_shapes(inception_dir):
         raise UserError(f"the checkpoint in '{inception_dir}' is not FID's Inception; {inception.WHERE}")
+    if task.kind == "image" and clip_dir:
+        clip_score.check(clip_dir)
     planned = plan(settings, limit=limit, allow_missing=allow_missing)
     check_folder(settings, out)
     done = predicted(out)
@@ -221,10 +228,11 @@ def run(settings: Settings, load: Callable[[], Session], out: Path, *, limit: in
         return {"waiting": waiting, "count": len(planned.examples)}
     found = {example.id: done[example.id] for example in planned.examples}
     predictions = {key: one.prediction for key, one in found.items()}
-    pictures = lambda: {"fid": _fid(planned, out, inception_dir)}
-    scores = scores_of(settings, planned.examples, predictions, wordnet=wordnet, pictures=pictures)
+    pictures = lambda: _drawn(planned, out, inception_dir, clip_dir)
+    scores = scores_of(settings, planned.examples, predictions, wordnet=wordnet, tagger=tagger, pictures=pictures)
     fewer = sum(one.shots < settings.shots for one in found.values())
     told = asdict(settings) | scores.numbers | {"missing_pictures": len(planned.missing)} | ({"fewer_shots": fewer} if settings.shots else {})
+    told |= {"lemmatised": bool(tagger)} if task.metric == "wups" else {}
     if fewer:
         print(f"{fewer} of {len(found)} prompts had room for fewer than {settings.shots} examples")
     write(out / "submission.json", json.dumps(task.results(predictions), ensure_ascii=False) + "\n")
@@ -323,6 +331,16 @@ def _drawer(session: Session, settings: Settings, out: Path) -> Callable[[Sequen
             Image.fromarray(picture).save(folder / f"{example.id}.png")
         return [Predicted(example.id, "", f"pictures/{example.id}.png", 0) for example in examples]
     return draw
+
+
+def _drawn(planned: Plan, out: Path, inception_dir: str, clip_dir: str | None) -> Scores:
+    """FID, and with a CLIP the score of each picture."""
+    distance = {"count": len(planned.examples), "fid": _fid(planned, out, inception_dir)}
+    if not clip_dir:
+        return Scores(distance, {})
+    pictures = {example.id: out / "pictures" / f"{example.id}.png" for example in planned.examples}
+    scores = score.of_clip(clip_score.load(clip_dir), pictures, {example.id: example.answers for example in planned.examples})
+    return Scores(distance | scores.numbers, scores.each)
 
 
 def _fid(planned: Plan, out: Path, inception_dir: str) -> float:

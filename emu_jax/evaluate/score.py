@@ -4,6 +4,7 @@ Read next: metrics/, annotations.py.
 """
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ import numpy as np
 
 from emu_jax.config import UserError
 from emu_jax.evaluate import annotations
-from emu_jax.evaluate.metrics import captions, clip_score, fid, ranking, vqa, wups
+from emu_jax.evaluate.metrics import captions, clip_score, fid, lemmas, ranking, vqa, wups
 from emu_jax.evaluate.metrics.wordnet import WHERE, WordNet
+from emu_jax.weights.clip import WHERE as WHERE_CLIP
 
 LAYOUTS = """layouts of the files, JSON unless said otherwise (ids are compared as text):
   cider, bleu, rouge, captions (all three): CIDEr-D, BLEU and ROUGE-L as coco-caption prints them
@@ -25,23 +27,30 @@ LAYOUTS = """layouts of the files, JSON unless said otherwise (ids are compared 
   exact_match: percent of answers that equal a reference, letter by letter
       predictions {id: answer} or [{"id", "answer"}]
       references  {id: answer}, {id: [answer, ...]} or MSVD-QA's and MSRVTT-QA's [{"id", "answer"}]
-  wups: percent, at thresholds 0 and 0.9; of a .csv by type of question too, where DB and DC count exact matches; needs --wordnet=DIR
+  wups: percent, at thresholds 0 and 0.9; of a .csv by type of question too, where DB and DC count exact matches; needs --wordnet=DIR.
+      Texts are compared as they are; with --tagger=DIR as lemmas without stop words, as NExT-QA's official script has them
       predictions {id: answer} or NExT-QA's {video: {qid: answer}}
       references  {id: answer}, {id: [answer, ...]} or NExT-QA's .csv (and after it its add_reference_answer_*.json)
   visdial: ndcg of a dense file, recall@1, @5, @10, mean_rank and mrr of the true answers; give both files for all
       predictions [{"image_id", "round_id", "ranks": [place of candidate 0 from 1, ...]}]
       references  [{"image_id", "round_id", "gt_relevance": [...]}], visdial_1.0_val.json, or rows with "gt_index"
   fid: two .npz with mu and sigma, or .npy with the Inception features [images, 2048] of each set
-  clip_score: two .npy with CLIP features [n, C], of the pictures and of their texts"""
+  clip_score: 100 * the mean of max(cosine, 0) of CLIP's features of a picture and of its caption (of several captions, their mean); needs --clip=DIR
+      predictions {id: path of a picture, from this file's folder} (as coco-t2i's submission.json), or a folder of pictures, ID.png, ID.jpg, ...
+      references  {id: caption} or {id: [caption, ...]}
+      or, without --clip, two .npy with features [n, C], of the pictures and of their captions"""
 
 
 CAPTION = ("cider", "bleu", "rouge")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Job(NamedTuple):
     predictions: str
     references: Sequence[str]
     wordnet: str | None
+    clip: str | None = None
+    tagger: str | None = None
 
 
 class Scores(NamedTuple):
@@ -96,6 +105,13 @@ def of_wups(wordnet: WordNet, predictions: Mapping[str, str], references: Mappin
     return Scores(numbers, each)
 
 
+def lemmatised(wordnet: WordNet, tagger: str, predictions: Mapping[str, str],
+               references: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Both sides as NExT-QA's official script reduces them; `tagger`: the folder of NLTK's."""
+    reduced = cache(partial(lemmas.reduced, wordnet, lemmas.Tagger(tagger)))
+    return {key: reduced(text) for key, text in predictions.items()}, {key: list(map(reduced, some)) for key, some in references.items()}
+
+
 def of_ranks(ranks: Mapping[str, Sequence[int]], dense: Mapping[str, Sequence[float]], true: Mapping[str, int]) -> Scores:
     """Of VisDial's rounds: ndcg against the `dense` relevances, and the places of the `true` candidates."""
     numbers: dict[str, Any] = {"count": len(ranks)}
@@ -108,6 +124,11 @@ def of_ranks(ranks: Mapping[str, Sequence[int]], dense: Mapping[str, Sequence[fl
         numbers["ndcg"] = float(np.mean(list(gains.values())))
         each = each | gains
     return Scores(numbers, each)
+
+
+def of_clip(model: clip_score.Clip, pictures: Mapping[str, Path], captions: Mapping[str, Sequence[str]]) -> Scores:
+    each = clip_score.of_pictures(model, pictures, captions)
+    return Scores({"count": len(each), "clip_score": float(np.mean(list(each.values())))}, each)
 
 
 def dense_of(path: str) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -167,6 +188,8 @@ def _wups(job: Job) -> dict:
         references = _lists(job.references, ("id",), "answer")
     predictions = _texts(job.predictions, ("id",), "answer")
     _same_ids(job, predictions, references)
+    if job.tagger:
+        predictions, references = lemmatised(wordnet, job.tagger, predictions, references)
     return of_wups(wordnet, predictions, references, kinds).numbers
 
 
@@ -200,6 +223,12 @@ def _fid(job: Job) -> dict:
 
 
 def _clip_score(job: Job) -> dict:
+    if not job.predictions.endswith(".npy"):
+        if not job.clip:
+            raise UserError(f"metric clip_score of pictures needs {WHERE_CLIP}")
+        pictures, captions = _pictures(job.predictions), _lists(job.references, ("id",), "caption")
+        _same_ids(job, pictures, captions)
+        return of_clip(clip_score.load(job.clip), pictures, captions).numbers
     pictures, texts = (_array(path) for path in (job.predictions, _only(job.references)))
     if pictures.shape != texts.shape or pictures.ndim != 2 or not pictures.size:
         raise UserError(f"CLIP features of {pictures.shape} pictures and of {texts.shape} texts do not pair up: both must be [n, C]")
@@ -250,6 +279,17 @@ def _lists(paths: Sequence[str], keys: Sequence[str], field: str) -> dict[str, l
     if not out or not all(isinstance(some, list) and some and all(isinstance(text, str) for text in some) for some in out.values()):
         raise UserError(f"{path}: not {what}")
     return out
+
+
+def _pictures(path: str) -> dict[str, Path]:
+    """{id: file} of a folder, or of a file of paths."""
+    if not Path(path).is_dir():
+        return {key: Path(path).parent / picture for key, picture in _texts(path, ("id",), "picture").items()}
+    files = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in SUFFIXES]
+    found = {file.stem: file for file in files}
+    if not files or len(found) < len(files):
+        raise UserError(f"{path}: " + ("two pictures have one name but for its suffix" if files else f"no pictures ({', '.join(SUFFIXES)}) in it"))
+    return found
 
 
 def _only(paths: Sequence[str]) -> str:

@@ -68,11 +68,11 @@ TASKS = {
                     annotations.visdial, "val", "", "visdial", annotations.visdial_results, marks="visdial_1.0_{split}_dense_annotations.json"),
     "msvd-qa": _video_qa("MSVD-QA", "msvd"),
     "msrvtt-qa": _video_qa("MSRVTT-QA", "msrvtt"),
-    "nextqa": Task("NExT-QA, open-ended; needs --wordnet", "answer", ("{split}.csv",), ("add_reference_answer_{split}.json",), annotations.nextqa,
-                   "test", "train", "wups", annotations.nextqa_results, video=True),
+    "nextqa": Task("NExT-QA, open-ended; needs --wordnet, takes --tagger", "answer", ("{split}.csv",), ("add_reference_answer_{split}.json",),
+                   annotations.nextqa, "test", "train", "wups", annotations.nextqa_results, video=True),
     "mmvet": Task("MM-Vet: a file of answers for its judge", "free", ("mm-vet.json",), (), lambda path, split: annotations.mmvet(path), "all", "",
                   "judge", annotations.mmvet_results, FREE, one_file=True),
-    "coco-t2i": Task("30,000 captions of COCO drawn, and FID; needs --decoder and --inception", "image", ("captions_{split}.json",), (),
+    "coco-t2i": Task("30,000 captions of COCO drawn, and FID; needs --decoder and --inception, takes --clip", "image", ("captions_{split}.json",), (),
                      annotations.coco_prompts, "val2014", "", "fid", dict),
 }
 

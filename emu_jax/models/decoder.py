@@ -37,12 +37,11 @@ class DecoderSize:
     def of(cls, model: dict) -> "DecoderSize":
         """From `config.model` with its group `decoder`. Raises UserError for parts that do not fit one another."""
         d = model["decoder"]
-        rest = {name: value for name, value in model.items() if name != "decoder"}
         try:
             diffusion = Diffusion(**d["diffusion"])
         except ValueError as error:
             raise UserError(f"model.decoder: {error}") from error
-        size = cls(EmuSize.of(rest), UNetSize(**d["unet"]), VaeSize(**d["vae"]) if d["vae"] else None, diffusion, d["image"], d["condition"])
+        size = cls(EmuSize.of(model), UNetSize(**d["unet"]), VaeSize(**d["vae"]) if d["vae"] else None, diffusion, d["image"], d["condition"])
         factor = size.vae.factor if size.vae else 1
         channels = size.vae.latent if size.vae else 3
         if size.condition not in SOURCES:

@@ -36,10 +36,10 @@ class EmuSize:
 
     @classmethod
     def of(cls, model: dict) -> "EmuSize":
-        """From `config.model`, whose fields are these."""
+        """From `config.model`, whose fields are these; what may stand beside them there (a decoder) is passed over."""
         towers = dict(vision=VisionSize(**model["vision"]), resampler=ResamplerSize(**model["resampler"]), llama=LlamaSize(**model["llama"]),
                       lora=LoraSize(**model.get("lora", {})))
-        return cls(**{**model, **towers})
+        return cls(**towers, **{name: model[name] for name in ("compute", "attention", "standardise")})
 
 
 class VisualStats(nnx.Module):

@@ -25,6 +25,7 @@ has it (configs/instruct.py, model.lora.rank). A PEFT adapter (peft) goes beside
 stable-diffusion: one folder of diffusers', of which unet, vae and the scheduler's config are read. Its condition may have another width than the
 model's: what reads it is fresh then where training starts from DIR (--config.init=EMU,DIR).
 inception: the network of FID, for python -m emu_jax.evaluate --inception=DIR; a checkpoint of its own.
+clip: Hugging Face's CLIPModel, for --clip=DIR there; a checkpoint of its own, with the tokenizer and the preprocessor of its folder.
 With --config=FILE the sources must fit its model; without, configs/pretrain.py (stable-diffusion: configs/decoder.py) takes their towers' sizes.
 --config.FIELD=VALUE as in training.
 """
@@ -68,7 +69,7 @@ def import_(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be imported, and write nothing")
     flags, rest = parser.parse_known_args(rest)
     given = any(argument.startswith("--config=") for argument in rest)
-    default = "decoder" if any(FAMILIES[family].components for family, _ in sources) else "pretrain"
+    default = next((name for family, _ in sources if (name := FAMILIES[family].config) != "pretrain"), "pretrain")
     c = config.load(([] if given else [f"--config=configs/{default}.py"]) + rest)
     if not sources:
         _fail(f"name a family and its sources: --family=F SOURCE...; families: {NAMES}")

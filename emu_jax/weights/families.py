@@ -2,11 +2,11 @@
 import re
 from collections.abc import Iterable
 
-from emu_jax.weights import emu1, eva_clip, inception, llama, peft, stable_diffusion, t5
+from emu_jax.weights import clip, emu1, eva_clip, inception, llama, peft, stable_diffusion, t5
 from emu_jax.weights.family import Family
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
-    emu1.FAMILY, llama.FAMILY, peft.FAMILY, t5.FAMILY, eva_clip.FAMILY, stable_diffusion.FAMILY, inception.FAMILY)}
+    emu1.FAMILY, llama.FAMILY, peft.FAMILY, t5.FAMILY, eva_clip.FAMILY, stable_diffusion.FAMILY, inception.FAMILY, clip.FAMILY)}
 
 
 def guess(names: Iterable[str]) -> Family | None:

@@ -19,11 +19,6 @@ from emu_jax.weights.convert import Table, Tensors
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def emu_size(model: dict[str, Any]) -> EmuSize:
-    """Of config.model, also where a decoder stands beside the Emu."""
-    return EmuSize.of({name: part for name, part in model.items() if name != "decoder"})
-
-
 def emu_shapes(size: EmuSize) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of an Emu."""
     return {path: leaf.shape for path, leaf in tree.leaves(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0)))}
@@ -40,7 +35,8 @@ class Family:
     `stem`: of the files that an export writes. Under another one than Hugging Face's "model" they are without an index where one holds all, and
     `config_json` makes all the files of JSON by their paths.
     `adapts`: a field of config.model of which the files may have another value than a given config, and a regex of the leaves that have other
-    shapes then: the import keeps theirs, and training starts those leaves fresh."""
+    shapes then: the import keeps theirs, and training starts those leaves fresh.
+    `config`: of configs/, where none is given. `carries`: files beside the tensors that an import copies into the new directory."""
     name: str
     sign: str
     table: Callable[[Any], Table]
@@ -48,11 +44,13 @@ class Family:
     config_json: Callable[[dict[str, Any], int], dict[str, Any]]
     assumes: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = lambda shapes, config: {}
     tensors: Callable[[Tensors], dict[str, Any]] = dict
-    size: Callable[[dict[str, Any]], Any] = emu_size
+    size: Callable[[dict[str, Any]], Any] = EmuSize.of
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
     components: tuple[str, ...] = ()
     stem: str = "model"
     adapts: tuple[str, str] | None = None
+    config: str = "pretrain"
+    carries: tuple[str, ...] = ()
     use: str = "start from it with --config.init={to}"
 
 

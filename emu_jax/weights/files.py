@@ -42,10 +42,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Foreign:
-    """Tensors by name, in the order in which they lie in their files, and the config.json beside them ({} for none)."""
+    """Tensors by name, in the order in which they lie in their files, and the config.json beside them ({} for none), in `folder`."""
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     where: str
+    folder: Path
 
 
 def read(sources: list[str]) -> Foreign:
@@ -69,7 +70,7 @@ def read(sources: list[str]) -> Foreign:
         raise UserError(f"{sources[0]}: its index promises {len(lacking)} tensors that are not there: {', '.join(lacking[:4])}")
     folder = Path(sources[0]) if Path(sources[0]).is_dir() else Path(sources[0]).parent
     config = next((path for name in ("config.json", "adapter_config.json") if (path := folder / name).is_file()), None)
-    return Foreign(tensors, _json(config) if config else {}, " ".join(sources))
+    return Foreign(tensors, _json(config) if config else {}, " ".join(sources), folder)
 
 
 def components(folder: str, names: tuple[str, ...]) -> Foreign:
@@ -78,7 +79,7 @@ def components(folder: str, names: tuple[str, ...]) -> Foreign:
     tensors = {f"{name}.{tensor}": lazy for name, part in parts.items() for tensor, lazy in part.tensors.items()}
     scheduler = Path(folder) / "scheduler" / "scheduler_config.json"
     configs = {name: part.config for name, part in parts.items()} | {"scheduler": _json(scheduler) if scheduler.is_file() else {}}
-    return Foreign(tensors, configs, folder)
+    return Foreign(tensors, configs, folder, Path(folder))
 
 
 def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], arrays: Iterator[tuple[str, np.ndarray]],

@@ -322,4 +322,4 @@ def _groups(what: str, config: Mapping[str, Any], widths: tuple[int, ...]) -> in
 
 FAMILY = Family("stable-diffusion", sign=r"unet\.down_blocks\.\d+\.resnets\.\d+\.conv1\.weight", table=lambda size: table(*size), says=says,
                 assumes=assumes, config_json=config_json, tensors=canonical, size=size, shapes=shapes, components=("unet", "vae"),
-                stem="diffusion_pytorch_model", adapts=("decoder.unet.condition", CONDITIONED))
+                stem="diffusion_pytorch_model", adapts=("decoder.unet.condition", CONDITIONED), config="decoder")

@@ -35,6 +35,7 @@ class Part(NamedTuple):
     tensors: dict[str, Any]
     table: Table
     dtypes: dict[str, np.dtype]             # of our leaves
+    carried: list[Path]                     # files that go along as they are
 
 
 class Plan(NamedTuple):
@@ -75,7 +76,8 @@ def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, im
         if misfits := convert.problems(table, tensors, ours):
             problems += [(foreign.where, line) for line in misfits]
             continue
-        part = Part(family, foreign.where, tensors, table, convert.dtypes(table, tensors))
+        carried = [path for name in family.carries if (path := foreign.folder / name).is_file()]
+        part = Part(family, foreign.where, tensors, table, convert.dtypes(table, tensors), carried)
         if twice := [path for path in part.dtypes if path in homes]:
             raise UserError(f"{twice[0].split('/')[0]} comes from {homes[twice[0]]} and from {foreign.where}; one of them must go")
         homes |= dict.fromkeys(part.dtypes, foreign.where)
@@ -113,6 +115,8 @@ def write(made: Plan, to: str) -> None:
                 bar.update()
                 del piece           # before the next is read
             bar.close()
+            for path in part.carried:
+                shutil.copyfile(path, folder / path.name)
 
 
 def export(name: str, directory: str, to: str, *, ema: bool = False, dtype: str | None = None, shard: int = files.SHARD) -> dict[str, int]:
@@ -207,7 +211,7 @@ def summary(made: Plan) -> Iterator[str]:
     """Lines that say what an import brings, tower by tower, and what it does not."""
     for part in made.parts:
         for tower in dict.fromkeys(path.split("/")[0] for path in part.dtypes):
-            mine = [made.leaves[path] for path in part.dtypes if path.startswith(f"{tower}/")]
+            mine = [made.leaves[path] for path in part.dtypes if path.split("/")[0] == tower]
             kinds = ", ".join(sorted({str(leaf.dtype) for leaf in mine}))
             yield f"{tower:14}{sum(leaf.size for leaf in mine):>16,} parameters  {kinds}  from {part.family.name} {part.where}"
         needs = convert.uses(part.table, made=True)
@@ -245,7 +249,7 @@ def _read(name: str, where: list[str], *, keep_lora: bool) -> list[tuple[Family,
         raise UserError(f"{foreign.where} is not of the family {name}{layout}; {like}")
     if family is emu1.FAMILY and keep_lora:
         plain, adapter = emu1.parted(foreign.tensors)
-        return [(family, plain, foreign), *([(peft.FAMILY, adapter, files.Foreign(adapter, {}, foreign.where))] if adapter else [])]
+        return [(family, plain, foreign), *([(peft.FAMILY, adapter, files.Foreign(adapter, {}, foreign.where, foreign.folder))] if adapter else [])]
     return [(family, family.tensors(foreign.tensors), foreign)]
 
 
@@ -285,7 +289,7 @@ def _field(c: ConfigDict, field: str) -> Any:
     try:
         return reduce(getattr, field.split("."), c.model)
     except AttributeError:
-        raise UserError(f"the config has no model.{field}, which these files fill (configs/decoder.py has a decoder)") from None
+        raise UserError(f"the config has no model.{field}, which these files fill (configs/decoder.py and configs/clip.py have more)") from None
 
 
 def _set(c: ConfigDict, field: str, value: Any, where: str) -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import clips
 import dictionary
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from emu_jax.evaluate import benchmark, prompts, retrieval
 from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate.session import Session
+from emu_jax.weights import __main__ as weights
 
 WORDS = ["a picture of dog", "Question: Short answer:", "red and blue", "is it the answer known?", "one two three four"] * 9
 LAYOUTS = {
@@ -31,7 +33,7 @@ LAYOUTS = {
     "msrvtt-qa": lambda root: layouts.video_qa(root, "msrvtt", 4),
     "nextqa": lambda root: layouts.nextqa(root, 4), "mmvet": lambda root: layouts.mmvet(root, 4), "coco-t2i": layouts.coco_prompts}
 SCORES = {"captions": {"CIDEr", "Bleu_4", "ROUGE_L"}, "vqa": {"accuracy"}, "exact_match": {"exact_match"},
-          "wups": {"wups@0", "wups@0.9", "wups@0/CW"}, "visdial": {"ndcg", "mrr", "recall@5"}, "judge": {"count"}, "fid": {"fid"}}
+          "wups": {"wups@0", "wups@0.9", "wups@0/CW"}, "visdial": {"ndcg", "mrr", "recall@5"}, "judge": {"count"}, "fid": {"fid", "clip_score"}}
 
 
 def save(folder, c, params):
@@ -41,7 +43,7 @@ def save(folder, c, params):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A run, one for chat, a decoder, what stands for Inception, and a dictionary."""
+    """A run, one for chat, a decoder, what stands for Inception, a dictionary and a CLIP."""
     root = tmp_path_factory.mktemp("root")
     tokenizer.train(WORDS, 140, root / "tokenizer.json")
     for name, added in (("emu", 4), ("chat", 6)):
@@ -51,6 +53,8 @@ def root(tmp_path_factory):
     save(root / "decoder", c, make.random_params(make.program(c)))
     save(root / "inception", c, {"Mixed_7c": {"branch_pool": {"w": jnp.zeros(2)}}})
     dictionary.write(root / "wordnet")
+    clips.folder(root / "theirs")
+    assert weights.main(["import", "--family=clip", str(root / "theirs"), f"--to={root}/clip"]) == 0
     return root
 
 
@@ -84,7 +88,7 @@ def loaded_once():
 
 def call(root, data, task, *more, model="emu"):
     return main([f"--task={task}", f"--data={data(task)}", f"--checkpoint={root}/{model}", "--batch=2", "--beams=1", f"--wordnet={root}/wordnet",
-                 *(f"--{name}={root}/{name}" for name in ("decoder", "inception") if task == "coco-t2i"), *map(str, more)])
+                 *(f"--{name}={root}/{name}" for name in ("decoder", "inception", "clip") if task == "coco-t2i"), *map(str, more)])
 
 
 def read(folder):
@@ -198,6 +202,7 @@ def test_a_split_without_answers_gives_a_submission_only(root, data, tmp_path):
     ("mmvet", ["--shots=2"], "mmvet has no split that examples come from"), ("vqav2", ["--shots=9", "--text-only"], "'train2014' has 4 examples"),
     ("vqav2", ["--shots=9"], "'train2014' has 2 pictures of examples"),
     ("coco-t2i", ["--inception={root}/emu"], "is not FID's Inception; --inception=DIR"),
+    ("coco-t2i", ["--clip={root}/emu"], "is not a CLIP; --clip=DIR"), ("nextqa", ["--tagger=/nowhere"], "of the tagger; --tagger=DIR"),
     ("coco-t2i", ["--decoder="], "a trained decoder (--decoder=DIR) and --inception=DIR"),
     ("vqav2", ["--data=/nowhere"], "no folder '/nowhere'"), ("nextqa", ["--wordnet=/nowhere"], "no WordNet file"),
     ("vqav2", ["--limit=0"], "'0' is no whole number"), ("vqav2", ["--text-only"], "--text-only needs --shots"),

@@ -1,7 +1,8 @@
 """VQA accuracy as GT-Vision-Lab/VQA computes it (PythonEvaluationTools/vqaEvaluation/vqaEval.py, its current state).
 
 Codes in use differ. This one normalises both sides, and only where the annotators disagree: an answer that all agree on is compared as
-it is (in questions about text in the picture, articles and punctuation count). LAVIS and older copies normalise always.
+it is (in questions about text in the picture, articles and punctuation count). LAVIS and older copies normalise always; VizWiz's own copy
+normalises predictions only.
 """
 import re
 from collections.abc import Sequence

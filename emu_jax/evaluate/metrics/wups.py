@@ -1,7 +1,7 @@
 """WUPS of free-form answers as NExT-QA's official script computes it (doc-doc/NExT-OE, metrics.py): similarity of words by WordNet.
 
 Only the first sense of a word counts, and a similarity below the threshold counts a tenth. The script first lemmatises both sides by a tagger
-and drops its own stop words: texts are scored here as they are given.
+and drops its own stop words (lemmas.py): texts are scored here as they are given.
 """
 import re
 from collections.abc import Sequence

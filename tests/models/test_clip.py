@@ -1,0 +1,54 @@
+"""CLIP's laws: a text is read at its end and from its left only; no row of a batch knows another."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emu_jax.models import emu
+from emu_jax.models.clip import OLD_EOS, Clip, ClipSize, Text, TowerSize, Vision
+
+TEXT, VISION = TowerSize(16, 2, 2, 24, 1e-5, "quick_gelu"), TowerSize(24, 2, 3, 32, 1e-5, "gelu")
+SIZE, OLD = (ClipSize(12, 16, 4, 40, 10, eos, TEXT, VISION) for eos in (37, OLD_EOS))
+IDS = jnp.array([[38, 5, 6, 7, 37, 37, 37, 37, 37, 37], [38, 9, 2, 3, 1, 4, 8, 9, 37, 37]])      # 39 is the largest id
+
+
+@pytest.fixture(scope="module")
+def params():
+    fresh = jax.jit(partial(emu.init, Clip, SIZE))(jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), fresh)
+
+
+def read(params, ids, size=SIZE):
+    return np.asarray(emu.bind(Text, size, params["text"])(ids))
+
+
+def test_a_text_does_not_depend_on_its_padding_nor_on_the_batch(params):
+    together = read(params, IDS)
+    np.testing.assert_allclose(together[0], read(params, IDS[:1, :5])[0], atol=1e-6)
+    np.testing.assert_allclose(together[0], read(params, jnp.array([[38, 5, 6, 7, 37, 0, 12, 30, 3, 1]]))[0], atol=1e-6)
+    np.testing.assert_allclose(together[1], read(params, IDS[1:])[0], atol=1e-6)
+    assert np.abs(together[0] - together[1]).max() > 0.01
+
+
+def test_old_texts_end_at_their_largest_id(params):
+    new = jnp.where(IDS == 37, 39, IDS)
+    want = read(params, new, ClipSize(12, 16, 4, 40, 10, 39, TEXT, VISION))
+    np.testing.assert_array_equal(read(params, new, OLD), want)
+    assert np.abs(read(params, IDS, OLD)[0] - read(params, IDS)[0]).max() > 0.01        # 38, the start, is the largest there
+
+
+def test_text_is_causal_and_reads_all_that_is_before_its_end(params):
+    """The gradient of the features by every token's embedding: zero after the end, and not before."""
+    positions = params["text"]["positions"]
+    value = lambda positions: emu.bind(Text, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
+    slope = np.abs(jax.grad(value)(positions)).max(1)
+    assert (slope[:5] > 0).all() and (slope[5:] == 0).all()
+
+
+def test_a_picture_does_not_depend_on_the_batch_and_all_of_it_counts(params):
+    images = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
+    see = lambda images: emu.bind(Vision, SIZE, params["vision"])(images)
+    np.testing.assert_allclose(see(images)[1], see(images[1:2])[0], atol=1e-6)
+    assert (np.abs(jax.grad(lambda images: see(images)[0, 0])(images)[0]) > 0).mean() > 0.99
