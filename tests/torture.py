@@ -107,7 +107,8 @@ def moment_has_come(run: subprocess.Popen, notes: Path, workdir: Path, moment: s
         seen.update(now)
         return bool(now) and len(seen) >= saves
 
-    wanted, pause = chance.randint(2, 3 * EVERY), {"step": chance.uniform(0, 0.5), "save": chance.uniform(0, 0.03), "start": chance.uniform(0, 8)}[moment]
+    wanted = chance.randint(2, 3 * EVERY)
+    pause = {"step": chance.uniform(0, 0.5), "save": chance.uniform(0, 0.03), "start": chance.uniform(0, 8)}[moment]
     come = {"step": lambda: consumed() >= wanted, "save": saving, "start": lambda: True}[moment]
     while run.poll() is None and not come():
         time.sleep(0.002)

@@ -4,6 +4,7 @@ What is trained on here and what a chat reads (../generate/prompt.py) is written
 Read next: sequence.py.
 """
 from collections.abc import Sequence as Ordered
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +89,6 @@ def turns(document: Document) -> tuple[list[str], list[Turn]]:
 def kind(pictures: Ordered[Picture]) -> str:
     """What a question holds: "image" for one, "video" for frames in the order of their times, or "" for all else."""
     times = [picture.time for picture in pictures]
-    if len(times) > 1 and None not in times and all(a < b for a, b in zip(times, times[1:], strict=False)):
+    if len(times) > 1 and None not in times and all(a < b for a, b in pairwise(times)):
         return "video"
     return "image" if len(times) == 1 else ""

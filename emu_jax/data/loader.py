@@ -169,7 +169,7 @@ class Loader:
 
 def merge(states: list[dict]) -> dict:
     """One state of those that the processes have after one and the same batch, for `restore` on any number of processes."""
-    return states[0] if len(states) == 1 else {**states[0], "streams": {number: stream for state in states for number, stream in state["streams"].items()}}
+    return {**states[0], "streams": {number: stream for state in states for number, stream in state["streams"].items()}}
 
 
 def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int], num_streams: int) -> dict[str, Any]:

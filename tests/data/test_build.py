@@ -221,7 +221,8 @@ def test_inspect_shows_a_page_or_leaves_nothing(shards, tmp_path, capsys):
     (["build", "--kind=pairs", "--to=x"], "--from"), (["build", "--kind=pairs", "--from=/nope", "--to=/tmp/never-made"], "there is no '/nope'"),
     (["inspect", "x", "--kind=cats"], "invalid choice"), (["inspect", "x", "--kind=html", "--alt=maybe"], "neither yes nor no"),
     (["inspect", "x", "--kind=videos", "--frames=0"], "--frames is 0; it must be at least 1"),
-    (["inspect", "x", "--kind=subtitled", "--every=nan"], "--every is nan"), (["inspect", "x", "--kind=videos", "--choose=all"], "centres or random")])
+    (["inspect", "x", "--kind=subtitled", "--every=nan"], "--every is nan"),
+    (["inspect", "x", "--kind=videos", "--choose=all"], "centres or random")])
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError) as caught:
         command.main(arguments)

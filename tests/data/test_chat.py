@@ -41,7 +41,7 @@ def test_grammar_by_hand(make, picture):
     assert sequence.tokens.tolist() == first + second
     counts = np.flatnonzero(sequence.text_weights)
     assert [chr(i) if i > 2 else i for i in sequence.tokens[counts]] == ["o", "k", E, "s", "o", "!", E]
-    assert sequence.images[:, 0, 0, 0].tolist() == [3, 4] and sequence.image_weights.tolist() == [0, 1]     # what the model says, not what it is shown
+    assert sequence.images[:, 0, 0, 0].tolist() == [3, 4] and sequence.image_weights.tolist() == [0, 1]     # what the model says, not what it sees
     assert (sequence.tokens[sequence.image_slots - 1] == IMG).all()
     assert (sequence.cut, sequence.cut_turns) == (0, 0)
 

@@ -19,7 +19,8 @@ def test_a_video_caption_without_its_metadata(caption, left):
     assert clean.video_caption(caption) == left
 
 
-@pytest.mark.parametrize("caption", ["a", "犬", "😀", "собака", "photo of v1.5 icon", "no no", "photo 12", "image 2024", "Section 2.4: an example.com page"])
+@pytest.mark.parametrize("caption", ["a", "犬", "😀", "собака", "photo of v1.5 icon", "no no", "photo 12", "image 2024",
+                                     "Section 2.4: an example.com page"])
 def test_captions(caption):
     assert clean.junk(caption) == ""
 

@@ -346,7 +346,8 @@ def test_llava(tmp_path):
         "two": [a, b, user("Compare."), assistant("Alike.")],
         "inline": [user("Is"), a, user("like"), b, user("or not?"), assistant("It is.")],
         "middle": [user("What does"), a, user("show?"), assistant("Red.")],
-        "more": [a, user("What is an\n<image>"), assistant("A tag."), user("And <image>"), assistant("Too.")], "gone": "the file 'c.jpg' is not there",
+        "more": [a, user("What is an\n<image>"), assistant("A tag."), user("And <image>"), assistant("Too.")],
+        "gone": "the file 'c.jpg' is not there",
         "outside": "the file '../../secret.jpg' is not there"}
 
 

@@ -83,7 +83,8 @@ def test_too_long_documents_are_cut_to_a_row_and_counted(memory, to_sequence, pi
     stream = Stream(mixture_of(memory(documents)), 0, to_sequence, lookahead=2, once=True)
     (long,), (pictures,) = stream.row(T, I), stream.row(T, I)
     assert len(long.sequence.tokens) == 24 and len(pictures.sequence.images) == 2 and len(pictures.sequence.tokens) == 9
-    assert stream.state()["counts"] == {"rows": 2, "documents": 2, "tokens": 33, "images": 2, "cut_documents": 2, "cut_tokens": 78 + 9, "cut_turns": 0}
+    assert stream.state()["counts"] == {"rows": 2, "documents": 2, "tokens": 33, "images": 2, "cut_documents": 2, "cut_tokens": 78 + 9,
+                                        "cut_turns": 0}
 
 
 def test_randomness_of_a_document_is_of_its_id_and_the_epoch(memory, to_sequence):

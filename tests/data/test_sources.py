@@ -63,7 +63,7 @@ def test_images_take_the_size_asked_for(tiny):
 
 
 def test_ids_are_unique_and_stable(tiny):
-    for name, _, path in fixtures.mixture(tiny, "train"):
+    for _, _, path in fixtures.mixture(tiny, "train"):
         source = sources.open(path, 28)
         ids = [document.id for document in source]
         assert len(set(ids)) == len(source) == len(ids)

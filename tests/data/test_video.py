@@ -32,7 +32,8 @@ def test_a_film_shot_with_the_phone_upright_stands_upright():
         pixels[:, :32] = 255
         container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    plain, turned = (struct.pack(">9i", *numbers, 1 << 30) for numbers in ((65536, 0, 0, 0, 65536, 0, 0, 0), (0, 65536, 0, -65536, 0, 0, 48 << 16, 0)))
+    plain, turned = (struct.pack(">9i", *numbers, 1 << 30) for numbers in ((65536, 0, 0, 0, 65536, 0, 0, 0),
+                                                                                    (0, 65536, 0, -65536, 0, 0, 48 << 16, 0)))
     data = file.getvalue()
     track = data.index(b"tkhd")
     data = data[:track] + data[track:].replace(plain, turned, 1)
@@ -40,8 +41,8 @@ def test_a_film_shot_with_the_phone_upright_stands_upright():
     assert frame.shape == (64, 48, 3) and frame[:28].mean() > 250 and frame[36:].mean() < 5
 
 
-@pytest.mark.parametrize("suffix, codec", [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("avi", "mpeg4"), ("mpg", "mpeg2video"), ("mov", "mpeg4"), ("ogv", "libvpx"),
-                                           ("webm", "vp9"), ("y4m", "wrapped_avframe"), ("gif", "gif")])
+@pytest.mark.parametrize("suffix, codec", [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("avi", "mpeg4"), ("mpg", "mpeg2video"), ("mov", "mpeg4"),
+                                           ("ogv", "libvpx"), ("webm", "vp9"), ("y4m", "wrapped_avframe"), ("gif", "gif")])
 def test_every_container_is_read(tmp_path, suffix, codec):
     if codec not in av.codecs_available:
         pytest.skip(f"FFmpeg was built without {codec}")

@@ -232,7 +232,8 @@ def _joined(address: str, folder: str | None, *, whole: bool) -> str | None:
     return path if whole else posixpath.dirname(path)
 
 
-def _picture(node: LexborNode, folder: str | None, files: archives.Files, repeated: frozenset[str], seen: set[str], options: Options) -> Picture | str:
+def _picture(node: LexborNode, folder: str | None, files: archives.Files, repeated: frozenset[str], seen: set[str],
+             options: Options) -> Picture | str:
     """The picture of an <img>, or why it is dropped."""
     source = _source(node)
     if source[:5].lower() == "data:":
