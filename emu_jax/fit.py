@@ -234,14 +234,15 @@ def remats(c: ConfigDict) -> dict[str, str]:
 
 
 def roofline(p: Plan, row: hardware.Device, held: Memory, collectives: list[hlo.Collective], work: float) -> Roofline:
-    """Each time a lower bound: all FLOPs at the peak rate; the state read and written once, and the gathered weights of a layer written and
-    read in each pass; the bytes that reach a device over the links, and over the network where a collective crosses slices or nodes."""
+    """Each time a lower bound: all FLOPs at the peak rate; the state read and, but for what is frozen, written once, and the gathered weights of
+    a layer written and read in each pass; the bytes that must come over the network between slices or nodes, and the others over the links."""
     place = [_neighbourhood(device) for device in p.mesh.devices.flat]
-    far = [c for c in collectives if len({place[device] for device in c.groups[0]}) > 1]
-    received = lambda some: sum(c.times * c.received for c in some)
+    received = sum(c.times * c.received for c in collectives)
+    crossing = sum(c.times * c.crossing(place) for c in collectives)
     gathered = sum(c.times * c.bytes for c in collectives if c.kind == "all-gather")
-    return Roofline(compute=work / (row.flops * p.mesh.size), memory=(2 * (held.parameters + held.optimizer) + 2 * gathered) / row.bandwidth,
-                    links=received([c for c in collectives if c not in far]) / row.link, network=received(far) / row.network)
+    state = 2 * (held.parameters + held.optimizer) - per_device(p.state.frozen)
+    return Roofline(compute=work / (row.flops * p.mesh.size), memory=(state + 2 * gathered) / row.bandwidth,
+                    links=(received - crossing) / row.link, network=crossing / row.network)
 
 
 def _neighbourhood(device: jax.Device) -> int:

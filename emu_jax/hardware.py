@@ -86,7 +86,8 @@ def absent(topology: str) -> tuple[Device | None, list[jax.Device]]:
     """The row and the devices of a topology that need not be there: "v5e:16x16", "2xv5e:8x16" (two slices), "h100:8x8" (nodes x GPUs), and
     "cpu:8" (no row: this machine's fake devices). Raises UserError, in one line, for what is no topology and for a missing plugin."""
     match = _NAME.fullmatch(topology)
-    if not match or match[2] not in (*DEVICES, "cpu"):
+    tpu = match and match[2] in DEVICES and DEVICES[match[2]].platform == "tpu"
+    if not match or match[2] not in (*DEVICES, "cpu") or (not tpu and (match[1] or match[3].count("x") > 1)):
         raise UserError(f"topology {topology!r} is not one: KIND:SHAPE, or SLICESxKIND:SHAPE, like v5e:16x16, v5p:4x4x4, 2xv5e:8x16, h100:8x8; "
                         f"kinds are {', '.join(DEVICES)} and cpu")
     slices, kind, shape = int(match[1] or 1), match[2], match[3]

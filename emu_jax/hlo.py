@@ -4,6 +4,7 @@ XLA's own cost analysis counts a loop's body once; here a collective inside loop
 Read next: fit.py.
 """
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -31,9 +32,20 @@ class Collective:
     @property
     def received(self) -> float:
         """Bytes that reach one device a run, by the best algorithm there is (a ring's)."""
-        n = len(self.groups[0]) if self.groups else 1
-        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}.get(self.kind, (n - 1) / n)
-        return share * self.bytes
+        return self._share(len(self.groups[0]) if self.groups else 1) * self.bytes
+
+    def crossing(self, place: Sequence[int]) -> float:
+        """Those of `received` that come from devices of another place (a slice, a node), where each place first reduces, or in the end spreads,
+        among its own; `place` is each device's. Of a permutation, the mean over its pairs."""
+        places = [len({place[device] for device in group}) for group in self.groups]
+        if self.kind == "collective-permute":
+            return self.bytes * sum(count > 1 for count in places) / len(places)
+        alike = 1 if self.kind == "all-to-all" else len(self.groups[0]) // places[0]        # devices of a place share the bytes out
+        return self._share(places[0]) * self.bytes / alike
+
+    def _share(self, n: int) -> float:
+        """Of the bytes, among n devices."""
+        return {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": float(n > 1)}.get(self.kind, (n - 1) / n)
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ class Journal:
             self.told = now
 
     def pictures(self, step: int, images: np.ndarray, captions: list[str]) -> None:
-        """Images [M, h, w, 3] and what was said of them, to TensorBoard; the images also to disk, one below the other."""
-        if self.active:
+        """Images [M, h, w, 3], if there are any, and what was said of them, to TensorBoard; the images also to disk, one below the other."""
+        if self.active and len(images):
             try:
                 self.path.with_name("pictures").mkdir(exist_ok=True)
                 Image.fromarray(np.concatenate(images)).save(self.path.with_name("pictures") / f"{step}.png")

@@ -96,6 +96,11 @@ def all_of(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
+def fetched(x: jax.Array) -> np.ndarray:
+    """The whole of an array, also where other processes hold a part of it: then every process calls it."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+
 class Vote:
     """Whether any process wants something: the same answer in all processes at the same step, so that none goes on alone.
 

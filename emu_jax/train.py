@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
@@ -124,10 +125,8 @@ def train(c: ConfigDict) -> loop.State:
         # Train.
         journal = at_end.enter_context(closing(Journal(workdir, start=step, steps=c.optim.steps)))
         draws = None
-        if c.log.pictures_every and jax.process_count() > 1:
-            log.info("no pictures are drawn meanwhile: several processes have no images in common (log.pictures_every)")
-        elif c.log.pictures_every and "unet" in abstract:
-            draws = drawings(program, c, make_loader)
+        if c.log.pictures_every and "unet" in abstract:
+            draws = drawings(program, mesh, c, make_loader)
         elif c.log.pictures_every and "llama" in abstract:
             draws = pictures(program, mesh, tokenizer, c.data.tokens)
         return loop.run(c, program, state, mesh, loader, checkpoints, journal, watching, evaluate, pictures=draws)
@@ -343,30 +342,34 @@ def benchmarks(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokeni
 
 def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
              context: int) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
-    """pictures(params, item): some images of a batch and what the model says of them."""
+    """pictures(params, item): some images of a batch (of several processes, of the first one's) and what the model says of them."""
     def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
-        images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]][:PICTURES]
+        images, slots = multihost_utils.broadcast_one_to_all((item.batch.images[:PICTURES], item.batch.image_slots[:PICTURES]))
+        images = images[slots < item.batch.tokens.shape[1]][:PICTURES]
         session = Session(program.size, params, tokenizer, context=context, mesh=mesh)
         return images, session.texts([[image] for image in images], Options(max_new_tokens=24))
     return show
 
 
-def drawings(program: loop.Program, c: ConfigDict, make_loader: Callable[[], Loader]) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+def drawings(program: loop.Program, mesh: jax.sharding.Mesh, c: ConfigDict,
+             make_loader: Callable[[], Loader]) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
     """drawings(params, item): the first images of the data, each beside what the decoder makes of it, always the same ones with the same seeds,
     and led away from zeros: nothing is generated here."""
     side, how, first = program.size.image, {name: c.drawing[name] for name in pixels.HOW}, make_loader()
-    rows = jax.tree.map(lambda x: jnp.asarray(x[:PICTURES]), next(iter(first)).batch)
+    batch = multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: x[:PICTURES], next(iter(first)).batch))
     first.close()
+    shards, count = mesh.shape["data"] * mesh.shape["fsdp"], len(batch.tokens)
+    rows = jax.tree.map(lambda x: x[np.arange(-(-count // shards) * shards) % count], batch)         # filled up, so that every device has as many
 
     def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         condition = program.module(params).conditions(batch)
         images = resized(batch.images.reshape(-1, *batch.images.shape[2:]), side)
         return images, pixels.draw(program.size, params, condition, jnp.arange(len(condition)), **how)
     both = jax.jit(both)
+    held = (batch.image_slots < batch.tokens.shape[1]).ravel()
 
     def show(params: tree.Tree, _: Item) -> tuple[np.ndarray, list[str]]:
-        images = np.concatenate([np.asarray(part) for part in both(params, rows)], 2)
-        held = np.asarray(rows.image_slots).ravel() < rows.tokens.shape[1]
+        images = np.concatenate([processes.fetched(part)[:len(held)] for part in both(params, rows)], 2)
         return images[held], ["left the image, right as it is drawn"]
     return show
 

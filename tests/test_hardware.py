@@ -30,7 +30,7 @@ def test_cpus_are_at_hand():
 
 @pytest.mark.parametrize(("topology", "message"), [
     ("v5e", "is not one: KIND:SHAPE"), ("v9:4x4", "kinds are v4, v5e, v5p, v6e, tpu7x, a100-40g, a100, h100, h200 and cpu"),
-    ("v5e:4by4", "is not one"),
+    ("v5e:4by4", "is not one"), ("2xh100:8x8", "is not one"), ("h100:2x8x8", "is not one"), ("2xcpu:4", "is not one"),
     ("cpu:9", "there are 8 CPU devices here; XLA_FLAGS=--xla_force_host_platform_device_count=9 makes more"), ("cpu:2x2", "there are 8 CPU")])
 def test_what_is_no_topology_is_one_line(topology, message):
     with pytest.raises(UserError, match=message) as error:

@@ -79,6 +79,17 @@ def test_bytes_that_arrive():
     assert found == {"gather": 128, "sum": 2 * 0.75 * 80, "all-reduce.9": 0.75 * 256, "all-gather.1": 48, "ag": 48, "cp": 24, "rs": 20}
 
 
+@pytest.mark.parametrize(("kind", "groups", "received", "crossing"), [
+    ("all-gather", ((0, 1, 2, 3),), 75, 25),            # half of it comes from the other slice, and two devices share that out
+    ("reduce-scatter", ((0, 1, 2, 3),), 75, 25), ("all-reduce", ((0, 1, 2, 3),), 150, 50), ("all-to-all", ((0, 1, 2, 3),), 75, 50),
+    ("all-reduce", ((0, 2), (1, 3)), 100, 100), ("all-reduce", ((0, 1), (2, 3)), 100, 0),
+    ("collective-permute", ((0, 1), (1, 2), (2, 3), (0, 3)), 100, 50)])
+def test_what_crosses_between_two_slices_of_two(kind, groups, received, crossing):
+    one = hlo.Collective(kind, "c", 100, groups, 1, False, False, "")
+    assert one.received == pytest.approx(received) and one.crossing((0, 0, 1, 1)) == pytest.approx(crossing)
+    assert one.crossing((0, 0, 0, 0)) == 0
+
+
 def test_a_condition_without_a_note_is_read():
     module = hlo.Module(LOOPS.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
     assert module.times("inner_body") == 3 * 99

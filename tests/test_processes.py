@@ -16,6 +16,7 @@ from test_train import arguments
 from emu_jax import checkpoint, processes, sharding
 from emu_jax.config import UserError
 from tests.data import fixtures
+from tests.evaluate import layouts
 
 # A model of one block a tower, whose program does not depend on the number of steps: the compiler's time is the tests'.
 SHALLOW = ("model.vision.depth=1", "model.resampler.depth=1", "model.llama.depth=1", "objective.chunk=64", "optim.schedule=constant",
@@ -48,7 +49,7 @@ def data(tmp_path_factory):
     return to
 
 
-LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "eval/text_loss", "eval/image_loss")
+LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "eval/text_loss", "eval/image_loss", "eval/visdial/mrr", "eval/visdial/ndcg")
 
 
 def assert_same_losses(lines, others, rtol):
@@ -58,16 +59,29 @@ def assert_same_losses(lines, others, rtol):
         assert len(here) > 1 and here == pytest.approx(there, rel=rtol)
 
 
+def said(workdir):
+    """Of the first pictures, as TensorBoard holds it."""
+    board = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+    return re.search(rb"\D0\. (.*)\n\n7\. ", board, re.DOTALL)[1]
+
+
+def shown(workdir):
+    return (workdir / "pictures/20.png").read_bytes()
+
+
 def test_two_processes_are_one(data, tmp_path):
     """Packed, mixed, interleaved documents on 2 x 4, 1 x 8 and 1 x 1 devices: the same of them in every batch (the state of the streams says how
-    far each is) and the same losses, held out too."""
-    more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}")
+    far each is) and the same losses, held out too; a benchmark's numbers; the same pictures, and the same said of them."""
+    layouts.visdial(tmp_path / "visdial", count=8, rounds=1)
+    more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
+            f"eval.tasks=(('visdial', '{tmp_path}/visdial', 8),)", "log.pictures_every=20")
     run = lambda name, *of: trained(data, tmp_path / name, *of, *more)
     (two, there, _), (one, here, _), (single, alone, _) = run("two", 2, 4), run("one", 1, 8), run("single", 1, 1)
     assert there == here == alone and there["streams"].keys() == {"0", "1", "2", "3"}
     assert [line["step"] for line in two] == [*range(1, 21), 20]
     for other in (one, single):
         assert_same_losses(two, other, rtol=1e-4)
+    assert said(tmp_path / "two") == said(tmp_path / "one") and shown(tmp_path / "two") == shown(tmp_path / "one")
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(data, tmp_path):

@@ -21,6 +21,7 @@ from emu_jax.config import UserError
 from emu_jax.generate.session import Session
 from emu_jax.models import emu
 from emu_jax.models.vision import normalise
+from emu_jax.processes import fetched
 from emu_jax.tree import Tree
 
 Frames = Sequence[UInt8[np.ndarray, "h w 3"]]
@@ -45,7 +46,7 @@ def features(session: Session, pictures: Iterable[Frames]) -> Float[np.ndarray, 
     def flush() -> None:
         rows = np.minimum(np.arange(-(-session.batch // session.shards) * session.shards), len(waiting) - 1)       # one shape, one compilation
         with nullcontext() if session.mesh is None else jax.set_mesh(session.mesh):
-            found = np.asarray(_features(session.size, session.params, np.stack(waiting)[rows]))
+            found = fetched(_features(session.size, session.params, np.stack(waiting)[rows]))
         for owner, feature in zip(owners, found, strict=False):
             sums[owner] = sums.get(owner, 0) + feature
         waiting.clear()

@@ -27,6 +27,7 @@ from emu_jax.generate.reading import Context
 from emu_jax.generate.sampling import Rules
 from emu_jax.generate.stream import TextStream, until_stop
 from emu_jax.models import emu
+from emu_jax.processes import fetched
 
 LEAST = 16              # ids that a prompt or an answer is compiled for
 DRAWS = 4               # images in an answer of a model that decides when to draw
@@ -117,13 +118,12 @@ class Session:
             rules = self._rules(some, prefix, options, allowed, choice, len(context.lengths))
             if options.beams > 1:
                 context = reading.spread(context, options.beams, context.cache.slots)
-                found = text.search(self.size, self.params, context, options.beams, room, rules)
+                found = fetched(text.search(self.size, self.params, context, options.beams, room, rules))
             else:
                 numbers = numbers + [numbers[-1]] * (len(context.lengths) - len(numbers))
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(options.seed), jnp.array(numbers))
                 found = self._write(text.begin(self.size, self.params, context, keys, room, rules), rules, options)
-            limits = np.asarray(rules.limits)
-            return [text.until_end(row[:limit]) for row, limit in zip(np.asarray(found), limits, strict=True)]
+            return [text.until_end(row[:limit]) for row, limit in zip(found, rules.limits, strict=True)]
 
         return self._batched(prompts, prefix, 1, generate, progress)
 
@@ -133,7 +133,7 @@ class Session:
 
         def generate(some: list[Prompt], _: list[int]) -> list[np.ndarray]:
             sketch = image.begin(self.size, self._read(some, prefix, N))
-            return list(np.asarray(image.draw(self.size, self.params, sketch, jnp.int32(N)).visual, np.float32))
+            return list(fetched(image.draw(self.size, self.params, sketch, np.int32(N)).visual).astype(np.float32))
 
         opened = [prompt.joined(self.prompt(parts) if prefix is None else self._after(parts), start) for parts in prompts]
         return np.stack(self._batched(opened, prefix, N + 1, generate, progress))
@@ -155,7 +155,7 @@ class Session:
             tokens, lengths = _rows([answer.tokens for answer in some], self._rows(len(some)))
             slots = prefix.context.cache.slots + tokens.shape[1]
             context = reading.spread(prefix.context, len(tokens) // len(prefix.context.lengths), slots)
-            return (np.asarray(text.nll(self.size, self.params, context, tokens, lengths)) / lengths).tolist()
+            return (fetched(text.nll(self.size, self.params, context, tokens, lengths)) / lengths).tolist()
 
         return np.array(self._batched([Prompt(answer) for answer in answers], prefix, 0, nlls, ""), np.float32)
 
@@ -235,21 +235,21 @@ class Session:
             images[row, :len(given.images)], slots[row, :len(given.images)] = [place[id(pixels)] for pixels in given.images], given.slots
         return reading.embed(self.size, self.params, tokens, self._visual(list(every.values())), images, slots), lengths
 
-    def _visual(self, images: list[np.ndarray]) -> Float[Array, "M N D"]:
+    def _visual(self, images: list[np.ndarray]) -> Float[np.ndarray, "M N D"]:
         """Visual tokens of images, some of which are visual tokens already; padded to a power of two."""
         pixels = [given.dtype == np.uint8 for given in images]
         encoded = iter(self._encoded([given for given, is_pixels in zip(images, pixels) if is_pixels], ""))
         bank = np.zeros((_bucket(len(images), 1), self.grammar.n_visual, self.size.llama.width), np.float32)
         for row, given, is_pixels in zip(bank, images, pixels, strict=False):
             row[:] = next(encoded) if is_pixels else given
-        return jnp.asarray(bank, self.size.compute)
+        return bank.astype(self.size.compute)
 
     def _encoded(self, pixels: list[np.ndarray], progress: str) -> Float[np.ndarray, "M N D"]:
         found = [np.zeros((0, self.grammar.n_visual, self.size.llama.width), np.float32)]
         for start in tqdm(range(0, len(pixels), self.batch), progress, unit=" batches", disable=None if progress else True):
             some = pixels[start:start + self.batch]
             stacked = np.stack(some + [some[-1]] * (self._rows(len(some)) - len(some)))
-            found.append(np.asarray(reading.encode(self.size, self.params, stacked), np.float32)[:len(some)])
+            found.append(fetched(reading.encode(self.size, self.params, stacked))[:len(some)].astype(np.float32))
         return np.concatenate(found)
 
     def _rules(self, prompts: Sequence[Prompt], prefix: Prefix | None, options: Options, allowed: Bool[np.ndarray, "V"], choice: trie.Trie | None,
@@ -264,15 +264,15 @@ class Session:
     def _write(self, draft: text.Draft, rules: Rules, options: Options) -> np.ndarray:
         """The ids of a draft that is written to its end; with stop texts, a row ends soon after the first of them."""
         if not options.stop:
-            return np.asarray(text.write(self.size, self.params, draft, jnp.int32(options.max_new_tokens), rules).ids)
+            return fetched(text.write(self.size, self.params, draft, np.int32(options.max_new_tokens), rules).ids)
         count = 1
-        while count < options.max_new_tokens and not draft.done.all():
+        while count < options.max_new_tokens and not fetched(draft.done).all():
             count = min(count + CHECK, options.max_new_tokens)
-            draft = text.write(self.size, self.params, draft, jnp.int32(count), rules)
-            ids = np.asarray(draft.ids)
+            draft = text.write(self.size, self.params, draft, np.int32(count), rules)
+            ids = fetched(draft.ids)
             stopped = [any(stop in self.tokenizer.decode(row[:count].tolist()) for stop in options.stop) for row in ids]
             draft = draft.replace(done=draft.done | np.array(stopped))
-        return np.asarray(draft.ids)
+        return fetched(draft.ids)
 
 
 class Conversation:
@@ -346,13 +346,13 @@ class Conversation:
         ids: list[int] = []
         try:
             while True:
-                ids.append(int(np.asarray(draft.ids)[0, len(ids)]))
+                ids.append(int(fetched(draft.ids)[0, len(ids)]))
                 if new := out.push(ids[-1]):
                     yield new
-                if np.asarray(draft.done)[0] or out.stopped:
+                if fetched(draft.done)[0] or out.stopped:
                     break
                 with s._mesh():
-                    draft = text.write(s.size, s.params, draft, jnp.int32(len(ids) + 1), rules)
+                    draft = text.write(s.size, s.params, draft, np.int32(len(ids) + 1), rules)
             if new := out.finish():
                 yield new
         finally:                # also where nobody wants to hear more
@@ -364,11 +364,11 @@ class Conversation:
         s = self._session
         sketch, N = image.begin(s.size, self._context), s.grammar.n_visual
         for count in tqdm(range(1, N + 1), "drawing", unit=" visual tokens", disable=None) if progress else [N]:
-            sketch = image.draw(s.size, s.params, sketch, jnp.int32(count))
+            sketch = image.draw(s.size, s.params, sketch, np.int32(count))
             sketch.visual.block_until_ready()
         self._context = sketch.context
         self._said = prompt.joined(self._said, Prompt([s.tokenizer.image] * N))
-        return s.drawings(np.asarray(sketch.visual[:1], np.float32))[0]
+        return s.drawings(fetched(sketch.visual)[:1].astype(np.float32))[0]
 
     def _read(self, given: Prompt, room: int) -> None:
         """Reads what is unread and `given`, and makes `room` for what comes."""
