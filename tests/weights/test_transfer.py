@@ -238,7 +238,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "must be a multiple of the patch of 14, and a source must" in says("--family=llama", source, CONFIG, "--image-size=28", to)
     assert "llama comes from" in says("--family=llama", source, "--family=llama", source, CONFIG, to)
     saved(tmp_path / "other.bin", {"w": np.zeros(3)})
-    none = "it looks like none of emu1, llama, peft, t5-decoder, eva-clip, stable-diffusion, inception; it holds w"
+    none = "it looks like none of emu1, llama, peft, t5-decoder, eva-clip, stable-diffusion, inception, clip; it holds w"
     assert none in says("--family=llama", tmp_path / "other.bin", CONFIG, to)
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(os.system))
     assert "names posix.system" in says("--family=llama", tmp_path / "evil.bin", CONFIG, to)
