@@ -169,6 +169,8 @@ class Loader:
 
 def merge(states: list[dict]) -> dict:
     """One state of those that the processes have after one and the same batch, for `restore` on any number of processes."""
+    if len(states) == 1:
+        return states[0]
     return {**states[0], "streams": {number: stream for state in states for number, stream in state["streams"].items()}}
 
 
