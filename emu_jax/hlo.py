@@ -12,8 +12,10 @@ from math import prod
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+BETWEEN = "between-slices"      # of TPU slices: what a device receives from the runtime that sums for them (Megascale), over their hosts' network
 WIDTHS = {"pred": 8, "bf16": 16}        # bits; of the other types the name ends with them: f32, s8, u64, f8e4m3fn
 _COLLECTIVE = re.compile(rf"%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_BETWEEN = re.compile(r"%?([\w.\-]+) = (.*?) recv\(.*_xla_megascale_target")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Collective:
     def crossing(self, place: Sequence[int]) -> float:
         """Those of `received` that come from devices of another place (a slice, a node), where each place first reduces, or in the end spreads,
         among its own; `place` is each device's. Of a permutation, the mean over its pairs."""
+        if self.kind == BETWEEN:
+            return self.bytes
         places = [len({place[device] for device in group}) for group in self.groups]
         if self.kind == "collective-permute":
             return self.bytes * sum(count > 1 for count in places) / len(places)
@@ -45,7 +49,7 @@ class Collective:
 
     def _share(self, n: int) -> float:
         """Of the bytes, among n devices."""
-        return {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": float(n > 1)}.get(self.kind, (n - 1) / n)
+        return {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": float(n > 1), BETWEEN: 1.0}.get(self.kind, (n - 1) / n)
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,8 @@ class Module:
         found: dict[str, Collective] = {}
         for name, lines in self.computations.items():
             for line in lines:
+                if match := _BETWEEN.search(line):
+                    found[match[1]] = Collective(BETWEEN, match[1], _bytes(match[2]), (), self.times(name), name in self.looped, True, "")
                 match = _COLLECTIVE.search(line)
                 if not match:
                     continue

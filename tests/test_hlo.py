@@ -90,6 +90,16 @@ def test_what_crosses_between_two_slices_of_two(kind, groups, received, crossing
     assert one.crossing((0, 0, 0, 0)) == 0
 
 
+def test_what_slices_sum_is_received_from_their_runtime():
+    """As libtpu writes it for 2xv5e:4x4: 512 KiB to each device, and to the host no less, which is not counted twice."""
+    handler = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0"'
+    line = ('  %recv = (f32[128,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, '
+            f'frontend_attributes={{{handler},_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{{1,2}}x{{0:15}}"}}\n')
+    module = hlo.Module(f"HloModule m, num_partitions=4\n\nENTRY %main (a: f32[1]) -> f32[1] {{\n{line}{line.replace('recv', 'send')}}}\n")
+    one, = module.collectives()
+    assert (one.kind, one.times) == (hlo.BETWEEN, 1) and one.received == one.crossing((0, 0, 1, 1)) == pytest.approx(2 ** 19, abs=8)
+
+
 def test_a_condition_without_a_note_is_read():
     module = hlo.Module(LOOPS.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
     assert module.times("inner_body") == 3 * 99
