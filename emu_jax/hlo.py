@@ -49,7 +49,8 @@ class Collective:
 
     def _share(self, n: int) -> float:
         """Of the bytes, among n devices."""
-        return {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": float(n > 1), BETWEEN: 1.0}.get(self.kind, (n - 1) / n)
+        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": float(n > 1), BETWEEN: 1.0}
+        return share.get(self.kind, (n - 1) / n)
 
 
 @dataclass(frozen=True)
