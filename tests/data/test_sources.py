@@ -113,6 +113,21 @@ def test_beyond_the_end(tiny):
             source[index]
 
 
+def test_files_are_read_as_one_by_many_threads(tmp_path):
+    lengths, wanted = [3, 0, 200], [f"record {number}".encode() for number in range(203)]
+    files = [str(tmp_path / f"{number}.array_record") for number in range(3)]
+    for file, some in zip(files, (wanted[:3], [], wanted[3:]), strict=True):
+        writer = ArrayRecordWriter(file, "group_size:1")
+        for record in some:
+            writer.write(record)
+        writer.close()
+    raw = records.Raw(files, lengths)
+    order = np.random.default_rng(0).permutation(203).tolist() * 5
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(raw.__getitem__, order)) == [wanted[index] for index in order]
+    assert pickle.loads(pickle.dumps(raw))[202] == wanted[202]
+
+
 def test_damaged_bytes_are_one_corrupt_record(copy):
     file = shard(copy / "scenes")
     data = bytearray(file.read_bytes())
