@@ -5,9 +5,9 @@ PYTHON ?= python3
 python = .venv/bin/python
 
 demo: .venv/ready
-	@echo "--- 1 of 6: drawings, scenes and stories to learn from. About 23 minutes are left, on two idle cores"
+	@echo "--- 1 of 6: drawings, scenes and stories to learn from. About 22 minutes are left, on two idle cores"
 	$(python) -m emu_jax.data build --kind=openmoji --to=data/demo
-	@echo "--- 2 of 6: an encoder warms up. About 22 minutes are left"
+	@echo "--- 2 of 6: an encoder warms up. About 21 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py:warmup
 	@echo "--- 3 of 6: Emu learns to tell and to imagine. About 17 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py

@@ -8,7 +8,6 @@ Builders yield `example(...)` under `FEATURES()`; `Records` reads, through Grain
 import io
 import json
 import math
-import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -27,6 +26,7 @@ from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Pair, Picture, Text
 from emu_jax.data.sources import Corrupt
 
+IDLE = 4                                # readers of a file that are kept open
 METADATA = {"emu_jax": "documents"}     # every builder's metadata has it: how `Records` knows its own
 
 
@@ -132,25 +132,26 @@ class Records:
 class Raw:
     """The bytes of the records of ArrayRecord files, one file after another; threads may share it. `lengths`: records of each file.
 
-    A reader seeks: what Grain asks of it, a list of records, takes time in proportion to all that its file holds (array-record 0.8.6: 7 ms of a
-    million, against 10 us)."""
+    A reader seeks: what Grain asks of it, a list of records, takes time in proportion to all that its file holds (array-record 0.8.6: 8 ms of a
+    million, against microseconds). Each reader is one thread's at a time, so that one that hangs holds nobody up; one that fails is dropped."""
 
     def __init__(self, files: list[str], lengths: list[int]):
         self._files, self._lengths, self._ends = files, lengths, list(accumulate(lengths))
-        self._readers: list[ArrayRecordReader | None] = [None] * len(files)
-        self._locks = [threading.Lock() for _ in files]
+        self._idle: list[list[ArrayRecordReader]] = [[] for _ in files]
 
     def __reduce__(self) -> tuple:
         return Raw, (self._files, self._lengths)            # a process opens its own
 
     def __getitem__(self, index: int) -> bytes:
         file = bisect_right(self._ends, index)
-        with self._locks[file]:
-            reader, self._readers[file] = self._readers[file], None         # one that has failed is not asked again
-            reader = reader or ArrayRecordReader(self._files[file], options="readahead_buffer_size:0,max_parallelism:0")
-            reader.seek(index - self._ends[file] + self._lengths[file])
-            record = reader.read()
-            self._readers[file] = reader
+        try:
+            reader = self._idle[file].pop()
+        except IndexError:
+            reader = ArrayRecordReader(self._files[file], options="readahead_buffer_size:0,max_parallelism:0")
+        reader.seek(index - self._ends[file] + self._lengths[file])
+        record = reader.read()
+        if len(self._idle[file]) < IDLE:
+            self._idle[file].append(reader)
         return record
 
 
