@@ -1,10 +1,11 @@
 """Samplers of diffusion models: functions (denoise, x, schedule) -> x, each citing the algorithm that it follows.
 
 `x` is unit noise [B, h, w, c]; `denoise(x, t, a, s)` gives (x0, e), the two of which x is made as a x0 + s e at time t (see
-`denoiser`, which guides); a `Schedule` says where to go. Each loop is one scan, compiled once whatever the number of steps, and
-all randomness is in x. Read next: ../models/diffusion.py.
+`Denoiser`); a `Schedule` says where to go. Each loop is one scan, compiled once whatever the number of steps, and all
+randomness is in x. Read next: ../models/diffusion.py.
 """
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,14 @@ from jaxtyping import Array, Float, Int
 from emu_jax.config import UserError
 from emu_jax.models.diffusion import Diffusion, alphas_cumprod, split
 
-Denoise = Callable[[Array, Array, Array, Array], tuple[Array, Array]]
+
+class Denoiser(NamedTuple):
+    """A network in use: predict(x, t) -> prediction; split(prediction, x, a, s) -> (x0, e) of it, x being a x0 + s e (see `denoiser`, which guides)."""
+    predict: Callable[[Array, Array], Array]
+    split: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
+
+    def __call__(self, x: Array, t: Array, a: Array, s: Array) -> tuple[Array, Array]:
+        return self.split(self.predict(x, t), x, a, s)
 
 
 class Schedule(NamedTuple):
@@ -54,11 +62,12 @@ def noise(seeds: Int[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B h w
 
 
 def denoiser(d: Diffusion, network: Callable[[Array, Array, Array], Array], condition: Float[Array, "B N D"], negative: Float[Array, "B N D"], *,
-             guidance: float, rescale: float = 0.0) -> Denoise:
-    """`denoise` of network(x, times, condition) -> prediction, with classifier-free guidance (arXiv 2207.12598): away from the condition
+             guidance: float, rescale: float = 0.0) -> Denoiser:
+    """That of network(x, times, condition) -> prediction, with classifier-free guidance (arXiv 2207.12598): away from the condition
     `negative`, which guidance 1 does not ask. `rescale` takes the result's deviation so far back to the conditional
     one's (arXiv 2305.08891, section 3.4)."""
-    def predict(x, times):
+    def predict(x, t):
+        times = jnp.full(len(x), t)
         if guidance == 1.0:
             return network(x, times, condition)
         twice = lambda y: jnp.concatenate([y, y])
@@ -66,13 +75,10 @@ def denoiser(d: Diffusion, network: Callable[[Array, Array, Array], Array], cond
         guided = without + guidance * (conditional - without)
         deviation = lambda y: y.std((1, 2, 3), keepdims=True)
         return guided * (1 - rescale + rescale * deviation(conditional) / deviation(guided)) if rescale else guided
-
-    def denoise(x, t, a, s):
-        return split(d, predict(x, jnp.full(len(x), t)), x, a, s)
-    return denoise
+    return Denoiser(predict, partial(split, d))
 
 
-def ddim(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
+def ddim(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
     """DDIM without noise (arXiv 2010.02502, equation 12 with sigma 0)."""
     def step(x, row):
         t, a, s, a_next, s_next = row
@@ -81,7 +87,7 @@ def ddim(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> Float[
     return jax.lax.scan(step, x, _rows(plan))[0]
 
 
-def euler(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
+def euler(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
     """Euler's method on y = x / a, whose derivative by the noise level s / a is e (arXiv 2206.00364, algorithm 1 without its
     second-order correction)."""
     def step(y, row):
@@ -92,29 +98,30 @@ def euler(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> Float
     return plan.a[-1] * jax.lax.scan(step, x / plan.a[0], _rows(plan))[0]
 
 
-def pndm(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
-    """Pseudo linear multistep (PNDM, arXiv 2202.09778, equations 11 to 13): Adams-Bashforth on e, then DDIM's step with it.
+def pndm(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
+    """Pseudo linear multistep (PNDM, arXiv 2202.09778, equations 11 to 13): Adams-Bashforth on the prediction, then DDIM's step with it.
 
-    The first step is done twice, the second time with the mean of e at both its ends, in place of the paper's three of
-    Runge-Kutta (Stable Diffusion's choice): n + 1 evaluations.
+    The first step is done twice, the second time with the mean of the predictions at both its ends, in place of the paper's three
+    of Runge-Kutta (Stable Diffusion's choice): n + 1 evaluations. What is extrapolated is the network's own target (as in
+    diffusers; the paper's is e).
     """
     at = evaluated(len(plan.t))             # the places of the evaluations
     start = np.where(np.arange(len(at)) == 1, 0, at)        # and of the steps
     weights = np.array([[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], *[[55, -59, 37, -9]] * (len(at) - 4)])[:len(at)] / 24
 
     def step(carry, row):
-        x, before, es = carry       # es [4, ...]: the newest evaluation's place, and the three before it
-        number, t, a, s, a_start, s_start, a_next, s_next, weight = row
-        es = es.at[0].set(denoise(x, t, a, s)[1])
-        e = jnp.tensordot(weight, es, 1)
+        x, before, seen = carry      # seen [4, ...]: the newest prediction's place, and the three before it
+        number, t, a_start, s_start, a_next, s_next, weight = row
+        seen = seen.at[0].set(denoise.predict(x, t))
         origin = jnp.where(number == 1, before, x)
-        moved = a_next * (origin - s_start * e) / a_start + s_next * e
-        kept = jnp.where(number == 1, es, jnp.roll(es, 1, 0))       # the evaluation at the first step's end is made anew
+        x0, e = denoise.split(jnp.tensordot(weight, seen, 1), origin, a_start, s_start)
+        moved = a_next * x0 + s_next * e
+        kept = jnp.where(number == 1, seen, jnp.roll(seen, 1, 0))   # the prediction at the first step's end is made anew
         return (moved, x, kept), None
 
     _regular(plan, "pndm")
     rows = tuple(jnp.asarray(row, jnp.float32) for row in (
-        np.arange(len(at)), plan.t[at], plan.a[at], plan.s[at], plan.a[start], plan.s[start], plan.a[start + 1], plan.s[start + 1], weights))
+        np.arange(len(at)), plan.t[at], plan.a[start], plan.s[start], plan.a[start + 1], plan.s[start + 1], weights))
     return jax.lax.scan(step, (x, x, jnp.zeros((4, *x.shape))), rows)[0][0]
 
 
@@ -123,7 +130,7 @@ def evaluated(steps: int) -> Int[np.ndarray, "m"]:
     return np.array([0, 1, *range(1, steps)][:steps + (steps > 1)])
 
 
-def dpm_solver(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
+def dpm_solver(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
     """DPM-Solver++ (2M) (arXiv 2211.01095, algorithm 2): x0 is extrapolated in the logarithm of a / s from the last two.
 
     First order at the first step, and at the last where it ends without noise or there are fewer than 15, as its authors do.
@@ -143,7 +150,7 @@ def dpm_solver(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> 
     return jax.lax.scan(step, (x, x), (*_rows(plan), jnp.asarray(more, jnp.float32)))[0][0]
 
 
-def flow_euler(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
+def flow_euler(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
     """Euler's method on the straight path from noise to data (arXiv 2209.03003, section 2): the velocity is e - x0."""
     def step(x, row):
         t, a, s, _, s_next = row
@@ -156,7 +163,7 @@ def flow_euler(denoise: Denoise, x: Float[Array, "B h w c"], plan: Schedule) -> 
 
 class Sampler(NamedTuple):
     """A sampler and the schedule that its golden numbers have."""
-    run: Callable[[Denoise, Array, Schedule], Array]
+    run: Callable[[Denoiser, Array, Schedule], Array]
     spacing: str
     last: str
 

@@ -57,8 +57,8 @@ def close(got, want, share=1e-4):
         np.testing.assert_allclose(mine, their, atol=share * np.abs(their).max())
 
 
-# Of predictions of v diffusers' PNDM extrapolates v, and the paper's (and ours) the noise: they are held to each other by DDIM.
-@pytest.mark.parametrize(("unet", "schedule", "sampler"), [(UNET1, PNDM, "pndm"), (UNET2, V, "ddim")], ids=["sd1", "sd2"])
+@pytest.mark.parametrize(("unet", "schedule", "sampler"), [(UNET1, PNDM, "pndm"), (UNET2, V, "pndm"), (UNET2, V, "ddim")],
+                         ids=["sd1", "sd2", "sd2-ddim"])
 def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
     diffusion(tmp_path / "source", unet, schedule=schedule)
     assert main(["import", "--family=stable-diffusion", str(tmp_path / "source"), f"--to={tmp_path / 'ours'}"]) == 0
