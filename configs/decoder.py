@@ -23,8 +23,8 @@ def get_config(size: str = "emu-14b"):
     c.optim.b2, c.optim.eps = 0.999, 1e-8       # eps unpublished
     c.optim.clip = 1.0                  # unpublished
     c.optim.ema = 0.9999                # unpublished
-    # Built with --max-chars=150: the paper drops longer captions.
-    c.data.mixture = (("laion-coco", 7.0, "data/laion-coco:train"), ("laion-aesthetics", 2.0, "data/laion-aesthetics:train"))
+    # Data sets of their own, built with --kind=pairs --max-chars=150: the paper drops longer captions.
+    c.data.mixture = (("laion-coco", 7.0, "data/laion-coco-150:train"), ("laion-aesthetics", 2.0, "data/laion-aesthetics-150:train"))
     c.data.batch, c.data.num_streams = 1600, 64
     c.data.tokens, c.data.images = 96, 1        # a caption and its image
     c.data.image_first = 0.0            # the caption says what is drawn

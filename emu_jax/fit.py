@@ -5,6 +5,7 @@ at best. NAME is v5e:16x16, 2xv5e:8x16 (two slices), h100:8x8 (nodes x GPUs), ..
 """
 import argparse
 import copy
+import ctypes
 import json
 import os
 import re
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         flags, rest = _parse(sys.argv[1:] if arguments is None else arguments)
         c = config.load(rest)
         _without_devices()
+        _in_few_heaps()
         row, devices = hardware.absent(flags.topology)
         found = search(c, row, devices) if flags.search else fit(c, row, devices)
         if flags.json:
@@ -395,6 +397,14 @@ def _without_devices() -> None:
     """This machine's accelerators, if it has any, stay free; and libtpu asks no metadata server who it is."""
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
+
+
+def _in_few_heaps() -> None:
+    """glibc, where it is: the compilers' threads share two heaps, which keep what is freed. Their own ones hold a sixth more memory than they use."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        arena_max, trim_threshold, mmap_threshold = -8, -1, -3
+        for option, value in ((arena_max, 2), (trim_threshold, GIB), (mmap_threshold, GIB // 32)):
+            mallopt(option, value)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

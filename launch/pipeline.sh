@@ -13,9 +13,9 @@ set -euo pipefail
 python=.venv/bin/python
 read -ra train <<<"${TRAIN:-$python -m emu_jax.train}"
 
-data() {                                # data KIND NAME FOLDER: a data set, unless it is there
+data() {                                # data KIND NAME FOLDER FLAG...: a data set, unless it is there
   if [[ ! -e data/$2/done ]]; then
-    "$python" -m emu_jax.data build --kind="$1" --from "$3"/* --to="data/$2"
+    "$python" -m emu_jax.data build --kind="$1" --from "$3"/* --to="data/$2" "${@:4}"
     touch "data/$2/done"
   fi
 }
@@ -45,8 +45,11 @@ case ${1:-} in
     raw=$RAW
     size=${SIZE:-emu-14b}
     tokenizer=--config.data.tokenizer=$raw/llama/tokenizer.model
-    for name in laion-2b laion-coco laion-aesthetics; do
+    for name in laion-2b laion-coco; do
       data pairs "$name" "$raw/$name"
+    done
+    for name in laion-coco laion-aesthetics; do         # for the decoder
+      data pairs "$name-150" "$raw/$name" --max-chars=150
     done
     data mmc4 mmc4 "$raw/mmc4"
     data videos webvid "$raw/webvid"

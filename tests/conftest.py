@@ -27,3 +27,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 CHECKED = ("models", "data", "generate", "weights", "evaluate", "verify", "losses", "sharding", "stages", "optim", "tree", "config", "checkpoint",
            "journal", "initial", "train")
 jaxtyping.install_import_hook([f"emu_jax.{name}" for name in CHECKED], "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first: at the end, the other workers would wait for them."""
+    items.sort(key=lambda item: item.path.name not in ("test_processes.py", "test_torture.py"))

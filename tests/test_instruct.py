@@ -18,6 +18,8 @@ from emu_jax.evaluate import chat
 from emu_jax.generate.session import Session
 from tests.data import fixtures
 
+pytestmark = pytest.mark.xdist_group("instruct")  # one process: what its tests share is made once
+
 SMALL = ("data.batch=8", "data.num_streams=4", "data.tokens=128", "data.images=4", "data.pack_lookahead=4", "data.workers=2", "data.system=none",
          "objective.chunk=64", "log.pictures_every=0", "optim.steps=3", "optim.warmup=0.0", "rules.peak_lr=(('.*', 1e-2),)",
          "rules.decay=(('.*', 0.1),)", "model.lora.rank=4", "model.lora.storage=int8", "model.compute=float32", "model.vision.remat=none",
