@@ -18,7 +18,7 @@ from emu_jax.models.diffusion import Diffusion, alphas_cumprod, split
 
 
 class Denoiser(NamedTuple):
-    """A network in use: predict(x, t) -> prediction; split(prediction, x, a, s) -> (x0, e) of it, x being a x0 + s e (see `denoiser`, which guides)."""
+    """A network in use (see `denoiser`, which guides): predict(x, t) -> prediction; split(prediction, x, a, s) -> (x0, e), x being a x0 + s e."""
     predict: Callable[[Array, Array], Array]
     split: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 
