@@ -5,15 +5,15 @@ PYTHON ?= python3
 python = .venv/bin/python
 
 demo: .venv/ready
-	@echo "--- 1 of 6: drawings, scenes and stories to learn from. About 22 minutes are left, on two idle cores"
+	@echo "--- 1 of 6: drawings, scenes and stories to learn from. About 24 minutes are left, on two idle cores"
 	$(python) -m emu_jax.data build --kind=openmoji --to=data/demo
-	@echo "--- 2 of 6: an encoder warms up. About 21 minutes are left"
+	@echo "--- 2 of 6: an encoder warms up. About 23 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py:warmup
-	@echo "--- 3 of 6: Emu learns to tell and to imagine. About 17 minutes are left"
+	@echo "--- 3 of 6: Emu learns to tell and to imagine. About 19 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py
-	@echo "--- 4 of 6: it imagines every drawing from its caption. About 9 minutes are left"
+	@echo "--- 4 of 6: it imagines every drawing from its caption. About 11 minutes are left"
 	$(python) -m emu_jax.generate precompute --config=configs/demo.py:decoder --to=runs/demo/conditions
-	@echo "--- 5 of 6: a decoder learns to draw what Emu imagines. About 8 minutes are left"
+	@echo "--- 5 of 6: a decoder learns to draw what Emu imagines. About 10 minutes are left"
 	$(python) -m emu_jax.train --config=configs/demo.py:decoder
 	@echo "--- 6 of 6: what they have learnt. About 2 minutes are left"
 	$(python) -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu --decoder=runs/demo/decoder
