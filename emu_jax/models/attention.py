@@ -19,6 +19,7 @@ from emu_jax import sharding
 from emu_jax.config import UserError
 
 BLOCK = 128                                 # rows are padded to a multiple of it for splash and pallas
+WIDEST = 128                                # channels of a head for which a GPU's kernels have room
 GPU = ("gpu", "cuda", "rocm")
 PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}   # as "auto" prefers them; on a CPU: interpreted
 
@@ -121,6 +122,10 @@ def _obstacle(platform, q, k, mask, bias, dropout, kernel) -> str:
         return "has neither bias nor dropout"
     if any(x is not None for x in (mask.kv_segments, mask.q_positions, mask.kv_positions)) or (mask.causal and T != S):
         return "knows only the masks of rows that look at themselves (self_mask)"
+    if kernel in ("cudnn", "pallas") and q.shape[-1] > WIDEST:
+        return f"takes heads of at most {WIDEST} channels, and was given {q.shape[-1]}"
+    if kernel == "cudnn" and q.shape[-1] % 8:
+        return f"takes heads whose channels 8 divides, and was given {q.shape[-1]}"
     if kernel == "pallas" and T != S:
         return f"needs as many queries as keys, and was given {T} and {S}"
     if kernel == "cudnn" and mask.q_segments is not None:

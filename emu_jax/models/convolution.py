@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -62,11 +62,15 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        x32 = rearrange(x.astype(jnp.float32), "b h w (g c) -> b h w g c", g=self.groups)
-        centred = x32 - x32.mean((1, 2, 4), keepdims=True)
-        normed = centred * jax.lax.rsqrt((centred * centred).mean((1, 2, 4), keepdims=True) + self.eps)
-        normed = rearrange(normed, "b h w g c -> b h w (g c)")
+        x32 = x.astype(jnp.float32)
+        centred = x32 - self._mean(x32)
+        normed = centred * jax.lax.rsqrt(self._mean(centred * centred) + self.eps)
         return (normed * self.scale.get_value() + self.bias.get_value()).astype(x.dtype)
+
+    def _mean(self, x: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 C"]:
+        """Each channel has its group's. Pixels first: a group of few channels would be a bad shape for an accelerator, and few are left then."""
+        means = reduce(x.mean((1, 2)), "b (g c) -> b g", "mean", g=self.groups)
+        return repeat(means, "b g -> b 1 1 (g c)", c=x.shape[-1] // self.groups)
 
 
 class Resnet(nnx.Module):

@@ -197,6 +197,18 @@ def test_cudnn_refuses_segments():
         attention(q, k, v, self_mask(SEGMENTS[:, :8]), scale=0.1, kernel="cudnn")
 
 
+@pytest.mark.parametrize("kernel, width, why", [("cudnn", 160, "at most 128"), ("cudnn", 36, "8 divides"), ("pallas", 160, "at most 128")])
+@on_cpu
+def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, why):
+    """Stable Diffusion's coarsest levels have heads of 160 channels, its autoencoder one of 512."""
+    q, k, v = qkv(d=width, dtype=jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh_of("gpu")):
+        with pytest.raises(UserError, match=why):
+            attention(q, k, v, scale=0.1, kernel=kernel)
+        if width > 128:
+            assert "custom_call" not in jax.jit(partial(attention, scale=0.1)).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("kernel, mask", [("cudnn", self_mask()), ("cudnn", None), ("pallas", self_mask(SEGMENTS)), ("pallas", None)])
 @on_gpu
 def test_gpu_kernels_equal_dense(kernel, mask):
