@@ -1,6 +1,7 @@
 """Emu's visual decoder (section 2.3 of the paper): Stable Diffusion 1.5's U-Net learns to draw what visual tokens say; all else is frozen.
 
-python -m emu_jax.train --config=configs/decoder.py[:emu-7b] --config.workdir=DIR --config.init=EMU --config.data.tokenizer=tokenizer.model
+python -m emu_jax.generate precompute --config=configs/decoder.py[:emu-7b] --config.init=EMU --config.data.tokenizer=... --to=data/conditions
+python -m emu_jax.train --config=configs/decoder.py[:emu-7b] --config.workdir=DIR --config.init=EMU,SD --config.data.tokenizer=tokenizer.model
 """
 from ml_collections import ConfigDict
 
@@ -28,6 +29,7 @@ def get_config(size: str = "emu-14b"):
     c.data.batch, c.data.num_streams = 1600, 64
     c.data.tokens, c.data.images = 96, 1        # a caption and its image
     c.data.image_first = 0.0            # the caption says what is drawn
+    c.data.conditions = "data/conditions"       # "" for a model.decoder.condition that is not "generated"
     c.checkpoint.every = 500
     return c
 
@@ -36,8 +38,8 @@ def decoder(condition: int) -> ConfigDict:
     """The decoder of a model whose visual tokens have the width `condition`: Stable Diffusion 1.5's sizes."""
     return ConfigDict(dict(
         image=512,                      # pixels a side of what is drawn
-        condition="teacher_forced",     # whence the visual tokens: the LLM's prediction of each from the true ones before it; "generated": from those
-                                        # that it made itself (the paper's; see data.conditions); "encoded" from the image, without an LLM
+        condition="generated",          # whence the visual tokens: the LLM's prediction of each from those that it made before, made beforehand (the
+                                        # paper's; see data.conditions); "teacher_forced": from the true ones; "encoded" from the image, without an LLM
         unet=dict(
             channels_in=4, channels_out=4, patch=1, widths=(320, 640, 1280, 1280), resnets=(2, 2, 2, 2),
             attends_down=(True, True, True, False), attends_up=(True, True, True, False), depths=(1, 1, 1, 1),

@@ -26,8 +26,9 @@ from emu_jax.config import UserError
 
 log = logging.getLogger(__name__)
 
-# Orbax logs every file at INFO, and the traceback of every thread at ERROR: what matters reaches us as an exception.
+# Orbax logs every file at INFO, and the traceback of every thread at ERROR, asyncio each of its tasks that failed: what matters reaches us as an exception.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
 
 CHUNK = 2**25       # bytes of the largest chunk of an array that is written by slices
@@ -322,10 +323,12 @@ def _locate(directory: str, step: int | None) -> tuple[epath.Path, int | None]:
 
 
 def _path(directory: str) -> epath.Path:
-    """Raises UserError for a bucket that cannot be reached."""
-    path = epath.Path(directory)
+    """Raises UserError for a bucket that cannot be reached, and for one that is not Google's: how Orbax ends a save there is not known to us."""
     if "://" not in str(directory):
-        return path.resolve()
+        return epath.Path(directory).resolve()
+    if not str(directory).startswith("gs://"):
+        raise UserError(f"{directory!r} is no place for checkpoints: they go into a folder, or into a bucket gs://NAME/...")
+    path = epath.Path(directory)
     try:
         path.exists()
     except Exception as error:          # a package that is missing, a name, a right, the network: each with exceptions of its own

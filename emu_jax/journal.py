@@ -6,20 +6,27 @@ Read next: loop.py, which calls it a step late, so that it never waits for the d
 import json
 import logging
 import math
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
+
+from emu_jax.config import UserError
 
 log = logging.getLogger(__name__)
 
-EVERY = 60.0    # seconds between lines of the log that say how far the run is
+EVERY = 60.0    # seconds between lines of the log that say how far the run is, and after which TensorBoard sees what is new
 
 
 def means(metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]], sources: tuple[str, ...]) -> dict[str, float]:
@@ -35,20 +42,23 @@ def means(metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "
 
 
 class Journal:
-    """Lines of a run in `workdir`; those after step `start`, of a run that was cut off there, are taken out."""
+    """Lines of a run in `workdir`; those after step `start`, of a run that was cut off there, are taken out.
+
+    All of it raises UserError where the disk does not take it."""
 
     def __init__(self, workdir: Path, *, start: int, steps: int):
         self.active = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl"
         if not self.active:
             return
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= start]
-            part = self.path.with_suffix(".part")
-            part.write_text("".join(line + "\n" for line in lines))
-            part.replace(self.path)
-        self.file = self.path.open("a", buffering=1)
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        with self._writing():
+            if self.path.exists():
+                lines = [line for line in self.path.read_text().splitlines() if _step(line) <= start]
+                part = self.path.with_suffix(".part")
+                part.write_text("".join(line + "\n" for line in lines))
+                part.replace(self.path)
+            self.file = self.path.open("a", buffering=1)
+            self.board = Board(workdir / "tensorboard", start)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
         self.steps = steps
         self.first: tuple[int, float] | None = None     # the first step told, which was compiled for, and when
@@ -59,9 +69,10 @@ class Journal:
         if not self.active:
             return
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        with self._writing():
+            self.file.write(json.dumps(line) + "\n")
+            for name, value in values.items():
+                self.board.add(step, summary.scalar(name, value))
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "text_loss", "image_loss") if name in values}, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and "loss" in values:
@@ -84,14 +95,51 @@ class Journal:
                 Image.fromarray(np.concatenate(images)).save(self.path.with_name("pictures") / f"{step}.png")
             except OSError as error:
                 log.warning("the pictures of step %d are not on disk: %s", step, error.strerror or error)
-            self.board.add_images("images", images, step, dataformats="NHWC")
-            self.board.add_text("captions", "\n\n".join(f"{number}. {text}" for number, text in enumerate(captions)), step)
+            with self._writing():
+                self.board.add(step, summary.image("images", images, dataformats="NHWC"))
+                self.board.add(step, summary.text("captions", "\n\n".join(f"{number}. {text}" for number, text in enumerate(captions))))
+
+    def sync(self) -> None:
+        """All of it is on the disk, or in the bucket that is mounted as one: for a checkpoint, after which nobody tells it again."""
+        if self.active:
+            with self._writing():
+                os.fsync(self.file.fileno())
+                self.board.events.flush()
 
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            self.board.close()
-            self.file.close()
+            for file in (self.board, self.file):
+                with suppress(OSError):         # what does not fit on the disk has been said
+                    file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write what is told of the run into {self.path.parent}: {error.strerror or error}; "
+                            "once it can be, the same command goes on from the last checkpoint") from error
+
+
+class Board:
+    """TensorBoard's file. Written by whom it is told: the thread of tensorboardX's own SummaryWriter ends with the first error of the disk, and
+    all who tell it more wait for ever."""
+
+    def __init__(self, folder: Path, start: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.events, self.flushed = EventsWriter(str(folder / "events")), 0.0
+        if start:                               # hides what was told of later steps
+            self.events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, what: summary.Summary) -> None:
+        self.events.write_event(Event(wall_time=time.time(), step=step, summary=what))
+        if time.monotonic() - self.flushed >= EVERY:
+            self.events.flush()
+            self.flushed = time.monotonic()
+
+    def close(self) -> None:
+        self.events.close()
 
 
 def _step(line: str) -> int | float:

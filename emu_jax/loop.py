@@ -158,6 +158,11 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
             journal.write(number, values)
 
     def save(wait: bool = False) -> None:
+        nonlocal pending
+        if pending:                             # a run that goes on from here does not tell this step again
+            finish(pending)
+            pending = None
+        journal.sync()
         jax.block_until_ready(state)            # so that the time is the save's
         with watching.phase("checkpoint"):
             data = merge(processes.all_of(item.state))
@@ -183,9 +188,8 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
             if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
                 break
             params = lambda: tree.merge(state.trainable, state.frozen)
+            averaged = lambda: tree.merge(state.ema or state.trainable, state.frozen)       # what `generate` will draw with
             due = lambda every: every and step % every == 0
-            if due(c.checkpoint.every) and step < c.optim.steps:
-                save()
             if evaluate and (due(c.eval.every) or step == c.optim.steps):
                 with watching.phase("evaluation"):
                     values = evaluate(params())
@@ -193,11 +197,13 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
                 counts.pause()
             if pictures and due(c.log.pictures_every):
                 with watching.phase("evaluation"):
-                    journal.pictures(step, *pictures(params(), item))
+                    journal.pictures(step, *pictures(averaged(), item))
                 counts.pause()
-    if pending:
-        finish(pending)
-        save(wait=True)
+            if due(c.checkpoint.every) and step < c.optim.steps:      # last: a run that goes on from here does not evaluate again
+                save()
+                counts.pause()
+        if step > first:
+            save(wait=True)
     loader.close()
     if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
         raise UserError(f"stopped at step {step}: {counts.bad} steps were not finite or spiked (log.max_bad_steps={c.log.max_bad_steps}); "

@@ -9,11 +9,13 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import jax
@@ -42,9 +44,9 @@ from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
-# Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.", "log.", "profile.", "compile_cache", "drawing.", "eval.every", "eval.batches", "eval.tasks",
-              "data.prefetch", "data.workers", "data.readers", "data.patience", "data.retries")
+# Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging, what to do about bad data.
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.every", "checkpoint.keep", "log.", "profile.", "compile_cache", "drawing.", "eval.every", "eval.batches",
+              "eval.tasks", "data.prefetch", "data.workers", "data.readers", "data.patience", "data.retries", "data.max_bad_share", "data.unreadable")
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
@@ -53,17 +55,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 trained, or stopped by a signal with everything saved; 2 for what the user can put right."""
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)     # as absl does, if Orbax's import has let it
     logging.getLogger("emu_jax").setLevel(logging.INFO)
+    began = time.perf_counter()
     try:
         if arguments is None:               # a process of its own
             processes.start()
         c = config.load(sys.argv[1:] if arguments is None else arguments)
         if c.compile_cache and not jax.config.jax_compilation_cache_dir:        # JAX_COMPILATION_CACHE_DIR goes before
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
-        train(c)
+        train(c, began)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         processes.leave(2)
         return 2
+    except KeyboardInterrupt:               # the loop has its own way to stop: nothing was trained yet, or it is the second Ctrl-C
+        print("error: stopped by SIGINT; the last checkpoint is as it was", file=sys.stderr)
+        processes.leave(130)
+        return 130
     except Exception:
         traceback.print_exc()
         processes.leave(1)
@@ -71,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def train(c: ConfigDict) -> loop.State:
-    """Trains the run that `c` describes, in c.workdir, from its newest checkpoint if it has one."""
+def train(c: ConfigDict, began: float | None = None) -> loop.State:
+    """Trains the run that `c` describes, in c.workdir, from its newest checkpoint if it has one. began: as in watch.Watch."""
     # Model: shapes only.
     if c.stage not in stages.STAGES:
         raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
@@ -103,13 +110,15 @@ def train(c: ConfigDict) -> loop.State:
         # State: resume, else weights, else scratch.
         workdir = Path(c.workdir)
         claim(workdir, c)
-        watching = at_end.enter_context(watch.Watch(workdir, c.log.hang))
+        run = config.to_dict(c)
+        watching = at_end.enter_context(watch.Watch(workdir, c.log.hang, began))
         checkpoints = at_end.enter_context(closing(checkpoint.Checkpoints(
             c.checkpoint.to or c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)))
         state_of = lambda params: loop.init_state(program, *tree.split(params, trains))
         like = abstract_state(c, program, mesh, abstract, trains)
         if (resumed := checkpoints.restore(like)) is not None:
-            step, state, data, _ = resumed
+            step, state, data, saved = resumed
+            same(f"the checkpoint of step {step}", saved | {"checkpoint": run["checkpoint"]}, run)      # it may have been brought here
             loader.restore(data)
             log.info("resumed at step %d of %d in %s", step, c.optim.steps, workdir)
         else:
@@ -123,6 +132,8 @@ def train(c: ConfigDict) -> loop.State:
             state = jax.jit(state_of, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
 
         # Train.
+        if jax.process_index() == 0:
+            write_config(workdir, run)
         journal = at_end.enter_context(closing(Journal(workdir, start=step, steps=c.optim.steps)))
         draws = None
         if c.log.pictures_every and "unet" in abstract:
@@ -253,28 +264,39 @@ def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:
-    """Makes the workdir this config's own. Raises UserError if it is another's, naming the fields that differ, or cannot be written into."""
+    """Makes the workdir, where there is none. Raises UserError if it is another config's, naming the fields that differ, or cannot be written into."""
     path = workdir / "config.json"
-    new = config.to_dict(c)
     if path.exists():
         try:
-            old = _flat(json.loads(path.read_text()))
+            old = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}; every checkpoint in {workdir} holds the config too") from error
-        now = _flat(new)
-        differ = [key for key in sorted(old.keys() | now.keys()) if old.get(key) != now.get(key) and not key.startswith(MAY_DIFFER)]
-        if differ:
-            raise UserError(f"workdir {workdir} is of another config: " +
-                            ", ".join(f"{key} was {old.get(key)!r} and is {now.get(key)!r}" for key in differ[:4]) +
-                            (f" and {len(differ) - 4} more" if len(differ) > 4 else "") + "; choose another workdir")
+        same(f"workdir {workdir}", old, config.to_dict(c))
     if jax.process_index() == 0:
-        part = path.with_suffix(".part")
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(new, indent=1) + "\n")
-            part.replace(path)                  # whole or not at all
+            path.with_suffix(".part").touch()
         except OSError as error:
             raise UserError(f"cannot write into the workdir {workdir}: {error.strerror}") from error
+
+
+def write_config(workdir: Path, values: dict) -> None:
+    """From here on the workdir is this config's own: all that the config names was found."""
+    part = workdir / "config.part"
+    try:
+        part.write_text(json.dumps(values, indent=1) + "\n")
+        part.replace(workdir / "config.json")   # whole or not at all
+    except OSError as error:
+        raise UserError(f"cannot write into the workdir {workdir}: {error.strerror}") from error
+
+
+def same(whose: str, old: dict, new: dict) -> None:
+    """Raises UserError, naming the fields, for a config that is another than that of `whose`, but for MAY_DIFFER."""
+    old, new = _flat(old), _flat(new)
+    differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_DIFFER)]
+    if differ:
+        raise UserError(f"{whose} is of another config: " + ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in differ[:4]) +
+                        (f" and {len(differ) - 4} more" if len(differ) > 4 else "") + "; choose another workdir")
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
@@ -342,12 +364,17 @@ def benchmarks(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokeni
 
 def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
              context: int) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
-    """pictures(params, item): some images of a batch (of several processes, of the first one's) and what the model says of them."""
+    """pictures(params, item): some images of a batch (of several processes, of the first one's), what the model says of them, and the text of the
+    document that each is from."""
     def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
-        images, slots = multihost_utils.broadcast_one_to_all((item.batch.images[:PICTURES], item.batch.image_slots[:PICTURES]))
-        images = images[slots < item.batch.tokens.shape[1]][:PICTURES]
+        batch = multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: x[:PICTURES], item.batch))
+        rows, places = (index[:PICTURES] for index in np.nonzero(batch.image_slots < batch.tokens.shape[1]))
+        images, slots = batch.images[rows, places], batch.image_slots[rows, places]
+        own = [batch.segments[row] == batch.segments[row, slot] for row, slot in zip(rows, slots, strict=True)]
+        true = [tokenizer.decode(batch.tokens[row, held].tolist()) for row, held in zip(rows, own, strict=True)]
         session = Session(program.size, params, tokenizer, context=context, mesh=mesh)
-        return images, session.texts([[image] for image in images], Options(max_new_tokens=24))
+        said = session.texts([[image] for image in images], Options(max_new_tokens=24))
+        return images, [f"{one} (of: {shorten(other, 200)})" for one, other in zip(said, true, strict=True)]
     return show
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ class Watch:
     """What this process does, a phase at a time. A context: left without an error, or with a UserError, the run has not died.
 
     hang: seconds in one phase after which it is said, with the place of every thread; again whenever the time has doubled. 0: never.
+    began: `perf_counter` of the process's start; None: now.
     """
 
-    def __init__(self, workdir: Path, hang: float):
-        self.step, self.now, self.since = 0, "restart", time.perf_counter()
+    def __init__(self, workdir: Path, hang: float, began: float | None = None):
+        self.step, self.now, self.since = 0, "restart", time.perf_counter() if began is None else began
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.ended = threading.Event()
         self.path = workdir / "running.json"            # there while a run is under way, or has died
@@ -55,7 +56,8 @@ class Watch:
     def __exit__(self, kind: type | None, _error: Any, _traceback: Any) -> None:
         self.ended.set()
         if self.file:
-            self.file.close()
+            with suppress(OSError):
+                self.file.close()
             if kind is None or issubclass(kind, (UserError, KeyboardInterrupt)):
                 self.path.unlink(missing_ok=True)
 
@@ -84,7 +86,7 @@ class Watch:
             self.enter(before)
 
     def goodput(self) -> str:
-        """One line: the shares of this process's time since it was made."""
+        """One line: the shares of this process's time since it began."""
         self.enter(self.now)
         total = sum(self.seconds.values())
         shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in self.seconds.items())
@@ -92,9 +94,10 @@ class Watch:
 
     def _note(self, step: int | None) -> None:
         if self.file:           # of one length, and in one write: it is whole whenever the process is killed
-            self.file.seek(0)
-            self.file.write(json.dumps({"step": step, "deaths": self.deaths}).ljust(32 + 16 * REMEMBERED) + "\n")
-            self.file.flush()
+            with suppress(OSError):     # a full disk: no reason to end here
+                self.file.seek(0)
+                self.file.write(json.dumps({"step": step, "deaths": self.deaths}).ljust(32 + 16 * REMEMBERED) + "\n")
+                self.file.flush()
 
     def _watch(self, hang: float) -> None:
         who = f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"

@@ -5,7 +5,7 @@
 # Needs the gcloud command, logged in, with these set: PROJECT, ZONE (like us-east5-a), TYPE (like v5p-128), and RUNTIME (the TPU software, like
 # v2-alpha-tpuv5). May be set: NODES (slices, 1), SPOT=1 (cheaper, preempted), REPO (a git URL that the hosts can clone; else this checkout's origin)
 # and REF (its commit; else HEAD, which must be pushed). The data must be in the config at paths that every host sees (a mounted bucket or a Filestore).
-# The slice is given back at the end, and on Ctrl-C.
+# Metrics are on each host in ~/run, for as long as the slice lives. It is given back at the end, and on Ctrl-C.
 set -euo pipefail
 
 name=${1:-}
@@ -70,7 +70,7 @@ everywhere() {                          # a command on every host of every slice
 
 install="set -e; rm -rf emu && git clone -q '$repo' emu && cd emu && git checkout -q '$ref'
   python3 -m venv .venv && .venv/bin/python -m pip install -q -r requirements-tpu.txt gcsfs"
-train="cd emu && exec .venv/bin/python -m emu_jax.train --config.workdir=run $(printf '%q ' "$@")"
+train="cd emu && exec .venv/bin/python -m emu_jax.train --config.workdir=../run $(printf '%q ' "$@")"
 
 trap give_back EXIT
 trap 'exit 130' INT TERM

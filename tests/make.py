@@ -26,7 +26,8 @@ VAE = dict(channels=3, latent=4, widths=(8, 8), resnets=1, groups=4, scale=0.5, 
 def decoder_cfg(*overrides: str, vae: bool = False):
     """configs/decoder.py at a small size: pixels 8 x 8 from the encoder's 28 x 28, or 4 x 4 latents of those, in documents of an image a row."""
     small = ("optim.steps=4", "optim.warmup=0.25", "optim.boundaries=((2, 0.5),)", "data.batch=8", "data.tokens=24", "data.num_streams=4",
-             "mesh.fsdp=1", "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none")
+             "mesh.fsdp=1", "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none",
+             "data.conditions=", "model.decoder.condition=teacher_forced")
     c = config.load(["--config=configs/decoder.py:debug", *(f"--config.{override}" for override in small)])
     with c.unlocked():
         c.model.decoder.update(dict(image=8, unet=dict(

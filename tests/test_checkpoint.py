@@ -416,6 +416,13 @@ def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
         run.save(1, make_state(), DATA, CONFIG, wait=True)
 
 
+@pytest.mark.parametrize("place", ["s3://bucket/run", "az://bucket/run"])
+def test_other_buckets_than_googles_are_refused(place):
+    """There a save ends with another file, and a whole one would be taken for half."""
+    with pytest.raises(UserError, match=f"'{place}' is no place for checkpoints: .* gs://NAME"):
+        Checkpoints(place, keep=1, keep_every=0)
+
+
 def test_keeping_nothing_is_an_error(tmp_path):
     with pytest.raises(UserError, match="checkpoint.keep=0 must be at least 1"):
         Checkpoints(str(tmp_path), keep=0, keep_every=0)

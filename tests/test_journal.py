@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from emu_jax import journal
+from emu_jax.config import UserError
 from emu_jax.journal import Journal, means
 
 
@@ -49,6 +50,7 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 def test_without_a_terminal_the_log_says_how_long_it_takes(tmp_path, caplog, monkeypatch):
     clock = iter([500.0, 530.0, 620.0, 621.0])      # when each step is told; the first one was compiled for
+    monkeypatch.setattr(journal.Board, "add", lambda *_: None)
     monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with caplog.at_level("INFO", "emu_jax.journal"):
         tell(tmp_path, 2, [3, 4, 5, 6])
@@ -92,6 +94,20 @@ def test_pictures_that_do_not_fit_on_the_disk_stop_no_run(tmp_path, caplog):
     told.pictures(1, np.zeros((1, 8, 8, 3), np.uint8), ["a red cat"])
     told.close()
     assert "the pictures of step 1 are not on disk" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["file", "board"])
+def test_a_full_disk_is_one_line(tmp_path, what):
+    told = Journal(tmp_path, start=0, steps=9)
+    full = open("/dev/full", "w", buffering=1)
+    if what == "file":
+        told.file = full
+    else:
+        told.board.add = lambda step, summary: full.write("event\n")
+    with pytest.raises(UserError, match=f"cannot write what is told of the run into {tmp_path}: No space left on device; once") as error:
+        told.write(1, {"loss": 1.0})
+    assert "\n" not in str(error.value)
+    told.close()                                # says it no second time
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

@@ -62,6 +62,33 @@ def test_what_is_missing_is_one_line(argv, told):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr
 
 
+ARGUMENTS = """#!/usr/bin/env bash
+echo "$@" >> calls
+for argument in "$@"; do
+  if [[ $argument == --to=* ]]; then mkdir -p "${argument#--to=}/checkpoints"; fi
+done
+"""
+
+
+def test_the_whole_story_is_told_in_order_and_each_stage_finds_what_it_needs(tmp_path):
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(ARGUMENTS)
+    python.chmod(0o755)
+    (tmp_path / "raw").mkdir()
+    for _ in range(2):                      # what is done already is passed over, but for what passes over it by itself
+        subprocess.run([Path("launch/pipeline.sh").resolve(), "paper"], cwd=tmp_path, env=os.environ | {"RAW": "raw", "SIZE": "debug"}, check=True)
+    calls = [call.split()[1:] for call in (tmp_path / "calls").read_text().splitlines()]
+    first, again = calls[:-6], calls[-6:]
+    assert [name for name, *_ in again] == ["emu_jax.train", "emu_jax.generate", "emu_jax.train", "emu_jax.generate", "emu_jax.train", "emu_jax.evaluate"]
+    made = [argument.removeprefix("--to=") for _, *arguments in first for argument in arguments if argument.startswith("--to=")]
+    for name, *arguments in again:
+        if name == "emu_jax.train":
+            c = config.load([argument for argument in arguments if argument != "precompute"])
+            assert {path.split(":")[0] for _, _, path, *_ in c.data.mixture} <= set(made) and set(c.init.split(",")) <= {*made, "runs/emu"}
+            assert c.data.conditions in ("", *made)
+
+
 # What `srun` tells its tasks, on one machine.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
@@ -160,3 +187,4 @@ def test_a_pod_of_tpus_is_asked_for_again_when_it_is_preempted(tmp_path):
     assert sorted(calls[1:5]) == sorted(calls[7:11]) == sorted(trained * 2)
     commands = (tmp_path / "commands").read_text()
     assert commands.count("git checkout -q 'commit'") == 4 and commands.count(r"--config.checkpoint.to=gs://b/a\ run") == 4
+    assert commands.count("rm -rf emu ") == 4 and commands.count("cd emu && exec") == commands.count("--config.workdir=../run ") == 4

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from emu_jax import loop, sharding, stages, tree
+from emu_jax import loop, sharding, stages, train, tree
 from emu_jax.checkpoint import Checkpoints
 from emu_jax.config import UserError
 from emu_jax.data.loader import Item
@@ -161,14 +161,16 @@ def test_dropout_differs_by_step_and_by_micro_batch_and_is_reproducible():
 
 # The whole step of a small Emu: with plain gradient descent of rate 1, the change of the parameters is the gradient.
 
-def one_step(accumulate=1, mesh=None):
+def one_step(accumulate=1, mesh=None, c=None):
     """(state before, state after, metrics) of one step on make.batch."""
-    p = dataclasses.replace(make.program(make.cfg(f"optim.accumulate={accumulate}")), optimizer=optax.sgd(1.0))
-    before, batch = loop.init_state(p, make.random_params(p), {}), make.batch(C)
+    c = c or make.cfg(f"optim.accumulate={accumulate}")
+    p = dataclasses.replace(make.program(c), optimizer=optax.sgd(1.0))
+    params = make.random_params(p)
+    before, batch = loop.init_state(p, *tree.split(params, train.what_trains(c, params))), make.batch(c)
     if mesh is None:
         return before, *jitted(p)(before, batch)
     with jax.set_mesh(mesh):
-        layout = sharding.of_state(mesh, before.trainable, before)
+        layout = sharding.of_state(mesh, tree.merge(before.trainable, before.frozen), before)
         placed, batch = jax.device_put(before, layout), jax.device_put(batch, sharding.batch_sharding(mesh))
         after, metrics = jax.jit(partial(loop.train_step, p), out_shardings=(layout, None))(placed, batch)
     assert all(leaf.sharding == at for leaf, at in zip(jax.tree.leaves(after), jax.tree.leaves(layout), strict=True))
@@ -207,6 +209,12 @@ def test_accumulation_is_one_big_batch(whole):
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_sharded_is_single(whole, shape):
     assert_same_step(one_step(mesh=sharding.make_mesh(dict(zip(sharding.AXES, shape)))), whole)
+
+
+def test_the_decoders_sharded_step_is_the_single_one():
+    """The U-Net's gradients, through convolutions and its attention to what frozen towers say."""
+    c = make.decoder_cfg("optim.ema=0.0", vae=True)
+    assert_same_step(one_step(mesh=sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), c=c), one_step(c=c))
 
 
 # The loop
@@ -275,6 +283,21 @@ def test_a_line_tells_of_its_own_step_and_is_told_a_step_late(tmp_path, monkeypa
             np.testing.assert_allclose(line[name], float(metrics[name][0]) / float(metrics[name][1]), rtol=1e-6)
         assert ("step_time" in line) == (line["step"] > 1)
     assert_same(state, want[-1][0])
+
+
+def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
+    """A run that is killed then and goes on from there would not tell it."""
+    events, write, save = [], Journal.write, Checkpoints.save
+    monkeypatch.setattr(Journal, "write", lambda self, step, values: (events.append(f"{sorted(values)[0]} {step}"), write(self, step, values)))
+
+    def saving(self, step, *args, **kwargs):
+        assert "note" in signal.getsignal(signal.SIGTERM).__name__          # a signal waits for it, at the end too
+        events.append(f"save {step}")
+        save(self, step, *args, **kwargs)
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    run(tmp_path, [rows(seed) for seed in range(3)], "checkpoint.every=2", "eval.every=2", evaluate=lambda params: {"a": 0.0})
+    told = [event.replace("bad_steps", "tell") for event in events]
+    assert told == ["tell 1", "eval/a 2", "tell 2", "save 2", "eval/a 3", "tell 3", "save 3"]
 
 
 def test_saves_evaluations_and_pictures_come_when_due(tmp_path):

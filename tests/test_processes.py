@@ -70,13 +70,13 @@ def shown(workdir):
 
 
 def test_two_processes_are_one(data, tmp_path):
-    """Packed, mixed, interleaved documents on 2 x 4, 1 x 8 and 1 x 1 devices: the same of them in every batch (the state of the streams says how
+    """Packed, mixed, interleaved documents on 2 x 4 (and two readers of each process), 1 x 8 and 1 x 1 devices: the same of them in every batch (the state of the streams says how
     far each is) and the same losses, held out too; a benchmark's numbers; the same pictures, and the same said of them."""
     layouts.visdial(tmp_path / "visdial", count=8, rounds=1)
     more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
             f"eval.tasks=(('visdial', '{tmp_path}/visdial', 8),)", "log.pictures_every=20")
     run = lambda name, *of: trained(data, tmp_path / name, *of, *more)
-    (two, there, _), (one, here, _), (single, alone, _) = run("two", 2, 4), run("one", 1, 8), run("single", 1, 1)
+    (two, there, _), (one, here, _), (single, alone, _) = run("two", 2, 4, "data.readers=2"), run("one", 1, 8), run("single", 1, 1)
     assert there == here == alone and there["streams"].keys() == {"0", "1", "2", "3"}
     assert [line["step"] for line in two] == [*range(1, 21), 20]
     for other in (one, single):

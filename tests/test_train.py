@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -181,7 +182,7 @@ def test_a_run_leaves_its_config_its_checkpoints_and_tensorboard(whole, data, wa
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["2", "4"]
     assert checkpoint.read_config(str(whole)) == json.loads((whole / "config.json").read_text())
     board = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
-    assert all(word in board for word in (b"image_loss/scenes", b"eval/text_loss", b"PNG", b"captions"))
+    assert all(word in board for word in (b"image_loss/scenes", b"eval/text_loss", b"PNG", b"captions", b" (of: "))
     assert {path.name for path in whole.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "pictures", "tensorboard"}
 
 
@@ -213,7 +214,8 @@ def test_two_steps_a_cut_and_two_more_are_four(number, data, warm, whole, killed
     if number == signal.SIGKILL:
         shutil.copytree(killed, workdir)
     else:
-        done = cut_off(number, 1, emu_arguments(data, workdir, warm), workdir)
+        done = cut_off(number, 1, emu_arguments(data, workdir, warm, "profile.steps=2:3"), workdir)
+        assert list((workdir / "profile/0").rglob("*.xplane.pb"))
         assert done.returncode == 0 and "stopped by SIGTERM at step 2 of 4" in done.stderr and "Traceback" not in done.stderr
         assert [line["step"] for line in lines(workdir)] == [1, 2] and saved(workdir)[1]["step"] == 2
         assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast" in done.stderr
@@ -322,6 +324,41 @@ def test_a_workdir_of_another_config_is_refused(whole, data, warm, capsys):
     error = capsys.readouterr().err
     assert error == f"error: workdir {whole} is of another config: optim.b1 was 0.9 and is 0.5, seed was 0 and is 1; choose another workdir\n"
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_a_checkpoint_of_another_config_is_refused(whole, data, warm, capsys, tmp_path):
+    """From a bucket, into a workdir that knows nothing of it."""
+    place = f"checkpoint.to={whole}"
+    assert train.main(emu_arguments(data, tmp_path, warm, place, "optim.b1=0.5")) == 2
+    assert capsys.readouterr().err.endswith("the checkpoint of step 4 is of another config: optim.b1 was 0.9 and is 0.5; choose another workdir\n")
+    assert not (tmp_path / "config.json").exists()
+    assert train.main(emu_arguments(data, tmp_path, warm, place)) == 0
+
+
+def test_checkpoints_are_not_looked_for_elsewhere(whole, data, warm, capsys, tmp_path):
+    """The run would begin anew, and take out the lines of the old one."""
+    assert train.main(emu_arguments(data, whole, warm, f"checkpoint.to={tmp_path}")) == 2
+    assert f"is of another config: checkpoint.to was '' and is '{tmp_path}'" in capsys.readouterr().err
+
+
+def test_what_was_mistyped_does_not_claim_a_workdir(data, tmp_path, capsys):
+    assert train.main(arguments(data, tmp_path, "init=nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "config.json").exists()
+
+
+def test_what_the_program_advises_is_allowed(whole, data, warm, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    assert run(emu_arguments(data, workdir, warm, "data.max_bad_share=0.5", "data.unreadable=skip"))[0] == 0
+
+
+def test_compiled_programs_are_kept_by_default():
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        train.main(["--config=configs/pretrain.py"])
+        assert jax.config.jax_compilation_cache_dir == os.path.expanduser(config.load(["--config=configs/pretrain.py"]).compile_cache) != ""
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_damaged_config_is_said(data, tmp_path, capsys):

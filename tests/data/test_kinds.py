@@ -68,12 +68,14 @@ def test_pairs(tmp_path):
 
 
 def test_filters_of_pairs(tmp_path):
+    words = "a" + "".join(f"b{number}" for number in range(60))
     def sample(key, size, text, score=0.31):
         return {"__key__": key, "jpg": encoded(picture(size=size)), "txt": text, "json": json.dumps({"similarity": score})}
     tar(tmp_path / "0.tar", sample("a", (48, 36), "fine as it is"), sample("b", (20, 36), "narrow"), sample("c", (400, 36), "a banner"),
-        sample("d", (48, 36), "no"), sample("e", (48, 36), "unlike its picture", 0.2))
-    kept = told("pairs", tmp_path, min_side=32, max_aspect=3.0, min_chars=3, min_score=0.28)
-    assert {key for key, line in kept.items() if isinstance(line, list)} == {"a"}
+        sample("d", (48, 36), "no"), sample("e", (48, 36), "unlike its picture", 0.2), sample("f", (48, 36), words[:150]),
+        sample("g", (48, 36), words[:151]))
+    kept = told("pairs", tmp_path, min_side=32, max_aspect=3.0, min_chars=3, max_chars=150, min_score=0.28)
+    assert {key for key, line in kept.items() if isinstance(line, list)} == {"a", "f"}
     assert kept["b"] == "a picture with a side under 32 pixels" and kept["e"] == "the CLIP score is under 0.28"
 
 
