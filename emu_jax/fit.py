@@ -188,7 +188,7 @@ def report(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
         module = hlo.Module(tried["compiled"].as_text())
         collectives = module.collectives()
         found |= {"memory": asdict(held), "collectives": by_kind(collectives), "padded_gathers": padded_gathers(p, collectives),
-                  "kernels": len(re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"', module.text))}
+                  "kernels": len(re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$fmha\w*)"', module.text))}
         if row:
             line = roofline(p, row, held, collectives, sum(work.values()) + sum(again.values()))
             found |= {"roofline": asdict(line) | {"bound": line.bound}, "step_seconds": line.seconds,

@@ -3,6 +3,7 @@
 A device is what JAX calls one: a chip, but on TPU7x half a chip (a TensorCore). Figures are the makers' own; `source` says
 whose page. Read next: fit.py, which compiles for them.
 """
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,10 @@ _TPU_OVERLAP = {
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
 # Source: docs.nvidia.com/jax-toolbox, environment variables.
-_GPU_OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
+_GPU_OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": True}       # not "true", which XLA refuses there
+
+# Without a GPU nothing can be timed: products are cuBLAS's, in place of the fastest that is found.
+_NO_GPU = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Device:
     network: float
     source: str
     ask: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str | bool] = field(default_factory=dict)
 
 
 # A TPU's page gives its links in both directions: half of that is what it can receive. The first row whose kind matches counts.
@@ -76,7 +80,7 @@ def peak(device_kind: str) -> float | None:
     return row and row.flops
 
 
-def options(device: jax.Device) -> dict[str, str] | None:
+def options(device: jax.Device) -> dict[str, str | bool] | None:
     """The compiler's options for a step on such devices, for `jax.jit(compiler_options=)`."""
     row = of_kind(device.device_kind)
     return row and row.options
@@ -96,6 +100,7 @@ def absent(topology: str) -> tuple[Device | None, list[jax.Device]]:
     row = DEVICES[kind]
     try:
         if row.platform == "cuda":
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_GPU}"
             nodes, gpus = (["1"] + shape.split("x"))[-2:]
             devices = topologies.get_topology_desc("", "cuda", topology=f"1x{nodes}x{gpus}", target_config=_gpu_config(kind)).devices
         else:

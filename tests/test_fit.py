@@ -223,6 +223,15 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
     assert text.count('custom_call_target="tpu_custom_call"') >= 3
 
 
+def test_gpus_attend_in_kernels():
+    """Where the CUDA plugin is: cuDNN's for images, of 257 places too, and Pallas's for packed rows; forward and backward."""
+    pytest.importorskip("jax_cuda12_plugin")
+    _, devices = hardware.absent("h100:1x2")
+    c = make.cfg("mesh.data=1", "mesh.fsdp=2", "data.tokens=256", "model.compute=bfloat16", "model.vision.image=224", "model.vision.patch=14")
+    text = fit.compiled(fit.plan(c, devices)).as_text()
+    assert all(f'custom_call_target="{name}"' in text for name in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "__gpu$xla.gpu.triton"))
+
+
 def test_the_14b_is_planned_on_a_pod_without_a_byte():
     c = config.load(["--config=configs/pretrain.py", "--config.mesh.data=1"])
     p = fit.plan(c, jax.devices())

@@ -98,7 +98,7 @@ def attention(q: Float[Array, "B T H d"], k: Float[Array, "B S G d"], v: Float[A
     if kernel == "dense":
         return _dense(q, k, v, mask, scale, bias, dropout, key)
     if kernel == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=mask.causal, implementation="cudnn")
+        return _cudnn(q, k, v, scale, mask.causal)
     run = partial(_splash if kernel == "splash" else _pallas, scale=scale, causal=mask.causal, interpret=platform == "cpu")
     return _sharded(run, q, k, v, mask)
 
@@ -153,6 +153,16 @@ def _dense(q, k, v, mask, scale, bias, dropout, key):
     if dropout:
         probs *= jax.random.bernoulli(key, 1 - dropout, probs.shape) / (1 - dropout)
     return rearrange(einsum("BGrTS,BSGd->BTGrd", probs.astype(v.dtype), v), "B T G r d -> B T (G r) d")
+
+
+def _cudnn(q, k, v, scale, causal):
+    """cuDNN's flash attention. It has no gradient for rows of an odd length: those get one more place, which it is told to leave out."""
+    (B, T), S = q.shape[:2], k.shape[1]
+    lengths = {}
+    if T % 2 or S % 2:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+        lengths = {"query_seq_lengths": jnp.full(B, T, jnp.int32), "key_value_seq_lengths": jnp.full(B, S, jnp.int32)}
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="cudnn", **lengths)[:, :T]
 
 
 def _splash(q, k, v, segments, *, scale, causal, interpret):

@@ -209,8 +209,22 @@ def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, wh
             assert "custom_call" not in jax.jit(partial(attention, scale=0.1)).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("kernel, mask", [("cudnn", self_mask()), ("cudnn", None), ("pallas", self_mask(SEGMENTS)), ("pallas", None)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T", [256, 257])
+@on_cpu
+def test_cudnn_has_a_gradient_for_rows_of_any_length(T, causal, monkeypatch):
+    """An encoder's have 257 places. JAX refuses odd ones, while it traces; lowered, nothing is left but cuDNN's two calls."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in qkv(T=T, d=88))
+    grad = jax.jit(jax.grad(lambda *x: attention(*x, self_mask(causal=causal), scale=0.1).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+    with jax.sharding.use_abstract_mesh(mesh_of("gpu")):
+        text = grad.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("cudnn$fmha") == 2 and "triton" not in text and [x.shape for x in jax.tree.leaves(grad.eval_shape(q, k, v))] == [q.shape] * 3
+
+
+@pytest.mark.parametrize("kernel, T, mask", [("cudnn", 140, self_mask()), ("cudnn", 140, None), ("cudnn", 257, None), ("pallas", 140, self_mask(SEGMENTS)),
+                                             ("pallas", 257, None)])
 @on_gpu
-def test_gpu_kernels_equal_dense(kernel, mask):
-    q, k, v = qkv(d=88, dtype=jnp.bfloat16)
+def test_gpu_kernels_equal_dense(kernel, T, mask):
+    q, k, v = qkv(T=T, d=88, dtype=jnp.bfloat16)
     assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(*(x.astype(jnp.float32) for x in (q, k, v)), mask, "dense"), 2e-2)
