@@ -71,8 +71,7 @@ class Journal:
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._writing():
             self.file.write(json.dumps(line) + "\n")
-            for name, value in values.items():
-                self.board.add(step, summary.scalar(name, value))
+            self.board.add(step, summary.Summary(value=[summary.scalar(name, value).value[0] for name, value in values.items()]))
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "text_loss", "image_loss") if name in values}, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and "loss" in values:
