@@ -26,7 +26,7 @@ from emu_jax.config import UserError
 
 log = logging.getLogger(__name__)
 
-# Orbax logs every file at INFO, and the traceback of every thread at ERROR, asyncio each of its tasks that failed: what matters reaches us as an exception.
+# Orbax logs every file at INFO, and each thread's traceback at ERROR, asyncio its failed tasks: what matters reaches us as an exception.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
 logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 

@@ -395,7 +395,8 @@ def _flags(change: dict[str, Any]) -> str:
 
 def _without_devices() -> None:
     """This machine's accelerators, if it has any, stay free; and libtpu asks no metadata server who it is."""
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+                      XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {hardware.NO_GPU}")
     jax.config.update("jax_platforms", "cpu")
 
 

@@ -3,7 +3,6 @@
 A device is what JAX calls one: a chip, but on TPU7x half a chip (a TensorCore). Figures are the makers' own; `source` says
 whose page. Read next: fit.py, which compiles for them.
 """
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +26,8 @@ _TPU_OVERLAP = {
 # Source: docs.nvidia.com/jax-toolbox, environment variables.
 _GPU_OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": True}       # not "true", which XLA refuses there
 
-# Without a GPU nothing can be timed: products are cuBLAS's, in place of the fastest that is found.
-_NO_GPU = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+# XLA_FLAGS for a GPU that is not there, on which nothing can be timed: products are cuBLAS's, in place of the fastest that is found.
+NO_GPU = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,6 @@ def absent(topology: str) -> tuple[Device | None, list[jax.Device]]:
     row = DEVICES[kind]
     try:
         if row.platform == "cuda":
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_GPU}"
             nodes, gpus = (["1"] + shape.split("x"))[-2:]
             devices = topologies.get_topology_desc("", "cuda", topology=f"1x{nodes}x{gpus}", target_config=_gpu_config(kind)).devices
         else:

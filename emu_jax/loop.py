@@ -159,14 +159,20 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
 
     def save(wait: bool = False) -> None:
         nonlocal pending
-        if pending:                             # a run that goes on from here does not tell this step again
-            finish(pending)
-            pending = None
-        journal.sync()
+        full = None
+        try:
+            if pending:                         # a run that goes on from here does not tell this step again
+                finish(pending)
+            journal.sync()
+        except UserError as error:              # the disk of the metrics is full; that of the checkpoints may be another
+            full = error
+        pending = None
         jax.block_until_ready(state)            # so that the time is the save's
         with watching.phase("checkpoint"):
             data = merge(processes.all_of(item.state))
-            checkpoints.save(step, state, data, to_dict(c), wait=wait)
+            checkpoints.save(step, state, data, to_dict(c), wait=wait or bool(full))
+        if full:
+            raise full
         log.info("step %d is being saved, the data's state in %d bytes; %s", step, len(json.dumps(data)), watching.goodput())
 
     vote = processes.Vote(mesh)
@@ -188,7 +194,7 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
             if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
                 break
             params = lambda: tree.merge(state.trainable, state.frozen)
-            averaged = lambda: tree.merge(state.ema or state.trainable, state.frozen)       # what `generate` will draw with
+            draws = state.ema if state.ema and "unet" in state.trainable else state.trainable       # what `generate` takes
             due = lambda every: every and step % every == 0
             if evaluate and (due(c.eval.every) or step == c.optim.steps):
                 with watching.phase("evaluation"):
@@ -197,7 +203,7 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
                 counts.pause()
             if pictures and due(c.log.pictures_every):
                 with watching.phase("evaluation"):
-                    journal.pictures(step, *pictures(averaged(), item))
+                    journal.pictures(step, *pictures(tree.merge(draws, state.frozen), item))
                 counts.pause()
             if due(c.checkpoint.every) and step < c.optim.steps:      # last: a run that goes on from here does not evaluate again
                 save()
@@ -208,7 +214,7 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
     if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
         raise UserError(f"stopped at step {step}: {counts.bad} steps were not finite or spiked (log.max_bad_steps={c.log.max_bad_steps}); "
                         "their documents are named in the log; the checkpoint holds the last good weights")
-    if stopped or step < c.optim.steps:
+    if step < c.optim.steps:
         log.warning("stopped by %s at step %d of %d; the checkpoint is saved, the same command goes on", *(stopped[:1] or ["another process"]),
                     step, c.optim.steps)
     if step > first and step_fn._cache_size() > 1:

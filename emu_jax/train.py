@@ -45,8 +45,9 @@ from emu_jax.types import Batch
 log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging, what to do about bad data.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.every", "checkpoint.keep", "log.", "profile.", "compile_cache", "drawing.", "eval.every", "eval.batches",
-              "eval.tasks", "data.prefetch", "data.workers", "data.readers", "data.patience", "data.retries", "data.max_bad_share", "data.unreadable")
+MAY_DIFFER = ("workdir", "mesh.", "checkpoint.every", "checkpoint.keep", "log.", "profile.", "compile_cache", "drawing.", "eval.every",
+              "eval.batches", "eval.tasks", "data.prefetch", "data.workers", "data.readers", "data.patience", "data.retries", "data.max_bad_share",
+              "data.unreadable")
 MEASURED = 2048     # images behind the constants that standardise visual tokens
 PICTURES = 8        # images, and what is said of them, a time in TensorBoard
 
@@ -133,6 +134,7 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
 
         # Train.
         if jax.process_index() == 0:
+            claim(workdir, c)               # once more: another run may have begun here meanwhile
             write_config(workdir, run)
         journal = at_end.enter_context(closing(Journal(workdir, start=step, steps=c.optim.steps)))
         draws = None
@@ -264,7 +266,7 @@ def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:
-    """Makes the workdir, where there is none. Raises UserError if it is another config's, naming the fields that differ, or cannot be written into."""
+    """Makes the workdir, where there is none. Raises UserError if it is another config's, naming what differs, or cannot be written into."""
     path = workdir / "config.json"
     if path.exists():
         try:
@@ -276,6 +278,7 @@ def claim(workdir: Path, c: ConfigDict) -> None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".part").touch()
+            path.with_suffix(".part").unlink()
         except OSError as error:
             raise UserError(f"cannot write into the workdir {workdir}: {error.strerror}") from error
 
@@ -291,11 +294,14 @@ def write_config(workdir: Path, values: dict) -> None:
 
 
 def same(whose: str, old: dict, new: dict) -> None:
-    """Raises UserError, naming the fields, for a config that is another than that of `whose`, but for MAY_DIFFER."""
+    """Raises UserError, naming the fields, for a config that is another than that of `whose`, but for MAY_DIFFER. Fields that are new since then
+    are only said: by their defaults a run goes on as it was."""
     old, new = _flat(old), _flat(new)
-    differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_DIFFER)]
+    if since := [key for key in sorted(new.keys() - old.keys()) if not key.startswith(MAY_DIFFER)]:
+        log.warning("%s has no %s: it is older; they are as this config has them", whose, ", ".join(since))
+    differ = [key for key in sorted(old) if old[key] != new.get(key) and not key.startswith(MAY_DIFFER)]
     if differ:
-        raise UserError(f"{whose} is of another config: " + ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in differ[:4]) +
+        raise UserError(f"{whose} is of another config: " + ", ".join(f"{key} was {old[key]!r} and is {new.get(key)!r}" for key in differ[:4]) +
                         (f" and {len(differ) - 4} more" if len(differ) > 4 else "") + "; choose another workdir")
 
 

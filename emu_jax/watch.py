@@ -29,7 +29,7 @@ class Watch:
     """What this process does, a phase at a time. A context: left without an error, or with a UserError, the run has not died.
 
     hang: seconds in one phase after which it is said, with the place of every thread; again whenever the time has doubled. 0: never.
-    began: `perf_counter` of the process's start; None: now.
+    began: `perf_counter` when it began; None: now.
     """
 
     def __init__(self, workdir: Path, hang: float, began: float | None = None):

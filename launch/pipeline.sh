@@ -65,6 +65,7 @@ case ${1:-} in
     weights stable-diffusion --family=stable-diffusion "$raw/stable-diffusion" --config="configs/decoder.py:$size"
 
     "${train[@]}" --config="configs/pretrain.py:$size" --config.workdir=runs/emu --config.init=runs/start "$tokenizer"
+    # 32 tokens of the LLM for every caption, on the devices of this machine. For several: this command on each of them, with --hosts=N --host=K
     "$python" -m emu_jax.generate precompute --config="configs/decoder.py:$size" --config.init=runs/emu "$tokenizer" --to=data/conditions
     "${train[@]}" --config="configs/decoder.py:$size" --config.workdir=runs/decoder --config.init=runs/emu,runs/stable-diffusion "$tokenizer"
     "$python" -m emu_jax.generate --checkpoint=runs/emu --decoder=runs/decoder --image --out=dog.png "a photo of a dog"

@@ -5,7 +5,7 @@
 # Needs the gcloud command, logged in, with these set: PROJECT, ZONE (like us-east5-a), TYPE (like v5p-128), and RUNTIME (the TPU software, like
 # v2-alpha-tpuv5). May be set: NODES (slices, 1), SPOT=1 (cheaper, preempted), REPO (a git URL that the hosts can clone; else this checkout's origin)
 # and REF (its commit; else HEAD, which must be pushed). The data must be in the config at paths that every host sees (a mounted bucket or a Filestore).
-# Metrics are on each host in ~/run, for as long as the slice lives. It is given back at the end, and on Ctrl-C.
+# Metrics are in ~/run of the first host, for as long as the slice lives. It is given back at the end, and on Ctrl-C.
 set -euo pipefail
 
 name=${1:-}

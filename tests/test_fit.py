@@ -1,5 +1,6 @@
 """What fit foretells: the bytes of live arrays, a roofline by hand, a search in few steps, and one line for what cannot be."""
 import json
+import os
 from functools import partial
 from itertools import pairwise
 
@@ -223,9 +224,10 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
     assert text.count('custom_call_target="tpu_custom_call"') >= 3
 
 
-def test_gpus_attend_in_kernels():
+def test_gpus_attend_in_kernels(monkeypatch):
     """Where the CUDA plugin is: cuDNN's for images, of 257 places too, and Pallas's for packed rows; forward and backward."""
     pytest.importorskip("jax_cuda12_plugin")
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {hardware.NO_GPU}")
     _, devices = hardware.absent("h100:1x2")
     c = make.cfg("mesh.data=1", "mesh.fsdp=2", "data.tokens=256", "model.compute=bfloat16", "model.vision.image=224", "model.vision.patch=14")
     text = fit.compiled(fit.plan(c, devices)).as_text()

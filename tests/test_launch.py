@@ -80,7 +80,7 @@ def test_the_whole_story_is_told_in_order_and_each_stage_finds_what_it_needs(tmp
         subprocess.run([Path("launch/pipeline.sh").resolve(), "paper"], cwd=tmp_path, env=os.environ | {"RAW": "raw", "SIZE": "debug"}, check=True)
     calls = [call.split()[1:] for call in (tmp_path / "calls").read_text().splitlines()]
     first, again = calls[:-6], calls[-6:]
-    assert [name for name, *_ in again] == ["emu_jax.train", "emu_jax.generate", "emu_jax.train", "emu_jax.generate", "emu_jax.train", "emu_jax.evaluate"]
+    assert [name.removeprefix("emu_jax.") for name, *_ in again] == ["train", "generate", "train", "generate", "train", "evaluate"]
     made = [argument.removeprefix("--to=") for _, *arguments in first for argument in arguments if argument.startswith("--to=")]
     for name, *arguments in again:
         if name == "emu_jax.train":

@@ -51,8 +51,8 @@ class Precomputed:
         """documents: how many each source has. Raises UserError for arrays that are missing, damaged or not complete."""
         self.directory, self.kind = Path(directory), kind
         self.shape = tuple(notes(self.directory, kind)["shape"])
-        self._arrays: list[np.ndarray] = []
-        self._places: dict[str, tuple[int, int]] = {}       # full id -> (number of the array, row)
+        self._paths: list[Path] = []                        # opened for each read: a system has fewer open files than the paper's data has shards
+        self._places: dict[str, tuple[int, int]] = {}       # full id -> (number of the path, row)
         for source, count in documents.items():
             for shard in range(shards(count)):
                 self._open(source, path_of(self.directory, mixture, source, shard))
@@ -66,15 +66,15 @@ class Precomputed:
             raise UserError(f"the {self.kind} of the source {source!r} are not whole ({path}: {reason}); {again}") from error
         if array.shape != (len(ids), *self.shape):
             raise UserError(f"{path} holds {list(array.shape)}, not {[len(ids), *self.shape]}: remove it and {again}")
-        self._places |= {f"{source}/{id}": (len(self._arrays), row) for row, id in enumerate(ids)}
-        self._arrays.append(array)
+        self._places |= {f"{source}/{id}": (len(self._paths), row) for row, id in enumerate(ids)}
+        self._paths.append(path)
 
     def of(self, id: str) -> Float16[np.ndarray, "..."]:
         """Of a document by its full id. Raises UserError for one that has none."""
         if id not in self._places:
             raise UserError(f"the {self.kind} in '{self.directory}' lack the document {id!r}: they were made of other data")
         number, row = self._places[id]
-        return self._arrays[number][row]
+        return np.array(np.load(self._paths[number], mmap_mode="r")[row])
 
     def of_batch(self, batch: Batch, ids: Sequence[Sequence[str]]) -> Float16[np.ndarray, "B I ..."]:
         """Of the document of each image of a batch; zeros where there is no image. ids: of the documents of each row."""

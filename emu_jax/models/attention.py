@@ -19,7 +19,7 @@ from emu_jax import sharding
 from emu_jax.config import UserError
 
 BLOCK = 128                                 # rows are padded to a multiple of it for splash and pallas
-WIDEST = 128                                # channels of a head for which a GPU's kernels have room
+WIDEST = 128                                # channels of a head for which the kernels of every GPU have room
 GPU = ("gpu", "cuda", "rocm")
 PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}   # as "auto" prefers them; on a CPU: interpreted
 

@@ -222,8 +222,9 @@ def test_cudnn_has_a_gradient_for_rows_of_any_length(T, causal, monkeypatch):
     assert text.count("cudnn$fmha") == 2 and "triton" not in text and [x.shape for x in jax.tree.leaves(grad.eval_shape(q, k, v))] == [q.shape] * 3
 
 
-@pytest.mark.parametrize("kernel, T, mask", [("cudnn", 140, self_mask()), ("cudnn", 140, None), ("cudnn", 257, None), ("pallas", 140, self_mask(SEGMENTS)),
-                                             ("pallas", 257, None)])
+@pytest.mark.parametrize("kernel, T, mask", [
+    ("cudnn", 140, self_mask()), ("cudnn", 140, None), ("cudnn", 257, None), ("cudnn", 257, self_mask()), ("pallas", 140, self_mask(SEGMENTS)),
+    ("pallas", 257, None)])
 @on_gpu
 def test_gpu_kernels_equal_dense(kernel, T, mask):
     q, k, v = qkv(T=T, d=88, dtype=jnp.bfloat16)
