@@ -39,7 +39,7 @@ def decoder(condition: int) -> ConfigDict:
     return ConfigDict(dict(
         image=512,                      # pixels a side of what is drawn
         condition="generated",          # whence the visual tokens: the LLM's prediction of each from those that it made before, cached (the
-                                        # paper's; see data.conditions); "teacher_forced": from the true ones; "encoded" from the image, without an LLM
+                                        # paper's; see data.conditions); "teacher_forced": from the true ones; "encoded": the image's own, without LLM
         unet=dict(
             channels_in=4, channels_out=4, patch=1, widths=(320, 640, 1280, 1280), resnets=(2, 2, 2, 2),
             attends_down=(True, True, True, False), attends_up=(True, True, True, False), depths=(1, 1, 1, 1),

@@ -71,7 +71,7 @@ def shown(workdir):
 
 def test_two_processes_are_one(data, tmp_path):
     """Packed, mixed, interleaved documents on 2 x 4 (and two readers of each process), 1 x 8 and 1 x 1 devices: the same of them in every batch (the
-    state of the streams says how far each is) and the same losses, held out too; a benchmark's numbers; the same pictures, and the same said of them."""
+    state of the streams says how far each is), the same losses, held out too, a benchmark's numbers, pictures, and what is said of them."""
     layouts.visdial(tmp_path / "visdial", count=8, rounds=1)
     more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
             f"eval.tasks=(('visdial', '{tmp_path}/visdial', 8),)", "log.pictures_every=20")
