@@ -49,7 +49,9 @@ def test_a_prefix_is_as_if_it_were_said_again(session, images):
     whole = [[*examples, *parts] for parts in asked]
     assert session.texts(asked, EIGHT, prefix=prefix) == session.texts(whole, EIGHT)
     assert session.texts(asked, Options(max_new_tokens=8, beams=3), prefix=prefix) == session.texts(whole, Options(max_new_tokens=8, beams=3))
-    np.testing.assert_allclose(session.images(asked, prefix=prefix), session.images(whole), atol=2e-5)
+    drawn = session.images(whole)       # without a prefix too, prompts asked one by one differ from these by rounding: 3.5e-5 on one machine
+    np.testing.assert_allclose(session.images(asked, prefix=prefix), drawn, atol=1e-4)
+    assert np.abs(session.images(asked) - drawn).max() > 0.05
 
 
 def test_visual_tokens_are_an_image_too(session, images):
