@@ -205,8 +205,8 @@ def test_a_state_that_no_change_makes_fit_is_said_before_anything_is_compiled():
 
 
 def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
-    """The compiler's own words, where libtpu is: the weights of an LLM's block all-gathered and its gradients reduce-scattered, none of them a sum over
-    all of zeros and a shard (it sums the other towers' smaller matrices whole); splash attention forward and backward."""
+    """The compiler's own words, where libtpu is: the weights of an LLM's block all-gathered and its gradients reduce-scattered, none of them a sum
+    over all of zeros and a shard (it sums the other towers' smaller matrices whole); splash attention forward and backward."""
     pytest.importorskip("libtpu")
     sizes = ("llama.width=2048", "llama.heads=16", "llama.ffn=4096", "vision.width=1024", "vision.heads=8", "vision.ffn=2048", "resampler.width=1024",
              "resampler.heads=8", "resampler.head_width=128", "resampler.ffn=2048", "compute=bfloat16", "vision.remat=full", "resampler.remat=full",
