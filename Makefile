@@ -1,4 +1,5 @@
-# make demo: an Emu learns to tell and to draw on this machine, and a page shows it.   make demo-chat: and to answer.   make test: the tests; make test-long: the longest.
+# make demo: an Emu learns to tell and to draw on this machine, and a page shows it.   make demo-chat: and to answer.
+# make test: the tests.   make test-long: those that take longer.
 # make test-real: GIMP's manual, clips with subtitles and photographs become documents, and a mixture of all kinds trains (50 MB are fetched).
 # make torture: a run that is killed 30 times.
 PYTHON ?= python3

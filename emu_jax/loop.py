@@ -172,6 +172,7 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
             data = merge(processes.all_of(item.state))
             checkpoints.save(step, state, data, to_dict(c), wait=wait or bool(full))
         if full:
+            loader.close()
             raise full
         log.info("step %d is being saved, the data's state in %d bytes; %s", step, len(json.dumps(data)), watching.goodput())
 

@@ -300,6 +300,15 @@ def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
     assert told == ["tell 1", "eval/a 2", "tell 2", "save 2", "eval/a 3", "tell 3", "save 3"]
 
 
+def test_a_checkpoint_is_saved_where_the_metrics_find_no_room(tmp_path, monkeypatch):
+    def full(self):
+        raise UserError("no room")
+    monkeypatch.setattr(Journal, "sync", full)
+    with pytest.raises(UserError, match="no room"):
+        run(tmp_path, [rows(seed) for seed in range(3)], "checkpoint.every=2")
+    assert steps(tmp_path) == [2]
+
+
 def test_saves_evaluations_and_pictures_come_when_due(tmp_path):
     batches, shown = [rows(seed) for seed in range(5)], []
     shift = lambda params: float(params["shift"]["w"][0])

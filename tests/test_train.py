@@ -351,6 +351,13 @@ def test_what_the_program_advises_is_allowed(whole, data, warm, tmp_path):
     assert run(emu_arguments(data, workdir, warm, "data.max_bad_share=0.5", "data.unreadable=skip"))[0] == 0
 
 
+def test_fields_that_are_newer_than_a_run_are_said_and_no_reason_to_refuse_it(caplog):
+    train.same("it", {"seed": 0, "data": {"batch": 8}}, {"seed": 0, "data": {"batch": 8, "new": 1}})
+    assert "it has no data.new: it is older" in caplog.text
+    with pytest.raises(UserError, match="it is of another config: data.old was 1 and is None"):
+        train.same("it", {"data": {"old": 1}}, {"data": {}})
+
+
 def test_compiled_programs_are_kept_by_default():
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
