@@ -66,7 +66,8 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
         ("unet/(time/(up|down)|pooled)/w", P(None, "fsdp")),           # C|t|ND t
         ("unet/conv_in/w", P(None, None, None, "fsdp")),               # 3 3 c C
         ("unet/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),  # 3 3 C C
-        ("unet/(.*/resnets/[0-9]+/time|places)/w", P("fsdp", None)),   # t C|t h w C
+        ("unet/.*/resnets/[0-9]+/time/w", P("fsdp", None)),            # t C
+        ("unet/places/w", P(None, None, None, "fsdp")),                # h w C t
         ("unet/.*/(shortcut|into|out)/w", P("fsdp", None)),            # C C
         ("unet/.*/(self|cross)/(q|k|v)/w", P("fsdp", None, None)),     # C|D H d
         ("unet/.*/(self|cross)/o/w", P(None, None, "fsdp")),           # H d C

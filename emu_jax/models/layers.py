@@ -4,6 +4,7 @@ Parameters are float32; arithmetic is in the dtype of the activations, norms in 
 say their arithmetic: dropout takes its key, no module has random state. Read next: vision.py, resampler.py, llama.py.
 """
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,12 +15,14 @@ from jaxtyping import Array, Float
 from emu_jax import sharding
 from emu_jax.models.lora import Lora, Quantised, equations
 
-# What a block's backward pass finds saved: everything, nothing, or the outputs of its matrix products.
+# What a block's backward pass finds saved, beside what enters it: all that it needs ("none" is computed again), nothing, or the outputs of its
+# matrix products.
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": lambda block, **_: block,
+    "full": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
+SHORT = 8       # blocks of a stack that is unrolled where all is saved: a scan would copy it into stacks and out of them
 
 
 def einsum(equation: str, x: Array, w: Array | Quantised | Lora) -> Array:
@@ -103,8 +106,8 @@ def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | Non
         weights, key = layer
         return call(nnx.merge(graphdef, sharding.gathered(where, weights, dtype, sliced=1)), x, key), None
 
-    block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(block, x, (weights, None if key is None else jax.random.split(key, depth)))[0]
+    keys = None if key is None else jax.random.split(key, depth)
+    return jax.lax.scan(REMAT[remat](block, prevent_cse=False), x, (weights, keys), unroll=remat == "none" and depth <= SHORT)[0]
 
 
 def once(block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str) -> Array:
@@ -114,4 +117,4 @@ def once(block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array
     def one(weights, x, *inputs):
         return call(nnx.merge(graphdef, sharding.gathered(where, weights, x.dtype)), x, *inputs)
 
-    return jax.checkpoint(one, policy=REMAT[remat])(nnx.to_pure_dict(state), x, *inputs)
+    return REMAT[remat](one)(nnx.to_pure_dict(state), x, *inputs)

@@ -145,7 +145,7 @@ class UNet(nnx.Module):
             self.pooled = layers.Linear("bk,kt->bt", (side_by_side, size.time), std=side_by_side ** -0.5, rngs=rngs)
         self.conv_in = Conv(places * size.channels_in, C[0], rngs=rngs)
         if size.side:
-            self.places = layers.Linear("bt,thwc->bhwc", (size.time, size.side, size.side, C[0]), std=size.time ** -0.5, rngs=rngs)
+            self.places = layers.Linear("bt,hwct->bhwc", (size.side, size.side, C[0], size.time), std=size.time ** -0.5, rngs=rngs)
         down, skips = [], [C[0]]
         for level, count in enumerate(size.resnets):
             widths_in = [skips[-1]] + [C[level]] * (count - 1)
