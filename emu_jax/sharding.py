@@ -64,10 +64,9 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     # The decoder's towers: images lie over all axes (`images`), so nothing is split over tensor. What has few channels is split on the other side.
     "unet": (
         ("unet/(time/(up|down)|pooled)/w", P(None, "fsdp")),           # C|t|ND t
-        ("unet/conv_in/w", P(None, None, None, "fsdp")),               # 3 3 c C
+        ("unet/(conv_in|places)/w", P(None, None, None, "fsdp")),      # 3 3 c C|h w C t
         ("unet/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),  # 3 3 C C
         ("unet/.*/resnets/[0-9]+/time/w", P("fsdp", None)),            # t C
-        ("unet/places/w", P(None, None, None, "fsdp")),                # h w C t
         ("unet/.*/(shortcut|into|out)/w", P("fsdp", None)),            # C C
         ("unet/.*/(self|cross)/(q|k|v)/w", P("fsdp", None, None)),     # C|D H d
         ("unet/.*/(self|cross)/o/w", P(None, None, "fsdp")),           # H d C

@@ -7,6 +7,7 @@ of a source, 00000.json their ids; it is written last, so that a shard without i
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from emu_jax.types import Batch, DecoderBatch
 
 KINDS = {"conditions": "", "latents": " --latents"}     # also fields of config.data and of DecoderBatch; what their making is told
 SHARD = 1024
+OPEN = 1024     # shards that are mapped at a time: a system maps fewer than the paper's data has
 
 
 def shards(documents: int) -> int:
@@ -51,7 +53,8 @@ class Precomputed:
         """documents: how many each source has. Raises UserError for arrays that are missing, damaged or not complete."""
         self.directory, self.kind = Path(directory), kind
         self.shape = tuple(notes(self.directory, kind)["shape"])
-        self._paths: list[Path] = []                        # opened for each read: a system has fewer open files than the paper's data has shards
+        self._paths: list[Path] = []
+        self._opened = lru_cache(OPEN)(partial(np.load, mmap_mode="r"))
         self._places: dict[str, tuple[int, int]] = {}       # full id -> (number of the path, row)
         for source, count in documents.items():
             for shard in range(shards(count)):
@@ -74,7 +77,7 @@ class Precomputed:
         if id not in self._places:
             raise UserError(f"the {self.kind} in '{self.directory}' lack the document {id!r}: they were made of other data")
         number, row = self._places[id]
-        return np.array(np.load(self._paths[number], mmap_mode="r")[row])
+        return np.array(self._opened(self._paths[number])[row])
 
     def of_batch(self, batch: Batch, ids: Sequence[Sequence[str]]) -> Float16[np.ndarray, "B I ..."]:
         """Of the document of each image of a batch; zeros where there is no image. ids: of the documents of each row."""
