@@ -14,9 +14,10 @@ from emu_jax.models import emu
 
 
 def cfg(*overrides: str, size: str = "debug"):
-    """configs/base.py at a small size, on one device, without dropout, with overrides "a.b=value"."""
+    """configs/base.py at a small size, on one device, without dropout, with overrides "a.b=value". Its encoder's blocks are unrolled, its LLaMA's
+    are a scan, as the large ones are."""
     small = ("optim.steps=4", "data.batch=8", "data.tokens=48", "data.images=3", "data.num_streams=4", "objective.chunk=16", "mesh.fsdp=1",
-             "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none")
+             "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=full")
     return config.load([f"--config=configs/base.py:{size}", *(f"--config.{override}" for override in (*small, *overrides))])
 
 
