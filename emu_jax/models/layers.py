@@ -93,7 +93,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
 
 def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | None], Any], *, where: str, remat: str,
         key: Array | None = None) -> Any:
-    """x through all L blocks of a stack, `call(block, x, key)` each: a scan over rematerialised blocks, compiled once.
+    """x through all L blocks of a stack, `call(block, x, key)` each: a scan over rematerialised blocks, compiled once; a SHORT stack without
+    remat is unrolled.
 
     x is the activations, or a tuple that begins with them. `where` is the stack's parameter path, by which each block's weights
     are gathered just before their use; `key`, if given, is split over depth.
