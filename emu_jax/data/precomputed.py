@@ -18,7 +18,7 @@ from emu_jax.types import Batch, DecoderBatch
 
 KINDS = {"conditions": "", "latents": " --latents"}     # also fields of config.data and of DecoderBatch; what their making is told
 SHARD = 1024
-OPEN = 1024     # shards that are mapped at a time: a system maps fewer than the paper's data has
+OPEN = 256      # shards that are mapped at a time, an open file each: a system allows fewer than the paper's data has
 
 
 def shards(documents: int) -> int:

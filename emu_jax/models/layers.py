@@ -113,7 +113,7 @@ def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | Non
 
 def once(block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str) -> Array:
     """`call(block, x, *inputs)` as `run` does it for each block of a stack: for towers whose blocks differ in shape. They are no scan, and
-    small: what was gathered of their weights stays for the backward pass, which halves what is sent and what is compiled."""
+    small: what was gathered of their weights stays, and the backward pass gathers nothing again."""
     graphdef, state = nnx.split(block)
     weights = sharding.gathered(where, nnx.to_pure_dict(state), x.dtype)
     return REMAT[remat](lambda weights, x, *inputs: call(nnx.merge(graphdef, weights), x, *inputs))(weights, x, *inputs)
