@@ -30,7 +30,7 @@ def warmup(c):
     c.stage = "contrastive"
     c.data.mixture = (("names", 0.5, "data/demo/names:train"), ("scenes", 0.5, "data/demo/scenes:train"))
     c.data.batch, c.data.tokens, c.data.images = 16, 128, 8     # some 128 images a step: each has that many rivals
-    c.optim.steps = 900                 # four minutes. After 400 a probe of the tokens tells 54 to 65 % of held-out scenes, after 900 71 %
+    c.optim.steps = 900                 # five minutes. After 400 a probe of the tokens tells 54 to 65 % of held-out scenes, after 900 71 %
     c.optim.b2 = 0.98
     c.objective.shift = 3               # pixels: 1,881 drawings are few, and are learnt by heart unmoved
     c.rules.peak_lr = ((".*", 2e-3),)   # a small model from scratch: 20 to 50 times the paper's for its large, trained towers

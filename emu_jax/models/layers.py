@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 from emu_jax import sharding
 from emu_jax.models.lora import Lora, Quantised, equations
 
-# What a block's backward pass finds saved, beside what enters it: all that it needs ("none" is computed again), nothing, or the outputs of its
-# matrix products.
+# How a block is rematerialised. Its backward pass finds saved all that it needs, nothing but what entered it, or the outputs of its matrix products.
 REMAT = {
     "none": lambda block, **_: block,
     "full": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
@@ -112,8 +111,10 @@ def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | Non
 
 
 def once(block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str) -> Array:
-    """`call(block, x, *inputs)` as `run` does it for each block of a stack: for towers whose blocks differ in shape. They are no scan, and
-    small: what was gathered of their weights stays, and the backward pass gathers nothing again."""
+    """`call(block, x, *inputs)` as `run` does it for each block of a stack: for towers whose blocks differ in shape."""
     graphdef, state = nnx.split(block)
-    weights = sharding.gathered(where, nnx.to_pure_dict(state), x.dtype)
-    return REMAT[remat](lambda weights, x, *inputs: call(nnx.merge(graphdef, weights), x, *inputs))(weights, x, *inputs)
+
+    def one(weights, x, *inputs):
+        return call(nnx.merge(graphdef, sharding.gathered(where, weights, x.dtype)), x, *inputs)
+
+    return REMAT[remat](one)(nnx.to_pure_dict(state), x, *inputs)
