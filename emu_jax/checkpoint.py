@@ -32,6 +32,7 @@ logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in r
 
 
 CHUNK = 2**25       # bytes of the largest chunk of an array that is written by slices
+SPLIT = 2**20       # bytes of the smallest share of an array's copies that each writes: the first save compiles a program for every share and shape
 UNDER_WAY = 2**31   # bytes that Orbax reads or writes at a time, where no array is larger: else it might hold the state twice
 
 
@@ -447,6 +448,7 @@ def _context(arrays: Any = ()) -> ocp.Context:
     context = ocp.Context()
     context.checkpointables.registry = registry
     context.asynchronous.create_directories_asynchronously = False  # where that fails, threads would wait 20 minutes for it
+    context.array.saving.min_slice_bytes_for_replica_parallel = SPLIT
     context.pytree.loading.partial_load = True          # `_check` has compared the trees
     largest = max((leaf.size for leaf in jax.tree.leaves(arrays)), default=0)       # Orbax refuses an array of the limit's size or more
     context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(UNDER_WAY, 8 * largest)      # 4 a float32, cast or not

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import jax
 import make
@@ -66,7 +67,7 @@ def test_weights_are_gathered_in_the_loop_over_depth(compiled):
 
 def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
     p, step = compiled
-    monkeypatch.setattr(fit, "compiled", lambda _: step)
+    monkeypatch.setattr(fit, "compiled", lambda *_: step)
     found = json.loads(json.dumps(fit.report(p, ROW)))
     assert found["devices"] == 8 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert found["parameters"]["llama"] == sum(leaf.size for leaf in jax.tree.leaves(p.abstract["llama"]))
@@ -164,7 +165,7 @@ def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
 
     def attempt(p, row):
         peak = next(peaks)
-        return {"fits": peak <= row.memory, "peak": peak, "limit": row.memory}
+        return {"fits": peak <= row.memory, "effort": 0.0, "peak": peak, "limit": row.memory}
 
     monkeypatch.setattr(fit, "attempt", attempt)
     monkeypatch.setattr(fit, "per_device", lambda values: 10)
@@ -175,13 +176,28 @@ def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("words", "found"), [
     ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.",
-     {"fits": False, "peak": int(17.5 * 2 ** 30), "limit": int(15.75 * 2 ** 30)}),
-    ("RESOURCE_EXHAUSTED: out of memory", {"fits": False})])
+     {"fits": False, "effort": -1.0, "peak": int(17.5 * 2 ** 30), "limit": int(15.75 * 2 ** 30)}),
+    ("RESOURCE_EXHAUSTED: out of memory", {"fits": False, "effort": -1.0})])
 def test_a_compiler_that_refuses(words, found, monkeypatch):
-    def refuse(_):
+    def refuse(*_):
         raise jax.errors.JaxRuntimeError(words)
     monkeypatch.setattr(fit, "compiled", refuse)
-    assert fit.attempt(None, ROW) == found
+    assert fit.attempt(None, ROW, -1.0) == found
+
+
+@pytest.mark.parametrize(("platform", "peak", "efforts"), [
+    ("tpu", 940, [fit.QUICK]), ("tpu", 970, [fit.QUICK, 0.0]), ("tpu", 1030, [fit.QUICK, 0.0]), ("tpu", 1060, [fit.QUICK]), ("gpu", 500, [0.0]),
+    ("tpu", None, [fit.QUICK])])
+def test_what_is_close_is_compiled_as_for_a_run(platform, peak, efforts, monkeypatch):
+    tried = []
+
+    def attempt(p, row, effort=0.0):
+        tried.append(effort)
+        return {"fits": False, "effort": effort} | ({"peak": peak} if peak else {})
+
+    monkeypatch.setattr(fit, "attempt", attempt)
+    devices = np.array([SimpleNamespace(platform=platform)])
+    assert fit.quick_attempt(SimpleNamespace(mesh=SimpleNamespace(devices=devices)), ROW)["effort"] == efforts[-1] and tried == efforts
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -216,7 +232,9 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
             patch.setenv(name, value)
         _, devices = hardware.absent("v5e:4x4")
         p = fit.plan(make.cfg("mesh.data=2", "mesh.fsdp=8", "data.batch=16", "data.tokens=256", *(f"model.{size}" for size in sizes)), devices)
-        text = fit.compiled(p).as_text()
+        done, quick = fit.compiled(p), fit.compiled(p, fit.QUICK)
+    text, peaks = done.as_text(), [fit.memory(p, one).peak for one in (done, quick)]
+    assert peaks[1] == pytest.approx(peaks[0], rel=fit.CLOSE)                                # what `fit` says with little effort holds for a run
     found = hlo.Module(text).collectives()
     looped = {kind: sum(c.bytes for c in found if c.kind == kind and c.in_loop) for kind in ("all-gather", "reduce-scatter")}
     a_block = sum(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if path.startswith("llama/blocks") and path.endswith("/w"))
