@@ -4,6 +4,7 @@ The time of the tests is the compiler's: it optimises nothing here, and what one
 processes that they start) load from a folder that lives as long as the session. Shapes in annotations are checked.
 """
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from importlib.metadata import version
 
 import jaxtyping
 
+gc.set_threshold(100_000, 20, 50)               # tracing makes many objects and little garbage: a twelfth of the time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join((
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
