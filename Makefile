@@ -1,7 +1,7 @@
 # make demo: an Emu learns to tell and to draw on this machine, and a page shows it.   make demo-chat: and to answer.
 # make test: the tests.   make test-long: those that take longer.
 # make test-real: GIMP's manual, clips with subtitles and photographs become documents, and a mixture of all kinds trains (50 MB are fetched).
-# make torture: a run that is killed 30 times.
+# make test-bucket: checkpoints in a bucket, against an emulator.   make torture: a run that is killed 30 times.
 PYTHON ?= python3
 python = .venv/bin/python
 # Large pages for what a step allocates, where glibc knows how: a fifteenth of the page faults, half the time in the kernel.
@@ -40,6 +40,10 @@ test-real: .venv/ready
 	mkdir -p data/real && cd data/real && { test -d usr || { apt-get download gimp-help-en && dpkg -x gimp-help-en_*.deb .; }; }
 	$(python) -m pytest -m "long or not long" tests/data/test_real.py
 
+test-bucket: .venv/ready
+	$(python) -m pip install -q -r requirements-gcs.txt "gcp-storage-emulator>=2026.7,<2027"
+	$(python) -m pytest -m "long or not long" tests/test_bucket.py
+
 torture: .venv/ready
 	$(python) -m tests.torture
 
@@ -52,4 +56,4 @@ lint: .venv/ready
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: demo demo-chat test test-long test-real torture lint
+.PHONY: demo demo-chat test test-long test-real test-bucket torture lint

@@ -148,6 +148,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(made, overrides, told, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long          # the loop's own is in test_train.py
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(made, copy, capsys, small_disk):  # noqa: F811
     assert train.main(made(copy)) == 2
     error = capsys.readouterr().err

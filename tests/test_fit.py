@@ -186,7 +186,7 @@ def test_a_compiler_that_refuses(words, found, monkeypatch):
 
 
 @pytest.mark.parametrize(("platform", "peak", "efforts"), [
-    ("tpu", 940, [fit.QUICK]), ("tpu", 970, [fit.QUICK, 0.0]), ("tpu", 1030, [fit.QUICK, 0.0]), ("tpu", 1060, [fit.QUICK]), ("gpu", 500, [0.0]),
+    ("tpu", 840, [fit.QUICK]), ("tpu", 860, [fit.QUICK, 0.0]), ("tpu", 1140, [fit.QUICK, 0.0]), ("tpu", 1160, [fit.QUICK]), ("gpu", 500, [0.0]),
     ("tpu", None, [fit.QUICK])])
 def test_what_is_close_is_compiled_as_for_a_run(platform, peak, efforts, monkeypatch):
     tried = []

@@ -7,16 +7,19 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import pytest
 from test_train import arguments
 
-from emu_jax import checkpoint, processes, sharding
+from emu_jax import checkpoint, processes, sharding, train
 from emu_jax.config import UserError
 from tests.data import fixtures
 from tests.evaluate import layouts
+
+pytestmark = pytest.mark.xdist_group("processes")   # one process of pytest: what two processes compile, others of two load
 
 # A model of one block a tower, whose program does not depend on the number of steps: the compiler's time is the tests'.
 SHALLOW = ("model.vision.depth=1", "model.resampler.depth=1", "model.llama.depth=1", "objective.chunk=64", "optim.schedule=constant",
@@ -24,8 +27,7 @@ SHALLOW = ("model.vision.depth=1", "model.resampler.depth=1", "model.llama.depth
 
 
 def command(data, workdir, count, *overrides):
-    train = [sys.executable, "-m", "emu_jax.train", *arguments(data, workdir, *SHALLOW, *overrides)]
-    return ["launch/local.sh", str(count), *train] if count > 1 else train
+    return ["launch/local.sh", str(count), sys.executable, "-m", "emu_jax.train", *arguments(data, workdir, *SHALLOW, *overrides)]
 
 
 def environ(devices):
@@ -35,11 +37,16 @@ def environ(devices):
 
 
 def trained(data, workdir, count, devices, *overrides):
-    """(lines of metrics.jsonl, saved state of the data, what was logged) of a run on `count` processes of `devices` devices."""
-    done = subprocess.run(command(data, workdir, count, *overrides), env=environ(devices), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    """(lines of metrics.jsonl, saved state of the data) of a run on `count` processes of `devices` devices; the only one is this process."""
+    if count > 1:
+        done = subprocess.run(command(data, workdir, count, *overrides), env=environ(devices), capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
+            assert train.main(arguments(data, workdir, *SHALLOW, *overrides)) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return lines, checkpoint._newest(*checkpoint._locate(str(workdir), None), checkpoint._notes)[1]["data"], done.stderr
+    return lines, checkpoint._newest(*checkpoint._locate(str(workdir), None), checkpoint._notes)[1]["data"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +83,7 @@ def test_two_processes_are_one(data, tmp_path):
     more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
             f"eval.tasks=(('visdial', '{tmp_path}/visdial', 8),)", "log.pictures_every=20")
     run = lambda name, *of: trained(data, tmp_path / name, *of, *more)
-    (two, there, _), (one, here, _), (single, alone, _) = run("two", 2, 4, "data.readers=2"), run("one", 1, 8), run("single", 1, 1)
+    (two, there), (one, here), (single, alone) = run("two", 2, 4, "data.readers=2"), run("one", 1, 8), run("single", 1, 1)
     assert there == here == alone and there["streams"].keys() == {"0", "1", "2", "3"}
     assert [line["step"] for line in two] == [*range(1, 21), 20]
     for other in (one, single):

@@ -224,6 +224,7 @@ def test_two_steps_a_cut_and_two_more_are_four(number, data, warm, whole, killed
     assert_same_run(workdir, whole)
 
 
+@pytest.mark.long          # what is saved goes onto any mesh in test_checkpoint.py, and a run goes on on other processes in test_torture.py
 def test_it_goes_on_on_another_mesh(data, warm, whole, copy, caplog):
     with caplog.at_level(logging.INFO):
         assert run(emu_arguments(data, copy, warm, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"))[0] == 0

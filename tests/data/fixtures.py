@@ -1,4 +1,8 @@
-"""A tiny data set for the tests of other parts, made by the demo's own code in a second or two."""
+"""A tiny data set for the tests of other parts, made by the demo's own code, once a process."""
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from emu_jax.data import tokenizer
@@ -10,8 +14,16 @@ MIXTURE = (("names", 1.0, "names"), ("scenes", 2.0, "scenes"), ("stories", 1.0, 
 
 def write_tiny(to: Path) -> None:
     """24 captioned images (names, scenes) and 8 stories in split "train", as many in "held_out", at 28 px; tokenizer.json of 512."""
+    shutil.copytree(_tiny(), to, dirs_exist_ok=True)
+
+
+@cache
+def _tiny() -> Path:
+    to = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, to, ignore_errors=True)
     openmoji.write(to, seed=0, image=IMAGE, first=8)
     tokenizer.train(sorted(openmoji.files()), VOCAB, to / "tokenizer.json")
+    return to
 
 
 def shard(dataset: Path, split: str = "train") -> Path:

@@ -406,6 +406,7 @@ def children():
     return found
 
 
+@pytest.mark.long
 def test_hung_and_deadly_records_are_survived_in_processes(loader, tmp_path):
     """Records 3 and 9 hang, 20 kills its process, whoever reads them: they are skipped as corrupt, and every other document is read."""
     disk = Disk(tmp_path, {3: "hang", 9: "hang", 20: "die"}, size=30)

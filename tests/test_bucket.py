@@ -1,0 +1,78 @@
+"""Checkpoints in a bucket, against an emulator of Google's in this process (make test-bucket): a run that is killed goes on from there, in two
+processes, and a save that did not end is passed over."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+from test_processes import SHALLOW, assert_same_losses, command, data, environ, trained  # noqa: F401
+from test_train import arguments
+
+from emu_jax import checkpoint, tree
+
+pytest.importorskip("gcsfs")
+emulator = pytest.importorskip("gcp_storage_emulator.server")
+pytestmark = pytest.mark.long
+
+KILLED = """
+import os, signal, sys
+from emu_jax import journal, train
+write = journal.Journal.write
+
+def told(self, step, values):
+    write(self, step, values)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+journal.Journal.write = told
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The name of a bucket that Orbax, TensorStore and gcsfs find, here and in the processes that a test starts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        monkeypatch.setenv(name, f"http://localhost:{port}")
+    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="emu")
+    server.start()
+    yield "gs://emu"
+    server.stop()
+
+
+def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F811
+    more = ("optim.steps=6", "checkpoint.every=2", "checkpoint.keep=2")
+    whole, there = trained(data, tmp_path / "whole", 1, 8, *more)
+
+    to, steps = f"checkpoint.to={bucket}/run", epath.Path(f"{bucket}/run/checkpoints")
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments(data, tmp_path / "run", *SHALLOW, *more, to)], env=environ(8),
+                          capture_output=True, text=True, timeout=900)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert "2" in {path.name for path in steps.iterdir()} and not (tmp_path / "run/checkpoints").exists()
+    if (ended := steps / "4" / "commit_success.txt").exists():
+        ended.unlink()                                              # as if it had been killed a moment before
+    assert checkpoint.newest(f"{bucket}/run") == 2
+
+    done = subprocess.run(command(data, tmp_path / "run", 2, *more, to), env=environ(4), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert {path.name for path in steps.iterdir()} == {"4", "6"}
+    assert_same_losses([json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()], whole, rtol=1e-4)
+    assert checkpoint._notes(steps / "6")["data"] == there
+    restored, want = (list(tree.leaves(checkpoint.restore_params(path))) for path in (f"{bucket}/run", str(tmp_path / "whole")))
+    for (name, here), (other, leaf) in zip(restored, want, strict=True):
+        assert name == other
+        np.testing.assert_allclose(here, leaf, atol=1e-4, err_msg=name)
+
+
+def test_a_bucket_that_is_not_there_is_one_line(bucket, data, tmp_path):  # noqa: F811
+    done = subprocess.run([sys.executable, "-m", "emu_jax.train", *arguments(data, tmp_path / "run", *SHALLOW, "checkpoint.to=gs://nobodys/run")],
+                          env=os.environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "gs://nobodys/run" in done.stderr, done.stderr[-3000:]
