@@ -213,7 +213,7 @@ def test_sharded_is_single(whole, shape):
 
 def test_the_decoders_sharded_step_is_the_single_one():
     """The U-Net's gradients, through convolutions and its attention to what frozen towers say."""
-    c = make.decoder_cfg("optim.ema=0.0", vae=True)
+    c = make.decoder_cfg("optim.ema=0.0", "model.decoder.condition=encoded")
     assert_same_step(one_step(mesh=sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), c=c), one_step(c=c))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from test_checkpoint import small_disk  # noqa: F401
 
-from emu_jax import checkpoint, config, train, tree
+from emu_jax import checkpoint, config, journal, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.loader import Item, Loader
 from emu_jax.initial import load_weights
@@ -92,37 +92,32 @@ def whole(data, warm, tmp_path_factory):
     return workdir
 
 
-CUT = f"""
-import os, sys, time
+KILLED = f"""
+import os, signal, sys, time
 from pathlib import Path
 from emu_jax import journal, train
 
 train.MEASURED = {MEASURED}
-number, at, checkpoint, write = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), journal.Journal.write
+saved, write = Path(sys.argv[1]), journal.Journal.write
 
 def told(self, step, values):
     write(self, step, values)
-    if step == at:
-        while number == 9 and not checkpoint.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
+    while step == 3:
+        if saved.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
 
 journal.Journal.write = told
-sys.exit(train.main(sys.argv[4:]))
+sys.exit(train.main(sys.argv[2:]))
 """
-
-
-def cut_off(number, at, arguments, workdir):
-    """The command as a process of its own, which is sent signal `number` when step `at` is told (SIGKILL: and step 2 is saved)."""
-    command = [sys.executable, "-c", CUT, str(int(number)), str(at), f"{workdir}/checkpoints/2", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def killed(data, warm, tmp_path_factory):
-    """The workdir of the same run, killed in its third step (copy it before going on)."""
+    """The workdir of the same run, killed in its third step, once the second is saved (copy it before going on)."""
     workdir = tmp_path_factory.mktemp("runs") / "killed"
-    done = cut_off(signal.SIGKILL, 3, emu_arguments(data, workdir, warm), workdir)
+    done = subprocess.run([sys.executable, "-c", KILLED, f"{workdir}/checkpoints/2", *emu_arguments(data, workdir, warm)],
+                          capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
     return workdir
@@ -207,19 +202,29 @@ def test_the_contrastive_stage_tells_its_own(warm):
 
 # Going on
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_two_steps_a_cut_and_two_more_are_four(number, data, warm, whole, killed, tmp_path):
+def test_two_steps_a_kill_and_two_more_are_four(data, warm, whole, copy):
     """Bit for bit: parameters, average, optimizer, the data's state and the metrics. Resuming is what the same command does."""
+    assert run(emu_arguments(data, copy, warm))[0] == 0
+    assert_same_run(copy, whole)
+
+
+def test_two_steps_a_signal_and_two_more_are_four(data, warm, whole, tmp_path, caplog, monkeypatch):
+    write = journal.Journal.write
+
+    def told(self, step, values):
+        write(self, step, values)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
     workdir = tmp_path / "run"
-    if number == signal.SIGKILL:
-        shutil.copytree(killed, workdir)
-    else:
-        done = cut_off(number, 1, emu_arguments(data, workdir, warm, "profile.steps=2:3"), workdir)
-        assert list((workdir / "profile/0").rglob("*.xplane.pb"))
-        assert done.returncode == 0 and "stopped by SIGTERM at step 2 of 4" in done.stderr and "Traceback" not in done.stderr
-        assert [line["step"] for line in lines(workdir)] == [1, 2] and saved(workdir)[1]["step"] == 2
-        assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast" in done.stderr
-        assert "visual tokens standardised by the mean and deviation of" in done.stderr
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(journal.Journal, "write", told)
+        assert run(emu_arguments(data, workdir, warm, "profile.steps=2:3"))[0] == 0
+    assert "stopped by SIGTERM at step 2 of 4" in caplog.text
+    assert [line["step"] for line in lines(workdir)] == [1, 2] and saved(workdir)[1]["step"] == 2
+    assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast" in caplog.text
+    assert "visual tokens standardised by the mean and deviation of" in caplog.text
+    assert list((workdir / "profile/0").rglob("*.xplane.pb"))
     assert run(emu_arguments(data, workdir, warm))[0] == 0
     assert_same_run(workdir, whole)
 
