@@ -32,7 +32,7 @@ logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in r
 
 
 CHUNK = 2**25       # bytes of the largest chunk of an array that is written by slices
-SPLIT = 2**20       # bytes of the smallest share of an array's copies that each writes: the first save compiles a program for every share and shape
+SPLIT = 2**20       # bytes: an array's copies each write a share of at least so many, or one of them writes all; each share is a program of its own
 UNDER_WAY = 2**31   # bytes that Orbax reads or writes at a time, where no array is larger: else it might hold the state twice
 
 
@@ -62,6 +62,7 @@ class Checkpoints:
         if step == self._current:
             return
         self._tidy()
+        processes.all_of(None)      # in a bucket what is half saved has the step's own name: all must find it gone, or Orbax's would wait for one another
         parts = _parts(state)
         manifest = {"arrays": {name: _describe(part) for name, part in parts.items()},
                     "json": {"data": _crc(data), "config": _crc(config)}}
@@ -333,7 +334,7 @@ def _path(directory: str) -> epath.Path:
     try:
         path.exists()
     except Exception as error:          # a package that is missing, a name, a right, the network: each with exceptions of its own
-        raise UserError(f"{directory!r} cannot be reached: {_reason(error)} (gs:// needs: pip install gcsfs, and credentials)") from error
+        raise UserError(f"{directory!r} cannot be reached: {_reason(error)} (gs:// needs requirements-gcs.txt, and credentials)") from error
     return path
 
 

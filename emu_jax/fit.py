@@ -30,11 +30,13 @@ from emu_jax.hardware import GIB
 from emu_jax.models import emu, flops
 from emu_jax.types import Batch, DecoderBatch
 
+# The TPU compiler's effort for a fast program, from -1 to 1. A run's is 0 and takes two to four times as long. Of four programs the peaks were up to
+# 12 % apart (benchmarks/results/fit.md): where peak and memory are as close as this share, the step is compiled as for a run.
+QUICK = -1.0
+CLOSE = 0.15
 COMPILATIONS = 8        # of a search
 POLICIES = ("full", "dots", "none")     # of remat, as they rise in need of memory
 TRIES = 4               # changes that are tried on a config that does not fit
-QUICK = -1.0            # the TPU compiler's effort for a fast program, from -1 to 1. A run's is 0: it takes three to four times as long, and its peak
-CLOSE = 0.15            # was up to 12 % apart (benchmarks/results/fit.md): where peak and memory are as close as this share, it is compiled as for a run
 TOWERS = ("vision", "resampler", "llama", "decoder.vae", "decoder.unet")      # groups of config.model that have a remat
 
 
@@ -165,9 +167,11 @@ def quick_attempt(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
         return attempt(p, row)
     tried = attempt(p, row, QUICK)
     limit = tried.get("limit", row and row.memory)
-    if limit and "peak" in tried and abs(tried["peak"] / limit - 1) < CLOSE:
-        return attempt(p, row)
-    return tried
+    if "peak" in tried and not (limit and abs(tried["peak"] / limit - 1) < CLOSE):
+        return tried
+    print(f"too close to say{_of(tried | {'limit': limit})}; it is compiled again with a run's effort", flush=True)
+    tried.pop("compiled", None)         # gigabytes, on the host
+    return attempt(p, row)
 
 
 def attempt(p: Plan, row: hardware.Device | None, effort: float = 0.0) -> dict[str, Any]:
@@ -305,7 +309,8 @@ def table(found: dict[str, Any], row: hardware.Device | None) -> str:
         times = [f"{name} {found['roofline'][name] * 1e3:.0f} ms" for name in ("compute", "memory", "links", "network")]
         lines += [f"a step takes at least: {', '.join(times)}; bound by {found['roofline']['bound']}, highest possible MFU {found['mfu']:.1%}"
                   f" ({row.source})"]
-    lines += [f"compiled in {found['compile_seconds']:.0f} s{', with little effort for its speed' if found['effort'] else ''}; host memory {found['host_peak'] / GIB:.1f} GiB",
+    quick = " with little effort (a run's peak may be a tenth more or less)" if found["effort"] else ""
+    lines += [f"compiled in {found['compile_seconds']:.0f} s{quick}; host memory {found['host_peak'] / GIB:.1f} GiB",
               ("fits" if found["fits"] else "does not fit") + _of(found)]
     return "\n".join(lines)
 

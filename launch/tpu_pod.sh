@@ -69,7 +69,7 @@ everywhere() {                          # a command on every host of every slice
 }
 
 install="set -e; rm -rf emu && git clone -q '$repo' emu && cd emu && git checkout -q '$ref'
-  python3 -m venv .venv && .venv/bin/python -m pip install -q -r requirements-tpu.txt gcsfs"
+  python3 -m venv .venv && .venv/bin/python -m pip install -q -r requirements-tpu.txt -r requirements-gcs.txt"
 train="cd emu && exec .venv/bin/python -m emu_jax.train --config.workdir=../run $(printf '%q ' "$@")"
 
 trap give_back EXIT

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 import jaxtyping
 
-gc.set_threshold(100_000, 20, 50)               # tracing makes many objects and little garbage: a twelfth of the time
+gc.set_threshold(100_000, 20, 50)               # tracing makes much and little of it garbage: to look for it took a twelfth of the tests' time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join((
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",

@@ -1,5 +1,6 @@
 """Checkpoints in a bucket, against an emulator of Google's in this process (make test-bucket): a run that is killed goes on from there, in two
 processes, and a save that did not end is passed over."""
+import contextlib
 import json
 import os
 import signal
@@ -17,20 +18,25 @@ from emu_jax import checkpoint, tree
 
 pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")
+objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
+NotFound = pytest.importorskip("gcp_storage_emulator.exceptions").NotFound
 pytestmark = pytest.mark.long
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
+from etils import epath
 from emu_jax import journal, train
-write = journal.Journal.write
+saved, write = epath.Path(sys.argv[1]), journal.Journal.write
 
 def told(self, step, values):
     write(self, step, values)
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
+    while step == 5:
+        if saved.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.1)
 
 journal.Journal.write = told
-sys.exit(train.main(sys.argv[1:]))
+sys.exit(train.main(sys.argv[2:]))
 """
 
 
@@ -42,6 +48,14 @@ def bucket(monkeypatch):
         port = free.getsockname()[1]
     for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
         monkeypatch.setenv(name, f"http://localhost:{port}")
+    download = objects.download
+
+    def with_generation(request, response, storage, *rest, **named):        # as Google's does; TensorStore overwrites what it read, nothing newer
+        with contextlib.suppress(NotFound):
+            response["x-goog-generation"] = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])["generation"]
+        return download(request, response, storage, *rest, **named)
+
+    monkeypatch.setattr(objects, "download", with_generation)
     server = emulator.create_server("localhost", port, in_memory=True, default_bucket="emu")
     server.start()
     yield "gs://emu"
@@ -53,12 +67,12 @@ def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F8
     whole, there = trained(data, tmp_path / "whole", 1, 8, *more)
 
     to, steps = f"checkpoint.to={bucket}/run", epath.Path(f"{bucket}/run/checkpoints")
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments(data, tmp_path / "run", *SHALLOW, *more, to)], env=environ(8),
+    ended = steps / "4" / "commit_success.txt"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(ended), *arguments(data, tmp_path / "run", *SHALLOW, *more, to)], env=environ(8),
                           capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-    assert "2" in {path.name for path in steps.iterdir()} and not (tmp_path / "run/checkpoints").exists()
-    if (ended := steps / "4" / "commit_success.txt").exists():
-        ended.unlink()                                              # as if it had been killed a moment before
+    assert {path.name for path in steps.iterdir()} == {"2", "4"} and not (tmp_path / "run/checkpoints").exists()
+    ended.unlink()                                                  # as if it had been killed a moment before
     assert checkpoint.newest(f"{bucket}/run") == 2
 
     done = subprocess.run(command(data, tmp_path / "run", 2, *more, to), env=environ(4), capture_output=True, text=True, timeout=900)

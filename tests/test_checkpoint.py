@@ -127,6 +127,16 @@ def test_restored_onto_another_mesh_is_exactly_equal(tmp_path, target):
         assert leaf.sharding == target(leaf) if target else len(leaf.sharding.device_set) == 1
 
 
+@pytest.mark.parametrize("split", [0, checkpoint.SPLIT])
+def test_copies_write_an_array_together_or_one_of_them_does(tmp_path, monkeypatch, split):
+    monkeypatch.setattr(checkpoint, "SPLIT", split)
+    state = make_state()
+    there = jax.device_put(state, jax.tree.map(mesh_sharding((4, 2), "fsdp"), state))
+    Checkpoints(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
+    _, restored, _, _ = Checkpoints(str(tmp_path), keep=1, keep_every=0).restore(abstract(state))
+    assert_same(restored, state)
+
+
 def test_arrays_may_be_donated_once_save_returns(tmp_path):
     run = Checkpoints(str(tmp_path), keep=1, keep_every=0)
     state = {"w": jax.random.normal(jax.random.key(0), (1024, 2048))}

@@ -211,9 +211,10 @@ def test_sharded_is_single(whole, shape):
     assert_same_step(one_step(mesh=sharding.make_mesh(dict(zip(sharding.AXES, shape)))), whole)
 
 
-def test_the_decoders_sharded_step_is_the_single_one():
+@pytest.mark.parametrize(("condition", "vae"), [("encoded", False), pytest.param("teacher_forced", True, marks=pytest.mark.long)])
+def test_the_decoders_sharded_step_is_the_single_one(condition, vae):
     """The U-Net's gradients, through convolutions and its attention to what frozen towers say."""
-    c = make.decoder_cfg("optim.ema=0.0", "model.decoder.condition=encoded")
+    c = make.decoder_cfg("optim.ema=0.0", f"model.decoder.condition={condition}", vae=vae)
     assert_same_step(one_step(mesh=sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), c=c), one_step(c=c))
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -43,7 +42,8 @@ def trained(data, workdir, count, devices, *overrides):
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
+            make, few = sharding.make_mesh, jax.devices()[:devices]
+            patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make(sizes, devices or few))
             assert train.main(arguments(data, workdir, *SHALLOW, *overrides)) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return lines, checkpoint._newest(*checkpoint._locate(str(workdir), None), checkpoint._notes)[1]["data"]

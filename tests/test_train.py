@@ -117,7 +117,7 @@ def killed(data, warm, tmp_path_factory):
     """The workdir of the same run, killed in its third step, once the second is saved (copy it before going on)."""
     workdir = tmp_path_factory.mktemp("runs") / "killed"
     done = subprocess.run([sys.executable, "-c", KILLED, f"{workdir}/checkpoints/2", *emu_arguments(data, workdir, warm)],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
     return workdir

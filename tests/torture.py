@@ -26,7 +26,7 @@ EVERY = 3           # steps between saves
 STEPS_A_KILL = 8    # so that no kill comes too late
 NEAR = 1e-3
 LOSSES = ("loss", "text_loss", "image_loss")
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=1800"        # where the tests' are not set
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
 
 
 @dataclass
@@ -67,7 +67,7 @@ def command(folder: Path, workdir: Path, layout: str, steps: int) -> tuple[list[
               f"checkpoint.every={EVERY}", "checkpoint.keep=2", "rules.peak_lr=(('.*', 1e-3),)", *overrides)
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled"), "GRACE": "1",
-        "XLA_FLAGS": " ".join([*(flag for flag in os.environ.get("XLA_FLAGS", FLAGS).split() if "device_count" not in flag),
+        "XLA_FLAGS": " ".join([FLAGS, *(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag),
                                f"--xla_force_host_platform_device_count={devices}"])}
     launch = ["launch/local.sh", str(processes)] if processes > 1 else []
     return [*launch, sys.executable, "-m", "tests.torture", "worker", "NOTES",

@@ -111,10 +111,10 @@ def test_sharded_is_single(run):
 
 
 def test_remat_changes_nothing():
-    size = dataclasses.replace(SIZE, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,))
-    params = random(UNet, size)
+    small = dataclasses.replace(SIZE, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,))
+    params = random(UNet, small)
     loss = lambda size: jax.jit(jax.grad(lambda params: (forward(params, X[:2], TIMES[:2], CONDITION[:2], size) ** 2).sum()))(params)
-    for (path, got), (_, want) in zip(make.flat(loss(dataclasses.replace(size, remat="full"))), make.flat(loss(size)), strict=True):
+    for (path, got), (_, want) in zip(make.flat(loss(dataclasses.replace(small, remat="full"))), make.flat(loss(small)), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-4 * max(1e-3, np.abs(want).max()), err_msg=path)
 
 

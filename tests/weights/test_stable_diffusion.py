@@ -177,7 +177,8 @@ def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
     c = config.load([*overrides(condition=32), f"--config.init={tmp_path / 'from-emu'},{tmp_path / 'from-sd'}"])
     size = DecoderSize.of(c.model.to_dict())
     rng = np.random.default_rng(1)
-    start = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), jax.eval_shape(partial(emu.init, Decoder, size), jax.random.key(1)))
+    shapes = jax.eval_shape(partial(emu.init, Decoder, size), jax.random.key(1))
+    start = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), shapes)
     trains = train.what_trains(c, start)
     with caplog.at_level(logging.WARNING):
         params, loaded = initial(c.init, train.at_rest(c, trains, start))
