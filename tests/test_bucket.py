@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-from etils import epath
 from test_processes import SHALLOW, assert_same_losses, command, data, environ, trained  # noqa: F401
 from test_train import arguments
 
@@ -66,7 +65,7 @@ def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F8
     more = ("optim.steps=6", "checkpoint.every=2", "checkpoint.keep=2")
     whole, there = trained(data, tmp_path / "whole", 1, 8, *more)
 
-    to, steps = f"checkpoint.to={bucket}/run", epath.Path(f"{bucket}/run/checkpoints")
+    to, steps = f"checkpoint.to={bucket}/run", checkpoint._path(f"{bucket}/run/checkpoints")
     ended = steps / "4" / "commit_success.txt"
     done = subprocess.run([sys.executable, "-c", KILLED, str(ended), *arguments(data, tmp_path / "run", *SHALLOW, *more, to)], env=environ(8),
                           capture_output=True, text=True, timeout=900)
