@@ -62,7 +62,7 @@ class Checkpoints:
         if step == self._current:
             return
         self._tidy()
-        processes.all_of(None)      # in a bucket what is half saved has the step's own name: all must find it gone, or Orbax's would wait for one another
+        processes.all_of(None)      # what is half saved in a bucket has the step's own name: all must find it gone, or they wait for one another
         parts = _parts(state)
         manifest = {"arrays": {name: _describe(part) for name, part in parts.items()},
                     "json": {"data": _crc(data), "config": _crc(config)}}
@@ -332,7 +332,7 @@ def _path(directory: str) -> epath.Path:
         raise UserError(f"{directory!r} is no place for checkpoints: they go into a folder, or into a bucket gs://NAME/...")
     path = epath.Path(directory)
     try:
-        import fsspec.config                # comes with gcsfs. By itself that answers from listings as old as the process: others write and remove, too
+        import fsspec.config            # of gcsfs, which would answer from listings as old as the process: others write and remove, too
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
         path.exists()
     except Exception as error:          # a package that is missing, a name, a right, the network: each with exceptions of its own
