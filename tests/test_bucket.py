@@ -1,5 +1,6 @@
-"""Checkpoints in a bucket, against an emulator of Google's storage in this process (make test-bucket): a run that is killed goes on from there, in two
-processes, and a save that did not end is passed over."""
+"""Checkpoints in a bucket, against an emulator of Google's storage (make test-bucket): a run that is killed goes on from there, in two processes,
+and a save that did not end is passed over.
+"""
 import contextlib
 import json
 import os
