@@ -332,7 +332,8 @@ def _path(directory: str) -> epath.Path:
         raise UserError(f"{directory!r} is no place for checkpoints: they go into a folder, or into a bucket gs://NAME/...")
     path = epath.Path(directory)
     try:
-        import fsspec.config            # of gcsfs, which would answer from listings as old as the process: others write and remove, too
+        # Or gcsfs would answer from listings as old as the process: others write and remove, too.
+        import fsspec.config
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
         path.exists()
     except Exception as error:          # a package that is missing, a name, a right, the network: each with exceptions of its own
