@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 from test_processes import SHALLOW, assert_same_losses, command, data, environ, trained  # noqa: F401
-from test_train import arguments
+from test_train import KILLED, arguments
 
 from emu_jax import checkpoint, tree
 
@@ -21,23 +21,6 @@ emulator = pytest.importorskip("gcp_storage_emulator.server")
 objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
 NotFound = pytest.importorskip("gcp_storage_emulator.exceptions").NotFound
 pytestmark = pytest.mark.long
-
-KILLED = """
-import os, signal, sys, time
-from etils import epath
-from emu_jax import journal, train
-saved, write = epath.Path(sys.argv[1]), journal.Journal.write
-
-def told(self, step, values):
-    write(self, step, values)
-    while step == 5:
-        if saved.exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.1)
-
-journal.Journal.write = told
-sys.exit(train.main(sys.argv[2:]))
-"""
 
 
 @pytest.fixture
@@ -68,8 +51,8 @@ def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F8
 
     to, steps = f"checkpoint.to={bucket}/run", checkpoint._path(f"{bucket}/run/checkpoints")
     ended = steps / "4" / "commit_success.txt"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(ended), *arguments(data, tmp_path / "run", *SHALLOW, *more, to)], env=environ(8),
-                          capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, "-c", KILLED, "5", str(ended), *arguments(data, tmp_path / "run", *SHALLOW, *more, to)],
+                          env=environ(8), capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert {path.name for path in steps.iterdir()} == {"2", "4"} and not (tmp_path / "run/checkpoints").exists()
     ended.unlink()                                                  # as if it had been killed a moment before

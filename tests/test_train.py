@@ -92,23 +92,24 @@ def whole(data, warm, tmp_path_factory):
     return workdir
 
 
+# The command: it is killed in a step, once a path exists.
 KILLED = f"""
 import os, signal, sys, time
-from pathlib import Path
+from etils import epath
 from emu_jax import journal, train
 
 train.MEASURED = {MEASURED}
-saved, write = Path(sys.argv[1]), journal.Journal.write
+at, saved, write = int(sys.argv[1]), epath.Path(sys.argv[2]), journal.Journal.write
 
 def told(self, step, values):
     write(self, step, values)
-    while step == 3:
+    while step == at:
         if saved.exists():
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.01)
 
 journal.Journal.write = told
-sys.exit(train.main(sys.argv[2:]))
+sys.exit(train.main(sys.argv[3:]))
 """
 
 
@@ -116,7 +117,7 @@ sys.exit(train.main(sys.argv[2:]))
 def killed(data, warm, tmp_path_factory):
     """The workdir of the same run, killed in its third step, once the second is saved (copy it before going on)."""
     workdir = tmp_path_factory.mktemp("runs") / "killed"
-    done = subprocess.run([sys.executable, "-c", KILLED, f"{workdir}/checkpoints/2", *emu_arguments(data, workdir, warm)],
+    done = subprocess.run([sys.executable, "-c", KILLED, "3", f"{workdir}/checkpoints/2", *emu_arguments(data, workdir, warm)],
                           capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
