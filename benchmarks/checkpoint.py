@@ -1,7 +1,9 @@
-"""python benchmarks/checkpoint.py [--devices=1] [--to=DIR] [--config=configs/pretrain.py:emu-1b ...]: save and restore of a whole training state.
+"""python benchmarks/checkpoint.py [--devices=1] [--to=DIR] [--config=configs/pretrain.py:emu-1b
+...]: save and restore of a whole training state.
 
-Time, bytes, and the peak of the host's memory, of which on a CPU the state is itself a part: what counts is what comes on top, and more than 1.3 x
-the state is a failure (exit status 1). Each half is a process of its own. The state is random bits, which do not compress: trained weights hardly do.
+Time, bytes, and the peak of the host's memory, of which on a CPU the state is itself a part: what
+counts is what comes on top, and more than 1.3 x the state is a failure (exit status 1). Each half
+is a process of its own. The state is random bits, which do not compress: trained weights hardly do.
 --to: a folder on the disk to be measured.
 """
 import argparse
@@ -14,7 +16,8 @@ import time
 from pathlib import Path
 
 GIB = 2 ** 30
-MOST = 1.3      # times the state, on top of it
+# times the state, on top of it
+MOST = 1.3
 
 
 def main() -> int:
@@ -31,7 +34,8 @@ def main() -> int:
             if done.returncode:
                 return done.returncode
             found = json.loads(done.stdout.splitlines()[-1])
-            state, seconds = found["state"], found["seconds"]
+            state = found["state"]
+            seconds = found["seconds"]
             on_top = (found["peak"] - max(found["before"], state)) / state
             above |= on_top > MOST
             print(f"{what:8}{state / GIB:8.2f} GiB of state in {seconds:.1f} s, {state / GIB / seconds:.2f} GiB/s; memory: "
@@ -58,8 +62,10 @@ def half(what: str, folder: str, arguments: list[str]) -> None:
         run = Checkpoints(folder, keep=1, keep_every=0)
         state = jax.tree.map(random, like) if what == "save" else None
         jax.block_until_ready(state)
-        Path("/proc/self/clear_refs").write_text("5")           # the peak from here on
-        before, began = memory("VmRSS"), time.perf_counter()
+        # the peak from here on
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        began = time.perf_counter()
         if what == "save":
             run.save(1, state, {}, config.to_dict(c), wait=True)
         else:

@@ -1,10 +1,10 @@
-"""The data path on this machine's CPU: decoding, the loader with threads and processes, sequences and packing, padding on a simulated paper
-mixture, iterator state, memory.
+"""The data path on this machine's CPU: decoding, the loader with threads and processes, sequences
+and packing, padding on a simulated paper mixture, iterator state, memory.
 
     python benchmarks/data.py [--json=FILE] [--steps=20000]
 
-Synthetic throughout: photographs are filtered noise, captions have the lengths of the sets that they stand for. Exits 1 if a bound is
-violated. Results of one machine: benchmarks/results/data.md.
+Synthetic throughout: photographs are filtered noise, captions have the lengths of the sets that
+they stand for. Exits 1 if a bound is violated. Results of one machine: benchmarks/results/data.md.
 """
 import argparse
 import io
@@ -37,10 +37,17 @@ from emu_jax.data.sequence import Rule, make_sequence
 from emu_jax.data.sources.options import Options
 from emu_jax.data.tokenizer import Tokenizer
 
-PADDING, EMPTY_SLOTS, GROWTH = 0.03, 0.10, 0.05     # the bounds: tokens and image slots that hold nothing; memory over the steps
-N, T, I = 32, 2048, 32                              # visual tokens of an image, tokens and images of a row
+# the bounds: tokens and image slots that hold nothing; memory over the steps
+PADDING = 0.03
+EMPTY_SLOTS = 0.10
+GROWTH = 0.05
+# visual tokens of an image, tokens and images of a row
+N = 32
+T = 2048
+I = 32
 ROWS = 400
-SMALL = 4                                           # side of the synthetic images of the packing trials: their pixels are not the matter
+# side of the synthetic images of the packing trials: their pixels are not the matter
+SMALL = 4
 
 
 def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
@@ -65,11 +72,14 @@ def pillow_draft(data: bytes) -> np.ndarray:
 
 
 def rate(work: Callable, items: list, threads: int = 1, seconds: float = 3.0) -> float:
-    """Items a second, the best of three rounds (on a busy machine the others tell of the others)."""
+    """Items a second, the best of three rounds (on a busy machine the others tell of the
+    others).
+    """
     with ThreadPoolExecutor(threads) as pool:
         rounds = []
         for _ in range(3):
-            done, start = 0, time.perf_counter()
+            done = 0
+            start = time.perf_counter()
             while time.perf_counter() - start < seconds / 3:
                 list(pool.map(work, items))
                 done += len(items)
@@ -78,8 +88,11 @@ def rate(work: Callable, items: list, threads: int = 1, seconds: float = 3.0) ->
 
 
 def decoding() -> dict[str, float]:
-    """Images a second a core, to 224: 500-px JPEGs (the common case of web sets) and 2000-px ones; and by two threads."""
-    small, large = [photo(seed) for seed in range(8)], [photo(seed, 2000, 1500) for seed in range(2)]
+    """Images a second a core, to 224: 500-px JPEGs (the common case of web sets) and 2000-px ones;
+    and by two threads.
+    """
+    small = [photo(seed) for seed in range(8)]
+    large = [photo(seed, 2000, 1500) for seed in range(2)]
     ours = partial(images.decode, size=224)
     return {"ours_500": rate(ours, small), "pillow_500": rate(plain_pillow, small), "pillow_draft_500": rate(pillow_draft, small),
             "ours_2000": rate(ours, large), "pillow_2000": rate(plain_pillow, large), "pillow_draft_2000": rate(pillow_draft, large),
@@ -90,7 +103,8 @@ class Synthetic:
     """A source of documents with the shape of one of the paper's sets, made from their numbers."""
 
     def __init__(self, name: str, documents: int = 1_000_000):
-        self.name, self.documents = name, documents
+        self.name = name
+        self.documents = documents
 
     def __len__(self) -> int:
         return self.documents
@@ -119,7 +133,9 @@ def paper() -> tuple[tuple, ...]:
 
 
 def packing(lookahead: int, fit: Callable) -> dict[str, float]:
-    """Documents a second through sequence and packing, and what is left empty, over ROWS rows of one stream."""
+    """Documents a second through sequence and packing, and what is left empty, over ROWS rows of
+    one stream.
+    """
     names, weights, sources, rules = zip(*paper())
     to_sequence = partial(make_sequence, tokenizer=letters(), n_visual=N, max_tokens=T, max_images=I, image_first=0.5, labels=("text", "</s>"))
     stream = Stream(Mixture(names, weights, sources, 1, 0, rules), 0, to_sequence, lookahead, fit=fit)
@@ -133,8 +149,10 @@ def packing(lookahead: int, fit: Callable) -> dict[str, float]:
 
 
 def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
-    """Images a second of a loader that reads `photos` 500-px JPEGs from ArrayRecord, again and again without keeping them, to 224, by who reads;
-    the first step, in which processes start, is not counted."""
+    """Images a second of a loader that reads `photos` 500-px JPEGs from ArrayRecord, again and
+    again without keeping them, to 224, by who reads; the first step, in which processes start, is
+    not counted.
+    """
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(f"{folder}/0.tar", "w") as tar:
@@ -150,7 +168,8 @@ def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
             data.update(dict(batch=8, tokens=512, images=8, num_streams=4, workers=workers, readers=readers,
                              mixture=(("web", 1.0, f"{folder}/set:train"),)))
             loader = Loader(data, 0, letters(), N, 224)
-            count, start = 0, 0.0
+            count = 0
+            start = 0.0
             for step, item in enumerate(loader):
                 start = start or time.perf_counter()
                 count += step and int((item.batch.image_slots < data.tokens).sum())
@@ -162,14 +181,17 @@ def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
 
 
 def memory(steps: int) -> dict[str, float]:
-    """Resident memory of a loader of small batches, after a tenth of the steps and at their end, and seconds a step."""
+    """Resident memory of a loader of small batches, after a tenth of the steps and at their end,
+    and seconds a step.
+    """
     data = get_config().data
     data.unlock()
     data.update(dict(batch=4, tokens=512, images=8, num_streams=4, workers=2,
                      mixture=(("web", 1.0, "laion"), ("pages", 0.2, "mmc4"), ("plain", 0.1, "text"))))
     sources.open = lambda path, image_size, fit: Synthetic(path)
     loader = Loader(data, 0, letters(), N, SMALL)
-    resident, start = [], time.perf_counter()
+    resident = []
+    start = time.perf_counter()
     for step, _ in enumerate(loader, 1):
         if step in (steps // 10, steps):
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
@@ -186,7 +208,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20_000)
     flags = parser.parse_args()
     results = {"decoding, images a second a core": decoding()}
-    sources.CACHE_BYTES = 0                             # what is read is decoded, every time
+    # what is read is decoded, every time
+    sources.CACHE_BYTES = 0
     results["loader, images a second"] = loading()
     evenly = partial(best_fit, row_tokens=T, row_images=I)
     for lookahead in (16, 32, 64):
@@ -199,7 +222,8 @@ def main() -> int:
             print(f"  {name:24}{value:14,.4f}" if value < 1 else f"  {name:24}{value:14,.1f}")
     if flags.json:
         Path(flags.json).write_text(json.dumps(results, indent=1) + "\n")
-    packed, held = results[f"packing, best fit, {get_config().data.pack_lookahead} waiting"], results["memory"]
+    packed = results[f"packing, best fit, {get_config().data.pack_lookahead} waiting"]
+    held = results["memory"]
     broken = [what for wrong, what in (
         (packed["padding"] > PADDING, f"padding {packed['padding']:.3f} of the tokens"),
         (packed["empty_slots"] > EMPTY_SLOTS, f"{packed['empty_slots']:.3f} of the image slots are empty"),

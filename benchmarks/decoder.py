@@ -1,10 +1,14 @@
-"""python benchmarks/decoder.py [--steps=5] [--sampling=50] [--json=FILE]: the visual decoder's training step and its sampling.
+"""python benchmarks/decoder.py [--steps=5] [--sampling=50] [--json=FILE]: the visual decoder's
+training step and its sampling.
 
-Stable Diffusion 1.5's U-Net at a quarter of its width (its heads as wide as there, so a quarter as many), on 64 x 64 places, as its latents of
-512 x 512 pixels have; of 3 channels here, for it works on pixels: no autoencoder in the way. Conditions of 32 visual tokens come with the batch.
-The training step is the whole one of the loop, of one image; sampling is PNDM with guidance, two inputs a step, of one picture. Compiling is
-timed apart. FLOP/s are counted by hand (models/flops.py), as a share of what this machine reaches in one large float32 matrix product, measured
-in the same run. Run it on an idle machine (some 10 minutes on two cores); results of one: benchmarks/results/decoder.md.
+Stable Diffusion 1.5's U-Net at a quarter of its width (its heads as wide as there, so a quarter as
+many), on 64 x 64 places, as its latents of 512 x 512 pixels have; of 3 channels here, for it works
+on pixels: no autoencoder in the way. Conditions of 32 visual tokens come with the batch. The
+training step is the whole one of the loop, of one image; sampling is PNDM with guidance, two inputs
+a step, of one picture. Compiling is timed apart. FLOP/s are counted by hand (models/flops.py), as a
+share of what this machine reaches in one large float32 matrix product, measured in the same run.
+Run it on an idle machine (some 10 minutes on two cores); results of one:
+benchmarks/results/decoder.md.
 """
 import argparse
 import json
@@ -26,12 +30,18 @@ from emu_jax.generate import pixels, samplers
 from emu_jax.models import emu, flops
 from emu_jax.types import DecoderBatch
 
-SIDE, TOKENS, WIDTH = 64, 32, 1280      # of the places; of the condition: a quarter of the 14B's width
-SAMPLER, GUIDANCE = "pndm", 7.5
+# of the places; of the condition: a quarter of the 14B's width
+SIDE = 64
+TOKENS = 32
+WIDTH = 1280
+SAMPLER = "pndm"
+GUIDANCE = 7.5
 
 
 def quarter() -> config.ConfigDict:
-    """configs/decoder.py at a quarter of the width; the Emu beside it is small, for its conditions come with the batch."""
+    """configs/decoder.py at a quarter of the width; the Emu beside it is small, for its conditions
+    come with the batch.
+    """
     c = config.load(["--config=configs/decoder.py:debug", "--config.model.compute=float32", f"--config.model.resampler.tokens={TOKENS}",
                      f"--config.model.llama.width={WIDTH}", "--config.model.llama.heads=8", "--config.model.llama.depth=1", "--config.data.batch=1",
                      f"--config.model.decoder.image={SIDE}", "--config.model.decoder.condition=generated"])
@@ -43,7 +53,8 @@ def quarter() -> config.ConfigDict:
 
 
 def batch(c) -> DecoderBatch:
-    rng, T = np.random.default_rng(0), c.data.tokens
+    rng = np.random.default_rng(0)
+    T = c.data.tokens
     return DecoderBatch(
         tokens=np.zeros((1, T), np.int32), segments=np.ones((1, T), np.int32), positions=np.arange(T, dtype=np.int32)[None],
         text_weights=np.zeros((1, T), np.float32), images=rng.integers(0, 256, (1, 1, SIDE, SIDE, 3), np.uint8),
@@ -69,7 +80,9 @@ def measure(steps: int, sampling: int) -> dict[str, float]:
     params = jax.jit(partial(emu.init, stage.module, size))(jax.random.key(0))
     program = train.make_program(c, stage, size, jax.eval_shape(lambda: params))
     state = loop.init_state(program, *tree.split(params, train.what_trains(c, params)))
-    peak, once, rows = matmul_peak(), flops.unet(size.unet, SIDE, TOKENS), batch(c)
+    peak = matmul_peak()
+    once = flops.unet(size.unet, SIDE, TOKENS)
+    rows = batch(c)
 
     train_compile, step = compiled(jax.jit(partial(loop.train_step, program), donate_argnums=0), state, rows)
     seconds = []
@@ -79,7 +92,8 @@ def measure(steps: int, sampling: int) -> dict[str, float]:
     train_s = statistics.median(seconds[1:])
 
     canvas = {"unet": state.trainable["unet"]}
-    condition, seeds = jnp.asarray(rows.conditions[0]), jnp.zeros(1, jnp.int32)
+    condition = jnp.asarray(rows.conditions[0])
+    seeds = jnp.zeros(1, jnp.int32)
     draw_compile, draw = compiled(jax.jit(partial(pixels.draw, size, sampler=SAMPLER, steps=sampling, guidance=GUIDANCE)), canvas, condition, seeds)
     draw_s, _ = timed(lambda: draw(canvas, condition, seeds))
     evaluations = 2 * len(samplers.evaluated(sampling))

@@ -1,8 +1,10 @@
-"""Captions a second, as a benchmark asks for them (beam 5, 8 to 20 tokens): in batches, and one by one.
+"""Captions a second, as a benchmark asks for them (beam 5, 8 to 20 tokens): in batches, and one by
+one.
 
     python benchmarks/evaluate.py [--images=32] [--batch=32] [--size=emu-60m] [--json=FILE]
 
-Random weights: what is said is nonsense, and takes as long. Pictures are decoded from files, as in an evaluation.
+Random weights: what is said is nonsense, and takes as long. Pictures are decoded from files, as in
+an evaluation.
 """
 import argparse
 import json
@@ -29,7 +31,8 @@ from emu_jax.models import emu
 
 def pictures(folder: Path, count: int) -> benchmark.Plan:
     """A benchmark of `count` photographs' size, of noise."""
-    rng, examples = np.random.default_rng(0), [Example(str(k), f"{k}.jpg", answers=("a dog",)) for k in range(count)]
+    rng = np.random.default_rng(0)
+    examples = [Example(str(k), f"{k}.jpg", answers=("a dog",)) for k in range(count)]
     for example in examples:
         Image.fromarray(rng.integers(0, 256, (480, 640, 3), np.uint8)).save(folder / example.picture)
     return benchmark.Plan(examples, {example.picture: folder / example.picture for example in examples}, [], [])
@@ -41,7 +44,8 @@ def captions(session: Session, planned: benchmark.Plan, batch: int) -> tuple[flo
     settings = benchmark.Settings("coco-caption", "", 0, "", "test")
     asker = benchmark.Asker(session, settings, planned)
     batches = [planned.examples[start:start + batch] for start in range(0, len(planned.examples), batch)]
-    for some in (batches[0], batches[-1]):          # which may be smaller
+    # which may be smaller
+    for some in (batches[0], batches[-1]):
         asker.predict(some)
     asker.frames.cache_clear()
     began = time.perf_counter()

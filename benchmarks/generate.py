@@ -1,10 +1,12 @@
-"""python benchmarks/generate.py [--rounds=3] [--json=FILE]: generation with a cache, beside the release's way without one.
+"""python benchmarks/generate.py [--rounds=3] [--json=FILE]: generation with a cache, beside the
+release's way without one.
 
-The release runs the whole prefix again for each of an image's visual tokens; `whole` below does so with the same arithmetic, padded to one
-shape so that it is compiled once (3 % more than it would need to). Both draw an image after the same 512-token prompt at the 60M size, by
-turns in one run, and must agree. Then text: time to the first token of a 512-token prompt, and tokens a second, for 1 and 8 prompts at
-once. Compiling is timed apart.
-Exits 1 if the image loop is not 10 times as fast. Run it on an idle machine; results of one: benchmarks/results/generate.md.
+The release runs the whole prefix again for each of an image's visual tokens; `whole` below does so
+with the same arithmetic, padded to one shape so that it is compiled once (3 % more than it would
+need to). Both draw an image after the same 512-token prompt at the 60M size, by turns in one run,
+and must agree. Then text: time to the first token of a 512-token prompt, and tokens a second, for 1
+and 8 prompts at once. Compiling is timed apart. Exits 1 if the image loop is not 10 times as fast.
+Run it on an idle machine; results of one: benchmarks/results/generate.md.
 """
 import argparse
 import json
@@ -28,12 +30,17 @@ from emu_jax.generate.prompt import Prompt
 from emu_jax.generate.session import Session
 from emu_jax.models import emu
 
-PREFIX, N, NEW = 512, 32, 64        # tokens of the prompt, visual tokens of an image (as the release has), new tokens of an answer
+# tokens of the prompt, visual tokens of an image (as the release has), new tokens of an answer
+PREFIX = 512
+N = 32
+NEW = 64
 WANTED = 10
 
 
 def whole(size, params, x, _):
-    """x [B, PREFIX, D] -> the N visual tokens [B, N, D], each from a run over all that is before it."""
+    """x [B, PREFIX, D] -> the N visual tokens [B, N, D], each from a run over all that is before
+    it.
+    """
     model = emu.bind(emu.Emu, size, params)
     positions = jnp.tile(jnp.arange(PREFIX + N), (len(x), 1))
 
@@ -56,9 +63,12 @@ def prompts(session: Session, count: int, rng: np.random.Generator) -> list[Prom
 
 
 def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[str, float]:
-    """One image after PREFIX tokens, [IMG] among them: seconds of both ways (medians), taking turns."""
+    """One image after PREFIX tokens, [IMG] among them: seconds of both ways (medians), taking
+    turns.
+    """
     prompt, = prompts(session, 1, rng)
-    opened = Prompt(prompt.tokens[:-1])                     # the session appends [IMG]
+    # the session appends [IMG]
+    opened = Prompt(prompt.tokens[:-1])
     x, _ = session._embedded([Prompt([*opened.tokens, session.tokenizer.img])])
     slow = partial(jax.jit(whole, static_argnums=0), session.size, session.params, x, None)
     ways = {"cached": lambda: session.images([opened]), "whole": slow}
@@ -73,8 +83,11 @@ def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[
 
 
 def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) -> dict[str, float]:
-    """Seconds to the first token, and tokens a second after it, of `rows` prompts of PREFIX tokens."""
-    some, options = prompts(session, rows, rng), Options(max_new_tokens=NEW, min_new_tokens=NEW)
+    """Seconds to the first token, and tokens a second after it, of `rows` prompts of PREFIX
+    tokens.
+    """
+    some = prompts(session, rows, rng)
+    options = Options(max_new_tokens=NEW, min_new_tokens=NEW)
     rules = session._rules(some, None, options, session._allowed(), None, rows)
     keys = jax.random.split(jax.random.key(0), rows)
 
@@ -96,7 +109,8 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="the numbers, as JSON")
     flags = parser.parse_args()
     c = config.load(["--config=configs/base.py:emu-60m", f"--config.model.resampler.tokens={N}"])
-    size, rng = emu.EmuSize.of(c.model.to_dict()), np.random.default_rng(0)
+    size = emu.EmuSize.of(c.model.to_dict())
+    rng = np.random.default_rng(0)
     params = jax.jit(partial(emu.init, emu.Emu, size))(jax.random.key(0))
     session = Session(size, params, Tokenizer(size.llama.vocab, list, str), context=2048)
     results = {"image": image_loop(session, flags.rounds, rng)} | {f"text_{rows}": writing(session, rows, flags.rounds, rng) for rows in (1, 8)}

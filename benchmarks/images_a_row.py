@@ -1,9 +1,11 @@
-"""How many images a row of 2048 tokens needs a place for (data.images): the paper's mixture, simulated and packed.
+"""How many images a row of 2048 tokens needs a place for (data.images): the paper's mixture,
+simulated and packed.
 
     python benchmarks/images_a_row.py [--rows=2000]
 
-Documents are drawn by the mixture's weights with lengths like their sets' (LENGTHS, which says whence) and packed by the loader's own best fit,
-once without a limit on images and then with several: what a limit costs is padding. Results: benchmarks/results/fit.md.
+Documents are drawn by the mixture's weights with lengths like their sets' (LENGTHS, which says
+whence) and packed by the loader's own best fit, once without a limit on images and then with
+several: what a limit costs is padding. Results: benchmarks/results/fit.md.
 """
 import argparse
 import sys
@@ -17,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from emu_jax import config
 from emu_jax.data.packing import best_fit
 
-# Images of a document, and the mean and deviation of its text's tokens (log-normal). Captions of LAION-2B: about 77 characters; of LAION-COCO
-# and WebVid: one sentence. MMC4: subsequences of 1024 tokens with at most 5 images, and 5 images with a sentence each in 512 tokens. Storyboards:
-# 8 frames and the words spoken between them, two and a half a second for 2 seconds a frame, 1.4 tokens a word (ours: a guess).
+# Images of a document, and the mean and deviation of its text's tokens (log-normal). Captions of
+# LAION-2B: about 77 characters; of LAION-COCO and WebVid: one sentence. MMC4: subsequences of 1024
+# tokens with at most 5 images, and 5 images with a sentence each in 512 tokens. Storyboards: 8
+# frames and the words spoken between them, two and a half a second for 2 seconds a frame, 1.4
+# tokens a word (ours: a guess).
 LENGTHS = {"laion-2b": ((1, 1), 20, 14), "laion-coco": ((1, 1), 14, 4), "mmc4": ((1, 5), 500, 250), "mmc4-pairs": ((5, 5), 125, 50),
            "webvid": ((8, 8), 20, 10), "yt-storyboard": ((8, 8), 56, 30)}
 LIMITS = (8, 16, 24, 32, 40, 48)
@@ -36,10 +40,15 @@ def document(name: str, rng: np.random.Generator, n_visual: int) -> SimpleNamesp
 
 
 def pack(c, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(tokens, images) of `rows` rows with at most `limit` images, and the number of documents in them."""
+    """(tokens, images) of `rows` rows with at most `limit` images, and the number of documents in
+    them.
+    """
     rng = np.random.default_rng(0)
     names, weights = zip(*(source[:2] for source in c.data.mixture))
-    waiting, tokens, images, documents = [], np.zeros(rows, int), np.zeros(rows, int), 0
+    waiting = []
+    tokens = np.zeros(rows, int)
+    images = np.zeros(rows, int)
+    documents = 0
     for row in range(rows):
         while True:
             while len(waiting) < c.data.pack_lookahead:
@@ -48,7 +57,9 @@ def pack(c, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
             if place is None:
                 break
             found = waiting.pop(place)
-            tokens[row], images[row], documents = tokens[row] + len(found.tokens), images[row] + len(found.image_slots), documents + 1
+            tokens[row] = tokens[row] + len(found.tokens)
+            images[row] = images[row] + len(found.image_slots)
+            documents = documents + 1
     return tokens, images, documents
 
 

@@ -1,8 +1,10 @@
-"""python benchmarks/import.py [--size=emu-1b] [--json=FILE]: a LLaMA of that size imported from sharded safetensors: time and peak memory.
+"""python benchmarks/import.py [--size=emu-1b] [--json=FILE]: a LLaMA of that size imported from
+sharded safetensors: time and peak memory.
 
-Random bfloat16 shards go to a temporary folder (2.3 GB for emu-1b, and as much for the checkpoint). The import runs in a process of its
-own, whose peak resident memory is held to the bound of a stream to disk, where nothing stays on the host: 3 x the largest tensor + 1 GiB.
-Then the checkpoint is exported again, under the same bound, and compared with the source, tensor by tensor.
+Random bfloat16 shards go to a temporary folder (2.3 GB for emu-1b, and as much for the checkpoint).
+The import runs in a process of its own, whose peak resident memory is held to the bound of a stream
+to disk, where nothing stays on the host: 3 x the largest tensor + 1 GiB. Then the checkpoint is
+exported again, under the same bound, and compared with the source, tensor by tensor.
 """
 import argparse
 import json
@@ -27,12 +29,18 @@ SHARD = 500_000_000
 
 
 def make(folder: Path, c) -> tuple[int, int]:
-    """Random shards, index and config.json of the config's LLaMA: (bytes in all, of the largest tensor)."""
+    """Random shards, index and config.json of the config's LLaMA: (bytes in all, of the largest
+    tensor).
+    """
     folder.mkdir()
     model = c.model.to_dict()
-    size, dtype = emu.EmuSize.of(model), np.dtype(ml_dtypes.bfloat16)
-    m, rng = size.llama, np.random.default_rng(0)
-    D, d, L = m.width, m.width // m.heads, m.depth
+    size = emu.EmuSize.of(model)
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    m = size.llama
+    rng = np.random.default_rng(0)
+    D = m.width
+    d = m.width // m.heads
+    L = m.depth
     ours = {"llama/embed/base": (m.vocab, D), "llama/lm_head/base": (m.vocab, D), "llama/norm/scale": (D,), "llama/blocks/norm1/scale": (L, D),
             "llama/blocks/norm2/scale": (L, D), "llama/blocks/attn/q/w": (L, D, m.heads, d), "llama/blocks/attn/o/w": (L, m.heads, d, D),
             **{f"llama/blocks/attn/{name}/w": (L, D, m.kv, d) for name in "kv"},
@@ -46,9 +54,12 @@ def make(folder: Path, c) -> tuple[int, int]:
 
 
 def run(*arguments: str) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of `python -m emu_jax.weights`. The peak is the kernel's own, asked for until the process ends:
-    what wait4 tells may be the peak of this process, which it was split from."""
-    began, peak = time.perf_counter(), 0
+    """(seconds, peak resident bytes) of `python -m emu_jax.weights`. The peak is the kernel's own,
+    asked for until the process ends: what wait4 tells may be the peak of this process, which it was
+    split from.
+    """
+    began = time.perf_counter()
+    peak = 0
     process = subprocess.Popen([sys.executable, "-m", "emu_jax.weights", *arguments], stdout=subprocess.DEVNULL, cwd=ROOT)
     while process.poll() is None:
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()):
@@ -71,7 +82,8 @@ def main() -> int:
         total, largest = make(source, c)
         found = {"import": run("import", "--family=llama", str(source), named, f"--to={ours}"),
                  "export": run("export", "--family=llama", f"--from={ours}", f"--to={theirs}")}
-        one, two = files.read([str(source)]).tensors, files.read([str(theirs)]).tensors
+        one = files.read([str(source)]).tensors
+        two = files.read([str(theirs)]).tensors
         differ = [name for name in one if np.asarray(one[name]).tobytes() != np.asarray(two[name]).tobytes()] + sorted(one.keys() ^ two.keys())
     bound = 3 * largest + 2**30
     print(f"{flags.size}'s LLaMA: {total / 2**30:.2f} GiB in {-(-total // SHARD)} shards, the largest tensor {largest / 2**20:.0f} MiB\n")

@@ -1,9 +1,11 @@
-"""The fused objective against the plain one: memory, time, and what the devices of a mesh say to each other in the loop.
+"""The fused objective against the plain one: memory, time, and what the devices of a mesh say to
+each other in the loop.
 
     python benchmarks/loss.py [--json=FILE]
 
-Value and gradient at T 2048 and V 32006, float32, on this machine's CPU; then the fused one is compiled for meshes of 8 fake
-devices and its HLO is read. Exits 1 if a bound is violated. Results of one machine: benchmarks/results/loss.md.
+Value and gradient at T 2048 and V 32006, float32, on this machine's CPU; then the fused one is
+compiled for meshes of 8 fake devices and its HLO is read. Exits 1 if a bound is violated. Results
+of one machine: benchmarks/results/loss.md.
 """
 import argparse
 import json
@@ -24,10 +26,20 @@ from jax.sharding import PartitionSpec as P
 
 from emu_jax import hlo, losses, sharding
 
-T, V, ADDED, K, CHUNK = 2048, 32000, 6, 256, 256      # K: 8 images of 32 visual tokens
-ROUNDS = {512: 9, 2048: 5}                            # D -> pairs of timings
-MESHES = ((1, 4, 2), (2, 2, 2), (1, 2, 4), (1, 8, 1))  # data, fsdp, tensor
-SHARE, SLOWER, DIFFERENCE = 1 / 8, 1.1, 1e-4          # the bounds
+# K: 8 images of 32 visual tokens
+T = 2048
+V = 32000
+ADDED = 6
+K = 256
+CHUNK = 256
+# D -> pairs of timings
+ROUNDS = {512: 9, 2048: 5}
+# data, fsdp, tensor
+MESHES = ((1, 4, 2), (2, 2, 2), (1, 2, 4), (1, 8, 1))
+# the bounds
+SHARE = 1 / 8
+SLOWER = 1.1
+DIFFERENCE = 1e-4
 
 
 def shapes(B, D):
@@ -44,7 +56,9 @@ def fused(learnt, given):
 
 
 def plain(learnt, given):
-    """With one table of V + n rows, as one would write it without added rows; all logits in float32."""
+    """With one table of V + n rows, as one would write it without added rows; all logits in
+    float32.
+    """
     hidden, table, regress = learnt
     labels, label_weights, predictors, targets, target_weights, text_scale, image_scale = given
     logits = jnp.einsum("BTD,VD->BTV", hidden, table)
@@ -77,7 +91,9 @@ def seconds(function, arguments):
 
 
 def race(D):
-    """One row of the table: temporaries (MiB) beyond a float32 gradient of V x D, and seconds, of both."""
+    """One row of the table: temporaries (MiB) beyond a float32 gradient of V x D, and seconds, of
+    both.
+    """
     learnt, given = fill(shapes(1, D), D)
     arguments = {"plain": (one_table(learnt), given), "fused": (learnt, given)}
     compiled = {name: jax.jit(jax.value_and_grad(function)).lower(*arguments[name]).compile()
@@ -85,7 +101,8 @@ def race(D):
     buffer = (V + ADDED) * D * 4
     temporaries = {name: (c.memory_analysis().temp_size_in_bytes - buffer) / 2**20 for name, c in compiled.items()}
 
-    results = {name: c(*arguments[name]) for name, c in compiled.items()}     # which also warms them up
+    # which also warms them up
+    results = {name: c(*arguments[name]) for name, c in compiled.items()}
     value, gradient = results["fused"]
     pairs = zip(jax.tree.leaves((value, one_table(gradient))), jax.tree.leaves(results["plain"]), strict=True)
     difference = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
@@ -93,7 +110,8 @@ def race(D):
 
     times = {"plain": [], "fused": []}
     for turn in range(ROUNDS[D]):
-        for name in sorted(times, reverse=turn % 2 == 0):                     # taking turns to be first
+        # taking turns to be first
+        for name in sorted(times, reverse=turn % 2 == 0):
             times[name].append(seconds(compiled[name], arguments[name]))
     ratios = np.array(times["fused"]) / np.array(times["plain"])
     return {"D": D, "plain_mib": temporaries["plain"], "fused_mib": temporaries["fused"],
@@ -103,7 +121,9 @@ def race(D):
 
 
 def on_mesh(sizes, D=512):
-    """One row of the table: how many collectives the compiled loop holds, and how many of them are not over tensor alone."""
+    """One row of the table: how many collectives the compiled loop holds, and how many of them are
+    not over tensor alone.
+    """
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     learnt, given = shapes(8, D)
     row = P(sharding.ROWS)

@@ -1,9 +1,12 @@
-"""python benchmarks/train_step.py [--steps=30] [--json=FILE]: the whole train step, at the demo's size and at 60M parameters.
+"""python benchmarks/train_step.py [--steps=30] [--json=FILE]: the whole train step, at the demo's
+size and at 60M parameters.
 
-For each: step time, elements (text and visual tokens) a second, input wait, and model FLOP/s (counted by hand, models/flops.py) as a share of
-what this machine reaches in one large float32 matrix product, measured in the same run. Asserts that nothing is compiled after step 1, and
-that the demo waits for its input under 2 % of the time. Needs the demo's data: python -m emu_jax.data build --kind=openmoji --to=data/demo
-Run it on an idle machine; results of one: benchmarks/results/train_step.md.
+For each: step time, elements (text and visual tokens) a second, input wait, and model FLOP/s
+(counted by hand, models/flops.py) as a share of what this machine reaches in one large float32
+matrix product, measured in the same run. Asserts that nothing is compiled after step 1, and that
+the demo waits for its input under 2 % of the time. Needs the demo's data: python -m emu_jax.data
+build --kind=openmoji --to=data/demo Run it on an idle machine; results of one:
+benchmarks/results/train_step.md.
 """
 import argparse
 import json
@@ -24,7 +27,8 @@ from emu_jax.data.loader import Loader
 from emu_jax.models import emu
 
 MIXTURE = "--config.data.mixture=(('names',0.5,'data/demo/names:train'),('scenes',0.5,'data/demo/scenes:train'))"
-RUNS = {      # name -> arguments of the config; everything trains, as in pretraining
+# name -> arguments of the config; everything trains, as in pretraining
+RUNS = {
     "demo": ["--config=configs/demo.py", "--config.rules.train=(('.*',True),)"],
     "emu-60m": ["--config=configs/base.py:emu-60m", MIXTURE, "--config.data.tokenizer=data/demo/tokenizer.json", "--config.model.llama.vocab=2048",
                 "--config.data.batch=4", "--config.data.tokens=256", "--config.data.images=12", "--config.data.num_streams=4"],
@@ -48,13 +52,16 @@ def matmul_peak(size: int = 2048) -> float:
 def measure(arguments: list[str], steps: int) -> dict[str, float]:
     """Medians over `steps` steps of the train step as the loop runs it, on one device."""
     c = config.load(arguments)
-    stage, size = stages.STAGES[c.stage], emu.EmuSize.of(c.model.to_dict())
+    stage = stages.STAGES[c.stage]
+    size = emu.EmuSize.of(c.model.to_dict())
     params = jax.jit(partial(emu.init, stage.module, size))(jax.random.key(0))
     program = train.make_program(c, stage, size, jax.eval_shape(lambda: params))
     state = loop.init_state(program, *tree.split(params, train.what_trains(c, params)))
     step = jax.jit(partial(loop.train_step, program), donate_argnums=0)
     loader = Loader(c.data, 0, tokenizer.load(c.data.tokenizer, size.llama.vocab), size.resampler.tokens, size.vision.image)
-    counts, rows, batches = loop.Counts(program, c, state), [], iter(loader)
+    counts = loop.Counts(program, c, state)
+    rows = []
+    batches = iter(loader)
     for number in range(steps + 3):
         began = time.perf_counter()
         item = next(batches)

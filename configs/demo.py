@@ -1,9 +1,11 @@
-"""The demo: a small Emu learns to tell, to imagine and to draw, on two CPU cores, in minutes: `make demo`.
+"""The demo: a small Emu learns to tell, to imagine and to draw, on two CPU cores, in minutes: `make
+demo`.
 
 python -m emu_jax.train --config=configs/demo.py:warmup     an encoder of our own: contrastive
 python -m emu_jax.train --config=configs/demo.py            Emu's objective, from that encoder
-python -m emu_jax.train --config=configs/demo.py:decoder    a U-Net on pixels, from that Emu's visual tokens
-python -m emu_jax.train --config=configs/demo.py:instruct   LoRA: that Emu answers questions on scenes; `make demo-chat`
+python -m emu_jax.train --config=configs/demo.py:decoder    a U-Net on pixels, from that Emu's
+visual tokens python -m emu_jax.train --config=configs/demo.py:instruct   LoRA: that Emu answers
+questions on scenes; `make demo-chat`
 """
 from configs.base import get_config as base
 from configs.decoder import decoder as sd15
@@ -29,11 +31,18 @@ def get_config(stage: str = "emu"):
 def warmup(c):
     c.stage = "contrastive"
     c.data.mixture = (("names", 0.5, "data/demo/names:train"), ("scenes", 0.5, "data/demo/scenes:train"))
-    c.data.batch, c.data.tokens, c.data.images = 16, 128, 8     # some 128 images a step: each has that many rivals
-    c.optim.steps = 900                 # five minutes. After 400 a probe of the tokens tells 54 to 65 % of held-out scenes, after 900 71 %
+    # some 128 images a step: each has that many rivals
+    c.data.batch = 16
+    c.data.tokens = 128
+    c.data.images = 8
+    # five minutes. After 400 a probe of the tokens tells 54 to 65 % of held-out scenes, after 900
+    # 71 %
+    c.optim.steps = 900
     c.optim.b2 = 0.98
-    c.objective.shift = 3               # pixels: 1,881 drawings are few, and are learnt by heart unmoved
-    c.rules.peak_lr = ((".*", 2e-3),)   # a small model from scratch: 20 to 50 times the paper's for its large, trained towers
+    # pixels: 1,881 drawings are few, and are learnt by heart unmoved
+    c.objective.shift = 3
+    # a small model from scratch: 20 to 50 times the paper's for its large, trained towers
+    c.rules.peak_lr = ((".*", 2e-3),)
     c.rules.groups = (("vision/.*", "vision"), ("contrast/.*", "contrast"), (".*", "resampler"))
 
 
@@ -43,13 +52,22 @@ def emu(c):
                       ("stories", 0.1, "data/demo/stories:train"))
     c.data.eval_mixture = (("names", 1.0, "data/demo/names:held_out"), ("scenes", 1.0, "data/demo/scenes:held_out"),
                            ("stories", 1.0, "data/demo/stories:held_out"))
-    c.data.batch, c.data.tokens, c.data.images = 8, 128, 10     # rows are full at ten images of 6 elements with their names
-    c.optim.steps = 1900                # eight minutes: each name is met some thirty-four times, half of them before its drawing. A name found its
-                                        # own drawing among the nearest five in 61 % (1,700 steps), 71 % (1,800), 69 % (1,900), 78 % (2,000)
+    # rows are full at ten images of 6 elements with their names
+    c.data.batch = 8
+    c.data.tokens = 128
+    c.data.images = 10
+    # eight minutes: each name is met some thirty-four times, half of them before its drawing. A
+    # name found its own drawing among the nearest five in 61 % (1,700 steps), 71 % (1,800), 69 %
+    # (1,900), 78 % (2,000)
+    c.optim.steps = 1900
     c.eval.every = 500
-    c.objective.chunk = 128             # the whole row: logits of 1,024 tokens are small here
-    c.objective.image_weight = 4.0      # at 1, drawings are told as well, but a name finds its own among the nearest five in 31 %, not 79 %
-    # The encoder is frozen. End to end (5e-4) the tokens' variance held, at 0.36 to 0.48, but a step took 1.7 times as long for no better captions.
+    # the whole row: logits of 1,024 tokens are small here
+    c.objective.chunk = 128
+    # at 1, drawings are told as well, but a name finds its own among the nearest five in 31 %, not
+    # 79 %
+    c.objective.image_weight = 4.0
+    # The encoder is frozen. End to end (5e-4) the tokens' variance held, at 0.36 to 0.48, but a
+    # step took 1.7 times as long for no better captions.
     c.rules.train = (("(vision|ln_visual|resampler)/.*", False), (".*", True))
     c.rules.peak_lr = ((".*", 3e-3),)
 
@@ -63,8 +81,11 @@ def instruct(c):
     c.rules.decay = ((".*", 0.0),)
     c.data.mixture = (("questions", 1.0, "data/demo/questions:train"),)
     c.data.eval_mixture = (("questions", 1.0, "data/demo/questions:held_out"),)
-    c.data.system = "none"              # the release's would be two thirds of a conversation
-    c.data.batch, c.data.tokens, c.data.images = 8, 192, 4
+    # the release's would be two thirds of a conversation
+    c.data.system = "none"
+    c.data.batch = 8
+    c.data.tokens = 192
+    c.data.images = 4
     c.objective.chunk = 192
     c.optim.steps = 600
     c.eval.every = 200
@@ -75,17 +96,22 @@ def decoder(c):
     c.stage = "decoder"
     c.init = "runs/demo/emu"
     c.model.decoder = sd15(c.model.llama.width)
-    c.model.decoder.update(dict(image=32, condition="generated"))       # as the paper; make demo makes them first
+    # as the paper; make demo makes them first
+    c.model.decoder.update(dict(image=32, condition="generated"))
     c.data.conditions = "runs/demo/conditions"
-    c.objective.encoded_share = 0.5     # so that it draws what the encoder sees as well as what the model imagines
-    c.model.decoder.vae = {}            # on pixels
-    # Added to the time's embedding, side by side, the tokens are told apart from the first step on; attention over them begins as their mean.
-    # A map of that for each of the 8 x 8 places costs an eighth of the arithmetic and halves the steps: without, all is said to all places alike.
-    # One level: a second, of 4 x 4 places, was a fifth of the arithmetic and drew no better.
+    # so that it draws what the encoder sees as well as what the model imagines
+    c.objective.encoded_share = 0.5
+    # on pixels
+    c.model.decoder.vae = {}
+    # Added to the time's embedding, side by side, the tokens are told apart from the first step on;
+    # attention over them begins as their mean. A map of that for each of the 8 x 8 places costs an
+    # eighth of the arithmetic and halves the steps: without, all is said to all places alike. One
+    # level: a second, of 4 x 4 places, was a fifth of the arithmetic and drew no better.
     c.model.decoder.unet.update(dict(
         channels_in=3, channels_out=3, patch=4, widths=(64,), resnets=(1,), attends_down=(False,), attends_up=(False,), depths=(1,), heads=(4,),
         pooled=c.model.resampler.tokens, side=8, time=1536, groups=8, remat="none"))
-    # Of x0, for what is not learnt yet is then blurred. Of the velocity it is noise: after 300 steps nothing else was to be seen.
+    # Of x0, for what is not learnt yet is then blurred. Of the velocity it is noise: after 300
+    # steps nothing else was to be seen.
     c.model.decoder.diffusion.update(dict(target="x0", zero_snr=True))
     c.rules.train = (("unet/.*", True), (".*", False))
     c.rules.peak_lr = ((".*", 3e-3),)
@@ -94,11 +120,15 @@ def decoder(c):
     c.optim.clip = 1.0
     c.data.mixture = (("names", 0.8, "data/demo/names:train"), ("scenes", 0.2, "data/demo/scenes:train"))
     c.data.eval_mixture = (("names", 1.0, "data/demo/names:held_out"), ("scenes", 1.0, "data/demo/scenes:held_out"))
-    c.data.batch, c.data.tokens, c.data.images = 64, 32, 1
+    c.data.batch = 64
+    c.data.tokens = 32
+    c.data.images = 1
     c.data.image_first = 0.0
-    c.optim.steps = 950                 # eight minutes: each drawing is met some twenty-six times
+    # eight minutes: each drawing is met some twenty-six times
+    c.optim.steps = 950
     c.eval.every = 950
     c.log.pictures_every = 0
-    # Few steps: what it has learnt in minutes is where the parts are, and each further step adds specks (mean error of a pixel, of 255: 18.4 with
-    # 2 steps and guidance 1.5, 18.8 with 4, 19.6 with 8 and guidance 2).
+    # Few steps: what it has learnt in minutes is where the parts are, and each further step adds
+    # specks (mean error of a pixel, of 255: 18.4 with 2 steps and guidance 1.5, 18.8 with 4, 19.6
+    # with 8 and guidance 2).
     c.drawing.update(dict(sampler="ddim", steps=3, guidance=1.5, negative="zeros"))

@@ -1,1 +1,3 @@
-"""emu_jax: the open training codebase of unified multimodal generation (Emu, arXiv 2307.05222) in JAX and Flax."""
+"""emu_jax: the open training codebase of unified multimodal generation (Emu, arXiv 2307.05222) in
+JAX and Flax.
+"""

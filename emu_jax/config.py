@@ -1,6 +1,8 @@
-"""Configs are values: a file, loaded by path, that returns a locked ConfigDict; overrides on the command line.
+"""Configs are values: a file, loaded by path, that returns a locked ConfigDict; overrides on the
+command line.
 
-Every key is known: a wrong one is an error that names the nearest right one. Read next: configs/base.py.
+Every key is known: a wrong one is an error that names the nearest right one. Read next:
+configs/base.py.
 """
 import ast
 import difflib
@@ -13,13 +15,17 @@ from ml_collections import ConfigDict
 
 
 class UserError(Exception):
-    """Something the user can put right. Its message is one line: what is wrong, where, and what would be right."""
+    """Something the user can put right. Its message is one line: what is wrong, where, and what
+    would be right.
+    """
 
 
 def load(arguments: list[str]) -> ConfigDict:
-    """The locked config of `--config=FILE[:ARGUMENT]` and its overrides `--config.a.b=value` (or `--config.a.b value`).
+    """The locked config of `--config=FILE[:ARGUMENT]` and its overrides `--config.a.b=value` (or
+    `--config.a.b value`).
 
-    Raises UserError for a missing file, an unknown key (naming the nearest right one) and a value of another type.
+    Raises UserError for a missing file, an unknown key (naming the nearest right one) and a value
+    of another type.
     """
     pairs = list(_pairs(arguments))
     files = [value for key, value in pairs if key == "config"]
@@ -37,7 +43,8 @@ def load(arguments: list[str]) -> ConfigDict:
 def override(config: ConfigDict, key: str, text: str) -> None:
     """Sets config's field `a.b.c` from the text of a command line, in place."""
     node, *rest = key.split(".")
-    parent, path = config, []
+    parent = config
+    path = []
     for name in (node, *rest):
         if not isinstance(parent, ConfigDict) or name not in parent:
             known = sorted(_fields(config))
@@ -85,14 +92,16 @@ def _from_file(text: str) -> ConfigDict:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"no config file {name!r}; there are configs/pretrain.py, configs/demo.py, ...")
-    root = str(path.resolve().parent.parent)     # so that a config may say `from configs.base import ...`
+    # so that a config may say `from configs.base import ...`
+    root = str(path.resolve().parent.parent)
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, root)
     try:
         spec.loader.exec_module(module)
         return module.get_config(*([argument] if argument else [])).lock()
-    except Exception as error:      # a config is a program: anything may be wrong with it
+    # a config is a program: anything may be wrong with it
+    except Exception as error:
         raise UserError(f"config {text!r}: {error}".splitlines()[0]) from error
     finally:
         sys.path.remove(root)

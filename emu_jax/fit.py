@@ -1,7 +1,9 @@
-"""python -m emu_jax.fit --config=FILE --topology=NAME [--search] [--json=FILE] [--config.FIELD=VALUE ...]: does it fit, before you rent it?
+"""python -m emu_jax.fit --config=FILE --topology=NAME [--search] [--json=FILE]
+[--config.FIELD=VALUE ...]: does it fit, before you rent it?
 
-Compiles the real train step for devices that need not be here and says what each will hold, send and compute, and how fast that can be
-at best. NAME is v5e:16x16, 2xv5e:8x16 (two slices), h100:8x8 (nodes x GPUs), ...; no data is opened. Read next: hardware.py, hlo.py.
+Compiles the real train step for devices that need not be here and says what each will hold, send
+and compute, and how fast that can be at best. NAME is v5e:16x16, 2xv5e:8x16 (two slices), h100:8x8
+(nodes x GPUs), ...; no data is opened. Read next: hardware.py, hlo.py.
 """
 import argparse
 import copy
@@ -30,30 +32,40 @@ from emu_jax.hardware import GIB
 from emu_jax.models import emu, flops
 from emu_jax.types import Batch, DecoderBatch
 
-# The TPU compiler's effort for a fast program, from -1 to 1. A run's is 0 and takes two to four times as long. Of four programs the peaks were up to
-# 12 % apart (benchmarks/results/fit.md): where peak and memory are as close as this share, the step is compiled as for a run.
+# The TPU compiler's effort for a fast program, from -1 to 1. A run's is 0 and takes two to four
+# times as long. Of four programs the peaks were up to 12 % apart (benchmarks/results/fit.md): where
+# peak and memory are as close as this share, the step is compiled as for a run.
 QUICK = -1.0
 CLOSE = 0.15
-COMPILATIONS = 8        # of a search
-POLICIES = ("full", "dots", "none")     # of remat, as they rise in need of memory
-TRIES = 4               # changes that are tried on a config that does not fit
-TOWERS = ("vision", "resampler", "llama", "decoder.vae", "decoder.unet")      # groups of config.model that have a remat
+# of a search
+COMPILATIONS = 8
+# of remat, as they rise in need of memory
+POLICIES = ("full", "dots", "none")
+# changes that are tried on a config that does not fit
+TRIES = 4
+# groups of config.model that have a remat
+TOWERS = ("vision", "resampler", "llama", "decoder.vae", "decoder.unet")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a run but its numbers: the program, and its arguments as shapes with their shardings."""
+    """All of a run but its numbers: the program, and its arguments as shapes with their
+    shardings.
+    """
     c: ConfigDict
     program: loop.Program
     mesh: jax.sharding.Mesh
-    abstract: tree.Tree         # the parameters
+    # the parameters
+    abstract: tree.Tree
     state: loop.State
     batch: Batch
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `gradients` are part of `temporaries`; `peak` is what the compiler says all of it takes."""
+    """Bytes on one device. `gradients` are part of `temporaries`; `peak` is what the compiler says
+    all of it takes.
+    """
     parameters: int
     optimizer: int
     batch: int
@@ -65,11 +77,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that a step takes at least, by each of what it needs; were all of it to run at once, it takes the longest of them."""
+    """Seconds that a step takes at least, by each of what it needs; were all of it to run at once,
+    it takes the longest of them.
+    """
     compute: float
     memory: float
-    links: float        # inside a slice or a node
-    network: float      # between slices or nodes
+    # inside a slice or a node
+    links: float
+    # between slices or nodes
+    network: float
 
     @property
     def bound(self) -> str:
@@ -141,7 +157,9 @@ def plan(c: ConfigDict, devices: list[jax.Device]) -> Plan:
 
 def batch_shapes(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh) -> Batch:
     """The global batch of a config, as shapes."""
-    at, stage, size = sharding.batch_sharding(mesh), program.stage, program.size
+    at = sharding.batch_sharding(mesh)
+    stage = program.stage
+    size = program.size
     one = empty_batch(1, c.data.tokens, c.data.images, stage.image(size), pad=0)
     shapes = {}
     if "decoder" in c.model and c.model.decoder.condition == "generated":
@@ -155,14 +173,18 @@ def batch_shapes(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh) 
 
 
 def compiled(p: Plan, effort: float = 0.0) -> jax.stages.Compiled:
-    """The train step, as the loop would run it; with another effort of the compiler's than a run's, if asked."""
+    """The train step, as the loop would run it; with another effort of the compiler's than a run's,
+    if asked.
+    """
     with jax.set_mesh(p.mesh):
         lowered = loop.jitted(p.program, p.state).lower(p.state, p.batch)
         return lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
 
 
 def quick_attempt(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
-    """`attempt`; for TPUs with little of the compiler's effort, where that is enough to say what fits."""
+    """`attempt`; for TPUs with little of the compiler's effort, where that is enough to say what
+    fits.
+    """
     if p.mesh.devices.flat[0].platform != "tpu":
         return attempt(p, row)
     tried = attempt(p, row, QUICK)
@@ -170,16 +192,20 @@ def quick_attempt(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
     if "peak" in tried and not (limit and abs(tried["peak"] / limit - 1) < CLOSE):
         return tried
     print(f"too close to say{_of(tried | {'limit': limit})}; it is compiled again with a run's effort", flush=True)
-    tried.pop("compiled", None)         # gigabytes, on the host
+    # gigabytes, on the host
+    tried.pop("compiled", None)
     return attempt(p, row)
 
 
 def attempt(p: Plan, row: hardware.Device | None, effort: float = 0.0) -> dict[str, Any]:
-    """Compiles, and says {"fits", "effort", "peak", "compiled"}; the last only where the compiler could."""
+    """Compiles, and says {"fits", "effort", "peak", "compiled"}; the last only where the compiler
+    could.
+    """
     refused = {"fits": False, "effort": effort}
     try:
         done = compiled(p, effort)
-    except jax.errors.JaxRuntimeError as error:      # the TPU's compiler refuses what does not fit
+    # the TPU's compiler refuses what does not fit
+    except jax.errors.JaxRuntimeError as error:
         if not (used := re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", str(error))):
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise UserError(f"the compiler failed: {' '.join(str(error).split())[:500]}") from error
@@ -231,9 +257,15 @@ def memory(p: Plan, done: jax.stages.Compiled) -> Memory:
 
 
 def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
-    """(model FLOPs, FLOPs of what is computed again for the backward pass) of a step by tower, every row one document full of tokens and images."""
-    data, size, stage = p.c.data, p.program.size, p.program.stage
-    rows, images, N = data.batch, data.batch * data.images, stage.emu(size).resampler.tokens
+    """(model FLOPs, FLOPs of what is computed again for the backward pass) of a step by tower,
+    every row one document full of tokens and images.
+    """
+    data = p.c.data
+    size = p.program.size
+    stage = p.program.stage
+    rows = data.batch
+    images = data.batch * data.images
+    N = stage.emu(size).resampler.tokens
     counts = dict(images=images, tokens=rows * data.tokens, pairs=rows * data.tokens * (data.tokens + 1) / 2,
                   labels=rows * max(data.tokens - data.images * (N + 2), 0), regressed=images * (N + p.c.objective.regress_end))
     trained = flops.trained(path for path, _ in tree.leaves(p.state.trainable))
@@ -255,8 +287,10 @@ def remats(c: ConfigDict) -> dict[str, str]:
 
 
 def roofline(p: Plan, row: hardware.Device, held: Memory, collectives: list[hlo.Collective], work: float) -> Roofline:
-    """Each time a lower bound: all FLOPs at the peak rate; the state read and, but for what is frozen, written once, and the gathered weights of
-    a layer written and read in each pass; the bytes that must come over the network between slices or nodes, and the others over the links."""
+    """Each time a lower bound: all FLOPs at the peak rate; the state read and, but for what is
+    frozen, written once, and the gathered weights of a layer written and read in each pass; the
+    bytes that must come over the network between slices or nodes, and the others over the links.
+    """
     place = [_neighbourhood(device) for device in p.mesh.devices.flat]
     received = sum(c.times * c.received for c in collectives)
     crossing = sum(c.times * c.crossing(place) for c in collectives)
@@ -267,12 +301,16 @@ def roofline(p: Plan, row: hardware.Device, held: Memory, collectives: list[hlo.
 
 
 def _neighbourhood(device: jax.Device) -> int:
-    """Devices of one number reach each other without the network: those of a TPU slice, of a GPU node."""
+    """Devices of one number reach each other without the network: those of a TPU slice, of a GPU
+    node.
+    """
     return getattr(device, "slice_index", 0) or 0 if device.platform == "tpu" else device.process_index
 
 
 def by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str, float]]:
-    """{kind: how many there are, how often they run a step, the bytes that reach a device a step, and the share that is asynchronous}."""
+    """{kind: how many there are, how often they run a step, the bytes that reach a device a step,
+    and the share that is asynchronous}.
+    """
     found = {}
     for kind in sorted({c.kind for c in collectives}):
         some = [c for c in collectives if c.kind == kind]
@@ -283,8 +321,9 @@ def by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str, float]]:
 
 
 def padded_gathers(p: Plan, collectives: list[hlo.Collective]) -> list[dict[str, Any]]:
-    """All-reduces over the shards of parameters that are as large as a block's matrix: weights gathered as zeros and a sum, or gradients summed
-    whole. There should be none."""
+    """All-reduces over the shards of parameters that are as large as a block's matrix: weights
+    gathered as zeros and a sum, or gradients summed whole. There should be none.
+    """
     least = min(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if re.fullmatch(r"\w+/blocks/.*/w", path))
     shard = lambda device: np.unravel_index(device, p.mesh.devices.shape)[sharding.AXES.index("fsdp")]
     return [{"name": c.name, "bytes": c.bytes, "runs": c.times, "source": c.source} for c in collectives
@@ -319,13 +358,19 @@ def table(found: dict[str, Any], row: hardware.Device | None) -> str:
 
 def changes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
     """Changes that save memory, cheapest first, each with all before it; {field: value}."""
-    local, parts, images = c.data.batch // rows_of(mesh), c.optim.accumulate, c.data.images
-    steps = [{field: "full" for field, policy in remats(c).items() if policy != "full"}]                    # a forward pass more
+    local = c.data.batch // rows_of(mesh)
+    parts = c.optim.accumulate
+    images = c.data.images
+    # a forward pass more
+    steps = [{field: "full" for field, policy in remats(c).items() if policy != "full"}]
     finer = [n for n in range(parts + 1, local + 1) if local % n == 0]
-    steps += [{"optim.accumulate": n} for n in dict.fromkeys((*finer[:1], *finer[-1:]))]                    # smaller products
+    # smaller products
+    steps += [{"optim.accumulate": n} for n in dict.fromkeys((*finer[:1], *finer[-1:]))]
     steps += [{"objective.chunk": c.objective.chunk // 2}] if c.objective.chunk >= 256 else []
-    steps += [{"data.images": images // 2}] if images > 1 else []                                           # another mixture in a row
-    steps += [{"data.batch": c.data.batch // 2, "optim.accumulate": local // 2}] if local % 2 == 0 else []  # another recipe
+    # another mixture in a row
+    steps += [{"data.images": images // 2}] if images > 1 else []
+    # another recipe
+    steps += [{"data.batch": c.data.batch // 2, "optim.accumulate": local // 2}] if local % 2 == 0 else []
     change: dict[str, Any] = {}
     for step in list(filter(None, steps))[:TRIES]:
         change = change | step
@@ -345,7 +390,9 @@ def changed(c: ConfigDict, change: dict[str, Any]) -> ConfigDict:
 
 
 def search(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]) -> dict[str, Any]:
-    """The largest batch a device of each remat policy that fits, heaviest first, within COMPILATIONS; printed as they come."""
+    """The largest batch a device of each remat policy that fits, heaviest first, within
+    COMPILATIONS; printed as they come.
+    """
     if row is None:
         raise UserError("a search needs a topology whose devices have a memory to fill, like v5e:16x16")
     shares = rows_of(sharding.make_mesh(c.mesh.to_dict(), devices))
@@ -363,13 +410,17 @@ def search(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]
 
 
 def largest(measure: Callable[[str, int], int | None], limit: int, budget: int, policies: tuple[str, ...] = POLICIES) -> dict[str, int]:
-    """{policy: the most rows a device that fit}, 0 for none; `measure(policy, rows)` gives the peak in bytes, or None where it does not fit,
-    and is asked at most `budget` times. Policies rise in need of memory: after one that fits nothing, none is tried."""
+    """{policy: the most rows a device that fit}, 0 for none; `measure(policy, rows)` gives the peak
+    in bytes, or None where it does not fit, and is asked at most `budget` times. Policies rise in
+    need of memory: after one that fits nothing, none is tried.
+    """
     best: dict[str, int] = {}
     for later, policy in zip(reversed(range(len(policies))), policies):
         peaks: dict[int, int] = {}
-        refused, rows = None, 1
-        while rows and budget > later:          # each later policy is tried at least once
+        refused = None
+        rows = 1
+        # each later policy is tried at least once
+        while rows and budget > later:
             budget -= 1
             peak = measure(policy, rows)
             if peak is None:
@@ -384,7 +435,9 @@ def largest(measure: Callable[[str, int], int | None], limit: int, budget: int, 
 
 
 def _next(peaks: dict[int, int], refused: int | None, limit: int) -> int | None:
-    """The rows to try next, None where the answer is known: memory grows linearly, so two peaks foretell the rest."""
+    """The rows to try next, None where the answer is known: memory grows linearly, so two peaks
+    foretell the rest.
+    """
     most = max(peaks, default=0)
     if not peaks or refused == most + 1:
         return None
@@ -405,7 +458,8 @@ def rows_of(mesh: jax.sharding.Mesh) -> int:
 
 
 def _of(found: dict[str, Any]) -> str:
-    peak, limit = found.get("peak"), found.get("limit")
+    peak = found.get("peak")
+    limit = found.get("limit")
     return (f": {peak / GIB:.2f} GiB" + (f" of {limit / GIB:.2f} GiB" if limit else "")) if peak else ""
 
 
@@ -414,16 +468,22 @@ def _flags(change: dict[str, Any]) -> str:
 
 
 def _without_devices() -> None:
-    """This machine's accelerators, if it has any, stay free; and libtpu asks no metadata server who it is."""
+    """This machine's accelerators, if it has any, stay free; and libtpu asks no metadata server who
+    it is.
+    """
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
                       XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {hardware.NO_GPU}")
     jax.config.update("jax_platforms", "cpu")
 
 
 def _in_few_heaps() -> None:
-    """glibc, where it is: the compilers' threads share two heaps, which keep what is freed. Their own ones hold a sixth more memory than they use."""
+    """glibc, where it is: the compilers' threads share two heaps, which keep what is freed. Their
+    own ones hold a sixth more memory than they use.
+    """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        arena_max, trim_threshold, mmap_threshold = -8, -1, -3
+        arena_max = -8
+        trim_threshold = -1
+        mmap_threshold = -3
         for option, value in ((arena_max, 2), (trim_threshold, GIB), (mmap_threshold, GIB // 32)):
             mallopt(option, value)
 

@@ -1,7 +1,8 @@
-"""The accelerators by name: their published figures, how to ask for them when they are not there, and their compiler's options.
+"""The accelerators by name: their published figures, how to ask for them when they are not there,
+and their compiler's options.
 
-A device is what JAX calls one: a chip, but on TPU7x half a chip (a TensorCore). Figures are the makers' own; `source` says
-whose page. Read next: fit.py, which compiles for them.
+A device is what JAX calls one: a chip, but on TPU7x half a chip (a TensorCore). Figures are the
+makers' own; `source` says whose page. Read next: fit.py, which compiles for them.
 """
 import re
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from emu_jax.config import UserError
 
 GIB = 2 ** 30
 
-# Options of the compilers under which the collectives of a layer's weights run behind the arithmetic. libtpu has these on by default;
-# they stand here so that a change of its defaults is none of ours. Source: AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py.
+# Options of the compilers under which the collectives of a layer's weights run behind the
+# arithmetic. libtpu has these on by default; they stand here so that a change of its defaults is
+# none of ours. Source: AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py.
 _TPU_OVERLAP = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
@@ -24,21 +26,29 @@ _TPU_OVERLAP = {
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
 # Source: docs.nvidia.com/jax-toolbox, environment variables.
-_GPU_OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": True}       # not "true", which XLA refuses there
+# not "true", which XLA refuses there
+_GPU_OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
-# XLA_FLAGS for a GPU that is not there, on which nothing can be timed: products are cuBLAS's, in place of the fastest that is found.
+# XLA_FLAGS for a GPU that is not there, on which nothing can be timed: products are cuBLAS's, in
+# place of the fastest that is found.
 NO_GPU = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. Rates are bytes a second into a device; `link` is all its links to its slice or node together, `network` its
-    share of what joins slices or nodes. `ask` are arguments of `get_topology_desc`."""
+    """One accelerator. Rates are bytes a second into a device; `link` is all its links to its slice
+    or node together, `network` its share of what joins slices or nodes. `ask` are arguments of
+    `get_topology_desc`.
+    """
     platform: str
-    kind: str | tuple[str, ...] # how jax's `device_kind` begins
-    flops: float                # dense bfloat16 FLOP/s
-    memory: int                 # bytes
-    bandwidth: float            # of the memory
+    # how jax's `device_kind` begins
+    kind: str | tuple[str, ...]
+    # dense bfloat16 FLOP/s
+    flops: float
+    # bytes
+    memory: int
+    # of the memory
+    bandwidth: float
     link: float
     network: float
     source: str
@@ -46,7 +56,8 @@ class Device:
     options: dict[str, str | bool] = field(default_factory=dict)
 
 
-# A TPU's page gives its links in both directions: half of that is what it can receive. The first row whose kind matches counts.
+# A TPU's page gives its links in both directions: half of that is what it can receive. The first
+# row whose kind matches counts.
 DEVICES = {
     "v4": Device("tpu", "TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, 6.25e9, "cloud.google.com/tpu/docs/v4; links: arXiv 2304.01433",
                  {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "wrap": (True, True, True)}, _TPU_OVERLAP),
@@ -86,14 +97,18 @@ def options(device: jax.Device) -> dict[str, str | bool] | None:
 
 
 def absent(topology: str) -> tuple[Device | None, list[jax.Device]]:
-    """The row and the devices of a topology that need not be there: "v5e:16x16", "2xv5e:8x16" (two slices), "h100:8x8" (nodes x GPUs), and
-    "cpu:8" (no row: this machine's fake devices). Raises UserError, in one line, for what is no topology and for a missing plugin."""
+    """The row and the devices of a topology that need not be there: "v5e:16x16", "2xv5e:8x16" (two
+    slices), "h100:8x8" (nodes x GPUs), and "cpu:8" (no row: this machine's fake devices). Raises
+    UserError, in one line, for what is no topology and for a missing plugin.
+    """
     match = _NAME.fullmatch(topology)
     tpu = match and match[2] in DEVICES and DEVICES[match[2]].platform == "tpu"
     if not match or match[2] not in (*DEVICES, "cpu") or (not tpu and (match[1] or match[3].count("x") > 1)):
         raise UserError(f"topology {topology!r} is not one: KIND:SHAPE, or SLICESxKIND:SHAPE, like v5e:16x16, v5p:4x4x4, 2xv5e:8x16, h100:8x8; "
                         f"kinds are {', '.join(DEVICES)} and cpu")
-    slices, kind, shape = int(match[1] or 1), match[2], match[3]
+    slices = int(match[1] or 1)
+    kind = match[2]
+    shape = match[3]
     if kind == "cpu":
         return None, _cpus(shape)
     row = DEVICES[kind]
@@ -104,7 +119,8 @@ def absent(topology: str) -> tuple[Device | None, list[jax.Device]]:
         else:
             more = {"num_slices": slices} if slices > 1 else {}
             devices = topologies.get_topology_desc(topology_name=f"{kind}:{shape}", platform="tpu", **row.ask, **more).devices
-    except Exception as error:      # a plugin that is missing or refuses; each has exceptions of its own
+    # a plugin that is missing or refuses; each has exceptions of its own
+    except Exception as error:
         needs = "requirements-tpu.txt" if row.platform == "tpu" else "requirements-cuda12.txt"
         missing = isinstance(error, (ImportError, NotImplementedError)) or "not installed" in str(error)
         why = f"the compiler is not installed: pip install -r {needs}" if missing else " ".join(str(error).split())
@@ -120,8 +136,11 @@ def _cpus(shape: str) -> list[jax.Device]:
 
 
 def _gpu_config(kind: str) -> str:
-    """XLA's description of a GPU that is not there: figures of NVIDIA's CUDA C++ programming guide (compute capabilities 8.0 and 9.0)."""
-    row, hopper = DEVICES[kind], not kind.startswith("a100")
+    """XLA's description of a GPU that is not there: figures of NVIDIA's CUDA C++ programming guide
+    (compute capabilities 8.0 and 9.0).
+    """
+    row = DEVICES[kind]
+    hopper = not kind.startswith("a100")
     name = row.kind if isinstance(row.kind, str) else row.kind[0]
     return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
         shared_memory_per_core: {233472 if hopper else 167936} shared_memory_per_block_optin: {232448 if hopper else 166912}

@@ -1,7 +1,8 @@
-"""What a compiled program says to the other devices, read from its HLO text: every collective, its bytes, how often it runs.
+"""What a compiled program says to the other devices, read from its HLO text: every collective, its
+bytes, how often it runs.
 
-XLA's own cost analysis counts a loop's body once; here a collective inside loops counts as often as they turn.
-Read next: fit.py.
+XLA's own cost analysis counts a loop's body once; here a collective inside loops counts as often as
+they turn. Read next: fit.py.
 """
 import re
 from collections.abc import Sequence
@@ -12,24 +13,31 @@ from math import prod
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-BETWEEN = "between-slices"      # of TPU slices: what a device receives from the runtime that sums for them (Megascale), over their hosts' network
-WIDTHS = {"pred": 8, "bf16": 16}        # bits; of the other types the name ends with them: f32, s8, u64, f8e4m3fn
+# of TPU slices: what a device receives from the runtime that sums for them (Megascale), over their
+# hosts' network
+BETWEEN = "between-slices"
+# bits; of the other types the name ends with them: f32, s8, u64, f8e4m3fn
+WIDTHS = {"pred": 8, "bf16": 16}
 _COLLECTIVE = re.compile(rf"%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _BETWEEN = re.compile(r"%?([\w.\-]+) = (.*?) recv\(.*_xla_megascale_target")
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a program. `bytes` is the whole array on one device once: of the result of a gather, of the operand of
-    a reduction. `groups` lists the devices that it joins; `times` counts its runs a step."""
+    """One collective of a program. `bytes` is the whole array on one device once: of the result of
+    a gather, of the operand of a reduction. `groups` lists the devices that it joins; `times`
+    counts its runs a step.
+    """
     kind: str
     name: str
     bytes: int
     groups: tuple[tuple[int, ...], ...]
     times: int
     in_loop: bool
-    asynchronous: bool      # computing goes on meanwhile
-    source: str             # the operation in the program's source, "jit(train_step)/..."
+    # computing goes on meanwhile
+    asynchronous: bool
+    # the operation in the program's source, "jit(train_step)/..."
+    source: str
 
     @property
     def received(self) -> float:
@@ -37,14 +45,17 @@ class Collective:
         return self._share(len(self.groups[0]) if self.groups else 1) * self.bytes
 
     def crossing(self, place: Sequence[int]) -> float:
-        """Those of `received` that come from devices of another place (a slice, a node), where each place first reduces, or in the end spreads,
-        among its own; `place` is each device's. Of a permutation, the mean over its pairs."""
+        """Those of `received` that come from devices of another place (a slice, a node), where each
+        place first reduces, or in the end spreads, among its own; `place` is each device's. Of a
+        permutation, the mean over its pairs.
+        """
         if self.kind == BETWEEN:
             return self.bytes
         places = [len({place[device] for device in group}) for group in self.groups]
         if self.kind == "collective-permute":
             return self.bytes * sum(count > 1 for count in places) / len(places)
-        alike = 1 if self.kind == "all-to-all" else len(self.groups[0]) // places[0]        # devices of a place share the bytes out
+        # devices of a place share the bytes out
+        alike = 1 if self.kind == "all-to-all" else len(self.groups[0]) // places[0]
         return self._share(places[0]) * self.bytes / alike
 
     def _share(self, n: int) -> float:
@@ -61,7 +72,8 @@ class Module:
     @cached_property
     def computations(self) -> dict[str, list[str]]:
         """{name: its lines}."""
-        found, name = {}, None
+        found = {}
+        name = None
         for line in self.text.splitlines():
             if line and not line[0].isspace() and line.endswith("{"):
                 name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
@@ -79,7 +91,9 @@ class Module:
 
     @cached_property
     def calls(self) -> dict[str, list[tuple[str, int, bool]]]:
-        """{computation: (caller, how often one run of the caller runs it, as the body of a loop?)}."""
+        """{computation: (caller, how often one run of the caller runs it, as the body of a
+        loop?)}.
+        """
         found: dict[str, list[tuple[str, int, bool]]] = {name: [] for name in self.computations}
         for caller, lines in self.computations.items():
             for line in lines:
@@ -114,11 +128,15 @@ class Module:
         return inside
 
     def _trips(self, line: str) -> int:
-        """How often a `while` turns: what the compiler noted, else the number that its condition compares with (loops count up from 0)."""
+        """How often a `while` turns: what the compiler noted, else the number that its condition
+        compares with (loops count up from 0).
+        """
         noted = re.search(r'known_trip_count[^\d}]*(\d+)', line)
         if noted:
             return int(noted[1])
-        waiting, seen, numbers = re.findall(r"condition=%?([\w.\-]+)", line), set(), []
+        waiting = re.findall(r"condition=%?([\w.\-]+)", line)
+        seen = set()
+        numbers = []
         while waiting:
             name = waiting.pop()
             if name in seen or name not in self.computations:
@@ -130,7 +148,9 @@ class Module:
         return max(numbers, default=1)
 
     def collectives(self) -> list[Collective]:
-        """Every collective, each once: one that the TPU's compiler spread over several fusions (a chain), too."""
+        """Every collective, each once: one that the TPU's compiler spread over several fusions (a
+        chain), too.
+        """
         found: dict[str, Collective] = {}
         for name, lines in self.computations.items():
             for line in lines:
@@ -147,16 +167,21 @@ class Module:
         return list(found.values())
 
     def _collective(self, match: re.Match, line: str, computation: str, chained: bool) -> Collective:
-        kind, started = match[3], bool(match[4])
+        kind = match[3]
+        started = bool(match[4])
         joined = tuple(map(tuple, groups(line))) or (tuple(range(self.devices)),)
-        n, size = len(joined[0]), _bytes(match[2])
-        if kind == "collective-permute" and started:            # (operand, result, two counters)
+        n = len(joined[0])
+        size = _bytes(match[2])
+        # (operand, result, two counters)
+        if kind == "collective-permute" and started:
             size //= 2
-        elif kind in ("all-gather", "reduce-scatter") and started:      # (operands, results), one n times the other
+        # (operands, results), one n times the other
+        elif kind in ("all-gather", "reduce-scatter") and started:
             size = size * n // (n + 1)
         elif kind == "reduce-scatter":
             size *= n
-        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):     # the TPU's fusion of it with the slice that follows
+        # the TPU's fusion of it with the slice that follows
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         source = re.search(r'op_name="([^"]*)"', line)
         behind = started or chained or "async_collective_name" in line or "async" in computation
@@ -164,10 +189,11 @@ class Module:
 
 
 def groups(line: str) -> list[list[int]]:
-    """The devices that a collective joins, a list of sorted lists; [] for all of them, and where the notation is not one of these:
-    replica_groups={{0,1},{2,3}}, =[2,2]<=[4] (or <=[2,2]T(1,0)), and =mesh['data'=2,'tensor'=2] {'tensor'}, where
-    device_ids=([2,2]T(1,0)) before the brace says which device is where;
-    for a permutation, source_target_pairs={{0,1},{1,0}}, the pairs."""
+    """The devices that a collective joins, a list of sorted lists; [] for all of them, and where
+    the notation is not one of these: replica_groups={{0,1},{2,3}}, =[2,2]<=[4] (or <=[2,2]T(1,0)),
+    and =mesh['data'=2,'tensor'=2] {'tensor'}, where device_ids=([2,2]T(1,0)) before the brace says
+    which device is where; for a permutation, source_target_pairs={{0,1},{1,0}}, the pairs.
+    """
     named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
@@ -191,7 +217,9 @@ def _listed(line: str) -> list[str]:
 
 
 def _bytes(shape: str) -> int:
-    """Bytes of "f32[2,3]{1,0}" or of a tuple of such; counters and tokens, which go nowhere, are nothing."""
+    """Bytes of "f32[2,3]{1,0}" or of a tuple of such; counters and tokens, which go nowhere, are
+    nothing.
+    """
     total = 0
     for name, dims in re.findall(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]", shape):
         if name != "u32" or dims:

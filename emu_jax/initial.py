@@ -1,7 +1,9 @@
-"""The weights that a run starts from: those of other runs, or of imports (config.init), fitted to this run's model.
+"""The weights that a run starts from: those of other runs, or of imports (config.init), fitted to
+this run's model.
 
-What the model has beyond those checkpoints stays fresh. Rows of new tokens are the mean of the old ones, as the release makes them;
-matrices that the model stores in few bits are rounded, and how far off that puts them is said. Read next: train.py.
+What the model has beyond those checkpoints stays fresh. Rows of new tokens are the mean of the old
+ones, as the release makes them; matrices that the model stores in few bits are rounded, and how far
+off that puts them is said. Read next: train.py.
 """
 import logging
 import re
@@ -21,16 +23,19 @@ ADDED = "llama/(embed|lm_head)/added"
 
 
 def initial(init: str, params: tree.Tree) -> tuple[tree.Tree, set[str]]:
-    """Fresh parameters with what the checkpoints of config.init hold in their place, and the paths of that; of two that hold a leaf the later
-    counts."""
+    """Fresh parameters with what the checkpoints of config.init hold in their place, and the paths
+    of that; of two that hold a leaf the later counts.
+    """
     loaded = {path: leaf for directory in filter(None, init.split(",")) for path, leaf in tree.leaves(load_weights(directory, params))}
     return tree.unflatten(dict(tree.leaves(params)) | loaded), set(loaded)
 
 
 def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
-    """The leaves of the checkpoint in `directory` that `params` (arrays, or shapes with shardings) has too, laid out like those; says which
-    towers came, which stay fresh and which are not used. A decoder's maps of its condition stay fresh where that has another width. Raises
-    UserError where another shape differs or nothing is shared."""
+    """The leaves of the checkpoint in `directory` that `params` (arrays, or shapes with shardings)
+    has too, laid out like those; says which towers came, which stay fresh and which are not used. A
+    decoder's maps of its condition stay fresh where that has another width. Raises UserError where
+    another shape differs or nothing is shared.
+    """
     there = checkpoint.param_shapes(directory)
     here = dict(tree.leaves(params))
     wider = [path for path, leaf in here.items() if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape]
@@ -54,7 +59,8 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
         log.info("init %s: %d new rows of %s are the mean of its %d old ones", directory, here[path].shape[0] - there[path][0], path.split("/")[1],
                  len(base) + there[path][0])
     loaded |= _rounded(directory, rounded, here, there)
-    fresh, idle = here.keys() - loaded.keys(), there.keys() - {sharding.role(path) for path in loaded} - loaded.keys()
+    fresh = here.keys() - loaded.keys()
+    idle = there.keys() - {sharding.role(path) for path in loaded} - loaded.keys()
     log.info("init %s: loaded %s; fresh: %s; not used: %s", directory, towers(loaded), towers(fresh), towers(idle))
     return tree.unflatten(loaded)
 
@@ -71,7 +77,9 @@ def _with_mean_rows(added: jax.Array, base: jax.Array, count: int) -> jax.Array:
 
 
 def _rounded(directory: str, paths: list[str], here: dict, there: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-    """The codes at `paths` and their scales, of a checkpoint that holds the matrices; one matrix at a time."""
+    """The codes at `paths` and their scales, of a checkpoint that holds the matrices; one matrix at
+    a time.
+    """
     found: dict[str, jax.Array] = {}
     errors = {}
     for path in paths:
@@ -92,7 +100,9 @@ def _rounded(directory: str, paths: list[str], here: dict, there: dict[str, tupl
 
 
 def _quantised(w: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
-    """lora.quantised, a layer at a time: in one piece its steps would be held for the whole stack."""
+    """lora.quantised, a layer at a time: in one piece its steps would be held for the whole
+    stack.
+    """
     return jax.lax.map(lambda layer: lora.quantised(layer, storage), w)
 
 

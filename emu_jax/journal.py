@@ -1,5 +1,5 @@
-"""What a run tells: metrics.jsonl (one object a line), TensorBoard, pictures/STEP.png, and how long it still takes: a bar on a terminal,
-else a line of the log a minute. On process 0 only.
+"""What a run tells: metrics.jsonl (one object a line), TensorBoard, pictures/STEP.png, and how long
+it still takes: a bar on a terminal, else a line of the log a minute. On process 0 only.
 
 Read next: loop.py, which calls it a step late, so that it never waits for the device.
 """
@@ -26,14 +26,19 @@ from emu_jax.config import UserError
 
 log = logging.getLogger(__name__)
 
-EVERY = 60.0    # seconds between lines of the log that say how far the run is, and after which TensorBoard sees what is new
+# seconds between lines of the log that say how far the run is, and after which TensorBoard sees
+# what is new
+EVERY = 60.0
 
 
 def means(metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]], sources: tuple[str, ...]) -> dict[str, float]:
-    """sum / weight of each metric (types.Metrics, on the host); `x_by_source` becomes x/SOURCE for the sources that were there."""
+    """sum / weight of each metric (types.Metrics, on the host); `x_by_source` becomes x/SOURCE for
+    the sources that were there.
+    """
     out: dict[str, float] = {}
     for name, (total, weight) in metrics.items():
-        total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
+        total = np.asarray(total, np.float64)
+        weight = np.asarray(weight, np.float64)
         if name.endswith("_by_source"):
             out |= {f"{name.removesuffix('_by_source')}/{source}": float(t / w) for source, t, w in zip(sources, total, weight, strict=True) if w}
         elif weight:
@@ -42,9 +47,11 @@ def means(metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "
 
 
 class Journal:
-    """Lines of a run in `workdir`; those after step `start`, of a run that was cut off there, are taken out.
+    """Lines of a run in `workdir`; those after step `start`, of a run that was cut off there, are
+    taken out.
 
-    All of it raises UserError where the disk does not take it."""
+    All of it raises UserError where the disk does not take it.
+    """
 
     def __init__(self, workdir: Path, *, start: int, steps: int):
         self.active = jax.process_index() == 0
@@ -61,11 +68,14 @@ class Journal:
             self.board = Board(workdir / "tensorboard", start)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
         self.steps = steps
-        self.first: tuple[int, float] | None = None     # the first step told, which was compiled for, and when
+        # the first step told, which was compiled for, and when
+        self.first: tuple[int, float] | None = None
         self.told = 0.0
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line, for `step` batches consumed. Numbers that are not finite are null in the line (JSON has none)."""
+        """One line, for `step` batches consumed. Numbers that are not finite are null in the line
+        (JSON has none).
+        """
         if not self.active:
             return
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -79,7 +89,8 @@ class Journal:
 
     def _tell(self, step: int, loss: float, now: float) -> None:
         if self.first is None:
-            self.first, self.told = (step, now), now
+            self.first = (step, now)
+            self.told = now
         elif now - self.told >= EVERY:
             first, began = self.first
             left = (now - began) / (step - first) * (self.steps - step)
@@ -87,7 +98,9 @@ class Journal:
             self.told = now
 
     def pictures(self, step: int, images: np.ndarray, captions: list[str]) -> None:
-        """Images [M, h, w, 3], if there are any, and what was said of them, to TensorBoard; the images also to disk, one below the other."""
+        """Images [M, h, w, 3], if there are any, and what was said of them, to TensorBoard; the
+        images also to disk, one below the other.
+        """
         if self.active and len(images):
             try:
                 self.path.with_name("pictures").mkdir(exist_ok=True)
@@ -99,7 +112,9 @@ class Journal:
                 self.board.add(step, summary.text("captions", "\n\n".join(f"{number}. {text}" for number, text in enumerate(captions))))
 
     def sync(self) -> None:
-        """All of it is on the disk, or in the bucket that is mounted as one: for a checkpoint, after which nobody tells it again."""
+        """All of it is on the disk, or in the bucket that is mounted as one: for a checkpoint,
+        after which nobody tells it again.
+        """
         if self.active:
             with self._writing():
                 os.fsync(self.file.fileno())
@@ -109,7 +124,8 @@ class Journal:
         if self.active:
             self.bar.close()
             for file in (self.board, self.file):
-                with suppress(OSError):         # what does not fit on the disk has been said
+                # what does not fit on the disk has been said
+                with suppress(OSError):
                     file.close()
 
     @contextmanager
@@ -122,13 +138,16 @@ class Journal:
 
 
 class Board:
-    """TensorBoard's file. Written by whom it is told: the thread of tensorboardX's own SummaryWriter ends with the first error of the disk, and
-    all who tell it more wait for ever."""
+    """TensorBoard's file. Written by whom it is told: the thread of tensorboardX's own
+    SummaryWriter ends with the first error of the disk, and all who tell it more wait for ever.
+    """
 
     def __init__(self, folder: Path, start: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self.events, self.flushed = EventsWriter(str(folder / "events")), 0.0
-        if start:                               # hides what was told of later steps
+        self.events = EventsWriter(str(folder / "events"))
+        self.flushed = 0.0
+        # hides what was told of later steps
+        if start:
             self.events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, what: summary.Summary) -> None:
@@ -144,6 +163,7 @@ class Board:
 def _step(line: str) -> int | float:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):       # half a line, of a run that was killed while writing
+    # half a line, of a run that was killed while writing
+    except (ValueError, KeyError, TypeError):
         log.warning("metrics.jsonl: left out a line that is not whole")
         return math.inf

@@ -1,6 +1,8 @@
-"""One training loop for every stage: `train_step`, and the loop that feeds it. No stage's name occurs here.
+"""One training loop for every stage: `train_step`, and the loop that feeds it. No stage's name
+occurs here.
 
-The loop never waits for the device: the numbers of step n - 1 are fetched after step n is dispatched. Read next: train.py.
+The loop never waits for the device: the numbers of step n - 1 are fetched after step n is
+dispatched. Read next: train.py.
 """
 import json
 import logging
@@ -33,25 +35,34 @@ log = logging.getLogger(__name__)
 
 @flax.struct.dataclass
 class State:
-    step: Int[Array, ""]            # batches consumed
+    # batches consumed
+    step: Int[Array, ""]
     trainable: tree.Tree
     frozen: tree.Tree
     opt_state: Any
-    ema: tree.Tree | None           # average of the trainable leaves
-    bad: Int[Array, ""]             # steps left out, non-finite or spiking
-    typical_norm: Float[Array, ""]  # running mean of the gradient's norm, for the spikes
+    # average of the trainable leaves
+    ema: tree.Tree | None
+    # steps left out, non-finite or spiking
+    bad: Int[Array, ""]
+    # running mean of the gradient's norm, for the spikes
+    typical_norm: Float[Array, ""]
 
 
 @dataclass(frozen=True)
 class Program:
     """All that a step needs beside its arrays."""
     stage: Stage
-    size: Any                       # of the stage's module
-    objective: dict                 # config.objective and the number of sources
+    # of the stage's module
+    size: Any
+    # config.objective and the number of sources
+    objective: dict
     optimizer: optax.GradientTransformation
-    groups: tree.Tree               # trainable leaf -> name under which its gradient's norm is logged
-    specs: tree.Tree                # trainable leaf -> PartitionSpec
-    rows: tree.Tree                 # trainable leaf -> True, or (start, stop): only these of its rows train
+    # trainable leaf -> name under which its gradient's norm is logged
+    groups: tree.Tree
+    # trainable leaf -> PartitionSpec
+    specs: tree.Tree
+    # trainable leaf -> True, or (start, stop): only these of its rows train
+    rows: tree.Tree
     seed: int
     accumulate: int
     ema: float
@@ -70,7 +81,9 @@ def init_state(program: Program, trainable: tree.Tree, frozen: tree.Tree) -> Sta
 
 
 def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Metrics]:
-    """One step on a global batch. A step whose loss or gradient is not finite (or spikes) leaves everything but the counters unchanged."""
+    """One step on a global batch. A step whose loss or gradient is not finite (or spikes) leaves
+    everything but the counters unchanged.
+    """
     key = jax.random.fold_in(jax.random.key(program.seed), state.step)
     totals = program.stage.weights(batch)
 
@@ -114,7 +127,9 @@ def only(values: tree.Tree, rows: tree.Tree) -> tree.Tree:
 
 
 def jitted(program: Program, state: State) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """`train_step` as it runs: `state`, arrays or their shapes with their shardings, is given up and comes back laid out as it was."""
+    """`train_step` as it runs: `state`, arrays or their shapes with their shardings, is given up
+    and comes back laid out as it was.
+    """
     shards = jax.tree.map(lambda x: x.sharding, state)
     device = next(iter(jax.tree.leaves(shards)[0].device_set))
     return jax.jit(partial(train_step, program), donate_argnums=0, out_shardings=(shards, None), compiler_options=hardware.options(device))
@@ -134,8 +149,10 @@ def _group_norms(grads: tree.Tree, groups: tree.Tree) -> dict[str, Array]:
 
 def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Loader, checkpoints: Checkpoints, journal: Journal, watching: watch.Watch,
         evaluate: Callable[[tree.Tree], dict[str, float]] | None = None, pictures: Callable[[tree.Tree, Item], list] | None = None) -> State:
-    """Trains from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and saves. `evaluate(params)` gives held-out numbers,
-    `pictures(params, item)` the arguments of Journal.pictures. Raises UserError after `log.max_bad_steps` bad steps."""
+    """Trains from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and saves.
+    `evaluate(params)` gives held-out numbers, `pictures(params, item)` the arguments of
+    Journal.pictures. Raises UserError after `log.max_bad_steps` bad steps.
+    """
     place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
     step_fn = jitted(program, state)
     counts = Counts(program, c, state)
@@ -145,11 +162,14 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
     item = None
 
     def finish(pending) -> None:
-        """Fetches and tells the numbers of a step that was dispatched; the device is busy with the next one meanwhile."""
+        """Fetches and tells the numbers of a step that was dispatched; the device is busy with the
+        next one meanwhile.
+        """
         number, item, metrics, waited = pending
         values = means(jax.device_get(metrics), loader.source_names)
         values |= counts.of(item, waited)
-        bad, before = int(values["bad_steps"]), counts.bad
+        bad = int(values["bad_steps"])
+        before = counts.bad
         if bad > before:
             log.warning("step %d left the weights as they were: loss %s, gradient norm %s; documents: %s", number, values.get("loss"),
                         values.get("grad_norm"), ", ".join(document for row in item.ids for document in row))
@@ -161,13 +181,16 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
         nonlocal pending
         full = None
         try:
-            if pending:                         # a run that goes on from here does not tell this step again
+            # a run that goes on from here does not tell this step again
+            if pending:
                 finish(pending)
             journal.sync()
-        except UserError as error:              # the disk of the metrics is full; that of the checkpoints may be another
+        # the disk of the metrics is full; that of the checkpoints may be another
+        except UserError as error:
             full = error
         pending = None
-        jax.block_until_ready(state)            # so that the time is the save's
+        # so that the time is the save's
+        jax.block_until_ready(state)
         with watching.phase("checkpoint"):
             data = merge(processes.all_of(item.state))
             checkpoints.save(step, state, data, to_dict(c), wait=wait or bool(full))
@@ -195,7 +218,8 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
             if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
                 break
             params = lambda: tree.merge(state.trainable, state.frozen)
-            draws = state.ema if state.ema and "unet" in state.trainable else state.trainable       # what `generate` takes
+            # what `generate` takes
+            draws = state.ema if state.ema and "unet" in state.trainable else state.trainable
             due = lambda every: every and step % every == 0
             if evaluate and (due(c.eval.every) or step == c.optim.steps):
                 with watching.phase("evaluation"):
@@ -206,7 +230,8 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
                 with watching.phase("evaluation"):
                     journal.pictures(step, *pictures(tree.merge(draws, state.frozen), item))
                 counts.pause()
-            if due(c.checkpoint.every) and step < c.optim.steps:      # last: a run that goes on from here does not evaluate again
+            # last: a run that goes on from here does not evaluate again
+            if due(c.checkpoint.every) and step < c.optim.steps:
                 save()
                 counts.pause()
         if step > first:
@@ -224,10 +249,13 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
 
 
 class Counts:
-    """The speed of a run: what each step's batch held, over the time from one step's end to the next's."""
+    """The speed of a run: what each step's batch held, over the time from one step's end to the
+    next's.
+    """
 
     def __init__(self, program: Program, c, state: State):
-        self.work, self.slots = partial(program.stage.work, program.size), program.stage.emu(program.size).resampler.tokens
+        self.work = partial(program.stage.work, program.size)
+        self.slots = program.stage.emu(program.size).resampler.tokens
         params = tree.merge(state.trainable, state.frozen)
         self.trained = flops.trained(path for path, _ in tree.leaves(state.trainable))
         self.towers = set(params) | ({"heads"} if "llama" in params else set())
@@ -242,14 +270,18 @@ class Counts:
 
     def of(self, item: Item, waited: float) -> dict[str, float]:
         now = time.perf_counter()
-        seconds, self.ended = None if self.ended is None else now - self.ended, now
+        seconds = None if self.ended is None else now - self.ended
+        self.ended = now
         held = item.batch.segments > 0
-        share = self.rows / len(held)         # this process's rows stand for all processes' rows
-        tokens, images = share * int(held.sum()), share * int((item.batch.image_slots < held.shape[1]).sum())
+        # this process's rows stand for all processes' rows
+        share = self.rows / len(held)
+        tokens = share * int(held.sum())
+        images = share * int((item.batch.image_slots < held.shape[1]).sum())
         values = {"padding": 1 - float(held.mean()), "input_wait": waited}
         values |= {name: item.stats[name] for name in ("cut_documents", "cut_turns") if name in item.stats}
         values |= {f"epochs/{name}": value for name, value in item.stats["epochs"].items()}
-        if not seconds:                       # the first step, which compiles, and those after a pause
+        # the first step, which compiles, and those after a pause
+        if not seconds:
             return values
         pairs = share * int((item.batch.positions + 1)[held].sum())
         work = self.work(self.trained, images=images, tokens=tokens, pairs=pairs,
@@ -263,7 +295,9 @@ class Counts:
 
 @contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """A list that SIGINT and SIGTERM put their name into instead of ending the process; a second one ends it."""
+    """A list that SIGINT and SIGTERM put their name into instead of ending the process; a second
+    one ends it.
+    """
     received: list[str] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -1,6 +1,8 @@
-"""The optimizer: AdamW whose learning rates and weight decays are rules over parameter paths (section 3 of the paper).
+"""The optimizer: AdamW whose learning rates and weight decays are rules over parameter paths
+(section 3 of the paper).
 
-Learning rate of a leaf at a step = its peak (rules.peak_lr) times the schedule's share of the peak. Read next: loop.py.
+Learning rate of a leaf at a step = its peak (rules.peak_lr) times the schedule's share of the peak.
+Read next: loop.py.
 """
 from itertools import pairwise
 
@@ -12,7 +14,9 @@ from emu_jax.tree import Tree
 
 
 def schedule(c) -> optax.Schedule:
-    """Share of the peak at a step, from `config.optim`: a linear warm-up, then its schedule. Raises UserError for an unknown one."""
+    """Share of the peak at a step, from `config.optim`: a linear warm-up, then its schedule. Raises
+    UserError for an unknown one.
+    """
     warmup = round(c.warmup * c.steps)
     rest = max(c.steps - warmup, 1)
     after = {
@@ -40,7 +44,9 @@ def _rise(first: int, boundaries: tuple) -> bool:
 
 
 def make(c, peaks: Tree, decays: Tree) -> optax.GradientTransformation:
-    """AdamW of `config.optim`; `peaks` and `decays` are trees like the trainable parameters, a number at each leaf."""
+    """AdamW of `config.optim`; `peaks` and `decays` are trees like the trainable parameters, a
+    number at each leaf.
+    """
     def decay(updates, params):
         return jax.tree.map(lambda u, p, share: u + share * p if share else u, updates, params, decays)
 

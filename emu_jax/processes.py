@@ -1,7 +1,7 @@
 """The processes of a run: how they find one another, and what they tell each other beside arrays.
 
-One process a host of TPUs, and on GPUs one a node or one a GPU; each feeds and sees its own devices, and all run the same
-program. Read next: loop.py.
+One process a host of TPUs, and on GPUs one a node or one a GPU; each feeds and sees its own
+devices, and all run the same program. Read next: loop.py.
 """
 import json
 import os
@@ -22,12 +22,15 @@ from emu_jax import sharding
 from emu_jax.config import UserError
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-FAREWELL = 5.0      # seconds for the others to end as well
+# seconds for the others to end as well
+FAREWELL = 5.0
 
 
 def start() -> None:
-    """Joins the processes of the run, if this is one of several: those that the EXPLICIT variables name (launch/local.sh, launch/gke.yaml), else
-    what JAX finds out on SLURM, on a TPU pod or under Open MPI. Comes before anything touches a device. Raises UserError."""
+    """Joins the processes of the run, if this is one of several: those that the EXPLICIT variables
+    name (launch/local.sh, launch/gke.yaml), else what JAX finds out on SLURM, on a TPU pod or under
+    Open MPI. Comes before anything touches a device. Raises UserError.
+    """
     given = [name for name in EXPLICIT if name in os.environ]
     if len(given) > 1 and len(given) < len(EXPLICIT):
         raise UserError(f"{' and '.join(given)} are set: of several processes each needs {', '.join(EXPLICIT)}")
@@ -42,12 +45,14 @@ def start() -> None:
         if given:
             raise UserError(f"{', '.join(f'{name}={os.environ[name]}' for name in given)}: {error}") from error
         if "coordinator_address" not in str(error):
-            raise                               # no cluster was found: alone
+            # no cluster was found: alone
+            raise
 
 
 def leave(status: int) -> None:
-    """Ends this process of several within FAREWELL seconds: by itself it would wait for the others to end, and they perhaps for it in a step.
-    Does nothing where it is alone."""
+    """Ends this process of several within FAREWELL seconds: by itself it would wait for the others
+    to end, and they perhaps for it in a step. Does nothing where it is alone.
+    """
     if jax.distributed.is_initialized():
         farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         farewell.start()
@@ -58,8 +63,11 @@ def leave(status: int) -> None:
 
 
 def share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
-    """(number, of how many): which share of a global batch of `rows` rows is this process's. Processes whose devices differ along `tensor` only
-    have the same one. (On TPUs the rows of a share may lie apart: they are the share's in order.) Raises UserError where shares overlap in part."""
+    """(number, of how many): which share of a global batch of `rows` rows is this process's.
+    Processes whose devices differ along `tensor` only have the same one. (On TPUs the rows of a
+    share may lie apart: they are the share's in order.) Raises UserError where shares overlap in
+    part.
+    """
     held: dict[int, set[int]] = {}
     for device, (where, *_) in sharding.batch_sharding(mesh).devices_indices_map((rows,)).items():
         held.setdefault(device.process_index, set()).add(where.start or 0)
@@ -71,14 +79,17 @@ def share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
 
 
 def slurm_gpus(environ: dict[str, str], present: int) -> list[int] | None:
-    """Which of the GPUs that it sees are those of a process under SLURM, on a node where `present` are; None where there is nothing to say.
-    (JAX gives the n-th process of a node the n-th GPU: wrong for a process a node, and where SLURM shows each process its own alone.)"""
+    """Which of the GPUs that it sees are those of a process under SLURM, on a node where `present`
+    are; None where there is nothing to say. (JAX gives the n-th process of a node the n-th GPU:
+    wrong for a process a node, and where SLURM shows each process its own alone.)
+    """
     if "SLURM_STEP_TASKS_PER_NODE" not in environ or not present:
         return None
     tasks = max(int(count) for count in re.findall(r"(?:^|,)(\d+)", environ["SLURM_STEP_TASKS_PER_NODE"]))
     on_node = int(environ.get("SLURM_GPUS_ON_NODE", present))
     seen = len(environ["CUDA_VISIBLE_DEVICES"].split(",")) if environ.get("CUDA_VISIBLE_DEVICES") else on_node
-    if seen < on_node:                          # its own alone
+    # its own alone
+    if seen < on_node:
         return list(range(seen))
     if seen % tasks:
         raise UserError(f"{tasks} processes on a node of {seen} GPUs: start one a node (--ntasks-per-node=1), or one a GPU")
@@ -97,14 +108,18 @@ def all_of(value: Any) -> list[Any]:
 
 
 def fetched(x: jax.Array) -> np.ndarray:
-    """The whole of an array, also where other processes hold a part of it: then every process calls it."""
+    """The whole of an array, also where other processes hold a part of it: then every process calls
+    it.
+    """
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 class Vote:
-    """Whether any process wants something: the same answer in all processes at the same step, so that none goes on alone.
+    """Whether any process wants something: the same answer in all processes at the same step, so
+    that none goes on alone.
 
-    Several processes are told the outcome of their call before, which is there by then: nobody waits for the device.
+    Several processes are told the outcome of their call before, which is there by then: nobody
+    waits for the device.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
@@ -116,5 +131,6 @@ class Vote:
         if jax.process_count() == 1:
             return mine
         votes = jax.make_array_from_process_local_data(self.place, np.full(jax.local_device_count(), mine))
-        before, self.last = self.last, self.any(votes)
+        before = self.last
+        self.last = self.any(votes)
         return before is not None and bool(before)

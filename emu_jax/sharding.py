@@ -1,8 +1,9 @@
 """The mesh and the one table that says where every parameter lives. Axes: data, fsdp, tensor.
 
-`data` holds copies, `fsdp` shards parameters, gradients and optimizer state, `tensor` splits heads, ffn and vocabulary.
-Rows of a batch lie over (data, fsdp). Models never name a mesh axis: they call the helpers at the end.
-Read next: models/layers.py, which gathers a block's weights with `gathered`.
+`data` holds copies, `fsdp` shards parameters, gradients and optimizer state, `tensor` splits heads,
+ffn and vocabulary. Rows of a batch lie over (data, fsdp). Models never name a mesh axis: they call
+the helpers at the end. Read next: models/layers.py, which gathers a block's weights with
+`gathered`.
 """
 import re
 from functools import partial
@@ -20,79 +21,135 @@ from emu_jax.config import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-MATRICES = ("/w", "/base", "/added", "/a", "/b")        # how the paths of those end that are cast for arithmetic
-CODES = ("int8", "nf4")                     # names of what a matrix is stored as in its place, beside the scales `absmax` (models/lora.py)
+# how the paths of those end that are cast for arithmetic
+MATRICES = ("/w", "/base", "/added", "/a", "/b")
+# names of what a matrix is stored as in its place, beside the scales `absmax` (models/lora.py)
+CODES = ("int8", "nf4")
 
-# Tower -> rows in reading order; beside each the weight's shape. Under blocks/ a leading L is scanned and never sharded.
+# Tower -> rows in reading order; beside each the weight's shape. Under blocks/ a leading L is
+# scanned and never sharded.
 PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     "vision": (
-        ("vision/patch/w", P(None, None, None, "fsdp")),               # p p 3 E
-        ("vision/(cls|patch/bias)", P()),                              # E
-        ("vision/pos", P(None, "fsdp")),                               # 1+P E
-        ("vision/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L E H d
-        ("vision/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),   # L H d E
-        ("vision/blocks/ffn/up/w", P(None, "fsdp", "tensor")),         # L E F
-        ("vision/blocks/ffn/down/w", P(None, "tensor", "fsdp")),       # L F E
-        ("vision/blocks/.*(bias|scale)", P()),                         # L E, L H d, L F
+        # p p 3 E
+        ("vision/patch/w", P(None, None, None, "fsdp")),
+        # E
+        ("vision/(cls|patch/bias)", P()),
+        # 1+P E
+        ("vision/pos", P(None, "fsdp")),
+        # L E H d
+        ("vision/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),
+        # L H d E
+        ("vision/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),
+        # L E F
+        ("vision/blocks/ffn/up/w", P(None, "fsdp", "tensor")),
+        # L F E
+        ("vision/blocks/ffn/down/w", P(None, "tensor", "fsdp")),
+        # L E, L H d, L F
+        ("vision/blocks/.*(bias|scale)", P()),
     ),
-    "ln_visual": (("ln_visual/(scale|bias)", P()),),                   # E
+    # E
+    "ln_visual": (("ln_visual/(scale|bias)", P()),),
     "resampler": (
-        ("resampler/queries", P(None, "fsdp")),                        # N C
-        ("resampler/relative", P()),                                   # buckets H
-        ("resampler/blocks/(self|cross)/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L C|E H d
-        ("resampler/blocks/(self|cross)/o/w", P(None, "tensor", None, "fsdp")),        # L H d C
-        ("resampler/blocks/ffn/up/w", P(None, "fsdp", "tensor")),      # L C F
-        ("resampler/blocks/ffn/down/w", P(None, "tensor", "fsdp")),    # L F C
-        ("resampler/(blocks/)?norm[^/]*/scale", P()),                  # L C
-        ("resampler/project/w", P("tensor", "fsdp")),                  # C D
-        ("resampler/project/bias", P()),                               # D
+        # N C
+        ("resampler/queries", P(None, "fsdp")),
+        # buckets H
+        ("resampler/relative", P()),
+        # L C|E H d
+        ("resampler/blocks/(self|cross)/(q|k|v)/w", P(None, "fsdp", "tensor", None)),
+        # L H d C
+        ("resampler/blocks/(self|cross)/o/w", P(None, "tensor", None, "fsdp")),
+        # L C F
+        ("resampler/blocks/ffn/up/w", P(None, "fsdp", "tensor")),
+        # L F C
+        ("resampler/blocks/ffn/down/w", P(None, "tensor", "fsdp")),
+        # L C
+        ("resampler/(blocks/)?norm[^/]*/scale", P()),
+        # C D
+        ("resampler/project/w", P("tensor", "fsdp")),
+        # D
+        ("resampler/project/bias", P()),
     ),
-    "visual_stats": (("visual_stats/(mean|std)", P(None, "fsdp")),),   # N D
+    # N D
+    "visual_stats": (("visual_stats/(mean|std)", P(None, "fsdp")),),
     "llama": (
-        ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),           # V D; no lm_head where it is tied
-        ("llama/(embed|lm_head)/added", P(None, "fsdp")),              # n D
-        ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),  # L D H d; fewer heads in k and v where they are grouped
-        ("llama/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),    # L H d D
-        ("llama/blocks/ffn/(gate|up)/w", P(None, "fsdp", "tensor")),   # L D F
-        ("llama/blocks/ffn/down/w", P(None, "tensor", "fsdp")),        # L F D
-        ("llama/(blocks/)?norm[^/]*/scale", P()),                      # L D
+        # V D; no lm_head where it is tied
+        ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),
+        # n D
+        ("llama/(embed|lm_head)/added", P(None, "fsdp")),
+        # L D H d; fewer heads in k and v where they are grouped
+        ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),
+        # L H d D
+        ("llama/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),
+        # L D F
+        ("llama/blocks/ffn/(gate|up)/w", P(None, "fsdp", "tensor")),
+        # L F D
+        ("llama/blocks/ffn/down/w", P(None, "tensor", "fsdp")),
+        # L D
+        ("llama/(blocks/)?norm[^/]*/scale", P()),
     ),
-    "regress_head": (("regress_head/w", P("fsdp", "tensor")),),        # D D
+    # D D
+    "regress_head": (("regress_head/w", P("fsdp", "tensor")),),
     "contrast": (
-        ("contrast/.*", P()),                                          # small, of the warm-up only
+        # small, of the warm-up only
+        ("contrast/.*", P()),
     ),
-    # The decoder's towers: images lie over all axes (`images`), so nothing is split over tensor. What has few channels is split on the other side.
+    # The decoder's towers: images lie over all axes (`images`), so nothing is split over tensor.
+    # What has few channels is split on the other side.
     "unet": (
-        ("unet/(time/(up|down)|pooled)/w", P(None, "fsdp")),           # C|t|ND t
-        ("unet/(conv_in|places)/w", P(None, None, None, "fsdp")),      # 3 3 c C|h w C t
-        ("unet/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),  # 3 3 C C
-        ("unet/.*/resnets/[0-9]+/time/w", P("fsdp", None)),            # t C
-        ("unet/.*/(shortcut|into|out)/w", P("fsdp", None)),            # C C
-        ("unet/.*/(self|cross)/(q|k|v)/w", P("fsdp", None, None)),     # C|D H d
-        ("unet/.*/(self|cross)/o/w", P(None, None, "fsdp")),           # H d C
-        ("unet/.*/ffn/(up|gate)/w", P(None, "fsdp")),                  # C F
-        ("unet/.*/ffn/down/w", P("fsdp", None)),                       # F C
-        ("unet/conv_out/w", P(None, None, "fsdp", None)),              # 3 3 C c
-        ("unet/.*(bias|scale)", P()),                                  # C, t, F, c
+        # C|t|ND t
+        ("unet/(time/(up|down)|pooled)/w", P(None, "fsdp")),
+        # 3 3 c C|h w C t
+        ("unet/(conv_in|places)/w", P(None, None, None, "fsdp")),
+        # 3 3 C C
+        ("unet/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),
+        # t C
+        ("unet/.*/resnets/[0-9]+/time/w", P("fsdp", None)),
+        # C C
+        ("unet/.*/(shortcut|into|out)/w", P("fsdp", None)),
+        # C|D H d
+        ("unet/.*/(self|cross)/(q|k|v)/w", P("fsdp", None, None)),
+        # H d C
+        ("unet/.*/(self|cross)/o/w", P(None, None, "fsdp")),
+        # C F
+        ("unet/.*/ffn/(up|gate)/w", P(None, "fsdp")),
+        # F C
+        ("unet/.*/ffn/down/w", P("fsdp", None)),
+        # 3 3 C c
+        ("unet/conv_out/w", P(None, None, "fsdp", None)),
+        # C, t, F, c
+        ("unet/.*(bias|scale)", P()),
     ),
     "vae": (
-        ("vae/(quant|post_quant)/w", P()),                             # c c, 2c 2c
-        ("vae/(encoder|decoder)/conv_in/w", P(None, None, None, "fsdp")),       # 3 3 3|c C
-        ("vae/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),       # 3 3 C C
-        ("vae/.*/(shortcut|attn/[qkvo])/w", P("fsdp", None)),          # C C
-        ("vae/(encoder|decoder)/conv_out/w", P(None, None, "fsdp", None)),      # 3 3 C 2c|3
-        ("vae/.*(bias|scale)", P()),                                   # C, c
+        # c c, 2c 2c
+        ("vae/(quant|post_quant)/w", P()),
+        # 3 3 3|c C
+        ("vae/(encoder|decoder)/conv_in/w", P(None, None, None, "fsdp")),
+        # 3 3 C C
+        ("vae/.*/(conv1|conv2|resample)/w", P(None, None, None, "fsdp")),
+        # C C
+        ("vae/.*/(shortcut|attn/[qkvo])/w", P("fsdp", None)),
+        # 3 3 C 2c|3
+        ("vae/(encoder|decoder)/conv_out/w", P(None, None, "fsdp", None)),
+        # C, c
+        ("vae/.*(bias|scale)", P()),
     ),
 }
 
-# What lies beside a matrix of any tower's blocks, where it has LoRA; codes and scales of a stored matrix lie where it would (models/lora.py).
+# What lies beside a matrix of any tower's blocks, where it has LoRA; codes and scales of a stored
+# matrix lie where it would (models/lora.py).
 BESIDE: tuple[tuple[str, P], ...] = (
-    (".*/blocks/.*/(q|k|v|gate|up)/a", P(None, "fsdp", None)),         # L D r
-    (".*/blocks/.*/(q|k|v)/b", P(None, None, "tensor", None)),         # L r H d
-    (".*/blocks/.*/o/a", P(None, "tensor", None, None)),               # L H d r
-    (".*/blocks/.*/(gate|up)/b", P(None, None, "tensor")),             # L r F
-    (".*/blocks/.*/down/a", P(None, "tensor", None)),                  # L F r
-    (".*/blocks/.*/(o|down)/b", P(None, None, "fsdp")),                # L r D
+    # L D r
+    (".*/blocks/.*/(q|k|v|gate|up)/a", P(None, "fsdp", None)),
+    # L r H d
+    (".*/blocks/.*/(q|k|v)/b", P(None, None, "tensor", None)),
+    # L H d r
+    (".*/blocks/.*/o/a", P(None, "tensor", None, None)),
+    # L r F
+    (".*/blocks/.*/(gate|up)/b", P(None, None, "tensor")),
+    # L F r
+    (".*/blocks/.*/down/a", P(None, "tensor", None)),
+    # L r D
+    (".*/blocks/.*/(o|down)/b", P(None, None, "fsdp")),
 )
 
 
@@ -102,8 +159,10 @@ def role(path: str) -> str:
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of {axis: size}; one -1 is what is left. Several TPU slices are neighbours along `data`, which alone crosses the
-    data-centre network. Raises UserError where it does not match the devices."""
+    """The mesh of {axis: size}; one -1 is what is left. Several TPU slices are neighbours along
+    `data`, which alone crosses the data-centre network. Raises UserError where it does not match
+    the devices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
     known = int(np.prod([size for size in shape if size != -1]))
@@ -112,7 +171,8 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
     if len(devices) % known or (-1 not in shape and known != len(devices)):
         raise UserError(f"mesh {dict(sizes)} does not match {len(devices)} devices: the product of its axes must be {len(devices)}")
     shape = [len(devices) // known if size == -1 else size for size in shape]
-    if devices[0].platform != "tpu":        # GPUs of a node are neighbours already
+    # GPUs of a node are neighbours already
+    if devices[0].platform != "tpu":
         placed = np.array(devices).reshape(shape)
     elif (slices := len({getattr(device, "slice_index", 0) for device in devices})) == 1:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -124,7 +184,9 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
 
 
 def specs(params: tree.Tree) -> tree.Tree:
-    """The PartitionSpec of every parameter. Raises ValueError for a parameter without a row, or a row without one."""
+    """The PartitionSpec of every parameter. Raises ValueError for a parameter without a row, or a
+    row without one.
+    """
     roles = {path: role(path) for path, _ in tree.leaves(params)}
     rows = [row for row in BESIDE if any(re.fullmatch(row[0], path) for path in roles)]
     rows += [row for tower in params for row in PARAMS.get(tower, ())]
@@ -133,7 +195,9 @@ def specs(params: tree.Tree) -> tree.Tree:
 
 
 def check(mesh: Mesh, params: tree.Tree) -> None:
-    """Raises UserError for a parameter that the mesh does not divide, naming the largest sizes of that axis which would."""
+    """Raises UserError for a parameter that the mesh does not divide, naming the largest sizes of
+    that axis which would.
+    """
     table = dict(tree.leaves(specs(params)))
     for path, leaf in tree.leaves(params):
         for size, over in zip(leaf.shape, table[path]):
@@ -150,8 +214,10 @@ def shardings(mesh: Mesh, spec_tree: Any) -> Any:
 
 
 def of_state(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
-    """NamedShardings of a whole training state: a leaf whose path ends with a parameter's path (the parameter itself, an
-    optimizer moment, an average) lies where that parameter does; everything else (steps, counters) is replicated."""
+    """NamedShardings of a whole training state: a leaf whose path ends with a parameter's path (the
+    parameter itself, an optimizer moment, an average) lies where that parameter does; everything
+    else (steps, counters) is replicated.
+    """
     table = dict(tree.leaves(specs(params)))
 
     def place(path, _leaf):
@@ -184,7 +250,9 @@ def rows(x: jax.Array) -> jax.Array:
 
 
 def cache(x: jax.Array) -> jax.Array:
-    """Rows over (data, fsdp) and heads over tensor, as the projections leave them, where they divide: a cache, [L, B, S, G, d]."""
+    """Rows over (data, fsdp) and heads over tensor, as the projections leave them, where they
+    divide: a cache, [L, B, S, G, d].
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -193,15 +261,19 @@ def cache(x: jax.Array) -> jax.Array:
 
 
 def images(x: jax.Array) -> jax.Array:
-    """Leading axis over all devices where it divides, else over (data, fsdp): activations of the encoder, [B*I, P, E]."""
+    """Leading axis over all devices where it divides, else over (data, fsdp): activations of the
+    encoder, [B*I, P, E].
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return _constrain(x, P(AXES) if not mesh.empty and x.shape[0] % mesh.size == 0 else P(ROWS))
 
 
 def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> tree.Tree:
-    """A subtree of parameters at path `where`, ready for arithmetic: matrices cast to `dtype` *before* they are gathered over
-    fsdp, still split over tensor; `sliced` leading axes (the scanned L) are gone. The gradient is reduce-scattered back.
-    Of a weight that is more than one array (models/lora.py), each is gathered: codes, not the matrix that they stand for."""
+    """A subtree of parameters at path `where`, ready for arithmetic: matrices cast to `dtype`
+    *before* they are gathered over fsdp, still split over tensor; `sliced` leading axes (the
+    scanned L) are gone. The gradient is reduce-scattered back. Of a weight that is more than one
+    array (models/lora.py), each is gathered: codes, not the matrix that they stand for.
+    """
     mesh = jax.sharding.get_abstract_mesh()
 
     def ready(path: str, w: Any) -> Any:
@@ -218,10 +290,12 @@ def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> 
 
 
 def lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of a vocabulary `base` [V, D] and `added` [n, D] by ids [B, T] -> [B, T, D]; ids from V on are added rows.
+    """Rows of a vocabulary `base` [V, D] and `added` [n, D] by ids [B, T] -> [B, T, D]; ids from V
+    on are added rows.
 
-    By hand under a mesh: each tensor shard looks its own rows up in the table that was cast, then gathered over fsdp, and the
-    sum over tensor puts them together. (The compiler's own way was to replicate the activations.)
+    By hand under a mesh: each tensor shard looks its own rows up in the table that was cast, then
+    gathered over fsdp, and the sum over tensor puts them together. (The compiler's own way was to
+    replicate the activations.)
     """
     def look(fsdp, tensor, base, added, tokens):
         base, added = (jax.lax.all_gather(w.astype(dtype), fsdp, axis=1, tiled=True) for w in (base, added))
@@ -230,16 +304,20 @@ def lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> 
         x = jax.lax.psum(jnp.where(mine[..., None], base[jnp.clip(at, 0, base.shape[0] - 1)], 0), tensor)
         return jnp.where((tokens >= V)[..., None], added[jnp.clip(tokens - V, 0, added.shape[0] - 1)], x)
 
-    V, mesh = base.shape[0], jax.sharding.get_abstract_mesh()
+    V = base.shape[0]
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return look((), (), base, added, tokens)
-    rows = P() if tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else P(ROWS)      # a few rows are everybody's
+    # a few rows are everybody's
+    rows = P() if tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else P(ROWS)
     return jax.shard_map(partial(look, "fsdp", "tensor"), in_specs=(P("tensor", "fsdp"), P(None, "fsdp"), rows), out_specs=rows,
                          check_vma=False)(base, added, tokens)
 
 
 def _whole_scales(path: str, spec: P) -> P:
-    """The spec of a matrix for what is stored in its place: the few scales along the last axis are not split."""
+    """The spec of a matrix for what is stored in its place: the few scales along the last axis are
+    not split.
+    """
     return P(*spec[:-1], None) if path.endswith("/absmax") else spec
 
 
@@ -258,7 +336,8 @@ def _gather_fwd(w, stored, used):
 
 
 def _gather_bwd(stored, _used, _residual, g):
-    return (jax.lax.with_sharding_constraint(g, stored),)   # partial sums -> reduce-scatter, never all-reduce
+    # partial sums -> reduce-scatter, never all-reduce
+    return (jax.lax.with_sharding_constraint(g, stored),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

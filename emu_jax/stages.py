@@ -1,8 +1,10 @@
-"""What each stage trains on: a module, the sums it divides by, and its loss. The loop knows nothing else of a stage.
+"""What each stage trains on: a module, the sums it divides by, and its loss. The loop knows nothing
+else of a stage.
 
-`emu`: predict the next element (section 2 of the paper), cross-entropy for text and L2 for the embeddings of images, whose
-targets are detached. `contrastive`: the warm-up of an encoder of one's own. `decoder`: the U-Net that draws what visual tokens
-say. Metrics are (sum, weight). Read next: loop.py.
+`emu`: predict the next element (section 2 of the paper), cross-entropy for text and L2 for the
+embeddings of images, whose targets are detached. `contrastive`: the warm-up of an encoder of one's
+own. `decoder`: the U-Net that draws what visual tokens say. Metrics are (sum, weight). Read next:
+loop.py.
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,14 +22,17 @@ from emu_jax.models.decoder import Decoder, DecoderSize
 from emu_jax.models.emu import Emu, EmuSize
 from emu_jax.types import Batch, Metrics
 
-END_IMG = 2     # [PAD], [IMG], [/IMG], <image> are the added tokens 0 to 3
+# [PAD], [IMG], [/IMG], <image> are the added tokens 0 to 3
+END_IMG = 2
 
 
 class Stage(NamedTuple):
-    """`size(config.model as a dict)`: what `module` is made of; `emu(size)`: the Emu in it, and `image(size)`: pixels a side of its images;
-    `weights(batch)`: the sums that normalise the loss, taken over the whole batch before it is cut into micro-batches;
-    `loss(module, batch, key, totals, objective)` -> (this micro-batch's share of the loss, metrics);
-    `work(size, trained, counts)`: FLOPs of a step by tower (flops.train)."""
+    """`size(config.model as a dict)`: what `module` is made of; `emu(size)`: the Emu in it, and
+    `image(size)`: pixels a side of its images; `weights(batch)`: the sums that normalise the loss,
+    taken over the whole batch before it is cut into micro-batches; `loss(module, batch, key,
+    totals, objective)` -> (this micro-batch's share of the loss, metrics); `work(size, trained,
+    counts)`: FLOPs of a step by tower (flops.train).
+    """
     module: type[nnx.Module]
     weights: Callable[[Batch], dict[str, Float[Array, ""]]]
     loss: Callable[..., tuple[Float[Array, ""], Metrics]]
@@ -42,7 +47,9 @@ def emu_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
 
 
 def emu(model: Emu, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
-    """text_weight * mean cross-entropy + image_weight * mean squared error, means over what counts in the whole batch."""
+    """text_weight * mean cross-entropy + image_weight * mean squared error, means over what counts
+    in the whole batch.
+    """
     batch = shifted(batch, key, objective["shift"])
     hidden, visual = model(batch, key)
     return next_element(model, hidden, visual, batch, totals, objective)
@@ -50,16 +57,21 @@ def emu(model: Emu, batch: Batch, key, totals: dict, objective: dict) -> tuple[F
 
 def next_element(model: Emu, hidden: Float[Array, "B T D"], visual: Float[Array, "B I N D"], batch: Batch, totals: dict,
                  objective: dict) -> tuple[Float[Array, ""], Metrics]:
-    """The objective on hidden states that are there. An image counts once, whether it has N targets or N + 1."""
+    """The objective on hidden states that are there. An image counts once, whether it has N targets
+    or N + 1.
+    """
     N = visual.shape[2]
     counts = image_weights(batch)
-    predictors, targets = batch.image_slots[:, :, None] - 1 + jnp.arange(N), visual
-    if objective["regress_end"]:        # after the last visual token, the embedding of [/IMG]
+    predictors = batch.image_slots[:, :, None] - 1 + jnp.arange(N)
+    targets = visual
+    # after the last visual token, the embedding of [/IMG]
+    if objective["regress_end"]:
         end = model.llama.embeddings(jnp.full((1, 1), model.size.llama.vocab + END_IMG), visual.dtype)
         targets = jnp.concatenate([visual, jnp.broadcast_to(end, (*visual.shape[:2], 1, visual.shape[3]))], 2)
         predictors = batch.image_slots[:, :, None] - 1 + jnp.arange(N + 1)
     per_image = targets.shape[2]
-    text, image = jnp.maximum(totals["text"], 1), jnp.maximum(totals["image"], 1)
+    text = jnp.maximum(totals["text"], 1)
+    image = jnp.maximum(totals["image"], 1)
     loss, nll, error = fused(
         hidden, model.llama.head(), {"w": model.regress_head.w.get_value()},
         labels=jnp.roll(batch.tokens, -1, 1), label_weights=label_weights(batch),
@@ -68,7 +80,8 @@ def next_element(model: Emu, hidden: Float[Array, "B T D"], visual: Float[Array,
         text_scale=objective["text_weight"] / text, image_scale=objective["image_weight"] / (image * per_image), chunk=objective["chunk"])
 
     error = rearrange(error, "B (I N) -> B I N", N=per_image).mean(-1)
-    nll, words = nll * label_weights(batch), label_weights(batch)
+    nll = nll * label_weights(batch)
+    words = label_weights(batch)
     source_of_image = jnp.take_along_axis(batch.sources, jnp.minimum(batch.image_slots, batch.tokens.shape[1] - 1), 1)
     by_source = lambda values, sources: jax.ops.segment_sum(values.ravel(), sources.ravel(), objective["sources"])
     return loss, {
@@ -84,12 +97,14 @@ def picture_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
 
 
 def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
-    """Symmetric InfoNCE between each image's visual tokens and its document's text over the (micro-)batch, plus
+    """Symmetric InfoNCE between each image's visual tokens and its document's text over the
+    (micro-)batch, plus
 
-    readout_weight x the squared error of a linear reading of the pixels,
-    spread x what the deviation of each dimension of a visual token lacks of 1, and
-    decorrelate x their squared correlations: VICReg's two terms (arXiv 2105.04906), without which they end small and in a few directions.
-    Equal texts are no negatives of each other."""
+    readout_weight x the squared error of a linear reading of the pixels, spread x what the
+    deviation of each dimension of a visual token lacks of 1, and decorrelate x their squared
+    correlations: VICReg's two terms (arXiv 2105.04906), without which they end small and in a few
+    directions. Equal texts are no negatives of each other.
+    """
     batch = shifted(batch, key, objective["shift"])
     pictures = rearrange(batch.images, "B I h w c -> (B I) h w c")
     counts = image_weights(batch).ravel()
@@ -103,7 +118,8 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
     spill = (jnp.square(correlation).sum((1, 2)) - jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)).mean() / z.shape[-1]
 
     unit = lambda x: x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
-    u, w = unit(model.contrast.image(visual)), unit(rearrange(model.contrast.text(batch), "B I D -> (B I) D"))
+    u = unit(model.contrast.image(visual))
+    w = unit(rearrange(model.contrast.text(batch), "B I D -> (B I) D"))
     logits = jnp.einsum("md,nd->mn", u, w, preferred_element_type=jnp.float32) / objective["temperature"]
     same = jax.lax.stop_gradient(w @ w.T > 1 - 1e-5) & ~jnp.eye(len(counts), dtype=bool)
     logits = jnp.where(same | (counts[None] == 0) | (counts[:, None] == 0), -1e9, logits)
@@ -121,8 +137,10 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
 
 
 def decoder(model: Decoder, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
-    """Mean squared error of the U-Net's prediction at a random time for each image, weighted (models/diffusion.py). The condition is zero
-    for a share `condition_drop` of the images; it and the target pass no gradient. Without a key the draws are always the same ones."""
+    """Mean squared error of the U-Net's prediction at a random time for each image, weighted
+    (models/diffusion.py). The condition is zero for a share `condition_drop` of the images; it and
+    the target pass no gradient. Without a key the draws are always the same ones.
+    """
     keys = jax.random.split(jax.random.key(0) if key is None else key, 5)
     d = model.decoder.diffusion
     counts = image_weights(batch).ravel()
@@ -135,7 +153,8 @@ def decoder(model: Decoder, batch: Batch, key, totals: dict, objective: dict) ->
         dropped = jax.random.bernoulli(keys[0], objective["condition_drop"], counts.shape)
         condition = jnp.where(dropped[:, None, None], 0, condition)
     x0 = jax.lax.stop_gradient(model.drawn(batch, keys[1]))
-    e, times = jax.random.normal(keys[2], x0.shape), diffusion.draw_times(d, keys[3], len(x0))
+    e = jax.random.normal(keys[2], x0.shape)
+    times = diffusion.draw_times(d, keys[3], len(x0))
     predicted = model.predict(diffusion.add_noise(d, x0, e, times), times, condition)
     error = jnp.square(predicted - diffusion.target(d, x0, e, times)).mean((1, 2, 3))
     loss = (error * diffusion.loss_weights(d, times) * counts).sum() / jnp.maximum(totals["image"], 1)
@@ -156,14 +175,19 @@ def image_weights(batch: Batch) -> Float[Array, "B I"]:
 
 
 def variance(visual: Float[Array, "... N D"], counts: Float[Array, "..."]) -> tuple[Array, Array]:
-    """(sum over images of the squared distance to the mean image a dimension, images): collapse shows here."""
-    z, counts = visual.astype(jnp.float32).reshape(-1, *visual.shape[-2:]), counts.ravel()
+    """(sum over images of the squared distance to the mean image a dimension, images): collapse
+    shows here.
+    """
+    z = visual.astype(jnp.float32).reshape(-1, *visual.shape[-2:])
+    counts = counts.ravel()
     mean = jnp.einsum("mnd,m->nd", z, counts) / jnp.maximum(counts.sum(), 1)
     return jnp.einsum("mnd,m->", (z - mean) ** 2, counts) / mean.size, counts.sum()
 
 
 def shifted(batch: Batch, key, pixels: int) -> Batch:
-    """Each image moved by up to `pixels` in both directions (its edge rows are repeated); unmoved without a key."""
+    """Each image moved by up to `pixels` in both directions (its edge rows are repeated); unmoved
+    without a key.
+    """
     if key is None or pixels == 0:
         return batch
     B, I, h, w, _ = batch.images.shape

@@ -1,7 +1,8 @@
-"""python -m emu_jax.train --config=configs/pretrain.py [--config.FIELD=VALUE ...]: trains any stage.
+"""python -m emu_jax.train --config=configs/pretrain.py [--config.FIELD=VALUE ...]: trains any
+stage.
 
-config -> mesh -> abstract model -> shardings -> parameters (resume, else weights, else scratch) -> data -> loop.
-Read next: loop.py.
+config -> mesh -> abstract model -> shardings -> parameters (resume, else weights, else scratch) ->
+data -> loop. Read next: loop.py.
 """
 import dataclasses
 import itertools
@@ -44,31 +45,40 @@ from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
-# Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and devices, cadence, logging, what to do about bad data.
+# Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and
+# devices, cadence, logging, what to do about bad data.
 MAY_DIFFER = ("workdir", "mesh.", "checkpoint.every", "checkpoint.keep", "log.", "profile.", "compile_cache", "drawing.", "eval.every",
               "eval.batches", "eval.tasks", "data.prefetch", "data.workers", "data.readers", "data.patience", "data.retries", "data.max_bad_share",
               "data.unreadable")
-MEASURED = 2048     # images behind the constants that standardise visual tokens
-PICTURES = 8        # images, and what is said of them, a time in TensorBoard
+# images behind the constants that standardise visual tokens
+MEASURED = 2048
+# images, and what is said of them, a time in TensorBoard
+PICTURES = 8
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 trained, or stopped by a signal with everything saved; 2 for what the user can put right."""
-    logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)     # as absl does, if Orbax's import has let it
+    """Exit status: 0 trained, or stopped by a signal with everything saved; 2 for what the user can
+    put right.
+    """
+    # as absl does, if Orbax's import has let it
+    logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)
     logging.getLogger("emu_jax").setLevel(logging.INFO)
     began = time.perf_counter()
     try:
-        if arguments is None:               # a process of its own
+        # a process of its own
+        if arguments is None:
             processes.start()
         c = config.load(sys.argv[1:] if arguments is None else arguments)
-        if c.compile_cache and not jax.config.jax_compilation_cache_dir:        # JAX_COMPILATION_CACHE_DIR goes before
+        # JAX_COMPILATION_CACHE_DIR goes before
+        if c.compile_cache and not jax.config.jax_compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
         train(c, began)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         processes.leave(2)
         return 2
-    except KeyboardInterrupt:               # the loop has its own way to stop: nothing was trained yet, or it is the second Ctrl-C
+    # the loop has its own way to stop: nothing was trained yet, or it is the second Ctrl-C
+    except KeyboardInterrupt:
         print("error: stopped by SIGINT; the last checkpoint is as it was", file=sys.stderr)
         processes.leave(130)
         return 130
@@ -80,7 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(c: ConfigDict, began: float | None = None) -> loop.State:
-    """Trains the run that `c` describes, in c.workdir, from its newest checkpoint if it has one. began: as in watch.Watch."""
+    """Trains the run that `c` describes, in c.workdir, from its newest checkpoint if it has one.
+    began: as in watch.Watch.
+    """
     # Model: shapes only.
     if c.stage not in stages.STAGES:
         raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
@@ -119,7 +131,8 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
         like = abstract_state(c, program, mesh, abstract, trains)
         if (resumed := checkpoints.restore(like)) is not None:
             step, state, data, saved = resumed
-            same(f"the checkpoint of step {step}", saved | {"checkpoint": run["checkpoint"]}, run)      # it may have been brought here
+            # it may have been brought here
+            same(f"the checkpoint of step {step}", saved | {"checkpoint": run["checkpoint"]}, run)
             loader.restore(data)
             log.info("resumed at step %d of %d in %s", step, c.optim.steps, workdir)
         else:
@@ -134,7 +147,8 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
 
         # Train.
         if jax.process_index() == 0:
-            claim(workdir, c)               # once more: another run may have begun here meanwhile
+            # once more: another run may have begun here meanwhile
+            claim(workdir, c)
             write_config(workdir, run)
         journal = at_end.enter_context(closing(Journal(workdir, start=step, steps=c.optim.steps)))
         draws = None
@@ -153,7 +167,9 @@ def parameter_table(abstract: tree.Tree) -> str:
 
 
 def make_program(c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.Tree) -> loop.Program:
-    """The program of a config; rules cover the whole model, and the trainable part of what they say is kept."""
+    """The program of a config; rules cover the whole model, and the trainable part of what they say
+    is kept.
+    """
     trains = what_trains(c, abstract)
     trainable = lambda rows, what: tree.split(_rule(rows, abstract, what), trains)[0]
     if c.data.latents:
@@ -167,8 +183,9 @@ def make_program(c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.T
 
 
 def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
-    """rules.train over the parameters: True, False, or (start, stop) for some rows of a matrix. The measured constants of the visual tokens
-    never train. Raises UserError for what cannot train."""
+    """rules.train over the parameters: True, False, or (start, stop) for some rows of a matrix. The
+    measured constants of the visual tokens never train. Raises UserError for what cannot train.
+    """
     trains = _rule(c.rules.train, abstract, "rules.train")
     shapes = dict(tree.leaves(abstract))
     for path, chosen in tree.leaves(trains):
@@ -190,7 +207,9 @@ def abstract_state(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh
 
 
 def at_rest(c: ConfigDict, trains: tree.Tree, params: tree.Tree) -> tree.Tree:
-    """Parameters in the dtypes in which a run holds them: float32, but the matrices of what does not train in `frozen_dtype`."""
+    """Parameters in the dtypes in which a run holds them: float32, but the matrices of what does
+    not train in `frozen_dtype`.
+    """
     keep = dict(tree.leaves(trains))
     return tree.unflatten({path: leaf.astype(c.frozen_dtype) if path.endswith(sharding.MATRICES) and not keep[path] else leaf
                            for path, leaf in tree.leaves(params)})
@@ -208,8 +227,9 @@ def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
 
 
 def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
-    """Raises UserError, in one line, for all that is missing; for a batch that the devices cannot share out; for a model that they
-    cannot hold."""
+    """Raises UserError, in one line, for all that is missing; for a batch that the devices cannot
+    share out; for a model that they cannot hold.
+    """
     places = [(name, path) for name, _, path, *_ in (*c.data.mixture, *c.data.eval_mixture)]
     missing = [what for absent, what in (
         (not c.workdir, "a workdir (--config.workdir=DIR)"),
@@ -234,7 +254,8 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     size = lambda part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
     trains = what_trains(c, abstract)
-    needed = size(jax.eval_shape(partial(at_rest, c, trains), abstract)) + 3 * size(tree.split(abstract, trains)[0])    # a gradient and two moments
+    # a gradient and two moments
+    needed = size(jax.eval_shape(partial(at_rest, c, trains), abstract)) + 3 * size(tree.split(abstract, trains)[0])
     if needed > memory:
         raise UserError(f"the model's state needs {needed / 2**30:.1f} GiB a device and a device has {memory / 2**30:.1f} GiB: "
                         f"use more devices (mesh.fsdp), or a smaller model (--config=configs/pretrain.py:emu-1b)")
@@ -248,14 +269,17 @@ def check_rows(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
-    """Raises UserError for a decoder whose conditions, or whose latents, are missing or not of this model; and for those that nothing draws from."""
+    """Raises UserError for a decoder whose conditions, or whose latents, are missing or not of this
+    model; and for those that nothing draws from.
+    """
     wanted = "unet" in abstract and c.model.decoder.condition == "generated"
     if wanted != bool(c.data.conditions):
         raise UserError(
             "model.decoder.condition='generated' needs data.conditions=DIR, made by: python -m emu_jax.generate precompute --config=FILE --to=DIR"
             if wanted else f"data.conditions={c.data.conditions!r}: nothing draws from them but model.decoder.condition='generated'")
     if wanted:
-        made, model = tuple(precomputed.notes(Path(c.data.conditions), "conditions")["shape"]), (c.model.resampler.tokens, c.model.llama.width)
+        made = tuple(precomputed.notes(Path(c.data.conditions), "conditions")["shape"])
+        model = (c.model.resampler.tokens, c.model.llama.width)
         if made != model:
             raise UserError(f"data.conditions={c.data.conditions!r} are visual tokens {list(made)}, and the model's are {list(model)}")
     if c.data.latents:
@@ -266,7 +290,9 @@ def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:
-    """Makes the workdir, where there is none. Raises UserError if it is another config's, naming what differs, or cannot be written into."""
+    """Makes the workdir, where there is none. Raises UserError if it is another config's, naming
+    what differs, or cannot be written into.
+    """
     path = workdir / "config.json"
     if path.exists():
         try:
@@ -288,15 +314,19 @@ def write_config(workdir: Path, values: dict) -> None:
     part = workdir / "config.part"
     try:
         part.write_text(json.dumps(values, indent=1) + "\n")
-        part.replace(workdir / "config.json")   # whole or not at all
+        # whole or not at all
+        part.replace(workdir / "config.json")
     except OSError as error:
         raise UserError(f"cannot write into the workdir {workdir}: {error.strerror}") from error
 
 
 def same(whose: str, old: dict, new: dict) -> None:
-    """Raises UserError, naming the fields, for a config that is another than that of `whose`, but for MAY_DIFFER. Fields that are new since then
-    are only said: by their defaults a run goes on as it was."""
-    old, new = _flat(old), _flat(new)
+    """Raises UserError, naming the fields, for a config that is another than that of `whose`, but
+    for MAY_DIFFER. Fields that are new since then are only said: by their defaults a run goes on as
+    it was.
+    """
+    old = _flat(old)
+    new = _flat(new)
     if since := [key for key in sorted(new.keys() - old.keys()) if not key.startswith(MAY_DIFFER)]:
         log.warning("%s has no %s: it is older; they are as this config has them", whose, ", ".join(since))
     differ = [key for key in sorted(old) if old[key] != new.get(key) and not key.startswith(MAY_DIFFER)]
@@ -311,13 +341,16 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 
 def measure_visual_stats(program: loop.Program, params: tree.Tree, loader: Loader, layout: tree.Tree) -> tree.Tree:
-    """Mean and deviation of each dimension of each visual token over MEASURED training images, for models that standardise them.
-    Several processes all read the same images: `loader` is that of one process."""
+    """Mean and deviation of each dimension of each visual token over MEASURED training images, for
+    models that standardise them. Several processes all read the same images: `loader` is that of
+    one process.
+    """
     encode = jax.jit(lambda params, images: sharding.constrain(program.module(params).encode(images).astype(jnp.float32), PartitionSpec()))
     found: list[np.ndarray] = []
     for item in loader:
         images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]]
-        rows = len(item.batch.images) * item.batch.images.shape[1]       # one shape for every batch
+        # one shape for every batch
+        rows = len(item.batch.images) * item.batch.images.shape[1]
         padded = np.concatenate([images, np.zeros((rows - len(images), *images.shape[1:]), np.uint8)])
         found.append(np.asarray(encode(params, padded))[:len(images)])
         if sum(map(len, found)) >= MEASURED:
@@ -330,7 +363,9 @@ def measure_visual_stats(program: loop.Program, params: tree.Tree, loader: Loade
 
 
 def held_out(program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: ConfigDict) -> Callable[[tree.Tree], dict[str, float]]:
-    """evaluate(params): the stage's metrics on `eval.batches` global batches of the held-out mixture."""
+    """evaluate(params): the stage's metrics on `eval.batches` global batches of the held-out
+    mixture.
+    """
     program = dataclasses.replace(program, objective=program.objective | {"sources": len(c.data.eval_mixture)})
     step = jax.jit(partial(loop.eval_step, program))
     place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
@@ -347,7 +382,9 @@ def held_out(program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: 
 
 def benchmarks(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
                c: ConfigDict) -> Callable[[tree.Tree], dict[str, float]]:
-    """evaluate(params): the numbers of `eval.tasks`, each "task/number". Raises UserError, before anything is trained, for what it cannot ask."""
+    """evaluate(params): the numbers of `eval.tasks`, each "task/number". Raises UserError, before
+    anything is trained, for what it cannot ask.
+    """
     if program.stage.module is not emu.Emu:
         raise UserError(f"eval.tasks: a model of the stage {c.stage!r} answers nothing")
     asked = []
@@ -370,12 +407,14 @@ def benchmarks(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokeni
 
 def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
              context: int) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
-    """pictures(params, item): some images of a batch (of several processes, of the first one's), what the model says of them, and the text of the
-    document that each is from."""
+    """pictures(params, item): some images of a batch (of several processes, of the first one's),
+    what the model says of them, and the text of the document that each is from.
+    """
     def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
         batch = multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: x[:PICTURES], item.batch))
         rows, places = (index[:PICTURES] for index in np.nonzero(batch.image_slots < batch.tokens.shape[1]))
-        images, slots = batch.images[rows, places], batch.image_slots[rows, places]
+        images = batch.images[rows, places]
+        slots = batch.image_slots[rows, places]
         own = [batch.segments[row] == batch.segments[row, slot] for row, slot in zip(rows, slots, strict=True)]
         true = [tokenizer.decode(batch.tokens[row, held].tolist()) for row, held in zip(rows, own, strict=True)]
         session = Session(program.size, params, tokenizer, context=context, mesh=mesh)
@@ -386,13 +425,19 @@ def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenize
 
 def drawings(program: loop.Program, mesh: jax.sharding.Mesh, c: ConfigDict,
              make_loader: Callable[[], Loader]) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
-    """drawings(params, item): the first images of the data, each beside what the decoder makes of it, always the same ones with the same seeds,
-    and led away from zeros: nothing is generated here."""
-    side, how, first = program.size.image, {name: c.drawing[name] for name in pixels.HOW}, make_loader()
+    """drawings(params, item): the first images of the data, each beside what the decoder makes of
+    it, always the same ones with the same seeds, and led away from zeros: nothing is generated
+    here.
+    """
+    side = program.size.image
+    how = {name: c.drawing[name] for name in pixels.HOW}
+    first = make_loader()
     batch = multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: x[:PICTURES], next(iter(first)).batch))
     first.close()
-    shards, count = mesh.shape["data"] * mesh.shape["fsdp"], len(batch.tokens)
-    rows = jax.tree.map(lambda x: x[np.arange(-(-count // shards) * shards) % count], batch)         # filled up, so that every device has as many
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    count = len(batch.tokens)
+    # filled up, so that every device has as many
+    rows = jax.tree.map(lambda x: x[np.arange(-(-count // shards) * shards) % count], batch)
 
     def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         condition = program.module(params).conditions(batch)

@@ -1,8 +1,10 @@
-"""The one rule language: ordered (regex, value) rows over parameter paths such as "llama/blocks/q/w".
+"""The one rule language: ordered (regex, value) rows over parameter paths such as
+"llama/blocks/q/w".
 
-Shardings, what trains, learning rates, weight decay and LoRA targets are all said with it (big_vision's habit).
-A row must match a whole path; the first that does wins. A leaf that no row covers, and a row that no leaf needs,
-are errors: a rule that silently did nothing is how a month of compute is lost.
+Shardings, what trains, learning rates, weight decay and LoRA targets are all said with it
+(big_vision's habit). A row must match a whole path; the first that does wins. A leaf that no row
+covers, and a row that no leaf needs, are errors: a rule that silently did nothing is how a month of
+compute is lost.
 """
 import re
 from collections.abc import Iterator, Sequence
@@ -34,9 +36,11 @@ def unflatten(pairs: dict[str, Any]) -> Tree:
 
 
 def by_rule(rules: Sequence[Any], tree: Tree, what: str = "rules") -> Tree:
-    """A tree like `tree` with, at every leaf, the value of the first row whose regex matches its whole path.
+    """A tree like `tree` with, at every leaf, the value of the first row whose regex matches its
+    whole path.
 
-    Raises ValueError, naming `what`, for a leaf without a row, for a row that no leaf needed, and for what is no row.
+    Raises ValueError, naming `what`, for a leaf without a row, for a row that no leaf needed, and
+    for what is no row.
     """
     used: set[int] = set()
     for row in rules:

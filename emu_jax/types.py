@@ -18,39 +18,53 @@ Metrics = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
 class Batch:
     """Packed rows of interleaved documents: what every language-model stage reads. Static shapes.
 
-    Row b holds documents 1, 2, ... one after another; `image_slots[b, i]` is the place in the row of the first of
-    the N slots of its i-th image (so its `[IMG]` stands just before), and T where there is no i-th image.
+    Row b holds documents 1, 2, ... one after another; `image_slots[b, i]` is the place in the row
+    of the first of the N slots of its i-th image (so its `[IMG]` stands just before), and T where
+    there is no i-th image.
     """
-    tokens: Int[Array, "B T"]           # ids; [PAD] where a row ends
-    segments: Int[Array, "B T"]         # 1, 2, ... per packed document; 0 is padding
-    positions: Int[Array, "B T"]        # restart at 0 in every document
-    text_weights: Float[Array, "B T"]   # weight of tokens[b, t] as a label (predicted from t - 1); 0 at a document's first token
-    images: UInt8[Array, "B I h w 3"]   # RGB, 0 to 255
-    image_slots: Int[Array, "B I"]      # T for no image
-    image_weights: Float[Array, "B I"]  # 1 where the image is regressed
-    sources: Int[Array, "B T"]          # index of the document's source in the mixture, for losses per source
+    # ids; [PAD] where a row ends
+    tokens: Int[Array, "B T"]
+    # 1, 2, ... per packed document; 0 is padding
+    segments: Int[Array, "B T"]
+    # restart at 0 in every document
+    positions: Int[Array, "B T"]
+    # weight of tokens[b, t] as a label (predicted from t - 1); 0 at a document's first token
+    text_weights: Float[Array, "B T"]
+    # RGB, 0 to 255
+    images: UInt8[Array, "B I h w 3"]
+    # T for no image
+    image_slots: Int[Array, "B I"]
+    # 1 where the image is regressed
+    image_weights: Float[Array, "B I"]
+    # index of the document's source in the mixture, for losses per source
+    sources: Int[Array, "B T"]
 
 
 @flax.struct.dataclass
 class DecoderBatch(Batch):
-    """With what was made once for each image (data/precomputed.py); None for what each step makes anew."""
-    conditions: Float[Array, "B I N D"] | None = None   # what the LLM regressed
-    latents: Float[Array, "B I y x m"] | None = None    # means of the autoencoder's latents, and their log variances: m = 2 c
+    """With what was made once for each image (data/precomputed.py); None for what each step makes
+    anew.
+    """
+    # what the LLM regressed
+    conditions: Float[Array, "B I N D"] | None = None
+    # means of the autoencoder's latents, and their log variances: m = 2 c
+    latents: Float[Array, "B I y x m"] | None = None
 
 
 @flax.struct.dataclass
 class Cache:
     """Keys and values, of every layer, of what an LLM has read, and room for more.
 
-    Its first `filled` slots are in use, in every row; segments is 0 where a slot of a row holds nothing: padding of a shorter
-    prompt, or a slot that is still free.
+    Its first `filled` slots are in use, in every row; segments is 0 where a slot of a row holds
+    nothing: padding of a shorter prompt, or a slot that is still free.
     """
     k: Float[Array, "L B S G d"]
     v: Float[Array, "L B S G d"]
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     filled: Int[Array, ""]
-    fresh: bool = flax.struct.field(pytree_node=False)      # nothing is in it yet: what is read first looks at itself alone, by any kernel
+    # nothing is in it yet: what is read first looks at itself alone, by any kernel
+    fresh: bool = flax.struct.field(pytree_node=False)
 
     @property
     def slots(self) -> int:

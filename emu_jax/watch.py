@@ -1,6 +1,8 @@
-"""Watching over a run: where its time goes, whether a step hangs, whether it dies in the same batch again and again, and a trace of some steps.
+"""Watching over a run: where its time goes, whether a step hangs, whether it dies in the same batch
+again and again, and a trace of some steps.
 
-Each process watches itself and says in its log what it sees; only process 0 writes. Read next: loop.py.
+Each process watches itself and says in its log what it sees; only process 0 writes. Read next:
+loop.py.
 """
 import faulthandler
 import json
@@ -21,22 +23,28 @@ from emu_jax.config import UserError
 
 log = logging.getLogger(__name__)
 
-PHASES = ("steps", "input wait", "compile", "checkpoint", "evaluation", "restart")     # "restart": all before the first batch
-REMEMBERED = 5      # deaths of runs
+# "restart": all before the first batch
+PHASES = ("steps", "input wait", "compile", "checkpoint", "evaluation", "restart")
+# deaths of runs
+REMEMBERED = 5
 
 
 class Watch:
-    """What this process does, a phase at a time. A context: left without an error, or with a UserError, the run has not died.
+    """What this process does, a phase at a time. A context: left without an error, or with a
+    UserError, the run has not died.
 
-    hang: seconds in one phase after which it is said, with the place of every thread; again whenever the time has doubled. 0: never.
-    began: `perf_counter` when it began; None: now.
+    hang: seconds in one phase after which it is said, with the place of every thread; again
+    whenever the time has doubled. 0: never. began: `perf_counter` when it began; None: now.
     """
 
     def __init__(self, workdir: Path, hang: float, began: float | None = None):
-        self.step, self.now, self.since = 0, "restart", time.perf_counter() if began is None else began
+        self.step = 0
+        self.now = "restart"
+        self.since = time.perf_counter() if began is None else began
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.ended = threading.Event()
-        self.path = workdir / "running.json"            # there while a run is under way, or has died
+        # there while a run is under way, or has died
+        self.path = workdir / "running.json"
         found = processes.all_of(_read(self.path))[0]
         self.deaths: list[int | None] = [*found["deaths"], found["step"]][-REMEMBERED:] if found else []
         self.file = self.path.open("w") if jax.process_index() == 0 else None
@@ -62,7 +70,9 @@ class Watch:
                 self.path.unlink(missing_ok=True)
 
     def begin(self, step: int, documents: list[list[str]]) -> None:
-        """The batch that makes step `step` is about to be trained on; `documents`: this process's, a row each."""
+        """The batch that makes step `step` is about to be trained on; `documents`: this process's,
+        a row each.
+        """
         self.step = step
         self._note(step)
         if step == self.suspect:
@@ -73,7 +83,8 @@ class Watch:
         """From now on, until the next."""
         now = time.perf_counter()
         self.seconds[self.now] += now - self.since
-        self.now, self.since = phase, now
+        self.now = phase
+        self.since = now
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -93,18 +104,22 @@ class Watch:
         return f"goodput of {total:.0f} s: {shares}"
 
     def _note(self, step: int | None) -> None:
-        if self.file:           # of one length, and in one write: it is whole whenever the process is killed
-            with suppress(OSError):     # a full disk: no reason to end here
+        # of one length, and in one write: it is whole whenever the process is killed
+        if self.file:
+            # a full disk: no reason to end here
+            with suppress(OSError):
                 self.file.seek(0)
                 self.file.write(json.dumps({"step": step, "deaths": self.deaths}).ljust(32 + 16 * REMEMBERED) + "\n")
                 self.file.flush()
 
     def _watch(self, hang: float) -> None:
         who = f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
-        since, told = self.since, hang
+        since = self.since
+        told = hang
         while not self.ended.wait(hang / 8):
             if self.since != since:
-                since, told = self.since, hang
+                since = self.since
+                told = hang
             if (late := time.perf_counter() - since) >= told:
                 told = 2 * late
                 log.error("%s hangs: %s of step %d has taken %.0f s so far; its threads are at:", who, self.now, self.step, late)
@@ -114,7 +129,8 @@ class Watch:
 def _read(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):       # none, or cut off at its very start
+    # none, or cut off at its very start
+    except (OSError, ValueError):
         return None
 
 
@@ -130,7 +146,9 @@ def span(text: str) -> range:
 
 @contextmanager
 def traced(steps: range, to: Path) -> Iterator[Callable[[int, Any], None]]:
-    """before(step, state): to be called before each step. An XLA trace of `steps` is written to `to`, for TensorBoard and Perfetto."""
+    """before(step, state): to be called before each step. An XLA trace of `steps` is written to
+    `to`, for TensorBoard and Perfetto.
+    """
     under_way = False
 
     def before(step: int, state: Any) -> None:
@@ -152,5 +170,6 @@ def traced(steps: range, to: Path) -> Iterator[Callable[[int, Any], None]]:
     try:
         yield before
     finally:
-        if under_way:       # the run ended within
+        # the run ended within
+        if under_way:
             end()

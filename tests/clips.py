@@ -7,7 +7,8 @@ from tokenizers import pre_tokenizers
 from emu_jax import tree
 from emu_jax.weights import clip, convert, files
 
-# As the first releases say it, whose </s> is no token of theirs; and with another activation, other heads and the true </s>.
+# As the first releases say it, whose </s> is no token of theirs; and with another activation, other
+# heads and the true </s>.
 CLIP1 = dict(projection_dim=12,
              text_config=dict(vocab_size=519, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
                               max_position_embeddings=20, hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=2, projection_dim=12),
@@ -21,8 +22,11 @@ MERGES = (("t", "h"), ("th", "e</w>"), ("d", "o"), ("do", "g</w>"), ("a", "t</w>
 
 
 def folder(path, said=CLIP1, dtype=np.float32, seed=0):
-    """A folder as the transformers library has a CLIPModel, with OpenAI's files of a tokenizer; {name: array}."""
-    text, vision = said["text_config"], said["vision_config"]
+    """A folder as the transformers library has a CLIPModel, with OpenAI's files of a tokenizer;
+    {name: array}.
+    """
+    text = said["text_config"]
+    vision = said["vision_config"]
     tower = lambda of: dict(width=of["hidden_size"], depth=of["num_hidden_layers"], heads=of["num_attention_heads"], ffn=of["intermediate_size"],
                             eps=of["layer_norm_eps"], activation=of["hidden_act"])
     size = clip.size({"clip": dict(

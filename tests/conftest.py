@@ -1,7 +1,9 @@
-"""Every test runs on eight fake CPU devices, so that what is sharded can be tried; set JAX_PLATFORMS for another platform.
+"""Every test runs on eight fake CPU devices, so that what is sharded can be tried; set
+JAX_PLATFORMS for another platform.
 
-The time of the tests is the compiler's: it optimises nothing here, and what one test compiled, the next ones (and the
-processes that they start) load from a folder that lives as long as the session. Shapes in annotations are checked.
+The time of the tests is the compiler's: it optimises nothing here, and what one test compiled, the
+next ones (and the processes that they start) load from a folder that lives as long as the session.
+Shapes in annotations are checked.
 """
 import atexit
 import gc
@@ -12,13 +14,17 @@ from importlib.metadata import version
 
 import jaxtyping
 
-gc.set_threshold(100_000, 20, 50)               # tracing makes much and little of it garbage: to look for it took a twelfth of the tests' time
+# tracing makes much and little of it garbage: to look for it took a twelfth of the tests' time
+gc.set_threshold(100_000, 20, 50)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join((
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
-    "--xla_cpu_parallel_codegen_split_count=1",                        # a test a core: what one compiles is not split among more
-    "--xla_cpu_collective_call_terminate_timeout_seconds=1800"))       # a busy machine is slow, not stuck: after 40 s XLA would abort
-if version("jaxlib").startswith("0.10."):       # what it emits now takes twice as long to compile; later ones do not know the flag
+    # a test a core: what one compiles is not split among more
+    "--xla_cpu_parallel_codegen_split_count=1",
+    # a busy machine is slow, not stuck: after 40 s XLA would abort
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1800"))
+# what it emits now takes twice as long to compile; later ones do not know the flag
+if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

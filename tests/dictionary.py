@@ -1,4 +1,6 @@
-"""A dictionary of twenty-odd synsets in WordNet's files (wndb(5WN)), for tests of what reads them."""
+"""A dictionary of twenty-odd synsets in WordNet's files (wndb(5WN)), for tests of what reads
+them.
+"""
 from pathlib import Path
 
 # (kind, lemmas, hypernyms by their first lemma and sense); a lemma's senses come in this order.
@@ -19,8 +21,10 @@ def write(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     licence = b"  1 This is a test's dictionary.\n"
     lines = {}
-    for _ in range(2):                          # the first time for the lengths, which do not depend on the offsets
-        places, offset = {}, dict.fromkeys(NAMES, len(licence))
+    # the first time for the lengths, which do not depend on the offsets
+    for _ in range(2):
+        places = {}
+        offset = dict.fromkeys(NAMES, len(licence))
         for kind, lemmas, _ in SYNSETS:
             places[kind, lemmas.split()[0].lower()] = offset[kind]
             offset[kind] += len(lines.get((kind, lemmas), b""))

@@ -14,8 +14,9 @@ from emu_jax.models import emu
 
 
 def cfg(*overrides: str, size: str = "debug"):
-    """configs/base.py at a small size, on one device, without dropout, with overrides "a.b=value". Its encoder's blocks are unrolled, its LLaMA's
-    are a scan, as the large ones are."""
+    """configs/base.py at a small size, on one device, without dropout, with overrides "a.b=value".
+    Its encoder's blocks are unrolled, its LLaMA's are a scan, as the large ones are.
+    """
     small = ("optim.steps=4", "data.batch=8", "data.tokens=48", "data.images=3", "data.num_streams=4", "objective.chunk=16", "mesh.fsdp=1",
              "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=full")
     return config.load([f"--config=configs/base.py:{size}", *(f"--config.{override}" for override in (*small, *overrides))])
@@ -25,7 +26,9 @@ VAE = dict(channels=3, latent=4, widths=(8, 8), resnets=1, groups=4, scale=0.5, 
 
 
 def decoder_cfg(*overrides: str, vae: bool = False):
-    """configs/decoder.py at a small size: pixels 8 x 8 from the encoder's 28 x 28, or 4 x 4 latents of those, in documents of an image a row."""
+    """configs/decoder.py at a small size: pixels 8 x 8 from the encoder's 28 x 28, or 4 x 4 latents
+    of those, in documents of an image a row.
+    """
     small = ("optim.steps=4", "optim.warmup=0.25", "optim.boundaries=((2, 0.5),)", "data.batch=8", "data.tokens=24", "data.num_streams=4",
              "mesh.fsdp=1", "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none",
              "data.conditions=", "model.decoder.condition=teacher_forced")
@@ -43,7 +46,9 @@ def decoder_cfg(*overrides: str, vae: bool = False):
 
 
 def warm_cfg(*overrides: str):
-    """`cfg` of the contrastive stage, whose reading of the pixels wants images of a multiple of 16, and whose model has no llama."""
+    """`cfg` of the contrastive stage, whose reading of the pixels wants images of a multiple of 16,
+    and whose model has no llama.
+    """
     return cfg("stage=contrastive", "model.vision.image=32", "model.vision.patch=16", "rules.peak_lr=(('.*', 1e-3),)",
                "rules.groups=(('vision/.*', 'vision'), ('.*', 'rest'))", *overrides)
 
@@ -78,10 +83,13 @@ def batch(c, seed: int = 0):
     waiting = sequences(c, 3 * c.data.batch, seed)
     rows = []
     for number in range(c.data.batch):
-        row, tokens, images = [], 0, 0
+        row = []
+        tokens = 0
+        images = 0
         for _ in range(1 + number % 3):
             candidate = waiting.pop()
-            tokens, images = tokens + len(candidate.tokens), images + len(candidate.image_slots)
+            tokens = tokens + len(candidate.tokens)
+            images = images + len(candidate.image_slots)
             if tokens <= c.data.tokens and images <= c.data.images:
                 row.append(candidate)
         rows.append(row)
@@ -107,7 +115,9 @@ def flat(params) -> list[tuple[str, np.ndarray]]:
 
 
 def random_params(p, seed: int = 0):
-    """Every leaf random, norms around 1: a fresh model's biases of 0 and norms of 1 would hide mistakes."""
+    """Every leaf random, norms around 1: a fresh model's biases of 0 and norms of 1 would hide
+    mistakes.
+    """
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):
@@ -128,7 +138,9 @@ def written(path, c, params):
 
 
 def packed_and_separate(c):
-    """(batch of three full rows, batch of the same eight documents a row each, [(row, start, first image)] of each in the former)."""
+    """(batch of three full rows, batch of the same eight documents a row each, [(row, start, first
+    image)] of each in the former).
+    """
     found = [s for s in sequences(c, 40) if len(s.tokens) <= c.data.tokens // 3 and len(s.image_slots) <= 1][:8]
     rows = [found[:3], found[3:5], found[5:]]
     places = []
@@ -136,6 +148,7 @@ def packed_and_separate(c):
         start = first = 0
         for sequence in row:
             places.append((number, start, first))
-            start, first = start + len(sequence.tokens), first + len(sequence.image_slots)
+            start = start + len(sequence.tokens)
+            first = first + len(sequence.image_slots)
     assert len(found) == 8 and any(len(s.image_slots) for s in found[1:3])
     return pack(c, rows + [[]] * 5), pack(c, [[sequence] for sequence in found]), places

@@ -1,5 +1,5 @@
-"""Checkpoints in a bucket, against an emulator of Google's storage (make test-bucket): a run that is killed goes on from there, in two processes,
-and a save that did not end is passed over.
+"""Checkpoints in a bucket, against an emulator of Google's storage (make test-bucket): a run that
+is killed goes on from there, in two processes, and a save that did not end is passed over.
 """
 import contextlib
 import json
@@ -25,7 +25,9 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """The name of a bucket that Orbax, TensorStore and gcsfs find, here and in the processes that a test starts."""
+    """The name of a bucket that Orbax, TensorStore and gcsfs find, here and in the processes that a
+    test starts.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -33,7 +35,8 @@ def bucket(monkeypatch):
         monkeypatch.setenv(name, f"http://localhost:{port}")
     download = objects.download
 
-    def with_generation(request, response, storage, *rest, **named):        # as Google's does; TensorStore overwrites what it read, nothing newer
+    # as Google's does; TensorStore overwrites what it read, nothing newer
+    def with_generation(request, response, storage, *rest, **named):
         with contextlib.suppress(NotFound):
             response["x-goog-generation"] = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])["generation"]
         return download(request, response, storage, *rest, **named)
@@ -49,13 +52,15 @@ def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F8
     more = ("optim.steps=6", "checkpoint.every=2", "checkpoint.keep=2")
     whole, there = trained(data, tmp_path / "whole", 1, 8, *more)
 
-    to, steps = f"checkpoint.to={bucket}/run", checkpoint._path(f"{bucket}/run/checkpoints")
+    to = f"checkpoint.to={bucket}/run"
+    steps = checkpoint._path(f"{bucket}/run/checkpoints")
     ended = steps / "4" / "commit_success.txt"
     done = subprocess.run([sys.executable, "-c", KILLED, "5", str(ended), *arguments(data, tmp_path / "run", *SHALLOW, *more, to)],
                           env=environ(8), capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert {path.name for path in steps.iterdir()} == {"2", "4"} and not (tmp_path / "run/checkpoints").exists()
-    ended.unlink()                                                  # as if it had been killed a moment before
+    # as if it had been killed a moment before
+    ended.unlink()
     assert checkpoint.newest(f"{bucket}/run") == 2
 
     done = subprocess.run(command(data, tmp_path / "run", 2, *more, to), env=environ(4), capture_output=True, text=True, timeout=900)

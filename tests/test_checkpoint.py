@@ -1,4 +1,6 @@
-"""What is saved comes back, bit for bit, on any mesh; and what is damaged is noticed and passed over."""
+"""What is saved comes back, bit for bit, on any mesh; and what is damaged is noticed and passed
+over.
+"""
 import json
 import logging
 import resource
@@ -44,7 +46,8 @@ def make_state(step=1, rows=64, ema=True):
     odd = jnp.array([-0.0, jnp.nan, jnp.inf, 1e-40], jnp.float32)
     trainable = {"llama": {"w": jax.random.normal(keys[0], (rows, 64)), "norm": odd}, "head": jnp.arange(8, dtype=jnp.bfloat16)}
     frozen = {"llama": {"ids": jnp.arange(6, dtype=jnp.int8)}, "vision": {"w": jax.random.normal(keys[1], (rows, 8))}}
-    labels = {"llama": {"w": "a", "norm": "b"}, "head": "b"}     # masked nodes, empty states, None: whatever optax makes
+    # masked nodes, empty states, None: whatever optax makes
+    labels = {"llama": {"w": "a", "norm": "b"}, "head": "b"}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(
         {"a": optax.adamw(1e-3, mu_dtype=jnp.bfloat16), "b": optax.sgd(1e-2)}, labels))
     gradient = jax.tree.map(lambda x: jnp.cos(step * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trainable)
@@ -65,14 +68,17 @@ def assert_same(got, expected):
 
 
 def mesh_sharding(shape, *axes):
-    """Leaves whose leading dimension divides are sharded over `axes`; the others are copied to all devices."""
+    """Leaves whose leading dimension divides are sharded over `axes`; the others are copied to all
+    devices.
+    """
     mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     count = int(np.prod([mesh.shape[axis] for axis in axes]))
     return lambda x: NamedSharding(mesh, PartitionSpec(axes) if x.ndim and x.shape[0] % count == 0 else PartitionSpec())
 
 
 def steps(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())     # any other name is an error
+    # any other name is an error
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def array_file(folder):
@@ -118,7 +124,8 @@ def test_restored_state_is_the_saved_one_bit_for_bit(tmp_path, ema):
 
 @pytest.mark.parametrize("target", [((2, 4), "fsdp"), ((4, 2), "fsdp", "data"), ((1, 8), "data"), None])
 def test_restored_onto_another_mesh_is_exactly_equal(tmp_path, target):
-    state, target = make_state(), target and mesh_sharding(*target)
+    state = make_state()
+    target = target and mesh_sharding(*target)
     there = jax.device_put(state, jax.tree.map(mesh_sharding((1, 8), "fsdp"), state))
     Checkpoints(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
     _, restored, _, _ = Checkpoints(str(tmp_path), keep=1, keep_every=0).restore(abstract(state, target))
@@ -172,7 +179,8 @@ def test_a_tower_is_known_by_its_bits(saved):
 
 
 def test_averaged_parameters_take_the_place_of_those_that_have_an_average(saved):
-    params, state = restore_params(str(saved), ema=True), make_state(2)
+    params = restore_params(str(saved), ema=True)
+    state = make_state(2)
     np.testing.assert_array_equal(params["llama"]["w"], state.ema["llama"]["w"])
     np.testing.assert_array_equal(params["vision"]["w"], state.frozen["vision"]["w"])
 
@@ -217,7 +225,8 @@ def sliced(workdir, params, config=CONFIG):
 
 def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK", 64)
-    params = make_state().trainable | {"vision": {"pos": jnp.ones((3, 5), jnp.float16), "bias": jnp.zeros((70,))}}      # zeros are written too
+    # zeros are written too
+    params = make_state().trainable | {"vision": {"pos": jnp.ones((3, 5), jnp.float16), "bias": jnp.zeros((70,))}}
     sliced(tmp_path, params)
     assert_same(restore_params(str(tmp_path)), jax.tree.map(np.asarray, params))
     assert_same(restore_params(str(tmp_path), abstract(params, mesh_sharding((2, 4), "fsdp"))), params)
@@ -227,7 +236,8 @@ def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_p
     np.testing.assert_array_equal(slices.read("llama/w", 3), params["llama"]["w"][3])
     np.testing.assert_array_equal(slices.read("head", None), params["head"])
     with pytest.raises(UserError, match="'llama/w' has changed"):
-        slices.check()                                          # for the other slices were not read
+        # for the other slices were not read
+        slices.check()
     for layer in set(range(64)) - {3}:
         slices.read("llama/w", layer)
     slices.check()
@@ -322,7 +332,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(copy, 
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(copy):
     for step in (1, 2):
         truncate(copy / f"checkpoints/{step}/manifest/data.json")
-    run, path = Checkpoints(str(copy), keep=5, keep_every=0), str(copy)
+    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    path = str(copy)
     for read in (run.latest, lambda: run.restore(abstract(make_state())), lambda: read_config(path), lambda: restore_params(path)):
         with pytest.raises(UserError, match="no whole checkpoint in .*1 is damaged"):
             read()
@@ -331,7 +342,8 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(copy):
 
 def test_the_arrays_of_a_damaged_step_are_freed_before_the_next_is_read(copy, monkeypatch):
     flip_a_bit(array_file(copy / "checkpoints/2/params"))
-    load, held = checkpoint._load, []
+    load = checkpoint._load
+    held = []
 
     def measured(*arguments):
         held.append(sum(array.nbytes for array in jax.live_arrays()))
@@ -354,7 +366,8 @@ def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
     """)
     killed = subprocess.run([sys.executable, "-c", script, copy], cwd=Path(__file__).parent.parent, check=False)
     assert killed.returncode == -9
-    (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)     # should the kill have come too early for it
+    # should the kill have come too early for it
+    (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)
     run = Checkpoints(str(copy), keep=5, keep_every=0)
     assert run.latest() == 2 and not caplog.records
     assert_same(run.restore(abstract(make_state()))[1], make_state(2))
@@ -367,7 +380,8 @@ def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
     run = Checkpoints(str(copy), keep=5, keep_every=0)
     with pytest.raises(UserError, match=r"checkpoints/3 could not be saved: .*\S.*; the earlier ones are as they were") as error:
         run.save(3, big, DATA, CONFIG)
-        run.save(4, big, DATA, CONFIG)      # at the latest here
+        # at the latest here
+        run.save(4, big, DATA, CONFIG)
     assert "\n" not in str(error.value) and steps(copy) == [1, 2]
     assert_same(run.restore(abstract(make_state()))[1], make_state(2))
     small_disk()
@@ -386,7 +400,8 @@ def test_another_shape_names_the_leaf_and_both_shapes(saved):
 
 
 def test_another_tree_or_dtype_names_the_leaf(saved):
-    run, state = Checkpoints(str(saved), keep=5, keep_every=0), abstract(make_state())
+    run = Checkpoints(str(saved), keep=5, keep_every=0)
+    state = abstract(make_state())
     for other, message in [
             (state.replace(frozen={**state.frozen, "new": state.step}), "has no params 'new'"),
             (state.replace(trainable={"head": state.trainable["head"]}), "has params 'llama/norm', which"),

@@ -1,4 +1,6 @@
-"""Every field is known and has a type; what is wrong is said in one line that names what would be right."""
+"""Every field is known and has a type; what is wrong is said in one line that names what would be
+right.
+"""
 import json
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The decoder stage through its commands: conditions made once, a run that goes on where it was cut off, and what is wrong in one line."""
+"""The decoder stage through its commands: conditions made once, a run that goes on where it was cut
+off, and what is wrong in one line.
+"""
 import dataclasses
 import json
 import re
@@ -23,7 +25,8 @@ from emu_jax.generate import __main__ as generate
 from emu_jax.generate import precompute
 from tests.data import fixtures
 
-pytestmark = pytest.mark.xdist_group("decoder_stage")  # one process: what its tests share is made once
+# one process: what its tests share is made once
+pytestmark = pytest.mark.xdist_group("decoder_stage")
 
 CONFIG = f"""
 from configs.decoder import get_config as paper
@@ -49,7 +52,9 @@ def get_config():
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Eight fake ones are slow, and the laws of meshes are held elsewhere (models/test_decoder.py, test_train.py)."""
+    """Eight fake ones are slow, and the laws of meshes are held elsewhere (models/test_decoder.py,
+    test_train.py).
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
         patch.setattr(precompute, "mesh_of", lambda *_: None)
@@ -59,7 +64,9 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with data, an Emu and an autoencoder of random weights, and the config of their decoder."""
+    """A folder with data, an Emu and an autoencoder of random weights, and the config of their
+    decoder.
+    """
     folder = tmp_path_factory.mktemp("decoder")
     fixtures.write_tiny(folder)
     (folder / "small.py").write_text(CONFIG)
@@ -101,8 +108,10 @@ def test_a_run_tells_its_loss_saves_and_draws(whole):
     told = [line for line in lines(whole) if "diffusion_loss" in line]
     assert [line["step"] for line in told] == [1, 2, 3, 4] and [line["step"] for line in lines(whole) if "eval/diffusion_loss" in line] == [4]
     assert {"condition_variance", "grad_norm/condition", "grad_norm/unet"} < told[0].keys() and "flops_per_second/unet" in told[1]
-    assert "flops_per_second/vae" not in told[1]        # whose latents were made beforehand
-    with Image.open(whole / "pictures/3.png") as drawn:     # the image and its drawing, each 8 wide, for eight rows
+    # whose latents were made beforehand
+    assert "flops_per_second/vae" not in told[1]
+    # the image and its drawing, each 8 wide, for eight rows
+    with Image.open(whole / "pictures/3.png") as drawn:
         assert drawn.size == (16, 64)
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["2", "4"]
 
@@ -112,7 +121,8 @@ def test_frozen_towers_come_out_as_they_went_in(folder, whole):
     before = emu | sd
     frozen = [path for path in after if not path.startswith("unet/")]
     assert len(frozen) > 10
-    for path in frozen:         # matrices are held in bfloat16
+    # matrices are held in bfloat16
+    for path in frozen:
         np.testing.assert_array_equal(after[path], before[path].astype(after[path].dtype), err_msg=path)
     averaged = checkpoint.restore_params(str(whole), ema=True)
     assert np.abs(averaged["unet"]["conv_in"]["w"] - after["unet/conv_in/w"]).max() > 0
@@ -148,7 +158,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(made, overrides, told, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.long          # the loop's own is in test_train.py
+# the loop's own is in test_train.py
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(made, copy, capsys, small_disk):  # noqa: F811
     assert train.main(made(copy)) == 2
     error = capsys.readouterr().err
@@ -172,7 +183,8 @@ def test_conditions_on_a_full_disk_are_one_line_and_nothing_half_written(folder,
 
 def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
     c = config.load(made("", "objective.encoded_share=0.0"))
-    program, params = make.program(c), checkpoint.restore_params(str(whole))
+    program = make.program(c)
+    params = checkpoint.restore_params(str(whole))
     loader = Loader(c.data, 0, tokenizer.load(c.data.tokenizer, c.model.llama.vocab), c.model.resampler.tokens, program.stage.image(program.size))
     batch = next(iter(loader)).batch
     loader.close()

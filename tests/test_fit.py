@@ -1,4 +1,6 @@
-"""What fit foretells: the bytes of live arrays, a roofline by hand, a search in few steps, and one line for what cannot be."""
+"""What fit foretells: the bytes of live arrays, a roofline by hand, a search in few steps, and one
+line for what cannot be.
+"""
 import json
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import pytest
 from emu_jax import config, fit, hardware, hlo, loop, train, tree
 from emu_jax.config import UserError
 
-pytestmark = pytest.mark.xdist_group("fit")  # one process: what its tests share is made once
+# one process: what its tests share is made once
+pytestmark = pytest.mark.xdist_group("fit")
 
 SHARDED = ("mesh.fsdp=4", "mesh.tensor=2")
 ROW = hardware.Device("tpu", "TPU none", flops=1e12, memory=1000, bandwidth=1e9, link=1e8, network=1e7, source="nobody")
@@ -46,9 +49,11 @@ def test_the_bytes_it_foretells_are_those_of_live_arrays(compiled):
     held = fit.memory(p, step)
     assert held.parameters == live_bytes((state.trainable, state.frozen)) and held.batch == live_bytes(batch)
     assert held.parameters + held.optimizer == live_bytes(state)
-    assert held.gradients == live_bytes(state.trainable) < held.parameters                  # the encoder is frozen
+    # the encoder is frozen
+    assert held.gradients == live_bytes(state.trainable) < held.parameters
     assert held.parameters + held.optimizer + held.batch == step.memory_analysis().argument_size_in_bytes
-    new, _ = step(state, batch)                                                             # what was compiled is what runs
+    # what was compiled is what runs
+    new, _ = step(state, batch)
     assert int(new.step) == 1 and jax.tree.map(lambda x: x.sharding, new) == jax.tree.map(lambda x: x.sharding, p.state)
 
 
@@ -59,7 +64,9 @@ def test_the_batch_is_the_loaders():
 
 
 def test_weights_are_gathered_in_the_loop_over_depth(compiled):
-    """Each block's once forward; remat gathers them again. What becomes of the gradients is each compiler's own: below, that of TPUs."""
+    """Each block's once forward; remat gathers them again. What becomes of the gradients is each
+    compiler's own: below, that of TPUs.
+    """
     found = hlo.Module(compiled[1].as_text()).collectives()
     gathers = [c for c in found if c.kind == "all-gather" and c.in_loop]
     assert gathers and {c.times for c in gathers} <= {2, 4, 6, 8} and all(len(c.groups[0]) in (2, 4, 8) for c in gathers)
@@ -73,9 +80,11 @@ def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
     assert found["parameters"]["llama"] == sum(leaf.size for leaf in jax.tree.leaves(p.abstract["llama"]))
     assert not found["fits"] and found["peak"] == found["memory"]["peak"] > ROW.memory == found["limit"]
     c = p.c.data
-    head = 3 * 2 * 32 * (516 * c.batch * (c.tokens - 6 * c.images) + 32 * c.batch * c.images * 5)       # 4 visual tokens and [/IMG]; 2 around them
+    # 4 visual tokens and [/IMG]; 2 around them
+    head = 3 * 2 * 32 * (516 * c.batch * (c.tokens - 6 * c.images) + 32 * c.batch * c.images * 5)
     assert found["flops"]["heads"] == head and set(found["flops"]) == {"vision", "resampler", "llama", "heads"}
-    assert found["recomputed_flops"] == {"llama": pytest.approx(found["flops"]["llama"] / 3)}           # a forward pass; no other tower has remat
+    # a forward pass; no other tower has remat
+    assert found["recomputed_flops"] == {"llama": pytest.approx(found["flops"]["llama"] / 3)}
     assert found["mfu"] == pytest.approx(sum(found["flops"].values()) / (found["step_seconds"] * 8e12))
     assert found["roofline"]["bound"] in ("compute", "memory", "links", "network")
     assert "does not fit" in fit.table(found, ROW) and "nobody" in fit.table(found, ROW)
@@ -108,11 +117,13 @@ def test_the_decoder_stage_is_planned_with_its_frozen_towers():
     assert {path.split("/")[0] for path, _ in tree.leaves(p.state.trainable)} == {"unet"}
     assert all(leaf.dtype == "bfloat16" for path, leaf in tree.leaves(p.state.frozen) if path.endswith("/w"))
     unet = fit.per_device(p.state.trainable)
-    assert fit.per_device(p.state) == pytest.approx(4 * unet + fit.per_device(p.state.frozen), rel=0.01)     # itself, two moments, an average
+    # itself, two moments, an average
+    assert fit.per_device(p.state) == pytest.approx(4 * unet + fit.per_device(p.state.frozen), rel=0.01)
     work, again = fit.step_flops(p)
     assert set(work) == {"vision", "resampler", "llama", "heads", "unet"} and again == {}
     remat = decoder_plan("model.decoder.unet.remat=full", "model.llama.remat=full")
-    assert fit.step_flops(remat) == (work, {"unet": work["unet"] / 3})                                       # the frozen LLM goes back no more
+    # the frozen LLM goes back no more
+    assert fit.step_flops(remat) == (work, {"unet": work["unet"] / 3})
     assert fit.remats(p.c) == {f"model.{name}.remat": "none" for name in ("vision", "resampler", "llama", "decoder.unet")}
     assert next(fit.changes(p.c, p.mesh)) == {f"model.{name}.remat": "full" for name in ("vision", "resampler", "llama", "decoder.unet")}
 
@@ -124,8 +135,11 @@ def test_what_was_made_beforehand_is_part_of_the_batch_and_no_work():
 
 @pytest.mark.parametrize("slope", [1, 7, 30, 90, 200])
 def test_a_search_finds_the_most_rows_in_few_steps(slope):
-    """Peaks of 100 + slope a row under full remat, three and nine times the slope under the others, of 1000."""
-    asked, cost = [], {"full": slope, "dots": 3 * slope, "none": 9 * slope}
+    """Peaks of 100 + slope a row under full remat, three and nine times the slope under the others,
+    of 1000.
+    """
+    asked = []
+    cost = {"full": slope, "dots": 3 * slope, "none": 9 * slope}
 
     def measure(policy, rows):
         asked.append((policy, rows))
@@ -221,8 +235,10 @@ def test_a_state_that_no_change_makes_fit_is_said_before_anything_is_compiled():
 
 
 def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
-    """The compiler's own words, where libtpu is: the weights of an LLM's block all-gathered and its gradients reduce-scattered, none of them a sum
-    over all of zeros and a shard (it sums the other towers' smaller matrices whole); splash attention forward and backward."""
+    """The compiler's own words, where libtpu is: the weights of an LLM's block all-gathered and its
+    gradients reduce-scattered, none of them a sum over all of zeros and a shard (it sums the other
+    towers' smaller matrices whole); splash attention forward and backward.
+    """
     pytest.importorskip("libtpu")
     sizes = ("llama.width=2048", "llama.heads=16", "llama.ffn=4096", "vision.width=1024", "vision.heads=8", "vision.ffn=2048", "resampler.width=1024",
              "resampler.heads=8", "resampler.head_width=128", "resampler.ffn=2048", "compute=bfloat16", "vision.remat=full", "resampler.remat=full",
@@ -232,22 +248,29 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
             patch.setenv(name, value)
         _, devices = hardware.absent("v5e:4x4")
         p = fit.plan(make.cfg("mesh.data=2", "mesh.fsdp=8", "data.batch=16", "data.tokens=256", *(f"model.{size}" for size in sizes)), devices)
-        done, quick = fit.compiled(p), fit.compiled(p, fit.QUICK)
+        done = fit.compiled(p)
+        quick = fit.compiled(p, fit.QUICK)
     text = done.as_text()
-    found, quickly = hlo.Module(text).collectives(), hlo.Module(quick.as_text()).collectives()
+    found = hlo.Module(text).collectives()
+    quickly = hlo.Module(quick.as_text()).collectives()
     received = lambda some, kind: sum(c.times * c.received for c in some if c.kind == kind)
-    assert fit.memory(p, quick).peak == pytest.approx(fit.memory(p, done).peak, rel=fit.CLOSE)     # what is said with little effort holds for a run
+    # what is said with little effort holds for a run
+    assert fit.memory(p, quick).peak == pytest.approx(fit.memory(p, done).peak, rel=fit.CLOSE)
     for kind in ("all-gather", "reduce-scatter"):
         assert received(quickly, kind) == pytest.approx(received(found, kind), rel=0.05)
     looped = {kind: sum(c.bytes for c in found if c.kind == kind and c.in_loop) for kind in ("all-gather", "reduce-scatter")}
     a_block = sum(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if path.startswith("llama/blocks") and path.endswith("/w"))
-    assert looped["all-gather"] >= 2 * a_block and looped["reduce-scatter"] >= a_block       # forward, and again for the backward pass
-    assert not [c for c in fit.padded_gathers(p, found) if "hdD->btD" in c["source"] or c["bytes"] > 2 ** 23]      # an LLM's matrix has 2^23 bytes
+    # forward, and again for the backward pass
+    assert looped["all-gather"] >= 2 * a_block and looped["reduce-scatter"] >= a_block
+    # an LLM's matrix has 2^23 bytes
+    assert not [c for c in fit.padded_gathers(p, found) if "hdD->btD" in c["source"] or c["bytes"] > 2 ** 23]
     assert text.count('custom_call_target="tpu_custom_call"') >= 3
 
 
 def test_gpus_attend_in_kernels(tmp_path):
-    """Where the CUDA plugin is: cuDNN's for images, of 257 places too, and Pallas's three for packed rows; forward and backward."""
+    """Where the CUDA plugin is: cuDNN's for images, of 257 places too, and Pallas's three for
+    packed rows; forward and backward.
+    """
     pytest.importorskip("jax_cuda12_plugin")
     small = ("mesh.data=1", "data.batch=8", "data.tokens=256", "data.num_streams=4", "model.vision.image=224",
              "model.vision.patch=14", "model.compute=bfloat16")

@@ -1,4 +1,6 @@
-"""The table of accelerators, and what is said of one that is not in it or whose compiler is not installed."""
+"""The table of accelerators, and what is said of one that is not in it or whose compiler is not
+installed.
+"""
 import pytest
 
 from emu_jax import hardware
@@ -18,7 +20,9 @@ def test_a_cpu_is_not_in_it():
 
 
 def test_figures_are_of_one_order():
-    """A unit mixed up would show: every accelerator needs 70 to 400 FLOPs a byte of its memory, and its memory is faster than its links."""
+    """A unit mixed up would show: every accelerator needs 70 to 400 FLOPs a byte of its memory, and
+    its memory is faster than its links.
+    """
     for name, row in hardware.DEVICES.items():
         assert 70 < row.flops / row.bandwidth < 700 and row.network < row.link < row.bandwidth and 10 < row.memory / hardware.GIB < 200, name
 

@@ -1,4 +1,6 @@
-"""What HLO text says of collectives: by hand-written modules, and by small programs that are compiled here."""
+"""What HLO text says of collectives: by hand-written modules, and by small programs that are
+compiled here.
+"""
 from functools import partial
 
 import jax
@@ -63,10 +65,12 @@ def test_loops_multiply_and_every_collective_counts_once():
     found = {c.name: c for c in hlo.Module(LOOPS).collectives()}
     table = {name: (c.kind, c.bytes, c.times, c.in_loop, c.asynchronous) for name, c in found.items()}
     assert table == {
-        "gather": ("all-gather", 8 * 16 * 2, 15, True, False),          # 3 turns, in a loop of 5
+        # 3 turns, in a loop of 5
+        "gather": ("all-gather", 8 * 16 * 2, 15, True, False),
         "sum": ("all-reduce", 40 + 40, 5, True, False),
         "all-reduce.9": ("reduce-scatter", 256, 1, False, False),
-        "all-gather.1": ("all-gather", 64, 1, False, True),             # a chain over two fusions
+        # a chain over two fusions
+        "all-gather.1": ("all-gather", 64, 1, False, True),
         "ag": ("all-gather", 64, 1, False, True),
         "cp": ("collective-permute", 24, 1, False, True),
         "rs": ("reduce-scatter", 40, 1, False, False)}
@@ -80,7 +84,8 @@ def test_bytes_that_arrive():
 
 
 @pytest.mark.parametrize(("kind", "groups", "received", "crossing"), [
-    ("all-gather", ((0, 1, 2, 3),), 75, 25),            # half of it comes from the other slice, and two devices share that out
+    # half of it comes from the other slice, and two devices share that out
+    ("all-gather", ((0, 1, 2, 3),), 75, 25),
     ("reduce-scatter", ((0, 1, 2, 3),), 75, 25), ("all-reduce", ((0, 1, 2, 3),), 150, 50), ("all-to-all", ((0, 1, 2, 3),), 75, 50),
     ("all-reduce", ((0, 2), (1, 3)), 100, 100), ("all-reduce", ((0, 1), (2, 3)), 100, 0),
     ("collective-permute", ((0, 1), (1, 2), (2, 3), (0, 3)), 100, 50)])
@@ -91,7 +96,9 @@ def test_what_crosses_between_two_slices_of_two(kind, groups, received, crossing
 
 
 def test_what_slices_sum_is_received_from_their_runtime():
-    """As libtpu writes it for 2xv5e:4x4: 512 KiB to each device, and to the host no less, which is not counted twice."""
+    """As libtpu writes it for 2xv5e:4x4: 512 KiB to each device, and to the host no less, which is
+    not counted twice.
+    """
     handler = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0"'
     line = ('  %recv = (f32[128,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, '
             f'frontend_attributes={{{handler},_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{{1,2}}x{{0:15}}"}}\n')
@@ -125,7 +132,9 @@ def test_bytes_of_a_shape(shape, size):
 
 
 def test_a_compiled_scan():
-    """Seven gathers of 4 shards, seven sums over 2, one exchange of the whole; XLA may fuse arithmetic, not these."""
+    """Seven gathers of 4 shards, seven sums over 2, one exchange of the whole; XLA may fuse
+    arithmetic, not these.
+    """
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P("fsdp"), P()), out_specs=P(), check_vma=False)
@@ -140,5 +149,6 @@ def test_a_compiled_scan():
     found = hlo.Module(jax.jit(run).lower(w, x).compile().as_text()).collectives()
     seen = sorted((c.kind, c.bytes, c.times * c.in_loop or c.times, len(c.groups[0])) for c in found)
     gathers = [row for row in seen if row[0] == "all-gather"]
-    assert gathers in ([("all-gather", 2048, 7, 4)], [("all-gather", 2048, 1, 4)])      # a compiler may lift it out of the loop
+    # a compiler may lift it out of the loop
+    assert gathers in ([("all-gather", 2048, 7, 4)], [("all-gather", 2048, 1, 4)])
     assert [row for row in seen if row[0] == "all-reduce"] == [("all-reduce", 2048, 1, 4), ("all-reduce", 2048, 7, 2)]

@@ -1,4 +1,6 @@
-"""A run of configs/instruct.py through its command: from a pretrained model in few bits to one that chats; and what is wrong is one line."""
+"""A run of configs/instruct.py through its command: from a pretrained model in few bits to one that
+chats; and what is wrong is one line.
+"""
 import json
 from contextlib import closing
 from functools import partial
@@ -18,7 +20,8 @@ from emu_jax.evaluate import chat
 from emu_jax.generate.session import Session
 from tests.data import fixtures
 
-pytestmark = pytest.mark.xdist_group("instruct")  # one process: what its tests share is made once
+# one process: what its tests share is made once
+pytestmark = pytest.mark.xdist_group("instruct")
 
 SMALL = ("data.batch=8", "data.num_streams=4", "data.tokens=128", "data.images=4", "data.pack_lookahead=4", "data.workers=2", "data.system=none",
          "objective.chunk=64", "log.pictures_every=0", "optim.steps=3", "optim.warmup=0.0", "rules.peak_lr=(('.*', 1e-2),)",
@@ -72,7 +75,8 @@ def test_lora_and_the_new_rows_learn_from_answers(base, tuned):
         np.testing.assert_array_equal(after[path], before[path].astype(after[path].dtype), err_msg=path)
     assert after["llama/embed/base"].dtype == jnp.bfloat16 and after["llama/blocks/attn/q/int8"].dtype == np.int8
     for table in ("embed", "lm_head"):
-        old, new = before[f"llama/{table}/added"], after[f"llama/{table}/added"]
+        old = before[f"llama/{table}/added"]
+        new = after[f"llama/{table}/added"]
         np.testing.assert_array_equal(new[:4], old)
         assert (np.abs(new[4:] - np.concatenate([before[f"llama/{table}/base"], old]).mean(0)).max(1) > 1e-3).all()
     assert all(np.abs(after[f"llama/blocks/attn/{name}/b"]).max() > 1e-3 for name in "qkvo")
@@ -84,7 +88,8 @@ def test_its_answers_before_and_after_are_told_by_a_command(data, tuned, capsys,
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == f"{tuned}/report.html" and out[0].split() == "held-out questions number before after most common answer".split()
     results = json.loads((tuned / "results.json").read_text())
-    numbers, answers = results["numbers"], results["answers"]
+    numbers = results["numbers"]
+    answers = results["answers"]
     assert numbers["all_count"] == len(answers) >= 2 * 16
     for when in ("before", "after"):
         assert numbers[f"all_{when}"] == pytest.approx(np.mean([answer["true"] == answer[when] for answer in answers]))
@@ -100,7 +105,9 @@ def test_it_goes_on_from_its_checkpoint(data, base, tuned, capsys):
 
 
 def test_a_chat_begins_as_it_was_tuned(tuned):
-    """Without the release's message. That a chat goes on in its cache: tests/generate/test_session.py."""
+    """Without the release's message. That a chat goes on in its cache:
+    tests/generate/test_session.py.
+    """
     session = Session.load(str(tuned))
     prompt = session.grammar.turn([np.zeros((28, 28, 3), np.uint8), "what is this?"], system=None, first=True)
     assert prompt.tokens[:2] == [1, session.tokenizer.user] and len(prompt.images) == 1

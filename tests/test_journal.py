@@ -49,7 +49,8 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 
 def test_without_a_terminal_the_log_says_how_long_it_takes(tmp_path, caplog, monkeypatch):
-    clock = iter([500.0, 530.0, 620.0, 621.0])      # when each step is told; the first one was compiled for
+    # when each step is told; the first one was compiled for
+    clock = iter([500.0, 530.0, 620.0, 621.0])
     monkeypatch.setattr(journal.Board, "add", lambda *_: None)
     monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with caplog.at_level("INFO", "emu_jax.journal"):
@@ -99,7 +100,8 @@ def test_pictures_that_cannot_be_stored_stop_no_run(tmp_path, caplog):
 @pytest.mark.parametrize("what", ["file", "board"])
 def test_a_full_disk_is_one_line(tmp_path, what):
     told = Journal(tmp_path, start=0, steps=9)
-    full = open("/dev/full", "w", buffering=1)      # each write fails when it reaches the disk
+    # each write fails when it reaches the disk
+    full = open("/dev/full", "w", buffering=1)
     if what == "file":
         told.file = full
     else:
@@ -107,7 +109,8 @@ def test_a_full_disk_is_one_line(tmp_path, what):
     with pytest.raises(UserError, match=f"cannot write what is told of the run into {tmp_path}: No space left on device; once") as error:
         told.write(1, {"loss": 1.0})
     assert "\n" not in str(error.value)
-    told.close()                                # says it no second time
+    # says it no second time
+    told.close()
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

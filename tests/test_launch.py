@@ -1,4 +1,6 @@
-"""The scripts of launch/: they are clean, what they start is started rightly, and what fails or is stopped ends all of it."""
+"""The scripts of launch/: they are clean, what they start is started rightly, and what fails or is
+stopped ends all of it.
+"""
 import os
 import signal
 import subprocess
@@ -76,10 +78,12 @@ def test_the_whole_story_is_told_in_order_and_each_stage_finds_what_it_needs(tmp
     python.write_text(ARGUMENTS)
     python.chmod(0o755)
     (tmp_path / "raw").mkdir()
-    for _ in range(2):                      # what is done already is passed over, but for what passes over it by itself
+    # what is done already is passed over, but for what passes over it by itself
+    for _ in range(2):
         subprocess.run([Path("launch/pipeline.sh").resolve(), "paper"], cwd=tmp_path, env=os.environ | {"RAW": "raw", "SIZE": "debug"}, check=True)
     calls = [call.split()[1:] for call in (tmp_path / "calls").read_text().splitlines()]
-    first, again = calls[:-6], calls[-6:]
+    first = calls[:-6]
+    again = calls[-6:]
     assert [name.removeprefix("emu_jax.") for name, *_ in again] == ["train", "generate", "train", "generate", "train", "evaluate"]
     made = [argument.removeprefix("--to=") for _, *arguments in first for argument in arguments if argument.startswith("--to=")]
     for name, *arguments in again:
@@ -182,7 +186,8 @@ def test_a_pod_of_tpus_is_asked_for_again_when_it_is_preempted(tmp_path):
                           cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "goes on from its last checkpoint" in done.stderr
     calls = [call for call in (tmp_path / "calls").read_text().splitlines() if "describe" not in call]
-    asked, trained = "queued-resources create emu", ["tpu-vm ssh emu-0", "tpu-vm ssh emu-1"]
+    asked = "queued-resources create emu"
+    trained = ["tpu-vm ssh emu-0", "tpu-vm ssh emu-1"]
     assert calls[0] == calls[6] == asked and calls[5] == calls[-1] == "queued-resources delete emu" and len(calls) == 12
     assert sorted(calls[1:5]) == sorted(calls[7:11]) == sorted(trained * 2)
     commands = (tmp_path / "commands").read_text()

@@ -1,4 +1,6 @@
-"""Imports run one way, so that the code can be read from the bottom up; and what the house does without stays out."""
+"""Imports run one way, so that the code can be read from the bottom up; and what the house does
+without stays out.
+"""
 import ast
 from pathlib import Path
 
@@ -6,7 +8,8 @@ import pytest
 
 from emu_jax.stages import STAGES
 
-# From the bottom up. A module imports what is below it and what is in its own folder; nothing beside it, nothing above.
+# From the bottom up. A module imports what is below it and what is in its own folder; nothing
+# beside it, nothing above.
 ORDER = (
     ("types", "tree", "config", "hlo"),
     ("hardware",),
@@ -44,7 +47,8 @@ def ours(path):
         parts = name.split(".")
         if parts[0] == "emu_jax":
             while len(parts) > 1 and not (Path(*parts).with_suffix(".py").is_file() or Path(*parts, "__init__.py").is_file()):
-                parts.pop()                     # what is imported from a module
+                # what is imported from a module
+                parts.pop()
             if len(parts) > 1:
                 yield "/".join(parts[1:])
 

@@ -1,4 +1,6 @@
-"""The laws of a step and of the loop, on a line of two towers; those of the mesh and of accumulation, on a small Emu."""
+"""The laws of a step and of the loop, on a line of two towers; those of the mesh and of
+accumulation, on a small Emu.
+"""
 import dataclasses
 import json
 import logging
@@ -34,10 +36,13 @@ class Leaf(nnx.Module):
 
 
 class Line(nnx.Module):
-    """text_weights [B, T] times `slope`, plus `shift`, is to be the weight of the row's first image."""
+    """text_weights [B, T] times `slope`, plus `shift`, is to be the weight of the row's first
+    image.
+    """
 
     def __init__(self, size, rngs):
-        self.slope, self.shift = Leaf(T, rngs), Leaf(1, rngs)
+        self.slope = Leaf(T, rngs)
+        self.shift = Leaf(1, rngs)
 
 
 def line_loss(model, batch, key, totals, objective):
@@ -84,8 +89,11 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize(("scale", "finite"), [(np.nan, False), (1e17, True), (1e3, True)], ids=["loss", "norm", "spike"])
 def test_a_bad_step_changes_nothing_but_the_counters(scale, finite):
-    """A loss that is not finite; one that is, with a gradient whose norm is not; a norm that is finite, and a spike."""
-    p, bad = program(ema=0.9, spike=5.0), rows(1, scale)
+    """A loss that is not finite; one that is, with a gradient whose norm is not; a norm that is
+    finite, and a spike.
+    """
+    p = program(ema=0.9, spike=5.0)
+    bad = rows(1, scale)
     step = jitted(p)
     state, _ = step(start(p), rows(0))
     after, metrics = step(state, bad)
@@ -97,8 +105,10 @@ def test_a_bad_step_changes_nothing_but_the_counters(scale, finite):
 
 
 def test_spikes_are_measured_by_a_running_mean_and_left_in_unless_asked():
-    norms, p = [], program()
-    step, state = jitted(p), start(p)
+    norms = []
+    p = program()
+    step = jitted(p)
+    state = start(p)
     for seed, scale in ((0, 1.0), (1, 1e3), (2, 1.0)):
         before = state
         state, metrics = step(state, rows(seed, scale))
@@ -110,7 +120,8 @@ def test_spikes_are_measured_by_a_running_mean_and_left_in_unless_asked():
 
 def test_the_average_of_the_parameters_by_hand():
     p = program(ema=0.75)
-    step, state = jitted(p), start(p)
+    step = jitted(p)
+    state = start(p)
     want = np.asarray(PARAMS["slope"]["w"], np.float64)
     for seed in range(4):
         state, _ = step(state, rows(seed))
@@ -122,7 +133,8 @@ def test_the_average_of_the_parameters_by_hand():
 
 def test_what_is_frozen_stays_bit_for_bit_and_has_no_optimizer_state():
     p = program(trains=("slope",), ema=0.9)
-    step, state = jitted(p), start(p)
+    step = jitted(p)
+    state = start(p)
     for seed in range(3):
         state, metrics = step(state, rows(seed))
     assert_same(state.frozen, {"shift": PARAMS["shift"]})
@@ -147,31 +159,37 @@ def test_the_optimizers_tree_is_the_trainable_tree(rule):
 
 def test_dropout_differs_by_step_and_by_micro_batch_and_is_reproducible():
     p = program(dropout=0.5)
-    step, state, batch = jitted(p), start(p), rows(0)
+    step = jitted(p)
+    state = start(p)
+    batch = rows(0)
     loss = lambda step, state, batch: float(step(state, batch)[1]["loss"][0])
     assert loss(step, state, batch) == loss(jitted(p), start(p), batch)
     assert loss(step, state, batch) != loss(step, state.replace(step=jnp.int32(1)), batch)
     assert loss(step, state, batch) != loss(jitted(dataclasses.replace(p, seed=4)), state, batch)
-    two = jax.tree.map(lambda x: np.repeat(x[:4], 2, axis=0), batch)        # micro-batch 0 is rows 0, 2, ...: both are the same four rows
+    # micro-batch 0 is rows 0, 2, ...: both are the same four rows
+    two = jax.tree.map(lambda x: np.repeat(x[:4], 2, axis=0), batch)
     half = jax.tree.map(lambda x: x[:4], batch)
     for dropout, equal in ((0.0, True), (0.5, False)):
         once, twice = (loss(jitted(program(dropout=dropout, accumulate=count)), state, rows) for count, rows in ((1, half), (2, two)))
         assert np.isclose(once, twice, rtol=1e-5) == equal
 
 
-# The whole step of a small Emu: with plain gradient descent of rate 1, the change of the parameters is the gradient.
+# The whole step of a small Emu: with plain gradient descent of rate 1, the change of the parameters
+# is the gradient.
 
 def one_step(accumulate=1, mesh=None, c=None):
     """(state before, state after, metrics) of one step on make.batch."""
     c = c or make.cfg(f"optim.accumulate={accumulate}")
     p = dataclasses.replace(make.program(c), optimizer=optax.sgd(1.0))
     params = make.random_params(p)
-    before, batch = loop.init_state(p, *tree.split(params, train.what_trains(c, params))), make.batch(c)
+    before = loop.init_state(p, *tree.split(params, train.what_trains(c, params)))
+    batch = make.batch(c)
     if mesh is None:
         return before, *jitted(p)(before, batch)
     with jax.set_mesh(mesh):
         layout = sharding.of_state(mesh, tree.merge(before.trainable, before.frozen), before)
-        placed, batch = jax.device_put(before, layout), jax.device_put(batch, sharding.batch_sharding(mesh))
+        placed = jax.device_put(before, layout)
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         after, metrics = jax.jit(partial(loop.train_step, p), out_shardings=(layout, None))(placed, batch)
     assert all(leaf.sharding == at for leaf, at in zip(jax.tree.leaves(after), jax.tree.leaves(layout), strict=True))
     return before, after, metrics
@@ -202,7 +220,9 @@ def test_norms_of_the_groups_are_parts_of_the_whole(whole):
 
 
 def test_accumulation_is_one_big_batch(whole):
-    """Four micro-batches of two rows, unevenly filled. (The variance across images is one within each micro-batch.)"""
+    """Four micro-batches of two rows, unevenly filled. (The variance across images is one within
+    each micro-batch.)
+    """
     assert_same_step(one_step(accumulate=4), whole, but={"visual_variance"})
 
 
@@ -225,7 +245,9 @@ class Feed:
     source_names = ("a", "b")
 
     def __init__(self, batches, before):
-        self.batches, self.before, self.closed = batches, before, False
+        self.batches = batches
+        self.before = before
+        self.closed = False
 
     def __iter__(self):
         for number, batch in enumerate(self.batches, 1):
@@ -238,13 +260,16 @@ class Feed:
 
 def run(workdir, batches, *overrides, p=None, before=lambda number: None, evaluate=None, pictures=None):
     """loop.run on a line; (state, its Checkpoints)."""
-    c, p = make.cfg(f"workdir={workdir}", f"optim.steps={len(batches)}", *overrides), p or program()
+    c = make.cfg(f"workdir={workdir}", f"optim.steps={len(batches)}", *overrides)
+    p = p or program()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    checkpoints, journal = Checkpoints(str(workdir), keep=9, keep_every=0), Journal(workdir, start=0, steps=c.optim.steps)
+    checkpoints = Checkpoints(str(workdir), keep=9, keep_every=0)
+    journal = Journal(workdir, start=0, steps=c.optim.steps)
     feed = Feed(batches, before)
     try:
         with jax.set_mesh(mesh), Watch(workdir, c.log.hang) as watching:
-            state = jax.device_put(jax.tree.map(jnp.copy, start(p)), NamedSharding(mesh, PartitionSpec()))     # donated
+            # donated
+            state = jax.device_put(jax.tree.map(jnp.copy, start(p)), NamedSharding(mesh, PartitionSpec()))
             return loop.run(c, p, state, mesh, feed, checkpoints, journal, watching, evaluate, pictures), checkpoints
     finally:
         assert feed.closed
@@ -254,7 +279,9 @@ def run(workdir, batches, *overrides, p=None, before=lambda number: None, evalua
 def plain(batches, p=None):
     """[(state, metrics)] after each batch."""
     p = p or program()
-    step, state, found = jitted(p), start(p), []
+    step = jitted(p)
+    state = start(p)
+    found = []
     for batch in batches:
         state, metrics = step(state, batch)
         found.append((state, metrics))
@@ -274,7 +301,9 @@ def saved(checkpoints, p, step):
 
 
 def test_a_line_tells_of_its_own_step_and_is_told_a_step_late(tmp_path, monkeypatch):
-    batches, events, write = [rows(seed) for seed in range(4)], [], Journal.write
+    batches = [rows(seed) for seed in range(4)]
+    events = []
+    write = Journal.write
     monkeypatch.setattr(Journal, "write", lambda self, step, values: (events.append(f"tell {step}"), write(self, step, values)))
     state, _ = run(tmp_path, batches, before=lambda number: events.append(f"read {number}"))
     assert events == ["read 1", "read 2", "tell 1", "read 3", "tell 2", "read 4", "tell 3", "tell 4"]
@@ -288,11 +317,14 @@ def test_a_line_tells_of_its_own_step_and_is_told_a_step_late(tmp_path, monkeypa
 
 def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
     """A run that is killed then and goes on from there would not tell it."""
-    events, write, save = [], Journal.write, Checkpoints.save
+    events = []
+    write = Journal.write
+    save = Checkpoints.save
     monkeypatch.setattr(Journal, "write", lambda self, step, values: (events.append(f"{sorted(values)[0]} {step}"), write(self, step, values)))
 
     def saving(self, step, *args, **kwargs):
-        assert "note" in signal.getsignal(signal.SIGTERM).__name__          # a signal waits for it, at the end too
+        # a signal waits for it, at the end too
+        assert "note" in signal.getsignal(signal.SIGTERM).__name__
         events.append(f"save {step}")
         save(self, step, *args, **kwargs)
     monkeypatch.setattr(Checkpoints, "save", saving)
@@ -311,7 +343,8 @@ def test_a_checkpoint_is_saved_where_the_metrics_find_no_room(tmp_path, monkeypa
 
 
 def test_saves_evaluations_and_pictures_come_when_due(tmp_path):
-    batches, shown = [rows(seed) for seed in range(5)], []
+    batches = [rows(seed) for seed in range(5)]
+    shown = []
     shift = lambda params: float(params["shift"]["w"][0])
     state, checkpoints = run(
         tmp_path, batches, "checkpoint.every=2", "eval.every=3", "log.every=2", "log.pictures_every=4",
@@ -341,7 +374,8 @@ def test_a_signal_saves_and_stops(tmp_path, caplog, number):
 
 
 def test_a_second_signal_is_as_it_was_before():
-    seen, before = [], signal.getsignal(signal.SIGTERM)
+    seen = []
+    before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: seen.append("ended"))
     try:
         with loop.stop_signals() as stopped:
@@ -358,7 +392,8 @@ def test_bad_steps_are_named_with_their_documents(tmp_path, caplog):
     assert int(state.bad) == 1 and "step 2 left the weights as they were" in caplog.text
     assert "a/first2, b/second2, b/third2" in caplog.text and "first1" not in caplog.text and "first3" not in caplog.text
     told = [(line["step"], line["loss"] is None, line["bad_steps"]) for line in lines(tmp_path)]
-    assert told == [(2, True, 1), (4, False, 1)]                            # a bad step is told, due or not
+    # a bad step is told, due or not
+    assert told == [(2, True, 1), (4, False, 1)]
     assert_same(state.trainable, plain([rows(0), rows(2), rows(3)])[-1][0].trainable)
 
 
@@ -384,7 +419,8 @@ def test_it_is_compiled_once_and_says_so_if_not(tmp_path, caplog, images):
 # Speed
 
 def test_speed_by_hand(monkeypatch):
-    p, batch = make.program(C), make.batch(C)
+    p = make.program(C)
+    batch = make.batch(C)
     abstract = jax.eval_shape(lambda: make.params(p))
     train, freeze = tree.split(abstract, {tower: jax.tree.map(lambda _: tower != "vision", part) for tower, part in abstract.items()})
     clock = iter([10.0, 12.0, 15.0, 16.0])
@@ -397,12 +433,16 @@ def test_speed_by_hand(monkeypatch):
     item = Item(batch, [], {}, {"epochs": {"pairs": 0.25}})
     counts = loop.Counts(p, C, loop.State(0, train, freeze, None, None, 0, 0.0))
     still = {"padding": 1 - tokens / (8 * T), "input_wait": 0.5, "epochs/pairs": 0.25}
-    assert counts.of(item, 0.5) == pytest.approx(still)                     # step 1 compiles
+    # step 1 compiles
+    assert counts.of(item, 0.5) == pytest.approx(still)
     want = still | {"step_time": 2.0, "tokens_per_second": tokens / 2, "images_per_second": images / 2, "flops_per_second": sum(work.values()) / 2}
     want |= {f"flops_per_second/{tower}": value / 2 for tower, value in work.items()}
     assert counts.of(item, 0.5) == pytest.approx(want, rel=1e-6)
     counts.pause()
-    assert counts.of(item, 0.5) == pytest.approx(still)                     # an evaluation is no part of the step after it
-    counts.peak = 1e9                                                       # of each of eight devices
-    half = counts.of(dataclasses.replace(item, batch=jax.tree.map(lambda x: x[::2], batch)), 0.5)     # one of two processes
+    # an evaluation is no part of the step after it
+    assert counts.of(item, 0.5) == pytest.approx(still)
+    # of each of eight devices
+    counts.peak = 1e9
+    # one of two processes
+    half = counts.of(dataclasses.replace(item, batch=jax.tree.map(lambda x: x[::2], batch)), 0.5)
     assert half["mfu"] == pytest.approx(half["flops_per_second"] / 8e9) and half["tokens_per_second"] == 2 * (batch.segments[::2] > 0).sum()

@@ -1,4 +1,6 @@
-"""Laws of the fused objective: it is the plain one, in value and gradient, on any mesh, without its memory."""
+"""Laws of the fused objective: it is the plain one, in value and gradient, on any mesh, without its
+memory.
+"""
 import re
 from functools import partial
 
@@ -13,7 +15,12 @@ from jax.sharding import PartitionSpec as P
 from emu_jax import losses, sharding, tree
 from emu_jax.losses import fused
 
-B, T, K, D, V, n = 8, 11, 5, 16, 40, 6
+B = 8
+T = 11
+K = 5
+D = 16
+V = 40
+n = 6
 
 
 def normal(seed, *shape):
@@ -26,18 +33,23 @@ def learnt(dtype=jnp.float32):
 
 
 def given():
-    """Labels in both tables; weights that are fractions, and 0 in a whole row and elsewhere; predictors that share a position, and
-    fall off both ends of the row where they count for nothing."""
+    """Labels in both tables; weights that are fractions, and 0 in a whole row and elsewhere;
+    predictors that share a position, and fall off both ends of the row where they count for
+    nothing.
+    """
     rng = np.random.default_rng(0)
     labels = rng.integers(0, V + n, (B, T))
     labels[:, :4] = [0, V - 1, V, V + n - 1]
     label_weights = rng.uniform(0.5, 2, (B, T)) * rng.integers(0, 2, (B, T))
-    label_weights[:, :4], label_weights[2] = 1, 0
+    label_weights[:, :4] = 1
+    label_weights[2] = 0
     predictors = rng.integers(0, T, (B, K))
     predictors[:, 1] = predictors[:, 0]
-    predictors[:, 2], predictors[:, 3] = T + 3, -2
+    predictors[:, 2] = T + 3
+    predictors[:, 3] = -2
     target_weights = rng.uniform(0.5, 2, (B, K))
-    target_weights[:, 2:4], target_weights[3] = 0, 0
+    target_weights[:, 2:4] = 0
+    target_weights[3] = 0
     return (jnp.asarray(labels, jnp.int32), jnp.asarray(label_weights, jnp.float32), jnp.asarray(predictors, jnp.int32),
             normal(5, B, K, D), jnp.asarray(target_weights, jnp.float32), jnp.float32(0.7 / label_weights.sum()),
             jnp.float32(1.3 / target_weights.sum()))
@@ -60,7 +72,9 @@ def ours(learnt, *given, chunk=4):
 
 
 value_and_grad = partial(jax.value_and_grad, has_aux=True)
-fused_once, plain_once = jax.jit(value_and_grad(ours)), jax.jit(value_and_grad(plain))   # compiled once for all tests
+# compiled once for all tests
+fused_once = jax.jit(value_and_grad(ours))
+plain_once = jax.jit(value_and_grad(plain))
 
 
 def assert_close(got, want, tolerance=1e-5):
@@ -70,16 +84,20 @@ def assert_close(got, want, tolerance=1e-5):
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 256])
 def test_equals_plain(chunk):
-    x, y = learnt(), given()
+    x = learnt()
+    y = given()
     want = plain_once(x, *y)
     assert_close(jax.jit(value_and_grad(partial(ours, chunk=chunk)))(x, *y), want)
     assert_close(jax.jit(partial(ours, chunk=chunk))(x, *y), want[0])
 
 
 def test_large_logits_do_not_overflow():
-    (hidden, *heads), y = learnt(), given()
-    x = (50 * hidden, *heads)                       # logits of some hundreds
-    got, want = fused_once(x, *y), plain_once(x, *y)
+    (hidden, *heads) = learnt()
+    y = given()
+    # logits of some hundreds
+    x = (50 * hidden, *heads)
+    got = fused_once(x, *y)
+    want = plain_once(x, *y)
     assert_close(got, want)
     assert all(np.isfinite(part).all() for part in jax.tree.leaves(got))
 
@@ -89,12 +107,14 @@ def test_what_does_not_count_has_no_gradient():
     _, (d_hidden, _, _) = fused_once(learnt(), *y)
     counts = np.asarray(y[1]) != 0
     for b, k in zip(*np.nonzero(y[4]), strict=True):
-        counts[b, y[2][b, k]] = True                # predicts a target that counts
+        # predicts a target that counts
+        counts[b, y[2][b, k]] = True
     np.testing.assert_array_equal(np.any(d_hidden, -1), counts)
 
 
 def test_no_gradient_to_targets_or_weights():
-    x, y = learnt(), given()
+    x = learnt()
+    y = given()
     floats = tuple(part for part in y if part.dtype == jnp.float32)
 
     def loss(floats):
@@ -110,7 +130,8 @@ def test_nll_and_error_are_detached():
 
 
 def test_gradient_is_scaled_by_the_cotangent():
-    x, y = learnt(), given()
+    x = learnt()
+    y = given()
     (loss, _), once = fused_once(x, *y)
     composed = jax.jit(jax.grad(lambda x: jnp.square(3 * ours(x, *y)[0]) + x[0].sum()))(x)
     want = jax.tree.map(lambda g: 18 * loss * g, once)
@@ -119,16 +140,19 @@ def test_gradient_is_scaled_by_the_cotangent():
 
 @pytest.mark.parametrize("part", range(3))
 def test_gradient_by_finite_differences(part):
-    x, y = learnt(), given()
+    x = learnt()
+    y = given()
     gradient = fused_once(x, *y)[1][part]
-    direction = jax.tree.map(lambda g: jnp.where(g < 0, -1.0, 1.0), gradient)    # every element counts, none cancels another
+    # every element counts, none cancels another
+    direction = jax.tree.map(lambda g: jnp.where(g < 0, -1.0, 1.0), gradient)
     at = jax.jit(lambda step: ours((*x[:part], jax.tree.map(lambda w, d: w + step * d, x[part], direction), *x[part + 1:]), *y)[0])
     want = sum(jnp.abs(g).sum() for g in jax.tree.leaves(gradient))
     np.testing.assert_allclose((at(1e-3) - at(-1e-3)) / 2e-3, want, rtol=1e-2)
 
 
 def test_bfloat16():
-    x, y = learnt(jnp.bfloat16), given()
+    x = learnt(jnp.bfloat16)
+    y = given()
     got, gradient = fused_once(x, *y)
     assert jax.tree.map(lambda g: g.dtype, gradient) == jax.tree.map(lambda w: w.dtype, x)
     assert got[0].dtype == got[1][0].dtype == jnp.float32
@@ -138,7 +162,8 @@ def test_bfloat16():
 @pytest.mark.parametrize("shape, dtype", [((2, 2, 2), jnp.float32), ((1, 8, 1), jnp.float32), ((1, 2, 4), jnp.float32),
                                           ((2, 2, 2), jnp.bfloat16)])
 def test_sharded_equals_single(shape, dtype):
-    x, y = learnt(dtype), given()
+    x = learnt(dtype)
+    y = given()
     want = fused_once(x, *y)
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
     specs = P(sharding.ROWS), losses.HEAD, losses.REGRESS
@@ -171,10 +196,12 @@ def arrays(function, *arguments):
     return {(out.aval.shape, out.aval.dtype.name) for equation, _ in equations(jaxpr) for out in equation.outvars}
 
 
-@pytest.mark.parametrize("chunk, largest_chunk", [(4, 4), (8, 6)])      # T is 11: chunks of 4, 4, 3 and, evenly, of 6 and 5
+# T is 11: chunks of 4, 4, 3 and, evenly, of 6 and 5
+@pytest.mark.parametrize("chunk, largest_chunk", [(4, 4), (8, 6)])
 @pytest.mark.parametrize("wrap", [partial, value_and_grad])
 def test_logits_never_exist_beyond_a_chunk(wrap, chunk, largest_chunk):
-    def largest(function):                          # of the arrays over the vocabulary that are no weights
+    # of the arrays over the vocabulary that are no weights
+    def largest(function):
         found = arrays(function, learnt(), *given())
         return max(np.prod(shape) for shape, _ in found if set(shape) & {V, V + n} and shape[-2:] not in {(V, D), (V + n, D)})
     assert largest(wrap(partial(ours, chunk=chunk))) == B * largest_chunk * V
@@ -182,17 +209,21 @@ def test_logits_never_exist_beyond_a_chunk(wrap, chunk, largest_chunk):
 
 
 def test_evaluating_makes_no_gradient():
-    x, y = learnt(jnp.bfloat16), given()            # so that the weights' copies are bfloat16
+    # so that the weights' copies are bfloat16
+    x = learnt(jnp.bfloat16)
+    y = given()
     buffer = ((V, D), "float32")
     assert buffer in arrays(value_and_grad(ours), x, *y)
     assert buffer not in arrays(ours, x, *y)
 
 
 def test_a_frozen_head_costs_no_gradient_buffer():
-    y = [part[:1] if part.ndim else part for part in given()]      # one row: a chunk of one token is far smaller than the head
+    # one row: a chunk of one token is far smaller than the head
+    y = [part[:1] if part.ndim else part for part in given()]
     x = normal(1, 1, T, D), {"base": normal(2, 4096, D), "added": normal(3, n, D)}, {"w": normal(4, D, D)}
 
-    def memory(trained):                            # of the gradient of the first `trained` parts: temporaries and results
+    # of the gradient of the first `trained` parts: temporaries and results
+    def memory(trained):
         def loss(parts):
             return ours((*parts, *x[trained:]), *y, chunk=1)[0]
         memory = jax.jit(jax.grad(loss)).lower(x[:trained]).compile().memory_analysis()

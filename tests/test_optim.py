@@ -1,4 +1,6 @@
-"""The optimizer is AdamW by the book, with a learning rate and a decay for every leaf; schedules at steps worked out by hand."""
+"""The optimizer is AdamW by the book, with a learning rate and a decay for every leaf; schedules at
+steps worked out by hand.
+"""
 import jax
 import jax.numpy as jnp
 import make
@@ -55,7 +57,8 @@ GRADS = [jax.tree.map(lambda x, k=k: np.cos(np.arange(x.size, dtype=np.float32) 
 
 def by_the_book(c, share):
     """AdamW (arXiv 1711.05101) over GRADS in float64, after clipping by the global norm."""
-    params, (m, v) = jax.tree.map(np.float64, PARAMS), (jax.tree.map(np.zeros_like, PARAMS) for _ in range(2))
+    params = jax.tree.map(np.float64, PARAMS)
+    (m, v) = (jax.tree.map(np.zeros_like, PARAMS) for _ in range(2))
     for t, grads in enumerate(GRADS, 1):
         norm = np.sqrt(sum((g ** 2).sum() for g in jax.tree.leaves(grads)))
         grads = jax.tree.map(lambda g: g * min(1, c.clip / norm) if c.clip else g, grads)

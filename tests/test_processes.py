@@ -1,4 +1,6 @@
-"""Several processes of one run: launch/local.sh starts two, over Gloo, and they train as one does."""
+"""Several processes of one run: launch/local.sh starts two, over Gloo, and they train as one
+does.
+"""
 import json
 import os
 import re
@@ -18,9 +20,11 @@ from emu_jax.config import UserError
 from tests.data import fixtures
 from tests.evaluate import layouts
 
-pytestmark = pytest.mark.xdist_group("processes")   # one process of pytest: what two processes compile, others of two load
+# one process of pytest: what two processes compile, others of two load
+pytestmark = pytest.mark.xdist_group("processes")
 
-# A model of one block a tower, whose program does not depend on the number of steps: the compiler's time is the tests'.
+# A model of one block a tower, whose program does not depend on the number of steps: the compiler's
+# time is the tests'.
 SHALLOW = ("model.vision.depth=1", "model.resampler.depth=1", "model.llama.depth=1", "objective.chunk=64", "optim.schedule=constant",
            "mesh.data=-1", "mesh.fsdp=1")
 
@@ -36,13 +40,16 @@ def environ(devices):
 
 
 def trained(data, workdir, count, devices, *overrides):
-    """(lines of metrics.jsonl, saved state of the data) of a run on `count` processes of `devices` devices; the only one is this process."""
+    """(lines of metrics.jsonl, saved state of the data) of a run on `count` processes of `devices`
+    devices; the only one is this process.
+    """
     if count > 1:
         done = subprocess.run(command(data, workdir, count, *overrides), env=environ(devices), capture_output=True, text=True, timeout=900)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     else:
         with pytest.MonkeyPatch.context() as patch:
-            make, few = sharding.make_mesh, jax.devices()[:devices]
+            make = sharding.make_mesh
+            few = jax.devices()[:devices]
             patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make(sizes, devices or few))
             assert train.main(arguments(data, workdir, *SHALLOW, *overrides)) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -77,13 +84,17 @@ def shown(workdir):
 
 
 def test_two_processes_are_one(data, tmp_path):
-    """Packed, mixed, interleaved documents on 2 x 4 (and two readers of each process), 1 x 8 and 1 x 1 devices: the same of them in every batch (the
-    state of the streams says how far each is), the same losses, held out too, a benchmark's numbers, pictures, and what is said of them."""
+    """Packed, mixed, interleaved documents on 2 x 4 (and two readers of each process), 1 x 8 and 1
+    x 1 devices: the same of them in every batch (the state of the streams says how far each is),
+    the same losses, held out too, a benchmark's numbers, pictures, and what is said of them.
+    """
     layouts.visdial(tmp_path / "visdial", count=8, rounds=1)
     more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
             f"eval.tasks=(('visdial', '{tmp_path}/visdial', 8),)", "log.pictures_every=20")
     run = lambda name, *of: trained(data, tmp_path / name, *of, *more)
-    (two, there), (one, here), (single, alone) = run("two", 2, 4, "data.readers=2"), run("one", 1, 8), run("single", 1, 1)
+    (two, there) = run("two", 2, 4, "data.readers=2")
+    (one, here) = run("one", 1, 8)
+    (single, alone) = run("single", 1, 1)
     assert there == here == alone and there["streams"].keys() == {"0", "1", "2", "3"}
     assert [line["step"] for line in two] == [*range(1, 21), 20]
     for other in (one, single):
@@ -140,16 +151,20 @@ def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
     assert shares([0, 0, 0, 0, 1, 1, 1, 1], data=8, tensor=1) == [(0, 2), (1, 2)]
     assert shares([0, 0, 1, 1, 2, 2, 3, 3], data=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert shares([0, 0, 1, 1, 2, 2, 3, 3], data=1, tensor=8) == [(0, 1)] * 4
-    assert shares([0, 1, 0, 1, 2, 3, 2, 3], data=8, tensor=1) == [(0, 4), (1, 4), (2, 4), (3, 4)]       # as a TPU's axes may fall
+    # as a TPU's axes may fall
+    assert shares([0, 1, 0, 1, 2, 3, 2, 3], data=8, tensor=1) == [(0, 4), (1, 4), (2, 4), (3, 4)]
     with pytest.raises(UserError, match="a part of their rows in common"):
         shares([0, 0, 0, 1, 1, 1, 1, 1], data=4, tensor=2)
 
 
 @pytest.mark.parametrize(("given", "gpus"), [
     ({}, None),
-    ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "8"}, [0, 1, 2, 3, 4, 5, 6, 7]),      # a process a node
-    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8"}, [3]),                           # a process a GPU
-    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}, [0]),   # and sees no other
+    # a process a node
+    ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "8"}, [0, 1, 2, 3, 4, 5, 6, 7]),
+    # a process a GPU
+    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8"}, [3]),
+    # and sees no other
+    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}, [0]),
     ({"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [4, 5, 6, 7])])
 def test_gpus_under_slurm(given, gpus):
     assert processes.slurm_gpus(given, present=8) == gpus

@@ -1,4 +1,6 @@
-"""One table places every parameter, evenly; and the helpers change where things are, never what they are."""
+"""One table places every parameter, evenly; and the helpers change where things are, never what
+they are.
+"""
 import inspect
 import re
 from dataclasses import dataclass
@@ -30,13 +32,17 @@ def names(axis):
 @pytest.mark.parametrize("shape", [(1, 64, 4), (2, 128, 1)])
 @pytest.mark.parametrize("overrides", [(), ("model.standardise=true", "model.llama.added=6")])
 def test_the_14b_divides(shape, overrides):
-    mesh, params = dict(zip(sharding.AXES, shape, strict=True)), abstract("emu-14b", emu.Emu, *overrides)
-    specs, whole, shard = dict(tree.leaves(sharding.specs(params))), 0, 0
+    mesh = dict(zip(sharding.AXES, shape, strict=True))
+    params = abstract("emu-14b", emu.Emu, *overrides)
+    specs = dict(tree.leaves(sharding.specs(params)))
+    whole = 0
+    shard = 0
     for path, leaf in tree.leaves(params):
         over = [prod(mesh[name] for name in names(axis)) for axis in specs[path]]
         assert len(over) <= leaf.ndim and "data" not in sum(map(names, specs[path]), ()), path
         assert all(n % k == 0 for n, k in zip(leaf.shape, over)), f"{path} {leaf.shape} {specs[path]}"
-        whole, shard = whole + leaf.size, shard + leaf.size // prod(over)
+        whole = whole + leaf.size
+        shard = shard + leaf.size // prod(over)
     assert whole > 13e9 and shard <= 1.05 * whole / (mesh["fsdp"] * mesh["tensor"])
 
 
@@ -99,7 +105,8 @@ def test_moments_lie_where_their_parameters_do_and_counters_everywhere():
         assert at.spec == (table[own] if own else P()) and (own or leaf.shape == ()), name
         found.append(own)
     trained, frozen = (sum(value == yes for _, value in tree.leaves(trains)) for yes in (True, False))
-    assert len([own for own in found if own]) == 4 * trained + frozen       # itself, two moments, an average
+    # itself, two moments, an average
+    assert len([own for own in found if own]) == 4 * trained + frozen
 
 
 # Helpers
@@ -121,7 +128,9 @@ def test_helpers_take_any_number_of_rows(count):
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (8, 1, 1)])
 @pytest.mark.parametrize("B", [8, 3, 1])
 def test_lookup_is_a_row_of_the_tables(shape, B):
-    V, n, D = 16, 3, 8
+    V = 16
+    n = 3
+    D = 8
     base, added = (jnp.asarray(np.random.default_rng(k).standard_normal((size, D)), jnp.float32) for k, size in enumerate((V, n)))
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, V + n, (B, 5)), jnp.int32).at[0, :3].set(jnp.array([0, V - 1, V + n - 1]))
     weights = jnp.cos(jnp.arange(B * 5 * D, dtype=jnp.float32)).reshape(B, 5, D)
@@ -173,7 +182,8 @@ class Chip:
 
 def test_slices_are_neighbours_along_data_alone():
     chips = [Chip(16 * part + 4 * y + x, part, (x, y, 0), 4 * part + 2 * (y // 2) + x // 2) for part in range(2) for y in range(4) for x in range(4)]
-    make_mesh = inspect.unwrap(sharding.make_mesh)      # no annotation is checked: they are no devices
+    # no annotation is checked: they are no devices
+    make_mesh = inspect.unwrap(sharding.make_mesh)
     placed = make_mesh({"data": 4, "fsdp": 4, "tensor": 2}, chips).devices
     assert [{chip.slice_index for chip in row.flat} for row in placed] == [{0}, {0}, {1}, {1}]
     assert len(set(placed.flat)) == 32

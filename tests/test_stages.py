@@ -1,4 +1,6 @@
-"""The losses by hand, over documents and in NumPy; what counts, what is detached, and what is no negative."""
+"""The losses by hand, over documents and in NumPy; what counts, what is detached, and what is no
+negative.
+"""
 from functools import partial
 
 import jax
@@ -15,7 +17,9 @@ C = make.cfg()
 P = make.program(C)
 PARAMS = make.random_params(P)
 BATCH = jax.tree.map(jnp.asarray, make.batch(C))
-N, V, T = C.model.resampler.tokens, C.model.llama.vocab, C.data.tokens
+N = C.model.resampler.tokens
+V = C.model.llama.vocab
+T = C.data.tokens
 
 
 def loss(params, batch, objective=P.objective):
@@ -35,7 +39,9 @@ def forward():
 
 
 def assert_close(grads, want):
-    """Leaf by leaf, relative to its largest element; what is 0 but for rounding is compared to 1e-6."""
+    """Leaf by leaf, relative to its largest element; what is 0 but for rounding is compared to
+    1e-6.
+    """
     for (path, got), (_, leaf) in zip(make.flat(grads), make.flat(want), strict=True):
         np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-4 * max(np.abs(leaf).max(), 0.01), err_msg=path)
 
@@ -50,17 +56,24 @@ def sequences(documents, labels=C.data.labels):
 # Next element
 
 def by_hand(hidden, visual, batch, regress_end):
-    """[(nll, source) of every label], [(error, source) of every image], from the grammar: ids alone say what counts."""
+    """[(nll, source) of every label], [(error, source) of every image], from the grammar: ids alone
+    say what counts.
+    """
     hidden, visual, batch = jax.tree.map(lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else None), (hidden, visual, batch))
     table = lambda name: np.concatenate([PARAMS["llama"][name][part] for part in ("base", "added")]).astype(np.float64)
-    head, end, project = table("lm_head"), table("embed")[V + 2], np.asarray(PARAMS["regress_head"]["w"], np.float64)
-    words, images = [], []
+    head = table("lm_head")
+    end = table("embed")[V + 2]
+    project = np.asarray(PARAMS["regress_head"]["w"], np.float64)
+    words = []
+    images = []
     for b in range(len(hidden)):
         for t in range(1, T):
-            if batch.segments[b, t] and batch.tokens[b, t] < V and batch.tokens[b, t] != 1:     # neither special nor <s>
+            # neither special nor <s>
+            if batch.segments[b, t] and batch.tokens[b, t] < V and batch.tokens[b, t] != 1:
                 logits = head @ hidden[b, t - 1]
                 words.append((np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[batch.tokens[b, t]], batch.sources[b, t]))
-        starts = [t for t in range(T) if batch.tokens[b, t] == V + 1]                           # [IMG]
+        # [IMG]
+        starts = [t for t in range(T) if batch.tokens[b, t] == V + 1]
         for k, t in enumerate(starts):
             targets = [*visual[b, k], *([end] if regress_end else [])]
             errors = [((hidden[b, t + n] @ project - target) ** 2).mean() for n, target in enumerate(targets)]
@@ -83,7 +96,8 @@ def test_loss_and_metrics_by_hand(forward, value_and_grad, regress_end):
         np.testing.assert_allclose(metrics[f"{name}_by_source"], want, rtol=1e-5)
     present = np.asarray(forward[1], np.float64)[np.asarray(BATCH.image_slots) < T]
     np.testing.assert_allclose(metrics["visual_variance"], (present.var(0).mean() * len(present), len(present)), rtol=1e-5)
-    if regress_end:                                     # the config's
+    # the config's
+    if regress_end:
         np.testing.assert_allclose(value_and_grad(BATCH)[0][0], mean(words) + mean(images), rtol=1e-5)
 
 
@@ -97,7 +111,9 @@ def test_what_counts_as_a_label_is_the_grammars(labels, count):
 
 
 def test_an_images_weight_and_a_texts_count(value_and_grad):
-    """A weight of 0 takes an image or a word out of the means; where there is no image its weight is nothing."""
+    """A weight of 0 takes an image or a word out of the means; where there is no image its weight
+    is nothing.
+    """
     images = jnp.where(BATCH.image_slots < T, BATCH.image_weights, 5.0).at[:4].set(0)
     text = BATCH.text_weights.at[4:].multiply(0.0)
     (value, metrics), _ = value_and_grad(BATCH.replace(image_weights=images, text_weights=text))
@@ -116,7 +132,9 @@ def test_nothing_at_all_is_no_loss_and_no_gradient(value_and_grad):
 
 
 def test_targets_are_detached(forward):
-    """From fixed hidden states, neither the visual tokens nor the embedding of [/IMG] have a gradient; the head has."""
+    """From fixed hidden states, neither the visual tokens nor the embedding of [/IMG] have a
+    gradient; the head has.
+    """
     hidden, visual = forward
     objective = P.objective | {"regress_end": True, "text_weight": 0.0}
 
@@ -129,7 +147,9 @@ def test_targets_are_detached(forward):
 
 
 def test_the_encoder_learns_through_the_inputs_alone(forward):
-    """The visual tokens are inputs and targets: their gradient is the one that they have beside targets that are constants."""
+    """The visual tokens are inputs and targets: their gradient is the one that they have beside
+    targets that are constants.
+    """
     def image_loss(bias, constants):
         project = PARAMS["resampler"]["project"] | {"bias": bias}
         model = P.module(PARAMS | {"resampler": PARAMS["resampler"] | {"project": project}})
@@ -144,7 +164,9 @@ def test_the_encoder_learns_through_the_inputs_alone(forward):
 
 
 def test_packed_rows_are_separate_documents(value_and_grad):
-    """Eight documents in three rows, and each in a row of its own: one loss, one gradient. (Outputs: models/test_emu.py.)"""
+    """Eight documents in three rows, and each in a row of its own: one loss, one gradient.
+    (Outputs: models/test_emu.py.)
+    """
     packed, separate, _ = make.packed_and_separate(C)
     ((value, metrics), grads), ((value_alone, metrics_alone), grads_alone) = (value_and_grad(jax.tree.map(jnp.asarray, batch))
                                                                              for batch in (packed, separate))
@@ -253,6 +275,7 @@ def test_images_do_not_move_without_a_key_or_pixels(key, pixels):
 @pytest.mark.parametrize(("program", "params", "batch"), [(P, PARAMS, BATCH), (WARM_P, WARM_PARAMS, warm_batch())], ids=["emu", "contrastive"])
 def test_a_stage_moves_its_images(program, params, batch):
     """Without dropout the key has no other use."""
-    totals, objective = program.stage.weights(batch), program.objective | {"shift": 2}
+    totals = program.stage.weights(batch)
+    objective = program.objective | {"shift": 2}
     value = jax.jit(lambda key: program.stage.loss(program.module(params), batch, key, totals, objective)[0])
     assert value(jax.random.key(0)) == value(jax.random.key(0)) != value(jax.random.key(1))

@@ -1,4 +1,6 @@
-"""The short form of torture.py: killed inside a save and in a step, on one process and on two; and its verdict can be against a run."""
+"""The short form of torture.py: killed inside a save and in a step, on one process and on two; and
+its verdict can be against a run.
+"""
 import json
 
 import pytest

@@ -1,4 +1,6 @@
-"""A run through its command: it trains, tells, saves, stops, and goes on exactly where it was; and what is wrong is one line."""
+"""A run through its command: it trains, tells, saves, stops, and goes on exactly where it was; and
+what is wrong is one line.
+"""
 import contextlib
 import io
 import json
@@ -25,7 +27,8 @@ from emu_jax.initial import load_weights
 from emu_jax.models import emu
 from tests.data import fixtures
 
-pytestmark = pytest.mark.xdist_group("train")  # one process: what its tests share is made once
+# one process: what its tests share is made once
+pytestmark = pytest.mark.xdist_group("train")
 
 MEASURED = 64
 TIMES = ("step_time", "input_wait", "tokens_per_second", "images_per_second", "flops_per_second", "mfu")
@@ -61,7 +64,9 @@ def warm_arguments(data, workdir):
 
 
 def emu_arguments(data, workdir, warm, *overrides):
-    """From the warmed-up encoder, whose ViT is frozen: with dropout, an average, evaluations, pictures and saves."""
+    """From the warmed-up encoder, whose ViT is frozen: with dropout, an average, evaluations,
+    pictures and saves.
+    """
     return arguments(data, workdir, f"init={warm}", "model.standardise=true", "optim.ema=0.9", "rules.train=(('vision/.*', False), ('.*', True))",
                      "rules.peak_lr=(('vision/.*', 1.0), ('.*', 1e-3))", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}", "eval.every=3",
                      "eval.batches=2", "checkpoint.every=2", "log.pictures_every=3", *overrides)
@@ -115,7 +120,9 @@ sys.exit(train.main(sys.argv[3:]))
 
 @pytest.fixture(scope="module")
 def killed(data, warm, tmp_path_factory):
-    """The workdir of the same run, killed in its third step, once the second is saved (copy it before going on)."""
+    """The workdir of the same run, killed in its third step, once the second is saved (copy it
+    before going on).
+    """
     workdir = tmp_path_factory.mktemp("runs") / "killed"
     done = subprocess.run([sys.executable, "-c", KILLED, "3", f"{workdir}/checkpoints/2", *emu_arguments(data, workdir, warm)],
                           capture_output=True, text=True, timeout=900)
@@ -138,14 +145,17 @@ def untimed(workdir):
 
 
 def saved(workdir):
-    """(parameters, what the newest checkpoint's manifest says of the bits of every array, the data's state)."""
+    """(parameters, what the newest checkpoint's manifest says of the bits of every array, the
+    data's state).
+    """
     step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     notes = checkpoint._notes(checkpoint.epath.Path(workdir) / "checkpoints" / str(step))
     return checkpoint.restore_params(str(workdir)), {"step": step, **notes["manifest"]["arrays"]}, notes["data"]
 
 
 def assert_same_run(workdir, other):
-    (params, arrays, data), (want, arrays_wanted, data_wanted) = saved(workdir), saved(other)
+    (params, arrays, data) = saved(workdir)
+    (want, arrays_wanted, data_wanted) = saved(other)
     assert arrays == arrays_wanted and set(arrays) == {"step", "params", "optimizer", "ema"} and data == data_wanted
     for (path, got), (_, leaf) in zip(tree.leaves(params), tree.leaves(want), strict=True):
         assert got.tobytes() == leaf.tobytes(), path
@@ -165,7 +175,8 @@ def test_a_run_tells_what_it_promises(whole):
     for line in steps:
         assert losses | {"loss", "grad_norm", "grad_norm/llama", "grad_norm/resampler", "padding", "input_wait", "bad_steps"} < set(line)
         assert line["loss"] == pytest.approx(line["text_loss"] + line["image_loss"], rel=1e-5) and 0 < line["padding"] < 1
-        assert "grad_norm/vision" not in line                                                       # frozen
+        # frozen
+        assert "grad_norm/vision" not in line
     for line in evaluations:
         assert {f"eval/{name}" for name in losses | by_source} < set(line)
     towers = {f"flops_per_second/{tower}" for tower in ("vision", "resampler", "llama", "heads")}
@@ -187,8 +198,10 @@ def test_the_warm_up_starts_the_run_and_what_is_frozen_stays(whole, warm):
     for (path, leaf), (_, started) in zip(tree.leaves(after["vision"]), tree.leaves(before["vision"]), strict=True):
         np.testing.assert_array_equal(leaf, started, err_msg=path)
     moved = max(np.abs(leaf - started).max() for (_, leaf), (_, started) in zip(tree.leaves(after["resampler"]), tree.leaves(before["resampler"])))
-    assert 1e-4 < moved < 1e-2                                                                      # four steps of 1e-3 from there
-    for name, leaf in after["visual_stats"].items():                                                # measured before the first step
+    # four steps of 1e-3 from there
+    assert 1e-4 < moved < 1e-2
+    # measured before the first step
+    for name, leaf in after["visual_stats"].items():
         assert leaf.tobytes() == at_2["visual_stats"][name].tobytes() and leaf.std() > 1e-3
     averaged = checkpoint.restore_params(str(whole), ema=True)
     assert np.abs(averaged["llama"]["embed"]["base"] - after["llama"]["embed"]["base"]).max() > 1e-4
@@ -204,7 +217,9 @@ def test_the_contrastive_stage_tells_its_own(warm):
 # Going on
 
 def test_two_steps_a_kill_and_two_more_are_four(data, warm, whole, copy):
-    """Bit for bit: parameters, average, optimizer, the data's state and the metrics. Resuming is what the same command does."""
+    """Bit for bit: parameters, average, optimizer, the data's state and the metrics. Resuming is
+    what the same command does.
+    """
     assert run(emu_arguments(data, copy, warm))[0] == 0
     assert_same_run(copy, whole)
 
@@ -230,14 +245,17 @@ def test_two_steps_a_signal_and_two_more_are_four(data, warm, whole, tmp_path, c
     assert_same_run(workdir, whole)
 
 
-@pytest.mark.long          # what is saved goes onto any mesh in test_checkpoint.py, and a run goes on on other processes in test_torture.py
+# what is saved goes onto any mesh in test_checkpoint.py, and a run goes on on other processes in
+# test_torture.py
+@pytest.mark.long
 def test_it_goes_on_on_another_mesh(data, warm, whole, copy, caplog):
     with caplog.at_level(logging.INFO):
         assert run(emu_arguments(data, copy, warm, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"))[0] == 0
     assert "resumed at step 2 of 4" in caplog.text and "was compiled" not in caplog.text
     for line, want in zip(untimed(copy), untimed(whole), strict=True):
         assert line == pytest.approx(want, rel=1e-4)
-    (params, _, state), (want, _, state_wanted) = saved(copy), saved(whole)
+    (params, _, state) = saved(copy)
+    (want, _, state_wanted) = saved(whole)
     assert state == state_wanted
     for (path, got), (_, leaf) in zip(tree.leaves(params), tree.leaves(want), strict=True):
         np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-4, err_msg=path)
@@ -327,7 +345,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(overrides, told, data, tmp_pat
 
 def test_a_workdir_of_another_config_is_refused(whole, data, warm, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    assert train.main(emu_arguments(data, whole, warm, "optim.b1=0.5", "mesh.tensor=2", "seed=1")) == 2       # another mesh would be no reason
+    # another mesh would be no reason
+    assert train.main(emu_arguments(data, whole, warm, "optim.b1=0.5", "mesh.tensor=2", "seed=1")) == 2
     error = capsys.readouterr().err
     assert error == f"error: workdir {whole} is of another config: optim.b1 was 0.9 and is 0.5, seed was 0 and is 1; choose another workdir\n"
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}

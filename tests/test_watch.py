@@ -1,4 +1,6 @@
-"""What a run says of itself: where its time went, that it hangs, that it dies in the same batch again and again; and its traces."""
+"""What a run says of itself: where its time went, that it hangs, that it dies in the same batch
+again and again; and its traces.
+"""
 import logging
 import re
 import time
@@ -35,7 +37,8 @@ def test_a_hang_is_said_with_process_and_phase(tmp_path, caplog, capfd):
                 time.sleep(0.01)
     steps, wait = (record.getMessage() for record in caplog.records[:2])
     assert re.match(r"process 0 of 1 on \S+ hangs: steps of step 7 has taken 0 s so far", steps) and "hangs: input wait of step 7" in wait
-    assert "test_watch.py" in capfd.readouterr().err                # where its threads are
+    # where its threads are
+    assert "test_watch.py" in capfd.readouterr().err
 
 
 def killed(workdir, step):

@@ -1,7 +1,9 @@
-"""python -m tests.torture [--kills=30] [--seed=0]: a small run that is killed again and again, at any moment, and loses nothing.
+"""python -m tests.torture [--kills=30] [--seed=0]: a small run that is killed again and again, at
+any moment, and loses nothing.
 
-Killed with SIGKILL in a step, inside a save or while it starts, all its processes at once or one of them, and started again on another mesh or
-number of processes: the batches are those of an undisturbed run, exactly, and so are the losses, bit for bit until the first change of layout.
+Killed with SIGKILL in a step, inside a save or while it starts, all its processes at once or one of
+them, and started again on another mesh or number of processes: the batches are those of an
+undisturbed run, exactly, and so are the losses, bit for bit until the first change of layout.
 """
 import argparse
 import json
@@ -15,15 +17,18 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LAYOUTS = {     # processes, devices of each, overrides
+# processes, devices of each, overrides
+LAYOUTS = {
     "same": (1, 2, ()),
     "other mesh": (1, 2, ("mesh.data=2",)),
     "2 processes": (2, 1, ()),
     "1 device": (1, 1, ()),
 }
 MOMENTS = ("step", "save", "start")
-EVERY = 3           # steps between saves
-STEPS_A_KILL = 8    # so that no kill comes too late
+# steps between saves
+EVERY = 3
+# so that no kill comes too late
+STEPS_A_KILL = 8
 NEAR = 1e-3
 LOSSES = ("loss", "text_loss", "image_loss")
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
@@ -33,7 +38,8 @@ FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_
 class Start:
     """One start of the run, and what its processes noted: {step: {first row: ids of rows}}."""
     layout: str
-    moment: str | None                                      # of its death
+    # of its death
+    moment: str | None
     batches: dict[int, dict[int, list]] = field(default_factory=dict)
 
 
@@ -44,7 +50,8 @@ def worker(notes: str, arguments: list[str]) -> int:
     from emu_jax.data.loader import Loader
     number = os.environ.get("JAX_PROCESS_ID", "0")
     Path(f"{notes}-{number}.pid").write_text(str(os.getpid()))
-    file, batches = open(f"{notes}-{number}.jsonl", "w", buffering=1), Loader.__iter__
+    file = open(f"{notes}-{number}.jsonl", "w", buffering=1)
+    batches = Loader.__iter__
 
     def noted(self):
         for item in batches(self):
@@ -52,7 +59,8 @@ def worker(notes: str, arguments: list[str]) -> int:
             file.write(json.dumps({"step": rows // self._rows, "first": self.owned.start * self._rows, "ids": item.ids}) + "\n")
             yield item
 
-    Loader.__iter__, sys.argv = noted, ["train", *arguments]
+    Loader.__iter__ = noted
+    sys.argv = ["train", *arguments]
     return train.main()
 
 
@@ -99,9 +107,13 @@ def start(folder: Path, workdir: Path, number: int, one: Start, steps: int, chan
 
 
 def moment_has_come(run: subprocess.Popen, notes: Path, workdir: Path, moment: str, chance: random.Random) -> bool:
-    """Waits for the moment; whether the run still lives then. In some starts a save is over by then, so that the run gets on."""
+    """Waits for the moment; whether the run still lives then. In some starts a save is over by
+    then, so that the run gets on.
+    """
     consumed = lambda: sum(path.read_bytes().count(b"\n") for path in notes.parent.glob(f"{notes.name}-0.jsonl"))
-    began, saves, seen = time.time(), chance.randint(1, 2), set()
+    began = time.time()
+    saves = chance.randint(1, 2)
+    seen = set()
 
     def saving() -> bool:
         now = {path.name for path in workdir.glob("checkpoints/*.orbax-checkpoint-tmp") if _changed(path) > began}
@@ -120,7 +132,8 @@ def moment_has_come(run: subprocess.Popen, notes: Path, workdir: Path, moment: s
 def _changed(path: Path) -> float:
     try:
         return path.stat().st_ctime
-    except FileNotFoundError:       # it has just got its name
+    # it has just got its name
+    except FileNotFoundError:
         return 0.0
 
 
@@ -162,7 +175,8 @@ def verdict(whole: Path, undisturbed: Start, workdir: Path, starts: list[Start],
     assert line == rows, "batches are missing"
     assert data_state(workdir) == data_state(whole)
 
-    told, wanted = metrics(workdir), metrics(whole)
+    told = metrics(workdir)
+    wanted = metrics(whole)
     assert [line["step"] for line in told] == [line["step"] for line in wanted] == list(range(1, steps + 1))
     changed = min((min(one.batches, default=steps + 1) - 1 for one in starts if one.layout != "same"), default=steps)
     apart = 0.0
@@ -178,11 +192,14 @@ def verdict(whole: Path, undisturbed: Start, workdir: Path, starts: list[Start],
 
 
 def torture(folder: Path, plan: list[tuple[str, str]], last: str, steps: int, seed: int = 0, tell=lambda line: None) -> str:
-    """An undisturbed run, and one that is killed at the moments of `plan`, (layout, moment) pairs, and ends on the layout `last`."""
+    """An undisturbed run, and one that is killed at the moments of `plan`, (layout, moment) pairs,
+    and ends on the layout `last`.
+    """
     from tests.data import fixtures
     fixtures.write_tiny(folder / "data")
     chance = random.Random(seed)
-    whole, workdir = folder / "whole", folder / "killed"
+    whole = folder / "whole"
+    workdir = folder / "killed"
     undisturbed = Start("same", None)
     start(folder, whole, 0, undisturbed, steps, chance)
     starts = [Start(layout, moment) for layout, moment in plan] + [Start(last, None)]
@@ -198,7 +215,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
-    chance, began = random.Random(flags.seed), time.time()
+    chance = random.Random(flags.seed)
+    began = time.time()
     layouts = ["same" if number < flags.kills // 3 else chance.choice(list(LAYOUTS)) for number in range(flags.kills + 1)]
     plan = [(layout, chance.choices(MOMENTS, (3, 3, 1))[0]) for layout in layouts[:-1]]
     with tempfile.TemporaryDirectory() as folder:

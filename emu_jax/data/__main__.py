@@ -1,8 +1,9 @@
 """Makes data sets, and shows what they are made of:
 
-python -m emu_jax.data inspect PATH --kind=K [--jsonl]              what becomes of every record, and why some are left out
-python -m emu_jax.data build --kind=K --from=PATH... --to=DIR       documents as ArrayRecord, and a data card
-python -m emu_jax.data build --kind=openmoji --to=DIR [--seed=0]    the demo's drawings
+python -m emu_jax.data inspect PATH --kind=K [--jsonl]              what becomes of every record,
+and why some are left out python -m emu_jax.data build --kind=K --from=PATH... --to=DIR
+documents as ArrayRecord, and a data card python -m emu_jax.data build --kind=openmoji --to=DIR
+[--seed=0]    the demo's drawings
 
 Read next: sources/kinds.py.
 """
@@ -20,7 +21,8 @@ from emu_jax.data.sources.options import Options
 
 def main(arguments: list[str]) -> None:
     flags = _parse(arguments)
-    logging.getLogger("absl").setLevel(logging.ERROR)           # tfds warns of every config that is not its own
+    # tfds warns of every config that is not its own
+    logging.getLogger("absl").setLevel(logging.ERROR)
     if flags.command == "inspect":
         _inspect(flags)
     elif flags.kind == "openmoji":
@@ -35,7 +37,8 @@ def _inspect(flags: argparse.Namespace) -> None:
     documents = inspection.documents(flags.kind, Path(flags.path), _options(flags))
     if flags.jsonl:
         for document in documents:
-            print(json.dumps(inspection.describe(document)), flush=True)      # ASCII: whatever the terminal takes, and a line is a line
+            # ASCII: whatever the terminal takes, and a line is a line
+            print(json.dumps(inspection.describe(document)), flush=True)
         return
     page = Path(flags.page or f"inspect-{Path(flags.path).name.split('.')[0] or flags.kind}.html")
     new = page.with_suffix(".new")
@@ -93,7 +96,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             help = f"{field.metadata['help']} ({field.default})"
             command.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=help, **kind)
     for one in (parser, inspect, build):
-        one.error = _fail                                       # one line, as everywhere
+        # one line, as everywhere
+        one.error = _fail
     split = arguments.index("--") if "--" in arguments else len(arguments)
     flags = parser.parse_args(arguments[:split])
     flags.rest = arguments[split + 1:]
@@ -113,7 +117,8 @@ def _fail(message: str) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except BrokenPipeError:                                         # of `| head`, which has seen enough
+    # of `| head`, which has seen enough
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""Conversations as sequences, in the release's chat format: `<s>` system, then turns `[USER]: question [ASSISTANT]: answer</s>`.
+"""Conversations as sequences, in the release's chat format: `<s>` system, then turns `[USER]:
+question [ASSISTANT]: answer</s>`.
 
-What is trained on here and what a chat reads (../generate/prompt.py) is written by the same functions, so that they cannot drift.
-Read next: sequence.py.
+What is trained on here and what a chat reads (../generate/prompt.py) is written by the same
+functions, so that they cannot drift. Read next: sequence.py.
 """
 from collections.abc import Sequence as Ordered
 from itertools import pairwise
@@ -13,10 +14,13 @@ from emu_jax.data.documents import Document, Image, Picture, Text
 from emu_jax.data.sources import Corrupt
 from emu_jax.data.tokenizer import Tokenizer
 
-Piece = str | int | np.ndarray      # a text, a special id, an image
-SYSTEMS = ("release", "none")       # data.system
+# a text, a special id, an image
+Piece = str | int | np.ndarray
+# data.system
+SYSTEMS = ("release", "none")
 
-# The release's system messages by what the first question holds; "[IMG]" in them are the added tokens, as its tokenizer reads them.
+# The release's system messages by what the first question holds; "[IMG]" in them are the added
+# tokens, as its tokenizer reads them.
 MESSAGES: dict[str, tuple[str, ...]] = {
     "image": ("You will be presented with an image: ", "[IMG]", "ImageContent", "[/IMG]", ". You will be able to see the image after I provide it "
               "to you. Please answer my questions based on the given image."),
@@ -34,7 +38,9 @@ class Turn(NamedTuple):
 
 
 def opening(t: Tokenizer, said: Ordered[str]) -> list[Piece]:
-    """What a conversation begins with: `<s>`, and the pieces of a system message if there is one."""
+    """What a conversation begins with: `<s>`, and the pieces of a system message if there is
+    one.
+    """
     special = {"[IMG]": t.img, "[/IMG]": t.end_img}
     return [t.bos, *(special.get(piece, piece) for piece in said), *([" "] if said else [])]
 
@@ -60,11 +66,14 @@ def is_conversation(document: Document) -> bool:
 
 
 def turns(document: Document) -> tuple[list[str], list[Turn]]:
-    """(its own system messages, its turns). Neighbours of one role are one question or answer; a last question without an answer is left out.
+    """(its own system messages, its turns). Neighbours of one role are one question or answer; a
+    last question without an answer is left out.
 
     Raises Corrupt, in one line, for roles out of order and for a conversation without an answer.
     """
-    system, found, before = [], [], "system"
+    system = []
+    found = []
+    before = "system"
     for part in document.parts:
         role = part.role if isinstance(part, (Text, Picture)) else ""
         if role == "system" and before == "system" and isinstance(part, Text):
@@ -87,7 +96,9 @@ def turns(document: Document) -> tuple[list[str], list[Turn]]:
 
 
 def kind(pictures: Ordered[Picture]) -> str:
-    """What a question holds: "image" for one, "video" for frames in the order of their times, or "" for all else."""
+    """What a question holds: "image" for one, "video" for frames in the order of their times, or ""
+    for all else.
+    """
     times = [picture.time for picture in pictures]
     if len(times) > 1 and None not in times and all(a < b for a, b in pairwise(times)):
         return "video"

@@ -5,20 +5,24 @@ Read next: sources/pairs.py and sources/videos.py, which use them.
 import re
 import unicodedata
 
-# The paper strips metadata from WebVid's captions "by rules" that it does not print; these are ours. A caption there reads
-# "London, UK - January 12, 2018: crowd on a bridge, aerial. 4k footage, 60 fps".
+# The paper strips metadata from WebVid's captions "by rules" that it does not print; these are
+# ours. A caption there reads "London, UK - January 12, 2018: crowd on a bridge, aerial. 4k footage,
+# 60 fps".
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DATE = rf"(?:circa\s+)?(?:{_MONTH}\s*(?:\d{{1,2}}(?:st|nd|rd|th)?\s*,?\s*)?(?:19|20)\d\d|\d{{1,2}}(?:st|nd|rd|th)?\s+{_MONTH}\s*,?\s*(?:19|20)\d\d"
 _DATE += r"|(?:19|20)\d\d|\d{1,2}[./-]\d{1,2}[./-](?:19|20)?\d\d)"
-_DATELINE = re.compile(rf"^[^:.!?]{{2,80}}?\s*[-–—,]\s*{_DATE}\s*[:.-]\s*", re.I)         # "City, Country - date: "
+# "City, Country - date: "
+_DATELINE = re.compile(rf"^[^:.!?]{{2,80}}?\s*[-–—,]\s*{_DATE}\s*[:.-]\s*", re.I)
 _BRACKETS = re.compile(r"[\[(](?:[^\[\]()]*\b(?:\d+\s*fps|\d?\dk|u?hd|footage|slow motion|loop(?:able)?|alpha|pro\s?res)\b[^\[\]()]*)[\])]", re.I)
 _TECHNICAL = re.compile(
     r"\b(?:(?:ultra|full)\s+hd|u?hd\s+(?=(?:video|footage|clip)s?\b)|u?hd\b(?=\W*$|\W*[.,;])|[2468]\s?k\b|\d{3,4}\s?x\s?\d{3,4}\b|(?:720|1080|1440|2160)[pi]\b|"
     r"\d{2,3}(?:[.,]\d+)?\s?fps\b|\d{2,3}\s?frames per second\b|pro\s?res(?:\s?\d{3,4}(?:\s?hq)?)?\b|royalty[- ]free\b|"
     r"(?:stock|raw)\s+(?:footage|video|clip)s?\b|(?:no|without)\s+(?:audio|sound)\b|alpha\s+(?:channel|matte)\b|red\s+(?:epic|dragon)\b)", re.I)
-_LEFT_OVER = frozenset(("in", "at", "with", "and", "on", "shot", "footage", "video", "videos", "clip", "clips", "resolution"))   # at the end
+# at the end
+_LEFT_OVER = frozenset(("in", "at", "with", "and", "on", "shot", "footage", "video", "videos", "clip", "clips", "resolution"))
 _ENDS = " .,;:|/–—-"
-_LONG = 2000            # characters; longer captions hold no such metadata
+# characters; longer captions hold no such metadata
+_LONG = 2000
 
 _URL = re.compile(r"^\s*(?:https?://|www\.)\S+\s*$", re.I)
 _FILE_NAME = re.compile(r"^\s*[\w~()+-]+(?:[ .][\w~()+-]+)*\.(?:jpe?g|png|gif|webp|bmp|tiff?|pdf|html?|php|mp4|mov)\s*$", re.I)
@@ -26,7 +30,9 @@ _CAMERA = re.compile(r"^\s*(?:dsc[nf]?|img|pict?|p)[ _-]?\d{4,}\s*$", re.I)
 
 
 def decode(data: bytes) -> str:
-    """Text of UTF-8 (a byte order mark is dropped) or of UTF-16 with one; line ends are "\\n". Raises ValueError for other bytes."""
+    """Text of UTF-8 (a byte order mark is dropped) or of UTF-16 with one; line ends are "\\n".
+    Raises ValueError for other bytes.
+    """
     coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = data.decode(coding)
@@ -42,7 +48,8 @@ def spaces(text: str) -> str:
 
 def junk(caption: str) -> str:
     """Why a caption says nothing, in no matter which language, or ""."""
-    if not any(unicodedata.category(letter)[0] in "LS" for letter in caption):      # letters, and symbols for emoji
+    # letters, and symbols for emoji
+    if not any(unicodedata.category(letter)[0] in "LS" for letter in caption):
         return "the caption has no letter"
     if _URL.match(caption):
         return "the caption is an address"
@@ -57,7 +64,9 @@ def junk(caption: str) -> str:
 
 
 def video_caption(text: str) -> str:
-    """A video's caption without place and date in front, without resolution, rate, codec and words of the trade; "" if nothing is left."""
+    """A video's caption without place and date in front, without resolution, rate, codec and words
+    of the trade; "" if nothing is left.
+    """
     text = spaces(text)
     if len(text) > _LONG:
         return text

@@ -1,7 +1,9 @@
-"""What a source yields: a document, an ordered list of parts, before anything about it is random or tokenised.
+"""What a source yields: a document, an ordered list of parts, before anything about it is random or
+tokenised.
 
-A picture is the bytes of its file (or pixels, where it is a frame of a video) until sources/records.py decodes it for the
-model; then it is a plain array, but where it has a role. Read next: sources/kinds.py, which makes documents of the world's formats, or sequence.py.
+A picture is the bytes of its file (or pixels, where it is a frame of a video) until
+sources/records.py decodes it for the model; then it is a plain array, but where it has a role. Read
+next: sources/kinds.py, which makes documents of the world's formats, or sequence.py.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,13 +12,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-Image = UInt8[np.ndarray, "h w 3"]      # RGB, 0 to 255
+# RGB, 0 to 255
+Image = UInt8[np.ndarray, "h w 3"]
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and its weight in the loss; a part that is a plain str weighs 1. `role` is that of a turn in a conversation: "system",
-    "user", "assistant" or ""; `time` is in seconds."""
+    """A text and its weight in the loss; a part that is a plain str weighs 1. `role` is that of a
+    turn in a conversation: "system", "user", "assistant" or ""; `time` is in seconds.
+    """
     text: str
     weight: float = 1.0
     role: str = ""
@@ -25,7 +29,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a source holds it: an encoded file, or upright RGB pixels. `role` and `time` as in Text."""
+    """An image as a source holds it: an encoded file, or upright RGB pixels. `role` and `time` as
+    in Text.
+    """
     data: bytes | Image
     role: str = ""
     time: float | None = None
@@ -42,8 +48,8 @@ class Pair:
 class Document:
     """Parts in reading order, and an id that is unique in its source and never changes.
 
-    `source` is the file it comes from; `provenance` is JSON-able: where that file says it found it. `dropped` says, a reason each, which
-    parts were left out of it.
+    `source` is the file it comes from; `provenance` is JSON-able: where that file says it found it.
+    `dropped` says, a reason each, which parts were left out of it.
     """
     id: str
     parts: tuple[str | Text | Image | Picture | Pair, ...]

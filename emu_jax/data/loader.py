@@ -1,8 +1,10 @@
-"""The loader: streams are filled by threads, for which processes may read, into batches ahead of the step, and a batch travels with its state.
+"""The loader: streams are filled by threads, for which processes may read, into batches ahead of
+the step, and a batch travels with its state.
 
-Rows b of the global batch belong to stream b // (B / S), and a host owns neighbouring streams: so the n-th global batch
-is the same for any number of hosts. The state of a batch is the one *after* it: save that of the last batch you
-consumed, and what was made ahead is simply made again. Read next: ../loop.py.
+Rows b of the global batch belong to stream b // (B / S), and a host owns neighbouring streams: so
+the n-th global batch is the same for any number of hosts. The state of a batch is the one *after*
+it: save that of the last batch you consumed, and what was made ahead is simply made again. Read
+next: ../loop.py.
 """
 import logging
 from collections import deque
@@ -29,35 +31,46 @@ from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
-JUDGED = 100        # records of a source (or all, if it has fewer) that are read before its share of corrupt ones is judged
+# records of a source (or all, if it has fewer) that are read before its share of corrupt ones is
+# judged
+JUDGED = 100
 
 
 @dataclass(frozen=True)
 class Item:
     """A host's rows of a global batch, as NumPy arrays, and what travels with them."""
     batch: Batch
-    ids: list[list[str]]    # "source/document" of each row
-    state: dict             # JSON-able: of this host's streams after this batch; {} in an evaluation
-    stats: dict             # of this host's streams since the run began, resumed runs included: `statistics`
+    # "source/document" of each row
+    ids: list[list[str]]
+    # JSON-able: of this host's streams after this batch; {} in an evaluation
+    state: dict
+    # of this host's streams since the run began, resumed runs included: `statistics`
+    stats: dict
 
 
 class Loader:
-    """Batches of `data.mixture` for ever; or, with `eval`, of `data.eval_mixture` once, in a fixed order, each time it is iterated.
+    """Batches of `data.mixture` for ever; or, with `eval`, of `data.eval_mixture` once, in a fixed
+    order, each time it is iterated.
 
-    `data` is the config's group of that name. This is process `process` of `processes`; the batch's rows are B / processes.
-    Iterating continues after the last item that was handed out (or from `restore`). One iteration at a time. The rows
-    after an evaluation's last document are empty: segments and weights 0. In an evaluation every process reads all
-    streams, for none may end before the others.
+    `data` is the config's group of that name. This is process `process` of `processes`; the batch's
+    rows are B / processes. Iterating continues after the last item that was handed out (or from
+    `restore`). One iteration at a time. The rows after an evaluation's last document are empty:
+    segments and weights 0. In an evaluation every process reads all streams, for none may end
+    before the others.
 
-    With data.conditions or data.latents batches are DecoderBatches. chats: has the model tokens for conversations?
-    Raises UserError for settings that do not fit one another and for more corrupt records than `data.max_bad_share`.
+    With data.conditions or data.latents batches are DecoderBatches. chats: has the model tokens for
+    conversations? Raises UserError for settings that do not fit one another and for more corrupt
+    records than `data.max_bad_share`.
     """
 
     def __init__(self, data: ConfigDict, seed: int, tokenizer: Tokenizer, n_visual: int, image_size: int,
                  process: int = 0, processes: int = 1, eval: bool = False, chats: bool = True):
         rows = data.eval_mixture if eval else data.mixture
         _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
-        self.data, self.eval, self.image_size, self.pad = data, eval, image_size, tokenizer.pad
+        self.data = data
+        self.eval = eval
+        self.image_size = image_size
+        self.pad = tokenizer.pad
         self.source_names = tuple(row[0] for row in rows)
         opened = [sources.open(row[2], image_size, data.fit) for row in rows]
         self.readers = Readers(opened, data.readers or data.workers, data.patience, data.readers > 0)
@@ -90,7 +103,8 @@ class Loader:
             while True:
                 while len(ahead) <= self.data.prefetch:
                     batch = empty_batch(len(self.owned) * self._rows, self.data.tokens, self.data.images, self.image_size, self.pad)
-                    # A stream's task starts after its task of the batch before: the only order that threads have to keep.
+                    # A stream's task starts after its task of the batch before: the only order that
+                    # threads have to keep.
                     tasks = [pool.submit(self._fill, stream, batch, task) for stream, task in zip(streams, tasks)]
                     ahead.append((batch, tasks))
                 batch, done = ahead.popleft()
@@ -100,14 +114,17 @@ class Loader:
                 if not self.eval:
                     self.state = item.state
                 yield item
-                if self.pool is not pool:       # closed meanwhile
+                # closed meanwhile
+                if self.pool is not pool:
                     return
         finally:
             if self.pool is pool:
                 self.close()
 
     def restore(self, state: dict) -> None:
-        """Continues after the batch whose state this is; one of several processes needs only its own streams in it (`merge`)."""
+        """Continues after the batch whose state this is; one of several processes needs only its
+        own streams in it (`merge`).
+        """
         self.close()
         for what, saved, here in (("data.num_streams", state["num_streams"], self.data.num_streams),
                                   ("sources with their numbers of documents", state["documents"], self._documents)):
@@ -120,8 +137,11 @@ class Loader:
         self.state = state
 
     def close(self) -> None:
-        """Ends an iteration that is under way and waits for its threads and processes; the loader can be iterated again."""
-        pool, self.pool = self.pool, None
+        """Ends an iteration that is under way and waits for its threads and processes; the loader
+        can be iterated again.
+        """
+        pool = self.pool
+        self.pool = None
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
             self.readers.close()
@@ -130,7 +150,8 @@ class Loader:
         return Cached(Patient(self.readers, number, self.source_names[number], self.data.retries, self.data.unreadable))
 
     @property
-    def _rows(self) -> int:     # of a stream in a batch
+    # of a stream in a batch
+    def _rows(self) -> int:
         return self.data.batch // self.data.num_streams
 
     @property
@@ -138,7 +159,9 @@ class Loader:
         return {name: len(source) for name, source in zip(self.source_names, self.mixture.sources)}
 
     def _fill(self, stream: Stream, batch: Batch, previous: Future | None) -> tuple[list[list[str]], dict]:
-        """A thread's task: the stream's rows of the batch, written in place -> (ids by row, the stream's state)."""
+        """A thread's task: the stream's rows of the batch, written in place -> (ids by row, the
+        stream's state).
+        """
         if previous is not None:
             previous.result()
         rows = [stream.row(self.data.tokens, self.data.images) for _ in range(self._rows)]
@@ -152,7 +175,8 @@ class Loader:
         states = {str(stream.number): state for stream, (_, state) in zip(streams, results)}
         stats = statistics(states, self.data.tokens, self._documents, self.data.num_streams)
         for name, documents in self._documents.items():
-            read, bad = stats["read"][name], stats["bad"][name]
+            read = stats["read"][name]
+            bad = stats["bad"][name]
             if read >= min(JUDGED, documents) and bad > self.data.max_bad_share * read:
                 raise UserError(f"source {name!r}: {bad} of {read} records are corrupt (each is named in the log), more than "
                                 f"data.max_bad_share={self.data.max_bad_share} allows; mend the data or raise the share")
@@ -168,17 +192,21 @@ class Loader:
 
 
 def merge(states: list[dict]) -> dict:
-    """One state of those that the processes have after one and the same batch, for `restore` on any number of processes."""
+    """One state of those that the processes have after one and the same batch, for `restore` on any
+    number of processes.
+    """
     if len(states) == 1:
         return states[0]
     return {**states[0], "streams": {number: stream for state in states for number, stream in state["streams"].items()}}
 
 
 def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int], num_streams: int) -> dict[str, Any]:
-    """Sums over streams' states, rows being `tokens` long: packed rows, documents, tokens, images, cut_documents, cut_tokens and cut_turns;
-    records `read` and `bad` by source (those that wait included); `epochs` by source: how often its `documents` were read, by all of the
-    `num_streams` streams if these are not all (below 1 it is the share of the source that was seen, for an epoch repeats nothing);
-    `padding`, the share of positions that hold nothing."""
+    """Sums over streams' states, rows being `tokens` long: packed rows, documents, tokens, images,
+    cut_documents, cut_tokens and cut_turns; records `read` and `bad` by source (those that wait
+    included); `epochs` by source: how often its `documents` were read, by all of the `num_streams`
+    streams if these are not all (below 1 it is the share of the source that was seen, for an epoch
+    repeats nothing); `padding`, the share of positions that hold nothing.
+    """
     stats: dict[str, Any] = {name: sum(stream["counts"][name] for stream in streams.values()) for name in COUNTS}
     names = next(iter(streams.values()))["sources"]
     for what in ("read", "bad"):
@@ -191,7 +219,8 @@ def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int],
 def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processes: int) -> None:
     for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("readers", 0), ("prefetch", 0),
                         ("patience", 0), ("retries", 0),
-                        ("tokens", n_visual + 3)):     # <s> and one image
+                        # <s> and one image
+                        ("tokens", n_visual + 3)):
         if data[name] < least:
             raise UserError(f"data.{name} is {data[name]}; it must be at least {least}"
                             + (f", to hold <s> and an image of {n_visual} visual tokens" if name == "tokens" else ""))

@@ -1,8 +1,8 @@
 """The mixture and its logical streams: what is read, in which order, and the rows that it fills.
 
-Order is a pure function of (seed, stream, numbers that only count up), and a document's own randomness one of (seed,
-id, epoch). So S streams, each with a small JSON-able state, say all that will ever be read; hosts only share the
-streams out. Read next: loader.py.
+Order is a pure function of (seed, stream, numbers that only count up), and a document's own
+randomness one of (seed, id, epoch). So S streams, each with a small JSON-able state, say all that
+will ever be read; hosts only share the streams out. Read next: loader.py.
 """
 import hashlib
 import logging
@@ -22,22 +22,28 @@ from emu_jax.data.sources import Corrupt, Source
 
 log = logging.getLogger(__name__)
 
-BLOCK = 1024        # draws of a stream that share one generator: a generator a draw would cost more than the draw
-STREAK = 100        # corrupt records one after another that end a stream, which else might look for a good one for ever
+# draws of a stream that share one generator: a generator a draw would cost more than the draw
+BLOCK = 1024
+# corrupt records one after another that end a stream, which else might look for a good one for ever
+STREAK = 100
 
 COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens", "cut_turns")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A sequence in a row: `id` is "name of the source/id of the document", `source` its index in the mixture."""
+    """A sequence in a row: `id` is "name of the source/id of the document", `source` its index in
+    the mixture.
+    """
     id: str
     source: int
     sequence: Sequence
 
 
 def hash_of(*key: Any) -> int:
-    """64 bits that belong to `key`, the same on every host and in every run (which those of Python's hash are not)."""
+    """64 bits that belong to `key`, the same on every host and in every run (which those of
+    Python's hash are not).
+    """
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
@@ -47,16 +53,21 @@ def rng_of(*key: Any) -> np.random.Generator:
 
 
 def shuffled(place: int, size: int, key: int) -> int:
-    """The index, 0 <= index < size, at `place` of the permutation of `size` that belongs to the 64-bit `key`.
+    """The index, 0 <= index < size, at `place` of the permutation of `size` that belongs to the
+    64-bit `key`.
 
-    Computed, not looked up: two billion documents cost no memory. A Feistel network permutes the next even number of bits, and is applied
-    again until it lands below `size` (cycle walking: Black and Rogaway 2002); its rounds mix with splitmix64's finaliser.
+    Computed, not looked up: two billion documents cost no memory. A Feistel network permutes the
+    next even number of bits, and is applied again until it lands below `size` (cycle walking: Black
+    and Rogaway 2002); its rounds mix with splitmix64's finaliser.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low, whole = (1 << half) - 1, (1 << 64) - 1
+    low = (1 << half) - 1
+    whole = (1 << 64) - 1
     while True:
-        left, right = place >> half, place & low
-        for number in range(8):         # of 4 rounds, the orders of fewer than 20 documents were visibly uneven
+        left = place >> half
+        right = place & low
+        # of 4 rounds, the orders of fewer than 20 documents were visibly uneven
+        for number in range(8):
             mixed = (key + (number << 32) + right) & whole
             mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & whole
             mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & whole
@@ -68,17 +79,20 @@ def shuffled(place: int, size: int, key: int) -> int:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Named, weighted sources over `streams` logical streams. A *place* in a source counts records through its epochs.
+    """Named, weighted sources over `streams` logical streams. A *place* in a source counts records
+    through its epochs.
 
-    Epoch e is the places [e n, (e + 1) n) of a source of n documents, each epoch in an order of its own. Stream s reads the places s, s + S,
-    s + 2 S, ...: over all streams an epoch holds every document once, however few they are.
+    Epoch e is the places [e n, (e + 1) n) of a source of n documents, each epoch in an order of its
+    own. Stream s reads the places s, s + S, s + 2 S, ...: over all streams an epoch holds every
+    document once, however few they are.
     """
     names: tuple[str, ...]
     weights: tuple[float, ...]
     sources: tuple[Source, ...]
     streams: int
     seed: int
-    rules: tuple[Rule, ...] = ()        # one a source; () is PLAIN for all
+    # one a source; () is PLAIN for all
+    rules: tuple[Rule, ...] = ()
 
     def rule(self, source: int) -> Rule:
         return self.rules[source] if self.rules else PLAIN
@@ -89,44 +103,59 @@ class Mixture:
         return shuffled(within, len(self.sources[source]), hash_of(self.seed, self.names[source], epoch))
 
     def draws(self, stream: int, block: int) -> Int[np.ndarray, " n"]:
-        """Sources of the draws [block * BLOCK, (block + 1) * BLOCK) of a stream, as indices into the mixture."""
+        """Sources of the draws [block * BLOCK, (block + 1) * BLOCK) of a stream, as indices into
+        the mixture.
+        """
         edges = np.cumsum(self.weights)
         return np.searchsorted(edges / edges[-1], rng_of(self.seed, "draws", stream, block).random(BLOCK), side="right")
 
     @cached_property
     def one_pass(self) -> Int[np.ndarray, "n 2"]:
-        """(source, index) rows in the fixed order of an evaluation: a document of each source in turn, once, weights ignored."""
+        """(source, index) rows in the fixed order of an evaluation: a document of each source in
+        turn, once, weights ignored.
+        """
         sizes = [len(source) for source in self.sources]
-        source, index = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
+        source = np.repeat(np.arange(len(sizes)), sizes)
+        index = np.concatenate([np.arange(size) for size in sizes])
         return np.stack([source, index], axis=1)[np.lexsort((source, index))]
 
 
 class Stream:
-    """Logical stream `number` of a mixture: draws documents, keeps `lookahead` of them waiting, and packs rows.
+    """Logical stream `number` of a mixture: draws documents, keeps `lookahead` of them waiting, and
+    packs rows.
 
-    `to_sequence(document, rng=..., rule=...)` is `make_sequence` with its settings. `state` continues a stream from what `state()` returned.
-    `fit` is `packing.first_fit`, or `best_fit` with its row's budgets. With `once` the stream is its share of one pass in fixed order, and
-    rows are empty when it has ended.
-    Not thread-safe: one task at a time.
+    `to_sequence(document, rng=..., rule=...)` is `make_sequence` with its settings. `state`
+    continues a stream from what `state()` returned. `fit` is `packing.first_fit`, or `best_fit`
+    with its row's budgets. With `once` the stream is its share of one pass in fixed order, and rows
+    are empty when it has ended. Not thread-safe: one task at a time.
     """
 
     def __init__(self, mixture: Mixture, number: int, to_sequence: Callable[..., Sequence], lookahead: int,
                  state: dict | None = None, once: bool = False, fit: Callable[..., int | None] = first_fit):
-        self.mixture, self.number, self.to_sequence, self.lookahead, self.fit = mixture, number, to_sequence, lookahead, fit
+        self.mixture = mixture
+        self.number = number
+        self.to_sequence = to_sequence
+        self.lookahead = lookahead
+        self.fit = fit
         state = state or {"draws": 0, "sources": {name: {"read": 0, "bad": 0} for name in mixture.names},
                           "pending": [], "counts": dict.fromkeys(COUNTS, 0)}
         self.draws = state["draws"]
         self.read = [state["sources"][name]["read"] for name in mixture.names]
         self.bad = [state["sources"][name]["bad"] for name in mixture.names]
         self.counts = dict.fromkeys(COUNTS, 0) | state["counts"]
-        self.waiting: list[tuple[tuple[int, int], Packed]] = []     # ((source, place), document)
-        self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])     # of the restored state
+        # ((source, place), document)
+        self.waiting: list[tuple[tuple[int, int], Packed]] = []
+        # of the restored state
+        self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])
         self.once = map(tuple, mixture.one_pass[number::mixture.streams].tolist()) if once else None
-        self.block: tuple[int, np.ndarray] = (-1, np.zeros(0))      # the draws at hand and their number
+        # the draws at hand and their number
+        self.block: tuple[int, np.ndarray] = (-1, np.zeros(0))
         self.streak = 0
 
     def state(self) -> dict:
-        """JSON-able: how far the stream is, the documents that wait (by place: they are read again), and its counts so far."""
+        """JSON-able: how far the stream is, the documents that wait (by place: they are read
+        again), and its counts so far.
+        """
         names = self.mixture.names
         pending = [place for place, _ in self.waiting] + list(self.unread)
         return {"draws": self.draws,
@@ -135,7 +164,9 @@ class Stream:
                 "counts": dict(self.counts)}
 
     def row(self, tokens: int, images: int) -> list[Packed]:
-        """The next row of at most `tokens` tokens and `images` images: always that waiting document which `fit` chooses."""
+        """The next row of at most `tokens` tokens and `images` images: always that waiting document
+        which `fit` chooses.
+        """
         row: list[Packed] = []
         while True:
             self._refill()
@@ -176,7 +207,8 @@ class Stream:
         return source, place
 
     def _read(self, source: int, place: int) -> Packed | None:
-        name, documents = self.mixture.names[source], self.mixture.sources[source]
+        name = self.mixture.names[source]
+        documents = self.mixture.sources[source]
         try:
             document = documents[place if self.once is not None else self.mixture.index(source, place)]
             full_id = f"{name}/{document.id}"

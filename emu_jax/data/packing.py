@@ -1,7 +1,8 @@
 """Rows of several documents: first or best fit under two budgets, T tokens and I images.
 
-A row is dense: nothing but its end is padding, and segments keep its documents apart (attention is masked by them,
-positions restart in them). Read next: mixture.py, which says what waits to be packed.
+A row is dense: nothing but its end is padding, and segments keep its documents apart (attention is
+masked by them, positions restart in them). Read next: mixture.py, which says what waits to be
+packed.
 """
 from collections.abc import Sequence as Ordered
 
@@ -12,7 +13,9 @@ from emu_jax.types import Batch
 
 
 def first_fit(waiting: Ordered[Sequence], tokens: int, images: int) -> int | None:
-    """Index of the first of `waiting` that needs at most `tokens` tokens and `images` images; None if none does."""
+    """Index of the first of `waiting` that needs at most `tokens` tokens and `images` images; None
+    if none does.
+    """
     for index, sequence in enumerate(waiting):
         if len(sequence.tokens) <= tokens and len(sequence.image_slots) <= images:
             return index
@@ -20,8 +23,9 @@ def first_fit(waiting: Ordered[Sequence], tokens: int, images: int) -> int | Non
 
 
 def best_fit(waiting: Ordered[Sequence], tokens: int, images: int, row_tokens: int, row_images: int) -> int | None:
-    """Index of the one of `waiting` that fits into what is left of a row of `row_tokens` and `row_images`, and that leaves both budgets
-    most evenly used; None if none fits. An empty row takes the first, so that none waits for ever.
+    """Index of the one of `waiting` that fits into what is left of a row of `row_tokens` and
+    `row_images`, and that leaves both budgets most evenly used; None if none fits. An empty row
+    takes the first, so that none waits for ever.
 
     With one budget used up the rest of the other is lost, and that is most of what first fit loses.
     """
@@ -36,7 +40,9 @@ def best_fit(waiting: Ordered[Sequence], tokens: int, images: int, row_tokens: i
 
 
 def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) -> Batch:
-    """A Batch of NumPy arrays that holds nothing: [PAD] everywhere, segments and weights 0, slots T."""
+    """A Batch of NumPy arrays that holds nothing: [PAD] everywhere, segments and weights 0, slots
+    T.
+    """
     def zeros(*shape, dtype=np.int32):
         return np.zeros(shape, dtype)
 
@@ -52,7 +58,8 @@ def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) 
 
 
 def write_row(batch: Batch, row: int, sequences: Ordered[Sequence], sources: Ordered[int]) -> None:
-    """Writes `sequences`, each of the source `sources[k]` of the mixture, one after another into the empty row `row` of `batch`.
+    """Writes `sequences`, each of the source `sources[k]` of the mixture, one after another into
+    the empty row `row` of `batch`.
 
     In place, so that threads fill one batch without a copy. The sequences must fit (`first_fit`).
     """

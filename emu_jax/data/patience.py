@@ -1,8 +1,9 @@
-"""Sources that are waited for: what a hung file system, a failing disk or a crashing decoder does to the loader is said, tried again, and then
-skipped or an error.
+"""Sources that are waited for: what a hung file system, a failing disk or a crashing decoder does
+to the loader is said, tried again, and then skipped or an error.
 
-The loader's threads read through readers: threads, which can only be left alone where they hang, or processes, which can be ended and
-which may die of what they read. Whoever reads, the documents are the same. Read next: reader.py, the process, then loader.py.
+The loader's threads read through readers: threads, which can only be left alone where they hang, or
+processes, which can be ended and which may die of what they read. Whoever reads, the documents are
+the same. Read next: reader.py, the process, then loader.py.
 """
 import contextlib
 import logging
@@ -23,8 +24,10 @@ from emu_jax.data.sources import Corrupt, Source
 
 log = logging.getLogger(__name__)
 
-START = 300.0           # seconds that a process may take to start: its imports come from a file system, too
-STARTS = 3              # how often one is started that does not live to its first question
+# seconds that a process may take to start: its imports come from a file system, too
+START = 300.0
+# how often one is started that does not live to its first question
+STARTS = 3
 
 
 class Lost(Exception):
@@ -32,13 +35,18 @@ class Lost(Exception):
 
 
 class Patient:
-    """Source `number` of `readers`, each record of which is asked for `retries` times more if its reader is lost, or if the disk fails.
+    """Source `number` of `readers`, each record of which is asked for `retries` times more if its
+    reader is lost, or if the disk fails.
 
     Then, with `unreadable="skip"`, it counts as corrupt; with "stop" it ends the run (UserError).
     """
 
     def __init__(self, readers: "Readers", number: int, name: str, retries: int, unreadable: str):
-        self.readers, self.number, self.name, self.retries, self.unreadable = readers, number, name, retries, unreadable
+        self.readers = readers
+        self.number = number
+        self.name = name
+        self.retries = retries
+        self.unreadable = unreadable
 
     def __len__(self) -> int:
         return len(self.readers.sources[self.number])
@@ -51,7 +59,8 @@ class Patient:
             except Lost as error:
                 reason = str(error)
             except Corrupt as error:
-                if not error.disk:                                # what is read is bad, and will be again
+                # what is read is bad, and will be again
+                if not error.disk:
                     raise
                 reason = error.reason
             log.warning("source %s: record %d: %s (attempt %d of %d)", self.name, index, reason, attempt + 1, 1 + self.retries)
@@ -62,24 +71,32 @@ class Patient:
 
 
 class Readers:
-    """`count` readers of `sources`, threads or `processes`, started when they are needed: so many questions are asked at a time, and a record
-    each is all that they hold. One that does not answer within `seconds` (0: it is waited for), or dies, is replaced. Thread-safe."""
+    """`count` readers of `sources`, threads or `processes`, started when they are needed: so many
+    questions are asked at a time, and a record each is all that they hold. One that does not answer
+    within `seconds` (0: it is waited for), or dies, is replaced. Thread-safe.
+    """
 
     def __init__(self, sources: Sequence[Source], count: int, seconds: float, processes: bool):
-        self.sources, self.seconds = sources, seconds
-        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()   # None: one that is not started
+        self.sources = sources
+        self.seconds = seconds
+        # None: one that is not started
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._make = _Process if processes else _Thread
         for _ in range(count):
             self._idle.put(None)
 
     def ask(self, number: int, index: int) -> Document:
-        """Document `index` of source `number`. Raises what that raises, Lost, and UserError where no process can be started."""
+        """Document `index` of source `number`. Raises what that raises, Lost, and UserError where
+        no process can be started.
+        """
         reader = self._idle.get()
         try:
             reader = reader or self._start()
             document, error = reader.ask(number, index)
-        except BaseException:                                     # whatever it was: what it answers next may be to this question
-            reader = reader and reader.end()                      # None: the next question starts another
+        # whatever it was: what it answers next may be to this question
+        except BaseException:
+            # None: the next question starts another
+            reader = reader and reader.end()
             raise
         finally:
             self._idle.put(reader)
@@ -131,13 +148,16 @@ def _serve(sources: Sequence[Source], questions: queue.SimpleQueue, answers: que
         number, index = question
         try:
             answers.put((sources[number][index], None))
-        except Exception as error:                                # handed on, whatever it is
+        # handed on, whatever it is
+        except Exception as error:
             answers.put((None, error))
 
 
 class _Process:
-    """A Python of its own that knows reader.py and the sources, and no accelerator. Not forked, for JAX's threads hold locks, and not
-    multiprocessing's, which would import the program that trains. Raises Lost where it does not start."""
+    """A Python of its own that knows reader.py and the sources, and no accelerator. Not forked, for
+    JAX's threads hold locks, and not multiprocessing's, which would import the program that trains.
+    Raises Lost where it does not start.
+    """
 
     def __init__(self, sources: Sequence[Source], seconds: float):
         self.seconds = seconds
@@ -159,9 +179,12 @@ class _Process:
         return self._exchange((number, index))
 
     def end(self) -> None:
-        """It holds nothing that could be lost. One that hangs in the kernel ends when that lets it."""
+        """It holds nothing that could be lost. One that hangs in the kernel ends when that lets
+        it.
+        """
         self.process.kill()
-        with contextlib.suppress(OSError):                        # half a question may be left in it
+        # half a question may be left in it
+        with contextlib.suppress(OSError):
             self.file.close()
         self.link.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -174,7 +197,8 @@ class _Process:
             return pickle.load(self.file)
         except TimeoutError:
             raise Lost(f"no answer within {self.link.gettimeout():g} seconds") from None
-        except (EOFError, OSError, pickle.UnpicklingError):       # a broken pipe, or half an answer
+        # a broken pipe, or half an answer
+        except (EOFError, OSError, pickle.UnpicklingError):
             raise Lost(f"its process died ({self._fate()})") from None
 
     def _fate(self) -> str:

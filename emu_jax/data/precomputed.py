@@ -1,8 +1,10 @@
-"""Arrays that a decoder's training reads, made once: of each document's first image the `conditions`, which are the visual tokens that an LLM
-regressed from what stands before it, or the `latents`, which are the moments of what the autoencoder's encoder makes of it.
+"""Arrays that a decoder's training reads, made once: of each document's first image the
+`conditions`, which are the visual tokens that an LLM regressed from what stands before it, or the
+`latents`, which are the moments of what the autoencoder's encoder makes of it.
 
-DIR/KIND.json says by what they were made. DIR/MIXTURE/SOURCE/00000.npy holds [n, ...] in float16 for the next SHARD documents
-of a source, 00000.json their ids; it is written last, so that a shard without it is not there. Written by ../generate/precompute.py.
+DIR/KIND.json says by what they were made. DIR/MIXTURE/SOURCE/00000.npy holds [n, ...] in float16
+for the next SHARD documents of a source, 00000.json their ids; it is written last, so that a shard
+without it is not there. Written by ../generate/precompute.py.
 """
 import json
 from collections.abc import Mapping, Sequence
@@ -16,9 +18,12 @@ from jaxtyping import Float16
 from emu_jax.config import UserError
 from emu_jax.types import Batch, DecoderBatch
 
-KINDS = {"conditions": "", "latents": " --latents"}     # also fields of config.data and of DecoderBatch; what their making is told
+# also fields of config.data and of DecoderBatch; what their making is told
+KINDS = {"conditions": "", "latents": " --latents"}
 SHARD = 1024
-OPEN = 256      # shards that are mapped at a time, an open file each: a system allows fewer than the paper's data has
+# shards that are mapped at a time, an open file each: a system allows fewer than the paper's data
+# has
+OPEN = 256
 
 
 def shards(documents: int) -> int:
@@ -47,15 +52,21 @@ def notes(directory: Path, kind: str) -> dict:
 
 
 class Precomputed:
-    """The arrays of a kind, of the sources of a mixture ("mixture" or "eval_mixture" of config.data), by the documents' full ids."""
+    """The arrays of a kind, of the sources of a mixture ("mixture" or "eval_mixture" of
+    config.data), by the documents' full ids.
+    """
 
     def __init__(self, directory: str, kind: str, mixture: str, documents: dict[str, int]):
-        """documents: how many each source has. Raises UserError for arrays that are missing, damaged or not complete."""
-        self.directory, self.kind = Path(directory), kind
+        """documents: how many each source has. Raises UserError for arrays that are missing,
+        damaged or not complete.
+        """
+        self.directory = Path(directory)
+        self.kind = kind
         self.shape = tuple(notes(self.directory, kind)["shape"])
         self._paths: list[Path] = []
         self._opened = lru_cache(OPEN)(partial(np.load, mmap_mode="r"))
-        self._places: dict[str, tuple[int, int]] = {}       # full id -> (number of the path, row)
+        # full id -> (number of the path, row)
+        self._places: dict[str, tuple[int, int]] = {}
         for source, count in documents.items():
             for shard in range(shards(count)):
                 self._open(source, path_of(self.directory, mixture, source, shard))
@@ -63,7 +74,8 @@ class Precomputed:
     def _open(self, source: str, path: Path) -> None:
         again = f"run python -m emu_jax.generate precompute{KINDS[self.kind]} again: it makes what is missing"
         try:
-            ids, array = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
+            ids = json.loads(path.with_suffix(".json").read_text())
+            array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"the {self.kind} of the source {source!r} are not whole ({path}: {reason}); {again}") from error
@@ -80,7 +92,9 @@ class Precomputed:
         return np.array(self._opened(self._paths[number])[row])
 
     def of_batch(self, batch: Batch, ids: Sequence[Sequence[str]]) -> Float16[np.ndarray, "B I ..."]:
-        """Of the document of each image of a batch; zeros where there is no image. ids: of the documents of each row."""
+        """Of the document of each image of a batch; zeros where there is no image. ids: of the
+        documents of each row.
+        """
         found = np.zeros((*batch.image_slots.shape, *self.shape), np.float16)
         for row, slots in enumerate(batch.image_slots):
             for place, slot in enumerate(slots[slots < batch.tokens.shape[1]]):

@@ -1,7 +1,9 @@
-"""A process that reads for the loader: it is sent the sources, then (source, index) after (source, index), and answers each with its document.
+"""A process that reads for the loader: it is sent the sources, then (source, index) after (source,
+index), and answers each with its document.
 
-patience.py starts it, and ends it too: signals of the terminal or of a scheduler, which go to all processes, are for the one that trains. It also
-ends when that one is gone. JAX comes into it with Grain, and sees no accelerator. Read next: sources/records.py.
+patience.py starts it, and ends it too: signals of the terminal or of a scheduler, which go to all
+processes, are for the one that trains. It also ends when that one is gone. JAX comes into it with
+Grain, and sees no accelerator. Read next: sources/records.py.
 """
 import pickle
 import signal
@@ -37,5 +39,6 @@ def _answer(source: Source, index: int) -> tuple[Document | None, Exception | No
         return source[index], None
     except Corrupt as error:
         return None, error
-    except Exception:                   # a fault of ours: where it was must not be lost on the way
+    # a fault of ours: where it was must not be lost on the way
+    except Exception:
         return None, RuntimeError(f"in a process that reads:\n{traceback.format_exc()}")

@@ -1,8 +1,9 @@
-"""A document becomes one sequence: `<s>` parts `</s>`, where an image is `[IMG]`, N slots and `[/IMG]`.
+"""A document becomes one sequence: `<s>` parts `</s>`, where an image is `[IMG]`, N slots and
+`[/IMG]`.
 
-The grammar of Emu (arXiv 2307.05222, section 2; the release's ids and labels). Everything that differs between the
-data sets of the paper is said by the order of a document's parts; the random order of a Pair is drawn here.
-A conversation is written by chat.py, and only its answers count.
+The grammar of Emu (arXiv 2307.05222, section 2; the release's ids and labels). Everything that
+differs between the data sets of the paper is said by the order of a document's parts; the random
+order of a Pair is drawn here. A conversation is written by chat.py, and only its answers count.
 Read next: packing.py.
 """
 from collections.abc import Collection
@@ -21,29 +22,45 @@ LABELS = ("text", "</s>", "[IMG]", "[/IMG]")
 
 @dataclass(frozen=True)
 class Sequence:
-    """One tokenised document; t tokens and i images of it. With no image, `images` has shape [0, 0, 0, 3]."""
+    """One tokenised document; t tokens and i images of it. With no image, `images` has shape [0, 0,
+    0, 3].
+    """
     id: str
-    tokens: Int[np.ndarray, " t"]           # int32
-    text_weights: Float[np.ndarray, " t"]   # float32; weight of tokens[t] as a label
+    # int32
+    tokens: Int[np.ndarray, " t"]
+    # float32; weight of tokens[t] as a label
+    text_weights: Float[np.ndarray, " t"]
     images: UInt8[np.ndarray, "i h w 3"]
-    image_slots: Int[np.ndarray, " i"]      # int32; index in tokens of the first of an image's N slots
-    image_weights: Float[np.ndarray, " i"]  # float32; 1 where the image is regressed
-    cut: int                                # tokens that truncation dropped
-    cut_turns: int = 0                      # and turns of a conversation
+    # int32; index in tokens of the first of an image's N slots
+    image_slots: Int[np.ndarray, " i"]
+    # float32; 1 where the image is regressed
+    image_weights: Float[np.ndarray, " i"]
+    # tokens that truncation dropped
+    cut: int
+    # and turns of a conversation
+    cut_turns: int = 0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the documents of one source become sequences, where that is not how all do: the fourth field of a row of data.mixture.
+    """How the documents of one source become sequences, where that is not how all do: the fourth
+    field of a row of data.mixture.
 
-    `pairs` draws so many of a document's pairs (all, if it has fewer), in their order, and leaves everything else out. `start="random"` begins
-    what is longer than `tokens` at a part drawn at random, in place of its first.
+    `pairs` draws so many of a document's pairs (all, if it has fewer), in their order, and leaves
+    everything else out. `start="random"` begins what is longer than `tokens` at a part drawn at
+    random, in place of its first.
     """
-    tokens: int = 0                     # of a sequence, at most; 0: data.tokens
-    images: int = 0                     # the first so many are kept, the others left out and the text goes on; 0: all that data.images allows
-    start: str = "first"                # or "random"
-    pairs: int = 0                      # 0: the whole document
-    image_first: float = -1.0           # of an image and its text, how often the image comes first; -1: data.image_first
+    # of a sequence, at most; 0: data.tokens
+    tokens: int = 0
+    # the first so many are kept, the others left out and the text goes on; 0: all that data.images
+    # allows
+    images: int = 0
+    # or "random"
+    start: str = "first"
+    # 0: the whole document
+    pairs: int = 0
+    # of an image and its text, how often the image comes first; -1: data.image_first
+    image_first: float = -1.0
 
 
 PLAIN = Rule()
@@ -52,15 +69,18 @@ PLAIN = Rule()
 def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, max_tokens: int, max_images: int,
                   image_first: float, labels: Collection[str], rng: np.random.Generator, rule: Rule = PLAIN, chats: bool = True,
                   system: str = "release") -> Sequence:
-    """The sequence of `document`, of at most `max_tokens` tokens and `max_images` images, made by `rule`.
+    """The sequence of `document`, of at most `max_tokens` tokens and `max_images` images, made by
+    `rule`.
 
-    `labels` says which of LABELS count as labels; `<s>` and the slots never do. Every part that is text is encoded on its own, so the
-    tokenizer's dummy prefix stands between neighbours. What is too long loses its end, `</s>` included, and never a
-    part of an image. `image_first` is the probability that a Pair's image comes first. `rng` is asked once a Pair, once more for an image
+    `labels` says which of LABELS count as labels; `<s>` and the slots never do. Every part that is
+    text is encoded on its own, so the tokenizer's dummy prefix stands between neighbours. What is
+    too long loses its end, `</s>` included, and never a part of an image. `image_first` is the
+    probability that a Pair's image comes first. `rng` is asked once a Pair, once more for an image
     that is not square (its place of the cut: images.decode, "random"), and by a rule that draws.
 
-    A conversation is cut after a whole turn instead; one whose first turn is too long has no tokens. Its questions and their images count
-    nothing. system: "release" begins it with the release's message, if it has none of its own. Raises Corrupt for roles out of order, and
+    A conversation is cut after a whole turn instead; one whose first turn is too long has no
+    tokens. Its questions and their images count nothing. system: "release" begins it with the
+    release's message, if it has none of its own. Raises Corrupt for roles out of order, and
     UserError for a conversation where the model has no tokens for it (`chats`).
     """
     max_tokens = min(max_tokens, rule.tokens or max_tokens)
@@ -81,7 +101,10 @@ def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, ma
             pieces.append((ids, [weight * counts["text"]] * len(ids), None))
     before, pieces = _begun(pieces, max_tokens, rule.start, rng)
 
-    tokens, weights, images, slots = [tokenizer.bos], [0.0], [], []
+    tokens = [tokenizer.bos]
+    weights = [0.0]
+    images = []
+    slots = []
     for ids, counted, image in pieces:
         if image is not None:
             if rule.images and len(images) == rule.images:
@@ -95,9 +118,11 @@ def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, ma
     weights.append(counts["</s>"])
 
     keep = min(len(tokens), max_tokens)
-    kept = min(max_images, sum(slot + n_visual < keep for slot in slots))      # images whose [/IMG], at slot + N, is still there
+    # images whose [/IMG], at slot + N, is still there
+    kept = min(max_images, sum(slot + n_visual < keep for slot in slots))
     if kept < len(slots):
-        keep = min(keep, slots[kept] - 1)                                      # before the [IMG] of the first that is not
+        # before the [IMG] of the first that is not
+        keep = min(keep, slots[kept] - 1)
     return Sequence(
         id=document.id,
         tokens=np.array(tokens[:keep], np.int32),
@@ -130,8 +155,14 @@ class _Written:
     """A sequence that grows by pieces."""
 
     def __init__(self, tokenizer: Tokenizer, n_visual: int, counts: dict[str, float]):
-        self.t, self.n, self.counts = tokenizer, n_visual, counts
-        self.tokens, self.weights, self.images, self.slots, self.regressed = [], [], [], [], []
+        self.t = tokenizer
+        self.n = n_visual
+        self.counts = counts
+        self.tokens = []
+        self.weights = []
+        self.images = []
+        self.slots = []
+        self.regressed = []
 
     @property
     def end(self) -> tuple[int, int]:
@@ -139,9 +170,12 @@ class _Written:
         return len(self.tokens), len(self.images)
 
     def add(self, piece: chat.Piece, weight: float) -> None:
-        """weight: of a special id as a label; of a text, and of an image as a target, beside what `labels` says."""
+        """weight: of a special id as a label; of a text, and of an image as a target, beside what
+        `labels` says.
+        """
         if isinstance(piece, int):
-            ids, weights = [piece], [weight]
+            ids = [piece]
+            weights = [weight]
         elif isinstance(piece, str):
             ids = self.t.encode(piece)
             weights = [weight * self.counts["text"]] * len(ids)
@@ -183,10 +217,12 @@ def _ordered(parts, image_first, rng):
 def _begun(pieces, max_tokens, start, rng):
     """(tokens left out, the pieces from where the subsequence begins)."""
     starts = np.cumsum([0, *(len(ids) for ids, _, _ in pieces)])
-    spare = int(starts[-1]) + 2 - max_tokens                                   # <s> and </s>
+    # <s> and </s>
+    spare = int(starts[-1]) + 2 - max_tokens
     if start == "first" or spare <= 0:
         return 0, pieces
-    first = int(np.searchsorted(starts[:-1], rng.integers(spare + 1)))         # the first piece that begins there or after
+    # the first piece that begins there or after
+    first = int(np.searchsorted(starts[:-1], rng.integers(spare + 1)))
     first = min(first, len(pieces) - 1)
     return int(starts[first]), pieces[first:]
 

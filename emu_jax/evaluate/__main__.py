@@ -1,6 +1,7 @@
-"""python -m emu_jax.evaluate --task=T --data=DIR --checkpoint=DIR [--shots=K] [--limit=N]: a benchmark, and a page to look at.
-python -m emu_jax.evaluate --task=demo|demo-chat --checkpoint=DIR [--decoder=DIR]: the demo's numbers and page.
-python -m emu_jax.evaluate score --metric=NAME --predictions=FILE --references=FILE: scores of predictions, without a model (--help: the layouts).
+"""python -m emu_jax.evaluate --task=T --data=DIR --checkpoint=DIR [--shots=K] [--limit=N]: a
+benchmark, and a page to look at. python -m emu_jax.evaluate --task=demo|demo-chat --checkpoint=DIR
+[--decoder=DIR]: the demo's numbers and page. python -m emu_jax.evaluate score --metric=NAME
+--predictions=FILE --references=FILE: scores of predictions, without a model (--help: the layouts).
 
 Read next: benchmark.py; demo.py, report.py; chat.py; score.py.
 """
@@ -39,8 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def demo(checkpoint: str, data: str, warmup: str | None, decoder: str | None, out: str | None) -> Path:
-    """Prints the numbers, writes results.json and report.html into `out`, and returns the page's path."""
-    from emu_jax.evaluate import demo, history, report  # these take seconds to import: a wrong flag is answered at once
+    """Prints the numbers, writes results.json and report.html into `out`, and returns the page's
+    path.
+    """
+    # these take seconds to import: a wrong flag is answered at once
+    from emu_jax.evaluate import demo, history, report
     result = demo.evaluate(checkpoint, data, warmup, decoder)
     width = max(map(len, result.numbers))
     print("\n".join(f"{name:{width}}  {_shown(value)}" for name, value in result.numbers.items()))
@@ -133,7 +137,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     epilog = "tasks, and what they read:\n" + "\n".join(f"  {name:14}{task.what}\n{'':16}{names(task)}" for name, task in TASKS.items())
     parser = argparse.ArgumentParser(prog="python -m emu_jax.evaluate", description=DESCRIPTION, epilog=epilog, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _fail                            # one line, as everywhere
+    # one line, as everywhere
+    parser.error = _fail
     parser.add_argument("--task", required=True, choices=[*DEMOS, *TASKS], metavar="T",
                         help="demo; demo-chat: its questions, before and after tuning; or one of the tasks below")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints")

@@ -1,6 +1,8 @@
-"""The official annotation files of the benchmarks, in their own layouts, as examples; and predictions in each benchmark's submission format.
+"""The official annotation files of the benchmarks, in their own layouts, as examples; and
+predictions in each benchmark's submission format.
 
-A reader takes paths and returns examples in the file's order. A file of another benchmark is one clear error. Read next: prompts.py, score.py.
+A reader takes paths and returns examples in the file's order. A file of another benchmark is one
+clear error. Read next: prompts.py, score.py.
 """
 import csv
 import json
@@ -14,14 +16,21 @@ from emu_jax.config import UserError
 
 
 class Example(NamedTuple):
-    id: str                                     # unique within the benchmark; what predictions are keyed by
-    picture: str                                # file name of the image or video, as the benchmark ships it
+    # unique within the benchmark; what predictions are keyed by
+    id: str
+    # file name of the image or video, as the benchmark ships it
+    picture: str
     question: str = ""
-    answers: tuple[str, ...] = ()               # references; none in a test split whose answers are withheld
-    kind: str = ""                              # the benchmark's own type of question
-    options: tuple[str, ...] = ()               # VisDial: candidates
-    truth: int | None = None                    # VisDial: the true one among them
-    history: tuple[tuple[str, str], ...] = ()   # VisDial: earlier questions and answers
+    # references; none in a test split whose answers are withheld
+    answers: tuple[str, ...] = ()
+    # the benchmark's own type of question
+    kind: str = ""
+    # VisDial: candidates
+    options: tuple[str, ...] = ()
+    # VisDial: the true one among them
+    truth: int | None = None
+    # VisDial: earlier questions and answers
+    history: tuple[tuple[str, str], ...] = ()
 
 
 def load(path: str | Path) -> Any:
@@ -34,12 +43,15 @@ def load(path: str | Path) -> Any:
         raise UserError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: malformed JSON, line {error.lineno} column {error.colno}: {error.msg}") from error
-    except (RecursionError, ValueError) as error:       # nested a thousand deep; a number of five thousand digits
+    # nested a thousand deep; a number of five thousand digits
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: no JSON that can be read ({str(error).splitlines()[0]})") from error
 
 
 def karpathy(path: str, dataset: str, split: str = "test") -> list[Example]:
-    """COCO ("coco") and Flickr30k ("flickr30k") captions: Karpathy's dataset_coco.json, dataset_flickr30k.json."""
+    """COCO ("coco") and Flickr30k ("flickr30k") captions: Karpathy's dataset_coco.json,
+    dataset_flickr30k.json.
+    """
     data = load(path)
     what = f"Karpathy's dataset_{dataset}.json"
     images = _list(path, data, "images", what)
@@ -54,9 +66,13 @@ def karpathy(path: str, dataset: str, split: str = "test") -> list[Example]:
 
 
 def coco_prompts(path: str, count: int = 30_000) -> list[Example]:
-    """COCO's captions_val2014.json as prompts of text to image: `count` of its captions, always the same, in random order."""
-    data, what = load(path), "COCO's captions"
-    rows, images = _list(path, data, "annotations", what), _list(path, data, "images", what)
+    """COCO's captions_val2014.json as prompts of text to image: `count` of its captions, always the
+    same, in random order.
+    """
+    data = load(path)
+    what = "COCO's captions"
+    rows = _list(path, data, "annotations", what)
+    images = _list(path, data, "images", what)
     with fields_of(path, what):
         names = {image["id"]: image["file_name"] for image in images}
         chosen = np.random.default_rng(0).permutation(len(rows))[:count]
@@ -64,8 +80,11 @@ def coco_prompts(path: str, count: int = 30_000) -> list[Example]:
 
 
 def nocaps(path: str) -> list[Example]:
-    """NoCaps' nocaps_val_4500_captions.json; its domain is the kind. The test split has no annotations."""
-    data, what = load(path), "NoCaps' image info and captions"
+    """NoCaps' nocaps_val_4500_captions.json; its domain is the kind. The test split has no
+    annotations.
+    """
+    data = load(path)
+    what = "NoCaps' image info and captions"
     images = _list(path, data, "images", what)
     with fields_of(path, what):
         captions: dict[Any, list[str]] = {}
@@ -80,7 +99,9 @@ def vqav2(questions: str, annotations: str | None = None) -> list[Example]:
 
 
 def okvqa(questions: str, annotations: str | None = None) -> list[Example]:
-    """OK-VQA's questions and annotations: VQA's layout, with raw answers beside the stemmed ones that count."""
+    """OK-VQA's questions and annotations: VQA's layout, with raw answers beside the stemmed ones
+    that count.
+    """
     return _vqa(questions, annotations, "OK-VQA", raw=True)
 
 
@@ -93,16 +114,22 @@ def vizwiz(path: str) -> list[Example]:
 
 
 def visdial(path: str) -> list[Example]:
-    """VisDial 1.0's dialogs, a round an example, "IMAGE_ID/ROUND" from round 1; a test dialog has its last round alone."""
-    data, what = load(path), "VisDial 1.0's dialogs"
+    """VisDial 1.0's dialogs, a round an example, "IMAGE_ID/ROUND" from round 1; a test dialog has
+    its last round alone.
+    """
+    data = load(path)
+    what = "VisDial 1.0's dialogs"
     if not isinstance(data, dict) or not isinstance(data.get("data"), dict):
         raise UserError(f"{path}: not {what}")
     with fields_of(path, what):
-        questions, answers, out = data["data"]["questions"], data["data"]["answers"], []
+        questions = data["data"]["questions"]
+        answers = data["data"]["answers"]
+        out = []
         for dialog in data["data"]["dialogs"]:
             history: list[tuple[str, str]] = []
             for number, turn in enumerate(dialog["dialog"], 1):
-                question, options = questions[turn["question"]], tuple(answers[k] for k in turn.get("answer_options", ()))
+                question = questions[turn["question"]]
+                options = tuple(answers[k] for k in turn.get("answer_options", ()))
                 answer = answers[turn["answer"]] if "answer" in turn else options[turn["gt_index"]] if "gt_index" in turn else None
                 if options:
                     if (truth := turn.get("gt_index")) is not None and truth not in range(len(options)):
@@ -126,7 +153,9 @@ def video_qa(path: str, benchmark: str) -> list[Example]:
 
 
 def nextqa(path: str, more: str | None = None) -> list[Example]:
-    """NExT-QA's open-ended val.csv or test.csv, "VIDEO/QID", and its add_reference_answer_*.json."""
+    """NExT-QA's open-ended val.csv or test.csv, "VIDEO/QID", and its
+    add_reference_answer_*.json.
+    """
     what = "NExT-QA's open-ended questions (a .csv with video, qid, question, answer and type)"
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -145,7 +174,8 @@ def nextqa(path: str, more: str | None = None) -> list[Example]:
 
 def mmvet(path: str) -> list[Example]:
     """MM-Vet's mm-vet.json. Answers are for its judge: parts separated by <AND> and <OR>."""
-    data, what = load(path), "MM-Vet's questions"
+    data = load(path)
+    what = "MM-Vet's questions"
     if not isinstance(data, dict) or not data:
         raise UserError(f"{path}: not {what}")
     with fields_of(path, what):
@@ -206,7 +236,8 @@ def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) 
                             f"{', '.join(missing[:8])}{', ...' if missing[8:] else ''}")
     with fields_of(questions, what):
         of = lambda row: marked.get(row["question_id"], {})
-        pictures = data["data_subtype"].replace("-dev", "")            # test-dev2015 is a part of test2015
+        # test-dev2015 is a part of test2015
+        pictures = data["data_subtype"].replace("-dev", "")
         return [Example(str(row["question_id"]), f"COCO_{pictures}_{row['image_id']:012}.jpg", row["question"],
                         tuple(answer["answer"] for answer in of(row).get("answers", ())), of(row).get("answer_type", "")) for row in rows]
 
@@ -222,7 +253,8 @@ class fields_of:
     """A field that is missing or of another type, as one error that names the file."""
 
     def __init__(self, path: str, what: str):
-        self.path, self.what = path, what
+        self.path = path
+        self.what = what
 
     def __enter__(self):
         return self

@@ -1,7 +1,9 @@
-"""One benchmark, from its published files to its scores: `python -m emu_jax.evaluate --task=T --data=DIR --checkpoint=DIR`.
+"""One benchmark, from its published files to its scores: `python -m emu_jax.evaluate --task=T
+--data=DIR --checkpoint=DIR`.
 
-Predictions are appended to a file as they come, so the same command goes on where it was stopped; hosts take turns. Then all is
-scored, and written: submission.json, scores.json, report.html. Read next: tasks.py, retrieval.py, gallery.py.
+Predictions are appended to a file as they come, so the same command goes on where it was stopped;
+hosts take turns. Then all is scored, and written: submission.json, scores.json, report.html. Read
+next: tasks.py, retrieval.py, gallery.py.
 """
 import json
 import os
@@ -32,11 +34,15 @@ from emu_jax.generate.prompt import Prompt
 from emu_jax.generate.session import Session
 from emu_jax.weights import inception
 
-SIDE = 160              # pixels of a picture on the page
-KEPT = 64               # pictures that are held, for many questions are about one
+# pixels of a picture on the page
+SIDE = 160
+# pictures that are held, for many questions are about one
+KEPT = 64
 SETTINGS = "settings.json"
-INCEPTION = "Mixed_7c/branch_pool/w"        # what only that checkpoint has
-POOL = 1                # seed of the examples that are drawn at random
+# what only that checkpoint has
+INCEPTION = "Mixed_7c/branch_pool/w"
+# seed of the examples that are drawn at random
+POOL = 1
 
 
 @dataclass(frozen=True)
@@ -47,35 +53,48 @@ class Settings:
     step: int
     data: str
     split: str
-    shots: int = 0              # examples before the question
-    text_only: bool = False     # without their pictures, and the same for all questions (the paper's "zero-shot" has two)
-    beams: int = 0              # 0: the task's own
+    # examples before the question
+    shots: int = 0
+    # without their pictures, and the same for all questions (the paper's "zero-shot" has two)
+    text_only: bool = False
+    # 0: the task's own
+    beams: int = 0
     ema: bool = False
     decoder: str = ""
 
 
 class Plan(NamedTuple):
-    examples: list[Example]             # those whose picture is there
-    paths: dict[str, Path]              # of every example's picture, by its name; of the pool's too
-    missing: list[str]                  # pictures that are not there
-    pool: list[Example]                 # what few-shot examples are chosen from
+    # those whose picture is there
+    examples: list[Example]
+    # of every example's picture, by its name; of the pool's too
+    paths: dict[str, Path]
+    # pictures that are not there
+    missing: list[str]
+    # what few-shot examples are chosen from
+    pool: list[Example]
 
 
 class Predicted(NamedTuple):
     id: str
-    said: str                           # as the model said it
-    prediction: Any                     # what counts of it; VisDial: the place of each candidate
+    # as the model said it
+    said: str
+    # what counts of it; VisDial: the place of each candidate
+    prediction: Any
     shots: int
 
 
 def plan(settings: Settings, *, limit: int | None = None, allow_missing: bool = False) -> Plan:
-    """The examples of a benchmark, the first `limit` of them. Raises UserError for files or pictures that are missing."""
-    task, folder = TASKS[settings.task], Folder(settings.data)
+    """The examples of a benchmark, the first `limit` of them. Raises UserError for files or
+    pictures that are missing.
+    """
+    task = TASKS[settings.task]
+    folder = Folder(settings.data)
     wanted = examples_of(settings.task, folder, settings.split)[:limit]
     paths = {example.picture: path for example in wanted if (path := folder.picture(example))}
     missing = list(dict.fromkeys(example.picture for example in wanted if example.picture not in paths))
     if task.kind == "image":
-        missing = []                    # nothing is shown
+        # nothing is shown
+        missing = []
     if missing and not allow_missing:
         raise UserError(f"{settings.data}: {len(missing)} of the pictures are not there: {', '.join(missing[:4])}{', ...' if missing[4:] else ''}; "
                         "--allow-missing leaves their questions out")
@@ -104,7 +123,10 @@ class Asker:
 
     def __init__(self, session: Session, settings: Settings, plan: Plan, index: Path | None = None):
         """index: where the features of the examples are kept."""
-        self.session, self.settings, self.plan, self.task = session, settings, plan, TASKS[settings.task]
+        self.session = session
+        self.settings = settings
+        self.plan = plan
+        self.task = TASKS[settings.task]
         self.chat = session.size.llama.added >= 6
         self.options = replace(self.task.options, beams=settings.beams or self.task.options.beams)
         self.frames = lru_cache(KEPT)(lambda picture: session.grammar.frames(plan.paths[picture]))
@@ -139,7 +161,8 @@ class Asker:
         chosen = []
         for example, feature in zip(examples, features, strict=True):
             near = self.index.nearest(feature, self.settings.shots, but=example.picture)
-            number = zlib.crc32(example.id.encode())              # of several questions about a near picture, one, always the same
+            # of several questions about a near picture, one, always the same
+            number = zlib.crc32(example.id.encode())
             chosen.append([some[number % len(some)] for some in (self.by_picture[name] for name in near)])
         return chosen
 
@@ -168,14 +191,19 @@ class Asker:
 
 
 def answer_of(example: Example, kind: str) -> str:
-    """What a few-shot example answers: its first caption, or the answer that most annotators gave."""
+    """What a few-shot example answers: its first caption, or the answer that most annotators
+    gave.
+    """
     return example.answers[0].strip().removesuffix(".").lower() if kind == "caption" else Counter(example.answers).most_common(1)[0][0]
 
 
 def scores_of(settings: Settings, examples: Sequence[Example], predictions: dict[str, Any], *, wordnet: str | None = None, tagger: str | None = None,
               pictures: Callable[[], Scores] | None = None) -> Scores:
-    """The numbers of a benchmark, and each example's; none of each where the split's answers are withheld. `pictures`: those of drawn ones."""
-    task, counted = TASKS[settings.task], {"count": len(predictions)}
+    """The numbers of a benchmark, and each example's; none of each where the split's answers are
+    withheld. `pictures`: those of drawn ones.
+    """
+    task = TASKS[settings.task]
+    counted = {"count": len(predictions)}
     if task.metric == "fid":
         return pictures()
     true = {example.id: list(example.answers) for example in examples}
@@ -203,7 +231,9 @@ def scores_of(settings: Settings, examples: Sequence[Example], predictions: dict
 def run(settings: Settings, load: Callable[[], Session], out: Path, *, limit: int | None = None, allow_missing: bool = False,
         wordnet: str | None = None, inception_dir: str | None = None, clip_dir: str | None = None,
         tagger: str | None = None, host: int = 0, hosts: int = 1) -> dict[str, Any]:
-    """Predicts what is not predicted yet, and once all is, scores it: what scores.json says. Raises UserError for what the user can put right."""
+    """Predicts what is not predicted yet, and once all is, scores it: what scores.json says. Raises
+    UserError for what the user can put right.
+    """
     task = TASKS[settings.task]
     if task.metric == "wups" and not wordnet:
         raise UserError(f"--task={settings.task} needs {WHERE}")
@@ -244,7 +274,9 @@ def run(settings: Settings, load: Callable[[], Session], out: Path, *, limit: in
 
 
 def numbers(session: Session, settings: Settings, *, limit: int) -> dict[str, float]:
-    """The numbers of a benchmark's first `limit` examples, with nothing written: for evaluation during training."""
+    """The numbers of a benchmark's first `limit` examples, with nothing written: for evaluation
+    during training.
+    """
     planned = plan(settings, limit=limit)
     asker = Asker(session, settings, planned)
     found = [one for start in range(0, len(planned.examples), session.batch) for one in asker.predict(planned.examples[start:start + session.batch])]
@@ -255,7 +287,8 @@ def numbers(session: Session, settings: Settings, *, limit: int) -> dict[str, fl
 def check_folder(settings: Settings, out: Path) -> None:
     """Raises UserError where the folder `out` holds predictions of other settings."""
     if (out / SETTINGS).exists():
-        before, now = annotations.load(out / SETTINGS), asdict(settings)
+        before = annotations.load(out / SETTINGS)
+        now = asdict(settings)
         before = before if isinstance(before, dict) else {}
         if differ := [name for name in now if before.get(name) != now[name]]:
             raise UserError(f"{out} holds predictions of other settings: {differ[0]} was {before.get(differ[0])!r} and is {now[differ[0]]!r}; "
@@ -263,7 +296,9 @@ def check_folder(settings: Settings, out: Path) -> None:
 
 
 def predicted(out: Path) -> dict[str, Predicted]:
-    """All that was predicted in `out`, by every host; a line that was being written when its run was killed does not count."""
+    """All that was predicted in `out`, by every host; a line that was being written when its run
+    was killed does not count.
+    """
     found: dict[str, Predicted] = {}
     for path in sorted(out.glob("predictions-*.jsonl")):
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):

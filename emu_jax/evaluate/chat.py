@@ -1,7 +1,9 @@
-"""What instruction tuning taught the demo's model: questions on held-out scenes, answered before and after, and a page that shows them.
+"""What instruction tuning taught the demo's model: questions on held-out scenes, answered before
+and after, and a page that shows them.
 
-Before is the Emu that tuning started from, in the same chat format, with the new tokens' rows as tuning found them. Beside both stands the
-answer that training gives most often to questions of a kind. A later turn is asked after the right answers to the turns before it.
+Before is the Emu that tuning started from, in the same chat format, with the new tokens' rows as
+tuning found them. Beside both stands the answer that training gives most often to questions of a
+kind. A later turn is asked after the right answers to the turns before it.
 """
 from collections import Counter
 from collections.abc import Sequence
@@ -33,13 +35,16 @@ from emu_jax.models import emu
 
 BATCH = 128
 NEW_TOKENS = 24
-SHOWN = 12              # conversations on the page
+# conversations on the page
+SHOWN = 12
 KINDS = {"what": "what is this?", "number": "how many … are there?", "animal": "which of the two is an animal?", "relation": "what is … of the …?",
          "colour": "which colour is behind?", "there": "is there a …?"}
 
 
 class Told(NamedTuple):
-    """A question of a conversation, by its place there, and what is answered; `images` are those that it shows."""
+    """A question of a conversation, by its place there, and what is answered; `images` are those
+    that it shows.
+    """
     id: str
     turn: int
     kind: str
@@ -58,8 +63,9 @@ class Result(NamedTuple):
 
 
 def evaluate(directory: str, data: str) -> Result:
-    """Of the run in `directory` (a workdir or one of its checkpoints) on the questions in `data`. Raises UserError for a run that was not
-    tuned on conversations, or started from nothing."""
+    """Of the run in `directory` (a workdir or one of its checkpoints) on the questions in `data`.
+    Raises UserError for a run that was not tuned on conversations, or started from nothing.
+    """
     config = checkpoint.read_config(directory)
     size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
     if size.llama.added < 6 or not config["init"]:
@@ -68,7 +74,8 @@ def evaluate(directory: str, data: str) -> Result:
     asked, learnt = (sources.open(f"{data}/questions:{split}", size.vision.image) for split in ("held_out", "train"))
     tokenizer = tokenizers.load(f"{data}/tokenizer.json", size.llama.vocab)
     after = jax.tree.map(jnp.asarray, checkpoint.restore_params(directory))
-    untuned = {path: jnp.zeros_like(leaf) if path.endswith("/b") else leaf for path, leaf in tree.leaves(after)}      # LoRA starts as nothing
+    # LoRA starts as nothing
+    untuned = {path: jnp.zeros_like(leaf) if path.endswith("/b") else leaf for path, leaf in tree.leaves(after)}
     before, _ = initial(config["init"], tree.unflatten(untuned))
     sessions = [Session(size, params, tokenizer, context=2 * config["data"]["tokens"], batch=BATCH, system=config["data"]["system"])
                 for params in (before, after)]
@@ -78,7 +85,8 @@ def evaluate(directory: str, data: str) -> Result:
 
 def _asked(sessions: Sequence[Session], source: Source) -> list[Told]:
     """Every question of a source, answered by the sessions of before and after."""
-    open_, prompts = [], []
+    open_ = []
+    prompts = []
     for document in (source[i] for i in range(len(source))):
         read = Prompt()
         for number, (turn, kind) in enumerate(_turns(document)):
@@ -137,7 +145,9 @@ def table(result: Result) -> str:
 
 
 def page(result: Result, checkpoint: str) -> str:
-    """One HTML page, with its pictures inside and no script; the conversations shown are the first, nothing is chosen."""
+    """One HTML page, with its pictures inside and no script; the conversations shown are the first,
+    nothing is chosen.
+    """
     rows = "".join(f'<tr><td>{escape(label)}</td><td class="number">{count}</td><td class="number">{percent(before)}</td>'
                    f'<td class="number big">{percent(after)}</td><td class="number">{percent(common)}</td></tr>'
                    for label, count, before, after, common in _rows(result.numbers))

@@ -1,7 +1,9 @@
-"""What the demo's model has learnt, in numbers: does it name drawings, draw from names, and describe scenes it has never seen?
+"""What the demo's model has learnt, in numbers: does it name drawings, draw from names, and
+describe scenes it has never seen?
 
-Single names test memory: a name that was held out cannot be guessed. Scenes of held-out combinations test understanding;
-beside them stands what needs none, the caption of the nearest training scene in pixels. Read next: drawings.py, report.py.
+Single names test memory: a name that was held out cannot be guessed. Scenes of held-out
+combinations test understanding; beside them stands what needs none, the caption of the nearest
+training scene in pixels. Read next: drawings.py, report.py.
 """
 import re
 from collections import Counter
@@ -30,16 +32,22 @@ from emu_jax.generate.options import Options
 from emu_jax.generate.session import Parts, Session
 from emu_jax.models import emu
 
-BATCH = 128             # images or prompts at once
-NEW_TOKENS = 24         # of a caption; the longest name has 15
-IN_CONTEXT = 400        # drawings of the examples in context
-LONGEST = 1024          # elements of a prompt and its answer: more than any has here
+# images or prompts at once
+BATCH = 128
+# of a caption; the longest name has 15
+NEW_TOKENS = 24
+# drawings of the examples in context
+IN_CONTEXT = 400
+# elements of a prompt and its answer: more than any has here
+LONGEST = 1024
 TOP = 5
 ENCODER = ("vision", "ln_visual", "resampler")
 
 
 class Told(NamedTuple):
-    """An image, its true caption, the model's, and that of the nearest training image (None where that is not asked)."""
+    """An image, its true caption, the model's, and that of the nearest training image (None where
+    that is not asked).
+    """
     id: str
     image: UInt8[np.ndarray, "h w 3"]
     true: str
@@ -48,16 +56,20 @@ class Told(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A name, and the drawings whose visual tokens are nearest to those regressed from it: (name, image), the nearest first."""
+    """A name, and the drawings whose visual tokens are nearest to those regressed from it: (name,
+    image), the nearest first.
+    """
     name: str
     held_out: bool
-    rank: int           # of the right drawing; 0 is the nearest
+    # of the right drawing; 0 is the nearest
+    rank: int
     found: list[tuple[str, UInt8[np.ndarray, "h w 3"]]]
 
 
 class Target(NamedTuple):
     what: str
-    value: Number | None            # None: not measured
+    # None: not measured
+    value: Number | None
     bound: str
     reached: bool | None
 
@@ -65,15 +77,21 @@ class Target(NamedTuple):
 @dataclass(frozen=True)
 class Result:
     config: dict[str, Any]
-    numbers: dict[str, Number]       # shares are 0 to 1
+    # shares are 0 to 1
+    numbers: dict[str, Number]
     targets: list[Target]
-    captions: dict[str, list[Told]]     # by group: names_train, names_held_out, scenes_held_out
+    # by group: names_train, names_held_out, scenes_held_out
+    captions: dict[str, list[Told]]
     drawn: list[Drawn]
-    stories: list[list[Told]]       # the images of each held-out story that is told image by image
-    in_context: list[list[Told]]    # training drawings: some with their names, and one that the model names after them
-    pictures: dict[str, list[drawings.Picture]]     # by group, as captions; {} without a decoder
+    # the images of each held-out story that is told image by image
+    stories: list[list[Told]]
+    # training drawings: some with their names, and one that the model names after them
+    in_context: list[list[Told]]
+    # by group, as captions; {} without a decoder
+    pictures: dict[str, list[drawings.Picture]]
     blends: list[drawings.Blend]
-    lines: list[history.Line]       # metrics.jsonl of the run, of its warm-up, and of the decoder
+    # metrics.jsonl of the run, of its warm-up, and of the decoder
+    lines: list[history.Line]
     warmup_lines: list[history.Line]
     decoder_lines: list[history.Line]
 
@@ -82,7 +100,9 @@ class Model:
     """A trained Emu, asked many things of one kind at once."""
 
     def __init__(self, size: emu.EmuSize, params: tree.Tree, tokenizer: tokenizers.Tokenizer):
-        self.size, self.params, self.tokenizer = size, jax.tree.map(jax.numpy.asarray, params), tokenizer
+        self.size = size
+        self.params = jax.tree.map(jax.numpy.asarray, params)
+        self.tokenizer = tokenizer
         self.session = Session(size, self.params, tokenizer, context=LONGEST, batch=BATCH)
 
     def encode(self, images: UInt8[np.ndarray, "M h w 3"]) -> Float[np.ndarray, "M N D"]:
@@ -102,11 +122,12 @@ class Model:
 
 
 def evaluate(directory: str, data: str, warmup: str | None = None, decoder: str | None = None) -> Result:
-    """All numbers of the run in `directory` (a workdir or one of its checkpoints) on the demo's data in `data`.
+    """All numbers of the run in `directory` (a workdir or one of its checkpoints) on the demo's
+    data in `data`.
 
-    warmup: the run its encoder comes from; None: where the run's config says it started, if that is still there.
-    decoder: the run that learnt to draw its visual tokens; None: no pictures are drawn.
-    Raises UserError for a checkpoint or data that is missing or of another kind.
+    warmup: the run its encoder comes from; None: where the run's config says it started, if that is
+    still there. decoder: the run that learnt to draw its visual tokens; None: no pictures are
+    drawn. Raises UserError for a checkpoint or data that is missing or of another kind.
     """
     config = checkpoint.read_config(directory)
     if config["stage"] != "emu":
@@ -127,7 +148,8 @@ def evaluate(directory: str, data: str, warmup: str | None = None, decoder: str 
     named = captions["names_train"] + captions["names_held_out"]
     visual = model.encode(np.stack([told.image for told in named]))
     drawn, numbers = _retrieval(named, len(names), visual, model.draw([told.true for told in named]))
-    told, in_context = _stories(model, stories), _in_context(model, captions["names_train"])
+    told = _stories(model, stories)
+    in_context = _in_context(model, captions["names_train"])
     numbers |= _numbers(captions) | _story_numbers(told) | _in_context_numbers(in_context) | history.variance(lines)
     numbers |= {"visual_rank": effective_rank(visual)} | _raw_variance(model, before, visual, np.stack([told.image for told in named]))
     pictures, blends = _pictures(model, paint, captions) if paint else ({}, [])
@@ -169,13 +191,18 @@ def plain(caption: str) -> str:
 
 
 def f1(true: str, said: str) -> float:
-    """Harmonic mean of precision and recall of the words, each counted as often as it occurs; their order does not matter."""
-    a, b = Counter(true.split()), Counter(said.split())
+    """Harmonic mean of precision and recall of the words, each counted as often as it occurs; their
+    order does not matter.
+    """
+    a = Counter(true.split())
+    b = Counter(said.split())
     return 2 * (a & b).total() / (a.total() + b.total()) if a or b else 1.0
 
 
 def facts(caption: str) -> dict[str, str]:
-    """What a scene's caption says by role: number, or relation and second drawing; first drawing, background. {} for another text."""
+    """What a scene's caption says by role: number, or relation and second drawing; first drawing,
+    background. {} for another text.
+    """
     drawing = r"an? (?P<{}>\w+)"
     for pattern in (r"(?P<number>one|two|three|four) (?P<first>\w+?)s? on (?P<background>\w+)",
                     drawing.format("first") + r" (?P<relation>left of|above) " + drawing.format("second") + r" on (?P<background>\w+)"):
@@ -185,39 +212,50 @@ def facts(caption: str) -> dict[str, str]:
 
 
 def facts_right(true: str, said: str) -> float:
-    """Share of the facts of a scene's true caption that the other caption has too, each in its role."""
-    right, given = facts(true), facts(said)
+    """Share of the facts of a scene's true caption that the other caption has too, each in its
+    role.
+    """
+    right = facts(true)
+    given = facts(said)
     return sum(given.get(role) == word for role, word in right.items()) / len(right)
 
 
 def swapped(true: str, said: str) -> bool:
     """Does a spatial caption name the right two drawings in each other's place?"""
-    a, b = facts(true), facts(said)
+    a = facts(true)
+    b = facts(said)
     return "second" in a and (a["first"], a["second"]) == (b.get("second"), b.get("first"))
 
 
 # --- scores of visual tokens ---
 
 def ranks(distances: Float[np.ndarray, "Q K"], right: Int[np.ndarray, "Q"]) -> Int[np.ndarray, "Q"]:
-    """How many others are as near as, or nearer than, the right one: tokens that have collapsed to one point are found last, not first."""
+    """How many others are as near as, or nearer than, the right one: tokens that have collapsed to
+    one point are found last, not first.
+    """
     return (distances <= distances[np.arange(len(right)), right][:, None]).sum(1) - 1
 
 
 def squared_distances(a: Float[np.ndarray, "Q n"], b: Float[np.ndarray, "K n"]) -> Float[np.ndarray, "Q K"]:
-    centre = b.mean(0)                  # a small number is not the difference of two large ones then
-    a, b = a - centre, b - centre
+    # a small number is not the difference of two large ones then
+    centre = b.mean(0)
+    a = a - centre
+    b = b - centre
     return np.square(a).sum(1)[:, None] - 2 * a @ b.T + np.square(b).sum(1)
 
 
 def r2(true: Float[np.ndarray, "M N D"], given: Float[np.ndarray, "M N D"]) -> float:
-    """1 - squared error / squared distance to the mean: 1 is perfect, 0 no better than the mean of all, and it may be below.
-    0 where all are the same: then there is nothing to foretell."""
+    """1 - squared error / squared distance to the mean: 1 is perfect, 0 no better than the mean of
+    all, and it may be below. 0 where all are the same: then there is nothing to foretell.
+    """
     total = np.square(true - true.mean(0)).sum()
     return float(1 - np.square(true - given).sum() / total) if total else 0.0
 
 
 def effective_rank(z: Float[np.ndarray, "M N D"]) -> float:
-    """(sum of the covariance's eigenvalues)^2 / sum of their squares: about how many directions the visual tokens use."""
+    """(sum of the covariance's eigenvalues)^2 / sum of their squares: about how many directions the
+    visual tokens use.
+    """
     z = rearrange(z, "M N D -> M (N D)").astype(np.float64)
     values = np.linalg.eigvalsh(np.cov(z, rowvar=False))
     return float(values.sum() ** 2 / np.maximum(np.square(values).sum(), 1e-30))
@@ -232,10 +270,13 @@ def nearest(images: UInt8[np.ndarray, "Q h w 3"], among: UInt8[np.ndarray, "K h 
 # --- the parts ---
 
 def _captions(model: Model, groups: dict[str, tuple[Source, Source | None]]) -> dict[str, list[Told]]:
-    """Each group's images told by the model and, where a second source is given, by the nearest image of it."""
+    """Each group's images told by the model and, where a second source is given, by the nearest
+    image of it.
+    """
     pairs = {name: _pairs(source) for name, (source, _) in groups.items()}
     every = [(pair.image, pair.text) for some in pairs.values() for _, pair in some]
-    # A batch ends with its longest caption: those of about one length go together. Results do not depend on it.
+    # A batch ends with its longest caption: those of about one length go together. Results do not
+    # depend on it.
     order = sorted(range(len(every)), key=lambda i: len(model.tokenizer.encode(every[i][1])))
     said = dict(zip(order, model.caption(np.stack([every[i][0] for i in order])), strict=True))
     said = iter([said[i] for i in range(len(every))])
@@ -255,7 +296,9 @@ def _pairs(source: Source) -> list[tuple[str, Pair]]:
 
 
 def _numbers(captions: dict[str, list[Told]]) -> dict[str, Number]:
-    """Exact share and mean F1 of each group, for scenes also the right facts, and by kind; the same of the nearest images' captions."""
+    """Exact share and mean F1 of each group, for scenes also the right facts, and by kind; the same
+    of the nearest images' captions.
+    """
     scenes = captions["scenes_held_out"]
     kinds = {f"scenes_held_out_{kind}": [told for told in scenes if told.id.startswith(f"{kind}/")] for kind in ("counts", "spatial")}
     numbers: dict[str, Number] = {}
@@ -275,7 +318,9 @@ def _numbers(captions: dict[str, list[Told]]) -> dict[str, Number]:
 
 def _retrieval(drawings: list[Told], trained: int, visual: Float[np.ndarray, "M N D"],
                regressed: Float[np.ndarray, "M N D"]) -> tuple[list[Drawn], dict[str, Number]]:
-    """Names to drawings by their visual tokens, among all; the first `trained` drawings were seen in training."""
+    """Names to drawings by their visual tokens, among all; the first `trained` drawings were seen
+    in training.
+    """
     flat = lambda z: rearrange(z, "M N D -> M (N D)")
     distances = squared_distances(flat(regressed), flat(visual))
     rank = ranks(distances, np.arange(len(drawings)))
@@ -290,9 +335,11 @@ def _retrieval(drawings: list[Told], trained: int, visual: Float[np.ndarray, "M 
 
 
 def _stories(model: Model, source: Source) -> list[list[Told]]:
-    """Of the stories in which an image comes before its sentence: each sentence, told from all that is before it.
+    """Of the stories in which an image comes before its sentence: each sentence, told from all that
+    is before it.
 
-    What follows the sentence is not judged, and cut off: nothing teaches the model where a sentence inside a story ends.
+    What follows the sentence is not judged, and cut off: nothing teaches the model where a sentence
+    inside a story ends.
     """
     stories = [story for story in (source[i] for i in range(len(source))) if isinstance(story.parts[0], np.ndarray)]
     places = [(story, at) for story in stories for at in range(1, len(story.parts), 2)]
@@ -311,7 +358,9 @@ def _story_numbers(stories: list[list[Told]]) -> dict[str, Number]:
 
 
 def _in_context(model: Model, drawings: list[Told]) -> list[list[Told]]:
-    """Drawings by fours: three with their names, and a fourth that the model names after having read them."""
+    """Drawings by fours: three with their names, and a fourth that the model names after having
+    read them.
+    """
     fours = [drawings[start:start + 4] for start in range(0, min(len(drawings), IN_CONTEXT) - 3, 4)]
     said = model.continue_([[*(part for told in four[:3] for part in (told.image, told.true)), four[3].image] for four in fours], "in context")
     return [[*four[:3], four[3]._replace(said=words)] for four, words in zip(fours, said, strict=True)]
@@ -330,7 +379,9 @@ def _pictures(model: Model, paint: pixels.Painter, captions: dict[str, list[Told
 
 def _raw_variance(model: Model, before: tree.Tree | None, visual: Float[np.ndarray, "M N D"],
                   images: UInt8[np.ndarray, "M h w 3"]) -> dict[str, Number]:
-    """Variance of the drawings' visual tokens before they are standardised, and its share of what the encoder `before` gives them."""
+    """Variance of the drawings' visual tokens before they are standardised, and its share of what
+    the encoder `before` gives them.
+    """
     std = np.asarray(model.params["visual_stats"]["std"]) if model.size.standardise else 1.0
     spread = lambda z: float(z.var(0, dtype=np.float64).mean())
     numbers = {"raw_variance": spread(visual * std)}

@@ -1,4 +1,5 @@
-"""A benchmark's page: scores, the worst and the first examples with their pictures, predictions and references. Alone, without a script.
+"""A benchmark's page: scores, the worst and the first examples with their pictures, predictions and
+references. Alone, without a script.
 
 Read next: report.py, whose looks it has.
 """
@@ -12,7 +13,8 @@ from jaxtyping import UInt8
 
 from emu_jax.evaluate.report import STYLE, picture
 
-SHOWN = 24              # examples of each kind
+# examples of each kind
+SHOWN = 24
 
 
 class Shown(NamedTuple):

@@ -1,4 +1,5 @@
-"""What the released chat model is asked in each benchmark, and what is kept of what it says (the release's own evaluation).
+"""What the released chat model is asked in each benchmark, and what is kept of what it says (the
+release's own evaluation).
 
 `{image}` stands for the picture's tokens, or for those of a video's frames.
 """
@@ -15,15 +16,19 @@ VIDEO_SYSTEM = ("You are a helpful assistant and you will be presented with a vi
                 "Please answer my questions based on the given video.")
 CAPTION_ASK = "please provide an accurate and concise description of the given image. [ASSISTANT]: the image depicts a photo of"
 ANSWER_ASK = "based on the content of the image and common sense, please provide an accurate answer consisting of only one word or phrase."
-KNOWN = ("yes.", "no.")              # what may follow "known"; after "no." the answer is "unanswerable"
+# what may follow "known"; after "no." the answer is "unanswerable"
+KNOWN = ("yes.", "no.")
 
 
-# A turn up to where the answer begins, for the chat model as the release asks it, and for one that knows no turns (unpublished: as usual).
+# A turn up to where the answer begins, for the chat model as the release asks it, and for one that
+# knows no turns (unpublished: as usual).
 CHAT = {
     "caption": f" [USER]: {IMAGE}{CAPTION_ASK}",
     "answer": f" [USER]: {IMAGE} {ANSWER_ASK} {QUESTION} [ASSISTANT]: the answer is:",
-    "known": f" [USER]: {IMAGE} {ANSWER_ASK} {QUESTION}, is the answer known? [ASSISTANT]:",      # VizWiz asks this first
-    "free": f" [USER]: {IMAGE}{QUESTION} [ASSISTANT]:",                                           # MM-Vet: answered at length
+    # VizWiz asks this first
+    "known": f" [USER]: {IMAGE} {ANSWER_ASK} {QUESTION}, is the answer known? [ASSISTANT]:",
+    # MM-Vet: answered at length
+    "free": f" [USER]: {IMAGE}{QUESTION} [ASSISTANT]:",
 }
 PLAIN = {
     "caption": f"{IMAGE}a picture of",
@@ -37,11 +42,14 @@ class Shot(NamedTuple):
     """An example before the question."""
     question: str
     answer: str
-    picture: bool        # is it shown, or told without?
+    # is it shown, or told without?
+    picture: bool
 
 
 def ask(kind: str, question: str = "", shots: Sequence[Shot] = (), *, chat: bool = True, video: bool = False) -> str:
-    """The prompt of a `kind` of turn. Of a video its frames stand at {image}; so do the shown pictures of `shots`, in their order."""
+    """The prompt of a `kind` of turn. Of a video its frames stand at {image}; so do the shown
+    pictures of `shots`, in their order.
+    """
     turn = (CHAT if chat else PLAIN)[kind]
     filled = lambda asked: turn.replace(QUESTION, _quoted(asked))
     end = ".</s>" if chat else ".\n"
@@ -52,7 +60,8 @@ def ask(kind: str, question: str = "", shots: Sequence[Shot] = (), *, chat: bool
 
 def dialog(history: Sequence[tuple[str, str]], question: str, *, chat: bool = True) -> str:
     """VisDial: after this, each candidate is scored."""
-    history, question = [(_quoted(asked), _quoted(answered)) for asked, answered in history], _quoted(question)
+    history = [(_quoted(asked), _quoted(answered)) for asked, answered in history]
+    question = _quoted(question)
     if not chat:
         return IMAGE + "".join(f"Question: {asked}? Answer: {answered}.\n" for asked, answered in history) + f"Question: {question}? Answer:"
     turns = "".join(f" [USER]: {asked}? [ASSISTANT]: {answered}.</s>" for asked, answered in history)
@@ -65,7 +74,9 @@ def clean_caption(text: str) -> str:
 
 
 def clean_answer(text: str) -> str:
-    """Lower case, up to the first newline, end of sentence, quote or comma, without a leading "it is" or article."""
+    """Lower case, up to the first newline, end of sentence, quote or comma, without a leading "it
+    is" or article.
+    """
     text = _until(text, ("\n", ". ", '"', ", ")).lower().removesuffix(".")
     for start in ("it is ", "it's ", "a ", "an ", "the "):
         text = text.removeprefix(start)

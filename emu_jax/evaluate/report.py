@@ -1,7 +1,7 @@
 """The demo's report: one HTML page that needs nothing else, with its pictures inside and no script.
 
-Charts are SVG from `chart`; colours are CSS variables, so they follow a reader's light or dark setting. What is shown of
-a split is the first of it, in the order of the file: nothing is chosen.
+Charts are SVG from `chart`; colours are CSS variables, so they follow a reader's light or dark
+setting. What is shown of a split is the first of it, in the order of the file: nothing is chosen.
 """
 import base64
 import io
@@ -24,10 +24,12 @@ from emu_jax.evaluate.history import Curve, Number
 SHOWN = {"scenes_held_out": 24, "names_held_out": 12, "names_train": 24}
 PICTURES = {"names_train": 40, "names_held_out": 10, "scenes_held_out": 20}
 PARTS = ("the image", "of its visual tokens", "of its caption")
-QUERIES = {False: 10, True: 4}          # names of the retrieval table: trained, held out
+# names of the retrieval table: trained, held out
+QUERIES = {False: 10, True: 4}
 STORIES = 4
 IN_CONTEXT = 8
-POINTS = 240                            # of a curve: neighbouring steps are averaged
+# of a curve: neighbouring steps are averaged
+POINTS = 240
 
 LICENCE = ('Drawings: “OpenMoji – the open-source emoji and icon project” (<a href="https://openmoji.org">openmoji.org</a>), licence '
            '<a href="https://creativecommons.org/licenses/by-sa/4.0/">CC BY-SA 4.0</a>; the scenes are composed of them, '
@@ -151,7 +153,8 @@ their variance across images, not in the loss. {_variance_words(n)}</p>
 
 
 def chart(title: str, series: Sequence[tuple[str, Curve, bool]], *, log: bool = False) -> str:
-    """An SVG line chart of (label, points, held out) curves, at most four. Held-out ones get circles, the others a running mean.
+    """An SVG line chart of (label, points, held out) curves, at most four. Held-out ones get
+    circles, the others a running mean.
 
     With `log`, values of 0 or less are left out. "" where no curve has a point.
     """
@@ -159,11 +162,17 @@ def chart(title: str, series: Sequence[tuple[str, Curve, bool]], *, log: bool = 
     series = [curve for curve in series if curve[1]]
     if not series:
         return ""
-    width, height, left, right, top, bottom = 400, 230, 46, 8, 10, 24
+    width = 400
+    height = 230
+    left = 46
+    right = 8
+    top = 10
+    bottom = 24
     scale = math.log10 if log else float
     xs, ys = ([point[axis] for _, points, _ in series for point in points] for axis in (0, 1))
     ticks = (_log_ticks if log else _ticks)(min(ys), max(ys))
-    low, high = min(scale(min(ys)), scale(ticks[0])), max(scale(max(ys)), scale(ticks[-1]))
+    low = min(scale(min(ys)), scale(ticks[0]))
+    high = max(scale(max(ys)), scale(ticks[-1]))
     end = max(*xs, 1)
     x_of = lambda x: round(left + x / end * (width - left - right), 1)
     y_of = lambda y: round(height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom), 1)
@@ -194,7 +203,9 @@ def _ticks(low: Number, high: Number) -> list[Number]:
 
 
 def _log_ticks(low: Number, high: Number) -> list[Number]:
-    """1, 2 and 5 times powers of ten around both values, or where those would be many, powers of ten alone, or some of them."""
+    """1, 2 and 5 times powers of ten around both values, or where those would be many, powers of
+    ten alone, or some of them.
+    """
     for steps in ((1, 2, 5), (1,)):
         every = [m * 10.0 ** k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2) for m in steps]
         ticks = [a for a, b in pairwise([*every, math.inf]) if b > low]
@@ -223,7 +234,8 @@ def picture(image: UInt8[np.ndarray, "h w 3"], label: str, style: str = "") -> s
 
 
 def percent(value: Number, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}\u00a0%"       # a space that does not break the line
+    # a space that does not break the line
+    return f"{100 * value:.{digits}f}\u00a0%"
 
 
 def _targets(targets: list[Target]) -> str:
@@ -297,7 +309,8 @@ def _pictures(result: Result) -> str:
         return ""
     n = result.numbers
     head = "<tr><th>pictures</th><th>number</th><th>of visual tokens: first</th><th>in five</th><th>of the caption: first</th><th>in five</th></tr>"
-    rows, shown = "", {}
+    rows = ""
+    shown = {}
     for group, label in (("names_train", "training drawings"), ("names_held_out", "held-out drawings"), ("scenes_held_out", "held-out scenes")):
         scores = (f"pictures_{group}_{source}_top{top}" for source in ("encoded", "regressed") for top in (1, 5))
         rows += (f'<tr><td>{label}</td><td class="number">{n[f"pictures_{group}_count"]}</td>' +

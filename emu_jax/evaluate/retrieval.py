@@ -1,7 +1,9 @@
-"""RICES (arXiv 2206.08916): the examples of a prompt are those whose pictures are nearest to the question's in the encoder's space.
+"""RICES (arXiv 2206.08916): the examples of a prompt are those whose pictures are nearest to the
+question's in the encoder's space.
 
-A picture's feature is the mean over its patches of what the LLM's side of the encoder reads, of length 1; of a video, over its frames.
-The index of all examples is made once and saved. Read next: benchmark.py.
+A picture's feature is the mean over its patches of what the LLM's side of the encoder reads, of
+length 1; of a video, over its frames. The index of all examples is made once and saved. Read next:
+benchmark.py.
 """
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -41,10 +43,12 @@ def features(session: Session, pictures: Iterable[Frames]) -> Float[np.ndarray, 
     """Of pictures or of videos' frames, a session's batch of images at a time."""
     waiting: list[np.ndarray] = []
     owners: list[int] = []
-    count, sums = 0, {}
+    count = 0
+    sums = {}
 
     def flush() -> None:
-        rows = np.minimum(np.arange(-(-session.batch // session.shards) * session.shards), len(waiting) - 1)       # one shape, one compilation
+        # one shape, one compilation
+        rows = np.minimum(np.arange(-(-session.batch // session.shards) * session.shards), len(waiting) - 1)
         with nullcontext() if session.mesh is None else jax.set_mesh(session.mesh):
             found = fetched(_features(session.size, session.params, np.stack(waiting)[rows]))
         for owner, feature in zip(owners, found, strict=False):
@@ -66,7 +70,9 @@ def features(session: Session, pictures: Iterable[Frames]) -> Float[np.ndarray, 
 
 
 def saved(path: Path, of: str, names: Sequence[str], session: Session, load: Callable[[str], Frames]) -> Index:
-    """The index of the pictures `names` in the file `path`; made and written where it is not there, or is `of` another model or other pictures."""
+    """The index of the pictures `names` in the file `path`; made and written where it is not there,
+    or is `of` another model or other pictures.
+    """
     names = list(names)
     if path.exists():
         try:

@@ -55,11 +55,14 @@ class Job(NamedTuple):
 
 class Scores(NamedTuple):
     numbers: dict[str, Any]
-    each: dict[str, float]          # of each example, by its id; more is better
+    # of each example, by its id; more is better
+    each: dict[str, float]
 
 
 def score(metric: str, job: Job) -> dict[str, Any]:
-    """The numbers of one of METRICS. Raises UserError for files that are not what the metric wants."""
+    """The numbers of one of METRICS. Raises UserError for files that are not what the metric
+    wants.
+    """
     return {"metric": metric} | METRICS[metric](job)
 
 
@@ -92,7 +95,9 @@ def of_exact_match(predictions: Mapping[str, str], references: Mapping[str, Sequ
 
 
 def of_wups(wordnet: WordNet, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> Scores:
-    """`kinds`: NExT-QA's types of question by id ({} for none), of which DB and DC count exact matches, and TP is TN."""
+    """`kinds`: NExT-QA's types of question by id ({} for none), of which DB and DC count exact
+    matches, and TP is TN.
+    """
     kinds = {key: "TN" if kind == "TP" else kind for key, kind in kinds.items()}
     numbers: dict[str, Any] = {"count": len(references)}
     each: dict[str, float] = {}
@@ -113,12 +118,15 @@ def lemmatised(wordnet: WordNet, tagger: str, predictions: Mapping[str, str],
 
 
 def of_ranks(ranks: Mapping[str, Sequence[int]], dense: Mapping[str, Sequence[float]], true: Mapping[str, int]) -> Scores:
-    """Of VisDial's rounds: ndcg against the `dense` relevances, and the places of the `true` candidates."""
+    """Of VisDial's rounds: ndcg against the `dense` relevances, and the places of the `true`
+    candidates.
+    """
     numbers: dict[str, Any] = {"count": len(ranks)}
     each: dict[str, float] = {}
     if true:
         found = {key: ranks[key][place] for key, place in true.items()}
-        numbers, each = numbers | ranking.places(list(found.values())), {key: 1 / place for key, place in found.items()}
+        numbers = numbers | ranking.places(list(found.values()))
+        each = {key: 1 / place for key, place in found.items()}
     if dense:
         gains = {key: ranking.ndcg(ranks[key], relevance) for key, relevance in dense.items()}
         numbers["ndcg"] = float(np.mean(list(gains.values())))
@@ -132,12 +140,15 @@ def of_clip(model: clip_score.Clip, pictures: Mapping[str, Path], captions: Mapp
 
 
 def dense_of(path: str) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """({round: relevance of each candidate}, {round: the true candidate}) of VisDial's dense annotations, or of rows with gt_index."""
+    """({round: relevance of each candidate}, {round: the true candidate}) of VisDial's dense
+    annotations, or of rows with gt_index.
+    """
     what = "VisDial's annotations"
     dense: dict[str, list[float]] = {}
     true: dict[str, int] = {}
     for row in _rows(path, annotations.load(path), what):
-        key, relevance = _round(path, row, what), row.get("gt_relevance", row.get("relevance"))
+        key = _round(path, row, what)
+        relevance = row.get("gt_relevance", row.get("relevance"))
         if relevance is None and "gt_index" not in row:
             raise UserError(f'{path}: not {what}: a row has neither "gt_relevance" nor "gt_index"')
         if relevance is not None:
@@ -155,7 +166,8 @@ def dense_of(path: str) -> tuple[dict[str, list[float]], dict[str, int]]:
 
 def _captions(*wanted: str) -> Callable[[Job], dict]:
     def run(job: Job) -> dict:
-        predictions, references = _texts(job.predictions, ("image_id",), "caption"), _lists(job.references, ("image_id",), "caption")
+        predictions = _texts(job.predictions, ("image_id",), "caption")
+        references = _lists(job.references, ("image_id",), "caption")
         _same_ids(job, predictions, references)
         return of_captions(predictions, references, wanted).numbers
     return run
@@ -163,13 +175,15 @@ def _captions(*wanted: str) -> Callable[[Job], dict]:
 
 def _vqa(job: Job) -> dict:
     keys = ("question_id", "image")
-    predictions, references = _texts(job.predictions, keys, "answer"), _lists(job.references, keys, "answer")
+    predictions = _texts(job.predictions, keys, "answer")
+    references = _lists(job.references, keys, "answer")
     _same_ids(job, predictions, references)
     return of_vqa(predictions, references).numbers
 
 
 def _exact_match(job: Job) -> dict:
-    predictions, references = _texts(job.predictions, ("id",), "answer"), _lists(job.references, ("id",), "answer")
+    predictions = _texts(job.predictions, ("id",), "answer")
+    references = _lists(job.references, ("id",), "answer")
     _same_ids(job, predictions, references)
     return of_exact_match(predictions, references).numbers
 
@@ -177,7 +191,8 @@ def _exact_match(job: Job) -> dict:
 def _wups(job: Job) -> dict:
     if not job.wordnet:
         raise UserError(f"metric wups needs {WHERE}")
-    wordnet, kinds = WordNet(job.wordnet), {}
+    wordnet = WordNet(job.wordnet)
+    kinds = {}
     if job.references[0].endswith(".csv"):
         if len(job.references) > 2:
             raise UserError(f"NExT-QA's references are a .csv and its add_reference_answer_*.json; {len(job.references)} files were given")
@@ -226,7 +241,8 @@ def _clip_score(job: Job) -> dict:
     if not job.predictions.endswith(".npy"):
         if not job.clip:
             raise UserError(f"metric clip_score of pictures needs {WHERE_CLIP}")
-        pictures, captions = _pictures(job.predictions), _lists(job.references, ("id",), "caption")
+        pictures = _pictures(job.predictions)
+        captions = _lists(job.references, ("id",), "caption")
         _same_ids(job, pictures, captions)
         return of_clip(clip_score.load(job.clip), pictures, captions).numbers
     pictures, texts = (_array(path) for path in (job.predictions, _only(job.references)))
@@ -248,7 +264,8 @@ def _percent(values: Iterable[float]) -> float:
 
 def _texts(path: str, keys: Sequence[str], field: str) -> dict[str, str]:
     """{id: text} of a file of predictions in any of its layouts."""
-    what, data = f"predictions ({{id: {field}}}, or a list of rows with {' or '.join(map(repr, keys))} and {field!r})", annotations.load(path)
+    what = f"predictions ({{id: {field}}}, or a list of rows with {' or '.join(map(repr, keys))} and {field!r})"
+    data = annotations.load(path)
     if isinstance(data, list):
         pairs = [(_key(path, row, keys, what), _field(path, row, field, what)) for row in _rows(path, data, what)]
         out = dict(pairs)
@@ -299,7 +316,8 @@ def _only(paths: Sequence[str]) -> str:
 
 
 def _same_ids(job: Job, predictions: Mapping, references: Mapping) -> None:
-    missing, extra = [key for key in references if key not in predictions], [key for key in predictions if key not in references]
+    missing = [key for key in references if key not in predictions]
+    extra = [key for key in predictions if key not in references]
     parts = [f"{job.predictions}: nothing for {_listed(missing, 'ids')} of {job.references[0]}"] * bool(missing)
     parts += [f"{job.references[0]}: nothing for {_listed(extra, 'ids')} of {job.predictions}"] * bool(extra)
     if parts:

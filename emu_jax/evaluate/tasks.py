@@ -1,4 +1,6 @@
-"""The benchmarks: their files, what a model is asked in each, and how what it says is submitted and scored. Read next: benchmark.py."""
+"""The benchmarks: their files, what a model is asked in each, and how what it says is submitted and
+scored. Read next: benchmark.py.
+"""
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,25 +16,36 @@ from emu_jax.generate.options import Options
 BEAMS = 5
 CAPTION = Options(max_new_tokens=20, min_new_tokens=8, beams=BEAMS, length_penalty=-1.0)
 ANSWER = Options(max_new_tokens=20, min_new_tokens=1, beams=BEAMS, length_penalty=-1.0)
-FREE = Options(max_new_tokens=128, beams=BEAMS)          # unpublished
+# unpublished
+FREE = Options(max_new_tokens=128, beams=BEAMS)
 
 
 @dataclass(frozen=True)
 class Task:
     what: str
-    kind: str                               # of prompts.CHAT; or "dialog", or "image"
-    files: tuple[str, ...]                  # names of its annotation files; {split} stands for the split
-    more: tuple[str, ...]                   # further ones, that may be missing
-    read: Callable[..., list[Example]]      # of their paths; with `split` where all splits are in one file
+    # of prompts.CHAT; or "dialog", or "image"
+    kind: str
+    # names of its annotation files; {split} stands for the split
+    files: tuple[str, ...]
+    # further ones, that may be missing
+    more: tuple[str, ...]
+    # of their paths; with `split` where all splits are in one file
+    read: Callable[..., list[Example]]
     split: str
-    examples: str                           # the split that few-shot examples come from; "" for none
-    metric: str                             # "captions", "vqa", "exact_match", "wups", "visdial", "judge" or "fid"
-    results: Callable[[Mapping[str, Any]], Any]     # predictions by id, as they are submitted
+    # the split that few-shot examples come from; "" for none
+    examples: str
+    # "captions", "vqa", "exact_match", "wups", "visdial", "judge" or "fid"
+    metric: str
+    # predictions by id, as they are submitted
+    results: Callable[[Mapping[str, Any]], Any]
     options: Options = ANSWER
     video: bool = False
-    one_file: bool = False                  # of all splits
-    marks: str = ""                         # a file that only its score reads, and that may be missing
-    fewshot: str = ""                       # the task that few-shot examples come from, where it is another
+    # of all splits
+    one_file: bool = False
+    # a file that only its score reads, and that may be missing
+    marks: str = ""
+    # the task that few-shot examples come from, where it is another
+    fewshot: str = ""
 
     def clean(self, text: str) -> str:
         """What is kept of what a model says."""
@@ -82,19 +95,23 @@ class Folder:
 
     def __init__(self, root: str):
         """Raises UserError where there is no such folder."""
-        self.root, self._paths = Path(root), {}
+        self.root = Path(root)
+        self._paths = {}
         if not self.root.is_dir():
             raise UserError(f"no folder {root!r}: --data=DIR holds a benchmark's annotation files and pictures, as they are published")
         for folder, inner, names in os.walk(self.root, followlinks=True):
             inner.sort()
             for name in names:
-                self._paths.setdefault(name, Path(folder, name))        # of two, the first
+                # of two, the first
+                self._paths.setdefault(name, Path(folder, name))
 
     def find(self, name: str) -> Path | None:
         return self._paths.get(name)
 
     def annotations(self, name: str, split: str) -> list[Path]:
-        """The files that the task of this name needs, and those of its further ones that are there. Raises UserError that names what is missing."""
+        """The files that the task of this name needs, and those of its further ones that are there.
+        Raises UserError that names what is missing.
+        """
         task = TASKS[name]
         wanted = [file.format(split=split) for file in task.files]
         if missing := [file for file in wanted if file not in self._paths]:
@@ -106,14 +123,18 @@ class Folder:
         return [self._paths[file] for file in wanted] + list(filter(None, (self.find(file.format(split=split)) for file in task.more)))
 
     def picture(self, example: Example) -> Path | None:
-        """The file of an example's picture or video. The videos of MSVD and NExT-QA may have the names that they have on the web, where the table
-        that comes with the benchmark is there too."""
+        """The file of an example's picture or video. The videos of MSVD and NExT-QA may have the
+        names that they have on the web, where the table that comes with the benchmark is there
+        too.
+        """
         name = Path(example.picture)
         return self.find(name.name) or self.find(f"{self._aliases.get(name.stem)}{name.suffix}")
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """MSVD's youtube_mapping.txt ("NAME vid1") and NExT-QA's map_vid_vidorID.json ({video: "FOLDER/NAME"})."""
+        """MSVD's youtube_mapping.txt ("NAME vid1") and NExT-QA's map_vid_vidorID.json ({video:
+        "FOLDER/NAME"}).
+        """
         found = {}
         if path := self.find("youtube_mapping.txt"):
             found |= {row[1]: row[0] for row in map(str.split, path.read_text(errors="replace").splitlines()) if len(row) == 2}

@@ -1,4 +1,5 @@
-"""python -m emu_jax.generate --checkpoint=DIR PART...: what a trained Emu makes of a prompt of texts, images and videos.
+"""python -m emu_jax.generate --checkpoint=DIR PART...: what a trained Emu makes of a prompt of
+texts, images and videos.
 
 Read next: session.py.
 """
@@ -49,17 +50,23 @@ SAMPLING = {
 
 @dataclass
 class Output:
-    """Where drawings go: a folder, under the next free number, or a FILE.png; the second and later ones of a file are FILE-2.png, ..."""
+    """Where drawings go: a folder, under the next free number, or a FILE.png; the second and later
+    ones of a file are FILE-2.png, ...
+    """
     path: Path
-    told: dict[str, Any]            # what a picture's metadata say, but its seed: this is the first one's
+    # what a picture's metadata say, but its seed: this is the first one's
+    told: dict[str, Any]
     saved: int = 0
 
     def save(self, drawing) -> Path:
-        """Writes it, whole or not at all; the path of the picture, or of the visual tokens where there is none."""
+        """Writes it, whole or not at all; the path of the picture, or of the visual tokens where
+        there is none.
+        """
         import numpy as np
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
-        number, self.saved = self.saved, self.saved + 1
+        number = self.saved
+        self.saved = self.saved + 1
         if self.path.suffix == ".png":
             path = self.path.with_stem(f"{self.path.stem}-{number + 1}") if number else self.path
         else:
@@ -114,12 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    from emu_jax.generate import pixels  # these take seconds to import: a wrong flag is answered at once
+    # these take seconds to import: a wrong flag is answered at once
+    from emu_jax.generate import pixels
     from emu_jax.generate.session import Conversation, Session, mesh_of
     options = Options(**{name: tuple(value) if isinstance(value := getattr(flags, name), list) else value for name in SAMPLING})
     mesh = mesh_of(flags.checkpoint)
     session = Session.load(flags.checkpoint, ema=flags.ema, tokenizer=flags.tokenizer, truncate=flags.truncate, mesh=mesh)
-    parts, told = [_part(text) for text in flags.parts], dict(prompt=" ".join(flags.parts), checkpoint=flags.checkpoint, software="emu_jax")
+    parts = [_part(text) for text in flags.parts]
+    told = dict(prompt=" ".join(flags.parts), checkpoint=flags.checkpoint, software="emu_jax")
     if flags.decoder:
         given = {name: value for name in pixels.HOW if (value := getattr(flags, name)) is not None}
         session.decode = pixels.load(flags.decoder, session.size, mesh=mesh, given=given, empty=lambda: session.images([[]])[0], seed=flags.seed)
@@ -140,7 +149,9 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def _talk(conversation, options, out: Output) -> None:
-    """Turns until the input ends. What is wrong with a turn is said, and the next one is awaited."""
+    """Turns until the input ends. What is wrong with a turn is said, and the next one is
+    awaited.
+    """
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -193,7 +204,8 @@ def _parts(line: str) -> list[str | Path]:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m emu_jax.generate", description=__doc__.splitlines()[0].partition(": ")[2], epilog=EPILOG,
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _fail                            # one line, as everywhere
+    # one line, as everywhere
+    parser.error = _fail
     parser.add_argument("parts", nargs="*", metavar="PART", help="a text, or the path of an image or video file; in reading order")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints; it knows its tokenizer")
     parser.add_argument("--image", action="store_true", help="draw: append [IMG] and regress an image's visual tokens")
@@ -214,7 +226,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     drawing.add_argument("--count", type=int, default=1, metavar="N", help="so many pictures, of --seed and the seeds after it (1)")
     text = parser.add_argument_group("text")
     for name, meaning in SAMPLING.items():
-        flag, default = f"--{name.replace('_', '-')}", getattr(Options, name)
+        flag = f"--{name.replace('_', '-')}"
+        default = getattr(Options, name)
         if name == "stop":
             text.add_argument(flag, help=meaning, action="append", default=[], metavar="TEXT")
         else:

@@ -1,4 +1,5 @@
-"""An image: N embeddings, each regressed from the hidden state and read as the next input (section 2.2 of the paper). No noise.
+"""An image: N embeddings, each regressed from the hidden state and read as the next input (section
+2.2 of the paper). No noise.
 
 Read next: text.py.
 """
@@ -17,9 +18,12 @@ from emu_jax.tree import Tree
 
 
 @flax.struct.dataclass
-@no_type_check              # JAX rebuilds it with what are no arrays
+# JAX rebuilds it with what are no arrays
+@no_type_check
 class Sketch:
-    """Images that are being drawn; of each row's N visual tokens the first `count` are there, and read."""
+    """Images that are being drawn; of each row's N visual tokens the first `count` are there, and
+    read.
+    """
     context: Context
     visual: Float[Array, "B N D"]
     count: Int[Array, ""]

@@ -1,4 +1,6 @@
-"""Media files to pixels: an image, the eight frames of a video, the parts of a storyboard. Read next: prompt.py."""
+"""Media files to pixels: an image, the eight frames of a video, the parts of a storyboard. Read
+next: prompt.py.
+"""
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +32,13 @@ def is_video(path: Path) -> bool:
 
 
 def image(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The picture in a file, squashed to size x size. Raises UserError for a file that is missing, broken, too large or no image."""
+    """The picture in a file, squashed to size x size. Raises UserError for a file that is missing,
+    broken, too large or no image.
+    """
     try:
         with path.open("rb") as file:
-            return images.decode(file.read(images.MAX_BYTES + 1), size)         # no more of it, whatever its size
+            # no more of it, whatever its size
+            return images.decode(file.read(images.MAX_BYTES + 1), size)
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}': {getattr(error, 'strerror', None) or error}") from error
 
@@ -44,7 +49,9 @@ def squashed(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray,
 
 
 def video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
-    """FRAMES frames of a video, each squashed. Raises UserError for a file that is missing, broken, or without frames."""
+    """FRAMES frames of a video, each squashed. Raises UserError for a file that is missing, broken,
+    or without frames.
+    """
     try:
         import av
 
@@ -55,10 +62,12 @@ def video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
         with path.open("rb") as file, av.open(file, metadata_errors="ignore", options=OPTIONS) as container:
             if not container.streams.video:
                 raise UserError(f"'{path}' has no video in it")
-            count = sum(packet.size > 0 for packet in container.demux(video=0))         # what a header says of the number may be wrong
+            # what a header says of the number may be wrong
+            count = sum(packet.size > 0 for packet in container.demux(video=0))
         if not count:
             raise UserError(f"'{path}' has no frames in it")
-        wanted, found = centres(count), {}
+        wanted = centres(count)
+        found = {}
         with path.open("rb") as file, av.open(file, metadata_errors="ignore", options=OPTIONS) as container:
             stream = container.streams.video[0]
             if stream.width * stream.height > images.MAX_PIXELS:
@@ -70,20 +79,25 @@ def video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
                     break
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"'{path}' is no usable video: {getattr(error, 'strerror', None) or error}") from error
-    if not found or (wanted[-1] not in found and number < wanted[-1] - 2):      # a frame or two are lost at the ends of many a sound file
+    # a frame or two are lost at the ends of many a sound file
+    if not found or (wanted[-1] not in found and number < wanted[-1] - 2):
         raise UserError(f"'{path}' is cut short: {number + 1 if found else 0} of its {count} frames can be decoded")
     return [found.get(at, found[max(found)]) for at in wanted]
 
 
 def centres(count: int, frames: int = FRAMES) -> list[int]:
-    """The numbers of the frames at the centres of equal segments, of `count`, as the release takes them."""
+    """The numbers of the frames at the centres of equal segments, of `count`, as the release takes
+    them.
+    """
     segment = (count - 1) / frames
     return [int(segment / 2) + round(segment * i) for i in range(frames)]
 
 
 def storyboard(frames: Sequence[UInt8[np.ndarray, "h w 3"]], seconds: float, subtitles: Sequence[tuple[float, str]]) -> list:
-    """The parts of a storyboard: thumbnails of a film of so many seconds, and its (start, text) subtitles, by time. Frame i stands at
-    i * round(seconds / frames); what is said between two frames is one text before the next; what is said after the last stays."""
+    """The parts of a storyboard: thumbnails of a film of so many seconds, and its (start, text)
+    subtitles, by time. Frame i stands at i * round(seconds / frames); what is said between two
+    frames is one text before the next; what is said after the last stays.
+    """
     every = round(seconds / max(len(frames), 1))
     events = [(i * every, 0, frame) for i, frame in enumerate(frames)] + [(start, 1, text) for start, text in subtitles]
     parts: list = []

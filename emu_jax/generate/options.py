@@ -8,15 +8,24 @@ from emu_jax.config import UserError
 class Options:
     """How text is generated. Greedy unless there is a temperature or there are beams."""
     max_new_tokens: int = 128
-    min_new_tokens: int = 0             # before it, no </s>
-    temperature: float = 0.0            # 0: the likeliest token
-    top_k: int = 0                      # sample among the k likeliest; 0: all
-    top_p: float = 1.0                  # among the likeliest that together have probability p
-    min_p: float = 0.0                  # among those with at least this share of the likeliest's probability
-    repetition_penalty: float = 1.0     # scores of ids that were in the prompt or the answer: divided by it if positive, else multiplied
+    # before it, no </s>
+    min_new_tokens: int = 0
+    # 0: the likeliest token
+    temperature: float = 0.0
+    # sample among the k likeliest; 0: all
+    top_k: int = 0
+    # among the likeliest that together have probability p
+    top_p: float = 1.0
+    # among those with at least this share of the likeliest's probability
+    min_p: float = 0.0
+    # scores of ids that were in the prompt or the answer: divided by it if positive, else
+    # multiplied
+    repetition_penalty: float = 1.0
     beams: int = 1
-    length_penalty: float = 1.0         # of beams: a hypothesis scores its log-probability / length ** length_penalty
-    stop: tuple[str, ...] = ()          # texts before which an answer ends
+    # of beams: a hypothesis scores its log-probability / length ** length_penalty
+    length_penalty: float = 1.0
+    # texts before which an answer ends
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self):

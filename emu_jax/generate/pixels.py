@@ -1,4 +1,6 @@
-"""Pictures from visual tokens: the decoder's U-Net, sampled with guidance, and its autoencoder. Read next: samplers.py."""
+"""Pictures from visual tokens: the decoder's U-Net, sampled with guidance, and its autoencoder.
+Read next: samplers.py.
+"""
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -17,15 +19,19 @@ from emu_jax.models.diffusion import Diffusion
 from emu_jax.models.emu import EmuSize
 from emu_jax.tree import Tree
 
-HOW = ("sampler", "steps", "guidance", "rescale")       # what `draw` is told of config.drawing
+# what `draw` is told of config.drawing
+HOW = ("sampler", "steps", "guidance", "rescale")
 NEGATIVES = ("empty", "zeros")
-BATCH = 8               # pictures at once
+# pictures at once
+BATCH = 8
 
 
 def draw(size: DecoderSize, params: Tree, condition: Float[Array, "B N D"], seeds: Int[Array, "B"], negative: Float[Array, "N D"] | None = None, *,
          sampler: str, steps: int, guidance: float, rescale: float = 0.0) -> UInt8[Array, "B h w 3"]:
-    """A picture of each condition, a function of its seed. `negative`: from what guidance leads away: the visual tokens that the model makes of the
-    empty prompt (Emu's way), or None for the zeros of a dropped condition. Raises UserError for a sampler or steps that are not there."""
+    """A picture of each condition, a function of its seed. `negative`: from what guidance leads
+    away: the visual tokens that the model makes of the empty prompt (Emu's way), or None for the
+    zeros of a dropped condition. Raises UserError for a sampler or steps that are not there.
+    """
     plan = samplers.plan_of(size.diffusion, sampler, steps)
     model = emu.bind(Canvas, size, {tower: params[tower] for tower in ("unet", "vae") if tower in params})
     away = jnp.zeros_like(condition) if negative is None else jnp.broadcast_to(negative, condition.shape)
@@ -41,12 +47,22 @@ def check(diffusion: Diffusion, how: dict) -> None:
 
 
 class Painter:
-    """A trained decoder in use: paint(visual) are pictures, the first with the seed `seed`, the next with seed + 1, ..."""
+    """A trained decoder in use: paint(visual) are pictures, the first with the seed `seed`, the
+    next with seed + 1, ...
+    """
 
     def __init__(self, size: DecoderSize, params: Tree, how: dict, *, negative: Float[np.ndarray, "N D"] | None = None, seed: int = 0,
                  mesh: jax.sharding.Mesh | None = None, check: Callable[[UInt8[np.ndarray, "B h w 3"]], Bool[np.ndarray, "B"]] | None = None):
-        """how: the fields HOW of config.drawing. check: says which pictures may be shown (a safety checker); the others come out black."""
-        self.size, self.params, self.how, self.negative, self.seed, self.mesh, self.check = size, params, how, negative, seed, mesh, check
+        """how: the fields HOW of config.drawing. check: says which pictures may be shown (a safety
+        checker); the others come out black.
+        """
+        self.size = size
+        self.params = params
+        self.how = how
+        self.negative = negative
+        self.seed = seed
+        self.mesh = mesh
+        self.check = check
         self.rows = BATCH if mesh is None else -(-BATCH // mesh.size) * mesh.size
         self._draw = jax.jit(partial(draw, size, **how))
 
@@ -66,10 +82,12 @@ class Painter:
 
 def load(directory: str, like: EmuSize, *, mesh: jax.sharding.Mesh | None = None, given: dict | None = None,
          empty: Callable[[], Float[np.ndarray, "N D"]] | None = None, seed: int = 0) -> Painter:
-    """The painter of a run of the stage `decoder`, or of one of its checkpoints, with averaged weights where it has them.
+    """The painter of a run of the stage `decoder`, or of one of its checkpoints, with averaged
+    weights where it has them.
 
-    like: the model whose visual tokens it is to draw. given: fields of config.drawing that differ from its config's. empty(): what that model
-    makes of the empty prompt, asked where guidance leads away from it. Raises UserError for no decoder, or one for other visual tokens.
+    like: the model whose visual tokens it is to draw. given: fields of config.drawing that differ
+    from its config's. empty(): what that model makes of the empty prompt, asked where guidance
+    leads away from it. Raises UserError for no decoder, or one for other visual tokens.
     """
     config = checkpoint.read_config(directory)
     if config["stage"] != "decoder":
@@ -86,7 +104,9 @@ def load(directory: str, like: EmuSize, *, mesh: jax.sharding.Mesh | None = None
 
 
 def abstract_params(size: DecoderSize, mesh: jax.sharding.Mesh | None, matrices: str) -> Tree:
-    """Shapes of the towers that draw, laid out by the table of training, with matrices in the dtype `matrices`."""
+    """Shapes of the towers that draw, laid out by the table of training, with matrices in the dtype
+    `matrices`.
+    """
     shapes = jax.eval_shape(partial(emu.init, Canvas, size), jax.random.key(0))
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
     dtype = lambda path, leaf: matrices if path.endswith(sharding.MATRICES) else leaf.dtype

@@ -1,9 +1,12 @@
-"""python -m emu_jax.generate precompute --config=configs/decoder.py --to=DIR: what a decoder's training reads, made once for all epochs.
+"""python -m emu_jax.generate precompute --config=configs/decoder.py --to=DIR: what a decoder's
+training reads, made once for all epochs.
 
-For every document of data.mixture and data.eval_mixture: the conditions, which are the visual tokens of its first image that the LLM
-regresses from what stands before it (section 2.3 of the paper); or with --latents the moments that the autoencoder finds in that image.
-Shards that are there are kept, so the same command goes on; hosts take turns. The training reads them with data.conditions=DIR and
-model.decoder.condition=generated, or with data.latents=DIR. Read next: ../data/precomputed.py.
+For every document of data.mixture and data.eval_mixture: the conditions, which are the visual
+tokens of its first image that the LLM regresses from what stands before it (section 2.3 of the
+paper); or with --latents the moments that the autoencoder finds in that image. Shards that are
+there are kept, so the same command goes on; hosts take turns. The training reads them with
+data.conditions=DIR and model.decoder.condition=generated, or with data.latents=DIR. Read next:
+../data/precomputed.py.
 """
 import argparse
 import json
@@ -31,13 +34,18 @@ from emu_jax.models import emu
 from emu_jax.models.decoder import DecoderSize, moments
 from emu_jax.models.vae import Vae
 
-PROMPTS, IMAGES = 64, 8     # at once; images on each device
-MADE_BY = {"conditions": ("llama", "a language model"), "latents": ("vae", "an autoencoder")}   # a tower, and what it is
+# at once; images on each device
+PROMPTS = 64
+IMAGES = 8
+# a tower, and what it is
+MADE_BY = {"conditions": ("llama", "a language model"), "latents": ("vae", "an autoencoder")}
 
 
 class Maker(NamedTuple):
-    """What makes arrays of one kind: `part(document)` is what a document's array is made of, None where it has none; `arrays([part, ...])`
-    are theirs; `told`, JSON-able, says by what; `side`: pixels a side of the documents' images."""
+    """What makes arrays of one kind: `part(document)` is what a document's array is made of, None
+    where it has none; `arrays([part, ...])` are theirs; `told`, JSON-able, says by what; `side`:
+    pixels a side of the documents' images.
+    """
     told: dict[str, Any]
     side: int
     part: Callable[[Document], Any]
@@ -75,7 +83,9 @@ def main(arguments: list[str]) -> None:
 
 
 def conditions(c: ConfigDict, batch: int) -> Maker:
-    """Of the visual tokens that the config's Emu regresses, `batch` prompts at once. Raises UserError where c.init names no Emu."""
+    """Of the visual tokens that the config's Emu regresses, `batch` prompts at once. Raises
+    UserError where c.init names no Emu.
+    """
     directory = holding(c, "conditions")
     session = Session.load(directory, tokenizer=c.data.tokenizer, mesh=mesh_of(directory, jax.local_devices()), batch=batch, truncate="left")
     size = session.size
@@ -84,9 +94,12 @@ def conditions(c: ConfigDict, batch: int) -> Maker:
 
 
 def latents(c: ConfigDict, batch: int) -> Maker:
-    """Of the moments that the config's autoencoder finds in images, `batch` at once on each of this process's devices, held as the training would
-    hold it. Raises UserError where c.init names no autoencoder, and as `latents_of`."""
-    told, size = latents_of(c), DecoderSize.of(c.model.to_dict())
+    """Of the moments that the config's autoencoder finds in images, `batch` at once on each of this
+    process's devices, held as the training would hold it. Raises UserError where c.init names no
+    autoencoder, and as `latents_of`.
+    """
+    told = latents_of(c)
+    size = DecoderSize.of(c.model.to_dict())
     directory = holding(c, "latents")
     mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), devices=jax.local_devices())
     params = checkpoint.restore_params(directory, {"vae": pixels.abstract_params(size, mesh, c.frozen_dtype)["vae"]})["vae"]
@@ -96,7 +109,8 @@ def latents(c: ConfigDict, batch: int) -> Maker:
     def arrays(images: list[np.ndarray]) -> Float[np.ndarray, "n y x m"]:
         found = []
         for start in range(0, len(images), rows):
-            some = [*images[start:start + rows], *images[:1] * (start + rows - len(images))]        # one shape for every batch
+            # one shape for every batch
+            some = [*images[start:start + rows], *images[:1] * (start + rows - len(images))]
             with jax.set_mesh(mesh):
                 found.append(np.asarray(encode(params, np.stack(some)), np.float32))
         return np.concatenate(found)[:len(images)]
@@ -104,8 +118,10 @@ def latents(c: ConfigDict, batch: int) -> Maker:
 
 
 def latents_of(c: ConfigDict) -> dict[str, Any]:
-    """What the latents of a config's images depend on beside the autoencoder: pixels a side as they are loaded and as they are drawn, how they become
-    square; and their shape. Raises UserError for a config without an autoencoder, and for one whose images are other ones in every epoch."""
+    """What the latents of a config's images depend on beside the autoencoder: pixels a side as they
+    are loaded and as they are drawn, how they become square; and their shape. Raises UserError for
+    a config without an autoencoder, and for one whose images are other ones in every epoch.
+    """
     size = DecoderSize.of(c.model.to_dict()) if c.stage == "decoder" else None
     if size is None or size.vae is None:
         raise UserError("only a decoder with an autoencoder has latents (data.latents): " +
@@ -116,7 +132,9 @@ def latents_of(c: ConfigDict) -> dict[str, Any]:
 
 
 def holding(c: ConfigDict, kind: str) -> str:
-    """The checkpoint of c.init whose weights make arrays of a kind: of two the later counts, as in the training. Raises UserError where none does."""
+    """The checkpoint of c.init whose weights make arrays of a kind: of two the later counts, as in
+    the training. Raises UserError where none does.
+    """
     tower, what = MADE_BY[kind]
     found = [directory for directory in filter(None, c.init.split(","))
              if any(path.startswith(f"{tower}/") for path in checkpoint.param_shapes(directory))]
@@ -126,8 +144,11 @@ def holding(c: ConfigDict, kind: str) -> str:
 
 
 def check_weights(c: ConfigDict, kind: str) -> None:
-    """Raises UserError where a training that begins from c.init reads arrays that other weights made."""
-    directory, there = holding(c, kind), notes(Path(c.data[kind]), kind)
+    """Raises UserError where a training that begins from c.init reads arrays that other weights
+    made.
+    """
+    directory = holding(c, kind)
+    there = notes(Path(c.data[kind]), kind)
     if _by(directory, kind)["weights"] != there.get("weights"):
         raise UserError(f"data.{kind}={c.data[kind]!r} were made by other weights ({there.get('checkpoint')}) than those of init, {directory}; make "
                         f"them again: python -m emu_jax.generate precompute{KINDS[kind]} --config=FILE --to=ANOTHER")
@@ -138,8 +159,11 @@ def _by(directory: str, kind: str) -> dict[str, Any]:
 
 
 def make(maker: Maker, source: Source, shard: int, path: Path) -> None:
-    """One shard's files. A record that is corrupt, and a document without an image, have no array: training does not see them."""
-    ids, parts = [], []
+    """One shard's files. A record that is corrupt, and a document without an image, have no array:
+    training does not see them.
+    """
+    ids = []
+    parts = []
     for index in range(shard * SHARD, min((shard + 1) * SHARD, len(source))):
         try:
             document = source[index]
@@ -182,7 +206,8 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m emu_jax.generate precompute", description=__doc__.splitlines()[0].partition(": ")[2],
                                      allow_abbrev=False)
-    parser.error = _fail                            # one line, as everywhere
+    # one line, as everywhere
+    parser.error = _fail
     parser.add_argument("--to", required=True, metavar="DIR", help="where they are written, or go on being written")
     parser.add_argument("--latents", action="store_true", help="the autoencoder's latents of the images instead of the LLM's conditions")
     parser.add_argument("--batch", type=int, metavar="N", help=f"prompts at once ({PROMPTS}), or with --latents images on each device ({IMAGES})")

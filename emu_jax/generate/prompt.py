@@ -1,7 +1,9 @@
-"""Prompts: parts in reading order become the ids, images and slots that a model was trained on (data/sequence.py's grammar).
+"""Prompts: parts in reading order become the ids, images and slots that a model was trained on
+(data/sequence.py's grammar).
 
-A part is a text, an image (pixels, or the visual tokens of one that a model drew), or the path of an image or video file; a video is
-its frames, each as an image. Chat: `<system> [USER]: <parts> [ASSISTANT]: <answer></s>`. Read next: session.py.
+A part is a text, an image (pixels, or the visual tokens of one that a model drew), or the path of
+an image or video file; a video is its frames, each as an image. Chat: `<system> [USER]: <parts>
+[ASSISTANT]: <answer></s>`. Read next: session.py.
 """
 import re
 from collections.abc import Sequence
@@ -17,15 +19,19 @@ from emu_jax.generate import media
 
 Part = str | Path | np.ndarray
 
-MARKS = re.compile(r"(\[USER\]|\[ASSISTANT\]|\[IMG\]|\[/IMG\]|</s>|\{image\})")         # of `Grammar.template`
+# of `Grammar.template`
+MARKS = re.compile(r"(\[USER\]|\[ASSISTANT\]|\[IMG\]|\[/IMG\]|</s>|\{image\})")
 
 
 @dataclass
 class Prompt:
-    """Ids, and the images whose visual tokens take the places of `<image>`: uint8 pixels [h w 3], or the tokens themselves [N D]."""
+    """Ids, and the images whose visual tokens take the places of `<image>`: uint8 pixels [h w 3],
+    or the tokens themselves [N D].
+    """
     tokens: list[int] = field(default_factory=list)
     images: list[np.ndarray] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)          # index in tokens of the first of each image's N slots
+    # index in tokens of the first of each image's N slots
+    slots: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -35,18 +41,24 @@ class Prompt:
 class Grammar:
     """How parts are written for one model."""
     tokenizer: Tokenizer
-    n_visual: int           # N
+    # N
+    n_visual: int
     image_size: int
-    width: int              # D
-    added: int              # tokens after the vocabulary; six are needed for chat
-    system: str = "release"  # what a chat begins with: data.system
+    # D
+    width: int
+    # tokens after the vocabulary; six are needed for chat
+    added: int
+    # what a chat begins with: data.system
+    system: str = "release"
 
     def plain(self, parts: Sequence[Part]) -> Prompt:
         """`<s>` and the parts; each text is encoded on its own, as in training."""
         return self._written([self.tokenizer.bos, *(piece for part in parts for piece in self._pieces(part))])
 
     def turn(self, parts: Sequence[Part], *, system: str | None, first: bool) -> Prompt:
-        """A user's turn of a chat, up to where the answer begins. system: None for the message it was tuned with, "" for none."""
+        """A user's turn of a chat, up to where the answer begins. system: None for the message it
+        was tuned with, "" for none.
+        """
         if self.added < 6:
             raise UserError("this model has no [USER] and [ASSISTANT]: only one that was tuned on instructions can chat (model.llama.added=6)")
         said = () if self.system == "none" else chat.MESSAGES[_kind(parts)]
@@ -55,9 +67,13 @@ class Grammar:
         return self._written(chat.joined([*beginning, *chat.asked(self.tokenizer, [piece for part in parts for piece in self._pieces(part)])]))
 
     def template(self, text: str, images: Sequence[Sequence[np.ndarray]]) -> Prompt:
-        """`<s>` and a text in which "[USER]", "[ASSISTANT]", "[IMG]", "[/IMG]" and "</s>" are those tokens, and each "{image}" the next of
-        `images`: an image's pixels, or the frames of a video."""
-        t, waiting, pieces = self.tokenizer, iter(images), [self.tokenizer.bos]
+        """`<s>` and a text in which "[USER]", "[ASSISTANT]", "[IMG]", "[/IMG]" and "</s>" are those
+        tokens, and each "{image}" the next of `images`: an image's pixels, or the frames of a
+        video.
+        """
+        t = self.tokenizer
+        waiting = iter(images)
+        pieces = [self.tokenizer.bos]
         special = {"[USER]": t.user, "[ASSISTANT]": t.assistant, "[IMG]": t.img, "[/IMG]": t.end_img, "</s>": t.eos}
         for piece in MARKS.split(text):
             if piece == "{image}":
@@ -67,7 +83,9 @@ class Grammar:
         return self._written(pieces)
 
     def frames(self, path: Path) -> list[np.ndarray]:
-        """The picture in a file, or the frames of a video, as the model sees them. Raises UserError."""
+        """The picture in a file, or the frames of a video, as the model sees them. Raises
+        UserError.
+        """
         return self._pieces(path)
 
     def _pieces(self, part: Part) -> list:
@@ -85,7 +103,8 @@ class Grammar:
                         f"this is {part.dtype} {list(part.shape)}")
 
     def _written(self, pieces: list) -> Prompt:
-        prompt, t = Prompt(), self.tokenizer
+        prompt = Prompt()
+        t = self.tokenizer
         for piece in pieces:
             if isinstance(piece, str):
                 prompt.tokens += t.encode(piece)
@@ -120,7 +139,8 @@ def cut_left(prompt: Prompt, length: int, n_visual: int) -> Prompt:
     """The prompt's end, of at most `length` ids, `<s>` before it, without parts of images."""
     start = len(prompt) - length + 1
     for slot in prompt.slots:
-        if slot - 1 < start <= slot + n_visual:         # inside [IMG] ... [/IMG]
+        # inside [IMG] ... [/IMG]
+        if slot - 1 < start <= slot + n_visual:
             start = slot + n_visual + 1
     kept = [(image, slot - start + 1) for image, slot in zip(prompt.images, prompt.slots, strict=True) if slot > start]
     return Prompt([prompt.tokens[0], *prompt.tokens[start:]], [image for image, _ in kept], [slot for _, slot in kept])

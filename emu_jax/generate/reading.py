@@ -1,7 +1,9 @@
-"""What a model has read: the one thing that text and images are generated from, and that can be kept, shared and read on from.
+"""What a model has read: the one thing that text and images are generated from, and that can be
+kept, shared and read on from.
 
-Reading a then b is reading a + b: so a system message is read once for many prompts, a chat goes on from its last turn, and an
-image is 32 elements read one by one. Read next: text.py, image.py, session.py.
+Reading a then b is reading a + b: so a system message is read once for many prompts, a chat goes on
+from its last turn, and an image is 32 elements read one by one. Read next: text.py, image.py,
+session.py.
 """
 from functools import partial
 from typing import no_type_check
@@ -17,12 +19,15 @@ from emu_jax.types import Cache
 
 
 @flax.struct.dataclass
-@no_type_check              # JAX rebuilds it with what are no arrays
+# JAX rebuilds it with what are no arrays
+@no_type_check
 class Context:
     """B rows, each a sequence of its own length."""
     cache: Cache
-    hidden: Float[Array, "B D"]     # after the last element read, from which the next one is predicted
-    lengths: Int[Array, "B"]        # elements read; the next one's position
+    # after the last element read, from which the next one is predicted
+    hidden: Float[Array, "B D"]
+    # elements read; the next one's position
+    lengths: Int[Array, "B"]
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
@@ -34,7 +39,9 @@ def empty(size: emu.EmuSize, params: Tree, rows: int, slots: int) -> Context:
 
 @partial(jax.jit, static_argnums=(1, 2))
 def spread(context: Context, times: int, slots: int) -> Context:
-    """A copy with every row `times` over, next to each other, and room for `slots` elements (as many as there are, or more)."""
+    """A copy with every row `times` over, next to each other, and room for `slots` elements (as
+    many as there are, or more).
+    """
     more = slots - context.cache.slots
     each = lambda x, axis: jnp.repeat(x, times, axis) if times > 1 else jnp.copy(x)
     room = lambda x, axis: jnp.pad(each(x, axis), [(0, more if k == axis + 1 else 0) for k in range(x.ndim)])
@@ -52,7 +59,9 @@ def encode(size: emu.EmuSize, params: Tree, images: UInt8[Array, "M h w 3"]) -> 
 @partial(jax.jit, static_argnums=0)
 def embed(size: emu.EmuSize, params: Tree, tokens: Int[Array, "B T"], visual: Float[Array, "M N D"], images: Int[Array, "B I"],
           slots: Int[Array, "B I"]) -> Float[Array, "B T D"]:
-    """The LLM's input for ids; the i-th image of row b is visual[images[b, i]], from slots[b, i] on (T for no image)."""
+    """The LLM's input for ids; the i-th image of row b is visual[images[b, i]], from slots[b, i] on
+    (T for no image).
+    """
     return emu.bind(emu.Emu, size, params).interleave(tokens, visual[images], slots)
 
 

@@ -1,8 +1,9 @@
-"""Samplers of diffusion models: functions (denoise, x, schedule) -> x, each citing the algorithm that it follows.
+"""Samplers of diffusion models: functions (denoise, x, schedule) -> x, each citing the algorithm
+that it follows.
 
-`x` is unit noise [B, h, w, c]; `denoise(x, t, a, s)` gives (x0, e), the two of which x is made as a x0 + s e at time t (see
-`Denoiser`); a `Schedule` says where to go. Each loop is one scan, compiled once whatever the number of steps, and all
-randomness is in x. Read next: ../models/diffusion.py.
+`x` is unit noise [B, h, w, c]; `denoise(x, t, a, s)` gives (x0, e), the two of which x is made as a
+x0 + s e at time t (see `Denoiser`); a `Schedule` says where to go. Each loop is one scan, compiled
+once whatever the number of steps, and all randomness is in x. Read next: ../models/diffusion.py.
 """
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,9 @@ from emu_jax.models.diffusion import Diffusion, alphas_cumprod, split
 
 
 class Denoiser(NamedTuple):
-    """A network in use (see `denoiser`, which guides): predict(x, t) -> prediction; split(prediction, x, a, s) -> (x0, e), x being a x0 + s e."""
+    """A network in use (see `denoiser`, which guides): predict(x, t) -> prediction;
+    split(prediction, x, a, s) -> (x0, e), x being a x0 + s e.
+    """
     predict: Callable[[Array, Array], Array]
     split: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 
@@ -27,7 +30,9 @@ class Denoiser(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """n steps between n + 1 points, from noise to the result, each point a x0 + s e; `t` is what the network is told at all but the last."""
+    """n steps between n + 1 points, from noise to the result, each point a x0 + s e; `t` is what
+    the network is told at all but the last.
+    """
     t: Float[np.ndarray, "n"]
     a: Float[np.ndarray, "n+1"]
     s: Float[np.ndarray, "n+1"]
@@ -36,10 +41,11 @@ class Schedule(NamedTuple):
 def schedule(d: Diffusion, steps: int, *, spacing: str = "leading", offset: int = 1, last: str = "zero") -> Schedule:
     """`steps` of the times that were trained on, falling.
 
-    spacing: "leading" (0, k, 2 k, ... plus `offset`: Stable Diffusion's), "inner" (k, 2 k, ... with a smaller k, plus `offset`: diffusers' for
-    DPM-Solver), "trailing" (the last time and back from there: needed where that is noise alone). last: what follows the
-    last step, "zero" noise or that of the "first" time. Flow goes from noise to data in equal steps.
-    Raises UserError for what is none of these.
+    spacing: "leading" (0, k, 2 k, ... plus `offset`: Stable Diffusion's), "inner" (k, 2 k, ... with
+    a smaller k, plus `offset`: diffusers' for DPM-Solver), "trailing" (the last time and back from
+    there: needed where that is noise alone). last: what follows the last step, "zero" noise or that
+    of the "first" time. Flow goes from noise to data in equal steps. Raises UserError for what is
+    none of these.
     """
     if not 1 <= steps <= d.steps:
         raise UserError(f"a sampler takes 1 to {d.steps} steps (those that were trained on), not {steps}")
@@ -51,21 +57,25 @@ def schedule(d: Diffusion, steps: int, *, spacing: str = "leading", offset: int 
               "trailing": np.round(np.arange(1, steps + 1) * d.steps / steps) - 1}
     if spacing not in spaced or last not in ("zero", "first"):
         raise UserError(f"a schedule's spacing is {', '.join(spaced)} and its last noise zero or first, not {spacing!r} and {last!r}")
-    t, a2 = np.clip(spaced[spacing], 0, d.steps - 1).astype(int)[::-1], alphas_cumprod(d)
+    t = np.clip(spaced[spacing], 0, d.steps - 1).astype(int)[::-1]
+    a2 = alphas_cumprod(d)
     a2 = np.append(a2[t], 1.0 if last == "zero" else a2[0])
     return Schedule(t.astype(np.float64), np.sqrt(a2), np.sqrt(1 - a2))
 
 
 def noise(seeds: Int[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
-    """Unit noise; a row is a function of its own seed, whatever stands beside it and wherever it is computed."""
+    """Unit noise; a row is a function of its own seed, whatever stands beside it and wherever it is
+    computed.
+    """
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
 
 
 def denoiser(d: Diffusion, network: Callable[[Array, Array, Array], Array], condition: Float[Array, "B N D"], negative: Float[Array, "B N D"], *,
              guidance: float, rescale: float = 0.0) -> Denoiser:
-    """That of network(x, times, condition) -> prediction, with classifier-free guidance (arXiv 2207.12598): away from the condition
-    `negative`, which guidance 1 does not ask. `rescale` takes the result's deviation so far back to the conditional
-    one's (arXiv 2305.08891, section 3.4)."""
+    """That of network(x, times, condition) -> prediction, with classifier-free guidance (arXiv
+    2207.12598): away from the condition `negative`, which guidance 1 does not ask. `rescale` takes
+    the result's deviation so far back to the conditional one's (arXiv 2305.08891, section 3.4).
+    """
     def predict(x, t):
         times = jnp.full(len(x), t)
         if guidance == 1.0:
@@ -88,8 +98,9 @@ def ddim(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float
 
 
 def euler(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
-    """Euler's method on y = x / a, whose derivative by the noise level s / a is e (arXiv 2206.00364, algorithm 1 without its
-    second-order correction)."""
+    """Euler's method on y = x / a, whose derivative by the noise level s / a is e (arXiv
+    2206.00364, algorithm 1 without its second-order correction).
+    """
     def step(y, row):
         t, a, s, a_next, s_next = row
         _, e = denoise(a * y, t, a, s)
@@ -99,24 +110,29 @@ def euler(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Floa
 
 
 def pndm(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
-    """Pseudo linear multistep (PNDM, arXiv 2202.09778, equations 11 to 13): Adams-Bashforth on the prediction, then DDIM's step with it.
+    """Pseudo linear multistep (PNDM, arXiv 2202.09778, equations 11 to 13): Adams-Bashforth on the
+    prediction, then DDIM's step with it.
 
-    The first step is done twice, the second time with the mean of the predictions at both its ends, in place of the paper's three
-    of Runge-Kutta (Stable Diffusion's choice): n + 1 evaluations. What is extrapolated is the network's own target (as in
-    diffusers; the paper's is e).
+    The first step is done twice, the second time with the mean of the predictions at both its ends,
+    in place of the paper's three of Runge-Kutta (Stable Diffusion's choice): n + 1 evaluations.
+    What is extrapolated is the network's own target (as in diffusers; the paper's is e).
     """
-    at = evaluated(len(plan.t))             # the places of the evaluations
-    start = np.where(np.arange(len(at)) == 1, 0, at)        # and of the steps
+    # the places of the evaluations
+    at = evaluated(len(plan.t))
+    # and of the steps
+    start = np.where(np.arange(len(at)) == 1, 0, at)
     weights = np.array([[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], *[[55, -59, 37, -9]] * (len(at) - 4)])[:len(at)] / 24
 
     def step(carry, row):
-        x, before, seen = carry      # seen [4, ...]: the newest prediction's place, and the three before it
+        # seen [4, ...]: the newest prediction's place, and the three before it
+        x, before, seen = carry
         number, t, a_start, s_start, a_next, s_next, weight = row
         seen = seen.at[0].set(denoise.predict(x, t))
         origin = jnp.where(number == 1, before, x)
         x0, e = denoise.split(jnp.tensordot(weight, seen, 1), origin, a_start, s_start)
         moved = a_next * x0 + s_next * e
-        kept = jnp.where(number == 1, seen, jnp.roll(seen, 1, 0))   # the prediction at the first step's end is made anew
+        # the prediction at the first step's end is made anew
+        kept = jnp.where(number == 1, seen, jnp.roll(seen, 1, 0))
         return (moved, x, kept), None
 
     _regular(plan, "pndm")
@@ -131,12 +147,15 @@ def evaluated(steps: int) -> Int[np.ndarray, "m"]:
 
 
 def dpm_solver(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
-    """DPM-Solver++ (2M) (arXiv 2211.01095, algorithm 2): x0 is extrapolated in the logarithm of a / s from the last two.
+    """DPM-Solver++ (2M) (arXiv 2211.01095, algorithm 2): x0 is extrapolated in the logarithm of a /
+    s from the last two.
 
-    First order at the first step, and at the last where it ends without noise or there are fewer than 15, as its authors do.
+    First order at the first step, and at the last where it ends without noise or there are fewer
+    than 15, as its authors do.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        h = np.diff(np.log(plan.a) - np.log(plan.s))        # infinite where a point is noise alone or has none
+        # infinite where a point is noise alone or has none
+        h = np.diff(np.log(plan.a) - np.log(plan.s))
         more = np.append(0.0, h[1:] / (2 * h[:-1]))
     if plan.s[-1] == 0 or len(h) < 15:
         more[-1] = 0.0
@@ -151,7 +170,9 @@ def dpm_solver(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) ->
 
 
 def flow_euler(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
-    """Euler's method on the straight path from noise to data (arXiv 2209.03003, section 2): the velocity is e - x0."""
+    """Euler's method on the straight path from noise to data (arXiv 2209.03003, section 2): the
+    velocity is e - x0.
+    """
     def step(x, row):
         t, a, s, _, s_next = row
         x0, e = denoise(x, t, a, s)
@@ -173,7 +194,9 @@ SAMPLERS = {"ddim": Sampler(ddim, "leading", "first"), "pndm": Sampler(pndm, "le
 
 
 def plan_of(d: Diffusion, sampler: str, steps: int) -> Schedule:
-    """The sampler's own schedule; from the last time on where that is noise alone. Raises UserError for an unknown sampler."""
+    """The sampler's own schedule; from the last time on where that is noise alone. Raises UserError
+    for an unknown sampler.
+    """
     if sampler not in SAMPLERS:
         raise UserError(f"no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
     chosen = SAMPLERS[sampler]

@@ -1,8 +1,10 @@
-"""A trained Emu in use: interleaved prompts in, text, images and rankings out; for the command line, evaluation and serving.
+"""A trained Emu in use: interleaved prompts in, text, images and rankings out; for the command
+line, evaluation and serving.
 
-Many prompts at once are sorted by length and batched; results do not depend on it. Everything is compiled for powers of two: rows (up
-to `batch`), images encoded at once (up to `batch`), ids of a prompt and of an answer (from 16 up to the context). So a kind of
-generation is compiled at most log2(batch) x log2(context / 16)^2 times, in practice once or twice. Read next: prompt.py, text.py.
+Many prompts at once are sorted by length and batched; results do not depend on it. Everything is
+compiled for powers of two: rows (up to `batch`), images encoded at once (up to `batch`), ids of a
+prompt and of an answer (from 16 up to the context). So a kind of generation is compiled at most
+log2(batch) x log2(context / 16)^2 times, in practice once or twice. Read next: prompt.py, text.py.
 """
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -29,47 +31,65 @@ from emu_jax.generate.stream import TextStream, until_stop
 from emu_jax.models import emu
 from emu_jax.processes import fetched
 
-LEAST = 16              # ids that a prompt or an answer is compiled for
-DRAWS = 4               # images in an answer of a model that decides when to draw
-CHECK = 8               # ids between looks for a stop text
+# ids that a prompt or an answer is compiled for
+LEAST = 16
+# images in an answer of a model that decides when to draw
+DRAWS = 4
+# ids between looks for a stop text
+CHECK = 8
 Parts = Sequence[Part]
 
 
 class Drawing(NamedTuple):
     """An image that the model drew."""
-    visual: Float[np.ndarray, "N D"]                # a part of later prompts as it is
-    pixels: UInt8[np.ndarray, "h w 3"] | None       # None without a decoder
+    # a part of later prompts as it is
+    visual: Float[np.ndarray, "N D"]
+    # None without a decoder
+    pixels: UInt8[np.ndarray, "h w 3"] | None
 
 
 @dataclass(frozen=True)
 class Prefix:
     """What prompts have in common, read once."""
-    context: Context        # of one row (or as many, all the same, as the mesh needs)
+    # of one row (or as many, all the same, as the mesh needs)
+    context: Context
     prompt: Prompt
 
 
 class Session:
-    """A model, its tokenizer, and what turns visual tokens into pixels: decode([M, N, D]) -> [M, h, w, 3], or None."""
+    """A model, its tokenizer, and what turns visual tokens into pixels: decode([M, N, D]) -> [M, h,
+    w, 3], or None.
+    """
 
     def __init__(self, size: emu.EmuSize, params: tree.Tree, tokenizer: Tokenizer, *, context: int,
                  decode: Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]] | None = None,
                  mesh: jax.sharding.Mesh | None = None, batch: int = 32, truncate: str = "never", draws: int = 0,
                  system: str = "release"):
-        """context: elements that a row may have. batch: rows at once. truncate: "left" cuts prompts that are too long, else they are refused.
-        draws: images that a streamed answer may hold, unless it is said otherwise. system: what chats begin with, data.system."""
-        self.size, self.params, self.tokenizer, self.context, self.decode, self.truncate = size, params, tokenizer, context, decode, truncate
-        self.mesh, self.shards = mesh, 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self.batch, self.draws = max(batch, self.shards), draws
+        """context: elements that a row may have. batch: rows at once. truncate: "left" cuts prompts
+        that are too long, else they are refused. draws: images that a streamed answer may hold,
+        unless it is said otherwise. system: what chats begin with, data.system.
+        """
+        self.size = size
+        self.params = params
+        self.tokenizer = tokenizer
+        self.context = context
+        self.decode = decode
+        self.truncate = truncate
+        self.mesh = mesh
+        self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch = max(batch, self.shards)
+        self.draws = draws
         self.vocab = size.llama.vocab + size.llama.added
         self.grammar = Grammar(tokenizer, size.resampler.tokens, size.vision.image, size.llama.width, size.llama.added, system)
 
     @classmethod
     def load(cls, directory: str, *, ema: bool = False, tokenizer: str | None = None, mesh: jax.sharding.Mesh | None = None, **options) -> "Session":
-        """From a run's workdir or one of its checkpoints, which knows its model, its tokenizer's path, its context, and whether the model
-        was trained to say when it draws.
+        """From a run's workdir or one of its checkpoints, which knows its model, its tokenizer's
+        path, its context, and whether the model was trained to say when it draws.
 
-        Matrices are held in the dtype of the arithmetic. ema: the averaged weights. tokenizer: another path. options: of `Session`.
-        Raises UserError for no checkpoint, one of a model that generates nothing, or no tokenizer.
+        Matrices are held in the dtype of the arithmetic. ema: the averaged weights. tokenizer:
+        another path. options: of `Session`. Raises UserError for no checkpoint, one of a model that
+        generates nothing, or no tokenizer.
         """
         config = checkpoint.read_config(directory)
         if not any(path.startswith("llama/") for path in checkpoint.param_shapes(directory)):
@@ -88,11 +108,15 @@ class Session:
         return parts if isinstance(parts, Prompt) else self.grammar.plain(parts)
 
     def chat_prompt(self, parts: Parts, *, system: str | None = None) -> Prompt:
-        """The first turn of a chat, up to where the answer begins. system: None for the release's message, "" for none."""
+        """The first turn of a chat, up to where the answer begins. system: None for the release's
+        message, "" for none.
+        """
         return self.grammar.turn(parts, system=system, first=True)
 
     def read(self, parts: Parts | Prompt) -> Prefix:
-        """A prefix for many prompts: a system message, few-shot examples. What follows it is given without `<s>`."""
+        """A prefix for many prompts: a system message, few-shot examples. What follows it is given
+        without `<s>`.
+        """
         prompt = self.prompt(parts)
         with self._mesh():
             return Prefix(self._read([prompt], None, 0), prompt)
@@ -101,14 +125,18 @@ class Session:
 
     def texts(self, prompts: Sequence[Parts | Prompt], options: Options | None = None, *, choices: Sequence[str] | None = None,
               prefix: Prefix | None = None, progress: str = "") -> list[str]:
-        """The answer to each prompt. choices: the answers allowed. progress: the name of a progress bar."""
+        """The answer to each prompt. choices: the answers allowed. progress: the name of a progress
+        bar.
+        """
         options = options or Options()
         ids = self.ids(prompts, options, choices=choices and [self.tokenizer.encode(choice) for choice in choices], prefix=prefix, progress=progress)
         return [until_stop(self.tokenizer.decode(row), options.stop) for row in ids]
 
     def ids(self, prompts: Sequence[Parts | Prompt], options: Options, *, choices: Sequence[Sequence[int]] | None = None,
             prefix: Prefix | None = None, added: bool = False, progress: str = "") -> list[list[int]]:
-        """As `texts`, in ids and not cut at stop texts, without `</s>`. added: the added tokens may be said too."""
+        """As `texts`, in ids and not cut at stop texts, without `</s>`. added: the added tokens may
+        be said too.
+        """
         allowed = self._allowed() | added
         choice = None if choices is None else trie.make(choices, text.EOS)
 
@@ -128,8 +156,11 @@ class Session:
         return self._batched(prompts, prefix, 1, generate, progress)
 
     def images(self, prompts: Sequence[Parts | Prompt], *, prefix: Prefix | None = None, progress: str = "") -> Float[np.ndarray, "M N D"]:
-        """The visual tokens of the image that follows each prompt (and `[IMG]`, which is appended)."""
-        N, start = self.grammar.n_visual, Prompt([self.tokenizer.img])
+        """The visual tokens of the image that follows each prompt (and `[IMG]`, which is
+        appended).
+        """
+        N = self.grammar.n_visual
+        start = Prompt([self.tokenizer.img])
 
         def generate(some: list[Prompt], _: list[int]) -> list[np.ndarray]:
             sketch = image.begin(self.size, self._read(some, prefix, N))
@@ -145,7 +176,9 @@ class Session:
             return self._encoded(pixels, progress)
 
     def losses(self, parts: Parts | Prompt | Prefix, candidates: Sequence[str], *, end: bool = True) -> Float[np.ndarray, "C"]:
-        """The mean cross-entropy of each candidate's tokens as the answer: the least is the likeliest. end: its `</s>` counts too."""
+        """The mean cross-entropy of each candidate's tokens as the answer: the least is the
+        likeliest. end: its `</s>` counts too.
+        """
         answers = [self.tokenizer.encode(candidate) + [text.EOS] * end for candidate in candidates]
         if not answers or not all(answers):
             raise UserError("there are no candidates to rank, or one is empty")
@@ -163,7 +196,9 @@ class Session:
 
     def stream(self, parts: Parts, options: Options | None = None, *, chat: bool = False, system: str | None = None,
                images: int | None = None) -> Iterator[str | Drawing]:
-        """The answer to one prompt, piece by piece. images: so many may be drawn where the model says `[IMG]`; None: `draws` of the session."""
+        """The answer to one prompt, piece by piece. images: so many may be drawn where the model
+        says `[IMG]`; None: `draws` of the session.
+        """
         return Conversation(self, chat=chat, system=system).say(parts, options, images=images)
 
     def drawings(self, visual: Float[np.ndarray, "M N D"]) -> list[Drawing]:
@@ -191,7 +226,9 @@ class Session:
         return Prompt(whole.tokens[1:], whole.images, [slot - 1 for slot in whole.slots])
 
     def _fitting(self, given: Prompt, before: int, room: int) -> Prompt:
-        """The prompt, cut if that is wanted, so that it leaves `room` in the context. Raises UserError for one that is too long."""
+        """The prompt, cut if that is wanted, so that it leaves `room` in the context. Raises
+        UserError for one that is too long.
+        """
         if before + len(given) + room <= self.context:
             return given
         if self.truncate == "left" and before == 0 and room + 1 < self.context:
@@ -200,7 +237,9 @@ class Session:
                         "shorten it, or cut its beginning with --truncate=left")
 
     def _batched(self, prompts: Sequence[Parts | Prompt], prefix: Prefix | None, room: int, generate: Callable, progress: str) -> list:
-        """generate(prompts, numbers) of prompts of about one length at a time; results in the order of the prompts."""
+        """generate(prompts, numbers) of prompts of about one length at a time; results in the order
+        of the prompts.
+        """
         before = len(prefix.prompt) if prefix else 0
         found = [self._fitting(self._after(parts) if prefix else self.prompt(parts), before, room) for parts in prompts]
         order = sorted(range(len(found)), key=lambda number: len(found[number]))
@@ -208,12 +247,15 @@ class Session:
         with self._mesh():
             for start in tqdm(range(0, len(order), self.batch), progress, unit=" batches", disable=None if progress else True):
                 some = order[start:start + self.batch]
-                for number, result in zip(some, generate([found[number] for number in some], some), strict=False):      # rows that fill up come last
+                # rows that fill up come last
+                for number, result in zip(some, generate([found[number] for number in some], some), strict=False):
                     results[number] = result
         return results
 
     def _read(self, prompts: Sequence[Prompt], prefix: Prefix | None, room: int) -> Context:
-        """The context after `prefix` and each prompt, with exactly `room` slots free; rows are filled up with copies of the last."""
+        """The context after `prefix` and each prompt, with exactly `room` slots free; rows are
+        filled up with copies of the last.
+        """
         rows = self._rows(len(prompts))
         prompts = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
         x, lengths = self._embedded(prompts)
@@ -227,16 +269,21 @@ class Session:
     def _embedded(self, prompts: Sequence[Prompt]) -> tuple[Float[Array, "B T D"], np.ndarray]:
         """The LLM's input for prompts, and their lengths."""
         tokens, lengths = _rows([given.tokens for given in prompts], len(prompts))
-        every = {id(pixels): pixels for given in prompts for pixels in given.images}        # one that many prompts share is encoded once
+        # one that many prompts share is encoded once
+        every = {id(pixels): pixels for given in prompts for pixels in given.images}
         place = {key: number for number, key in enumerate(every)}
         most = _bucket(max(len(given.images) for given in prompts), 1)
-        images, slots = np.zeros((len(prompts), most), np.int32), np.full((len(prompts), most), tokens.shape[1])
+        images = np.zeros((len(prompts), most), np.int32)
+        slots = np.full((len(prompts), most), tokens.shape[1])
         for row, given in enumerate(prompts):
-            images[row, :len(given.images)], slots[row, :len(given.images)] = [place[id(pixels)] for pixels in given.images], given.slots
+            images[row, :len(given.images)] = [place[id(pixels)] for pixels in given.images]
+            slots[row, :len(given.images)] = given.slots
         return reading.embed(self.size, self.params, tokens, self._visual(list(every.values())), images, slots), lengths
 
     def _visual(self, images: list[np.ndarray]) -> Float[np.ndarray, "M N D"]:
-        """Visual tokens of images, some of which are visual tokens already; padded to a power of two."""
+        """Visual tokens of images, some of which are visual tokens already; padded to a power of
+        two.
+        """
         pixels = [given.dtype == np.uint8 for given in images]
         encoded = iter(self._encoded([given for given, is_pixels in zip(images, pixels) if is_pixels], ""))
         bank = np.zeros((_bucket(len(images), 1), self.grammar.n_visual, self.size.llama.width), np.float32)
@@ -262,7 +309,9 @@ class Session:
                      ends=np.isin(np.arange(self.vocab), ends), said=said, trie=choice)
 
     def _write(self, draft: text.Draft, rules: Rules, options: Options) -> np.ndarray:
-        """The ids of a draft that is written to its end; with stop texts, a row ends soon after the first of them."""
+        """The ids of a draft that is written to its end; with stop texts, a row ends soon after the
+        first of them.
+        """
         if not options.stop:
             return fetched(text.write(self.size, self.params, draft, np.int32(options.max_new_tokens), rules).ids)
         count = 1
@@ -276,19 +325,27 @@ class Session:
 
 
 class Conversation:
-    """Turns of a chat, or one prompt and its answer: what was read stays read. An answer may hold text, images, and text again."""
+    """Turns of a chat, or one prompt and its answer: what was read stays read. An answer may hold
+    text, images, and text again.
+    """
 
     def __init__(self, session: Session, *, chat: bool, system: str | None = None):
         """system: None for the release's message, "" for none."""
-        self._session, self._chat, self._system = session, chat, system
+        self._session = session
+        self._chat = chat
+        self._system = system
         self._context: Context | None = None
-        self._said = Prompt()           # all that was read, and the last id of an answer, which was not
+        # all that was read, and the last id of an answer, which was not
+        self._said = Prompt()
         self._unread = Prompt()
 
     def say(self, parts: Parts, options: Options | None = None, *, images: int | None = None) -> Iterator[str | Drawing]:
-        """The answer, piece by piece. images: so many may be drawn where the model says `[IMG]`; None: the session's `draws`.
+        """The answer, piece by piece. images: so many may be drawn where the model says `[IMG]`;
+        None: the session's `draws`.
 
-        Raises UserError, before anything else, for a turn that cannot be read or does not fit the context."""
+        Raises UserError, before anything else, for a turn that cannot be read or does not fit the
+        context.
+        """
         options = options or Options()
         if options.beams > 1:
             raise UserError("beams know the answer only when it is complete: it cannot be streamed")
@@ -305,20 +362,26 @@ class Conversation:
         return drawing
 
     def _turn(self, parts: Parts, end: list[int], room: int) -> Prompt:
-        """What is to be read: the turn, and before it the `</s>` of the answer before, if that lacks it."""
-        s, first = self._session, self._context is None
+        """What is to be read: the turn, and before it the `</s>` of the answer before, if that
+        lacks it.
+        """
+        s = self._session
+        first = self._context is None
         given = s.grammar.turn(parts, system=self._system, first=first) if self._chat else s.grammar.plain(parts) if first else s._after(parts)
         lacks_end = self._chat and not first and self._unread.tokens[-1:] != [text.EOS]
         given = prompt.joined(Prompt([text.EOS] * lacks_end), given, Prompt(end))
         return s._fitting(given, len(self._said) + len(self._unread), room)
 
     def _answer(self, given: Prompt, options: Options, images: int) -> Iterator[str | Drawing]:
-        s, t, N = self._session, self._session.tokenizer, self._session.grammar.n_visual
+        s = self._session
+        t = self._session.tokenizer
+        N = self._session.grammar.n_visual
         written = turn = 0
         while True:
             room = s.context - len(self._said) - len(self._unread) - len(given)
             left = min(options.max_new_tokens - written, room)
-            if left < 1:                        # the end of an image is all that fits
+            # the end of an image is all that fits
+            if left < 1:
                 self._unread = given
                 break
             with s._mesh():
@@ -332,11 +395,16 @@ class Conversation:
                 self._read(Prompt(), N + 1)
                 drawing = self._drawn(False)
             yield drawing
-            given, images, turn = Prompt([t.end_img]), images - 1, turn + 1
+            given = Prompt([t.end_img])
+            images = images - 1
+            turn = turn + 1
 
     def _text(self, options: Options, allowed: Bool[np.ndarray, "V"]) -> Iterator[str]:
-        """Text up to `</s>`, `[IMG]`, a stop text or the limit, the last of which is not read yet; returns the number of ids."""
-        s, t = self._session, self._session.tokenizer
+        """Text up to `</s>`, `[IMG]`, a stop text or the limit, the last of which is not read yet;
+        returns the number of ids.
+        """
+        s = self._session
+        t = self._session.tokenizer
         rows = len(self._context.lengths)
         out = TextStream(t.decode, options.stop)
         rules = s._rules([self._said] * rows, None, options, allowed, None, rows, ends=(text.EOS, t.img))
@@ -355,14 +423,17 @@ class Conversation:
                     draft = text.write(s.size, s.params, draft, np.int32(len(ids) + 1), rules)
             if new := out.finish():
                 yield new
-        finally:                # also where nobody wants to hear more
+        # also where nobody wants to hear more
+        finally:
             self._context = draft.context
-            self._said, self._unread = prompt.joined(self._said, Prompt(ids[:-1])), Prompt(ids[-1:])
+            self._said = prompt.joined(self._said, Prompt(ids[:-1]))
+            self._unread = Prompt(ids[-1:])
         return len(ids)
 
     def _drawn(self, progress: bool) -> Drawing:
         s = self._session
-        sketch, N = image.begin(s.size, self._context), s.grammar.n_visual
+        sketch = image.begin(s.size, self._context)
+        N = s.grammar.n_visual
         for count in tqdm(range(1, N + 1), "drawing", unit=" visual tokens", disable=None) if progress else [N]:
             sketch = image.draw(s.size, s.params, sketch, np.int32(count))
             sketch.visual.block_until_ready()
@@ -372,7 +443,8 @@ class Conversation:
 
     def _read(self, given: Prompt, room: int) -> None:
         """Reads what is unread and `given`, and makes `room` for what comes."""
-        s, given = self._session, prompt.joined(self._unread, given)
+        s = self._session
+        given = prompt.joined(self._unread, given)
         if self._context is None:
             self._context = s._read([given], None, _bucket(room, LEAST))
         else:
@@ -381,11 +453,14 @@ class Conversation:
             slots = _bucket(int(self._context.cache.filled) + x.shape[1] + room, LEAST)
             self._context = reading.spread(self._context, 1, max(slots, self._context.cache.slots))
             self._context = reading.read(s.size, s.params, self._context, x, lengths)
-        self._said, self._unread = prompt.joined(self._said, given), Prompt()
+        self._said = prompt.joined(self._said, given)
+        self._unread = Prompt()
 
 
 def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.Tree:
-    """Shapes of the parameters as a session holds them: laid out by the table of training, matrices in the dtype of the arithmetic."""
+    """Shapes of the parameters as a session holds them: laid out by the table of training, matrices
+    in the dtype of the arithmetic.
+    """
     shapes = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
     if mesh:
         sharding.check(mesh, shapes)
@@ -396,8 +471,10 @@ def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.T
 
 
 def mesh_of(directory: str, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh | None:
-    """All devices for a session of the checkpoint in `directory`: as many side by side in a layer as divide its parameters, the others
-    by rows. None for one device, and where nothing divides them."""
+    """All devices for a session of the checkpoint in `directory`: as many side by side in a layer
+    as divide its parameters, the others by rows. None for one device, and where nothing divides
+    them.
+    """
     count = len(jax.devices() if devices is None else devices)
     shapes = checkpoint.param_shapes(directory)
     table = dict(tree.leaves(sharding.specs(tree.unflatten(shapes))))
@@ -416,7 +493,9 @@ def _bucket(n: int, least: int) -> int:
 
 
 def _rows(ids: Sequence[Sequence[int]], rows: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(ids of different lengths as rows [rows, T], their lengths); T is a power of two, and the last row is repeated."""
+    """(ids of different lengths as rows [rows, T], their lengths); T is a power of two, and the
+    last row is repeated.
+    """
     ids = [*ids, *[ids[-1]] * (rows - len(ids))]
     lengths = np.array([len(row) for row in ids], np.int32)
     out = np.full((rows, _bucket(int(lengths.max()), LEAST)), fill, np.int32)

@@ -1,16 +1,23 @@
-"""Text that grows: what can be shown of ids so far, when a character is several bytes and an end is a text of several tokens."""
+"""Text that grows: what can be shown of ids so far, when a character is several bytes and an end is
+a text of several tokens.
+"""
 from collections.abc import Callable, Iterable, Sequence
 
-PARTIAL = 3         # bytes of a character that may still lack the last one
+# bytes of a character that may still lack the last one
+PARTIAL = 3
 
 
 class TextStream:
-    """Ids go in, text comes out that no later id takes back; it ends before the first of the `stop` texts."""
+    """Ids go in, text comes out that no later id takes back; it ends before the first of the `stop`
+    texts.
+    """
 
     def __init__(self, decode: Callable[[Iterable[int]], str], stop: Sequence[str] = ()):
-        self._decode, self._stop = decode, stop
+        self._decode = decode
+        self._stop = stop
         self._ids: list[int] = []
-        self._sent = 0              # characters given out
+        # characters given out
+        self._sent = 0
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -23,7 +30,8 @@ class TextStream:
         return "" if self.stopped else self._new(self._decode(self._ids))
 
     def _new(self, text: str) -> str:
-        new, self._sent = text[self._sent:], max(self._sent, len(text))
+        new = text[self._sent:]
+        self._sent = max(self._sent, len(text))
         return new
 
     def _certain(self, text: str) -> str:

@@ -1,7 +1,9 @@
-"""Text: the next token again and again, in one compiled loop over a cache; greedy, sampled, or by beams.
+"""Text: the next token again and again, in one compiled loop over a cache; greedy, sampled, or by
+beams.
 
-A `Draft` can be written on to any length, token by token for a reader who waits, or at once: the same loop, the same ids. Beams
-are Hugging Face's (transformers 4.44.2, early_stopping=False). Read next: session.py.
+A `Draft` can be written on to any length, token by token for a reader who waits, or at once: the
+same loop, the same ids. Beams are Hugging Face's (transformers 4.44.2, early_stopping=False). Read
+next: session.py.
 """
 from functools import partial
 from typing import no_type_check
@@ -18,25 +20,33 @@ from emu_jax.generate.sampling import Rules
 from emu_jax.models import emu
 from emu_jax.tree import Tree
 
-BOS, EOS = 1, 2
-DEAD = -1e9                 # log-probability of a beam that is not there
+BOS = 1
+EOS = 2
+# log-probability of a beam that is not there
+DEAD = -1e9
 
 
 @flax.struct.dataclass
-@no_type_check              # JAX rebuilds it with what are no arrays
+# JAX rebuilds it with what are no arrays
+@no_type_check
 class Draft:
-    """Answers that are being written: `count` ids a row, of which all but the last are read. A row that is done repeats </s>."""
+    """Answers that are being written: `count` ids a row, of which all but the last are read. A row
+    that is done repeats </s>.
+    """
     context: Context
     ids: Int[Array, "B n"]
     count: Int[Array, ""]
     done: Bool[Array, "B"]
-    node: Int[Array, "B"]           # in the trie
+    # in the trie
+    node: Int[Array, "B"]
     keys: Key[Array, "B"]
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def begin(size: emu.EmuSize, params: Tree, context: Context, keys: Key[Array, "B"], room: int, rules: Rules) -> Draft:
-    """The first id of each answer; there will be at most `room`, and the context needs room for them."""
+    """The first id of each answer; there will be at most `room`, and the context needs room for
+    them.
+    """
     rows = context.lengths.shape[0]
     zeros = jnp.zeros(rows, jnp.int32)
     draft = Draft(context, jnp.full((rows, room), EOS), jnp.int32(0), jnp.zeros(rows, bool), zeros, keys)
@@ -74,7 +84,9 @@ def _said(rules: Rules, ids: Int[Array, "B n"], count: Int[Array, ""]) -> Int[Ar
 
 @partial(jax.jit, static_argnums=0)
 def nll(size: emu.EmuSize, params: Tree, context: Context, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B"]:
-    """Summed cross-entropy of the first `lengths` tokens of each row, as what follows the context."""
+    """Summed cross-entropy of the first `lengths` tokens of each row, as what follows the
+    context.
+    """
     model = emu.bind(emu.Emu, size, params)
     hidden, _ = reading.hiddens(model, context, model.llama.embeddings(tokens, size.compute), lengths)
     before = jnp.concatenate([context.hidden[:, None], hidden[:, :-1]], 1)
@@ -83,7 +95,8 @@ def nll(size: emu.EmuSize, params: Tree, context: Context, tokens: Int[Array, "B
         hidden, token = pair
         return jnp.take_along_axis(jax.nn.log_softmax(model.llama.logits(hidden), -1), token[:, None], 1)[:, 0]
 
-    found = jax.lax.map(one, (jnp.moveaxis(before, 1, 0), tokens.T))        # the logits of one position at a time
+    # the logits of one position at a time
+    found = jax.lax.map(one, (jnp.moveaxis(before, 1, 0), tokens.T))
     return -jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], found.T, 0).sum(1)
 
 
@@ -96,27 +109,35 @@ def until_end(ids: np.ndarray) -> list[int]:
 # --- beams: K running answers a row, and the K best that have ended ---
 
 @flax.struct.dataclass
-@no_type_check              # JAX rebuilds it with what are no arrays
+# JAX rebuilds it with what are no arrays
+@no_type_check
 class Beams:
-    context: Context                # B * K rows, beam after beam
+    # B * K rows, beam after beam
+    context: Context
     ids: Int[Array, "B K n"]
-    sums: Float[Array, "B K"]       # log-probabilities
+    # log-probabilities
+    sums: Float[Array, "B K"]
     node: Int[Array, "B K"]
     count: Int[Array, ""]
-    ended: Int[Array, "B K n"]      # without their </s>, which fills the rest
-    scores: Float[Array, "B K"]     # of the ended; -inf for none
+    # without their </s>, which fills the rest
+    ended: Int[Array, "B K n"]
+    # of the ended; -inf for none
+    scores: Float[Array, "B K"]
     done: Bool[Array, "B"]
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def search(size: emu.EmuSize, params: Tree, context: Context, beams: int, room: int, rules: Rules) -> Int[Array, "B n"]:
-    """The best answer of each row, filled up with </s>; the context, already `beams` times over, needs room for `room` ids.
+    """The best answer of each row, filled up with </s>; the context, already `beams` times over,
+    needs room for `room` ids.
 
-    Every step takes the 2 K best continuations of the K running beams: of the first K, those that end become hypotheses, which
-    score sum of log-probabilities / length ** length_penalty, </s> counted; the first K that do not end run on. A row is done when
-    its worst kept hypothesis scores at least what the best continuation would, were it to end now; or at its limit.
+    Every step takes the 2 K best continuations of the K running beams: of the first K, those that
+    end become hypotheses, which score sum of log-probabilities / length ** length_penalty, </s>
+    counted; the first K that do not end run on. A row is done when its worst kept hypothesis scores
+    at least what the best continuation would, were it to end now; or at its limit.
     """
-    model, K = emu.bind(emu.Emu, size, params), beams
+    model = emu.bind(emu.Emu, size, params)
+    K = beams
     rows = context.lengths.shape[0] // K
     nobody = jnp.full((rows, K, room), EOS)
     state = Beams(context, nobody, jnp.tile(jnp.array([0.0] + [DEAD] * (K - 1)), (rows, 1)), jnp.zeros((rows, K), jnp.int32), jnp.int32(0),
@@ -142,7 +163,8 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
     logits = jax.nn.log_softmax(model.llama.logits(state.context.hidden), -1)
     scores = sampling.process(logits, rules, _said(rules, state.ids.reshape(B * K, room), state.count), state.node.ravel(), state.count, EOS)
     best, at = jax.lax.top_k((scores.reshape(B, K, V) + state.sums[..., None]).reshape(B, K * V), 2 * K)
-    parent, token = at // V, at % V
+    parent = at // V
+    token = at % V
     pick = lambda values, index: jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), 1)
     score = best / (state.count + 1).astype(jnp.float32) ** rules.length_penalty
 
@@ -151,22 +173,29 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
     kept_scores, kept = jax.lax.top_k(hypotheses, K)
     ended = pick(jnp.concatenate([state.ended, pick(state.ids, parent)], 1), kept)
 
-    order = jnp.argsort(ends, axis=1, stable=True)[:, :K]           # the first K that do not end
-    parent, token, sums = pick(parent, order), pick(token, order), pick(best, order)
+    # the first K that do not end
+    order = jnp.argsort(ends, axis=1, stable=True)[:, :K]
+    parent = pick(parent, order)
+    token = pick(token, order)
+    sums = pick(best, order)
     ids = pick(state.ids, parent).at[:, :, state.count].set(token)
     node = pick(state.node, parent)
     node = node if rules.trie is None else rules.trie.follow(node.ravel(), token.ravel()).reshape(B, K)
 
-    over = state.done | (state.count >= rules.limits)               # such a row stays as it is
+    # such a row stays as it is
+    over = state.done | (state.count >= rules.limits)
     keep = lambda old, new: jnp.where(over.reshape(B, *[1] * (new.ndim - 1)), old, new)
-    done = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0]) | (score[:, 0] == -jnp.inf)     # or nothing more is allowed
+    # or nothing more is allowed
+    done = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0]) | (score[:, 0] == -jnp.inf)
     came_from = (keep(jnp.arange(K)[None], parent) + K * jnp.arange(B)[:, None]).ravel()
     return Beams(_reorder(state.context, came_from, room), keep(state.ids, ids), keep(state.sums, sums), keep(state.node, node), state.count + 1,
                  keep(state.ended, ended), keep(state.scores, kept_scores), state.done | ~over & done)
 
 
 def _reorder(context: Context, came_from: Int[Array, "B"], room: int) -> Context:
-    """Each beam's own answer moves with it; what was read before the answers is the same for all beams of a row."""
+    """Each beam's own answer moves with it; what was read before the answers is the same for all
+    beams of a row.
+    """
     start = context.cache.slots - room
     move = lambda x: jax.lax.dynamic_update_slice_in_dim(x, x[:, came_from, start:], start, 2)
     cache = context.cache.replace(k=move(context.cache.k), v=move(context.cache.v))

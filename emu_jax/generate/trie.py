@@ -1,4 +1,6 @@
-"""Which ids may follow when an answer must be one of given ones: a token trie as two arrays that a compiled loop can walk."""
+"""Which ids may follow when an answer must be one of given ones: a token trie as two arrays that a
+compiled loop can walk.
+"""
 from collections.abc import Sequence
 from typing import no_type_check
 
@@ -11,10 +13,14 @@ from emu_jax.config import UserError
 
 
 @flax.struct.dataclass
-@no_type_check              # JAX rebuilds it with what are no arrays
+# JAX rebuilds it with what are no arrays
+@no_type_check
 class Trie:
-    """Node 0 is the start; the i-th edge of a node carries the id ids[node, i] to the node to[node, i]."""
-    ids: Int[Array, "nodes edges"]      # a number beyond every id where there is no edge
+    """Node 0 is the start; the i-th edge of a node carries the id ids[node, i] to the node to[node,
+    i].
+    """
+    # a number beyond every id where there is no edge
+    ids: Int[Array, "nodes edges"]
     to: Int[Array, "nodes edges"]
 
     def allowed(self, node: Int[Array, "B"], vocab: int) -> Bool[Array, "B V"]:
@@ -29,7 +35,9 @@ class Trie:
 
 
 def make(answers: Sequence[Sequence[int]], eos: int) -> Trie:
-    """The trie of answers as ids, each followed by </s>. Its shape is of powers of two, so that few are compiled for."""
+    """The trie of answers as ids, each followed by </s>. Its shape is of powers of two, so that few
+    are compiled for.
+    """
     if not answers:
         raise UserError("constrained decoding was given no answers to choose from")
     edges: list[dict[int, int]] = [{}]
@@ -41,7 +49,9 @@ def make(answers: Sequence[Sequence[int]], eos: int) -> Trie:
                 edges.append({})
             node = edges[node][token]
     shape = [1 << (n - 1).bit_length() for n in (len(edges), max(map(len, edges)))]
-    ids, to = np.full(shape, np.iinfo(np.int32).max, np.int32), np.zeros(shape, np.int32)
+    ids = np.full(shape, np.iinfo(np.int32).max, np.int32)
+    to = np.zeros(shape, np.int32)
     for node, found in enumerate(edges):
-        ids[node, :len(found)], to[node, :len(found)] = list(found), list(found.values())
+        ids[node, :len(found)] = list(found)
+        to[node, :len(found)] = list(found.values())
     return Trie(jnp.asarray(ids), jnp.asarray(to))

@@ -1,8 +1,9 @@
-"""Attention: one function and one mask language for every tower; the accelerators' kernels stand behind it.
+"""Attention: one function and one mask language for every tower; the accelerators' kernels stand
+behind it.
 
-`attention` softmaxes scale * q k (+ bias) over the keys that a `Mask` allows. "dense" is the reference, to which
-every other kernel is held on packed rows, forward and backward (tests/models/test_attention.py).
-Read next: layers.py, then llama.py.
+`attention` softmaxes scale * q k (+ bias) over the keys that a `Mask` allows. "dense" is the
+reference, to which every other kernel is held on packed rows, forward and backward
+(tests/models/test_attention.py). Read next: layers.py, then llama.py.
 """
 from functools import partial
 from math import prod
@@ -18,19 +19,24 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from emu_jax import sharding
 from emu_jax.config import UserError
 
-BLOCK = 128                                 # rows are padded to a multiple of it for splash and pallas
-WIDEST = 128                                # channels of a head for which the kernels of every GPU have room
+# rows are padded to a multiple of it for splash and pallas
+BLOCK = 128
+# channels of a head for which the kernels of every GPU have room
+WIDEST = 128
 GPU = ("gpu", "cuda", "rocm")
-PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}   # as "auto" prefers them; on a CPU: interpreted
+# as "auto" prefers them; on a CPU: interpreted
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}
 
 
 @flax.struct.dataclass
-@no_type_check                              # JAX rebuilds it with what are no arrays
+# JAX rebuilds it with what are no arrays
+@no_type_check
 class Mask:
     """Who may look at whom: the same segment and, when causal, not a later position.
 
-    `kv_*` describe the keys where these are not the queries themselves. None restricts nothing; without positions,
-    causal goes by the place in the row, which in packed rows is the same thing. Queries down, keys across:
+    `kv_*` describe the keys where these are not the queries themselves. None restricts nothing;
+    without positions, causal goes by the place in the row, which in packed rows is the same thing.
+    Queries down, keys across:
 
       self_mask()                          1 . .     a document alone
                                            1 1 .
@@ -41,12 +47,11 @@ class Mask:
                                            1 1 1
 
       self_mask([[1, 1, 2, 2, 0]])         1 . . . .   two documents packed in a row, and padding,
-                                           1 1 . . .   which looks at itself: no query is without a key
-                                           . . 1 . .
-                                           . . 1 1 .
-                                           . . . . 1
+                                           1 1 . . .   which looks at itself: no query is without a
+                                           key . . 1 . . . . 1 1 . . . . . 1
 
-      Mask([[1, 1]], [[1, 1, 1, 0]],       1 1 . .   tokens 1 and 2 of a document against a cache with room for 4
+      Mask([[1, 1]], [[1, 1, 1, 0]],       1 1 . .   tokens 1 and 2 of a document against a cache
+      with room for 4
            [[1, 2]], [[0, 1, 2, 0]],       1 1 1 .
            causal=True)
     """
@@ -63,7 +68,9 @@ def self_mask(segments: Int[Array, "B T"] | None = None, *, causal: bool = True)
 
 
 def allowed(mask: Mask | None, T: int, S: int) -> Bool[Array, "B T S"]:
-    """The mask written out: may query t look at key s? B is 1 where the mask says nothing of rows."""
+    """The mask written out: may query t look at key s? B is 1 where the mask says nothing of
+    rows.
+    """
     ok = jnp.ones((1, T, S), bool)
     if mask is None:
         return ok
@@ -80,11 +87,13 @@ def allowed(mask: Mask | None, T: int, S: int) -> Bool[Array, "B T S"]:
 def attention(q: Float[Array, "B T H d"], k: Float[Array, "B S G d"], v: Float[Array, "B S G d"], mask: Mask | None = None, *,
               scale: float, bias: Float[Array, "H T S"] | None = None, dropout: float = 0.0, key: PRNGKeyArray | None = None,
               kernel: str = "auto") -> Float[Array, "B T H d"]:
-    """softmax(scale * q k + bias) v over the keys that `mask` allows; softmax in float32, zero where a query has no key.
+    """softmax(scale * q k + bias) v over the keys that `mask` allows; softmax in float32, zero
+    where a query has no key.
 
-    G divides H: each key head serves H / G query heads (grouped-query attention). Dropout is on the probabilities, where
-    there is a key for it. Kernels: "dense" does everything; "splash" (TPU), "pallas" and "cudnn" (GPU) never hold T x S;
-    "auto" takes the one for the platform that can do what is asked, else dense. Raises UserError for one that cannot.
+    G divides H: each key head serves H / G query heads (grouped-query attention). Dropout is on the
+    probabilities, where there is a key for it. Kernels: "dense" does everything; "splash" (TPU),
+    "pallas" and "cudnn" (GPU) never hold T x S; "auto" takes the one for the platform that can do
+    what is asked, else dense. Raises UserError for one that cannot.
     """
     mask = Mask() if mask is None else mask
     dropout = dropout if key is not None else 0.0
@@ -104,14 +113,17 @@ def attention(q: Float[Array, "B T H d"], k: Float[Array, "B S G d"], v: Float[A
 
 
 def platform_in_use() -> str:
-    """The platform that is traced for: that of the mesh in use, which may be of devices that are not here."""
+    """The platform that is traced for: that of the mesh in use, which may be of devices that are
+    not here.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def _obstacle(platform, q, k, mask, bias, dropout, kernel) -> str:
     """Why `kernel` cannot do this; "" if it can."""
-    T, S = q.shape[1], k.shape[1]
+    T = q.shape[1]
+    S = k.shape[1]
     if kernel == "dense":
         return ""
     if kernel not in PLATFORMS:
@@ -136,7 +148,9 @@ def _obstacle(platform, q, k, mask, bias, dropout, kernel) -> str:
 
 
 def _pays(platform, q, k) -> bool:
-    """Short rows would be mostly padding, float32 is asked for to be exact, and on a CPU kernels are only interpreted."""
+    """Short rows would be mostly padding, float32 is asked for to be exact, and on a CPU kernels
+    are only interpreted.
+    """
     return platform != "cpu" and q.dtype.itemsize == 2 and min(q.shape[1], k.shape[1]) >= BLOCK
 
 
@@ -149,15 +163,19 @@ def _dense(q, k, v, mask, scale, bias, dropout, key):
         logits += rearrange(bias.astype(jnp.float32), "(G r) T S -> G r T S", G=G)
     ok = allowed(mask, q.shape[1], k.shape[1])[:, None, None]
     logits = jnp.where(ok, logits, jnp.finfo(jnp.float32).min)
-    probs = jnp.where(ok, jax.nn.softmax(logits, axis=-1), 0.0)     # zero, not uniform, for a query without keys
+    # zero, not uniform, for a query without keys
+    probs = jnp.where(ok, jax.nn.softmax(logits, axis=-1), 0.0)
     if dropout:
         probs *= jax.random.bernoulli(key, 1 - dropout, probs.shape) / (1 - dropout)
     return rearrange(einsum("BGrTS,BSGd->BTGrd", probs.astype(v.dtype), v), "B T G r d -> B T (G r) d")
 
 
 def _cudnn(q, k, v, scale, causal):
-    """cuDNN's flash attention. It has no gradient for rows of an odd length: those get one more place, which it is told to leave out."""
-    (B, T), S = q.shape[:2], k.shape[1]
+    """cuDNN's flash attention. It has no gradient for rows of an odd length: those get one more
+    place, which it is told to leave out.
+    """
+    (B, T) = q.shape[:2]
+    S = k.shape[1]
     lengths = {}
     if T % 2 or S % 2:
         q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
@@ -188,7 +206,8 @@ def _pallas(q, k, v, segments, *, scale, causal, interpret):
     T, H = q.shape[1:3]
     _, ids = _ids(q, k, segments, causal)
     k, v = (repeat(x, "B S G d -> B S (G r) d", r=H // k.shape[2]) for x in (k, v))
-    b = BLOCK // 2 if q.dtype.itemsize > 2 else BLOCK       # 128 x 128 of float32 do not fit an H100's shared memory
+    # 128 x 128 of float32 do not fit an H100's shared memory
+    b = BLOCK // 2 if q.dtype.itemsize > 2 else BLOCK
     blocks = gpu.BlockSizes(block_q=b, block_k=b, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)
     return gpu.mha(*map(_padded, (q, k, v)), ids, sm_scale=scale, causal=causal, block_sizes=blocks, interpret=interpret)[:, :T]
 
@@ -205,13 +224,14 @@ def _padded(x, value=0):
 def _ids(q, k, segments, causal):
     """Segments of the padded queries and keys; (None, None) where they would say nothing.
 
-    No query may be without a key, padding included, or 0/0 would come back through the gradient: padding looks at itself, but
-    where only the keys tell padding apart, at the real keys.
+    No query may be without a key, padding included, or 0/0 would come back through the gradient:
+    padding looks at itself, but where only the keys tell padding apart, at the real keys.
     """
     if segments is not None:
         ids = _padded(segments, -1)
         return ids, ids
-    if causal or k.shape[1] % BLOCK == 0:      # the padding's keys are later than every query, or there are none
+    # the padding's keys are later than every query, or there are none
+    if causal or k.shape[1] % BLOCK == 0:
         return None, None
     zeros = partial(jnp.zeros, dtype=jnp.int32)
     return _padded(zeros(q.shape[:2])), _padded(zeros(k.shape[:2]), -1)
@@ -227,8 +247,10 @@ def _sharded(run, q, k, v, mask):
 
 
 def _spec(mesh, B: int, G: int, causal: bool) -> P:
-    """Where [B, T, H, d] lies: text as `sharding.rows` has it, heads over tensor; what is not causal is images, whose rows
-    `sharding.images` lays over all axes. Rows or heads that do not divide stay whole."""
+    """Where [B, T, H, d] lies: text as `sharding.rows` has it, heads over tensor; what is not
+    causal is images, whose rows `sharding.images` lays over all axes. Rows or heads that do not
+    divide stay whole.
+    """
     heads = "tensor" if causal and G % mesh.shape["tensor"] == 0 else None
     rows = sharding.ROWS if heads else sharding.AXES
     fits = [axes for axes in (rows, sharding.ROWS) if B % prod(mesh.shape[axis] for axis in axes) == 0]

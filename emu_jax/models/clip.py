@@ -1,7 +1,8 @@
-"""CLIP (arXiv 2103.00020): a text's and a picture's features, whose cosine says how well they go together. It scores pictures; Emu does not
-contain it.
+"""CLIP (arXiv 2103.00020): a text's and a picture's features, whose cosine says how well they go
+together. It scores pictures; Emu does not contain it.
 
-Two towers of the same pre-norm blocks, the text's causal. Read next: weights/clip.py, evaluate/metrics/clip_score.py.
+Two towers of the same pre-norm blocks, the text's causal. Read next: weights/clip.py,
+evaluate/metrics/clip_score.py.
 """
 from dataclasses import dataclass
 
@@ -15,27 +16,34 @@ from emu_jax.models import layers
 from emu_jax.models.attention import Mask, attention, self_mask
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x), "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
-OLD_EOS = 2             # what config.json says of </s> where it says nothing true: a text ends at its largest id then
+# what config.json says of </s> where it says nothing true: a text ends at its largest id then
+OLD_EOS = 2
 
 
 @dataclass(frozen=True)
 class TowerSize:
-    width: int          # E
+    # E
+    width: int
     depth: int
     heads: int
     ffn: int
     eps: float
-    activation: str     # a key of ACTIVATIONS
+    # a key of ACTIVATIONS
+    activation: str
 
 
 @dataclass(frozen=True)
 class ClipSize:
-    features: int       # C, width of what both towers give
-    image: int          # pixels a side
+    # C, width of what both towers give
+    features: int
+    # pixels a side
+    image: int
     patch: int
     vocab: int
-    context: int        # tokens of a text at most
-    eos: int            # id of the token at which a text is read; see OLD_EOS
+    # tokens of a text at most
+    context: int
+    # id of the token at which a text is read; see OLD_EOS
+    eos: int
     text: TowerSize
     vision: TowerSize
 
@@ -48,7 +56,10 @@ class ClipSize:
 
 class Block(nnx.Module):
     def __init__(self, size: TowerSize, rngs: nnx.Rngs):
-        E, H, d, F = size.width, size.heads, size.width // size.heads, size.ffn
+        E = size.width
+        H = size.heads
+        d = size.width // size.heads
+        F = size.ffn
         self.activation = size.activation
         self.norm1 = layers.LayerNorm(E, eps=size.eps)
         self.q, self.k, self.v = (layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs) for _ in "qkv")
@@ -66,7 +77,8 @@ class Block(nnx.Module):
 
 class Text(nnx.Module):
     def __init__(self, size: ClipSize, rngs: nnx.Rngs):
-        tower, self.eos = size.text, size.eos
+        tower = size.text
+        self.eos = size.eos
         self.tokens = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.vocab, tower.width)))
         self.positions = nnx.Param(0.01 * jax.random.normal(rngs.params(), (size.context, tower.width)))
         self.blocks = layers.stack(lambda rngs: Block(tower, rngs), tower.depth, rngs)
@@ -83,7 +95,9 @@ class Text(nnx.Module):
 
 class Vision(nnx.Module):
     def __init__(self, size: ClipSize, rngs: nnx.Rngs):
-        tower, p, self.side = size.vision, size.patch, size.patch
+        tower = size.vision
+        p = size.patch
+        self.side = size.patch
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tower.width,)))
         self.patch = layers.Linear("bxyijc,ijce->bxye", (p, p, 3, tower.width), std=0.02, rngs=rngs)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1 + (size.image // p) ** 2, tower.width)))
@@ -105,4 +119,5 @@ class Clip(nnx.Module):
     def __init__(self, size: ClipSize, rngs: nnx.Rngs):
         self.text = Text(size, rngs)
         self.vision = Vision(size, rngs)
-        self.logit_scale = nnx.Param(jnp.zeros(()))         # of training: no feature knows it
+        # of training: no feature knows it
+        self.logit_scale = nnx.Param(jnp.zeros(()))

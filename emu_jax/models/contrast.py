@@ -1,7 +1,9 @@
-"""The warm-up of an encoder of your own: contrastive learning of its visual tokens against a bag of word trigrams.
+"""The warm-up of an encoder of your own: contrastive learning of its visual tokens against a bag of
+word trigrams.
 
-Emu starts from EVA-CLIP. From a random encoder its objective collapses: the visual tokens are input and target at once, and
-become constant. This gives them content first (arXiv 2103.00020's loss), with a linear reading of the pixels beside it.
+Emu starts from EVA-CLIP. From a random encoder its objective collapses: the visual tokens are input
+and target at once, and become constant. This gives them content first (arXiv 2103.00020's loss),
+with a linear reading of the pixels beside it.
 """
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,18 @@ from emu_jax.models import layers
 from emu_jax.models.emu import EmuSize, Encoder
 from emu_jax.types import Batch
 
-READOUT = 16      # pixels a side of the linear reading
+# pixels a side of the linear reading
+READOUT = 16
 
 
 class Trigrams(nnx.Module):
-    """A text encoder that sees the order of neighbours: the mean over tokens of gelu(a[t] + b[t-1] + c[t-2])."""
+    """A text encoder that sees the order of neighbours: the mean over tokens of gelu(a[t] + b[t-1]
+    + c[t-2]).
+    """
 
     def __init__(self, size: EmuSize, rngs: nnx.Rngs):
-        V, D = size.llama.vocab + size.llama.added, size.llama.width
+        V = size.llama.vocab + size.llama.added
+        D = size.llama.width
         self.tables = nnx.Param(0.5 * jax.random.normal(rngs.params(), (3, V, D)))
         self.project = layers.Linear("btD,DE->btE", (D, D), std=D ** -0.5, rngs=rngs)
 
@@ -30,7 +36,8 @@ class Trigrams(nnx.Module):
         segment = jnp.take_along_axis(batch.segments, jnp.minimum(batch.image_slots, T - 1), 1)
         mine = (batch.segments[:, None] == segment[:, :, None]) & (batch.text_weights > 0)[:, None]
         tables = self.tables.get_value()
-        other = tables.shape[1] - 1                 # one token for whatever is not text, or not of this document
+        # one token for whatever is not text, or not of this document
+        other = tables.shape[1] - 1
         spoken = jnp.where(batch.text_weights > 0, batch.tokens, other)
         shift = lambda x, n: jnp.pad(x, ((0, 0), (n, 0)))[:, :T]
         before = lambda n: jnp.where(shift(batch.segments, n) == batch.segments, shift(spoken, n), other)
@@ -44,7 +51,8 @@ class Contrast(nnx.Module):
     """Heads of the warm-up on visual tokens [M, N, D]."""
 
     def __init__(self, size: EmuSize, rngs: nnx.Rngs):
-        N, D = size.resampler.tokens, size.llama.width
+        N = size.resampler.tokens
+        D = size.llama.width
         self.text = Trigrams(size, rngs)
         self.image = layers.Linear("mnD,nDE->mE", (N, D, D), bias=(D,), std=(N * D) ** -0.5, rngs=rngs)
         self.readout = layers.Linear("mnD,nDp->mp", (N, D, READOUT * READOUT * 3), bias=(READOUT * READOUT * 3,), std=(N * D) ** -0.5, rngs=rngs)
@@ -54,7 +62,9 @@ class Contrast(nnx.Module):
 
 
 class Warmup(Encoder):
-    """Vision, ln_visual and resampler under the names they have in Emu, and the heads that are thrown away."""
+    """Vision, ln_visual and resampler under the names they have in Emu, and the heads that are
+    thrown away.
+    """
 
     def __init__(self, size: EmuSize, rngs: nnx.Rngs):
         super().__init__(size, rngs)

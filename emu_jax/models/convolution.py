@@ -1,6 +1,8 @@
-"""What the U-Net and the autoencoder share: convolution, group norm, the residual block, changes of resolution.
+"""What the U-Net and the autoencoder share: convolution, group norm, the residual block, changes of
+resolution.
 
-Channels last. The shapes are Stable Diffusion's (arXiv 2112.10752; its released checkpoints). Read next: unet.py, vae.py.
+Channels last. The shapes are Stable Diffusion's (arXiv 2112.10752; its released checkpoints). Read
+next: unet.py, vae.py.
 """
 from collections.abc import Iterable
 
@@ -15,7 +17,9 @@ from emu_jax.models.attention import platform_in_use
 
 
 def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
-    """Modules of different shapes under the parameter paths 0, 1, ...; read them with `in_order`."""
+    """Modules of different shapes under the parameter paths 0, 1, ...; read them with
+    `in_order`.
+    """
     return nnx.Dict({str(number): module for number, module in enumerate(modules)})
 
 
@@ -38,11 +42,14 @@ class Conv(nnx.Module):
 
 
 def _convolved(x, w, stride: int, padding: tuple[int, int], precision: str | None):
-    """XLA's convolution; on a CPU a product of shifted copies, for there its own is 20 times slower within a loop (a sampler's, or the step's)."""
+    """XLA's convolution; on a CPU a product of shifted copies, for there its own is 20 times slower
+    within a loop (a sampler's, or the step's).
+    """
     if platform_in_use() != "cpu":
         axes = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, w, (stride, stride), (padding, padding), dimension_numbers=axes, precision=precision)
-    k, x = w.shape[0], jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
+    k = w.shape[0]
+    x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
     height, width = ((side - k) // stride * stride + 1 for side in x.shape[1:3])
     shifted = [x[:, i:i + height:stride, j:j + width:stride] for i in range(k) for j in range(k)]
     return jnp.einsum("bhwi,io->bhwo", jnp.concatenate(shifted, -1), rearrange(w, "i j c o -> (i j c) o"), precision=precision)
@@ -57,7 +64,8 @@ class GroupNorm(nnx.Module):
     """Normalised over pixels and the channels of a group, in float32."""
 
     def __init__(self, width: int, groups: int, *, eps: float):
-        self.groups, self.eps = groups, eps
+        self.groups = groups
+        self.eps = eps
         self.scale = nnx.Param(jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width))
 
@@ -68,13 +76,17 @@ class GroupNorm(nnx.Module):
         return (normed * self.scale.get_value() + self.bias.get_value()).astype(x.dtype)
 
     def _mean(self, x: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 C"]:
-        """Each channel has its group's. Pixels first: a group of few channels would be a bad shape for an accelerator, and few are left then."""
+        """Each channel has its group's. Pixels first: a group of few channels would be a bad shape
+        for an accelerator, and few are left then.
+        """
         means = reduce(x.mean((1, 2)), "b (g c) -> b g", "mean", g=self.groups)
         return repeat(means, "b g -> b 1 1 (g c)", c=x.shape[-1] // self.groups)
 
 
 class Resnet(nnx.Module):
-    """Two convolutions beside a shortcut; the embedding of the time, where there is one, is added between them."""
+    """Two convolutions beside a shortcut; the embedding of the time, where there is one, is added
+    between them.
+    """
 
     def __init__(self, width_in: int, width_out: int, groups: int, *, eps: float, rngs: nnx.Rngs, time_width: int = 0):
         self.norm1 = GroupNorm(width_in, groups, eps=eps)
@@ -82,7 +94,8 @@ class Resnet(nnx.Module):
         if time_width:
             self.time = layers.Linear("bt,tc->bc", (time_width, width_out), bias=(width_out,), std=time_width ** -0.5, rngs=rngs)
         self.norm2 = GroupNorm(width_out, groups, eps=eps)
-        self.conv2 = Conv(width_out, width_out, rngs=rngs, std=0.0)         # a fresh block changes nothing
+        # a fresh block changes nothing
+        self.conv2 = Conv(width_out, width_out, rngs=rngs, std=0.0)
         if width_in != width_out:
             self.shortcut = pointwise(width_in, width_out, rngs=rngs)
 

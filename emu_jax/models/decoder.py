@@ -1,9 +1,10 @@
-"""The visual decoder (section 2.3 of Emu's paper): a U-Net that draws what N visual tokens say, beside the Emu that says them.
+"""The visual decoder (section 2.3 of Emu's paper): a U-Net that draws what N visual tokens say,
+beside the Emu that says them.
 
-A condition is made of a document's image and text: `generated` (what the LLM regresses, made beforehand: it comes with the batch),
-`teacher_forced` (what it predicts for each token from the true ones before) or `encoded` (the image's own visual tokens: an
-autoencoder without an LLM, as in Emu2).
-Read next: unet.py, vae.py, diffusion.py; ../stages.py for the loss.
+A condition is made of a document's image and text: `generated` (what the LLM regresses, made
+beforehand: it comes with the batch), `teacher_forced` (what it predicts for each token from the
+true ones before) or `encoded` (the image's own visual tokens: an autoencoder without an LLM, as in
+Emu2). Read next: unet.py, vae.py, diffusion.py; ../stages.py for the loss.
 """
 from dataclasses import dataclass
 
@@ -28,14 +29,19 @@ SOURCES = ("generated", "teacher_forced", "encoded")
 class DecoderSize:
     emu: EmuSize
     unet: UNetSize
-    vae: VaeSize | None         # None: the U-Net works on pixels
+    # None: the U-Net works on pixels
+    vae: VaeSize | None
     diffusion: Diffusion
-    image: int                  # pixels a side of what is drawn
-    condition: str              # its source
+    # pixels a side of what is drawn
+    image: int
+    # its source
+    condition: str
 
     @classmethod
     def of(cls, model: dict) -> "DecoderSize":
-        """From `config.model` with its group `decoder`. Raises UserError for parts that do not fit one another."""
+        """From `config.model` with its group `decoder`. Raises UserError for parts that do not fit
+        one another.
+        """
         d = model["decoder"]
         try:
             diffusion = Diffusion(**d["diffusion"])
@@ -66,7 +72,9 @@ class DecoderSize:
 
     @property
     def loaded(self) -> int:
-        """Pixels a side of the images that the loader gives: the larger of what is drawn and what the encoder sees."""
+        """Pixels a side of the images that the loader gives: the larger of what is drawn and what
+        the encoder sees.
+        """
         return max(self.image, self.emu.vision.image)
 
     @property
@@ -92,7 +100,9 @@ class Canvas(nnx.Module):
         self.unet = UNet(size.unet, rngs)
 
     def targets(self, images: UInt8[Array, "M h w 3"], key: Array | None = None) -> Float[Array, "M y x c"]:
-        """What is to be drawn: pixels in -1..1, or their latents (drawn with `key`, else their mean), in float32."""
+        """What is to be drawn: pixels in -1..1, or their latents (drawn with `key`, else their
+        mean), in float32.
+        """
         if not self.decoder.vae:
             return signed(images, self.decoder.image)
         return self.sampled(moments(self.decoder, self.vae, images), key)
@@ -114,7 +124,9 @@ class Canvas(nnx.Module):
 
 
 class Decoder(Emu, Canvas):
-    """The towers of training: the Emu that makes the condition (without its LLM where that has no say), and what draws."""
+    """The towers of training: the Emu that makes the condition (without its LLM where that has no
+    say), and what draws.
+    """
 
     def __init__(self, size: DecoderSize, rngs: nnx.Rngs):
         Emu.__init__(self, size.emu, rngs)
@@ -123,7 +135,9 @@ class Decoder(Emu, Canvas):
         Canvas.__init__(self, size, rngs)
 
     def drawn(self, batch: Batch, key: Array) -> Float[Array, "M y x c"]:
-        """`targets` of every image of the batch, M = B * I, from the moments that came with it if some did: the same but for their rounding."""
+        """`targets` of every image of the batch, M = B * I, from the moments that came with it if
+        some did: the same but for their rounding.
+        """
         if isinstance(batch, DecoderBatch) and batch.latents is not None:
             return self.sampled(rearrange(batch.latents, "B I y x m -> (B I) y x m"), key)
         return self.targets(rearrange(batch.images, "B I h w c -> (B I) h w c"), key)
@@ -134,7 +148,8 @@ class Decoder(Emu, Canvas):
 
     def conditions(self, batch: Batch) -> Float[Array, "M N D"]:
         """The condition of every image of the batch, M = B * I."""
-        size, (B, I) = self.decoder, batch.images.shape[:2]
+        size = self.decoder
+        (B, I) = batch.images.shape[:2]
         if size.condition == "generated":
             return rearrange(batch.conditions, "B I N D -> (B I) N D").astype(size.emu.compute)
         z = self.encoded(batch)
@@ -149,7 +164,9 @@ class Decoder(Emu, Canvas):
 
 
 def moments(size: DecoderSize, vae: Vae, images: UInt8[Array, "M h w 3"]) -> Float[Array, "M y x m"]:
-    """What the autoencoder's encoder makes of images: the means of their latents, unscaled, and beside them the log variances, m = 2 c."""
+    """What the autoencoder's encoder makes of images: the means of their latents, unscaled, and
+    beside them the log variances, m = 2 c.
+    """
     return jnp.concatenate(vae.encode(signed(images, size.image).astype(size.emu.compute), kernel=size.emu.attention), -1)
 
 

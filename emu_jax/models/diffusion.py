@@ -1,8 +1,9 @@
-"""Diffusion as two linear maps: what is noised at time t is a x0 + s e, and a network predicts p x0 + q e of it.
+"""Diffusion as two linear maps: what is noised at time t is a x0 + s e, and a network predicts p x0
++ q e of it.
 
-e is unit noise. Schedules say a and s (Stable Diffusion's: arXiv 2112.10752; flow: arXiv 2209.03003), targets p and q: the
-noise, the velocity (arXiv 2202.00512), the flow or x0. Everything else, x0 and e from a prediction included, is the 2 x 2 system.
-Read next: ../generate/samplers.py.
+e is unit noise. Schedules say a and s (Stable Diffusion's: arXiv 2112.10752; flow: arXiv
+2209.03003), targets p and q: the noise, the velocity (arXiv 2202.00512), the flow or x0. Everything
+else, x0 and e from a prediction included, is the 2 x 2 system. Read next: ../generate/samplers.py.
 """
 from dataclasses import dataclass
 
@@ -17,12 +18,16 @@ TARGETS = ("epsilon", "v", "flow", "x0")
 @dataclass(frozen=True)
 class Diffusion:
     """`config.diffusion`; times run from 0 to `steps`."""
-    steps: int              # of the schedule that is trained on
+    # of the schedule that is trained on
+    steps: int
     beta_start: float
     beta_end: float
-    zero_snr: bool          # rescaled so that the last step is noise alone (arXiv 2305.08891)
-    target: str             # "epsilon", "v", "x0", or "flow", whose path is straight and whose times are continuous
-    min_snr: float          # weights of the loss are cut at this signal-to-noise ratio (arXiv 2303.09556); 0: all are 1
+    # rescaled so that the last step is noise alone (arXiv 2305.08891)
+    zero_snr: bool
+    # "epsilon", "v", "x0", or "flow", whose path is straight and whose times are continuous
+    target: str
+    # weights of the loss are cut at this signal-to-noise ratio (arXiv 2303.09556); 0: all are 1
+    min_snr: float
 
     def __post_init__(self):
         if self.target not in TARGETS:
@@ -32,10 +37,13 @@ class Diffusion:
 
 
 def alphas_cumprod(d: Diffusion) -> Float[np.ndarray, "steps"]:
-    """a squared at the times 0, 1, ..., of the scaled-linear schedule: the roots of its betas rise linearly."""
+    """a squared at the times 0, 1, ..., of the scaled-linear schedule: the roots of its betas rise
+    linearly.
+    """
     betas = np.linspace(d.beta_start ** 0.5, d.beta_end ** 0.5, d.steps, dtype=np.float64) ** 2
     alphas = np.cumprod(1 - betas)
-    if d.zero_snr:      # algorithm 1 of the paper: a is shifted to end at 0 and stretched to start where it did
+    # algorithm 1 of the paper: a is shifted to end at 0 and stretched to start where it did
+    if d.zero_snr:
         a = np.sqrt(alphas)
         alphas = ((a - a[-1]) * a[0] / (a[0] - a[-1])) ** 2
     return alphas
@@ -51,7 +59,9 @@ def coefficients(d: Diffusion, times: Array) -> tuple[Float[Array, "B"], Float[A
 
 
 def draw_times(d: Diffusion, key: Array, count: int) -> Float[Array, "B"]:
-    """A time for each row, all equally likely: whole numbers from 0 on, or for flow anything up to `steps`, 0 excluded."""
+    """A time for each row, all equally likely: whole numbers from 0 on, or for flow anything up to
+    `steps`, 0 excluded.
+    """
     share = jax.random.uniform(key, (count,))
     return (1 - share) * d.steps if d.target == "flow" else jnp.floor(share * d.steps)
 
@@ -74,7 +84,9 @@ def target(d: Diffusion, x0: Float[Array, "B h w c"], e: Float[Array, "B h w c"]
 
 
 def split(d: Diffusion, prediction: Float[Array, "B h w c"], x: Float[Array, "B h w c"], a: Array, s: Array) -> tuple[Array, Array]:
-    """(x0, e) of which `x` is a x0 + s e and `prediction` p x0 + q e: the inverse of `add_noise` and `target`."""
+    """(x0, e) of which `x` is a x0 + s e and `prediction` p x0 + q e: the inverse of `add_noise`
+    and `target`.
+    """
     p, q = parts(d, a, s)
     a, s, p, q = (_per_row(value) for value in (a, s, p, q))
     determinant = a * q - s * p
@@ -82,7 +94,9 @@ def split(d: Diffusion, prediction: Float[Array, "B h w c"], x: Float[Array, "B 
 
 
 def loss_weights(d: Diffusion, times: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Of the squared error of a prediction: min(snr, min_snr) as the weight of x0's error, in the target's units."""
+    """Of the squared error of a prediction: min(snr, min_snr) as the weight of x0's error, in the
+    target's units.
+    """
     if not d.min_snr:
         return jnp.ones(times.shape)
     a, s = coefficients(d, times)

@@ -1,9 +1,12 @@
-"""Emu (arXiv 2307.05222, section 3): images become visual tokens in the LLM's input, and the LLM predicts the next element.
+"""Emu (arXiv 2307.05222, section 3): images become visual tokens in the LLM's input, and the LLM
+predicts the next element.
 
-    images -> Vision -> ln_visual -> Resampler -> N visual tokens ┐
-    tokens -> embed ----------------------------------------------┴-> Llama -> hidden -> lm_head, regress_head (losses.py)
+    images -> Vision -> ln_visual -> Resampler -> N visual tokens ┐ tokens -> embed
+    ----------------------------------------------┴-> Llama -> hidden -> lm_head, regress_head
+    (losses.py)
 
-Outside this package a model is a plain nested dict of parameters: `init` makes it, `bind` gives it arithmetic.
+Outside this package a model is a plain nested dict of parameters: `init` makes it, `bind` gives it
+arithmetic.
 """
 from dataclasses import dataclass
 from functools import cache
@@ -29,25 +32,33 @@ class EmuSize:
     vision: VisionSize
     resampler: ResamplerSize
     llama: LlamaSize
-    compute: str            # dtype of the arithmetic
-    attention: str          # kernel of the three towers' attention
-    standardise: bool       # visual tokens standardised by constants measured once (visual_stats)
+    # dtype of the arithmetic
+    compute: str
+    # kernel of the three towers' attention
+    attention: str
+    # visual tokens standardised by constants measured once (visual_stats)
+    standardise: bool
     lora: LoraSize = NO_LORA
 
     @classmethod
     def of(cls, model: dict) -> "EmuSize":
-        """From `config.model`, whose fields are these; what may stand beside them there (a decoder) is passed over."""
+        """From `config.model`, whose fields are these; what may stand beside them there (a decoder)
+        is passed over.
+        """
         towers = dict(vision=VisionSize(**model["vision"]), resampler=ResamplerSize(**model["resampler"]), llama=LlamaSize(**model["llama"]),
                       lora=LoraSize(**model.get("lora", {})))
         return cls(**towers, **{name: model[name] for name in ("compute", "attention", "standardise")})
 
 
 class VisualStats(nnx.Module):
-    """Constants that standardise the visual tokens per (token, dimension); measured, never trained."""
+    """Constants that standardise the visual tokens per (token, dimension); measured, never
+    trained.
+    """
 
     def __init__(self, size: EmuSize):
         shape = (size.resampler.tokens, size.llama.width)
-        self.mean, self.std = nnx.Param(jnp.zeros(shape)), nnx.Param(jnp.ones(shape))
+        self.mean = nnx.Param(jnp.zeros(shape))
+        self.std = nnx.Param(jnp.ones(shape))
 
     def __call__(self, z: Float[Array, "M N D"]) -> Float[Array, "M N D"]:
         return ((z - self.mean.get_value()) / self.std.get_value()).astype(z.dtype)
@@ -90,14 +101,18 @@ class Emu(Encoder):
         return self.llama(x, batch.positions, batch.segments, kernel=self.size.attention)[0], visual
 
     def interleave(self, tokens: Int[Array, "B T"], visual: Float[Array, "B I N D"], slots: Int[Array, "B I"]) -> Float[Array, "B T D"]:
-        """Embeddings of the ids, with the visual tokens in their images' slots. A slot of T (no image) falls off the row."""
+        """Embeddings of the ids, with the visual tokens in their images' slots. A slot of T (no
+        image) falls off the row.
+        """
         x = self.llama.embeddings(tokens, visual.dtype)
         places = rearrange(slots[:, :, None] + jnp.arange(visual.shape[2]), "B I N -> B (I N)")
         return jax.vmap(lambda row, at, z: row.at[at].set(z, mode="drop"))(x, places, rearrange(visual, "B I N D -> B (I N) D"))
 
 
 def init(module: type[nnx.Module], size: Any, key: Array) -> dict:
-    """Fresh parameters of `module(size, rngs)` as a nested dict, with its LoRA; under jax.eval_shape, their shapes."""
+    """Fresh parameters of `module(size, rngs)` as a nested dict, with its LoRA; under
+    jax.eval_shape, their shapes.
+    """
     made = module(size, nnx.Rngs(params=key))
     linear = {"/".join(map(str, path)) + "/w": part.inputs for path, part in nnx.iter_modules(made) if isinstance(part, layers.Linear)}
     inputs = {path: axes for path, axes in linear.items() if "/blocks/" in path}
@@ -105,11 +120,14 @@ def init(module: type[nnx.Module], size: Any, key: Array) -> dict:
 
 
 def bind(module: type[nnx.Module], size: Any, params: dict, key: Array | None = None) -> nnx.Module:
-    """The module whose parameters are `params`: for use inside a jitted function. `key` turns the dropout of LoRA on."""
+    """The module whose parameters are `params`: for use inside a jitted function. `key` turns the
+    dropout of LoRA on.
+    """
     return nnx.merge(_graphdef(module, size), lora.bound(_lora(size), params, key))
 
 
-@cache      # a second or two each time that something is traced
+# a second or two each time that something is traced
+@cache
 def _graphdef(module: type[nnx.Module], size: Any) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: module(size, nnx.Rngs(params=0))))
 

@@ -1,6 +1,8 @@
-"""Model FLOPs, counted by hand and by tower: 2 a multiply-add of every matrix product, on real tokens and images only.
+"""Model FLOPs, counted by hand and by tower: 2 a multiply-add of every matrix product, on real
+tokens and images only.
 
-Recomputation, padding, norms and softmax count nothing, as in the definition of MFU (PaLM, arXiv 2204.02311, appendix B).
+Recomputation, padding, norms and softmax count nothing, as in the definition of MFU (PaLM, arXiv
+2204.02311, appendix B).
 """
 from collections.abc import Iterable
 
@@ -13,10 +15,18 @@ Count = int | float
 
 
 def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels: Count, regressed: Count) -> dict[str, Count]:
-    """Forward FLOPs by tower of `images` images and `tokens` tokens, of which `labels` are predicted and `regressed` are visual
-    targets; `pairs` is the number of (query, key) pairs that the causal mask allows, the sum of n (n + 1) / 2 over documents."""
-    v, r, m = size.vision, size.resampler, size.llama
-    P, E, N, C, hd = 1 + v.patches, v.width, r.tokens, r.width, r.heads * r.head_width
+    """Forward FLOPs by tower of `images` images and `tokens` tokens, of which `labels` are
+    predicted and `regressed` are visual targets; `pairs` is the number of (query, key) pairs that
+    the causal mask allows, the sum of n (n + 1) / 2 over documents.
+    """
+    v = size.vision
+    r = size.resampler
+    m = size.llama
+    P = 1 + v.patches
+    E = v.width
+    N = r.tokens
+    C = r.width
+    hd = r.heads * r.head_width
     vision = 2 * v.patches * v.patch ** 2 * 3 * E + v.depth * P * (8 * E * E + 4 * E * v.ffn + 4 * P * E)
     resampler = r.depth * (N * (8 * C * hd + 4 * C * hd + 4 * C * r.ffn) + P * 4 * E * hd + N * (N + 1) * 2 * hd + 4 * N * P * hd)
     resampler += 2 * N * C * m.width
@@ -27,15 +37,19 @@ def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels
 
 
 def train(size: EmuSize, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
-    """FLOPs of a step by tower, from the counts of `forward`: three times the forward where the tower trains, twice where
-    gradients only pass through it to an earlier one (or to LoRA in it, whose own few count nothing), once otherwise."""
+    """FLOPs of a step by tower, from the counts of `forward`: three times the forward where the
+    tower trains, twice where gradients only pass through it to an earlier one (or to LoRA in it,
+    whose own few count nothing), once otherwise.
+    """
     order = ("vision", "resampler", "inputs", "llama", "heads")
     passes = {tower: any(trained.get(before) for before in order[:place]) for place, tower in enumerate(order)}
     return {tower: (3 if trained.get(tower) else 2 if passes[tower] else 1) * value for tower, value in forward(size, **counts).items()}
 
 
 def trained(paths: Iterable[str]) -> dict[str, bool]:
-    """What `train` asks of the parameters that train: by tower, is it one, or more than LoRA and single rows in it? "inputs": is it these?"""
+    """What `train` asks of the parameters that train: by tower, is it one, or more than LoRA and
+    single rows in it? "inputs": is it these?
+    """
     found: dict[str, bool] = {}
     for path in paths:
         tower = path.split("/")[0]
@@ -49,8 +63,11 @@ def unet(size: UNetSize, side: int, tokens: int) -> int:
     last = len(places) - 1
 
     def transformer(level):
-        C, P, N = size.widths[level], places[level], tokens
-        block = P * (8 * C * C + 4 * P * C) + P * (4 * C * C + 4 * N * C) + 4 * N * size.condition * C + 24 * P * C * C     # self, cross, ffn
+        C = size.widths[level]
+        P = places[level]
+        N = tokens
+        # self, cross, ffn
+        block = P * (8 * C * C + 4 * P * C) + P * (4 * C * C + 4 * N * C) + 4 * N * size.condition * C + 24 * P * C * C
         return 4 * P * C * C + size.depths[level] * block
 
     def resnet(width_in, level):
@@ -66,7 +83,8 @@ def unet(size: UNetSize, side: int, tokens: int) -> int:
         skips += [C] * (count + (level < last))
     width = size.widths[last]
     for level in range(last, -1, -1):
-        C, count = size.widths[level], size.resnets[level] + 1
+        C = size.widths[level]
+        count = size.resnets[level] + 1
         total += sum(resnet(before + skips.pop(), level) for before in [width] + [C] * (count - 1))
         total += count * size.attends_up[level] * transformer(level)
         total += 18 * C * C * places[level - 1] if level else 0
@@ -77,7 +95,10 @@ def unet(size: UNetSize, side: int, tokens: int) -> int:
 def vae_encoder(size: VaeSize, side: int) -> int:
     """Forward FLOPs of encoding one image of `side` x `side`."""
     places = [(side // 2 ** level) ** 2 for level in range(len(size.widths))]
-    C, P, last, c = size.widths[-1], places[-1], len(places) - 1, 2 * size.latent
+    C = size.widths[-1]
+    P = places[-1]
+    last = len(places) - 1
+    c = 2 * size.latent
     total = 18 * places[0] * size.channels * size.widths[0] + 18 * P * C * c + 2 * P * c * c
     total += 2 * _resnet(C, C, P) + P * (8 * C * C + 4 * P * C)
     before = size.widths[0]
@@ -89,8 +110,10 @@ def vae_encoder(size: VaeSize, side: int) -> int:
 
 
 def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: Count, encodes: bool = True, **counts: Count) -> dict[str, Count]:
-    """As `train`, of a step that draws every image once; the Emu's towers run as far as the condition comes from them, and
-    the autoencoder's encoder only where it `encodes` what is drawn."""
+    """As `train`, of a step that draws every image once; the Emu's towers run as far as the
+    condition comes from them, and the autoencoder's encoder only where it `encodes` what is
+    drawn.
+    """
     text = {name: value if size.condition == "teacher_forced" else 0.0 for name, value in counts.items()} | {"labels": 0.0}
     read = 0.0 if size.condition == "generated" else images
     work = {tower: value for tower, value in forward(size.emu, images=read, **text).items() if value}

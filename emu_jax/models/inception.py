@@ -1,7 +1,9 @@
-"""The Inception-v3 that FID is defined on: Google's 2015 graph, whose quirks newer Inceptions lack (pool3 features, 2048 wide).
+"""The Inception-v3 that FID is defined on: Google's 2015 graph, whose quirks newer Inceptions lack
+(pool3 features, 2048 wide).
 
-Its quirks: averages over a window leave the border's padding out, the last block takes a maximum instead, there are 1008 classes, and
-images are resized as TensorFlow 1 did. Read next: weights/inception.py, evaluate/metrics/fid.py.
+Its quirks: averages over a window leave the border's padding out, the last block takes a maximum
+instead, there are 1008 classes, and images are resized as TensorFlow 1 did. Read next:
+weights/inception.py, evaluate/metrics/fid.py.
 """
 from typing import NamedTuple
 
@@ -11,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-SIDE = 299           # pixels
+# pixels
+SIDE = 299
 CLASSES = 1008
 
 
@@ -25,16 +28,21 @@ class Conv(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Branches side by side, each of steps one after another, each of convolutions side by side; and a branch that pools first."""
+    """Branches side by side, each of steps one after another, each of convolutions side by side;
+    and a branch that pools first.
+    """
     name: str
     branches: tuple[tuple[tuple[Conv, ...], ...], ...]
-    pool: str                    # "average" or "max"
-    project: Conv | None         # after the pool; without it the pool moves by 2
+    # "average" or "max"
+    pool: str
+    # after the pool; without it the pool moves by 2
+    project: Conv | None
 
 
 STEM = (Conv("Conv2d_1a_3x3", 32, 3, 3, 2), Conv("Conv2d_2a_3x3", 32, 3, 3), Conv("Conv2d_2b_3x3", 64, 3, 3), Conv("Conv2d_3b_1x1", 80),
         Conv("Conv2d_4a_3x3", 192, 3, 3))
-UNPADDED = {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}      # move by 1 and do not pad either
+# move by 1 and do not pad either
+UNPADDED = {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}
 
 
 def _chain(*convs: Conv) -> tuple[tuple[Conv, ...], ...]:
@@ -76,11 +84,14 @@ class ConvNorm(nnx.Module):
     """relu(batch norm(convolution)), the norm by its running statistics, eps 1e-3."""
 
     def __init__(self, conv: Conv, inputs: int, rngs: nnx.Rngs):
-        self.stride, self.padding = conv.stride, "SAME" if conv.stride == 1 and conv.name not in UNPADDED else "VALID"
+        self.stride = conv.stride
+        self.padding = "SAME" if conv.stride == 1 and conv.name not in UNPADDED else "VALID"
         std = (conv.h * conv.w * inputs) ** -0.5
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), (conv.h, conv.w, inputs, conv.outputs)))
-        self.scale, self.bias = nnx.Param(jnp.ones(conv.outputs)), nnx.Param(jnp.zeros(conv.outputs))
-        self.mean, self.var = nnx.Param(jnp.zeros(conv.outputs)), nnx.Param(jnp.ones(conv.outputs))
+        self.scale = nnx.Param(jnp.ones(conv.outputs))
+        self.bias = nnx.Param(jnp.zeros(conv.outputs))
+        self.mean = nnx.Param(jnp.zeros(conv.outputs))
+        self.var = nnx.Param(jnp.ones(conv.outputs))
 
     def __call__(self, x: Float[Array, "M h w c"]) -> Float[Array, "M H W C"]:
         y = jax.lax.conv_general_dilated(x, self.w.get_value(), (self.stride,) * 2, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -118,7 +129,8 @@ class Mixed(nnx.Module):
 class Logits(nnx.Module):
     def __init__(self, inputs: int, rngs: nnx.Rngs):
         self.w = nnx.Param(inputs ** -0.5 * jax.random.normal(rngs.params(), (inputs, CLASSES)))
-        self.bias = nnx.Param(jnp.zeros(CLASSES))            # the graph has it, FID's logits leave it out
+        # the graph has it, FID's logits leave it out
+        self.bias = nnx.Param(jnp.zeros(CLASSES))
 
 
 class Inception(nnx.Module):
@@ -133,8 +145,11 @@ class Inception(nnx.Module):
         self.fc = Logits(width, rngs)
 
     def __call__(self, images: Float[Array, "M h w 3"]) -> dict[str, Float[Array, "M _"]]:
-        """Means over the image of the features after five layers, of `prepare`d images: "64", "192", "768", "2048" (FID's) and "logits_unbiased"."""
-        out, x = {}, images
+        """Means over the image of the features after five layers, of `prepare`d images: "64",
+        "192", "768", "2048" (FID's) and "logits_unbiased".
+        """
+        out = {}
+        x = images
         for conv in STEM:
             x = getattr(self, conv.name)(x)
             if conv.name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
@@ -148,7 +163,9 @@ class Inception(nnx.Module):
 
 
 def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:
-    """RGB of any size -> the network's input: resized as TensorFlow 1 did (bilinear, no corners aligned, no half pixels), then (x - 128) / 128."""
+    """RGB of any size -> the network's input: resized as TensorFlow 1 did (bilinear, no corners
+    aligned, no half pixels), then (x - 128) / 128.
+    """
     rows, columns = (jnp.asarray(_bilinear(size)) for size in images.shape[1:3])
     x = jnp.einsum("yh,mhwc,xw->myxc", rows, images.astype(jnp.float32), columns, precision="highest")
     return (x - 128) / 128

@@ -1,7 +1,9 @@
-"""What every tower is made of: a linear map, two norms, dropout, and depth as a scan over rematerialised blocks.
+"""What every tower is made of: a linear map, two norms, dropout, and depth as a scan over
+rematerialised blocks.
 
-Parameters are float32; arithmetic is in the dtype of the activations, norms in float32. Modules only hold parameters and
-say their arithmetic: dropout takes its key, no module has random state. Read next: vision.py, resampler.py, llama.py.
+Parameters are float32; arithmetic is in the dtype of the activations, norms in float32. Modules
+only hold parameters and say their arithmetic: dropout takes its key, no module has random state.
+Read next: vision.py, resampler.py, llama.py.
 """
 from collections.abc import Callable
 from functools import partial
@@ -15,17 +17,22 @@ from jaxtyping import Array, Float
 from emu_jax import sharding
 from emu_jax.models.lora import Lora, Quantised, equations
 
-# How a block is rematerialised. Its backward pass finds saved all that it needs, nothing but what entered it, or the outputs of its matrix products.
+# How a block is rematerialised. Its backward pass finds saved all that it needs, nothing but what
+# entered it, or the outputs of its matrix products.
 REMAT = {
     "none": lambda block, **_: block,
     "full": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
-SHORT = 8       # blocks of a stack that is unrolled where all is saved: a scan would copy it into stacks and out of them
+# blocks of a stack that is unrolled where all is saved: a scan would copy it into stacks and out of
+# them
+SHORT = 8
 
 
 def einsum(equation: str, x: Array, w: Array | Quantised | Lora) -> Array:
-    """The one matrix product: in x's dtype (float32 means float32, on every platform), with whatever kind of weight."""
+    """The one matrix product: in x's dtype (float32 means float32, on every platform), with
+    whatever kind of weight.
+    """
     if isinstance(w, Lora):
         down, up = equations(equation)
         return einsum(equation, x, w.w) + w.scale * einsum(up, einsum(down, dropout(x, w.dropout, w.keys), w.a), w.b)
@@ -35,11 +42,14 @@ def einsum(equation: str, x: Array, w: Array | Quantised | Lora) -> Array:
 
 
 class Linear(nnx.Module):
-    """einsum with a weight `w` of `shape` and, if asked, a `bias` [...] over the output's last axes."""
+    """einsum with a weight `w` of `shape` and, if asked, a `bias` [...] over the output's last
+    axes.
+    """
 
     def __init__(self, equation: str, shape: tuple[int, ...], *, std: float, rngs: nnx.Rngs, bias: tuple[int, ...] | None = None):
         self.equation = equation
-        self.inputs = sum(axis not in equation.partition("->")[2] for axis in equation.partition(",")[2].partition("->")[0])   # axes of w summed over
+        # axes of w summed over
+        self.inputs = sum(axis not in equation.partition("->")[2] for axis in equation.partition(",")[2].partition("->")[0])
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         if bias is not None:
             self.bias = nnx.Param(jnp.zeros(bias))
@@ -92,15 +102,17 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
 
 def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | None], Any], *, where: str, remat: str,
         key: Array | None = None) -> Any:
-    """x through all L blocks of a stack, `call(block, x, key)` each: a scan over rematerialised blocks, compiled once; a SHORT stack without
-    remat is unrolled.
+    """x through all L blocks of a stack, `call(block, x, key)` each: a scan over rematerialised
+    blocks, compiled once; a SHORT stack without remat is unrolled.
 
-    x is the activations, or a tuple that begins with them. `where` is the stack's parameter path, by which each block's weights
-    are gathered just before their use; `key`, if given, is split over depth.
+    x is the activations, or a tuple that begins with them. `where` is the stack's parameter path,
+    by which each block's weights are gathered just before their use; `key`, if given, is split over
+    depth.
     """
     graphdef, state = nnx.split(blocks)
     weights = nnx.to_pure_dict(state)
-    depth, dtype = jax.tree.leaves(weights)[0].shape[0], jax.tree.leaves(x)[0].dtype
+    depth = jax.tree.leaves(weights)[0].shape[0]
+    dtype = jax.tree.leaves(x)[0].dtype
 
     def block(x, layer):
         weights, key = layer
@@ -111,7 +123,9 @@ def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | Non
 
 
 def once(block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str) -> Array:
-    """`call(block, x, *inputs)` as `run` does it for each block of a stack: for towers whose blocks differ in shape."""
+    """`call(block, x, *inputs)` as `run` does it for each block of a stack: for towers whose blocks
+    differ in shape.
+    """
     graphdef, state = nnx.split(block)
 
     def one(weights, x, *inputs):

@@ -1,7 +1,9 @@
-"""LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783): RMSNorm, rotary positions, SwiGLU. Emu's multimodal modelling block.
+"""LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783): RMSNorm, rotary positions, SwiGLU.
+Emu's multimodal modelling block.
 
-It takes embeddings, since an image's slots hold visual tokens and not ids, and returns the hidden state after the final norm:
-in training the vocabulary head belongs to the loss (losses.py), which never forms all logits. Read next: emu.py.
+It takes embeddings, since an image's slots hold visual tokens and not ids, and returns the hidden
+state after the final norm: in training the vocabulary head belongs to the loss (losses.py), which
+never forms all logits. Read next: emu.py.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -21,18 +23,28 @@ from emu_jax.types import Cache
 
 @dataclass(frozen=True)
 class LlamaSize:
-    vocab: int           # rows of LLaMA's own vocabulary
-    added: int           # and Emu's: [PAD] [IMG] [/IMG] <image>, in the chat model [USER] [ASSISTANT]
-    width: int           # D
+    # rows of LLaMA's own vocabulary
+    vocab: int
+    # and Emu's: [PAD] [IMG] [/IMG] <image>, in the chat model [USER] [ASSISTANT]
+    added: int
+    # D
+    width: int
     depth: int
     heads: int
-    kv_heads: int        # heads of keys and values, each serving heads / kv_heads queries' (grouped-query attention); 0: as many as heads
+    # heads of keys and values, each serving heads / kv_heads queries' (grouped-query attention); 0:
+    # as many as heads
+    kv_heads: int
     ffn: int
-    eps: float           # of the RMSNorms
+    # of the RMSNorms
+    eps: float
     rope_base: float
-    rope_scaling: tuple  # (), ("linear", factor) or ("llama3", factor, low, high, context): see `frequencies`
-    rope_dtype: str      # to which the frequencies are rounded: the release holds them in bfloat16, also when it computes in float32
-    tied: bool           # the output head is the input table
+    # (), ("linear", factor) or ("llama3", factor, low, high, context): see `frequencies`
+    rope_scaling: tuple
+    # to which the frequencies are rounded: the release holds them in bfloat16, also when it
+    # computes in float32
+    rope_dtype: str
+    # the output head is the input table
+    tied: bool
     remat: str
 
     @property
@@ -47,14 +59,19 @@ class LlamaSize:
 
 class Attention(nnx.Module):
     def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
-        D, H, G, d = size.width, size.heads, size.kv, size.width // size.heads
+        D = size.width
+        H = size.heads
+        G = size.kv
+        d = size.width // size.heads
         self.q = layers.Linear("btD,Dhd->bthd", (D, H, d), std=0.02, rngs=rngs)
         self.k = layers.Linear("btD,Dhd->bthd", (D, G, d), std=0.02, rngs=rngs)
         self.v = layers.Linear("btD,Dhd->bthd", (D, G, d), std=0.02, rngs=rngs)
         self.o = layers.Linear("bthd,hdD->btD", (H, d, D), std=0.02, rngs=rngs)
 
     def __call__(self, x, mask, rotation, kernel: str, remember):
-        q, k, v = rotate(self.q(x), rotation), rotate(self.k(x), rotation), self.v(x)
+        q = rotate(self.q(x), rotation)
+        k = rotate(self.k(x), rotation)
+        v = self.v(x)
         return self.o(attention(q, *remember(k, v), mask, scale=q.shape[-1] ** -0.5, kernel=kernel))
 
 
@@ -82,7 +99,9 @@ class Block(nnx.Module):
 
 
 class Vocabulary(nnx.Module):
-    """Rows of LLaMA's vocabulary `base` [V, D] and Emu's `added` [n, D], apart: V shards well and imports as it is."""
+    """Rows of LLaMA's vocabulary `base` [V, D] and Emu's `added` [n, D], apart: V shards well and
+    imports as it is.
+    """
 
     def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
         self.base = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.vocab, size.width)))
@@ -102,7 +121,9 @@ class Llama(nnx.Module):
             self.lm_head = Vocabulary(size, rngs)
 
     def head(self) -> dict[str, Array]:
-        """The output head's rows, {"base": [V, D], "added": [n, D]}: what losses and generation multiply by."""
+        """The output head's rows, {"base": [V, D], "added": [n, D]}: what losses and generation
+        multiply by.
+        """
         return (self.embed if self.size.tied else self.lm_head).arrays()
 
     def embeddings(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
@@ -110,24 +131,30 @@ class Llama(nnx.Module):
         return sharding.lookup(self.embed.base.get_value(), self.embed.added.get_value(), tokens, dtype)
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Of the next token, in float32: LLaMA's vocabulary and then the added tokens. For a few positions: never for a batch in training."""
+        """Of the next token, in float32: LLaMA's vocabulary and then the added tokens. For a few
+        positions: never for a batch in training.
+        """
         head = sharding.gathered("llama/lm_head", self.head(), hidden.dtype)
         product = partial(jnp.einsum, "bD,vD->bv", hidden, precision="highest", preferred_element_type=jnp.float32)
         return jnp.concatenate([product(head["base"]), product(head["added"])], -1)
 
     def empty_cache(self, rows: int, slots: int, dtype) -> Cache:
         """A cache with room for `slots` tokens a row."""
-        L, G, d = self.size.depth, self.size.kv, self.size.width // self.size.heads
+        L = self.size.depth
+        G = self.size.kv
+        d = self.size.width // self.size.heads
         zeros = lambda: sharding.cache(jnp.zeros((L, rows, slots, G, d), dtype))
         free = jnp.zeros((rows, slots), jnp.int32)
         return Cache(zeros(), zeros(), free, free, jnp.int32(0), fresh=True)
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], cache: Cache | None = None, *,
                  kernel: str = "auto") -> tuple[Float[Array, "B T D"], Cache | None]:
-        """(hidden states after the final norm, the cache with x in its next T slots); position t sees its own segment up to itself.
+        """(hidden states after the final norm, the cache with x in its next T slots); position t
+        sees its own segment up to itself.
 
-        Without a cache, x is all there is. With one, x goes on from what the cache holds, which must have T slots free; where x is
-        the first that a cache reads, padding (segment 0) stands at the ends of the rows.
+        Without a cache, x is all there is. With one, x goes on from what the cache holds, which
+        must have T slots free; where x is the first that a cache reads, padding (segment 0) stands
+        at the ends of the rows.
         """
         size = self.size
         rotation = rotary(positions, size.width // size.heads, size.rope_base, size.rope_dtype, size.rope_scaling)
@@ -156,15 +183,20 @@ class Llama(nnx.Module):
 
 
 def rotary(positions: Int[Array, "B T"], width: int, base: float, dtype: str, scaling: tuple = ()) -> tuple[Array, Array]:
-    """cos and sin [B, T, 1, d/2] of rotary position embeddings (arXiv 2104.09864), in float32; frequencies rounded to `dtype`."""
+    """cos and sin [B, T, 1, d/2] of rotary position embeddings (arXiv 2104.09864), in float32;
+    frequencies rounded to `dtype`.
+    """
     angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies(width, base, scaling), dtype).astype(jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def frequencies(width: int, base: float, scaling: tuple) -> np.ndarray:
-    """Radians a token of each pair of dimensions [d/2], stretched to a longer context by `scaling`. ("linear", factor): all are divided
-    by factor (arXiv 2306.15595). ("llama3", factor, low, high, context): those that turn less than `low` times within `context` tokens
-    are, those that turn more than `high` times are not, and between the two it is interpolated (LLaMA 3.1's model card)."""
+    """Radians a token of each pair of dimensions [d/2], stretched to a longer context by `scaling`.
+    ("linear", factor): all are divided by factor (arXiv 2306.15595). ("llama3", factor, low, high,
+    context): those that turn less than `low` times within `context` tokens are, those that turn
+    more than `high` times are not, and between the two it is interpolated (LLaMA 3.1's model
+    card).
+    """
     plain = base ** (-np.arange(0, width, 2) / width)
     match scaling:
         case ():

@@ -1,7 +1,9 @@
-"""Kinds of weight that are more than one array: LoRA (arXiv 2106.09685), and matrices stored in 8 or 4 bits (QLoRA, arXiv 2305.14314).
+"""Kinds of weight that are more than one array: LoRA (arXiv 2106.09685), and matrices stored in 8
+or 4 bits (QLoRA, arXiv 2305.14314).
 
-Beside a matrix `q/w` lie the leaves `q/a` and `q/b`; in its place, codes `q/int8` or `q/nf4` and their scales `q/absmax`. `bound` makes of them
-what layers.einsum multiplies by, so no module knows of it. Read next: layers.py, emu.py.
+Beside a matrix `q/w` lie the leaves `q/a` and `q/b`; in its place, codes `q/int8` or `q/nf4` and
+their scales `q/absmax`. `bound` makes of them what layers.einsum multiplies by, so no module knows
+of it. Read next: layers.py, emu.py.
 """
 import math
 import re
@@ -22,20 +24,27 @@ from emu_jax import tree
 from emu_jax.config import UserError
 from emu_jax.sharding import CODES
 
-STORED = "llama/blocks/.*/w"        # the matrices that `storage` is about: nearly all of the LLM
-BLOCK = 64                          # numbers that share a scale, at most
+# the matrices that `storage` is about: nearly all of the LLM
+STORED = "llama/blocks/.*/w"
+# numbers that share a scale, at most
+BLOCK = 64
 
-Numbers = Array | np.ndarray        # on a device, or as a checkpoint is read
+# on a device, or as a checkpoint is read
+Numbers = Array | np.ndarray
 
 
 @dataclass(frozen=True)
 class LoraSize:
     """`config.model.lora`. The product with w becomes that with w + alpha / rank * a b."""
-    rank: int = 0           # 0: no LoRA
+    # 0: no LoRA
+    rank: int = 0
     alpha: float = 16.0
-    dropout: float = 0.05   # of the input of a
-    targets: tuple = ()     # (regex, bool) rows over parameter paths: beside which matrices of blocks
-    storage: str = ""       # of the matrices of the LLM's blocks, which cannot train then: "int8" or "nf4"; "" as any other
+    # of the input of a
+    dropout: float = 0.05
+    # (regex, bool) rows over parameter paths: beside which matrices of blocks
+    targets: tuple = ()
+    # of the matrices of the LLM's blocks, which cannot train then: "int8" or "nf4"; "" as any other
+    storage: str = ""
 
     def __post_init__(self):
         if self.storage and self.storage not in CODES:
@@ -49,10 +58,12 @@ NO_LORA = LoraSize()
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "absmax"], meta_fields=[])
 @dataclass(frozen=True)
-@no_type_check              # JAX rebuilds it with what are no arrays
+# JAX rebuilds it with what are no arrays
+@no_type_check
 class Quantised:
-    """A matrix whose numbers are codes times the scale of their block; blocks lie along the last axis. int8: -127 to 127 stand for -1 to 1;
-    uint8: two of the 16 levels of NF4."""
+    """A matrix whose numbers are codes times the scale of their block; blocks lie along the last
+    axis. int8: -127 to 127 stand for -1 to 1; uint8: two of the 16 levels of NF4.
+    """
     codes: Array
     absmax: Array
 
@@ -67,9 +78,12 @@ class Quantised:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["w", "a", "b", "keys"], meta_fields=["scale", "dropout"])
 @dataclass(frozen=True)
-@no_type_check              # JAX rebuilds it with what are no arrays
+# JAX rebuilds it with what are no arrays
+@no_type_check
 class Lora:
-    """w + scale * a b: [in..., out...], [in..., r] and [r, out...], in a stack with a leading L. keys: of the dropout, a layer each; None: none."""
+    """w + scale * a b: [in..., out...], [in..., r] and [r, out...], in a stack with a leading L.
+    keys: of the dropout, a layer each; None: none.
+    """
     w: Array | Quantised
     a: Array
     b: Array
@@ -84,15 +98,20 @@ class Lora:
 
 
 def equations(equation: str) -> tuple[str, str]:
-    """The two products through r that go beside a product with w: "btD,Dhd->bthd" is "btD,DR->btR" and "btR,Rhd->bthd"."""
+    """The two products through r that go beside a product with w: "btD,Dhd->bthd" is "btD,DR->btR"
+    and "btR,Rhd->bthd".
+    """
     x, w, y = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation).groups()
-    summed, kept = "".join(axis for axis in w if axis not in y), "".join(axis for axis in w if axis in y)
+    summed = "".join(axis for axis in w if axis not in y)
+    kept = "".join(axis for axis in w if axis in y)
     rows = "".join(axis for axis in x if axis not in summed)
     return f"{x},{summed}R->{rows}R", f"{rows}R,R{kept}->{y}"
 
 
 def bound(size: LoraSize | None, params: tree.Tree, key: Array | None = None, path: str = "") -> tree.Tree:
-    """Parameters in which each matrix stands as one value under the name `w`. key: of the dropout; None: none."""
+    """Parameters in which each matrix stands as one value under the name `w`. key: of the dropout;
+    None: none.
+    """
     found = {name: bound(size, part, key, f"{path}/{name}") if isinstance(part, dict) else part for name, part in params.items()}
     for name in CODES:
         if name in found:
@@ -105,9 +124,11 @@ def bound(size: LoraSize | None, params: tree.Tree, key: Array | None = None, pa
 
 
 def extended(size: LoraSize | None, params: tree.Tree, inputs: dict[str, int], key: Array) -> tree.Tree:
-    """Fresh parameters with what `size` adds to them: a as PEFT makes it, b zero; and the stored matrices as codes.
+    """Fresh parameters with what `size` adds to them: a as PEFT makes it, b zero; and the stored
+    matrices as codes.
 
-    inputs: how many axes the matrices of blocks, by path, are multiplied over. Raises UserError for a target that is none of them.
+    inputs: how many axes the matrices of blocks, by path, are multiplied over. Raises UserError for
+    a target that is none of them.
     """
     leaves = dict(tree.leaves(params))
     if size is not None and size.rank:
@@ -118,7 +139,9 @@ def extended(size: LoraSize | None, params: tree.Tree, inputs: dict[str, int], k
         for path in [path for path, chosen in targets.items() if chosen]:
             if path not in inputs:
                 raise UserError(f"model.lora.targets: {path} is no matrix of a tower's blocks")
-            shape, cut, where = leaves[path].shape, 1 + inputs[path], path.removesuffix("/w")
+            shape = leaves[path].shape
+            cut = 1 + inputs[path]
+            where = path.removesuffix("/w")
             reach = math.prod(shape[1:cut]) ** -0.5
             a = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), (*shape[:cut], size.rank), minval=-reach, maxval=reach)
             leaves |= {f"{where}/a": a, f"{where}/b": jnp.zeros((shape[0], size.rank, *shape[cut:]))}
@@ -163,7 +186,8 @@ def quantised(w: Float[Numbers, "..."], storage: str) -> tuple[Int8[Array, "..."
 @jax.jit
 def dequantised(codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Float[Numbers, "..."]) -> Float[Array, "..."]:
     """Inverse of `quantised`, but for what it rounded; float32."""
-    codes, absmax = jnp.asarray(codes), jnp.asarray(absmax)
+    codes = jnp.asarray(codes)
+    absmax = jnp.asarray(absmax)
     if _name(codes) == "int8":
         scaled = codes.astype(jnp.float32) / 127
     else:
@@ -173,7 +197,9 @@ def dequantised(codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Flo
 
 
 def nf4() -> Float[np.ndarray, "16"]:
-    """NF4's levels: quantiles of a normal distribution, scaled to -1..1, eight of them above 0 and seven below (QLoRA, section 3)."""
+    """NF4's levels: quantiles of a normal distribution, scaled to -1..1, eight of them above 0 and
+    seven below (QLoRA, section 3).
+    """
     quantiles = lambda count: [NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, count)[:-1]]
     levels = np.array(sorted([*quantiles(9), 0.0, *(-x for x in quantiles(8))]))
     return (levels / levels.max()).astype(np.float32)

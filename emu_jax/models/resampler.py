@@ -1,8 +1,10 @@
-"""The causal transformer: a T5 decoder (arXiv 1910.10683) that turns an image's features into N causal visual tokens.
+"""The causal transformer: a T5 decoder (arXiv 1910.10683) that turns an image's features into N
+causal visual tokens.
 
-N learned queries pass blocks of causal self-attention, cross-attention to the features, and ffn (section 3.1). T5's ways: no
-1/sqrt(d) in attention, a relative position bias shared by all blocks, RMSNorm before each sublayer, no biases, dropout.
-`project` takes the result to the LLM's width. Read next: llama.py.
+N learned queries pass blocks of causal self-attention, cross-attention to the features, and ffn
+(section 3.1). T5's ways: no 1/sqrt(d) in attention, a relative position bias shared by all blocks,
+RMSNorm before each sublayer, no biases, dropout. `project` takes the result to the LLM's width.
+Read next: llama.py.
 """
 from dataclasses import dataclass
 
@@ -19,13 +21,16 @@ from emu_jax.models.attention import Mask, attention
 
 @dataclass(frozen=True)
 class ResamplerSize:
-    tokens: int          # N
-    width: int           # C
+    # N
+    tokens: int
+    # C
+    width: int
     depth: int
     heads: int
     head_width: int
     ffn: int
-    buckets: int         # of the relative position bias
+    # of the relative position bias
+    buckets: int
     max_distance: int
     dropout: float
     remat: str
@@ -33,7 +38,9 @@ class ResamplerSize:
 
 class Attention(nnx.Module):
     def __init__(self, size: ResamplerSize, keys_width: int, rngs: nnx.Rngs):
-        C, H, d = size.width, size.heads, size.head_width
+        C = size.width
+        H = size.heads
+        d = size.head_width
         self.q = layers.Linear("btc,chd->bthd", (C, H, d), std=(C * d) ** -0.5, rngs=rngs)
         self.k = layers.Linear("bse,ehd->bshd", (keys_width, H, d), std=C ** -0.5, rngs=rngs)
         self.v = layers.Linear("bse,ehd->bshd", (keys_width, H, d), std=C ** -0.5, rngs=rngs)
@@ -65,7 +72,8 @@ class Block(nnx.Module):
     def __call__(self, x, features, bias, key, kernel: str):
         keys = [None] * 6 if key is None else jax.random.split(key, 6)
         y = self.norm1(x)
-        y = self.self(y, y, Mask(causal=True), bias, self.dropout, keys[0], "dense")    # with a bias: N x N is small
+        # with a bias: N x N is small
+        y = self.self(y, y, Mask(causal=True), bias, self.dropout, keys[0], "dense")
         x = x + layers.dropout(y, self.dropout, keys[1])
         y = self.cross(self.norm2(x), features, None, None, self.dropout, keys[2], kernel)
         x = x + layers.dropout(y, self.dropout, keys[3])
@@ -95,8 +103,10 @@ class Resampler(nnx.Module):
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of each (query, key) pair [length, length], T5's unidirectional rule: exact up to buckets / 2 tokens back,
-    then logarithmic up to max_distance; keys that lie ahead share bucket 0 (and are masked)."""
+    """Bucket of each (query, key) pair [length, length], T5's unidirectional rule: exact up to
+    buckets / 2 tokens back, then logarithmic up to max_distance; keys that lie ahead share bucket 0
+    (and are masked).
+    """
     back = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
     exact = buckets // 2
     far = exact + (np.log(np.maximum(back, 1).astype(np.float32) / exact) / np.log(np.float32(max_distance / exact)) * (buckets - exact)).astype(int)

@@ -1,8 +1,10 @@
-"""Stable Diffusion's U-Net (arXiv 2112.10752), versions 1 and 2, with a condition of any width: Emu's visual decoder.
+"""Stable Diffusion's U-Net (arXiv 2112.10752), versions 1 and 2, with a condition of any width:
+Emu's visual decoder.
 
-Residual blocks at falling, then rising resolution; at most levels each is followed by a transformer over the pixels that
-looks at the condition (for Emu: the N visual tokens). With `patch` > 1 it works on pixels, without an autoencoder.
-Read next: diffusion.py for what it predicts, vae.py for what it works on.
+Residual blocks at falling, then rising resolution; at most levels each is followed by a transformer
+over the pixels that looks at the condition (for Emu: the N visual tokens). With `patch` > 1 it
+works on pixels, without an autoencoder. Read next: diffusion.py for what it predicts, vae.py for
+what it works on.
 """
 from dataclasses import dataclass
 
@@ -19,30 +21,45 @@ from emu_jax.models import layers
 from emu_jax.models.attention import attention
 from emu_jax.models.convolution import Conv, GroupNorm, Resnet, doubled, in_order, numbered, pointwise
 
-CONDITIONED = "unet/.*/cross/(k|v)/w"      # the leaves that read the condition: [its width, heads, width of a head]
+# the leaves that read the condition: [its width, heads, width of a head]
+CONDITIONED = "unet/.*/cross/(k|v)/w"
 
 
 @dataclass(frozen=True)
 class UNetSize:
     """Tuples have an entry a level, the finest first."""
-    channels_in: int                # of what is denoised: latents, or pixels
+    # of what is denoised: latents, or pixels
+    channels_in: int
     channels_out: int
-    patch: int                      # so many pixels a side are one place; 1 for latents
-    widths: tuple[int, ...]         # C
-    resnets: tuple[int, ...]        # on the way down; one more on the way up
-    attends_down: tuple[bool, ...]  # is each followed by a transformer?
+    # so many pixels a side are one place; 1 for latents
+    patch: int
+    # C
+    widths: tuple[int, ...]
+    # on the way down; one more on the way up
+    resnets: tuple[int, ...]
+    # is each followed by a transformer?
+    attends_down: tuple[bool, ...]
     attends_up: tuple[bool, ...]
-    depths: tuple[int, ...]         # blocks of a transformer
+    # blocks of a transformer
+    depths: tuple[int, ...]
     heads: tuple[int, ...]
-    condition: int                  # D, width of the condition
-    pooled: int                     # N, if the condition's tokens, side by side, are added to the time's embedding too; 0: they are only looked at
-    side: int                       # places a side of the finest level, if each has a map of that embedding of its own; 0: all have the same ones
-    time: int                       # width of the time's embedding
-    cosine_first: bool              # in the time's sinusoids; both releases: yes
+    # D, width of the condition
+    condition: int
+    # N, if the condition's tokens, side by side, are added to the time's embedding too; 0: they are
+    # only looked at
+    pooled: int
+    # places a side of the finest level, if each has a map of that embedding of its own; 0: all have
+    # the same ones
+    side: int
+    # width of the time's embedding
+    time: int
+    # in the time's sinusoids; both releases: yes
+    cosine_first: bool
     frequency_shift: float
     groups: int
     eps: float
-    linear: bool                    # stored as linear maps (SD 2), not as 1 x 1 convolutions (SD 1): the arithmetic is the same
+    # stored as linear maps (SD 2), not as 1 x 1 convolutions (SD 1): the arithmetic is the same
+    linear: bool
     remat: str
 
     @property
@@ -55,7 +72,8 @@ class Attention(nnx.Module):
     """Of C-wide places at keys of any width, without biases but the output's."""
 
     def __init__(self, width: int, heads: int, keys_width: int, rngs: nnx.Rngs):
-        H, d = heads, width // heads
+        H = heads
+        d = width // heads
         self.q = layers.Linear("btc,chd->bthd", (width, H, d), std=width ** -0.5, rngs=rngs)
         self.k = layers.Linear("bsD,Dhd->bshd", (keys_width, H, d), std=keys_width ** -0.5, rngs=rngs)
         self.v = layers.Linear("bsD,Dhd->bshd", (keys_width, H, d), std=keys_width ** -0.5, rngs=rngs)
@@ -70,7 +88,8 @@ class Ffn(nnx.Module):
     """GEGLU (arXiv 2002.05202): a linear half times the exact GELU of the other."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
-        C, F = width, 4 * width
+        C = width
+        F = 4 * width
         self.up = layers.Linear("btc,cf->btf", (C, F), bias=(F,), std=C ** -0.5, rngs=rngs)
         self.gate = layers.Linear("btc,cf->btf", (C, F), bias=(F,), std=C ** -0.5, rngs=rngs)
         self.down = layers.Linear("btf,fc->btc", (F, C), bias=(C,), std=F ** -0.5, rngs=rngs)
@@ -113,7 +132,9 @@ class Transformer(nnx.Module):
 
 
 class Level(nnx.Module):
-    """One resolution: residual blocks, of which the first `attentions` are each followed by a transformer, and a change of resolution."""
+    """One resolution: residual blocks, of which the first `attentions` are each followed by a
+    transformer, and a change of resolution.
+    """
 
     def __init__(self, size: UNetSize, level: int, widths_in: list[int], rngs: nnx.Rngs, *, attentions: int, resample: bool = False):
         C = size.widths[level]
@@ -127,7 +148,8 @@ class Time(nnx.Module):
     """The embedding of the time from its sinusoids."""
 
     def __init__(self, size: UNetSize, rngs: nnx.Rngs):
-        C, t = size.widths[0], size.time
+        C = size.widths[0]
+        t = size.time
         self.up = layers.Linear("bc,ct->bt", (C, t), bias=(t,), std=C ** -0.5, rngs=rngs)
         self.down = layers.Linear("bt,tu->bu", (t, t), bias=(t,), std=t ** -0.5, rngs=rngs)
 
@@ -138,7 +160,9 @@ class Time(nnx.Module):
 class UNet(nnx.Module):
     def __init__(self, size: UNetSize, rngs: nnx.Rngs):
         self.size = size
-        C, last, places = size.widths, len(size.widths) - 1, size.patch ** 2
+        C = size.widths
+        last = len(size.widths) - 1
+        places = size.patch ** 2
         self.time = Time(size, rngs)
         if size.pooled:
             side_by_side = size.pooled * size.condition
@@ -146,31 +170,38 @@ class UNet(nnx.Module):
         self.conv_in = Conv(places * size.channels_in, C[0], rngs=rngs)
         if size.side:
             self.places = layers.Linear("bt,hwct->bhwc", (size.side, size.side, C[0], size.time), std=size.time ** -0.5, rngs=rngs)
-        down, skips = [], [C[0]]
+        down = []
+        skips = [C[0]]
         for level, count in enumerate(size.resnets):
             widths_in = [skips[-1]] + [C[level]] * (count - 1)
             down.append(Level(size, level, widths_in, rngs, attentions=count * size.attends_down[level], resample=level < last))
             skips += [C[level]] * (count + (level < last))
         self.down = numbered(down)
         self.mid = Level(size, last, [C[last]] * 2, rngs, attentions=1)
-        up, width = [], C[last]
+        up = []
+        width = C[last]
         for level, count in reversed(list(enumerate(size.resnets))):
             widths_in = [before + skips.pop() for before in [width] + [C[level]] * count]
             up.append(Level(size, level, widths_in, rngs, attentions=(count + 1) * size.attends_up[level], resample=level > 0))
             width = C[level]
-        self.up = numbered(reversed(up))        # up/0 is the finest, as down/0 is
+        # up/0 is the finest, as down/0 is
+        self.up = numbered(reversed(up))
         self.norm_out = GroupNorm(C[0], size.groups, eps=size.eps)
         self.conv_out = Conv(C[0], places * size.channels_out, rngs=rngs, std=0.0)
 
     def __call__(self, x: Float[Array, "B h w i"], times: Float[Array, "B"], condition: Float[Array, "B N D"], *,
                  kernel: str = "auto") -> Float[Array, "B h w o"]:
-        """The prediction for what is noised at `times` (0 to 1000), in x's dtype. Raises UserError where h or w does not divide."""
-        size, p = self.size, self.size.patch
+        """The prediction for what is noised at `times` (0 to 1000), in x's dtype. Raises UserError
+        where h or w does not divide.
+        """
+        size = self.size
+        p = self.size.patch
         if x.shape[1] % size.divisor or x.shape[2] % size.divisor:
             raise UserError(f"the U-Net takes heights and widths that {size.divisor} divides (patches of {p}, halved {len(size.widths) - 1} "
                             f"times), not {x.shape[1]} x {x.shape[2]}")
         once = lambda module, call, x, *inputs, where: layers.once(module, call, x, *inputs, where=f"unet/{where}", remat=size.remat)
-        plain, looking = lambda module, *inputs: module(*inputs), lambda module, *inputs: module(*inputs, kernel)
+        plain = lambda module, *inputs: module(*inputs)
+        looking = lambda module, *inputs: module(*inputs, kernel)
         waves = sinusoids(times, size.widths[0], size.frequency_shift, cosine_first=size.cosine_first).astype(x.dtype)
         time = once(self.time, plain, waves, where="time")
         condition = condition.astype(x.dtype)
@@ -205,7 +236,9 @@ class UNet(nnx.Module):
 
 
 def sinusoids(times: Float[Array, "B"], width: int, shift: float, *, cosine_first: bool) -> Float[Array, "B C"]:
-    """Sines and cosines of the times at wavelengths from 2 pi to about 20000 pi (arXiv 1706.03762), in float32."""
+    """Sines and cosines of the times at wavelengths from 2 pi to about 20000 pi (arXiv 1706.03762),
+    in float32.
+    """
     half = width // 2
     angles = times.astype(jnp.float32)[:, None] * jnp.asarray(10000.0 ** (-np.arange(half) / (half - shift)), jnp.float32)
     waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)] if cosine_first else [jnp.sin(angles), jnp.cos(angles)], -1)

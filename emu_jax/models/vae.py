@@ -1,4 +1,5 @@
-"""Stable Diffusion's autoencoder (arXiv 2112.10752, KL-regularised): images to latents of an eighth of their side, and back.
+"""Stable Diffusion's autoencoder (arXiv 2112.10752, KL-regularised): images to latents of an eighth
+of their side, and back.
 
 Read next: unet.py, which works on the latents; diffusion.py.
 """
@@ -16,17 +17,23 @@ from emu_jax.models import layers
 from emu_jax.models.attention import attention
 from emu_jax.models.convolution import Conv, GroupNorm, Resnet, doubled, in_order, numbered, pointwise
 
-EPS = 1e-6      # of every norm
+# of every norm
+EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class VaeSize:
-    channels: int               # of the images
-    latent: int                 # c, channels of the latents
-    widths: tuple[int, ...]     # of each level, the finest first
-    resnets: int                # of a level on the way down; one more on the way up
+    # of the images
+    channels: int
+    # c, channels of the latents
+    latent: int
+    # of each level, the finest first
+    widths: tuple[int, ...]
+    # of a level on the way down; one more on the way up
+    resnets: int
     groups: int
-    scale: float                # by which latents are multiplied before the U-Net sees them
+    # by which latents are multiplied before the U-Net sees them
+    scale: float
     remat: str
 
     @property
@@ -68,8 +75,10 @@ class Half(nnx.Module):
     """The encoder or the decoder; levels/0 is the finest in both."""
 
     def __init__(self, size: VaeSize, rngs: nnx.Rngs, *, encodes: bool):
-        self.size, self.encodes = size, encodes
-        widths, last = size.widths, len(size.widths) - 1
+        self.size = size
+        self.encodes = encodes
+        widths = size.widths
+        last = len(size.widths) - 1
         first, end = (size.channels, 2 * size.latent) if encodes else (size.latent, size.channels)
         outer, inner = (widths[0], widths[last]) if encodes else (widths[last], widths[0])
         self.conv_in = Conv(first, outer, rngs=rngs)
@@ -114,7 +123,9 @@ class Vae(nnx.Module):
         self.decoder = Half(size, rngs, encodes=False)
 
     def encode(self, images: Float[Array, "B h w 3"], *, kernel: str = "auto") -> tuple[Float[Array, "B y x c"], Float[Array, "B y x c"]]:
-        """(mean, log variance) of the latents, unscaled, of images in -1..1. Raises UserError where a side does not divide."""
+        """(mean, log variance) of the latents, unscaled, of images in -1..1. Raises UserError where
+        a side does not divide.
+        """
         if images.shape[1] % self.size.factor or images.shape[2] % self.size.factor:
             raise UserError(f"the autoencoder takes images whose sides {self.size.factor} divides, not {images.shape[1]} x {images.shape[2]}")
         mean, log_variance = jnp.split(self.quant(self.encoder(images, kernel)), 2, -1)
@@ -125,7 +136,9 @@ class Vae(nnx.Module):
         return self.decoder(self.post_quant(latents), kernel)
 
     def sample(self, mean: Float[Array, "B y x c"], log_variance: Float[Array, "B y x c"], key: Array | None = None) -> Float[Array, "B y x c"]:
-        """Latents as the U-Net sees them: scaled, drawn from the distribution that `encode` gave; without a key, its mean."""
+        """Latents as the U-Net sees them: scaled, drawn from the distribution that `encode` gave;
+        without a key, its mean.
+        """
         if key is not None:
             mean = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
         return self.size.scale * mean

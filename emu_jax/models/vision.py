@@ -1,7 +1,9 @@
-"""EVA-01-CLIP's vision transformer (arXiv 2211.07636), Emu's visual encoder: its raw last block, CLS included.
+"""EVA-01-CLIP's vision transformer (arXiv 2211.07636), Emu's visual encoder: its raw last block,
+CLS included.
 
-Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and values only. The final norm, head and pooling of
-the original are not used by Emu (section 3.1; emu.md's table). Read next: resampler.py.
+Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and values only. The
+final norm, head and pooling of the original are not used by Emu (section 3.1; emu.md's table). Read
+next: resampler.py.
 """
 from dataclasses import dataclass
 
@@ -19,13 +21,16 @@ from emu_jax.models.attention import attention
 
 @dataclass(frozen=True)
 class VisionSize:
-    image: int                      # pixels a side
+    # pixels a side
+    image: int
     patch: int
-    width: int                      # E
+    # E
+    width: int
     depth: int
     heads: int
     ffn: int
-    mean: tuple[float, float, float]  # of the pixels in 0..1, subtracted
+    # of the pixels in 0..1, subtracted
+    mean: tuple[float, float, float]
     std: tuple[float, float, float]
     remat: str
 
@@ -36,7 +41,9 @@ class VisionSize:
 
 class Attention(nnx.Module):
     def __init__(self, size: VisionSize, rngs: nnx.Rngs):
-        E, H, d = size.width, size.heads, size.width // size.heads
+        E = size.width
+        H = size.heads
+        d = size.width // size.heads
         self.q = layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs)
         self.k = layers.Linear("bte,ehd->bthd", (E, H, d), std=0.02, rngs=rngs)
         self.v = layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs)
@@ -71,10 +78,12 @@ class Block(nnx.Module):
 class Vision(nnx.Module):
     def __init__(self, size: VisionSize, rngs: nnx.Rngs):
         self.size = size
-        E, p = size.width, size.patch
+        E = size.width
+        p = size.patch
         self.patch = layers.Linear("bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs)
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (E,)))
-        self.pos = nnx.Param(jnp.asarray(sincos(size.image // p, E)))     # learned from there: patches know their place from the start
+        # learned from there: patches know their place from the start
+        self.pos = nnx.Param(jnp.asarray(sincos(size.image // p, E)))
         self.blocks = layers.stack(lambda rngs: Block(size, rngs), size.depth, rngs)
 
     def __call__(self, images: Float[Array, "M h w 3"], *, kernel: str = "auto") -> Float[Array, "M S E"]:
@@ -88,7 +97,9 @@ class Vision(nnx.Module):
 
 
 def sincos(side: int, width: int) -> np.ndarray:
-    """Sines and cosines of each patch's row and column [1 + side * side, width], CLS zero (big_vision's and MAE's initial values)."""
+    """Sines and cosines of each patch's row and column [1 + side * side, width], CLS zero
+    (big_vision's and MAE's initial values).
+    """
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
     y, x = (place.reshape(-1, 1) * frequencies for place in np.mgrid[:side, :side])
     return np.pad(np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1), ((1, 0), (0, width % 4))).astype(np.float32)

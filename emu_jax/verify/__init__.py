@@ -1,6 +1,7 @@
 """Our code held to numbers that others computed: `python -m emu_jax.weights verify FILE.npz`.
 
-A golden file holds inputs and outputs, and no weights: these follow a rule. Read next: golden.py, then emu.py, stable_diffusion.py and inception.py.
+A golden file holds inputs and outputs, and no weights: these follow a rule. Read next: golden.py,
+then emu.py, stable_diffusion.py and inception.py.
 """
 from collections.abc import Iterator
 

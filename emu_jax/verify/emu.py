@@ -1,4 +1,6 @@
-"""Emu against its release: towers, objective, gradients and generation on a golden file's inputs."""
+"""Emu against its release: towers, objective, gradients and generation on a golden file's
+inputs.
+"""
 import json
 import re
 from collections.abc import Iterator
@@ -35,7 +37,8 @@ INPUTS = {"config", "seed", "eos_row_scale", "instruct", "special_ids", "paramet
 def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
     """The model of a file's `config` and vocabulary."""
     try:
-        c, special = json.loads(str(file["config"])), json.loads(str(file["special_ids"]))
+        c = json.loads(str(file["config"]))
+        special = json.loads(str(file["special_ids"]))
         rows = next(json.loads(str(shape))[0] for name, shape in zip(file["parameter_names"], file["parameter_shapes"], strict=True)
                     if str(name).endswith("embed_tokens.weight") and "cformer" not in str(name))
         return emu.EmuSize(
@@ -51,14 +54,17 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
 
 def _lora(file: dict[str, np.ndarray]) -> LoraSize:
     """Of the file's adapter, whose alpha is its rank, without dropout; rank 0 where it has none."""
-    names, shapes = map(str, file["parameter_names"]), map(json.loads, map(str, file["parameter_shapes"]))
+    names = map(str, file["parameter_names"])
+    shapes = map(json.loads, map(str, file["parameter_shapes"]))
     _, adapter = emu1.parted(dict(zip(names, map(tuple, shapes), strict=False)))
     rank = peft.says(adapter, {})["lora.rank"]
     return LoraSize(rank, float(rank), 0.0, peft.assumes(adapter, {})["lora.targets"]) if rank else LoraSize()
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Every quantity of an Emu file: covered ones with their error, the others without. Raises UserError for a file that lacks some."""
+    """Every quantity of an Emu file: covered ones with their error, the others without. Raises
+    UserError for a file that lacks some.
+    """
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
     size = size_of(file)
@@ -71,8 +77,10 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
     seen = file["attention_mask"].astype(bool)
     reference = {name: np.asarray(file[name]) for name in ours}
-    for name in ("hidden", "logits_sum", "logits_first8", "logits_logsumexp"):    # what padding computes is nobody's concern
-        ours[name], reference[name] = ours[name][seen], reference[name][seen]
+    # what padding computes is nobody's concern
+    for name in ("hidden", "logits_sum", "logits_first8", "logits_logsumexp"):
+        ours[name] = ours[name][seen]
+        reference[name] = reference[name][seen]
     yield from (compare(name, reference[name], ours[name], 1e-4) for name in file if name in ours)
 
     yield from _generated(file, size, params, ours["visual_tokens"])
@@ -89,7 +97,9 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
 
 def _generated(file: dict[str, np.ndarray], size: emu.EmuSize, params: dict, visual: np.ndarray) -> Iterator[Quantity]:
-    """The image loop and decoding, by the session that a user has, from the file's ids and its images' visual tokens."""
+    """The image loop and decoding, by the session that a user has, from the file's ids and its
+    images' visual tokens.
+    """
     session = Session(size, params, Tokenizer(size.llama.vocab, list, str), context=1 << 20)
     special = json.loads(str(file["special_ids"]))
 
@@ -100,7 +110,8 @@ def _generated(file: dict[str, np.ndarray], size: emu.EmuSize, params: dict, vis
 
     for name in (name for name in file if name.startswith("generate_image_")):
         given = prompts(name.replace("generate_image", "prompt") + "_ids")
-        opened = [replace(prompt, tokens=prompt.tokens[:-1]) for prompt in given]       # [IMG] is appended
+        # [IMG] is appended
+        opened = [replace(prompt, tokens=prompt.tokens[:-1]) for prompt in given]
         yield compare(name, file[name], session.images(opened), 1e-4)
     for name in (name for name in file if name.startswith("decode_") and name != "decode_prompt_ids"):
         options = Options(max_new_tokens=12)
@@ -115,8 +126,11 @@ def _generated(file: dict[str, np.ndarray], size: emu.EmuSize, params: dict, vis
 
 
 def make_batch(file: dict[str, np.ndarray], size: emu.EmuSize) -> tuple[Batch, jax.Array]:
-    """The file's right-padded rows as a Batch (without pictures), and its already normalised images [M, h, w, 3]."""
-    ids, seen = np.asarray(file["input_ids"]), np.asarray(file["attention_mask"]).astype(np.int32)
+    """The file's right-padded rows as a Batch (without pictures), and its already normalised images
+    [M, h, w, 3].
+    """
+    ids = np.asarray(file["input_ids"])
+    seen = np.asarray(file["attention_mask"]).astype(np.int32)
     B, T = ids.shape
     img, end, slot = (json.loads(str(file["special_ids"]))[name] for name in ("img", "end_img", "image"))
     starts = [np.flatnonzero(row == img) + 1 for row in ids]
@@ -135,7 +149,8 @@ def _forward(model: emu.Emu, batch: Batch, images) -> dict[str, jax.Array]:
     features = model.vision(images, kernel="dense")
     normed = model.ln_visual(features)
     tokens = model.resampler(normed, kernel="dense")
-    held = batch.image_slots < batch.tokens.shape[1]      # the images, in reading order
+    # the images, in reading order
+    held = batch.image_slots < batch.tokens.shape[1]
     place = (jnp.cumsum(held.ravel()) - 1).reshape(held.shape)
     visual = jnp.where(held[..., None, None], tokens[jnp.maximum(place, 0)], 0)
     hidden = model.llama(model.interleave(batch.tokens, visual, batch.image_slots), batch.positions, batch.segments, kernel="dense")[0]
@@ -171,7 +186,8 @@ def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.
     ours["regress_predictions"] = ours["regress_predictions"].reshape(*held.shape, -1, size.llama.width)
     for name in ("regress_predictions", "regress_targets"):
         ours[name] = ours[name][held].reshape(-1, size.llama.width)
-    counts = np.asarray(batch.text_weights, bool) | (np.arange(batch.tokens.shape[1]) == 0)     # the files count <s> too: nothing predicts it
+    # the files count <s> too: nothing predicts it
+    counts = np.asarray(batch.text_weights, bool) | (np.arange(batch.tokens.shape[1]) == 0)
     ours["text_targets"] = np.where(counts, np.asarray(batch.tokens), -100)
     return ours
 
@@ -184,7 +200,9 @@ def _theirs(table: convert.Table, gradient: tree.Tree) -> dict[str, np.ndarray]:
 
 
 def _gradient(size: emu.EmuSize, params: tree.Tree, batch: Batch, images) -> tree.Tree:
-    """Of everything; where there is LoRA, of its matrices and what comes before the LLM: the rest is frozen."""
+    """Of everything; where there is LoRA, of its matrices and what comes before the LLM: the rest
+    is frozen.
+    """
     trains = {path: not size.lora.rank or path.endswith(("/a", "/b")) or not path.startswith(("llama/", "regress_head/"))
               for path, _ in tree.leaves(params)}
     trainable, frozen = tree.split(params, tree.unflatten(trains))

@@ -1,4 +1,5 @@
-"""Golden files: numbers that others computed at tiny sizes, and the rule that makes their weights from names and a seed.
+"""Golden files: numbers that others computed at tiny sizes, and the rule that makes their weights
+from names and a seed.
 
 Read next: tests/golden/README.md for what the files hold; emu.py for what of ours is held to them.
 """
@@ -15,7 +16,8 @@ from emu_jax.config import UserError
 
 class Quantity(NamedTuple):
     name: str
-    error: float | None      # largest error relative to the reference's largest absolute value; None: not covered
+    # largest error relative to the reference's largest absolute value; None: not covered
+    error: float | None
     tolerance: float
 
     @property
@@ -24,7 +26,9 @@ class Quantity(NamedTuple):
 
 
 def load(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a golden file. Raises UserError for a file that is missing, damaged, or lacks arrays of an Emu file."""
+    """The arrays of a golden file. Raises UserError for a file that is missing, damaged, or lacks
+    arrays of an Emu file.
+    """
     if not Path(path).is_file():
         raise UserError(f"no golden file {path!r}")
     try:
@@ -53,7 +57,8 @@ def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def compare(name: str, reference, ours, tolerance: float) -> Quantity:
     """Our number beside the file's. Raises UserError where their shapes differ."""
-    reference, ours = np.asarray(reference, np.float64), np.asarray(ours, np.float64)
+    reference = np.asarray(reference, np.float64)
+    ours = np.asarray(ours, np.float64)
     if reference.shape != ours.shape:
         raise UserError(f"golden file: {name} has shape {reference.shape}, its config makes {ours.shape}")
     error = np.abs(reference - ours).max(initial=0.0) / max(np.abs(reference).max(initial=0.0), 1e-30)

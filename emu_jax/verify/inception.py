@@ -1,4 +1,6 @@
-"""FID's Inception against torch-fidelity: features after five layers, and Frechet distances, on a golden file's images."""
+"""FID's Inception against torch-fidelity: features after five layers, and Frechet distances, on a
+golden file's images.
+"""
 import json
 import re
 import zlib
@@ -21,7 +23,9 @@ NEEDED = ("note", "seed", "parameter_names", "parameter_shapes")
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Every quantity of an Inception file. Raises UserError for one whose note or weights are not as they should be."""
+    """Every quantity of an Inception file. Raises UserError for one whose note or weights are not
+    as they should be.
+    """
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
     try:
@@ -32,7 +36,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"golden file: its note cannot be followed ({error})") from error
     params = jax.tree.map(jnp.asarray, convert.from_theirs(names.table(), weights(file)))
-    network, seen = jax.jit(inception.apply), set(NEEDED)
+    network = jax.jit(inception.apply)
+    seen = set(NEEDED)
 
     def features(images):
         rows = [network(params, inception.prepare(jnp.asarray(image[None]))) for image in rearrange(images, "m c h w -> m h w c")]
@@ -72,14 +77,18 @@ def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _distance(name: str, reference: list[float | None], a: np.ndarray, b: np.ndarray) -> Quantity:
-    """Ours beside those of up to three codes: the largest relative error, which may be as large as theirs among each other."""
+    """Ours beside those of up to three codes: the largest relative error, which may be as large as
+    theirs among each other.
+    """
     known = np.array([value for value in reference if value is not None])
     ours = fid.distance(fid.statistics(a), fid.statistics(b))
     return Quantity(name, float(np.abs(known / ours - 1).max()), max(TOLERANCE, float(np.ptp(known) / known.min())))
 
 
 def _normal_sets(text: str) -> list[np.ndarray]:
-    """The two sets of "a: seed 1, n 500, shift 0, scale 1; b: seed 2, ...; dims 64": shift + scale * |normal|. Raises ValueError."""
+    """The two sets of "a: seed 1, n 500, shift 0, scale 1; b: seed 2, ...; dims 64": shift + scale
+    * |normal|. Raises ValueError.
+    """
     sets = re.findall(r"seed (\d+), n (\d+), shift ([\d.]+), scale ([\d.]+)", text)
     dims = re.search(r"dims (\d+)", text)
     if len(sets) != 2 or not dims:
@@ -89,7 +98,9 @@ def _normal_sets(text: str) -> list[np.ndarray]:
 
 
 def _images(text: str) -> np.ndarray:
-    """The images of "RandomState(11).randint(0, 256, (40, 3, 32, 32)).astype(uint8)", perhaps with "// 2 + 32" before the cast. Raises ValueError."""
+    """The images of "RandomState(11).randint(0, 256, (40, 3, 32, 32)).astype(uint8)", perhaps with
+    "// 2 + 32" before the cast. Raises ValueError.
+    """
     drawn = re.search(r"RandomState\((\d+)\)\.randint\((\d+), (\d+), \(([\d, ]+)\)\)", text)
     if not drawn:
         raise ValueError(f"no images in {text!r}")

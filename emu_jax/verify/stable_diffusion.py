@@ -1,4 +1,6 @@
-"""The decoder against diffusers: U-Net, autoencoder, schedule, training loss, gradients and samplers on a golden file's inputs."""
+"""The decoder against diffusers: U-Net, autoencoder, schedule, training loss, gradients and
+samplers on a golden file's inputs.
+"""
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -22,21 +24,24 @@ from emu_jax.weights import stable_diffusion as family
 INPUTS = ("unet_config", "vae_config", "seed", "parameter_names", "parameter_shapes", "latents", "condition", "timesteps", "image", "noise",
           "unconditional", "x_init", "grad_names")
 NEEDED = (*INPUTS, "unet_out", "vae_mean", "vae_logvar", "vae_decoded", "add_noise", "alphas_cumprod", "train_loss", "grad_norms")
-SAMPLED = {"ddim": "ddim", "pndm": "pndm", "euler": "euler", "dpmpp": "dpm++"}      # a file's name of a sampler, and ours
+# a file's name of a sampler, and ours
+SAMPLED = {"ddim": "ddim", "pndm": "pndm", "euler": "euler", "dpmpp": "dpm++"}
 GUIDANCE = 7.5
 SCHEDULE = Diffusion(steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0)
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Every quantity of a Stable Diffusion file with its error; those that we do not know, without. Raises UserError for a file that lacks
-    some, and for a config that asks what is not built."""
+    """Every quantity of a Stable Diffusion file with its error; those that we do not know, without.
+    Raises UserError for a file that lacks some, and for a config that asks what is not built.
+    """
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
     try:
         configs = [json.loads(str(file[f"{tower}_config"])) for tower in ("unet", "vae")]
     except json.JSONDecodeError as error:
         raise UserError(f"golden file: its configs are no JSON ({error})") from error
-    unet, vae = family.unet_size(configs[0], remat="none"), family.vae_size(configs[1], remat="none")
+    unet = family.unet_size(configs[0], remat="none")
+    vae = family.vae_size(configs[1], remat="none")
     _check(file, unet, vae)
     table = family.table(unet, vae)
     params = jax.tree.map(jnp.asarray, convert.from_theirs(table, family.canonical(weights(file))))
@@ -58,7 +63,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
     norms = {name.removeprefix("unet."): np.linalg.norm(g.astype(np.float64))
              for name, g in convert.to_theirs(family.table(unet, None), convert.reader({"unet": gradient}))}
-    # Where a group norm takes out again what a bias adds, the gradient is zero and its number the rounding's: nothing is smaller than this.
+    # Where a group norm takes out again what a bias adds, the gradient is zero and its number the
+    # rounding's: nothing is smaller than this.
     least = 1e-3 * np.max(file["grad_norms"], initial=0.0)
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
         error = float(abs(norms[name] - norm) / max(norm, least)) if name in norms else None
@@ -97,7 +103,9 @@ def _noised(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _trained(size: UNetSize, params: dict, file: dict[str, np.ndarray]) -> tuple[np.ndarray, dict, np.ndarray]:
     """The training loss, its gradient, and the U-Net's prediction for the latents as they are."""
-    x0, e, condition = _last(file["latents"]), _last(file["noise"]), jnp.asarray(file["condition"])
+    x0 = _last(file["latents"])
+    e = _last(file["noise"])
+    condition = jnp.asarray(file["condition"])
     times = jnp.asarray(file["timesteps"], jnp.float32)
 
     def loss(params):

@@ -1,9 +1,9 @@
 """Released weights in and out, and our code held to the released Emu's numbers.
 
-    import --family=llama LLAMA --family=eva-clip EVA --config=configs/pretrain.py --to=DIR     several sources make one checkpoint
-    export --family=llama --from=DIR --to=FOLDER
-    bake --from=DIR --to=DIR                                    LoRA into its matrices, and those that are stored in few bits made plain
-    verify FILE.npz ...
+    import --family=llama LLAMA --family=eva-clip EVA --config=configs/pretrain.py --to=DIR
+    several sources make one checkpoint export --family=llama --from=DIR --to=FOLDER bake --from=DIR
+    --to=DIR                                    LoRA into its matrices, and those that are stored in
+    few bits made plain verify FILE.npz ...
 """
 import argparse
 import sys
@@ -38,8 +38,9 @@ encoder, for an Emu makes its conditions.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 done; 2 for bad input, said in one line after the tensors that do not fit; `verify` 1 where a quantity is not ok, and 3 where all
-    covered ones are ok and some are not covered."""
+    """0 done; 2 for bad input, said in one line after the tensors that do not fit; `verify` 1 where
+    a quantity is not ok, and 3 where all covered ones are ok and some are not covered.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["import"]:
@@ -99,7 +100,8 @@ def verify_(paths: list[str]) -> int:
             error = "-        " if row.error is None else f"{row.error:9.2e}"
             print(f"{row.name:{width}}  {error} {row.tolerance:9.0e}  {'not covered' if row.error is None else 'ok' if row.ok else 'FAILED'}")
         found += rows
-    failed, uncovered = sum(row.error is not None and not row.ok for row in found), sum(row.error is None for row in found)
+    failed = sum(row.error is not None and not row.ok for row in found)
+    uncovered = sum(row.error is None for row in found)
     print(f"{len(found) - failed - uncovered} ok, {failed} failed, {uncovered} not covered")
     return 1 if failed else 3 if uncovered else 0
 

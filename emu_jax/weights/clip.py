@@ -1,7 +1,8 @@
-"""CLIP as Hugging Face's CLIPModel keeps it (openai/clip-vit-large-patch14 and others): its names and ours.
+"""CLIP as Hugging Face's CLIPModel keeps it (openai/clip-vit-large-patch14 and others): its names
+and ours.
 
-No part of an Emu: config.model has the group `clip` for it alone. The files beside its tensors that say how texts and pictures become
-numbers go into the checkpoint as they are.
+No part of an Emu: config.model has the group `clip` for it alone. The files beside its tensors that
+say how texts and pictures become numbers go into the checkpoint as they are.
 """
 from functools import partial
 from math import isqrt
@@ -17,7 +18,8 @@ from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.eva_clip import linear, norm
 from emu_jax.weights.family import Family, Shapes, layers
 
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")          # the first, or else the other two
+# the first, or else the other two
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
 WHERE = ("--clip=DIR: a CLIP, made of a folder of Hugging Face's with config.json, model.safetensors or pytorch_model.bin, tokenizer.json and "
          "preprocessor_config.json (as openai/clip-vit-large-patch14 has them) by: python -m emu_jax.weights import --family=clip FOLDER --to=DIR")
@@ -44,7 +46,8 @@ def table(size: ClipSize) -> Table:
 
 
 def _blocks(theirs: str, ours: str, heads: str) -> tuple[Row, ...]:
-    block, ours = theirs + "encoder.layers.{l}.", f"{ours}/blocks"
+    block = theirs + "encoder.layers.{l}."
+    ours = f"{ours}/blocks"
     return (
         *norm(block + "layer_norm1", f"{ours}/norm1"),
         *(row for name in "qkv" for row in (
@@ -57,7 +60,9 @@ def _blocks(theirs: str, ours: str, heads: str) -> tuple[Row, ...]:
 
 
 def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of model.clip; None where neither tensors nor config.json say. What config.json leaves out is as in the library."""
+    """Fields of model.clip; None where neither tensors nor config.json say. What config.json leaves
+    out is as in the library.
+    """
     tokens, text, patch, vision, out = (shapes.get(name) for name in (
         "text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight",
         "vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.position_embedding.weight", "visual_projection.weight"))

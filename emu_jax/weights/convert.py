@@ -1,8 +1,9 @@
-"""One table per foreign checkpoint, read both ways, so that import and export cannot drift; and one tensor at a time, so that no
-checkpoint is ever held whole.
+"""One table per foreign checkpoint, read both ways, so that import and export cannot drift; and one
+tensor at a time, so that no checkpoint is ever held whole.
 
-A `Row` says where one of our leaves lies in a foreign checkpoint. A foreign tensor is anything with a shape and a dtype that
-np.asarray reads: files.Tensor, or an array. Read next: families.py for the tables, transfer.py for what uses them.
+A `Row` says where one of our leaves lies in a foreign checkpoint. A foreign tensor is anything with
+a shape and a dtype that np.asarray reads: files.Tensor, or an array. Read next: families.py for the
+tables, transfer.py for what uses them.
 """
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +20,16 @@ from jax.sharding import PartitionSpec as P
 from emu_jax import tree
 from emu_jax.config import UserError
 
-Tensors = Mapping[str, Any]           # of arrays, or of what np.asarray reads
+# of arrays, or of what np.asarray reads
+Tensors = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """Foreign tensor `theirs` (with "{l}" for a layer, stacked into our leading L) laid out as `pattern`, an einops
-    expression "theirs -> ours"; `cut` is the (start, stop) of its first axis where the foreign tensor holds several leaves.
-    `grows`: the foreign tensor may end before `stop`; the rows that it lacks are made as the mean of those that it has."""
+    """Foreign tensor `theirs` (with "{l}" for a layer, stacked into our leading L) laid out as
+    `pattern`, an einops expression "theirs -> ours"; `cut` is the (start, stop) of its first axis
+    where the foreign tensor holds several leaves. `grows`: the foreign tensor may end before
+    `stop`; the rows that it lacks are made as the mean of those that it has.
+    """
     theirs: str
     ours: str
     pattern: str = ""
@@ -35,10 +39,14 @@ class Row(NamedTuple):
 
 class Table(NamedTuple):
     rows: tuple[Row, ...]
-    axes: dict[str, int]          # lengths of the axes that the patterns split
-    unused: tuple[str, ...]       # regexes of foreign names that have no place with us
-    depth: dict[str, int]         # our tower -> layers
-    made: tuple[Row, ...] = ()    # leaves that an import makes and an export leaves out
+    # lengths of the axes that the patterns split
+    axes: dict[str, int]
+    # regexes of foreign names that have no place with us
+    unused: tuple[str, ...]
+    # our tower -> layers
+    depth: dict[str, int]
+    # leaves that an import makes and an export leaves out
+    made: tuple[Row, ...] = ()
 
 
 class Use(NamedTuple):
@@ -48,7 +56,9 @@ class Use(NamedTuple):
 
 
 def uses(table: Table, *, made: bool) -> dict[str, list[Use]]:
-    """Every foreign name that the table needs, with what of ours is in it; `made`: with what an import makes of it."""
+    """Every foreign name that the table needs, with what of ours is in it; `made`: with what an
+    import makes of it.
+    """
     found: dict[str, list[Use]] = {}
     for row in (*table.rows, *(table.made if made else ())):
         for layer in range(table.depth[row.ours.split("/")[0]]) if "{l}" in row.theirs else [None]:
@@ -62,7 +72,9 @@ def stacked(table: Table) -> set[str]:
 
 
 def shapes(table: Table, ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shape of every foreign tensor, from the shapes of our leaves. Raises UserError for a leaf that is not there."""
+    """The shape of every foreign tensor, from the shapes of our leaves. Raises UserError for a leaf
+    that is not there.
+    """
     found = {}
     for name, parts in uses(table, made=False).items():
         if absent := [use.row.ours for use in parts if use.row.ours not in ours]:
@@ -73,10 +85,14 @@ def shapes(table: Table, ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple
 
 
 def problems(table: Table, foreign: Tensors, ours: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """A line for each tensor that is missing, misshapen, no floating-point number, or unexpected."""
-    expected, found = shapes(table, ours), []
+    """A line for each tensor that is missing, misshapen, no floating-point number, or
+    unexpected.
+    """
+    expected = shapes(table, ours)
+    found = []
     for name, parts in uses(table, made=False).items():
-        want, least = expected[name], max((use.row.cut[0] for use in parts if use.row.grows), default=None)
+        want = expected[name]
+        least = max((use.row.cut[0] for use in parts if use.row.grows), default=None)
         if name not in foreign:
             found.append(f"missing     {name} {list(want)}")
         elif not jnp.issubdtype(foreign[name].dtype, jnp.floating):
@@ -93,7 +109,9 @@ def unexpected(table: Table, foreign: Tensors) -> list[str]:
 
 
 def dtypes(table: Table, foreign: Tensors) -> dict[str, np.dtype]:
-    """The dtype of each of our leaves: that of the tensors it lies in, the widest if they differ; float64 becomes float32."""
+    """The dtype of each of our leaves: that of the tensors it lies in, the widest if they differ;
+    float64 becomes float32.
+    """
     found: dict[str, np.dtype] = {}
     for name, parts in uses(table, made=True).items():
         for use in parts:
@@ -103,7 +121,9 @@ def dtypes(table: Table, foreign: Tensors) -> dict[str, np.dtype]:
 
 
 def pieces(table: Table, foreign: Tensors) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    """(leaf, layer or None, array) of everything that the table needs, each foreign tensor read once, in the order of `foreign`."""
+    """(leaf, layer or None, array) of everything that the table needs, each foreign tensor read
+    once, in the order of `foreign`.
+    """
     needed = uses(table, made=True)
     for name in foreign:
         if name in needed:
@@ -114,9 +134,12 @@ def pieces(table: Table, foreign: Tensors) -> Iterator[tuple[str, int | None, np
 
 
 def from_theirs(table: Table, foreign: Tensors, shardings: Mapping[str, NamedSharding] | None = None) -> tree.Tree:
-    """Our parameters from foreign tensors, straight onto the devices, each leaf where `shardings` has it (all on one without): the host
-    holds one foreign tensor at a time. Raises UserError that lists names missing and unexpected."""
-    missing, extra = [name for name in uses(table, made=False) if name not in foreign], unexpected(table, foreign)
+    """Our parameters from foreign tensors, straight onto the devices, each leaf where `shardings`
+    has it (all on one without): the host holds one foreign tensor at a time. Raises UserError that
+    lists names missing and unexpected.
+    """
+    missing = [name for name in uses(table, made=False) if name not in foreign]
+    extra = unexpected(table, foreign)
     if missing or extra:
         raise UserError("; ".join(f"{len(found)} tensors {what}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
                                   for what, found in (("missing", missing), ("unexpected", extra)) if found))
@@ -133,13 +156,15 @@ def from_theirs(table: Table, foreign: Tensors, shardings: Mapping[str, NamedSha
                 leaves[path] = jax.jit(partial(jnp.zeros, shape, piece.dtype), out_shardings=whole)()
             one = NamedSharding(whole.mesh, P(*whole.spec[1:])) if shardings else whole
             leaves[path] = _set_layer(whole)(leaves[path], _placed(piece, one), layer)
-        del piece                   # before the next is read
+        # before the next is read
+        del piece
     return tree.unflatten(leaves)
 
 
 def to_theirs(table: Table, read: Callable[[str, int | None], Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """(foreign name, tensor) of everything in the table whose name starts with `prefix`: the inverse of `pieces`;
-    `read(leaf, layer or None)` gives our arrays."""
+    """(foreign name, tensor) of everything in the table whose name starts with `prefix`: the
+    inverse of `pieces`; `read(leaf, layer or None)` gives our arrays.
+    """
     for name, parts in uses(table, made=False).items():
         if not name.startswith(prefix):
             continue
@@ -154,7 +179,8 @@ def reader(params: tree.Tree) -> Callable[[str, int | None], Any]:
 
 
 def _shape(table: Table, use: Use, shape: tuple[int, ...]) -> tuple[int, ...]:
-    nothing = np.broadcast_to(np.zeros((), np.int8), shape if use.layer is None else shape[1:])     # of any shape, in one byte
+    # of any shape, in one byte
+    nothing = np.broadcast_to(np.zeros((), np.int8), shape if use.layer is None else shape[1:])
     return _rearrange(table, use.row, nothing, " -> ".join(reversed(use.row.pattern.split(" -> ")))).shape
 
 
@@ -177,7 +203,8 @@ def _rearrange(table: Table, row: Row, array: np.ndarray, pattern: str) -> np.nd
         return array
     try:
         return rearrange(array, pattern, **{axis: n for axis, n in table.axes.items() if re.search(rf"\b{axis}\b", pattern)})
-    except Exception as error:      # einops raises its own kinds
+    # einops raises its own kinds
+    except Exception as error:
         raise UserError(f"tensor {row.theirs!r} of shape {array.shape} does not fit {row.ours!r} ({pattern})") from error
 
 

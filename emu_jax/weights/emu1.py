@@ -1,7 +1,9 @@
-"""The released Emu checkpoint, pretrained or chat: EVA-CLIP's, T5's and LLaMA's tables under its prefixes, and its own few names.
+"""The released Emu checkpoint, pretrained or chat: EVA-CLIP's, T5's and LLaMA's tables under its
+prefixes, and its own few names.
 
-A chat model's LoRA is merged into its weights, or becomes PEFT's adapter (`parted`); exports have none. A model with more added
-tokens than the file ([USER] [ASSISTANT]) gets their rows as the mean of the others.
+A chat model's LoRA is merged into its weights, or becomes PEFT's adapter (`parted`); exports have
+none. A model with more added tokens than the file ([USER] [ASSISTANT]) gets their rows as the mean
+of the others.
 """
 import re
 from typing import Any
@@ -16,8 +18,10 @@ from emu_jax.weights.convert import Row, Table, Tensors
 from emu_jax.weights.family import Family, Shapes
 from emu_jax.weights.files import Tensor
 
-LM, T5 = "decoder.lm.", "cformer.cformer."
-VOCAB = 32000       # rows of LLaMA-1's vocabulary; those after it are Emu's
+LM = "decoder.lm."
+T5 = "cformer.cformer."
+# rows of LLaMA-1's vocabulary; those after it are Emu's
+VOCAB = 32000
 
 
 def table(size: EmuSize) -> Table:
@@ -44,8 +48,9 @@ def rename(name: str) -> str:
 
 
 def canonical(foreign: Tensors, *, lora_scale: float = 1.0) -> dict[str, Any]:
-    """The tensors under their plain names, LoRA merged into its weights when they are read: w + lora_scale * B A, with
-    lora_scale = alpha / rank. Raises UserError for half a LoRA."""
+    """The tensors under their plain names, LoRA merged into its weights when they are read: w +
+    lora_scale * B A, with lora_scale = alpha / rank. Raises UserError for half a LoRA.
+    """
     named = {rename(name): tensor for name, tensor in foreign.items()}
     merged = {name: tensor for name, tensor in named.items() if ".lora_" not in name}
     for name in named:
@@ -59,7 +64,9 @@ def canonical(foreign: Tensors, *, lora_scale: float = 1.0) -> dict[str, Any]:
 
 
 def parted(foreign: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the tensors under their plain names without LoRA, its A and B as PEFT's adapter files name them)."""
+    """(the tensors under their plain names without LoRA, its A and B as PEFT's adapter files name
+    them).
+    """
     named = {rename(name): tensor for name, tensor in foreign.items()}
     adapter = {re.sub(r"(\.lora_[AB])\..*", r"\1.weight", name).replace(LM, "base_model.model.", 1): tensor for name, tensor in named.items()
                if ".lora_" in name}

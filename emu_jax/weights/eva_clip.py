@@ -1,6 +1,7 @@
 """EVA-01-CLIP's visual tower, under its own names, with or without their leading "visual.".
 
-PyTorch's linear weights are [out, in]; its qkv holds three of our leaves. The final norm, the head and the text tower are not Emu's.
+PyTorch's linear weights are [out, in]; its qkv holds three of our leaves. The final norm, the head
+and the text tower are not Emu's.
 """
 from math import isqrt
 from typing import Any
@@ -12,13 +13,15 @@ from emu_jax.weights.convert import Row, Table, Tensors
 from emu_jax.weights.family import Family, Shapes, layers
 from emu_jax.weights.files import Tensor
 
-HEAD = 88       # width of a head in g/14, whose files do not say it
+# width of a head in g/14, whose files do not say it
+HEAD = 88
 POSITIONS = "visual.pos_embed"
 
 
 def rows(size: VisionSize) -> tuple[Row, ...]:
     """Rows in the model's reading order."""
-    E, block = size.width, "visual.blocks.{l}."
+    E = size.width
+    block = "visual.blocks.{l}."
     return (
         Row("visual.cls_token", "vision/cls", "1 1 e -> e"),
         Row(POSITIONS, "vision/pos", "1 t e -> t e"),
@@ -79,8 +82,9 @@ def resized(tensors: Tensors, side: int) -> dict[str, Any]:
 
 
 def interpolate(positions: np.ndarray, side: int) -> np.ndarray:
-    """Position embeddings [1, 1 + P, E] of a square of patches on a square of `side`, bicubic as PyTorch's (a = -0.75, edges repeated);
-    that of CLS stays."""
+    """Position embeddings [1, 1 + P, E] of a square of patches on a square of `side`, bicubic as
+    PyTorch's (a = -0.75, edges repeated); that of CLS stays.
+    """
     old = isqrt(positions.shape[1] - 1)
     square = positions[0, 1:].astype(np.float32).reshape(old, old, -1)
     weights = bicubic(old, side)
@@ -89,7 +93,9 @@ def interpolate(positions: np.ndarray, side: int) -> np.ndarray:
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of cubic convolution (Keys 1981) with a = -0.75 between the centres of cells."""
+    """Weights [new, old] of cubic convolution (Keys 1981) with a = -0.75 between the centres of
+    cells.
+    """
     a = -0.75
     places = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old), np.float64)

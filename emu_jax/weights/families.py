@@ -1,4 +1,6 @@
-"""The families by the name that --family gives them, the most telling first: an Emu holds an EVA-CLIP."""
+"""The families by the name that --family gives them, the most telling first: an Emu holds an
+EVA-CLIP.
+"""
 import re
 from collections.abc import Iterable
 

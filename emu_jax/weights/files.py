@@ -1,8 +1,9 @@
-"""Foreign checkpoints on disk: names and shapes at once, each tensor's bytes when it is asked for, and never by mapping a file into
-memory. Reads safetensors and PyTorch's .bin and .pt, one file or many with an index; writes safetensors.
+"""Foreign checkpoints on disk: names and shapes at once, each tensor's bytes when it is asked for,
+and never by mapping a file into memory. Reads safetensors and PyTorch's .bin and .pt, one file or
+many with an index; writes safetensors.
 
-Our own parser of safetensors: the library's maps whole files, has no bfloat16 in NumPy, and writes only what it holds in memory.
-Read next: pickles.py, convert.py.
+Our own parser of safetensors: the library's maps whole files, has no bfloat16 in NumPy, and writes
+only what it holds in memory. Read next: pickles.py, convert.py.
 """
 import json
 import os
@@ -23,10 +24,14 @@ from emu_jax.weights import pickles
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "I64": np.int64, "I32": np.int32, "I16": np.int16,
           "I8": np.int8, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_}
 DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100_000_000        # as the format has it
-WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")      # names of a checkpoint in one file
-VARIANTS = ("", ".fp16")            # of such a name, the better first
-SHARD = 5_000_000_000               # bytes of one file of an export, as Hugging Face's
+# as the format has it
+LONGEST_HEADER = 100_000_000
+# names of a checkpoint in one file
+WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")
+# of such a name, the better first
+VARIANTS = ("", ".fp16")
+# bytes of one file of an export, as Hugging Face's
+SHARD = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Foreign:
-    """Tensors by name, in the order in which they lie in their files, and the config.json beside them ({} for none), in `folder`."""
+    """Tensors by name, in the order in which they lie in their files, and the config.json beside
+    them ({} for none), in `folder`.
+    """
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     where: str
@@ -50,9 +57,12 @@ class Foreign:
 
 
 def read(sources: list[str]) -> Foreign:
-    """One checkpoint: a folder, a file, an index, or several files. Raises UserError for what is missing, damaged or no checkpoint."""
+    """One checkpoint: a folder, a file, an index, or several files. Raises UserError for what is
+    missing, damaged or no checkpoint.
+    """
     files: list[Path] = []
-    promised: dict[str, str] = {}           # tensor -> the file in which the index has it
+    # tensor -> the file in which the index has it
+    promised: dict[str, str] = {}
     for source in map(Path, sources):
         if not source.exists():
             raise UserError(f"no file or folder {str(source)!r}")
@@ -65,7 +75,8 @@ def read(sources: list[str]) -> Foreign:
         for name, tensor in (_safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)).items():
             if name in homes:
                 raise UserError(f"{name} is in {homes[name]} and in {path}: name the files that belong together")
-            tensors[name], homes[name] = tensor, path
+            tensors[name] = tensor
+            homes[name] = path
     if lacking := [f"{name} ({file})" for name, file in promised.items() if name not in tensors]:
         raise UserError(f"{sources[0]}: its index promises {len(lacking)} tensors that are not there: {', '.join(lacking[:4])}")
     folder = Path(sources[0]) if Path(sources[0]).is_dir() else Path(sources[0]).parent
@@ -74,7 +85,9 @@ def read(sources: list[str]) -> Foreign:
 
 
 def components(folder: str, names: tuple[str, ...]) -> Foreign:
-    """The checkpoints in subfolders of a folder, as one: tensors under "name....", configs by name, and that of the scheduler ({} for none)."""
+    """The checkpoints in subfolders of a folder, as one: tensors under "name....", configs by name,
+    and that of the scheduler ({} for none).
+    """
     parts = {name: read([str(Path(folder) / name)]) for name in names}
     tensors = {f"{name}.{tensor}": lazy for name, part in parts.items() for tensor, lazy in part.tensors.items()}
     scheduler = Path(folder) / "scheduler" / "scheduler_config.json"
@@ -84,8 +97,10 @@ def components(folder: str, names: tuple[str, ...]) -> Foreign:
 
 def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], arrays: Iterator[tuple[str, np.ndarray]],
           shard: int = SHARD, *, bare: bool = False) -> None:
-    """{stem}-0000n-of-0000m.safetensors of at most `shard` bytes (or one tensor) each, and their index; `bare`: {stem}.safetensors without
-    an index where that holds all. `layout` says what is to come; `arrays` brings it, in that order, and is held one tensor at a time."""
+    """{stem}-0000n-of-0000m.safetensors of at most `shard` bytes (or one tensor) each, and their
+    index; `bare`: {stem}.safetensors without an index where that holds all. `layout` says what is
+    to come; `arrays` brings it, in that order, and is held one tensor at a time.
+    """
     shards: list[list[str]] = [[]]
     sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
     for name, size in sizes.items():
@@ -107,7 +122,8 @@ def write(folder: Path, stem: str, layout: Mapping[str, tuple[tuple[int, ...], n
 
 def _files(source: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of a source, and the promises of its index."""
-    of_index = re.compile(r".*\.index(\.\w+)?\.json")       # diffusers puts a variant's name before ".json"
+    # diffusers puts a variant's name before ".json"
+    of_index = re.compile(r".*\.index(\.\w+)?\.json")
     indices = [path for path in source.iterdir() if of_index.fullmatch(path.name)] if source.is_dir() else []
     indices.sort(key=lambda path: ("safetensors" not in path.name, not path.name.endswith(".index.json"), path.name))
     if of_index.fullmatch(source.name) or indices:
@@ -124,7 +140,8 @@ def _files(source: Path) -> tuple[list[Path], dict[str, str]]:
     for kinds in ((".safetensors",), (".bin", ".pt", ".pth")):
         if files := sorted(path for path in source.iterdir() if path.suffix in kinds):
             chosen = [[path for path in files if path.stem.removesuffix(variant) in WHOLE] for variant in VARIANTS]
-            return next(filter(None, chosen), files), {}        # model.safetensors, not its model.fp16.safetensors too
+            # model.safetensors, not its model.fp16.safetensors too
+            return next(filter(None, chosen), files), {}
     raise UserError(f"{source} holds no .safetensors, .bin, .pt or .pth file")
 
 
@@ -139,7 +156,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file. Raises UserError for a header that does not describe exactly the bytes that follow it."""
+    """The tensors of a file. Raises UserError for a header that does not describe exactly the bytes
+    that follow it.
+    """
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -179,7 +198,9 @@ def _pytorch(path: Path) -> dict[str, Tensor]:
 
 
 def _header(layout: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
-    names, start, entries = {dtype: name for name, dtype in DTYPES.items()}, 0, {"__metadata__": {"format": "pt"}}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    start = 0
+    entries = {"__metadata__": {"format": "pt"}}
     for name, (shape, dtype) in layout.items():
         size = prod(shape) * dtype.itemsize
         entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, start + size]}

@@ -1,6 +1,8 @@
-"""FID's Inception as torch-fidelity and pytorch-fid keep it (pt_inception-2015-12-05-6726825d.pth): its names and ours.
+"""FID's Inception as torch-fidelity and pytorch-fid keep it (pt_inception-2015-12-05-6726825d.pth):
+its names and ours.
 
-Convolutions are [out, in, h, w] there; `num_batches_tracked` counts for nothing. No part of an Emu: a config says nothing of it.
+Convolutions are [out, in, h, w] there; `num_batches_tracked` counts for nothing. No part of an Emu:
+a config says nothing of it.
 """
 import jax
 from flax import nnx

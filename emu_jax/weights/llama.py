@@ -1,7 +1,7 @@
 """Hugging Face's LLaMA 1, 2 and 3: LlamaForCausalLM's names and config.json.
 
-An import makes the rows of Emu's added tokens ([PAD] [IMG] [/IMG] <image>) as the mean of the vocabulary's; an export leaves
-them out, and is a LLaMA again.
+An import makes the rows of Emu's added tokens ([PAD] [IMG] [/IMG] <image>) as the mean of the
+vocabulary's; an export leaves them out, and is a LLaMA again.
 """
 from typing import Any
 
@@ -29,7 +29,8 @@ def blocks(size: LlamaSize, prefix: str) -> tuple[Row, ...]:
 
 def vocabulary(size: LlamaSize, prefix: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """The rows of the vocabulary's tables, LLaMA's own and Emu's added."""
-    V, end = size.vocab, size.vocab + size.added
+    V = size.vocab
+    end = size.vocab + size.added
     tables = ((prefix + "model.embed_tokens.weight", "llama/embed"), *(() if size.tied else ((prefix + "lm_head.weight", "llama/lm_head"),)))
     return (tuple(Row(theirs, f"{ours}/base", cut=(0, V)) for theirs, ours in tables),
             tuple(Row(theirs, f"{ours}/added", cut=(V, end), grows=True) for theirs, ours in tables))
@@ -50,7 +51,9 @@ def table(size: Any) -> Table:
 
 
 def says(shapes: Shapes, config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields of model.llama, without the vocabulary's; None where neither tensors nor config.json say."""
+    """Fields of model.llama, without the vocabulary's; None where neither tensors nor config.json
+    say.
+    """
     if config.get("model_type", "llama") != "llama":
         raise UserError(f"its config.json is of a {config['model_type']!r}, not of a 'llama'")
     if (act := config.get("hidden_act", "silu")) != "silu":
@@ -72,7 +75,9 @@ def says(shapes: Shapes, config: dict[str, Any], prefix: str = "") -> dict[str, 
 
 
 def rope(config: dict[str, Any]) -> tuple[float | None, tuple | None]:
-    """(base, our rope_scaling) of a config.json, old (rope_theta, rope_scaling) or new (rope_parameters); None without one."""
+    """(base, our rope_scaling) of a config.json, old (rope_theta, rope_scaling) or new
+    (rope_parameters); None without one.
+    """
     if not config:
         return None, None
     scaled = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -87,7 +92,9 @@ def rope(config: dict[str, Any]) -> tuple[float | None, tuple | None]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The config.json of LlamaForCausalLM; its longest row is the one trained on, or the one that rope_scaling stretches to."""
+    """The config.json of LlamaForCausalLM; its longest row is the one trained on, or the one that
+    rope_scaling stretches to.
+    """
     m = LlamaSize(**model["llama"])
     scaling = dict(zip(("rope_type", *SCALED), m.rope_scaling)) or None
     if scaling and m.rope_scaling[0] == "llama3":

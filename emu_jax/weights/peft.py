@@ -1,7 +1,9 @@
-"""PEFT's adapters of a LlamaForCausalLM: adapter_model.safetensors with the A and B of LoRA, and adapter_config.json.
+"""PEFT's adapters of a LlamaForCausalLM: adapter_model.safetensors with the A and B of LoRA, and
+adapter_config.json.
 
-The rows of [USER] and [ASSISTANT], where they train too, are in no adapter: LLaMA's own vocabulary has no place for them.
-Read next: emu1.py, whose chat model holds the same tensors; ../models/lora.py.
+The rows of [USER] and [ASSISTANT], where they train too, are in no adapter: LLaMA's own vocabulary
+has no place for them. Read next: emu1.py, whose chat model holds the same tensors;
+../models/lora.py.
 """
 import re
 from typing import Any
@@ -20,7 +22,8 @@ ATTENTION = {"q": ("r D -> D r", "(lh d) r -> r lh d"), "k": ("r D -> D r", "(lg
              "o": ("r (lh d) -> lh d r", "D r -> r D")}
 NAME = re.compile(r"base_model\.model\.model\.layers\.\d+\.(?P<module>\w+\.\w+)\.lora_[AB]\.weight")
 PLAIN = dict(use_rslora=False, use_dora=False, bias="none", fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, modules_to_save=None,
-             layers_to_transform=None, trainable_token_indices=None)     # what of PEFT's LoRA there is with us
+             # what of PEFT's LoRA there is with us
+             layers_to_transform=None, trainable_token_indices=None)
 
 
 def table(size: EmuSize) -> Table:
@@ -37,7 +40,9 @@ def table(size: EmuSize) -> Table:
 
 
 def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of config.model that an adapter fixes. Raises UserError for a kind of adapter that is not ours."""
+    """Fields of config.model that an adapter fixes. Raises UserError for a kind of adapter that is
+    not ours.
+    """
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise UserError(f"its adapter_config.json is of a {kind!r}; only 'LORA' is known here")
     if strange := [name for name, value in PLAIN.items() if (config.get(name) or value) != value]:
@@ -60,7 +65,8 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     size = EmuSize.of(model)
     modules = sorted({row.theirs.split(".lora_")[0].rpartition(".")[2] for row in table(size).rows})
     lora: LoraSize = size.lora
-    plain = {name: value for name, value in PLAIN.items() if name != "trainable_token_indices"}      # older versions of PEFT know no such field
+    # older versions of PEFT know no such field
+    plain = {name: value for name, value in PLAIN.items() if name != "trainable_token_indices"}
     said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "r": lora.rank,
             "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": modules}
     return {"adapter_config.json": said | plain}

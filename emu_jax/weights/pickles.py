@@ -1,8 +1,9 @@
-"""PyTorch's .bin and .pt files, read without unpickling: nothing that they name is ever imported or called.
+"""PyTorch's .bin and .pt files, read without unpickling: nothing that they name is ever imported or
+called.
 
-Such a file is a zip of one pickle, which says names, shapes and places, and of storages, which are plain bytes. A machine
-that knows dictionaries, lists, tuples, numbers, strings and tensors interprets the pickle here; everything else is refused by
-its name. Read next: files.py.
+Such a file is a zip of one pickle, which says names, shapes and places, and of storages, which are
+plain bytes. A machine that knows dictionaries, lists, tuples, numbers, strings and tensors
+interprets the pickle here; everything else is refused by its name. Read next: files.py.
 """
 import io
 import lzma
@@ -22,11 +23,15 @@ from emu_jax.config import UserError
 STORAGES = {"Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Double": np.float64, "Long": np.int64, "Int": np.int32,
             "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_}
 DTYPES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in STORAGES.items()}
-TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-MAKES_DICT, MAKES_TUPLE = "collections.OrderedDict", "torch.Size"
+TENSOR = "torch._utils._rebuild_tensor_v2"
+PARAMETER = "torch._utils._rebuild_parameter"
+MAKES_DICT = "collections.OrderedDict"
+MAKES_TUPLE = "torch.Size"
 KNOWN = {*DTYPES, TENSOR, PARAMETER, MAKES_DICT, MAKES_TUPLE}
-WRAPPERS = ("state_dict", "module", "model")        # under which a training run's file keeps the tensors
-LARGEST_PICKLE, DEEPEST = 2**27, 16
+# under which a training run's file keeps the tensors
+WRAPPERS = ("state_dict", "module", "model")
+LARGEST_PICKLE = 2**27
+DEEPEST = 16
 
 
 class Refused(UserError):
@@ -62,14 +67,18 @@ class Place(NamedTuple):
 
 
 def places(path: Path) -> dict[str, Place]:
-    """Where each tensor of a .bin or .pt file lies. Raises UserError for whatever is not tensors, or not whole."""
+    """Where each tensor of a .bin or .pt file lies. Raises UserError for whatever is not tensors,
+    or not whole.
+    """
     with path.open("rb") as file:
         start = io.BytesIO(file.read(LARGEST_PICKLE) if file.read(1) == b"\x80" and not file.seek(0) else b"")
     if start.getbuffer():
         try:
-            for _ in range(4):          # a magic number, a version, the machine's kind, and what was saved
+            # a magic number, a version, the machine's kind, and what was saved
+            for _ in range(4):
                 interpret(start, str(path))
-        except Refused:                 # code in it is the worse news
+        # code in it is the worse news
+        except Refused:
             raise
         except UserError:
             pass
@@ -104,8 +113,10 @@ def read(path: Path, place: Place) -> np.ndarray:
 
 
 def interpret(stream: io.BytesIO, where: str) -> Any:
-    """What the next pickle of a stream holds: dicts, lists, tuples, numbers, strings and `Strided`. Raises Refused, naming `where` and
-    the first thing that is none of these, and UserError for a damaged one."""
+    """What the next pickle of a stream holds: dicts, lists, tuples, numbers, strings and `Strided`.
+    Raises Refused, naming `where` and the first thing that is none of these, and UserError for a
+    damaged one.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -153,7 +164,8 @@ def interpret(stream: io.BytesIO, where: str) -> Any:
                     items = since_mark()
                     stack[-1].extend(items)
                 case "SETITEM":
-                    item, key = stack.pop(), stack.pop()
+                    item = stack.pop()
+                    key = stack.pop()
                     stack[-1][key] = item
                 case "SETITEMS":
                     items = since_mark()
@@ -167,16 +179,19 @@ def interpret(stream: io.BytesIO, where: str) -> Any:
                 case "GLOBAL":
                     stack.append(named(argument.replace(" ", ".")))
                 case "STACK_GLOBAL":
-                    name, module = stack.pop(), stack.pop()
+                    name = stack.pop()
+                    module = stack.pop()
                     stack.append(named(f"{module}.{name}"))
                 case "BINPERSID":
                     stack.append(_storage(stack.pop()))
                 case "REDUCE":
-                    arguments, function = stack.pop(), stack.pop()
+                    arguments = stack.pop()
+                    function = stack.pop()
                     stack.append(_made(function, arguments))
                 case "BUILD":
                     stack.pop()
-                    if not isinstance(stack[-1], dict):         # a dict's attributes (its _metadata) are nothing to us
+                    # a dict's attributes (its _metadata) are nothing to us
+                    if not isinstance(stack[-1], dict):
                         refuse("sets the attributes of an object")
                 case "STOP":
                     return stack.pop()
@@ -227,7 +242,8 @@ def _natural(number: Any) -> int:
 def _tensors(where: str, value: Any) -> dict[str, Strided]:
     """Every tensor under its dotted name, without the wrappers of a training run's file."""
     while isinstance(value, dict) and (inner := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
-        value = value.pop(inner)            # popped: were it to hold itself, this would end
+        # popped: were it to hold itself, this would end
+        value = value.pop(inner)
     found: dict[str, Strided] = {}
     seen: set[int] = set()
 
@@ -248,8 +264,11 @@ def _tensors(where: str, value: Any) -> dict[str, Strided]:
 
 
 def _starts(path: Path, entries: dict[str, zipfile.ZipInfo], wanted: dict[str, Storage]) -> dict[str, int]:
-    """Where each storage's bytes start. Raises UserError for one that is missing, compressed, of another size, or within another."""
-    starts, ends = {}, []
+    """Where each storage's bytes start. Raises UserError for one that is missing, compressed, of
+    another size, or within another.
+    """
+    starts = {}
+    ends = []
     with path.open("rb") as file:
         for name, storage in wanted.items():
             entry = entries.get(name)

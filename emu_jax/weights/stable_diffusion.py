@@ -1,7 +1,8 @@
 """Stable Diffusion 1 and 2 in diffusers' layout: its configs as our sizes, its names and ours.
 
-A folder holds unet/ and vae/, each with a config.json and its tensors; here the names carry `unet.` and `vae.` in front.
-What a config asks that models/unet.py and models/vae.py do not do is said, never skipped.
+A folder holds unet/ and vae/, each with a config.json and its tensors; here the names carry `unet.`
+and `vae.` in front. What a config asks that models/unet.py and models/vae.py do not do is said,
+never skipped.
 """
 import re
 from collections.abc import Mapping
@@ -35,7 +36,8 @@ VAE_FIXED = dict(
     act_fn=("silu", "swish"), latents_mean=(None,), latents_std=(None,), mid_block_add_attention=(True,), shift_factor=(None, 0.0),
     use_post_quant_conv=(True,), use_quant_conv=(True,))
 SCHEDULE_FIXED = dict(beta_schedule=("scaled_linear",), trained_betas=(None,))
-TARGETS = {"epsilon": "epsilon", "v_prediction": "v"}      # their names of what is predicted, and ours
+# their names of what is predicted, and ours
+TARGETS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 class Size(NamedTuple):
@@ -62,7 +64,9 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
 
 
 def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of model.decoder, from the configs of a folder; those of the diffusion are None where there is no scheduler's."""
+    """Fields of model.decoder, from the configs of a folder; those of the diffusion are None where
+    there is no scheduler's.
+    """
     parts = {"unet": unet_size(config["unet"]), "vae": vae_size(config["vae"])}
     found = {f"decoder.{tower}.{name}": value for tower, part in parts.items() for name, value in asdict(part).items() if name != "remat"}
     return found | {f"decoder.diffusion.{name}": value for name, value in schedule(config["scheduler"]).items()}
@@ -74,7 +78,9 @@ def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of model.decoder.diffusion that a scheduler's config fixes; None for all where there is none."""
+    """Fields of model.decoder.diffusion that a scheduler's config fixes; None for all where there
+    is none.
+    """
     if not config:
         return dict.fromkeys(("steps", "beta_start", "beta_end", "zero_snr", "target"))
     steps = config.get("num_train_timesteps", 1000)
@@ -94,7 +100,9 @@ def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """By file, as StableDiffusionPipeline has them; it gets no text encoder, for ours is conditioned on an Emu."""
+    """By file, as StableDiffusionPipeline has them; it gets no text encoder, for ours is
+    conditioned on an Emu.
+    """
     unet, vae = size(model)
     side = model["decoder"]["image"] // vae.factor
     one_of = lambda values: values[0] if len(set(values)) == 1 else list(values)
@@ -124,7 +132,9 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def _scheduler(d: Diffusion) -> dict[str, Any]:
-    """PNDM, as Stable Diffusion 1.5's; DDIM where the schedule ends in noise alone, which PNDM cannot; Euler's of a flow."""
+    """PNDM, as Stable Diffusion 1.5's; DDIM where the schedule ends in noise alone, which PNDM
+    cannot; Euler's of a flow.
+    """
     if d.target == "flow":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": d.steps, "shift": 1.0}
     theirs = {ours: name for name, ours in TARGETS.items()}
@@ -135,7 +145,9 @@ def _scheduler(d: Diffusion) -> dict[str, Any]:
 
 
 def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
-    """The size of a U-Net's config.json. Raises UserError for what it asks that is not built, and for what it lacks."""
+    """The size of a U-Net's config.json. Raises UserError for what it asks that is not built, and
+    for what it lacks.
+    """
     need = partial(_need, "U-Net", config)
     _fixed("U-Net", config, UNET_FIXED)
     widths = tuple(need("block_out_channels"))
@@ -145,7 +157,8 @@ def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
         raise UserError(f"the U-Net's config asks for cross_attention_dim={config['cross_attention_dim']}: one width for all levels is what there is")
     down = _kinds("U-Net", config, "down_block_types", len(widths), {"CrossAttnDownBlock2D": True, "DownBlock2D": False})
     up = _kinds("U-Net", config, "up_block_types", len(widths), {"CrossAttnUpBlock2D": True, "UpBlock2D": False})[::-1]
-    heads = each("attention_head_dim", 8)       # a number of heads, whatever its name says
+    # a number of heads, whatever its name says
+    heads = each("attention_head_dim", 8)
     attending = [level for level in range(len(widths)) if down[level] or up[level] or level == len(widths) - 1]
     if bad := [level for level in attending if widths[level] % heads[level]]:
         raise UserError(f"the U-Net's config asks for {heads[bad[0]]} heads at level {bad[0]}, which do not divide its width {widths[bad[0]]}")
@@ -178,14 +191,18 @@ def table(unet: UNetSize | None, vae: VaeSize | None) -> Table:
 
 
 def rename(name: str) -> str:
-    """A name as diffusers writes it today: older autoencoders call their attention's maps otherwise."""
+    """A name as diffusers writes it today: older autoencoders call their attention's maps
+    otherwise.
+    """
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
         name = re.sub(rf"(^|\.)(mid_block\.attentions\.0\.){old}\.", rf"\1\2{new}.", name)
     return name
 
 
 def canonical(foreign: Tensors) -> dict[str, Any]:
-    """The tensors under today's names; the autoencoder's attention as matrices where it was stored as 1 x 1 convolutions."""
+    """The tensors under today's names; the autoencoder's attention as matrices where it was stored
+    as 1 x 1 convolutions.
+    """
     def square(name: str, x: Any) -> Any:
         if len(x.shape) == 2 or not re.fullmatch(r"vae\..*mid_block\.attentions\.0\.to_.*weight", name):
             return x
@@ -205,7 +222,8 @@ def _unet(size: UNetSize) -> list[Row]:
     def attentions(theirs, ours, count, level):
         heads = f"h{size.heads[level]}"
         for n in range(count):
-            t, o = f"{theirs}.attentions.{n}", f"{ours}/attentions/{n}"
+            t = f"{theirs}.attentions.{n}"
+            o = f"{ours}/attentions/{n}"
             yield from (*_norm(f"{t}.norm", f"{o}/norm"), *_linear(f"{t}.proj_in", f"{o}/into", flat))
             for depth in range(size.depths[level]):
                 yield from _block(f"{t}.transformer_blocks.{depth}", f"{o}/blocks/{depth}", heads, size.widths[level])
@@ -215,7 +233,8 @@ def _unet(size: UNetSize) -> list[Row]:
             *_conv("unet.conv_in", "unet/conv_in")]
     skips = [size.widths[0]]
     for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):
-        theirs, ours = f"unet.down_blocks.{level}", f"unet/down/{level}"
+        theirs = f"unet.down_blocks.{level}"
+        ours = f"unet/down/{level}"
         rows += resnets(theirs, ours, [skips[-1]] + [C] * (count - 1), C)
         rows += attentions(theirs, ours, count * size.attends_down[level], level)
         rows += _conv(f"{theirs}.downsamplers.0.conv", f"{ours}/resample") if level < last else []
@@ -223,7 +242,10 @@ def _unet(size: UNetSize) -> list[Row]:
     rows += [*resnets("unet.mid_block", "unet/mid", [0, 0], 0), *attentions("unet.mid_block", "unet/mid", 1, last)]
     width = size.widths[-1]
     for level in reversed(range(last + 1)):
-        theirs, ours, C, count = f"unet.up_blocks.{last - level}", f"unet/up/{level}", size.widths[level], size.resnets[level] + 1
+        theirs = f"unet.up_blocks.{last - level}"
+        ours = f"unet/up/{level}"
+        C = size.widths[level]
+        count = size.resnets[level] + 1
         rows += resnets(theirs, ours, [before + skips.pop() for before in [width] + [C] * (count - 1)], C)
         rows += attentions(theirs, ours, count * size.attends_up[level], level)
         rows += _conv(f"{theirs}.upsamplers.0.conv", f"{ours}/resample") if level else []
@@ -232,10 +254,13 @@ def _unet(size: UNetSize) -> list[Row]:
 
 
 def _vae(size: VaeSize) -> list[Row]:
-    last, widths = len(size.widths) - 1, size.widths
+    last = len(size.widths) - 1
+    widths = size.widths
     rows = [*_linear("vae.quant_conv", "vae/quant", "o i 1 1 -> i o"), *_linear("vae.post_quant_conv", "vae/post_quant", "o i 1 1 -> i o")]
     for half in ("encoder", "decoder"):
-        encodes, t, o = half == "encoder", f"vae.{half}", f"vae/{half}"
+        encodes = half == "encoder"
+        t = f"vae.{half}"
+        o = f"vae/{half}"
         rows += _conv(f"{t}.conv_in", f"{o}/conv_in")
         for level, C in enumerate(widths):
             theirs = f"{t}.down_blocks.{level}" if encodes else f"{t}.up_blocks.{last - level}"

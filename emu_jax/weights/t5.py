@@ -1,7 +1,9 @@
-"""T5's decoder, for the resampler: its self-attention, queries' and outputs' side of the cross-attention, ffn, norms and position bias.
+"""T5's decoder, for the resampler: its self-attention, queries' and outputs' side of the
+cross-attention, ffn, norms and position bias.
 
-The learned queries and `project` are not T5's. The cross-attention's keys and values read the encoder's width, which is not EVA's:
-they come only where the two widths are equal. What does not come is fresh where training starts.
+The learned queries and `project` are not T5's. The cross-attention's keys and values read the
+encoder's width, which is not EVA's: they come only where the two widths are equal. What does not
+come is fresh where training starts.
 """
 from typing import Any
 
@@ -11,7 +13,9 @@ from emu_jax.weights.family import Family, Shapes, layers
 
 
 def rows(size: ResamplerSize, prefix: str, cross: str) -> tuple[Row, ...]:
-    """Rows of the blocks, their shared position bias and the final norm; `cross`: which of the cross-attention's "qkv" come."""
+    """Rows of the blocks, their shared position bias and the final norm; `cross`: which of the
+    cross-attention's "qkv" come.
+    """
     block = prefix + "block.{l}.layer."
     return (
         Row(prefix + "block.0.layer.0.SelfAttention.relative_attention_bias.weight", "resampler/relative"),

@@ -1,7 +1,8 @@
 """Foreign checkpoints into ours and ours into theirs, one tensor at a time.
 
-An import writes a checkpoint that `config.init=DIR` starts from; the towers that no source fills are left out of it, and are fresh
-there. An export writes what the family's own library loads. Read next: convert.py, ../checkpoint.py.
+An import writes a checkpoint that `config.init=DIR` starts from; the towers that no source fills
+are left out of it, and are fresh there. An export writes what the family's own library loads. Read
+next: convert.py, ../checkpoint.py.
 """
 import copy
 import json
@@ -29,41 +30,55 @@ from emu_jax.weights.family import Family
 
 
 class Part(NamedTuple):
-    """One family's share of an import: its tensors under the table's names, and what they become."""
+    """One family's share of an import: its tensors under the table's names, and what they
+    become.
+    """
     family: Family
     where: str
     tensors: dict[str, Any]
     table: Table
-    dtypes: dict[str, np.dtype]             # of our leaves
-    carried: list[Path]                     # files that go along as they are
+    # of our leaves
+    dtypes: dict[str, np.dtype]
+    # files that go along as they are
+    carried: list[Path]
 
 
 class Plan(NamedTuple):
     config: ConfigDict
     parts: list[Part]
-    leaves: dict[str, jax.ShapeDtypeStruct]     # all that is written, flat
-    left_out: list[str]                         # leaves of the model that no source fills
-    assumed: list[str]                          # fields of config.model that are the default config's, for the sources do not say
-    adapted: list[tuple[str, Any, Any, str]]    # (field of config.model, its value in the files, in the given config, regex of its leaves)
+    # all that is written, flat
+    leaves: dict[str, jax.ShapeDtypeStruct]
+    # leaves of the model that no source fills
+    left_out: list[str]
+    # fields of config.model that are the default config's, for the sources do not say
+    assumed: list[str]
+    # (field of config.model, its value in the files, in the given config, regex of its leaves)
+    adapted: list[tuple[str, Any, Any, str]]
 
 
 def plan(sources: list[tuple[str, list[str]]], c: ConfigDict, *, given: bool, image_size: int | None = None) -> Plan:
-    """What an import of [(family, files or folders)] into the model of `c` would do. Where `c` was `given`, the sources must agree with it;
-    otherwise what they say of their towers is taken. image_size: interpolate the position embeddings to it.
+    """What an import of [(family, files or folders)] into the model of `c` would do. Where `c` was
+    `given`, the sources must agree with it; otherwise what they say of their towers is taken.
+    image_size: interpolate the position embeddings to it.
 
-    Raises Misfit, which lists every tensor that is missing, unexpected or misshapen, and UserError for all else.
+    Raises Misfit, which lists every tensor that is missing, unexpected or misshapen, and UserError
+    for all else.
     """
-    c.model.lora.storage = ""       # what comes in is whole; a run that starts from it rounds it
+    # what comes in is whole; a run that starts from it rounds it
+    c.model.lora.storage = ""
     found = [part for name, where in sources for part in _read(name, where, keep_lora=c.model.lora.rank > 0)]
     if image_size:
         c.model.vision.image = image_size
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for _, tensors, _ in found]
     agreed = [_agree(c, family, those, foreign, given, image_size) for (family, _, foreign), those in zip(found, shapes)]
-    c.optim.ema = 0.0                   # what comes in has no average
+    # what comes in has no average
+    c.optim.ema = 0.0
     if image_size and (image_size % c.model.vision.patch or not any(eva_clip.POSITIONS in those for those in shapes)):
         raise UserError(f"--image-size={image_size} must be a multiple of the patch of {c.model.vision.patch}, and a source must have an encoder")
     ours: dict[str, tuple[int, ...]] = {}
-    parts, homes, problems = [], {}, []
+    parts = []
+    homes = {}
+    problems = []
     for family, tensors, foreign in found:
         try:
             size = family.size(c.model.to_dict())
@@ -100,8 +115,11 @@ class Misfit(UserError):
 
 
 def write(made: Plan, to: str) -> None:
-    """Carries a plan out: a checkpoint with the resolved config in `to`. Raises UserError, and then nothing is left of it."""
-    needed, folder = sum(leaf.size * leaf.dtype.itemsize for leaf in made.leaves.values()), Path(to).absolute()
+    """Carries a plan out: a checkpoint with the resolved config in `to`. Raises UserError, and then
+    nothing is left of it.
+    """
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in made.leaves.values())
+    folder = Path(to).absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     if needed > free:
         raise UserError(f"{to} needs {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB")
@@ -113,16 +131,20 @@ def write(made: Plan, to: str) -> None:
             for path, layer, piece in convert.pieces(part.table, part.tensors):
                 put(path, layer, piece.astype(part.dtypes[path], copy=False))
                 bar.update()
-                del piece           # before the next is read
+                # before the next is read
+                del piece
             bar.close()
             for path in part.carried:
                 shutil.copyfile(path, folder / path.name)
 
 
 def export(name: str, directory: str, to: str, *, ema: bool = False, dtype: str | None = None, shard: int = files.SHARD) -> dict[str, int]:
-    """Writes the family's tensors in the checkpoint in `directory` into the new folder `to`; {file: bytes}. ema: averaged. dtype: cast to it.
-    Raises UserError for a checkpoint without them, or damaged, and then nothing is left."""
-    family, folder = FAMILIES[name], Path(to).absolute()
+    """Writes the family's tensors in the checkpoint in `directory` into the new folder `to`; {file:
+    bytes}. ema: averaged. dtype: cast to it. Raises UserError for a checkpoint without them, or
+    damaged, and then nothing is left.
+    """
+    family = FAMILIES[name]
+    folder = Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} is there and not empty; choose another directory")
     source = checkpoint.Slices(directory, ema=ema) if family is peft.FAMILY else Baked(directory, ema=ema)
@@ -132,7 +154,8 @@ def export(name: str, directory: str, to: str, *, ema: bool = False, dtype: str 
         shapes = convert.shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
     except UserError as error:
         raise UserError(f"{directory} holds no whole {name}: {error}") from error
-    if not shapes:              # of an adapter
+    # of an adapter
+    if not shapes:
         raise UserError(f"{directory} holds no LoRA")
     kinds = _dtypes(table, source, dtype)
     half = folder.with_name(f".{folder.name}.half")
@@ -166,14 +189,17 @@ def export(name: str, directory: str, to: str, *, ema: bool = False, dtype: str 
 
 
 class Baked:
-    """The parameters in a checkpoint as those of a model without LoRA and with plain matrices; read like checkpoint.Slices."""
+    """The parameters in a checkpoint as those of a model without LoRA and with plain matrices; read
+    like checkpoint.Slices.
+    """
 
     def __init__(self, directory: str, *, ema: bool = False):
         self._source = checkpoint.Slices(directory, ema=ema)
         self.config = copy.deepcopy(self._source.config)
         self._size = LoraSize(**config.from_dict(self.config["model"].get("lora", {})).to_dict())
         self.config["model"]["lora"] = self.config["model"].get("lora", {}) | {"rank": 0, "storage": ""}
-        self._codes: dict[str, str] = {}        # matrix -> its codes
+        # matrix -> its codes
+        self._codes: dict[str, str] = {}
         self.shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
         for path, (dtype, shape) in self._source.shapes.items():
             if path.endswith(sharding.CODES):
@@ -184,7 +210,8 @@ class Baked:
                 self.shapes[path] = dtype, shape
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        where, read = path.removesuffix("/w"), self._source.read
+        where = path.removesuffix("/w")
+        read = self._source.read
         w = lora.Quantised(read(self._codes[path], layer), read(f"{where}/absmax", layer)) if path in self._codes else read(path, layer)
         if path.endswith("/w") and f"{where}/a" in self._source.shapes:
             return np.asarray(lora.baked(self._size, w, read(f"{where}/a", layer), read(f"{where}/b", layer))).astype(self.shapes[path][0])
@@ -195,11 +222,14 @@ class Baked:
 
 
 def bake(directory: str, to: str) -> None:
-    """A checkpoint in `to` of the same model without LoRA and with plain matrices. Raises UserError, and then nothing is left of it."""
+    """A checkpoint in `to` of the same model without LoRA and with plain matrices. Raises
+    UserError, and then nothing is left of it.
+    """
     source = Baked(directory)
     leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (dtype, shape) in source.shapes.items()}
     stacked = {path for path in leaves if path.split("/")[0] in ("vision", "resampler", "llama") and "/blocks/" in path}
-    told = source.config | {"optim": source.config["optim"] | {"ema": 0.0}}      # what is written has no average
+    # what is written has no average
+    told = source.config | {"optim": source.config["optim"] | {"ema": 0.0}}
     with checkpoint.writing_slices(to, leaves, stacked, told) as put:
         for path, leaf in tqdm(leaves.items(), "bake", unit="leaf", disable=None):
             for layer in range(leaf.shape[0]) if path in stacked else [None]:
@@ -231,8 +261,9 @@ def summary(made: Plan) -> Iterator[str]:
 
 
 def _read(name: str, where: list[str], *, keep_lora: bool) -> list[tuple[Family, dict[str, Any], files.Foreign]]:
-    """The sources of a family as its part; a chat model, of which LoRA is to be kept, as two. Raises UserError, which guesses the right family,
-    where they are another's."""
+    """The sources of a family as its part; a chat model, of which LoRA is to be kept, as two.
+    Raises UserError, which guesses the right family, where they are another's.
+    """
     family = FAMILIES[name]
     if family.components and len(where) > 1:
         raise UserError(f"--family={name} takes one folder, with {' and '.join(family.components)} in it, not {' '.join(where)}")
@@ -255,11 +286,14 @@ def _read(name: str, where: list[str], *, keep_lora: bool) -> list[tuple[Family,
 
 def _agree(c: ConfigDict, family: Family, shapes: dict[str, tuple[int, ...]], foreign: files.Foreign, given: bool,
            image_size: int | None) -> tuple[list[str], list[tuple[str, Any, Any, str]]]:
-    """What the files say of the model against the config, or into it where none was given: then, the fields of which they say nothing; and
-    what of a given config gives way (Plan.adapted)."""
+    """What the files say of the model against the config, or into it where none was given: then,
+    the fields of which they say nothing; and what of a given config gives way (Plan.adapted).
+    """
     try:
-        said, guessed = family.says(shapes, foreign.config), family.assumes(shapes, foreign.config)
-    except (UserError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:       # a config.json may say anything
+        said = family.says(shapes, foreign.config)
+        guessed = family.assumes(shapes, foreign.config)
+    # a config.json may say anything
+    except (UserError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{foreign.where}: {error}") from error
     if image_size:
         said.pop("vision.image", None)

@@ -15,7 +15,9 @@ def letters():
 
 @pytest.fixture
 def memory():
-    """Memory(documents, corrupt); a number instead of documents makes that many: d0 "aaa...", d1, ... of 1 to 9 letters."""
+    """Memory(documents, corrupt); a number instead of documents makes that many: d0 "aaa...", d1,
+    ... of 1 to 9 letters.
+    """
     def make(documents, corrupt=()):
         if isinstance(documents, int):
             documents = [Document(f"d{k}", (chr(97 + k % 26) * (1 + k * 7 % 9),)) for k in range(documents)]

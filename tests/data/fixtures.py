@@ -8,12 +8,16 @@ from pathlib import Path
 from emu_jax.data import tokenizer
 from emu_jax.data.builders import openmoji
 
-IMAGE, VOCAB = 28, 512      # of the size "debug"
+# of the size "debug"
+IMAGE = 28
+VOCAB = 512
 MIXTURE = (("names", 1.0, "names"), ("scenes", 2.0, "scenes"), ("stories", 1.0, "stories"))
 
 
 def write_tiny(to: Path) -> None:
-    """24 captioned images (names, scenes) and 8 stories in split "train", as many in "held_out", at 28 px; tokenizer.json of 512."""
+    """24 captioned images (names, scenes) and 8 stories in split "train", as many in "held_out", at
+    28 px; tokenizer.json of 512.
+    """
     shutil.copytree(_tiny(), to, dirs_exist_ok=True)
 
 
@@ -32,5 +36,7 @@ def shard(dataset: Path, split: str = "train") -> Path:
 
 
 def mixture(to: Path, split: str) -> tuple[tuple[str, float, str], ...]:
-    """Rows for `config.data.mixture` (split "train") and `config.data.eval_mixture` ("held_out")."""
+    """Rows for `config.data.mixture` (split "train") and `config.data.eval_mixture`
+    ("held_out").
+    """
     return tuple((name, weight, f"{to}/{folder}:{split}") for name, weight, folder in MIXTURE)

@@ -1,4 +1,6 @@
-"""Files in the formats of others, written by the formats' own libraries where there is one, with the oddities that the world has."""
+"""Files in the formats of others, written by the formats' own libraries where there is one, with
+the oddities that the world has.
+"""
 import io
 import json
 import struct
@@ -10,7 +12,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-RED, BLUE = (200, 30, 40), (20, 60, 190)
+RED = (200, 30, 40)
+BLUE = (20, 60, 190)
 
 
 def picture(colour=RED, size=(48, 36), seed=0) -> Image.Image:
@@ -42,7 +45,9 @@ def bomb() -> bytes:
 
 
 def tar(path: Path, *samples: dict) -> Path:
-    """A WebDataset tar by webdataset's own writer; values that are bytes or str are written as they are."""
+    """A WebDataset tar by webdataset's own writer; values that are bytes or str are written as they
+    are.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(path), encoder=False) as writer:
         for sample in samples:

@@ -13,7 +13,8 @@ class Memory:
     """A source of the given documents; those at `corrupt` cannot be read."""
 
     def __init__(self, documents, corrupt=()):
-        self.documents, self.corrupt = documents, corrupt
+        self.documents = documents
+        self.corrupt = corrupt
 
     def __len__(self):
         return len(self.documents)
@@ -25,13 +26,18 @@ class Memory:
 
 
 class Disk:
-    """Documents d0, d1, ..., of a disk that does `faults[index]` whenever that record is read, or only the first `times` times.
+    """Documents d0, d1, ..., of a disk that does `faults[index]` whenever that record is read, or
+    only the first `times` times.
 
-    "hang": no answer until the file `folder`/free is there; "die": the process is killed; "fail": an error of the disk; "bad": the record is.
+    "hang": no answer until the file `folder`/free is there; "die": the process is killed; "fail":
+    an error of the disk; "bad": the record is.
     """
 
     def __init__(self, folder: Path, faults: dict[int, str], times: int = 10**9, size: int = 3):
-        self.folder, self.faults, self.times, self.size = folder, faults, times, size
+        self.folder = folder
+        self.faults = faults
+        self.times = times
+        self.size = size
 
     def __len__(self):
         return self.size

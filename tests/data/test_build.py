@@ -94,7 +94,8 @@ def test_a_build_of_processes_killed_by_signals_ends_byte_equal(shards, tmp_path
     build.build("pairs", [shards], tmp_path / "a" / "set", Options(), workers=1)
     to = tmp_path / "b" / "set"
     arguments = [sys.executable, "-m", "emu_jax.data", "build", "--kind=pairs", f"--from={shards}", f"--to={to}", "--workers=2"]
-    for delay in (0.5, 1.5, 3, 5, 8):                   # all of its processes, or only the first: the others may not be in the way
+    # all of its processes, or only the first: the others may not be in the way
+    for delay in (0.5, 1.5, 3, 5, 8):
         process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(delay)
         process.kill() if delay in (3, 8) else os.killpg(process.pid, signal.SIGKILL)
@@ -122,7 +123,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, resource.getru
 
 @pytest.mark.long
 def test_a_million_records_stream_in_bounded_memory(tmp_path):
-    """A build of a million takes the memory of one of ten thousand, and so does a loader that reads all of them, and a process that reads for it."""
+    """A build of a million takes the memory of one of ten thousand, and so does a loader that reads
+    all of them, and a process that reads for it.
+    """
     peaks = []
     for count in (10_000, 1_000_000):
         with (tmp_path / f"{count}.jsonl").open("w") as file:
@@ -150,7 +153,8 @@ def test_another_build_is_not_mixed_in(shards, tmp_path):
     with pytest.raises(UserError, match="holds a build of other input or with other settings"):
         build.build("pairs", [shards], tmp_path, Options(min_side=10), workers=1)
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "plan.json.0.new").write_text("")             # killed before it was a plan
+    # killed before it was a plan
+    (tmp_path / "begun" / "plan.json.0.new").write_text("")
     assert build.plan("pairs", [shards], tmp_path / "begun", Options())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")

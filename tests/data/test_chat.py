@@ -1,4 +1,6 @@
-"""Conversations: the grammar by hand, only answers count, what is cut is whole turns, and what is read later is what was learnt."""
+"""Conversations: the grammar by hand, only answers count, what is cut is whole turns, and what is
+read later is what was learnt.
+"""
 import logging
 from functools import partial
 
@@ -13,7 +15,14 @@ from emu_jax.data.sequence import Rule, make_sequence
 from emu_jax.data.sources import Corrupt
 from emu_jax.generate.prompt import Grammar, joined
 
-S, E, IMG, END, SLOT, USER, ASSISTANT = 1, 2, 257, 258, 259, 260, 261       # of the tokenizer of letters
+# of the tokenizer of letters
+S = 1
+E = 2
+IMG = 257
+END = 258
+SLOT = 259
+USER = 260
+ASSISTANT = 261
 
 
 def said(*parts):
@@ -41,7 +50,8 @@ def test_grammar_by_hand(make, picture):
     assert sequence.tokens.tolist() == first + second
     counts = np.flatnonzero(sequence.text_weights)
     assert [chr(i) if i > 2 else i for i in sequence.tokens[counts]] == ["o", "k", E, "s", "o", "!", E]
-    assert sequence.images[:, 0, 0, 0].tolist() == [3, 4] and sequence.image_weights.tolist() == [0, 1]     # what the model says, not what it sees
+    # what the model says, not what it sees
+    assert sequence.images[:, 0, 0, 0].tolist() == [3, 4] and sequence.image_weights.tolist() == [0, 1]
     assert (sequence.tokens[sequence.image_slots - 1] == IMG).all()
     assert (sequence.cut, sequence.cut_turns) == (0, 0)
 
@@ -61,7 +71,8 @@ def test_system_messages_of_the_release(make, picture, letters, parts, kind):
     parts = [part if isinstance(part, str) else ("u", picture(part[1]), *part[2:]) for part in parts]
     tokens = make(*parts, system="release").tokens.tolist()
     opening = [S, *(token for piece in chat.MESSAGES[kind] for token in ({"[IMG]": [IMG], "[/IMG]": [END]}.get(piece) or letters.encode(piece)))]
-    assert tokens[:len(opening)] == opening and tokens[len(opening):].index(USER) == (kind != "")     # a space between, where there is one
+    # a space between, where there is one
+    assert tokens[:len(opening)] == opening and tokens[len(opening):].index(USER) == (kind != "")
     own = make("s:own", *parts, system="release").tokens.tolist()
     assert own[:own.index(USER)] == [S, *letters_of("own ")]
 

@@ -1,6 +1,8 @@
-"""Broken input, in short: mutated images, videos, archives, tables and subtitles end in a document or in a reason, never in a crash or a hang.
+"""Broken input, in short: mutated images, videos, archives, tables and subtitles end in a document
+or in a reason, never in a crash or a hang.
 
-Native decoders may crash, so they run in a child process; the long form runs the numbers of a release.
+Native decoders may crash, so they run in a child process; the long form runs the numbers of a
+release.
 """
 import json
 import multiprocessing
@@ -25,7 +27,8 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     """Some bytes changed, a piece cut out or doubled, the end cut off."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 3, 20))):
-        kind, place = rng.randrange(4), rng.randrange(len(data))
+        kind = rng.randrange(4)
+        place = rng.randrange(len(data))
         if kind == 0 or len(data) < 40:
             data[place] = rng.randrange(256)
         elif kind == 1:
@@ -55,7 +58,9 @@ def try_images(count: int, seed: int) -> None:
 
 
 def try_archives(count: int, seed: int, folder: str) -> None:
-    """Tars of pairs and videos, zips of pages, parquet files: every record becomes a document or says why not."""
+    """Tars of pairs and videos, zips of pages, parquet files: every record becomes a document or
+    says why not.
+    """
     rng = random.Random(seed)
     root = Path(folder)
     photo = encoded(picture())
@@ -78,7 +83,8 @@ def try_archives(count: int, seed: int, folder: str) -> None:
             for document in inspection.documents(kind, path, Options()):
                 seen.add((kind, type(document)))
                 assert isinstance(document, Document) or "\n" not in document.reason
-        except UserError as error:                  # nothing of the archive can be read
+        # nothing of the archive can be read
+        except UserError as error:
             assert "\n" not in str(error)
         path.unlink()
     assert {kind for kind, _ in seen} == {"pairs", "html", "videos", "subtitled"} and ("pairs", Skipped) in seen

@@ -104,7 +104,8 @@ def test_what_is_no_image():
             with pytest.raises(ValueError, match="not a usable image") as caught:
                 images.decode(data, 16)
             reasons.append(str(caught.value))
-        assert reasons[0] == reasons[1]         # no address in memory: cards of builds are compared byte by byte
+        # no address in memory: cards of builds are compared byte by byte
+        assert reasons[0] == reasons[1]
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
@@ -125,7 +126,9 @@ def test_jpegs_are_bit_equal_to_pillow(photo, mode, options):
 
 
 def test_scaled_decoding_is_near_the_whole():
-    """A JPEG of eight times the size is decoded at a quarter: after the bicubic filter hardly a value differs."""
+    """A JPEG of eight times the size is decoded at a quarter: after the bicubic filter hardly a
+    value differs.
+    """
     smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((480, 320), Image.Resampling.BICUBIC)
     data = encoded(smooth, "JPEG", quality=95)
     whole = np.asarray(Image.open(io.BytesIO(data)).resize((48, 48), Image.Resampling.BICUBIC)).astype(int)

@@ -1,4 +1,6 @@
-"""Every kind of source, read from files that the format's own library wrote, against documents written down by hand."""
+"""Every kind of source, read from files that the format's own library wrote, against documents
+written down by hand.
+"""
 import hashlib
 import json
 import tarfile
@@ -21,7 +23,9 @@ from tests.data.formats import BLUE, bomb, encoded, film, jsonl, picture, rotate
 
 
 def told(kind, path, **options):
-    """{id: parts or reason}: texts as they are, pictures as (width, height); what has a role comes with it."""
+    """{id: parts or reason}: texts as they are, pictures as (width, height); what has a role comes
+    with it.
+    """
     result = {}
     for document in inspection.documents(kind, Path(path), Options(**options)):
         line = inspection.describe(document)
@@ -202,7 +206,8 @@ def test_html(site):
     assert lines["two.htm"] == ["Café", (70, 71)]
     assert lines["three.html"] == "no picture is left: a picture of several pages"
     assert lines["four.html"] == "no picture is left: a picture of several pages; an icon, by its size"
-    assert told("html", site / "three.html") == {"three.html": ["Of the article", (90, 91)]}        # alone, it repeats nothing
+    # alone, it repeats nothing
+    assert told("html", site / "three.html") == {"three.html": ["Of the article", (90, 91)]}
     told_again = told("html", site, captions=False, alt=True)["index.html"]
     assert told_again[2] == "a photo\nAfter it in line.\n  code\n    kept"
 
@@ -339,7 +344,10 @@ def test_llava(tmp_path):
         {"id": "more", "image": "coco/a.jpg", "conversations": turns("<image>\nWhat is an\n<image>", "A tag.", "And <image>", "Too.")},
         {"id": "gone", "image": "c.jpg", "conversations": turns("<image>\nWhat?", "Red.")},
         {"id": "outside", "image": "../../secret.jpg", "conversations": turns("<image>\nWhat?", "Red.")}])
-    user, assistant, a, b = (lambda text: ("user", text)), (lambda text: ("assistant", text)), ("user", (48, 36)), ("user", (40, 40))
+    user = lambda text: ("user", text)
+    assistant = lambda text: ("assistant", text)
+    a = ("user", (48, 36))
+    b = ("user", (40, 40))
     assert told("llava", tmp_path / "llava.json") == {
         "before": [a, user("What is it?"), assistant("Red."), user("Sure?"), assistant("Yes.")],
         "after": [user("What is it?"), a, assistant("Red.")], "joined": [a, user("What is it?"), assistant("Red.")],

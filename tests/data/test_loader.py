@@ -26,14 +26,17 @@ PAD = 256
 
 @pytest.fixture
 def loader(letters, memory, picture, monkeypatch):
-    """loader(**what differs in data, seed=, process=, processes=, eval=): 4 streams, 8 rows of 24 tokens, a source of texts, one of pairs."""
+    """loader(**what differs in data, seed=, process=, processes=, eval=): 4 streams, 8 rows of 24
+    tokens, a source of texts, one of pairs.
+    """
     made = []
     stored = dict(
         texts=memory(40, corrupt=(7,)),
         pairs=memory([Document(f"p{k}", (Pair(picture(k), "x" * (k % 5)),)) for k in range(11)]),
         few=memory(3), broken=memory(300, corrupt=range(0, 300, 10)))
     monkeypatch.setattr(sources, "open", lambda path, image_size, fit: stored[path])
-    monkeypatch.setattr(sources, "CACHE_BYTES", 0)          # what is read is read again in the next epoch
+    # what is read is read again in the next epoch
+    monkeypatch.setattr(sources, "CACHE_BYTES", 0)
 
     def make(seed=0, process=0, processes=1, eval=False, extra=None, **different):
         stored.update(extra or {})
@@ -85,13 +88,15 @@ def test_what_a_batch_is(loader):
 
 
 def test_order_of_pairs_is_drawn_anew_in_every_epoch(loader):
-    first = {}      # id -> was the image first, in order of reading
+    # id -> was the image first, in order of reading
+    first = {}
     for item in islice(loader(mixture=(("p", 1.0, "pairs"),), num_streams=1), 30):
         for row, ids in enumerate(item.ids):
             for number, name in enumerate(ids, 1):
                 second = item.batch.tokens[row][item.batch.segments[row] == number][1]
                 first.setdefault(name, []).append(bool(second == PAD + 1))
-    del first["p/p0"], first["p/p5"], first["p/p10"]        # their texts are empty
+    # their texts are empty
+    del first["p/p0"], first["p/p5"], first["p/p10"]
     assert len(first) == 8 and all(len(set(orders)) == 2 for orders in first.values())
 
 
@@ -162,10 +167,14 @@ def test_seeds_differ(loader):
 
 
 class Slow:
-    """A source whose records take a random while, and which knows how many were read and by which threads."""
+    """A source whose records take a random while, and which knows how many were read and by which
+    threads.
+    """
 
     def __init__(self, documents):
-        self.documents, self.read, self.threads = documents, 0, set()
+        self.documents = documents
+        self.read = 0
+        self.threads = set()
 
     def __len__(self):
         return len(self.documents)
@@ -187,7 +196,9 @@ def test_batches_do_not_depend_on_the_timing_of_threads(loader, memory):
 
 
 def test_prefetch_is_bounded(loader, memory):
-    """With rows of one document and one waiting, b batches of 8 rows read at most 8 b + 4 documents."""
+    """With rows of one document and one waiting, b batches of 8 rows read at most 8 b + 4
+    documents.
+    """
     slow = Slow(memory([Document(f"d{k}", ("x" * 22,)) for k in range(100)]))
     each = loader(mixture=(("s", 1.0, "slow"),), pack_lookahead=1, prefetch=2, extra=dict(slow=slow))
     iterator = iter(each)
@@ -204,7 +215,8 @@ def test_a_source_with_fewer_documents_than_streams(loader):
 
 
 def test_long_documents_and_many_images_are_cut(loader, memory, picture):
-    documents = memory([Document("long", ("x" * 50,)), Document("many", (picture(1),) * 3)])       # 52 tokens; 14 tokens
+    # 52 tokens; 14 tokens
+    documents = memory([Document("long", ("x" * 50,)), Document("many", (picture(1),) * 3)])
     each = loader(mixture=(("d", 1.0, "cut"),), num_streams=1, batch=4, pack_lookahead=1, extra=dict(cut=documents))
     item = next(iter(each))
     for row, ids in enumerate(item.ids):
@@ -224,7 +236,8 @@ def test_statistics_go_on_through_a_resume(loader):
         images += item.batch.image_weights.sum()
         assert [item.stats[name] for name in ("rows", "documents", "tokens", "images")] == [8 * number, documents, tokens, images]
         assert item.stats["padding"] == pytest.approx(1 - tokens / (8 * 24 * number))
-        assert item.stats["bad"]["p"] == 0 and sum(item.stats["read"].values()) == documents + 4 * 3 + item.stats["bad"]["t"]   # 3 wait
+        # 3 wait
+        assert item.stats["bad"]["p"] == 0 and sum(item.stats["read"].values()) == documents + 4 * 3 + item.stats["bad"]["t"]
     assert item.stats["bad"]["t"] > 0
     again = loader()
     again.restore(items[3].state)
@@ -232,7 +245,8 @@ def test_statistics_go_on_through_a_resume(loader):
 
 
 def test_corrupt_records_above_the_share_stop_the_run(loader, caplog):
-    mixture = (("t", 1.0, "texts"), ("b", 1.0, "broken"))       # one in ten of "broken"
+    # one in ten of "broken"
+    mixture = (("t", 1.0, "texts"), ("b", 1.0, "broken"))
     with caplog.at_level(logging.WARNING):
         assert len(list(islice(loader(mixture=mixture, max_bad_share=0.15), 50))) == 50
         assert "source b: a corrupt record is skipped: d10: not a PNG" in caplog.text
@@ -265,7 +279,8 @@ def test_close_does_not_wait_for_what_was_only_planned(loader, memory):
     each = loader(prefetch=100, workers=1, mixture=(("s", 1.0, "slow"),), extra=dict(slow=slow))
     next(iter(each))
     each.close()
-    assert slow.read < 200      # of more than 1,600
+    # of more than 1,600
+    assert slow.read < 200
 
 
 def test_close_ends_the_threads_and_the_iteration(loader):
@@ -281,7 +296,8 @@ def test_close_ends_the_threads_and_the_iteration(loader):
 
 def test_an_evaluation_is_one_pass_in_fixed_order(loader):
     each = loader(eval=True)
-    first, second = list(each), list(each)
+    first = list(each)
+    second = list(each)
     assert len(first) == len(second)
     for item, other in zip(first, second):
         same(item, other)
@@ -291,7 +307,8 @@ def test_an_evaluation_is_one_pass_in_fixed_order(loader):
     assert all(any(item.ids) for item in first)
     last = first[-1]
     empty = [row for row, names in enumerate(last.ids) if not names]
-    assert empty       # or the test shows nothing: change a size above
+    # or the test shows nothing: change a size above
+    assert empty
     for row in empty:
         assert (last.batch.tokens[row] == PAD).all() and (last.batch.image_slots[row] == 24).all()
         assert not any(array[row].any() for array in (last.batch.segments, last.batch.text_weights, last.batch.image_weights))
@@ -324,7 +341,8 @@ def test_settings_that_do_not_fit(loader, different, message):
 
 
 def test_a_rule_of_a_source_is_its_own(loader, memory, picture):
-    documents = memory([Document("d", tuple(part for k in range(4) for part in ("xy", Pair(picture(k), "z"))))])       # 4 pairs, of 12 texts
+    # 4 pairs, of 12 texts
+    documents = memory([Document("d", tuple(part for k in range(4) for part in ("xy", Pair(picture(k), "z"))))])
     each = loader(mixture=(("whole", 1.0, "same"), ("pairs", 1.0, "same", dict(pairs=1, image_first=1.0)), ("short", 1.0, "same", dict(tokens=7))),
                   num_streams=1, batch=8, pack_lookahead=1, tokens=24, extra=dict(same=documents))
     lengths = {}
@@ -332,7 +350,8 @@ def test_a_rule_of_a_source_is_its_own(loader, memory, picture):
         for row, ids in enumerate(item.ids):
             for number, id in enumerate(ids, 1):
                 lengths.setdefault(id.split("/")[0], set()).add(int((item.batch.segments[row] == number).sum()))
-    assert lengths["pairs"] == {7} and max(lengths["short"]) == 7 and min(lengths["whole"]) > 7        # <s> [IMG] 2 [/IMG] z </s>
+    # <s> [IMG] 2 [/IMG] z </s>
+    assert lengths["pairs"] == {7} and max(lengths["short"]) == 7 and min(lengths["whole"]) > 7
     assert set(item.stats["epochs"]) == {"whole", "pairs", "short"} and item.stats["epochs"]["pairs"] == item.stats["read"]["pairs"]
 
 
@@ -356,7 +375,9 @@ def test_best_fit_is_deterministic_and_resumes(loader):
 
 
 def test_a_hung_file_system_is_survived(loader, memory):
-    """Three reads never come: they are skipped as corrupt, and every other document is still read."""
+    """Three reads never come: they are skipped as corrupt, and every other document is still
+    read.
+    """
     class Hung(type(memory(1))):
         def __getitem__(self, index):
             if index in (3, 9, 20):
@@ -399,7 +420,8 @@ def children():
     """Processes of this one that read."""
     found = []
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):            # threads and processes end meanwhile
+        # threads and processes end meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for pid in map(int, (task / "children").read_text().split()):
                 if b"emu_jax.data" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.append(pid)
@@ -408,7 +430,9 @@ def children():
 
 @pytest.mark.long
 def test_hung_and_deadly_records_are_survived_in_processes(loader, tmp_path):
-    """Records 3 and 9 hang, 20 kills its process, whoever reads them: they are skipped as corrupt, and every other document is read."""
+    """Records 3 and 9 hang, 20 kills its process, whoever reads them: they are skipped as corrupt,
+    and every other document is read.
+    """
     disk = Disk(tmp_path, {3: "hang", 9: "hang", 20: "die"}, size=30)
     each = loader(mixture=(("h", 1.0, "disk"),), readers=2, patience=1.5, retries=1, max_bad_share=0.5, extra=dict(disk=disk))
     seen = {id for item in islice(each, 6) for row in item.ids for id in row}

@@ -11,7 +11,8 @@ from emu_jax.data.documents import Document
 from emu_jax.data.mixture import Mixture, Stream, hash_of, rng_of, shuffled
 from emu_jax.data.sequence import make_sequence
 
-T, I = 24, 2
+T = 24
+I = 2
 
 
 @pytest.fixture
@@ -31,10 +32,12 @@ def ids_of(rows):
 def test_an_epoch_over_all_streams_holds_every_document_once(memory, to_sequence, documents, streams):
     epochs = 4
     mixture = mixture_of(memory(documents), streams=streams)
-    read = {}       # place -> document
+    # place -> document
+    read = {}
     for number in range(streams):
         stream = Stream(mixture, number, to_sequence, lookahead=1)
-        while number + streams * stream.read[0] < epochs * documents + streams:     # the place that it reads next
+        # the place that it reads next
+        while number + streams * stream.read[0] < epochs * documents + streams:
             place = number + streams * stream.read[0]
             read[place] = stream._read(*stream._next_place()).id
     for epoch in range(epochs):
@@ -45,43 +48,52 @@ def test_an_epoch_over_all_streams_holds_every_document_once(memory, to_sequence
 def test_epochs_sources_and_seeds_have_orders_of_their_own(memory):
     def order(mixture, source, epoch):
         return [mixture.index(source, place) for place in range(40 * epoch, 40 * epoch + 40)]
-    one, two = mixture_of(memory(40), memory(40)), mixture_of(memory(40), memory(40), seed=1)
+    one = mixture_of(memory(40), memory(40))
+    two = mixture_of(memory(40), memory(40), seed=1)
     orders = [order(one, 0, 0), order(one, 0, 1), order(one, 1, 0), order(two, 0, 0), list(range(40))]
     assert all(a != b for k, a in enumerate(orders) for b in orders[:k])
-    assert order(one, 0, 1) == order(mixture_of(memory(40), streams=7), 0, 1)       # but not with the streams
+    # but not with the streams
+    assert order(one, 0, 1) == order(mixture_of(memory(40), streams=7), 0, 1)
 
 
 def test_weights_hold_over_many_draws(memory):
     mixture = mixture_of(memory(1), memory(1), memory(1), weights=(7.0, 2.0, 1.0), streams=8)
     draws = np.concatenate([mixture.draws(stream, block) for stream in range(8) for block in range(5)])
-    assert np.allclose(np.bincount(draws) / len(draws), (0.7, 0.2, 0.1), atol=0.01)     # deviation 0.002
+    # deviation 0.002
+    assert np.allclose(np.bincount(draws) / len(draws), (0.7, 0.2, 0.1), atol=0.01)
     assert (mixture.draws(0, 0) != mixture.draws(1, 0)).any() and (mixture.draws(0, 0) != mixture.draws(0, 1)).any()
 
 
 def test_what_is_read_has_the_weights(memory, to_sequence):
     stream = Stream(mixture_of(memory(5), memory(500), weights=(3.0, 1.0)), 0, to_sequence, lookahead=4)
     names = Counter(packed.id[0] for _ in range(800) for packed in stream.row(T, I))
-    assert abs(names["a"] / names.total() - 0.75) < 0.03     # deviation 0.008
+    # deviation 0.008
+    assert abs(names["a"] / names.total() - 0.75) < 0.03
 
 
 def test_a_row_takes_the_first_that_fits_by_hand(memory, to_sequence):
-    """Documents of 20, 8, 4, 15, 3 tokens in this order (<s> and </s> are 2 of them), three waiting, rows of 24."""
+    """Documents of 20, 8, 4, 15, 3 tokens in this order (<s> and </s> are 2 of them), three
+    waiting, rows of 24.
+    """
     documents = [Document(f"{length}", ("x" * (length - 2),)) for length in (20, 8, 4, 15, 3)]
     stream = Stream(mixture_of(memory(documents)), 0, to_sequence, lookahead=3, once=True)
     assert ids_of(stream.row(T, I) for _ in range(4)) == [["a/20", "a/4"], ["a/8", "a/15"], ["a/3"], []]
 
 
 def test_a_row_respects_the_budget_of_images(memory, to_sequence, picture):
-    one, two = (picture(0),), (picture(0), picture(0))
+    one = (picture(0),)
+    two = (picture(0), picture(0))
     documents = [Document("one", one), Document("two", two), Document("text", ("x",)), Document("uno", one), Document("eins", one)]
     stream = Stream(mixture_of(memory(documents)), 0, to_sequence, lookahead=9, once=True)
     assert ids_of(stream.row(100, 2) for _ in range(3)) == [["a/one", "a/text", "a/uno"], ["a/two"], ["a/eins"]]
 
 
 def test_too_long_documents_are_cut_to_a_row_and_counted(memory, to_sequence, picture):
-    documents = [Document("long", ("x" * 100,)), Document("pictures", (picture(1),) * 4)]       # 102 tokens; 18 tokens, 4 images
+    # 102 tokens; 18 tokens, 4 images
+    documents = [Document("long", ("x" * 100,)), Document("pictures", (picture(1),) * 4)]
     stream = Stream(mixture_of(memory(documents)), 0, to_sequence, lookahead=2, once=True)
-    (long,), (pictures,) = stream.row(T, I), stream.row(T, I)
+    (long,) = stream.row(T, I)
+    (pictures,) = stream.row(T, I)
     assert len(long.sequence.tokens) == 24 and len(pictures.sequence.images) == 2 and len(pictures.sequence.tokens) == 9
     assert stream.state()["counts"] == {"rows": 2, "documents": 2, "tokens": 33, "images": 2, "cut_documents": 2, "cut_tokens": 78 + 9,
                                         "cut_turns": 0}
@@ -91,7 +103,8 @@ def test_randomness_of_a_document_is_of_its_id_and_the_epoch(memory, to_sequence
     def drawing(document, rng, rule):
         drawn.append(rng.random())
         return to_sequence(document, rng=rng, rule=rule)
-    seen = {}       # (streams, seed) -> {(id, epoch): a random number}
+    # (streams, seed) -> {(id, epoch): a random number}
+    seen = {}
     for streams, seed in ((1, 0), (3, 0), (1, 1)):
         mixture = mixture_of(memory(10), streams=streams, seed=seed)
         values = seen[streams, seed] = {}
@@ -100,8 +113,10 @@ def test_randomness_of_a_document_is_of_its_id_and_the_epoch(memory, to_sequence
             packed = Stream(mixture, place % streams, drawing, lookahead=1)._read(0, place)
             (values[packed.id, place // 10],) = drawn
     assert seen[1, 0] == seen[3, 0] and len(seen[1, 0]) == 20
-    assert len(set(seen[1, 0].values())) == 20                                  # another number in another epoch
-    assert not set(seen[1, 0].values()) & set(seen[1, 1].values())              # and with another seed
+    # another number in another epoch
+    assert len(set(seen[1, 0].values())) == 20
+    # and with another seed
+    assert not set(seen[1, 0].values()) & set(seen[1, 1].values())
 
 
 def test_randomness_is_the_same_everywhere():
@@ -115,14 +130,17 @@ def test_shuffled_is_a_permutation(size):
 
 
 def test_shuffled_is_even():
-    """Over many keys every index is as often at every place, also next to a given one, in sizes that a Feistel network finds hard."""
+    """Over many keys every index is as often at every place, also next to a given one, in sizes
+    that a Feistel network finds hard.
+    """
     for size in (5, 7, 12):
         orders = np.array([[shuffled(place, size, hash_of(key)) for place in range(size)] for key in range(2000)])
         table = np.array([np.bincount(column, minlength=size) for column in orders.T])
         steps = np.bincount((orders[:, 1] - orders[:, 0]) % size, minlength=size)[1:]
         for counts, freedom in ((table, (size - 1) ** 2), (steps, size - 2)):
             expected = counts.sum() / counts.size
-            assert ((counts - expected) ** 2 / expected).sum() / freedom < 3        # chi-squared; about 1 by chance, 10 for 4 rounds
+            # chi-squared; about 1 by chance, 10 for 4 rounds
+            assert ((counts - expected) ** 2 / expected).sum() / freedom < 3
 
 
 def test_a_state_continues_exactly(memory, to_sequence):
@@ -132,10 +150,12 @@ def test_a_state_continues_exactly(memory, to_sequence):
     for _ in range(30):
         state = json.loads(json.dumps(whole.state()))
         again = stream(state)
-        assert again.state() == state                       # also before anything is read again
+        # also before anything is read again
+        assert again.state() == state
         assert ids_of([whole.row(T, I)]) == ids_of([again.row(T, I)])
         assert whole.state() == again.state()
-    fewer = stream(state, lookahead=2)                      # no waiting document is lost
+    # no waiting document is lost
+    fewer = stream(state, lookahead=2)
     read = [packed.id for _ in range(30) for packed in fewer.row(T, I)]
     assert {name for name, _ in state["pending"]} <= {id[0] for id in read}
     assert fewer.counts["documents"] + len(fewer.state()["pending"]) == sum(fewer.read) - sum(fewer.bad)

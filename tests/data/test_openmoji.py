@@ -15,7 +15,9 @@ from emu_jax.data.builders import openmoji, questions, scenes
 from emu_jax.data.documents import pixels
 from emu_jax.data.sources import records
 
-PAIRS, KINDS, SPLITS = ("counts", "spatial"), ("counts", "spatial", "stories"), (False, True)
+PAIRS = ("counts", "spatial")
+KINDS = ("counts", "spatial", "stories")
+SPLITS = (False, True)
 
 
 @functools.cache
@@ -44,9 +46,12 @@ def shown(image):
 
 
 def caption(background, words):
-    """The caption of what is seen, found independently of how it was made; None for two that stand diagonally."""
+    """The caption of what is seen, found independently of how it was made; None for two that stand
+    diagonally.
+    """
     if len(set(words.values())) == 1:
-        number, word = scenes.NUMBERS[len(words) - 1], next(iter(words.values()))
+        number = scenes.NUMBERS[len(words) - 1]
+        word = next(iter(words.values()))
         return f"{number} {word}{'s' if len(words) > 1 else ''} on {background}"
     (first, a), (second, b) = sorted(words.items())
     relation = "left of" if first[0] == second[0] else "above" if first[1] == second[1] else None
@@ -68,7 +73,8 @@ def test_stories_tell_what_changes(held_out):
         first, second = story.combination.split()
         assert caption(*seen[0]) == story.texts[0] and set(seen[0][1].values()) == {first}
         assert set(seen[1][1].values()) == {first, second} and story.texts[1] in (f"a {second} comes", f"an {second} comes")
-        assert caption(*seen[1]) is None        # no spatial triple, which may be a held-out one
+        # no spatial triple, which may be a held-out one
+        assert caption(*seen[1]) is None
         assert seen[0][1].items() <= seen[1][1].items()
         for (_, words), text in zip(seen[2:], story.texts[2:], strict=True):
             left, = set(seen[1][1].values()) - set(words.values())
@@ -98,7 +104,8 @@ def test_jitter_differs_between_renders():
 def test_held_out_combinations_are_whole_and_their_factors_seen(kind, seed):
     train, held_out = scenes.combinations(kind, seed)
     assert len(set(held_out)) == scenes.HELD_OUT[kind] and not set(train) & set(held_out)
-    assert sorted(train + held_out) == sorted(one for part in scenes.combinations(kind, seed + 1) for one in part)      # together all that there are
+    # together all that there are
+    assert sorted(train + held_out) == sorted(one for part in scenes.combinations(kind, seed + 1) for one in part)
     assert held_out != scenes.combinations(kind, seed + 1)[1]
     for place in range(len(held_out[0])):
         often = Counter(words[place] for words in train)
@@ -211,7 +218,8 @@ def test_a_killed_build_is_taken_up(built, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path)
     finished, = tmp_path.glob("names/*/1.0.0/names-train*")
-    (tmp_path / "scenes" / finished.parts[-3] / "incomplete.XYZ_1.0.0").mkdir(parents=True, exist_ok=True)      # as after a kill -9
+    # as after a kill -9
+    (tmp_path / "scenes" / finished.parts[-3] / "incomplete.XYZ_1.0.0").mkdir(parents=True, exist_ok=True)
     before = finished.stat().st_mtime_ns
     assert not list(tmp_path.glob("scenes/*/1.0.0"))
     build(tmp_path)
@@ -257,7 +265,9 @@ def test_bad_arguments(arguments, message):
 
 @functools.cache
 def talks(held_out):
-    """{id of a scene: (the scene, its conversation as [(kind, question, answer)], layout, roles, images)}."""
+    """{id of a scene: (the scene, its conversation as [(kind, question, answer)], layout, roles,
+    images)}.
+    """
     found = {}
     for kind in PAIRS:
         for scene, talk in zip(made(kind, held_out), questions.conversations(made(kind, held_out), 0), strict=True):

@@ -7,7 +7,9 @@ from emu_jax.data.sequence import Sequence
 
 
 def sequence(length, slots=(), first=10):
-    """Tokens first, first + 1, ...; weights 0 at the first token, then 1; the image at slot s is all s."""
+    """Tokens first, first + 1, ...; weights 0 at the first token, then 1; the image at slot s is
+    all s.
+    """
     return Sequence("d", np.arange(first, first + length, dtype=np.int32), np.arange(length).clip(0, 1).astype(np.float32),
                     np.array([np.full((2, 2, 3), slot) for slot in slots], np.uint8).reshape(-1, 2, 2, 3),
                     np.array(slots, np.int32), np.ones(len(slots), np.float32), 0)
@@ -35,7 +37,8 @@ def test_a_row_by_hand():
     assert batch.positions[1].tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0]
     assert batch.text_weights[1].tolist() == [0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 0]
     assert batch.sources[1].tolist() == [1, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0]
-    assert batch.image_slots[1].tolist() == [2, 8, 10, 12]      # T = 12 where there is no image
+    # T = 12 where there is no image
+    assert batch.image_slots[1].tolist() == [2, 8, 10, 12]
     assert batch.image_weights[1].tolist() == [1, 1, 1, 0]
     assert batch.images[1, :, 0, 0, 0].tolist() == [2, 1, 3, 0]
 
@@ -60,7 +63,9 @@ def test_dtypes_and_shapes():
 
 
 def test_best_fit_by_hand():
-    """What is left: 50 of 100 tokens and 2 of 10 images, so a text evens it out; an empty row takes the first, whatever it is."""
+    """What is left: 50 of 100 tokens and 2 of 10 images, so a text evens it out; an empty row takes
+    the first, whatever it is.
+    """
     waiting = [of(30, 2), of(60, 0), of(20, 0), of(30, 0), of(10, 1)]
     assert best_fit(waiting, 50, 2, 100, 10) == 3
     assert best_fit(waiting, 100, 10, 100, 10) == 0
@@ -72,9 +77,13 @@ def test_best_fit_leaves_less_empty_than_first_fit_and_lets_none_wait_for_ever()
     documents = [of(*((50, 1) if rng.random() < 0.7 else (int(rng.integers(200, 900)), int(rng.integers(0, 12))))) for _ in range(600)]
     used = {}
     for name, fit in (("first", first_fit), ("best", partial(best_fit, row_tokens=1000, row_images=12))):
-        unread, waiting, rows = list(enumerate(documents)), [], []
+        unread = list(enumerate(documents))
+        waiting = []
+        rows = []
         while unread or waiting:
-            tokens, images, row = 1000, 12, []
+            tokens = 1000
+            images = 12
+            row = []
             while True:
                 while unread and len(waiting) < 16:
                     waiting.append(unread.pop(0))
@@ -83,7 +92,8 @@ def test_best_fit_leaves_less_empty_than_first_fit_and_lets_none_wait_for_ever()
                     break
                 number, document = waiting.pop(index)
                 row.append(number)
-                tokens, images = tokens - len(document.tokens), images - len(document.image_slots)
+                tokens = tokens - len(document.tokens)
+                images = images - len(document.image_slots)
             rows.append(row)
         assert sorted(number for row in rows for number in row) == list(range(600))
         used[name] = len(rows)

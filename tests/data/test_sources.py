@@ -30,7 +30,9 @@ def copy(tiny, tmp_path):
 
 
 def rewrite(folder, change):
-    """Writes folder's training records anew, with `change(fields)` made to the third of them, or that record replaced by the bytes it returns."""
+    """Writes folder's training records anew, with `change(fields)` made to the third of them, or
+    that record replaced by the bytes it returns.
+    """
     file = shard(folder)
     reader = ArrayRecordReader(str(file))
     raw = reader.read_all()
@@ -96,7 +98,8 @@ def test_cache_is_bounded_and_changes_nothing(tiny, monkeypatch):
 def test_texts_fill_the_cache_too(memory, monkeypatch):
     monkeypatch.setattr(sources, "CACHE_BYTES", 10 * sources.RECORD_BYTES)
     cached = sources.Cached(memory([Document(f"d{k}", ("x" * sources.RECORD_BYTES,)) for k in range(20)]))
-    assert sum(cached[index] is cached[index] for index in range(20)) == 20         # of a list that is itself in memory
+    # of a list that is itself in memory
+    assert sum(cached[index] is cached[index] for index in range(20)) == 20
     assert len(cached._kept) == 5
 
 
@@ -114,7 +117,8 @@ def test_beyond_the_end(tiny):
 
 
 def test_files_are_read_as_one_by_many_threads(tmp_path):
-    lengths, wanted = [3, 0, 200], [f"record {number}".encode() for number in range(203)]
+    lengths = [3, 0, 200]
+    wanted = [f"record {number}".encode() for number in range(203)]
     files = [str(tmp_path / f"{number}.array_record") for number in range(3)]
     for file, some in zip(files, (wanted[:3], [], wanted[3:]), strict=True):
         writer = ArrayRecordWriter(file, "group_size:1")
@@ -134,7 +138,8 @@ def test_damaged_bytes_are_one_corrupt_record(copy):
     place = data.index(b"\x89PNG") + 40
     data[place] ^= 255
     file.write_bytes(data)
-    source, bad = sources.open(f"{copy}/scenes:train", 28), []
+    source = sources.open(f"{copy}/scenes:train", 28)
+    bad = []
     for index in range(len(source)):
         try:
             source[index]

@@ -27,7 +27,9 @@ def test_a_film_shot_with_the_phone_upright_stands_upright():
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         pixels = np.zeros((48, 64, 3), np.uint8)
         pixels[:, :32] = 255
         container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
@@ -49,7 +51,9 @@ def test_every_container_is_read(tmp_path, suffix, codec):
     path = tmp_path / f"clip.{suffix}"
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8" if codec == "gif" else "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         for _ in range(3):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 255, np.uint8), format="rgb24")
             container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))

@@ -1,4 +1,6 @@
-"""A tiny benchmark in each official layout, as its authors ship it: annotation files, pictures or videos, and nothing else."""
+"""A tiny benchmark in each official layout, as its authors ship it: annotation files, pictures or
+videos, and nothing else.
+"""
 import csv
 import json
 from fractions import Fraction
@@ -21,7 +23,9 @@ def video(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("mpeg4", rate=Fraction(10))
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.width = 32
+        stream.height = 32
+        stream.pix_fmt = "yuv420p"
         for k in range(10):
             frame = np.random.default_rng(100 * seed + k).integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
             for packet in stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")):
@@ -40,7 +44,8 @@ def karpathy(root: Path, dataset: str, count: int = 3) -> Path:
     """`count` test images, and as many of training."""
     images = []
     for k in range(2 * count):
-        split, name = ("test", "train")[k // count], f"{dataset}_{k:012}.jpg"
+        split = ("test", "train")[k // count]
+        name = f"{dataset}_{k:012}.jpg"
         where = {"filepath": "val2014", "filename": name, "cocoid": 100 + k, "imgid": k} if dataset == "coco" else {"filename": name, "imgid": k}
         picture(root / where.get("filepath", "flickr30k-images") / name, k)
         images.append(where | {"split": split, "sentids": [k], "sentences": [
@@ -66,7 +71,9 @@ def nocaps(root: Path, count: int = 3) -> Path:
 
 
 def vqa(root: Path, name: str, count: int = 4) -> tuple[Path, Path]:
-    """VQAv2 ("v2_") or OK-VQA (""): questions and annotations of val2014, and of train2014 for examples."""
+    """VQAv2 ("v2_") or OK-VQA (""): questions and annotations of val2014, and of train2014 for
+    examples.
+    """
     for split in ("train2014", "val2014"):
         for k in range(2):
             picture(root / split / f"COCO_{split}_{k:012}.jpg", k + (split == "train2014") * 10)

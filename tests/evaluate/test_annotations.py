@@ -1,4 +1,6 @@
-"""The official layouts as examples; a file of another benchmark is one line; submissions are what the benchmarks' servers take."""
+"""The official layouts as examples; a file of another benchmark is one line; submissions are what
+the benchmarks' servers take.
+"""
 import json
 
 import layouts

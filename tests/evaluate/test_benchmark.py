@@ -1,4 +1,6 @@
-"""Every task end to end from a tiny random checkpoint, in its official layout: killed and resumed it gives the same; and bad input is one line."""
+"""Every task end to end from a tiny random checkpoint, in its official layout: killed and resumed
+it gives the same; and bad input is one line.
+"""
 import copy
 import dataclasses
 import json
@@ -75,7 +77,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
     """A checkpoint is read once for all tests."""
-    load, sessions = Session.load, {}
+    load = Session.load
+    sessions = {}
 
     def cached(directory, *, batch=2, **options):
         if (directory, batch) not in sessions:
@@ -98,10 +101,13 @@ def read(folder):
 @pytest.mark.parametrize("task", TASKS)
 def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch, task, capsys):
     monkeypatch.setattr(benchmark.fid, "features", lambda params, images: np.stack([np.ravel(image)[:4].astype(float) for image in images]))
-    whole, killed, beams = tmp_path / "whole", tmp_path / "killed", "--beams=2" if task == "coco-caption" else "--beams=1"
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    beams = "--beams=2" if task == "coco-caption" else "--beams=1"
     assert call(root, data, task, f"--out={whole}", beams) == 0
     printed = capsys.readouterr().out.splitlines()
-    ask, calls = benchmark.Asker.predict, []
+    ask = benchmark.Asker.predict
+    calls = []
     draw = benchmark.pixels.Painter.__call__
 
     def dies(of):
@@ -152,8 +158,10 @@ def test_few_shots_are_the_nearest_and_fewer_where_they_do_not_fit(root, data, t
     assert call(root, data, "vqav2", f"--out={tmp_path}/rices", "--shots=2") == 0
     assert read(tmp_path / "rices")["scores.json"]["fewer_shots"] == 0
     settings = benchmark.Settings("vqav2", str(root / "emu"), 7, str(data("vqav2")), "val2014", shots=2)
-    session, planned = copy.copy(Session.load(str(root / "emu"))), benchmark.plan(settings)
-    asker = benchmark.Asker(session, settings, planned, tmp_path / "rices" / "examples.npz")        # saved by the run
+    session = copy.copy(Session.load(str(root / "emu")))
+    planned = benchmark.plan(settings)
+    # saved by the run
+    asker = benchmark.Asker(session, settings, planned, tmp_path / "rices" / "examples.npz")
     shots = asker._shots(planned.examples[:1])[0]
     features = retrieval.features(session, [asker.frames(name) for name in (planned.examples[0].picture, *(shot.picture for shot in shots))])
     assert features[0] @ features[2] >= features[0] @ features[1] and len({shot.picture for shot in shots}) == 2

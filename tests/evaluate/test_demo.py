@@ -1,4 +1,6 @@
-"""The demo's numbers: each score on examples made by hand, and the command on a model of no training."""
+"""The demo's numbers: each score on examples made by hand, and the command on a model of no
+training.
+"""
 import json
 import re
 import subprocess
@@ -22,16 +24,19 @@ from emu_jax.evaluate import __main__ as command
 from emu_jax.evaluate import demo, history
 from emu_jax.models import emu
 
-pytestmark = pytest.mark.xdist_group("demo")  # one process: what its tests share is made once
+# one process: what its tests share is made once
+pytestmark = pytest.mark.xdist_group("demo")
 
 # --- texts ---
 
 def test_f1():
     assert demo.f1("red heart", "red heart") == 1
-    assert demo.f1("red heart", "heart red") == 1                 # order is not its business
+    # order is not its business
+    assert demo.f1("red heart", "heart red") == 1
     assert demo.f1("red heart", "") == demo.f1("red heart", "cat") == 0
     assert demo.f1("a cat and a pig", "a pig") == pytest.approx(2 * 1 * 0.4 / 1.4)
-    assert demo.f1("cat", "cat cat cat") == pytest.approx(0.5)    # a word counts as often as it is there
+    # a word counts as often as it is there
+    assert demo.f1("cat", "cat cat cat") == pytest.approx(0.5)
 
 
 def test_every_caption_of_the_scenes_is_understood():
@@ -64,7 +69,8 @@ def test_swapped():
 
 def test_ranks_against_sorting():
     rng = np.random.default_rng(0)
-    distances, right = rng.random((20, 9)), rng.integers(0, 9, 20)
+    distances = rng.random((20, 9))
+    right = rng.integers(0, 9, 20)
     assert (demo.ranks(distances, right) == [sorted(row).index(row[r]) for row, r in zip(distances, right)]).all()
 
 
@@ -84,7 +90,8 @@ def test_r2():
     assert demo.r2(true, true) == 1
     assert demo.r2(true, np.broadcast_to(true.mean(0), true.shape)) == pytest.approx(0)
     assert demo.r2(true, -true) < -1
-    assert demo.r2(np.ones((3, 2, 2)), np.ones((3, 2, 2))) == 0      # collapse is not success
+    # collapse is not success
+    assert demo.r2(np.ones((3, 2, 2)), np.ones((3, 2, 2))) == 0
 
 
 @pytest.mark.parametrize("directions", [1, 3, 8])
@@ -111,7 +118,8 @@ def test_batches_have_one_shape_and_lose_nothing():
         shapes.append(x.shape)
         return 2 * x + y[:, None]
 
-    x, y = np.arange(2 * 300).reshape(300, 2), np.arange(300)
+    x = np.arange(2 * 300).reshape(300, 2)
+    y = np.arange(300)
     assert (demo._batched("", double, x, y) == 2 * x + y[:, None]).all()
     assert set(shapes) == {(demo.BATCH, 2)}
 
@@ -120,7 +128,9 @@ def test_batches_have_one_shape_and_lose_nothing():
 
 @pytest.fixture(scope="module")
 def model():
-    """A debug model of random weights, strong enough that its texts differ, and a tokenizer of the letters."""
+    """A debug model of random weights, strong enough that its texts differ, and a tokenizer of the
+    letters.
+    """
     c = make.cfg("model.llama.vocab=140")
     p = make.program(c)
     params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, make.params(p))
@@ -163,7 +173,9 @@ def test_the_fourth_is_told_after_three(model, images):
 
 
 def test_captions_come_back_to_their_images():
-    """A model that is always right is told so, whatever order its images are batched in; so is the nearest image's caption."""
+    """A model that is always right is told so, whatever order its images are batched in; so is the
+    nearest image's caption.
+    """
     def source(texts, first):
         return [Document(f"counts/{text}", (Pair(np.full((4, 4, 3), first + k, np.uint8), text),)) for k, text in enumerate(texts)]
 
@@ -192,7 +204,9 @@ def test_retrieval_counts_trained_and_held_out_apart():
     drawings = [demo.Told(str(k), np.zeros((2, 2, 3), np.uint8), str(k), "") for k in range(8)]
     visual = np.arange(8.0).reshape(8, 1, 1)
     regressed = visual.copy()
-    regressed[0], regressed[7] = 1.1, 0                           # found second; and last, held out
+    # found second; and last, held out
+    regressed[0] = 1.1
+    regressed[7] = 0
     drawn, numbers = demo._retrieval(drawings, 6, visual, regressed)
     assert [query.rank for query in drawn] == [2, 0, 0, 0, 0, 0, 0, 7]
     assert [name for name, _ in drawn[0].found][:2] == ["1", "2"] and [query.held_out for query in drawn] == 6 * [False] + 2 * [True]
@@ -205,7 +219,8 @@ def test_retrieval_counts_trained_and_held_out_apart():
 def test_history(tmp_path):
     folder = tmp_path / "checkpoints" / "20"
     folder.mkdir(parents=True)
-    lines = [{"step": 1, "visual_variance": 2.0, "input_wait": 9.0, "padding": 0.9},                # compiles: no step_time
+    # compiles: no step_time
+    lines = [{"step": 1, "visual_variance": 2.0, "input_wait": 9.0, "padding": 0.9},
              {"step": 10, "visual_variance": 0.5, "input_wait": 0.1, "padding": 0.2, "step_time": 1.0, "tokens_per_second": 10.0,
               "flops_per_second": 1.0, "flops_per_second/llama": 1.0},
              {"step": 10, "eval/text_loss": 3.0, "eval/visual_variance": 0.01},
@@ -214,7 +229,8 @@ def test_history(tmp_path):
              {"step": 30, "visual_variance": 0.001, "step_time": 5.0, "input_wait": 5.0, "padding": 0.1}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 40, "lo')
     assert [line["step"] for line in history.read(str(tmp_path))] == [1, 10, 10, 20, 30]
-    lines = history.read(str(folder))                             # as far as that checkpoint
+    # as far as that checkpoint
+    lines = history.read(str(folder))
     assert [line["step"] for line in lines] == [1, 10, 10, 20]
     assert history.curve(lines, "visual_variance") == [(1, 2.0), (10, 0.5)]
     assert history.variance(lines) == {"visual_variance_first": 2.0, "visual_variance_least": 0.5, "visual_variance_ratio": 0.25}
@@ -229,7 +245,8 @@ def test_targets():
                "visual_variance_ratio": 0.09, "speed/input_wait_share": 0.02}
     assert [target.reached for target in demo.targets(numbers)] == [True, False, True, False, None, None, False, None, False]
     nothing = demo.targets(numbers | {"scenes_held_out_exact": 0.0, "scenes_held_out_nearest_exact": 0.0})
-    assert nothing[3].reached is False                            # twice nothing is not a success
+    # twice nothing is not a success
+    assert nothing[3].reached is False
 
 
 # --- the command ---
@@ -276,7 +293,8 @@ def test_the_command(data, runs, capsys):
     numbers = results["numbers"]
     assert numbers["names_train_count"] == numbers["names_held_out_count"] == 4 and numbers["scenes_held_out_count"] == 8
     assert numbers["retrieval_among"] == 8 and len(results["captions"]["scenes_held_out"]) == 8
-    assert numbers["raw_variance_ratio"] == pytest.approx(1, abs=1e-4)      # both encoders are of the same seed
+    # both encoders are of the same seed
+    assert numbers["raw_variance_ratio"] == pytest.approx(1, abs=1e-4)
     assert all(np.isfinite(value) for value in numbers.values())
     assert {line.split()[0] for line in out} > numbers.keys()
     assert len(results["targets"]) == 9 and "</html>" in (runs / "emu" / "report.html").read_text()
@@ -286,11 +304,13 @@ def test_the_command(data, runs, capsys):
 def test_the_command_with_a_decoder(data, runs, tmp_path):
     assert command.main(["--task=demo", f"--checkpoint={runs}/emu", f"--data={data}", f"--decoder={runs}/decoder", f"--out={tmp_path}"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    numbers, targets = results["numbers"], {target["what"]: target for target in results["targets"]}
+    numbers = results["numbers"]
+    targets = {target["what"]: target for target in results["targets"]}
     assert [numbers[f"pictures_{group}_count"] for group in ("names_train", "names_held_out", "scenes_held_out")] == [4, 4, 8]
     for source, target in (("encoded", "picture of a drawing's visual tokens"), ("regressed", "picture of a drawing's name")):
         found, = (value for what, value in targets.items() if what.startswith(target))
-        assert found["value"] == numbers[f"pictures_names_train_{source}_top5"] == 1.0      # among four
+        # among four
+        assert found["value"] == numbers[f"pictures_names_train_{source}_top5"] == 1.0
         assert 0 <= numbers[f"pictures_scenes_held_out_{source}_top1"] <= numbers[f"pictures_scenes_held_out_{source}_top5"] <= 1
     assert "Blends" in (tmp_path / "report.html").read_text()
 

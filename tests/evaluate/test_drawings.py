@@ -29,7 +29,8 @@ class Paint(Painter):
     """Draws the colour that the tokens are; counts what it is asked for."""
 
     def __init__(self):
-        self.asked, self.size = [], SimpleNamespace(image=2)
+        self.asked = []
+        self.size = SimpleNamespace(image=2)
 
     def __call__(self, visual):
         self.asked.append(len(visual))
@@ -45,7 +46,8 @@ def test_a_picture_finds_its_own():
 
 def test_places_count_what_is_nearer():
     grey = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (0, 100, 200)])
-    np.testing.assert_array_equal(drawings.places(np.stack([grey[1], grey[1], grey[0]]), grey), [1 + 1, 0, 2])     # 0 and 200 are as far from 100
+    # 0 and 200 are as far from 100
+    np.testing.assert_array_equal(drawings.places(np.stack([grey[1], grey[1], grey[0]]), grey), [1 + 1, 0, 2])
 
 
 def test_pictures_that_are_all_the_same_find_nothing():
@@ -57,7 +59,8 @@ def test_pictures_that_are_all_the_same_find_nothing():
 
 
 def test_each_image_is_drawn_of_its_tokens_and_of_its_caption():
-    paint, captions = Paint(), [str(k) for k in range(60)]
+    paint = Paint()
+    captions = [str(k) for k in range(60)]
     drawn = drawings.pictures(Colours(), paint, captions, IMAGES)
     assert paint.asked == 2 * [40, 20] and [picture.caption for picture in drawn] == captions
     for k, picture in enumerate(drawn):

@@ -1,4 +1,6 @@
-"""What tuning taught: shares before it, after it, and of answering the same always. Its command, on a run: tests/test_instruct.py."""
+"""What tuning taught: shares before it, after it, and of answering the same always. Its command, on
+a run: tests/test_instruct.py.
+"""
 import make
 import numpy as np
 import pytest

@@ -11,7 +11,8 @@ def test_the_page_is_whole_and_what_others_wrote_is_text():
     worst = [Shown(image, "<script>alert(1)</script> & why?", "<b>a dog</b>", ("a cat", "a cat", "two <i>cats"), 0.25)]
     first = [*worst, Shown(image, "", "", (), None)]
     page = Page(gallery.page("vqav2, <val>", {"accuracy": 12.345678, "count": 2, "split": "val", "text_only": False}, worst, first))
-    tags, words = {tag for tag, _ in page.elements}, "|".join(page.words)
+    tags = {tag for tag, _ in page.elements}
+    words = "|".join(page.words)
     assert not tags & {"script", "link", "b", "i"} and sum(tag == "img" for tag, _ in page.elements) == 3
     assert all(attributes["src"].startswith("data:image/png;base64,") for tag, attributes in page.elements if tag == "img")
     for text in ("<script>alert(1)</script> & why?", "<b>a dog</b>", "12.35", "score 0.25", "(nothing)", "vqav2, <val>", "a cat · two <i>cats"):

@@ -19,7 +19,9 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.open, self.words = [], [], []
+        self.elements = []
+        self.open = []
+        self.words = []
         self.feed(text)
         assert not self.open
 
@@ -140,7 +142,8 @@ def test_curves_stay_in_their_chart(values, log):
 def test_a_chart_shows_its_values():
     svg = report.chart("x", [("a", [(0, 1.0), (50, 100.0), (100, 10.0)], True)], log=True)
     first, second, third = [(float(x), float(y)) for x, y in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)]
-    assert first[1] > third[1] > second[1] and first[1] - third[1] == pytest.approx(third[1] - second[1], abs=0.2)      # decades
+    # decades
+    assert first[1] > third[1] > second[1] and first[1] - third[1] == pytest.approx(third[1] - second[1], abs=0.2)
     assert second[0] - first[0] == pytest.approx(third[0] - second[0], abs=0.2)
 
 

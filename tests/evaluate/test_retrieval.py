@@ -1,4 +1,6 @@
-"""RICES: features that do not depend on the batch, the nearest last, and an index that is made once."""
+"""RICES: features that do not depend on the batch, the nearest last, and an index that is made
+once.
+"""
 import make
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""`score`: every layout of every metric gives the metric's numbers; and no JSON, however odd, gives a traceback."""
+"""`score`: every layout of every metric gives the metric's numbers; and no JSON, however odd, gives
+a traceback.
+"""
 import copy
 import csv
 import json
@@ -139,9 +141,12 @@ ODD = (None, True, 0, -1, 1.5, float("nan"), float("inf"), "", "x", [], {}, [[]]
 def mutated(value, rng):
     """The value with something in it replaced, dropped or doubled."""
     value = copy.deepcopy(value)
-    where, at, place = None, None, value
+    where = None
+    at = None
+    place = value
     while isinstance(place, (dict, list)) and place and (where is None or rng.random() < 0.7):
-        where, at = place, rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        where = place
+        at = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
         place = where[at]
     if where is None or rng.random() < 0.1:
         return copy.deepcopy(rng.choice(ODD))
@@ -154,7 +159,8 @@ def mutated(value, rng):
 
 def test_no_json_however_odd_gives_a_traceback(tmp_path):
     """Changes to sound files of every metric: numbers, or a UserError of one line."""
-    rng, wordnet = random.Random(0), str(dictionary.write(tmp_path / "wordnet"))
+    rng = random.Random(0)
+    wordnet = str(dictionary.write(tmp_path / "wordnet"))
     ranks = [{"image_id": 1, "round_id": 1, "ranks": [1, 2]}]
     dialogs = {"split": "val", "data": {"questions": ["a"], "answers": ["b", "c"], "dialogs": [
         {"image_id": 1, "dialog": [{"question": 0, "answer": 1, "answer_options": [0, 1], "gt_index": 1}]}]}}

@@ -1,4 +1,6 @@
-"""A benchmark's folder: what lies wherever in it, by name, and videos by the names that they have on the web."""
+"""A benchmark's folder: what lies wherever in it, by name, and videos by the names that they have
+on the web.
+"""
 import layouts
 import pytest
 

@@ -1,4 +1,6 @@
-"""A small model of random weights, strong enough that its answers differ, and a tokenizer of the letters."""
+"""A small model of random weights, strong enough that its answers differ, and a tokenizer of the
+letters.
+"""
 import jax
 import jax.numpy as jnp
 import make
@@ -12,10 +14,14 @@ VOCAB = 140
 
 
 class Uncached:
-    """The same model without a cache: the whole row again for every element. One shape, so that it is compiled once."""
+    """The same model without a cache: the whole row again for every element. One shape, so that it
+    is compiled once.
+    """
 
     def __init__(self, session, length=64):
-        self.session, self.length, size = session, length, session.size
+        self.session = session
+        self.length = length
+        size = session.size
         bound = lambda params: emu.bind(emu.Emu, size, params)
         self._hidden = jax.jit(lambda params, x: bound(params).llama(x, jnp.arange(length)[None], jnp.ones((1, length), int))[0][0])
         self._logits = jax.jit(lambda params, hidden: bound(params).llama.logits(hidden))

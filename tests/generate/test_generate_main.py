@@ -1,4 +1,6 @@
-"""The command: text as it comes, drawings, chats, and one clear line for what the user can put right."""
+"""The command: text as it comes, drawings, chats, and one clear line for what the user can put
+right.
+"""
 import dataclasses
 import io
 import subprocess

@@ -119,7 +119,9 @@ def test_a_film_shot_with_the_phone_upright_stands_upright(tmp_path):
     """Its matrix says a quarter turn clockwise: what is stored at the left is shown at the top."""
     with av.open(str(tmp_path / "film.mp4"), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         pixels = np.zeros((48, 64, 3), np.uint8)
         pixels[:, :32] = 255
         container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))

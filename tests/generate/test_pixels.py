@@ -1,4 +1,6 @@
-"""Pictures: a trained decoder draws what a model said, by seed; the command that saves them; conditions made beforehand."""
+"""Pictures: a trained decoder draws what a model said, by seed; the command that saves them;
+conditions made beforehand.
+"""
 import dataclasses
 import json
 
@@ -18,7 +20,8 @@ from emu_jax.generate import __main__ as command
 from emu_jax.generate import pixels, precompute
 from emu_jax.generate.session import Session
 
-VOCAB = 104      # the eight devices of the tests divide it
+# the eight devices of the tests divide it
+VOCAB = 104
 WORDS = ["a dog", "a cat", "red and blue", "one two three four"] * 9
 
 def save(c, folder):
@@ -64,7 +67,8 @@ def painter(run, session, **options):
 
 def test_a_picture_is_a_function_of_its_condition_and_its_seed(run, session, visual):
     paint = painter(run, session, seed=5)
-    first, again = paint(visual), paint(visual)
+    first = paint(visual)
+    again = paint(visual)
     assert first.shape == (3, 8, 8, 3) and first.dtype == np.uint8 and (first != again).any((1, 2, 3)).all()
     alone = painter(run, session, seed=6)(visual[1:2])
     assert np.abs(alone[0].astype(int) - first[1]).max() <= 1
@@ -88,7 +92,8 @@ def test_guidance_leads_away_from_the_empty_prompt_or_from_zeros(run, session, v
 def test_what_a_checker_rejects_is_black(run, session, visual):
     paint = painter(run, session)
     whole = paint(visual)
-    paint.seed, paint.check = 0, lambda pictures: np.array([True, False, True])
+    paint.seed = 0
+    paint.check = lambda pictures: np.array([True, False, True])
     checked = paint(visual)
     assert not checked[1].any() and (checked[[0, 2]] == whole[[0, 2]]).all() and whole[1].any()
 
@@ -166,7 +171,8 @@ def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(run, sessi
     documents = [Document(f"d{n}", parts) for n, parts in enumerate([(Pair(image, said[0]),), (said[1], image), (said[2],), (image, said[3]),
                                                                      (Pair(image, said[4]),)])]
     monkeypatch.setattr(precompute.sources, "open", lambda path, size, fit: Memory(documents))
-    monkeypatch.setattr(precompute, "mesh_of", lambda *_: None)     # eight fake devices are slow, and the commands above have them
+    # eight fake devices are slow, and the commands above have them
+    monkeypatch.setattr(precompute, "mesh_of", lambda *_: None)
     for module in (precompute, precomputed):
         monkeypatch.setattr(module, "SHARD", 2)
     arguments = ["precompute", "--config=configs/decoder.py:debug", f"--config.init={run}/emu", f"--config.data.tokenizer={run}/tokenizer.json",

@@ -1,4 +1,6 @@
-"""The grammar of prompts: the ids that the released code made, for the texts that it made them of."""
+"""The grammar of prompts: the ids that the released code made, for the texts that it made them
+of.
+"""
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,8 @@ def golden(name, key):
 
 
 IMAGE = np.zeros((56, 56, 3), np.uint8)
-FIRST, SECOND = np.zeros((8, 8, 3), np.uint8), np.ones((8, 8, 3), np.uint8)
+FIRST = np.zeros((8, 8, 3), np.uint8)
+SECOND = np.ones((8, 8, 3), np.uint8)
 
 
 def test_the_releases_prompts(released):
@@ -46,13 +49,16 @@ def test_the_releases_chat(released):
 
 
 def test_system_messages_are_the_releases(letters):
-    t, text = letters.tokenizer, lambda ids: "".join(chr(i) if i < 256 else f"<{i - 256}>" for i in ids)
-    picture, video = np.zeros((8, 8, 3), np.uint8), [np.zeros((8, 8, 3), np.uint8)] * 8
+    t = letters.tokenizer
+    text = lambda ids: "".join(chr(i) if i < 256 else f"<{i - 256}>" for i in ids)
+    picture = np.zeros((8, 8, 3), np.uint8)
+    video = [np.zeros((8, 8, 3), np.uint8)] * 8
     one = text(letters.turn([picture, "what?"], system=None, first=True).tokens)
     assert one == ("\x01You will be presented with an image: <1>ImageContent<2>. You will be able to see the image after I provide it to you. "
                    "Please answer my questions based on the given image. <4>: <1><3><3><2>what? <5>:")
     assert text(letters.turn(["what?"], system=None, first=True).tokens) == "\x01<4>: what? <5>:"
-    assert text(letters.turn([picture, "or", *video], system=None, first=True).tokens).startswith("\x01<4>: <1>")        # interleaved: none
+    # interleaved: none
+    assert text(letters.turn([picture, "or", *video], system=None, first=True).tokens).startswith("\x01<4>: <1>")
     assert text(letters.turn([picture, "what?"], system="", first=True).tokens).startswith("\x01<4>: <1>")
     assert text(letters.turn(["and now?"], system=None, first=False).tokens) == "<4>: and now? <5>:"
     assert t.img == 257
@@ -87,7 +93,8 @@ def test_cutting_takes_no_part_of_an_image():
 
 
 def test_joined():
-    a, b = Prompt([1, 9], [], []), Prompt([257, 259, 259, 258], [FIRST], [1])
+    a = Prompt([1, 9], [], [])
+    b = Prompt([257, 259, 259, 258], [FIRST], [1])
     assert prompt.joined(a, b, b).slots == [3, 7] and prompt.joined(a, b).tokens == [1, 9, 257, 259, 259, 258]
 
 

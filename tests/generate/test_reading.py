@@ -1,4 +1,6 @@
-"""What was read does not depend on how: in one piece or in any two, alone or beside longer rows, from a shared prefix or not."""
+"""What was read does not depend on how: in one piece or in any two, alone or beside longer rows,
+from a shared prefix or not.
+"""
 import dataclasses
 
 import jax.numpy as jnp
@@ -37,9 +39,12 @@ def test_cached_is_uncached(session, uncached, images):
 
 
 def test_cached_is_uncached_with_llama_3s_shapes(images):
-    """Fewer heads of keys and values, which the cache holds as they are; scaled positions; and logits by the input table."""
+    """Fewer heads of keys and values, which the cache holds as they are; scaled positions; and
+    logits by the input table.
+    """
     session = make_session(*LLAMA3)
-    uncached, prompt = Uncached(session), session.prompt(["a dog", images[0], "and"])
+    uncached = Uncached(session)
+    prompt = session.prompt(["a dog", images[0], "and"])
     context = session._read([prompt], None, 8)
     assert context.cache.k.shape[3] == 2 and "lm_head" not in session.params["llama"]
     x = uncached.x(prompt)
@@ -53,7 +58,8 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
     assert answer == session.texts([["a dog", images[0]], ["x"]])[:1] and answer[0]
 
 
-@pytest.mark.parametrize("at", [1, 6, 12, 19])        # after <s>; before [IMG]; after [/IMG]; before the last
+# after <s>; before [IMG]; after [/IMG]; before the last
+@pytest.mark.parametrize("at", [1, 6, 12, 19])
 def test_any_split_of_a_prompt(session, images, at):
     prompt = session.prompt(["a dog", images[0], "is here."])
     assert len(prompt) == 20
@@ -73,7 +79,8 @@ def test_nothing_more_changes_nothing(session):
 def test_rows_do_not_see_each_other(session, images):
     prompts = [session.prompt(parts) for parts in (["x"], ["a longer one", images[2], "of two"], [images[3]])]
     together = session._read(prompts, None, 0)
-    assert together.hidden.shape[0] == 4                 # filled up to a power of two
+    # filled up to a power of two
+    assert together.hidden.shape[0] == 4
     for row, prompt in enumerate(prompts):
         alone = session._read([prompt], None, 0)
         np.testing.assert_allclose(together.hidden[row], alone.hidden[0], atol=2e-5)
@@ -89,7 +96,8 @@ def test_a_prefix_is_shared(session, images):
         slots = whole.slots + [len(whole) + slot - 1 for slot in prompt.slots]
         alone = session._read([Prompt(tokens, whole.images + prompt.images, slots)], None, 0)
         np.testing.assert_allclose(after.hidden[row], alone.hidden[0], atol=2e-5)
-    assert not prefix.context.hidden.is_deleted()        # it can be used again
+    # it can be used again
+    assert not prefix.context.hidden.is_deleted()
 
 
 def test_bfloat16_is_cached_in_bfloat16(session):

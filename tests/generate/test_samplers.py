@@ -1,4 +1,6 @@
-"""Samplers on a problem whose answer is known: where the data are one Gaussian, the path from each noise to its datum has a formula."""
+"""Samplers on a problem whose answer is known: where the data are one Gaussian, the path from each
+noise to its datum has a formula.
+"""
 import dataclasses
 from functools import partial
 
@@ -13,7 +15,8 @@ from emu_jax.models.diffusion import Diffusion, coefficients, parts, split
 
 SD = Diffusion(steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0)
 V, ZERO, FLOW = (dataclasses.replace(SD, target=target, zero_snr=zero) for target, zero in (("v", False), ("v", True), ("flow", False)))
-MEAN, DEVIATION = 0.7, 0.3
+MEAN = 0.7
+DEVIATION = 0.3
 X = samplers.noise(jnp.arange(4), (2, 2, 3))
 
 
@@ -38,7 +41,8 @@ def error(name, d, steps, plan=None):
 @pytest.mark.parametrize(("name", "d", "order"), [("ddim", SD, 1), ("euler", SD, 1), ("pndm", SD, 2), ("pndm", V, 2), ("dpm++", SD, 1),
                                                   ("flow", FLOW, 1), ("ddim", ZERO, 1), ("dpm++", ZERO, 1), ("ddim", FLOW, 1)])
 def test_samplers_follow_the_exact_path(name, d, order):
-    coarse, fine = error(name, d, 25), error(name, d, 100)
+    coarse = error(name, d, 25)
+    fine = error(name, d, 100)
     assert fine < 0.04 and fine < coarse / 2 ** order, (coarse, fine)
 
 
@@ -60,7 +64,8 @@ def test_flow_euler_is_ddim_on_the_straight_path():
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_the_network_is_traced_once_and_one_step_will_do(name):
-    d, calls = FLOW if name == "flow" else SD, []
+    d = FLOW if name == "flow" else SD
+    calls = []
 
     def counting(x, t):
         calls.append(1)
@@ -77,12 +82,14 @@ def test_spacings_by_hand():
     of = lambda **more: samplers.schedule(SD, 4, **more).t.tolist()
     assert of() == [751, 501, 251, 1] and of(offset=0) == [750, 500, 250, 0]
     assert of(spacing="inner") == [801, 601, 401, 201] and of(spacing="trailing") == [999, 749, 499, 249]
-    assert samplers.schedule(SD, 1000).t[0] == 999      # never beyond the last
+    # never beyond the last
+    assert samplers.schedule(SD, 1000).t[0] == 999
     assert samplers.schedule(FLOW, 4).t.tolist() == [1000, 750, 500, 250]
 
 
 def test_the_end_of_a_schedule():
-    clean, first = samplers.schedule(SD, 4), samplers.schedule(SD, 4, last="first")
+    clean = samplers.schedule(SD, 4)
+    first = samplers.schedule(SD, 4, last="first")
     assert (clean.a[-1], clean.s[-1]) == (1, 0) and first.a[-1] ** 2 == pytest.approx(1 - 0.00085)
     assert samplers.plan_of(ZERO, "ddim", 10).a[0] == 0
 
@@ -116,8 +123,10 @@ def sampled(guidance, negative=NEGATIVE, **more):
 
 def test_guidance_one_is_the_condition_alone():
     alone = samplers.ddim(samplers.denoiser(V, network, CONDITION, CONDITION, guidance=3.0), X, samplers.plan_of(V, "ddim", 4))
-    np.testing.assert_allclose(sampled(1.0), alone, atol=1e-5)              # away from itself is nowhere
-    np.testing.assert_allclose(sampled(1.0 + 1e-6), alone, atol=1e-4)       # and it is no special case
+    # away from itself is nowhere
+    np.testing.assert_allclose(sampled(1.0), alone, atol=1e-5)
+    # and it is no special case
+    np.testing.assert_allclose(sampled(1.0 + 1e-6), alone, atol=1e-4)
     np.testing.assert_array_equal(sampled(1.0, NEGATIVE + 1), sampled(1.0))
 
 

@@ -37,7 +37,8 @@ def test_min_p(p, left):
 
 def test_repetition_penalty():
     scores = jnp.array([[2.0, -2.0, 1.0, -1.0]])
-    said = jnp.array([[0, 1, 0, 4]])                    # one twice, which counts once; 4 is none
+    # one twice, which counts once; 4 is none
+    said = jnp.array([[0, 1, 0, 4]])
     np.testing.assert_allclose(sampling.repetition_penalty(scores, said, jnp.float32(2)), [[1, -4, 1, -1]])
 
 
@@ -45,13 +46,15 @@ def test_what_is_drawn_is_as_likely_as_it_is_said():
     rules = sampling.Rules(temperature=jnp.float32(0.5), top_k=jnp.int32(3), top_p=jnp.float32(1), min_p=jnp.float32(0), **dict.fromkeys(
         ("repetition_penalty", "length_penalty", "min_new_tokens", "limits", "allowed", "ends", "said", "trie")))
     draws = sampling.sample(jnp.tile(SCORES, (4000, 1)), rules, jax.random.split(jax.random.key(0), 4000))
-    weights = np.array([0, 0.4, 0, 0.25, 0.2]) ** 2     # temperature 1/2 squares
+    # temperature 1/2 squares
+    weights = np.array([0, 0.4, 0, 0.25, 0.2]) ** 2
     np.testing.assert_allclose(np.bincount(draws, minlength=5) / 4000, weights / weights.sum(), atol=0.03)
 
 
 def test_a_trie_allows_its_answers_and_nothing_else():
     answers = [[5, 7], [5], [6, 7, 8]]
-    made, found = trie.make(answers, 2), []
+    made = trie.make(answers, 2)
+    found = []
 
     def walk(node, so_far):
         for token in np.flatnonzero(made.allowed(jnp.array([node]), 10)[0]).tolist():

@@ -1,4 +1,6 @@
-"""One session: many prompts as one by one, as it comes as at once, sharded as alone; images, answers that hold them, and chats."""
+"""One session: many prompts as one by one, as it comes as at once, sharded as alone; images,
+answers that hold them, and chats.
+"""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,8 @@ def prompts(images):
 
 
 def uncached_image(session, uncached, prompt):
-    x, zs = uncached.x(Prompt([*prompt.tokens, session.tokenizer.img], prompt.images, prompt.slots)), []
+    x = uncached.x(Prompt([*prompt.tokens, session.tokenizer.img], prompt.images, prompt.slots))
+    zs = []
     for _ in range(session.grammar.n_visual):
         zs.append(uncached.regressed(x))
         x = np.concatenate([x, zs[-1][None]])
@@ -45,11 +48,14 @@ def test_many_are_as_one_by_one(session, prompts, options):
 
 def test_a_prefix_is_as_if_it_were_said_again(session, images):
     examples = [images[3], "first", images[4], "second"]
-    prefix, asked = session.read(examples), [[images[0]], ["x", images[1]]]
+    prefix = session.read(examples)
+    asked = [[images[0]], ["x", images[1]]]
     whole = [[*examples, *parts] for parts in asked]
     assert session.texts(asked, EIGHT, prefix=prefix) == session.texts(whole, EIGHT)
     assert session.texts(asked, Options(max_new_tokens=8, beams=3), prefix=prefix) == session.texts(whole, Options(max_new_tokens=8, beams=3))
-    drawn = session.images(whole)       # without a prefix too, prompts asked one by one differ from these by rounding: 3.5e-5 on one machine
+    # without a prefix too, prompts asked one by one differ from these by rounding: 3.5e-5 on one
+    # machine
+    drawn = session.images(whole)
     np.testing.assert_allclose(session.images(asked, prefix=prefix), drawn, atol=1e-4)
     assert np.abs(session.images(asked) - drawn).max() > 0.05
 
@@ -71,7 +77,8 @@ def test_choices(session, prompts):
     for options in (Options(), Options(beams=3)):
         found = session.texts(prompts, options, choices=answers)
         assert set(found) <= set(answers)
-    best = [answers[int(np.argmin(session.losses(parts, answers) * [5, 4, 4]))] for parts in prompts]       # the sum, for beams without a penalty
+    # the sum, for beams without a penalty
+    best = [answers[int(np.argmin(session.losses(parts, answers) * [5, 4, 4]))] for parts in prompts]
     assert session.texts(prompts, Options(beams=8, length_penalty=0.0), choices=answers) == best
 
 
@@ -95,16 +102,20 @@ def drawing():
 
 
 def test_an_answer_may_hold_images(drawing):
-    for seed in range(20):                                                  # until one draws twice
+    # until one draws twice
+    for seed in range(20):
         options = Options(max_new_tokens=24, temperature=1.0, seed=seed)
         pieces = list(drawing.stream(["dog"], options))
         drawn = [number for number, piece in enumerate(pieces) if not isinstance(piece, str)]
-        assert len(drawn) <= 2                                              # the limit
+        # the limit
+        assert len(drawn) <= 2
         if len(drawn) == 2 and 0 < drawn[0] and drawn[1] < len(pieces) - 1:
             break
-    assert len(drawn) == 2 and drawn[1] < len(pieces) - 1                   # text goes on after it
+    # text goes on after it
+    assert len(drawn) == 2 and drawn[1] < len(pieces) - 1
     # The answer is what one prompt after another would have brought.
-    said, parts = drawing.prompt(["dog"]), pieces[:drawn[0]]
+    said = drawing.prompt(["dog"])
+    parts = pieces[:drawn[0]]
     first = Prompt(said.tokens + drawing.tokenizer.encode("".join(parts)))
     np.testing.assert_allclose(pieces[drawn[0]].visual, drawing.images([first])[0], atol=2e-5)
     assert pieces[drawn[0]].pixels is None
@@ -119,7 +130,8 @@ def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
     prompt = next(word for word in ("dog", "cat", "a", "xyz", "no", "what") if not isinstance(next(iter(eager.stream([word], greedy))), str))
     pieces = list(eager.stream([prompt], greedy))
     text = "".join(pieces[1:])
-    assert text == eager.texts([[prompt, pieces[0].visual]], Options(max_new_tokens=11))[0]     # [IMG] was the first of the twelve
+    # [IMG] was the first of the twelve
+    assert text == eager.texts([[prompt, pieces[0].visual]], Options(max_new_tokens=11))[0]
 
 
 def test_pixels_come_from_decode(session):
@@ -131,14 +143,16 @@ def test_pixels_come_from_decode(session):
 
 def test_a_chat_goes_on(session, images):
     session = Session(session.size, session.params, session.tokenizer, context=512)
-    talk, t = Conversation(session, chat=True), session.tokenizer
+    talk = Conversation(session, chat=True)
+    t = session.tokenizer
     first = list(talk.say([images[0], "what is this?"], EIGHT))
     second = list(talk.say(["and now?"], EIGHT))
     prompt = session.chat_prompt([images[0], "what is this?"])
     ids = session.ids([prompt], EIGHT)[0]
     assert "".join(first) == t.decode(ids)
     again = session.grammar.turn(["and now?"], system=None, first=False)
-    whole = Prompt([*prompt.tokens, *ids, t.eos, *again.tokens], prompt.images, prompt.slots)       # a turn ends with </s>
+    # a turn ends with </s>
+    whole = Prompt([*prompt.tokens, *ids, t.eos, *again.tokens], prompt.images, prompt.slots)
     assert "".join(second) == session.texts([whole], EIGHT)[0]
 
 
@@ -181,7 +195,8 @@ def test_no_room_is_left_for_a_turn():
     list(talk.say(["x" * 20], Options(max_new_tokens=2)))
     with pytest.raises(UserError, match="the context holds 40"):
         talk.say(["x" * 20])
-    assert "".join(talk.say(["x"], Options(max_new_tokens=2)))          # a shorter one is welcome
+    # a shorter one is welcome
+    assert "".join(talk.say(["x"], Options(max_new_tokens=2)))
 
 
 def test_beams_are_not_streamed(session):

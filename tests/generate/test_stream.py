@@ -1,4 +1,6 @@
-"""What is shown of growing ids is never taken back, and together it is the whole text, whatever bytes its characters are cut into."""
+"""What is shown of growing ids is never taken back, and together it is the whole text, whatever
+bytes its characters are cut into.
+"""
 import pytest
 
 from emu_jax.generate.stream import TextStream, until_stop
@@ -33,5 +35,6 @@ def test_bytes_that_are_no_character_come_at_the_end():
 def test_a_stop_text_is_never_shown():
     assert "".join(pieces("one. two\nthree", (". ", "\n"))) == "one"
     assert "".join(pieces("a..b", (".b",))) == "a."
-    assert pieces("ab", ("bc",)) == ["a", "", "b"]                  # held back until it is certain that it is none
+    # held back until it is certain that it is none
+    assert pieces("ab", ("bc",)) == ["a", "", "b"]
     assert until_stop("a\nb. c", (". ", "\n")) == "a" and until_stop("abc", ("x",)) == "abc"

@@ -1,4 +1,6 @@
-"""Greedy and sampled text against the model without a cache; beams against a plain search over Python lists."""
+"""Greedy and sampled text against the model without a cache; beams against a plain search over
+Python lists.
+"""
 import numpy as np
 import pytest
 from small import VOCAB, Uncached, make_session
@@ -11,7 +13,8 @@ def log_softmax(x):
 
 
 def greedy(uncached, prompt, most, allowed):
-    x, ids = uncached.x(prompt), []
+    x = uncached.x(prompt)
+    ids = []
     while len(ids) < most:
         scores = np.where(np.arange(VOCAB + 6) < allowed, uncached.logits(x)[-1], -np.inf)
         ids.append(int(scores.argmax()))
@@ -22,9 +25,12 @@ def greedy(uncached, prompt, most, allowed):
 
 
 def plain_beams(uncached, prompt, most, beams, penalty, least=0):
-    """transformers 4.44.2's search, early_stopping=False, for one prompt; hypotheses are (score, ids without </s>)."""
+    """transformers 4.44.2's search, early_stopping=False, for one prompt; hypotheses are (score,
+    ids without </s>).
+    """
     start = uncached.x(prompt)
-    running, kept = [(0.0, [])], []
+    running = [(0.0, [])]
+    kept = []
 
     def add(score, ids):
         kept.append((score, ids))
@@ -114,7 +120,8 @@ def test_a_penalty_against_repetition(session):
 
 
 def test_losses_are_the_uncached_models(session, uncached, images):
-    prompt, answers = session.prompt(["is it", images[0]]), ["a cat", "no", "a very large dog"]
+    prompt = session.prompt(["is it", images[0]])
+    answers = ["a cat", "no", "a very large dog"]
     found = session.losses(prompt, answers)
     for answer, loss in zip(answers, found, strict=True):
         ids = [*session.tokenizer.encode(answer), 2]

@@ -1,4 +1,6 @@
-"""Laws of attention: dense equals a loop, every kernel equals dense on packed rows, and a mask hides what it says it hides."""
+"""Laws of attention: dense equals a loop, every kernel equals dense on packed rows, and a mask
+hides what it says it hides.
+"""
 from functools import partial
 
 import jax
@@ -12,8 +14,10 @@ from emu_jax.config import UserError
 from emu_jax.models.attention import Mask, _spec, allowed, attention, self_mask
 from emu_jax.sharding import AXES, ROWS, make_mesh
 
-SEGMENTS = jnp.array([np.repeat([1, 2, 3, 0], lengths) for lengths in ([40, 50, 30, 20], [3, 100, 25, 12])])   # T 140 pads to 2 x 128
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})     # the time of these tests is the compiler's
+# T 140 pads to 2 x 128
+SEGMENTS = jnp.array([np.repeat([1, 2, 3, 0], lengths) for lengths in ([40, 50, 30, 20], [3, 100, 25, 12])])
+# the time of these tests is the compiler's
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 run = jit(attention, static_argnames=("scale", "dropout", "kernel"))
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are interpreted on a CPU")
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -56,7 +60,8 @@ def test_dense_is_the_definition():
                 probs = np.exp(logits) / np.exp(logits).sum()
                 expected = sum((p * v[b, s, h // 2] for p, s in zip(probs, seen)), np.zeros(3))
                 np.testing.assert_allclose(out[b, t, h], expected, atol=1e-5)
-    assert not out[0, 4].any() and not out[1, 3:].any()          # nobody to look at: zero
+    # nobody to look at: zero
+    assert not out[0, 4].any() and not out[1, 3:].any()
 
 
 def test_gradients_are_finite_where_a_query_has_no_key():
@@ -86,7 +91,9 @@ def test_kernels_equal_dense_on_packed_rows(causal, d, H, G):
 
 @on_cpu
 def test_splash_equals_dense_over_many_blocks():
-    """T 520 is padded to 5 blocks of 128 (T 140 to one of 256): blocks that causality skips, documents that cross blocks."""
+    """T 520 is padded to 5 blocks of 128 (T 140 to one of 256): blocks that causality skips,
+    documents that cross blocks.
+    """
     q, k, v = qkv(B=1, T=520, H=1, d=16)
     mask = self_mask(jnp.array([np.repeat([1, 2, 3, 0], [200, 130, 185, 5])]))
     assert_close(value_and_grads(q, k, v, mask, "splash"), value_and_grads(q, k, v, mask, "dense"))
@@ -132,9 +139,12 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 
 
 @pytest.mark.parametrize("kernel, sizes, G, causal", [
-    ("splash", dict(data=2, fsdp=2, tensor=2), 2, True),      # rows over data and fsdp, heads over tensor
-    ("splash", dict(data=1, fsdp=4, tensor=2), 1, True),      # a key head that tensor does not divide
-    ("pallas", dict(data=1, fsdp=4, tensor=2), 2, False)])    # as images: rows over all axes
+    # rows over data and fsdp, heads over tensor
+    ("splash", dict(data=2, fsdp=2, tensor=2), 2, True),
+    # a key head that tensor does not divide
+    ("splash", dict(data=1, fsdp=4, tensor=2), 1, True),
+    # as images: rows over all axes
+    ("pallas", dict(data=1, fsdp=4, tensor=2), 2, False)])
 @on_cpu
 def test_sharded_equals_single(kernel, sizes, G, causal):
     q, k, v = qkv(B=8, T=12, d=32, G=G)
@@ -152,7 +162,9 @@ def test_rows_and_heads_lie_where_they_divide(B, G, causal, spec):
 
 
 def mesh_of(platform):
-    """Four devices that are not here: what is traced under their mesh is traced, and lowered, for their platform."""
+    """Four devices that are not here: what is traced under their mesh is traced, and lowered, for
+    their platform.
+    """
     kind, cores = {"tpu": ("TPU v5", 1), "gpu": ("NVIDIA H100 80GB HBM3", 132)}[platform]
     device = jax.sharding.AbstractDevice(kind, cores, platform)
     return jax.sharding.AbstractMesh((1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
@@ -162,7 +174,9 @@ def mesh_of(platform):
     ("tpu", "tpu", "splash", "tpu_custom_call"), ("gpu", "cuda", "pallas", "triton")])
 @on_cpu
 def test_kernels_lower_for_accelerators_that_are_not_here(platform, target, kernel, call):
-    """Nothing is interpreted, each device runs the kernel on its own, and "auto" takes it for packed rows in bfloat16."""
+    """Nothing is interpreted, each device runs the kernel on its own, and "auto" takes it for
+    packed rows in bfloat16.
+    """
     q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in qkv(T=256, d=88))
     ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
@@ -213,7 +227,9 @@ def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, wh
 @pytest.mark.parametrize("T", [256, 257])
 @on_cpu
 def test_cudnn_has_a_gradient_for_rows_of_any_length(T, causal, monkeypatch):
-    """An encoder's have 257 places. JAX refuses odd ones, while it traces; lowered, nothing is left but cuDNN's two calls."""
+    """An encoder's have 257 places. JAX refuses odd ones, while it traces; lowered, nothing is left
+    but cuDNN's two calls.
+    """
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in qkv(T=T, d=88))
     grad = jax.jit(jax.grad(lambda *x: attention(*x, self_mask(causal=causal), scale=0.1).astype(jnp.float32).sum(), argnums=(0, 1, 2)))

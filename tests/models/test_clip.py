@@ -1,4 +1,6 @@
-"""CLIP's laws: a text is read at its end and from its left only; no row of a batch knows another."""
+"""CLIP's laws: a text is read at its end and from its left only; no row of a batch knows
+another.
+"""
 from functools import partial
 
 import jax
@@ -9,9 +11,11 @@ import pytest
 from emu_jax.models import emu
 from emu_jax.models.clip import OLD_EOS, Clip, ClipSize, Text, TowerSize, Vision
 
-TEXT, VISION = TowerSize(16, 2, 2, 24, 1e-5, "quick_gelu"), TowerSize(24, 2, 3, 32, 1e-5, "gelu")
+TEXT = TowerSize(16, 2, 2, 24, 1e-5, "quick_gelu")
+VISION = TowerSize(24, 2, 3, 32, 1e-5, "gelu")
 SIZE, OLD = (ClipSize(12, 16, 4, 40, 10, eos, TEXT, VISION) for eos in (37, OLD_EOS))
-IDS = jnp.array([[38, 5, 6, 7, 37, 37, 37, 37, 37, 37], [38, 9, 2, 3, 1, 4, 8, 9, 37, 37]])      # 39 is the largest id
+# 39 is the largest id
+IDS = jnp.array([[38, 5, 6, 7, 37, 37, 37, 37, 37, 37], [38, 9, 2, 3, 1, 4, 8, 9, 37, 37]])
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +40,14 @@ def test_old_texts_end_at_their_largest_id(params):
     new = jnp.where(IDS == 37, 39, IDS)
     want = read(params, new, ClipSize(12, 16, 4, 40, 10, 39, TEXT, VISION))
     np.testing.assert_array_equal(read(params, new, OLD), want)
-    assert np.abs(read(params, IDS, OLD)[0] - read(params, IDS)[0]).max() > 0.01        # 38, the start, is the largest there
+    # 38, the start, is the largest there
+    assert np.abs(read(params, IDS, OLD)[0] - read(params, IDS)[0]).max() > 0.01
 
 
 def test_text_is_causal_and_reads_all_that_is_before_its_end(params):
-    """The gradient of the features by every token's embedding: zero after the end, and not before."""
+    """The gradient of the features by every token's embedding: zero after the end, and not
+    before.
+    """
     positions = params["text"]["positions"]
     value = lambda positions: emu.bind(Text, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
     slope = np.abs(jax.grad(value)(positions)).max(1)

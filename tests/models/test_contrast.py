@@ -1,4 +1,6 @@
-"""The warm-up's text encoder: an image is described by the text of its own document, and by no other."""
+"""The warm-up's text encoder: an image is described by the text of its own document, and by no
+other.
+"""
 import jax
 import jax.numpy as jnp
 import make
@@ -11,20 +13,29 @@ from emu_jax.models.contrast import READOUT, Warmup
 C = make.warm_cfg("data.batch=2", "data.tokens=16", "data.images=2")
 P = make.program(C)
 PARAMS = make.random_params(P)
-IMG, END, SLOT, PAD = 513, 514, 515, 512
+IMG = 513
+END = 514
+SLOT = 515
+PAD = 512
 
 
 def row(*documents):
     """A packed row of documents, lists of ids and of "image"."""
-    tokens, segments, weights, slots = [], [], [], []
+    tokens = []
+    segments = []
+    weights = []
+    slots = []
     for number, document in enumerate(documents, 1):
         for part in document:
             if part == "image":
                 slots.append(len(tokens) + 1)
-                part, weight = [IMG, SLOT, SLOT, SLOT, SLOT, END], 0
+                part = [IMG, SLOT, SLOT, SLOT, SLOT, END]
+                weight = 0
             else:
                 part, weight = [part], float(part > 2)
-            tokens, segments, weights = tokens + part, segments + [number] * len(part), weights + [weight] * len(part)
+            tokens = tokens + part
+            segments = segments + [number] * len(part)
+            weights = weights + [weight] * len(part)
     short = 16 - len(tokens)
     return tokens + [PAD] * short, segments + [0] * short, weights + [0.0] * short, slots + [16] * (2 - len(slots))
 
@@ -41,7 +52,9 @@ def features():
 
 
 def test_an_images_text_is_that_of_its_own_document(features):
-    both, other, alone = features(batch(([1, 7, 8, "image", 2], [1, 9, 7]), ([1, 7, 8, "image", 2], [1, 30, 31]))), None, None
+    both = features(batch(([1, 7, 8, "image", 2], [1, 9, 7]), ([1, 7, 8, "image", 2], [1, 30, 31])))
+    other = None
+    alone = None
     np.testing.assert_allclose(both[0, 0], both[1, 0], atol=1e-6)
     other, alone = features(batch(([1, 7, 9, "image", 2],), ([1, 3], [1, 7, 8, "image", 2])))
     assert np.abs(other[0] - both[0, 0]).max() > 0.01

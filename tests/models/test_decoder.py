@@ -1,4 +1,6 @@
-"""The decoder stage: only the U-Net learns, conditions come from where the config says, and sampling is a function of the seed."""
+"""The decoder stage: only the U-Net learns, conditions come from where the config says, and
+sampling is a function of the seed.
+"""
 from functools import partial
 
 import jax
@@ -14,14 +16,16 @@ from emu_jax.models import emu, flops
 from emu_jax.models.decoder import Decoder, DecoderSize, moments, resized
 from emu_jax.types import DecoderBatch
 
-pytestmark = pytest.mark.xdist_group("decoder")  # one process: what its tests share is made once
+# one process: what its tests share is made once
+pytestmark = pytest.mark.xdist_group("decoder")
 
 C = make.decoder_cfg("optim.ema=0.9")
 P = make.program(C)
 TRAINS = train.what_trains(C, jax.eval_shape(partial(make.params, P)))
 PARAMS = train.at_rest(C, TRAINS, make.random_params(P))
 BATCH = jax.tree.map(jnp.asarray, make.batch(C))
-BATCH = BATCH.replace(image_slots=BATCH.image_slots.at[2].set(C.data.tokens))     # a row without an image
+# a row without an image
+BATCH = BATCH.replace(image_slots=BATCH.image_slots.at[2].set(C.data.tokens))
 
 
 def model(params, size=P.size):
@@ -31,7 +35,8 @@ def model(params, size=P.size):
 @pytest.fixture(scope="module")
 def trained():
     """The states before and after two steps, and the metrics of each step."""
-    states, told = [loop.init_state(P, *tree.split(PARAMS, TRAINS))], []
+    states = [loop.init_state(P, *tree.split(PARAMS, TRAINS))]
+    told = []
     step = jax.jit(partial(loop.train_step, P))
     for _ in range(2):
         state, metrics = step(states[-1], BATCH)
@@ -116,7 +121,8 @@ def test_teacher_forced_conditions_are_the_llms_predictions(predicted):
 
 
 def test_a_dropped_condition_is_zero_and_the_share_is_the_configs(trained):
-    seen, spy = [], model(PARAMS)
+    seen = []
+    spy = model(PARAMS)
     spy.conditions = lambda batch: jnp.ones((8, 4, 32))
     spy.predict = lambda x, times, condition: seen.append(condition) or x
     for share in (0.0, 1.0):
@@ -157,7 +163,9 @@ def test_sampling_is_a_function_of_the_seed_on_any_mesh(predicted):
 
 
 def test_latents_that_come_with_the_batch_are_those_of_its_images():
-    """In bfloat16 too the same key draws the same, but for the rounding of the moments to float16; the images are not looked at."""
+    """In bfloat16 too the same key draws the same, but for the rounding of the moments to float16;
+    the images are not looked at.
+    """
     p = make.program(make.decoder_cfg("model.decoder.condition=encoded", "model.compute=bfloat16", vae=True))
     params = make.random_params(p)
 
@@ -175,7 +183,9 @@ def test_latents_that_come_with_the_batch_are_those_of_its_images():
 # Sizes
 
 def test_the_papers_decoder():
-    """SD 1.5's U-Net (859,520,964 parameters at 768) with keys and values of width 5120: 16 transformers."""
+    """SD 1.5's U-Net (859,520,964 parameters at 768) with keys and values of width 5120: 16
+    transformers.
+    """
     c = config.load(["--config=configs/decoder.py"])
     size = DecoderSize.of(c.model.to_dict())
     abstract = jax.eval_shape(partial(emu.init, Decoder, size), jax.random.key(0))
@@ -186,7 +196,8 @@ def test_the_papers_decoder():
     for path, leaf in tree.leaves(abstract):
         for n, axes in zip(leaf.shape, specs[path]):
             assert axes is None or n % (32 if "unet" in path or "vae" in path else 1) == 0, (path, leaf.shape)
-    assert flops.unet(size.unet, 64, 77) == pytest.approx(8.0e11, rel=0.05)     # about 0.4 T multiply-adds, as is often said of SD 1.5
+    # about 0.4 T multiply-adds, as is often said of SD 1.5
+    assert flops.unet(size.unet, 64, 77) == pytest.approx(8.0e11, rel=0.05)
 
 
 @pytest.mark.parametrize(("override", "message"), [

@@ -1,4 +1,6 @@
-"""Schedules by hand, and the 2 x 2 system: what is noised and predicted says what it was made of."""
+"""Schedules by hand, and the 2 x 2 system: what is noised and predicted says what it was made
+of.
+"""
 import dataclasses
 
 import jax
@@ -19,7 +21,8 @@ TIMES = jnp.array([1.0, 400.0, 998.0, 999.0])
 
 
 def test_the_schedule_is_a_product_of_one_minus_beta():
-    a2, left = [], 1.0
+    a2 = []
+    left = 1.0
     for step in range(1000):
         root = 0.00085 ** 0.5 + (0.012 ** 0.5 - 0.00085 ** 0.5) * step / 999
         left *= 1 - root * root
@@ -28,10 +31,13 @@ def test_the_schedule_is_a_product_of_one_minus_beta():
 
 
 def test_zero_terminal_snr_ends_in_noise_and_starts_where_it_did():
-    plain, rescaled = diffusion.alphas_cumprod(SD), diffusion.alphas_cumprod(KINDS[2])
+    plain = diffusion.alphas_cumprod(SD)
+    rescaled = diffusion.alphas_cumprod(KINDS[2])
     assert rescaled[-1] == 0 and rescaled[0] == pytest.approx(plain[0], rel=1e-12) and (np.diff(rescaled) < 0).all()
-    a, b = np.sqrt(plain), np.sqrt(rescaled)
-    np.testing.assert_allclose(np.diff(b) / np.diff(a), b[0] / (a[0] - a[-1]), rtol=1e-9)      # a shift and a stretch
+    a = np.sqrt(plain)
+    b = np.sqrt(rescaled)
+    # a shift and a stretch
+    np.testing.assert_allclose(np.diff(b) / np.diff(a), b[0] / (a[0] - a[-1]), rtol=1e-9)
 
 
 def test_noise_is_added_by_hand():
@@ -44,9 +50,11 @@ def test_noise_is_added_by_hand():
 
 @pytest.mark.parametrize("d", KINDS, ids=name)
 def test_a_prediction_gives_back_what_it_was_made_of(d):
-    x, prediction = diffusion.add_noise(d, X0, E, TIMES), diffusion.target(d, X0, E, TIMES)
+    x = diffusion.add_noise(d, X0, E, TIMES)
+    prediction = diffusion.target(d, X0, E, TIMES)
     x0, e = diffusion.split(d, prediction, x, *diffusion.coefficients(d, TIMES))
-    np.testing.assert_allclose(x0, X0, atol=1e-3 if d.target == "epsilon" else 1e-5)       # of little signal, the noise says it only roughly
+    # of little signal, the noise says it only roughly
+    np.testing.assert_allclose(x0, X0, atol=1e-3 if d.target == "epsilon" else 1e-5)
     np.testing.assert_allclose(e, E, atol=1e-4)
 
 
@@ -59,7 +67,9 @@ def test_targets_by_hand():
 
 
 def test_min_snr_weights_are_the_papers():
-    """min(snr, 5) / snr for the noise, min(snr, 5) / (snr + 1) for the velocity, min(snr, 5) for x0; 1 without."""
+    """min(snr, 5) / snr for the noise, min(snr, 5) / (snr + 1) for the velocity, min(snr, 5) for
+    x0; 1 without.
+    """
     a2 = diffusion.alphas_cumprod(SD)[TIMES.astype(int)]
     snr = a2 / (1 - a2)
     for d, below in ((KINDS[0], snr), (KINDS[1], snr + 1), (dataclasses.replace(SD, target="x0"), 1)):

@@ -1,4 +1,6 @@
-"""Images enter the sequence where they belong and nowhere else; packed rows are separate documents; remat changes nothing."""
+"""Images enter the sequence where they belong and nowhere else; packed rows are separate documents;
+remat changes nothing.
+"""
 import dataclasses
 from functools import partial
 
@@ -34,9 +36,13 @@ def test_visual_tokens_fill_their_slots_and_nothing_else():
     T = 12
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 516, (3, T)), jnp.int32)
     visual = jnp.asarray(np.random.default_rng(1).standard_normal((3, 2, N, 32)), jnp.float32)
-    slots = jnp.array([[2, 7], [T, T], [T - N, T]])             # two images; none; one that ends the row
-    got, want = model().interleave(tokens, visual, slots), np.array(model().llama.embeddings(tokens, jnp.float32))
-    want[0, 2:2 + N], want[0, 7:7 + N], want[2, T - N:] = visual[0, 0], visual[0, 1], visual[2, 0]
+    # two images; none; one that ends the row
+    slots = jnp.array([[2, 7], [T, T], [T - N, T]])
+    got = model().interleave(tokens, visual, slots)
+    want = np.array(model().llama.embeddings(tokens, jnp.float32))
+    want[0, 2:2 + N] = visual[0, 0]
+    want[0, 7:7 + N] = visual[0, 1]
+    want[2, T - N:] = visual[2, 0]
     np.testing.assert_array_equal(got, want)
 
 
@@ -56,9 +62,11 @@ def test_an_image_that_is_not_there_changes_nothing(forward):
 def test_packed_rows_are_separate_documents(forward):
     """Eight documents in three rows, and each in a row of its own."""
     packed, separate, places = make.packed_and_separate(C)
-    (hidden, visual), (hidden_alone, visual_alone) = forward(packed), forward(separate)
+    (hidden, visual) = forward(packed)
+    (hidden_alone, visual_alone) = forward(separate)
     for number, (row, start, first) in enumerate(places):
-        length, images = int((separate.segments[number] > 0).sum()), int((separate.image_slots[number] < C.data.tokens).sum())
+        length = int((separate.segments[number] > 0).sum())
+        images = int((separate.image_slots[number] < C.data.tokens).sum())
         np.testing.assert_allclose(hidden[row, start:start + length], hidden_alone[number, :length], atol=1e-4)
         np.testing.assert_allclose(visual[row, first:first + images], visual_alone[number, :images], atol=1e-5)
     assert max(start for _, start, _ in places) > 0 and max(first for *_, first in places) > 0
@@ -70,7 +78,8 @@ def test_a_document_does_not_see_the_one_before_it_in_the_row(forward):
     assert start > 0
     changed = np.array(packed.tokens)
     changed[row, 1:start - 1] = np.where(changed[row, 1:start - 1] < 512, (changed[row, 1:start - 1] + 7) % 512, changed[row, 1:start - 1])
-    before, after = forward(packed)[0], forward(packed.replace(tokens=changed))[0]
+    before = forward(packed)[0]
+    after = forward(packed.replace(tokens=changed))[0]
     assert np.abs(before[row, :start] - after[row, :start]).max() > 0.01
     np.testing.assert_array_equal(before[row, start:], after[row, start:])
 
@@ -126,7 +135,9 @@ def test_remat_saves_what_it_says():
 
 def test_a_fresh_model_starts_as_published():
     fresh = dict(make.flat(jax.jit(partial(emu.init, emu.Emu, P.size))(jax.random.key(0))))
-    C_, d, F = 32, 8, 64
+    C_ = 32
+    d = 8
+    F = 64
     t5 = {"self/q": (C_ * d) ** -0.5, "self/k": C_ ** -0.5, "self/v": C_ ** -0.5, "self/o": C_ ** -0.5, "ffn/up": C_ ** -0.5, "ffn/down": F ** -0.5}
     t5 |= {name.replace("self", "cross"): std for name, std in t5.items()}
     stds = {f"resampler/blocks/{name}/w": std for name, std in t5.items()}
@@ -137,13 +148,15 @@ def test_a_fresh_model_starts_as_published():
             np.testing.assert_array_equal(leaf, 0)
         elif path not in ("vision/pos", "resampler/relative"):
             np.testing.assert_allclose(np.std(leaf), stds.get(path, 0.02), rtol=0.35 if leaf.size < 200 else 0.1, err_msg=path)
-    for path in stds:                                       # every layer its own
+    # every layer its own
+    for path in stds:
         assert np.abs(fresh[path][0] - fresh[path][1]).max() > 1e-3
 
 
 def test_the_warm_ups_encoder_is_emus():
     shapes = lambda module: jax.tree.map(lambda x: x.shape, jax.eval_shape(partial(emu.init, module, P.size), jax.random.key(0)))
-    ours, warm = shapes(emu.Emu), shapes(Warmup)
+    ours = shapes(emu.Emu)
+    warm = shapes(Warmup)
     encoder = {"vision", "ln_visual", "resampler"}
     assert set(ours) == encoder | {"llama", "regress_head"} and set(warm) == encoder | {"contrast"}
     assert {tower: ours[tower] for tower in encoder} == {tower: warm[tower] for tower in encoder}

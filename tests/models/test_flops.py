@@ -19,7 +19,8 @@ def products(jaxpr, times=1):
             (contract, _), _ = equation.params["dimension_numbers"]
             total += times * 2 * equation.outvars[0].aval.size * int(np.prod([equation.invars[0].aval.shape[axis] for axis in contract]))
         if equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval                    # height, width, in, out
+            # height, width, in, out
+            kernel = equation.invars[1].aval
             total += times * 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[-1]
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             total += products(inner, times * (equation.params["length"] if equation.primitive.name == "scan" else 1))
@@ -34,13 +35,19 @@ def traced(function, *shapes):
 def test_it_is_what_the_model_multiplies(kv_heads):
     P = make.program(make.cfg(f"model.llama.kv_heads={kv_heads}"))
     params = make.random_params(P)
-    model, B, T, M, N = emu.bind(emu.Emu, P.size, params), 2, 10, 3, P.size.resampler.tokens
+    model = emu.bind(emu.Emu, P.size, params)
+    B = 2
+    T = 10
+    M = 3
+    N = P.size.resampler.tokens
     counts = flops.forward(P.size, images=M, tokens=B * T, pairs=B * T * T, labels=0, regressed=0)
     positions = jnp.tile(jnp.arange(T), (B, 1))
     assert counts["vision"] == traced(model.vision, ((M, 28, 28, 3), jnp.float32))
-    assert counts["llama"] == traced(lambda x: model.llama(x, positions, positions)[0], ((B, T, 32), jnp.float32))     # dense: all pairs
+    # dense: all pairs
+    assert counts["llama"] == traced(lambda x: model.llama(x, positions, positions)[0], ((B, T, 32), jnp.float32))
     r = P.size.resampler
-    upper = M * r.depth * 4 * (N * (N - 1) // 2) * r.heads * r.head_width       # pairs that dense attention computes and the mask forbids
+    # pairs that dense attention computes and the mask forbids
+    upper = M * r.depth * 4 * (N * (N - 1) // 2) * r.heads * r.head_width
     assert counts["resampler"] + upper == traced(model.resampler, ((M, 5, 32), jnp.float32))
 
 
@@ -50,7 +57,9 @@ def test_the_heads_by_hand():
 
 
 def test_llama_by_hand():
-    """Per token and block: q k v o 8 D D, gate up down 6 D F; two documents of 3 and 2 tokens allow 6 + 3 pairs of 4 D each."""
+    """Per token and block: q k v o 8 D D, gate up down 6 D F; two documents of 3 and 2 tokens allow
+    6 + 3 pairs of 4 D each.
+    """
     got = flops.forward(P.size, images=0, tokens=5, pairs=9, labels=0, regressed=0)["llama"]
     assert got == 2 * (5 * (8 * 32 * 32 + 6 * 32 * 64) + 9 * 4 * 32)
 
@@ -58,7 +67,8 @@ def test_llama_by_hand():
 def test_an_emu_14b_step_is_about_six_times_its_parameters():
     p = make.program(make.cfg(size="emu-14b"))
     work = flops.forward(p.size, images=0, tokens=1, pairs=0, labels=1, regressed=0)
-    assert sum(work.values()) == pytest.approx(2 * (13.0e9 - 32000 * 5120), rel=0.01)       # the input table is looked up, not multiplied
+    # the input table is looked up, not multiplied
+    assert sum(work.values()) == pytest.approx(2 * (13.0e9 - 32000 * 5120), rel=0.01)
     assert flops.train(p.size, {"llama": True, "heads": True}, images=0, tokens=1, pairs=0, labels=1, regressed=0)["llama"] == 3 * work["llama"]
 
 
@@ -66,9 +76,11 @@ def test_an_emu_14b_step_is_about_six_times_its_parameters():
     ({"vision": True, "resampler": True, "llama": True, "heads": True}, (3, 3, 3, 3)),
     ({"llama": True, "heads": True}, (1, 1, 3, 3)), ({"resampler": True}, (1, 3, 2, 2)), ({"vision": True, "resampler": False}, (3, 2, 2, 2)),
     ({"heads": True}, (1, 1, 1, 3)), ({}, (1, 1, 1, 1)),
-    (flops.trained(["llama/blocks/attn/q/a", "llama/blocks/attn/q/b", "llama/lm_head/added"]), (1, 1, 2, 2)),      # LoRA: gradients pass through
+    # LoRA: gradients pass through
+    (flops.trained(["llama/blocks/attn/q/a", "llama/blocks/attn/q/b", "llama/lm_head/added"]), (1, 1, 2, 2)),
     (flops.trained(["llama/blocks/attn/q/w", "llama/embed/added", "regress_head/w"]), (1, 1, 3, 3))])
 def test_gradients_cost_where_they_go(trained, times):
     counts = dict(images=2, tokens=20, pairs=90, labels=9, regressed=8)
-    once, step = flops.forward(P.size, **counts), flops.train(P.size, trained, **counts)
+    once = flops.forward(P.size, **counts)
+    step = flops.train(P.size, trained, **counts)
     assert tuple(step[tower] / once[tower] for tower in ("vision", "resampler", "llama", "heads")) == times

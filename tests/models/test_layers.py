@@ -46,7 +46,8 @@ def test_einsum_is_in_the_activations_dtype():
 
 
 def test_dropout():
-    x, key = jnp.ones((1000, 50)), jax.random.key(0)
+    x = jnp.ones((1000, 50))
+    key = jax.random.key(0)
     assert layers.dropout(x, 0.3, None) is x and layers.dropout(x, 0.0, key) is x
     y = np.asarray(layers.dropout(x, 0.3, key))
     np.testing.assert_allclose(np.unique(y), [0, 1 / 0.7], rtol=1e-6)
@@ -66,7 +67,8 @@ def test_a_stack_runs_its_blocks_in_order_each_with_its_own_key():
     def call(block, x, key):
         return 2 * x + block.w.get_value() + (0 if key is None else jax.random.uniform(key, (4,)))
 
-    keys, x = jax.random.split(jax.random.key(1), 3), np.ones(4)
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = np.ones(4)
     got = layers.run(blocks, jnp.ones(4), call, where="llama/blocks", remat="none")
     np.testing.assert_allclose(got, 8 * x + 4 * w[0] + 2 * w[1] + w[2], rtol=1e-5)
     noise = [np.asarray(jax.random.uniform(key, (4,))) for key in keys]

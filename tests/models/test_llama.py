@@ -1,4 +1,6 @@
-"""LLaMA: causal and blind to other documents by zero gradients; rotary positions by hand, and only their differences matter."""
+"""LLaMA: causal and blind to other documents by zero gradients; rotary positions by hand, and only
+their differences matter.
+"""
 import jax
 import jax.numpy as jnp
 import make
@@ -46,19 +48,23 @@ def test_packed_documents_are_as_alone():
 
 
 def test_rotary_by_hand():
-    cos, sin = rotary(jnp.array([[0, 3]]), 4, 100.0, "float32")         # frequencies 1 and 1 / 10
+    # frequencies 1 and 1 / 10
+    cos, sin = rotary(jnp.array([[0, 3]]), 4, 100.0, "float32")
     assert cos.shape == (1, 2, 1, 2)
     np.testing.assert_allclose(cos[0, :, 0], [[1, 1], [np.cos(3), np.cos(0.3)]], atol=1e-6)
     np.testing.assert_allclose(sin[0, :, 0], [[0, 0], [np.sin(3), np.sin(0.3)]], atol=1e-6)
     x = jnp.array([1.0, 2, 3, 4]).reshape(1, 1, 1, 4)
-    turned = rotate(jnp.tile(x, (1, 2, 1, 1)), (cos, sin))[0, :, 0]     # pairs (1, 3) by 3, (2, 4) by 0.3
+    # pairs (1, 3) by 3, (2, 4) by 0.3
+    turned = rotate(jnp.tile(x, (1, 2, 1, 1)), (cos, sin))[0, :, 0]
     np.testing.assert_allclose(turned[0], [1, 2, 3, 4])
     np.testing.assert_allclose(turned[1], [np.cos(3) - 3 * np.sin(3), 2 * np.cos(.3) - 4 * np.sin(.3),
                                            3 * np.cos(3) + np.sin(3), 4 * np.cos(.3) + 2 * np.sin(.3)], rtol=1e-5)
 
 
 def test_rotary_frequencies_are_rounded_and_angles_are_not():
-    """The release holds the frequencies in bfloat16: 10000^(-2/128) = 0.8660 becomes 0.8672; the angle at 2047 is far from a bfloat16."""
+    """The release holds the frequencies in bfloat16: 10000^(-2/128) = 0.8660 becomes 0.8672; the
+    angle at 2047 is far from a bfloat16.
+    """
     cos, _ = rotary(jnp.array([[2047]]), 128, 10000.0, "bfloat16")
     np.testing.assert_allclose(cos[0, 0, 0, 1], np.cos(2047 * 0.8671875), atol=1e-4)
     cos, _ = rotary(jnp.array([[2047]]), 128, 10000.0, "float32")
@@ -94,13 +100,16 @@ def test_a_tied_head_is_the_input_table():
 
 
 def test_scaled_frequencies_by_hand():
-    """Width 4, base 100: one radian a token and a tenth. Within 8 pi tokens they turn 4 and 0.4 times."""
+    """Width 4, base 100: one radian a token and a tenth. Within 8 pi tokens they turn 4 and 0.4
+    times.
+    """
     np.testing.assert_allclose(frequencies(4, 100.0, ()), [1, 0.1])
     np.testing.assert_allclose(frequencies(4, 100.0, ("linear", 4.0)), [0.25, 0.025])
     scaled = lambda low, high: frequencies(4, 100.0, ("llama3", 8.0, low, high, 8 * np.pi))
     np.testing.assert_allclose(scaled(1.0, 4.0), [1, 0.1 / 8])
     np.testing.assert_allclose(scaled(0.2, 0.4), [1, 0.1])
-    np.testing.assert_allclose(scaled(0.0, 8.0), [0.5 + 0.5 / 8, 0.1 * (0.05 + 0.95 / 8)])       # half, and a twentieth of the way
+    # half, and a twentieth of the way
+    np.testing.assert_allclose(scaled(0.0, 8.0), [0.5 + 0.5 / 8, 0.1 * (0.05 + 0.95 / 8)])
     with pytest.raises(UserError, match=r"rope_scaling=\('yarn', 2.0\) is none of"):
         frequencies(4, 100.0, ("yarn", 2.0))
 

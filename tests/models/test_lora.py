@@ -1,4 +1,6 @@
-"""LoRA is a kind of weight: it starts as nothing, learns as w + a b would, and is w + a b; stored matrices are what their codes say."""
+"""LoRA is a kind of weight: it starts as nothing, learns as w + a b would, and is w + a b; stored
+matrices are what their codes say.
+"""
 import functools
 import re
 from functools import partial
@@ -17,7 +19,8 @@ ROWS = "rules.train=(('.*/(a|b)', True), ('llama/(embed|lm_head)/added', (4, 6))
 TUNED = ("model.llama.added=6", "model.lora.rank=3", "model.lora.alpha=6.0", "rules.peak_lr=(('.*', 1e-2),)", "optim.warmup=0.0")
 C = make.cfg(*TUNED, "model.lora.dropout=0.0", ROWS)
 P = make.program(C)
-PLAIN = make.program(make.cfg("model.llama.added=6"))       # the same model without it
+# the same model without it
+PLAIN = make.program(make.cfg("model.llama.added=6"))
 PARAMS = make.random_params(P)
 X = jnp.asarray(np.random.default_rng(1).standard_normal((4, 12, 32)), jnp.float32)
 AT = jnp.tile(jnp.arange(12), (4, 1))
@@ -39,8 +42,9 @@ def without_b(params):
 
 @functools.cache
 def compiled(size):
-    """(parameters, key of the dropout) -> (hidden states of the LLM over X, gradients of their product with X by the matrices of attention: by
-    a and b, or where there is no LoRA by w)."""
+    """(parameters, key of the dropout) -> (hidden states of the LLM over X, gradients of their
+    product with X by the matrices of attention: by a and b, or where there is no LoRA by w).
+    """
     def loss(trains, frozen, key):
         hidden = emu.bind(emu.Emu, size, tree.merge(trains, frozen), key).llama(X, AT, jnp.ones_like(AT))[0]
         return (hidden * X).sum(), hidden
@@ -65,11 +69,13 @@ def test_the_two_products(equation, down, up):
 
 def test_its_leaves_are_beside_the_targets_and_start_as_nothing():
     fresh, without = jax.jit(lambda: tuple(make.params(program)["llama"] for program in (P, PLAIN)))()
-    fresh, without = dict(make.flat(fresh)), dict(make.flat(without))
+    fresh = dict(make.flat(fresh))
+    without = dict(make.flat(without))
     added = fresh.keys() - without.keys()
     assert added == {f"blocks/attn/{name}/{half}" for name in "qkvo" for half in "ab"}
     for path, leaf in without.items():
-        np.testing.assert_array_equal(fresh[path], leaf)            # the same model, whether or not there is LoRA
+        # the same model, whether or not there is LoRA
+        np.testing.assert_array_equal(fresh[path], leaf)
     assert fresh["blocks/attn/q/a"].shape == (2, 32, 3) and fresh["blocks/attn/q/b"].shape == (2, 3, 4, 8)
     assert fresh["blocks/attn/o/a"].shape == (2, 4, 8, 3) and fresh["blocks/attn/o/b"].shape == (2, 3, 32)
     assert all((leaf == 0).all() == path.endswith("/b") for path, leaf in fresh.items() if path in added)
@@ -81,7 +87,8 @@ def test_its_leaves_are_beside_the_targets_and_start_as_nothing():
 
 def test_wrapped_equals_baked():
     """Outputs, and the gradient of a by the chain rule from that of the merged matrix."""
-    (ours, grads), (theirs, merged) = compiled(P.size)(PARAMS, None), compiled(PLAIN.size)(plain(PARAMS), None)
+    (ours, grads) = compiled(P.size)(PARAMS, None)
+    (theirs, merged) = compiled(PLAIN.size)(plain(PARAMS), None)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
     assert np.abs(ours - hidden(P, without_b(PARAMS))).max() > 0.01
     for name, by_chain in (("q", "LDhd,Lrhd->LDr"), ("o", "Lhde,Lre->Lhdr")):
@@ -133,7 +140,8 @@ def test_stored_matrices(storage, bytes_each, worst, typical):
     assert (error <= 0.5 * 2 * worst * np.asarray(absmax)[..., None] + 1e-6).all()
     assert np.sqrt(np.square(again - w).mean() / np.square(w).mean()) < typical
     twice = lora.dequantised(*lora.quantised(again, storage))
-    np.testing.assert_allclose(twice, again, rtol=1e-5, atol=1e-6)                              # what it can say, it says again
+    # what it can say, it says again
+    np.testing.assert_allclose(twice, again, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(lora.dequantised(*lora.quantised(0 * w, storage)), 0 * w)
     by_layer = lora.quantised(w[1], storage)
     np.testing.assert_array_equal(by_layer[0], codes[1])

@@ -27,12 +27,14 @@ QUERIES = PARAMS["resampler"]["queries"]
 def test_a_visual_token_sees_no_later_query():
     N = len(QUERIES)
     weights = jnp.asarray(np.random.default_rng(2).standard_normal((2, N, 32)), jnp.float32)
-    jacobian = jax.jit(jax.jacrev(lambda queries: (tokens(queries) * weights).sum((0, 2))))(QUERIES)     # token, query, C
+    # token, query, C
+    jacobian = jax.jit(jax.jacrev(lambda queries: (tokens(queries) * weights).sum((0, 2))))(QUERIES)
     np.testing.assert_array_equal(np.asarray(jacobian).any(-1), np.tril(np.ones((N, N), bool)))
 
 
 def test_every_visual_token_sees_every_feature_of_its_own_image():
-    jacobian = jax.jit(jax.jacrev(lambda features: tokens(QUERIES, features).sum(-1)))(FEATURES)         # image, token, image, feature, E
+    # image, token, image, feature, E
+    jacobian = jax.jit(jax.jacrev(lambda features: tokens(QUERIES, features).sum(-1)))(FEATURES)
     np.testing.assert_array_equal(np.asarray(jacobian).any(-1), np.broadcast_to(np.eye(2, dtype=bool)[:, None, :, None], (2, 4, 2, 5)))
 
 
@@ -46,7 +48,9 @@ def test_the_relative_bias_tells_distances_apart():
     (32, 128, {0: 0, 1: 1, 15: 15, 16: 16, 17: 16, 19: 17, 20: 17, 31: 21, 32: 21, 64: 26, 127: 31, 128: 31, 199: 31}),
     (8, 16, {0: 0, 3: 3, 4: 4, 5: 4, 6: 5, 7: 5, 8: 6, 12: 7, 16: 7, 100: 7})])
 def test_buckets_by_hand(buckets, max_distance, table):
-    """T5's unidirectional rule: half exact; then half + floor(log(n / half) / log(max / half) * half)."""
+    """T5's unidirectional rule: half exact; then half + floor(log(n / half) / log(max / half) *
+    half).
+    """
     got = relative_buckets(200, buckets, max_distance)
     for distance, bucket in table.items():
         assert got[199, 199 - distance] == bucket, distance
@@ -56,7 +60,10 @@ def test_buckets_by_hand(buckets, max_distance, table):
 
 def test_dropout_needs_a_key_and_follows_it():
     run = jax.jit(lambda key, dropout: tokens(QUERIES, key=key, dropout=dropout), static_argnums=1)
-    still, a, again, b = run(None, 0.5), run(jax.random.key(0), 0.5), run(jax.random.key(0), 0.5), run(jax.random.key(1), 0.5)
+    still = run(None, 0.5)
+    a = run(jax.random.key(0), 0.5)
+    again = run(jax.random.key(0), 0.5)
+    b = run(jax.random.key(1), 0.5)
     np.testing.assert_array_equal(still, run(None, 0.0))
     np.testing.assert_array_equal(a, again)
     assert np.abs(a - still).max() > 0.1 and np.abs(a - b).max() > 0.1 and np.abs(a[0] - a[1]).max() > 0.1

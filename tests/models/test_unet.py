@@ -1,4 +1,6 @@
-"""The U-Net and the autoencoder: what their shape promises. Their numbers are held to diffusers' in tests/verify."""
+"""The U-Net and the autoencoder: what their shape promises. Their numbers are held to diffusers' in
+tests/verify.
+"""
 import dataclasses
 from functools import partial
 
@@ -76,9 +78,12 @@ def test_pooled_the_order_says_something_and_its_map_is_counted(run):
 
 
 def test_each_place_is_told_by_a_map_of_its_own(run):
-    """Where that map is zero nothing changes; where it is not, at one place, that place feels it."""
+    """Where that map is zero nothing changes; where it is not, at one place, that place feels
+    it.
+    """
     size = dataclasses.replace(SIZE, pooled=3, side=4)
-    params, none = random(UNet, size), dataclasses.replace(SIZE, pooled=3)
+    params = random(UNet, size)
+    none = dataclasses.replace(SIZE, pooled=3)
     call = jax.jit(partial(forward, size=size))
     alone = params | {"places": {"w": jnp.zeros_like(params["places"]["w"])}}
     before = call(alone, X, TIMES, CONDITION)
@@ -138,7 +143,8 @@ def test_flops_are_what_is_multiplied():
 # The autoencoder
 
 def test_latents_are_scaled_and_drawn_around_their_mean():
-    params, images = random(Vae, VAE), jnp.asarray(rng.standard_normal((2, 4, 4, 3)), jnp.float32)
+    params = random(Vae, VAE)
+    images = jnp.asarray(rng.standard_normal((2, 4, 4, 3)), jnp.float32)
 
     def everything(params, images):
         model = emu.bind(Vae, VAE, params)

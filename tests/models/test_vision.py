@@ -1,4 +1,6 @@
-"""EVA's vision transformer: patches in reading order, images apart. Its numbers are held to the release's in tests/weights."""
+"""EVA's vision transformer: patches in reading order, images apart. Its numbers are held to the
+release's in tests/weights.
+"""
 import jax
 import jax.numpy as jnp
 import make

@@ -1,4 +1,6 @@
-"""U-Net, autoencoder, training and samplers against diffusers' numbers; a file of another config is run by that config."""
+"""U-Net, autoencoder, training and samplers against diffusers' numbers; a file of another config is
+run by that config.
+"""
 import json
 
 import numpy as np

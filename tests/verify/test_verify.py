@@ -1,4 +1,6 @@
-"""The released code's numbers are ours; a number that is not is FAILED; what is no golden file is one line."""
+"""The released code's numbers are ours; a number that is not is FAILED; what is no golden file is
+one line.
+"""
 import numpy as np
 import pytest
 
@@ -15,7 +17,9 @@ FORWARD = {"vision_features", "vision_normed", "visual_tokens", "hidden", "logit
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_released_numbers_are_ours(name, capsys):
-    """Forward, losses and generated images within 1e-4, gradient norms within 5e-4, ids exactly, as the tolerances say."""
+    """Forward, losses and generated images within 1e-4, gradient norms within 5e-4, ids exactly, as
+    the tolerances say.
+    """
     code = main(["verify", FILES[name]])
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[2:-1]]
     told = {row[0].strip(): row[-1].strip() for row in rows}
@@ -24,13 +28,15 @@ def test_the_released_numbers_are_ours(name, capsys):
     assert len(gradients) > 40 and FORWARD | gradients | {"decode_greedy", "decode_beam5_lpm1"} <= told.keys()
     assert ("generate_image_interleaved" in told) == (name == "emu1_pretrained")
     assert set(told.values()) == {"ok"} and code == 0
-    assert {name for name in file if name not in emu.INPUTS | {"grad_norms"}} <= told.keys()       # nothing is passed over in silence
+    # nothing is passed over in silence
+    assert {name for name in file if name not in emu.INPUTS | {"grad_norms"}} <= told.keys()
 
 
 def test_tolerances_are_the_issues():
     for error, ok in ((0.0, True), (0.9e-4, True), (1.1e-4, False), (np.nan, False), (np.inf, False)):
         assert golden.compare("x", np.ones(3), np.full(3, 1 + error), 1e-4).ok == ok
-    big = golden.compare("x", np.array([1e-6, 100.0]), np.array([2e-6, 100.0]), 1e-4)     # relative to the largest
+    # relative to the largest
+    big = golden.compare("x", np.array([1e-6, 100.0]), np.array([2e-6, 100.0]), 1e-4)
     assert big.ok and big.error == pytest.approx(1e-8)
     with pytest.raises(UserError, match=r"x has shape \(3,\), its config makes \(2,\)"):
         golden.compare("x", np.ones(3), np.ones(2), 1e-4)
@@ -48,7 +54,9 @@ def test_exit_codes(monkeypatch, capsys, quantities, code, last):
 
 
 def test_a_number_that_was_tampered_with_fails(tmp_path, capsys, monkeypatch):
-    """Of forward quantities, generated ones and a gradient norm; the gradient itself is left out of it, for time."""
+    """Of forward quantities, generated ones and a gradient norm; the gradient itself is left out of
+    it, for time.
+    """
     file = golden.load(FILES["emu1_instruct"])
     monkeypatch.setattr(emu, "_gradient", lambda size, params, batch, images: params)
     gradient = next(f"grad_norm {name}" for name in map(str, file["grad_names"]) if ".lora_" not in name)

@@ -1,4 +1,6 @@
-"""Foreign checkpoints for the tests: small ones of every family, and PyTorch's file format written by hand."""
+"""Foreign checkpoints for the tests: small ones of every family, and PyTorch's file format written
+by hand.
+"""
 import json
 import struct
 import zipfile
@@ -41,7 +43,8 @@ def folder(path, c, family, dtype=np.float32, seed=0):
     return arrays
 
 
-# Stable Diffusions by their configs: a small one of version 1, and of version 2 with another head count, depth and width at every level.
+# Stable Diffusions by their configs: a small one of version 1, and of version 2 with another head
+# count, depth and width at every level.
 
 UNET1 = dict(in_channels=2, out_channels=2, block_out_channels=[16, 24], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
              up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], layers_per_block=1, attention_head_dim=2, cross_attention_dim=12, norm_num_groups=4,
@@ -54,8 +57,11 @@ PNDM = dict(_class_name="PNDMScheduler", num_train_timesteps=1000, beta_start=0.
 
 
 def diffusion(path, unet=UNET1, dtype=np.float32, seed=0, schedule=PNDM, shard=None, fp16=False):
-    """A folder as diffusers saves it; {name: array} with "unet." and "vae." in front. `shard`: bytes of a file; `fp16`: named as that variant."""
-    size, rng = stable_diffusion.Size(stable_diffusion.unet_size(unet), stable_diffusion.vae_size(VAE)), np.random.default_rng(seed)
+    """A folder as diffusers saves it; {name: array} with "unet." and "vae." in front. `shard`:
+    bytes of a file; `fp16`: named as that variant.
+    """
+    size = stable_diffusion.Size(stable_diffusion.unet_size(unet), stable_diffusion.vae_size(VAE))
+    rng = np.random.default_rng(seed)
     ours = {leaf: rng.standard_normal(shape, np.float32) for leaf, shape in stable_diffusion.shapes(size).items()}
     theirs = convert.to_theirs(stable_diffusion.table(*size), convert.reader(tree.unflatten(ours)))
     arrays = {name: array.astype(dtype) for name, array in theirs}
@@ -92,7 +98,11 @@ class Window:
     """A tensor as a window of a storage: arrays[key], with an offset and strides in elements."""
 
     def __init__(self, key, offset, shape, strides, count=None):
-        self.key, self.offset, self.shape, self.strides, self.count = key, offset, shape, strides, count
+        self.key = key
+        self.offset = offset
+        self.shape = shape
+        self.strides = strides
+        self.count = count
 
 
 class Raw(bytes):

@@ -1,4 +1,6 @@
-"""CLIP comes in and goes out bit for bit, and is what the transformers library computes where that and PyTorch are installed."""
+"""CLIP comes in and goes out bit for bit, and is what the transformers library computes where that
+and PyTorch are installed.
+"""
 import json
 
 import jax
@@ -94,11 +96,13 @@ def test_features_are_those_of_the_transformers_library(tmp_path, said):
     with torch.no_grad():
         out = theirs(input_ids=torch.tensor(ids), pixel_values=torch.tensor(images.transpose(0, 3, 1, 2).copy()))
     params = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(tmp_path / "ours")))
-    size, unit = size_of(tmp_path / "ours"), lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    size = size_of(tmp_path / "ours")
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     np.testing.assert_allclose(unit(emu.bind(Text, size, params["text"])(jnp.asarray(ids))), out.text_embeds.numpy(), atol=1e-5)
     np.testing.assert_allclose(unit(emu.bind(Vision, size, params["vision"])(jnp.asarray(images))), out.image_embeds.numpy(), atol=1e-5)
 
-    theirs.save_pretrained(tmp_path / "saved")          # what it writes is read too
+    # what it writes is read too
+    theirs.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     again = clip_score.load(str(imported(tmp_path / "saved", tmp_path / "again")))
     assert (tmp_path / "again/tokenizer.json").is_file() and again.size == size

@@ -1,4 +1,6 @@
-"""The table of the released checkpoint: export of import is the identity, its names are the release's, and what does not fit is said."""
+"""The table of the released checkpoint: export of import is the identity, its names are the
+release's, and what does not fit is said.
+"""
 import json
 import re
 from functools import partial
@@ -44,8 +46,11 @@ def test_export_of_import_is_the_identity_bit_for_bit():
 
 
 def test_where_a_weight_goes_by_hand():
-    """PyTorch's linear layers are [out, in]; EVA's qkv is one; the vocabulary's last four rows are Emu's."""
-    E, V = 32, 512
+    """PyTorch's linear layers are [out, in]; EVA's qkv is one; the vocabulary's last four rows are
+    Emu's.
+    """
+    E = 32
+    V = 512
     ours = dict(tree.leaves(convert.from_theirs(TABLE, FOREIGN)))
     qkv = FOREIGN["visual.blocks.1.attn.qkv.weight"]
     np.testing.assert_array_equal(ours["vision/blocks/attn/k/w"][1], qkv[E:2 * E].T.reshape(E, 4, 8))
@@ -57,7 +62,9 @@ def test_where_a_weight_goes_by_hand():
 
 @pytest.mark.parametrize("name", ["emu1_pretrained", "emu1_instruct"])
 def test_names_and_shapes_are_those_of_the_release(name):
-    """A golden file lists what the released code holds; the chat model's under plain names, LoRA apart."""
+    """A golden file lists what the released code holds; the chat model's under plain names, LoRA
+    apart.
+    """
     file = golden.load(f"tests/golden/{name}.npz")
     released = {emu1.rename(str(name)): tuple(json.loads(str(shape))) for name, shape in zip(file["parameter_names"], file["parameter_shapes"])}
     size = size_of(file)
@@ -70,9 +77,15 @@ def test_names_and_shapes_are_those_of_the_release(name):
 
 
 def test_the_14b_has_the_releases_tensors_and_parameters():
-    """Names and shapes of the released 14B, written down from the model's description; train.py's table counts as many, tower by tower."""
+    """Names and shapes of the released 14B, written down from the model's description; train.py's
+    table counts as many, tower by tower.
+    """
     size = emu.EmuSize.of(load(["--config=configs/pretrain.py"]).model.to_dict())
-    E, C, D, F, V = 1408, 768, 5120, 13824, 32004
+    E = 1408
+    C = 768
+    D = 5120
+    F = 13824
+    V = 32004
     want = {"visual.cls_token": (1, 1, E), "visual.pos_embed": (1, 257, E), "visual.patch_embed.proj.weight": (E, 3, 14, 14),
             "visual.patch_embed.proj.bias": (E,), "ln_visual.weight": (E,), "ln_visual.bias": (E,), "cformer.causal_tokens": (1, 32, C),
             "cformer.cformer.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 12),

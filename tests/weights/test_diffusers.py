@@ -1,4 +1,5 @@
-"""diffusers loads what we export and we read what it saves: the same predictions, latents, pictures and samples.
+"""diffusers loads what we export and we read what it saves: the same predictions, latents, pictures
+and samples.
 
 Skipped where PyTorch and diffusers are not installed: nothing of ours needs them.
 """
@@ -22,7 +23,9 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 V = PNDM | {"prediction_type": "v_prediction"}
 RNG = np.random.default_rng(0)
-LATENTS, TIMES, IMAGES = RNG.standard_normal((2, 8, 8, 2), np.float32), np.float32([30, 700]), RNG.standard_normal((2, 16, 16, 3), np.float32)
+LATENTS = RNG.standard_normal((2, 8, 8, 2), np.float32)
+TIMES = np.float32([30, 700])
+IMAGES = RNG.standard_normal((2, 16, 16, 3), np.float32)
 
 
 def condition(unet):
@@ -75,7 +78,8 @@ def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
     pipeline.set_progress_bar_config(disable=True)
     if sampler == "ddim":
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    wanted, away = condition(unet), np.zeros_like(condition(unet))
+    wanted = condition(unet)
+    away = np.zeros_like(condition(unet))
     sample = pipeline(prompt_embeds=torch.tensor(wanted), negative_prompt_embeds=torch.tensor(away), latents=first(LATENTS), num_inference_steps=4,
                       guidance_scale=3.0, output_type="latent").images
     size = stable_diffusion.size(config.from_dict(checkpoint.read_config(str(tmp_path / "ours"))["model"]).to_dict())

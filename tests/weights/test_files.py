@@ -1,4 +1,6 @@
-"""Safetensors in and out: what is written is read, lazily; headers that lie are refused in one line."""
+"""Safetensors in and out: what is written is read, lazily; headers that lie are refused in one
+line.
+"""
 import json
 
 import ml_dtypes
@@ -22,7 +24,8 @@ def write(folder, arrays=ARRAYS, shard=10**9):
 def same(foreign, arrays):
     assert list(foreign.tensors) == list(arrays)
     for name, tensor in foreign.tensors.items():
-        got, array = np.asarray(tensor), arrays[name]
+        got = np.asarray(tensor)
+        array = arrays[name]
         assert (tensor.shape, tensor.dtype) == (got.shape, got.dtype) == (array.shape, array.dtype) and got.tobytes() == array.tobytes(), name
 
 

@@ -1,4 +1,5 @@
-"""Hugging Face's transformers load what we export and we load what they save, with the same logits; PyTorch reads the files we write by hand.
+"""Hugging Face's transformers load what we export and we load what they save, with the same logits;
+PyTorch reads the files we write by hand.
 
 Skipped where PyTorch and transformers are not installed: nothing of ours needs them.
 """
@@ -22,7 +23,8 @@ LINEAR = ("--config.model.llama.rope_scaling=('linear',4.0)", "--config.model.ll
 
 def ours(directory):
     """Logits of our LLaMA in a checkpoint."""
-    params, size = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(directory))), size_of(directory).llama
+    params = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(directory)))
+    size = size_of(directory).llama
     model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(size, nnx.Rngs(params=0)))), params["llama"])
     at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
     hidden = model(model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense")[0]
@@ -93,4 +95,5 @@ def test_position_embeddings_are_interpolated_as_pytorch_does(side):
     square = torch.tensor(positions[:, 1:]).reshape(1, 16, 16, 6).permute(0, 3, 1, 2)
     want = torch.nn.functional.interpolate(square, size=(side, side), mode="bicubic", align_corners=False)
     want = want.permute(0, 2, 3, 1).reshape(1, side * side, 6).numpy()
-    np.testing.assert_allclose(eva_clip.interpolate(positions, side)[:, 1:], want, atol=1e-5)       # its coordinates are rounded to float32
+    # its coordinates are rounded to float32
+    np.testing.assert_allclose(eva_clip.interpolate(positions, side)[:, 1:], want, atol=1e-5)

@@ -1,4 +1,6 @@
-"""FID's Inception: an import of the standard file's tensors computes torch-fidelity's features; an export of it is that file."""
+"""FID's Inception: an import of the standard file's tensors computes torch-fidelity's features; an
+export of it is that file.
+"""
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from emu_jax.verify import inception as rule
 from emu_jax.weights import files
 from emu_jax.weights.__main__ import main
 
-pytestmark = pytest.mark.xdist_group("inception")  # one process: what its tests share is made once
+# one process: what its tests share is made once
+pytestmark = pytest.mark.xdist_group("inception")
 
 FILE = golden.load("tests/golden/inception.npz")
 
@@ -20,7 +23,8 @@ FILE = golden.load("tests/golden/inception.npz")
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
     """(the file, its tensors): the released one's names and shapes."""
-    path, tensors = tmp_path_factory.mktemp("foreign"), rule.weights(FILE)
+    path = tmp_path_factory.mktemp("foreign")
+    tensors = rule.weights(FILE)
     tensors |= {name.replace("running_var", "num_batches_tracked"): np.int64(0).reshape(()) for name in tensors if name.endswith("running_var")}
     files.write(path, "inception", {name: (array.shape, array.dtype) for name, array in tensors.items()}, iter(tensors.items()))
     return path / "inception-00001-of-00001.safetensors", tensors

@@ -1,6 +1,8 @@
-"""LoRA comes and goes as PEFT's adapters, stays LoRA or is merged when a chat model comes in, and baked it is the same model.
+"""LoRA comes and goes as PEFT's adapters, stays LoRA or is merged when a chat model comes in, and
+baked it is the same model.
 
-Where PyTorch, transformers and peft are installed, PEFT loads what we export and we load what it saves, with the same logits.
+Where PyTorch, transformers and peft are installed, PEFT loads what we export and we load what it
+saves, with the same logits.
 """
 import json
 
@@ -71,7 +73,8 @@ def test_adapters_are_pefts_and_come_back(tmp_path, targets):
     assert main(["export", "--family=peft", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'adapter'}"]) == 0
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     found = files.read([str(tmp_path / "adapter")])
-    said, block = found.config, "base_model.model.model.layers.1."
+    said = found.config
+    block = "base_model.model.model.layers.1."
     modules = sorted(f"{name}_proj" for name in (*"qkvo", *(("gate", "up", "down") if targets else ())))
     assert (said["peft_type"], said["r"], said["lora_alpha"], said["target_modules"], said["bias"]) == ("LORA", 3, 6.0, modules, "none")
     assert len(found.tensors) == 2 * 2 * len(modules)
@@ -93,8 +96,11 @@ def test_adapters_are_pefts_and_come_back(tmp_path, targets):
 
 
 def chat_model(path, c):
-    """A released chat model: PEFT's names around its LLM's attention; the arrays of its own names."""
-    arrays, rng = tensors(c, "emu1"), np.random.default_rng(5)
+    """A released chat model: PEFT's names around its LLM's attention; the arrays of its own
+    names.
+    """
+    arrays = tensors(c, "emu1")
+    rng = np.random.default_rng(5)
     out = {}
     for name, array in arrays.items():
         plain = name.removesuffix(".weight")
@@ -109,10 +115,12 @@ def chat_model(path, c):
 
 def test_a_chat_model_keeps_its_lora_or_has_it_merged(tmp_path):
     arrays = chat_model(tmp_path / "chat.pt", small())
-    scale = "--config.model.lora.alpha=3.0"                 # the release's: alpha = rank
+    # the release's: alpha = rank
+    scale = "--config.model.lora.alpha=3.0"
     for to, flags in (("kept", ("--config.model.lora.rank=3", scale)), ("merged", ())):
         assert main(["import", "--family=emu1", str(tmp_path / "chat.pt"), CONFIG, ROPE, *flags, f"--to={tmp_path / to}"]) == 0
-    kept, merged = read(tmp_path / "kept"), read(tmp_path / "merged")
+    kept = read(tmp_path / "kept")
+    merged = read(tmp_path / "merged")
     assert kept.keys() - merged.keys() == {f"llama/blocks/attn/{name}/{half}" for name in "qkvo" for half in "ab"}
     name = "decoder.lm.model.layers.1.self_attn.q_proj"
     np.testing.assert_array_equal(kept["llama/blocks/attn/q/a"][1], arrays[f"{name}.lora_A.default.weight"].T)
@@ -122,7 +130,8 @@ def test_a_chat_model_keeps_its_lora_or_has_it_merged(tmp_path):
     assert baked.keys() == merged.keys()
     for path, leaf in merged.items():
         np.testing.assert_allclose(baked[path], leaf, rtol=1e-4, atol=1e-4 * np.abs(leaf).max(), err_msg=path)
-    for family in ("emu1", "llama"):                        # what is exported is the tuned model, not its base
+    # what is exported is the tuned model, not its base
+    for family in ("emu1", "llama"):
         assert main(["export", f"--family={family}", f"--from={tmp_path / 'kept'}", f"--to={tmp_path / family}"]) == 0
         name = {"emu1": "decoder.lm.", "llama": ""}[family] + "model.layers.1.self_attn.v_proj.weight"
         got = np.asarray(files.read([str(tmp_path / family)]).tensors[name])
@@ -131,7 +140,8 @@ def test_a_chat_model_keeps_its_lora_or_has_it_merged(tmp_path):
 
 def test_a_run_that_stores_in_few_bits_starts_from_plain_matrices_and_is_baked_to_what_they_say(tmp_path, caplog):
     c = small("--config.model.llama.added=6", ROPE)
-    plain = make.written(tmp_path / "plain", c, random(small(ROPE)))             # 4 added rows: two are to be made
+    # 4 added rows: two are to be made
+    plain = make.written(tmp_path / "plain", c, random(small(ROPE)))
     stored = small(*RANK, "--config.model.llama.added=6", "--config.model.lora.storage=nf4", ROPE)
     fresh = blank(stored)
     with caplog.at_level("INFO"):

@@ -1,4 +1,6 @@
-"""PyTorch's files are read without running them: tensors come out as they were, and whatever else is refused by its name."""
+"""PyTorch's files are read without running them: tensors come out as they were, and whatever else
+is refused by its name.
+"""
 import os
 import pickle
 import zipfile
@@ -36,7 +38,8 @@ def test_tensors_are_as_they_were(path, dtype):
 
 def test_offsets_and_strides_are_respected_and_storages_shared(path):
     torch_file(path, {"t": Window("0", 0, (6, 4), (1, 6)), "row": Window("0", 6, (6,), (1,)), "column": Window("0", 3, (4,), (6,))}, {"0": NUMBERS})
-    got, square = read(path), NUMBERS.reshape(4, 6)
+    got = read(path)
+    square = NUMBERS.reshape(4, 6)
     np.testing.assert_array_equal(got["t"], square.T)
     np.testing.assert_array_equal(got["row"], square[1])
     np.testing.assert_array_equal(got["column"], square[:, 3])
@@ -152,6 +155,7 @@ def test_other_files_are_named(path):
     torch_file(path, {"epoch": 3}, {})
     with pytest.raises(UserError, match="holds no tensors"):
         pickles.places(path)
-    torch_file(path, None, {}, pickle=b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.")        # {"a": itself}
+    # {"a": itself}
+    torch_file(path, None, {}, pickle=b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.")
     with pytest.raises(UserError, match="hold one another"):
         pickles.places(path)

@@ -1,4 +1,6 @@
-"""Stable Diffusion's folders and tables: every leaf and tensor once, in and out bit for bit; a decoder that starts from one; what is not built."""
+"""Stable Diffusion's folders and tables: every leaf and tensor once, in and out bit for bit; a
+decoder that starts from one; what is not built.
+"""
 import json
 import logging
 from dataclasses import asdict
@@ -42,7 +44,8 @@ def shapes(unet, vae):
 @pytest.mark.parametrize(("config", "count"), [(SD1, 859_520_964), (SD2, 865_910_724)], ids=["sd1", "sd2"])
 def test_the_releases_sizes(config, count):
     """Parameters as published; 686 tensors in the U-Net, 248 in the autoencoder."""
-    unet, vae = family.unet_size(config), family.vae_size(VAE)
+    unet = family.unet_size(config)
+    vae = family.vae_size(VAE)
     params = shapes(unet, vae)
     size = {tower: sum(leaf.size for leaf in jax.tree.leaves(part)) for tower, part in params.items()}
     assert size == {"unet": count, "vae": 83_653_863}
@@ -53,8 +56,10 @@ def test_the_releases_sizes(config, count):
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_export_of_import_is_the_identity(linear):
-    unet, vae = family.unet_size(SMALL | {"use_linear_projection": linear}), family.vae_size(SMALL_VAE)
-    table, rng = family.table(unet, vae), np.random.default_rng(0)
+    unet = family.unet_size(SMALL | {"use_linear_projection": linear})
+    vae = family.vae_size(SMALL_VAE)
+    table = family.table(unet, vae)
+    rng = np.random.default_rng(0)
     ours = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in tree.leaves(shapes(unet, vae))}
     theirs = dict(convert.to_theirs(table, convert.reader(tree.unflatten(ours))))
     back = dict(tree.leaves(convert.from_theirs(table, family.canonical(theirs))))
@@ -150,7 +155,9 @@ def test_the_configs_that_are_written_say_what_was_read(unet, schedule):
 
 
 def test_pickles_and_old_names_of_a_folder_give_the_same(tmp_path):
-    """As Stable Diffusion 1.5 is still to be had: .bin files, and an autoencoder whose attention has its old names."""
+    """As Stable Diffusion 1.5 is still to be had: .bin files, and an autoencoder whose attention
+    has its old names.
+    """
     want = diffusion(tmp_path)
     for component in ("unet", "vae"):
         path = tmp_path / component / "diffusion_pytorch_model.safetensors"
@@ -164,7 +171,9 @@ def test_pickles_and_old_names_of_a_folder_give_the_same(tmp_path):
 
 
 def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
-    """Cross-attention's keys and values are fresh, for the condition has another width: said, one by one, and nothing else is."""
+    """Cross-attention's keys and values are fresh, for the condition has another width: said, one
+    by one, and nothing else is.
+    """
     diffusion(tmp_path / "sd")
     folder(tmp_path / "emu", small(), "emu1")
     assert import_(tmp_path / "sd", tmp_path / "from-sd", *overrides(condition=32)) == 0
@@ -183,7 +192,9 @@ def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
     with caplog.at_level(logging.WARNING):
         params, loaded = initial(c.init, train.at_rest(c, trains, start))
     assert f"8 maps of the condition stay fresh, for it has the width 12 there and 32 here: {', '.join(fresh)}" in caplog.text
-    begun, got, held = dict(tree.leaves(start)), dict(tree.leaves(params)), train.at_rest(c, trains, start)
+    begun = dict(tree.leaves(start))
+    got = dict(tree.leaves(params))
+    held = train.at_rest(c, trains, start)
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in got.items()} == {path: (leaf.shape, leaf.dtype) for path, leaf in tree.leaves(held)}
     assert set(loaded) == set(got) - set(fresh)
     theirs = {path: leaf for name in ("from-emu", "from-sd") for path, leaf in tree.leaves(checkpoint.restore_params(str(tmp_path / name)))}
@@ -199,7 +210,8 @@ def error_of(capsys, *arguments):
 
 
 def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, capsys):
-    sd, to = tmp_path / "sd", f"--to={tmp_path / 'ours'}"
+    sd = tmp_path / "sd"
+    to = f"--to={tmp_path / 'ours'}"
     diffusion(sd)
     folder(tmp_path / "llama", small(), "llama")
     says = lambda source, *arguments: error_of(capsys, "--family=stable-diffusion", source, to, *arguments)

@@ -1,4 +1,6 @@
-"""Weights come in and go out again bit for bit, for every family, sharded or not; and what does not fit is said before anything is written."""
+"""Weights come in and go out again bit for bit, for every family, sharded or not; and what does not
+fit is said before anything is written.
+"""
 import json
 import os
 import pickle
@@ -79,7 +81,8 @@ def test_without_a_config_the_towers_take_the_files_sizes(tmp_path):
     c = small(*LLAMA3, "--config.model.llama.width=64")
     folder(tmp_path / "source", c, "llama")
     import_(tmp_path / "ours", "--family=llama", tmp_path / "source")
-    got, want = checkpoint.read_config(str(tmp_path / "ours"))["model"], config.to_dict(c)["model"]["llama"]
+    got = checkpoint.read_config(str(tmp_path / "ours"))["model"]
+    want = config.to_dict(c)["model"]["llama"]
     assert got["llama"] == want | {"rope_dtype": "float32", "remat": "full"} and got["vision"]["width"] == 1408
     assert want["kv_heads"] == 2 and want["tied"] and want["rope_scaling"] == ["llama3", 8.0, 1.0, 4.0, 64.0]
 
@@ -113,7 +116,8 @@ def test_eva_clip_and_llama_make_the_papers_start(tmp_path, capsys):
     np.testing.assert_array_equal(leaves["vision/blocks/attn/k/w"][0, :, 1, 3], eva["visual.blocks.0.attn.qkv.weight"][32 + 11])
 
     fresh = emu.init(emu.Emu, size_of(tmp_path / "ours"), jax.random.key(0))
-    params = load_weights(str(tmp_path / "ours"), fresh)      # what config.init does
+    # what config.init does
+    params = load_weights(str(tmp_path / "ours"), fresh)
     same(dict(tree.leaves(params)), {path: leaf.astype(np.float32) for path, leaf in leaves.items()})
 
 
@@ -126,10 +130,12 @@ def test_new_rows_of_an_emu_are_the_mean_of_the_old(tmp_path):
 
 
 def test_lora_is_merged(tmp_path):
-    c, rng = small(), np.random.default_rng(5)
+    c = small()
+    rng = np.random.default_rng(5)
     arrays = tensors(c, "emu1")
     plain = "decoder.lm.model.layers.1.self_attn.q_proj"
-    a, b = rng.standard_normal((4, 32), np.float32), rng.standard_normal((32, 4), np.float32)
+    a = rng.standard_normal((4, 32), np.float32)
+    b = rng.standard_normal((32, 4), np.float32)
     wrap = lambda name: name.replace("decoder.lm.", "decoder.lm.base_model.model.")
     chat = {name: array for name, array in arrays.items() if name != f"{plain}.weight"}
     chat |= {f"{plain}.base_layer.weight": arrays[f"{plain}.weight"], f"{plain}.lora_A.default.weight": a, f"{plain}.lora_B.default.weight": b}
@@ -168,7 +174,8 @@ def test_sharded_over_eight_devices_equals_unsharded(tmp_path, family):
 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path):
     """Each foreign tensor is read once, and the one before it is free by then."""
-    held, reads = [], []
+    held = []
+    reads = []
 
     def tensor(array, name):
         def read():
@@ -223,7 +230,8 @@ def test_another_family_is_guessed(tmp_path, capsys, asked, given):
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    c, to = small(), f"--to={tmp_path / 'ours'}"
+    c = small()
+    to = f"--to={tmp_path / 'ours'}"
     source = tmp_path / "source"
     folder(source, c, "llama")
     says = lambda *arguments: error_of(capsys, *arguments)[0]

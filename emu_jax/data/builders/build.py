@@ -1,8 +1,10 @@
-"""Documents of any kind, written as a tensorflow-datasets dataset in ArrayRecord files, with a data card. No TensorFlow.
+"""Documents of any kind, written as a tensorflow-datasets dataset in ArrayRecord files, with a data
+card. No TensorFlow.
 
-One unit of the input is one task and one output shard, written beside its place and renamed when whole; metadata comes last. So a
-build that was killed is called again: it skips what is whole, and the result is the same, byte by byte. Tasks run in processes
-here, or under any runner of Apache Beam. Read next: card.py.
+One unit of the input is one task and one output shard, written beside its place and renamed when
+whole; metadata comes last. So a build that was killed is called again: it skips what is whole, and
+the result is the same, byte by byte. Tasks run in processes here, or under any runner of Apache
+Beam. Read next: card.py.
 """
 import contextlib
 import io
@@ -37,15 +39,21 @@ from emu_jax.data.sources.options import Options
 from emu_jax.data.sources.tables import Unit
 
 VERSION = "1.0.0"
-SAMPLED = 24            # shards that give documents to the card
-SAMPLES = 2             # how many each
+# shards that give documents to the card
+SAMPLED = 24
+# how many each
+SAMPLES = 2
 COUNTS = ("documents", "skipped", "dropped", "images", "texts", "text_bytes", "bytes")
-BYTES_A_TOKEN, IMAGE_TOKENS = 4, 34     # of the card's estimate of tokens
+# of the card's estimate of tokens
+BYTES_A_TOKEN = 4
+IMAGE_TOKENS = 34
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard: `unit` read as `kind`, written to `to`. `label` makes the ids of its documents unique in the set."""
+    """One shard: `unit` read as `kind`, written to `to`. `label` makes the ids of its documents
+    unique in the set.
+    """
     kind: str
     unit: Unit
     label: str
@@ -66,14 +74,16 @@ class Task:
 
 def build(kind: str, sources: list[Path], to: Path, options: Options, workers: int = 0, runner: str = "",
           rest: list[str] | None = None) -> dict[str, int]:
-    """Writes the dataset into `to` and returns its counts. `workers` processes (0: one a core; 1: this one), or a Beam `runner` with its
-    options `rest`.
+    """Writes the dataset into `to` and returns its counts. `workers` processes (0: one a core; 1:
+    this one), or a Beam `runner` with its options `rest`.
 
-    Raises UserError if `to` holds another build, if there is nothing to read, and if a task's process dies twice.
+    Raises UserError if `to` holds another build, if there is nothing to read, and if a task's
+    process dies twice.
     """
     tasks = plan(kind, sources, to, options)
     (to / "parts").mkdir(exist_ok=True)
-    for half in [*to.glob("*.new"), *(to / "parts").glob("*.new")]:         # of a build that was killed
+    # of a build that was killed
+    for half in [*to.glob("*.new"), *(to / "parts").glob("*.new")]:
         shutil.rmtree(half) if half.is_dir() else half.unlink()
     todo = [task for task in tasks if not task.shard.exists()]
     if runner:
@@ -98,14 +108,17 @@ def plan(kind: str, sources: list[Path], to: Path, options: Options) -> list[Tas
     if file.exists() and file.read_text() != wanted:
         raise UserError(f"'{to}' holds a build of other input or with other settings ({file}); name another directory, or delete that one")
     if not file.exists():
-        if any(path.suffix != ".new" for path in to.iterdir()):             # but for what a build killed right here has left
+        # but for what a build killed right here has left
+        if any(path.suffix != ".new" for path in to.iterdir()):
             raise UserError(f"'{to}' is not empty and holds no build of ours; name another directory")
         _whole(file, wanted)
     return [Task(kind, unit, row["label"], options, to, number, len(found)) for number, ((unit, _), row) in enumerate(zip(found, rows))]
 
 
 def _label(unit: Unit, root: Path) -> str:
-    """The first half of the ids of a unit's documents: the path of its file below `root`, without suffixes."""
+    """The first half of the ids of a unit's documents: the path of its file below `root`, without
+    suffixes.
+    """
     name = unit.path.relative_to(root).as_posix() if unit.path != root and unit.path.is_relative_to(root) else unit.path.name
     return name.split(".")[0] or name
 
@@ -115,7 +128,10 @@ def write(task: Task) -> None:
     new = _beside(task.shard)
     features = records.FEATURES()
     serializer = ExampleSerializer(features.get_serialized_info())
-    counts, skipped, dropped, samples = Counter(dict.fromkeys(COUNTS, 0)), Counter(), Counter(), []
+    counts = Counter(dict.fromkeys(COUNTS, 0))
+    skipped = Counter()
+    dropped = Counter()
+    samples = []
     histograms = {name: Counter() for name in ("tokens", "images", "side")}
     writer = ArrayRecordWriter(str(new), "group_size:1")
     for document in kinds.documents(task.kind, task.unit, task.options):
@@ -147,7 +163,8 @@ def _serialized(document: Document, task: Task, features: tfds.features.Features
 
 
 def _count(document: Document, size: int, counts: Counter, histograms: dict[str, Counter]) -> None:
-    said, shown = sum(len(text.text.encode()) for text in texts(document)), list(pictures(document))
+    said = sum(len(text.text.encode()) for text in texts(document))
+    shown = list(pictures(document))
     counts.update(documents=1, images=len(shown), texts=sum(1 for _ in texts(document)), text_bytes=said, bytes=size)
     histograms["tokens"][_floor(said // BYTES_A_TOKEN + IMAGE_TOKENS * len(shown) + 2)] += 1
     histograms["images"][_floor(len(shown))] += 1
@@ -162,14 +179,17 @@ def _floor(value: int) -> int:
 
 
 def _here(todo: list[Task], total: int, workers: int) -> None:
-    """The tasks in processes of this machine; a shard whose process dies is tried once more, alone."""
+    """The tasks in processes of this machine; a shard whose process dies is tried once more,
+    alone.
+    """
     with tqdm(total=total, initial=total - len(todo), desc="shards", unit=" shards", disable=None) as bar:
         if workers == 1:
             for task in todo:
                 write(task)
                 bar.update()
             return
-        context = multiprocessing.get_context("spawn")          # a fork would copy the locks of our threads
+        # a fork would copy the locks of our threads
+        context = multiprocessing.get_context("spawn")
         for again in (False, True):
             for batch in ([todo] if not again else [[task] for task in todo]):
                 with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(
@@ -201,7 +221,8 @@ def _under_beam(todo: list[Task], runner: str, rest: list[str]) -> None:
     try:
         with beam.Pipeline(runner=runner, options=PipelineOptions(rest)) as pipeline:
             _ = pipeline | beam.Create(todo) | beam.Reshuffle() | beam.Map(write)
-    except ValueError as error:                                 # an unknown runner, a missing option of it
+    # an unknown runner, a missing option of it
+    except ValueError as error:
         raise UserError(f"--runner={runner}: {' '.join(str(error).split())}") from error
 
 
@@ -221,7 +242,9 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
 
 
 def _finish(kind: str, sources: list[Path], to: Path, options: Options, tasks: list[Task]) -> dict[str, int]:
-    """Card, features and, last of all, dataset_info.json, by which a dataset is known to be whole."""
+    """Card, features and, last of all, dataset_info.json, by which a dataset is known to be
+    whole.
+    """
     parts = [json.loads(task.part.read_text()) for task in tasks]
     summary = summed(kind, [str(path) for path in sources], to.name, options, parts)
     if not summary["counts"]["documents"]:
@@ -255,7 +278,8 @@ def summed(kind: str, sources: list[str], name: str, options: Options, parts: li
 def _describe(kind: str, to: Path, tasks: list[Task], counts: list[dict[str, int]]) -> None:
     new = to / "metadata.new"
     new.mkdir(exist_ok=True)
-    with skip_registration():                                   # its name is the kind's, and a process may build two of a kind
+    # its name is the kind's, and a process may build two of a kind
+    with skip_registration():
         builder = type(kind.capitalize(), (_Documents,), {"name": kind})(data_dir=str(new / "of"), file_format="array_record")
     template = tfds.core.ShardedFileTemplate(data_dir=to, dataset_name=kind, split="train", filetype_suffix="array_record")
     split = tfds.core.splits.SplitInfo(name="train", shard_lengths=[count["documents"] for count in counts],
@@ -271,7 +295,9 @@ def _describe(kind: str, to: Path, tasks: list[Task], counts: list[dict[str, int
 
 
 def _beside(file: Path) -> Path:
-    """Where a file is written before it has its name: no two processes write the same, for one may have outlived a build that was killed."""
+    """Where a file is written before it has its name: no two processes write the same, for one may
+    have outlived a build that was killed.
+    """
     return file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")
 
 

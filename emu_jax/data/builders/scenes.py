@@ -1,11 +1,14 @@
-"""Scenes composed of a few drawings, with whole combinations held out: can a small Emu see, and not just remember?
+"""Scenes composed of a few drawings, with whole combinations held out: can a small Emu see, and not
+just remember?
 
-An image is a grid of 2 x 2 cells on a plain background, a drawing in a cell with a little jitter, and has one right caption:
-  counts   "three cats on blue"              (number, drawing, background) held out
-  spatial  "a cat left of a pig on green"    (drawing, relation, drawing) held out, on every background
-  stories  "one cat on blue", "a pig comes", "the cat leaves", each sentence with its image: (drawing, drawing) held out
-Every number, drawing, relation and background of a held-out scene is seen in training, in other combinations.
-Read next: openmoji.py, which draws and writes them.
+An image is a grid of 2 x 2 cells on a plain background, a drawing in a cell with a little jitter,
+and has one right caption:
+  counts   "three cats on blue"              (number, drawing, background) held out spatial  "a cat
+  left of a pig on green"    (drawing, relation, drawing) held out, on every background stories
+  "one cat on blue", "a pig comes", "the cat leaves", each sentence with its image: (drawing,
+  drawing) held out
+Every number, drawing, relation and background of a held-out scene is seen in training, in other
+combinations. Read next: openmoji.py, which draws and writes them.
 """
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,29 +19,35 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-# Word of the captions -> the drawing's name. They differ in colour and outline even at 26 pixels, and have regular plurals. With 28 of them
-# there are 1,512 spatial triples: with 16 (480 triples) a small Emu remembered who stands where with whom, and told unseen triples in
-# the order it had seen, the drawings right and swapped.
+# Word of the captions -> the drawing's name. They differ in colour and outline even at 26 pixels,
+# and have regular plurals. With 28 of them there are 1,512 spatial triples: with 16 (480 triples) a
+# small Emu remembered who stands where with whom, and told unseen triples in the order it had seen,
+# the drawings right and swapped.
 DRAWINGS = {
     "cat": "cat face", "pig": "pig face", "frog": "frog", "bear": "bear", "whale": "whale", "car": "automobile", "tree": "evergreen tree",
     "star": "star", "heart": "red heart", "ball": "soccer ball", "house": "house", "hat": "top hat", "robot": "robot",
     "penguin": "penguin", "shirt": "t-shirt", "umbrella": "umbrella", "apple": "red apple", "banana": "banana", "bee": "honeybee",
     "cactus": "cactus", "carrot": "carrot", "crown": "crown", "guitar": "guitar", "key": "key", "mushroom": "mushroom", "owl": "owl",
     "rocket": "rocket", "snail": "snail"}
-# Pale, so that every drawing stands out; more than 30 levels apart in some channel, so that a linear readout tells them.
+# Pale, so that every drawing stands out; more than 30 levels apart in some channel, so that a
+# linear readout tells them.
 BACKGROUNDS = {"blue": (186, 220, 255), "green": (204, 240, 196), "yellow": (255, 246, 178), "pink": (255, 208, 224)}
 NUMBERS = ("one", "two", "three", "four")
 RELATIONS = ("left of", "above")
 
-# How often a combination is rendered for training (placement, jitter and, where free, background differ) and for the held-out split,
-# and how many combinations are held out. Spatial: 1416 x 2 and 96 x 2; counts: 424 x 2 and 24 x 2; stories: 736 x 1 and 20 x 2. So some
-# 3,700 captioned images and 740 stories to train on: what the demo's minutes suffice for; tests show 280 held-out documents.
+# How often a combination is rendered for training (placement, jitter and, where free, background
+# differ) and for the held-out split, and how many combinations are held out. Spatial: 1416 x 2 and
+# 96 x 2; counts: 424 x 2 and 24 x 2; stories: 736 x 1 and 20 x 2. So some 3,700 captioned images
+# and 740 stories to train on: what the demo's minutes suffice for; tests show 280 held-out
+# documents.
 RENDERS = {"counts": (2, 2), "spatial": (2, 2), "stories": (1, 2)}
 HELD_OUT = {"counts": 24, "spatial": 96, "stories": 20}
 
 Pixels = UInt8[np.ndarray, "h w 3"]
-Drawing = UInt8[np.ndarray, "h w 4"]    # RGBA, cropped to what is drawn, no larger than `drawing_size`
-Cell = tuple[int, int]                  # row, column
+# RGBA, cropped to what is drawn, no larger than `drawing_size`
+Drawing = UInt8[np.ndarray, "h w 4"]
+# row, column
+Cell = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,17 +59,21 @@ class Scene:
     layout: str
     texts: tuple[str, ...]
     images: tuple[Pixels, ...]
-    roles: tuple[str, ...] = ()         # of a conversation's parts
+    # of a conversation's parts
+    roles: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def drawing_size(image: int) -> int:
-    """Pixels of the square that a drawing fits in: 26 of a cell's 32, so that the jitter never crosses into the next cell."""
+    """Pixels of the square that a drawing fits in: 26 of a cell's 32, so that the jitter never
+    crosses into the next cell.
+    """
     return image // 2 * 13 // 16
 
 
 def scenes(kind: str, held_out: bool, seed: int, image: int, draw: Callable[[str], Drawing]) -> Iterator[Scene]:
-    """The scenes of one kind and split, in a fixed order; `draw` gives the drawing of a word of DRAWINGS.
+    """The scenes of one kind and split, in a fixed order; `draw` gives the drawing of a word of
+    DRAWINGS.
 
     A scene's randomness comes from the seed and its id: no scene depends on which others are made.
     """
@@ -76,10 +89,13 @@ def scenes(kind: str, held_out: bool, seed: int, image: int, draw: Callable[[str
 
 
 def combinations(kind: str, seed: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """(for training, held out): the words of each combination. Which are held out is drawn with `seed`."""
+    """(for training, held out): the words of each combination. Which are held out is drawn with
+    `seed`.
+    """
     if kind == "counts":
         every = list(product(NUMBERS, DRAWINGS, BACKGROUNDS))
-        free = [words for words in every if words[0] != "one"]      # a story begins with one drawing: it would give these away
+        # a story begins with one drawing: it would give these away
+        free = [words for words in every if words[0] != "one"]
     elif kind == "spatial":
         every = free = [(a, relation, b) for a, b in permutations(DRAWINGS, 2) for relation in RELATIONS]
     else:
@@ -108,22 +124,29 @@ def _story(words, render, image, draw, rng):
     first, second = words
     background = _turn(words, render)
     row, column = _cells(rng)[0]
-    # The two stand diagonally: beside or above each other they would show a spatial triple that may be held out.
-    here, there = (first, (row, column)), (second, (1 - row, 1 - column))
+    # The two stand diagonally: beside or above each other they would show a spatial triple that may
+    # be held out.
+    here = (first, (row, column))
+    there = (second, (1 - row, 1 - column))
     texts = [_how_many("one", first, background), f"{a(second)} comes"]
     steps = [[here], [here, there]]
-    leaving = rng.integers(3)                                       # the first, the second, or neither
+    # the first, the second, or neither
+    leaving = rng.integers(3)
     if leaving < 2:
         texts.append(f"the {words[leaving]} leaves")
         steps.append([(there, here)[leaving]])
-    shift = {place: _shift(image, rng) for place in (here, there)}  # what stays does not move
+    # what stays does not move
+    shift = {place: _shift(image, rng) for place in (here, there)}
     images = [_paint(image, background, step, draw, rng, shift) for step in steps]
-    order = "IT" if (render + zlib.crc32(second.encode())) % 2 else "TI"     # image first: to be told; text first: to be drawn
+    # image first: to be told; text first: to be drawn
+    order = "IT" if (render + zlib.crc32(second.encode())) % 2 else "TI"
     return order * len(images), texts, images
 
 
 def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:
-    """The drawings `placed`, (word, cell) pairs, on a background; moved by `shift`, or each by its own jitter."""
+    """The drawings `placed`, (word, cell) pairs, on a background; moved by `shift`, or each by its
+    own jitter.
+    """
     canvas = np.empty((image, image, 3), np.float32)
     canvas[:] = BACKGROUNDS[background]
     cell = image // 2
@@ -131,15 +154,19 @@ def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:
         drawing = draw(word)
         h, w = drawing.shape[:2]
         dy, dx = shift[word, (row, column)] if shift else _shift(image, rng)
-        y, x = row * cell + (cell - h) // 2 + dy, column * cell + (cell - w) // 2 + dx
+        y = row * cell + (cell - h) // 2 + dy
+        x = column * cell + (cell - w) // 2 + dx
         alpha = drawing[..., 3:] / np.float32(255)
         spot = canvas[y:y + h, x:x + w]
-        spot += alpha * (drawing[..., :3] - spot)                  # in place: `spot` is a view
+        # in place: `spot` is a view
+        spot += alpha * (drawing[..., :3] - spot)
     return canvas.round().astype(np.uint8)
 
 
 def _shift(image, rng):
-    """A jitter in rows and columns, of at most the room between a drawing and its cell: 3 pixels in the demo."""
+    """A jitter in rows and columns, of at most the room between a drawing and its cell: 3 pixels in
+    the demo.
+    """
     room = (image // 2 - drawing_size(image)) // 2
     return rng.integers(-room, room + 1, 2)
 
@@ -149,7 +176,9 @@ def _cells(rng) -> list[Cell]:
 
 
 def _turn(words, render) -> str:
-    """Backgrounds take turns over a combination's renders, so that every combination is seen on all of them."""
+    """Backgrounds take turns over a combination's renders, so that every combination is seen on all
+    of them.
+    """
     return list(BACKGROUNDS)[(zlib.crc32(" ".join(words).encode()) + render) % len(BACKGROUNDS)]
 
 

@@ -1,7 +1,9 @@
-"""Sources of documents, by random access. `open` is the door; records.py is the format; kinds.py knows the formats of others.
+"""Sources of documents, by random access. `open` is the door; records.py is the format; kinds.py
+knows the formats of others.
 
-A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER holds one tensorflow-datasets dataset
-(itself, or below it as tfds lays them out: FOLDER/CONFIG/VERSION). Read next: records.py, then ../mixture.py.
+A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER holds one
+tensorflow-datasets dataset (itself, or below it as tfds lays them out: FOLDER/CONFIG/VERSION). Read
+next: records.py, then ../mixture.py.
 """
 import re
 from pathlib import Path
@@ -10,16 +12,22 @@ from typing import Protocol, runtime_checkable
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document, pixels, texts
 
-CACHE_BYTES = 256 * 2**20               # of documents a source keeps: small sets are decoded once, large ones hardly notice
-RECORD_BYTES = 1000                     # of a document beside its pixels and letters, about
+# of documents a source keeps: small sets are decoded once, large ones hardly notice
+CACHE_BYTES = 256 * 2**20
+# of a document beside its pixels and letters, about
+RECORD_BYTES = 1000
 
 
 class Corrupt(Exception):
-    """Record `id` cannot be read: `reason`, in one line. `disk`: it is the disk that failed, and may do better when asked again."""
+    """Record `id` cannot be read: `reason`, in one line. `disk`: it is the disk that failed, and
+    may do better when asked again.
+    """
 
     def __init__(self, id: str, reason: str, disk: bool = False):
         super().__init__(id, reason, disk)
-        self.id, self.reason, self.disk = id, reason, disk
+        self.id = id
+        self.reason = reason
+        self.disk = disk
 
     def __str__(self) -> str:
         return f"{self.id}: {self.reason}"
@@ -27,7 +35,9 @@ class Corrupt(Exception):
 
 @runtime_checkable
 class Source(Protocol):
-    """What `open` gives. Thread-safe, and can be pickled; documents' ids are unique in it and do not change."""
+    """What `open` gives. Thread-safe, and can be pickled; documents' ids are unique in it and do
+    not change.
+    """
 
     def __len__(self) -> int: ...
 
@@ -51,19 +61,22 @@ class Cached:
         if document is None:
             document = self.source[index]
             size = RECORD_BYTES + sum(image.nbytes for image in pixels(document)) + sum(len(text.text) for text in texts(document))
-            if size <= self._room:                            # two threads may both count one document: the limit is a rough one
+            # two threads may both count one document: the limit is a rough one
+            if size <= self._room:
                 self._room -= size
                 self._kept[index] = document
         return document
 
 
 def open(path: str, image_size: int, fit: str = "squash") -> Source:
-    """The documents of `path` = FOLDER:SPLIT, their images brought to image_size by `fit` (images.decode).
+    """The documents of `path` = FOLDER:SPLIT, their images brought to image_size by `fit`
+    (images.decode).
 
-    Raises UserError for a folder with no dataset, with several, or with one whose records are not documents; for an
-    unknown or empty split; for a missing file.
+    Raises UserError for a folder with no dataset, with several, or with one whose records are not
+    documents; for an unknown or empty split; for a missing file.
     """
-    from emu_jax.data.sources import records  # tfds takes a second to import
+    # tfds takes a second to import
+    from emu_jax.data.sources import records
     folder, colon, split = path.rpartition(":")
     if not (colon and re.fullmatch(r"\w+", split)):
         raise UserError(f"the source '{path}' names no split; write it as FOLDER:SPLIT, for example '{path}:train'")

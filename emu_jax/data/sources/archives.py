@@ -1,7 +1,9 @@
-"""Files in a folder, a zip or a tar, read by name, and the samples of a WebDataset tar, read in one pass.
+"""Files in a folder, a zip or a tar, read by name, and the samples of a WebDataset tar, read in one
+pass.
 
-The law: whatever a name says, nothing outside of the named folder or archive is ever read. Links are not followed out
-of a folder and not at all in archives; what is larger than a limit is not read either. Read next: kinds.py.
+The law: whatever a name says, nothing outside of the named folder or archive is ever read. Links
+are not followed out of a folder and not at all in archives; what is larger than a limit is not read
+either. Read next: kinds.py.
 """
 import tarfile
 import zipfile
@@ -11,7 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from emu_jax.config import UserError
 
-MAX_FILE = 2 * 2**30        # bytes of a video or a table
+# bytes of a video or a table
+MAX_FILE = 2 * 2**30
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIPS = (".zip",)
 
@@ -31,7 +34,8 @@ class Files:
                 self._members = {member.name.removeprefix("./"): member for member in self._tar if member.isreg()}
             elif not root.is_dir():
                 raise UserError(f"'{root}' is neither a folder nor an archive ({', '.join(ZIPS + TARS)})")
-        except Exception as error:                          # the readers of archives raise nearly anything
+        # the readers of archives raise nearly anything
+        except Exception as error:
             raise error if isinstance(error, UserError) else UserError(f"the archive '{root}' cannot be read: {_line(error)}") from error
 
     def names(self, suffixes: tuple[str, ...]) -> list[str]:
@@ -49,8 +53,9 @@ class Files:
             return False
 
     def read(self, name: str, limit: int = MAX_FILE) -> bytes:
-        """The bytes of a file. Raises ValueError, in one line, for a name that leads outside, for one that is not there, and for more than
-        `limit` bytes."""
+        """The bytes of a file. Raises ValueError, in one line, for a name that leads outside, for
+        one that is not there, and for more than `limit` bytes.
+        """
         try:
             if self._zip or self._tar:
                 member = self._members[_plain(name)]
@@ -68,7 +73,8 @@ class Files:
             raise ValueError(f"no file '{name}'") from error
         except ValueError:
             raise
-        except Exception as error:                          # a bad checksum, a cut archive, a name that no file system takes
+        # a bad checksum, a cut archive, a name that no file system takes
+        except Exception as error:
             raise ValueError(f"'{name}' cannot be read: {_line(error)}") from error
 
     def _inside(self, name: str) -> Path:
@@ -100,7 +106,9 @@ def opened(root: Path) -> Files:
 
 
 def places(given: str, folder: Path, names: list[str]) -> list[Files]:
-    """Where pictures may be: in the folder or archive `given`, or if that is "", in those of `names` that are in `folder`, in this order."""
+    """Where pictures may be: in the folder or archive `given`, or if that is "", in those of
+    `names` that are in `folder`, in this order.
+    """
     if given:
         if not Path(given).exists():
             raise UserError(f"--images: there is no '{given}'")
@@ -109,8 +117,9 @@ def places(given: str, folder: Path, names: list[str]) -> list[Files]:
 
 
 def fetch(name: str, places: list[Files], limit: int = MAX_FILE) -> bytes | str:
-    """The bytes of the file `name` of the first of `places` that has it, or why there are none. `zip -r a.zip a` puts a folder into an archive
-    of its name: there it is looked for, too."""
+    """The bytes of the file `name` of the first of `places` that has it, or why there are none.
+    `zip -r a.zip a` puts a folder into an archive of its name: there it is looked for, too.
+    """
     for place in places:
         folded = f"{place.root.name.split('.')[0]}/{name}" if place.root.is_file() and ".." not in name else name
         for inside in (name, folded):
@@ -123,14 +132,17 @@ def fetch(name: str, places: list[Files], limit: int = MAX_FILE) -> bytes | str:
 
 
 def samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: bytes}) of a WebDataset tar, in its order: neighbouring files whose names are equal up to the first dot of the
-    last part are a sample; extensions are in lower case. A file over `limit` bytes is as if it were not there.
+    """(key, {extension: bytes}) of a WebDataset tar, in its order: neighbouring files whose names
+    are equal up to the first dot of the last part are a sample; extensions are in lower case. A
+    file over `limit` bytes is as if it were not there.
 
     Raises ValueError, in one line, where the archive is damaged; what came before is good.
     """
-    key, files = None, {}
+    key = None
+    files = {}
     try:
-        with tarfile.open(path, "r|*") as tar:              # one pass, no table of contents: works at any size
+        # one pass, no table of contents: works at any size
+        with tarfile.open(path, "r|*") as tar:
             for member in tar:
                 folder, _, base = member.name.removeprefix("./").rpartition("/")
                 stem, dot, extension = base.partition(".")
@@ -140,17 +152,21 @@ def samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, 
                 if name != key:
                     if files:
                         yield key, files
-                    key, files = name, {}
+                    key = name
+                    files = {}
                 if member.size <= limit:
                     files.setdefault(extension.lower(), tar.extractfile(member).read())
-    except Exception as error:                              # tarfile and the decompressors raise nearly anything on broken files
+    # tarfile and the decompressors raise nearly anything on broken files
+    except Exception as error:
         raise ValueError(f"the archive is damaged after the sample {key!r}: {_line(error)}") from error
     if files:
         yield key, files
 
 
 def found(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """`path` itself if it is a file, or the files below the folder `path` that end with one of `suffixes`, sorted. None of them leads out."""
+    """`path` itself if it is a file, or the files below the folder `path` that end with one of
+    `suffixes`, sorted. None of them leads out.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():

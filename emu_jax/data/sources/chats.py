@@ -1,11 +1,12 @@
-"""Conversations, for instruction tuning: LLaVA, ShareGPT, Alpaca, VideoChat and Video-ChatGPT, each in its authors' JSON.
+"""Conversations, for instruction tuning: LLaVA, ShareGPT, Alpaca, VideoChat and Video-ChatGPT, each
+in its authors' JSON.
 
-  llava         {id, image, conversations: [{from: human|gpt, value}]}; a line "<image>" of the human stands for the picture
-  sharegpt      {id, conversations (or items): [{from, value}]}
-  alpaca        {instruction, input, output}
-  videochat     {video (or image), QA: [{i, q, a}]}; i, of the first, is the system's message
-  videochatgpt  {q, a, video_id}, or LLaVA's form with `video` and "<video>"
-A placeholder is one only where a picture belongs to it: any other "<image>" is text. Parts carry roles. Read next: html.py.
+  llava         {id, image, conversations: [{from: human|gpt, value}]}; a line "<image>" of the
+  human stands for the picture sharegpt      {id, conversations (or items): [{from, value}]} alpaca
+  {instruction, input, output} videochat     {video (or image), QA: [{i, q, a}]}; i, of the first,
+  is the system's message videochatgpt  {q, a, video_id}, or LLaVA's form with `video` and "<video>"
+A placeholder is one only where a picture belongs to it: any other "<image>" is text. Parts carry
+roles. Read next: html.py.
 """
 import re
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ from emu_jax.data.sources.videos import frames
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "bing": "assistant",
          "bard": "assistant", "system": "system"}
-FOLDERS = ["images", "videos", "."]       # beside the JSON, where --images names none
+# beside the JSON, where --images names none
+FOLDERS = ["images", "videos", "."]
 
 Turn = Text | Picture
 
@@ -34,7 +36,9 @@ def units(path: Path) -> list[Unit]:
 
 
 def reader(parse: Callable[[dict, list[archives.Files], Options, str], list[Turn]]) -> Callable[[Unit, Options], Iterator[Document | Skipped]]:
-    """The reader of a kind whose records `parse` makes turns of; `parse` raises ValueError, in one line, for a record that is none."""
+    """The reader of a kind whose records `parse` makes turns of; `parse` raises ValueError, in one
+    line, for a record that is none.
+    """
     def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
         places = archives.places(options.images, unit.path.parent, FOLDERS)
         for number, record in tables.records(unit.path):
@@ -96,15 +100,18 @@ def videochatgpt(record: dict, places: list[archives.Files], options: Options, i
     name = record.get("video_id", record.get("video"))
     if not isinstance(name, str):
         raise ValueError("no video")
-    media = _frames(name.removesuffix(".pkl"), places, options, id)        # the training form names files of features
+    # the training form names files of features
+    media = _frames(name.removesuffix(".pkl"), places, options, id)
     if "conversations" in record:
         return _conversation(record["conversations"], [media], "<video>")
     return [*media, _text(record.get("q"), "user"), _text(record.get("a"), "assistant")]
 
 
 def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Turn]:
-    """The turns as parts; each of `media` stands where the user's texts say `mark` as a placeholder, in order, and those that no
-    placeholder asks for stand first. Where there are as many marks, every mark is one."""
+    """The turns as parts; each of `media` stands where the user's texts say `mark` as a
+    placeholder, in order, and those that no placeholder asks for stand first. Where there are as
+    many marks, every mark is one.
+    """
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("no conversation")
     said: list[Text] = []
@@ -123,21 +130,25 @@ def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Tur
 
 
 def _pieces(text: str, mark: str, count: int, anywhere: bool) -> list[str | None]:
-    """`text` cut at its first `count` placeholders, which are None: a `mark` alone in its line, or with which the text begins or ends;
-    any, if `anywhere`."""
+    """`text` cut at its first `count` placeholders, which are None: a `mark` alone in its line, or
+    with which the text begins or ends; any, if `anywhere`.
+    """
     pieces: list[str | None] = []
     done = 0
     for found in re.finditer(re.escape(mark), text):
-        before, after = text[:found.start()], text[found.end():]
+        before = text[:found.start()]
+        after = text[found.end():]
         around = (before, after, before.rpartition("\n")[2] + after.partition("\n")[0])
         if count and (anywhere or any(not piece.replace(mark, "").strip() for piece in around)):
             pieces += [text[done:found.start()], None]
-            done, count = found.end(), count - 1
+            done = found.end()
+            count = count - 1
     return [piece for piece in (*pieces, text[done:]) if piece is None or piece.strip()]
 
 
 def _checked(parts: list[Turn]) -> list[Turn]:
-    """Without empty texts; a first answer that nobody asked for and a last question that nobody answers are cut off.
+    """Without empty texts; a first answer that nobody asked for and a last question that nobody
+    answers are cut off.
 
     Raises ValueError where nothing is left, or where one speaker has two turns.
     """

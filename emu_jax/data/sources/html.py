@@ -1,8 +1,10 @@
-"""A folder or archive of HTML pages with their pictures: a page becomes one document, text and pictures in reading order.
+"""A folder or archive of HTML pages with their pictures: a page becomes one document, text and
+pictures in reading order.
 
-Dropped: what is not content (navigation, headers and footers of the site, forms, scripts, hidden elements), icons, pictures that
-several pages show (logos) or that a page shows again, and pictures that are not in the folder: remote ones, and whatever
-leads outside. The parser is Lexbor, which reads broken pages as browsers do. Read next: kinds.py.
+Dropped: what is not content (navigation, headers and footers of the site, forms, scripts, hidden
+elements), icons, pictures that several pages show (logos) or that a page shows again, and pictures
+that are not in the folder: remote ones, and whatever leads outside. The parser is Lexbor, which
+reads broken pages as browsers do. Read next: kinds.py.
 """
 import base64
 import binascii
@@ -25,15 +27,19 @@ from emu_jax.data.sources.options import Options
 from emu_jax.data.sources.tables import Unit
 
 PAGES = (".html", ".htm", ".xhtml")
-FILES = 200                     # pages in a unit
+# pages in a unit
+FILES = 200
 MAX_PAGE = 32 * 2**20
-REPEATED = 0.02                 # GIMP's manual: its signs for notes are on 2 to 40 % of the pages, its pictures (but for one) on at most 1 %
+# GIMP's manual: its signs for notes are on 2 to 40 % of the pages, its pictures (but for one) on at
+# most 1 %
+REPEATED = 0.02
 
 NOT_CONTENT = frozenset((
     "script", "style", "noscript", "template", "nav", "aside", "footer", "form", "iframe", "object", "embed", "svg", "button", "select", "textarea",
     "input", "canvas", "audio", "video", "dialog", "menu", "head", "title", "math"))
 ROLES = frozenset(("navigation", "banner", "contentinfo", "complementary", "search", "menu", "menubar", "dialog", "alertdialog", "toolbar"))
-NAMES = re.compile(                 # classes and ids of what is no content
+# classes and ids of what is no content
+NAMES = re.compile(
     r"(?:site-?|page-?|global-?)?(?:nav(?:bar|header|footer|igation|-.*)?|menu|breadcrumbs?|side-?bar|footer|masthead|cookies?(?:-.*)?|"
     r"ad(?:s|vert.*)?|social(?:-.*)?|share(?:-.*)?|sharing|comments|related(?:-.*)?|newsletter|subscribe|popup|modal|paginat.*|pager|toc|"
     r"skip-?link|copyright)", re.I)
@@ -46,7 +52,9 @@ CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 
 
 def units(path: Path) -> list[Unit]:
-    """A unit 200 pages. `path` is a folder, a zip, a tar, or one page, whose pictures are then sought in its folder."""
+    """A unit 200 pages. `path` is a folder, a zip, a tar, or one page, whose pictures are then
+    sought in its folder.
+    """
     if path.is_file() and path.name.lower().endswith(PAGES):
         return [Unit(path)]
     if not path.exists():
@@ -72,8 +80,10 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
 
 @lru_cache(2)
 def _repeated(files: archives.Files) -> frozenset[str]:
-    """Pictures of three pages of a site or more, which are REPEATED of all its pages, or of two where it has two or three. A site is a
-    folder of the root. A pass over all pages, once a process."""
+    """Pictures of three pages of a site or more, which are REPEATED of all its pages, or of two
+    where it has two or three. A site is a folder of the root. A pass over all pages, once a
+    process.
+    """
     shown: Counter[tuple[str, str]] = Counter()
     names = files.names(PAGES)
     for name in names:
@@ -105,13 +115,17 @@ def _parse(page: bytes) -> LexborHTMLParser:
         text = page.decode("latin-1")
     try:
         return LexborHTMLParser(text.replace("\0", ""))
-    except Exception as error:                              # of selectolax and of the C library below it
+    # of selectolax and of the C library below it
+    except Exception as error:
         raise ValueError(f"not a readable page: {clean.spaces(str(error))}") from error
 
 
 def _document(name: str, tree: LexborHTMLParser, files: archives.Files, repeated: frozenset[str], options: Options) -> Document | Skipped:
     parts: list[Text | Picture] = []
-    dropped, seen, text, folder = [], set(), [], _folder(tree, name)
+    dropped = []
+    seen = set()
+    text = []
+    folder = _folder(tree, name)
     root = tree.css_first("main, [role=main]") or (tree.css_first("article") if len(tree.css("article")) == 1 else None) or tree.body
     if root is None:
         return Skipped(name, "the page is empty")
@@ -143,8 +157,11 @@ def _document(name: str, tree: LexborHTMLParser, files: archives.Files, repeated
 
 
 def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | LexborNode]]:
-    """("text", str), ("pre", str), ("break", "") and ("image", node), in reading order; no recursion, for pages may be nested without end."""
-    stack: list[tuple[LexborNode | None, bool, bool]] = [(root, False, False)]     # node (None: a block ends), inside <pre>, inside the article
+    """("text", str), ("pre", str), ("break", "") and ("image", node), in reading order; no
+    recursion, for pages may be nested without end.
+    """
+    # node (None: a block ends), inside <pre>, inside the article
+    stack: list[tuple[LexborNode | None, bool, bool]] = [(root, False, False)]
     while stack:
         node, pre, inner = stack.pop()
         if node is None:
@@ -168,7 +185,9 @@ def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | Lexbo
 
 
 def _boilerplate(node: LexborNode, inner: bool) -> bool:
-    """Is this element no content? `inner`: it is inside the page's article, where a header is one of the article."""
+    """Is this element no content? `inner`: it is inside the page's article, where a header is one
+    of the article.
+    """
     if node.tag in NOT_CONTENT or (node.tag == "header" and not inner):
         return True
     if node.tag in ("main", "article", "body", "html"):
@@ -182,21 +201,26 @@ def _boilerplate(node: LexborNode, inner: bool) -> bool:
 
 def _lines(events: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
     """(line, is it of a <pre>) between breaks."""
-    line, kept = "", False
+    line = ""
+    kept = False
     for kind, value in [*events, ("break", "")]:
         if kind == "break":
             yield line, kept
-            line, kept = "", False
+            line = ""
+            kept = False
         elif kind == "pre":
             *whole, value = (line + value).split("\n")
             yield from ((one, True) for one in whole)
-            line, kept = value, True
+            line = value
+            kept = True
         else:
             line += value
 
 
 def _source(node: LexborNode) -> str:
-    """What an <img> shows: src, unless that is a placeholder of a page that loads its pictures late."""
+    """What an <img> shows: src, unless that is a placeholder of a page that loads its pictures
+    late.
+    """
     attributes = node.attributes
     late = attributes.get("data-src") or attributes.get("data-original") or ""
     source = (attributes.get("src") or "").strip()
@@ -206,13 +230,16 @@ def _source(node: LexborNode) -> str:
 
 
 def _folder(tree: LexborHTMLParser, page: str) -> str | None:
-    """Where the relative addresses of a page start: its folder, or what its first <base href> makes of that; None for another place."""
+    """Where the relative addresses of a page start: its folder, or what its first <base href> makes
+    of that; None for another place.
+    """
     base = tree.css_first("base[href]")
     return _joined(base.attributes["href"] or "", posixpath.dirname(page), whole=False) if base else posixpath.dirname(page)
 
 
 def _target(source: str, folder: str | None) -> str:
-    """The name, in the folder of pages, of what `source` points to from `folder`: "" for what is none of its files (remote, data, malformed).
+    """The name, in the folder of pages, of what `source` points to from `folder`: "" for what is
+    none of its files (remote, data, malformed).
 
     It may still lead out: reading it is then refused.
     """
@@ -221,7 +248,9 @@ def _target(source: str, folder: str | None) -> str:
 
 
 def _joined(address: str, folder: str | None, *, whole: bool) -> str | None:
-    """`address` as seen from `folder`, `whole` or up to its last "/"; None for one that is not on this site, or names nothing."""
+    """`address` as seen from `folder`, `whole` or up to its last "/"; None for one that is not on
+    this site, or names nothing.
+    """
     try:
         place = urlsplit(address.strip())
     except ValueError:

@@ -1,7 +1,8 @@
-"""The kinds of sources: for each, how its input is shared out to tasks, and the pure function from records to documents.
+"""The kinds of sources: for each, how its input is shared out to tasks, and the pure function from
+records to documents.
 
-`documents` is the door: it reads one unit and checks every picture by decoding it, so that what is built decodes.
-Read next: ../builders/build.py.
+`documents` is the door: it reads one unit and checks every picture by decoding it, so that what is
+built decodes. Read next: ../builders/build.py.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,9 @@ from emu_jax.data.sources.tables import Unit
 
 @dataclass(frozen=True)
 class Kind:
-    """`pictures`: "all" must be good, or the record is skipped; of "some", bad ones are dropped and one must be left; "none" has none."""
+    """`pictures`: "all" must be good, or the record is skipped; of "some", bad ones are dropped and
+    one must be left; "none" has none.
+    """
     units: Callable[[Path], list[Unit]]
     read: Callable[[Unit, Options], Iterator[Document | Skipped]]
     pictures: str
@@ -43,10 +46,13 @@ KINDS = {
 
 
 def documents(kind: str, unit: Unit, options: Options) -> Iterator[Document | Skipped]:
-    """What becomes of the records of `unit`, in their order; every picture has been decoded once and is as large as `options` asks for."""
+    """What becomes of the records of `unit`, in their order; every picture has been decoded once
+    and is as large as `options` asks for.
+    """
     needs = KINDS[kind].pictures
     for document in KINDS[kind].read(unit, options):
-        document = replace(document, id=document.id.encode("utf-8", "replace").decode())      # names of files need not be Unicode
+        # names of files need not be Unicode
+        document = replace(document, id=document.id.encode("utf-8", "replace").decode())
         if isinstance(document, Document) and not all(_is_unicode(text.text) for text in texts(document)):
             document = Skipped(document.id, "the text holds half a character")
         yield document if isinstance(document, Skipped) or needs == "none" else _checked(document, needs, options)
@@ -62,7 +68,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def _checked(document: Document, needs: str, options: Options) -> Document | Skipped:
-    parts, dropped = [], list(document.dropped)
+    parts = []
+    dropped = list(document.dropped)
     for part in document.parts:
         picture = part.image if isinstance(part, Pair) else part
         reason = _fault(picture, options) if isinstance(picture, Picture) else ""

@@ -1,8 +1,10 @@
-"""Multimodal C4 (github.com/allenai/mmc4): JSONL of `text_list` and `image_info`, plain or zipped, beside the folder its script downloads into.
+"""Multimodal C4 (github.com/allenai/mmc4): JSONL of `text_list` and `image_info`, plain or zipped,
+beside the folder its script downloads into.
 
-scripts/download_images.py of that project puts the picture `image_name` of SHARD.jsonl into SHARD_images/ (of SHARD.jsonl.zip
-into SHARD.jsonl_images/). A picture and the sentence that it was matched to become a `Pair`, in the sentence's place; what
-matches less than 0.32 is dropped, as the paper does. Read next: obelics.py.
+scripts/download_images.py of that project puts the picture `image_name` of SHARD.jsonl into
+SHARD_images/ (of SHARD.jsonl.zip into SHARD.jsonl_images/). A picture and the sentence that it was
+matched to become a `Pair`, in the sentence's place; what matches less than 0.32 is dropped, as the
+paper does. Read next: obelics.py.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +63,8 @@ def _picture(info: Any, sentences: int, places: list[archives.Files], options: O
     """The picture, or why it is dropped."""
     if not isinstance(info, dict) or not isinstance(info.get("image_name"), str) or not isinstance(info.get("matched_sim"), (int, float)):
         return "an image_info without image_name and matched_sim"
-    if not info["matched_sim"] >= options.min_similarity:                  # NaN is JSON to Python
+    # NaN is JSON to Python
+    if not info["matched_sim"] >= options.min_similarity:
         return f"a picture whose similarity is under {options.min_similarity}"
     if type(info.get("matched_text_index")) is not int or not 0 <= info["matched_text_index"] < sentences:
         return "a picture matched to no sentence"

@@ -1,8 +1,10 @@
-"""OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of `texts` and `images`, lists of one length, one of the two None at each place.
+"""OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of `texts` and `images`, lists
+of one length, one of the two None at each place.
 
-The public release holds addresses in `images`; with --images=DIR they are looked up in what img2dataset made of them
-(NNNNN.parquet with url and key, beside NNNNN.tar or the folder NNNNN), and those that are not there are dropped and
-counted. Sets with pictures inside hold bytes, or structs of bytes and path. Read next: html.py.
+The public release holds addresses in `images`; with --images=DIR they are looked up in what
+img2dataset made of them (NNNNN.parquet with url and key, beside NNNNN.tar or the folder NNNNN), and
+those that are not there are dropped and counted. Sets with pictures inside hold bytes, or structs
+of bytes and path. Read next: html.py.
 """
 import json
 from collections.abc import Iterator
@@ -33,7 +35,8 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
 
 
 def _document(id: str, row: dict[str, Any], unit: Unit, options: Options) -> Document | Skipped:
-    texts, images = row.get("texts"), row.get("images")
+    texts = row.get("texts")
+    images = row.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         return Skipped(id, "texts and images are not two lists of one length")
     parts: list[Text | Picture] = []
@@ -79,7 +82,8 @@ def _index(folder: Path) -> dict[str, tuple[Path, str]]:
         shard = next((place for place in (file.with_suffix(".tar"), file.with_suffix("")) if place.exists()), None)
         try:
             table = pyarrow.parquet.read_table(file, columns=[name for name in ("url", "key", "status") if name in tables.columns(file)]).to_pydict()
-        except Exception as error:                          # pyarrow's errors have no common type
+        # pyarrow's errors have no common type
+        except Exception as error:
             raise UserError(f"--images: '{file}' cannot be read: {' '.join(str(error).split())}") from error
         if shard is None or not {"url", "key"} <= table.keys():
             raise UserError(f"--images: '{file}' is not what img2dataset writes: it needs url and key, and {file.stem}.tar or {file.stem}/ beside it")

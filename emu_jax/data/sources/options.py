@@ -1,4 +1,5 @@
-"""What a user may choose when documents are made: every field is a flag of `python -m emu_jax.data` (min_side: --min-side=64).
+"""What a user may choose when documents are made: every field is a flag of `python -m emu_jax.data`
+(min_side: --min-side=64).
 
 The defaults keep all that is whole: filters are for sets of known size. Read next: kinds.py.
 """

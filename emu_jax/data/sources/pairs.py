@@ -1,7 +1,9 @@
-"""Image-text pairs as img2dataset writes them: WebDataset tars (NNNNN.tar: KEY.jpg, KEY.txt, KEY.json) and parquet (columns key, jpg, txt).
+"""Image-text pairs as img2dataset writes them: WebDataset tars (NNNNN.tar: KEY.jpg, KEY.txt,
+KEY.json) and parquet (columns key, jpg, txt).
 
-The caption is that of the .txt, or else the "caption" of the .json; the parquet file that img2dataset puts beside a tar
-holds no pictures and is passed over. A pair becomes one `Pair`. Read next: mmc4.py.
+The caption is that of the .txt, or else the "caption" of the .json; the parquet file that
+img2dataset puts beside a tar holds no pictures and is passed over. A pair becomes one `Pair`. Read
+next: mmc4.py.
 """
 import json
 from collections.abc import Iterator
@@ -44,7 +46,8 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
 
 
 def _sample(key: str, files: dict[str, bytes], unit: Unit, options: Options) -> Document | Skipped:
-    meta, complaint = {}, "no caption"
+    meta = {}
+    complaint = "no caption"
     try:
         meta = json.loads(clean.decode(files["json"])) if "json" in files else {}
     except (ValueError, RecursionError):
@@ -80,7 +83,8 @@ def _pair(key: str, image: Any, caption: Any, meta: dict, complaint: str, unit: 
     if reason := clean.junk(caption):
         return Skipped(key, reason)
     scores = [value for name, value in meta.items() if name.lower() in SCORES and isinstance(value, (int, float))]
-    if scores and not scores[0] >= options.min_score:                      # NaN, where there was no picture to compare
+    # NaN, where there was no picture to compare
+    if scores and not scores[0] >= options.min_score:
         return Skipped(key, f"the CLIP score is under {options.min_score}")
     provenance = {name: meta[name] for name in PROVENANCE if isinstance(meta.get(name), str)}
     return Document(key, (Pair(Picture(image), caption),), unit.name, provenance)

@@ -1,9 +1,11 @@
-"""The one record format, read and written: a document as a tensorflow-datasets example in an ArrayRecord file.
+"""The one record format, read and written: a document as a tensorflow-datasets example in an
+ArrayRecord file.
 
-A record's `layout` says how its texts and images, each in order, become the parts of a document: "T" a text, "I" an
-image, "P" a pair of both whose order is drawn anew in every epoch. So "P" is a captioned picture, "TITI" a story.
-Conversations have a role and videos a time for each letter of it; `source` and `provenance` (JSON) say where it comes from.
-Builders yield `example(...)` under `FEATURES()`; `Records` reads, through Grain, without TensorFlow. Read next: ../builders/.
+A record's `layout` says how its texts and images, each in order, become the parts of a document:
+"T" a text, "I" an image, "P" a pair of both whose order is drawn anew in every epoch. So "P" is a
+captioned picture, "TITI" a story. Conversations have a role and videos a time for each letter of
+it; `source` and `provenance` (JSON) say where it comes from. Builders yield `example(...)` under
+`FEATURES()`; `Records` reads, through Grain, without TensorFlow. Read next: ../builders/.
 """
 import io
 import json
@@ -26,12 +28,15 @@ from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Pair, Picture, Text
 from emu_jax.data.sources import Corrupt
 
-IDLE = 4                                # readers of a file that are kept open
-METADATA = {"emu_jax": "documents"}     # every builder's metadata has it: how `Records` knows its own
+# readers of a file that are kept open
+IDLE = 4
+# every builder's metadata has it: how `Records` knows its own
+METADATA = {"emu_jax": "documents"}
 
 
 def FEATURES() -> tfds.features.FeaturesDict:
-    text, image = tfds.features.Text, tfds.features.Image(shape=(None, None, 3))
+    text = tfds.features.Text
+    image = tfds.features.Image(shape=(None, None, 3))
     return tfds.features.FeaturesDict(dict(
         id=text(), kind=text(), combination=text(), source=text(), provenance=text(), layout=text(),
         texts=tfds.features.Sequence(text()), images=tfds.features.Sequence(image),
@@ -40,8 +45,10 @@ def FEATURES() -> tfds.features.FeaturesDict:
 
 def example(id: str, kind: str, combination: str, layout: str, texts: Sequence[str], encoded: Sequence[bytes], *, source: str = "",
             provenance: dict[str, Any] | None = None, roles: Sequence[str] = (), times: Sequence[float | None] = ()) -> dict:
-    """What a builder yields: the id that is unique in the dataset, what sort of document it is, the combination of factors
-    that it shows (for what is held out), and its parts, the images as encoded files. `roles` and `times` are empty, or one a part."""
+    """What a builder yields: the id that is unique in the dataset, what sort of document it is, the
+    combination of factors that it shows (for what is held out), and its parts, the images as
+    encoded files. `roles` and `times` are empty, or one a part.
+    """
     _check(layout, texts, encoded, roles, times)
     return dict(id=id, kind=kind, combination=combination, source=source, provenance=json.dumps(provenance or {}, sort_keys=True),
                 layout=layout, texts=list(texts), images=[io.BytesIO(data) for data in encoded], roles=list(roles),
@@ -49,8 +56,14 @@ def example(id: str, kind: str, combination: str, layout: str, texts: Sequence[s
 
 
 def example_of(document: Document, id: str, kind: str) -> dict:
-    """`example` of a document as sources yield it, under the id `id`: files stay as they are, frames of videos become JPEGs."""
-    layout, texts, encoded, roles, times = "", [], [], [], []
+    """`example` of a document as sources yield it, under the id `id`: files stay as they are,
+    frames of videos become JPEGs.
+    """
+    layout = ""
+    texts = []
+    encoded = []
+    roles = []
+    times = []
     for part in document.parts:
         pair = isinstance(part, Pair)
         text = part.text if pair else part if isinstance(part, (str, Text)) else None
@@ -74,7 +87,8 @@ class Records:
     def __init__(self, folder: Path, split: str, image_size: int, fit: str = "squash"):
         try:
             info = tfds.builder_from_directory(str(folder)).info
-        except Exception as error:                            # whatever a damaged JSON makes tfds raise
+        # whatever a damaged JSON makes tfds raise
+        except Exception as error:
             raise UserError(f"the dataset in '{folder}' cannot be opened: {' '.join(str(error).split())}") from error
         if not METADATA.items() <= dict(info.metadata or {}).items():
             raise UserError(f"the dataset in '{folder}' was not written by emu_jax: its records are not documents")
@@ -85,11 +99,13 @@ class Records:
             if not Path(file).is_file():
                 raise UserError(f"the dataset in '{folder}' lacks its file '{Path(file).name}'")
         self.name = f"{info.name}:{split}"
-        self._size, self._fit = image_size, fit
+        self._size = image_size
+        self._fit = fit
         self._length = info.splits[split].num_examples
         try:
             held = len(grain.sources.ArrayRecordDataSource(files))
-        except Exception as error:                            # the reader's errors have no common type
+        # the reader's errors have no common type
+        except Exception as error:
             raise UserError(f"a file of '{folder}', split '{split}', is damaged: {' '.join(str(error).split())}") from error
         if held != self._length:
             raise UserError(f"the files of '{folder}', split '{split}', hold {held} records, not {self._length}")
@@ -99,13 +115,16 @@ class Records:
         return self._length
 
     def __getitem__(self, index: int) -> Document:
-        """Document 0 <= index < len; its arrays are read-only. Raises Corrupt, and IndexError beyond the end."""
+        """Document 0 <= index < len; its arrays are read-only. Raises Corrupt, and IndexError
+        beyond the end.
+        """
         if not 0 <= index < self._length:
             raise IndexError(f"{self.name} has {self._length} documents; there is no number {index}")
         id = f"{self.name}[{index}]"
         try:
             raw = self._raw[index]
-        except (RuntimeError, OSError) as error:              # a checksum that does not match, a disk that does not answer
+        # a checksum that does not match, a disk that does not answer
+        except (RuntimeError, OSError) as error:
             raise Corrupt(id, " ".join(str(error).split()), disk=isinstance(error, OSError)) from error
         try:
             fields = tf_example_pb2.Example.FromString(raw).features.feature
@@ -130,17 +149,23 @@ class Records:
 
 
 class Raw:
-    """The bytes of the records of ArrayRecord files, one file after another; threads may share it. `lengths`: records of each file.
+    """The bytes of the records of ArrayRecord files, one file after another; threads may share it.
+    `lengths`: records of each file.
 
-    A reader seeks: what Grain asks of it, a list of records, takes time in proportion to all that its file holds (array-record 0.8.6: 8 ms of a
-    million, against microseconds). Each reader is one thread's at a time, so that one that hangs holds nobody up; one that fails is dropped."""
+    A reader seeks: what Grain asks of it, a list of records, takes time in proportion to all that
+    its file holds (array-record 0.8.6: 8 ms of a million, against microseconds). Each reader is one
+    thread's at a time, so that one that hangs holds nobody up; one that fails is dropped.
+    """
 
     def __init__(self, files: list[str], lengths: list[int]):
-        self._files, self._lengths, self._ends = files, lengths, list(accumulate(lengths))
+        self._files = files
+        self._lengths = lengths
+        self._ends = list(accumulate(lengths))
         self._idle: list[list[ArrayRecordReader]] = [[] for _ in files]
 
     def __reduce__(self) -> tuple:
-        return Raw, (self._files, self._lengths)            # a process opens its own
+        # a process opens its own
+        return Raw, (self._files, self._lengths)
 
     def __getitem__(self, index: int) -> bytes:
         file = bisect_right(self._ends, index)

@@ -1,8 +1,10 @@
-"""Storyboards: the tars of Emu's released tool for YT-Storyboard-1B, a video a sample: KEY.0.txt, KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json.
+"""Storyboards: the tars of Emu's released tool for YT-Storyboard-1B, a video a sample: KEY.0.txt,
+KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json.
 
-Text i was said before frame i (it may be empty), and a last text has no frame; frame i is at i * round(duration / frames)
-seconds. The tool writes its names sorted as texts ("10.png" before "2.png"): numbers bring them in order. What is longer
-than a document may be is cut into several. Read next: subtitled.py.
+Text i was said before frame i (it may be empty), and a last text has no frame; frame i is at i *
+round(duration / frames) seconds. The tool writes its names sorted as texts ("10.png" before
+"2.png"): numbers bring them in order. What is longer than a document may be is cut into several.
+Read next: subtitled.py.
 """
 import json
 import re
@@ -17,7 +19,9 @@ from emu_jax.data.sources.options import Options
 from emu_jax.data.sources.tables import Unit
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
-IMAGE_TOKENS, BYTES_A_TOKEN = 34, 3         # [IMG], 32 slots, [/IMG]; LLaMA's tokenizer makes a token of 3 to 4 bytes of English
+# [IMG], 32 slots, [/IMG]; LLaMA's tokenizer makes a token of 3 to 4 bytes of English
+IMAGE_TOKENS = 34
+BYTES_A_TOKEN = 3
 
 Part = Text | Picture
 
@@ -28,7 +32,9 @@ def units(path: Path) -> list[Unit]:
 
 
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
-    """The videos of one tar; ids are YouTube's, followed by "#1", "#2", ... for the later pieces of a long one."""
+    """The videos of one tar; ids are YouTube's, followed by "#1", "#2", ... for the later pieces of
+    a long one.
+    """
     try:
         for key, files in archives.samples(unit.path):
             try:
@@ -42,7 +48,8 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
 
 
 def _parts(files: dict[str, bytes]) -> tuple[Part, ...]:
-    frames, texts = {}, {}
+    frames = {}
+    texts = {}
     for name, data in files.items():
         number, _, extension = name.partition(".")
         if re.fullmatch(r"\d{1,9}", number) and extension in IMAGES:
@@ -72,8 +79,10 @@ def _step(meta: bytes | None, frames: int) -> int | None:
 
 
 def pieces(parts: Iterable[Part], document: Document, options: Options) -> Iterator[Document | Skipped]:
-    """`document` with `parts`, cut where the next part would exceed options.max_images or max_tokens (tokens are estimated from bytes); a piece
-    without pictures is skipped. A text that alone is too long stays whole: the sequence stage cuts it. Only one piece is held."""
+    """`document` with `parts`, cut where the next part would exceed options.max_images or
+    max_tokens (tokens are estimated from bytes); a piece without pictures is skipped. A text that
+    alone is too long stays whole: the sequence stage cuts it. Only one piece is held.
+    """
     held: list[Part] = []
     tokens = images = number = 0
 
@@ -84,10 +93,15 @@ def pieces(parts: Iterable[Part], document: Document, options: Options) -> Itera
     for part in parts:
         is_image = isinstance(part, Picture)
         cost = IMAGE_TOKENS if is_image else 1 + len(part.text.encode()) // BYTES_A_TOKEN
-        if held and (images + is_image > options.max_images or tokens + cost > options.max_tokens - 2):      # <s> and </s>
+        # <s> and </s>
+        if held and (images + is_image > options.max_images or tokens + cost > options.max_tokens - 2):
             yield piece()
-            held, tokens, images, number = [], 0, 0, number + 1
+            held = []
+            tokens = 0
+            images = 0
+            number = number + 1
         held.append(part)
-        tokens, images = tokens + cost, images + is_image
+        tokens = tokens + cost
+        images = images + is_image
     if held:
         yield piece()

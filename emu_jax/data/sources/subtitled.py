@@ -1,7 +1,9 @@
-"""Videos with WebVTT or SubRip beside them (NAME.mp4 with NAME.vtt, NAME.en.vtt or NAME.srt), made into storyboards as Emu's are.
+"""Videos with WebVTT or SubRip beside them (NAME.mp4 with NAME.vtt, NAME.en.vtt or NAME.srt), made
+into storyboards as Emu's are.
 
-Frame k is at k times --every seconds; frames and cues are sorted by time, a frame before a cue of its time, and the cues between
-two frames are joined by a space and stand before the second. What is too long is cut. Read next: html.py.
+Frame k is at k times --every seconds; frames and cues are sorted by time, a frame before a cue of
+its time, and the cues between two frames are joined by a space and stand before the second. What is
+too long is cut. Read next: html.py.
 """
 import heapq
 import itertools
@@ -16,7 +18,8 @@ from emu_jax.data.sources.storyboards import Part, pieces
 from emu_jax.data.sources.tables import Unit
 
 SUBTITLES = (".vtt", ".srt")
-FILES = 20              # videos in a unit
+# videos in a unit
+FILES = 20
 MAX_SUBTITLES = 64 * 2**20
 
 
@@ -30,7 +33,9 @@ def units(path: Path) -> list[Unit]:
 
 
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
-    """The videos of one unit; ids are names of files, or the tar's keys, followed by "#1", "#2", ... for later pieces."""
+    """The videos of one unit; ids are names of files, or the tar's keys, followed by "#1", "#2",
+    ... for later pieces.
+    """
     if unit.names:
         folder = archives.opened(unit.path)
         for name in unit.names:
@@ -53,8 +58,11 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
 
 
 def _beside(name: str, root: Path) -> str | None:
-    """The subtitles of the video `name`: its stem with .vtt or .srt, or with a language between, the first in alphabetical order."""
-    folder, stem = (root / name).parent, Path(name).stem
+    """The subtitles of the video `name`: its stem with .vtt or .srt, or with a language between,
+    the first in alphabetical order.
+    """
+    folder = (root / name).parent
+    stem = Path(name).stem
     files = [file.name for file in folder.iterdir() if file.name.startswith(f"{stem}.") and file.suffix.lower() in SUBTITLES]
     files = sorted((file for file in files if file.count(".") <= stem.count(".") + 2),
                    key=lambda file: (file.count("."), Path(file).suffix != ".vtt", file))

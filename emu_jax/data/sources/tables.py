@@ -18,13 +18,16 @@ from emu_jax.data import clean
 from emu_jax.data.documents import Skipped
 
 JSONS = (".json", ".jsonl", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zip", ".json.zip")
-ROWS = 4096             # of a parquet file in a unit, rounded up to whole row groups
+# of a parquet file in a unit, rounded up to whole row groups
+ROWS = 4096
 MAX_LINE = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task reads, and writes a shard of: a file, or `names` of the folder or archive `path`, or its row groups [first, last)."""
+    """What one task reads, and writes a shard of: a file, or `names` of the folder or archive
+    `path`, or its row groups [first, last).
+    """
     path: Path
     names: tuple[str, ...] = ()
     first: int = 0
@@ -32,28 +35,38 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The file's name without its suffixes: unique among the shards of a set, and the first half of its documents' full ids."""
+        """The file's name without its suffixes: unique among the shards of a set, and the first
+        half of its documents' full ids.
+        """
         return self.path.name.split(".")[0] or self.path.name
 
 
 def groups(file: Path) -> list[Unit]:
-    """A parquet file as units of about ROWS rows. One that cannot be opened is one unit, whose reader says why."""
+    """A parquet file as units of about ROWS rows. One that cannot be opened is one unit, whose
+    reader says why.
+    """
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
-    except Exception:                                       # pyarrow's errors have no common type; `rows` reports them
+    # pyarrow's errors have no common type; `rows` reports them
+    except Exception:
         return [Unit(file)]
-    units, first, rows = [], 0, 0
+    units = []
+    first = 0
+    rows = 0
     for number, size in enumerate(sizes):
         rows += size
         if rows >= ROWS or number == len(sizes) - 1:
             units.append(Unit(file, first=first, last=number + 1))
-            first, rows = number + 1, 0
+            first = number + 1
+            rows = 0
     return units or [Unit(file)]
 
 
 def columns(file: Path) -> list[str]:
-    """The names of a parquet file's columns; those of images for one that cannot be opened, so that its reader reports it."""
+    """The names of a parquet file's columns; those of images for one that cannot be opened, so that
+    its reader reports it.
+    """
     try:
         return pyarrow.parquet.read_schema(file).names
     except Exception:
@@ -81,8 +94,9 @@ def rows(unit: Unit) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
 
 
 def records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, record) of a JSON file: the items of one array, or a value a line; .gz and .zip are unpacked on the way. A line that is
-    no JSON or no UTF-8 comes as `Skipped`."""
+    """(number, record) of a JSON file: the items of one array, or a value a line; .gz and .zip are
+    unpacked on the way. A line that is no JSON or no UTF-8 comes as `Skipped`.
+    """
     try:
         with _opened(path) as file:
             head = file.peek(64)[:64] if hasattr(file, "peek") else b""
@@ -97,7 +111,8 @@ def records(path: Path) -> Iterator[tuple[int, Any]]:
                 number += 1
     except UserError:
         raise
-    except Exception as error:                              # a cut .gz, a bad .zip, an array that is none
+    # a cut .gz, a bad .zip, an array that is none
+    except Exception as error:
         yield 0, Skipped(path.name, f"not readable JSON: {_line(error)}")
 
 

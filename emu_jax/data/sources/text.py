@@ -1,4 +1,5 @@
-"""Text alone: plain files, a document each, and JSONL (or JSON, or parquet) with a "text" column, a document a record.
+"""Text alone: plain files, a document each, and JSONL (or JSON, or parquet) with a "text" column, a
+document a record.
 
 Read next: chats.py.
 """
@@ -12,8 +13,10 @@ from emu_jax.data.sources.options import Options
 from emu_jax.data.sources.tables import Unit
 
 PLAIN = (".txt", ".md")
-FILES = 1000            # plain files in a unit
-MAX_TEXT = 64 * 2**20   # bytes of a plain file
+# plain files in a unit
+FILES = 1000
+# bytes of a plain file
+MAX_TEXT = 64 * 2**20
 
 
 def units(path: Path) -> list[Unit]:
@@ -28,7 +31,9 @@ def units(path: Path) -> list[Unit]:
 
 
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
-    """The texts of one unit; ids are FILE for a plain file, else the record's "id" or FILE:NUMBER."""
+    """The texts of one unit; ids are FILE for a plain file, else the record's "id" or
+    FILE:NUMBER.
+    """
     if unit.names:
         files = archives.opened(unit.path)
         for name in unit.names:

@@ -1,6 +1,8 @@
-"""Videos with captions: video2dataset's WebDataset tars (KEY.mp4, KEY.txt, KEY.json), and plain video files with NAME.txt or NAME.json beside.
+"""Videos with captions: video2dataset's WebDataset tars (KEY.mp4, KEY.txt, KEY.json), and plain
+video files with NAME.txt or NAME.json beside.
 
-A document is 8 frames, one after another, then the caption without its metadata (clean.py). Read next: storyboards.py.
+A document is 8 frames, one after another, then the caption without its metadata (clean.py). Read
+next: storyboards.py.
 """
 import hashlib
 import json
@@ -16,7 +18,8 @@ from emu_jax.data.sources.options import Options
 from emu_jax.data.sources.tables import Unit
 
 EXTENSIONS = tuple(suffix[1:] for suffix in video.SUFFIXES)
-FILES = 100             # video files in a unit
+# video files in a unit
+FILES = 100
 
 
 def units(path: Path) -> list[Unit]:
@@ -75,7 +78,9 @@ def _document(id: str, files: dict[str, bytes], unit: Unit, options: Options) ->
 
 
 def frames(data: bytes, id: str, options: Options) -> list[Picture]:
-    """`options.frames` frames of a video, by `options.choose`. Raises ValueError for what cannot be decoded."""
+    """`options.frames` frames of a video, by `options.choose`. Raises ValueError for what cannot be
+    decoded.
+    """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little"))
     numbers = {"centres": lambda count: video.centres(count, options.frames),
                "random": lambda count: sorted(rng.integers(0, count, options.frames).tolist())}[options.choose]

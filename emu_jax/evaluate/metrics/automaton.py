@@ -1,7 +1,8 @@
 """A lexer: the longest match among rules, the first rule among equals, as lex and JFlex define it.
 
-Regular expressions become one non-deterministic automaton, whose deterministic states are made when a text first reaches them.
-Python's own `re` takes the first alternative that matches, not the longest: it cannot say what such a lexer says. Read next: ptb.py.
+Regular expressions become one non-deterministic automaton, whose deterministic states are made when
+a text first reaches them. Python's own `re` takes the first alternative that matches, not the
+longest: it cannot say what such a lexer says. Read next: ptb.py.
 """
 import re
 from collections.abc import Mapping, Sequence
@@ -10,31 +11,43 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-UNITS = 0x10000                      # the alphabet is UTF-16's code units
-DEAD, UNKNOWN = -1, -2
+# the alphabet is UTF-16's code units
+UNITS = 0x10000
+DEAD = -1
+UNKNOWN = -2
 Set = Bool[np.ndarray, "65536"]
 
 
 class Match(NamedTuple):
-    rule: int        # its number; -1 where no rule matches
-    end: int         # one past the last code unit, lookahead included
+    # its number; -1 where no rule matches
+    rule: int
+    # one past the last code unit, lookahead included
+    end: int
 
 
 class Automaton:
-    """`patterns` know: letters (in either case), \\c, [a-z], [^a-z] (cases as written), (x), x|y, x*, x+, x?, x{2,3}, x{2} and {name}.
-    A name stands for the pattern in `names`, or for the set of code units there."""
+    """`patterns` know: letters (in either case), \\c, [a-z], [^a-z] (cases as written), (x), x|y,
+    x*, x+, x?, x{2,3}, x{2} and {name}. A name stands for the pattern in `names`, or for the set of
+    code units there.
+    """
 
     def __init__(self, patterns: Sequence[str], names: Mapping[str, str | Set]):
-        self._names, self._sets, self._set_of = names, [], {}
-        self._silent: list[list[int]] = []                 # state -> states that cost nothing to reach
-        self._edges: list[tuple[int, int] | None] = []     # state -> (set, target)
-        self._accepts: dict[int, int] = {}                 # state -> rule
+        self._names = names
+        self._sets = []
+        self._set_of = {}
+        # state -> states that cost nothing to reach
+        self._silent: list[list[int]] = []
+        # state -> (set, target)
+        self._edges: list[tuple[int, int] | None] = []
+        # state -> rule
+        self._accepts: dict[int, int] = {}
         start = self._state()
         for number, pattern in enumerate(patterns):
             first, last = self._parse(pattern)
             self._silent[start].append(first)
             self._accepts[last] = number
-        packed = np.packbits(np.stack(self._sets), axis=0).T                          # code units that no set tells apart are one class
+        # code units that no set tells apart are one class
+        packed = np.packbits(np.stack(self._sets), axis=0).T
         _, self._class_of = np.unique(packed, axis=0, return_inverse=True)
         self._class_of = self._class_of.ravel()
         members = np.zeros((len(self._sets), self._class_of.max() + 1), bool)
@@ -49,12 +62,15 @@ class Automaton:
         self._number(self._reach[start])
 
     def classes(self, text: str) -> list[int]:
-        """The class of each code unit of a text without characters beyond U+FFFF (surrogates stand for those)."""
+        """The class of each code unit of a text without characters beyond U+FFFF (surrogates stand
+        for those).
+        """
         return self._class_of[np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")].tolist()
 
     def match(self, classes: Sequence[int], start: int = 0) -> Match:
         """The longest match from `start` on."""
-        state, found = 0, Match(-1, start)
+        state = 0
+        found = Match(-1, start)
         for place in range(start, len(classes)):
             following = self._rows[state][classes[place]]
             if following == UNKNOWN:
@@ -67,7 +83,9 @@ class Automaton:
         return found
 
     def ends(self, classes: Sequence[int], start: int, stop: int) -> list[int]:
-        """Every place up to `stop` where some rule's match from `start` may end, the furthest first."""
+        """Every place up to `stop` where some rule's match from `start` may end, the furthest
+        first.
+        """
         return [end for end in range(stop, start, -1) if self.match(classes[:end], start).end == end]
 
     def _follow(self, state: int, kind: int) -> int:
@@ -85,7 +103,8 @@ class Automaton:
 
     def _closure(self, state: int) -> frozenset[int]:
         """What is reached from a state at no cost: of that, the states that read or accept."""
-        waiting, seen = [state], {state}
+        waiting = [state]
+        seen = {state}
         while waiting:
             for other in self._silent[waiting.pop()]:
                 if other not in seen:
@@ -106,7 +125,8 @@ class Automaton:
         return piece
 
     def _either(self, tokens):
-        first, last = self._state(), self._state()
+        first = self._state()
+        last = self._state()
         while True:
             (begin, end), tokens = self._sequence(tokens)
             self._silent[first].append(begin)
@@ -119,9 +139,11 @@ class Automaton:
         first = last = self._state()
         while tokens and tokens[0] not in "|)":
             atom, tokens = self._atom_length(tokens)
-            least, most = 1, 1
+            least = 1
+            most = 1
             if tokens and (counts := re.fullmatch(r"\{(\d+)(?:,(\d+))?\}", tokens[0])):
-                least, most = int(counts[1]), int(counts[2] or counts[1])
+                least = int(counts[1])
+                most = int(counts[2] or counts[1])
             elif tokens and tokens[0] in "*+?":
                 least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}[tokens[0]]
             tokens = tokens if (least, most) == (1, 1) else tokens[1:]
@@ -155,13 +177,16 @@ class Automaton:
         if key not in self._set_of:
             self._set_of[key] = len(self._sets)
             self._sets.append(units)
-        first, last = self._state(), self._state()
+        first = self._state()
+        last = self._state()
         self._edges[first] = (self._set_of[key], last)
         return first, last
 
 
 def char_set(token: str) -> Set:
-    """The code units that "a", "\\a", "\\u00AD", "[a-z]" or "[^a-z]" stand for; letters outside of brackets in either case."""
+    """The code units that "a", "\\a", "\\u00AD", "[a-z]" or "[^a-z]" stand for; letters outside of
+    brackets in either case.
+    """
     units = np.zeros(UNITS, bool)
     if token[0] != "[" or len(token) == 1:
         one = chr(_unit(token))

@@ -1,6 +1,7 @@
 """CIDEr-D, BLEU and ROUGE-L of captions, as coco-caption computes them.
 
-Every function takes tokenized captions (ptb.tokenize): predictions by id, and lists of references by the same ids.
+Every function takes tokenized captions (ptb.tokenize): predictions by id, and lists of references
+by the same ids.
 """
 import math
 from collections import Counter
@@ -10,9 +11,12 @@ import numpy as np
 
 from emu_jax.evaluate.metrics import ptb
 
-N = 4                # the longest n-gram that counts
-SIGMA = 6.0          # CIDEr-D's width of the penalty for another length
-BETA = 1.2           # ROUGE-L's weight of recall
+# the longest n-gram that counts
+N = 4
+# CIDEr-D's width of the penalty for another length
+SIGMA = 6.0
+# ROUGE-L's weight of recall
+BETA = 1.2
 Predictions = Mapping[str, str]
 References = Mapping[str, Sequence[str]]
 
@@ -25,8 +29,9 @@ def tokenize(predictions: Predictions, references: References) -> tuple[dict[str
 
 
 def cider(predictions: Predictions, references: References) -> dict[str, float]:
-    """CIDEr-D of each caption (10 is a perfect match of rare words); the corpus score is the mean. The references are also the
-    corpus that says which n-grams are rare: a single image scores 0."""
+    """CIDEr-D of each caption (10 is a perfect match of rare words); the corpus score is the mean.
+    The references are also the corpus that says which n-grams are rare: a single image scores 0.
+    """
     counts = {key: [_ngrams(caption) for caption in some] for key, some in references.items()}
     documents = Counter(ngram for some in counts.values() for ngram in set().union(*some))
     total = np.log(float(len(references)))
@@ -39,7 +44,8 @@ def cider(predictions: Predictions, references: References) -> dict[str, float]:
         return weights, [math.sqrt(sum(w * w for w in some.values())) for some in weights], sum(c for ngram, c in ngrams.items() if len(ngram) == 2)
 
     def similarity(ours, theirs):
-        (weights, norms, length), (other_weights, other_norms, other_length) = ours, theirs
+        (weights, norms, length) = ours
+        (other_weights, other_norms, other_length) = theirs
         values = np.zeros(N)
         for n in range(N):
             values[n] = sum(min(w, other_weights[n].get(ngram, 0.0)) * other_weights[n].get(ngram, 0.0) for ngram, w in weights[n].items())
@@ -56,10 +62,12 @@ def cider(predictions: Predictions, references: References) -> dict[str, float]:
 
 def bleu(predictions: Predictions, references: References) -> list[float]:
     """BLEU-1 to BLEU-4 of the corpus, against the references' closest length."""
-    guessed, right = np.zeros(N), np.zeros(N)
+    guessed = np.zeros(N)
+    right = np.zeros(N)
     length = reference_length = 0
     for key, some in references.items():
-        ours, words = _ngrams(predictions[key]), len(predictions[key].split())
+        ours = _ngrams(predictions[key])
+        words = len(predictions[key].split())
         most = Counter()
         for caption in some:
             most |= _ngrams(caption)
@@ -75,12 +83,15 @@ def bleu(predictions: Predictions, references: References) -> list[float]:
 
 
 def rouge(predictions: Predictions, references: References) -> dict[str, float]:
-    """ROUGE-L of each caption: best precision and best recall of the longest common subsequence over its references."""
+    """ROUGE-L of each caption: best precision and best recall of the longest common subsequence
+    over its references.
+    """
     scores = {}
     for key, some in references.items():
         words = predictions[key].split(" ")
         common = [(_common(caption.split(" "), words), len(caption.split(" "))) for caption in some]
-        precision, recall = max(c for c, _ in common) / len(words), max(c / n for c, n in common)
+        precision = max(c for c, _ in common) / len(words)
+        recall = max(c / n for c, n in common)
         scores[key] = (1 + BETA ** 2) * precision * recall / (recall + BETA ** 2 * precision) if precision and recall else 0.0
     return scores
 
@@ -94,7 +105,8 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
     """Length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for word in a:
-        last = 0                                  # what row[k] was before this word
+        # what row[k] was before this word
+        last = 0
         for k, other in enumerate(b, 1):
             last, row[k] = row[k], last + 1 if word == other else max(row[k], row[k - 1])
     return row[-1]

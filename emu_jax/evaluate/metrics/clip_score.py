@@ -1,6 +1,8 @@
-"""CLIP score (arXiv 2104.08718): the cosine between a picture's and its text's features, as a CLIP that was imported gives them.
+"""CLIP score (arXiv 2104.08718): the cosine between a picture's and its text's features, as a CLIP
+that was imported gives them.
 
-Nothing is put before a text (the paper's own score of captions reads "A photo depicts " first). Read next: models/clip.py, weights/clip.py.
+Nothing is put before a text (the paper's own score of captions reads "A photo depicts " first).
+Read next: models/clip.py, weights/clip.py.
 """
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -25,14 +27,20 @@ from emu_jax.models.clip import ClipSize
 from emu_jax.weights.clip import PREPROCESSOR, TOKENIZER, WHERE
 
 BATCH = 32
-START, END = "<|startoftext|>", "<|endoftext|>"
+START = "<|startoftext|>"
+END = "<|endoftext|>"
 SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # where no file says them
+# where no file says them
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Preprocessor(NamedTuple):
-    """The shorter side (or both) to `size`, bicubic; the middle, of the model's size; (x / 255 - mean) / std."""
-    size: int | tuple[int, int]         # or (height, width)
+    """The shorter side (or both) to `size`, bicubic; the middle, of the model's size; (x / 255 -
+    mean) / std.
+    """
+    # or (height, width)
+    size: int | tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -50,7 +58,9 @@ def score(images: Float[np.ndarray, "n C"], texts: Float[np.ndarray, "n C"]) -> 
 
 
 def of_pictures(model: Clip, pictures: Mapping[str, Path], captions: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """100 * max(cosine, 0) of each picture with its caption, by its id; with several captions, their mean. The score of all is the mean."""
+    """100 * max(cosine, 0) of each picture with its caption, by its id; with several captions,
+    their mean. The score of all is the mean.
+    """
     paths = tqdm(pictures.values(), "CLIP", unit=" pictures", disable=None)
     seen = dict(zip(pictures, picture_features(model, paths), strict=True))
     pairs = [(key, caption) for key in pictures for caption in captions[key]]
@@ -71,7 +81,9 @@ def check(directory: str) -> None:
 
 
 def load(directory: str) -> Clip:
-    """What `weights import --family=clip` made. Raises UserError for what is something else, or lacks its tokenizer."""
+    """What `weights import --family=clip` made. Raises UserError for what is something else, or
+    lacks its tokenizer.
+    """
     check(directory)
     folder, size = _folder_and_size(directory)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.restore_params(directory))
@@ -89,7 +101,9 @@ def text_features(model: Clip, texts: Sequence[str]) -> Float[np.ndarray, "n C"]
 
 
 def tokens(model: Clip, text: str) -> Int[np.ndarray, "T"]:
-    """Ids of a text between its start and its end, cut to the context; its end is repeated up to there."""
+    """Ids of a text between its start and its end, cut to the context; its end is repeated up to
+    there.
+    """
     ids = model.tokenizer.encode(text).ids
     ids = ids[:min(len(ids), model.size.context) - 1] + ids[-1:]
     return np.array(ids + ids[-1:] * (model.size.context - len(ids)), np.int32)
@@ -136,10 +150,12 @@ def _tokenizer(folder: Path, size: ClipSize) -> Tokenizer:
         raise UserError(f"{folder} lacks CLIP's tokenizer: copy tokenizer.json, or vocab.json and merges.txt, from where its weights were into it")
     try:
         tokenizer = Tokenizer.from_file(str(whole)) if whole.is_file() else _bpe(vocab, merges)
-        tokenizer.no_truncation()                                         # a file may say how its last text was cut and padded
+        # a file may say how its last text was cut and padded
+        tokenizer.no_truncation()
         tokenizer.no_padding()
         ends = tokenizer.encode("").ids
-    except Exception as error:                                            # the library raises plain Exception
+    # the library raises plain Exception
+    except Exception as error:
         raise UserError(f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}") from error
     if len(ends) != 2 or tokenizer.get_vocab_size() > size.vocab or size.eos not in (clip.OLD_EOS, ends[1]):
         raise UserError(f"{folder}: its tokenizer is not this CLIP's: it has {tokenizer.get_vocab_size()} tokens and puts {ends} around a text; the "
@@ -164,7 +180,8 @@ def _preprocessor(folder: Path, size: ClipSize) -> Preprocessor:
     said = annotations.load(path) if path else {}
     try:
         said = said.get("image_processor", said)
-        to, crop = said.get("size", size.image), said.get("crop_size", size.image)
+        to = said.get("size", size.image)
+        crop = said.get("crop_size", size.image)
         if isinstance(to, dict):
             to = to["shortest_edge"] if "shortest_edge" in to else (to["height"], to["width"])
         crop = {*crop.values()} if isinstance(crop, dict) else {crop}

@@ -1,4 +1,5 @@
-"""Frechet inception distance (arXiv 1706.08500): how far two sets of images are apart, as Gaussians of their Inception features.
+"""Frechet inception distance (arXiv 1706.08500): how far two sets of images are apart, as Gaussians
+of their Inception features.
 
 Statistics of a set are (mean, covariance) and are cached in a file. Read next: models/inception.py.
 """
@@ -19,7 +20,8 @@ from emu_jax.models import inception
 
 class Statistics(NamedTuple):
     mean: Float[np.ndarray, "C"]
-    cov: Float[np.ndarray, "C C"]      # unbiased
+    # unbiased
+    cov: Float[np.ndarray, "C C"]
 
 
 def statistics(features: Float[np.ndarray, "n C"]) -> Statistics:
@@ -33,8 +35,9 @@ def statistics(features: Float[np.ndarray, "n C"]) -> Statistics:
 def distance(a: Statistics, b: Statistics) -> float:
     """|mean - mean|^2 + tr(A + B - 2 (A B)^(1/2)).
 
-    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric: nothing complex comes up where fewer images
-    than features make the covariances singular, and no eps is added to them. Raises UserError for features of different widths.
+    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is
+    symmetric: nothing complex comes up where fewer images than features make the covariances
+    singular, and no eps is added to them. Raises UserError for features of different widths.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared; take both from the same layer")
@@ -46,9 +49,12 @@ def distance(a: Statistics, b: Statistics) -> float:
 
 def features(params: dict, images: Iterable[UInt8[np.ndarray, "h w 3"]], *, batch: int = 32, layer: str = "2048") -> Float[np.ndarray, "n C"]:
     """Inception features of RGB images of any sizes. Raises UserError where there is none."""
-    run, out, images = jax.jit(lambda params, x: inception.apply(params, x)[layer]), [], iter(images)
+    run = jax.jit(lambda params, x: inception.apply(params, x)[layer])
+    out = []
+    images = iter(images)
     while some := [inception.prepare(jnp.asarray(image[None]))[0] for image in islice(images, batch)]:
-        padded = jnp.stack(some + some[:1] * (batch - len(some)))        # one shape, one compilation
+        # one shape, one compilation
+        padded = jnp.stack(some + some[:1] * (batch - len(some)))
         out.append(np.asarray(run(params, padded))[:len(some)])
     if not out:
         raise UserError("FID: there are no images")
@@ -69,10 +75,13 @@ def cached(path: Path, make: Callable[[], Statistics]) -> Statistics:
 
 
 def read(path: Path) -> Statistics:
-    """The statistics in an .npz with mu and sigma, as other FID codes write them too. Raises UserError for a file that holds something else."""
+    """The statistics in an .npz with mu and sigma, as other FID codes write them too. Raises
+    UserError for a file that holds something else.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            mean, cov = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+            mean = file["mu"].astype(np.float64)
+            cov = file["sigma"].astype(np.float64)
     except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: no statistics of a set of images (an .npz with mu and sigma)") from error
     if mean.ndim != 1 or cov.shape != (len(mean),) * 2 or not (np.isfinite(mean).all() and np.isfinite(cov).all()):

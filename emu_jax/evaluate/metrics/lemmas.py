@@ -1,7 +1,9 @@
-"""The words of an answer that NExT-QA's official script counts (doc-doc/NExT-OE, eval_oe.py): tagged, as lemmas, without its stop words.
+"""The words of an answer that NExT-QA's official script counts (doc-doc/NExT-OE, eval_oe.py):
+tagged, as lemmas, without its stop words.
 
-It calls pywsd's lemmatize_sentence, which asks NLTK: its averaged perceptron says what kind of word each is, WordNet has the lemma, and Porter's
-stemmer serves where WordNet has none. All three are here; the perceptron's weights are a file. Read next: wups.py.
+It calls pywsd's lemmatize_sentence, which asks NLTK: its averaged perceptron says what kind of word
+each is, WordNet has the lemma, and Porter's stemmer serves where WordNet has none. All three are
+here; the perceptron's weights are a file. Read next: wups.py.
 """
 import json
 import re
@@ -14,7 +16,8 @@ from emu_jax.evaluate.metrics.wordnet import WordNet
 
 NAME = "averaged_perceptron_tagger_eng"
 WHERE = f"--tagger=DIR: a folder with NLTK's {NAME}.weights.json, .tagdict.json and .classes.json (nltk_data, taggers/{NAME}.zip)"
-KINDS = {"NN": "n", "JJ": "a", "VB": "v", "RB": "r"}         # of WordNet, by the first letters of the Penn Treebank's tags
+# of WordNet, by the first letters of the Penn Treebank's tags
+KINDS = {"NN": "n", "JJ": "a", "VB": "v", "RB": "r"}
 STOP = set((
     "i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself yourselves he him his himself she she's her hers "
     "herself it it's its itself they them their theirs themselves what which who whom this that that'll these those am is are was were be been "
@@ -32,15 +35,18 @@ def reduced(wordnet: WordNet, tagger: "Tagger", text: str) -> str:
 
 
 def lemma(wordnet: WordNet, tagger: "Tagger", word: str, kind: str) -> str:
-    """The shortest base form of the word as what it is (of an unknown kind: as what it is alone, or else a noun); its stem where only that is a
-    word of WordNet; itself where neither is."""
+    """The shortest base form of the word as what it is (of an unknown kind: as what it is alone, or
+    else a noun); its stem where only that is a word of WordNet; itself where neither is.
+    """
     forms = wordnet.base_forms(word, kind or KINDS.get(tagger.tags([word])[0][:2], "n"))
     found = min(forms, key=len) if forms else word
     return next((form for form in (found, stem(word)) if wordnet.first(form)), word)
 
 
 class Tagger:
-    """NLTK's greedy averaged perceptron (after M. Honnibal): a tag is the best sum of the weights of what is seen around a word."""
+    """NLTK's greedy averaged perceptron (after M. Honnibal): a tag is the best sum of the weights
+    of what is seen around a word.
+    """
 
     def __init__(self, folder: str):
         """Reads its three files. Raises UserError where one is missing or is something else."""
@@ -87,8 +93,8 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: not NLTK's tagger; {WHERE}") from error
 
 
-# Porter's stemmer (Program 14, 1980) with NLTK's changes. A step is rules (ending, new ending, the least measure of what is before it), of which the
-# first whose ending is there decides.
+# Porter's stemmer (Program 14, 1980) with NLTK's changes. A step is rules (ending, new ending, the
+# least measure of what is before it), of which the first whose ending is there decides.
 IRREGULAR = {word: root for root, words in {
     "sky": "sky skies", "die": "dying", "lie": "lying", "tie": "tying", "news": "news", "inning": "innings inning", "outing": "outings outing",
     "canning": "cannings canning", "howe": "howe", "proceed": "proceed", "exceed": "exceed", "succeed": "succeed"}.items() for word in words.split()}

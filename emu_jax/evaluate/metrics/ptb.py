@@ -1,7 +1,9 @@
-r"""The tokens that COCO's caption scores count: those of Stanford's PTBTokenizer 3.4.1, lower case, without punctuation.
+r"""The tokens that COCO's caption scores count: those of Stanford's PTBTokenizer 3.4.1, lower case,
+without punctuation.
 
-The scores of the field come from a Java program. This is the same function of a text without Java: its rules as they act, held to
-the program itself in tests (tests/evaluate/metrics/test_ptb.py). Rules that differ only in full stops, which do not count, are one.
+The scores of the field come from a Java program. This is the same function of a text without Java:
+its rules as they act, held to the program itself in tests (tests/evaluate/metrics/test_ptb.py).
+Rules that differ only in full stops, which do not count, are one.
 """
 import re
 import unicodedata
@@ -46,7 +48,8 @@ NAMES = {
     "letter": rf"({{L}}|&[aeiouAEIOU](acute|grave|uml);|[{SIGNS}])",
     "word": r"{letter}({letter}|{digit})*([.!\?]{letter}({letter}|{digit})*)*",
     "apos": r"(['\u0092\u2019]|&apos;)",
-    "quote": r"({apos}|[`\u0091\u2018\u201B])",                       # what may stand for an apostrophe within a word
+    # what may stand for an apostrophe within a word
+    "quote": r"({apos}|[`\u0091\u2018\u201B])",
     "clitic": "{apos}([msdMSD]|re|ve|ll)",
     "not": "n{quote}t",
     "pause": r"[,;:\u3001]",
@@ -62,9 +65,11 @@ NAMES = {
     "title": "Mr|Mrs|Ms|[M]iss|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Mt|Ft|Capt|Ste?|Ave|Pres|Lieut|Hon|"
              "Brig|Co?mdr|Pfc|Spc|Supts?|Det|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|Mme|Msgr|Sfc",
     "short": r"({month}|{day}|{state}|{company}|tel|est|ext|sq|Jr|Sr|Bros|(Ed|Ph)\.D|Blvd|Rd|Esq|etc|al|seq|Bldg)\.",
-    "before": r"([A-Za-z]|{initials}|{title}|vs|Alex|Wm|Jos|Cie|a\.k\.a|cf|TREAS|Ph|Invt|Elec|Natl|M[ft]g|Dept)",   # a name follows
+    # a name follows
+    "before": r"([A-Za-z]|{initials}|{title}|vs|Alex|Wm|Jos|Cie|a\.k\.a|cf|TREAS|Ph|Invt|Elec|Natl|M[ft]g|Dept)",
     "part": r"({L}|{Nd})+",
-    "joined": r"([dDoOlL]{quote}({L}|{Nd}))?{part}",                  # d'Avignon, O'Neill
+    # d'Avignon, O'Neill
+    "joined": r"([dDoOlL]{quote}({L}|{Nd}))?{part}",
     "things": r"{joined}([\-_\u058A\u2010\u2011]{joined})*",
     "model": r"[A-Za-z0-9][A-Za-z0-9.,\u00AD]*(-([A-Za-z0-9\u00AD]+|{initials}\.))+",
     "firm": "[A-Z]+(([+&]|&amp;)[A-Z]+)+",
@@ -73,9 +78,12 @@ NAMES = {
 
 class Rule(NamedTuple):
     pattern: str
-    make: Callable[[str], str] = str     # the token of the matched text; "" for none
-    ahead: str = ""                      # what must follow; it counts for which match is longest, and is read again
-    back: int = 0                        # how many characters at the match's end are read again
+    # the token of the matched text; "" for none
+    make: Callable[[str], str] = str
+    # what must follow; it counts for which match is longest, and is read again
+    ahead: str = ""
+    # how many characters at the match's end are read again
+    back: int = 0
 
 
 def soft(text: str) -> str:
@@ -168,7 +176,8 @@ RULES = (
     Rule('"|&quot;', right),
     Rule("<|&lt;", always("<")),
     Rule(">|&gt;", always(">")),
-    Rule(r"[<>]?[:;=][\-o*']?[()DPdpO\\{@|\[\]]", joined, ahead="[^A-Za-z0-9]"),          # :-)
+    # :-)
+    Rule(r"[<>]?[:;=][\-o*']?[()DPdpO\\{@|\[\]]", joined, ahead="[^A-Za-z0-9]"),
     Rule(r"[\-^x=~<>']_[\-^x=~<>']|\([\-^x=~<>'][_.]?[\-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", joined),
     Rule(r"\{", always("-LCB-")),
     Rule(r"\}", always("-RCB-")),
@@ -196,9 +205,11 @@ RULES = (
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:
-    """Each caption's tokens with a space between, as COCO's scores count them: "a man 's dog" for "A man's dog!".
+    """Each caption's tokens with a space between, as COCO's scores count them: "a man 's dog" for
+    "A man's dog!".
 
-    The captions are one text, a line each, as the program is given them: a few rules look into the next line ("no." is one token before a number).
+    The captions are one text, a line each, as the program is given them: a few rules look into the
+    next line ("no." is one token before a number).
     """
     text = "\n".join(re.sub("[\n\r\u000B\u000C\u2028\u2029]", " ", caption) for caption in captions)
     if wide := not text.isascii() and max(text) > "\uFFFF":
@@ -220,7 +231,8 @@ def _counted(line: str, wide: bool) -> str:
 
 def _tokens(text: str) -> Iterator[str]:
     lexer = _lexer()
-    classes, place = lexer.classes(text), 0
+    classes = lexer.classes(text)
+    place = 0
     while place < len(text):
         number, end = lexer.match(classes, place)
         rule = RULES[number]
@@ -235,7 +247,8 @@ def _tokens(text: str) -> Iterator[str]:
 def _split(number: int, text: str, start: int, stop: int) -> int:
     """Where the token of a rule with `ahead` ends: as far on as what follows still matches."""
     rule, follows = _parts(number)
-    rule_classes, follow_classes = rule.classes(text[start:stop]), follows.classes(text[start:stop])
+    rule_classes = rule.classes(text[start:stop])
+    follow_classes = follows.classes(text[start:stop])
     ends = rule.ends(rule_classes, 0, stop - start)
     return start + next(end for end in ends if follows.match(follow_classes, end).end == stop - start)
 

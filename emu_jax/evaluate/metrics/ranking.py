@@ -1,4 +1,6 @@
-"""VisDial's scores of ranked candidates, as its challenge computes them: NDCG against graded relevance, and where the one true answer stands."""
+"""VisDial's scores of ranked candidates, as its challenge computes them: NDCG against graded
+relevance, and where the one true answer stands.
+"""
 from collections.abc import Sequence
 
 import numpy as np
@@ -6,9 +8,12 @@ from jaxtyping import Float, Int
 
 
 def ndcg(ranks: Sequence[int] | Int[np.ndarray, "C"], relevance: Sequence[float] | Float[np.ndarray, "C"]) -> float:
-    """Of one round: `ranks[k]` is the place (from 1) of candidate k, `relevance[k]` its share of annotators. As many places count as there are
-    candidates with any relevance. 0 where there is none."""
-    ranks, relevance = np.asarray(ranks), np.asarray(relevance, float)
+    """Of one round: `ranks[k]` is the place (from 1) of candidate k, `relevance[k]` its share of
+    annotators. As many places count as there are candidates with any relevance. 0 where there is
+    none.
+    """
+    ranks = np.asarray(ranks)
+    relevance = np.asarray(relevance, float)
     count = int((relevance != 0).sum())
     gain = lambda values: float((values / np.log2(np.arange(len(values)) + 2)).sum())
     best = gain(np.sort(relevance)[::-1][:count])

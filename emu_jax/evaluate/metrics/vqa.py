@@ -1,8 +1,10 @@
-"""VQA accuracy as GT-Vision-Lab/VQA computes it (PythonEvaluationTools/vqaEvaluation/vqaEval.py, its current state).
+"""VQA accuracy as GT-Vision-Lab/VQA computes it (PythonEvaluationTools/vqaEvaluation/vqaEval.py,
+its current state).
 
-Codes in use differ. This one normalises both sides, and only where the annotators disagree: an answer that all agree on is compared as
-it is (in questions about text in the picture, articles and punctuation count). LAVIS and older copies normalise always; VizWiz's own copy
-normalises predictions only.
+Codes in use differ. This one normalises both sides, and only where the annotators disagree: an
+answer that all agree on is compared as it is (in questions about text in the picture, articles and
+punctuation count). LAVIS and older copies normalise always; VizWiz's own copy normalises
+predictions only.
 """
 import re
 from collections.abc import Sequence
@@ -24,15 +26,19 @@ CONTRACTIONS["somebody'd"] = "somebodyd"
 
 def accuracy(answer: str, truths: Sequence[str]) -> float:
     """0 to 1: the mean, over each annotator left out, of min(1, agreeing others / 3)."""
-    answer, truths = _clean(answer), [_clean(truth) for truth in truths]
+    answer = _clean(answer)
+    truths = [_clean(truth) for truth in truths]
     if len(set(truths)) > 1:
-        answer, truths = normalise(answer), [normalise(truth) for truth in truths]
+        answer = normalise(answer)
+        truths = [normalise(truth) for truth in truths]
     agree = [truth == answer for truth in truths]
     return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(agree)
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without punctuation and articles; numbers up to ten as digits; contractions with their apostrophes."""
+    """Lower case, without punctuation and articles; numbers up to ten as digits; contractions with
+    their apostrophes.
+    """
     words = [NUMBERS.get(word, word) for word in _unpunctuated(answer).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -42,8 +48,12 @@ def _clean(answer: str) -> str:
 
 
 def _unpunctuated(text: str) -> str:
-    """A mark between two letters becomes a space; elsewhere, or where a number has a comma, marks go."""
-    comma, out = re.search(r"\d,\d", text), text
+    """A mark between two letters becomes a space; elsewhere, or where a number has a comma, marks
+    go.
+    """
+    comma = re.search(r"\d,\d", text)
+    out = text
     for mark in PUNCTUATION:
         out = out.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
-    return re.sub(r"\.(?!\d)", "", out, count=32)           # the original passes re.UNICODE, which is 32, as the count
+    # the original passes re.UNICODE, which is 32, as the count
+    return re.sub(r"\.(?!\d)", "", out, count=32)

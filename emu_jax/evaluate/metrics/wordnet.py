@@ -1,4 +1,5 @@
-"""WordNet's dictionary files (wndb(5WN); Debian's wordnet-base), and Wu and Palmer's similarity of two synsets as NLTK computes it.
+"""WordNet's dictionary files (wndb(5WN); Debian's wordnet-base), and Wu and Palmer's similarity of
+two synsets as NLTK computes it.
 
 Read next: wups.py.
 """
@@ -8,7 +9,8 @@ from typing import NamedTuple
 
 from emu_jax.config import UserError
 
-FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}         # in the order in which senses are looked up
+# in the order in which senses are looked up
+FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 ENDINGS = {
     "n": (("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y")),
     "v": (("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")),
@@ -19,18 +21,22 @@ WHERE = "--wordnet=DIR: a folder with WordNet's index.noun, data.noun, ... (Debi
 
 
 class Synset(NamedTuple):
-    kind: str        # a key of FILES
-    place: int       # its byte in the data file
+    # a key of FILES
+    kind: str
+    # its byte in the data file
+    place: int
 
 
-ROOT = Synset("", 0)       # above every verb, adjective and adverb without a hypernym
+# above every verb, adjective and adverb without a hypernym
+ROOT = Synset("", 0)
 
 
 class WordNet:
     def __init__(self, folder: str):
         """Reads the dictionary. Raises UserError where a file is missing or is something else."""
         self._data: dict[str, bytes] = {}
-        self._index: dict[str, dict[str, list[int]]] = {}            # kind -> lemma -> places, the most frequent sense first
+        # kind -> lemma -> places, the most frequent sense first
+        self._index: dict[str, dict[str, list[int]]] = {}
         self._exceptions: dict[str, dict[str, list[str]]] = {}
         for kind, name in FILES.items():
             self._data[kind] = _read(folder, f"data.{name}")
@@ -43,7 +49,9 @@ class WordNet:
         self._above: dict[Synset, tuple[Synset, ...]] = {ROOT: ()}
 
     def first(self, word: str) -> Synset | None:
-        """The first sense that the word, or a form it is an inflection of, has as a noun, else as a verb, adjective or adverb."""
+        """The first sense that the word, or a form it is an inflection of, has as a noun, else as a
+        verb, adjective or adverb.
+        """
         for kind in FILES:
             for form in self.base_forms(word.lower(), kind):
                 return Synset(kind, self._index[kind][form][0])
@@ -55,9 +63,12 @@ class WordNet:
         return list(dict.fromkeys(form for form in (word, *forms) if form in self._index[kind]))
 
     def similarity(self, a: Synset, b: Synset) -> float:
-        """2 depth(s) / (path(a, s) + path(b, s) + 2 depth(s)) for their lowest common subsumer s; 0 without one."""
+        """2 depth(s) / (path(a, s) + path(b, s) + 2 depth(s)) for their lowest common subsumer s; 0
+        without one.
+        """
         rooted = a.kind != "n" or b.kind != "n"
-        up, other_up = self._distances(a, rooted), self._distances(b, rooted)
+        up = self._distances(a, rooted)
+        other_up = self._distances(b, rooted)
         shared = [synset for synset in up if synset in other_up]
         if not shared:
             return 0.0
@@ -71,8 +82,11 @@ class WordNet:
         return 2 * depth / (length + 2 * depth)
 
     def _distances(self, synset: Synset, rooted: bool) -> dict[Synset, int]:
-        """Steps up to every ancestor, itself included; the root's is one more than the furthest's."""
-        found, waiting = {}, deque([(synset, 0)])
+        """Steps up to every ancestor, itself included; the root's is one more than the
+        furthest's.
+        """
+        found = {}
+        waiting = deque([(synset, 0)])
         while waiting:
             one, distance = waiting.popleft()
             if one not in found:

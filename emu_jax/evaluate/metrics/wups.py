@@ -1,7 +1,9 @@
-"""WUPS of free-form answers as NExT-QA's official script computes it (doc-doc/NExT-OE, metrics.py): similarity of words by WordNet.
+"""WUPS of free-form answers as NExT-QA's official script computes it (doc-doc/NExT-OE, metrics.py):
+similarity of words by WordNet.
 
-Only the first sense of a word counts, and a similarity below the threshold counts a tenth. The script first lemmatises both sides by a tagger
-and drops its own stop words (lemmas.py): texts are scored here as they are given.
+Only the first sense of a word counts, and a similarity below the threshold counts a tenth. The
+script first lemmatises both sides by a tagger and drops its own stop words (lemmas.py): texts are
+scored here as they are given.
 """
 import re
 from collections.abc import Sequence
@@ -16,19 +18,24 @@ def score(wordnet: WordNet, prediction: str, truths: Sequence[str], threshold: f
 
 
 def _one_way(wordnet: WordNet, ours: list[str], theirs: list[str], threshold: float) -> float:
-    """The product, over our words, of the best similarity to any of theirs; words like none of them are passed over."""
-    product, found = 1.0, False
+    """The product, over our words, of the best similarity to any of theirs; words like none of them
+    are passed over.
+    """
+    product = 1.0
+    found = False
     for word in ours:
         best = max((_similarity(wordnet, word, other, threshold) for other in theirs), default=0.0)
         if best:
-            product, found = product * best, True
+            product = product * best
+            found = True
     return product if found else 0.0
 
 
 def _similarity(wordnet: WordNet, a: str, b: str, threshold: float) -> float:
     if a == b:
         return 1.0
-    first, second = wordnet.first(a), wordnet.first(b)
+    first = wordnet.first(a)
+    second = wordnet.first(b)
     value = wordnet.similarity(first, second) if first and second else 0.0
     return value if value >= threshold else 0.1 * value
 
@@ -50,7 +57,9 @@ STEPS = (
 
 
 def words(text: str) -> list[str]:
-    """The tokens of a short answer, as NLTK's word_tokenize makes them; a sentence ends at a full stop, ! or ? before a space."""
+    """The tokens of a short answer, as NLTK's word_tokenize makes them; a sentence ends at a full
+    stop, ! or ? before a space.
+    """
     found = []
     for sentence in re.split(r"(?<=[.!?])\s+", text):
         for pattern, put in STEPS:

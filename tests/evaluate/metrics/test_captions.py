@@ -31,10 +31,13 @@ def test_cider_of_a_perfect_caption_is_ten_and_repeating_a_word_does_not_pay():
 
 
 def test_cider_by_hand():
-    """Both words of "cat sleeps" are in one of two documents: weight ln 2 each. Of "cat": cosine 1 / sqrt(2) for n = 1, 0 above; 0 and 1 bigrams."""
+    """Both words of "cat sleeps" are in one of two documents: weight ln 2 each. Of "cat": cosine 1
+    / sqrt(2) for n = 1, 0 above; 0 and 1 bigrams.
+    """
     scores = captions.cider({"1": "cat", "2": "x"}, {"1": ["cat sleeps"], "2": ["dog"]})
     assert scores == pytest.approx({"1": 10 / 4 / math.sqrt(2) * math.exp(-1 / 72), "2": 0.0})
-    assert captions.cider({"1": "cat"}, {"1": ["cat"]}) == {"1": 0.0}       # of one image no word is rare
+    # of one image no word is rare
+    assert captions.cider({"1": "cat"}, {"1": ["cat"]}) == {"1": 0.0}
 
 
 def test_bleu_by_hand():
@@ -46,8 +49,11 @@ def test_bleu_by_hand():
 
 
 def test_rouge_by_hand():
-    """The longest common subsequence of "a b c d" and "a c d e f" is "a c d": precision 3/4, recall 3/5."""
-    precision, recall = 3 / 4, 3 / 5
+    """The longest common subsequence of "a b c d" and "a c d e f" is "a c d": precision 3/4, recall
+    3/5.
+    """
+    precision = 3 / 4
+    recall = 3 / 5
     f = (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
     found = captions.rouge({"1": "a b c d", "2": "x", "3": ""}, {"1": ["a c d e f"], "2": ["y"], "3": ["a"]})
     assert found == pytest.approx({"1": f, "2": 0, "3": 0})

@@ -1,4 +1,6 @@
-"""CLIP score of pictures and captions in files, by an imported CLIP of random weights: by its parts, by its laws, and what it refuses."""
+"""CLIP score of pictures and captions in files, by an imported CLIP of random weights: by its
+parts, by its laws, and what it refuses.
+"""
 import json
 
 import clips

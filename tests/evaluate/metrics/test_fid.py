@@ -11,18 +11,21 @@ def normal(seed, n, dims):
 
 
 def test_of_diagonal_gaussians_it_is_the_closed_form():
-    a, b = fid.Statistics(np.zeros(3), np.diag([1.0, 4.0, 9.0])), fid.Statistics(np.array([1.0, 0.0, 2.0]), np.diag([4.0, 4.0, 1.0]))
+    a = fid.Statistics(np.zeros(3), np.diag([1.0, 4.0, 9.0]))
+    b = fid.Statistics(np.array([1.0, 0.0, 2.0]), np.diag([4.0, 4.0, 1.0]))
     assert fid.distance(a, b) == pytest.approx(5 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2)
 
 
 def test_it_is_zero_of_itself_and_symmetric_even_with_fewer_images_than_features():
-    a, b = fid.statistics(normal(0, 20, 64)), fid.statistics(1.5 * normal(1, 30, 64) + 0.2)
+    a = fid.statistics(normal(0, 20, 64))
+    b = fid.statistics(1.5 * normal(1, 30, 64) + 0.2)
     assert fid.distance(a, a) == pytest.approx(0, abs=1e-5)
     assert fid.distance(a, b) == pytest.approx(fid.distance(b, a), rel=1e-6)
 
 
 def test_turning_both_sets_changes_nothing():
-    x, y = normal(0, 200, 8), normal(1, 300, 8) @ np.diag(np.arange(1, 9.0))
+    x = normal(0, 200, 8)
+    y = normal(1, 300, 8) @ np.diag(np.arange(1, 9.0))
     turn = np.linalg.qr(normal(2, 8, 8))[0]
     assert fid.distance(fid.statistics(x @ turn), fid.statistics(y @ turn)) == pytest.approx(fid.distance(fid.statistics(x), fid.statistics(y)))
 
@@ -31,7 +34,8 @@ def test_statistics_are_cached(tmp_path):
     made = []
     make = lambda: made.append(1) or fid.statistics(normal(0, 20, 4))
     path = tmp_path / "cache" / "coco.npz"
-    first, second = fid.cached(path, make), fid.cached(path, make)
+    first = fid.cached(path, make)
+    second = fid.cached(path, make)
     assert len(made) == 1 and [one.name for one in path.parent.iterdir()] == ["coco.npz"]
     np.testing.assert_array_equal(first.cov, second.cov)
 

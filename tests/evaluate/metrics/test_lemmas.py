@@ -1,4 +1,6 @@
-"""What NExT-QA's script makes of an answer: by hand on the small dictionary, and as NLTK does where that is installed."""
+"""What NExT-QA's script makes of an answer: by hand on the small dictionary, and as NLTK does where
+that is installed.
+"""
 import json
 
 import dictionary
@@ -43,7 +45,8 @@ def test_an_answer_is_reduced(tagger, tmp_path):
     wordnet = WordNet(str(dictionary.write(tmp_path)))
     reduced = lambda text: lemmas.reduced(wordnet, lemmas.Tagger(str(tagger)), text)
     assert reduced("The dogs") == "dog" and reduced("it is a Puppy") == "puppy" and reduced("") == ""
-    assert reduced("xyzs of the cat") == "xyzs cat"             # neither is in WordNet: as it is
+    # neither is in WordNet: as it is
+    assert reduced("xyzs of the cat") == "xyzs cat"
 
 
 def test_nextqas_answers_count_as_lemmas_where_there_is_a_tagger(tagger, tmp_path, capsys):
@@ -70,7 +73,9 @@ def test_a_folder_without_its_files_is_one_line(tagger, tmp_path):
 def test_tags_and_stems_of_nltk(tagger):
     nltk = pytest.importorskip("nltk")
     theirs = nltk.tag.perceptron.PerceptronTagger(load=False)
-    theirs.model.weights, theirs.tagdict, theirs.classes = WEIGHTS, {"the": "DT"}, {"NN", "NNS", "VBG", "JJ", "RB", "CD", "DT"}
+    theirs.model.weights = WEIGHTS
+    theirs.tagdict = {"the": "DT"}
+    theirs.classes = {"NN", "NNS", "VBG", "JJ", "RB", "CD", "DT"}
     theirs.model.classes = theirs.classes
     ours = lemmas.Tagger(str(tagger))
     for text in ("the dog is running in 1999", "co-op puppies -x 12th - p", "a", "", "The THE the playing park 2000s sing-along"):

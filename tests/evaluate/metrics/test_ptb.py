@@ -44,7 +44,8 @@ def test_a_line_break_within_a_caption_is_a_space():
 def test_a_caption_sees_the_next_line_only_where_the_program_does():
     assert ptb.tokenize(["a sign says no.", "2 dogs"])[0] == "a sign says no."
     assert ptb.tokenize(["a sign says no.", "two dogs"])[0] == "a sign says no"
-    alone = [ptb.tokenize([caption, "two dogs"])[0] for caption in GOLDEN["captions"]]       # a line follows: some rules want any character
+    # a line follows: some rules want any character
+    alone = [ptb.tokenize([caption, "two dogs"])[0] for caption in GOLDEN["captions"]]
     assert sum(a != b for a, b in zip(alone, GOLDEN["tokens"], strict=True)) < 5
 
 

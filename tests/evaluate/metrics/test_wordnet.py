@@ -1,4 +1,6 @@
-"""WordNet's files: NLTK's numbers on a small dictionary (tests/dictionary.py), and on the whole one where it is installed."""
+"""WordNet's files: NLTK's numbers on a small dictionary (tests/dictionary.py), and on the whole one
+where it is installed.
+"""
 from pathlib import Path
 
 import dictionary

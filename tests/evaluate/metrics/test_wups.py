@@ -12,11 +12,14 @@ def wordnet(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("said", "true", "at_0", "at_9"), [
-    ("dog", ["dog"], 1.0, 1.0), ("dog", ["cat"], 0.6, 0.06), ("dog", ["puppy"], 8 / 11, 0.8 / 11),   # NLTK: 10 / 11 one way, 8 / 11 the other
+    # NLTK: 10 / 11 one way, 8 / 11 the other
+    ("dog", ["dog"], 1.0, 1.0), ("dog", ["cat"], 0.6, 0.06), ("dog", ["puppy"], 8 / 11, 0.8 / 11),
     ("dog", ["cat", "puppy"], 8 / 11, 0.8 / 11),
     ("xyz", ["dog"], 0.0, 0.0), ("xyz", ["xyz"], 1.0, 1.0), ("", ["dog"], 0.0, 0.0),
-    ("dog cat", ["dog"], 0.6, 0.06),             # the worse of both ways: dog is found, and cat is 0.6 like it
-    ("the dog", ["dog"], 1.0, 1.0),              # a word like none of theirs is passed over
+    # the worse of both ways: dog is found, and cat is 0.6 like it
+    ("dog cat", ["dog"], 0.6, 0.06),
+    # a word like none of theirs is passed over
+    ("the dog", ["dog"], 1.0, 1.0),
     ("dog table", ["puppy cat"], 10 / 11 * 4 / 9, 0.8 / 11 * 0.06)])
 def test_by_hand(wordnet, said, true, at_0, at_9):
     assert wups.score(wordnet, said, true, 0.0) == pytest.approx(at_0)
