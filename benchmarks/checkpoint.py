@@ -77,7 +77,8 @@ def random(leaf):
     import jax
     import jax.numpy as jnp
     word = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize]
-    make = lambda: jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(1), leaf.shape, word), leaf.dtype)
+    def make():
+        return jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(1), leaf.shape, word), leaf.dtype)
     return jax.block_until_ready(jax.jit(make, out_shardings=leaf.sharding)())
 
 

@@ -53,7 +53,8 @@ SMALL = 4
 def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
     """A JPEG with the spectrum of a photograph, roughly: noise at several scales."""
     rng = np.random.default_rng(seed)
-    noise = lambda step: Image.fromarray(rng.integers(0, 256, (height // step + 1, width // step + 1, 3), np.uint8))
+    def noise(step):
+        return Image.fromarray(rng.integers(0, 256, (height // step + 1, width // step + 1, 3), np.uint8))
     layers = [np.asarray(noise(step).resize((width, height), Image.Resampling.BICUBIC), np.float32) / weight
               for step, weight in ((100, 2), (25, 4), (6, 8), (1, 16))]
     file = io.BytesIO()
@@ -112,7 +113,8 @@ class Synthetic:
     def __getitem__(self, index: int) -> Document:
         rng = np.random.default_rng(index)
         image = np.full((SMALL, SMALL, 3), index % 256, np.uint8)
-        text = lambda mean: "x" * int(np.clip(rng.lognormal(np.log(mean), 0.6), 1, 1500))
+        def text(mean):
+            return "x" * int(np.clip(rng.lognormal(np.log(mean), 0.6), 1, 1500))
         parts = {"laion": lambda: [Pair(image, text(14))],
                  "mmc4": lambda: [part for _ in range(rng.integers(2, 12)) for part in (text(22), text(22), Pair(image, text(22)))],
                  "webvid": lambda: [*[image] * 8, text(20)],

@@ -75,7 +75,8 @@ def measure(arguments: list[str], steps: int) -> dict[str, float]:
             counts.of(item, waited)
     loader.close()
     assert step._cache_size() == 1, f"train_step was compiled {step._cache_size()} times"
-    median = lambda name: float(statistics.median(row[name] for row in rows))
+    def median(name):
+        return float(statistics.median(row[name] for row in rows))
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), "step_time": median("step_time"),
             "elements_per_second": median("tokens_per_second"), "images_per_second": median("images_per_second"),
             "padding": statistics.fmean(row["padding"] for row in rows), "flops_per_second": median("flops_per_second"),

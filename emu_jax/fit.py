@@ -325,7 +325,8 @@ def padded_gathers(p: Plan, collectives: list[hlo.Collective]) -> list[dict[str,
     gathered as zeros and a sum, or gradients summed whole. There should be none.
     """
     least = min(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if re.fullmatch(r"\w+/blocks/.*/w", path))
-    shard = lambda device: np.unravel_index(device, p.mesh.devices.shape)[sharding.AXES.index("fsdp")]
+    def shard(device):
+        return np.unravel_index(device, p.mesh.devices.shape)[sharding.AXES.index("fsdp")]
     return [{"name": c.name, "bytes": c.bytes, "runs": c.times, "source": c.source} for c in collectives
             if c.kind == "all-reduce" and c.bytes >= least and len({shard(device) for device in c.groups[0]}) > 1]
 

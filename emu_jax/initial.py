@@ -48,7 +48,8 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
                         f"matrices of it: python -m emu_jax.weights bake --from={directory} --to=DIR")
     grown = [path for path, leaf in here.items() if re.fullmatch(ADDED, path) and path in there and there[path][0] < leaf.shape[0]]
     wanted = {path: _like(leaf, there[path] if path in grown else leaf.shape) for path, leaf in here.items() if path in there and path not in wider}
-    towers = lambda paths: ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
+    def towers(paths):
+        return ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
     rounded = [path for path in here if path.endswith(sharding.CODES) and path not in there and sharding.role(path) in there]
     if not wanted and not rounded:
         raise UserError(f"init={directory!r} has no parameter of this model; it holds {towers(there)}")
@@ -109,6 +110,7 @@ def _quantised(w: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
 @jax.jit
 def _error(w: jax.Array, codes: jax.Array, absmax: jax.Array) -> jax.Array:
     """Root mean square of what storing w changes, of that of w."""
-    layer = lambda one: (jnp.square(lora.dequantised(*one[1:]) - one[0]).mean(), jnp.square(one[0]).mean())
+    def layer(one):
+        return (jnp.square(lora.dequantised(*one[1:]) - one[0]).mean(), jnp.square(one[0]).mean())
     off, whole = jax.lax.map(layer, (w, codes, absmax))
     return jnp.sqrt(off.mean() / whole.mean())

@@ -217,10 +217,12 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
             pending = step, item, metrics, waited
             if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
                 break
-            params = lambda: tree.merge(state.trainable, state.frozen)
+            def params():
+                return tree.merge(state.trainable, state.frozen)
             # what `generate` takes
             draws = state.ema if state.ema and "unet" in state.trainable else state.trainable
-            due = lambda every: every and step % every == 0
+            def due(every):
+                return every and step % every == 0
             if evaluate and (due(c.eval.every) or step == c.optim.steps):
                 with watching.phase("evaluation"):
                     values = evaluate(params())

@@ -256,7 +256,8 @@ def cache(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    fitting = lambda size, axes: axes if size % int(np.prod([mesh.shape[axis] for axis in axes])) == 0 else None
+    def fitting(size, axes):
+        return axes if size % int(np.prod([mesh.shape[axis] for axis in axes])) == 0 else None
     return _constrain(x, P(None, fitting(x.shape[1], ROWS), None, fitting(x.shape[3], ("tensor",))))
 
 

@@ -83,7 +83,8 @@ def next_element(model: Emu, hidden: Float[Array, "B T D"], visual: Float[Array,
     nll = nll * label_weights(batch)
     words = label_weights(batch)
     source_of_image = jnp.take_along_axis(batch.sources, jnp.minimum(batch.image_slots, batch.tokens.shape[1] - 1), 1)
-    by_source = lambda values, sources: jax.ops.segment_sum(values.ravel(), sources.ravel(), objective["sources"])
+    def by_source(values, sources):
+        return jax.ops.segment_sum(values.ravel(), sources.ravel(), objective["sources"])
     return loss, {
         "text_loss": (nll.sum(), words.sum()), "image_loss": ((error * counts).sum(), counts.sum()),
         "text_loss_by_source": (by_source(nll, batch.sources), by_source(words, batch.sources)),
@@ -108,7 +109,8 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
     batch = shifted(batch, key, objective["shift"])
     pictures = rearrange(batch.images, "B I h w c -> (B I) h w c")
     counts = image_weights(batch).ravel()
-    mean_over = lambda equation, *values: jnp.einsum(equation, *values, counts) / jnp.maximum(counts.sum(), 1)
+    def mean_over(equation, *values):
+        return jnp.einsum(equation, *values, counts) / jnp.maximum(counts.sum(), 1)
     visual = model.encode(pictures, key).astype(jnp.float32)
     mean = mean_over("mnd,m->nd", visual)
     spread = mean_over("mnd,m->nd", (visual - mean) ** 2)
@@ -117,7 +119,8 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
     correlation = mean_over("mnd,mne,m->nde", z, z)
     spill = (jnp.square(correlation).sum((1, 2)) - jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)).mean() / z.shape[-1]
 
-    unit = lambda x: x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+    def unit(x):
+        return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
     u = unit(model.contrast.image(visual))
     w = unit(rearrange(model.contrast.text(batch), "B I D -> (B I) D"))
     logits = jnp.einsum("md,nd->mn", u, w, preferred_element_type=jnp.float32) / objective["temperature"]
@@ -130,7 +133,8 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
     pixels = ((model.contrast.pixels(visual) - small) ** 2).mean((1, 2, 3))
 
     each = nll + objective["readout_weight"] * pixels + objective["spread"] * lack + objective["decorrelate"] * spill
-    per_image = lambda values: ((values * counts).sum(), counts.sum())
+    def per_image(values):
+        return ((values * counts).sum(), counts.sum())
     return (each * counts).sum() / jnp.maximum(totals["image"], 1), {
         "contrastive_loss": per_image(nll), "readout_loss": per_image(pixels), "correlation": per_image(spill), "top1": per_image(top1),
         "visual_variance": variance(visual, counts)}
@@ -193,5 +197,6 @@ def shifted(batch: Batch, key, pixels: int) -> Batch:
     B, I, h, w, _ = batch.images.shape
     moves = jax.random.randint(jax.random.fold_in(key, 1), (B, I, 2), -pixels, pixels + 1)
     y, x = (jnp.clip(jnp.arange(size) - moves[..., axis, None], 0, size - 1) for axis, size in ((0, h), (1, w)))
-    take = lambda image, y, x: image[y][:, x]
+    def take(image, y, x):
+        return image[y][:, x]
     return batch.replace(images=jax.vmap(jax.vmap(take))(batch.images, y, x))

@@ -127,7 +127,8 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
         watching = at_end.enter_context(watch.Watch(workdir, c.log.hang, began))
         checkpoints = at_end.enter_context(closing(checkpoint.Checkpoints(
             c.checkpoint.to or c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)))
-        state_of = lambda params: loop.init_state(program, *tree.split(params, trains))
+        def state_of(params):
+            return loop.init_state(program, *tree.split(params, trains))
         like = abstract_state(c, program, mesh, abstract, trains)
         if (resumed := checkpoints.restore(like)) is not None:
             step, state, data, saved = resumed
@@ -171,7 +172,8 @@ def make_program(c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.T
     is kept.
     """
     trains = what_trains(c, abstract)
-    trainable = lambda rows, what: tree.split(_rule(rows, abstract, what), trains)[0]
+    def trainable(rows, what):
+        return tree.split(_rule(rows, abstract, what), trains)[0]
     if c.data.latents:
         stage = stage._replace(work=partial(stage.work, encodes=False))
     return loop.Program(
@@ -252,7 +254,8 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         pixels.check(DecoderSize.of(c.model.to_dict()).diffusion, c.drawing.to_dict())
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    size = lambda part: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
+    def size(part):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
     trains = what_trains(c, abstract)
     # a gradient and two moments
     needed = size(jax.eval_shape(partial(at_rest, c, trains), abstract)) + 3 * size(tree.split(abstract, trains)[0])

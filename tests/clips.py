@@ -27,8 +27,9 @@ def folder(path, said=CLIP1, dtype=np.float32, seed=0):
     """
     text = said["text_config"]
     vision = said["vision_config"]
-    tower = lambda of: dict(width=of["hidden_size"], depth=of["num_hidden_layers"], heads=of["num_attention_heads"], ffn=of["intermediate_size"],
-                            eps=of["layer_norm_eps"], activation=of["hidden_act"])
+    def tower(of):
+        return dict(width=of["hidden_size"], depth=of["num_hidden_layers"], heads=of["num_attention_heads"], ffn=of["intermediate_size"],
+                                eps=of["layer_norm_eps"], activation=of["hidden_act"])
     size = clip.size({"clip": dict(
         features=said["projection_dim"], image=vision["image_size"], patch=vision["patch_size"], vocab=text["vocab_size"],
         context=text["max_position_embeddings"], eos=text["eos_token_id"], text=tower(text), vision=tower(vision))})

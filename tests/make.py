@@ -56,8 +56,10 @@ def warm_cfg(*overrides: str):
 def documents(count: int, size: int, seed: int = 0) -> list[Document]:
     """Documents of one to three parts, texts and images in any order."""
     rng = np.random.default_rng(seed)
-    image = lambda: rng.integers(0, 256, (size, size, 3), np.uint8)
-    word = lambda: "".join(chr(97 + k) for k in rng.integers(0, 26, rng.integers(2, 9)))
+    def image():
+        return rng.integers(0, 256, (size, size, 3), np.uint8)
+    def word():
+        return "".join(chr(97 + k) for k in rng.integers(0, 26, rng.integers(2, 9)))
     kinds = (lambda: (image(), word()), lambda: (word(), image()), lambda: (word(),), lambda: (word(), image(), word()))
     return [Document(f"d{k}", kinds[rng.integers(len(kinds))]()) for k in range(count)]
 

@@ -174,7 +174,8 @@ def test_shapes_are_those_of_the_parameters(saved):
 
 
 def test_a_tower_is_known_by_its_bits(saved):
-    print_of = lambda tower, step=2: fingerprint(f"{saved}/checkpoints/{step}", tower)
+    def print_of(tower, step=2):
+        return fingerprint(f"{saved}/checkpoints/{step}", tower)
     assert print_of("llama") == fingerprint(str(saved), "llama") and print_of("llama") not in (print_of("vision"), print_of("llama", 1))
 
 

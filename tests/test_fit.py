@@ -92,7 +92,8 @@ def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
 
 def test_a_roofline_by_hand():
     p = plan()
-    one = lambda kind, size, groups, times: hlo.Collective(kind, "c", size, groups, times, False, True, "")
+    def one(kind, size, groups, times):
+        return hlo.Collective(kind, "c", size, groups, times, False, True, "")
     held = fit.Memory(parameters=300, optimizer=700, batch=0, gradients=0, temporaries=0, code=0, peak=1000)
     line = fit.roofline(p, ROW, held, [one("all-gather", 400, ((0, 1, 2, 3), (4, 5, 6, 7)), 3), one("all-reduce", 100, ((0, 4),), 1)], work=16e12)
     assert line.compute == 2.0 and line.memory == pytest.approx((2000 + 2400) / 1e9)
@@ -156,7 +157,8 @@ def test_a_search_finds_the_most_rows_in_few_steps(slope):
 
 def test_a_search_survives_a_line_that_bends():
     peaks = {1: 300, 2: 400, 3: 900, 4: 1300}
-    measure = lambda policy, rows: peaks.get(rows) if peaks.get(rows, 9999) <= 1000 else None
+    def measure(policy, rows):
+        return peaks.get(rows) if peaks.get(rows, 9999) <= 1000 else None
     assert fit.largest(measure, 1000, 8, ("full",)) == {"full": 3}
 
 
@@ -253,7 +255,8 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
     text = done.as_text()
     found = hlo.Module(text).collectives()
     quickly = hlo.Module(quick.as_text()).collectives()
-    received = lambda some, kind: sum(c.times * c.received for c in some if c.kind == kind)
+    def received(some, kind):
+        return sum(c.times * c.received for c in some if c.kind == kind)
     # what is said with little effort holds for a run
     assert fit.memory(p, quick).peak == pytest.approx(fit.memory(p, done).peak, rel=fit.CLOSE)
     for kind in ("all-gather", "reduce-scatter"):

@@ -137,7 +137,8 @@ def test_the_jobset_starts_a_run_that_there_is():
 
 def test_a_pod_that_was_stopped_has_not_done_its_work():
     pod = yaml.safe_load(Path("launch/gke.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
-    start = lambda script: subprocess.Popen([*pod["command"], "bash", "-c", script], stdout=subprocess.PIPE, text=True)
+    def start(script):
+        return subprocess.Popen([*pod["command"], "bash", "-c", script], stdout=subprocess.PIPE, text=True)
     for status in (0, 2):
         assert start(f"exit {status}").wait(60) == status
     run = start('sleep 100 & trap "sleep 0.2; echo saved; kill $!; exit 0" TERM; echo ready; wait')

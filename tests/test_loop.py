@@ -57,7 +57,8 @@ PARAMS = emu.init(Line, SIZE, jax.random.key(0))
 
 
 def program(*, trains=("slope", "shift"), dropout=0.0, accumulate=1, ema=0.0, spike=0.0):
-    leaves = lambda value: {tower: {"w": value(tower)} for tower in trains}
+    def leaves(value):
+        return {tower: {"w": value(tower)} for tower in trains}
     return loop.Program(stage=LINE, size=SIZE, objective={"dropout": dropout}, optimizer=optax.adam(0.1),
                         groups=leaves(str), specs=leaves(lambda _: PartitionSpec()), rows=leaves(lambda _: True), seed=3, accumulate=accumulate,
                         ema=ema, spike=spike)
@@ -70,7 +71,8 @@ def start(p):
 
 def rows(seed, scale=1.0):
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
     batch = make.pack(C, [[]] * 8)
     return batch.replace(text_weights=np.float32(scale) * normal(8, T), image_weights=normal(8, 3), segments=np.ones((8, T), np.int32))
 
@@ -150,7 +152,8 @@ def test_the_optimizers_tree_is_the_trainable_tree(rule):
     p = make.program(c)
     params = jax.eval_shape(lambda: make.params(p))
     state = jax.eval_shape(partial(loop.init_state, p), *tree.split(params, tree.by_rule(c.rules.train, params)))
-    shapes = lambda part: {path: leaf.shape for path, leaf in tree.leaves(part)}
+    def shapes(part):
+        return {path: leaf.shape for path, leaf in tree.leaves(part)}
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
     assert 0 < len(shapes(state.trainable)) and shapes(adam.mu) == shapes(adam.nu) == shapes(state.trainable)
     assert shapes(tree.merge(state.trainable, state.frozen)) == shapes(params)
@@ -162,7 +165,8 @@ def test_dropout_differs_by_step_and_by_micro_batch_and_is_reproducible():
     step = jitted(p)
     state = start(p)
     batch = rows(0)
-    loss = lambda step, state, batch: float(step(state, batch)[1]["loss"][0])
+    def loss(step, state, batch):
+        return float(step(state, batch)[1]["loss"][0])
     assert loss(step, state, batch) == loss(jitted(p), start(p), batch)
     assert loss(step, state, batch) != loss(step, state.replace(step=jnp.int32(1)), batch)
     assert loss(step, state, batch) != loss(jitted(dataclasses.replace(p, seed=4)), state, batch)
@@ -203,7 +207,8 @@ def whole():
 def assert_same_step(got, want, but=()):
     for name in set(want[2]) - set(but):
         np.testing.assert_allclose(got[2][name], want[2][name], rtol=2e-4, atol=1e-5, err_msg=name)
-    gradient = lambda step: jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), step[0].trainable, step[1].trainable)
+    def gradient(step):
+        return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), step[0].trainable, step[1].trainable)
     for (path, ours), (_, leaf) in zip(make.flat(gradient(got)), make.flat(gradient(want)), strict=True):
         assert np.abs(leaf).max() > 1e-6, path
         np.testing.assert_allclose(ours, leaf, rtol=0, atol=1e-4 * max(np.abs(leaf).max(), 0.1), err_msg=path)
@@ -345,7 +350,8 @@ def test_a_checkpoint_is_saved_where_the_metrics_find_no_room(tmp_path, monkeypa
 def test_saves_evaluations_and_pictures_come_when_due(tmp_path):
     batches = [rows(seed) for seed in range(5)]
     shown = []
-    shift = lambda params: float(params["shift"]["w"][0])
+    def shift(params):
+        return float(params["shift"]["w"][0])
     state, checkpoints = run(
         tmp_path, batches, "checkpoint.every=2", "eval.every=3", "log.every=2", "log.pictures_every=4",
         evaluate=lambda params: {"shift": shift(params)},

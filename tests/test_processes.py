@@ -91,7 +91,8 @@ def test_two_processes_are_one(data, tmp_path):
     layouts.visdial(tmp_path / "visdial", count=8, rounds=1)
     more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
             f"eval.tasks=(('visdial', '{tmp_path}/visdial', 8),)", "log.pictures_every=20")
-    run = lambda name, *of: trained(data, tmp_path / name, *of, *more)
+    def run(name, *of):
+        return trained(data, tmp_path / name, *of, *more)
     (two, there) = run("two", 2, 4, "data.readers=2")
     (one, here) = run("one", 1, 8)
     (single, alone) = run("single", 1, 1)

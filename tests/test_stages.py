@@ -60,7 +60,8 @@ def by_hand(hidden, visual, batch, regress_end):
     say what counts.
     """
     hidden, visual, batch = jax.tree.map(lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else None), (hidden, visual, batch))
-    table = lambda name: np.concatenate([PARAMS["llama"][name][part] for part in ("base", "added")]).astype(np.float64)
+    def table(name):
+        return np.concatenate([PARAMS["llama"][name][part] for part in ("base", "added")]).astype(np.float64)
     head = table("lm_head")
     end = table("embed")[V + 2]
     project = np.asarray(PARAMS["regress_head"]["w"], np.float64)
@@ -87,7 +88,8 @@ def test_loss_and_metrics_by_hand(forward, value_and_grad, regress_end):
     objective = P.objective | {"regress_end": regress_end, "text_weight": 0.3, "image_weight": 2.0}
     value, metrics = jax.jit(lambda hidden, visual: stages.next_element(
         P.module(PARAMS), hidden, visual, BATCH, P.stage.weights(BATCH), objective))(*forward)
-    mean = lambda found: np.mean([x for x, _ in found])
+    def mean(found):
+        return np.mean([x for x, _ in found])
     np.testing.assert_allclose(value, 0.3 * mean(words) + 2.0 * mean(images), rtol=1e-5)
     for name, found in (("text_loss", words), ("image_loss", images)):
         assert len({source for _, source in found}) == 2
@@ -208,7 +210,8 @@ def features(batch):
     both = jax.jit(lambda: (model.encode(batch.images.reshape(-1, 32, 32, 3)), model.contrast.text(batch).reshape(-1, 32)))()
     visual, text = (np.asarray(x, np.float64)[there] for x in both)
     image = np.einsum("mnD,nDE->mE", visual, model.contrast.image.w.get_value()) + model.contrast.image.bias.get_value()
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
     return visual, unit(image), unit(text)
 
 
@@ -219,7 +222,8 @@ def test_contrastive_by_hand_and_equal_texts_are_no_negatives(warm):
     logits = u @ w.T / 0.07
     rival = np.array([[a != b or i == j for j, b in enumerate(TEXTS)] for i, a in enumerate(TEXTS)])
     assert rival.sum() == 25 - 2
-    lse = lambda x: np.log(np.exp(x).sum())
+    def lse(x):
+        return np.log(np.exp(x).sum())
     nll = [(lse(logits[i][rival[i]]) + lse(logits[:, i][rival[:, i]])) / 2 - logits[i, i] for i in range(5)]
     np.testing.assert_allclose(metrics["contrastive_loss"], (sum(nll), 5), rtol=1e-4)
     np.testing.assert_allclose(metrics["top1"], (sum(np.where(rival, logits, -np.inf).argmax(1) == np.arange(5)), 5))
@@ -255,7 +259,8 @@ def test_images_that_are_not_there_count_nothing(warm):
 
 def test_images_move_by_the_key_and_repeat_their_edges():
     batch = jax.tree.map(jnp.asarray, make.batch(C))
-    move = lambda seed: np.asarray(stages.shifted(batch, jax.random.key(seed), 3).images)
+    def move(seed):
+        return np.asarray(stages.shifted(batch, jax.random.key(seed), 3).images)
     found = []
     for before, after in zip(np.asarray(batch.images).reshape(-1, 28, 28, 3), move(0).reshape(-1, 28, 28, 3), strict=True):
         if before.any():

@@ -110,7 +110,8 @@ def moment_has_come(run: subprocess.Popen, notes: Path, workdir: Path, moment: s
     """Waits for the moment; whether the run still lives then. In some starts a save is over by
     then, so that the run gets on.
     """
-    consumed = lambda: sum(path.read_bytes().count(b"\n") for path in notes.parent.glob(f"{notes.name}-0.jsonl"))
+    def consumed():
+        return sum(path.read_bytes().count(b"\n") for path in notes.parent.glob(f"{notes.name}-0.jsonl"))
     began = time.time()
     saves = chance.randint(1, 2)
     seen = set()
@@ -221,7 +222,8 @@ def main() -> int:
     plan = [(layout, chance.choices(MOMENTS, (3, 3, 1))[0]) for layout in layouts[:-1]]
     with tempfile.TemporaryDirectory() as folder:
         line = torture(Path(folder), plan, layouts[-1], STEPS_A_KILL * flags.kills, flags.seed, lambda line: print(line, flush=True))
-    count = lambda what, of: ", ".join(f"{sum(pair[of] == name for pair in plan)} {name}" for name in what)
+    def count(what, of):
+        return ", ".join(f"{sum(pair[of] == name for pair in plan)} {name}" for name in what)
     print(f"{flags.kills} kills ({count(MOMENTS, 1)}) on {count(LAYOUTS, 0)}, in {time.time() - began:.0f} s: {line}")
     return 0
 

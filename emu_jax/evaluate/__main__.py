@@ -93,8 +93,10 @@ def benchmark(flags: argparse.Namespace) -> str:
     host, hosts = (jax.process_index(), jax.process_count()) if flags.hosts is None else (flags.host, flags.hosts)
     if not 0 <= host < hosts:
         _fail(f"--host={host} must be from 0 to {hosts - 1}, for --hosts={hosts}")
-    mesh = lambda: mesh_of(flags.checkpoint, jax.local_devices())
-    load = lambda: Session.load(flags.checkpoint, ema=flags.ema, tokenizer=flags.tokenizer, mesh=mesh(), batch=flags.batch)
+    def mesh():
+        return mesh_of(flags.checkpoint, jax.local_devices())
+    def load():
+        return Session.load(flags.checkpoint, ema=flags.ema, tokenizer=flags.tokenizer, mesh=mesh(), batch=flags.batch)
     out = Path(flags.out) if flags.out else benchmark.where(settings)
     told = benchmark.run(settings, load, out, limit=flags.limit, allow_missing=flags.allow_missing, wordnet=flags.wordnet,
                          inception_dir=flags.inception, clip_dir=flags.clip, tagger=flags.tagger, host=host, hosts=hosts)
@@ -133,7 +135,8 @@ def _write(path: Path, text: str) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from emu_jax.evaluate.tasks import TASKS
-    names = lambda task: ", ".join(file.format(split=task.split) for file in (*task.files, *task.more, *filter(None, [task.marks])))
+    def names(task):
+        return ", ".join(file.format(split=task.split) for file in (*task.files, *task.more, *filter(None, [task.marks])))
     epilog = "tasks, and what they read:\n" + "\n".join(f"  {name:14}{task.what}\n{'':16}{names(task)}" for name, task in TASKS.items())
     parser = argparse.ArgumentParser(prog="python -m emu_jax.evaluate", description=DESCRIPTION, epilog=epilog, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -235,7 +235,8 @@ def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) 
             raise UserError(f"{annotations}: no answers to {len(missing)} questions of {questions}: "
                             f"{', '.join(missing[:8])}{', ...' if missing[8:] else ''}")
     with fields_of(questions, what):
-        of = lambda row: marked.get(row["question_id"], {})
+        def of(row):
+            return marked.get(row["question_id"], {})
         # test-dev2015 is a part of test2015
         pictures = data["data_subtype"].replace("-dev", "")
         return [Example(str(row["question_id"]), f"COCO_{pictures}_{row['image_id']:012}.jpg", row["question"],

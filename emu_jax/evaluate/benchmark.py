@@ -258,7 +258,8 @@ def run(settings: Settings, load: Callable[[], Session], out: Path, *, limit: in
         return {"waiting": waiting, "count": len(planned.examples)}
     found = {example.id: done[example.id] for example in planned.examples}
     predictions = {key: one.prediction for key, one in found.items()}
-    pictures = lambda: _drawn(planned, out, inception_dir, clip_dir)
+    def pictures():
+        return _drawn(planned, out, inception_dir, clip_dir)
     scores = scores_of(settings, planned.examples, predictions, wordnet=wordnet, tagger=tagger, pictures=pictures)
     fewer = sum(one.shots < settings.shots for one in found.values())
     told = asdict(settings) | scores.numbers | {"missing_pictures": len(planned.missing)} | ({"fewer_shots": fewer} if settings.shots else {})
@@ -384,7 +385,8 @@ def _fid(planned: Plan, out: Path, inception_dir: str) -> float:
     real = [planned.paths[name] for name in dict.fromkeys(example.picture for example in planned.examples) if name in planned.paths]
     if len(real) < 2:
         raise UserError(f"FID: {len(real)} of the pictures that the captions are of are there; it compares with them")
-    statistics = lambda paths, name: fid.statistics(fid.features(params, map(_rgb, tqdm(paths, name, unit=" pictures", disable=None))))
+    def statistics(paths, name):
+        return fid.statistics(fid.features(params, map(_rgb, tqdm(paths, name, unit=" pictures", disable=None))))
     theirs = fid.cached(out / f"inception-{len(real)}.npz", lambda: statistics(real, "true pictures"))
     return fid.distance(statistics([out / "pictures" / f"{example.id}.png" for example in planned.examples], "drawn pictures"), theirs)
 

@@ -124,7 +124,8 @@ def _numbers(told: list[Told], common: dict[str, str]) -> dict[str, Number]:
     numbers: dict[str, Number] = {}
     for name, some in groups.items():
         if some:
-            share = lambda said: float(np.mean([said(one) == one.true for one in some]))
+            def share(said):
+                return float(np.mean([said(one) == one.true for one in some]))
             numbers |= {f"{name}_count": len(some), f"{name}_before": share(lambda one: one.before), f"{name}_after": share(lambda one: one.after),
                         f"{name}_most_common": share(lambda one: common.get(one.kind, ""))}
     return numbers
@@ -153,7 +154,8 @@ def page(result: Result, checkpoint: str) -> str:
                    for label, count, before, after, common in _rows(result.numbers))
     head = "<tr><th>held-out questions</th><th>number</th><th>before</th><th>after</th><th>most common answer</th></tr>"
     ids = list(dict.fromkeys(told.id for told in result.told))[:SHOWN]
-    lines = lambda name: history.curve(result.lines, name)
+    def lines(name):
+        return history.curve(result.lines, name)
     loss = chart("Loss of the answers, nats a token (log)", [("training", lines("text_loss"), False), ("held out", lines("eval/text_loss"), True)],
                  log=True)
     lora = result.config["model"]["lora"]

@@ -263,7 +263,8 @@ def effective_rank(z: Float[np.ndarray, "M N D"]) -> float:
 
 def nearest(images: UInt8[np.ndarray, "Q h w 3"], among: UInt8[np.ndarray, "K h w 3"]) -> Int[np.ndarray, "Q"]:
     """Of each image, the one among `among` with the least squared difference of the pixels."""
-    flat = lambda x: rearrange(x, "M h w c -> M (h w c)").astype(np.float32) / 255
+    def flat(x):
+        return rearrange(x, "M h w c -> M (h w c)").astype(np.float32) / 255
     return squared_distances(flat(images), flat(among)).argmin(1)
 
 
@@ -307,7 +308,8 @@ def _numbers(captions: dict[str, list[Told]]) -> dict[str, Number]:
         for who, said in (("", lambda told: told.said), ("nearest_", lambda told: told.nearest)):
             if not some or said(some[0]) is None:
                 continue
-            mean = lambda score: float(np.mean([score(told.true, said(told)) for told in some]))
+            def mean(score):
+                return float(np.mean([score(told.true, said(told)) for told in some]))
             numbers |= {f"{group}_{who}exact": mean(str.__eq__), f"{group}_{who}f1": mean(f1)}
             if group.startswith("scenes"):
                 numbers[f"{group}_{who}facts"] = mean(facts_right)
@@ -321,7 +323,8 @@ def _retrieval(drawings: list[Told], trained: int, visual: Float[np.ndarray, "M 
     """Names to drawings by their visual tokens, among all; the first `trained` drawings were seen
     in training.
     """
-    flat = lambda z: rearrange(z, "M N D -> M (N D)")
+    def flat(z):
+        return rearrange(z, "M N D -> M (N D)")
     distances = squared_distances(flat(regressed), flat(visual))
     rank = ranks(distances, np.arange(len(drawings)))
     best = np.argsort(distances, 1)[:, :TOP]
@@ -383,7 +386,8 @@ def _raw_variance(model: Model, before: tree.Tree | None, visual: Float[np.ndarr
     the encoder `before` gives them.
     """
     std = np.asarray(model.params["visual_stats"]["std"]) if model.size.standardise else 1.0
-    spread = lambda z: float(z.var(0, dtype=np.float64).mean())
+    def spread(z):
+        return float(z.var(0, dtype=np.float64).mean())
     numbers = {"raw_variance": spread(visual * std)}
     if before is None:
         return numbers

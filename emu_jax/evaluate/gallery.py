@@ -29,7 +29,8 @@ class Shown(NamedTuple):
 def page(title: str, scores: dict[str, Any], worst: Sequence[Shown], first: Sequence[Shown]) -> str:
     """The whole page; `scores` is what scores.json says."""
     rows = "".join(f'<tr><td>{escape(name)}</td><td class="number">{escape(_said(value))}</td></tr>' for name, value in scores.items())
-    cards = lambda some: f'<div class="grid" style="--least: 300px">{"".join(map(_card, some))}</div>'
+    def cards(some):
+        return f'<div class="grid" style="--least: 300px">{"".join(map(_card, some))}</div>'
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>
 <style>{STYLE}</style></head><body>

@@ -49,7 +49,8 @@ def speed(lines: list[Line]) -> dict[str, Number]:
     if not timed:
         return {}
     names = [name for name in timed[0] if name.endswith("_per_second") or name.startswith(("flops_per_second/", "mfu"))]
-    values = lambda name: [line[name] for line in timed if line.get(name) is not None]
+    def values(name):
+        return [line[name] for line in timed if line.get(name) is not None]
     steps = lines[-1]["step"]
     seconds = values("step_time")
     return {"steps": steps, "wall_s": steps * fmean(seconds), "step_time_s": median(seconds),

@@ -51,9 +51,11 @@ def ask(kind: str, question: str = "", shots: Sequence[Shot] = (), *, chat: bool
     pictures of `shots`, in their order.
     """
     turn = (CHAT if chat else PLAIN)[kind]
-    filled = lambda asked: turn.replace(QUESTION, _quoted(asked))
+    def filled(asked):
+        return turn.replace(QUESTION, _quoted(asked))
     end = ".</s>" if chat else ".\n"
-    seen = lambda shot: filled(shot.question) if shot.picture else filled(shot.question).replace(IMAGE, "")
+    def seen(shot):
+        return filled(shot.question) if shot.picture else filled(shot.question).replace(IMAGE, "")
     told = "".join(f"{seen(shot)} {_quoted(shot.answer)}{end}" for shot in shots)
     return f"{_system(chat, video)}{told}{filled(question)}"
 

@@ -174,20 +174,25 @@ def chart(title: str, series: Sequence[tuple[str, Curve, bool]], *, log: bool = 
     low = min(scale(min(ys)), scale(ticks[0]))
     high = max(scale(max(ys)), scale(ticks[-1]))
     end = max(*xs, 1)
-    x_of = lambda x: round(left + x / end * (width - left - right), 1)
-    y_of = lambda y: round(height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom), 1)
+    def x_of(x):
+        return round(left + x / end * (width - left - right), 1)
+    def y_of(y):
+        return round(height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom), 1)
     parts = [f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y_of(y)}" y2="{y_of(y)}"/>'
              f'<text x="{left - 6}" y="{y_of(y) + 4}" text-anchor="end">{y:g}</text>' for y in ticks]
-    anchor = lambda x: "end" if x > 0.95 * end else "middle"
+    def anchor(x):
+        return "end" if x > 0.95 * end else "middle"
     parts += [f'<text x="{x_of(x)}" y="{height - 6}" text-anchor="{anchor(x)}">{x:,g}</text>' for x in _ticks(0, end)]
-    line = lambda kind, points: f'<polyline class="{kind}" points="{" ".join(f"{x_of(x)},{y_of(y)}" for x, y in points)}"/>'
+    def line(kind, points):
+        return f'<polyline class="{kind}" points="{" ".join(f"{x_of(x)},{y_of(y)}" for x, y in points)}"/>'
     for number, (_, points, held_out) in enumerate(series):
         if held_out:
             parts += [line(f"s{number}", points),
                       *(f'<circle class="s{number}" cx="{x_of(x)}" cy="{y_of(y)}" r="3"><title>{x:g}: {y:.3g}</title></circle>' for x, y in points)]
         else:
             parts += [line(f"pale s{number}", points), line(f"s{number}", _running_mean(points))]
-    last = lambda points, held_out: (points if held_out else _running_mean(points))[-1][1]
+    def last(points, held_out):
+        return (points if held_out else _running_mean(points))[-1][1]
     keys = "".join(f'<span class="key" style="--k: var(--c{number})">{escape(label)}, last {last(points, held_out):.3g}</span>'
                    for number, (label, points, held_out) in enumerate(series))
     return (f'<figure class="card"><figcaption><b>{escape(title)}</b>{keys}</figcaption>'
@@ -244,7 +249,8 @@ def _targets(targets: list[Target]) -> str:
             return '<span class="mark">not measured</span>'
         return f'<span class="mark {"right" if target.reached else "wrong"}">{"reached" if target.reached else "not reached"}</span>'
 
-    value = lambda target: "–" if target.value is None else percent(target.value, 2 if target.value < 0.02 else 1)
+    def value(target):
+        return "–" if target.value is None else percent(target.value, 2 if target.value < 0.02 else 1)
     rows = (f'<tr><td>{escape(target.what)} <small class="soft number">{escape(target.bound)}</small></td>'
             f'<td class="number big">{value(target)}</td><td>{mark(target)}</td></tr>' for target in targets)
     return f'<div class="card scroll"><table>{"".join(rows)}</table></div>'
@@ -294,7 +300,8 @@ def _stories(result: Result) -> str:
 def _in_context(result: Result) -> str:
     if not result.in_context:
         return ""
-    given = lambda told: (f'<div class="told">{picture(told.image, told.true)}<div><small>given</small><div>{escape(told.true)}</div></div></div>')
+    def given(told):
+        return (f'<div class="told">{picture(told.image, told.true)}<div><small>given</small><div>{escape(told.true)}</div></div></div>')
     fours = "".join(f'<div class="card story">{"".join(map(given, four[:3]))}{_card(four[3])}</div>' for four in result.in_context[:IN_CONTEXT])
     return f"""<h2>Examples in context</h2>
 <p>Three training drawings with their names, and then a fourth: the model reads all that and goes on. It was trained on one drawing and its name
@@ -383,7 +390,8 @@ def _variance_words(n: dict[str, Number]) -> str:
 
 
 def _speed(n: dict[str, Number]) -> str:
-    rate = lambda value: f"{value:,.0f}"
+    def rate(value):
+        return f"{value:,.0f}"
     rows = [("steps", "steps", rate), ("wall time, without compiling and evaluating", "wall_s", lambda s: f"{s / 60:.1f} min"),
             ("step, median", "step_time_s", lambda s: f"{1000 * s:.0f} ms"), ("tokens a second", "tokens_per_second", rate),
             ("images a second", "images_per_second", rate), ("model FLOP/s", "flops_per_second", _si)]
@@ -392,7 +400,8 @@ def _speed(n: dict[str, Number]) -> str:
     rows += [(f"… {tower}", f"flops_per_second/{tower}", _si) for tower in towers]
     rows += [("share of the peak (MFU)", "mfu", percent), ("waiting for data", "input_wait_share", lambda share: percent(share, 2)),
              ("padding", "padding_share", percent)]
-    cell = lambda stage, name, show: f'<td class="number">{show(n[f"{stage}/{name}"]) if f"{stage}/{name}" in n else "–"}</td>'
+    def cell(stage, name, show):
+        return f'<td class="number">{show(n[f"{stage}/{name}"]) if f"{stage}/{name}" in n else "–"}</td>'
     return "<tr><th></th>" + "".join(f"<th>{label}</th>" for label in stages.values()) + "</tr>" + "".join(
         f'<tr><td>{label}</td>{"".join(cell(stage, name, show) for stage in stages)}</tr>' for label, name, show in rows
         if any(f"{stage}/{name}" in n for stage in stages))

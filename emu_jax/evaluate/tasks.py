@@ -115,7 +115,8 @@ class Folder:
         task = TASKS[name]
         wanted = [file.format(split=split) for file in task.files]
         if missing := [file for file in wanted if file not in self._paths]:
-            there = lambda other: all(file.format(split=TASKS[other].split) in self._paths for file in TASKS[other].files)
+            def there(other):
+                return all(file.format(split=TASKS[other].split) in self._paths for file in TASKS[other].files)
             others = [other for other in TASKS if other != name and there(other)]
             raise UserError(f"{self.root}: no {' and no '.join(missing)} anywhere in it, which --task={name} reads"
                             + (f"; it looks like --task={others[0]}" if others else "")

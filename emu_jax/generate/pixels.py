@@ -109,6 +109,7 @@ def abstract_params(size: DecoderSize, mesh: jax.sharding.Mesh | None, matrices:
     """
     shapes = jax.eval_shape(partial(emu.init, Canvas, size), jax.random.key(0))
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
-    dtype = lambda path, leaf: matrices if path.endswith(sharding.MATRICES) else leaf.dtype
+    def dtype(path, leaf):
+        return matrices if path.endswith(sharding.MATRICES) else leaf.dtype
     return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
                            for path, leaf in tree.leaves(shapes)})

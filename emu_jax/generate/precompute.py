@@ -180,7 +180,8 @@ def make(maker: Maker, source: Source, shard: int, path: Path) -> None:
 def before_image(document: Document) -> Parts | None:
     """The parts before its first image; of a pair of both, the text. None without an image."""
     parts: list[str] = []
-    said = lambda part: part.text if isinstance(part, Text) else part
+    def said(part):
+        return part.text if isinstance(part, Text) else part
     for part in document.parts:
         if isinstance(part, np.ndarray):
             return parts

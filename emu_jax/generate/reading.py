@@ -43,8 +43,10 @@ def spread(context: Context, times: int, slots: int) -> Context:
     many as there are, or more).
     """
     more = slots - context.cache.slots
-    each = lambda x, axis: jnp.repeat(x, times, axis) if times > 1 else jnp.copy(x)
-    room = lambda x, axis: jnp.pad(each(x, axis), [(0, more if k == axis + 1 else 0) for k in range(x.ndim)])
+    def each(x, axis):
+        return jnp.repeat(x, times, axis) if times > 1 else jnp.copy(x)
+    def room(x, axis):
+        return jnp.pad(each(x, axis), [(0, more if k == axis + 1 else 0) for k in range(x.ndim)])
     cache = context.cache
     cache = cache.replace(k=room(cache.k, 1), v=room(cache.v, 1), positions=room(cache.positions, 0), segments=room(cache.segments, 0))
     return Context(cache, each(context.hidden, 0), each(context.lengths, 0))

@@ -80,10 +80,12 @@ def denoiser(d: Diffusion, network: Callable[[Array, Array, Array], Array], cond
         times = jnp.full(len(x), t)
         if guidance == 1.0:
             return network(x, times, condition)
-        twice = lambda y: jnp.concatenate([y, y])
+        def twice(y):
+            return jnp.concatenate([y, y])
         without, conditional = jnp.split(network(twice(x), twice(times), jnp.concatenate([negative, condition])), 2)
         guided = without + guidance * (conditional - without)
-        deviation = lambda y: y.std((1, 2, 3), keepdims=True)
+        def deviation(y):
+            return y.std((1, 2, 3), keepdims=True)
         return guided * (1 - rescale + rescale * deviation(conditional) / deviation(guided)) if rescale else guided
     return Denoiser(predict, partial(split, d))
 

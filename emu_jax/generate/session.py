@@ -465,7 +465,8 @@ def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.T
     if mesh:
         sharding.check(mesh, shapes)
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
-    dtype = lambda path, leaf: size.compute if path.endswith(sharding.MATRICES) else leaf.dtype
+    def dtype(path, leaf):
+        return size.compute if path.endswith(sharding.MATRICES) else leaf.dtype
     return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
                            for path, leaf in tree.leaves(shapes)})
 

@@ -149,7 +149,8 @@ def search(size: emu.EmuSize, params: Tree, context: Context, beams: int, room: 
         x = model.llama.embeddings(token, size.compute)
         return _extend(model, state.replace(context=reading.step(model, state.context, x, jnp.ones(rows * K, jnp.int32))), rules)
 
-    going = lambda state: ((state.count < rules.limits) & ~state.done).any()
+    def going(state):
+        return ((state.count < rules.limits) & ~state.done).any()
     state = jax.lax.while_loop(going, one, _extend(model, state, rules))
     running = state.sums / jnp.minimum(state.count, rules.limits).astype(jnp.float32)[:, None] ** rules.length_penalty
     scores = jnp.concatenate([state.scores, jnp.where(state.done[:, None], -jnp.inf, running)], 1)
@@ -165,7 +166,8 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
     best, at = jax.lax.top_k((scores.reshape(B, K, V) + state.sums[..., None]).reshape(B, K * V), 2 * K)
     parent = at // V
     token = at % V
-    pick = lambda values, index: jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), 1)
+    def pick(values, index):
+        return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), 1)
     score = best / (state.count + 1).astype(jnp.float32) ** rules.length_penalty
 
     ends = token == EOS
@@ -184,7 +186,8 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
 
     # such a row stays as it is
     over = state.done | (state.count >= rules.limits)
-    keep = lambda old, new: jnp.where(over.reshape(B, *[1] * (new.ndim - 1)), old, new)
+    def keep(old, new):
+        return jnp.where(over.reshape(B, *[1] * (new.ndim - 1)), old, new)
     # or nothing more is allowed
     done = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0]) | (score[:, 0] == -jnp.inf)
     came_from = (keep(jnp.arange(K)[None], parent) + K * jnp.arange(B)[:, None]).ravel()
@@ -197,6 +200,7 @@ def _reorder(context: Context, came_from: Int[Array, "B"], room: int) -> Context
     beams of a row.
     """
     start = context.cache.slots - room
-    move = lambda x: jax.lax.dynamic_update_slice_in_dim(x, x[:, came_from, start:], start, 2)
+    def move(x):
+        return jax.lax.dynamic_update_slice_in_dim(x, x[:, came_from, start:], start, 2)
     cache = context.cache.replace(k=move(context.cache.k), v=move(context.cache.v))
     return context.replace(cache=cache, hidden=context.hidden[came_from])

@@ -39,8 +39,10 @@ class Trigrams(nnx.Module):
         # one token for whatever is not text, or not of this document
         other = tables.shape[1] - 1
         spoken = jnp.where(batch.text_weights > 0, batch.tokens, other)
-        shift = lambda x, n: jnp.pad(x, ((0, 0), (n, 0)))[:, :T]
-        before = lambda n: jnp.where(shift(batch.segments, n) == batch.segments, shift(spoken, n), other)
+        def shift(x, n):
+            return jnp.pad(x, ((0, 0), (n, 0)))[:, :T]
+        def before(n):
+            return jnp.where(shift(batch.segments, n) == batch.segments, shift(spoken, n), other)
         x = jax.nn.gelu(sum(tables[n][before(n)] for n in range(3)))
         mine = mine.astype(x.dtype)
         mean = jnp.einsum("bit,btd->bid", mine, x) / jnp.maximum(mine.sum(-1, keepdims=True), 1)

@@ -62,7 +62,8 @@ def _mixed_6(name: str, c: int) -> Block:
 
 
 def _mixed_7(name: str, pool: str) -> Block:
-    fork = lambda stem, first, second: (Conv(f"{stem}{first}", 384, 1, 3), Conv(f"{stem}{second}", 384, 3, 1))
+    def fork(stem, first, second):
+        return (Conv(f"{stem}{first}", 384, 1, 3), Conv(f"{stem}{second}", 384, 3, 1))
     return Block(name, (_chain(Conv("branch1x1", 320)), ((Conv("branch3x3_1", 384),), fork("branch3x3_", "2a", "2b")),
                         ((Conv("branch3x3dbl_1", 448),), (Conv("branch3x3dbl_2", 384, 3, 3),), fork("branch3x3dbl_", "3a", "3b"))),
                  pool, Conv("branch_pool", 192))
@@ -193,5 +194,6 @@ def _maximum(x, *, stride: int):
 
 def _average(x, *, stride: int):
     """Over what of the window lies in the image."""
-    total = lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, stride, stride, 1), "SAME")
+    def total(x):
+        return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, stride, stride, 1), "SAME")
     return total(x) / total(jnp.ones((1, *x.shape[1:3], 1), x.dtype))

@@ -143,7 +143,8 @@ class Llama(nnx.Module):
         L = self.size.depth
         G = self.size.kv
         d = self.size.width // self.size.heads
-        zeros = lambda: sharding.cache(jnp.zeros((L, rows, slots, G, d), dtype))
+        def zeros():
+            return sharding.cache(jnp.zeros((L, rows, slots, G, d), dtype))
         free = jnp.zeros((rows, slots), jnp.int32)
         return Cache(zeros(), zeros(), free, free, jnp.int32(0), fresh=True)
 
@@ -163,7 +164,8 @@ class Llama(nnx.Module):
             mask = self_mask(segments)
             return self.norm(run(sharding.rows(x), lambda block, x, _: block(x, mask, rotation, kernel))), None
 
-        put = lambda old, new, *place: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
+        def put(old, new, *place):
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
         seen = put(cache.segments, segments, 0, cache.filled), put(cache.positions, positions, 0, cache.filled)
         mask = self_mask(segments) if cache.fresh else Mask(segments, seen[0], positions, seen[1], causal=True)
 

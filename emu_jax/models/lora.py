@@ -200,7 +200,8 @@ def nf4() -> Float[np.ndarray, "16"]:
     """NF4's levels: quantiles of a normal distribution, scaled to -1..1, eight of them above 0 and
     seven below (QLoRA, section 3).
     """
-    quantiles = lambda count: [NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, count)[:-1]]
+    def quantiles(count):
+        return [NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, count)[:-1]]
     levels = np.array(sorted([*quantiles(9), 0.0, *(-x for x in quantiles(8))]))
     return (levels / levels.max()).astype(np.float32)
 

@@ -199,9 +199,12 @@ class UNet(nnx.Module):
         if x.shape[1] % size.divisor or x.shape[2] % size.divisor:
             raise UserError(f"the U-Net takes heights and widths that {size.divisor} divides (patches of {p}, halved {len(size.widths) - 1} "
                             f"times), not {x.shape[1]} x {x.shape[2]}")
-        once = lambda module, call, x, *inputs, where: layers.once(module, call, x, *inputs, where=f"unet/{where}", remat=size.remat)
-        plain = lambda module, *inputs: module(*inputs)
-        looking = lambda module, *inputs: module(*inputs, kernel)
+        def once(module, call, x, *inputs, where):
+            return layers.once(module, call, x, *inputs, where=f"unet/{where}", remat=size.remat)
+        def plain(module, *inputs):
+            return module(*inputs)
+        def looking(module, *inputs):
+            return module(*inputs, kernel)
         waves = sinusoids(times, size.widths[0], size.frequency_shift, cosine_first=size.cosine_first).astype(x.dtype)
         time = once(self.time, plain, waves, where="time")
         condition = condition.astype(x.dtype)

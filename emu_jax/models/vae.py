@@ -82,7 +82,8 @@ class Half(nnx.Module):
         first, end = (size.channels, 2 * size.latent) if encodes else (size.latent, size.channels)
         outer, inner = (widths[0], widths[last]) if encodes else (widths[last], widths[0])
         self.conv_in = Conv(first, outer, rngs=rngs)
-        before = lambda level: widths[max(level - 1, 0)] if encodes else widths[min(level + 1, last)]
+        def before(level):
+            return widths[max(level - 1, 0)] if encodes else widths[min(level + 1, last)]
         self.levels = numbered(Level(size, before(level), C, size.resnets + (not encodes), rngs, resample=level < last if encodes else level > 0)
                                for level, C in enumerate(widths))
         self.mid = Middle(size, rngs)
@@ -91,8 +92,10 @@ class Half(nnx.Module):
 
     def __call__(self, x: Float[Array, "B h w i"], kernel: str) -> Float[Array, "B y x o"]:
         root = "vae/encoder" if self.encodes else "vae/decoder"
-        once = lambda module, call, x, where: layers.once(module, call, x, where=f"{root}/{where}", remat=self.size.remat)
-        plain = lambda module, x: module(x)
+        def once(module, call, x, where):
+            return layers.once(module, call, x, where=f"{root}/{where}", remat=self.size.remat)
+        def plain(module, x):
+            return module(x)
 
         def middle(x):
             x = once(self.mid.resnets["0"], plain, x, "mid/resnets/0")

@@ -175,7 +175,8 @@ def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.
         predictions = model.regress_head(jnp.take_along_axis(out["hidden"], places[..., None], 1, mode="clip"))
         end = model.llama.embeddings(jnp.full((1, 1), size.llama.vocab + stages.END_IMG), jnp.float32)[None]
         targets = jnp.concatenate([out["visual"], jnp.broadcast_to(end, (*batch.image_slots.shape, 1, size.llama.width))], 2)
-        mean = lambda pair: pair[0] / pair[1]
+        def mean(pair):
+            return pair[0] / pair[1]
         return {name: out[name] for name in ("vision_features", "vision_normed", "visual_tokens", "hidden")} | dict(
             logits_sum=logits.sum(-1), logits_first8=logits[..., :8], logits_logsumexp=jax.nn.logsumexp(logits, -1),
             text_loss=mean(metrics["text_loss"]), regression_loss_visual_only=mean(metrics["image_loss"]),

@@ -88,8 +88,9 @@ def _tower(shapes: Shapes, config: dict[str, Any], name: str, heads: int) -> dic
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """As CLIPConfig has it."""
     size = ClipSize.of(model)
-    tower = lambda one: {"hidden_size": one.width, "num_hidden_layers": one.depth, "num_attention_heads": one.heads, "intermediate_size": one.ffn,
-                         "layer_norm_eps": one.eps, "hidden_act": one.activation, "projection_dim": size.features}
+    def tower(one):
+        return {"hidden_size": one.width, "num_hidden_layers": one.depth, "num_attention_heads": one.heads, "intermediate_size": one.ffn,
+                             "layer_norm_eps": one.eps, "hidden_act": one.activation, "projection_dim": size.features}
     return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": size.features,
             "text_config": tower(size.text) | {"vocab_size": size.vocab, "max_position_embeddings": size.context, "eos_token_id": size.eos},
             "vision_config": tower(size.vision) | {"image_size": size.image, "patch_size": size.patch}}

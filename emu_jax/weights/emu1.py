@@ -75,7 +75,8 @@ def parted(foreign: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _merged(w: Any, a: Any, b: Any, scale: float) -> Tensor:
     dtype = np.promote_types(w.dtype, np.promote_types(a.dtype, b.dtype))
-    read = lambda: (np.asarray(w).astype(np.float32) + np.float32(scale) * (np.asarray(b).astype(np.float32) @ np.asarray(a).astype(np.float32)))
+    def read():
+        return (np.asarray(w).astype(np.float32) + np.float32(scale) * (np.asarray(b).astype(np.float32) @ np.asarray(a).astype(np.float32)))
     return Tensor(tuple(w.shape), dtype, lambda: read().astype(dtype))
 
 

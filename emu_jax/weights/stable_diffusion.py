@@ -105,8 +105,10 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """
     unet, vae = size(model)
     side = model["decoder"]["image"] // vae.factor
-    one_of = lambda values: values[0] if len(set(values)) == 1 else list(values)
-    blocks = lambda attends, way: [f"{'CrossAttn' * attending}{way}Block2D" for attending in attends]
+    def one_of(values):
+        return values[0] if len(set(values)) == 1 else list(values)
+    def blocks(attends, way):
+        return [f"{'CrossAttn' * attending}{way}Block2D" for attending in attends]
     scheduler = _scheduler(Diffusion(**model["decoder"]["diffusion"]))
     nothing = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer")}
     return {
@@ -151,7 +153,8 @@ def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
     need = partial(_need, "U-Net", config)
     _fixed("U-Net", config, UNET_FIXED)
     widths = tuple(need("block_out_channels"))
-    each = lambda field, default=None: _each(f"the U-Net's config asks for {field}", need(field, default), len(widths))
+    def each(field, default=None):
+        return _each(f"the U-Net's config asks for {field}", need(field, default), len(widths))
     condition = set(each("cross_attention_dim"))
     if len(condition) > 1:
         raise UserError(f"the U-Net's config asks for cross_attention_dim={config['cross_attention_dim']}: one width for all levels is what there is")

@@ -267,7 +267,8 @@ def _read(name: str, where: list[str], *, keep_lora: bool) -> list[tuple[Family,
     family = FAMILIES[name]
     if family.components and len(where) > 1:
         raise UserError(f"--family={name} takes one folder, with {' and '.join(family.components)} in it, not {' '.join(where)}")
-    there = lambda components: [component for component in components if len(where) == 1 and (Path(where[0]) / component).is_dir()]
+    def there(components):
+        return [component for component in components if len(where) == 1 and (Path(where[0]) / component).is_dir()]
     if there(family.components) and (lacking := [component for component in family.components if component not in there(family.components)]):
         raise UserError(f"{where[0]} has no folder {lacking[0]}; a {name} needs {' and '.join(family.components)}")
     apart = next((other.components for other in FAMILIES.values() if there(other.components)), ())

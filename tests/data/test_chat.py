@@ -82,7 +82,8 @@ def test_a_chat_reads_what_was_learnt(make, picture, letters, system):
     """Turn by turn, a session's prompts and the answers make up the sequence."""
     sequence = make(("u", picture(1)), "u:what?", "a:a cat", "u:sure?", ("u", picture(2)), "a:yes", system=system)
     grammar = Grammar(letters, n_visual=2, image_size=4, width=8, added=6, system=system)
-    answer = lambda text: type(grammar.plain([]))([*letters.encode(text), E])
+    def answer(text):
+        return type(grammar.plain([]))([*letters.encode(text), E])
     whole = joined(grammar.turn([picture(1), "what?"], system=None, first=True), answer("a cat"),
                    grammar.turn(["sure?", picture(2)], system=None, first=False), answer("yes"))
     assert whole.tokens == sequence.tokens.tolist() and whole.slots == sequence.image_slots.tolist()

@@ -109,7 +109,8 @@ def test_a_tar_cut_short_gives_what_is_whole(tmp_path):
 
 @pytest.mark.parametrize("zipped", [False, "flat", "with its folder"])
 def test_mmc4(tmp_path, zipped):
-    info = lambda name, index, similarity: {"image_name": name, "raw_url": f"http://x/{name}", "matched_text_index": index, "matched_sim": similarity}
+    def info(name, index, similarity):
+        return {"image_name": name, "raw_url": f"http://x/{name}", "matched_text_index": index, "matched_sim": similarity}
     shard = jsonl(tmp_path / "docs_shard_0_v2.jsonl",
                   {"url": "http://x/0", "text_list": ["First.", "Second.", "Third."], "similarity_matrix": [[0.1]],
                    "image_info": [info("b.png", 2, 0.33), info("a.jpg", 0, 0.32), info("low.jpg", 1, 0.3199), info("gone.jpg", 1, 0.4)]},
@@ -344,8 +345,10 @@ def test_llava(tmp_path):
         {"id": "more", "image": "coco/a.jpg", "conversations": turns("<image>\nWhat is an\n<image>", "A tag.", "And <image>", "Too.")},
         {"id": "gone", "image": "c.jpg", "conversations": turns("<image>\nWhat?", "Red.")},
         {"id": "outside", "image": "../../secret.jpg", "conversations": turns("<image>\nWhat?", "Red.")}])
-    user = lambda text: ("user", text)
-    assistant = lambda text: ("assistant", text)
+    def user(text):
+        return ("user", text)
+    def assistant(text):
+        return ("assistant", text)
     a = ("user", (48, 36))
     b = ("user", (40, 40))
     assert told("llava", tmp_path / "llava.json") == {

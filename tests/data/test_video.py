@@ -17,7 +17,8 @@ def test_centres_are_those_of_the_release():
 
 def test_frames_by_number_and_by_time():
     data = film(None, 20, rate=10)
-    number = lambda frame: round((float(frame.mean()) - 10) / 10)
+    def number(frame):
+        return round((float(frame.mean()) - 10) / 10)
     assert [(time, number(frame)) for time, frame in video.chosen(data, lambda count: [count - 1, 0, 3])] == [(1.9, 19), (0.0, 0), (0.3, 3)]
     assert [(time, number(frame)) for time, frame in video.sampled(data, 0.75)] == [(0.0, 0), (0.75, 7), (1.5, 15)]
 

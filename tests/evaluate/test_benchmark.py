@@ -186,7 +186,8 @@ def test_told_when_examples_do_not_fit(root, data, tmp_path, capsys, monkeypatch
 def test_missing_pictures_are_counted_and_left_out_where_that_is_allowed(root, data, tmp_path, capsys):
     folder = shutil.copytree(data("vqav2"), tmp_path / "data")
     (folder / "val2014" / "COCO_val2014_000000000001.jpg").unlink()
-    some = lambda task: folder
+    def some(task):
+        return folder
     assert call(root, some, "vqav2", f"--out={tmp_path}/out") == 2
     assert "1 of the pictures are not there: COCO_val2014_000000000001.jpg; --allow-missing leaves" in capsys.readouterr().err
     assert call(root, some, "vqav2", f"--out={tmp_path}/out", "--allow-missing") == 0

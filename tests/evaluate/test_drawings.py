@@ -21,7 +21,8 @@ class Colours(Session):
         return np.stack([image.mean((0, 1))[None] for image in images])
 
     def images(self, prompts, **_):
-        told = lambda part: np.full((1, 3), float(part)) if isinstance(part, str) else self.encode([part])[0]
+        def told(part):
+            return np.full((1, 3), float(part)) if isinstance(part, str) else self.encode([part])[0]
         return np.stack([sum(map(told, parts)) / 2 for parts in prompts])
 
 

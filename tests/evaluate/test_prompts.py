@@ -21,7 +21,8 @@ def test_prompts_to_the_letter():
 def test_examples_come_before_the_question():
     shots = [prompts.Shot("red?", "yes", True), prompts.Shot("big?", "no", False)]
     asked = prompts.ask("answer", "new?", shots)
-    turn = lambda image, question: f" [USER]: {image} {prompts.ANSWER_ASK} {question} [ASSISTANT]: the answer is:"
+    def turn(image, question):
+        return f" [USER]: {image} {prompts.ANSWER_ASK} {question} [ASSISTANT]: the answer is:"
     assert asked == f"{prompts.IMAGE_SYSTEM}{turn('{image}', 'red?')} yes.</s>{turn('', 'big?')} no.</s>{turn('{image}', 'new?')}"
     assert prompts.ask("answer", "new?", shots, chat=False) == (
         "{image}Question: red? Short answer: yes.\nQuestion: big? Short answer: no.\n{image}Question: new? Short answer:")

@@ -46,7 +46,8 @@ def picture(k):
 
 @pytest.fixture(scope="module")
 def result():
-    told = lambda true, said, nearest=None, id="counts/x": demo.Told(id, picture(len(true)), true, said, nearest)
+    def told(true, said, nearest=None, id="counts/x"):
+        return demo.Told(id, picture(len(true)), true, said, nearest)
     captions = {"names_train": [told("cat", "cat"), told("<b>pig</b>", "dog & <script>")] * 30, "names_held_out": [told("fox", "wolf", "fox")],
                 "scenes_held_out": [told("one cat on blue", "one cat on blue", "one pig on blue"),
                                     told("a cat above a pig on blue", "a pig above a cat on blue", "one cat on pink", "spatial/y")]}
@@ -58,7 +59,8 @@ def result():
     numbers |= {"visual_rank": 3.2, "stories_held_out_count": 1, "stories_held_out_exact": 0.0, "in_context_count": 1,
                 "in_context_exact": 0.0, "speed/steps": 899, "speed/wall_s": 90.0,
                 "speed/flops_per_second": 5.2e10, "speed/input_wait_share": 0.001}
-    drawn_as = lambda caption, k: drawings.Picture(caption, picture(k), picture(k + 1), picture(k + 100))
+    def drawn_as(caption, k):
+        return drawings.Picture(caption, picture(k), picture(k + 1), picture(k + 100))
     pictures = {"names_train": [drawn_as("<b>pig</b>", 2 * k) for k in range(50)], "names_held_out": [drawn_as("fox", 3)],
                 "scenes_held_out": [drawn_as("one cat on blue", 3)]}
     for group, some in pictures.items():

@@ -36,7 +36,8 @@ def test_the_nearest_come_last_and_the_question_is_no_example():
 
 def test_an_index_is_made_once_and_again_for_another_model_or_other_pictures(session, tmp_path):
     made = []
-    load = lambda name: made.append(name) or [np.full((28, 28, 3), len(name), np.uint8)]
+    def load(name):
+        return made.append(name) or [np.full((28, 28, 3), len(name), np.uint8)]
     for of, names, count in (("a", ["x", "yy"], 2), ("a", ["x", "yy"], 2), ("b", ["x", "yy"], 4), ("b", ["x", "zz"], 6)):
         index = retrieval.saved(tmp_path / "i.npz", of, names, session, load)
         assert len(made) == count and index.names == names and index.features.shape == (2, session.size.vision.width)

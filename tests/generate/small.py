@@ -22,7 +22,8 @@ class Uncached:
         self.session = session
         self.length = length
         size = session.size
-        bound = lambda params: emu.bind(emu.Emu, size, params)
+        def bound(params):
+            return emu.bind(emu.Emu, size, params)
         self._hidden = jax.jit(lambda params, x: bound(params).llama(x, jnp.arange(length)[None], jnp.ones((1, length), int))[0][0])
         self._logits = jax.jit(lambda params, hidden: bound(params).llama.logits(hidden))
         self._embed = jax.jit(lambda params, tokens: bound(params).llama.embeddings(tokens, size.compute))

@@ -82,7 +82,8 @@ def test_it_is_the_same_on_a_mesh(run, session, visual):
 
 
 def test_guidance_leads_away_from_the_empty_prompt_or_from_zeros(run, session, visual):
-    empty = lambda: session.images([[]])[0]
+    def empty():
+        return session.images([[]])[0]
     away, zeros, plain = (painter(run, session, given=given, empty=empty)(visual) for given in (
         {"guidance": 3.0}, {"guidance": 3.0, "negative": "zeros"}, {"guidance": 1.0}))
     assert (away != zeros).any() and (away != plain).any()

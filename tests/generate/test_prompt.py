@@ -50,7 +50,8 @@ def test_the_releases_chat(released):
 
 def test_system_messages_are_the_releases(letters):
     t = letters.tokenizer
-    text = lambda ids: "".join(chr(i) if i < 256 else f"<{i - 256}>" for i in ids)
+    def text(ids):
+        return "".join(chr(i) if i < 256 else f"<{i - 256}>" for i in ids)
     picture = np.zeros((8, 8, 3), np.uint8)
     video = [np.zeros((8, 8, 3), np.uint8)] * 8
     one = text(letters.turn([picture, "what?"], system=None, first=True).tokens)

@@ -33,7 +33,8 @@ def exact(d):
 def error(name, d, steps, plan=None):
     """Largest distance to the end of the exact path, by the sampler's own schedule or another."""
     plan = plan or samplers.plan_of(d, name, steps)
-    at = lambda k: np.sqrt((plan.a[k] * DEVIATION) ** 2 + plan.s[k] ** 2)
+    def at(k):
+        return np.sqrt((plan.a[k] * DEVIATION) ** 2 + plan.s[k] ** 2)
     want = plan.a[-1] * MEAN + at(-1) / at(0) * (X - plan.a[0] * MEAN)
     return float(jnp.abs(samplers.SAMPLERS[name].run(exact(d), X, plan) - want).max())
 
@@ -79,7 +80,8 @@ def test_the_network_is_traced_once_and_one_step_will_do(name):
 # Schedules
 
 def test_spacings_by_hand():
-    of = lambda **more: samplers.schedule(SD, 4, **more).t.tolist()
+    def of(**more):
+        return samplers.schedule(SD, 4, **more).t.tolist()
     assert of() == [751, 501, 251, 1] and of(offset=0) == [750, 500, 250, 0]
     assert of(spacing="inner") == [801, 601, 401, 201] and of(spacing="trailing") == [999, 749, 499, 249]
     # never beyond the last
@@ -138,8 +140,10 @@ def test_guidance_zero_is_the_negative_condition_alone():
 
 def test_rescaled_guidance_has_the_conditional_deviation():
     t = 500.0
-    prediction = lambda guidance, rescale: samplers.denoiser(V, network, CONDITION, NEGATIVE, guidance=guidance, rescale=rescale).predict(X, t)
-    deviation = lambda x: np.asarray(x).std((1, 2, 3))
+    def prediction(guidance, rescale):
+        return samplers.denoiser(V, network, CONDITION, NEGATIVE, guidance=guidance, rescale=rescale).predict(X, t)
+    def deviation(x):
+        return np.asarray(x).std((1, 2, 3))
     np.testing.assert_allclose(deviation(prediction(7.5, 1.0)), deviation(prediction(1.0, 0.0)), rtol=1e-3)
     plain, half, full = (np.asarray(prediction(7.5, rescale)) for rescale in (0.0, 0.5, 1.0))
     np.testing.assert_allclose(half, (plain + full) / 2, rtol=1e-3, atol=1e-4)

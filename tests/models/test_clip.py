@@ -49,13 +49,15 @@ def test_text_is_causal_and_reads_all_that_is_before_its_end(params):
     before.
     """
     positions = params["text"]["positions"]
-    value = lambda positions: emu.bind(Text, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
+    def value(positions):
+        return emu.bind(Text, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
     slope = np.abs(jax.grad(value)(positions)).max(1)
     assert (slope[:5] > 0).all() and (slope[5:] == 0).all()
 
 
 def test_a_picture_does_not_depend_on_the_batch_and_all_of_it_counts(params):
     images = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
-    see = lambda images: emu.bind(Vision, SIZE, params["vision"])(images)
+    def see(images):
+        return emu.bind(Vision, SIZE, params["vision"])(images)
     np.testing.assert_allclose(see(images)[1], see(images[1:2])[0], atol=1e-6)
     assert (np.abs(jax.grad(lambda images: see(images)[0, 0])(images)[0]) > 0).mean() > 0.99

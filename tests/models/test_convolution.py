@@ -12,8 +12,10 @@ def test_the_product_of_shifted_copies_is_the_convolution(monkeypatch, side, siz
     keys = jax.random.split(jax.random.key(side + stride))
     x = jax.random.normal(keys[0], (2, side, side + 2, 3))
     w = jax.random.normal(keys[1], (size, size, 3, 5))
-    run = lambda x, w: convolution._convolved(x, w, stride, padding, "highest")
-    both = lambda: (run(x, w), *jax.grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1))(x, w))
+    def run(x, w):
+        return convolution._convolved(x, w, stride, padding, "highest")
+    def both():
+        return (run(x, w), *jax.grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1))(x, w))
     here = both()
     monkeypatch.setattr(convolution, "platform_in_use", lambda: "gpu")
     for ours, theirs in zip(here, both(), strict=True):

@@ -14,7 +14,8 @@ from emu_jax.models.diffusion import Diffusion
 SD = Diffusion(steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0)
 KINDS = [SD, dataclasses.replace(SD, target="v"), dataclasses.replace(SD, target="v", zero_snr=True), dataclasses.replace(SD, target="flow"),
          dataclasses.replace(SD, target="x0", zero_snr=True)]
-name = lambda d: d.target + "-zero" * d.zero_snr
+def name(d):
+    return d.target + "-zero" * d.zero_snr
 rng = np.random.default_rng(0)
 X0, E = (jnp.asarray(rng.standard_normal((4, 3, 3, 2)), jnp.float32) for _ in range(2))
 TIMES = jnp.array([1.0, 400.0, 998.0, 999.0])

@@ -125,7 +125,8 @@ def test_remat_saves_what_it_says():
 
     def saved(**policies):
         towers = {tower: dataclasses.replace(getattr(P.size, tower), remat=policy) for tower, policy in policies.items()}
-        f = lambda params: model(params, dataclasses.replace(P.size, **towers))(batch)[0]
+        def f(params):
+            return model(params, dataclasses.replace(P.size, **towers))(batch)[0]
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(f, params)[1], PARAMS)))
     for tower in ("vision", "resampler", "llama"):
         assert saved(**{tower: "full"}) < saved(**{tower: "dots"}) < saved(**{tower: "none"}), tower
@@ -154,7 +155,8 @@ def test_a_fresh_model_starts_as_published():
 
 
 def test_the_warm_ups_encoder_is_emus():
-    shapes = lambda module: jax.tree.map(lambda x: x.shape, jax.eval_shape(partial(emu.init, module, P.size), jax.random.key(0)))
+    def shapes(module):
+        return jax.tree.map(lambda x: x.shape, jax.eval_shape(partial(emu.init, module, P.size), jax.random.key(0)))
     ours = shapes(emu.Emu)
     warm = shapes(Warmup)
     encoder = {"vision", "ln_visual", "resampler"}

@@ -105,7 +105,8 @@ def test_scaled_frequencies_by_hand():
     """
     np.testing.assert_allclose(frequencies(4, 100.0, ()), [1, 0.1])
     np.testing.assert_allclose(frequencies(4, 100.0, ("linear", 4.0)), [0.25, 0.025])
-    scaled = lambda low, high: frequencies(4, 100.0, ("llama3", 8.0, low, high, 8 * np.pi))
+    def scaled(low, high):
+        return frequencies(4, 100.0, ("llama3", 8.0, low, high, 8 * np.pi))
     np.testing.assert_allclose(scaled(1.0, 4.0), [1, 0.1 / 8])
     np.testing.assert_allclose(scaled(0.2, 0.4), [1, 0.1])
     # half, and a twentieth of the way

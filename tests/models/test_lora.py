@@ -196,7 +196,8 @@ def test_bad_input_is_one_line(overrides, told):
 
 def test_products_of_layers():
     x, w, a, b = (np.random.default_rng(k).standard_normal(shape).astype(np.float32) for k, shape in enumerate(((2, 3, 4), (4, 6), (4, 2), (2, 6))))
-    product = lambda w: layers.einsum("btD,Df->btf", jnp.asarray(x), w)
+    def product(w):
+        return layers.einsum("btD,Df->btf", jnp.asarray(x), w)
     np.testing.assert_allclose(product(lora.Lora(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b), None, 0.5, 0.1)), x @ (w + 0.5 * a @ b), rtol=1e-5)
     codes, absmax = lora.quantised(w, "int8")
     np.testing.assert_allclose(product(lora.Quantised(codes, absmax)), x @ np.asarray(lora.dequantised(codes, absmax)), rtol=1e-5)

@@ -29,7 +29,8 @@ TIMES = jnp.arange(8) * 100.0
 def random(module, size):
     """Every leaf random: fresh layers that are zero would hide mistakes."""
     shapes = jax.eval_shape(lambda: emu.init(module, size, jax.random.key(0)))
-    noise = lambda path, x: jnp.asarray(rng.standard_normal(x.shape) * 0.3 + path.endswith("scale"), jnp.float32)
+    def noise(path, x):
+        return jnp.asarray(rng.standard_normal(x.shape) * 0.3 + path.endswith("scale"), jnp.float32)
     return tree.unflatten({path: noise(path, x) for path, x in make.flat(shapes)})
 
 
@@ -101,7 +102,8 @@ def test_a_patch_is_more_channels_at_a_place():
     params = random(UNet, big)
     folded = dataclasses.replace(SIZE, patch=2)
     x = jnp.asarray(rng.standard_normal((1, 8, 8, 3)), jnp.float32)
-    fold = lambda x: x.reshape(1, 4, 2, 4, 2, -1).transpose(0, 1, 3, 2, 4, 5).reshape(1, 4, 4, -1)
+    def fold(x):
+        return x.reshape(1, 4, 2, 4, 2, -1).transpose(0, 1, 3, 2, 4, 5).reshape(1, 4, 4, -1)
     got = jax.jit(lambda params: forward(params, x, TIMES[:1], CONDITION[:1], folded))(params)
     want = jax.jit(lambda params: forward(params, fold(x), TIMES[:1], CONDITION[:1], big))(params)
     np.testing.assert_allclose(fold(got), want, atol=1e-4)
@@ -118,7 +120,8 @@ def test_sharded_is_single(run):
 def test_remat_changes_nothing():
     small = dataclasses.replace(SIZE, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,))
     params = random(UNet, small)
-    loss = lambda size: jax.jit(jax.grad(lambda params: (forward(params, X[:2], TIMES[:2], CONDITION[:2], size) ** 2).sum()))(params)
+    def loss(size):
+        return jax.jit(jax.grad(lambda params: (forward(params, X[:2], TIMES[:2], CONDITION[:2], size) ** 2).sum()))(params)
     for (path, got), (_, want) in zip(make.flat(loss(dataclasses.replace(small, remat="full"))), make.flat(loss(small)), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-4 * max(1e-3, np.abs(want).max()), err_msg=path)
 

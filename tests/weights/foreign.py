@@ -148,5 +148,6 @@ def torch_file(path, value, storages, *, pickle=None, compression=zipfile.ZIP_ST
 def saved(path, arrays):
     """{name: array} as torch.save of a state dict writes it."""
     storages = {str(number): array.reshape(-1) for number, array in enumerate(arrays.values())}
-    strides = lambda shape: tuple(int(np.prod(shape[axis + 1:])) for axis in range(len(shape)))
+    def strides(shape):
+        return tuple(int(np.prod(shape[axis + 1:])) for axis in range(len(shape)))
     torch_file(path, {key: Window(str(number), 0, array.shape, strides(array.shape)) for number, (key, array) in enumerate(arrays.items())}, storages)

@@ -97,7 +97,8 @@ def test_features_are_those_of_the_transformers_library(tmp_path, said):
         out = theirs(input_ids=torch.tensor(ids), pixel_values=torch.tensor(images.transpose(0, 3, 1, 2).copy()))
     params = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(tmp_path / "ours")))
     size = size_of(tmp_path / "ours")
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    def unit(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
     np.testing.assert_allclose(unit(emu.bind(Text, size, params["text"])(jnp.asarray(ids))), out.text_embeds.numpy(), atol=1e-5)
     np.testing.assert_allclose(unit(emu.bind(Vision, size, params["vision"])(jnp.asarray(images))), out.image_embeds.numpy(), atol=1e-5)
 

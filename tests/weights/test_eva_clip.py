@@ -9,8 +9,10 @@ def test_weights_by_hand():
     """Two cells to four: the first lies a quarter before the first centre, between a repeated edge
     and it. a = -0.75.
     """
-    near = lambda x: 1.25 * x ** 3 - 2.25 * x ** 2 + 1
-    far = lambda x: -0.75 * x ** 3 + 3.75 * x ** 2 - 6 * x + 3
+    def near(x):
+        return 1.25 * x ** 3 - 2.25 * x ** 2 + 1
+    def far(x):
+        return -0.75 * x ** 3 + 3.75 * x ** 2 - 6 * x + 3
     np.testing.assert_allclose(bicubic(2, 4)[0], [far(1.75) + near(0.75) + near(0.25), far(1.25)], rtol=1e-6)
     np.testing.assert_allclose(bicubic(2, 4)[1], [far(1.25) + near(0.25), near(0.75) + far(1.75)], rtol=1e-6)
 

@@ -37,7 +37,8 @@ SMALL_VAE = VAE | dict(block_out_channels=[8, 12], down_block_types=["DownEncode
 
 
 def shapes(unet, vae):
-    of = lambda module, size: jax.eval_shape(partial(emu.init, module, size), jax.random.key(0))
+    def of(module, size):
+        return jax.eval_shape(partial(emu.init, module, size), jax.random.key(0))
     return {"unet": of(UNet, unet), "vae": of(Vae, vae)}
 
 
@@ -214,7 +215,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, capsys):
     to = f"--to={tmp_path / 'ours'}"
     diffusion(sd)
     folder(tmp_path / "llama", small(), "llama")
-    says = lambda source, *arguments: error_of(capsys, "--family=stable-diffusion", source, to, *arguments)
+    def says(source, *arguments):
+        return error_of(capsys, "--family=stable-diffusion", source, to, *arguments)
     assert "it looks like stable-diffusion: --family=stable-diffusion" in error_of(capsys, "--family=llama", sd, to)
     assert "a folder of diffusers' with unet and vae in it; it looks like llama: --family=llama" in says(tmp_path / "llama")
     assert "a folder of diffusers' with unet and vae in it; it looks like none" in says(sd / "unet")

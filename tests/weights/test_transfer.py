@@ -136,7 +136,8 @@ def test_lora_is_merged(tmp_path):
     plain = "decoder.lm.model.layers.1.self_attn.q_proj"
     a = rng.standard_normal((4, 32), np.float32)
     b = rng.standard_normal((32, 4), np.float32)
-    wrap = lambda name: name.replace("decoder.lm.", "decoder.lm.base_model.model.")
+    def wrap(name):
+        return name.replace("decoder.lm.", "decoder.lm.base_model.model.")
     chat = {name: array for name, array in arrays.items() if name != f"{plain}.weight"}
     chat |= {f"{plain}.base_layer.weight": arrays[f"{plain}.weight"], f"{plain}.lora_A.default.weight": a, f"{plain}.lora_B.default.weight": b}
     saved(tmp_path / "chat.pt", {wrap(name): array for name, array in chat.items()})
@@ -234,7 +235,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     to = f"--to={tmp_path / 'ours'}"
     source = tmp_path / "source"
     folder(source, c, "llama")
-    says = lambda *arguments: error_of(capsys, *arguments)[0]
+    def says(*arguments):
+        return error_of(capsys, *arguments)[0]
     assert "llama.width is 32, not 64" in says("--family=llama", source, CONFIG, "--config.model.llama.width=64", to)
     assert "llama.eps is 1e-06, not 1e-05" in says("--family=llama", source, CONFIG, "--config.model.llama.eps=1e-5", to)
     assert "no family 'lama'; there are emu1, llama" in says("--family=lama", source, to)

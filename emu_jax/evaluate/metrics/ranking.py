@@ -15,7 +15,8 @@ def ndcg(ranks: Sequence[int] | Int[np.ndarray, "C"], relevance: Sequence[float]
     ranks = np.asarray(ranks)
     relevance = np.asarray(relevance, float)
     count = int((relevance != 0).sum())
-    gain = lambda values: float((values / np.log2(np.arange(len(values)) + 2)).sum())
+    def gain(values):
+        return float((values / np.log2(np.arange(len(values)) + 2)).sum())
     best = gain(np.sort(relevance)[::-1][:count])
     return gain(relevance[np.argsort(ranks, kind="stable")[:count]]) / best if best else 0.0
 

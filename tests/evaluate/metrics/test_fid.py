@@ -32,7 +32,8 @@ def test_turning_both_sets_changes_nothing():
 
 def test_statistics_are_cached(tmp_path):
     made = []
-    make = lambda: made.append(1) or fid.statistics(normal(0, 20, 4))
+    def make():
+        return made.append(1) or fid.statistics(normal(0, 20, 4))
     path = tmp_path / "cache" / "coco.npz"
     first = fid.cached(path, make)
     second = fid.cached(path, make)

@@ -43,7 +43,8 @@ def test_tags_by_hand(tagger):
 
 def test_an_answer_is_reduced(tagger, tmp_path):
     wordnet = WordNet(str(dictionary.write(tmp_path)))
-    reduced = lambda text: lemmas.reduced(wordnet, lemmas.Tagger(str(tagger)), text)
+    def reduced(text):
+        return lemmas.reduced(wordnet, lemmas.Tagger(str(tagger)), text)
     assert reduced("The dogs") == "dog" and reduced("it is a Puppy") == "puppy" and reduced("") == ""
     # neither is in WordNet: as it is
     assert reduced("xyzs of the cat") == "xyzs cat"
