@@ -6,6 +6,7 @@ counts is what comes on top, and more than 1.3 x the state is a failure (exit st
 is a process of its own. The state is random bits, which do not compress: trained weights hardly do.
 --to: a folder on the disk to be measured.
 """
+
 import argparse
 import json
 import os
@@ -15,22 +16,38 @@ import tempfile
 import time
 from pathlib import Path
 
-GIB = 2 ** 30
+GIB = 2**30
 # times the state, on top of it
 MOST = 1.3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--to", metavar="DIR")
     flags, rest = parser.parse_known_args()
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ".", "XLA_FLAGS": f"--xla_force_host_platform_device_count={flags.devices}"}
+    environ = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": ".",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={flags.devices}",
+    }
     with tempfile.TemporaryDirectory(dir=flags.to) as folder:
         above = False
         for what in ("save", "restore"):
-            done = subprocess.run([sys.executable, __file__, what, folder, *(rest or ["--config=configs/pretrain.py:emu-1b"])], env=environ,
-                                  stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    __file__,
+                    what,
+                    folder,
+                    *(rest or ["--config=configs/pretrain.py:emu-1b"]),
+                ],
+                env=environ,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             if done.returncode:
                 return done.returncode
             found = json.loads(done.stdout.splitlines()[-1])
@@ -38,10 +55,15 @@ def main() -> int:
             seconds = found["seconds"]
             on_top = (found["peak"] - max(found["before"], state)) / state
             above |= on_top > MOST
-            print(f"{what:8}{state / GIB:8.2f} GiB of state in {seconds:.1f} s, {state / GIB / seconds:.2f} GiB/s; memory: "
-                  f"{found['before'] / state:.2f} x the state before, {found['peak'] / state:.2f} x at most, {on_top:.2f} x on top of it"
-                  f"{f': more than {MOST}' if on_top > MOST else ''}", flush=True)
-        print(f"on disk {sum(path.stat().st_size for path in Path(folder).rglob('*') if path.is_file()) / GIB:8.2f} GiB")
+            print(
+                f"{what:8}{state / GIB:8.2f} GiB of state in {seconds:.1f} s, {state / GIB / seconds:.2f} GiB/s; memory: "
+                f"{found['before'] / state:.2f} x the state before, {found['peak'] / state:.2f} x at most, {on_top:.2f} x on top of it"
+                f"{f': more than {MOST}' if on_top > MOST else ''}",
+                flush=True,
+            )
+        print(
+            f"on disk {sum(path.stat().st_size for path in Path(folder).rglob('*') if path.is_file()) / GIB:8.2f} GiB"
+        )
     return int(above)
 
 
@@ -51,13 +73,20 @@ def half(what: str, folder: str, arguments: list[str]) -> None:
     from emu_jax import config, sharding, stages, train
     from emu_jax.checkpoint import Checkpoints
     from emu_jax.models import emu
+
     c = config.load([*arguments, "--config.mesh.data=1"])
     stage = stages.STAGES[c.stage]
     size = stage.size(c.model.to_dict())
     abstract = jax.eval_shape(lambda: emu.init(stage.module, size, jax.random.key(0)))
     mesh = sharding.make_mesh(c.mesh.to_dict())
     with jax.set_mesh(mesh):
-        like = train.abstract_state(c, train.make_program(c, stage, size, abstract), mesh, abstract, train.what_trains(c, abstract))
+        like = train.abstract_state(
+            c,
+            train.make_program(c, stage, size, abstract),
+            mesh,
+            abstract,
+            train.what_trains(c, abstract),
+        )
         state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
         run = Checkpoints(folder, keep=1, keep_every=0)
         state = jax.tree.map(random, like) if what == "save" else None
@@ -70,21 +99,37 @@ def half(what: str, folder: str, arguments: list[str]) -> None:
             run.save(1, state, {}, config.to_dict(c), wait=True)
         else:
             jax.block_until_ready(run.restore(like)[1])
-        print(json.dumps({"seconds": time.perf_counter() - began, "state": state_bytes, "before": before, "peak": memory("VmHWM")}))
+        print(
+            json.dumps(
+                {
+                    "seconds": time.perf_counter() - began,
+                    "state": state_bytes,
+                    "before": before,
+                    "peak": memory("VmHWM"),
+                }
+            )
+        )
 
 
 def random(leaf):
     import jax
     import jax.numpy as jnp
+
     word = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize]
+
     def make():
-        return jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(1), leaf.shape, word), leaf.dtype)
+        return jax.lax.bitcast_convert_type(
+            jax.random.bits(jax.random.key(1), leaf.shape, word), leaf.dtype
+        )
+
     return jax.block_until_ready(jax.jit(make, out_shardings=leaf.sharding)())
 
 
 def memory(what: str) -> int:
     """Bytes, as Linux counts them for this process: "VmRSS" now, "VmHWM" at most."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -6,6 +6,7 @@ and packing, padding on a simulated paper mixture, iterator state, memory.
 Synthetic throughout: photographs are filtered noise, captions have the lengths of the sets that
 they stand for. Exits 1 if a bound is violated. Results of one machine: benchmarks/results/data.md.
 """
+
 import argparse
 import io
 import json
@@ -53,17 +54,26 @@ SMALL = 4
 def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
     """A JPEG with the spectrum of a photograph, roughly: noise at several scales."""
     rng = np.random.default_rng(seed)
+
     def noise(step):
-        return Image.fromarray(rng.integers(0, 256, (height // step + 1, width // step + 1, 3), np.uint8))
-    layers = [np.asarray(noise(step).resize((width, height), Image.Resampling.BICUBIC), np.float32) / weight
-              for step, weight in ((100, 2), (25, 4), (6, 8), (1, 16))]
+        return Image.fromarray(
+            rng.integers(0, 256, (height // step + 1, width // step + 1, 3), np.uint8)
+        )
+
+    layers = [
+        np.asarray(noise(step).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+        / weight
+        for step, weight in ((100, 2), (25, 4), (6, 8), (1, 16))
+    ]
     file = io.BytesIO()
     Image.fromarray(np.clip(sum(layers), 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def plain_pillow(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC))
+    return np.asarray(
+        Image.open(io.BytesIO(data)).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+    )
 
 
 def pillow_draft(data: bytes) -> np.ndarray:
@@ -95,9 +105,15 @@ def decoding() -> dict[str, float]:
     small = [photo(seed) for seed in range(8)]
     large = [photo(seed, 2000, 1500) for seed in range(2)]
     ours = partial(images.decode, size=224)
-    return {"ours_500": rate(ours, small), "pillow_500": rate(plain_pillow, small), "pillow_draft_500": rate(pillow_draft, small),
-            "ours_2000": rate(ours, large), "pillow_2000": rate(plain_pillow, large), "pillow_draft_2000": rate(pillow_draft, large),
-            "ours_500_two_threads": rate(ours, small, threads=2)}
+    return {
+        "ours_500": rate(ours, small),
+        "pillow_500": rate(plain_pillow, small),
+        "pillow_draft_500": rate(pillow_draft, small),
+        "ours_2000": rate(ours, large),
+        "pillow_2000": rate(plain_pillow, large),
+        "pillow_draft_2000": rate(pillow_draft, large),
+        "ours_500_two_threads": rate(ours, small, threads=2),
+    }
 
 
 class Synthetic:
@@ -113,13 +129,23 @@ class Synthetic:
     def __getitem__(self, index: int) -> Document:
         rng = np.random.default_rng(index)
         image = np.full((SMALL, SMALL, 3), index % 256, np.uint8)
+
         def text(mean):
             return "x" * int(np.clip(rng.lognormal(np.log(mean), 0.6), 1, 1500))
-        parts = {"laion": lambda: [Pair(image, text(14))],
-                 "mmc4": lambda: [part for _ in range(rng.integers(2, 12)) for part in (text(22), text(22), Pair(image, text(22)))],
-                 "webvid": lambda: [*[image] * 8, text(20)],
-                 "yt-storyboard": lambda: [part for _ in range(rng.integers(8, 33)) for part in (text(18), image)],
-                 "text": lambda: [text(700)]}[self.name]
+
+        parts = {
+            "laion": lambda: [Pair(image, text(14))],
+            "mmc4": lambda: [
+                part
+                for _ in range(rng.integers(2, 12))
+                for part in (text(22), text(22), Pair(image, text(22)))
+            ],
+            "webvid": lambda: [*[image] * 8, text(20)],
+            "yt-storyboard": lambda: [
+                part for _ in range(rng.integers(8, 33)) for part in (text(18), image)
+            ],
+            "text": lambda: [text(700)],
+        }[self.name]
         return Document(f"{index}", tuple(parts()))
 
 
@@ -130,8 +156,15 @@ def letters() -> Tokenizer:
 
 def paper() -> tuple[tuple, ...]:
     """configs/pretrain.py's mixture over synthetic sources."""
-    return tuple((name, weight, Synthetic("laion" if name.startswith("laion") else name.removesuffix("-pairs")), Rule(**(rest[0] if rest else {})))
-                 for name, weight, _, *rest in get_config().data.mixture)
+    return tuple(
+        (
+            name,
+            weight,
+            Synthetic("laion" if name.startswith("laion") else name.removesuffix("-pairs")),
+            Rule(**(rest[0] if rest else {})),
+        )
+        for name, weight, _, *rest in get_config().data.mixture
+    )
 
 
 def packing(lookahead: int, fit: Callable) -> dict[str, float]:
@@ -139,15 +172,29 @@ def packing(lookahead: int, fit: Callable) -> dict[str, float]:
     one stream.
     """
     names, weights, sources, rules = zip(*paper())
-    to_sequence = partial(make_sequence, tokenizer=letters(), n_visual=N, max_tokens=T, max_images=I, image_first=0.5, labels=("text", "</s>"))
-    stream = Stream(Mixture(names, weights, sources, 1, 0, rules), 0, to_sequence, lookahead, fit=fit)
+    to_sequence = partial(
+        make_sequence,
+        tokenizer=letters(),
+        n_visual=N,
+        max_tokens=T,
+        max_images=I,
+        image_first=0.5,
+        labels=("text", "</s>"),
+    )
+    stream = Stream(
+        Mixture(names, weights, sources, 1, 0, rules), 0, to_sequence, lookahead, fit=fit
+    )
     start = time.perf_counter()
     for _ in range(ROWS):
         stream.row(T, I)
     seconds = time.perf_counter() - start
     counts = stream.counts
-    return {"documents_per_second": counts["documents"] / seconds, "padding": 1 - counts["tokens"] / (ROWS * T),
-            "empty_slots": 1 - counts["images"] / (ROWS * I), "state_bytes": len(json.dumps(stream.state()))}
+    return {
+        "documents_per_second": counts["documents"] / seconds,
+        "padding": 1 - counts["tokens"] / (ROWS * T),
+        "empty_slots": 1 - counts["images"] / (ROWS * I),
+        "state_bytes": len(json.dumps(stream.state())),
+    }
 
 
 def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
@@ -159,7 +206,10 @@ def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(f"{folder}/0.tar", "w") as tar:
             for number in range(photos):
-                for name, content in ((f"{number}.jpg", photo(number)), (f"{number}.txt", b"a photo of noise")):
+                for name, content in (
+                    (f"{number}.jpg", photo(number)),
+                    (f"{number}.txt", b"a photo of noise"),
+                ):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -167,8 +217,17 @@ def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
         data = get_config().data
         data.unlock()
         for workers, readers in ((1, 0), (2, 0), (1, 1), (2, 2)):
-            data.update(dict(batch=8, tokens=512, images=8, num_streams=4, workers=workers, readers=readers,
-                             mixture=(("web", 1.0, f"{folder}/set:train"),)))
+            data.update(
+                dict(
+                    batch=8,
+                    tokens=512,
+                    images=8,
+                    num_streams=4,
+                    workers=workers,
+                    readers=readers,
+                    mixture=(("web", 1.0, f"{folder}/set:train"),),
+                )
+            )
             loader = Loader(data, 0, letters(), N, 224)
             count = 0
             start = 0.0
@@ -188,20 +247,34 @@ def memory(steps: int) -> dict[str, float]:
     """
     data = get_config().data
     data.unlock()
-    data.update(dict(batch=4, tokens=512, images=8, num_streams=4, workers=2,
-                     mixture=(("web", 1.0, "laion"), ("pages", 0.2, "mmc4"), ("plain", 0.1, "text"))))
+    data.update(
+        dict(
+            batch=4,
+            tokens=512,
+            images=8,
+            num_streams=4,
+            workers=2,
+            mixture=(("web", 1.0, "laion"), ("pages", 0.2, "mmc4"), ("plain", 0.1, "text")),
+        )
+    )
     sources.open = lambda path, image_size, fit: Synthetic(path)
     loader = Loader(data, 0, letters(), N, SMALL)
     resident = []
     start = time.perf_counter()
     for step, _ in enumerate(loader, 1):
         if step in (steps // 10, steps):
-            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+            resident.append(
+                int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            )
         if step == steps:
             break
     loader.close()
-    return {"steps": steps, "mib_early": resident[0] / 2**20, "mib_late": resident[1] / 2**20,
-            "ms_a_step": 1000 * (time.perf_counter() - start) / steps}
+    return {
+        "steps": steps,
+        "mib_early": resident[0] / 2**20,
+        "mib_late": resident[1] / 2**20,
+        "ms_a_step": 1000 * (time.perf_counter() - start) / steps,
+    }
 
 
 def main() -> int:
@@ -226,10 +299,21 @@ def main() -> int:
         Path(flags.json).write_text(json.dumps(results, indent=1) + "\n")
     packed = results[f"packing, best fit, {get_config().data.pack_lookahead} waiting"]
     held = results["memory"]
-    broken = [what for wrong, what in (
-        (packed["padding"] > PADDING, f"padding {packed['padding']:.3f} of the tokens"),
-        (packed["empty_slots"] > EMPTY_SLOTS, f"{packed['empty_slots']:.3f} of the image slots are empty"),
-        (held["mib_late"] > (1 + GROWTH) * held["mib_early"], f"memory grew from {held['mib_early']:.0f} to {held['mib_late']:.0f} MiB")) if wrong]
+    broken = [
+        what
+        for wrong, what in (
+            (packed["padding"] > PADDING, f"padding {packed['padding']:.3f} of the tokens"),
+            (
+                packed["empty_slots"] > EMPTY_SLOTS,
+                f"{packed['empty_slots']:.3f} of the image slots are empty",
+            ),
+            (
+                held["mib_late"] > (1 + GROWTH) * held["mib_early"],
+                f"memory grew from {held['mib_early']:.0f} to {held['mib_late']:.0f} MiB",
+            ),
+        )
+        if wrong
+    ]
     for what in broken:
         print(f"bound violated: {what}", file=sys.stderr)
     return 1 if broken else 0

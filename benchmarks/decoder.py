@@ -10,6 +10,7 @@ share of what this machine reaches in one large float32 matrix product, measured
 Run it on an idle machine (some 10 minutes on two cores); results of one:
 benchmarks/results/decoder.md.
 """
+
 import argparse
 import json
 import statistics
@@ -42,13 +43,32 @@ def quarter() -> config.ConfigDict:
     """configs/decoder.py at a quarter of the width; the Emu beside it is small, for its conditions
     come with the batch.
     """
-    c = config.load(["--config=configs/decoder.py:debug", "--config.model.compute=float32", f"--config.model.resampler.tokens={TOKENS}",
-                     f"--config.model.llama.width={WIDTH}", "--config.model.llama.heads=8", "--config.model.llama.depth=1", "--config.data.batch=1",
-                     f"--config.model.decoder.image={SIDE}", "--config.model.decoder.condition=generated"])
+    c = config.load(
+        [
+            "--config=configs/decoder.py:debug",
+            "--config.model.compute=float32",
+            f"--config.model.resampler.tokens={TOKENS}",
+            f"--config.model.llama.width={WIDTH}",
+            "--config.model.llama.heads=8",
+            "--config.model.llama.depth=1",
+            "--config.data.batch=1",
+            f"--config.model.decoder.image={SIDE}",
+            "--config.model.decoder.condition=generated",
+        ]
+    )
     with c.unlocked():
         c.model.decoder.vae = {}
-        c.model.decoder.unet.update(dict(channels_in=3, channels_out=3, widths=(80, 160, 320, 320), heads=(2, 2, 2, 2), time=320, groups=8,
-                                         condition=WIDTH))
+        c.model.decoder.unet.update(
+            dict(
+                channels_in=3,
+                channels_out=3,
+                widths=(80, 160, 320, 320),
+                heads=(2, 2, 2, 2),
+                time=320,
+                groups=8,
+                condition=WIDTH,
+            )
+        )
     return c
 
 
@@ -56,10 +76,16 @@ def batch(c) -> DecoderBatch:
     rng = np.random.default_rng(0)
     T = c.data.tokens
     return DecoderBatch(
-        tokens=np.zeros((1, T), np.int32), segments=np.ones((1, T), np.int32), positions=np.arange(T, dtype=np.int32)[None],
-        text_weights=np.zeros((1, T), np.float32), images=rng.integers(0, 256, (1, 1, SIDE, SIDE, 3), np.uint8),
-        image_slots=np.zeros((1, 1), np.int32), image_weights=np.ones((1, 1), np.float32), sources=np.zeros((1, T), np.int32),
-        conditions=rng.standard_normal((1, 1, TOKENS, WIDTH), np.float32))
+        tokens=np.zeros((1, T), np.int32),
+        segments=np.ones((1, T), np.int32),
+        positions=np.arange(T, dtype=np.int32)[None],
+        text_weights=np.zeros((1, T), np.float32),
+        images=rng.integers(0, 256, (1, 1, SIDE, SIDE, 3), np.uint8),
+        image_slots=np.zeros((1, 1), np.int32),
+        image_weights=np.ones((1, 1), np.float32),
+        sources=np.zeros((1, T), np.int32),
+        conditions=rng.standard_normal((1, 1, TOKENS, WIDTH), np.float32),
+    )
 
 
 def timed(call) -> tuple[float, object]:
@@ -84,7 +110,9 @@ def measure(steps: int, sampling: int) -> dict[str, float]:
     once = flops.unet(size.unet, SIDE, TOKENS)
     rows = batch(c)
 
-    train_compile, step = compiled(jax.jit(partial(loop.train_step, program), donate_argnums=0), state, rows)
+    train_compile, step = compiled(
+        jax.jit(partial(loop.train_step, program), donate_argnums=0), state, rows
+    )
     seconds = []
     for _ in range(steps + 1):
         took, (state, _) = timed(lambda: step(state, rows))
@@ -94,30 +122,52 @@ def measure(steps: int, sampling: int) -> dict[str, float]:
     canvas = {"unet": state.trainable["unet"]}
     condition = jnp.asarray(rows.conditions[0])
     seeds = jnp.zeros(1, jnp.int32)
-    draw_compile, draw = compiled(jax.jit(partial(pixels.draw, size, sampler=SAMPLER, steps=sampling, guidance=GUIDANCE)), canvas, condition, seeds)
+    draw_compile, draw = compiled(
+        jax.jit(partial(pixels.draw, size, sampler=SAMPLER, steps=sampling, guidance=GUIDANCE)),
+        canvas,
+        condition,
+        seeds,
+    )
     draw_s, _ = timed(lambda: draw(canvas, condition, seeds))
     evaluations = 2 * len(samplers.evaluated(sampling))
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params["unet"])), "matmul_peak": peak, "forward_flops": once,
-            "train_compile_s": train_compile, "train_step_s": train_s, "train_flops_per_second": 3 * once / train_s,
-            "train_share_of_peak": 3 * once / train_s / peak,
-            "sampling_compile_s": draw_compile, "sampling_s": draw_s, "sampling_flops_per_second": evaluations * once / draw_s,
-            "sampling_share_of_peak": evaluations * once / draw_s / peak}
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params["unet"])),
+        "matmul_peak": peak,
+        "forward_flops": once,
+        "train_compile_s": train_compile,
+        "train_step_s": train_s,
+        "train_flops_per_second": 3 * once / train_s,
+        "train_share_of_peak": 3 * once / train_s / peak,
+        "sampling_compile_s": draw_compile,
+        "sampling_s": draw_s,
+        "sampling_flops_per_second": evaluations * once / draw_s,
+        "sampling_share_of_peak": evaluations * once / draw_s / peak,
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=5, help="training steps that are timed (5)")
     parser.add_argument("--sampling", type=int, default=50, help="steps of the sampler (50)")
     parser.add_argument("--json", metavar="FILE", help="the numbers, as JSON")
     flags = parser.parse_args()
     with jax.set_mesh(sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])):
         found = measure(flags.steps, flags.sampling)
-    print(f"U-Net of {found['parameters'] / 1e6:.1f}M parameters on {SIDE} x {SIDE} places, {found['forward_flops'] / 1e9:.1f} GFLOP forward; "
-          f"float32 matrix product {found['matmul_peak'] / 1e9:.1f} GFLOP/s")
-    for name, what in (("train", "training step, 1 image"), ("sampling", f"{flags.sampling} steps of {SAMPLER}, 1 picture")):
+    print(
+        f"U-Net of {found['parameters'] / 1e6:.1f}M parameters on {SIDE} x {SIDE} places, {found['forward_flops'] / 1e9:.1f} GFLOP forward; "
+        f"float32 matrix product {found['matmul_peak'] / 1e9:.1f} GFLOP/s"
+    )
+    for name, what in (
+        ("train", "training step, 1 image"),
+        ("sampling", f"{flags.sampling} steps of {SAMPLER}, 1 picture"),
+    ):
         seconds = found["train_step_s" if name == "train" else "sampling_s"]
-        print(f"{what:32}{seconds:9.2f} s  {found[f'{name}_flops_per_second'] / 1e9:8.1f} GFLOP/s "
-              f"{100 * found[f'{name}_share_of_peak']:6.1f} % of that  (compiling {found[f'{name}_compile_s']:.1f} s)")
+        print(
+            f"{what:32}{seconds:9.2f} s  {found[f'{name}_flops_per_second'] / 1e9:8.1f} GFLOP/s "
+            f"{100 * found[f'{name}_share_of_peak']:6.1f} % of that  (compiling {found[f'{name}_compile_s']:.1f} s)"
+        )
     if flags.json:
         Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
     return 0

@@ -6,6 +6,7 @@ one.
 Random weights: what is said is nonsense, and takes as long. Pictures are decoded from files, as in
 an evaluation.
 """
+
 import argparse
 import json
 import sys
@@ -34,8 +35,12 @@ def pictures(folder: Path, count: int) -> benchmark.Plan:
     rng = np.random.default_rng(0)
     examples = [Example(str(k), f"{k}.jpg", answers=("a dog",)) for k in range(count)]
     for example in examples:
-        Image.fromarray(rng.integers(0, 256, (480, 640, 3), np.uint8)).save(folder / example.picture)
-    return benchmark.Plan(examples, {example.picture: folder / example.picture for example in examples}, [], [])
+        Image.fromarray(rng.integers(0, 256, (480, 640, 3), np.uint8)).save(
+            folder / example.picture
+        )
+    return benchmark.Plan(
+        examples, {example.picture: folder / example.picture for example in examples}, [], []
+    )
 
 
 def captions(session: Session, planned: benchmark.Plan, batch: int) -> tuple[float, list[str]]:
@@ -43,7 +48,9 @@ def captions(session: Session, planned: benchmark.Plan, batch: int) -> tuple[flo
     session.batch = batch
     settings = benchmark.Settings("coco-caption", "", 0, "", "test")
     asker = benchmark.Asker(session, settings, planned)
-    batches = [planned.examples[start:start + batch] for start in range(0, len(planned.examples), batch)]
+    batches = [
+        planned.examples[start : start + batch] for start in range(0, len(planned.examples), batch)
+    ]
     # which may be smaller
     for some in (batches[0], batches[-1]):
         asker.predict(some)
@@ -54,7 +61,9 @@ def captions(session: Session, planned: benchmark.Plan, batch: int) -> tuple[flo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=32, help="pictures (32)")
     parser.add_argument("--batch", type=int, default=32, help="pictures at once (32)")
     parser.add_argument("--size", default="emu-60m", help="of configs/sizes.py (emu-60m)")
@@ -62,19 +71,32 @@ def main() -> int:
     flags = parser.parse_args()
     size = emu.EmuSize.of(config.load([f"--config=configs/base.py:{flags.size}"]).model.to_dict())
     params = jax.jit(partial(emu.init, emu.Emu, size))(jax.random.key(0))
-    letters = Tokenizer(size.llama.vocab, lambda text: [3 + ord(letter) for letter in text], lambda ids: " ".join(map(str, ids)))
+    letters = Tokenizer(
+        size.llama.vocab,
+        lambda text: [3 + ord(letter) for letter in text],
+        lambda ids: " ".join(map(str, ids)),
+    )
     session = Session(size, params, letters, context=2048)
     with tempfile.TemporaryDirectory() as folder:
         planned = pictures(Path(folder), flags.images)
         together, said = captions(session, planned, flags.batch)
         alone, said_alone = captions(session, planned, 1)
-    numbers = {"images": flags.images, "batch": flags.batch, "task": TASKS["coco-caption"].what, "device": jax.devices()[0].device_kind,
-               "captions_per_second": flags.images / together, "captions_per_second_alone": flags.images / alone, "ratio": alone / together,
-               "alike": float(np.mean([a == b for a, b in zip(said, said_alone, strict=True)]))}
+    numbers = {
+        "images": flags.images,
+        "batch": flags.batch,
+        "task": TASKS["coco-caption"].what,
+        "device": jax.devices()[0].device_kind,
+        "captions_per_second": flags.images / together,
+        "captions_per_second_alone": flags.images / alone,
+        "ratio": alone / together,
+        "alike": float(np.mean([a == b for a, b in zip(said, said_alone, strict=True)])),
+    }
     print(f"{flags.images} captions, {flags.size}, {size.compute}, {numbers['device']}")
     print(f"  {flags.batch} at once  {numbers['captions_per_second']:8.2f} a second")
-    print(f"  one by one  {numbers['captions_per_second_alone']:8.2f} a second; {numbers['ratio']:.1f} times as slow, "
-          f"{numbers['alike']:.0%} of the captions the same")
+    print(
+        f"  one by one  {numbers['captions_per_second_alone']:8.2f} a second; {numbers['ratio']:.1f} times as slow, "
+        f"{numbers['alike']:.0%} of the captions the same"
+    )
     if flags.json:
         Path(flags.json).write_text(json.dumps(numbers, indent=1) + "\n")
     return 0

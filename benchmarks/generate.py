@@ -8,6 +8,7 @@ and must agree. Then text: time to the first token of a 512-token prompt, and to
 and 8 prompts at once. Compiling is timed apart. Exits 1 if the image loop is not 10 times as fast.
 Run it on an idle machine; results of one: benchmarks/results/generate.md.
 """
+
 import argparse
 import json
 import statistics
@@ -49,7 +50,9 @@ def whole(size, params, x, _):
         z = model.regress_head(jax.lax.dynamic_slice_in_dim(hidden, PREFIX - 1 + n, 1, 1))
         return jax.lax.dynamic_update_slice_in_dim(x, z, PREFIX + n, 1), z[:, 0]
 
-    return jnp.moveaxis(jax.lax.scan(one, jnp.pad(x, ((0, 0), (0, N), (0, 0))), jnp.arange(N))[1], 0, 1)
+    return jnp.moveaxis(
+        jax.lax.scan(one, jnp.pad(x, ((0, 0), (0, N), (0, 0))), jnp.arange(N))[1], 0, 1
+    )
 
 
 def timed(call) -> tuple[float, np.ndarray]:
@@ -59,14 +62,17 @@ def timed(call) -> tuple[float, np.ndarray]:
 
 
 def prompts(session: Session, count: int, rng: np.random.Generator) -> list[Prompt]:
-    return [Prompt([1, *rng.integers(3, session.size.llama.vocab, PREFIX - 1).tolist()]) for _ in range(count)]
+    return [
+        Prompt([1, *rng.integers(3, session.size.llama.vocab, PREFIX - 1).tolist()])
+        for _ in range(count)
+    ]
 
 
 def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[str, float]:
     """One image after PREFIX tokens, [IMG] among them: seconds of both ways (medians), taking
     turns.
     """
-    prompt, = prompts(session, 1, rng)
+    (prompt,) = prompts(session, 1, rng)
     # the session appends [IMG]
     opened = Prompt(prompt.tokens[:-1])
     x, _ = session._embedded([Prompt([*opened.tokens, session.tokenizer.img])])
@@ -79,7 +85,11 @@ def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[
     runs = [{name: timed(call)[0] for name, call in ways.items()} for _ in range(rounds)]
     results |= {name: statistics.median(run[name] for run in runs) for name in ways}
     ratios = sorted(run["whole"] / run["cached"] for run in runs)
-    return results | {"ratio": statistics.median(ratios), "ratio_least": ratios[0], "ratio_most": ratios[-1]}
+    return results | {
+        "ratio": statistics.median(ratios),
+        "ratio_least": ratios[0],
+        "ratio_most": ratios[-1],
+    }
 
 
 def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) -> dict[str, float]:
@@ -92,20 +102,34 @@ def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) 
     keys = jax.random.split(jax.random.key(0), rows)
 
     def once() -> tuple[float, float]:
-        first, draft = timed(lambda: text.begin(session.size, session.params, session._read(some, None, NEW), keys, NEW, rules))
-        rest, draft = timed(lambda: text.write(session.size, session.params, draft, jnp.int32(NEW), rules))
+        first, draft = timed(
+            lambda: text.begin(
+                session.size, session.params, session._read(some, None, NEW), keys, NEW, rules
+            )
+        )
+        rest, draft = timed(
+            lambda: text.write(session.size, session.params, draft, jnp.int32(NEW), rules)
+        )
         assert int(draft.count) == NEW
         return first, rest
 
     compiled = once()
     runs = [once() for _ in range(rounds)]
     first, rest = (statistics.median(run[k] for run in runs) for k in (0, 1))
-    return {"first_token_s": first, "tokens_per_second": rows * (NEW - 1) / rest, "compile_s": sum(compiled) - first - rest}
+    return {
+        "first_token_s": first,
+        "tokens_per_second": rows * (NEW - 1) / rest,
+        "compile_s": sum(compiled) - first - rest,
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timings, of which medians are taken (3)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="timings, of which medians are taken (3)"
+    )
     parser.add_argument("--json", metavar="FILE", help="the numbers, as JSON")
     flags = parser.parse_args()
     c = config.load(["--config=configs/base.py:emu-60m", f"--config.model.resampler.tokens={N}"])
@@ -113,22 +137,36 @@ def main() -> int:
     rng = np.random.default_rng(0)
     params = jax.jit(partial(emu.init, emu.Emu, size))(jax.random.key(0))
     session = Session(size, params, Tokenizer(size.llama.vocab, list, str), context=2048)
-    results = {"image": image_loop(session, flags.rounds, rng)} | {f"text_{rows}": writing(session, rows, flags.rounds, rng) for rows in (1, 8)}
+    results = {"image": image_loop(session, flags.rounds, rng)} | {
+        f"text_{rows}": writing(session, rows, flags.rounds, rng) for rows in (1, 8)
+    }
     image = results["image"]
     millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
-    print(f"one image of {N} visual tokens after {PREFIX} tokens, {millions:.0f}M parameters, {size.compute}")
-    print(f"  with a cache     {image['cached']:8.3f} s   (first call, with compiling {image['cached_compile']:.1f} s)")
-    print(f"  whole prefix     {image['whole']:8.3f} s   (first call, with compiling {image['whole_compile']:.1f} s)")
-    print(f"  ratio            {image['ratio']:8.1f}     ({image['ratio_least']:.1f} to {image['ratio_most']:.1f}); "
-          f"largest difference {image['difference']:.1e}")
+    print(
+        f"one image of {N} visual tokens after {PREFIX} tokens, {millions:.0f}M parameters, {size.compute}"
+    )
+    print(
+        f"  with a cache     {image['cached']:8.3f} s   (first call, with compiling {image['cached_compile']:.1f} s)"
+    )
+    print(
+        f"  whole prefix     {image['whole']:8.3f} s   (first call, with compiling {image['whole_compile']:.1f} s)"
+    )
+    print(
+        f"  ratio            {image['ratio']:8.1f}     ({image['ratio_least']:.1f} to {image['ratio_most']:.1f}); "
+        f"largest difference {image['difference']:.1e}"
+    )
     for rows in (1, 8):
         row = results[f"text_{rows}"]
-        print(f"text, batch {rows}: first token after {row['first_token_s']:.3f} s, then {row['tokens_per_second']:.1f} tokens a second "
-              f"(compiling {row['compile_s']:.1f} s)")
+        print(
+            f"text, batch {rows}: first token after {row['first_token_s']:.3f} s, then {row['tokens_per_second']:.1f} tokens a second "
+            f"(compiling {row['compile_s']:.1f} s)"
+        )
     if flags.json:
         Path(flags.json).write_text(json.dumps(results, indent=1) + "\n")
     if image["ratio"] < WANTED or image["difference"] > 1e-3:
-        print(f"FAILED: the cache must be {WANTED} times as fast, and draw the same", file=sys.stderr)
+        print(
+            f"FAILED: the cache must be {WANTED} times as fast, and draw the same", file=sys.stderr
+        )
         return 1
     return 0
 

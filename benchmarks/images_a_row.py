@@ -7,6 +7,7 @@ Documents are drawn by the mixture's weights with lengths like their sets' (LENG
 whence) and packed by the loader's own best fit, once without a limit on images and then with
 several: what a limit costs is padding. Results: benchmarks/results/fit.md.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -24,8 +25,14 @@ from emu_jax.data.packing import best_fit
 # tokens with at most 5 images, and 5 images with a sentence each in 512 tokens. Storyboards: 8
 # frames and the words spoken between them, two and a half a second for 2 seconds a frame, 1.4
 # tokens a word (ours: a guess).
-LENGTHS = {"laion-2b": ((1, 1), 20, 14), "laion-coco": ((1, 1), 14, 4), "mmc4": ((1, 5), 500, 250), "mmc4-pairs": ((5, 5), 125, 50),
-           "webvid": ((8, 8), 20, 10), "yt-storyboard": ((8, 8), 56, 30)}
+LENGTHS = {
+    "laion-2b": ((1, 1), 20, 14),
+    "laion-coco": ((1, 1), 14, 4),
+    "mmc4": ((1, 5), 500, 250),
+    "mmc4-pairs": ((5, 5), 125, 50),
+    "webvid": ((8, 8), 20, 10),
+    "yt-storyboard": ((8, 8), 56, 30),
+}
 LIMITS = (8, 16, 24, 32, 40, 48)
 
 
@@ -34,9 +41,12 @@ def document(name: str, rng: np.random.Generator, n_visual: int) -> SimpleNamesp
     (least, most), mean, deviation = LENGTHS[name]
     images = rng.integers(least, most + 1)
     spread = np.log(1 + (deviation / mean) ** 2)
-    text = max(1, round(rng.lognormal(np.log(mean) - spread / 2, spread ** 0.5)))
+    text = max(1, round(rng.lognormal(np.log(mean) - spread / 2, spread**0.5)))
     most_tokens = {"mmc4": 1024, "mmc4-pairs": 512}.get(name, 2048)
-    return SimpleNamespace(tokens=range(min(2 + text + images * (n_visual + 2), most_tokens)), image_slots=range(images))
+    return SimpleNamespace(
+        tokens=range(min(2 + text + images * (n_visual + 2), most_tokens)),
+        image_slots=range(images),
+    )
 
 
 def pack(c, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -52,8 +62,16 @@ def pack(c, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
     for row in range(rows):
         while True:
             while len(waiting) < c.data.pack_lookahead:
-                waiting.append(document(rng.choice(names, p=np.array(weights) / sum(weights)), rng, c.model.resampler.tokens))
-            place = best_fit(waiting, c.data.tokens - tokens[row], limit - images[row], c.data.tokens, limit)
+                waiting.append(
+                    document(
+                        rng.choice(names, p=np.array(weights) / sum(weights)),
+                        rng,
+                        c.model.resampler.tokens,
+                    )
+                )
+            place = best_fit(
+                waiting, c.data.tokens - tokens[row], limit - images[row], c.data.tokens, limit
+            )
             if place is None:
                 break
             found = waiting.pop(place)
@@ -64,17 +82,28 @@ def pack(c, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=2000)
     rows = parser.parse_args().rows
     c = config.load(["--config=configs/pretrain.py"])
     _, images, documents = pack(c, rows, c.data.tokens)
-    print(f"without a limit: {documents / rows * c.data.batch:,.0f} documents in {c.data.batch} rows; images a row: mean {images.mean():.1f}, "
-          + ", ".join(f"{share:.0%} of rows at most {np.quantile(images, share):.0f}" for share in (0.5, 0.9, 0.99)))
-    print("| images a row | padding | places for images that stay empty | documents a step |\n|---|---|---|---|")
+    print(
+        f"without a limit: {documents / rows * c.data.batch:,.0f} documents in {c.data.batch} rows; images a row: mean {images.mean():.1f}, "
+        + ", ".join(
+            f"{share:.0%} of rows at most {np.quantile(images, share):.0f}"
+            for share in (0.5, 0.9, 0.99)
+        )
+    )
+    print(
+        "| images a row | padding | places for images that stay empty | documents a step |\n|---|---|---|---|"
+    )
     for limit in LIMITS:
         tokens, images, documents = pack(c, rows, limit)
-        print(f"| {limit} | {1 - tokens.mean() / c.data.tokens:.1%} | {1 - images.mean() / limit:.0%} | {documents / rows * c.data.batch:,.0f} |")
+        print(
+            f"| {limit} | {1 - tokens.mean() / c.data.tokens:.1%} | {1 - images.mean() / limit:.0%} | {documents / rows * c.data.batch:,.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The import runs in a process of its own, whose peak resident memory is held to t
 to disk, where nothing stays on the host: 3 x the largest tensor + 1 GiB. Then the checkpoint is
 exported again, under the same bound, and compared with the source, tensor by tensor.
 """
+
 import argparse
 import json
 import re
@@ -41,13 +42,26 @@ def make(folder: Path, c) -> tuple[int, int]:
     D = m.width
     d = m.width // m.heads
     L = m.depth
-    ours = {"llama/embed/base": (m.vocab, D), "llama/lm_head/base": (m.vocab, D), "llama/norm/scale": (D,), "llama/blocks/norm1/scale": (L, D),
-            "llama/blocks/norm2/scale": (L, D), "llama/blocks/attn/q/w": (L, D, m.heads, d), "llama/blocks/attn/o/w": (L, m.heads, d, D),
-            **{f"llama/blocks/attn/{name}/w": (L, D, m.kv, d) for name in "kv"},
-            **{f"llama/blocks/ffn/{name}/w": (L, D, m.ffn) for name in ("gate", "up")}, "llama/blocks/ffn/down/w": (L, m.ffn, D)}
+    ours = {
+        "llama/embed/base": (m.vocab, D),
+        "llama/lm_head/base": (m.vocab, D),
+        "llama/norm/scale": (D,),
+        "llama/blocks/norm1/scale": (L, D),
+        "llama/blocks/norm2/scale": (L, D),
+        "llama/blocks/attn/q/w": (L, D, m.heads, d),
+        "llama/blocks/attn/o/w": (L, m.heads, d, D),
+        **{f"llama/blocks/attn/{name}/w": (L, D, m.kv, d) for name in "kv"},
+        **{f"llama/blocks/ffn/{name}/w": (L, D, m.ffn) for name in ("gate", "up")},
+        "llama/blocks/ffn/down/w": (L, m.ffn, D),
+    }
     shapes = convert.shapes(llama.table(size), ours)
-    arrays = ((name, rng.standard_normal(shape, np.float32).astype(dtype)) for name, shape in shapes.items())
-    files.write(folder, "model", {name: (shape, dtype) for name, shape in shapes.items()}, arrays, SHARD)
+    arrays = (
+        (name, rng.standard_normal(shape, np.float32).astype(dtype))
+        for name, shape in shapes.items()
+    )
+    files.write(
+        folder, "model", {name: (shape, dtype) for name, shape in shapes.items()}, arrays, SHARD
+    )
     (folder / "config.json").write_text(json.dumps(llama.config_json(model, 2048)))
     sizes = [int(np.prod(shape)) * dtype.itemsize for shape in shapes.values()]
     return sum(sizes), max(sizes)
@@ -60,9 +74,13 @@ def run(*arguments: str) -> tuple[float, int]:
     """
     began = time.perf_counter()
     peak = 0
-    process = subprocess.Popen([sys.executable, "-m", "emu_jax.weights", *arguments], stdout=subprocess.DEVNULL, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "emu_jax.weights", *arguments], stdout=subprocess.DEVNULL, cwd=ROOT
+    )
     while process.poll() is None:
-        if found := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()):
+        if found := re.search(
+            r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()
+        ):
             peak = int(found[1]) * 1024
         time.sleep(0.02)
     if process.returncode:
@@ -71,7 +89,9 @@ def run(*arguments: str) -> tuple[float, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="emu-1b", help="of configs/sizes.py")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well")
     flags = parser.parse_args()
@@ -80,20 +100,38 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as where:
         source, ours, theirs = (Path(where) / name for name in ("source", "ours", "theirs"))
         total, largest = make(source, c)
-        found = {"import": run("import", "--family=llama", str(source), named, f"--to={ours}"),
-                 "export": run("export", "--family=llama", f"--from={ours}", f"--to={theirs}")}
+        found = {
+            "import": run("import", "--family=llama", str(source), named, f"--to={ours}"),
+            "export": run("export", "--family=llama", f"--from={ours}", f"--to={theirs}"),
+        }
         one = files.read([str(source)]).tensors
         two = files.read([str(theirs)]).tensors
-        differ = [name for name in one if np.asarray(one[name]).tobytes() != np.asarray(two[name]).tobytes()] + sorted(one.keys() ^ two.keys())
+        differ = [
+            name
+            for name in one
+            if np.asarray(one[name]).tobytes() != np.asarray(two[name]).tobytes()
+        ] + sorted(one.keys() ^ two.keys())
     bound = 3 * largest + 2**30
-    print(f"{flags.size}'s LLaMA: {total / 2**30:.2f} GiB in {-(-total // SHARD)} shards, the largest tensor {largest / 2**20:.0f} MiB\n")
+    print(
+        f"{flags.size}'s LLaMA: {total / 2**30:.2f} GiB in {-(-total // SHARD)} shards, the largest tensor {largest / 2**20:.0f} MiB\n"
+    )
     print("| | seconds | MiB/s | peak MiB | bound MiB |\n|---|---|---|---|---|")
     for name, (seconds, peak) in found.items():
-        print(f"| {name} | {seconds:.1f} | {total / 2**20 / seconds:.0f} | {peak / 2**20:.0f} | {bound / 2**20:.0f} |")
-    print(f"\nexport of import: {'bit for bit the source' if not differ else f'{len(differ)} tensors DIFFER: {differ[:3]}'}")
+        print(
+            f"| {name} | {seconds:.1f} | {total / 2**20 / seconds:.0f} | {peak / 2**20:.0f} | {bound / 2**20:.0f} |"
+        )
+    print(
+        f"\nexport of import: {'bit for bit the source' if not differ else f'{len(differ)} tensors DIFFER: {differ[:3]}'}"
+    )
     if flags.json:
         rows = {name: {"seconds": seconds, "peak": peak} for name, (seconds, peak) in found.items()}
-        Path(flags.json).write_text(json.dumps({"size": flags.size, "bytes": total, "largest": largest, "bound": bound, **rows}, indent=1) + "\n")
+        Path(flags.json).write_text(
+            json.dumps(
+                {"size": flags.size, "bytes": total, "largest": largest, "bound": bound, **rows},
+                indent=1,
+            )
+            + "\n"
+        )
     return 1 if differ or max(peak for _, peak in found.values()) > bound else 0
 
 

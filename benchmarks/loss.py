@@ -7,6 +7,7 @@ Value and gradient at T 2048 and V 32006, float32, on this machine's CPU; then t
 compiled for meshes of 8 fake devices and its HLO is read. Exits 1 if a bound is violated. Results
 of one machine: benchmarks/results/loss.md.
 """
+
 import argparse
 import json
 import os
@@ -15,7 +16,9 @@ import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
@@ -44,10 +47,20 @@ DIFFERENCE = 1e-4
 
 def shapes(B, D):
     """The arguments of `fused` as shapes: (what learns, what is given)."""
+
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
+
     learnt = array(B, T, D), {"base": array(V, D), "added": array(ADDED, D)}, {"w": array(D, D)}
-    given = (array(B, T, dtype=jnp.int32), array(B, T), array(B, K, dtype=jnp.int32), array(B, K, D), array(B, K), array(), array())
+    given = (
+        array(B, T, dtype=jnp.int32),
+        array(B, T),
+        array(B, K, dtype=jnp.int32),
+        array(B, K, D),
+        array(B, K),
+        array(),
+        array(),
+    )
     return learnt, given
 
 
@@ -75,12 +88,20 @@ def one_table(learnt):
 
 def fill(shapes, D):
     rng = np.random.default_rng(0)
-    learnt, given = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) if x.dtype == jnp.float32 else x, shapes)
-    learnt = learnt[0], *jax.tree.map(lambda w: w / D ** 0.5, learnt[1:])
+    learnt, given = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape, np.float32) if x.dtype == jnp.float32 else x, shapes
+    )
+    learnt = learnt[0], *jax.tree.map(lambda w: w / D**0.5, learnt[1:])
     labels, _, predictors, targets, *_ = given
-    given = (rng.integers(0, V + ADDED, labels.shape, np.int32), np.ones(labels.shape, np.float32),
-             rng.integers(0, T, predictors.shape, np.int32), targets, np.ones(predictors.shape, np.float32),
-             np.float32(1 / T), np.float32(1 / K))
+    given = (
+        rng.integers(0, V + ADDED, labels.shape, np.int32),
+        np.ones(labels.shape, np.float32),
+        rng.integers(0, T, predictors.shape, np.int32),
+        targets,
+        np.ones(predictors.shape, np.float32),
+        np.float32(1 / T),
+        np.float32(1 / K),
+    )
     return jax.device_put((learnt, given))
 
 
@@ -96,15 +117,24 @@ def race(D):
     """
     learnt, given = fill(shapes(1, D), D)
     arguments = {"plain": (one_table(learnt), given), "fused": (learnt, given)}
-    compiled = {name: jax.jit(jax.value_and_grad(function)).lower(*arguments[name]).compile()
-                for name, function in (("plain", plain), ("fused", fused))}
+    compiled = {
+        name: jax.jit(jax.value_and_grad(function)).lower(*arguments[name]).compile()
+        for name, function in (("plain", plain), ("fused", fused))
+    }
     buffer = (V + ADDED) * D * 4
-    temporaries = {name: (c.memory_analysis().temp_size_in_bytes - buffer) / 2**20 for name, c in compiled.items()}
+    temporaries = {
+        name: (c.memory_analysis().temp_size_in_bytes - buffer) / 2**20
+        for name, c in compiled.items()
+    }
 
     # which also warms them up
     results = {name: c(*arguments[name]) for name, c in compiled.items()}
     value, gradient = results["fused"]
-    pairs = zip(jax.tree.leaves((value, one_table(gradient))), jax.tree.leaves(results["plain"]), strict=True)
+    pairs = zip(
+        jax.tree.leaves((value, one_table(gradient))),
+        jax.tree.leaves(results["plain"]),
+        strict=True,
+    )
     difference = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
     del results, value, gradient, pairs
 
@@ -114,10 +144,18 @@ def race(D):
         for name in sorted(times, reverse=turn % 2 == 0):
             times[name].append(seconds(compiled[name], arguments[name]))
     ratios = np.array(times["fused"]) / np.array(times["plain"])
-    return {"D": D, "plain_mib": temporaries["plain"], "fused_mib": temporaries["fused"],
-            "memory_ratio": temporaries["fused"] / temporaries["plain"], "plain_s": float(np.median(times["plain"])),
-            "fused_s": float(np.median(times["fused"])), "time_ratio": float(np.median(ratios)),
-            "time_ratio_min": float(ratios.min()), "time_ratio_max": float(ratios.max()), "difference": difference}
+    return {
+        "D": D,
+        "plain_mib": temporaries["plain"],
+        "fused_mib": temporaries["fused"],
+        "memory_ratio": temporaries["fused"] / temporaries["plain"],
+        "plain_s": float(np.median(times["plain"])),
+        "fused_s": float(np.median(times["fused"])),
+        "time_ratio": float(np.median(ratios)),
+        "time_ratio_min": float(ratios.min()),
+        "time_ratio_max": float(ratios.max()),
+        "difference": difference,
+    }
 
 
 def on_mesh(sizes, D=512):
@@ -128,43 +166,82 @@ def on_mesh(sizes, D=512):
     learnt, given = shapes(8, D)
     row = P(sharding.ROWS)
     specs = (row, losses.HEAD, losses.REGRESS), (row, row, row, row, row, P(), P())
-    placed = jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
-                          (learnt, given), specs)
+    placed = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        (learnt, given),
+        specs,
+    )
     with jax.set_mesh(mesh):
-        found = hlo.Module(jax.jit(jax.value_and_grad(fused)).lower(*placed).compile().as_text()).collectives()
+        found = hlo.Module(
+            jax.jit(jax.value_and_grad(fused)).lower(*placed).compile().as_text()
+        ).collectives()
     inside = [c for c in found if c.in_loop]
     tensor = np.arange(mesh.size).reshape(-1, sizes[2]).tolist()
     strangers = [c for c in inside if sorted(map(list, c.groups)) != tensor]
-    return {"mesh": list(sizes), "inside": len(inside), "inside_not_tensor": len(strangers), "outside": len(found) - len(inside)}
+    return {
+        "mesh": list(sizes),
+        "inside": len(inside),
+        "inside_not_tensor": len(strangers),
+        "outside": len(found) - len(inside),
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", metavar="FILE", help="write the tables there as well")
     flags = parser.parse_args()
-    print(f"T {T}, V {V + ADDED}, B 1, K {K}, chunk {CHUNK}, float32, jax {jax.__version__}, {os.cpu_count()} cores")
-    print("temporaries are beyond one V x D float32 gradient; times are medians, plain and fused taking turns\n")
+    print(
+        f"T {T}, V {V + ADDED}, B 1, K {K}, chunk {CHUNK}, float32, jax {jax.__version__}, {os.cpu_count()} cores"
+    )
+    print(
+        "temporaries are beyond one V x D float32 gradient; times are medians, plain and fused taking turns\n"
+    )
 
     meshes = []
-    print("| mesh (data, fsdp, tensor) | collectives in the loop | not over tensor alone | outside |\n|---|---|---|---|")
+    print(
+        "| mesh (data, fsdp, tensor) | collectives in the loop | not over tensor alone | outside |\n|---|---|---|---|"
+    )
     for sizes in MESHES:
         meshes.append(on_mesh(sizes))
-        print("| {mesh} | {inside} | {inside_not_tensor} | {outside} |".format(**meshes[-1]), flush=True)
+        print(
+            "| {mesh} | {inside} | {inside_not_tensor} | {outside} |".format(**meshes[-1]),
+            flush=True,
+        )
 
     races = []
-    print("\n| D | plain MiB | fused MiB | ratio | plain s | fused s | ratio (least to most) | largest difference |\n" + "|---" * 8 + "|")
+    print(
+        "\n| D | plain MiB | fused MiB | ratio | plain s | fused s | ratio (least to most) | largest difference |\n"
+        + "|---" * 8
+        + "|"
+    )
     for D in ROUNDS:
         races.append(race(D))
-        print("| {D} | {plain_mib:.0f} | {fused_mib:.0f} | {memory_ratio:.3f} | {plain_s:.2f} | {fused_s:.2f} | "
-              "{time_ratio:.2f} ({time_ratio_min:.2f} to {time_ratio_max:.2f}) | {difference:.0e} |".format(**races[-1]), flush=True)
+        print(
+            "| {D} | {plain_mib:.0f} | {fused_mib:.0f} | {memory_ratio:.3f} | {plain_s:.2f} | {fused_s:.2f} | "
+            "{time_ratio:.2f} ({time_ratio_min:.2f} to {time_ratio_max:.2f}) | {difference:.0e} |".format(
+                **races[-1]
+            ),
+            flush=True,
+        )
 
-    violated = [f"mesh {m['mesh']}: a collective in the loop is not over tensor, or one is missing"
-                for m in meshes if m["inside_not_tensor"] or (m["inside"] > 0) != (m["mesh"][2] > 1)]
+    violated = [
+        f"mesh {m['mesh']}: a collective in the loop is not over tensor, or one is missing"
+        for m in meshes
+        if m["inside_not_tensor"] or (m["inside"] > 0) != (m["mesh"][2] > 1)
+    ]
     bounds = {"memory_ratio": SHARE, "time_ratio": SLOWER, "difference": DIFFERENCE}
-    violated += [f"D {r['D']}: {name} is {r[name]:.3g}, over {bound:.3g}"
-                 for r in races for name, bound in bounds.items() if not r[name] <= bound]
+    violated += [
+        f"D {r['D']}: {name} is {r[name]:.3g}, over {bound:.3g}"
+        for r in races
+        for name, bound in bounds.items()
+        if not r[name] <= bound
+    ]
     if flags.json:
-        Path(flags.json).write_text(json.dumps({"meshes": meshes, "races": races, "violated": violated}, indent=1) + "\n")
+        Path(flags.json).write_text(
+            json.dumps({"meshes": meshes, "races": races, "violated": violated}, indent=1) + "\n"
+        )
     print("\n" + ("\n".join(violated) or "every bound holds"))
     sys.exit(1 if violated else 0)
 

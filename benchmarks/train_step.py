@@ -8,6 +8,7 @@ the demo waits for its input under 2 % of the time. Needs the demo's data: pytho
 build --kind=openmoji --to=data/demo Run it on an idle machine; results of one:
 benchmarks/results/train_step.md.
 """
+
 import argparse
 import json
 import statistics
@@ -30,8 +31,16 @@ MIXTURE = "--config.data.mixture=(('names',0.5,'data/demo/names:train'),('scenes
 # name -> arguments of the config; everything trains, as in pretraining
 RUNS = {
     "demo": ["--config=configs/demo.py", "--config.rules.train=(('.*',True),)"],
-    "emu-60m": ["--config=configs/base.py:emu-60m", MIXTURE, "--config.data.tokenizer=data/demo/tokenizer.json", "--config.model.llama.vocab=2048",
-                "--config.data.batch=4", "--config.data.tokens=256", "--config.data.images=12", "--config.data.num_streams=4"],
+    "emu-60m": [
+        "--config=configs/base.py:emu-60m",
+        MIXTURE,
+        "--config.data.tokenizer=data/demo/tokenizer.json",
+        "--config.model.llama.vocab=2048",
+        "--config.data.batch=4",
+        "--config.data.tokens=256",
+        "--config.data.images=12",
+        "--config.data.num_streams=4",
+    ],
 }
 
 
@@ -46,7 +55,7 @@ def matmul_peak(size: int = 2048) -> float:
         product(x).block_until_ready()
         return time.perf_counter() - began
 
-    return 2 * size ** 3 / min(once() for _ in range(10))
+    return 2 * size**3 / min(once() for _ in range(10))
 
 
 def measure(arguments: list[str], steps: int) -> dict[str, float]:
@@ -58,7 +67,13 @@ def measure(arguments: list[str], steps: int) -> dict[str, float]:
     program = train.make_program(c, stage, size, jax.eval_shape(lambda: params))
     state = loop.init_state(program, *tree.split(params, train.what_trains(c, params)))
     step = jax.jit(partial(loop.train_step, program), donate_argnums=0)
-    loader = Loader(c.data, 0, tokenizer.load(c.data.tokenizer, size.llama.vocab), size.resampler.tokens, size.vision.image)
+    loader = Loader(
+        c.data,
+        0,
+        tokenizer.load(c.data.tokenizer, size.llama.vocab),
+        size.resampler.tokens,
+        size.vision.image,
+    )
     counts = loop.Counts(program, c, state)
     rows = []
     batches = iter(loader)
@@ -75,12 +90,20 @@ def measure(arguments: list[str], steps: int) -> dict[str, float]:
             counts.of(item, waited)
     loader.close()
     assert step._cache_size() == 1, f"train_step was compiled {step._cache_size()} times"
+
     def median(name):
         return float(statistics.median(row[name] for row in rows))
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), "step_time": median("step_time"),
-            "elements_per_second": median("tokens_per_second"), "images_per_second": median("images_per_second"),
-            "padding": statistics.fmean(row["padding"] for row in rows), "flops_per_second": median("flops_per_second"),
-            "input_wait": sum(row["input_wait"] for row in rows) / sum(row["step_time"] for row in rows)}
+
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "step_time": median("step_time"),
+        "elements_per_second": median("tokens_per_second"),
+        "images_per_second": median("images_per_second"),
+        "padding": statistics.fmean(row["padding"] for row in rows),
+        "flops_per_second": median("flops_per_second"),
+        "input_wait": sum(row["input_wait"] for row in rows)
+        / sum(row["step_time"] for row in rows),
+    }
 
 
 def main() -> int:
@@ -94,15 +117,30 @@ def main() -> int:
             for name, arguments in RUNS.items():
                 peak = matmul_peak()
                 found[name] = measure(arguments, flags.steps)
-                found[name] |= {"matmul_peak": peak, "share_of_peak": found[name]["flops_per_second"] / peak}
+                found[name] |= {
+                    "matmul_peak": peak,
+                    "share_of_peak": found[name]["flops_per_second"] / peak,
+                }
     except config.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{'':22}" + "".join(f"{name:>12}" for name in found))
-    for field, unit, scale in (("parameters", "M", 1e-6), ("step_time", "ms", 1e3), ("elements_per_second", "", 1), ("images_per_second", "", 1),
-                               ("padding", "%", 100), ("input_wait", "%", 100),
-                               ("flops_per_second", "GFLOP/s", 1e-9), ("matmul_peak", "GFLOP/s", 1e-9), ("share_of_peak", "%", 100)):
-        print(f"{field:22}" + "".join(f"{row[field] * scale:12.1f}" for row in found.values()) + f"  {unit}")
+    for field, unit, scale in (
+        ("parameters", "M", 1e-6),
+        ("step_time", "ms", 1e3),
+        ("elements_per_second", "", 1),
+        ("images_per_second", "", 1),
+        ("padding", "%", 100),
+        ("input_wait", "%", 100),
+        ("flops_per_second", "GFLOP/s", 1e-9),
+        ("matmul_peak", "GFLOP/s", 1e-9),
+        ("share_of_peak", "%", 100),
+    ):
+        print(
+            f"{field:22}"
+            + "".join(f"{row[field] * scale:12.1f}" for row in found.values())
+            + f"  {unit}"
+        )
     if flags.json:
         with open(flags.json, "w") as file:
             json.dump(found, file, indent=1)

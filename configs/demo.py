@@ -7,6 +7,7 @@ python -m emu_jax.train --config=configs/demo.py:decoder    a U-Net on pixels, f
 visual tokens python -m emu_jax.train --config=configs/demo.py:instruct   LoRA: that Emu answers
 questions on scenes; `make demo-chat`
 """
+
 from configs.base import get_config as base
 from configs.decoder import decoder as sd15
 
@@ -30,7 +31,10 @@ def get_config(stage: str = "emu"):
 
 def warmup(c):
     c.stage = "contrastive"
-    c.data.mixture = (("names", 0.5, "data/demo/names:train"), ("scenes", 0.5, "data/demo/scenes:train"))
+    c.data.mixture = (
+        ("names", 0.5, "data/demo/names:train"),
+        ("scenes", 0.5, "data/demo/scenes:train"),
+    )
     # some 128 images a step: each has that many rivals
     c.data.batch = 16
     c.data.tokens = 128
@@ -48,10 +52,16 @@ def warmup(c):
 
 def emu(c):
     c.init = "runs/demo/warmup"
-    c.data.mixture = (("names", 0.5, "data/demo/names:train"), ("scenes", 0.4, "data/demo/scenes:train"),
-                      ("stories", 0.1, "data/demo/stories:train"))
-    c.data.eval_mixture = (("names", 1.0, "data/demo/names:held_out"), ("scenes", 1.0, "data/demo/scenes:held_out"),
-                           ("stories", 1.0, "data/demo/stories:held_out"))
+    c.data.mixture = (
+        ("names", 0.5, "data/demo/names:train"),
+        ("scenes", 0.4, "data/demo/scenes:train"),
+        ("stories", 0.1, "data/demo/stories:train"),
+    )
+    c.data.eval_mixture = (
+        ("names", 1.0, "data/demo/names:held_out"),
+        ("scenes", 1.0, "data/demo/scenes:held_out"),
+        ("stories", 1.0, "data/demo/stories:held_out"),
+    )
     # rows are full at ten images of 6 elements with their names
     c.data.batch = 8
     c.data.tokens = 128
@@ -107,9 +117,24 @@ def decoder(c):
     # attention over them begins as their mean. A map of that for each of the 8 x 8 places costs an
     # eighth of the arithmetic and halves the steps: without, all is said to all places alike. One
     # level: a second, of 4 x 4 places, was a fifth of the arithmetic and drew no better.
-    c.model.decoder.unet.update(dict(
-        channels_in=3, channels_out=3, patch=4, widths=(64,), resnets=(1,), attends_down=(False,), attends_up=(False,), depths=(1,), heads=(4,),
-        pooled=c.model.resampler.tokens, side=8, time=1536, groups=8, remat="none"))
+    c.model.decoder.unet.update(
+        dict(
+            channels_in=3,
+            channels_out=3,
+            patch=4,
+            widths=(64,),
+            resnets=(1,),
+            attends_down=(False,),
+            attends_up=(False,),
+            depths=(1,),
+            heads=(4,),
+            pooled=c.model.resampler.tokens,
+            side=8,
+            time=1536,
+            groups=8,
+            remat="none",
+        )
+    )
     # Of x0, for what is not learnt yet is then blurred. Of the velocity it is noise: after 300
     # steps nothing else was to be seen.
     c.model.decoder.diffusion.update(dict(target="x0", zero_snr=True))
@@ -118,8 +143,14 @@ def decoder(c):
     c.rules.groups = (("unet/.*/cross/.*", "condition"), (".*", "unet"))
     c.optim.ema = 0.99
     c.optim.clip = 1.0
-    c.data.mixture = (("names", 0.8, "data/demo/names:train"), ("scenes", 0.2, "data/demo/scenes:train"))
-    c.data.eval_mixture = (("names", 1.0, "data/demo/names:held_out"), ("scenes", 1.0, "data/demo/scenes:held_out"))
+    c.data.mixture = (
+        ("names", 0.8, "data/demo/names:train"),
+        ("scenes", 0.2, "data/demo/scenes:train"),
+    )
+    c.data.eval_mixture = (
+        ("names", 1.0, "data/demo/names:held_out"),
+        ("scenes", 1.0, "data/demo/scenes:held_out"),
+    )
     c.data.batch = 64
     c.data.tokens = 32
     c.data.images = 1

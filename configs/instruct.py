@@ -7,6 +7,7 @@ python -m emu_jax.train --config=configs/instruct.py[:emu-7b] --config.workdir=D
     --config.model.lora.rank=0 --config.rules.train="(('(vision|ln_visual|resampler)/.*', False),
     ('.*', True))"     the whole LLM instead
 """
+
 from configs.base import get_config as base
 
 
@@ -32,7 +33,12 @@ def get_config(size: str = "emu-14b"):
     c.data.num_streams = 32
     # Weights are the sets' sizes, in thousands (how they were mixed is unpublished). `python -m
     # emu_jax.data build --kind=NAME` writes them.
-    c.data.mixture = (("sharegpt", 90.0, "data/sharegpt:train"), ("alpaca", 52.0, "data/alpaca:train"), ("llava", 158.0, "data/llava:train"),
-                      ("videochat", 11.0, "data/videochat:train"), ("videochatgpt", 100.0, "data/videochatgpt:train"))
+    c.data.mixture = (
+        ("sharegpt", 90.0, "data/sharegpt:train"),
+        ("alpaca", 52.0, "data/alpaca:train"),
+        ("llava", 158.0, "data/llava:train"),
+        ("videochat", 11.0, "data/videochat:train"),
+        ("videochatgpt", 100.0, "data/videochatgpt:train"),
+    )
     c.checkpoint.every = 500
     return c

@@ -4,6 +4,7 @@ sequences.
 python -m emu_jax.train --config=configs/pretrain.py[:emu-7b] --config.workdir=DIR
 --config.data.tokenizer=tokenizer.model
 """
+
 from configs.base import get_config as base
 
 
@@ -14,15 +15,17 @@ def get_config(size: str = "emu-14b"):
     # (benchmarks/images_a_row.py). Paths are FOLDER:SPLIT of what `python -m emu_jax.data build`
     # writes. Of MMC4 half is subsequences with at most 5 images, half is 5 images with their
     # sentences (how they were mixed is unpublished). --kind=pairs
-    c.data.mixture = (("laion-2b", 128.0, "data/laion-2b:train"),
-                      # --kind=pairs
-                      ("laion-coco", 128.0, "data/laion-coco:train"),
-                      ("mmc4", 32.0, "data/mmc4:train", dict(tokens=1024, images=5, start="random")),
-                      ("mmc4-pairs", 32.0, "data/mmc4:train", dict(tokens=512, pairs=5)),
-                      # --kind=videos
-                      ("webvid", 16.0, "data/webvid:train"),
-                      # --kind=storyboards
-                      ("yt-storyboard", 16.0, "data/yt-storyboard:train"))
+    c.data.mixture = (
+        ("laion-2b", 128.0, "data/laion-2b:train"),
+        # --kind=pairs
+        ("laion-coco", 128.0, "data/laion-coco:train"),
+        ("mmc4", 32.0, "data/mmc4:train", dict(tokens=1024, images=5, start="random")),
+        ("mmc4-pairs", 32.0, "data/mmc4:train", dict(tokens=512, pairs=5)),
+        # --kind=videos
+        ("webvid", 16.0, "data/webvid:train"),
+        # --kind=storyboards
+        ("yt-storyboard", 16.0, "data/yt-storyboard:train"),
+    )
     # padding and empty image slots: benchmarks/data.py
     c.data.packing = "best_fit"
     c.data.pack_lookahead = 32

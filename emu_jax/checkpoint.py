@@ -7,6 +7,7 @@ one, and as JSON `data`, `config` and `manifest`. The manifest holds dtype, shap
 bits of every array: TensorStore notices a missing or shortened file, but hands out flipped bits as
 if nothing had happened. Read next: loop.py.
 """
+
 import dataclasses
 import json
 import logging
@@ -55,7 +56,9 @@ class Checkpoints:
 
     def __init__(self, workdir: str, *, keep: int, keep_every: int):
         if keep < 1 or keep_every < 0:
-            raise UserError(f"checkpoint.keep={keep} must be at least 1 and checkpoint.keep_every={keep_every} at least 0")
+            raise UserError(
+                f"checkpoint.keep={keep} must be at least 1 and checkpoint.keep_every={keep_every} at least 0"
+            )
         self._root = _path(workdir) / "checkpoints"
         self._keep = keep
         self._keep_every = keep_every
@@ -81,12 +84,20 @@ class Checkpoints:
         # wait for one another
         processes.all_of(None)
         parts = _parts(state)
-        manifest = {"arrays": {name: _describe(part) for name, part in parts.items()},
-                    "json": {"data": _crc(data), "config": _crc(config)}}
+        manifest = {
+            "arrays": {name: _describe(part) for name, part in parts.items()},
+            "json": {"data": _crc(data), "config": _crc(config)},
+        }
         try:
             with _context(parts):
-                self._saving = step, ocp.save_checkpointables_async(
-                    self._root / str(step), {**parts, "data": data, "config": config, "manifest": manifest}, overwrite=True)
+                self._saving = (
+                    step,
+                    ocp.save_checkpointables_async(
+                        self._root / str(step),
+                        {**parts, "data": data, "config": config, "manifest": manifest},
+                        overwrite=True,
+                    ),
+                )
         # of the disk, from Orbax, TensorStore or Python: they have no class in common
         except Exception as error:
             raise self._unsaved(step, error) from error
@@ -119,7 +130,9 @@ class Checkpoints:
         self.wait()
         return _newest(self._root, None, _notes)[0] if _steps(self._root) else None
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict, dict] | None:
+    def restore(
+        self, abstract_state: Any, step: int | None = None
+    ) -> tuple[int, Any, dict, dict] | None:
         """(step, state, data, config) of the newest whole step, or of `step`; None where there is
         no checkpoint at all.
 
@@ -145,15 +158,29 @@ class Checkpoints:
 
     def _unsaved(self, step: int, error: Exception) -> UserError:
         self._tidy()
-        return UserError(f"checkpoint {self._root / str(step)} could not be saved: {_reason(error)}; the earlier ones are as they were")
+        return UserError(
+            f"checkpoint {self._root / str(step)} could not be saved: {_reason(error)}; the earlier ones are as they were"
+        )
 
     def _tidy(self) -> None:
         """Removes what a killed or failed save left, and the steps that nobody wants to keep."""
         if jax.process_index() != 0 or not self._root.is_dir():
             return
-        half = [path for path in self._root.iterdir() if ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not _ended(path))]
-        past = [step for step in _steps(self._root) if step <= self._current and step not in self._abandoned]
-        old = [step for step in past[:-self._keep] if not (self._keep_every and step % self._keep_every == 0)]
+        half = [
+            path
+            for path in self._root.iterdir()
+            if ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not _ended(path))
+        ]
+        past = [
+            step
+            for step in _steps(self._root)
+            if step <= self._current and step not in self._abandoned
+        ]
+        old = [
+            step
+            for step in past[: -self._keep]
+            if not (self._keep_every and step % self._keep_every == 0)
+        ]
         for path in (*half, *(self._root / str(step) for step in old)):
             try:
                 path.rmtree()
@@ -194,7 +221,13 @@ def fingerprint(directory: str, tower: str) -> int:
     return _crc({path: told for path, told in arrays.items() if path.startswith(f"{tower}/")})
 
 
-def restore_params(directory: str, abstract_params: tree.Tree | None = None, *, step: int | None = None, ema: bool = False) -> tree.Tree:
+def restore_params(
+    directory: str,
+    abstract_params: tree.Tree | None = None,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+) -> tree.Tree:
     """The parameters in the newest whole checkpoint, and nothing else of it: no optimizer state is
     read.
 
@@ -203,16 +236,26 @@ def restore_params(directory: str, abstract_params: tree.Tree | None = None, *, 
     None: everything, as NumPy arrays on the host. ema: where a leaf has a moving average, that one.
     Raises UserError for no whole checkpoint, a missing leaf, another shape.
     """
+
     def read(path):
         arrays = _notes(path)["manifest"]["arrays"]
         if ema and "ema" not in arrays:
-            raise UserError(f"{path} has no moving average of the parameters: it was trained with optim.ema=0")
+            raise UserError(
+                f"{path} has no moving average of the parameters: it was trained with optim.ema=0"
+            )
         wanted = abstract_params
         # np.empty costs nothing until it is written to
         if wanted is None:
-            wanted = tree.unflatten({leaf: np.empty(shape, jnp.dtype(dtype)) for leaf, (dtype, shape, _) in arrays["params"].items()})
+            wanted = tree.unflatten(
+                {
+                    leaf: np.empty(shape, jnp.dtype(dtype))
+                    for leaf, (dtype, shape, _) in arrays["params"].items()
+                }
+            )
         averaged = {leaf: ema and leaf in arrays["ema"] for leaf, _ in tree.leaves(wanted)}
-        parts = dict(zip(("ema", "params"), tree.split(wanted, tree.unflatten(averaged)), strict=True))
+        parts = dict(
+            zip(("ema", "params"), tree.split(wanted, tree.unflatten(averaged)), strict=True)
+        )
         parts = {name: part for name, part in parts.items() if part}
         _check(path, parts, arrays, partial=True)
         return tree.merge(*_load(path, parts, arrays).values())
@@ -234,19 +277,29 @@ class Slices:
         self._where = root / str(number)
         arrays = notes["manifest"]["arrays"]
         if ema and "ema" not in arrays:
-            raise UserError(f"{self._where} has no moving average of the parameters: it was trained with optim.ema=0")
+            raise UserError(
+                f"{self._where} has no moving average of the parameters: it was trained with optim.ema=0"
+            )
         averaged = arrays["ema"] if ema else {}
         described = arrays["params"] | averaged
         self.config: dict = notes["config"]
-        self.shapes = {path: (jnp.dtype(dtype), tuple(shape)) for path, (dtype, shape, _) in described.items()}
+        self.shapes = {
+            path: (jnp.dtype(dtype), tuple(shape)) for path, (dtype, shape, _) in described.items()
+        }
         self._sums = {path: total for path, (_, _, total) in described.items()}
         self._read: dict[str, int] = {}
-        self._store = cache(lambda path: ts.open(_array_spec(self._where, path, "ema" if path in averaged else "params"), open=True).result())
+        self._store = cache(
+            lambda path: ts.open(
+                _array_spec(self._where, path, "ema" if path in averaged else "params"), open=True
+            ).result()
+        )
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """The leaf, or its `layer`-th slice. Raises UserError where it cannot be read."""
         try:
-            array = (self._store(path) if layer is None else self._store(path)[layer]).read().result()
+            array = (
+                (self._store(path) if layer is None else self._store(path)[layer]).read().result()
+            )
         # all of TensorStore's
         except ValueError as error:
             raise UserError(f"{self._where} is damaged: {_reason(error)}") from error
@@ -256,12 +309,15 @@ class Slices:
     def check(self) -> None:
         """Raises UserError for a leaf that was read, each part once, and is not what was saved."""
         if changed := [path for path, total in self._read.items() if total != self._sums[path]]:
-            raise UserError(f"{self._where} is damaged: the array {changed[0]!r} has changed since it was saved")
+            raise UserError(
+                f"{self._where} is damaged: the array {changed[0]!r} has changed since it was saved"
+            )
 
 
 @contextmanager
-def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacked: set[str],
-                   config: dict) -> Iterator[Callable[[str, int | None, np.ndarray], None]]:
+def writing_slices(
+    workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacked: set[str], config: dict
+) -> Iterator[Callable[[str, int | None, np.ndarray], None]]:
     """Step 0 of a new workdir, with parameters only, written a slice at a time by `write(path,
     layer or None, array)`, each once: what is larger than the host's memory is never held. It is
     there when the context ends, whole or not at all.
@@ -286,17 +342,28 @@ def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacke
         with _context():
             ones = {path: jnp.zeros((1,) * len(x.shape), x.dtype) for path, x in params.items()}
             ocp.save_checkpointables(half / "0", {"params": tree.unflatten(ones), **notes})
-        stores = {path: ts.open(_array_spec(half / "0", path) | _layout(x, path in stacked), create=True, delete_existing=True).result()
-                  for path, x in params.items()}
+        stores = {
+            path: ts.open(
+                _array_spec(half / "0", path) | _layout(x, path in stacked),
+                create=True,
+                delete_existing=True,
+            ).result()
+            for path, x in params.items()
+        }
         _set_shapes(half / "0" / "params", {path: list(x.shape) for path, x in params.items()})
         yield write
         arrays = {path: (str(x.dtype), list(x.shape), sums[path]) for path, x in params.items()}
-        manifest = {"arrays": {"params": arrays}, "json": {name: _crc(notes[name]) for name in ("data", "config")}}
+        manifest = {
+            "arrays": {"params": arrays},
+            "json": {name: _crc(notes[name]) for name in ("data", "config")},
+        }
         (half / "0" / "manifest" / "data.json").write_text(json.dumps(manifest))
         (half / "0").rename(root / "0")
     # TensorStore's and the disk's
     except (ValueError, OSError) as error:
-        raise UserError(f"{root / '0'} could not be written: {_reason(error)}; nothing is left of it") from error
+        raise UserError(
+            f"{root / '0'} could not be written: {_reason(error)}; nothing is left of it"
+        ) from error
     finally:
         half.rmtree(missing_ok=True)
         for folder in (root, root.parent):
@@ -307,7 +374,11 @@ def writing_slices(workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacke
 def _array_spec(step: epath.Path, path: str, part: str = "params") -> dict:
     """TensorStore's words for where Orbax keeps an array."""
     base = str(step / part)
-    store = {"driver": "ocdbt", "base": f"{base if '://' in base else f'file://{base}'}/", "path": path.replace("/", ".") + "/"}
+    store = {
+        "driver": "ocdbt",
+        "base": f"{base if '://' in base else f'file://{base}'}/",
+        "path": path.replace("/", ".") + "/",
+    }
     return {"driver": "zarr3", "kvstore": store}
 
 
@@ -319,17 +390,24 @@ def _layout(x: jax.ShapeDtypeStruct, stacked: bool) -> dict:
     while np.prod(chunk) * x.dtype.itemsize > CHUNK and max(chunk) % 2 == 0:
         chunk[chunk.index(max(chunk))] //= 2
     # Orbax takes a chunk that is not there for a damage, not for zeros
-    return {"store_data_equal_to_fill_value": True,
-            "metadata": {"shape": list(x.shape), "data_type": str(x.dtype),
-                         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-                         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]}}
+    return {
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": list(x.shape),
+            "data_type": str(x.dtype),
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        },
+    }
 
 
 def _set_shapes(params: epath.Path, shapes: dict[str, list[int]]) -> None:
     """The arrays' true shapes in Orbax's notes."""
     tree_notes = json.loads((params / "_METADATA").read_text())
     for entry in tree_notes["tree_metadata"].values():
-        entry["value_metadata"]["write_shape"] = shapes["/".join(key["key"] for key in entry["key_metadata"])]
+        entry["value_metadata"]["write_shape"] = shapes[
+            "/".join(key["key"] for key in entry["key_metadata"])
+        ]
     (params / "_METADATA").write_text(json.dumps(tree_notes))
     for file in (params / "array_metadatas").iterdir():
         array_notes = json.loads(file.read_text())
@@ -344,15 +422,19 @@ def _sum_of_slice(array: np.ndarray) -> int:
     return int(np.sum(array.view(f"u{array.dtype.itemsize}"), dtype=np.uint32))
 
 
-def _newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Any]) -> tuple[int, Any]:
+def _newest(
+    root: epath.Path, step: int | None, read: Callable[[epath.Path], Any]
+) -> tuple[int, Any]:
     """(step, read(its path)) for `step`, or for the newest step that can be read, by every process;
     warns of those passed over.
     """
     steps = processes.all_of(_steps(root))[0]
     if not steps or step not in (None, *steps):
-        raise UserError(f"no checkpoint{'' if step is None else f' of step {step}'} in {root}"
-                        + (f"; there are {', '.join(map(str, steps))}" if steps else ""))
-    for number in (reversed(steps) if step is None else [step]):
+        raise UserError(
+            f"no checkpoint{'' if step is None else f' of step {step}'} in {root}"
+            + (f"; there are {', '.join(map(str, steps))}" if steps else "")
+        )
+    for number in reversed(steps) if step is None else [step]:
         found = None
         reason = ""
         try:
@@ -367,7 +449,11 @@ def _newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Any
             return number, found
         found = None
         reason = reasons[0]
-        log.warning("checkpoint %s is damaged or incomplete and is passed over: %s", root / str(number), reason)
+        log.warning(
+            "checkpoint %s is damaged or incomplete and is passed over: %s",
+            root / str(number),
+            reason,
+        )
     raise UserError(f"no whole checkpoint in {root}; {number} is damaged: {reason}")
 
 
@@ -375,8 +461,14 @@ def _locate(directory: str, step: int | None) -> tuple[epath.Path, int | None]:
     """(the folder of steps, step) of a workdir or of one step's own folder."""
     path = _path(directory)
     if not path.is_dir():
-        raise UserError(f"no directory {str(directory)!r}; give a run's workdir, or one of its checkpoints, workdir/checkpoints/1000")
-    return (path.parent, int(path.name)) if path.parent.name == "checkpoints" and path.name.isdigit() else (path / "checkpoints", step)
+        raise UserError(
+            f"no directory {str(directory)!r}; give a run's workdir, or one of its checkpoints, workdir/checkpoints/1000"
+        )
+    return (
+        (path.parent, int(path.name))
+        if path.parent.name == "checkpoints" and path.name.isdigit()
+        else (path / "checkpoints", step)
+    )
 
 
 def _path(directory: str) -> epath.Path:
@@ -386,21 +478,30 @@ def _path(directory: str) -> epath.Path:
     if "://" not in str(directory):
         return epath.Path(directory).resolve()
     if not str(directory).startswith("gs://"):
-        raise UserError(f"{directory!r} is no place for checkpoints: they go into a folder, or into a bucket gs://NAME/...")
+        raise UserError(
+            f"{directory!r} is no place for checkpoints: they go into a folder, or into a bucket gs://NAME/..."
+        )
     path = epath.Path(directory)
     try:
         # Or gcsfs would answer from listings as old as the process: others write and remove, too.
         import fsspec.config
+
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
         path.exists()
     # a package that is missing, a name, a right, the network: each with exceptions of its own
     except Exception as error:
-        raise UserError(f"{directory!r} cannot be reached: {_reason(error)} (gs:// needs requirements-gcs.txt, and credentials)") from error
+        raise UserError(
+            f"{directory!r} cannot be reached: {_reason(error)} (gs:// needs requirements-gcs.txt, and credentials)"
+        ) from error
     return path
 
 
 def _steps(root: epath.Path) -> list[int]:
-    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit() and _ended(path)) if root.is_dir() else []
+    return (
+        sorted(int(path.name) for path in root.iterdir() if path.name.isdigit() and _ended(path))
+        if root.is_dir()
+        else []
+    )
 
 
 def _ended(path: epath.Path) -> bool:
@@ -413,20 +514,32 @@ def _ended(path: epath.Path) -> bool:
 def _parts(state: Any) -> dict[str, Any]:
     """A state as the parts that it is saved in; inverse of `_join`."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    parts = {"params": tree.merge(rest.pop("trainable"), rest.pop("frozen")), "ema": rest.pop("ema"), "optimizer": rest}
+    parts = {
+        "params": tree.merge(rest.pop("trainable"), rest.pop("frozen")),
+        "ema": rest.pop("ema"),
+        "optimizer": rest,
+    }
     return {name: part for name, part in parts.items() if part is not None}
 
 
 def _join(like: Any, parts: dict[str, Any]) -> Any:
     params = _flat(parts["params"])
-    trainable, frozen = (jax.tree.map_with_path(lambda path, _: params[_name(path)], part) for part in (like.trainable, like.frozen))
-    return dataclasses.replace(like, trainable=trainable, frozen=frozen, ema=parts.get("ema"), **parts["optimizer"])
+    trainable, frozen = (
+        jax.tree.map_with_path(lambda path, _: params[_name(path)], part)
+        for part in (like.trainable, like.frozen)
+    )
+    return dataclasses.replace(
+        like, trainable=trainable, frozen=frozen, ema=parts.get("ema"), **parts["optimizer"]
+    )
 
 
 def _notes(path: epath.Path) -> dict[str, Any]:
     """{"data", "config", "manifest"} of a step. Raises whatever damage brings about."""
     with _context():
-        notes = {name: ocp.load_checkpointables(path, {name: None})[name] for name in ("data", "config", "manifest")}
+        notes = {
+            name: ocp.load_checkpointables(path, {name: None})[name]
+            for name in ("data", "config", "manifest")
+        }
     for name, crc in notes["manifest"]["json"].items():
         if _crc(notes[name]) != crc:
             raise ValueError(f"the contents of {name!r} have changed since they were saved")
@@ -441,7 +554,11 @@ def _load(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict]) -
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf):
-        return leaf.update(sharding=here) if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None else leaf
+        return (
+            leaf.update(sharding=here)
+            if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None
+            else leaf
+        )
 
     parts = {}
     # one by one: Orbax complains of the others when one fails
@@ -449,14 +566,20 @@ def _load(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict]) -
         with _context(part):
             parts[name] = ocp.load_checkpointables(path, {name: jax.tree.map(placed, part)})[name]
         saved = arrays[name]
-        uncast = {leaf: value for leaf, value in _flat(parts[name]).items() if str(value.dtype) == saved[leaf][0]}
+        uncast = {
+            leaf: value
+            for leaf, value in _flat(parts[name]).items()
+            if str(value.dtype) == saved[leaf][0]
+        }
         for leaf, total in _sums(uncast).items():
             if total != saved[leaf][2]:
                 raise ValueError(f"the array {leaf!r} of {name!r} has changed since it was saved")
     return parts
 
 
-def _check(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict], partial: bool = False) -> None:
+def _check(
+    path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict], partial: bool = False
+) -> None:
     """UserError for a leaf that the checkpoint lacks or has in another shape; unless `partial`,
     also for another dtype or one too many.
     """
@@ -465,20 +588,28 @@ def _check(path: epath.Path, abstract: dict[str, Any], arrays: dict[str, dict], 
         wanted = _flat(part)
         for leaf, value in wanted.items():
             if leaf not in saved:
-                raise UserError(f"{path} has no {name} {leaf!r}; it was saved by another model, or with other rules or optimizer")
+                raise UserError(
+                    f"{path} has no {name} {leaf!r}; it was saved by another model, or with other rules or optimizer"
+                )
             dtype, shape, _ = saved[leaf]
             if tuple(shape) != value.shape or (not partial and dtype != str(value.dtype)):
-                raise UserError(f"{name} {leaf!r} is {dtype}{shape} in {path}, but {value.dtype}{list(value.shape)} in this run's config")
+                raise UserError(
+                    f"{name} {leaf!r} is {dtype}{shape} in {path}, but {value.dtype}{list(value.shape)} in this run's config"
+                )
         extra = sorted(saved.keys() - wanted.keys())
         if extra and not partial:
-            raise UserError(f"{path} has {name} {extra[0]!r}, which this run's config does not; it was saved with another")
+            raise UserError(
+                f"{path} has {name} {extra[0]!r}, which this run's config does not; it was saved with another"
+            )
 
 
 def _describe(part: Any) -> dict[str, tuple[str, list[int], int]]:
     """{path: (dtype, shape, sum of its bits)} of every array."""
     leaves = _flat(part)
     sums = _sums(leaves)
-    return {leaf: (str(value.dtype), list(value.shape), sums[leaf]) for leaf, value in leaves.items()}
+    return {
+        leaf: (str(value.dtype), list(value.shape), sums[leaf]) for leaf, value in leaves.items()
+    }
 
 
 def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
@@ -486,7 +617,9 @@ def _sums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
     it is the same on every mesh.
     """
     on_host = {leaf: _sum_of_slice(x) for leaf, x in leaves.items() if isinstance(x, np.ndarray)}
-    on_devices = jax.device_get(_sums_of_bits({leaf: x for leaf, x in leaves.items() if leaf not in on_host}))
+    on_devices = jax.device_get(
+        _sums_of_bits({leaf: x for leaf, x in leaves.items() if leaf not in on_host})
+    )
     return on_host | {leaf: int(total) for leaf, total in on_devices.items()}
 
 
@@ -532,7 +665,9 @@ def _context(arrays: Any = ()) -> ocp.Context:
     # Orbax refuses an array of the limit's size or more
     largest = max((leaf.size for leaf in jax.tree.leaves(arrays)), default=0)
     # 4 a float32, cast or not
-    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(UNDER_WAY, 8 * largest)
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(
+        UNDER_WAY, 8 * largest
+    )
     return context
 
 
@@ -542,4 +677,6 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     if not isinstance(error, Exception):
         raise error
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[
+        :300
+    ]

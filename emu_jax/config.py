@@ -4,6 +4,7 @@ command line.
 Every key is known: a wrong one is an error that names the nearest right one. Read next:
 configs/base.py.
 """
+
 import ast
 import difflib
 import importlib.util
@@ -36,7 +37,9 @@ def load(arguments: list[str]) -> ConfigDict:
         if key.startswith("config."):
             override(config, key.removeprefix("config."), text)
         elif key != "config":
-            raise UserError(f"unknown flag --{key}; a field of the config is set by --config.FIELD=VALUE")
+            raise UserError(
+                f"unknown flag --{key}; a field of the config is set by --config.FIELD=VALUE"
+            )
     return config
 
 
@@ -48,8 +51,14 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     for name in (node, *rest):
         if not isinstance(parent, ConfigDict) or name not in parent:
             known = sorted(_fields(config))
-            near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-            raise UserError(f"the config has no field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            near = (
+                difflib.get_close_matches(key, known, 1, 0.5)
+                or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+            )
+            raise UserError(
+                f"the config has no field {key!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         path.append((parent, name))
         parent = parent[name]
     owner, name = path[-1]
@@ -58,19 +67,23 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON-able values (tuples become lists)."""
+
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
     return plain(config.to_dict())
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
     """Inverse of `to_dict`: lists become tuples; the result is locked."""
+
     def rich(value):
         if isinstance(value, dict):
             return {key: rich(item) for key, item in value.items()}
         return tuple(rich(item) for item in value) if isinstance(value, list) else value
+
     return ConfigDict(rich(values)).lock()
 
 
@@ -78,7 +91,9 @@ def _pairs(arguments: list[str]):
     rest = iter(arguments)
     for argument in rest:
         if not argument.startswith("--"):
-            raise UserError(f"unexpected argument {argument!r}; flags look like --config.optim.steps=100")
+            raise UserError(
+                f"unexpected argument {argument!r}; flags look like --config.optim.steps=100"
+            )
         key, equals, value = argument[2:].partition("=")
         if not equals:
             value = next(rest, None)
@@ -91,7 +106,9 @@ def _from_file(text: str) -> ConfigDict:
     name, _, argument = text.partition(":")
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"no config file {name!r}; there are configs/pretrain.py, configs/demo.py, ...")
+        raise UserError(
+            f"no config file {name!r}; there are configs/pretrain.py, configs/demo.py, ..."
+        )
     # so that a config may say `from configs.base import ...`
     root = str(path.resolve().parent.parent)
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
@@ -116,12 +133,18 @@ def _fields(config: ConfigDict, prefix: str = ""):
 
 def _value(key: str, text: str, old: Any) -> Any:
     if isinstance(old, ConfigDict):
-        raise UserError(f"{key!r} is a group of fields ({', '.join(old)}); set one of them: --config.{key}.{next(iter(old))}=...")
+        raise UserError(
+            f"{key!r} is a group of fields ({', '.join(old)}); set one of them: --config.{key}.{next(iter(old))}=..."
+        )
     if isinstance(old, str):
         return text
     kind = type(old)
     try:
-        new = {"true": True, "false": False}.get(text.lower(), None) if kind is bool else ast.literal_eval(text)
+        new = (
+            {"true": True, "false": False}.get(text.lower(), None)
+            if kind is bool
+            else ast.literal_eval(text)
+        )
     except (ValueError, SyntaxError):
         new = None
     if kind is float and type(new) is int:
@@ -129,5 +152,7 @@ def _value(key: str, text: str, old: Any) -> Any:
     if kind is tuple and type(new) is list:
         new = tuple(new)
     if type(new) is not kind:
-        raise UserError(f"{key!r} must be of type {kind.__name__}, like {old!r}; it was given {text!r}")
+        raise UserError(
+            f"{key!r} must be of type {kind.__name__}, like {old!r}; it was given {text!r}"
+        )
     return new

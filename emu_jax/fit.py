@@ -5,6 +5,7 @@ Compiles the real train step for devices that need not be here and says what eac
 and compute, and how fast that can be at best. NAME is v5e:16x16, 2xv5e:8x16 (two slices), h100:8x8
 (nodes x GPUs), ...; no data is opened. Read next: hardware.py, hlo.py.
 """
+
 import argparse
 import copy
 import ctypes
@@ -52,6 +53,7 @@ class Plan:
     """All of a run but its numbers: the program, and its arguments as shapes with their
     shardings.
     """
+
     c: ConfigDict
     program: loop.Program
     mesh: jax.sharding.Mesh
@@ -66,6 +68,7 @@ class Memory:
     """Bytes on one device. `gradients` are part of `temporaries`; `peak` is what the compiler says
     all of it takes.
     """
+
     parameters: int
     optimizer: int
     batch: int
@@ -80,6 +83,7 @@ class Roofline:
     """Seconds that a step takes at least, by each of what it needs; were all of it to run at once,
     it takes the longest of them.
     """
+
     compute: float
     memory: float
     # inside a slice or a node
@@ -106,7 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
         row, devices = hardware.absent(flags.topology)
         found = search(c, row, devices) if flags.search else fit(c, row, devices)
         if flags.json:
-            Path(flags.json).write_text(json.dumps({"topology": flags.topology} | found, indent=1) + "\n")
+            Path(flags.json).write_text(
+                json.dumps({"topology": flags.topology} | found, indent=1) + "\n"
+            )
         return 0 if found["fits"] else 1
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -118,27 +124,38 @@ def fit(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]) -
     p = plan(c, devices)
     print(train.parameter_table(p.abstract))
     parts = f", in {c.optim.accumulate} micro-batches" if c.optim.accumulate > 1 else ""
-    print(f"{len(devices)} x {devices[0].device_kind}, mesh {dict(p.mesh.shape)}; {c.data.batch} rows of {c.data.tokens} tokens and "
-          f"{c.data.images} images, {c.data.batch // rows_of(p.mesh)} a device{parts}\n", flush=True)
+    print(
+        f"{len(devices)} x {devices[0].device_kind}, mesh {dict(p.mesh.shape)}; {c.data.batch} rows of {c.data.tokens} tokens and "
+        f"{c.data.images} images, {c.data.batch // rows_of(p.mesh)} a device{parts}\n",
+        flush=True,
+    )
     limit = row.memory if row else None
     least = per_device(p.state)
     if limit and least > limit:
-        raise UserError(f"the parameters and the optimizer alone need {least / GIB:.1f} GiB a device and a device has {limit / GIB:.1f} GiB: "
-                        f"take at least {-(-least * len(devices) // limit)} devices, more mesh.fsdp, or a smaller model (pretrain.py:emu-1b)")
+        raise UserError(
+            f"the parameters and the optimizer alone need {least / GIB:.1f} GiB a device and a device has {limit / GIB:.1f} GiB: "
+            f"take at least {-(-least * len(devices) // limit)} devices, more mesh.fsdp, or a smaller model (pretrain.py:emu-1b)"
+        )
     found = report(p, row)
     print(table(found, row), flush=True)
     if not found["fits"]:
         found["changes"] = []
         for change in changes(c, p.mesh):
             tried = quick_attempt(plan(changed(c, change), devices), row)
-            found["changes"].append({"change": change, "peak": tried.get("peak"), "fits": tried["fits"]})
-            print(f"{'fits' if tried['fits'] else 'does not fit'} with {_flags(change)}{_of(tried)}", flush=True)
+            found["changes"].append(
+                {"change": change, "peak": tried.get("peak"), "fits": tried["fits"]}
+            )
+            print(
+                f"{'fits' if tried['fits'] else 'does not fit'} with {_flags(change)}{_of(tried)}",
+                flush=True,
+            )
             if tried["fits"]:
                 break
     return found
 
 
 # What is compiled
+
 
 def plan(c: ConfigDict, devices: list[jax.Device]) -> Plan:
     """The run that `c` describes on `devices`. Raises UserError where they do not match."""
@@ -168,8 +185,16 @@ def batch_shapes(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh) 
     if c.data.latents:
         shapes["latents"] = latents_of(c)["shape"]
     if shapes:
-        one = DecoderBatch(**vars(one), **{kind: np.zeros((1, c.data.images, *shape), np.float16) for kind, shape in shapes.items()})
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype, sharding=at), one)
+        one = DecoderBatch(
+            **vars(one),
+            **{
+                kind: np.zeros((1, c.data.images, *shape), np.float16)
+                for kind, shape in shapes.items()
+            },
+        )
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype, sharding=at), one
+    )
 
 
 def compiled(p: Plan, effort: float = 0.0) -> jax.stages.Compiled:
@@ -191,7 +216,10 @@ def quick_attempt(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
     limit = tried.get("limit", row and row.memory)
     if "peak" in tried and not (limit and abs(tried["peak"] / limit - 1) < CLOSE):
         return tried
-    print(f"too close to say{_of(tried | {'limit': limit})}; it is compiled again with a run's effort", flush=True)
+    print(
+        f"too close to say{_of(tried | {'limit': limit})}; it is compiled again with a run's effort",
+        flush=True,
+    )
     # gigabytes, on the host
     tried.pop("compiled", None)
     return attempt(p, row)
@@ -208,42 +236,81 @@ def attempt(p: Plan, row: hardware.Device | None, effort: float = 0.0) -> dict[s
     except jax.errors.JaxRuntimeError as error:
         if not (used := re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", str(error))):
             if "RESOURCE_EXHAUSTED" not in str(error):
-                raise UserError(f"the compiler failed: {' '.join(str(error).split())[:500]}") from error
+                raise UserError(
+                    f"the compiler failed: {' '.join(str(error).split())[:500]}"
+                ) from error
             return refused
-        scale = {"K": 2 ** 10, "M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
-        return refused | {"peak": int(float(used[1]) * scale[used[2]]), "limit": int(float(used[3]) * scale[used[4]])}
+        scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        return refused | {
+            "peak": int(float(used[1]) * scale[used[2]]),
+            "limit": int(float(used[3]) * scale[used[4]]),
+        }
     peak = memory(p, done).peak
-    return {"fits": row is None or peak <= row.memory, "effort": effort, "peak": peak, "compiled": done}
+    return {
+        "fits": row is None or peak <= row.memory,
+        "effort": effort,
+        "peak": peak,
+        "compiled": done,
+    }
 
 
 # What is said of it
+
 
 def report(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
     """Everything that is known of the compiled step, JSON-able."""
     began = time.perf_counter()
     tried = quick_attempt(p, row)
     work, again = step_flops(p)
-    found = {"config": config.to_dict(p.c), "devices": p.mesh.size, "kind": p.mesh.devices.flat[0].device_kind, "mesh": dict(p.mesh.shape),
-             "parameters": {tower: sum(leaf.size for leaf in jax.tree.leaves(part)) for tower, part in p.abstract.items()},
-             "flops": work, "recomputed_flops": again,
-             "fits": tried["fits"], "effort": tried["effort"], "peak": tried.get("peak"), "limit": tried.get("limit", row and row.memory),
-             "compile_seconds": time.perf_counter() - began, "host_peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    found = {
+        "config": config.to_dict(p.c),
+        "devices": p.mesh.size,
+        "kind": p.mesh.devices.flat[0].device_kind,
+        "mesh": dict(p.mesh.shape),
+        "parameters": {
+            tower: sum(leaf.size for leaf in jax.tree.leaves(part))
+            for tower, part in p.abstract.items()
+        },
+        "flops": work,
+        "recomputed_flops": again,
+        "fits": tried["fits"],
+        "effort": tried["effort"],
+        "peak": tried.get("peak"),
+        "limit": tried.get("limit", row and row.memory),
+        "compile_seconds": time.perf_counter() - began,
+        "host_peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
     if "compiled" in tried:
         held = memory(p, tried["compiled"])
         module = hlo.Module(tried["compiled"].as_text())
         collectives = module.collectives()
-        found |= {"memory": asdict(held), "collectives": by_kind(collectives), "padded_gathers": padded_gathers(p, collectives),
-                  "kernels": len(re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$fmha\w*)"', module.text))}
+        found |= {
+            "memory": asdict(held),
+            "collectives": by_kind(collectives),
+            "padded_gathers": padded_gathers(p, collectives),
+            "kernels": len(
+                re.findall(
+                    r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$fmha\w*)"',
+                    module.text,
+                )
+            ),
+        }
         if row:
             line = roofline(p, row, held, collectives, sum(work.values()) + sum(again.values()))
-            found |= {"roofline": asdict(line) | {"bound": line.bound}, "step_seconds": line.seconds,
-                      "mfu": sum(work.values()) / (line.seconds * row.flops * p.mesh.size)}
+            found |= {
+                "roofline": asdict(line) | {"bound": line.bound},
+                "step_seconds": line.seconds,
+                "mfu": sum(work.values()) / (line.seconds * row.flops * p.mesh.size),
+            }
     return found
 
 
 def per_device(values: Any) -> int:
     """Bytes of a tree of shapes with shardings that one device holds."""
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(values))
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
+        for x in jax.tree.leaves(values)
+    )
 
 
 def memory(p: Plan, done: jax.stages.Compiled) -> Memory:
@@ -251,9 +318,22 @@ def memory(p: Plan, done: jax.stages.Compiled) -> Memory:
     stats = done.memory_analysis()
     parameters = per_device((p.state.trainable, p.state.frozen))
     code = stats.generated_code_size_in_bytes
-    peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes + code
-    return Memory(parameters=parameters, optimizer=per_device(p.state) - parameters, batch=per_device(p.batch),
-                  gradients=per_device(p.state.trainable), temporaries=stats.temp_size_in_bytes, code=code, peak=peak)
+    peak = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + code
+    )
+    return Memory(
+        parameters=parameters,
+        optimizer=per_device(p.state) - parameters,
+        batch=per_device(p.batch),
+        gradients=per_device(p.state.trainable),
+        temporaries=stats.temp_size_in_bytes,
+        code=code,
+        peak=peak,
+    )
 
 
 def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
@@ -266,13 +346,27 @@ def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
     rows = data.batch
     images = data.batch * data.images
     N = stage.emu(size).resampler.tokens
-    counts = dict(images=images, tokens=rows * data.tokens, pairs=rows * data.tokens * (data.tokens + 1) / 2,
-                  labels=rows * max(data.tokens - data.images * (N + 2), 0), regressed=images * (N + p.c.objective.regress_end))
+    counts = dict(
+        images=images,
+        tokens=rows * data.tokens,
+        pairs=rows * data.tokens * (data.tokens + 1) / 2,
+        labels=rows * max(data.tokens - data.images * (N + 2), 0),
+        regressed=images * (N + p.c.objective.regress_end),
+    )
     trained = flops.trained(path for path, _ in tree.leaves(p.state.trainable))
     towers = set(p.abstract) | ({"heads"} if "llama" in p.abstract else set())
-    once, work = ({tower: value for tower, value in stage.work(size, trains, **counts).items() if tower in towers} for trains in ({}, trained))
+    once, work = (
+        {
+            tower: value
+            for tower, value in stage.work(size, trains, **counts).items()
+            if tower in towers
+        }
+        for trains in ({}, trained)
+    )
     full = {field.split(".")[-2] for field, policy in remats(p.c).items() if policy == "full"}
-    return work, {tower: value for tower, value in once.items() if tower in full and work[tower] > value}
+    return work, {
+        tower: value for tower, value in once.items() if tower in full and work[tower] > value
+    }
 
 
 def remats(c: ConfigDict) -> dict[str, str]:
@@ -286,7 +380,9 @@ def remats(c: ConfigDict) -> dict[str, str]:
     return found
 
 
-def roofline(p: Plan, row: hardware.Device, held: Memory, collectives: list[hlo.Collective], work: float) -> Roofline:
+def roofline(
+    p: Plan, row: hardware.Device, held: Memory, collectives: list[hlo.Collective], work: float
+) -> Roofline:
     """Each time a lower bound: all FLOPs at the peak rate; the state read and, but for what is
     frozen, written once, and the gathered weights of a layer written and read in each pass; the
     bytes that must come over the network between slices or nodes, and the others over the links.
@@ -296,15 +392,21 @@ def roofline(p: Plan, row: hardware.Device, held: Memory, collectives: list[hlo.
     crossing = sum(c.times * c.crossing(place) for c in collectives)
     gathered = sum(c.times * c.bytes for c in collectives if c.kind == "all-gather")
     state = 2 * (held.parameters + held.optimizer) - per_device(p.state.frozen)
-    return Roofline(compute=work / (row.flops * p.mesh.size), memory=(state + 2 * gathered) / row.bandwidth,
-                    links=(received - crossing) / row.link, network=crossing / row.network)
+    return Roofline(
+        compute=work / (row.flops * p.mesh.size),
+        memory=(state + 2 * gathered) / row.bandwidth,
+        links=(received - crossing) / row.link,
+        network=crossing / row.network,
+    )
 
 
 def _neighbourhood(device: jax.Device) -> int:
     """Devices of one number reach each other without the network: those of a TPU slice, of a GPU
     node.
     """
-    return getattr(device, "slice_index", 0) or 0 if device.platform == "tpu" else device.process_index
+    return (
+        getattr(device, "slice_index", 0) or 0 if device.platform == "tpu" else device.process_index
+    )
 
 
 def by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str, float]]:
@@ -315,8 +417,13 @@ def by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str, float]]:
     for kind in sorted({c.kind for c in collectives}):
         some = [c for c in collectives if c.kind == kind]
         received = [c.times * c.received for c in some]
-        found[kind] = {"count": len(some), "runs": sum(c.times for c in some), "bytes": sum(received),
-                       "asynchronous": sum(b for c, b in zip(some, received) if c.asynchronous) / max(sum(received), 1)}
+        found[kind] = {
+            "count": len(some),
+            "runs": sum(c.times for c in some),
+            "bytes": sum(received),
+            "asynchronous": sum(b for c, b in zip(some, received) if c.asynchronous)
+            / max(sum(received), 1),
+        }
     return found
 
 
@@ -324,38 +431,74 @@ def padded_gathers(p: Plan, collectives: list[hlo.Collective]) -> list[dict[str,
     """All-reduces over the shards of parameters that are as large as a block's matrix: weights
     gathered as zeros and a sum, or gradients summed whole. There should be none.
     """
-    least = min(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if re.fullmatch(r"\w+/blocks/.*/w", path))
+    least = min(
+        2 * leaf.size // leaf.shape[0]
+        for path, leaf in tree.leaves(p.abstract)
+        if re.fullmatch(r"\w+/blocks/.*/w", path)
+    )
+
     def shard(device):
         return np.unravel_index(device, p.mesh.devices.shape)[sharding.AXES.index("fsdp")]
-    return [{"name": c.name, "bytes": c.bytes, "runs": c.times, "source": c.source} for c in collectives
-            if c.kind == "all-reduce" and c.bytes >= least and len({shard(device) for device in c.groups[0]}) > 1]
+
+    return [
+        {"name": c.name, "bytes": c.bytes, "runs": c.times, "source": c.source}
+        for c in collectives
+        if c.kind == "all-reduce"
+        and c.bytes >= least
+        and len({shard(device) for device in c.groups[0]}) > 1
+    ]
 
 
 def table(found: dict[str, Any], row: hardware.Device | None) -> str:
     """The report, for people."""
     lines = []
     if "memory" in found:
-        lines += ["a device holds"] + [f"  {name:12}{size / GIB:9.3f} GiB{'  of the temporaries' if name == 'gradients' else ''}"
-                                       for name, size in found["memory"].items()]
+        lines += ["a device holds"] + [
+            f"  {name:12}{size / GIB:9.3f} GiB{'  of the temporaries' if name == 'gradients' else ''}"
+            for name, size in found["memory"].items()
+        ]
         lines += ["a device receives, a step"] + [
             f"  {kind:20}{c['bytes'] / GIB:9.3f} GiB  in {c['runs']:,} runs of {c['count']}, {c['asynchronous']:.0%} behind arithmetic"
-            for kind, c in found["collectives"].items()]
-        lines += [f"  gathered by zeros and a sum, or summed whole: {one['bytes'] / 2 ** 20:.0f} MiB x {one['runs']}, {one['name']}"
-                  for one in found["padded_gathers"]]
-        lines += [f"attention runs in {found['kernels']} kernels of its own" if found["kernels"] else "attention is dense: no kernel of its own"]
-    again = {tower: f"  and {value / 1e15:.3f} P again" for tower, value in found["recomputed_flops"].items()}
-    lines += ["FLOPs of a full step"] + [f"  {tower:12}{value / 1e15:9.3f} P{again.get(tower, '')}" for tower, value in found["flops"].items()]
+            for kind, c in found["collectives"].items()
+        ]
+        lines += [
+            f"  gathered by zeros and a sum, or summed whole: {one['bytes'] / 2**20:.0f} MiB x {one['runs']}, {one['name']}"
+            for one in found["padded_gathers"]
+        ]
+        lines += [
+            f"attention runs in {found['kernels']} kernels of its own"
+            if found["kernels"]
+            else "attention is dense: no kernel of its own"
+        ]
+    again = {
+        tower: f"  and {value / 1e15:.3f} P again"
+        for tower, value in found["recomputed_flops"].items()
+    }
+    lines += ["FLOPs of a full step"] + [
+        f"  {tower:12}{value / 1e15:9.3f} P{again.get(tower, '')}"
+        for tower, value in found["flops"].items()
+    ]
     if "roofline" in found:
-        times = [f"{name} {found['roofline'][name] * 1e3:.0f} ms" for name in ("compute", "memory", "links", "network")]
-        lines += [f"a step takes at least: {', '.join(times)}; bound by {found['roofline']['bound']}, highest possible MFU {found['mfu']:.1%}"
-                  f" ({row.source})"]
-    quick = " with little effort (a run's peak may be a tenth more or less)" if found["effort"] else ""
-    lines += [f"compiled in {found['compile_seconds']:.0f} s{quick}; host memory {found['host_peak'] / GIB:.1f} GiB",
-              ("fits" if found["fits"] else "does not fit") + _of(found)]
+        times = [
+            f"{name} {found['roofline'][name] * 1e3:.0f} ms"
+            for name in ("compute", "memory", "links", "network")
+        ]
+        lines += [
+            f"a step takes at least: {', '.join(times)}; bound by {found['roofline']['bound']}, highest possible MFU {found['mfu']:.1%}"
+            f" ({row.source})"
+        ]
+    quick = (
+        " with little effort (a run's peak may be a tenth more or less)" if found["effort"] else ""
+    )
+    lines += [
+        f"compiled in {found['compile_seconds']:.0f} s{quick}; host memory {found['host_peak'] / GIB:.1f} GiB",
+        ("fits" if found["fits"] else "does not fit") + _of(found),
+    ]
     return "\n".join(lines)
 
 
 # What would fit
+
 
 def changes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
     """Changes that save memory, cheapest first, each with all before it; {field: value}."""
@@ -371,7 +514,11 @@ def changes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
     # another mixture in a row
     steps += [{"data.images": images // 2}] if images > 1 else []
     # another recipe
-    steps += [{"data.batch": c.data.batch // 2, "optim.accumulate": local // 2}] if local % 2 == 0 else []
+    steps += (
+        [{"data.batch": c.data.batch // 2, "optim.accumulate": local // 2}]
+        if local % 2 == 0
+        else []
+    )
     change: dict[str, Any] = {}
     for step in list(filter(None, steps))[:TRIES]:
         change = change | step
@@ -395,22 +542,49 @@ def search(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]
     COMPILATIONS; printed as they come.
     """
     if row is None:
-        raise UserError("a search needs a topology whose devices have a memory to fill, like v5e:16x16")
+        raise UserError(
+            "a search needs a topology whose devices have a memory to fill, like v5e:16x16"
+        )
     shares = rows_of(sharding.make_mesh(c.mesh.to_dict(), devices))
 
     def measure(policy: str, local: int) -> int | None:
         remat = dict.fromkeys(remats(c), policy)
-        tried = attempt(plan(changed(c, remat | {"data.batch": local * shares, "optim.accumulate": 1}), devices), row)
-        print(f"remat {policy:5} {local:3} rows a device: {'fits' if tried['fits'] else 'does not fit'}{_of(tried)}", flush=True)
+        tried = attempt(
+            plan(
+                changed(c, remat | {"data.batch": local * shares, "optim.accumulate": 1}), devices
+            ),
+            row,
+        )
+        print(
+            f"remat {policy:5} {local:3} rows a device: {'fits' if tried['fits'] else 'does not fit'}{_of(tried)}",
+            flush=True,
+        )
         return tried["peak"] if tried["fits"] else None
 
     best = largest(measure, row.memory, COMPILATIONS)
     for policy, local in best.items():
-        print(f"remat {policy}: " + (f"at most {local} rows a device were seen to fit, data.batch={local * shares}" if local else "nothing fits"))
-    return {"config": config.to_dict(c), "fits": any(best.values()), "rows_a_device": best, "rows_of_the_mesh": shares}
+        print(
+            f"remat {policy}: "
+            + (
+                f"at most {local} rows a device were seen to fit, data.batch={local * shares}"
+                if local
+                else "nothing fits"
+            )
+        )
+    return {
+        "config": config.to_dict(c),
+        "fits": any(best.values()),
+        "rows_a_device": best,
+        "rows_of_the_mesh": shares,
+    }
 
 
-def largest(measure: Callable[[str, int], int | None], limit: int, budget: int, policies: tuple[str, ...] = POLICIES) -> dict[str, int]:
+def largest(
+    measure: Callable[[str, int], int | None],
+    limit: int,
+    budget: int,
+    policies: tuple[str, ...] = POLICIES,
+) -> dict[str, int]:
     """{policy: the most rows a device that fit}, 0 for none; `measure(policy, rows)` gives the peak
     in bytes, or None where it does not fit, and is asked at most `budget` times. Policies rise in
     need of memory: after one that fits nothing, none is tried.
@@ -453,6 +627,7 @@ def _next(peaks: dict[int, int], refused: int | None, limit: int) -> int | None:
 
 # Small things
 
+
 def rows_of(mesh: jax.sharding.Mesh) -> int:
     """Devices between which the rows of a batch are shared out."""
     return int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
@@ -461,7 +636,11 @@ def rows_of(mesh: jax.sharding.Mesh) -> int:
 def _of(found: dict[str, Any]) -> str:
     peak = found.get("peak")
     limit = found.get("limit")
-    return (f": {peak / GIB:.2f} GiB" + (f" of {limit / GIB:.2f} GiB" if limit else "")) if peak else ""
+    return (
+        (f": {peak / GIB:.2f} GiB" + (f" of {limit / GIB:.2f} GiB" if limit else ""))
+        if peak
+        else ""
+    )
 
 
 def _flags(change: dict[str, Any]) -> str:
@@ -472,8 +651,12 @@ def _without_devices() -> None:
     """This machine's accelerators, if it has any, stay free; and libtpu asks no metadata server who
     it is.
     """
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-                      XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {hardware.NO_GPU}")
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {hardware.NO_GPU}",
+    )
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -490,11 +673,19 @@ def _in_few_heaps() -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m emu_jax.fit", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m emu_jax.fit", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.error = _fail
-    parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x4, 2xv5e:8x16, h100:8x8, cpu:8, ...")
+    parser.add_argument(
+        "--topology", required=True, help="v5e:16x16, v5p:4x4x4, 2xv5e:8x16, h100:8x8, cpu:8, ..."
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report there as well")
-    parser.add_argument("--search", action="store_true", help=f"the largest batch of each remat policy, in at most {COMPILATIONS} compilations")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help=f"the largest batch of each remat policy, in at most {COMPILATIONS} compilations",
+    )
     return parser.parse_known_args(arguments)
 
 

@@ -4,6 +4,7 @@ bytes, how often it runs.
 XLA's own cost analysis counts a loop's body once; here a collective inside loops counts as often as
 they turn. Read next: fit.py.
 """
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from math import prod
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 # of TPU slices: what a device receives from the runtime that sums for them (Megascale), over their
 # hosts' network
 BETWEEN = "between-slices"
@@ -28,6 +36,7 @@ class Collective:
     a gather, of the operand of a reduction. `groups` lists the devices that it joins; `times`
     counts its runs a step.
     """
+
     kind: str
     name: str
     bytes: int
@@ -60,13 +69,19 @@ class Collective:
 
     def _share(self, n: int) -> float:
         """Of the bytes, among n devices."""
-        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": float(n > 1), BETWEEN: 1.0}
+        share = {
+            "all-reduce": 2 * (n - 1) / n,
+            "collective-permute": 1.0,
+            "collective-broadcast": float(n > 1),
+            BETWEEN: 1.0,
+        }
         return share.get(self.kind, (n - 1) / n)
 
 
 @dataclass(frozen=True)
 class Module:
     """The text of a compiled HLO module (`jit(...).lower(...).compile().as_text()`)."""
+
     text: str
 
     @cached_property
@@ -85,8 +100,12 @@ class Module:
     @cached_property
     def devices(self) -> int:
         """Devices that run it."""
-        header = self.text[:self.text.find("\n")]
-        sizes = [int(found[1]) for what in ("num_partitions", "replica_count") if (found := re.search(rf"{what}=(\d+)", header))]
+        header = self.text[: self.text.find("\n")]
+        sizes = [
+            int(found[1])
+            for what in ("num_partitions", "replica_count")
+            if (found := re.search(rf"{what}=(\d+)", header))
+        ]
         return prod(sizes)
 
     @cached_property
@@ -98,7 +117,10 @@ class Module:
         for caller, lines in self.computations.items():
             for line in lines:
                 body = re.search(r"body=%?([\w.\-]+)", line)
-                for name in dict.fromkeys(re.findall(r"(?:body|condition|calls|to_apply|_computation)=%?([\w.\-]+)", line) + _listed(line)):
+                for name in dict.fromkeys(
+                    re.findall(r"(?:body|condition|calls|to_apply|_computation)=%?([\w.\-]+)", line)
+                    + _listed(line)
+                ):
                     if name in found:
                         loop = bool(body) and name == body[1]
                         found[name].append((caller, self._trips(line) if loop else 1, loop))
@@ -115,15 +137,24 @@ class Module:
         def of(name: str) -> int:
             if name not in known:
                 callers = self.calls[name]
-                known[name] = sum(of(caller) * trips for caller, trips, _ in callers) if callers else 1
+                known[name] = (
+                    sum(of(caller) * trips for caller, trips, _ in callers) if callers else 1
+                )
             return known[name]
+
         return {name: of(name) for name in self.computations}
 
     @cached_property
     def looped(self) -> set[str]:
         """Computations that run inside the body of some loop."""
-        inside = {name for name, callers in self.calls.items() if any(loop for _, _, loop in callers)}
-        while more := {name for name, callers in self.calls.items() if name not in inside and any(caller in inside for caller, _, _ in callers)}:
+        inside = {
+            name for name, callers in self.calls.items() if any(loop for _, _, loop in callers)
+        }
+        while more := {
+            name
+            for name, callers in self.calls.items()
+            if name not in inside and any(caller in inside for caller, _, _ in callers)
+        }:
             inside |= more
         return inside
 
@@ -131,7 +162,7 @@ class Module:
         """How often a `while` turns: what the compiler noted, else the number that its condition
         compares with (loops count up from 0).
         """
-        noted = re.search(r'known_trip_count[^\d}]*(\d+)', line)
+        noted = re.search(r"known_trip_count[^\d}]*(\d+)", line)
         if noted:
             return int(noted[1])
         waiting = re.findall(r"condition=%?([\w.\-]+)", line)
@@ -155,7 +186,16 @@ class Module:
         for name, lines in self.computations.items():
             for line in lines:
                 if match := _BETWEEN.search(line):
-                    found[match[1]] = Collective(BETWEEN, match[1], _bytes(match[2]), (), self.times(name), name in self.looped, True, "")
+                    found[match[1]] = Collective(
+                        BETWEEN,
+                        match[1],
+                        _bytes(match[2]),
+                        (),
+                        self.times(name),
+                        name in self.looped,
+                        True,
+                        "",
+                    )
                 match = _COLLECTIVE.search(line)
                 if not match:
                     continue
@@ -166,7 +206,9 @@ class Module:
                     found[key] = one
         return list(found.values())
 
-    def _collective(self, match: re.Match, line: str, computation: str, chained: bool) -> Collective:
+    def _collective(
+        self, match: re.Match, line: str, computation: str, chained: bool
+    ) -> Collective:
         kind = match[3]
         started = bool(match[4])
         joined = tuple(map(tuple, groups(line))) or (tuple(range(self.devices)),)
@@ -185,7 +227,16 @@ class Module:
             kind = "reduce-scatter"
         source = re.search(r'op_name="([^"]*)"', line)
         behind = started or chained or "async_collective_name" in line or "async" in computation
-        return Collective(kind, match[1], size, joined, self.times(computation), computation in self.looped, behind, source[1] if source else "")
+        return Collective(
+            kind,
+            match[1],
+            size,
+            joined,
+            self.times(computation),
+            computation in self.looped,
+            behind,
+            source[1] if source else "",
+        )
 
 
 def groups(line: str) -> list[list[int]]:
@@ -194,26 +245,47 @@ def groups(line: str) -> list[list[int]]:
     and =mesh['data'=2,'tensor'=2] {'tensor'}, where device_ids=([2,2]T(1,0)) before the brace says
     which device is where; for a permutation, source_target_pairs={{0,1},{1,0}}, the pairs.
     """
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+        line,
+    )
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         joined = re.findall(r"'(\w+)'", named[4])
-        dims, order = ([int(n) for n in part.split(",")] if part else None for part in (named[2], named[3]))
+        dims, order = (
+            [int(n) for n in part.split(",")] if part else None for part in (named[2], named[3])
+        )
         places = np.arange(np.prod(list(sizes.values())))
-        places = (places.reshape(dims).transpose(order) if dims else places).reshape(list(sizes.values()))
-        places = places.transpose(sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in joined))
+        places = (places.reshape(dims).transpose(order) if dims else places).reshape(
+            list(sizes.values())
+        )
+        places = places.transpose(
+            sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in joined)
+        )
         return np.sort(places.reshape(-1, int(np.prod([sizes[name] for name in joined])))).tolist()
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if iota:
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
-        return np.sort(np.arange(np.prod(dims)).reshape(dims).transpose(order).reshape(shape)).tolist()
+        shape, dims, order = (
+            [int(n) for n in part.split(",")] if part else None for part in iota.groups()
+        )
+        return np.sort(
+            np.arange(np.prod(dims)).reshape(dims).transpose(order).reshape(shape)
+        ).tolist()
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
-    return [sorted(int(n) for n in part.split(",")) for part in re.findall(r"\{([\d,]+)\}", listed[1])] if listed else []
+    return (
+        [sorted(int(n) for n in part.split(",")) for part in re.findall(r"\{([\d,]+)\}", listed[1])]
+        if listed
+        else []
+    )
 
 
 def _listed(line: str) -> list[str]:
     """Computations in braces: the branches of a conditional, the computations that a call names."""
-    return [name.lstrip("%") for part in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line) for name in part.split(", ")]
+    return [
+        name.lstrip("%")
+        for part in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line)
+        for name in part.split(", ")
+    ]
 
 
 def _bytes(shape: str) -> int:

@@ -5,6 +5,7 @@ What the model has beyond those checkpoints stays fresh. Rows of new tokens are 
 ones, as the release makes them; matrices that the model stores in few bits are rounded, and how far
 off that puts them is said. Read next: train.py.
 """
+
 import logging
 import re
 
@@ -26,7 +27,11 @@ def initial(init: str, params: tree.Tree) -> tuple[tree.Tree, set[str]]:
     """Fresh parameters with what the checkpoints of config.init hold in their place, and the paths
     of that; of two that hold a leaf the later counts.
     """
-    loaded = {path: leaf for directory in filter(None, init.split(",")) for path, leaf in tree.leaves(load_weights(directory, params))}
+    loaded = {
+        path: leaf
+        for directory in filter(None, init.split(","))
+        for path, leaf in tree.leaves(load_weights(directory, params))
+    }
     return tree.unflatten(dict(tree.leaves(params)) | loaded), set(loaded)
 
 
@@ -38,31 +43,82 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
     """
     there = checkpoint.param_shapes(directory)
     here = dict(tree.leaves(params))
-    wider = [path for path, leaf in here.items() if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape]
+    wider = [
+        path
+        for path, leaf in here.items()
+        if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape
+    ]
     if wider:
-        log.warning("init %s: %d maps of the condition stay fresh, for it has the width %d there and %d here: %s",
-                    directory, len(wider), there[wider[0]][0], here[wider[0]].shape[0], ", ".join(wider))
-    homeless = [path for path in there if path not in here and path.endswith(("/a", *sharding.CODES)) and path.rpartition("/")[0] + "/w" in here]
+        log.warning(
+            "init %s: %d maps of the condition stay fresh, for it has the width %d there and %d here: %s",
+            directory,
+            len(wider),
+            there[wider[0]][0],
+            here[wider[0]].shape[0],
+            ", ".join(wider),
+        )
+    homeless = [
+        path
+        for path in there
+        if path not in here
+        and path.endswith(("/a", *sharding.CODES))
+        and path.rpartition("/")[0] + "/w" in here
+    ]
     if homeless:
-        raise UserError(f"init={directory!r} has {homeless[0]} and this model no place for it: set config.model.lora as that run did, or make plain "
-                        f"matrices of it: python -m emu_jax.weights bake --from={directory} --to=DIR")
-    grown = [path for path, leaf in here.items() if re.fullmatch(ADDED, path) and path in there and there[path][0] < leaf.shape[0]]
-    wanted = {path: _like(leaf, there[path] if path in grown else leaf.shape) for path, leaf in here.items() if path in there and path not in wider}
+        raise UserError(
+            f"init={directory!r} has {homeless[0]} and this model no place for it: set config.model.lora as that run did, or make plain "
+            f"matrices of it: python -m emu_jax.weights bake --from={directory} --to=DIR"
+        )
+    grown = [
+        path
+        for path, leaf in here.items()
+        if re.fullmatch(ADDED, path) and path in there and there[path][0] < leaf.shape[0]
+    ]
+    wanted = {
+        path: _like(leaf, there[path] if path in grown else leaf.shape)
+        for path, leaf in here.items()
+        if path in there and path not in wider
+    }
+
     def towers(paths):
         return ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
-    rounded = [path for path in here if path.endswith(sharding.CODES) and path not in there and sharding.role(path) in there]
+
+    rounded = [
+        path
+        for path in here
+        if path.endswith(sharding.CODES) and path not in there and sharding.role(path) in there
+    ]
     if not wanted and not rounded:
-        raise UserError(f"init={directory!r} has no parameter of this model; it holds {towers(there)}")
-    loaded = dict(tree.leaves(checkpoint.restore_params(directory, tree.unflatten(wanted)))) if wanted else {}
+        raise UserError(
+            f"init={directory!r} has no parameter of this model; it holds {towers(there)}"
+        )
+    loaded = (
+        dict(tree.leaves(checkpoint.restore_params(directory, tree.unflatten(wanted))))
+        if wanted
+        else {}
+    )
     for path in grown:
         base = loaded.get(path.replace("/added", "/base"))
-        loaded[path] = jax.jit(_with_mean_rows, static_argnums=2, out_shardings=here[path].sharding)(loaded[path], base, here[path].shape[0])
-        log.info("init %s: %d new rows of %s are the mean of its %d old ones", directory, here[path].shape[0] - there[path][0], path.split("/")[1],
-                 len(base) + there[path][0])
+        loaded[path] = jax.jit(
+            _with_mean_rows, static_argnums=2, out_shardings=here[path].sharding
+        )(loaded[path], base, here[path].shape[0])
+        log.info(
+            "init %s: %d new rows of %s are the mean of its %d old ones",
+            directory,
+            here[path].shape[0] - there[path][0],
+            path.split("/")[1],
+            len(base) + there[path][0],
+        )
     loaded |= _rounded(directory, rounded, here, there)
     fresh = here.keys() - loaded.keys()
     idle = there.keys() - {sharding.role(path) for path in loaded} - loaded.keys()
-    log.info("init %s: loaded %s; fresh: %s; not used: %s", directory, towers(loaded), towers(fresh), towers(idle))
+    log.info(
+        "init %s: loaded %s; fresh: %s; not used: %s",
+        directory,
+        towers(loaded),
+        towers(fresh),
+        towers(idle),
+    )
     return tree.unflatten(loaded)
 
 
@@ -77,7 +133,9 @@ def _with_mean_rows(added: jax.Array, base: jax.Array, count: int) -> jax.Array:
     return jnp.concatenate([added, jnp.tile(mean, (count - len(added), 1))])
 
 
-def _rounded(directory: str, paths: list[str], here: dict, there: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+def _rounded(
+    directory: str, paths: list[str], here: dict, there: dict[str, tuple[int, ...]]
+) -> dict[str, jax.Array]:
     """The codes at `paths` and their scales, of a checkpoint that holds the matrices; one matrix at
     a time.
     """
@@ -87,16 +145,29 @@ def _rounded(directory: str, paths: list[str], here: dict, there: dict[str, tupl
         matrix, where, storage = sharding.role(path), *path.rpartition("/")[::2]
         at = {name: here[f"{where}/{name}"].sharding for name in (storage, "absmax")}
         whole = jax.ShapeDtypeStruct(there[matrix], jnp.float32, sharding=at[storage])
-        w = dict(tree.leaves(checkpoint.restore_params(directory, tree.unflatten({matrix: whole}))))[matrix]
-        codes, absmax = jax.jit(_quantised, static_argnums=1, out_shardings=(at[storage], at["absmax"]))(w, storage)
+        w = dict(
+            tree.leaves(checkpoint.restore_params(directory, tree.unflatten({matrix: whole})))
+        )[matrix]
+        codes, absmax = jax.jit(
+            _quantised, static_argnums=1, out_shardings=(at[storage], at["absmax"])
+        )(w, storage)
         if codes.shape != here[path].shape:
-            raise UserError(f"init={directory!r}: {matrix} is {list(there[matrix])} there, which does not make {path} {list(here[path].shape)}")
+            raise UserError(
+                f"init={directory!r}: {matrix} is {list(there[matrix])} there, which does not make {path} {list(here[path].shape)}"
+            )
         errors[matrix] = float(_error(w, codes, absmax))
         found |= {path: codes, f"{where}/absmax": absmax}
     if errors:
         worst = max(errors, key=errors.get)
-        log.info("init %s: %d matrices stored as %s, off by %.2f %% of their root mean square, at most %.2f %% (%s)", directory, len(errors),
-                 storage, 100 * np.mean(list(errors.values())), 100 * errors[worst], worst)
+        log.info(
+            "init %s: %d matrices stored as %s, off by %.2f %% of their root mean square, at most %.2f %% (%s)",
+            directory,
+            len(errors),
+            storage,
+            100 * np.mean(list(errors.values())),
+            100 * errors[worst],
+            worst,
+        )
     return found
 
 
@@ -110,7 +181,9 @@ def _quantised(w: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
 @jax.jit
 def _error(w: jax.Array, codes: jax.Array, absmax: jax.Array) -> jax.Array:
     """Root mean square of what storing w changes, of that of w."""
+
     def layer(one):
         return (jnp.square(lora.dequantised(*one[1:]) - one[0]).mean(), jnp.square(one[0]).mean())
+
     off, whole = jax.lax.map(layer, (w, codes, absmax))
     return jnp.sqrt(off.mean() / whole.mean())

@@ -3,6 +3,7 @@ it still takes: a bar on a terminal, else a line of the log a minute. On process
 
 Read next: loop.py, which calls it a step late, so that it never waits for the device.
 """
+
 import json
 import logging
 import math
@@ -31,7 +32,10 @@ log = logging.getLogger(__name__)
 EVERY = 60.0
 
 
-def means(metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]], sources: tuple[str, ...]) -> dict[str, float]:
+def means(
+    metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]],
+    sources: tuple[str, ...],
+) -> dict[str, float]:
     """sum / weight of each metric (types.Metrics, on the host); `x_by_source` becomes x/SOURCE for
     the sources that were there.
     """
@@ -40,7 +44,11 @@ def means(metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "
         total = np.asarray(total, np.float64)
         weight = np.asarray(weight, np.float64)
         if name.endswith("_by_source"):
-            out |= {f"{name.removesuffix('_by_source')}/{source}": float(t / w) for source, t, w in zip(sources, total, weight, strict=True) if w}
+            out |= {
+                f"{name.removesuffix('_by_source')}/{source}": float(t / w)
+                for source, t, w in zip(sources, total, weight, strict=True)
+                if w
+            }
         elif weight:
             out[name] = float(total / weight)
     return out
@@ -60,7 +68,9 @@ class Journal:
             return
         with self._writing():
             if self.path.exists():
-                lines = [line for line in self.path.read_text().splitlines() if _step(line) <= start]
+                lines = [
+                    line for line in self.path.read_text().splitlines() if _step(line) <= start
+                ]
                 part = self.path.with_suffix(".part")
                 part.write_text("".join(line + "\n" for line in lines))
                 part.replace(self.path)
@@ -78,11 +88,25 @@ class Journal:
         """
         if not self.active:
             return
-        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": step} | {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }
         with self._writing():
             self.file.write(json.dumps(line) + "\n")
-            self.board.add(step, summary.Summary(value=[summary.scalar(name, value).value[0] for name, value in values.items()]))
-        self.bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "text_loss", "image_loss") if name in values}, refresh=False)
+            self.board.add(
+                step,
+                summary.Summary(
+                    value=[summary.scalar(name, value).value[0] for name, value in values.items()]
+                ),
+            )
+        self.bar.set_postfix(
+            {
+                name: f"{values[name]:.3g}"
+                for name in ("loss", "text_loss", "image_loss")
+                if name in values
+            },
+            refresh=False,
+        )
         self.bar.update(step - self.bar.n)
         if self.bar.disable and "loss" in values:
             self._tell(step, values["loss"], time.monotonic())
@@ -94,7 +118,13 @@ class Journal:
         elif now - self.told >= EVERY:
             first, began = self.first
             left = (now - began) / (step - first) * (self.steps - step)
-            log.info("step %d of %d, loss %.4g, about %d minutes left", step, self.steps, loss, math.ceil(left / 60))
+            log.info(
+                "step %d of %d, loss %.4g, about %d minutes left",
+                step,
+                self.steps,
+                loss,
+                math.ceil(left / 60),
+            )
             self.told = now
 
     def pictures(self, step: int, images: np.ndarray, captions: list[str]) -> None:
@@ -104,12 +134,22 @@ class Journal:
         if self.active and len(images):
             try:
                 self.path.with_name("pictures").mkdir(exist_ok=True)
-                Image.fromarray(np.concatenate(images)).save(self.path.with_name("pictures") / f"{step}.png")
+                Image.fromarray(np.concatenate(images)).save(
+                    self.path.with_name("pictures") / f"{step}.png"
+                )
             except OSError as error:
-                log.warning("the pictures of step %d are not on disk: %s", step, error.strerror or error)
+                log.warning(
+                    "the pictures of step %d are not on disk: %s", step, error.strerror or error
+                )
             with self._writing():
                 self.board.add(step, summary.image("images", images, dataformats="NHWC"))
-                self.board.add(step, summary.text("captions", "\n\n".join(f"{number}. {text}" for number, text in enumerate(captions))))
+                self.board.add(
+                    step,
+                    summary.text(
+                        "captions",
+                        "\n\n".join(f"{number}. {text}" for number, text in enumerate(captions)),
+                    ),
+                )
 
     def sync(self) -> None:
         """All of it is on the disk, or in the bucket that is mounted as one: for a checkpoint,
@@ -133,8 +173,10 @@ class Journal:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write what is told of the run into {self.path.parent}: {error.strerror or error}; "
-                            "once it can be, the same command goes on from the last checkpoint") from error
+            raise UserError(
+                f"cannot write what is told of the run into {self.path.parent}: {error.strerror or error}; "
+                "once it can be, the same command goes on from the last checkpoint"
+            ) from error
 
 
 class Board:
@@ -148,7 +190,9 @@ class Board:
         self.flushed = 0.0
         # hides what was told of later steps
         if start:
-            self.events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+            self.events.write_event(
+                Event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+            )
 
     def add(self, step: int, what: summary.Summary) -> None:
         self.events.write_event(Event(wall_time=time.time(), step=step, summary=what))

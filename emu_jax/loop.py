@@ -4,6 +4,7 @@ occurs here.
 The loop never waits for the device: the numbers of step n - 1 are fetched after step n is
 dispatched. Read next: train.py.
 """
+
 import json
 import logging
 import signal
@@ -51,6 +52,7 @@ class State:
 @dataclass(frozen=True)
 class Program:
     """All that a step needs beside its arrays."""
+
     stage: Stage
     # of the stage's module
     size: Any
@@ -76,8 +78,15 @@ class Program:
 def init_state(program: Program, trainable: tree.Tree, frozen: tree.Tree) -> State:
     """The state at step 0."""
     zero = partial(jnp.zeros, (), jnp.int32)
-    return State(zero(), trainable, frozen, program.optimizer.init(trainable), jax.tree.map(jnp.copy, trainable) if program.ema else None,
-                 zero(), jnp.zeros(()))
+    return State(
+        zero(),
+        trainable,
+        frozen,
+        program.optimizer.init(trainable),
+        jax.tree.map(jnp.copy, trainable) if program.ema else None,
+        zero(),
+        jnp.zeros(()),
+    )
 
 
 def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -88,16 +97,32 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Met
     totals = program.stage.weights(batch)
 
     def loss(trainable, micro, key):
-        return program.stage.loss(program.module(tree.merge(trainable, state.frozen), key), micro, key, totals, program.objective)
+        return program.stage.loss(
+            program.module(tree.merge(trainable, state.frozen), key),
+            micro,
+            key,
+            totals,
+            program.objective,
+        )
 
     def one(micro, number):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable, micro, jax.random.fold_in(key, number))
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+            state.trainable, micro, jax.random.fold_in(key, number)
+        )
         return value, sharding.constrain(grads, program.specs), metrics
 
     # Rows a, a + A, a + 2 A ... are micro-batch a: every device keeps the rows it has.
-    micros = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=program.accumulate), batch), jnp.arange(program.accumulate)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], micros)))
-    (value, grads, metrics), _ = jax.lax.scan(lambda total, inputs: (jax.tree.map(jnp.add, total, one(*inputs)), None), zero, micros)
+    micros = (
+        jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=program.accumulate), batch),
+        jnp.arange(program.accumulate),
+    )
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(one, *jax.tree.map(lambda x: x[0], micros)),
+    )
+    (value, grads, metrics), _ = jax.lax.scan(
+        lambda total, inputs: (jax.tree.map(jnp.add, total, one(*inputs)), None), zero, micros
+    )
 
     grads = only(grads, program.rows)
     norm = optax.global_norm(grads)
@@ -106,23 +131,34 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Met
         ok &= (state.typical_norm == 0) | (norm < program.spike * state.typical_norm)
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, only(updates, program.rows))
-    ema = state.ema and jax.tree.map(lambda old, new: old + (1 - program.ema) * (new - old), state.ema, trainable)
+    ema = state.ema and jax.tree.map(
+        lambda old, new: old + (1 - program.ema) * (new - old), state.ema, trainable
+    )
     typical = jnp.where(state.typical_norm == 0, norm, 0.98 * state.typical_norm + 0.02 * norm)
     new = state.replace(trainable=trainable, opt_state=opt_state, ema=ema, typical_norm=typical)
     new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
     new = new.replace(step=state.step + 1, bad=state.bad + ~ok)
     one = jnp.ones(())
-    norms = {f"grad_norm/{name}": (group, one) for name, group in _group_norms(grads, program.groups).items()}
-    return new, metrics | norms | {"loss": (value, one), "grad_norm": (norm, one), "bad_steps": (new.bad.astype(jnp.float32), one)}
+    norms = {
+        f"grad_norm/{name}": (group, one)
+        for name, group in _group_norms(grads, program.groups).items()
+    }
+    return new, metrics | norms | {
+        "loss": (value, one),
+        "grad_norm": (norm, one),
+        "bad_steps": (new.bad.astype(jnp.float32), one),
+    }
 
 
 def only(values: tree.Tree, rows: tree.Tree) -> tree.Tree:
     """`values` with zeros in the rows that do not train."""
+
     def one(x, rows):
         if rows is True:
             return x
         at = jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
         return jnp.where((rows[0] <= at) & (at < rows[1]), x, 0)
+
     return jax.tree.map(one, values, rows)
 
 
@@ -132,12 +168,19 @@ def jitted(program: Program, state: State) -> Callable[[State, Batch], tuple[Sta
     """
     shards = jax.tree.map(lambda x: x.sharding, state)
     device = next(iter(jax.tree.leaves(shards)[0].device_set))
-    return jax.jit(partial(train_step, program), donate_argnums=0, out_shardings=(shards, None), compiler_options=hardware.options(device))
+    return jax.jit(
+        partial(train_step, program),
+        donate_argnums=0,
+        out_shardings=(shards, None),
+        compiler_options=hardware.options(device),
+    )
 
 
 def eval_step(program: Program, params: tree.Tree, batch: Batch) -> Metrics:
     """Metrics of a batch without dropout or gradient."""
-    return program.stage.loss(program.module(params), batch, None, program.stage.weights(batch), program.objective)[1]
+    return program.stage.loss(
+        program.module(params), batch, None, program.stage.weights(batch), program.objective
+    )[1]
 
 
 def _group_norms(grads: tree.Tree, groups: tree.Tree) -> dict[str, Array]:
@@ -147,8 +190,18 @@ def _group_norms(grads: tree.Tree, groups: tree.Tree) -> dict[str, Array]:
     return {name: jnp.sqrt(square) for name, square in squares.items()}
 
 
-def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Loader, checkpoints: Checkpoints, journal: Journal, watching: watch.Watch,
-        evaluate: Callable[[tree.Tree], dict[str, float]] | None = None, pictures: Callable[[tree.Tree, Item], list] | None = None) -> State:
+def run(
+    c,
+    program: Program,
+    state: State,
+    mesh: jax.sharding.Mesh,
+    loader: Loader,
+    checkpoints: Checkpoints,
+    journal: Journal,
+    watching: watch.Watch,
+    evaluate: Callable[[tree.Tree], dict[str, float]] | None = None,
+    pictures: Callable[[tree.Tree, Item], list] | None = None,
+) -> State:
     """Trains from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and saves.
     `evaluate(params)` gives held-out numbers, `pictures(params, item)` the arguments of
     Journal.pictures. Raises UserError after `log.max_bad_steps` bad steps.
@@ -171,8 +224,13 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
         bad = int(values["bad_steps"])
         before = counts.bad
         if bad > before:
-            log.warning("step %d left the weights as they were: loss %s, gradient norm %s; documents: %s", number, values.get("loss"),
-                        values.get("grad_norm"), ", ".join(document for row in item.ids for document in row))
+            log.warning(
+                "step %d left the weights as they were: loss %s, gradient norm %s; documents: %s",
+                number,
+                values.get("loss"),
+                values.get("grad_norm"),
+                ", ".join(document for row in item.ids for document in row),
+            )
         counts.bad = bad
         if number % c.log.every == 0 or bad > before:
             journal.write(number, values)
@@ -197,11 +255,21 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
         if full:
             loader.close()
             raise full
-        log.info("step %d is being saved, the data's state in %d bytes; %s", step, len(json.dumps(data)), watching.goodput())
+        log.info(
+            "step %d is being saved, the data's state in %d bytes; %s",
+            step,
+            len(json.dumps(data)),
+            watching.goodput(),
+        )
 
     vote = processes.Vote(mesh)
     watching.enter("steps")
-    with stop_signals() as stopped, watch.traced(watch.span(c.profile.steps), journal.path.parent / f"profile/{jax.process_index()}") as before:
+    with (
+        stop_signals() as stopped,
+        watch.traced(
+            watch.span(c.profile.steps), journal.path.parent / f"profile/{jax.process_index()}"
+        ) as before,
+    ):
         while step < c.optim.steps and not vote(bool(stopped)):
             began = time.perf_counter()
             with watching.phase("input wait"):
@@ -217,12 +285,16 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
             pending = step, item, metrics, waited
             if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
                 break
+
             def params():
                 return tree.merge(state.trainable, state.frozen)
+
             # what `generate` takes
             draws = state.ema if state.ema and "unet" in state.trainable else state.trainable
+
             def due(every):
                 return every and step % every == 0
+
             if evaluate and (due(c.eval.every) or step == c.optim.steps):
                 with watching.phase("evaluation"):
                     values = evaluate(params())
@@ -240,13 +312,22 @@ def run(c, program: Program, state: State, mesh: jax.sharding.Mesh, loader: Load
             save(wait=True)
     loader.close()
     if counts.bad - counts.bad_at_start >= c.log.max_bad_steps:
-        raise UserError(f"stopped at step {step}: {counts.bad} steps were not finite or spiked (log.max_bad_steps={c.log.max_bad_steps}); "
-                        "their documents are named in the log; the checkpoint holds the last good weights")
+        raise UserError(
+            f"stopped at step {step}: {counts.bad} steps were not finite or spiked (log.max_bad_steps={c.log.max_bad_steps}); "
+            "their documents are named in the log; the checkpoint holds the last good weights"
+        )
     if step < c.optim.steps:
-        log.warning("stopped by %s at step %d of %d; the checkpoint is saved, the same command goes on", *(stopped[:1] or ["another process"]),
-                    step, c.optim.steps)
+        log.warning(
+            "stopped by %s at step %d of %d; the checkpoint is saved, the same command goes on",
+            *(stopped[:1] or ["another process"]),
+            step,
+            c.optim.steps,
+        )
     if step > first and step_fn._cache_size() > 1:
-        log.warning("train_step was compiled %d times: a shape or a dtype changes from step to step", step_fn._cache_size())
+        log.warning(
+            "train_step was compiled %d times: a shape or a dtype changes from step to step",
+            step_fn._cache_size(),
+        )
     return state
 
 
@@ -280,19 +361,35 @@ class Counts:
         tokens = share * int(held.sum())
         images = share * int((item.batch.image_slots < held.shape[1]).sum())
         values = {"padding": 1 - float(held.mean()), "input_wait": waited}
-        values |= {name: item.stats[name] for name in ("cut_documents", "cut_turns") if name in item.stats}
+        values |= {
+            name: item.stats[name] for name in ("cut_documents", "cut_turns") if name in item.stats
+        }
         values |= {f"epochs/{name}": value for name, value in item.stats["epochs"].items()}
         # the first step, which compiles, and those after a pause
         if not seconds:
             return values
         pairs = share * int((item.batch.positions + 1)[held].sum())
-        work = self.work(self.trained, images=images, tokens=tokens, pairs=pairs,
-                         labels=share * float(item.batch.text_weights.sum()), regressed=share * float(item.batch.image_weights.sum()) * self.slots)
+        work = self.work(
+            self.trained,
+            images=images,
+            tokens=tokens,
+            pairs=pairs,
+            labels=share * float(item.batch.text_weights.sum()),
+            regressed=share * float(item.batch.image_weights.sum()) * self.slots,
+        )
         work = {tower: value for tower, value in work.items() if tower in self.towers}
-        values |= {"step_time": seconds, "tokens_per_second": tokens / seconds, "images_per_second": images / seconds,
-                   "flops_per_second": sum(work.values()) / seconds}
+        values |= {
+            "step_time": seconds,
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": images / seconds,
+            "flops_per_second": sum(work.values()) / seconds,
+        }
         values |= {f"flops_per_second/{tower}": value / seconds for tower, value in work.items()}
-        return values | ({"mfu": sum(work.values()) / seconds / (self.peak * jax.device_count())} if self.peak else {})
+        return values | (
+            {"mfu": sum(work.values()) / seconds / (self.peak * jax.device_count())}
+            if self.peak
+            else {}
+        )
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 It goes in chunks, with a gradient written by hand and computed in the same forward sweep, so the
 logits of a chunk are all that ever exists. Read next: loop.py, which differentiates it.
 """
+
 from functools import partial
 
 import jax
@@ -23,10 +24,20 @@ HEAD = {"base": P("tensor", "fsdp"), "added": P(None, "fsdp")}
 REGRESS = {"w": P("fsdp", "tensor")}
 
 
-def fused(hidden: Float[Array, "B T D"], head: Tree, regress: Tree, labels: Int[Array, "B T"], label_weights: Float[Array, "B T"],
-          predictors: Int[Array, "B K"], targets: Float[Array, "B K D"], target_weights: Float[Array, "B K"],
-          text_scale: Float[Array, ""] | float, image_scale: Float[Array, ""] | float, *,
-          chunk: int) -> tuple[Float[Array, ""], Float[Array, "B T"], Float[Array, "B K"]]:
+def fused(
+    hidden: Float[Array, "B T D"],
+    head: Tree,
+    regress: Tree,
+    labels: Int[Array, "B T"],
+    label_weights: Float[Array, "B T"],
+    predictors: Int[Array, "B K"],
+    targets: Float[Array, "B K D"],
+    target_weights: Float[Array, "B K"],
+    text_scale: Float[Array, ""] | float,
+    image_scale: Float[Array, ""] | float,
+    *,
+    chunk: int,
+) -> tuple[Float[Array, ""], Float[Array, "B T"], Float[Array, "B K"]]:
     """(text_scale * sum(w * nll) + image_scale * sum(w * error), nll [B T], error [B K]); all
     float32, the last two detached.
 
@@ -76,9 +87,11 @@ def _values(chunk, learnt, given, gradient):
         row = P(ROWS)
         axes = (axis if mesh.shape[axis] > 1 else () for axis in AXES)
         (nll, error), gradients = jax.shard_map(
-            partial(sweep, *axes), check_vma=False,
+            partial(sweep, *axes),
+            check_vma=False,
             in_specs=((row, HEAD, REGRESS), (row, row, row, P(ROWS, None, "tensor"), row)),
-            out_specs=((row, row), (row, HEAD, REGRESS) if gradient else None))(learnt, given)
+            out_specs=((row, row), (row, HEAD, REGRESS) if gradient else None),
+        )(learnt, given)
     loss = (given[1] * nll).sum() + (given[4] * error).sum()
     return (loss, nll, error), gradients
 
@@ -91,16 +104,25 @@ def _sweep(chunk, gradient, vocab, data, fsdp, tensor, learnt, given):
     hidden, head, regress = learnt
     labels, label_scales, predictors, targets, target_scales = given
     dtype = hidden.dtype
-    base, added = (lax.all_gather(head[name].astype(dtype), fsdp, axis=1, tiled=True) for name in ("base", "added"))
+    base, added = (
+        lax.all_gather(head[name].astype(dtype), fsdp, axis=1, tiled=True)
+        for name in ("base", "added")
+    )
     project = lax.all_gather(regress["w"].astype(dtype), fsdp, axis=0, tiled=True)
 
-    nll, from_text = _text(hidden, base, added, labels, label_scales, chunk, gradient, vocab, tensor)
-    error, from_images = _images(hidden, project, predictors, targets, target_scales, gradient, tensor)
+    nll, from_text = _text(
+        hidden, base, added, labels, label_scales, chunk, gradient, vocab, tensor
+    )
+    error, from_images = _images(
+        hidden, project, predictors, targets, target_scales, gradient, tensor
+    )
     if not gradient:
         return (nll, error), None
 
     def scatter(d_w, like, axis):
-        return lax.psum(lax.psum_scatter(d_w, fsdp, scatter_dimension=axis, tiled=True), data).astype(like.dtype)
+        return lax.psum(
+            lax.psum_scatter(d_w, fsdp, scatter_dimension=axis, tiled=True), data
+        ).astype(like.dtype)
 
     d_hidden, d_base, d_added = from_text
     places, d_places, d_project = from_images
@@ -139,7 +161,9 @@ def _text(hidden, base, added, labels, scales, chunk, gradient, vocab, tensor):
         top = lax.pmax(jnp.maximum(own.max(-1), more.max(-1)), tensor)[..., None]
         own = own - top
         more = more - top
-        total, at_label = lax.psum((jnp.exp(own).sum(-1), jnp.where(own_hit, own, 0).sum(-1)), tensor)
+        total, at_label = lax.psum(
+            (jnp.exp(own).sum(-1), jnp.where(own_hit, own, 0).sum(-1)), tensor
+        )
         total = total + jnp.exp(more).sum(-1)
         nll = jnp.log(total) - at_label - jnp.where(more_hit, more, 0).sum(-1)
         if not gradient:
@@ -149,13 +173,24 @@ def _text(hidden, base, added, labels, scales, chunk, gradient, vocab, tensor):
         # scale * (softmax - one hot)
         d_own = (jnp.exp(own) * down - jnp.where(own_hit, scale, 0)).astype(h.dtype)
         d_more = (jnp.exp(more) * down - jnp.where(more_hit, scale, 0)).astype(h.dtype)
-        d_h = lax.psum(_einsum("BtV,VD->BtD", d_own, base), tensor) + _einsum("BtV,VD->BtD", d_more, added)
+        d_h = lax.psum(_einsum("BtV,VD->BtD", d_own, base), tensor) + _einsum(
+            "BtV,VD->BtD", d_more, added
+        )
         d_base, d_added = d_weights
-        d_weights = d_base + _einsum("BtV,BtD->VD", d_own, h), d_added + _einsum("BtV,BtD->VD", d_more, h)
+        d_weights = (
+            d_base + _einsum("BtV,BtD->VD", d_own, h),
+            d_added + _einsum("BtV,BtD->VD", d_more, h),
+        )
         return d_weights, (nll, d_h)
 
-    zeros = (jnp.zeros(base.shape, jnp.float32), jnp.zeros(added.shape, jnp.float32)) if gradient else None
-    d_weights, (nll, d_hidden) = lax.scan(step, zeros, (chunked(hidden), chunked(labels), chunked(scales)))
+    zeros = (
+        (jnp.zeros(base.shape, jnp.float32), jnp.zeros(added.shape, jnp.float32))
+        if gradient
+        else None
+    )
+    d_weights, (nll, d_hidden) = lax.scan(
+        step, zeros, (chunked(hidden), chunked(labels), chunked(scales))
+    )
     return whole(nll), (whole(d_hidden), *d_weights) if gradient else None
 
 

@@ -4,6 +4,7 @@
 Learning rate of a leaf at a step = its peak (rules.peak_lr) times the schedule's share of the peak.
 Read next: loop.py.
 """
+
 from itertools import pairwise
 
 import jax
@@ -23,16 +24,27 @@ def schedule(c) -> optax.Schedule:
         "cosine": lambda: optax.cosine_decay_schedule(1.0, rest, alpha=c.final),
         "linear": lambda: optax.linear_schedule(1.0, c.final, rest),
         "constant": lambda: optax.constant_schedule(1.0),
-        "stepped": lambda: optax.join_schedules([optax.constant_schedule(share) for share in (1.0, *(share for _, share in c.boundaries))],
-                                                [step - warmup for step, _ in c.boundaries]),
+        "stepped": lambda: optax.join_schedules(
+            [
+                optax.constant_schedule(share)
+                for share in (1.0, *(share for _, share in c.boundaries))
+            ],
+            [step - warmup for step, _ in c.boundaries],
+        ),
     }
     if c.schedule not in after:
         raise UserError(f"optim.schedule={c.schedule!r} is not one of {', '.join(after)}")
     if not 0 <= c.warmup <= 1 or c.steps < 1:
-        raise UserError(f"optim.warmup={c.warmup} is a share of the steps, 0 to 1, and optim.steps={c.steps} at least 1")
+        raise UserError(
+            f"optim.warmup={c.warmup} is a share of the steps, 0 to 1, and optim.steps={c.steps} at least 1"
+        )
     if c.schedule == "stepped" and not _rise(warmup, c.boundaries):
-        raise UserError(f"optim.boundaries={c.boundaries!r} must be (step, share of the peak) pairs, steps rising from the warm-up's end, {warmup}")
-    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(warmup, 1)), after[c.schedule]()], [warmup])
+        raise UserError(
+            f"optim.boundaries={c.boundaries!r} must be (step, share of the peak) pairs, steps rising from the warm-up's end, {warmup}"
+        )
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, 1.0, max(warmup, 1)), after[c.schedule]()], [warmup]
+    )
 
 
 def _rise(first: int, boundaries: tuple) -> bool:
@@ -47,8 +59,11 @@ def make(c, peaks: Tree, decays: Tree) -> optax.GradientTransformation:
     """AdamW of `config.optim`; `peaks` and `decays` are trees like the trainable parameters, a
     number at each leaf.
     """
+
     def decay(updates, params):
-        return jax.tree.map(lambda u, p, share: u + share * p if share else u, updates, params, decays)
+        return jax.tree.map(
+            lambda u, p, share: u + share * p if share else u, updates, params, decays
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),

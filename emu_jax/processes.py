@@ -3,6 +3,7 @@
 One process a host of TPUs, and on GPUs one a node or one a GPU; each feeds and sees its own
 devices, and all run the same program. Read next: loop.py.
 """
+
 import json
 import os
 import re
@@ -33,17 +34,27 @@ def start() -> None:
     """
     given = [name for name in EXPLICIT if name in os.environ]
     if len(given) > 1 and len(given) < len(EXPLICIT):
-        raise UserError(f"{' and '.join(given)} are set: of several processes each needs {', '.join(EXPLICIT)}")
+        raise UserError(
+            f"{' and '.join(given)} are set: of several processes each needs {', '.join(EXPLICIT)}"
+        )
     try:
         if len(given) == len(EXPLICIT):
             address, *numbers = (os.environ[name] for name in EXPLICIT)
             count, number = map(int, numbers)
-            jax.distributed.initialize(address, count, number, cluster_detection_method="deactivate")
+            jax.distributed.initialize(
+                address, count, number, cluster_detection_method="deactivate"
+            )
         else:
-            jax.distributed.initialize(local_device_ids=slurm_gpus(dict(os.environ), len(list(Path("/dev").glob("nvidia[0-9]*")))))
+            jax.distributed.initialize(
+                local_device_ids=slurm_gpus(
+                    dict(os.environ), len(list(Path("/dev").glob("nvidia[0-9]*")))
+                )
+            )
     except ValueError as error:
         if given:
-            raise UserError(f"{', '.join(f'{name}={os.environ[name]}' for name in given)}: {error}") from error
+            raise UserError(
+                f"{', '.join(f'{name}={os.environ[name]}' for name in given)}: {error}"
+            ) from error
         if "coordinator_address" not in str(error):
             # no cluster was found: alone
             raise
@@ -73,8 +84,10 @@ def share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
         held.setdefault(device.process_index, set()).add(where.start or 0)
     shares = sorted({tuple(sorted(starts)) for starts in held.values()})
     if sum(map(len, shares)) > len(set().union(*shares)):
-        raise UserError(f"mesh {dict(mesh.shape)}: some processes have a part of their rows in common; let mesh.tensor divide the "
-                        f"{mesh.local_mesh.size} devices of a process, or be a multiple of them")
+        raise UserError(
+            f"mesh {dict(mesh.shape)}: some processes have a part of their rows in common; let mesh.tensor divide the "
+            f"{mesh.local_mesh.size} devices of a process, or be a multiple of them"
+        )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
@@ -85,14 +98,22 @@ def slurm_gpus(environ: dict[str, str], present: int) -> list[int] | None:
     """
     if "SLURM_STEP_TASKS_PER_NODE" not in environ or not present:
         return None
-    tasks = max(int(count) for count in re.findall(r"(?:^|,)(\d+)", environ["SLURM_STEP_TASKS_PER_NODE"]))
+    tasks = max(
+        int(count) for count in re.findall(r"(?:^|,)(\d+)", environ["SLURM_STEP_TASKS_PER_NODE"])
+    )
     on_node = int(environ.get("SLURM_GPUS_ON_NODE", present))
-    seen = len(environ["CUDA_VISIBLE_DEVICES"].split(",")) if environ.get("CUDA_VISIBLE_DEVICES") else on_node
+    seen = (
+        len(environ["CUDA_VISIBLE_DEVICES"].split(","))
+        if environ.get("CUDA_VISIBLE_DEVICES")
+        else on_node
+    )
     # its own alone
     if seen < on_node:
         return list(range(seen))
     if seen % tasks:
-        raise UserError(f"{tasks} processes on a node of {seen} GPUs: start one a node (--ntasks-per-node=1), or one a GPU")
+        raise UserError(
+            f"{tasks} processes on a node of {seen} GPUs: start one a node (--ntasks-per-node=1), or one a GPU"
+        )
     first = int(environ["SLURM_LOCALID"]) * (seen // tasks)
     return list(range(first, first + seen // tasks))
 
@@ -111,7 +132,11 @@ def fetched(x: jax.Array) -> np.ndarray:
     """The whole of an array, also where other processes hold a part of it: then every process calls
     it.
     """
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+    return (
+        np.asarray(x)
+        if x.is_fully_addressable
+        else multihost_utils.process_allgather(x, tiled=True)
+    )
 
 
 class Vote:
@@ -130,7 +155,9 @@ class Vote:
     def __call__(self, mine: bool) -> bool:
         if jax.process_count() == 1:
             return mine
-        votes = jax.make_array_from_process_local_data(self.place, np.full(jax.local_device_count(), mine))
+        votes = jax.make_array_from_process_local_data(
+            self.place, np.full(jax.local_device_count(), mine)
+        )
         before = self.last
         self.last = self.any(votes)
         return before is not None and bool(before)

@@ -5,6 +5,7 @@ ffn and vocabulary. Rows of a batch lie over (data, fsdp). Models never name a m
 the helpers at the end. Read next: models/layers.py, which gathers a block's weights with
 `gathered`.
 """
+
 import re
 from functools import partial
 from typing import Any
@@ -167,9 +168,13 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
     shape = [sizes[axis] for axis in AXES]
     known = int(np.prod([size for size in shape if size != -1]))
     if shape.count(-1) > 1 or known < 1 or min(shape) < -1:
-        raise UserError(f"mesh {dict(sizes)}: sizes are positive, and at most one is -1 (what is left)")
+        raise UserError(
+            f"mesh {dict(sizes)}: sizes are positive, and at most one is -1 (what is left)"
+        )
     if len(devices) % known or (-1 not in shape and known != len(devices)):
-        raise UserError(f"mesh {dict(sizes)} does not match {len(devices)} devices: the product of its axes must be {len(devices)}")
+        raise UserError(
+            f"mesh {dict(sizes)} does not match {len(devices)} devices: the product of its axes must be {len(devices)}"
+        )
     shape = [len(devices) // known if size == -1 else size for size in shape]
     # GPUs of a node are neighbours already
     if devices[0].platform != "tpu":
@@ -177,9 +182,16 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
     elif (slices := len({getattr(device, "slice_index", 0) for device in devices})) == 1:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif shape[0] % slices:
-        raise UserError(f"mesh {dict(sizes)} lies on {slices} slices: data must be a multiple of {slices}")
+        raise UserError(
+            f"mesh {dict(sizes)} lies on {slices} slices: data must be a multiple of {slices}"
+        )
     else:
-        placed = mesh_utils.create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], devices, allow_split_physical_axes=True)
+        placed = mesh_utils.create_hybrid_device_mesh(
+            [shape[0] // slices, *shape[1:]],
+            [slices, 1, 1],
+            devices,
+            allow_split_physical_axes=True,
+        )
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -190,7 +202,11 @@ def specs(params: tree.Tree) -> tree.Tree:
     roles = {path: role(path) for path, _ in tree.leaves(params)}
     rows = [row for row in BESIDE if any(re.fullmatch(row[0], path) for path in roles)]
     rows += [row for tower in params for row in PARAMS.get(tower, ())]
-    found = dict(tree.leaves(tree.by_rule(rows, tree.unflatten(dict.fromkeys(roles.values())), what="sharding table")))
+    found = dict(
+        tree.leaves(
+            tree.by_rule(rows, tree.unflatten(dict.fromkeys(roles.values())), what="sharding table")
+        )
+    )
     return tree.unflatten({path: _whole_scales(path, found[role]) for path, role in roles.items()})
 
 
@@ -204,13 +220,17 @@ def check(mesh: Mesh, params: tree.Tree) -> None:
             axes = (over,) if isinstance(over, str) else over or ()
             if size % (shares := int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))):
                 fit = [n for n in range(1, shares) if size % n == 0 and mesh.size % n == 0]
-                raise UserError(f"mesh {dict(mesh.shape)}: {path} {list(leaf.shape)} does not divide by {' x '.join(axes)} = {shares}; "
-                                f"{fit[-1]} would do, with the rest in data (mesh.data={mesh.shape['data'] * shares // fit[-1]})")
+                raise UserError(
+                    f"mesh {dict(mesh.shape)}: {path} {list(leaf.shape)} does not divide by {' x '.join(axes)} = {shares}; "
+                    f"{fit[-1]} would do, with the rest in data (mesh.data={mesh.shape['data'] * shares // fit[-1]})"
+                )
 
 
 def shardings(mesh: Mesh, spec_tree: Any) -> Any:
     """NamedShardings of a tree of PartitionSpecs."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=lambda x: isinstance(x, P)
+    )
 
 
 def of_state(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
@@ -221,7 +241,9 @@ def of_state(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
     table = dict(tree.leaves(specs(params)))
 
     def place(path, _leaf):
-        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+        names = [
+            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path
+        ]
         tails = ("/".join(names[start:]) for start in range(len(names)))
         return NamedSharding(mesh, next((table[tail] for tail in tails if tail in table), P()))
 
@@ -235,8 +257,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 # The helpers that models call: no-ops without a mesh (`jax.set_mesh`).
 
+
 def _constrain(x: jax.Array, spec: P) -> jax.Array:
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
+    return (
+        x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
+    )
 
 
 def constrain(values: Any, spec_tree: Any) -> Any:
@@ -256,8 +281,10 @@ def cache(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
+
     def fitting(size, axes):
         return axes if size % int(np.prod([mesh.shape[axis] for axis in axes])) == 0 else None
+
     return _constrain(x, P(None, fitting(x.shape[1], ROWS), None, fitting(x.shape[3], ("tensor",))))
 
 
@@ -284,7 +311,9 @@ def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> 
         if mesh.empty or mesh.size == 1:
             return w
         rows = (*BESIDE, *PARAMS[where.split("/")[0]])
-        spec = _whole_scales(path, next(spec for pattern, spec in rows if re.fullmatch(pattern, role(path))))[sliced:]
+        spec = _whole_scales(
+            path, next(spec for pattern, spec in rows if re.fullmatch(pattern, role(path)))
+        )[sliced:]
         return _gather(w, P(*spec), P(*map(_without_fsdp, spec)))
 
     return tree.unflatten({path: ready(f"{where}/{path}", w) for path, w in tree.leaves(weights)})
@@ -298,12 +327,19 @@ def lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> 
     gathered over fsdp, and the sum over tensor puts them together. (The compiler's own way was to
     replicate the activations.)
     """
+
     def look(fsdp, tensor, base, added, tokens):
-        base, added = (jax.lax.all_gather(w.astype(dtype), fsdp, axis=1, tiled=True) for w in (base, added))
+        base, added = (
+            jax.lax.all_gather(w.astype(dtype), fsdp, axis=1, tiled=True) for w in (base, added)
+        )
         at = tokens - jax.lax.axis_index(tensor) * base.shape[0]
         mine = (at >= 0) & (at < base.shape[0])
-        x = jax.lax.psum(jnp.where(mine[..., None], base[jnp.clip(at, 0, base.shape[0] - 1)], 0), tensor)
-        return jnp.where((tokens >= V)[..., None], added[jnp.clip(tokens - V, 0, added.shape[0] - 1)], x)
+        x = jax.lax.psum(
+            jnp.where(mine[..., None], base[jnp.clip(at, 0, base.shape[0] - 1)], 0), tensor
+        )
+        return jnp.where(
+            (tokens >= V)[..., None], added[jnp.clip(tokens - V, 0, added.shape[0] - 1)], x
+        )
 
     V = base.shape[0]
     mesh = jax.sharding.get_abstract_mesh()
@@ -311,8 +347,12 @@ def lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> 
         return look((), (), base, added, tokens)
     # a few rows are everybody's
     rows = P() if tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else P(ROWS)
-    return jax.shard_map(partial(look, "fsdp", "tensor"), in_specs=(P("tensor", "fsdp"), P(None, "fsdp"), rows), out_specs=rows,
-                         check_vma=False)(base, added, tokens)
+    return jax.shard_map(
+        partial(look, "fsdp", "tensor"),
+        in_specs=(P("tensor", "fsdp"), P(None, "fsdp"), rows),
+        out_specs=rows,
+        check_vma=False,
+    )(base, added, tokens)
 
 
 def _whole_scales(path: str, spec: P) -> P:
@@ -323,7 +363,9 @@ def _whole_scales(path: str, spec: P) -> P:
 
 
 def _without_fsdp(axis):
-    kept = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name != "fsdp")
+    kept = tuple(
+        name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name != "fsdp"
+    )
     return kept or None
 
 

@@ -6,6 +6,7 @@ embeddings of images, whose targets are detached. `contrastive`: the warm-up of 
 own. `decoder`: the U-Net that draws what visual tokens say. Metrics are (sum, weight). Read next:
 loop.py.
 """
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class Stage(NamedTuple):
     totals, objective)` -> (this micro-batch's share of the loss, metrics); `work(size, trained,
     counts)`: FLOPs of a step by tower (flops.train).
     """
+
     module: type[nnx.Module]
     weights: Callable[[Batch], dict[str, Float[Array, ""]]]
     loss: Callable[..., tuple[Float[Array, ""], Metrics]]
@@ -46,7 +48,9 @@ def emu_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
     return {"text": label_weights(batch).sum(), "image": image_weights(batch).sum()}
 
 
-def emu(model: Emu, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
+def emu(
+    model: Emu, batch: Batch, key, totals: dict, objective: dict
+) -> tuple[Float[Array, ""], Metrics]:
     """text_weight * mean cross-entropy + image_weight * mean squared error, means over what counts
     in the whole batch.
     """
@@ -55,8 +59,14 @@ def emu(model: Emu, batch: Batch, key, totals: dict, objective: dict) -> tuple[F
     return next_element(model, hidden, visual, batch, totals, objective)
 
 
-def next_element(model: Emu, hidden: Float[Array, "B T D"], visual: Float[Array, "B I N D"], batch: Batch, totals: dict,
-                 objective: dict) -> tuple[Float[Array, ""], Metrics]:
+def next_element(
+    model: Emu,
+    hidden: Float[Array, "B T D"],
+    visual: Float[Array, "B I N D"],
+    batch: Batch,
+    totals: dict,
+    objective: dict,
+) -> tuple[Float[Array, ""], Metrics]:
     """The objective on hidden states that are there. An image counts once, whether it has N targets
     or N + 1.
     """
@@ -66,29 +76,48 @@ def next_element(model: Emu, hidden: Float[Array, "B T D"], visual: Float[Array,
     targets = visual
     # after the last visual token, the embedding of [/IMG]
     if objective["regress_end"]:
-        end = model.llama.embeddings(jnp.full((1, 1), model.size.llama.vocab + END_IMG), visual.dtype)
-        targets = jnp.concatenate([visual, jnp.broadcast_to(end, (*visual.shape[:2], 1, visual.shape[3]))], 2)
+        end = model.llama.embeddings(
+            jnp.full((1, 1), model.size.llama.vocab + END_IMG), visual.dtype
+        )
+        targets = jnp.concatenate(
+            [visual, jnp.broadcast_to(end, (*visual.shape[:2], 1, visual.shape[3]))], 2
+        )
         predictors = batch.image_slots[:, :, None] - 1 + jnp.arange(N + 1)
     per_image = targets.shape[2]
     text = jnp.maximum(totals["text"], 1)
     image = jnp.maximum(totals["image"], 1)
     loss, nll, error = fused(
-        hidden, model.llama.head(), {"w": model.regress_head.w.get_value()},
-        labels=jnp.roll(batch.tokens, -1, 1), label_weights=label_weights(batch),
-        predictors=rearrange(predictors, "B I N -> B (I N)"), targets=rearrange(targets, "B I N D -> B (I N) D"),
+        hidden,
+        model.llama.head(),
+        {"w": model.regress_head.w.get_value()},
+        labels=jnp.roll(batch.tokens, -1, 1),
+        label_weights=label_weights(batch),
+        predictors=rearrange(predictors, "B I N -> B (I N)"),
+        targets=rearrange(targets, "B I N D -> B (I N) D"),
         target_weights=jnp.repeat(counts, per_image, axis=1),
-        text_scale=objective["text_weight"] / text, image_scale=objective["image_weight"] / (image * per_image), chunk=objective["chunk"])
+        text_scale=objective["text_weight"] / text,
+        image_scale=objective["image_weight"] / (image * per_image),
+        chunk=objective["chunk"],
+    )
 
     error = rearrange(error, "B (I N) -> B I N", N=per_image).mean(-1)
     nll = nll * label_weights(batch)
     words = label_weights(batch)
-    source_of_image = jnp.take_along_axis(batch.sources, jnp.minimum(batch.image_slots, batch.tokens.shape[1] - 1), 1)
+    source_of_image = jnp.take_along_axis(
+        batch.sources, jnp.minimum(batch.image_slots, batch.tokens.shape[1] - 1), 1
+    )
+
     def by_source(values, sources):
         return jax.ops.segment_sum(values.ravel(), sources.ravel(), objective["sources"])
+
     return loss, {
-        "text_loss": (nll.sum(), words.sum()), "image_loss": ((error * counts).sum(), counts.sum()),
+        "text_loss": (nll.sum(), words.sum()),
+        "image_loss": ((error * counts).sum(), counts.sum()),
         "text_loss_by_source": (by_source(nll, batch.sources), by_source(words, batch.sources)),
-        "image_loss_by_source": (by_source(error * counts, source_of_image), by_source(counts, source_of_image)),
+        "image_loss_by_source": (
+            by_source(error * counts, source_of_image),
+            by_source(counts, source_of_image),
+        ),
         "visual_variance": variance(visual, counts),
     }
 
@@ -97,7 +126,9 @@ def picture_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
     return {"image": image_weights(batch).sum()}
 
 
-def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
+def contrastive(
+    model: Warmup, batch: Batch, key, totals: dict, objective: dict
+) -> tuple[Float[Array, ""], Metrics]:
     """Symmetric InfoNCE between each image's visual tokens and its document's text over the
     (micro-)batch, plus
 
@@ -109,38 +140,64 @@ def contrastive(model: Warmup, batch: Batch, key, totals: dict, objective: dict)
     batch = shifted(batch, key, objective["shift"])
     pictures = rearrange(batch.images, "B I h w c -> (B I) h w c")
     counts = image_weights(batch).ravel()
+
     def mean_over(equation, *values):
         return jnp.einsum(equation, *values, counts) / jnp.maximum(counts.sum(), 1)
+
     visual = model.encode(pictures, key).astype(jnp.float32)
     mean = mean_over("mnd,m->nd", visual)
     spread = mean_over("mnd,m->nd", (visual - mean) ** 2)
     z = (visual - mean) * jax.lax.rsqrt(spread + 1e-6)
     lack = jax.nn.relu(1 - jnp.sqrt(spread + 1e-6)).mean()
     correlation = mean_over("mnd,mne,m->nde", z, z)
-    spill = (jnp.square(correlation).sum((1, 2)) - jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)).mean() / z.shape[-1]
+    spill = (
+        jnp.square(correlation).sum((1, 2)) - jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)
+    ).mean() / z.shape[-1]
 
     def unit(x):
         return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+
     u = unit(model.contrast.image(visual))
     w = unit(rearrange(model.contrast.text(batch), "B I D -> (B I) D"))
-    logits = jnp.einsum("md,nd->mn", u, w, preferred_element_type=jnp.float32) / objective["temperature"]
+    logits = (
+        jnp.einsum("md,nd->mn", u, w, preferred_element_type=jnp.float32) / objective["temperature"]
+    )
     same = jax.lax.stop_gradient(w @ w.T > 1 - 1e-5) & ~jnp.eye(len(counts), dtype=bool)
     logits = jnp.where(same | (counts[None] == 0) | (counts[:, None] == 0), -1e9, logits)
     nll = (jax.nn.logsumexp(logits, 0) + jax.nn.logsumexp(logits, 1)) / 2 - jnp.diagonal(logits)
     top1 = jnp.argmax(logits, 1) == jnp.arange(len(counts))
 
-    small = pictures.astype(jnp.float32).reshape(len(counts), READOUT, pictures.shape[1] // READOUT, READOUT, -1, 3).mean((2, 4)) / 127.5 - 1
+    small = (
+        pictures.astype(jnp.float32)
+        .reshape(len(counts), READOUT, pictures.shape[1] // READOUT, READOUT, -1, 3)
+        .mean((2, 4))
+        / 127.5
+        - 1
+    )
     pixels = ((model.contrast.pixels(visual) - small) ** 2).mean((1, 2, 3))
 
-    each = nll + objective["readout_weight"] * pixels + objective["spread"] * lack + objective["decorrelate"] * spill
+    each = (
+        nll
+        + objective["readout_weight"] * pixels
+        + objective["spread"] * lack
+        + objective["decorrelate"] * spill
+    )
+
     def per_image(values):
         return ((values * counts).sum(), counts.sum())
+
     return (each * counts).sum() / jnp.maximum(totals["image"], 1), {
-        "contrastive_loss": per_image(nll), "readout_loss": per_image(pixels), "correlation": per_image(spill), "top1": per_image(top1),
-        "visual_variance": variance(visual, counts)}
+        "contrastive_loss": per_image(nll),
+        "readout_loss": per_image(pixels),
+        "correlation": per_image(spill),
+        "top1": per_image(top1),
+        "visual_variance": variance(visual, counts),
+    }
 
 
-def decoder(model: Decoder, batch: Batch, key, totals: dict, objective: dict) -> tuple[Float[Array, ""], Metrics]:
+def decoder(
+    model: Decoder, batch: Batch, key, totals: dict, objective: dict
+) -> tuple[Float[Array, ""], Metrics]:
     """Mean squared error of the U-Net's prediction at a random time for each image, weighted
     (models/diffusion.py). The condition is zero for a share `condition_drop` of the images; it and
     the target pass no gradient. Without a key the draws are always the same ones.
@@ -161,12 +218,28 @@ def decoder(model: Decoder, batch: Batch, key, totals: dict, objective: dict) ->
     times = diffusion.draw_times(d, keys[3], len(x0))
     predicted = model.predict(diffusion.add_noise(d, x0, e, times), times, condition)
     error = jnp.square(predicted - diffusion.target(d, x0, e, times)).mean((1, 2, 3))
-    loss = (error * diffusion.loss_weights(d, times) * counts).sum() / jnp.maximum(totals["image"], 1)
-    return loss, {"diffusion_loss": ((error * counts).sum(), counts.sum()), "condition_variance": variance(condition, counts)}
+    loss = (error * diffusion.loss_weights(d, times) * counts).sum() / jnp.maximum(
+        totals["image"], 1
+    )
+    return loss, {
+        "diffusion_loss": ((error * counts).sum(), counts.sum()),
+        "condition_variance": variance(condition, counts),
+    }
 
 
-STAGES = {"emu": Stage(Emu, emu_weights, emu), "contrastive": Stage(Warmup, picture_weights, contrastive),
-          "decoder": Stage(Decoder, picture_weights, decoder, DecoderSize.of, lambda size: size.emu, lambda size: size.loaded, flops.train_decoder)}
+STAGES = {
+    "emu": Stage(Emu, emu_weights, emu),
+    "contrastive": Stage(Warmup, picture_weights, contrastive),
+    "decoder": Stage(
+        Decoder,
+        picture_weights,
+        decoder,
+        DecoderSize.of,
+        lambda size: size.emu,
+        lambda size: size.loaded,
+        flops.train_decoder,
+    ),
+}
 
 
 def label_weights(batch: Batch) -> Float[Array, "B T"]:
@@ -196,7 +269,12 @@ def shifted(batch: Batch, key, pixels: int) -> Batch:
         return batch
     B, I, h, w, _ = batch.images.shape
     moves = jax.random.randint(jax.random.fold_in(key, 1), (B, I, 2), -pixels, pixels + 1)
-    y, x = (jnp.clip(jnp.arange(size) - moves[..., axis, None], 0, size - 1) for axis, size in ((0, h), (1, w)))
+    y, x = (
+        jnp.clip(jnp.arange(size) - moves[..., axis, None], 0, size - 1)
+        for axis, size in ((0, h), (1, w))
+    )
+
     def take(image, y, x):
         return image[y][:, x]
+
     return batch.replace(images=jax.vmap(jax.vmap(take))(batch.images, y, x))

@@ -4,6 +4,7 @@ stage.
 config -> mesh -> abstract model -> shardings -> parameters (resume, else weights, else scratch) ->
 data -> loop. Read next: loop.py.
 """
+
 import dataclasses
 import itertools
 import json
@@ -47,9 +48,26 @@ log = logging.getLogger(__name__)
 
 # Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and
 # devices, cadence, logging, what to do about bad data.
-MAY_DIFFER = ("workdir", "mesh.", "checkpoint.every", "checkpoint.keep", "log.", "profile.", "compile_cache", "drawing.", "eval.every",
-              "eval.batches", "eval.tasks", "data.prefetch", "data.workers", "data.readers", "data.patience", "data.retries", "data.max_bad_share",
-              "data.unreadable")
+MAY_DIFFER = (
+    "workdir",
+    "mesh.",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.",
+    "profile.",
+    "compile_cache",
+    "drawing.",
+    "eval.every",
+    "eval.batches",
+    "eval.tasks",
+    "data.prefetch",
+    "data.workers",
+    "data.readers",
+    "data.patience",
+    "data.retries",
+    "data.max_bad_share",
+    "data.unreadable",
+)
 # images behind the constants that standardise visual tokens
 MEASURED = 2048
 # images, and what is said of them, a time in TensorBoard
@@ -113,22 +131,50 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
         # Data.
         tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
         number, shares = processes.share(mesh, c.data.batch)
-        make_loader = partial(Loader, c.data, c.seed, tokenizer, model.resampler.tokens, stage.image(size),
-                              process=number, processes=shares, chats=model.llama.added >= 6)
+        make_loader = partial(
+            Loader,
+            c.data,
+            c.seed,
+            tokenizer,
+            model.resampler.tokens,
+            stage.image(size),
+            process=number,
+            processes=shares,
+            chats=model.llama.added >= 6,
+        )
         loader = at_end.enter_context(closing(make_loader()))
-        evaluations = [held_out(program, mesh, make_loader(eval=True), c)] if c.data.eval_mixture else []
+        evaluations = (
+            [held_out(program, mesh, make_loader(eval=True), c)] if c.data.eval_mixture else []
+        )
         evaluations += [benchmarks(program, mesh, tokenizer, c)] if c.eval.tasks else []
-        evaluate = (lambda params: {name: value for one in evaluations for name, value in one(params).items()}) if evaluations else None
+        evaluate = (
+            (
+                lambda params: {
+                    name: value for one in evaluations for name, value in one(params).items()
+                }
+            )
+            if evaluations
+            else None
+        )
 
         # State: resume, else weights, else scratch.
         workdir = Path(c.workdir)
         claim(workdir, c)
         run = config.to_dict(c)
         watching = at_end.enter_context(watch.Watch(workdir, c.log.hang, began))
-        checkpoints = at_end.enter_context(closing(checkpoint.Checkpoints(
-            c.checkpoint.to or c.workdir, keep=c.checkpoint.keep, keep_every=c.checkpoint.keep_every)))
+        checkpoints = at_end.enter_context(
+            closing(
+                checkpoint.Checkpoints(
+                    c.checkpoint.to or c.workdir,
+                    keep=c.checkpoint.keep,
+                    keep_every=c.checkpoint.keep_every,
+                )
+            )
+        )
+
         def state_of(params):
             return loop.init_state(program, *tree.split(params, trains))
+
         like = abstract_state(c, program, mesh, abstract, trains)
         if (resumed := checkpoints.restore(like)) is not None:
             step, state, data, saved = resumed
@@ -140,11 +186,20 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
             step = 0
             for kind in (kind for kind in precomputed.KINDS if c.data[kind]):
                 precompute.check_weights(c, kind)
-            params = jax.jit(lambda key: at_rest(c, trains, emu.init(stage.module, size, key)), out_shardings=placed)(jax.random.key(c.seed))
+            params = jax.jit(
+                lambda key: at_rest(c, trains, emu.init(stage.module, size, key)),
+                out_shardings=placed,
+            )(jax.random.key(c.seed))
             params, loaded = initial(c.init, params)
             if model.standardise and "visual_stats" in params and "visual_stats/mean" not in loaded:
-                params |= {"visual_stats": measure_visual_stats(program, params, make_loader(process=0, processes=1), placed["visual_stats"])}
-            state = jax.jit(state_of, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0)(params)
+                params |= {
+                    "visual_stats": measure_visual_stats(
+                        program, params, make_loader(process=0, processes=1), placed["visual_stats"]
+                    )
+                }
+            state = jax.jit(
+                state_of, out_shardings=jax.tree.map(lambda x: x.sharding, like), donate_argnums=0
+            )(params)
 
         # Train.
         if jax.process_index() == 0:
@@ -157,31 +212,59 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
             draws = drawings(program, mesh, c, make_loader)
         elif c.log.pictures_every and "llama" in abstract:
             draws = pictures(program, mesh, tokenizer, c.data.tokens)
-        return loop.run(c, program, state, mesh, loader, checkpoints, journal, watching, evaluate, pictures=draws)
+        return loop.run(
+            c,
+            program,
+            state,
+            mesh,
+            loader,
+            checkpoints,
+            journal,
+            watching,
+            evaluate,
+            pictures=draws,
+        )
 
 
 def parameter_table(abstract: tree.Tree) -> str:
     """Parameters by tower, one line each."""
-    counts = {tower: sum(leaf.size for leaf in jax.tree.leaves(part)) for tower, part in abstract.items()}
+    counts = {
+        tower: sum(leaf.size for leaf in jax.tree.leaves(part)) for tower, part in abstract.items()
+    }
     counts["total"] = sum(counts.values())
     return "\n".join(f"{tower:14}{count:>16,} parameters" for tower, count in counts.items())
 
 
-def make_program(c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.Tree) -> loop.Program:
+def make_program(
+    c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.Tree
+) -> loop.Program:
     """The program of a config; rules cover the whole model, and the trainable part of what they say
     is kept.
     """
     trains = what_trains(c, abstract)
+
     def trainable(rows, what):
         return tree.split(_rule(rows, abstract, what), trains)[0]
+
     if c.data.latents:
         stage = stage._replace(work=partial(stage.work, encodes=False))
     return loop.Program(
-        stage=stage, size=size, objective=c.objective.to_dict() | {"sources": len(c.data.mixture)},
-        optimizer=optim.make(c.optim, trainable(c.rules.peak_lr, "rules.peak_lr"), trainable(c.rules.decay, "rules.decay")),
-        groups=trainable(c.rules.groups, "rules.groups"), specs=tree.split(sharding.specs(abstract), trains)[0],
+        stage=stage,
+        size=size,
+        objective=c.objective.to_dict() | {"sources": len(c.data.mixture)},
+        optimizer=optim.make(
+            c.optim,
+            trainable(c.rules.peak_lr, "rules.peak_lr"),
+            trainable(c.rules.decay, "rules.decay"),
+        ),
+        groups=trainable(c.rules.groups, "rules.groups"),
+        specs=tree.split(sharding.specs(abstract), trains)[0],
         rows=tree.split(trains, trains)[0],
-        seed=c.seed, accumulate=c.optim.accumulate, ema=c.optim.ema, spike=c.optim.spike)
+        seed=c.seed,
+        accumulate=c.optim.accumulate,
+        ema=c.optim.ema,
+        spike=c.optim.spike,
+    )
 
 
 def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
@@ -192,20 +275,41 @@ def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
     shapes = dict(tree.leaves(abstract))
     for path, chosen in tree.leaves(trains):
         if chosen and path.endswith(sharding.CODES):
-            raise UserError(f"rules.train: {sharding.role(path)} is stored as {path.rpartition('/')[2]} and cannot train; a row before says: "
-                            "('llama/blocks/.*/(int8|nf4|absmax)', False)")
+            raise UserError(
+                f"rules.train: {sharding.role(path)} is stored as {path.rpartition('/')[2]} and cannot train; a row before says: "
+                "('llama/blocks/.*/(int8|nf4|absmax)', False)"
+            )
         if not isinstance(chosen, bool) and not _are_rows(chosen, shapes[path].shape[0]):
-            raise UserError(f"rules.train: {chosen!r} is neither True, nor False, nor (start, stop) of the rows of {path} {list(shapes[path].shape)}")
-    trains |= {tower: jax.tree.map(lambda _: False, part) for tower, part in trains.items() if tower == "visual_stats"}
+            raise UserError(
+                f"rules.train: {chosen!r} is neither True, nor False, nor (start, stop) of the rows of {path} {list(shapes[path].shape)}"
+            )
+    trains |= {
+        tower: jax.tree.map(lambda _: False, part)
+        for tower, part in trains.items()
+        if tower == "visual_stats"
+    }
     if not any(chosen for _, chosen in tree.leaves(trains)):
         raise UserError("rules.train: nothing trains; at least one row must say True")
     return trains
 
 
-def abstract_state(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh, abstract: tree.Tree, trains: tree.Tree) -> loop.State:
+def abstract_state(
+    c: ConfigDict,
+    program: loop.Program,
+    mesh: jax.sharding.Mesh,
+    abstract: tree.Tree,
+    trains: tree.Tree,
+) -> loop.State:
     """The state of a run as shapes, each with its sharding."""
-    state = jax.eval_shape(lambda params: loop.init_state(program, *tree.split(at_rest(c, trains, params), trains)), abstract)
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, sharding.of_state(mesh, abstract, state))
+    state = jax.eval_shape(
+        lambda params: loop.init_state(program, *tree.split(at_rest(c, trains, params), trains)),
+        abstract,
+    )
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        state,
+        sharding.of_state(mesh, abstract, state),
+    )
 
 
 def at_rest(c: ConfigDict, trains: tree.Tree, params: tree.Tree) -> tree.Tree:
@@ -213,12 +317,23 @@ def at_rest(c: ConfigDict, trains: tree.Tree, params: tree.Tree) -> tree.Tree:
     not train in `frozen_dtype`.
     """
     keep = dict(tree.leaves(trains))
-    return tree.unflatten({path: leaf.astype(c.frozen_dtype) if path.endswith(sharding.MATRICES) and not keep[path] else leaf
-                           for path, leaf in tree.leaves(params)})
+    return tree.unflatten(
+        {
+            path: leaf.astype(c.frozen_dtype)
+            if path.endswith(sharding.MATRICES) and not keep[path]
+            else leaf
+            for path, leaf in tree.leaves(params)
+        }
+    )
 
 
 def _are_rows(chosen: Any, count: int) -> bool:
-    return isinstance(chosen, tuple) and len(chosen) == 2 and all(type(row) is int for row in chosen) and 0 <= chosen[0] < chosen[1] <= count
+    return (
+        isinstance(chosen, tuple)
+        and len(chosen) == 2
+        and all(type(row) is int for row in chosen)
+        and 0 <= chosen[0] < chosen[1] <= count
+    )
 
 
 def _rule(rows, abstract: tree.Tree, what: str) -> tree.Tree:
@@ -233,42 +348,71 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     share out; for a model that they cannot hold.
     """
     places = [(name, path) for name, _, path, *_ in (*c.data.mixture, *c.data.eval_mixture)]
-    missing = [what for absent, what in (
-        (not c.workdir, "a workdir (--config.workdir=DIR)"),
-        (not Path(c.data.tokenizer).is_file(),
-         f"the tokenizer {c.data.tokenizer!r} (--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"),
-        (not places, "data (--config.data.mixture=\"(('NAME', WEIGHT, 'FOLDER:SPLIT'), ...)\")"),
-        *((not Path(path.rpartition(":")[0]).is_dir(), f"the source {name!r} at {path!r}") for name, path in places)) if absent]
+    missing = [
+        what
+        for absent, what in (
+            (not c.workdir, "a workdir (--config.workdir=DIR)"),
+            (
+                not Path(c.data.tokenizer).is_file(),
+                f"the tokenizer {c.data.tokenizer!r} (--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)",
+            ),
+            (
+                not places,
+                "data (--config.data.mixture=\"(('NAME', WEIGHT, 'FOLDER:SPLIT'), ...)\")",
+            ),
+            *(
+                (not Path(path.rpartition(":")[0]).is_dir(), f"the source {name!r} at {path!r}")
+                for name, path in places
+            ),
+        )
+        if absent
+    ]
     if missing:
         raise UserError(f"missing: {'; '.join(missing)}")
     if "://" in c.workdir:
-        raise UserError(f"workdir={c.workdir!r} is a bucket; metrics are written into a folder: --config.workdir=DIR, and "
-                        f"--config.checkpoint.to={c.workdir} for the checkpoints")
+        raise UserError(
+            f"workdir={c.workdir!r} is a bucket; metrics are written into a folder: --config.workdir=DIR, and "
+            f"--config.checkpoint.to={c.workdir} for the checkpoints"
+        )
     watch.span(c.profile.steps)
     check_rows(c, mesh)
     sharding.check(mesh, abstract)
     if "contrast" in abstract and c.model.vision.image % READOUT:
-        raise UserError(f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side")
+        raise UserError(
+            f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side"
+        )
     check_precomputed(c, abstract)
     if "unet" in abstract:
         pixels.check(DecoderSize.of(c.model.to_dict()).diffusion, c.drawing.to_dict())
     device = jax.local_devices()[0]
-    memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf(
+        "SC_PAGE_SIZE"
+    ) * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
     def size(part):
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (mesh.size // mesh.shape["data"])
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) / (
+            mesh.size // mesh.shape["data"]
+        )
+
     trains = what_trains(c, abstract)
     # a gradient and two moments
-    needed = size(jax.eval_shape(partial(at_rest, c, trains), abstract)) + 3 * size(tree.split(abstract, trains)[0])
+    needed = size(jax.eval_shape(partial(at_rest, c, trains), abstract)) + 3 * size(
+        tree.split(abstract, trains)[0]
+    )
     if needed > memory:
-        raise UserError(f"the model's state needs {needed / 2**30:.1f} GiB a device and a device has {memory / 2**30:.1f} GiB: "
-                        f"use more devices (mesh.fsdp), or a smaller model (--config=configs/pretrain.py:emu-1b)")
+        raise UserError(
+            f"the model's state needs {needed / 2**30:.1f} GiB a device and a device has {memory / 2**30:.1f} GiB: "
+            f"use more devices (mesh.fsdp), or a smaller model (--config=configs/pretrain.py:emu-1b)"
+        )
 
 
 def check_rows(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError for a batch that the devices cannot share out."""
     rows = int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
     if c.optim.accumulate < 1 or c.data.batch % (rows * c.optim.accumulate):
-        raise UserError(f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)")
+        raise UserError(
+            f"data.batch={c.data.batch} is not divisible by {rows} (the mesh's data x fsdp) x {c.optim.accumulate} (optim.accumulate)"
+        )
 
 
 def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
@@ -279,17 +423,27 @@ def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
     if wanted != bool(c.data.conditions):
         raise UserError(
             "model.decoder.condition='generated' needs data.conditions=DIR, made by: python -m emu_jax.generate precompute --config=FILE --to=DIR"
-            if wanted else f"data.conditions={c.data.conditions!r}: nothing draws from them but model.decoder.condition='generated'")
+            if wanted
+            else f"data.conditions={c.data.conditions!r}: nothing draws from them but model.decoder.condition='generated'"
+        )
     if wanted:
         made = tuple(precomputed.notes(Path(c.data.conditions), "conditions")["shape"])
         model = (c.model.resampler.tokens, c.model.llama.width)
         if made != model:
-            raise UserError(f"data.conditions={c.data.conditions!r} are visual tokens {list(made)}, and the model's are {list(model)}")
+            raise UserError(
+                f"data.conditions={c.data.conditions!r} are visual tokens {list(made)}, and the model's are {list(model)}"
+            )
     if c.data.latents:
         here = precompute.latents_of(c)
         there = precomputed.notes(Path(c.data.latents), "latents")
-        if differ := [f"{name} {there.get(name)}, not {value}" for name, value in here.items() if there.get(name) != value]:
-            raise UserError(f"data.latents={c.data.latents!r} are of other images than this config's: {'; '.join(differ)}")
+        if differ := [
+            f"{name} {there.get(name)}, not {value}"
+            for name, value in here.items()
+            if there.get(name) != value
+        ]:
+            raise UserError(
+                f"data.latents={c.data.latents!r} are of other images than this config's: {'; '.join(differ)}"
+            )
 
 
 def claim(workdir: Path, c: ConfigDict) -> None:
@@ -301,7 +455,9 @@ def claim(workdir: Path, c: ConfigDict) -> None:
         try:
             old = json.loads(path.read_text())
         except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; every checkpoint in {workdir} holds the config too") from error
+            raise UserError(
+                f"{path} is damaged: {error}; every checkpoint in {workdir} holds the config too"
+            ) from error
         same(f"workdir {workdir}", old, config.to_dict(c))
     if jax.process_index() == 0:
         try:
@@ -331,45 +487,79 @@ def same(whose: str, old: dict, new: dict) -> None:
     old = _flat(old)
     new = _flat(new)
     if since := [key for key in sorted(new.keys() - old.keys()) if not key.startswith(MAY_DIFFER)]:
-        log.warning("%s has no %s: it is older; they are as this config has them", whose, ", ".join(since))
-    differ = [key for key in sorted(old) if old[key] != new.get(key) and not key.startswith(MAY_DIFFER)]
+        log.warning(
+            "%s has no %s: it is older; they are as this config has them", whose, ", ".join(since)
+        )
+    differ = [
+        key for key in sorted(old) if old[key] != new.get(key) and not key.startswith(MAY_DIFFER)
+    ]
     if differ:
-        raise UserError(f"{whose} is of another config: " + ", ".join(f"{key} was {old[key]!r} and is {new.get(key)!r}" for key in differ[:4]) +
-                        (f" and {len(differ) - 4} more" if len(differ) > 4 else "") + "; choose another workdir")
+        raise UserError(
+            f"{whose} is of another config: "
+            + ", ".join(f"{key} was {old[key]!r} and is {new.get(key)!r}" for key in differ[:4])
+            + (f" and {len(differ) - 4} more" if len(differ) > 4 else "")
+            + "; choose another workdir"
+        )
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
-    return {path: leaf for key, value in values.items()
-            for path, leaf in (_flat(value, f"{prefix}{key}.").items() if isinstance(value, dict) else [(prefix + key, value)])}
+    return {
+        path: leaf
+        for key, value in values.items()
+        for path, leaf in (
+            _flat(value, f"{prefix}{key}.").items()
+            if isinstance(value, dict)
+            else [(prefix + key, value)]
+        )
+    }
 
 
-def measure_visual_stats(program: loop.Program, params: tree.Tree, loader: Loader, layout: tree.Tree) -> tree.Tree:
+def measure_visual_stats(
+    program: loop.Program, params: tree.Tree, loader: Loader, layout: tree.Tree
+) -> tree.Tree:
     """Mean and deviation of each dimension of each visual token over MEASURED training images, for
     models that standardise them. Several processes all read the same images: `loader` is that of
     one process.
     """
-    encode = jax.jit(lambda params, images: sharding.constrain(program.module(params).encode(images).astype(jnp.float32), PartitionSpec()))
+    encode = jax.jit(
+        lambda params, images: sharding.constrain(
+            program.module(params).encode(images).astype(jnp.float32), PartitionSpec()
+        )
+    )
     found: list[np.ndarray] = []
     for item in loader:
         images = item.batch.images[item.batch.image_slots < item.batch.tokens.shape[1]]
         # one shape for every batch
         rows = len(item.batch.images) * item.batch.images.shape[1]
-        padded = np.concatenate([images, np.zeros((rows - len(images), *images.shape[1:]), np.uint8)])
-        found.append(np.asarray(encode(params, padded))[:len(images)])
+        padded = np.concatenate(
+            [images, np.zeros((rows - len(images), *images.shape[1:]), np.uint8)]
+        )
+        found.append(np.asarray(encode(params, padded))[: len(images)])
         if sum(map(len, found)) >= MEASURED:
             break
     loader.close()
     tokens = np.concatenate(found)[:MEASURED].astype(np.float64)
     stats = {"mean": tokens.mean(0), "std": np.maximum(tokens.std(0), 1e-4)}
-    log.info("visual tokens standardised by the mean and deviation of %d images; mean deviation %.3g", len(tokens), stats["std"].mean())
-    return {name: jax.device_put(value.astype(np.float32), layout[name]) for name, value in stats.items()}
+    log.info(
+        "visual tokens standardised by the mean and deviation of %d images; mean deviation %.3g",
+        len(tokens),
+        stats["std"].mean(),
+    )
+    return {
+        name: jax.device_put(value.astype(np.float32), layout[name])
+        for name, value in stats.items()
+    }
 
 
-def held_out(program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: ConfigDict) -> Callable[[tree.Tree], dict[str, float]]:
+def held_out(
+    program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: ConfigDict
+) -> Callable[[tree.Tree], dict[str, float]]:
     """evaluate(params): the stage's metrics on `eval.batches` global batches of the held-out
     mixture.
     """
-    program = dataclasses.replace(program, objective=program.objective | {"sources": len(c.data.eval_mixture)})
+    program = dataclasses.replace(
+        program, objective=program.objective | {"sources": len(c.data.eval_mixture)}
+    )
     step = jax.jit(partial(loop.eval_step, program))
     place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
 
@@ -380,11 +570,13 @@ def held_out(program: loop.Program, mesh: jax.sharding.Mesh, loader: Loader, c: 
             total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
         loader.close()
         return means(jax.device_get(total), loader.source_names)
+
     return evaluate
 
 
-def benchmarks(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
-               c: ConfigDict) -> Callable[[tree.Tree], dict[str, float]]:
+def benchmarks(
+    program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer, c: ConfigDict
+) -> Callable[[tree.Tree], dict[str, float]]:
     """evaluate(params): the numbers of `eval.tasks`, each "task/number". Raises UserError, before
     anything is trained, for what it cannot ask.
     """
@@ -392,42 +584,68 @@ def benchmarks(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokeni
         raise UserError(f"eval.tasks: a model of the stage {c.stage!r} answers nothing")
     asked = []
     for row in c.eval.tasks:
-        if not isinstance(row, (tuple, list)) or list(map(type, row)) != [str, str, int] or row[2] < 1:
-            raise UserError(f"eval.tasks: {row!r} is no (task, \"FOLDER\", number of examples)")
+        if (
+            not isinstance(row, (tuple, list))
+            or list(map(type, row)) != [str, str, int]
+            or row[2] < 1
+        ):
+            raise UserError(f'eval.tasks: {row!r} is no (task, "FOLDER", number of examples)')
         task, folder, count = row
         if task not in TASKS or TASKS[task].metric in ("wups", "judge", "fid"):
-            able = ", ".join(name for name, its in TASKS.items() if its.metric not in ("wups", "judge", "fid"))
+            able = ", ".join(
+                name for name, its in TASKS.items() if its.metric not in ("wups", "judge", "fid")
+            )
             raise UserError(f"eval.tasks: {task!r} is none of {able}")
         asked.append((benchmark.Settings(task, c.workdir, 0, folder, TASKS[task].split), count))
         benchmark.plan(asked[-1][0], limit=count)
 
     def evaluate(params: tree.Tree) -> dict[str, float]:
         session = Session(program.size, params, tokenizer, context=c.data.tokens, mesh=mesh)
-        return {f"{settings.task}/{name}": value for settings, count in asked for name, value in
-                benchmark.numbers(session, settings, limit=count).items()}
+        return {
+            f"{settings.task}/{name}": value
+            for settings, count in asked
+            for name, value in benchmark.numbers(session, settings, limit=count).items()
+        }
+
     return evaluate
 
 
-def pictures(program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer,
-             context: int) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+def pictures(
+    program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer, context: int
+) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
     """pictures(params, item): some images of a batch (of several processes, of the first one's),
     what the model says of them, and the text of the document that each is from.
     """
+
     def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
-        batch = multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: x[:PICTURES], item.batch))
-        rows, places = (index[:PICTURES] for index in np.nonzero(batch.image_slots < batch.tokens.shape[1]))
+        batch = multihost_utils.broadcast_one_to_all(
+            jax.tree.map(lambda x: x[:PICTURES], item.batch)
+        )
+        rows, places = (
+            index[:PICTURES] for index in np.nonzero(batch.image_slots < batch.tokens.shape[1])
+        )
         images = batch.images[rows, places]
         slots = batch.image_slots[rows, places]
-        own = [batch.segments[row] == batch.segments[row, slot] for row, slot in zip(rows, slots, strict=True)]
-        true = [tokenizer.decode(batch.tokens[row, held].tolist()) for row, held in zip(rows, own, strict=True)]
+        own = [
+            batch.segments[row] == batch.segments[row, slot]
+            for row, slot in zip(rows, slots, strict=True)
+        ]
+        true = [
+            tokenizer.decode(batch.tokens[row, held].tolist())
+            for row, held in zip(rows, own, strict=True)
+        ]
         session = Session(program.size, params, tokenizer, context=context, mesh=mesh)
         said = session.texts([[image] for image in images], Options(max_new_tokens=24))
-        return images, [f"{one} (of: {shorten(other, 200)})" for one, other in zip(said, true, strict=True)]
+        return images, [
+            f"{one} (of: {shorten(other, 200)})" for one, other in zip(said, true, strict=True)
+        ]
+
     return show
 
 
-def drawings(program: loop.Program, mesh: jax.sharding.Mesh, c: ConfigDict,
-             make_loader: Callable[[], Loader]) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+def drawings(
+    program: loop.Program, mesh: jax.sharding.Mesh, c: ConfigDict, make_loader: Callable[[], Loader]
+) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
     """drawings(params, item): the first images of the data, each beside what the decoder makes of
     it, always the same ones with the same seeds, and led away from zeros: nothing is generated
     here.
@@ -435,7 +653,9 @@ def drawings(program: loop.Program, mesh: jax.sharding.Mesh, c: ConfigDict,
     side = program.size.image
     how = {name: c.drawing[name] for name in pixels.HOW}
     first = make_loader()
-    batch = multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: x[:PICTURES], next(iter(first)).batch))
+    batch = multihost_utils.broadcast_one_to_all(
+        jax.tree.map(lambda x: x[:PICTURES], next(iter(first)).batch)
+    )
     first.close()
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     count = len(batch.tokens)
@@ -445,13 +665,19 @@ def drawings(program: loop.Program, mesh: jax.sharding.Mesh, c: ConfigDict,
     def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         condition = program.module(params).conditions(batch)
         images = resized(batch.images.reshape(-1, *batch.images.shape[2:]), side)
-        return images, pixels.draw(program.size, params, condition, jnp.arange(len(condition)), **how)
+        return images, pixels.draw(
+            program.size, params, condition, jnp.arange(len(condition)), **how
+        )
+
     both = jax.jit(both)
     held = (batch.image_slots < batch.tokens.shape[1]).ravel()
 
     def show(params: tree.Tree, _: Item) -> tuple[np.ndarray, list[str]]:
-        images = np.concatenate([processes.fetched(part)[:len(held)] for part in both(params, rows)], 2)
+        images = np.concatenate(
+            [processes.fetched(part)[: len(held)] for part in both(params, rows)], 2
+        )
         return images[held], ["left the image, right as it is drawn"]
+
     return show
 
 

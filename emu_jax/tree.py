@@ -6,6 +6,7 @@ Shardings, what trains, learning rates, weight decay and LoRA targets are all sa
 covers, and a row that no leaf needs, are errors: a rule that silently did nothing is how a month of
 compute is lost.
 """
+
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -52,12 +53,16 @@ def by_rule(rules: Sequence[Any], tree: Tree, what: str = "rules") -> Tree:
             if re.fullmatch(pattern, path):
                 used.add(number)
                 return value
-        raise ValueError(f"{what}: no row covers the parameter {path!r}; add one, or a last row ('.*', ...)")
+        raise ValueError(
+            f"{what}: no row covers the parameter {path!r}; add one, or a last row ('.*', ...)"
+        )
 
     values = {path: value_of(path) for path, _ in leaves(tree)}
     idle = [pattern for number, (pattern, _) in enumerate(rules) if number not in used]
     if idle:
-        raise ValueError(f"{what}: no parameter needs the row {idle[0]!r}; the parameters are under {sorted(tree)}")
+        raise ValueError(
+            f"{what}: no parameter needs the row {idle[0]!r}; the parameters are under {sorted(tree)}"
+        )
     return unflatten(values)
 
 

@@ -7,6 +7,7 @@ K regressed positions of a row                 h w c pixels          S length of
 
 Read next: tree.py, then models/emu.py.
 """
+
 import flax.struct
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -22,6 +23,7 @@ class Batch:
     of the first of the N slots of its i-th image (so its `[IMG]` stands just before), and T where
     there is no i-th image.
     """
+
     # ids; [PAD] where a row ends
     tokens: Int[Array, "B T"]
     # 1, 2, ... per packed document; 0 is padding
@@ -45,6 +47,7 @@ class DecoderBatch(Batch):
     """With what was made once for each image (data/precomputed.py); None for what each step makes
     anew.
     """
+
     # what the LLM regressed
     conditions: Float[Array, "B I N D"] | None = None
     # means of the autoencoder's latents, and their log variances: m = 2 c
@@ -58,6 +61,7 @@ class Cache:
     Its first `filled` slots are in use, in every row; segments is 0 where a slot of a row holds
     nothing: padding of a shorter prompt, or a slot that is still free.
     """
+
     k: Float[Array, "L B S G d"]
     v: Float[Array, "L B S G d"]
     positions: Int[Array, "B S"]

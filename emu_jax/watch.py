@@ -4,6 +4,7 @@ again and again, and a trace of some steps.
 Each process watches itself and says in its log what it sees; only process 0 writes. Read next:
 loop.py.
 """
+
 import faulthandler
 import json
 import logging
@@ -46,15 +47,23 @@ class Watch:
         # there while a run is under way, or has died
         self.path = workdir / "running.json"
         found = processes.all_of(_read(self.path))[0]
-        self.deaths: list[int | None] = [*found["deaths"], found["step"]][-REMEMBERED:] if found else []
+        self.deaths: list[int | None] = (
+            [*found["deaths"], found["step"]][-REMEMBERED:] if found else []
+        )
         self.file = self.path.open("w") if jax.process_index() == 0 else None
         self._note(None)
         died = self.deaths[-1] if self.deaths else None
-        self.times = next((n for n, at in enumerate(reversed(self.deaths)) if at != died), len(self.deaths))
+        self.times = next(
+            (n for n, at in enumerate(reversed(self.deaths)) if at != died), len(self.deaths)
+        )
         self.suspect = died if self.times > 1 else None
         if self.suspect is not None:
-            log.error("the last %d runs died in step %d: its documents will be named; a process that was killed for its memory, or a record that "
-                      "crashes a decoder, look like this", self.times, self.suspect)
+            log.error(
+                "the last %d runs died in step %d: its documents will be named; a process that was killed for its memory, or a record that "
+                "crashes a decoder, look like this",
+                self.times,
+                self.suspect,
+            )
         if hang:
             threading.Thread(target=self._watch, args=(hang,), name="watchdog", daemon=True).start()
 
@@ -76,8 +85,12 @@ class Watch:
         self.step = step
         self._note(step)
         if step == self.suspect:
-            log.error("step %d, in which the last %d runs died, holds the documents %s", step, self.times,
-                      ", ".join(document for row in documents for document in row))
+            log.error(
+                "step %d, in which the last %d runs died, holds the documents %s",
+                step,
+                self.times,
+                ", ".join(document for row in documents for document in row),
+            )
 
     def enter(self, phase: str) -> None:
         """From now on, until the next."""
@@ -100,7 +113,9 @@ class Watch:
         """One line: the shares of this process's time since it began."""
         self.enter(self.now)
         total = sum(self.seconds.values())
-        shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in self.seconds.items())
+        shares = ", ".join(
+            f"{name} {seconds / total:.1%}" for name, seconds in self.seconds.items()
+        )
         return f"goodput of {total:.0f} s: {shares}"
 
     def _note(self, step: int | None) -> None:
@@ -109,7 +124,10 @@ class Watch:
             # a full disk: no reason to end here
             with suppress(OSError):
                 self.file.seek(0)
-                self.file.write(json.dumps({"step": step, "deaths": self.deaths}).ljust(32 + 16 * REMEMBERED) + "\n")
+                self.file.write(
+                    json.dumps({"step": step, "deaths": self.deaths}).ljust(32 + 16 * REMEMBERED)
+                    + "\n"
+                )
                 self.file.flush()
 
     def _watch(self, hang: float) -> None:
@@ -122,7 +140,13 @@ class Watch:
                 told = hang
             if (late := time.perf_counter() - since) >= told:
                 told = 2 * late
-                log.error("%s hangs: %s of step %d has taken %.0f s so far; its threads are at:", who, self.now, self.step, late)
+                log.error(
+                    "%s hangs: %s of step %d has taken %.0f s so far; its threads are at:",
+                    who,
+                    self.now,
+                    self.step,
+                    late,
+                )
                 faulthandler.dump_traceback(sys.__stderr__)
 
 
@@ -135,12 +159,14 @@ def _read(path: Path) -> dict | None:
 
 
 def span(text: str) -> range:
-    """"10:13", the steps 10, 11 and 12; "" is none. Raises UserError."""
+    """ "10:13", the steps 10, 11 and 12; "" is none. Raises UserError."""
     first, colon, end = text.partition(":")
     if not text:
         return range(0)
     if not (colon and first.isdigit() and end.isdigit() and 0 < int(first) < int(end)):
-        raise UserError(f"profile.steps={text!r} is not FIRST:END, like 10:13 for the steps 10, 11 and 12")
+        raise UserError(
+            f"profile.steps={text!r} is not FIRST:END, like 10:13 for the steps 10, 11 and 12"
+        )
     return range(int(first), int(end))
 
 

@@ -5,6 +5,7 @@ The time of the tests is the compiler's: it optimises nothing here, and what one
 next ones (and the processes that they start) load from a folder that lives as long as the session.
 Shapes in annotations are checked.
 """
+
 import atexit
 import gc
 import os
@@ -17,12 +18,17 @@ import jaxtyping
 # tracing makes much and little of it garbage: to look for it took a twelfth of the tests' time
 gc.set_threshold(100_000, 20, 50)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = " ".join((
-    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
-    # a test a core: what one compiles is not split among more
-    "--xla_cpu_parallel_codegen_split_count=1",
-    # a busy machine is slow, not stuck: after 40 s XLA would abort
-    "--xla_cpu_collective_call_terminate_timeout_seconds=1800"))
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        # a test a core: what one compiles is not split among more
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # a busy machine is slow, not stuck: after 40 s XLA would abort
+        "--xla_cpu_collective_call_terminate_timeout_seconds=1800",
+    )
+)
 # what it emits now takes twice as long to compile; later ones do not know the flag
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -32,8 +38,24 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # Not types.py and loop.py: JAX rebuilds their structs with what is no array.
-CHECKED = ("models", "data", "generate", "weights", "evaluate", "verify", "losses", "sharding", "stages", "optim", "tree", "config", "checkpoint",
-           "journal", "initial", "train")
+CHECKED = (
+    "models",
+    "data",
+    "generate",
+    "weights",
+    "evaluate",
+    "verify",
+    "losses",
+    "sharding",
+    "stages",
+    "optim",
+    "tree",
+    "config",
+    "checkpoint",
+    "journal",
+    "initial",
+    "train",
+)
 jaxtyping.install_import_hook([f"emu_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 

@@ -1,4 +1,5 @@
 """Small models and batches for the tests: real packed rows of random interleaved documents."""
+
 import dataclasses
 from functools import partial
 
@@ -17,9 +18,25 @@ def cfg(*overrides: str, size: str = "debug"):
     """configs/base.py at a small size, on one device, without dropout, with overrides "a.b=value".
     Its encoder's blocks are unrolled, its LLaMA's are a scan, as the large ones are.
     """
-    small = ("optim.steps=4", "data.batch=8", "data.tokens=48", "data.images=3", "data.num_streams=4", "objective.chunk=16", "mesh.fsdp=1",
-             "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=full")
-    return config.load([f"--config=configs/base.py:{size}", *(f"--config.{override}" for override in (*small, *overrides))])
+    small = (
+        "optim.steps=4",
+        "data.batch=8",
+        "data.tokens=48",
+        "data.images=3",
+        "data.num_streams=4",
+        "objective.chunk=16",
+        "mesh.fsdp=1",
+        "model.resampler.dropout=0.0",
+        "model.vision.remat=none",
+        "model.resampler.remat=none",
+        "model.llama.remat=full",
+    )
+    return config.load(
+        [
+            f"--config=configs/base.py:{size}",
+            *(f"--config.{override}" for override in (*small, *overrides)),
+        ]
+    )
 
 
 VAE = dict(channels=3, latent=4, widths=(8, 8), resnets=1, groups=4, scale=0.5, remat="none")
@@ -29,14 +46,44 @@ def decoder_cfg(*overrides: str, vae: bool = False):
     """configs/decoder.py at a small size: pixels 8 x 8 from the encoder's 28 x 28, or 4 x 4 latents
     of those, in documents of an image a row.
     """
-    small = ("optim.steps=4", "optim.warmup=0.25", "optim.boundaries=((2, 0.5),)", "data.batch=8", "data.tokens=24", "data.num_streams=4",
-             "mesh.fsdp=1", "model.resampler.dropout=0.0", "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none",
-             "data.conditions=", "model.decoder.condition=teacher_forced")
-    c = config.load(["--config=configs/decoder.py:debug", *(f"--config.{override}" for override in small)])
+    small = (
+        "optim.steps=4",
+        "optim.warmup=0.25",
+        "optim.boundaries=((2, 0.5),)",
+        "data.batch=8",
+        "data.tokens=24",
+        "data.num_streams=4",
+        "mesh.fsdp=1",
+        "model.resampler.dropout=0.0",
+        "model.vision.remat=none",
+        "model.resampler.remat=none",
+        "model.llama.remat=none",
+        "data.conditions=",
+        "model.decoder.condition=teacher_forced",
+    )
+    c = config.load(
+        ["--config=configs/decoder.py:debug", *(f"--config.{override}" for override in small)]
+    )
     with c.unlocked():
-        c.model.decoder.update(dict(image=8, unet=dict(
-            channels_in=3, channels_out=3, patch=2, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,),
-            time=16, groups=4, remat="none")))
+        c.model.decoder.update(
+            dict(
+                image=8,
+                unet=dict(
+                    channels_in=3,
+                    channels_out=3,
+                    patch=2,
+                    widths=(8,),
+                    resnets=(1,),
+                    attends_down=(True,),
+                    attends_up=(False,),
+                    depths=(1,),
+                    heads=(2,),
+                    time=16,
+                    groups=4,
+                    remat="none",
+                ),
+            )
+        )
         c.model.decoder.vae = VAE if vae else {}
         if vae:
             c.model.decoder.unet.update(dict(channels_in=4, channels_out=4))
@@ -49,32 +96,62 @@ def warm_cfg(*overrides: str):
     """`cfg` of the contrastive stage, whose reading of the pixels wants images of a multiple of 16,
     and whose model has no llama.
     """
-    return cfg("stage=contrastive", "model.vision.image=32", "model.vision.patch=16", "rules.peak_lr=(('.*', 1e-3),)",
-               "rules.groups=(('vision/.*', 'vision'), ('.*', 'rest'))", *overrides)
+    return cfg(
+        "stage=contrastive",
+        "model.vision.image=32",
+        "model.vision.patch=16",
+        "rules.peak_lr=(('.*', 1e-3),)",
+        "rules.groups=(('vision/.*', 'vision'), ('.*', 'rest'))",
+        *overrides,
+    )
 
 
 def documents(count: int, size: int, seed: int = 0) -> list[Document]:
     """Documents of one to three parts, texts and images in any order."""
     rng = np.random.default_rng(seed)
+
     def image():
         return rng.integers(0, 256, (size, size, 3), np.uint8)
+
     def word():
         return "".join(chr(97 + k) for k in rng.integers(0, 26, rng.integers(2, 9)))
-    kinds = (lambda: (image(), word()), lambda: (word(), image()), lambda: (word(),), lambda: (word(), image(), word()))
+
+    kinds = (
+        lambda: (image(), word()),
+        lambda: (word(), image()),
+        lambda: (word(),),
+        lambda: (word(), image(), word()),
+    )
     return [Document(f"d{k}", kinds[rng.integers(len(kinds))]()) for k in range(count)]
 
 
 def sequences(c, count: int, seed: int = 0):
     vocab = c.model.llama.vocab
-    letters = Tokenizer(vocab, lambda text: [3 + ord(letter) - 97 for letter in text], lambda ids: "".join(chr(94 + k) for k in ids))
-    to_sequence = partial(make_sequence, tokenizer=letters, n_visual=c.model.resampler.tokens, max_tokens=c.data.tokens, max_images=c.data.images,
-                          image_first=0.5, labels=c.data.labels)
-    return [to_sequence(document, rng=np.random.default_rng(seed)) for document in documents(count, c.model.vision.image, seed)]
+    letters = Tokenizer(
+        vocab,
+        lambda text: [3 + ord(letter) - 97 for letter in text],
+        lambda ids: "".join(chr(94 + k) for k in ids),
+    )
+    to_sequence = partial(
+        make_sequence,
+        tokenizer=letters,
+        n_visual=c.model.resampler.tokens,
+        max_tokens=c.data.tokens,
+        max_images=c.data.images,
+        image_first=0.5,
+        labels=c.data.labels,
+    )
+    return [
+        to_sequence(document, rng=np.random.default_rng(seed))
+        for document in documents(count, c.model.vision.image, seed)
+    ]
 
 
 def pack(c, rows):
     """A Batch whose row b holds the sequences rows[b]."""
-    batch = empty_batch(len(rows), c.data.tokens, c.data.images, c.model.vision.image, pad=c.model.llama.vocab)
+    batch = empty_batch(
+        len(rows), c.data.tokens, c.data.images, c.model.vision.image, pad=c.model.llama.vocab
+    )
     for number, row in enumerate(rows):
         write_row(batch, number, row, [k % 2 for k in range(len(row))])
     return batch
@@ -126,7 +203,9 @@ def random_params(p, seed: int = 0):
         noise = rng.standard_normal(x.shape, np.float32)
         return jnp.asarray(1 + 0.1 * noise if path.endswith(("scale", "std")) else 0.2 * noise)
 
-    return tree.unflatten({path: leaf(path, x) for path, x in flat(jax.eval_shape(partial(params, p)))})
+    return tree.unflatten(
+        {path: leaf(path, x) for path, x in flat(jax.eval_shape(partial(params, p)))}
+    )
 
 
 def written(path, c, params):
@@ -143,7 +222,11 @@ def packed_and_separate(c):
     """(batch of three full rows, batch of the same eight documents a row each, [(row, start, first
     image)] of each in the former).
     """
-    found = [s for s in sequences(c, 40) if len(s.tokens) <= c.data.tokens // 3 and len(s.image_slots) <= 1][:8]
+    found = [
+        s
+        for s in sequences(c, 40)
+        if len(s.tokens) <= c.data.tokens // 3 and len(s.image_slots) <= 1
+    ][:8]
     rows = [found[:3], found[3:5], found[5:]]
     places = []
     for number, row in enumerate(rows):

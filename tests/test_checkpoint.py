@@ -1,6 +1,7 @@
 """What is saved comes back, bit for bit, on any mesh; and what is damaged is noticed and passed
 over.
 """
+
 import json
 import logging
 import resource
@@ -25,10 +26,22 @@ from emu_jax.config import UserError
 
 # Orbax leaves coroutines of the other arrays behind when one cannot be read.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning")
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore:coroutine .* was never awaited:RuntimeWarning",
+)
 
-DATA = {"streams": {"0": {"draw": 7, "epochs": [1, 2], "pending": [["names", 0, 5]]}, "10": {"draw": 0, "share": 0.1}, "2": {}}}
-CONFIG = {"stage": "emu", "optim": {"b1": 0.9, "steps": 10, "ema": None}, "rules": [[".*", True], [".*", 1e-4]]}
+DATA = {
+    "streams": {
+        "0": {"draw": 7, "epochs": [1, 2], "pending": [["names", 0, 5]]},
+        "10": {"draw": 0, "share": 0.1},
+        "2": {},
+    }
+}
+CONFIG = {
+    "stage": "emu",
+    "optim": {"b1": 0.9, "steps": 10, "ema": None},
+    "rules": [[".*", True], [".*", 1e-4]],
+}
 
 
 @flax.struct.dataclass
@@ -44,20 +57,41 @@ class State:
 def make_state(step=1, rows=64, ema=True):
     keys = jax.random.split(jax.random.key(step), 2)
     odd = jnp.array([-0.0, jnp.nan, jnp.inf, 1e-40], jnp.float32)
-    trainable = {"llama": {"w": jax.random.normal(keys[0], (rows, 64)), "norm": odd}, "head": jnp.arange(8, dtype=jnp.bfloat16)}
-    frozen = {"llama": {"ids": jnp.arange(6, dtype=jnp.int8)}, "vision": {"w": jax.random.normal(keys[1], (rows, 8))}}
+    trainable = {
+        "llama": {"w": jax.random.normal(keys[0], (rows, 64)), "norm": odd},
+        "head": jnp.arange(8, dtype=jnp.bfloat16),
+    }
+    frozen = {
+        "llama": {"ids": jnp.arange(6, dtype=jnp.int8)},
+        "vision": {"w": jax.random.normal(keys[1], (rows, 8))},
+    }
     # masked nodes, empty states, None: whatever optax makes
     labels = {"llama": {"w": "a", "norm": "b"}, "head": "b"}
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(
-        {"a": optax.adamw(1e-3, mu_dtype=jnp.bfloat16), "b": optax.sgd(1e-2)}, labels))
-    gradient = jax.tree.map(lambda x: jnp.cos(step * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trainable)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.multi_transform(
+            {"a": optax.adamw(1e-3, mu_dtype=jnp.bfloat16), "b": optax.sgd(1e-2)}, labels
+        ),
+    )
+    gradient = jax.tree.map(
+        lambda x: jnp.cos(step * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trainable
+    )
     _, opt_state = optimizer.update(gradient, optimizer.init(trainable), trainable)
-    return State(jnp.int32(step), trainable, frozen, opt_state,
-                 jax.tree.map(lambda x: x + 1, trainable) if ema else None, jnp.uint32(2**31 + 5))
+    return State(
+        jnp.int32(step),
+        trainable,
+        frozen,
+        opt_state,
+        jax.tree.map(lambda x: x + 1, trainable) if ema else None,
+        jnp.uint32(2**31 + 5),
+    )
 
 
 def abstract(state, sharding_of=None):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of and sharding_of(x)), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of and sharding_of(x)),
+        state,
+    )
 
 
 def assert_same(got, expected):
@@ -73,7 +107,9 @@ def mesh_sharding(shape, *axes):
     """
     mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     count = int(np.prod([mesh.shape[axis] for axis in axes]))
-    return lambda x: NamedSharding(mesh, PartitionSpec(axes) if x.ndim and x.shape[0] % count == 0 else PartitionSpec())
+    return lambda x: NamedSharding(
+        mesh, PartitionSpec(axes) if x.ndim and x.shape[0] % count == 0 else PartitionSpec()
+    )
 
 
 def steps(workdir):
@@ -112,6 +148,7 @@ def small_disk():
 
 # What is saved comes back
 
+
 @pytest.mark.parametrize("ema", [True, False])
 def test_restored_state_is_the_saved_one_bit_for_bit(tmp_path, ema):
     state = make_state(ema=ema)
@@ -122,13 +159,17 @@ def test_restored_state_is_the_saved_one_bit_for_bit(tmp_path, ema):
     assert_same(restored, state)
 
 
-@pytest.mark.parametrize("target", [((2, 4), "fsdp"), ((4, 2), "fsdp", "data"), ((1, 8), "data"), None])
+@pytest.mark.parametrize(
+    "target", [((2, 4), "fsdp"), ((4, 2), "fsdp", "data"), ((1, 8), "data"), None]
+)
 def test_restored_onto_another_mesh_is_exactly_equal(tmp_path, target):
     state = make_state()
     target = target and mesh_sharding(*target)
     there = jax.device_put(state, jax.tree.map(mesh_sharding((1, 8), "fsdp"), state))
     Checkpoints(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
-    _, restored, _, _ = Checkpoints(str(tmp_path), keep=1, keep_every=0).restore(abstract(state, target))
+    _, restored, _, _ = Checkpoints(str(tmp_path), keep=1, keep_every=0).restore(
+        abstract(state, target)
+    )
     assert_same(restored, state)
     for leaf in jax.tree.leaves(restored):
         assert leaf.sharding == target(leaf) if target else len(leaf.sharding.device_set) == 1
@@ -158,25 +199,42 @@ def test_arrays_may_be_donated_once_save_returns(tmp_path):
 
 def test_another_split_of_the_parameters_finds_them_all(saved):
     state = make_state(2)
-    everything = {**state.frozen, **state.trainable, "llama": state.frozen["llama"] | state.trainable["llama"]}
+    everything = {
+        **state.frozen,
+        **state.trainable,
+        "llama": state.frozen["llama"] | state.trainable["llama"],
+    }
     assert_same(restore_params(str(saved)), jax.tree.map(np.asarray, everything))
-    assert_same(restore_params(str(saved), abstract(everything, mesh_sharding((2, 4), "fsdp"))), everything)
+    assert_same(
+        restore_params(str(saved), abstract(everything, mesh_sharding((2, 4), "fsdp"))), everything
+    )
 
 
 def test_one_tower_is_restored_and_cast_without_the_rest(saved):
-    tower = restore_params(str(saved), {"vision": {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}})
+    tower = restore_params(
+        str(saved), {"vision": {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}}
+    )
     assert_same(tower, {"vision": {"w": make_state(2).frozen["vision"]["w"].astype(jnp.bfloat16)}})
 
 
 def test_shapes_are_those_of_the_parameters(saved):
     assert param_shapes(str(saved)) == {
-        "head": (8,), "llama/ids": (6,), "llama/norm": (4,), "llama/w": (64, 64), "vision/w": (64, 8)}
+        "head": (8,),
+        "llama/ids": (6,),
+        "llama/norm": (4,),
+        "llama/w": (64, 64),
+        "vision/w": (64, 8),
+    }
 
 
 def test_a_tower_is_known_by_its_bits(saved):
     def print_of(tower, step=2):
         return fingerprint(f"{saved}/checkpoints/{step}", tower)
-    assert print_of("llama") == fingerprint(str(saved), "llama") and print_of("llama") not in (print_of("vision"), print_of("llama", 1))
+
+    assert print_of("llama") == fingerprint(str(saved), "llama") and print_of("llama") not in (
+        print_of("vision"),
+        print_of("llama", 1),
+    )
 
 
 def test_averaged_parameters_take_the_place_of_those_that_have_an_average(saved):
@@ -188,18 +246,24 @@ def test_averaged_parameters_take_the_place_of_those_that_have_an_average(saved)
 
 def test_parameters_are_read_without_the_optimizer(copy):
     shutil.rmtree(copy / "checkpoints/2/optimizer")
-    np.testing.assert_array_equal(restore_params(str(copy))["llama"]["w"], make_state(2).trainable["llama"]["w"])
+    np.testing.assert_array_equal(
+        restore_params(str(copy))["llama"]["w"], make_state(2).trainable["llama"]["w"]
+    )
 
 
 def test_a_path_and_nothing_else_gives_the_config(saved, monkeypatch):
     monkeypatch.chdir(saved)
     assert read_config(".")["seed"] == 2 and read_config(str(saved), step=1)["seed"] == 1
     assert read_config("checkpoints/1") == {**CONFIG, "seed": 1}
-    np.testing.assert_array_equal(restore_params("checkpoints/1")["llama"]["w"], make_state(1).trainable["llama"]["w"])
+    np.testing.assert_array_equal(
+        restore_params("checkpoints/1")["llama"]["w"], make_state(1).trainable["llama"]["w"]
+    )
 
 
 def test_a_given_step_is_restored(saved):
-    step, restored, _, config = Checkpoints(str(saved), keep=5, keep_every=0).restore(abstract(make_state()), step=1)
+    step, restored, _, config = Checkpoints(str(saved), keep=5, keep_every=0).restore(
+        abstract(make_state()), step=1
+    )
     assert step == config["seed"] == 1
     assert_same(restored, make_state(1))
 
@@ -211,6 +275,7 @@ def test_a_new_workdir_has_nothing(tmp_path):
 
 
 # By slices
+
 
 def sliced(workdir, params, config=CONFIG):
     flat = dict(tree.leaves(params))
@@ -227,10 +292,14 @@ def sliced(workdir, params, config=CONFIG):
 def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK", 64)
     # zeros are written too
-    params = make_state().trainable | {"vision": {"pos": jnp.ones((3, 5), jnp.float16), "bias": jnp.zeros((70,))}}
+    params = make_state().trainable | {
+        "vision": {"pos": jnp.ones((3, 5), jnp.float16), "bias": jnp.zeros((70,))}
+    }
     sliced(tmp_path, params)
     assert_same(restore_params(str(tmp_path)), jax.tree.map(np.asarray, params))
-    assert_same(restore_params(str(tmp_path), abstract(params, mesh_sharding((2, 4), "fsdp"))), params)
+    assert_same(
+        restore_params(str(tmp_path), abstract(params, mesh_sharding((2, 4), "fsdp"))), params
+    )
     assert read_config(str(tmp_path)) == CONFIG
     slices = checkpoint.Slices(str(tmp_path))
     assert slices.shapes["llama/w"] == (np.float32, (64, 64))
@@ -252,10 +321,13 @@ def test_what_is_not_written_whole_is_not_there(tmp_path, small_disk):
     sliced(tmp_path / "run", make_state().trainable)
     with pytest.raises(UserError, match="holds a checkpoint already"):
         sliced(tmp_path / "run", make_state(2).trainable)
-    assert_same(restore_params(str(tmp_path / "run")), jax.tree.map(np.asarray, make_state().trainable))
+    assert_same(
+        restore_params(str(tmp_path / "run")), jax.tree.map(np.asarray, make_state().trainable)
+    )
 
 
 # Which steps stay
+
 
 def test_the_last_ones_and_every_fourth_are_kept(tmp_path):
     run = Checkpoints(str(tmp_path), keep=2, keep_every=4)
@@ -271,7 +343,9 @@ def test_saving_a_step_again_does_nothing(copy):
     for step in (2, 3, 3):
         before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
         run.save(step, make_state(step), DATA, CONFIG, wait=True)
-    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*")} and steps(copy) == [1, 2, 3]
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*")} and steps(
+        copy
+    ) == [1, 2, 3]
 
 
 def test_a_damaged_step_does_not_crowd_out_whole_ones_and_is_replaced(copy):
@@ -293,12 +367,13 @@ def test_a_damaged_step_does_not_crowd_out_whole_ones_and_is_replaced(copy):
 
 # Damage
 
+
 def delete(path):
     path.unlink()
 
 
 def truncate(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def flip_a_bit(path):
@@ -313,12 +388,26 @@ def change_a_digit(path):
     path.write_text(changed)
 
 
-@pytest.mark.parametrize(("damage", "part", "file"), [
-    (delete, "params", None), (truncate, "params", None), (flip_a_bit, "params", None), (flip_a_bit, "optimizer", None),
-    (flip_a_bit, "ema", None), (delete, "optimizer", "manifest.ocdbt"), (truncate, "params", "_METADATA"),
-    (change_a_digit, "data", "data.json"), (delete, "config", "data.json"), (truncate, "manifest", "data.json"),
-    (delete, ".", "_CHECKPOINT_METADATA"), (shutil.rmtree, ".", "ema")])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(copy, caplog, damage, part, file):
+@pytest.mark.parametrize(
+    ("damage", "part", "file"),
+    [
+        (delete, "params", None),
+        (truncate, "params", None),
+        (flip_a_bit, "params", None),
+        (flip_a_bit, "optimizer", None),
+        (flip_a_bit, "ema", None),
+        (delete, "optimizer", "manifest.ocdbt"),
+        (truncate, "params", "_METADATA"),
+        (change_a_digit, "data", "data.json"),
+        (delete, "config", "data.json"),
+        (truncate, "manifest", "data.json"),
+        (delete, ".", "_CHECKPOINT_METADATA"),
+        (shutil.rmtree, ".", "ema"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(
+    copy, caplog, damage, part, file
+):
     folder = copy / "checkpoints/2" / part
     damage(folder / file if file else array_file(folder))
     run = Checkpoints(str(copy), keep=5, keep_every=0)
@@ -335,7 +424,12 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(copy):
         truncate(copy / f"checkpoints/{step}/manifest/data.json")
     run = Checkpoints(str(copy), keep=5, keep_every=0)
     path = str(copy)
-    for read in (run.latest, lambda: run.restore(abstract(make_state())), lambda: read_config(path), lambda: restore_params(path)):
+    for read in (
+        run.latest,
+        lambda: run.restore(abstract(make_state())),
+        lambda: read_config(path),
+        lambda: restore_params(path),
+    ):
         with pytest.raises(UserError, match="no whole checkpoint in .*1 is damaged"):
             read()
     assert steps(copy) == [1, 2]
@@ -365,7 +459,9 @@ def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
         run.save(3, make_state(3).replace(frozen={"noise": noise}), DATA, CONFIG)
         os.kill(os.getpid(), signal.SIGKILL)
     """)
-    killed = subprocess.run([sys.executable, "-c", script, copy], cwd=Path(__file__).parent.parent, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", script, copy], cwd=Path(__file__).parent.parent, check=False
+    )
     assert killed.returncode == -9
     # should the kill have come too early for it
     (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)
@@ -379,7 +475,10 @@ def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
 def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
     big = make_state(3, rows=4096)
     run = Checkpoints(str(copy), keep=5, keep_every=0)
-    with pytest.raises(UserError, match=r"checkpoints/3 could not be saved: .*\S.*; the earlier ones are as they were") as error:
+    with pytest.raises(
+        UserError,
+        match=r"checkpoints/3 could not be saved: .*\S.*; the earlier ones are as they were",
+    ) as error:
         run.save(3, big, DATA, CONFIG)
         # at the latest here
         run.save(4, big, DATA, CONFIG)
@@ -393,10 +492,17 @@ def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
 
 # Bad input
 
+
 def test_another_shape_names_the_leaf_and_both_shapes(saved):
-    with pytest.raises(UserError, match=r"params 'llama/w' is float32\[64, 64\] in .*checkpoints/2, but float32\[32, 64\]"):
+    with pytest.raises(
+        UserError,
+        match=r"params 'llama/w' is float32\[64, 64\] in .*checkpoints/2, but float32\[32, 64\]",
+    ):
         Checkpoints(str(saved), keep=5, keep_every=0).restore(abstract(make_state(rows=32)))
-    with pytest.raises(UserError, match=r"params 'vision/w' is float32\[64, 8\] in .*checkpoints/2, but float32\[8\]"):
+    with pytest.raises(
+        UserError,
+        match=r"params 'vision/w' is float32\[64, 8\] in .*checkpoints/2, but float32\[8\]",
+    ):
         restore_params(str(saved), {"vision": {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}})
 
 
@@ -404,10 +510,17 @@ def test_another_tree_or_dtype_names_the_leaf(saved):
     run = Checkpoints(str(saved), keep=5, keep_every=0)
     state = abstract(make_state())
     for other, message in [
-            (state.replace(frozen={**state.frozen, "new": state.step}), "has no params 'new'"),
-            (state.replace(trainable={"head": state.trainable["head"]}), "has params 'llama/norm', which"),
-            (state.replace(opt_state=()), "has optimizer 'opt_state/"),
-            (state.replace(step=jax.ShapeDtypeStruct((), jnp.float32)), r"optimizer 'step' is int32\[\] in .* but float32\[\]")]:
+        (state.replace(frozen={**state.frozen, "new": state.step}), "has no params 'new'"),
+        (
+            state.replace(trainable={"head": state.trainable["head"]}),
+            "has params 'llama/norm', which",
+        ),
+        (state.replace(opt_state=()), "has optimizer 'opt_state/"),
+        (
+            state.replace(step=jax.ShapeDtypeStruct((), jnp.float32)),
+            r"optimizer 'step' is int32\[\] in .* but float32\[\]",
+        ),
+    ]:
         with pytest.raises(UserError, match=message):
             run.restore(other)
     with pytest.raises(UserError, match="has no params 'vision/other'"):

@@ -1,6 +1,7 @@
 """The decoder stage through its commands: conditions made once, a run that goes on where it was cut
 off, and what is wrong in one line.
 """
+
 import dataclasses
 import json
 import re
@@ -71,18 +72,34 @@ def folder(tmp_path_factory):
     fixtures.write_tiny(folder)
     (folder / "small.py").write_text(CONFIG)
     c = make.cfg(f"data.tokenizer={folder}/tokenizer.json")
-    for name, params in (("emu", make.random_params(make.program(c))),
-                         ("sd", {"vae": make.random_params(make.program(make.decoder_cfg(vae=True)))["vae"]})):
-        state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(params, {}, None, jax.numpy.int32(7))
-        Checkpoints(str(folder / name), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
+    for name, params in (
+        ("emu", make.random_params(make.program(c))),
+        ("sd", {"vae": make.random_params(make.program(make.decoder_cfg(vae=True)))["vae"]}),
+    ):
+        state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(
+            params, {}, None, jax.numpy.int32(7)
+        )
+        Checkpoints(str(folder / name), keep=1, keep_every=0).save(
+            7, state, {}, config.to_dict(c), wait=True
+        )
     return folder
 
 
 def flags(folder, *overrides):
-    rows = {split: tuple(row for row in fixtures.mixture(folder, split) if row[0] != "stories") for split in ("train", "held_out")}
-    own = (f"init={folder}/emu,{folder}/sd", f"data.tokenizer={folder}/tokenizer.json", f"data.mixture={rows['train']!r}",
-           f"data.eval_mixture={rows['held_out']!r}")
-    return [f"--config={folder}/small.py", *(f"--config.{override}" for override in (*own, *overrides))]
+    rows = {
+        split: tuple(row for row in fixtures.mixture(folder, split) if row[0] != "stories")
+        for split in ("train", "held_out")
+    }
+    own = (
+        f"init={folder}/emu,{folder}/sd",
+        f"data.tokenizer={folder}/tokenizer.json",
+        f"data.mixture={rows['train']!r}",
+        f"data.eval_mixture={rows['held_out']!r}",
+    )
+    return [
+        f"--config={folder}/small.py",
+        *(f"--config.{override}" for override in (*own, *overrides)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +107,27 @@ def made(folder):
     """The flags of a run, its conditions made, and its latents by two hosts."""
     assert generate.main(["precompute", *flags(folder), f"--to={folder}/conditions"]) == 0
     for host in "01":
-        assert generate.main(["precompute", "--latents", *flags(folder), f"--to={folder}/latents", "--batch=5", "--hosts=2", f"--host={host}"]) == 0
-    return lambda workdir, *overrides: flags(folder, f"workdir={workdir}", f"data.conditions={folder}/conditions", f"data.latents={folder}/latents",
-                                             *overrides)
+        assert (
+            generate.main(
+                [
+                    "precompute",
+                    "--latents",
+                    *flags(folder),
+                    f"--to={folder}/latents",
+                    "--batch=5",
+                    "--hosts=2",
+                    f"--host={host}",
+                ]
+            )
+            == 0
+        )
+    return lambda workdir, *overrides: flags(
+        folder,
+        f"workdir={workdir}",
+        f"data.conditions={folder}/conditions",
+        f"data.latents={folder}/latents",
+        *overrides,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +135,25 @@ def whole(made, tmp_path_factory):
     """The workdir of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     code, out = run(made(workdir))
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["ln_visual", "resampler", "unet", "vae", "vision", "total"]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [
+        "ln_visual",
+        "resampler",
+        "unet",
+        "vae",
+        "vision",
+        "total",
+    ]
     return workdir
 
 
 def test_a_run_tells_its_loss_saves_and_draws(whole):
     told = [line for line in lines(whole) if "diffusion_loss" in line]
-    assert [line["step"] for line in told] == [1, 2, 3, 4] and [line["step"] for line in lines(whole) if "eval/diffusion_loss" in line] == [4]
-    assert {"condition_variance", "grad_norm/condition", "grad_norm/unet"} < told[0].keys() and "flops_per_second/unet" in told[1]
+    assert [line["step"] for line in told] == [1, 2, 3, 4] and [
+        line["step"] for line in lines(whole) if "eval/diffusion_loss" in line
+    ] == [4]
+    assert {"condition_variance", "grad_norm/condition", "grad_norm/unet"} < told[
+        0
+    ].keys() and "flops_per_second/unet" in told[1]
     # whose latents were made beforehand
     assert "flops_per_second/vae" not in told[1]
     # the image and its drawing, each 8 wide, for eight rows
@@ -117,13 +163,18 @@ def test_a_run_tells_its_loss_saves_and_draws(whole):
 
 
 def test_frozen_towers_come_out_as_they_went_in(folder, whole):
-    emu, sd, after = (dict(tree.leaves(checkpoint.restore_params(str(path)))) for path in (folder / "emu", folder / "sd", whole))
+    emu, sd, after = (
+        dict(tree.leaves(checkpoint.restore_params(str(path))))
+        for path in (folder / "emu", folder / "sd", whole)
+    )
     before = emu | sd
     frozen = [path for path in after if not path.startswith("unet/")]
     assert len(frozen) > 10
     # matrices are held in bfloat16
     for path in frozen:
-        np.testing.assert_array_equal(after[path], before[path].astype(after[path].dtype), err_msg=path)
+        np.testing.assert_array_equal(
+            after[path], before[path].astype(after[path].dtype), err_msg=path
+        )
     averaged = checkpoint.restore_params(str(whole), ema=True)
     assert np.abs(averaged["unet"]["conv_in"]["w"] - after["unet/conv_in/w"]).max() > 0
 
@@ -141,16 +192,32 @@ def test_two_steps_a_cut_and_two_more_are_four(made, whole, copy):
     assert_same_run(copy, whole)
 
 
-@pytest.mark.parametrize(("overrides", "told"), [
-    (["model.decoder.image=9"], "model.decoder.image=9 must be divisible by 4 (2 pixels a latent, 2 in the U-Net)"),
-    (["model.decoder.unet.condition=16"], "model.decoder.unet.condition=16: the model's visual tokens have the width 32"),
-    (["model.resampler.tokens=3"], "are visual tokens [4, 32], and the model's are [3, 32]"),
-    (["model.decoder.condition=encoded"], "nothing draws from them but model.decoder.condition='generated'"),
-    (["data.conditions="], "needs data.conditions=DIR, made by: python -m emu_jax.generate precompute"),
-    (["data.conditions=nowhere"], "no conditions in 'nowhere'"),
-    (["data.images=2"], "set data.images=1"),
-    (["drawing.sampler=dim"], "no sampler 'dim'"),
-    (["model.decoder.diffusion.target=noise"], "is not one of epsilon, v, flow, x0")])
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["model.decoder.image=9"],
+            "model.decoder.image=9 must be divisible by 4 (2 pixels a latent, 2 in the U-Net)",
+        ),
+        (
+            ["model.decoder.unet.condition=16"],
+            "model.decoder.unet.condition=16: the model's visual tokens have the width 32",
+        ),
+        (["model.resampler.tokens=3"], "are visual tokens [4, 32], and the model's are [3, 32]"),
+        (
+            ["model.decoder.condition=encoded"],
+            "nothing draws from them but model.decoder.condition='generated'",
+        ),
+        (
+            ["data.conditions="],
+            "needs data.conditions=DIR, made by: python -m emu_jax.generate precompute",
+        ),
+        (["data.conditions=nowhere"], "no conditions in 'nowhere'"),
+        (["data.images=2"], "set data.images=1"),
+        (["drawing.sampler=dim"], "no sampler 'dim'"),
+        (["model.decoder.diffusion.target=noise"], "is not one of epsilon, v, flow, x0"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(made, overrides, told, tmp_path, capsys):
     assert train.main(made(tmp_path / "run", *overrides)) == 2
     error = capsys.readouterr().err
@@ -168,38 +235,85 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(made, copy, cap
     assert [path.name for path in (copy / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
 
 
-def test_conditions_on_a_full_disk_are_one_line_and_nothing_half_written(folder, tmp_path, capsys, monkeypatch):
+def test_conditions_on_a_full_disk_are_one_line_and_nothing_half_written(
+    folder, tmp_path, capsys, monkeypatch
+):
     def full(file, visual):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(precompute.np, "save", full)
     assert generate.main(["precompute", *flags(folder), f"--to={tmp_path}/conditions"]) == 2
     error = capsys.readouterr().err
-    assert error.splitlines()[-1] == f"error: cannot write {tmp_path}/conditions/mixture/names/00000.npy: No space left on device"
+    assert (
+        error.splitlines()[-1]
+        == f"error: cannot write {tmp_path}/conditions/mixture/names/00000.npy: No space left on device"
+    )
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["conditions.json"]
     assert json.loads((tmp_path / "conditions/conditions.json").read_text())["shape"] == [4, 32]
 
 
 # Latents
 
+
 def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
     c = config.load(made("", "objective.encoded_share=0.0"))
     program = make.program(c)
     params = checkpoint.restore_params(str(whole))
-    loader = Loader(c.data, 0, tokenizer.load(c.data.tokenizer, c.model.llama.vocab), c.model.resampler.tokens, program.stage.image(program.size))
+    loader = Loader(
+        c.data,
+        0,
+        tokenizer.load(c.data.tokenizer, c.model.llama.vocab),
+        c.model.resampler.tokens,
+        program.stage.image(program.size),
+    )
     batch = next(iter(loader)).batch
     loader.close()
-    loss = partial(jax.jit(lambda params, batch: program.stage.loss(
-        program.module(params), batch, jax.random.key(0), program.stage.weights(batch), program.objective)[0]), params)
-    assert batch.latents.dtype == np.float16 and loss(batch) == pytest.approx(float(loss(batch.replace(latents=None))), rel=1e-3)
-    assert loss(batch) == loss(batch.replace(images=np.zeros_like(batch.images))) != loss(batch.replace(latents=0 * batch.latents))
+    loss = partial(
+        jax.jit(
+            lambda params, batch: program.stage.loss(
+                program.module(params),
+                batch,
+                jax.random.key(0),
+                program.stage.weights(batch),
+                program.objective,
+            )[0]
+        ),
+        params,
+    )
+    assert batch.latents.dtype == np.float16 and loss(batch) == pytest.approx(
+        float(loss(batch.replace(latents=None))), rel=1e-3
+    )
+    assert (
+        loss(batch)
+        == loss(batch.replace(images=np.zeros_like(batch.images)))
+        != loss(batch.replace(latents=0 * batch.latents))
+    )
 
 
-@pytest.mark.parametrize(("overrides", "told"), [
-    (["model.decoder.image=16"], "than this config's: image 8, not 16; shape [4, 4, 8], not [8, 8, 8]"),
-    (["model.decoder.vae.latent=2", "model.decoder.unet.channels_in=2", "model.decoder.unet.channels_out=2"], "shape [4, 4, 8], not [4, 4, 4]"),
-    (["data.fit=centre"], "fit squash, not centre"), (["data.fit=random"], "set data.fit to squash or centre"),
-    (["data.latents=nowhere"], "no latents in 'nowhere'; they are made by: python -m emu_jax.generate precompute --latents"),
-    (["stage=emu"], "stage='emu' has none")])
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["model.decoder.image=16"],
+            "than this config's: image 8, not 16; shape [4, 4, 8], not [8, 8, 8]",
+        ),
+        (
+            [
+                "model.decoder.vae.latent=2",
+                "model.decoder.unet.channels_in=2",
+                "model.decoder.unet.channels_out=2",
+            ],
+            "shape [4, 4, 8], not [4, 4, 4]",
+        ),
+        (["data.fit=centre"], "fit squash, not centre"),
+        (["data.fit=random"], "set data.fit to squash or centre"),
+        (
+            ["data.latents=nowhere"],
+            "no latents in 'nowhere'; they are made by: python -m emu_jax.generate precompute --latents",
+        ),
+        (["stage=emu"], "stage='emu' has none"),
+    ],
+)
 def test_latents_of_other_images_are_one_line(made, overrides, told):
     with pytest.raises(UserError, match=re.escape(told)):
         train.check_precomputed(config.load(made("", *overrides)), {"unet": {}})
@@ -211,7 +325,10 @@ def test_what_other_weights_made_is_one_line(folder, made, tmp_path, kind, direc
     precompute.check_weights(config.load(made("")), kind)
     told = notes(folder / kind, kind)
     notes_of(tmp_path, kind).write_text(json.dumps(told | {"weights": told["weights"] ^ 1}))
-    with pytest.raises(UserError, match=f"were made by other weights .* than those of init, {folder}/{directory}; make them again"):
+    with pytest.raises(
+        UserError,
+        match=f"were made by other weights .* than those of init, {folder}/{directory}; make them again",
+    ):
         precompute.check_weights(config.load(made("", f"data.{kind}={tmp_path}")), kind)
 
 
@@ -224,15 +341,28 @@ def test_a_decoder_of_pixels_has_no_latents(made):
         train.check_precomputed(c, {"unet": {}})
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
-    (["--config.stage=emu"], "only a decoder with an autoencoder has latents"),
-    (["--config.data.fit=random"], "data.fit='random': latents are made once"),
-    (["--config.init={folder}/emu"], "emu' names no checkpoint with an autoencoder"),
-    (["--batch=0"], "--batch=0 must be at least 1"),
-    (["--to={folder}/conditions"], "holds conditions of another model or other data"),
-    (["--to={folder}/latents", "--config.data.fit=centre"], "holds latents of another model or other data")])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--config.stage=emu"], "only a decoder with an autoencoder has latents"),
+        (["--config.data.fit=random"], "data.fit='random': latents are made once"),
+        (["--config.init={folder}/emu"], "emu' names no checkpoint with an autoencoder"),
+        (["--batch=0"], "--batch=0 must be at least 1"),
+        (["--to={folder}/conditions"], "holds conditions of another model or other data"),
+        (
+            ["--to={folder}/latents", "--config.data.fit=centre"],
+            "holds latents of another model or other data",
+        ),
+    ],
+)
 def test_latents_that_cannot_be_made_are_one_line(folder, made, arguments, told, tmp_path, capsys):
     given = [argument.format(folder=folder) for argument in arguments]
-    assert generate.main(["precompute", "--latents", *flags(folder), f"--to={tmp_path}", *given]) == 2
+    assert (
+        generate.main(["precompute", "--latents", *flags(folder), f"--to={tmp_path}", *given]) == 2
+    )
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("error: ") and told in error and not list(tmp_path.iterdir())
+    assert (
+        error.splitlines()[-1].startswith("error: ")
+        and told in error
+        and not list(tmp_path.iterdir())
+    )

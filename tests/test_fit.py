@@ -1,6 +1,7 @@
 """What fit foretells: the bytes of live arrays, a roofline by hand, a search in few steps, and one
 line for what cannot be.
 """
+
 import json
 import subprocess
 import sys
@@ -20,7 +21,16 @@ from emu_jax.config import UserError
 pytestmark = pytest.mark.xdist_group("fit")
 
 SHARDED = ("mesh.fsdp=4", "mesh.tensor=2")
-ROW = hardware.Device("tpu", "TPU none", flops=1e12, memory=1000, bandwidth=1e9, link=1e8, network=1e7, source="nobody")
+ROW = hardware.Device(
+    "tpu",
+    "TPU none",
+    flops=1e12,
+    memory=1000,
+    bandwidth=1e9,
+    link=1e8,
+    network=1e7,
+    source="nobody",
+)
 
 
 def plan(*overrides, devices=8):
@@ -30,7 +40,12 @@ def plan(*overrides, devices=8):
 def live_bytes(values):
     """Bytes of the first device's shards."""
     first = jax.devices()[0]
-    return sum(shard.data.nbytes for x in jax.tree.leaves(values) for shard in x.addressable_shards if shard.device == first)
+    return sum(
+        shard.data.nbytes
+        for x in jax.tree.leaves(values)
+        for shard in x.addressable_shards
+        if shard.device == first
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +62,21 @@ def test_the_bytes_it_foretells_are_those_of_live_arrays(compiled):
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, p.state))
         batch = jax.device_put(make.batch(p.c), jax.tree.map(lambda x: x.sharding, p.batch))
     held = fit.memory(p, step)
-    assert held.parameters == live_bytes((state.trainable, state.frozen)) and held.batch == live_bytes(batch)
+    assert held.parameters == live_bytes(
+        (state.trainable, state.frozen)
+    ) and held.batch == live_bytes(batch)
     assert held.parameters + held.optimizer == live_bytes(state)
     # the encoder is frozen
     assert held.gradients == live_bytes(state.trainable) < held.parameters
-    assert held.parameters + held.optimizer + held.batch == step.memory_analysis().argument_size_in_bytes
+    assert (
+        held.parameters + held.optimizer + held.batch
+        == step.memory_analysis().argument_size_in_bytes
+    )
     # what was compiled is what runs
     new, _ = step(state, batch)
-    assert int(new.step) == 1 and jax.tree.map(lambda x: x.sharding, new) == jax.tree.map(lambda x: x.sharding, p.state)
+    assert int(new.step) == 1 and jax.tree.map(lambda x: x.sharding, new) == jax.tree.map(
+        lambda x: x.sharding, p.state
+    )
 
 
 def test_the_batch_is_the_loaders():
@@ -69,7 +91,11 @@ def test_weights_are_gathered_in_the_loop_over_depth(compiled):
     """
     found = hlo.Module(compiled[1].as_text()).collectives()
     gathers = [c for c in found if c.kind == "all-gather" and c.in_loop]
-    assert gathers and {c.times for c in gathers} <= {2, 4, 6, 8} and all(len(c.groups[0]) in (2, 4, 8) for c in gathers)
+    assert (
+        gathers
+        and {c.times for c in gathers} <= {2, 4, 6, 8}
+        and all(len(c.groups[0]) in (2, 4, 8) for c in gathers)
+    )
 
 
 def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
@@ -77,25 +103,50 @@ def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
     monkeypatch.setattr(fit, "compiled", lambda *_: step)
     found = json.loads(json.dumps(fit.report(p, ROW)))
     assert found["devices"] == 8 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert found["parameters"]["llama"] == sum(leaf.size for leaf in jax.tree.leaves(p.abstract["llama"]))
-    assert not found["fits"] and found["peak"] == found["memory"]["peak"] > ROW.memory == found["limit"]
+    assert found["parameters"]["llama"] == sum(
+        leaf.size for leaf in jax.tree.leaves(p.abstract["llama"])
+    )
+    assert (
+        not found["fits"]
+        and found["peak"] == found["memory"]["peak"] > ROW.memory == found["limit"]
+    )
     c = p.c.data
     # 4 visual tokens and [/IMG]; 2 around them
     head = 3 * 2 * 32 * (516 * c.batch * (c.tokens - 6 * c.images) + 32 * c.batch * c.images * 5)
-    assert found["flops"]["heads"] == head and set(found["flops"]) == {"vision", "resampler", "llama", "heads"}
+    assert found["flops"]["heads"] == head and set(found["flops"]) == {
+        "vision",
+        "resampler",
+        "llama",
+        "heads",
+    }
     # a forward pass; no other tower has remat
     assert found["recomputed_flops"] == {"llama": pytest.approx(found["flops"]["llama"] / 3)}
-    assert found["mfu"] == pytest.approx(sum(found["flops"].values()) / (found["step_seconds"] * 8e12))
+    assert found["mfu"] == pytest.approx(
+        sum(found["flops"].values()) / (found["step_seconds"] * 8e12)
+    )
     assert found["roofline"]["bound"] in ("compute", "memory", "links", "network")
     assert "does not fit" in fit.table(found, ROW) and "nobody" in fit.table(found, ROW)
 
 
 def test_a_roofline_by_hand():
     p = plan()
+
     def one(kind, size, groups, times):
         return hlo.Collective(kind, "c", size, groups, times, False, True, "")
-    held = fit.Memory(parameters=300, optimizer=700, batch=0, gradients=0, temporaries=0, code=0, peak=1000)
-    line = fit.roofline(p, ROW, held, [one("all-gather", 400, ((0, 1, 2, 3), (4, 5, 6, 7)), 3), one("all-reduce", 100, ((0, 4),), 1)], work=16e12)
+
+    held = fit.Memory(
+        parameters=300, optimizer=700, batch=0, gradients=0, temporaries=0, code=0, peak=1000
+    )
+    line = fit.roofline(
+        p,
+        ROW,
+        held,
+        [
+            one("all-gather", 400, ((0, 1, 2, 3), (4, 5, 6, 7)), 3),
+            one("all-reduce", 100, ((0, 4),), 1),
+        ],
+        work=16e12,
+    )
     assert line.compute == 2.0 and line.memory == pytest.approx((2000 + 2400) / 1e9)
     assert line.links == pytest.approx((3 * 300 + 100) / 1e8) and line.network == 0
     assert line.bound == "compute" and line.seconds == 2.0
@@ -109,29 +160,45 @@ def test_recomputation_counts_beside_the_model():
 
 
 def decoder_plan(*overrides, vae=False):
-    return fit.plan(make.decoder_cfg("mesh.fsdp=4", "mesh.data=2", *overrides, vae=vae), jax.devices())
+    return fit.plan(
+        make.decoder_cfg("mesh.fsdp=4", "mesh.data=2", *overrides, vae=vae), jax.devices()
+    )
 
 
 def test_the_decoder_stage_is_planned_with_its_frozen_towers():
     p = decoder_plan("optim.ema=0.9")
     assert p.batch.images.shape == (8, 1, 28, 28, 3) and not hasattr(p.batch, "conditions")
     assert {path.split("/")[0] for path, _ in tree.leaves(p.state.trainable)} == {"unet"}
-    assert all(leaf.dtype == "bfloat16" for path, leaf in tree.leaves(p.state.frozen) if path.endswith("/w"))
+    assert all(
+        leaf.dtype == "bfloat16"
+        for path, leaf in tree.leaves(p.state.frozen)
+        if path.endswith("/w")
+    )
     unet = fit.per_device(p.state.trainable)
     # itself, two moments, an average
-    assert fit.per_device(p.state) == pytest.approx(4 * unet + fit.per_device(p.state.frozen), rel=0.01)
+    assert fit.per_device(p.state) == pytest.approx(
+        4 * unet + fit.per_device(p.state.frozen), rel=0.01
+    )
     work, again = fit.step_flops(p)
     assert set(work) == {"vision", "resampler", "llama", "heads", "unet"} and again == {}
     remat = decoder_plan("model.decoder.unet.remat=full", "model.llama.remat=full")
     # the frozen LLM goes back no more
     assert fit.step_flops(remat) == (work, {"unet": work["unet"] / 3})
-    assert fit.remats(p.c) == {f"model.{name}.remat": "none" for name in ("vision", "resampler", "llama", "decoder.unet")}
-    assert next(fit.changes(p.c, p.mesh)) == {f"model.{name}.remat": "full" for name in ("vision", "resampler", "llama", "decoder.unet")}
+    assert fit.remats(p.c) == {
+        f"model.{name}.remat": "none" for name in ("vision", "resampler", "llama", "decoder.unet")
+    }
+    assert next(fit.changes(p.c, p.mesh)) == {
+        f"model.{name}.remat": "full" for name in ("vision", "resampler", "llama", "decoder.unet")
+    }
 
 
 def test_what_was_made_beforehand_is_part_of_the_batch_and_no_work():
     p = decoder_plan("model.decoder.condition=generated", "data.latents=DIR", vae=True)
-    assert p.batch.conditions.shape == (8, 1, 4, 32) and p.batch.latents.shape == (8, 1, 4, 4, 8) and set(fit.step_flops(p)[0]) == {"unet"}
+    assert (
+        p.batch.conditions.shape == (8, 1, 4, 32)
+        and p.batch.latents.shape == (8, 1, 4, 4, 8)
+        and set(fit.step_flops(p)[0]) == {"unet"}
+    )
 
 
 @pytest.mark.parametrize("slope", [1, 7, 30, 90, 200])
@@ -157,8 +224,10 @@ def test_a_search_finds_the_most_rows_in_few_steps(slope):
 
 def test_a_search_survives_a_line_that_bends():
     peaks = {1: 300, 2: 400, 3: 900, 4: 1300}
+
     def measure(policy, rows):
         return peaks.get(rows) if peaks.get(rows, 9999) <= 1000 else None
+
     assert fit.largest(measure, 1000, 8, ("full",)) == {"full": 3}
 
 
@@ -166,7 +235,9 @@ def test_changes_grow_and_stay_runnable(monkeypatch):
     p = plan("data.batch=16", "data.images=4", "model.llama.remat=none")
     monkeypatch.setattr(fit, "TRIES", 9)
     found = list(fit.changes(p.c, p.mesh))
-    assert found[0] == {f"model.{tower}.remat": "full" for tower in ("vision", "resampler", "llama")}
+    assert found[0] == {
+        f"model.{tower}.remat": "full" for tower in ("vision", "resampler", "llama")
+    }
     assert [change.get("optim.accumulate") for change in found] == [None, 2, 4, 4, 2]
     assert found[-1]["data.batch"] == 8 and found[-1]["data.images"] == 2
     for before, after in pairwise(found):
@@ -190,20 +261,35 @@ def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
     assert "fits with --config.model.vision.remat=full" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "found"), [
-    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.",
-     {"fits": False, "effort": -1.0, "peak": int(17.5 * 2 ** 30), "limit": int(15.75 * 2 ** 30)}),
-    ("RESOURCE_EXHAUSTED: out of memory", {"fits": False, "effort": -1.0})])
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.",
+            {"fits": False, "effort": -1.0, "peak": int(17.5 * 2**30), "limit": int(15.75 * 2**30)},
+        ),
+        ("RESOURCE_EXHAUSTED: out of memory", {"fits": False, "effort": -1.0}),
+    ],
+)
 def test_a_compiler_that_refuses(words, found, monkeypatch):
     def refuse(*_):
         raise jax.errors.JaxRuntimeError(words)
+
     monkeypatch.setattr(fit, "compiled", refuse)
     assert fit.attempt(None, ROW, -1.0) == found
 
 
-@pytest.mark.parametrize(("platform", "peak", "efforts"), [
-    ("tpu", 840, [fit.QUICK]), ("tpu", 860, [fit.QUICK, 0.0]), ("tpu", 1140, [fit.QUICK, 0.0]), ("tpu", 1160, [fit.QUICK]), ("gpu", 500, [0.0]),
-    ("tpu", None, [fit.QUICK, 0.0])])
+@pytest.mark.parametrize(
+    ("platform", "peak", "efforts"),
+    [
+        ("tpu", 840, [fit.QUICK]),
+        ("tpu", 860, [fit.QUICK, 0.0]),
+        ("tpu", 1140, [fit.QUICK, 0.0]),
+        ("tpu", 1160, [fit.QUICK]),
+        ("gpu", 500, [0.0]),
+        ("tpu", None, [fit.QUICK, 0.0]),
+    ],
+)
 def test_what_is_close_is_compiled_as_for_a_run(platform, peak, efforts, monkeypatch):
     tried = []
 
@@ -213,17 +299,30 @@ def test_what_is_close_is_compiled_as_for_a_run(platform, peak, efforts, monkeyp
 
     monkeypatch.setattr(fit, "attempt", attempt)
     devices = np.array([SimpleNamespace(platform=platform)])
-    assert fit.quick_attempt(SimpleNamespace(mesh=SimpleNamespace(devices=devices)), ROW)["effort"] == efforts[-1] and tried == efforts
+    assert (
+        fit.quick_attempt(SimpleNamespace(mesh=SimpleNamespace(devices=devices)), ROW)["effort"]
+        == efforts[-1]
+        and tried == efforts
+    )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--topology=v5q:4x4"], "topology 'v5q:4x4' is not one"), (["--topology=cpu:99"], "there are 8 CPU devices"),
-    ([], "--topology"), (["--topology=cpu:8", "--serch"], "--serch"), (["--topology=cpu:8", "--config.mesh.fsdp=3"], "does not match 8 devices"),
-    (["--topology=cpu:8", "--config.data.batch=12"], "data.batch=12 is not divisible by 8"),
-    (["--topology=cpu:8", "--config.stage=x"], "stage='x' is not one of"),
-    (["--topology=cpu:8", "--search"], "a search needs a topology whose devices have a memory"),
-    (["--topology=cpu:8", "--config.model.llama.width=36", "--config.model.llama.heads=2"],
-     "does not divide by fsdp = 8; 4 would do, with the rest in data (mesh.data=2)")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5q:4x4"], "topology 'v5q:4x4' is not one"),
+        (["--topology=cpu:99"], "there are 8 CPU devices"),
+        ([], "--topology"),
+        (["--topology=cpu:8", "--serch"], "--serch"),
+        (["--topology=cpu:8", "--config.mesh.fsdp=3"], "does not match 8 devices"),
+        (["--topology=cpu:8", "--config.data.batch=12"], "data.batch=12 is not divisible by 8"),
+        (["--topology=cpu:8", "--config.stage=x"], "stage='x' is not one of"),
+        (["--topology=cpu:8", "--search"], "a search needs a topology whose devices have a memory"),
+        (
+            ["--topology=cpu:8", "--config.model.llama.width=36", "--config.model.llama.heads=2"],
+            "does not divide by fsdp = 8; 4 would do, with the rest in data (mesh.data=2)",
+        ),
+    ],
+)
 def test_what_cannot_be_is_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(fit, "_without_devices", lambda: None)
     assert fit.main(["--config=configs/base.py:debug", *arguments]) == 2
@@ -232,7 +331,10 @@ def test_what_cannot_be_is_one_line(arguments, message, capsys, monkeypatch):
 
 
 def test_a_state_that_no_change_makes_fit_is_said_before_anything_is_compiled():
-    with pytest.raises(UserError, match=r"the parameters and the optimizer alone need 0.0 GiB a device .* take at least \d+ devices"):
+    with pytest.raises(
+        UserError,
+        match=r"the parameters and the optimizer alone need 0.0 GiB a device .* take at least \d+ devices",
+    ):
         fit.fit(make.cfg(*SHARDED), ROW, jax.devices())
 
 
@@ -242,31 +344,68 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
     towers' smaller matrices whole); splash attention forward and backward.
     """
     pytest.importorskip("libtpu")
-    sizes = ("llama.width=2048", "llama.heads=16", "llama.ffn=4096", "vision.width=1024", "vision.heads=8", "vision.ffn=2048", "resampler.width=1024",
-             "resampler.heads=8", "resampler.head_width=128", "resampler.ffn=2048", "compute=bfloat16", "vision.remat=full", "resampler.remat=full",
-             "llama.remat=full")
+    sizes = (
+        "llama.width=2048",
+        "llama.heads=16",
+        "llama.ffn=4096",
+        "vision.width=1024",
+        "vision.heads=8",
+        "vision.ffn=2048",
+        "resampler.width=1024",
+        "resampler.heads=8",
+        "resampler.head_width=128",
+        "resampler.ffn=2048",
+        "compute=bfloat16",
+        "vision.remat=full",
+        "resampler.remat=full",
+        "llama.remat=full",
+    )
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+        for name, value in (
+            ("TPU_SKIP_MDS_QUERY", "1"),
+            ("TPU_WORKER_HOSTNAMES", "localhost"),
+            ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ):
             patch.setenv(name, value)
         _, devices = hardware.absent("v5e:4x4")
-        p = fit.plan(make.cfg("mesh.data=2", "mesh.fsdp=8", "data.batch=16", "data.tokens=256", *(f"model.{size}" for size in sizes)), devices)
+        p = fit.plan(
+            make.cfg(
+                "mesh.data=2",
+                "mesh.fsdp=8",
+                "data.batch=16",
+                "data.tokens=256",
+                *(f"model.{size}" for size in sizes),
+            ),
+            devices,
+        )
         done = fit.compiled(p)
         quick = fit.compiled(p, fit.QUICK)
     text = done.as_text()
     found = hlo.Module(text).collectives()
     quickly = hlo.Module(quick.as_text()).collectives()
+
     def received(some, kind):
         return sum(c.times * c.received for c in some if c.kind == kind)
+
     # what is said with little effort holds for a run
     assert fit.memory(p, quick).peak == pytest.approx(fit.memory(p, done).peak, rel=fit.CLOSE)
     for kind in ("all-gather", "reduce-scatter"):
         assert received(quickly, kind) == pytest.approx(received(found, kind), rel=0.05)
-    looped = {kind: sum(c.bytes for c in found if c.kind == kind and c.in_loop) for kind in ("all-gather", "reduce-scatter")}
-    a_block = sum(2 * leaf.size // leaf.shape[0] for path, leaf in tree.leaves(p.abstract) if path.startswith("llama/blocks") and path.endswith("/w"))
+    looped = {
+        kind: sum(c.bytes for c in found if c.kind == kind and c.in_loop)
+        for kind in ("all-gather", "reduce-scatter")
+    }
+    a_block = sum(
+        2 * leaf.size // leaf.shape[0]
+        for path, leaf in tree.leaves(p.abstract)
+        if path.startswith("llama/blocks") and path.endswith("/w")
+    )
     # forward, and again for the backward pass
     assert looped["all-gather"] >= 2 * a_block and looped["reduce-scatter"] >= a_block
     # an LLM's matrix has 2^23 bytes
-    assert not [c for c in fit.padded_gathers(p, found) if "hdD->btD" in c["source"] or c["bytes"] > 2 ** 23]
+    assert not [
+        c for c in fit.padded_gathers(p, found) if "hdD->btD" in c["source"] or c["bytes"] > 2**23
+    ]
     assert text.count('custom_call_target="tpu_custom_call"') >= 3
 
 
@@ -275,10 +414,28 @@ def test_gpus_attend_in_kernels(tmp_path):
     packed rows; forward and backward.
     """
     pytest.importorskip("jax_cuda12_plugin")
-    small = ("mesh.data=1", "data.batch=8", "data.tokens=256", "data.num_streams=4", "model.vision.image=224",
-             "model.vision.patch=14", "model.compute=bfloat16")
-    done = subprocess.run([sys.executable, "-m", "emu_jax.fit", "--config=configs/base.py:debug", *(f"--config.{override}" for override in small),
-                           "--topology=h100:1x2", f"--json={tmp_path}/found.json"], capture_output=True, text=True)
+    small = (
+        "mesh.data=1",
+        "data.batch=8",
+        "data.tokens=256",
+        "data.num_streams=4",
+        "model.vision.image=224",
+        "model.vision.patch=14",
+        "model.compute=bfloat16",
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "emu_jax.fit",
+            "--config=configs/base.py:debug",
+            *(f"--config.{override}" for override in small),
+            "--topology=h100:1x2",
+            f"--json={tmp_path}/found.json",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["kernels"] >= 5 and found["fits"]
@@ -287,5 +444,13 @@ def test_gpus_attend_in_kernels(tmp_path):
 def test_the_14b_is_planned_on_a_pod_without_a_byte():
     c = config.load(["--config=configs/pretrain.py", "--config.mesh.data=1"])
     p = fit.plan(c, jax.devices())
-    assert fit.per_device(p.state) == pytest.approx(12 * 14.2e9 / 8, rel=0.02) and p.batch.images.shape == (256, 32, 224, 224, 3)
-    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(partial(make.params, p.program)))) > 14e9
+    assert fit.per_device(p.state) == pytest.approx(
+        12 * 14.2e9 / 8, rel=0.02
+    ) and p.batch.images.shape == (256, 32, 224, 224, 3)
+    assert (
+        sum(
+            np.prod(leaf.shape)
+            for leaf in jax.tree.leaves(jax.eval_shape(partial(make.params, p.program)))
+        )
+        > 14e9
+    )

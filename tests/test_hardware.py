@@ -1,18 +1,33 @@
 """The table of accelerators, and what is said of one that is not in it or whose compiler is not
 installed.
 """
+
 import pytest
 
 from emu_jax import hardware
 from emu_jax.config import UserError
 
 
-@pytest.mark.parametrize(("kind", "name"), [
-    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"),
-    ("NVIDIA A100-SXM4-40GB", "a100-40g"), ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"),
-    ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5e", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+    ],
+)
 def test_kinds(kind, name):
-    assert hardware.of_kind(kind) is hardware.DEVICES[name] and hardware.peak(kind) == hardware.DEVICES[name].flops
+    assert (
+        hardware.of_kind(kind) is hardware.DEVICES[name]
+        and hardware.peak(kind) == hardware.DEVICES[name].flops
+    )
 
 
 def test_a_cpu_is_not_in_it():
@@ -24,7 +39,11 @@ def test_figures_are_of_one_order():
     its memory is faster than its links.
     """
     for name, row in hardware.DEVICES.items():
-        assert 70 < row.flops / row.bandwidth < 700 and row.network < row.link < row.bandwidth and 10 < row.memory / hardware.GIB < 200, name
+        assert (
+            70 < row.flops / row.bandwidth < 700
+            and row.network < row.link < row.bandwidth
+            and 10 < row.memory / hardware.GIB < 200
+        ), name
 
 
 def test_cpus_are_at_hand():
@@ -32,21 +51,40 @@ def test_cpus_are_at_hand():
     assert row is None and len(devices) == 8
 
 
-@pytest.mark.parametrize(("topology", "message"), [
-    ("v5e", "is not one: KIND:SHAPE"), ("v9:4x4", "kinds are v4, v5e, v5p, v6e, tpu7x, a100-40g, a100, h100, h200 and cpu"),
-    ("v5e:4by4", "is not one"), ("2xh100:8x8", "is not one"), ("h100:2x8x8", "is not one"), ("2xcpu:4", "is not one"),
-    ("cpu:9", "there are 8 CPU devices here; XLA_FLAGS=--xla_force_host_platform_device_count=9 makes more"), ("cpu:2x2", "there are 8 CPU")])
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5e", "is not one: KIND:SHAPE"),
+        ("v9:4x4", "kinds are v4, v5e, v5p, v6e, tpu7x, a100-40g, a100, h100, h200 and cpu"),
+        ("v5e:4by4", "is not one"),
+        ("2xh100:8x8", "is not one"),
+        ("h100:2x8x8", "is not one"),
+        ("2xcpu:4", "is not one"),
+        (
+            "cpu:9",
+            "there are 8 CPU devices here; XLA_FLAGS=--xla_force_host_platform_device_count=9 makes more",
+        ),
+        ("cpu:2x2", "there are 8 CPU"),
+    ],
+)
 def test_what_is_no_topology_is_one_line(topology, message):
     with pytest.raises(UserError, match=message) as error:
         hardware.absent(topology)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("topology", "needs"), [("v5e:4x4", "requirements-tpu.txt"), ("h100:1x8", "requirements-cuda12.txt")])
+@pytest.mark.parametrize(
+    ("topology", "needs"),
+    [("v5e:4x4", "requirements-tpu.txt"), ("h100:1x8", "requirements-cuda12.txt")],
+)
 def test_a_missing_compiler_is_one_line(topology, needs, monkeypatch):
     def missing(*_, **__):
-        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.") if "tpu" in needs else NotImplementedError(
-            "topology not implemented for cuda")
+        raise (
+            RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+            if "tpu" in needs
+            else NotImplementedError("topology not implemented for cuda")
+        )
+
     monkeypatch.setattr(hardware.topologies, "get_topology_desc", missing)
     with pytest.raises(UserError, match=f"the compiler is not installed: pip install -r {needs}"):
         hardware.absent(topology)
@@ -55,6 +93,9 @@ def test_a_missing_compiler_is_one_line(topology, needs, monkeypatch):
 def test_a_shape_that_the_compiler_refuses_is_its_word_in_one_line(monkeypatch):
     def refuse(*_, **__):
         raise ValueError("Invalid topology:\n 3x5 is not supported")
+
     monkeypatch.setattr(hardware.topologies, "get_topology_desc", refuse)
-    with pytest.raises(UserError, match="topology 'v5e:3x5': Invalid topology: 3x5 is not supported"):
+    with pytest.raises(
+        UserError, match="topology 'v5e:3x5': Invalid topology: 3x5 is not supported"
+    ):
         hardware.absent("v5e:3x5")

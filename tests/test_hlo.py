@@ -1,6 +1,7 @@
 """What HLO text says of collectives: by hand-written modules, and by small programs that are
 compiled here.
 """
+
 from functools import partial
 
 import jax
@@ -63,7 +64,9 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_loops_multiply_and_every_collective_counts_once():
     found = {c.name: c for c in hlo.Module(LOOPS).collectives()}
-    table = {name: (c.kind, c.bytes, c.times, c.in_loop, c.asynchronous) for name, c in found.items()}
+    table = {
+        name: (c.kind, c.bytes, c.times, c.in_loop, c.asynchronous) for name, c in found.items()
+    }
     assert table == {
         # 3 turns, in a loop of 5
         "gather": ("all-gather", 8 * 16 * 2, 15, True, False),
@@ -73,25 +76,47 @@ def test_loops_multiply_and_every_collective_counts_once():
         "all-gather.1": ("all-gather", 64, 1, False, True),
         "ag": ("all-gather", 64, 1, False, True),
         "cp": ("collective-permute", 24, 1, False, True),
-        "rs": ("reduce-scatter", 40, 1, False, False)}
-    assert found["gather"].groups == ((0, 1), (2, 3)) and found["sum"].groups == ((0, 1, 2, 3),) and found["gather"].source == "jit(step)/up"
+        "rs": ("reduce-scatter", 40, 1, False, False),
+    }
+    assert (
+        found["gather"].groups == ((0, 1), (2, 3))
+        and found["sum"].groups == ((0, 1, 2, 3),)
+        and found["gather"].source == "jit(step)/up"
+    )
     assert found["rs"].groups == ((0, 2), (1, 3)) and found["cp"].groups == ((0, 1), (0, 1))
 
 
 def test_bytes_that_arrive():
     found = {c.name: c.received for c in hlo.Module(LOOPS).collectives()}
-    assert found == {"gather": 128, "sum": 2 * 0.75 * 80, "all-reduce.9": 0.75 * 256, "all-gather.1": 48, "ag": 48, "cp": 24, "rs": 20}
+    assert found == {
+        "gather": 128,
+        "sum": 2 * 0.75 * 80,
+        "all-reduce.9": 0.75 * 256,
+        "all-gather.1": 48,
+        "ag": 48,
+        "cp": 24,
+        "rs": 20,
+    }
 
 
-@pytest.mark.parametrize(("kind", "groups", "received", "crossing"), [
-    # half of it comes from the other slice, and two devices share that out
-    ("all-gather", ((0, 1, 2, 3),), 75, 25),
-    ("reduce-scatter", ((0, 1, 2, 3),), 75, 25), ("all-reduce", ((0, 1, 2, 3),), 150, 50), ("all-to-all", ((0, 1, 2, 3),), 75, 50),
-    ("all-reduce", ((0, 2), (1, 3)), 100, 100), ("all-reduce", ((0, 1), (2, 3)), 100, 0),
-    ("collective-permute", ((0, 1), (1, 2), (2, 3), (0, 3)), 100, 50)])
+@pytest.mark.parametrize(
+    ("kind", "groups", "received", "crossing"),
+    [
+        # half of it comes from the other slice, and two devices share that out
+        ("all-gather", ((0, 1, 2, 3),), 75, 25),
+        ("reduce-scatter", ((0, 1, 2, 3),), 75, 25),
+        ("all-reduce", ((0, 1, 2, 3),), 150, 50),
+        ("all-to-all", ((0, 1, 2, 3),), 75, 50),
+        ("all-reduce", ((0, 2), (1, 3)), 100, 100),
+        ("all-reduce", ((0, 1), (2, 3)), 100, 0),
+        ("collective-permute", ((0, 1), (1, 2), (2, 3), (0, 3)), 100, 50),
+    ],
+)
 def test_what_crosses_between_two_slices_of_two(kind, groups, received, crossing):
     one = hlo.Collective(kind, "c", 100, groups, 1, False, False, "")
-    assert one.received == pytest.approx(received) and one.crossing((0, 0, 1, 1)) == pytest.approx(crossing)
+    assert one.received == pytest.approx(received) and one.crossing((0, 0, 1, 1)) == pytest.approx(
+        crossing
+    )
     assert one.crossing((0, 0, 0, 0)) == 0
 
 
@@ -100,11 +125,17 @@ def test_what_slices_sum_is_received_from_their_runtime():
     not counted twice.
     """
     handler = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0"'
-    line = ('  %recv = (f32[128,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, '
-            f'frontend_attributes={{{handler},_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{{1,2}}x{{0:15}}"}}\n')
-    module = hlo.Module(f"HloModule m, num_partitions=4\n\nENTRY %main (a: f32[1]) -> f32[1] {{\n{line}{line.replace('recv', 'send')}}}\n")
-    one, = module.collectives()
-    assert (one.kind, one.times) == (hlo.BETWEEN, 1) and one.received == one.crossing((0, 0, 1, 1)) == pytest.approx(2 ** 19, abs=8)
+    line = (
+        "  %recv = (f32[128,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, "
+        f'frontend_attributes={{{handler},_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{{1,2}}x{{0:15}}"}}\n'
+    )
+    module = hlo.Module(
+        f"HloModule m, num_partitions=4\n\nENTRY %main (a: f32[1]) -> f32[1] {{\n{line}{line.replace('recv', 'send')}}}\n"
+    )
+    (one,) = module.collectives()
+    assert (one.kind, one.times) == (hlo.BETWEEN, 1) and one.received == one.crossing(
+        (0, 0, 1, 1)
+    ) == pytest.approx(2**19, abs=8)
 
 
 def test_a_condition_without_a_note_is_read():
@@ -112,21 +143,45 @@ def test_a_condition_without_a_note_is_read():
     assert module.times("inner_body") == 3 * 99
 
 
-@pytest.mark.parametrize(("notation", "groups"), [
-    ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]), ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
-    ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]), ("replica_groups={}", []),
-    ("replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}", [[0, 1], [2, 3]]),
-    ("replica_groups=mesh['data'=2,'tensor'=2] {'data'}", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
-    ("replica_groups=mesh['a'=3,'b'=1,'c'=2], device_ids=([2,3]T(1,0)) {'a'}", [[0, 1, 2], [3, 4, 5]]),
-    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]), ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [0, 1]])])
+@pytest.mark.parametrize(
+    ("notation", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups={}", []),
+        ("replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['data'=2,'tensor'=2] {'data'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+        (
+            "replica_groups=mesh['a'=3,'b'=1,'c'=2], device_ids=([2,3]T(1,0)) {'a'}",
+            [[0, 1, 2], [3, 4, 5]],
+        ),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [0, 1]]),
+    ],
+)
 def test_groups(notation, groups):
-    assert hlo.groups(f"%x = f32[2]{{0}} all-reduce(%y), channel_id=1, {notation}, use_global_device_ids=true") == groups
+    assert (
+        hlo.groups(
+            f"%x = f32[2]{{0}} all-reduce(%y), channel_id=1, {notation}, use_global_device_ids=true"
+        )
+        == groups
+    )
 
 
-@pytest.mark.parametrize(("shape", "size"), [
-    ("f32[2,3]{1,0}", 24), ("bf16[128]{0:T(1024)(128)(2,1)S(1)}", 256), ("pred[7]{0}", 7), ("s32[]", 4), ("f8e4m3fn[10]{0}", 10), ("u8[3,3]{1,0}", 9),
-    ("(f32[4]{0}, /*index=5*/bf16[2]{0}, u32[]{:S(2)})", 20)])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[2,3]{1,0}", 24),
+        ("bf16[128]{0:T(1024)(128)(2,1)S(1)}", 256),
+        ("pred[7]{0}", 7),
+        ("s32[]", 4),
+        ("f8e4m3fn[10]{0}", 10),
+        ("u8[3,3]{1,0}", 9),
+        ("(f32[4]{0}, /*index=5*/bf16[2]{0}, u32[]{:S(2)})", 20),
+    ],
+)
 def test_bytes_of_a_shape(shape, size):
     assert hlo._bytes(shape) == size
 
@@ -142,13 +197,19 @@ def test_a_compiled_scan():
         def turn(x, _):
             whole = jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)
             return jax.lax.psum(jnp.tanh(whole * x), "tensor"), None
+
         return jax.lax.psum(jax.lax.scan(turn, x, length=7)[0], "fsdp")
 
     w = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P()))
     found = hlo.Module(jax.jit(run).lower(w, x).compile().as_text()).collectives()
-    seen = sorted((c.kind, c.bytes, c.times * c.in_loop or c.times, len(c.groups[0])) for c in found)
+    seen = sorted(
+        (c.kind, c.bytes, c.times * c.in_loop or c.times, len(c.groups[0])) for c in found
+    )
     gathers = [row for row in seen if row[0] == "all-gather"]
     # a compiler may lift it out of the loop
     assert gathers in ([("all-gather", 2048, 7, 4)], [("all-gather", 2048, 1, 4)])
-    assert [row for row in seen if row[0] == "all-reduce"] == [("all-reduce", 2048, 1, 4), ("all-reduce", 2048, 7, 2)]
+    assert [row for row in seen if row[0] == "all-reduce"] == [
+        ("all-reduce", 2048, 1, 4),
+        ("all-reduce", 2048, 7, 2),
+    ]

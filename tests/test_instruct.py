@@ -1,6 +1,7 @@
 """A run of configs/instruct.py through its command: from a pretrained model in few bits to one that
 chats; and what is wrong is one line.
 """
+
 import json
 from contextlib import closing
 from functools import partial
@@ -23,10 +24,27 @@ from tests.data import fixtures
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("instruct")
 
-SMALL = ("data.batch=8", "data.num_streams=4", "data.tokens=128", "data.images=4", "data.pack_lookahead=4", "data.workers=2", "data.system=none",
-         "objective.chunk=64", "log.pictures_every=0", "optim.steps=3", "optim.warmup=0.0", "rules.peak_lr=(('.*', 1e-2),)",
-         "rules.decay=(('.*', 0.1),)", "model.lora.rank=4", "model.lora.storage=int8", "model.compute=float32", "model.vision.remat=none",
-         "model.resampler.remat=none", "model.llama.remat=none")
+SMALL = (
+    "data.batch=8",
+    "data.num_streams=4",
+    "data.tokens=128",
+    "data.images=4",
+    "data.pack_lookahead=4",
+    "data.workers=2",
+    "data.system=none",
+    "objective.chunk=64",
+    "log.pictures_every=0",
+    "optim.steps=3",
+    "optim.warmup=0.0",
+    "rules.peak_lr=(('.*', 1e-2),)",
+    "rules.decay=(('.*', 0.1),)",
+    "model.lora.rank=4",
+    "model.lora.storage=int8",
+    "model.compute=float32",
+    "model.vision.remat=none",
+    "model.resampler.remat=none",
+    "model.llama.remat=none",
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +65,14 @@ def base(tmp_path_factory):
 
 def arguments(data, base, workdir, *overrides):
     mixture = (("questions", 1.0, f"{data}/questions:train"),)
-    given = (f"workdir={workdir}", f"init={base}", f"data.tokenizer={data}/tokenizer.json", f"data.mixture={mixture!r}", *SMALL, *overrides)
+    given = (
+        f"workdir={workdir}",
+        f"init={base}",
+        f"data.tokenizer={data}/tokenizer.json",
+        f"data.mixture={mixture!r}",
+        *SMALL,
+        *overrides,
+    )
     return ["--config=configs/instruct.py:debug", *(f"--config.{override}" for override in given)]
 
 
@@ -68,17 +93,31 @@ def tuned(data, base, one_device, tmp_path_factory):
 
 def test_lora_and_the_new_rows_learn_from_answers(base, tuned):
     lines = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 3 and "image_loss" not in lines[-1] and np.isfinite(lines[-1]["text_loss"])
+    assert (
+        lines[-1]["step"] == 3
+        and "image_loss" not in lines[-1]
+        and np.isfinite(lines[-1]["text_loss"])
+    )
     assert {"cut_turns", "cut_documents", "flops_per_second/llama"} <= lines[-1].keys()
-    before, after = (dict(tree.leaves(checkpoint.restore_params(str(directory)))) for directory in (base, tuned))
+    before, after = (
+        dict(tree.leaves(checkpoint.restore_params(str(directory)))) for directory in (base, tuned)
+    )
     for path in before.keys() & after.keys() - {"llama/embed/added", "llama/lm_head/added"}:
-        np.testing.assert_array_equal(after[path], before[path].astype(after[path].dtype), err_msg=path)
-    assert after["llama/embed/base"].dtype == jnp.bfloat16 and after["llama/blocks/attn/q/int8"].dtype == np.int8
+        np.testing.assert_array_equal(
+            after[path], before[path].astype(after[path].dtype), err_msg=path
+        )
+    assert (
+        after["llama/embed/base"].dtype == jnp.bfloat16
+        and after["llama/blocks/attn/q/int8"].dtype == np.int8
+    )
     for table in ("embed", "lm_head"):
         old = before[f"llama/{table}/added"]
         new = after[f"llama/{table}/added"]
         np.testing.assert_array_equal(new[:4], old)
-        assert (np.abs(new[4:] - np.concatenate([before[f"llama/{table}/base"], old]).mean(0)).max(1) > 1e-3).all()
+        assert (
+            np.abs(new[4:] - np.concatenate([before[f"llama/{table}/base"], old]).mean(0)).max(1)
+            > 1e-3
+        ).all()
     assert all(np.abs(after[f"llama/blocks/attn/{name}/b"]).max() > 1e-3 for name in "qkvo")
 
 
@@ -86,14 +125,22 @@ def test_its_answers_before_and_after_are_told_by_a_command(data, tuned, capsys,
     monkeypatch.setattr(chat, "NEW_TOKENS", 4)
     assert command.main(["--task=demo-chat", f"--checkpoint={tuned}", f"--data={data}"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[-1] == f"{tuned}/report.html" and out[0].split() == "held-out questions number before after most common answer".split()
+    assert (
+        out[-1] == f"{tuned}/report.html"
+        and out[0].split() == "held-out questions number before after most common answer".split()
+    )
     results = json.loads((tuned / "results.json").read_text())
     numbers = results["numbers"]
     answers = results["answers"]
     assert numbers["all_count"] == len(answers) >= 2 * 16
     for when in ("before", "after"):
-        assert numbers[f"all_{when}"] == pytest.approx(np.mean([answer["true"] == answer[when] for answer in answers]))
-    assert any(answer["before"] != answer["after"] for answer in answers) and 0 < numbers["all_most_common"] < 1
+        assert numbers[f"all_{when}"] == pytest.approx(
+            np.mean([answer["true"] == answer[when] for answer in answers])
+        )
+    assert (
+        any(answer["before"] != answer["after"] for answer in answers)
+        and 0 < numbers["all_most_common"] < 1
+    )
     page = (tuned / "report.html").read_text()
     assert page.count("<img") >= chat.SHOWN and "<script" not in page and "CC BY-SA" in page
 
@@ -109,7 +156,9 @@ def test_a_chat_begins_as_it_was_tuned(tuned):
     tests/generate/test_session.py.
     """
     session = Session.load(str(tuned))
-    prompt = session.grammar.turn([np.zeros((28, 28, 3), np.uint8), "what is this?"], system=None, first=True)
+    prompt = session.grammar.turn(
+        [np.zeros((28, 28, 3), np.uint8), "what is this?"], system=None, first=True
+    )
     assert prompt.tokens[:2] == [1, session.tokenizer.user] and len(prompt.images) == 1
 
 
@@ -119,16 +168,38 @@ def test_the_paper_trains_26_million_of_14_billion_and_another_rule_the_whole_ll
     abstract = jax.eval_shape(lambda: make.params(make.program(c)))
     trainable = tree.split(abstract, train.what_trains(c, abstract))[0]
     sizes = {path: leaf.size for path, leaf in tree.leaves(trainable)}
-    assert sum(size for path, size in sizes.items() if path.endswith(("/a", "/b"))) == 40 * 4 * 2 * 16 * 5120
-    assert {path for path in sizes if not path.endswith(("/a", "/b"))} == {"llama/embed/added", "llama/lm_head/added"}
-    c = config.load(["--config=configs/instruct.py", "--config.model.lora.rank=0",
-                     "--config.rules.train=(('(vision|ln_visual|resampler)/.*', False), ('.*', True))"])
+    assert (
+        sum(size for path, size in sizes.items() if path.endswith(("/a", "/b")))
+        == 40 * 4 * 2 * 16 * 5120
+    )
+    assert {path for path in sizes if not path.endswith(("/a", "/b"))} == {
+        "llama/embed/added",
+        "llama/lm_head/added",
+    }
+    c = config.load(
+        [
+            "--config=configs/instruct.py",
+            "--config.model.lora.rank=0",
+            "--config.rules.train=(('(vision|ln_visual|resampler)/.*', False), ('.*', True))",
+        ]
+    )
     abstract = jax.eval_shape(lambda: make.params(make.program(c)))
-    assert tree.split(abstract, train.what_trains(c, abstract))[0].keys() == {"llama", "regress_head"}
+    assert tree.split(abstract, train.what_trains(c, abstract))[0].keys() == {
+        "llama",
+        "regress_head",
+    }
 
 
 def test_a_model_without_the_tokens_is_told(data, base):
     c = config.load(arguments(data, base, "run"))
-    loader = Loader(c.data, 0, tokenizers.load(c.data.tokenizer, fixtures.VOCAB), 4, fixtures.IMAGE, chats=False)
-    with closing(loader), pytest.raises(UserError, match=r"is a conversation, and this model has no \[USER\] and \[ASSISTANT\]: model.llama.added=6"):
+    loader = Loader(
+        c.data, 0, tokenizers.load(c.data.tokenizer, fixtures.VOCAB), 4, fixtures.IMAGE, chats=False
+    )
+    with (
+        closing(loader),
+        pytest.raises(
+            UserError,
+            match=r"is a conversation, and this model has no \[USER\] and \[ASSISTANT\]: model.llama.added=6",
+        ),
+    ):
         next(iter(loader))

@@ -1,4 +1,5 @@
 """What a run tells is whole after any end, and a mean is a sum over a weight."""
+
 import json
 from types import SimpleNamespace
 
@@ -24,8 +25,14 @@ def tell(path, start, steps):
 
 
 def test_means_divide_once():
-    got = means({"loss": (np.array(6.0), np.array(4.0)), "nothing": (np.array(0.0), np.array(0.0)),
-                 "loss_by_source": (np.array([2.0, 0, 9]), np.array([4.0, 0, 3]))}, ("names", "scenes", "stories"))
+    got = means(
+        {
+            "loss": (np.array(6.0), np.array(4.0)),
+            "nothing": (np.array(0.0), np.array(0.0)),
+            "loss_by_source": (np.array([2.0, 0, 9]), np.array([4.0, 0, 3])),
+        },
+        ("names", "scenes", "stories"),
+    )
     assert got == {"loss": 1.5, "loss/names": 0.5, "loss/stories": 3.0}
 
 
@@ -55,7 +62,9 @@ def test_without_a_terminal_the_log_says_how_long_it_takes(tmp_path, caplog, mon
     monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with caplog.at_level("INFO", "emu_jax.journal"):
         tell(tmp_path, 2, [3, 4, 5, 6])
-    assert [record.getMessage() for record in caplog.records] == ["step 5 of 9, loss 5, about 4 minutes left"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 5 of 9, loss 5, about 4 minutes left"
+    ]
 
 
 def test_a_resumed_run_takes_out_what_it_will_tell_again(tmp_path):
@@ -68,7 +77,18 @@ def test_a_resumed_run_takes_out_what_it_will_tell_again(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1]
 
 
-@pytest.mark.parametrize("half", ['{"step": 4, "lo', '{"step": 4, "loss"', "{", '{"loss": 1}', "[1]", "\x00\x00", '{"step": null}'])
+@pytest.mark.parametrize(
+    "half",
+    [
+        '{"step": 4, "lo',
+        '{"step": 4, "loss"',
+        "{",
+        '{"loss": 1}',
+        "[1]",
+        "\x00\x00",
+        '{"step": null}',
+    ],
+)
 def test_a_half_written_line_is_left_out_and_said(tmp_path, half, caplog):
     tell(tmp_path, 0, [1, 2, 3])
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -106,7 +126,10 @@ def test_a_full_disk_is_one_line(tmp_path, what):
         told.file = full
     else:
         told.board.events._py_recordio_writer._writer = full.buffer
-    with pytest.raises(UserError, match=f"cannot write what is told of the run into {tmp_path}: No space left on device; once") as error:
+    with pytest.raises(
+        UserError,
+        match=f"cannot write what is told of the run into {tmp_path}: No space left on device; once",
+    ) as error:
         told.write(1, {"loss": 1.0})
     assert "\n" not in str(error.value)
     # says it no second time

@@ -1,6 +1,7 @@
 """The scripts of launch/: they are clean, what they start is started rightly, and what fails or is
 stopped ends all of it.
 """
+
 import os
 import signal
 import subprocess
@@ -17,13 +18,21 @@ SCRIPTS = sorted(path for path in Path("launch").iterdir() if path.suffix in (".
 
 
 def local(count, script, environ=None, **more):
-    return subprocess.Popen(["launch/local.sh", str(count), "bash", "-c", script], env=os.environ | {"GRACE": "1"} | (environ or {}), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+    return subprocess.Popen(
+        ["launch/local.sh", str(count), "bash", "-c", script],
+        env=os.environ | {"GRACE": "1"} | (environ or {}),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **more,
+    )
 
 
 def test_shellcheck_finds_nothing():
     assert len(SCRIPTS) == 4
-    done = subprocess.run([Path(sys.executable).parent / "shellcheck", *SCRIPTS], capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", *SCRIPTS], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -34,9 +43,14 @@ def test_each_says_at_the_top_what_it_needs(path):
 
 
 def test_each_process_is_told_which_it_is_and_its_lines_say_so():
-    run = local(3, 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at ${JAX_COORDINATOR_ADDRESS%:*}"; echo bad >&2')
+    run = local(
+        3,
+        'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at ${JAX_COORDINATOR_ADDRESS%:*}"; echo bad >&2',
+    )
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 0 and sorted(out.splitlines()) == [f"[{k}] {k} of 3 at 127.0.0.1" for k in range(3)]
+    assert run.returncode == 0 and sorted(out.splitlines()) == [
+        f"[{k}] {k} of 3 at 127.0.0.1" for k in range(3)
+    ]
     assert sorted(err.splitlines()) == [f"[{k}] bad" for k in range(3)]
 
 
@@ -55,10 +69,17 @@ def test_a_signal_reaches_all():
     assert run.returncode == 0 and sorted(out.splitlines()) == ["[0] stopped", "[1] stopped"]
 
 
-@pytest.mark.parametrize(("argv", "told"), [
-    (["launch/local.sh"], "usage: launch/local.sh N COMMAND"), (["launch/local.sh", "0", "true"], "usage: "),
-    (["launch/slurm.sbatch"], "usage: sbatch launch/slurm.sbatch --config="), (["launch/pipeline.sh"], "usage: launch/pipeline.sh demo"),
-    (["launch/pipeline.sh", "paper"], "set RAW to the folder of the downloads"), (["launch/tpu_pod.sh", "emu", "--config=a"], "set PROJECT")])
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["launch/local.sh"], "usage: launch/local.sh N COMMAND"),
+        (["launch/local.sh", "0", "true"], "usage: "),
+        (["launch/slurm.sbatch"], "usage: sbatch launch/slurm.sbatch --config="),
+        (["launch/pipeline.sh"], "usage: launch/pipeline.sh demo"),
+        (["launch/pipeline.sh", "paper"], "set RAW to the folder of the downloads"),
+        (["launch/tpu_pod.sh", "emu", "--config=a"], "set PROJECT"),
+    ],
+)
 def test_what_is_missing_is_one_line(argv, told):
     done = subprocess.run(argv, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr
@@ -80,16 +101,35 @@ def test_the_whole_story_is_told_in_order_and_each_stage_finds_what_it_needs(tmp
     (tmp_path / "raw").mkdir()
     # what is done already is passed over, but for what passes over it by itself
     for _ in range(2):
-        subprocess.run([Path("launch/pipeline.sh").resolve(), "paper"], cwd=tmp_path, env=os.environ | {"RAW": "raw", "SIZE": "debug"}, check=True)
+        subprocess.run(
+            [Path("launch/pipeline.sh").resolve(), "paper"],
+            cwd=tmp_path,
+            env=os.environ | {"RAW": "raw", "SIZE": "debug"},
+            check=True,
+        )
     calls = [call.split()[1:] for call in (tmp_path / "calls").read_text().splitlines()]
     first = calls[:-6]
     again = calls[-6:]
-    assert [name.removeprefix("emu_jax.") for name, *_ in again] == ["train", "generate", "train", "generate", "train", "evaluate"]
-    made = [argument.removeprefix("--to=") for _, *arguments in first for argument in arguments if argument.startswith("--to=")]
+    assert [name.removeprefix("emu_jax.") for name, *_ in again] == [
+        "train",
+        "generate",
+        "train",
+        "generate",
+        "train",
+        "evaluate",
+    ]
+    made = [
+        argument.removeprefix("--to=")
+        for _, *arguments in first
+        for argument in arguments
+        if argument.startswith("--to=")
+    ]
     for name, *arguments in again:
         if name == "emu_jax.train":
             c = config.load([argument for argument in arguments if argument != "precompute"])
-            assert {path.split(":")[0] for _, _, path, *_ in c.data.mixture} <= set(made) and set(c.init.split(",")) <= {*made, "runs/emu"}
+            assert {path.split(":")[0] for _, _, path, *_ in c.data.mixture} <= set(made) and set(
+                c.init.split(",")
+            ) <= {*made, "runs/emu"}
             assert c.data.conditions in ("", *made)
 
 
@@ -114,31 +154,63 @@ open(f"TOLD{jax.process_index()}", "w").write(told)' "$@"
 @pytest.mark.parametrize(("tasks", "step"), [("1(x2)", 0), ("2", 1)])
 def test_tasks_of_slurm_find_one_another(tmp_path, tasks, step):
     """A process a node, and several on one: with nothing to set but srun's own variables."""
-    for path, text in (("bin/srun", SRUN), (".venv/bin/python", TASK.replace("PYTHON", sys.executable).replace("TOLD", f"{tmp_path}/told"))):
+    for path, text in (
+        ("bin/srun", SRUN),
+        (
+            ".venv/bin/python",
+            TASK.replace("PYTHON", sys.executable).replace("TOLD", f"{tmp_path}/told"),
+        ),
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
         (tmp_path / path).chmod(0o755)
-    environ = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "PYTHONPATH": os.getcwd(),
-                            "LOCAL": "0", "STEP": str(step), "PER_NODE": tasks}
-    done = subprocess.run(["launch/slurm.sbatch", "--config=a"], env=environ, capture_output=True, text=True, timeout=120)
+    environ = os.environ | {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "PYTHONPATH": os.getcwd(),
+        "LOCAL": "0",
+        "STEP": str(step),
+        "PER_NODE": tasks,
+    }
+    done = subprocess.run(
+        ["launch/slurm.sbatch", "--config=a"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for process in range(2):
-        assert (tmp_path / f"told{process}").read_text() == "2 ['emu_jax.train', 'emu_jax.train'] ['-m', 'emu_jax.train']"
+        assert (
+            tmp_path / f"told{process}"
+        ).read_text() == "2 ['emu_jax.train', 'emu_jax.train'] ['-m', 'emu_jax.train']"
 
 
 def test_the_jobset_starts_a_run_that_there_is():
     jobset = yaml.safe_load(Path("launch/gke.yaml").read_text())
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]
-    assert container["args"][:3] == ["python", "-m", "emu_jax.train"] and job["parallelism"] == job["completions"]
+    assert (
+        container["args"][:3] == ["python", "-m", "emu_jax.train"]
+        and job["parallelism"] == job["completions"]
+    )
     c = config.load(container["args"][3:])
-    assert c.checkpoint.to.startswith("gs://") and jobset["spec"]["replicatedJobs"][0]["replicas"] == c.mesh.data
+    assert (
+        c.checkpoint.to.startswith("gs://")
+        and jobset["spec"]["replicatedJobs"][0]["replicas"] == c.mesh.data
+    )
 
 
 def test_a_pod_that_was_stopped_has_not_done_its_work():
-    pod = yaml.safe_load(Path("launch/gke.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    pod = yaml.safe_load(Path("launch/gke.yaml").read_text())["spec"]["replicatedJobs"][0][
+        "template"
+    ]["spec"]["template"]["spec"]["containers"][0]
+
     def start(script):
-        return subprocess.Popen([*pod["command"], "bash", "-c", script], stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*pod["command"], "bash", "-c", script], stdout=subprocess.PIPE, text=True
+        )
+
     for status in (0, 2):
         assert start(f"exit {status}").wait(60) == status
     run = start('sleep 100 & trap "sleep 0.2; echo saved; kill $!; exit 0" TERM; echo ready; wait')
@@ -148,14 +220,24 @@ def test_a_pod_that_was_stopped_has_not_done_its_work():
 
 
 def test_a_job_of_slurm_that_was_stopped_is_queued_again(tmp_path):
-    fakes = {"bin/srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"', "bin/scontrol": 'echo "$@"', "bin/scancel": "kill -TERM $(cat pid)",
-             ".venv/bin/python": 'echo $$ > pid; sleep 100 & trap "sleep 0.2; echo saved; kill $!; exit 0" TERM; echo ready; wait'}
+    fakes = {
+        "bin/srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
+        "bin/scontrol": 'echo "$@"',
+        "bin/scancel": "kill -TERM $(cat pid)",
+        ".venv/bin/python": 'echo $$ > pid; sleep 100 & trap "sleep 0.2; echo saved; kill $!; exit 0" TERM; echo ready; wait',
+    }
     for path, text in fakes.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / path).chmod(0o755)
-    environ = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "71"}
-    run = subprocess.Popen(["launch/slurm.sbatch", "--config=a"], env=environ, stdout=subprocess.PIPE, text=True)
+    environ = os.environ | {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "71",
+    }
+    run = subprocess.Popen(
+        ["launch/slurm.sbatch", "--config=a"], env=environ, stdout=subprocess.PIPE, text=True
+    )
     assert run.stdout.readline() == "ready\n"
     run.send_signal(signal.SIGTERM)
     assert run.communicate(timeout=60)[0] == "saved\nrequeue 71\n" and run.returncode == 0
@@ -181,16 +263,47 @@ def test_a_pod_of_tpus_is_asked_for_again_when_it_is_preempted(tmp_path):
     for name, text in (("gcloud", GCLOUD), ("sleep", "")):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROJECT": "p", "ZONE": "z", "TYPE": "v5p-128", "RUNTIME": "r", "NODES": "2",
-               "REPO": "url", "REF": "commit"}
-    done = subprocess.run([Path("launch/tpu_pod.sh").resolve(), "emu", "--config=configs/pretrain.py", "--config.checkpoint.to=gs://b/a run"],
-                          cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    environ = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PROJECT": "p",
+        "ZONE": "z",
+        "TYPE": "v5p-128",
+        "RUNTIME": "r",
+        "NODES": "2",
+        "REPO": "url",
+        "REF": "commit",
+    }
+    done = subprocess.run(
+        [
+            Path("launch/tpu_pod.sh").resolve(),
+            "emu",
+            "--config=configs/pretrain.py",
+            "--config.checkpoint.to=gs://b/a run",
+        ],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and "goes on from its last checkpoint" in done.stderr
-    calls = [call for call in (tmp_path / "calls").read_text().splitlines() if "describe" not in call]
+    calls = [
+        call for call in (tmp_path / "calls").read_text().splitlines() if "describe" not in call
+    ]
     asked = "queued-resources create emu"
     trained = ["tpu-vm ssh emu-0", "tpu-vm ssh emu-1"]
-    assert calls[0] == calls[6] == asked and calls[5] == calls[-1] == "queued-resources delete emu" and len(calls) == 12
+    assert (
+        calls[0] == calls[6] == asked
+        and calls[5] == calls[-1] == "queued-resources delete emu"
+        and len(calls) == 12
+    )
     assert sorted(calls[1:5]) == sorted(calls[7:11]) == sorted(trained * 2)
     commands = (tmp_path / "commands").read_text()
-    assert commands.count("git checkout -q 'commit'") == 4 and commands.count(r"--config.checkpoint.to=gs://b/a\ run") == 4
-    assert commands.count("rm -rf emu ") == 4 and commands.count("cd emu && exec") == commands.count("--config.workdir=../run ") == 4
+    assert (
+        commands.count("git checkout -q 'commit'") == 4
+        and commands.count(r"--config.checkpoint.to=gs://b/a\ run") == 4
+    )
+    assert (
+        commands.count("rm -rf emu ") == 4
+        and commands.count("cd emu && exec") == commands.count("--config.workdir=../run ") == 4
+    )

@@ -1,6 +1,7 @@
 """Imports run one way, so that the code can be read from the bottom up; and what the house does
 without stays out.
 """
+
 import ast
 from pathlib import Path
 
@@ -15,8 +16,28 @@ ORDER = (
     ("hardware",),
     ("sharding",),
     ("processes", "models/*", "data/*"),
-    ("losses", "optim", *(f"weights/{name}" for name in (
-        "convert", "pickles", "files", "family", "llama", "eva_clip", "t5", "emu1", "peft", "stable_diffusion", "inception", "clip", "families"))),
+    (
+        "losses",
+        "optim",
+        *(
+            f"weights/{name}"
+            for name in (
+                "convert",
+                "pickles",
+                "files",
+                "family",
+                "llama",
+                "eva_clip",
+                "t5",
+                "emu1",
+                "peft",
+                "stable_diffusion",
+                "inception",
+                "clip",
+                "families",
+            )
+        ),
+    ),
     ("stages",),
     ("checkpoint",),
     ("journal", "watch", "initial"),
@@ -28,7 +49,9 @@ ORDER = (
 )
 ABSENT = {"torch", "tensorflow", "transformers", "keras", "haiku"}
 MODULES = sorted(path for path in Path("emu_jax").rglob("*.py") if path.read_text())
-OTHERS = sorted(path for folder in ("configs", "tests", "benchmarks") for path in Path(folder).rglob("*.py"))
+OTHERS = sorted(
+    path for folder in ("configs", "tests", "benchmarks") for path in Path(folder).rglob("*.py")
+)
 
 
 def imports(path):
@@ -46,7 +69,9 @@ def ours(path):
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "emu_jax":
-            while len(parts) > 1 and not (Path(*parts).with_suffix(".py").is_file() or Path(*parts, "__init__.py").is_file()):
+            while len(parts) > 1 and not (
+                Path(*parts).with_suffix(".py").is_file() or Path(*parts, "__init__.py").is_file()
+            ):
                 # what is imported from a module
                 parts.pop()
             if len(parts) > 1:
@@ -61,7 +86,12 @@ def height(module):
     """Its place in ORDER; that of its whole folder if there is one."""
     if module.endswith("__main__"):
         return len(ORDER) - 1
-    found = [number for number, row in enumerate(ORDER) for name in row if name in (module, f"{module.split('/')[0]}/*")]
+    found = [
+        number
+        for number, row in enumerate(ORDER)
+        for name in row
+        if name in (module, f"{module.split('/')[0]}/*")
+    ]
     assert found, f"{module} has no place in the order of imports"
     return found[0]
 
@@ -71,10 +101,14 @@ def test_imports_run_one_way(path):
     module = own(path)
     for imported in ours(path):
         same_folder = imported.split("/")[0] == module.split("/")[0]
-        assert height(imported) < height(module) or (same_folder and height(imported) <= height(module)), f"{module} imports {imported}"
+        assert height(imported) < height(module) or (
+            same_folder and height(imported) <= height(module)
+        ), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if own(path).startswith("data")], ids=own)
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if own(path).startswith("data")], ids=own
+)
 def test_data_is_numpy(path):
     assert {module.split("/")[0] for module in ours(path)} <= {"data", "config", "types"}
     assert not {name.split(".")[0] for name in imports(path)} & {"jax", "flax", "optax"}
@@ -92,7 +126,11 @@ def test_what_the_house_does_without():
 
 
 def test_the_loop_names_no_stage():
-    words = {node.value for node in ast.walk(ast.parse(Path("emu_jax/loop.py").read_text())) if isinstance(node, ast.Constant)}
+    words = {
+        node.value
+        for node in ast.walk(ast.parse(Path("emu_jax/loop.py").read_text()))
+        if isinstance(node, ast.Constant)
+    }
     assert STAGES and not words & set(STAGES)
 
 

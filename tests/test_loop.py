@@ -1,6 +1,7 @@
 """The laws of a step and of the loop, on a line of two towers; those of the mesh and of
 accumulation, on a small Emu.
 """
+
 import dataclasses
 import json
 import logging
@@ -47,7 +48,9 @@ class Line(nnx.Module):
 
 def line_loss(model, batch, key, totals, objective):
     x = layers.dropout(batch.text_weights, objective["dropout"], key)
-    error = (x @ model.slope.w.get_value() + model.shift.w.get_value() - batch.image_weights[:, 0]) ** 2
+    error = (
+        x @ model.slope.w.get_value() + model.shift.w.get_value() - batch.image_weights[:, 0]
+    ) ** 2
     return error.sum() / totals["rows"], {"error": (error.sum(), jnp.float32(len(error)))}
 
 
@@ -59,9 +62,20 @@ PARAMS = emu.init(Line, SIZE, jax.random.key(0))
 def program(*, trains=("slope", "shift"), dropout=0.0, accumulate=1, ema=0.0, spike=0.0):
     def leaves(value):
         return {tower: {"w": value(tower)} for tower in trains}
-    return loop.Program(stage=LINE, size=SIZE, objective={"dropout": dropout}, optimizer=optax.adam(0.1),
-                        groups=leaves(str), specs=leaves(lambda _: PartitionSpec()), rows=leaves(lambda _: True), seed=3, accumulate=accumulate,
-                        ema=ema, spike=spike)
+
+    return loop.Program(
+        stage=LINE,
+        size=SIZE,
+        objective={"dropout": dropout},
+        optimizer=optax.adam(0.1),
+        groups=leaves(str),
+        specs=leaves(lambda _: PartitionSpec()),
+        rows=leaves(lambda _: True),
+        seed=3,
+        accumulate=accumulate,
+        ema=ema,
+        spike=spike,
+    )
 
 
 def start(p):
@@ -71,10 +85,16 @@ def start(p):
 
 def rows(seed, scale=1.0):
     rng = np.random.default_rng(seed)
+
     def normal(*shape):
         return rng.standard_normal(shape, np.float32)
+
     batch = make.pack(C, [[]] * 8)
-    return batch.replace(text_weights=np.float32(scale) * normal(8, T), image_weights=normal(8, 3), segments=np.ones((8, T), np.int32))
+    return batch.replace(
+        text_weights=np.float32(scale) * normal(8, T),
+        image_weights=normal(8, 3),
+        segments=np.ones((8, T), np.int32),
+    )
 
 
 def jitted(p):
@@ -89,7 +109,10 @@ def assert_same(got, want):
 
 # A step
 
-@pytest.mark.parametrize(("scale", "finite"), [(np.nan, False), (1e17, True), (1e3, True)], ids=["loss", "norm", "spike"])
+
+@pytest.mark.parametrize(
+    ("scale", "finite"), [(np.nan, False), (1e17, True), (1e3, True)], ids=["loss", "norm", "spike"]
+)
 def test_a_bad_step_changes_nothing_but_the_counters(scale, finite):
     """A loss that is not finite; one that is, with a gradient whose norm is not; a norm that is
     finite, and a spike.
@@ -99,11 +122,17 @@ def test_a_bad_step_changes_nothing_but_the_counters(scale, finite):
     step = jitted(p)
     state, _ = step(start(p), rows(0))
     after, metrics = step(state, bad)
-    assert (int(after.step), int(after.bad)) == (2, 1) and [float(x) for x in metrics["bad_steps"]] == [1, 1]
-    assert np.isfinite(metrics["loss"][0]) == finite and np.isfinite(metrics["grad_norm"][0]) == (scale == 1e3)
+    assert (int(after.step), int(after.bad)) == (2, 1) and [
+        float(x) for x in metrics["bad_steps"]
+    ] == [1, 1]
+    assert np.isfinite(metrics["loss"][0]) == finite and np.isfinite(metrics["grad_norm"][0]) == (
+        scale == 1e3
+    )
     assert_same(after.replace(step=state.step, bad=state.bad), state)
     again, _ = step(after, rows(1))
-    assert (int(again.step), int(again.bad)) == (3, 1) and (again.trainable["slope"]["w"] != after.trainable["slope"]["w"]).all()
+    assert (int(again.step), int(again.bad)) == (3, 1) and (
+        again.trainable["slope"]["w"] != after.trainable["slope"]["w"]
+    ).all()
 
 
 def test_spikes_are_measured_by_a_running_mean_and_left_in_unless_asked():
@@ -117,7 +146,9 @@ def test_spikes_are_measured_by_a_running_mean_and_left_in_unless_asked():
         norms.append(float(metrics["grad_norm"][0]))
         assert (state.trainable["slope"]["w"] != before.trainable["slope"]["w"]).any()
     assert int(state.bad) == 0 and norms[1] > 100 * norms[0]
-    np.testing.assert_allclose(state.typical_norm, 0.98 * (0.98 * norms[0] + 0.02 * norms[1]) + 0.02 * norms[2], rtol=1e-5)
+    np.testing.assert_allclose(
+        state.typical_norm, 0.98 * (0.98 * norms[0] + 0.02 * norms[1]) + 0.02 * norms[2], rtol=1e-5
+    )
 
 
 def test_the_average_of_the_parameters_by_hand():
@@ -140,24 +171,40 @@ def test_what_is_frozen_stays_bit_for_bit_and_has_no_optimizer_state():
     for seed in range(3):
         state, metrics = step(state, rows(seed))
     assert_same(state.frozen, {"shift": PARAMS["shift"]})
-    assert (state.trainable["slope"]["w"] != PARAMS["slope"]["w"]).all() and set(state.trainable) == set(state.ema) == {"slope"}
+    assert (state.trainable["slope"]["w"] != PARAMS["slope"]["w"]).all() and set(
+        state.trainable
+    ) == set(state.ema) == {"slope"}
     assert "grad_norm/slope" in metrics and "grad_norm/shift" not in metrics
     assert [leaf.shape for leaf in jax.tree.leaves(state.opt_state)] == [(), (T,), (T,)]
 
 
-@pytest.mark.parametrize("rule", [
-    "(('(vision|ln_visual|resampler)/.*', False), ('.*', True))", "(('.*/added', True), ('.*', False))", "(('.*', True),)"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "(('(vision|ln_visual|resampler)/.*', False), ('.*', True))",
+        "(('.*/added', True), ('.*', False))",
+        "(('.*', True),)",
+    ],
+)
 def test_the_optimizers_tree_is_the_trainable_tree(rule):
     c = make.cfg(f"rules.train={rule}")
     p = make.program(c)
     params = jax.eval_shape(lambda: make.params(p))
-    state = jax.eval_shape(partial(loop.init_state, p), *tree.split(params, tree.by_rule(c.rules.train, params)))
+    state = jax.eval_shape(
+        partial(loop.init_state, p), *tree.split(params, tree.by_rule(c.rules.train, params))
+    )
+
     def shapes(part):
         return {path: leaf.shape for path, leaf in tree.leaves(part)}
+
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
-    assert 0 < len(shapes(state.trainable)) and shapes(adam.mu) == shapes(adam.nu) == shapes(state.trainable)
+    assert 0 < len(shapes(state.trainable)) and shapes(adam.mu) == shapes(adam.nu) == shapes(
+        state.trainable
+    )
     assert shapes(tree.merge(state.trainable, state.frozen)) == shapes(params)
-    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(state.opt_state)) == 2 * len(shapes(state.trainable))
+    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(state.opt_state)) == 2 * len(
+        shapes(state.trainable)
+    )
 
 
 def test_dropout_differs_by_step_and_by_micro_batch_and_is_reproducible():
@@ -165,8 +212,10 @@ def test_dropout_differs_by_step_and_by_micro_batch_and_is_reproducible():
     step = jitted(p)
     state = start(p)
     batch = rows(0)
+
     def loss(step, state, batch):
         return float(step(state, batch)[1]["loss"][0])
+
     assert loss(step, state, batch) == loss(jitted(p), start(p), batch)
     assert loss(step, state, batch) != loss(step, state.replace(step=jnp.int32(1)), batch)
     assert loss(step, state, batch) != loss(jitted(dataclasses.replace(p, seed=4)), state, batch)
@@ -174,12 +223,16 @@ def test_dropout_differs_by_step_and_by_micro_batch_and_is_reproducible():
     two = jax.tree.map(lambda x: np.repeat(x[:4], 2, axis=0), batch)
     half = jax.tree.map(lambda x: x[:4], batch)
     for dropout, equal in ((0.0, True), (0.5, False)):
-        once, twice = (loss(jitted(program(dropout=dropout, accumulate=count)), state, rows) for count, rows in ((1, half), (2, two)))
+        once, twice = (
+            loss(jitted(program(dropout=dropout, accumulate=count)), state, rows)
+            for count, rows in ((1, half), (2, two))
+        )
         assert np.isclose(once, twice, rtol=1e-5) == equal
 
 
 # The whole step of a small Emu: with plain gradient descent of rate 1, the change of the parameters
 # is the gradient.
+
 
 def one_step(accumulate=1, mesh=None, c=None):
     """(state before, state after, metrics) of one step on make.batch."""
@@ -194,8 +247,13 @@ def one_step(accumulate=1, mesh=None, c=None):
         layout = sharding.of_state(mesh, tree.merge(before.trainable, before.frozen), before)
         placed = jax.device_put(before, layout)
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        after, metrics = jax.jit(partial(loop.train_step, p), out_shardings=(layout, None))(placed, batch)
-    assert all(leaf.sharding == at for leaf, at in zip(jax.tree.leaves(after), jax.tree.leaves(layout), strict=True))
+        after, metrics = jax.jit(partial(loop.train_step, p), out_shardings=(layout, None))(
+            placed, batch
+        )
+    assert all(
+        leaf.sharding == at
+        for leaf, at in zip(jax.tree.leaves(after), jax.tree.leaves(layout), strict=True)
+    )
     return before, after, metrics
 
 
@@ -207,21 +265,38 @@ def whole():
 def assert_same_step(got, want, but=()):
     for name in set(want[2]) - set(but):
         np.testing.assert_allclose(got[2][name], want[2][name], rtol=2e-4, atol=1e-5, err_msg=name)
+
     def gradient(step):
-        return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), step[0].trainable, step[1].trainable)
-    for (path, ours), (_, leaf) in zip(make.flat(gradient(got)), make.flat(gradient(want)), strict=True):
+        return jax.tree.map(
+            lambda a, b: np.asarray(a) - np.asarray(b), step[0].trainable, step[1].trainable
+        )
+
+    for (path, ours), (_, leaf) in zip(
+        make.flat(gradient(got)), make.flat(gradient(want)), strict=True
+    ):
         assert np.abs(leaf).max() > 1e-6, path
-        np.testing.assert_allclose(ours, leaf, rtol=0, atol=1e-4 * max(np.abs(leaf).max(), 0.1), err_msg=path)
+        np.testing.assert_allclose(
+            ours, leaf, rtol=0, atol=1e-4 * max(np.abs(leaf).max(), 0.1), err_msg=path
+        )
 
 
 def test_norms_of_the_groups_are_parts_of_the_whole(whole):
     before, after, metrics = whole
-    squares = {name: float(metrics[f"grad_norm/{name}"][0]) ** 2 for name in ("vision", "llama", "resampler")}
-    change = jax.tree.map(lambda a, b: float(((np.asarray(a) - np.asarray(b)) ** 2).sum()), before.trainable, after.trainable)
+    squares = {
+        name: float(metrics[f"grad_norm/{name}"][0]) ** 2
+        for name in ("vision", "llama", "resampler")
+    }
+    change = jax.tree.map(
+        lambda a, b: float(((np.asarray(a) - np.asarray(b)) ** 2).sum()),
+        before.trainable,
+        after.trainable,
+    )
     by_tower = {tower: sum(jax.tree.leaves(part)) for tower, part in change.items()}
     np.testing.assert_allclose(squares["vision"], by_tower["vision"], rtol=1e-3)
     np.testing.assert_allclose(squares["llama"], by_tower["llama"], rtol=1e-3)
-    np.testing.assert_allclose(sum(squares.values()), float(metrics["grad_norm"][0]) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        sum(squares.values()), float(metrics["grad_norm"][0]) ** 2, rtol=1e-5
+    )
 
 
 def test_accumulation_is_one_big_batch(whole):
@@ -236,17 +311,24 @@ def test_sharded_is_single(whole, shape):
     assert_same_step(one_step(mesh=sharding.make_mesh(dict(zip(sharding.AXES, shape)))), whole)
 
 
-@pytest.mark.parametrize(("condition", "vae"), [("encoded", False), pytest.param("teacher_forced", True, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("condition", "vae"),
+    [("encoded", False), pytest.param("teacher_forced", True, marks=pytest.mark.long)],
+)
 def test_the_decoders_sharded_step_is_the_single_one(condition, vae):
     """The U-Net's gradients, through convolutions and its attention to what frozen towers say."""
     c = make.decoder_cfg("optim.ema=0.0", f"model.decoder.condition={condition}", vae=vae)
-    assert_same_step(one_step(mesh=sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), c=c), one_step(c=c))
+    assert_same_step(
+        one_step(mesh=sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), c=c), one_step(c=c)
+    )
 
 
 # The loop
 
+
 class Feed:
     """A loader of the given batches; `before(n)` is called when the n-th is asked for."""
+
     source_names = ("a", "b")
 
     def __init__(self, batches, before):
@@ -257,13 +339,20 @@ class Feed:
     def __iter__(self):
         for number, batch in enumerate(self.batches, 1):
             self.before(number)
-            yield Item(batch, [[f"a/first{number}", f"b/second{number}"], [f"b/third{number}"]], {"number": number}, {"epochs": {"a": number / 4}})
+            yield Item(
+                batch,
+                [[f"a/first{number}", f"b/second{number}"], [f"b/third{number}"]],
+                {"number": number},
+                {"epochs": {"a": number / 4}},
+            )
 
     def close(self):
         self.closed = True
 
 
-def run(workdir, batches, *overrides, p=None, before=lambda number: None, evaluate=None, pictures=None):
+def run(
+    workdir, batches, *overrides, p=None, before=lambda number: None, evaluate=None, pictures=None
+):
     """loop.run on a line; (state, its Checkpoints)."""
     c = make.cfg(f"workdir={workdir}", f"optim.steps={len(batches)}", *overrides)
     p = p or program()
@@ -274,8 +363,12 @@ def run(workdir, batches, *overrides, p=None, before=lambda number: None, evalua
     try:
         with jax.set_mesh(mesh), Watch(workdir, c.log.hang) as watching:
             # donated
-            state = jax.device_put(jax.tree.map(jnp.copy, start(p)), NamedSharding(mesh, PartitionSpec()))
-            return loop.run(c, p, state, mesh, feed, checkpoints, journal, watching, evaluate, pictures), checkpoints
+            state = jax.device_put(
+                jax.tree.map(jnp.copy, start(p)), NamedSharding(mesh, PartitionSpec())
+            )
+            return loop.run(
+                c, p, state, mesh, feed, checkpoints, journal, watching, evaluate, pictures
+            ), checkpoints
     finally:
         assert feed.closed
         journal.close()
@@ -309,13 +402,28 @@ def test_a_line_tells_of_its_own_step_and_is_told_a_step_late(tmp_path, monkeypa
     batches = [rows(seed) for seed in range(4)]
     events = []
     write = Journal.write
-    monkeypatch.setattr(Journal, "write", lambda self, step, values: (events.append(f"tell {step}"), write(self, step, values)))
+    monkeypatch.setattr(
+        Journal,
+        "write",
+        lambda self, step, values: (events.append(f"tell {step}"), write(self, step, values)),
+    )
     state, _ = run(tmp_path, batches, before=lambda number: events.append(f"read {number}"))
-    assert events == ["read 1", "read 2", "tell 1", "read 3", "tell 2", "read 4", "tell 3", "tell 4"]
+    assert events == [
+        "read 1",
+        "read 2",
+        "tell 1",
+        "read 3",
+        "tell 2",
+        "read 4",
+        "tell 3",
+        "tell 4",
+    ]
     want = plain(batches)
     for line, (_, metrics) in zip(lines(tmp_path), want, strict=True):
         for name in ("loss", "grad_norm", "error"):
-            np.testing.assert_allclose(line[name], float(metrics[name][0]) / float(metrics[name][1]), rtol=1e-6)
+            np.testing.assert_allclose(
+                line[name], float(metrics[name][0]) / float(metrics[name][1]), rtol=1e-6
+            )
         assert ("step_time" in line) == (line["step"] > 1)
     assert_same(state, want[-1][0])
 
@@ -325,15 +433,29 @@ def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
     events = []
     write = Journal.write
     save = Checkpoints.save
-    monkeypatch.setattr(Journal, "write", lambda self, step, values: (events.append(f"{sorted(values)[0]} {step}"), write(self, step, values)))
+    monkeypatch.setattr(
+        Journal,
+        "write",
+        lambda self, step, values: (
+            events.append(f"{sorted(values)[0]} {step}"),
+            write(self, step, values),
+        ),
+    )
 
     def saving(self, step, *args, **kwargs):
         # a signal waits for it, at the end too
         assert "note" in signal.getsignal(signal.SIGTERM).__name__
         events.append(f"save {step}")
         save(self, step, *args, **kwargs)
+
     monkeypatch.setattr(Checkpoints, "save", saving)
-    run(tmp_path, [rows(seed) for seed in range(3)], "checkpoint.every=2", "eval.every=2", evaluate=lambda params: {"a": 0.0})
+    run(
+        tmp_path,
+        [rows(seed) for seed in range(3)],
+        "checkpoint.every=2",
+        "eval.every=2",
+        evaluate=lambda params: {"a": 0.0},
+    )
     told = [event.replace("bad_steps", "tell") for event in events]
     assert told == ["tell 1", "eval/a 2", "tell 2", "save 2", "eval/a 3", "tell 3", "save 3"]
 
@@ -341,6 +463,7 @@ def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
 def test_a_checkpoint_is_saved_where_the_metrics_find_no_room(tmp_path, monkeypatch):
     def full(self):
         raise UserError("no room")
+
     monkeypatch.setattr(Journal, "sync", full)
     with pytest.raises(UserError, match="no room"):
         run(tmp_path, [rows(seed) for seed in range(3)], "checkpoint.every=2")
@@ -350,14 +473,27 @@ def test_a_checkpoint_is_saved_where_the_metrics_find_no_room(tmp_path, monkeypa
 def test_saves_evaluations_and_pictures_come_when_due(tmp_path):
     batches = [rows(seed) for seed in range(5)]
     shown = []
+
     def shift(params):
         return float(params["shift"]["w"][0])
+
     state, checkpoints = run(
-        tmp_path, batches, "checkpoint.every=2", "eval.every=3", "log.every=2", "log.pictures_every=4",
+        tmp_path,
+        batches,
+        "checkpoint.every=2",
+        "eval.every=3",
+        "log.every=2",
+        "log.pictures_every=4",
         evaluate=lambda params: {"shift": shift(params)},
-        pictures=lambda params, item: (shown.append((shift(params), item.state)), (np.zeros((1, 8, 8, 3), np.uint8), ["a"]))[1])
+        pictures=lambda params, item: (
+            shown.append((shift(params), item.state)),
+            (np.zeros((1, 8, 8, 3), np.uint8), ["a"]),
+        )[1],
+    )
     want = [state for state, _ in plain(batches)]
-    assert {line["step"]: line["eval/shift"] for line in lines(tmp_path) if "eval/shift" in line} == {n: shift(want[n - 1].trainable) for n in (3, 5)}
+    assert {
+        line["step"]: line["eval/shift"] for line in lines(tmp_path) if "eval/shift" in line
+    } == {n: shift(want[n - 1].trainable) for n in (3, 5)}
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [2, 4]
     assert shown == [(shift(want[3].trainable), {"number": 4})]
     assert steps(tmp_path) == [2, 4, 5]
@@ -372,8 +508,14 @@ def test_saves_evaluations_and_pictures_come_when_due(tmp_path):
 def test_a_signal_saves_and_stops(tmp_path, caplog, number):
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     batches = [rows(seed) for seed in range(9)]
-    state, checkpoints = run(tmp_path, batches, before=lambda n: n == 3 and os.kill(os.getpid(), number))
-    assert int(state.step) == 3 and steps(tmp_path) == [3] and [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    state, checkpoints = run(
+        tmp_path, batches, before=lambda n: n == 3 and os.kill(os.getpid(), number)
+    )
+    assert (
+        int(state.step) == 3
+        and steps(tmp_path) == [3]
+        and [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    )
     assert saved(checkpoints, program(), 3)[2] == {"number": 3}
     assert f"stopped by {number.name} at step 3 of 9" in caplog.text
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -396,7 +538,11 @@ def test_a_second_signal_is_as_it_was_before():
 def test_bad_steps_are_named_with_their_documents(tmp_path, caplog):
     state, _ = run(tmp_path, [rows(0), rows(1, np.nan), rows(2), rows(3)], "log.every=4")
     assert int(state.bad) == 1 and "step 2 left the weights as they were" in caplog.text
-    assert "a/first2, b/second2, b/third2" in caplog.text and "first1" not in caplog.text and "first3" not in caplog.text
+    assert (
+        "a/first2, b/second2, b/third2" in caplog.text
+        and "first1" not in caplog.text
+        and "first3" not in caplog.text
+    )
     told = [(line["step"], line["loss"] is None, line["bad_steps"]) for line in lines(tmp_path)]
     # a bad step is told, due or not
     assert told == [(2, True, 1), (4, False, 1)]
@@ -405,7 +551,10 @@ def test_bad_steps_are_named_with_their_documents(tmp_path, caplog):
 
 def test_too_many_bad_steps_stop_the_run_with_the_last_good_weights(tmp_path):
     batches = [rows(0), *[rows(seed, np.nan) for seed in range(1, 9)]]
-    with pytest.raises(UserError, match=r"stopped at step 4: 3 steps were not finite or spiked \(log.max_bad_steps=2\); their documents") as error:
+    with pytest.raises(
+        UserError,
+        match=r"stopped at step 4: 3 steps were not finite or spiked \(log.max_bad_steps=2\); their documents",
+    ) as error:
         run(tmp_path, batches, "log.max_bad_steps=2", "checkpoint.every=100")
     assert "\n" not in str(error.value) and steps(tmp_path) == [4]
     _, restored, data, _ = saved(Checkpoints(str(tmp_path), keep=1, keep_every=0), program(), 4)
@@ -424,24 +573,55 @@ def test_it_is_compiled_once_and_says_so_if_not(tmp_path, caplog, images):
 
 # Speed
 
+
 def test_speed_by_hand(monkeypatch):
     p = make.program(C)
     batch = make.batch(C)
     abstract = jax.eval_shape(lambda: make.params(p))
-    train, freeze = tree.split(abstract, {tower: jax.tree.map(lambda _: tower != "vision", part) for tower, part in abstract.items()})
+    train, freeze = tree.split(
+        abstract,
+        {
+            tower: jax.tree.map(lambda _: tower != "vision", part)
+            for tower, part in abstract.items()
+        },
+    )
     clock = iter([10.0, 12.0, 15.0, 16.0])
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    lengths = [(batch.segments[row] == number).sum() for row in range(8) for number in range(1, batch.segments[row].max() + 1)]
-    tokens, images, pairs = (float(x) for x in (sum(lengths), (batch.image_slots < T).sum(), sum(n * (n + 1) // 2 for n in lengths)))
+    lengths = [
+        (batch.segments[row] == number).sum()
+        for row in range(8)
+        for number in range(1, batch.segments[row].max() + 1)
+    ]
+    tokens, images, pairs = (
+        float(x)
+        for x in (
+            sum(lengths),
+            (batch.image_slots < T).sum(),
+            sum(n * (n + 1) // 2 for n in lengths),
+        )
+    )
     trained = {"vision": False, "resampler": True, "llama": True, "heads": True}
-    work = flops.train(p.size, trained, images=images, tokens=tokens, pairs=pairs, labels=float(batch.text_weights.sum()), regressed=4 * images)
+    work = flops.train(
+        p.size,
+        trained,
+        images=images,
+        tokens=tokens,
+        pairs=pairs,
+        labels=float(batch.text_weights.sum()),
+        regressed=4 * images,
+    )
 
     item = Item(batch, [], {}, {"epochs": {"pairs": 0.25}})
     counts = loop.Counts(p, C, loop.State(0, train, freeze, None, None, 0, 0.0))
     still = {"padding": 1 - tokens / (8 * T), "input_wait": 0.5, "epochs/pairs": 0.25}
     # step 1 compiles
     assert counts.of(item, 0.5) == pytest.approx(still)
-    want = still | {"step_time": 2.0, "tokens_per_second": tokens / 2, "images_per_second": images / 2, "flops_per_second": sum(work.values()) / 2}
+    want = still | {
+        "step_time": 2.0,
+        "tokens_per_second": tokens / 2,
+        "images_per_second": images / 2,
+        "flops_per_second": sum(work.values()) / 2,
+    }
     want |= {f"flops_per_second/{tower}": value / 2 for tower, value in work.items()}
     assert counts.of(item, 0.5) == pytest.approx(want, rel=1e-6)
     counts.pause()
@@ -451,4 +631,7 @@ def test_speed_by_hand(monkeypatch):
     counts.peak = 1e9
     # one of two processes
     half = counts.of(dataclasses.replace(item, batch=jax.tree.map(lambda x: x[::2], batch)), 0.5)
-    assert half["mfu"] == pytest.approx(half["flops_per_second"] / 8e9) and half["tokens_per_second"] == 2 * (batch.segments[::2] > 0).sum()
+    assert (
+        half["mfu"] == pytest.approx(half["flops_per_second"] / 8e9)
+        and half["tokens_per_second"] == 2 * (batch.segments[::2] > 0).sum()
+    )

@@ -1,6 +1,7 @@
 """Laws of the fused objective: it is the plain one, in value and gradient, on any mesh, without its
 memory.
 """
+
 import re
 from functools import partial
 
@@ -29,7 +30,11 @@ def normal(seed, *shape):
 
 def learnt(dtype=jnp.float32):
     """Hidden states and the two heads."""
-    return normal(1, B, T, D).astype(dtype), {"base": 3 * normal(2, V, D), "added": 3 * normal(3, n, D)}, {"w": normal(4, D, D) / 4}
+    return (
+        normal(1, B, T, D).astype(dtype),
+        {"base": 3 * normal(2, V, D), "added": 3 * normal(3, n, D)},
+        {"w": normal(4, D, D) / 4},
+    )
 
 
 def given():
@@ -50,12 +55,20 @@ def given():
     target_weights = rng.uniform(0.5, 2, (B, K))
     target_weights[:, 2:4] = 0
     target_weights[3] = 0
-    return (jnp.asarray(labels, jnp.int32), jnp.asarray(label_weights, jnp.float32), jnp.asarray(predictors, jnp.int32),
-            normal(5, B, K, D), jnp.asarray(target_weights, jnp.float32), jnp.float32(0.7 / label_weights.sum()),
-            jnp.float32(1.3 / target_weights.sum()))
+    return (
+        jnp.asarray(labels, jnp.int32),
+        jnp.asarray(label_weights, jnp.float32),
+        jnp.asarray(predictors, jnp.int32),
+        normal(5, B, K, D),
+        jnp.asarray(target_weights, jnp.float32),
+        jnp.float32(0.7 / label_weights.sum()),
+        jnp.float32(1.3 / target_weights.sum()),
+    )
 
 
-def plain(learnt, labels, label_weights, predictors, targets, target_weights, text_scale, image_scale):
+def plain(
+    learnt, labels, label_weights, predictors, targets, target_weights, text_scale, image_scale
+):
     """The objective as one would write it down."""
     hidden, head, regress = jax.tree.map(lambda x: x.astype(jnp.float32), learnt)
     logits = jnp.einsum("BTD,VD->BTV", hidden, jnp.concatenate([head["base"], head["added"]]))
@@ -79,7 +92,13 @@ plain_once = jax.jit(value_and_grad(plain))
 
 def assert_close(got, want, tolerance=1e-5):
     """Every leaf within `tolerance` of the other's, relative to its largest element."""
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1e-6, float(jnp.abs(b).max()))), got, want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=0, atol=tolerance * max(1e-6, float(jnp.abs(b).max()))
+        ),
+        got,
+        want,
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 256])
@@ -125,7 +144,9 @@ def test_no_gradient_to_targets_or_weights():
 
 
 def test_nll_and_error_are_detached():
-    gradient = jax.grad(lambda x, *y: sum(part.sum() for part in ours(x, *y)[1]))(learnt(), *given())
+    gradient = jax.grad(lambda x, *y: sum(part.sum() for part in ours(x, *y)[1]))(
+        learnt(), *given()
+    )
     assert not any(g.any() for g in jax.tree.leaves(gradient))
 
 
@@ -145,7 +166,16 @@ def test_gradient_by_finite_differences(part):
     gradient = fused_once(x, *y)[1][part]
     # every element counts, none cancels another
     direction = jax.tree.map(lambda g: jnp.where(g < 0, -1.0, 1.0), gradient)
-    at = jax.jit(lambda step: ours((*x[:part], jax.tree.map(lambda w, d: w + step * d, x[part], direction), *x[part + 1:]), *y)[0])
+    at = jax.jit(
+        lambda step: ours(
+            (
+                *x[:part],
+                jax.tree.map(lambda w, d: w + step * d, x[part], direction),
+                *x[part + 1 :],
+            ),
+            *y,
+        )[0]
+    )
     want = sum(jnp.abs(g).sum() for g in jax.tree.leaves(gradient))
     np.testing.assert_allclose((at(1e-3) - at(-1e-3)) / 2e-3, want, rtol=1e-2)
 
@@ -159,8 +189,15 @@ def test_bfloat16():
     assert_close((got, gradient), plain_once(x, *y), tolerance=0.03)
 
 
-@pytest.mark.parametrize("shape, dtype", [((2, 2, 2), jnp.float32), ((1, 8, 1), jnp.float32), ((1, 2, 4), jnp.float32),
-                                          ((2, 2, 2), jnp.bfloat16)])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((2, 2, 2), jnp.float32),
+        ((1, 8, 1), jnp.float32),
+        ((1, 2, 4), jnp.float32),
+        ((2, 2, 2), jnp.bfloat16),
+    ],
+)
 def test_sharded_equals_single(shape, dtype):
     x = learnt(dtype)
     y = given()
@@ -168,17 +205,27 @@ def test_sharded_equals_single(shape, dtype):
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
     specs = P(sharding.ROWS), losses.HEAD, losses.REGRESS
     with jax.set_mesh(mesh):
-        placed = jax.tree.map(lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), x, specs)
+        placed = jax.tree.map(
+            lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), x, specs
+        )
         got = fused_once(placed, *y)
         tolerance = 1e-5 if dtype == jnp.float32 else 0.01
         assert_close(got, want, tolerance)
         assert_close(jax.jit(ours)(placed, *y), want[0], tolerance)
-    assert all(jax.tree.leaves(jax.tree.map(lambda g, w: g.sharding.is_equivalent_to(w.sharding, g.ndim), got[1], placed)))
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(
+                lambda g, w: g.sharding.is_equivalent_to(w.sharding, g.ndim), got[1], placed
+            )
+        )
+    )
 
 
 def test_heads_lie_as_the_table_says():
     rows = [row for tower in ("llama", "regress_head") for row in sharding.PARAMS[tower]]
-    for path, spec in tree.leaves({"llama": {"lm_head": losses.HEAD}, "regress_head": losses.REGRESS}):
+    for path, spec in tree.leaves(
+        {"llama": {"lm_head": losses.HEAD}, "regress_head": losses.REGRESS}
+    ):
         assert next(value for pattern, value in rows if re.fullmatch(pattern, path)) == spec
 
 
@@ -193,7 +240,11 @@ def equations(jaxpr, loops=0):
 def arrays(function, *arguments):
     """(shape, dtype name) of every array that `function` makes."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    return {(out.aval.shape, out.aval.dtype.name) for equation, _ in equations(jaxpr) for out in equation.outvars}
+    return {
+        (out.aval.shape, out.aval.dtype.name)
+        for equation, _ in equations(jaxpr)
+        for out in equation.outvars
+    }
 
 
 # T is 11: chunks of 4, 4, 3 and, evenly, of 6 and 5
@@ -203,7 +254,12 @@ def test_logits_never_exist_beyond_a_chunk(wrap, chunk, largest_chunk):
     # of the arrays over the vocabulary that are no weights
     def largest(function):
         found = arrays(function, learnt(), *given())
-        return max(np.prod(shape) for shape, _ in found if set(shape) & {V, V + n} and shape[-2:] not in {(V, D), (V + n, D)})
+        return max(
+            np.prod(shape)
+            for shape, _ in found
+            if set(shape) & {V, V + n} and shape[-2:] not in {(V, D), (V + n, D)}
+        )
+
     assert largest(wrap(partial(ours, chunk=chunk))) == B * largest_chunk * V
     assert largest(plain) == B * T * (V + n)
 
@@ -220,12 +276,17 @@ def test_evaluating_makes_no_gradient():
 def test_a_frozen_head_costs_no_gradient_buffer():
     # one row: a chunk of one token is far smaller than the head
     y = [part[:1] if part.ndim else part for part in given()]
-    x = normal(1, 1, T, D), {"base": normal(2, 4096, D), "added": normal(3, n, D)}, {"w": normal(4, D, D)}
+    x = (
+        normal(1, 1, T, D),
+        {"base": normal(2, 4096, D), "added": normal(3, n, D)},
+        {"w": normal(4, D, D)},
+    )
 
     # of the gradient of the first `trained` parts: temporaries and results
     def memory(trained):
         def loss(parts):
             return ours((*parts, *x[trained:]), *y, chunk=1)[0]
+
         memory = jax.jit(jax.grad(loss)).lower(x[:trained]).compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
@@ -239,5 +300,7 @@ def test_only_tensor_collectives_inside_the_loop():
     for equation, loops in equations(jaxpr):
         if equation.primitive.name != "axis_index":
             axes = equation.params.get("axes", equation.params.get("axis_name", ()))
-            over[loops > 0] |= set(axes if isinstance(axes, tuple) else (axes,)) & set(sharding.AXES)
+            over[loops > 0] |= set(axes if isinstance(axes, tuple) else (axes,)) & set(
+                sharding.AXES
+            )
     assert over == {True: {"tensor"}, False: {"data", "fsdp", "tensor"}}

@@ -1,6 +1,7 @@
 """Several processes of one run: launch/local.sh starts two, over Gloo, and they train as one
 does.
 """
+
 import json
 import os
 import re
@@ -25,18 +26,34 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 # A model of one block a tower, whose program does not depend on the number of steps: the compiler's
 # time is the tests'.
-SHALLOW = ("model.vision.depth=1", "model.resampler.depth=1", "model.llama.depth=1", "objective.chunk=64", "optim.schedule=constant",
-           "mesh.data=-1", "mesh.fsdp=1")
+SHALLOW = (
+    "model.vision.depth=1",
+    "model.resampler.depth=1",
+    "model.llama.depth=1",
+    "objective.chunk=64",
+    "optim.schedule=constant",
+    "mesh.data=-1",
+    "mesh.fsdp=1",
+)
 
 
 def command(data, workdir, count, *overrides):
-    return ["launch/local.sh", str(count), sys.executable, "-m", "emu_jax.train", *arguments(data, workdir, *SHALLOW, *overrides)]
+    return [
+        "launch/local.sh",
+        str(count),
+        sys.executable,
+        "-m",
+        "emu_jax.train",
+        *arguments(data, workdir, *SHALLOW, *overrides),
+    ]
 
 
 def environ(devices):
     """For a process with so many devices."""
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    return os.environ | {"XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])}
+    return os.environ | {
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
+    }
 
 
 def trained(data, workdir, count, devices, *overrides):
@@ -44,16 +61,26 @@ def trained(data, workdir, count, devices, *overrides):
     devices; the only one is this process.
     """
     if count > 1:
-        done = subprocess.run(command(data, workdir, count, *overrides), env=environ(devices), capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            command(data, workdir, count, *overrides),
+            env=environ(devices),
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     else:
         with pytest.MonkeyPatch.context() as patch:
             make = sharding.make_mesh
             few = jax.devices()[:devices]
-            patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make(sizes, devices or few))
+            patch.setattr(
+                sharding, "make_mesh", lambda sizes, devices=None: make(sizes, devices or few)
+            )
             assert train.main(arguments(data, workdir, *SHALLOW, *overrides)) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return lines, checkpoint._newest(*checkpoint._locate(str(workdir), None), checkpoint._notes)[1]["data"]
+    return lines, checkpoint._newest(*checkpoint._locate(str(workdir), None), checkpoint._notes)[1][
+        "data"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +90,16 @@ def data(tmp_path_factory):
     return to
 
 
-LOSSES = ("loss", "text_loss", "image_loss", "grad_norm", "eval/text_loss", "eval/image_loss", "eval/visdial/mrr", "eval/visdial/ndcg")
+LOSSES = (
+    "loss",
+    "text_loss",
+    "image_loss",
+    "grad_norm",
+    "eval/text_loss",
+    "eval/image_loss",
+    "eval/visdial/mrr",
+    "eval/visdial/ndcg",
+)
 
 
 def assert_same_losses(lines, others, rtol):
@@ -89,10 +125,18 @@ def test_two_processes_are_one(data, tmp_path):
     the same losses, held out too, a benchmark's numbers, pictures, and what is said of them.
     """
     layouts.visdial(tmp_path / "visdial", count=8, rounds=1)
-    more = ("optim.steps=20", "eval.every=20", "eval.batches=2", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
-            f"eval.tasks=(('visdial', '{tmp_path}/visdial', 8),)", "log.pictures_every=20")
+    more = (
+        "optim.steps=20",
+        "eval.every=20",
+        "eval.batches=2",
+        f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
+        f"eval.tasks=(('visdial', '{tmp_path}/visdial', 8),)",
+        "log.pictures_every=20",
+    )
+
     def run(name, *of):
         return trained(data, tmp_path / name, *of, *more)
+
     (two, there) = run("two", 2, 4, "data.readers=2")
     (one, here) = run("one", 1, 8)
     (single, alone) = run("single", 1, 1)
@@ -100,13 +144,20 @@ def test_two_processes_are_one(data, tmp_path):
     assert [line["step"] for line in two] == [*range(1, 21), 20]
     for other in (one, single):
         assert_same_losses(two, other, rtol=1e-4)
-    assert said(tmp_path / "two") == said(tmp_path / "one") and shown(tmp_path / "two") == shown(tmp_path / "one")
+    assert said(tmp_path / "two") == said(tmp_path / "one") and shown(tmp_path / "two") == shown(
+        tmp_path / "one"
+    )
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(data, tmp_path):
     pid = 'echo $$ > "$0-$JAX_PROCESS_ID"; exec "$@"'
     launch = command(data, tmp_path / "run", 2, "optim.steps=10000")
-    run = subprocess.Popen([*launch[:2], "bash", "-c", pid, str(tmp_path / "pid"), *launch[2:]], env=environ(4), stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [*launch[:2], "bash", "-c", pid, str(tmp_path / "pid"), *launch[2:]],
+        env=environ(4),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "run/metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.1)
@@ -116,15 +167,23 @@ def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(dat
     stop = r"stopped by (.*) at step (\d+) of 10000; the checkpoint is saved"
     told = [re.search(rf"\[{process}\] .*{stop}", err).groups() for process in (0, 1)]
     assert told[0][0] == "another process" and told[1][0] == "SIGTERM" and told[0][1] == told[1][1]
-    assert checkpoint.Checkpoints(str(tmp_path / "run"), keep=1, keep_every=0).latest() == int(told[0][1])
+    assert checkpoint.Checkpoints(str(tmp_path / "run"), keep=1, keep_every=0).latest() == int(
+        told[0][1]
+    )
     assert re.search(r"data's state in \d+ bytes; goodput of \d+ s: steps ", err)
 
 
 def test_one_that_leaves_after_an_error_ends_all_of_them():
-    script = ("import os, time; from emu_jax import processes; processes.start(); "
-              "processes.leave(2) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(600)")
+    script = (
+        "import os, time; from emu_jax import processes; processes.start(); "
+        "processes.leave(2) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(600)"
+    )
     began = time.time()
-    done = subprocess.run(["launch/local.sh", "2", sys.executable, "-c", script], env=os.environ | {"GRACE": "1"}, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        ["launch/local.sh", "2", sys.executable, "-c", script],
+        env=os.environ | {"GRACE": "1"},
+        stderr=subprocess.PIPE,
+    )
     assert done.returncode == 2 and time.time() - began < 300
 
 
@@ -133,12 +192,16 @@ Device = namedtuple("Device", ("process_index", "id"))
 
 def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
     """(process of each device in the mesh's order) -> share of each process."""
+
     def shares(processes_of, data, tensor):
         mesh = sharding.make_mesh({"data": data, "fsdp": 1, "tensor": tensor}, jax.devices())
         layout = sharding.batch_sharding(mesh).devices_indices_map((16,))
         stands_for = dict(zip(mesh.devices.flat, processes_of, strict=True))
-        faked = SimpleNamespace(devices_indices_map=lambda _: {Device(stands_for[device], device.id): at
-                                                               for device, at in layout.items()})
+        faked = SimpleNamespace(
+            devices_indices_map=lambda _: {
+                Device(stands_for[device], device.id): at for device, at in layout.items()
+            }
+        )
         monkeypatch.setattr(sharding, "batch_sharding", lambda _: faked)
         try:
             found = []
@@ -158,15 +221,40 @@ def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
         shares([0, 0, 0, 1, 1, 1, 1, 1], data=4, tensor=2)
 
 
-@pytest.mark.parametrize(("given", "gpus"), [
-    ({}, None),
-    # a process a node
-    ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "8"}, [0, 1, 2, 3, 4, 5, 6, 7]),
-    # a process a GPU
-    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8"}, [3]),
-    # and sees no other
-    ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}, [0]),
-    ({"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [4, 5, 6, 7])])
+@pytest.mark.parametrize(
+    ("given", "gpus"),
+    [
+        ({}, None),
+        # a process a node
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "8"},
+            [0, 1, 2, 3, 4, 5, 6, 7],
+        ),
+        # a process a GPU
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8"},
+            [3],
+        ),
+        # and sees no other
+        (
+            {
+                "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+                "SLURM_LOCALID": "3",
+                "SLURM_GPUS_ON_NODE": "8",
+                "CUDA_VISIBLE_DEVICES": "3",
+            },
+            [0],
+        ),
+        (
+            {
+                "SLURM_STEP_TASKS_PER_NODE": "2,1",
+                "SLURM_LOCALID": "1",
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+            },
+            [4, 5, 6, 7],
+        ),
+    ],
+)
 def test_gpus_under_slurm(given, gpus):
     assert processes.slurm_gpus(given, present=8) == gpus
     assert processes.slurm_gpus(given, present=0) is None
@@ -181,7 +269,10 @@ def test_half_of_the_variables_are_one_line(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-    with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID are set: of several processes each needs JAX_COORDINATOR_ADDRESS"):
+    with pytest.raises(
+        UserError,
+        match="JAX_NUM_PROCESSES and JAX_PROCESS_ID are set: of several processes each needs JAX_COORDINATOR_ADDRESS",
+    ):
         processes.start()
 
 

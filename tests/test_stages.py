@@ -1,6 +1,7 @@
 """The losses by hand, over documents and in NumPy; what counts, what is detached, and what is no
 negative.
 """
+
 from functools import partial
 
 import jax
@@ -43,25 +44,46 @@ def assert_close(grads, want):
     1e-6.
     """
     for (path, got), (_, leaf) in zip(make.flat(grads), make.flat(want), strict=True):
-        np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-4 * max(np.abs(leaf).max(), 0.01), err_msg=path)
+        np.testing.assert_allclose(
+            got, leaf, rtol=0, atol=1e-4 * max(np.abs(leaf).max(), 0.01), err_msg=path
+        )
 
 
 def sequences(documents, labels=C.data.labels):
     """Documents, parts alone, as sequences: "a" is id 3."""
     letters = Tokenizer(V, lambda text: [3 + ord(letter) - 97 for letter in text], lambda ids: "")
-    return [make_sequence(Document(f"d{k}", parts), letters, n_visual=N, max_tokens=T, max_images=3, image_first=1.0, labels=labels,
-                          rng=np.random.default_rng(0)) for k, parts in enumerate(documents)]
+    return [
+        make_sequence(
+            Document(f"d{k}", parts),
+            letters,
+            n_visual=N,
+            max_tokens=T,
+            max_images=3,
+            image_first=1.0,
+            labels=labels,
+            rng=np.random.default_rng(0),
+        )
+        for k, parts in enumerate(documents)
+    ]
 
 
 # Next element
+
 
 def by_hand(hidden, visual, batch, regress_end):
     """[(nll, source) of every label], [(error, source) of every image], from the grammar: ids alone
     say what counts.
     """
-    hidden, visual, batch = jax.tree.map(lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else None), (hidden, visual, batch))
+    hidden, visual, batch = jax.tree.map(
+        lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else None),
+        (hidden, visual, batch),
+    )
+
     def table(name):
-        return np.concatenate([PARAMS["llama"][name][part] for part in ("base", "added")]).astype(np.float64)
+        return np.concatenate([PARAMS["llama"][name][part] for part in ("base", "added")]).astype(
+            np.float64
+        )
+
     head = table("lm_head")
     end = table("embed")[V + 2]
     project = np.asarray(PARAMS["regress_head"]["w"], np.float64)
@@ -72,12 +94,22 @@ def by_hand(hidden, visual, batch, regress_end):
             # neither special nor <s>
             if batch.segments[b, t] and batch.tokens[b, t] < V and batch.tokens[b, t] != 1:
                 logits = head @ hidden[b, t - 1]
-                words.append((np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[batch.tokens[b, t]], batch.sources[b, t]))
+                words.append(
+                    (
+                        np.log(np.exp(logits - logits.max()).sum())
+                        + logits.max()
+                        - logits[batch.tokens[b, t]],
+                        batch.sources[b, t],
+                    )
+                )
         # [IMG]
         starts = [t for t in range(T) if batch.tokens[b, t] == V + 1]
         for k, t in enumerate(starts):
             targets = [*visual[b, k], *([end] if regress_end else [])]
-            errors = [((hidden[b, t + n] @ project - target) ** 2).mean() for n, target in enumerate(targets)]
+            errors = [
+                ((hidden[b, t + n] @ project - target) ** 2).mean()
+                for n, target in enumerate(targets)
+            ]
             images.append((np.mean(errors), batch.sources[b, t]))
     return words, images
 
@@ -86,29 +118,53 @@ def by_hand(hidden, visual, batch, regress_end):
 def test_loss_and_metrics_by_hand(forward, value_and_grad, regress_end):
     words, images = by_hand(*forward, BATCH, regress_end)
     objective = P.objective | {"regress_end": regress_end, "text_weight": 0.3, "image_weight": 2.0}
-    value, metrics = jax.jit(lambda hidden, visual: stages.next_element(
-        P.module(PARAMS), hidden, visual, BATCH, P.stage.weights(BATCH), objective))(*forward)
+    value, metrics = jax.jit(
+        lambda hidden, visual: stages.next_element(
+            P.module(PARAMS), hidden, visual, BATCH, P.stage.weights(BATCH), objective
+        )
+    )(*forward)
+
     def mean(found):
         return np.mean([x for x, _ in found])
+
     np.testing.assert_allclose(value, 0.3 * mean(words) + 2.0 * mean(images), rtol=1e-5)
     for name, found in (("text_loss", words), ("image_loss", images)):
         assert len({source for _, source in found}) == 2
         np.testing.assert_allclose(metrics[name], (sum(x for x, _ in found), len(found)), rtol=1e-5)
-        want = [[sum(of(x) for x, source in found if source == number) for number in range(2)] for of in (float, lambda _: 1)]
+        want = [
+            [sum(of(x) for x, source in found if source == number) for number in range(2)]
+            for of in (float, lambda _: 1)
+        ]
         np.testing.assert_allclose(metrics[f"{name}_by_source"], want, rtol=1e-5)
     present = np.asarray(forward[1], np.float64)[np.asarray(BATCH.image_slots) < T]
-    np.testing.assert_allclose(metrics["visual_variance"], (present.var(0).mean() * len(present), len(present)), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["visual_variance"], (present.var(0).mean() * len(present), len(present)), rtol=1e-5
+    )
     # the config's
     if regress_end:
-        np.testing.assert_allclose(value_and_grad(BATCH)[0][0], mean(words) + mean(images), rtol=1e-5)
+        np.testing.assert_allclose(
+            value_and_grad(BATCH)[0][0], mean(words) + mean(images), rtol=1e-5
+        )
 
 
-@pytest.mark.parametrize(("labels", "count"), [
-    (("text", "</s>"), 5 + 2), (("text",), 5), ((), 0), (("text", "</s>", "[IMG]"), 5 + 2 + 2), (("text", "</s>", "[IMG]", "[/IMG]"), 5 + 2 + 2 + 2)])
+@pytest.mark.parametrize(
+    ("labels", "count"),
+    [
+        (("text", "</s>"), 5 + 2),
+        (("text",), 5),
+        ((), 0),
+        (("text", "</s>", "[IMG]"), 5 + 2 + 2),
+        (("text", "</s>", "[IMG]", "[/IMG]"), 5 + 2 + 2 + 2),
+    ],
+)
 def test_what_counts_as_a_label_is_the_grammars(labels, count):
     """Five letters, two documents, two images."""
     image = np.zeros((28, 28, 3), np.uint8)
-    totals = P.stage.weights(jax.tree.map(jnp.asarray, make.pack(C, [sequences([("ab", image, "c"), (image, "de")], labels)])))
+    totals = P.stage.weights(
+        jax.tree.map(
+            jnp.asarray, make.pack(C, [sequences([("ab", image, "c"), (image, "de")], labels)])
+        )
+    )
     assert (float(totals["text"]), float(totals["image"])) == (count, 2)
 
 
@@ -120,12 +176,20 @@ def test_an_images_weight_and_a_texts_count(value_and_grad):
     text = BATCH.text_weights.at[4:].multiply(0.0)
     (value, metrics), _ = value_and_grad(BATCH.replace(image_weights=images, text_weights=text))
     whole = [make.pack(C, [[]] * 8)] * 2
-    halves = [jax.tree.map(lambda x, empty: jnp.asarray(np.concatenate([x[rows], empty[:4]])), BATCH, empty)
-              for rows, empty in zip((slice(4, 8), slice(0, 4)), whole, strict=True)]
+    halves = [
+        jax.tree.map(
+            lambda x, empty: jnp.asarray(np.concatenate([x[rows], empty[:4]])), BATCH, empty
+        )
+        for rows, empty in zip((slice(4, 8), slice(0, 4)), whole, strict=True)
+    ]
     (_, only_images), (_, only_text) = (value_and_grad(half)[0] for half in halves)
     np.testing.assert_allclose(metrics["image_loss"], only_images["image_loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["text_loss"], only_text["text_loss"], rtol=1e-5)
-    np.testing.assert_allclose(value, sum(total / weight for total, weight in (metrics["text_loss"], metrics["image_loss"])), rtol=1e-5)
+    np.testing.assert_allclose(
+        value,
+        sum(total / weight for total, weight in (metrics["text_loss"], metrics["image_loss"])),
+        rtol=1e-5,
+    )
 
 
 def test_nothing_at_all_is_no_loss_and_no_gradient(value_and_grad):
@@ -141,10 +205,14 @@ def test_targets_are_detached(forward):
     objective = P.objective | {"regress_end": True, "text_weight": 0.0}
 
     def image_loss(params, visual):
-        return stages.next_element(P.module(params), hidden, visual, BATCH, P.stage.weights(BATCH), objective)[0]
+        return stages.next_element(
+            P.module(params), hidden, visual, BATCH, P.stage.weights(BATCH), objective
+        )[0]
 
     by_params, by_visual = jax.jit(jax.grad(image_loss, argnums=(0, 1)))(PARAMS, visual)
-    assert not by_visual.any() and not any(leaf.any() for leaf in jax.tree.leaves(by_params["llama"]))
+    assert not by_visual.any() and not any(
+        leaf.any() for leaf in jax.tree.leaves(by_params["llama"])
+    )
     assert np.abs(by_params["regress_head"]["w"]).max() > 1e-3
 
 
@@ -152,15 +220,25 @@ def test_the_encoder_learns_through_the_inputs_alone(forward):
     """The visual tokens are inputs and targets: their gradient is the one that they have beside
     targets that are constants.
     """
+
     def image_loss(bias, constants):
         project = PARAMS["resampler"]["project"] | {"bias": bias}
         model = P.module(PARAMS | {"resampler": PARAMS["resampler"] | {"project": project}})
         hidden, visual = model(BATCH)
         targets = forward[1] if constants else visual
-        return stages.next_element(model, hidden, targets, BATCH, P.stage.weights(BATCH), P.objective | {"text_weight": 0.0})[0]
+        return stages.next_element(
+            model,
+            hidden,
+            targets,
+            BATCH,
+            P.stage.weights(BATCH),
+            P.objective | {"text_weight": 0.0},
+        )[0]
 
     bias = PARAMS["resampler"]["project"]["bias"]
-    ours, want = jax.jit(lambda bias: [jax.grad(image_loss)(bias, constants) for constants in (False, True)])(bias)
+    ours, want = jax.jit(
+        lambda bias: [jax.grad(image_loss)(bias, constants) for constants in (False, True)]
+    )(bias)
     np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-6)
     assert np.abs(want).min() > 1e-4
 
@@ -170,8 +248,9 @@ def test_packed_rows_are_separate_documents(value_and_grad):
     (Outputs: models/test_emu.py.)
     """
     packed, separate, _ = make.packed_and_separate(C)
-    ((value, metrics), grads), ((value_alone, metrics_alone), grads_alone) = (value_and_grad(jax.tree.map(jnp.asarray, batch))
-                                                                             for batch in (packed, separate))
+    ((value, metrics), grads), ((value_alone, metrics_alone), grads_alone) = (
+        value_and_grad(jax.tree.map(jnp.asarray, batch)) for batch in (packed, separate)
+    )
     np.testing.assert_allclose(value, value_alone, rtol=1e-5)
     for name in ("text_loss", "image_loss", "visual_variance"):
         np.testing.assert_allclose(metrics[name], metrics_alone[name], rtol=1e-4)
@@ -190,11 +269,19 @@ def warm_batch():
     """A pair of each text, no two images alike, two a row."""
     rng = np.random.default_rng(0)
     found = sequences([(rng.integers(0, 256, (32, 32, 3), np.uint8), text) for text in TEXTS])
-    return jax.tree.map(jnp.asarray, make.pack(WARM, [found[2 * row:2 * row + 2] for row in range(4)]))
+    return jax.tree.map(
+        jnp.asarray, make.pack(WARM, [found[2 * row : 2 * row + 2] for row in range(4)])
+    )
 
 
 def warm_loss(params, batch, key=None, **objective):
-    return stages.contrastive(WARM_P.module(params), batch, key, stages.picture_weights(batch), WARM_P.objective | objective)
+    return stages.contrastive(
+        WARM_P.module(params),
+        batch,
+        key,
+        stages.picture_weights(batch),
+        WARM_P.objective | objective,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +294,21 @@ def features(batch):
     """(visual tokens, unit image features, unit text features) of the images there."""
     model = WARM_P.module(WARM_PARAMS)
     there = np.asarray(batch.image_slots).ravel() < T
-    both = jax.jit(lambda: (model.encode(batch.images.reshape(-1, 32, 32, 3)), model.contrast.text(batch).reshape(-1, 32)))()
+    both = jax.jit(
+        lambda: (
+            model.encode(batch.images.reshape(-1, 32, 32, 3)),
+            model.contrast.text(batch).reshape(-1, 32),
+        )
+    )()
     visual, text = (np.asarray(x, np.float64)[there] for x in both)
-    image = np.einsum("mnD,nDE->mE", visual, model.contrast.image.w.get_value()) + model.contrast.image.bias.get_value()
+    image = (
+        np.einsum("mnD,nDE->mE", visual, model.contrast.image.w.get_value())
+        + model.contrast.image.bias.get_value()
+    )
+
     def unit(x):
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
     return visual, unit(image), unit(text)
 
 
@@ -222,25 +319,48 @@ def test_contrastive_by_hand_and_equal_texts_are_no_negatives(warm):
     logits = u @ w.T / 0.07
     rival = np.array([[a != b or i == j for j, b in enumerate(TEXTS)] for i, a in enumerate(TEXTS)])
     assert rival.sum() == 25 - 2
+
     def lse(x):
         return np.log(np.exp(x).sum())
-    nll = [(lse(logits[i][rival[i]]) + lse(logits[:, i][rival[:, i]])) / 2 - logits[i, i] for i in range(5)]
-    np.testing.assert_allclose(metrics["contrastive_loss"], (sum(nll), 5), rtol=1e-4)
-    np.testing.assert_allclose(metrics["top1"], (sum(np.where(rival, logits, -np.inf).argmax(1) == np.arange(5)), 5))
 
-    pixels = np.asarray(batch.images)[np.asarray(batch.image_slots) < T].reshape(5, 16, 2, 16, 2, 3).mean((2, 4)) / 127.5 - 1
+    nll = [
+        (lse(logits[i][rival[i]]) + lse(logits[:, i][rival[:, i]])) / 2 - logits[i, i]
+        for i in range(5)
+    ]
+    np.testing.assert_allclose(metrics["contrastive_loss"], (sum(nll), 5), rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["top1"], (sum(np.where(rival, logits, -np.inf).argmax(1) == np.arange(5)), 5)
+    )
+
+    pixels = (
+        np.asarray(batch.images)[np.asarray(batch.image_slots) < T]
+        .reshape(5, 16, 2, 16, 2, 3)
+        .mean((2, 4))
+        / 127.5
+        - 1
+    )
     head = WARM_PARAMS["contrast"]["readout"]
-    readout = (((np.einsum("mnD,nDp->mp", visual, head["w"]) + head["bias"]).reshape(5, 16, 16, 3) - pixels) ** 2).mean((1, 2, 3))
+    readout = (
+        (
+            (np.einsum("mnD,nDp->mp", visual, head["w"]) + head["bias"]).reshape(5, 16, 16, 3)
+            - pixels
+        )
+        ** 2
+    ).mean((1, 2, 3))
     np.testing.assert_allclose(metrics["readout_loss"], (readout.sum(), 5), rtol=1e-4)
 
     deviation = visual.std(0)
-    z = (visual - visual.mean(0)) / np.sqrt(deviation ** 2 + 1e-6)
+    z = (visual - visual.mean(0)) / np.sqrt(deviation**2 + 1e-6)
     correlation = np.einsum("mnd,mne->nde", z, z) / 5
-    spill = np.mean([(c ** 2).sum() - (np.diag(c) ** 2).sum() for c in correlation]) / 32
+    spill = np.mean([(c**2).sum() - (np.diag(c) ** 2).sum() for c in correlation]) / 32
     lack = np.maximum(1 - deviation, 0).mean()
     np.testing.assert_allclose(metrics["correlation"], (5 * spill, 5), rtol=1e-4)
-    np.testing.assert_allclose(value, np.mean(nll) + 100.0 * readout.mean() + 10.0 * lack + 0.5 * spill, rtol=1e-4)
-    np.testing.assert_allclose(metrics["visual_variance"], (5 * (deviation ** 2).mean(), 5), rtol=1e-4)
+    np.testing.assert_allclose(
+        value, np.mean(nll) + 100.0 * readout.mean() + 10.0 * lack + 0.5 * spill, rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        metrics["visual_variance"], (5 * (deviation**2).mean(), 5), rtol=1e-4
+    )
 
 
 def test_images_that_are_not_there_count_nothing(warm):
@@ -248,7 +368,9 @@ def test_images_that_are_not_there_count_nothing(warm):
     batch = warm_batch()
     absent = (batch.image_slots == T)[..., None, None, None]
     assert absent.sum() == 12 - len(TEXTS)
-    (value_other, metrics_other), grads_other = warm(batch.replace(images=jnp.where(absent, 200, batch.images).astype(jnp.uint8)))
+    (value_other, metrics_other), grads_other = warm(
+        batch.replace(images=jnp.where(absent, 200, batch.images).astype(jnp.uint8))
+    )
     np.testing.assert_allclose(value_other, value, rtol=1e-6)
     for name in metrics:
         np.testing.assert_allclose(metrics_other[name], metrics[name], rtol=1e-5, err_msg=name)
@@ -257,17 +379,32 @@ def test_images_that_are_not_there_count_nothing(warm):
 
 # Moved images
 
+
 def test_images_move_by_the_key_and_repeat_their_edges():
     batch = jax.tree.map(jnp.asarray, make.batch(C))
+
     def move(seed):
         return np.asarray(stages.shifted(batch, jax.random.key(seed), 3).images)
+
     found = []
-    for before, after in zip(np.asarray(batch.images).reshape(-1, 28, 28, 3), move(0).reshape(-1, 28, 28, 3), strict=True):
+    for before, after in zip(
+        np.asarray(batch.images).reshape(-1, 28, 28, 3), move(0).reshape(-1, 28, 28, 3), strict=True
+    ):
         if before.any():
             padded = np.pad(before, ((3, 3), (3, 3), (0, 0)), "edge")
-            found += [(y - 3, x - 3) for y in range(7) for x in range(7) if (padded[y:y + 28, x:x + 28] == after).all()]
-    assert len(found) == np.asarray(batch.images).any((2, 3, 4)).sum() and len(set(found)) > len(found) / 2
-    assert all(min(way) < 0 < max(way) for way in zip(*found, strict=True)) and {-3, 3} <= {move for ways in found for move in ways}
+            found += [
+                (y - 3, x - 3)
+                for y in range(7)
+                for x in range(7)
+                if (padded[y : y + 28, x : x + 28] == after).all()
+            ]
+    assert (
+        len(found) == np.asarray(batch.images).any((2, 3, 4)).sum()
+        and len(set(found)) > len(found) / 2
+    )
+    assert all(min(way) < 0 < max(way) for way in zip(*found, strict=True)) and {-3, 3} <= {
+        move for ways in found for move in ways
+    }
     np.testing.assert_array_equal(move(0), move(0))
     assert (move(1) != move(0)).any()
 
@@ -277,10 +414,16 @@ def test_images_do_not_move_without_a_key_or_pixels(key, pixels):
     assert stages.shifted(BATCH, None if key is None else jax.random.key(key), pixels) is BATCH
 
 
-@pytest.mark.parametrize(("program", "params", "batch"), [(P, PARAMS, BATCH), (WARM_P, WARM_PARAMS, warm_batch())], ids=["emu", "contrastive"])
+@pytest.mark.parametrize(
+    ("program", "params", "batch"),
+    [(P, PARAMS, BATCH), (WARM_P, WARM_PARAMS, warm_batch())],
+    ids=["emu", "contrastive"],
+)
 def test_a_stage_moves_its_images(program, params, batch):
     """Without dropout the key has no other use."""
     totals = program.stage.weights(batch)
     objective = program.objective | {"shift": 2}
-    value = jax.jit(lambda key: program.stage.loss(program.module(params), batch, key, totals, objective)[0])
+    value = jax.jit(
+        lambda key: program.stage.loss(program.module(params), batch, key, totals, objective)[0]
+    )
     assert value(jax.random.key(0)) == value(jax.random.key(0)) != value(jax.random.key(1))

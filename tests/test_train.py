@@ -1,6 +1,7 @@
 """A run through its command: it trains, tells, saves, stops, and goes on exactly where it was; and
 what is wrong is one line.
 """
+
 import contextlib
 import io
 import json
@@ -31,7 +32,14 @@ from tests.data import fixtures
 pytestmark = pytest.mark.xdist_group("train")
 
 MEASURED = 64
-TIMES = ("step_time", "input_wait", "tokens_per_second", "images_per_second", "flops_per_second", "mfu")
+TIMES = (
+    "step_time",
+    "input_wait",
+    "tokens_per_second",
+    "images_per_second",
+    "flops_per_second",
+    "mfu",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,25 +59,63 @@ def data(tmp_path_factory):
 
 def arguments(data, workdir, *overrides):
     """A run of four small steps, over eight devices."""
-    small = (f"workdir={workdir}", f"data.tokenizer={data}/tokenizer.json", f"data.mixture={fixtures.mixture(data, 'train')!r}",
-             "optim.steps=4", "optim.warmup=0.0", "data.batch=8", "data.tokens=64", "data.images=4", "data.num_streams=4", "data.pack_lookahead=2",
-             "data.workers=2", "objective.chunk=32", "model.vision.image=32", "model.vision.patch=16", "model.vision.remat=none",
-             "model.resampler.remat=none", "model.llama.remat=none", "log.pictures_every=0")
-    return ["--config=configs/base.py:debug", *(f"--config.{override}" for override in (*small, *overrides))]
+    small = (
+        f"workdir={workdir}",
+        f"data.tokenizer={data}/tokenizer.json",
+        f"data.mixture={fixtures.mixture(data, 'train')!r}",
+        "optim.steps=4",
+        "optim.warmup=0.0",
+        "data.batch=8",
+        "data.tokens=64",
+        "data.images=4",
+        "data.num_streams=4",
+        "data.pack_lookahead=2",
+        "data.workers=2",
+        "objective.chunk=32",
+        "model.vision.image=32",
+        "model.vision.patch=16",
+        "model.vision.remat=none",
+        "model.resampler.remat=none",
+        "model.llama.remat=none",
+        "log.pictures_every=0",
+    )
+    return [
+        "--config=configs/base.py:debug",
+        *(f"--config.{override}" for override in (*small, *overrides)),
+    ]
 
 
 def warm_arguments(data, workdir):
-    return arguments(data, workdir, "stage=contrastive", "optim.steps=2", "objective.shift=2", "rules.peak_lr=(('.*', 1e-3),)",
-                     "rules.groups=(('vision/.*', 'vision'), ('contrast/.*', 'contrast'), ('.*', 'resampler'))")
+    return arguments(
+        data,
+        workdir,
+        "stage=contrastive",
+        "optim.steps=2",
+        "objective.shift=2",
+        "rules.peak_lr=(('.*', 1e-3),)",
+        "rules.groups=(('vision/.*', 'vision'), ('contrast/.*', 'contrast'), ('.*', 'resampler'))",
+    )
 
 
 def emu_arguments(data, workdir, warm, *overrides):
     """From the warmed-up encoder, whose ViT is frozen: with dropout, an average, evaluations,
     pictures and saves.
     """
-    return arguments(data, workdir, f"init={warm}", "model.standardise=true", "optim.ema=0.9", "rules.train=(('vision/.*', False), ('.*', True))",
-                     "rules.peak_lr=(('vision/.*', 1.0), ('.*', 1e-3))", f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}", "eval.every=3",
-                     "eval.batches=2", "checkpoint.every=2", "log.pictures_every=3", *overrides)
+    return arguments(
+        data,
+        workdir,
+        f"init={warm}",
+        "model.standardise=true",
+        "optim.ema=0.9",
+        "rules.train=(('vision/.*', False), ('.*', True))",
+        "rules.peak_lr=(('vision/.*', 1.0), ('.*', 1e-3))",
+        f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
+        "eval.every=3",
+        "eval.batches=2",
+        "checkpoint.every=2",
+        "log.pictures_every=3",
+        *overrides,
+    )
 
 
 def run(arguments):
@@ -93,7 +139,14 @@ def whole(data, warm, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     code, out = run(emu_arguments(data, workdir, warm))
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == [
-        "llama", "ln_visual", "regress_head", "resampler", "vision", "visual_stats", "total"]
+        "llama",
+        "ln_visual",
+        "regress_head",
+        "resampler",
+        "vision",
+        "visual_stats",
+        "total",
+    ]
     return workdir
 
 
@@ -124,8 +177,19 @@ def killed(data, warm, tmp_path_factory):
     before going on).
     """
     workdir = tmp_path_factory.mktemp("runs") / "killed"
-    done = subprocess.run([sys.executable, "-c", KILLED, "3", f"{workdir}/checkpoints/2", *emu_arguments(data, workdir, warm)],
-                          capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            KILLED,
+            "3",
+            f"{workdir}/checkpoints/2",
+            *emu_arguments(data, workdir, warm),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
     return workdir
@@ -141,22 +205,35 @@ def lines(workdir):
 
 
 def untimed(workdir):
-    return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in lines(workdir)]
+    return [
+        {name: value for name, value in line.items() if not name.startswith(TIMES)}
+        for line in lines(workdir)
+    ]
 
 
 def saved(workdir):
     """(parameters, what the newest checkpoint's manifest says of the bits of every array, the
     data's state).
     """
-    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    step = max(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+    )
     notes = checkpoint._notes(checkpoint.epath.Path(workdir) / "checkpoints" / str(step))
-    return checkpoint.restore_params(str(workdir)), {"step": step, **notes["manifest"]["arrays"]}, notes["data"]
+    return (
+        checkpoint.restore_params(str(workdir)),
+        {"step": step, **notes["manifest"]["arrays"]},
+        notes["data"],
+    )
 
 
 def assert_same_run(workdir, other):
     (params, arrays, data) = saved(workdir)
     (want, arrays_wanted, data_wanted) = saved(other)
-    assert arrays == arrays_wanted and set(arrays) == {"step", "params", "optimizer", "ema"} and data == data_wanted
+    assert (
+        arrays == arrays_wanted
+        and set(arrays) == {"step", "params", "optimizer", "ema"}
+        and data == data_wanted
+    )
     for (path, got), (_, leaf) in zip(tree.leaves(params), tree.leaves(want), strict=True):
         assert got.tobytes() == leaf.tobytes(), path
     assert untimed(workdir) == untimed(other)
@@ -164,40 +241,84 @@ def assert_same_run(workdir, other):
 
 # What a run leaves behind
 
+
 def test_a_run_tells_what_it_promises(whole):
     told = lines(whole)
-    steps, evaluations = ([line for line in told if ("eval/text_loss" in line) == held] for held in (False, True))
-    assert [line["step"] for line in steps] == [1, 2, 3, 4] and [line["step"] for line in evaluations] == [3, 4]
+    steps, evaluations = (
+        [line for line in told if ("eval/text_loss" in line) == held] for held in (False, True)
+    )
+    assert [line["step"] for line in steps] == [1, 2, 3, 4] and [
+        line["step"] for line in evaluations
+    ] == [3, 4]
     sources = [name for name, *_ in fixtures.MIXTURE]
     losses = {"text_loss", "image_loss", "visual_variance"}
     by_source = {f"{name}/{source}" for name in ("text_loss", "image_loss") for source in sources}
     assert by_source < {name for line in steps for name in line}
     for line in steps:
-        assert losses | {"loss", "grad_norm", "grad_norm/llama", "grad_norm/resampler", "padding", "input_wait", "bad_steps"} < set(line)
-        assert line["loss"] == pytest.approx(line["text_loss"] + line["image_loss"], rel=1e-5) and 0 < line["padding"] < 1
+        assert losses | {
+            "loss",
+            "grad_norm",
+            "grad_norm/llama",
+            "grad_norm/resampler",
+            "padding",
+            "input_wait",
+            "bad_steps",
+        } < set(line)
+        assert (
+            line["loss"] == pytest.approx(line["text_loss"] + line["image_loss"], rel=1e-5)
+            and 0 < line["padding"] < 1
+        )
         # frozen
         assert "grad_norm/vision" not in line
     for line in evaluations:
         assert {f"eval/{name}" for name in losses | by_source} < set(line)
     towers = {f"flops_per_second/{tower}" for tower in ("vision", "resampler", "llama", "heads")}
-    assert {"step_time", "tokens_per_second", "images_per_second", "flops_per_second"} | towers < set(steps[1])
-    assert all(math.isfinite(value) for line in told for value in line.values()) and len({line["loss"] for line in steps}) == 4
+    assert {
+        "step_time",
+        "tokens_per_second",
+        "images_per_second",
+        "flops_per_second",
+    } | towers < set(steps[1])
+    assert (
+        all(math.isfinite(value) for line in told for value in line.values())
+        and len({line["loss"] for line in steps}) == 4
+    )
 
 
 def test_a_run_leaves_its_config_its_checkpoints_and_tensorboard(whole, data, warm):
-    assert json.loads((whole / "config.json").read_text()) == config.to_dict(config.load(emu_arguments(data, whole, warm)))
+    assert json.loads((whole / "config.json").read_text()) == config.to_dict(
+        config.load(emu_arguments(data, whole, warm))
+    )
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["2", "4"]
     assert checkpoint.read_config(str(whole)) == json.loads((whole / "config.json").read_text())
     board = b"".join(path.read_bytes() for path in (whole / "tensorboard").iterdir())
-    assert all(word in board for word in (b"image_loss/scenes", b"eval/text_loss", b"PNG", b"captions", b" (of: "))
-    assert {path.name for path in whole.iterdir()} == {"config.json", "checkpoints", "metrics.jsonl", "pictures", "tensorboard"}
+    assert all(
+        word in board
+        for word in (b"image_loss/scenes", b"eval/text_loss", b"PNG", b"captions", b" (of: ")
+    )
+    assert {path.name for path in whole.iterdir()} == {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "pictures",
+        "tensorboard",
+    }
 
 
 def test_the_warm_up_starts_the_run_and_what_is_frozen_stays(whole, warm):
-    before, after, at_2 = (checkpoint.restore_params(str(path)) for path in (warm, whole, whole / "checkpoints/2"))
-    for (path, leaf), (_, started) in zip(tree.leaves(after["vision"]), tree.leaves(before["vision"]), strict=True):
+    before, after, at_2 = (
+        checkpoint.restore_params(str(path)) for path in (warm, whole, whole / "checkpoints/2")
+    )
+    for (path, leaf), (_, started) in zip(
+        tree.leaves(after["vision"]), tree.leaves(before["vision"]), strict=True
+    ):
         np.testing.assert_array_equal(leaf, started, err_msg=path)
-    moved = max(np.abs(leaf - started).max() for (_, leaf), (_, started) in zip(tree.leaves(after["resampler"]), tree.leaves(before["resampler"])))
+    moved = max(
+        np.abs(leaf - started).max()
+        for (_, leaf), (_, started) in zip(
+            tree.leaves(after["resampler"]), tree.leaves(before["resampler"])
+        )
+    )
     # four steps of 1e-3 from there
     assert 1e-4 < moved < 1e-2
     # measured before the first step
@@ -205,16 +326,27 @@ def test_the_warm_up_starts_the_run_and_what_is_frozen_stays(whole, warm):
         assert leaf.tobytes() == at_2["visual_stats"][name].tobytes() and leaf.std() > 1e-3
     averaged = checkpoint.restore_params(str(whole), ema=True)
     assert np.abs(averaged["llama"]["embed"]["base"] - after["llama"]["embed"]["base"]).max() > 1e-4
-    assert set(saved(whole)[1]["ema"]) == {path for path, _ in tree.leaves(after) if not path.startswith(("vision/", "visual_stats/"))}
+    assert set(saved(whole)[1]["ema"]) == {
+        path for path, _ in tree.leaves(after) if not path.startswith(("vision/", "visual_stats/"))
+    }
 
 
 def test_the_contrastive_stage_tells_its_own(warm):
     for line in lines(warm):
-        assert {"contrastive_loss", "readout_loss", "top1", "correlation", "visual_variance", "grad_norm/contrast", "grad_norm/vision"} < set(line)
+        assert {
+            "contrastive_loss",
+            "readout_loss",
+            "top1",
+            "correlation",
+            "visual_variance",
+            "grad_norm/contrast",
+            "grad_norm/vision",
+        } < set(line)
         assert line["loss"] > 0 and 0 <= line["top1"] <= 1
 
 
 # Going on
+
 
 def test_two_steps_a_kill_and_two_more_are_four(data, warm, whole, copy):
     """Bit for bit: parameters, average, optimizer, the data's state and the metrics. Resuming is
@@ -238,7 +370,10 @@ def test_two_steps_a_signal_and_two_more_are_four(data, warm, whole, tmp_path, c
         assert run(emu_arguments(data, workdir, warm, "profile.steps=2:3"))[0] == 0
     assert "stopped by SIGTERM at step 2 of 4" in caplog.text
     assert [line["step"] for line in lines(workdir)] == [1, 2] and saved(workdir)[1]["step"] == 2
-    assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast" in caplog.text
+    assert (
+        "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast"
+        in caplog.text
+    )
     assert "visual tokens standardised by the mean and deviation of" in caplog.text
     assert list((workdir / "profile/0").rglob("*.xplane.pb"))
     assert run(emu_arguments(data, workdir, warm))[0] == 0
@@ -250,7 +385,10 @@ def test_two_steps_a_signal_and_two_more_are_four(data, warm, whole, tmp_path, c
 @pytest.mark.long
 def test_it_goes_on_on_another_mesh(data, warm, whole, copy, caplog):
     with caplog.at_level(logging.INFO):
-        assert run(emu_arguments(data, copy, warm, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"))[0] == 0
+        assert (
+            run(emu_arguments(data, copy, warm, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"))[0]
+            == 0
+        )
     assert "resumed at step 2 of 4" in caplog.text and "was compiled" not in caplog.text
     for line, want in zip(untimed(copy), untimed(whole), strict=True):
         assert line == pytest.approx(want, rel=1e-4)
@@ -269,19 +407,30 @@ def test_a_finished_run_has_nothing_to_do(data, warm, whole, tmp_path):
 
 # Weights to start from
 
+
 def test_towers_that_are_shared_are_loaded(warm, data, caplog):
     c = config.load(emu_arguments(data, "nowhere", warm))
-    fresh = jax.jit(partial(emu.init, emu.Emu, emu.EmuSize.of(c.model.to_dict())))(jax.random.key(5))
+    fresh = jax.jit(partial(emu.init, emu.Emu, emu.EmuSize.of(c.model.to_dict())))(
+        jax.random.key(5)
+    )
     with caplog.at_level(logging.INFO):
         loaded = load_weights(str(warm), fresh)
-    assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast" in caplog.text
+    assert (
+        "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast"
+        in caplog.text
+    )
     there = checkpoint.restore_params(str(warm))
     assert set(loaded) == {"vision", "ln_visual", "resampler"}
     for path, leaf in tree.leaves(loaded):
         np.testing.assert_array_equal(leaf, dict(tree.leaves(there))[path])
-    with pytest.raises(UserError, match=r"has no parameter of this model; it holds contrast, ln_visual, resampler, vision"):
+    with pytest.raises(
+        UserError,
+        match=r"has no parameter of this model; it holds contrast, ln_visual, resampler, vision",
+    ):
         load_weights(str(warm), {"llama": fresh["llama"]})
-    with pytest.raises(UserError, match=r"params 'vision/cls' is float32\[32\] in .*, but float32\[64\]"):
+    with pytest.raises(
+        UserError, match=r"params 'vision/cls' is float32\[32\] in .*, but float32\[64\]"
+    ):
         load_weights(str(warm), {"vision": {"cls": jnp.zeros(64)}})
 
 
@@ -289,7 +438,10 @@ def test_visual_tokens_are_standardised_by_the_images_that_are_there():
     c = make.cfg("model.standardise=true")
     p = make.program(c)
     params = make.random_params(p)
-    params["visual_stats"] = {"mean": np.zeros((4, 32), np.float32), "std": np.ones((4, 32), np.float32)}
+    params["visual_stats"] = {
+        "mean": np.zeros((4, 32), np.float32),
+        "std": np.ones((4, 32), np.float32),
+    }
     batches = [make.batch(c, seed) for seed in range(2)]
 
     class Feed(Loader):
@@ -309,46 +461,101 @@ def test_visual_tokens_are_standardised_by_the_images_that_are_there():
 
 # Bad input
 
-@pytest.mark.parametrize(("overrides", "told"), [
-    (["optim.step=3"], "the config has no field 'optim.step'; did you mean 'optim.steps'?"),
-    (["optim.steps=many"], "'optim.steps' must be of type int, like 4; it was given 'many'"),
-    (["stage=emus"], "stage='emus' is not one of emu, contrastive"),
-    (["stage=contrastive", "model.vision.image=28", "model.vision.patch=14"], "model.vision.image=28 must be a multiple of 16"),
-    (["data.batch=12"], "data.batch=12 is not divisible by 8 (the mesh's data x fsdp) x 1 (optim.accumulate)"),
-    (["model.llama.kv_heads=1", "mesh.fsdp=4", "mesh.tensor=2"], "llama/blocks/attn/k/w [2, 32, 1, 8] does not divide by tensor = 2; 1 would do"),
-    (["optim.accumulate=3"], "data.batch=8 is not divisible by 8 (the mesh's data x fsdp) x 3 (optim.accumulate)"),
-    (["optim.accumulate=0"], "x 0 (optim.accumulate)"),
-    (["data.num_streams=3"], "data.batch=8 must be a multiple of data.num_streams=3"),
-    (["mesh.fsdp=3"], "does not match 8 devices: the product of its axes must be 8"),
-    (["data.mixture=()"], "missing: data (--config.data.mixture="),
-    (["data.mixture=(('a', 1.0, 'nowhere/a:train'),)"], "missing: the source 'a' at 'nowhere/a:train'"),
-    (["data.mixture=(('a', 1.0, '{data}/names:validation'),)"], "no records in split 'validation' of"),
-    (["data.eval_mixture=(('a', 1.0, '{data}/names:validation'),)"], "no records in split 'validation' of"),
-    (["data.mixture=(('a', 1.0, '{data}:train'),)"], "no dataset in '{data}'"),
-    (["data.tokenizer=nowhere/tokenizer.json"], "missing: the tokenizer 'nowhere/tokenizer.json'"),
-    (["model.llama.vocab=500"], "has 512 pieces, and model.llama.vocab is 500; they must be equal"),
-    (["optim.schedule=cosin"], "optim.schedule='cosin' is not one of"),
-    (["rules.train=(('.*', False),)"], "rules.train: nothing trains"),
-    (["rules.peak_lr=(('lama/.*', 1.0), ('.*', 1.0))"], "rules.peak_lr: no parameter needs the row 'lama/.*'"),
-    (["rules.decay=(('llama/.*', 1.0),)"], "rules.decay: no row covers the parameter 'ln_visual/bias'"),
-    (["model.llama.depth=100000000"], "the model's state needs "),
-    (["profile.steps=10"], "profile.steps='10' is not FIRST:END, like 10:13"),
-    (["workdir=gs://bucket/run"], "--config.checkpoint.to=gs://bucket/run for the checkpoints"),
-    (["workdir="], "missing: a workdir (--config.workdir=DIR)"),
-    (["workdir={data}/tokenizer.json/run"], "cannot write into the workdir {data}/tokenizer.json/run: Not a directory")])
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["optim.step=3"], "the config has no field 'optim.step'; did you mean 'optim.steps'?"),
+        (["optim.steps=many"], "'optim.steps' must be of type int, like 4; it was given 'many'"),
+        (["stage=emus"], "stage='emus' is not one of emu, contrastive"),
+        (
+            ["stage=contrastive", "model.vision.image=28", "model.vision.patch=14"],
+            "model.vision.image=28 must be a multiple of 16",
+        ),
+        (
+            ["data.batch=12"],
+            "data.batch=12 is not divisible by 8 (the mesh's data x fsdp) x 1 (optim.accumulate)",
+        ),
+        (
+            ["model.llama.kv_heads=1", "mesh.fsdp=4", "mesh.tensor=2"],
+            "llama/blocks/attn/k/w [2, 32, 1, 8] does not divide by tensor = 2; 1 would do",
+        ),
+        (
+            ["optim.accumulate=3"],
+            "data.batch=8 is not divisible by 8 (the mesh's data x fsdp) x 3 (optim.accumulate)",
+        ),
+        (["optim.accumulate=0"], "x 0 (optim.accumulate)"),
+        (["data.num_streams=3"], "data.batch=8 must be a multiple of data.num_streams=3"),
+        (["mesh.fsdp=3"], "does not match 8 devices: the product of its axes must be 8"),
+        (["data.mixture=()"], "missing: data (--config.data.mixture="),
+        (
+            ["data.mixture=(('a', 1.0, 'nowhere/a:train'),)"],
+            "missing: the source 'a' at 'nowhere/a:train'",
+        ),
+        (
+            ["data.mixture=(('a', 1.0, '{data}/names:validation'),)"],
+            "no records in split 'validation' of",
+        ),
+        (
+            ["data.eval_mixture=(('a', 1.0, '{data}/names:validation'),)"],
+            "no records in split 'validation' of",
+        ),
+        (["data.mixture=(('a', 1.0, '{data}:train'),)"], "no dataset in '{data}'"),
+        (
+            ["data.tokenizer=nowhere/tokenizer.json"],
+            "missing: the tokenizer 'nowhere/tokenizer.json'",
+        ),
+        (
+            ["model.llama.vocab=500"],
+            "has 512 pieces, and model.llama.vocab is 500; they must be equal",
+        ),
+        (["optim.schedule=cosin"], "optim.schedule='cosin' is not one of"),
+        (["rules.train=(('.*', False),)"], "rules.train: nothing trains"),
+        (
+            ["rules.peak_lr=(('lama/.*', 1.0), ('.*', 1.0))"],
+            "rules.peak_lr: no parameter needs the row 'lama/.*'",
+        ),
+        (
+            ["rules.decay=(('llama/.*', 1.0),)"],
+            "rules.decay: no row covers the parameter 'ln_visual/bias'",
+        ),
+        (["model.llama.depth=100000000"], "the model's state needs "),
+        (["profile.steps=10"], "profile.steps='10' is not FIRST:END, like 10:13"),
+        (["workdir=gs://bucket/run"], "--config.checkpoint.to=gs://bucket/run for the checkpoints"),
+        (["workdir="], "missing: a workdir (--config.workdir=DIR)"),
+        (
+            ["workdir={data}/tokenizer.json/run"],
+            "cannot write into the workdir {data}/tokenizer.json/run: Not a directory",
+        ),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(overrides, told, data, tmp_path, capsys):
-    assert train.main(arguments(data, tmp_path / "run", *(override.format(data=data) for override in overrides))) == 2
+    assert (
+        train.main(
+            arguments(
+                data, tmp_path / "run", *(override.format(data=data) for override in overrides)
+            )
+        )
+        == 2
+    )
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and told.format(data=data) in error
+    assert (
+        error.startswith("error: ") and error.count("\n") == 1 and told.format(data=data) in error
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_workdir_of_another_config_is_refused(whole, data, warm, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     # another mesh would be no reason
-    assert train.main(emu_arguments(data, whole, warm, "optim.b1=0.5", "mesh.tensor=2", "seed=1")) == 2
+    assert (
+        train.main(emu_arguments(data, whole, warm, "optim.b1=0.5", "mesh.tensor=2", "seed=1")) == 2
+    )
     error = capsys.readouterr().err
-    assert error == f"error: workdir {whole} is of another config: optim.b1 was 0.9 and is 0.5, seed was 0 and is 1; choose another workdir\n"
+    assert (
+        error
+        == f"error: workdir {whole} is of another config: optim.b1 was 0.9 and is 0.5, seed was 0 and is 1; choose another workdir\n"
+    )
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
 
@@ -356,7 +563,9 @@ def test_a_checkpoint_of_another_config_is_refused(whole, data, warm, capsys, tm
     """From a bucket, into a workdir that knows nothing of it."""
     place = f"checkpoint.to={whole}"
     assert train.main(emu_arguments(data, tmp_path, warm, place, "optim.b1=0.5")) == 2
-    assert capsys.readouterr().err.endswith("the checkpoint of step 4 is of another config: optim.b1 was 0.9 and is 0.5; choose another workdir\n")
+    assert capsys.readouterr().err.endswith(
+        "the checkpoint of step 4 is of another config: optim.b1 was 0.9 and is 0.5; choose another workdir\n"
+    )
     assert not (tmp_path / "config.json").exists()
     assert train.main(emu_arguments(data, tmp_path, warm, place)) == 0
 
@@ -364,7 +573,9 @@ def test_a_checkpoint_of_another_config_is_refused(whole, data, warm, capsys, tm
 def test_checkpoints_are_not_looked_for_elsewhere(whole, data, warm, capsys, tmp_path):
     """The run would begin anew, and take out the lines of the old one."""
     assert train.main(emu_arguments(data, whole, warm, f"checkpoint.to={tmp_path}")) == 2
-    assert f"is of another config: checkpoint.to was '' and is '{tmp_path}'" in capsys.readouterr().err
+    assert (
+        f"is of another config: checkpoint.to was '' and is '{tmp_path}'" in capsys.readouterr().err
+    )
 
 
 def test_what_was_mistyped_does_not_claim_a_workdir(data, tmp_path, capsys):
@@ -374,7 +585,10 @@ def test_what_was_mistyped_does_not_claim_a_workdir(data, tmp_path, capsys):
 
 def test_what_the_program_advises_is_allowed(whole, data, warm, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
-    assert run(emu_arguments(data, workdir, warm, "data.max_bad_share=0.5", "data.unreadable=skip"))[0] == 0
+    assert (
+        run(emu_arguments(data, workdir, warm, "data.max_bad_share=0.5", "data.unreadable=skip"))[0]
+        == 0
+    )
 
 
 def test_fields_that_are_newer_than_a_run_are_said_and_no_reason_to_refuse_it(caplog):
@@ -389,7 +603,11 @@ def test_compiled_programs_are_kept_by_default():
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         train.main(["--config=configs/pretrain.py"])
-        assert jax.config.jax_compilation_cache_dir == os.path.expanduser(config.load(["--config=configs/pretrain.py"]).compile_cache) != ""
+        assert (
+            jax.config.jax_compilation_cache_dir
+            == os.path.expanduser(config.load(["--config=configs/pretrain.py"]).compile_cache)
+            != ""
+        )
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
@@ -408,15 +626,25 @@ def test_corrupt_records_above_the_share_stop_the_run(data, tmp_path, capsys, ca
     file.write_bytes(content)
     assert train.main(arguments(broken, tmp_path / "run")) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: source 'names': ") and error.count("\n") == 1 and "more than data.max_bad_share=0.01 allows" in error
+    assert (
+        error.startswith("error: source 'names': ")
+        and error.count("\n") == 1
+        and "more than data.max_bad_share=0.01 allows" in error
+    )
     assert "source names: a corrupt record is skipped: names:train[" in caplog.text
     assert not (tmp_path / "run/checkpoints").exists() and lines(tmp_path / "run") == []
 
 
-def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(data, warm, whole, copy, capsys, small_disk):  # noqa: F811
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(
+    data, warm, whole, copy, capsys, small_disk
+):  # noqa: F811
     assert train.main(emu_arguments(data, copy, warm)) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "checkpoints/4 could not be saved: " in error and "; the earlier ones are as they were" in error
+    assert (
+        error.count("\n") == 1
+        and "checkpoints/4 could not be saved: " in error
+        and "; the earlier ones are as they were" in error
+    )
     small_disk()
     assert saved(copy)[1]["step"] == 2 and run(emu_arguments(data, copy, warm))[0] == 0
     assert_same_run(copy, whole)
@@ -424,9 +652,22 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(data, warm, who
 
 # The paper's model
 
+
 def test_the_papers_recipe_says_in_one_line_what_is_missing(capsys):
     assert train.main(["--config=configs/pretrain.py"]) == 2
     out, error = capsys.readouterr()
-    assert [line.split()[0] for line in out.splitlines()] == ["llama", "ln_visual", "regress_head", "resampler", "vision", "total"]
-    assert error.count("\n") == 1 and error.startswith("error: missing: a workdir (--config.workdir=DIR); the tokenizer ''")
-    assert all(f"the source '{name}'" in error for name in ("laion-2b", "laion-coco", "mmc4", "webvid", "yt-storyboard"))
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "llama",
+        "ln_visual",
+        "regress_head",
+        "resampler",
+        "vision",
+        "total",
+    ]
+    assert error.count("\n") == 1 and error.startswith(
+        "error: missing: a workdir (--config.workdir=DIR); the tokenizer ''"
+    )
+    assert all(
+        f"the source '{name}'" in error
+        for name in ("laion-2b", "laion-coco", "mmc4", "webvid", "yt-storyboard")
+    )

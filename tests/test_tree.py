@@ -1,10 +1,16 @@
 """The rule language: the first full match wins, and no rule does nothing without a word."""
+
 import jax
 import pytest
 
 from emu_jax import tree
 
-PARAMS = {"vision": {"pos": 1, "blocks": {"q": {"w": 2}, "norm": {"scale": 3}}}, "a-b": 4, "a": {"z": 5}, "llama": {"w": 6}}
+PARAMS = {
+    "vision": {"pos": 1, "blocks": {"q": {"w": 2}, "norm": {"scale": 3}}},
+    "a-b": 4,
+    "a": {"z": 5},
+    "llama": {"w": 6},
+}
 
 
 def test_leaves_are_in_jaxs_order():
@@ -17,12 +23,21 @@ def test_unflatten_is_the_inverse_of_leaves():
 
 
 def test_the_first_row_that_matches_the_whole_path_wins():
-    rules = ((".*/q/w", "query"), ("vision/.*", "vision"), ("w", "never a part of a path"), (".*", "rest"))
+    rules = (
+        (".*/q/w", "query"),
+        ("vision/.*", "vision"),
+        ("w", "never a part of a path"),
+        (".*", "rest"),
+    )
     with pytest.raises(ValueError, match="no parameter needs the row 'w'"):
         tree.by_rule(rules, PARAMS)
     values = tree.by_rule((*rules[:2], rules[3]), PARAMS)
-    assert values == {"vision": {"pos": "vision", "blocks": {"q": {"w": "query"}, "norm": {"scale": "vision"}}},
-                      "a-b": "rest", "a": {"z": "rest"}, "llama": {"w": "rest"}}
+    assert values == {
+        "vision": {"pos": "vision", "blocks": {"q": {"w": "query"}, "norm": {"scale": "vision"}}},
+        "a-b": "rest",
+        "a": {"z": "rest"},
+        "llama": {"w": "rest"},
+    }
 
 
 def test_a_leaf_without_a_row_is_named():
@@ -31,13 +46,18 @@ def test_a_leaf_without_a_row_is_named():
 
 
 def test_a_row_behind_one_that_takes_all_its_leaves_is_named():
-    with pytest.raises(ValueError, match=r"no parameter needs the row 'vision/pos'; the parameters are under \['a', 'a-b', 'llama', 'vision'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"no parameter needs the row 'vision/pos'; the parameters are under \['a', 'a-b', 'llama', 'vision'\]",
+    ):
         tree.by_rule(((".*", 1), ("vision/pos", 2)), PARAMS)
 
 
 @pytest.mark.parametrize("rules", [(("(vision", 1),), (("vision/.*",),), ("vision",), (1,)])
 def test_a_row_that_is_none_is_named(rules):
-    with pytest.raises(ValueError, match=r"rules\.train: .* is not a \(regular expression, value\) row"):
+    with pytest.raises(
+        ValueError, match=r"rules\.train: .* is not a \(regular expression, value\) row"
+    ):
         tree.by_rule(rules, PARAMS, "rules.train")
 
 

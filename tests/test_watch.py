@@ -1,6 +1,7 @@
 """What a run says of itself: where its time went, that it hangs, that it dies in the same batch
 again and again; and its traces.
 """
+
 import logging
 import re
 import time
@@ -21,7 +22,10 @@ def test_the_shares_of_the_time_are_all_of_it(tmp_path):
             time.sleep(0.02)
         time.sleep(0.01)
         line = watching.goodput()
-        assert watching.now == "steps" and 0.02 <= watching.seconds["evaluation"] < watching.seconds["steps"] + 10
+        assert (
+            watching.now == "steps"
+            and 0.02 <= watching.seconds["evaluation"] < watching.seconds["steps"] + 10
+        )
     assert set(re.findall(r"([a-z ]+) [\d.]+%", line)) == {f" {name}" for name in watch.PHASES}
     assert sum(map(float, re.findall(r"([\d.]+)%", line))) == pytest.approx(100, abs=0.5)
 
@@ -36,7 +40,10 @@ def test_a_hang_is_said_with_process_and_phase(tmp_path, caplog, capfd):
             while len(caplog.records) < 2:
                 time.sleep(0.01)
     steps, wait = (record.getMessage() for record in caplog.records[:2])
-    assert re.match(r"process 0 of 1 on \S+ hangs: steps of step 7 has taken 0 s so far", steps) and "hangs: input wait of step 7" in wait
+    assert (
+        re.match(r"process 0 of 1 on \S+ hangs: steps of step 7 has taken 0 s so far", steps)
+        and "hangs: input wait of step 7" in wait
+    )
     # where its threads are
     assert "test_watch.py" in capfd.readouterr().err
 
@@ -61,7 +68,10 @@ def test_dying_in_the_same_batch_again_is_said_and_its_documents_named(tmp_path,
         third.begin(6, DOCUMENTS)
         assert "names/cat" not in caplog.text
         third.begin(7, DOCUMENTS)
-        assert "step 7, in which the last 2 runs died, holds the documents names/cat, names/dog, scenes/7" in caplog.text
+        assert (
+            "step 7, in which the last 2 runs died, holds the documents names/cat, names/dog, scenes/7"
+            in caplog.text
+        )
     assert again.suspect is None
 
 
@@ -72,7 +82,10 @@ def test_dying_before_the_first_step_is_not_dying_in_the_last_one(tmp_path, capl
     assert watch.Watch(tmp_path, 0).suspect is None and not caplog.records
 
 
-@pytest.mark.parametrize(("error", "dead"), [(None, False), (UserError("put right"), False), (RuntimeError("out of memory"), True)])
+@pytest.mark.parametrize(
+    ("error", "dead"),
+    [(None, False), (UserError("put right"), False), (RuntimeError("out of memory"), True)],
+)
 def test_a_run_that_ends_has_not_died(tmp_path, error, dead):
     try:
         with watch.Watch(tmp_path, 0) as watching:

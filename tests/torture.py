@@ -5,6 +5,7 @@ Killed with SIGKILL in a step, inside a save or while it starts, all its process
 them, and started again on another mesh or number of processes: the batches are those of an
 undisturbed run, exactly, and so are the losses, bit for bit until the first change of layout.
 """
+
 import argparse
 import json
 import os
@@ -31,12 +32,15 @@ EVERY = 3
 STEPS_A_KILL = 8
 NEAR = 1e-3
 LOSSES = ("loss", "text_loss", "image_loss")
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
+FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
+)
 
 
 @dataclass
 class Start:
     """One start of the run, and what its processes noted: {step: {first row: ids of rows}}."""
+
     layout: str
     # of its death
     moment: str | None
@@ -45,9 +49,11 @@ class Start:
 
 # A process of the run: the training command, which notes every batch that it consumes.
 
+
 def worker(notes: str, arguments: list[str]) -> int:
     from emu_jax import train
     from emu_jax.data.loader import Loader
+
     number = os.environ.get("JAX_PROCESS_ID", "0")
     Path(f"{notes}-{number}.pid").write_text(str(os.getpid()))
     file = open(f"{notes}-{number}.jsonl", "w", buffering=1)
@@ -56,7 +62,16 @@ def worker(notes: str, arguments: list[str]) -> int:
     def noted(self):
         for item in batches(self):
             rows = next(iter(item.state["streams"].values()))["counts"]["rows"]
-            file.write(json.dumps({"step": rows // self._rows, "first": self.owned.start * self._rows, "ids": item.ids}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "step": rows // self._rows,
+                        "first": self.owned.start * self._rows,
+                        "ids": item.ids,
+                    }
+                )
+                + "\n"
+            )
             yield item
 
     Loader.__iter__ = noted
@@ -64,39 +79,96 @@ def worker(notes: str, arguments: list[str]) -> int:
     return train.main()
 
 
-def command(folder: Path, workdir: Path, layout: str, steps: int) -> tuple[list[str], dict[str, str]]:
+def command(
+    folder: Path, workdir: Path, layout: str, steps: int
+) -> tuple[list[str], dict[str, str]]:
     """A start without its notes' place, and its environment."""
     processes, devices, overrides = LAYOUTS[layout]
-    mixture = tuple((name, weight, f"{folder}/data/{name}:train") for name, weight in (("names", 1.0), ("scenes", 2.0), ("stories", 1.0)))
-    fields = (f"workdir={workdir}", f"data.tokenizer={folder}/data/tokenizer.json", f"data.mixture={mixture!r}", f"optim.steps={steps}",
-              "data.batch=8", "data.tokens=64", "data.images=4", "data.num_streams=4", "data.pack_lookahead=2", "data.workers=2",
-              "objective.chunk=64", "model.vision.depth=1", "model.resampler.depth=1", "model.llama.depth=1",
-              "model.vision.remat=none", "model.resampler.remat=none", "model.llama.remat=none", "log.pictures_every=0",
-              f"checkpoint.every={EVERY}", "checkpoint.keep=2", "rules.peak_lr=(('.*', 1e-3),)", *overrides)
+    mixture = tuple(
+        (name, weight, f"{folder}/data/{name}:train")
+        for name, weight in (("names", 1.0), ("scenes", 2.0), ("stories", 1.0))
+    )
+    fields = (
+        f"workdir={workdir}",
+        f"data.tokenizer={folder}/data/tokenizer.json",
+        f"data.mixture={mixture!r}",
+        f"optim.steps={steps}",
+        "data.batch=8",
+        "data.tokens=64",
+        "data.images=4",
+        "data.num_streams=4",
+        "data.pack_lookahead=2",
+        "data.workers=2",
+        "objective.chunk=64",
+        "model.vision.depth=1",
+        "model.resampler.depth=1",
+        "model.llama.depth=1",
+        "model.vision.remat=none",
+        "model.resampler.remat=none",
+        "model.llama.remat=none",
+        "log.pictures_every=0",
+        f"checkpoint.every={EVERY}",
+        "checkpoint.keep=2",
+        "rules.peak_lr=(('.*', 1e-3),)",
+        *overrides,
+    )
     environ = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled"), "GRACE": "1",
-        "XLA_FLAGS": " ".join([FLAGS, *(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag),
-                               f"--xla_force_host_platform_device_count={devices}"])}
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+            "JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled"
+        ),
+        "GRACE": "1",
+        "XLA_FLAGS": " ".join(
+            [
+                FLAGS,
+                *(
+                    flag
+                    for flag in os.environ.get("XLA_FLAGS", "").split()
+                    if "device_count" not in flag
+                ),
+                f"--xla_force_host_platform_device_count={devices}",
+            ]
+        ),
+    }
     launch = ["launch/local.sh", str(processes)] if processes > 1 else []
-    return [*launch, sys.executable, "-m", "tests.torture", "worker", "NOTES",
-            "--config=configs/base.py:debug", *(f"--config.{field}" for field in fields)], environ
+    return [
+        *launch,
+        sys.executable,
+        "-m",
+        "tests.torture",
+        "worker",
+        "NOTES",
+        "--config=configs/base.py:debug",
+        *(f"--config.{field}" for field in fields),
+    ], environ
 
 
 # The run from outside.
 
-def start(folder: Path, workdir: Path, number: int, one: Start, steps: int, chance: random.Random) -> None:
+
+def start(
+    folder: Path, workdir: Path, number: int, one: Start, steps: int, chance: random.Random
+) -> None:
     """Starts the run, and kills it at its moment."""
     notes = folder / "notes" / f"{workdir.name}-{number}"
     notes.parent.mkdir(exist_ok=True)
     argv, environ = command(folder, workdir, one.layout, steps)
     with open(f"{notes}.log", "w") as log:
-        run = subprocess.Popen([word.replace("NOTES", str(notes)) for word in argv], env=environ, stdout=log, stderr=log, start_new_session=True)
+        run = subprocess.Popen(
+            [word.replace("NOTES", str(notes)) for word in argv],
+            env=environ,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         if one.moment is None:
             run.wait()
         elif moment_has_come(run, notes, workdir, one.moment, chance):
             kill(run, notes, chance)
     if run.returncode and one.moment is None:
-        raise AssertionError(f"start {number} on {one.layout} ended with {run.returncode}:\n{Path(f'{notes}.log').read_text()[-3000:]}")
+        raise AssertionError(
+            f"start {number} on {one.layout} ended with {run.returncode}:\n{Path(f'{notes}.log').read_text()[-3000:]}"
+        )
     if run.returncode == 0 and one.moment is not None:
         raise AssertionError(f"start {number} was not killed: the run was over")
     for path in notes.parent.glob(f"{notes.name}-*.jsonl"):
@@ -106,23 +178,37 @@ def start(folder: Path, workdir: Path, number: int, one: Start, steps: int, chan
                 one.batches.setdefault(note["step"], {})[note["first"]] = note["ids"]
 
 
-def moment_has_come(run: subprocess.Popen, notes: Path, workdir: Path, moment: str, chance: random.Random) -> bool:
+def moment_has_come(
+    run: subprocess.Popen, notes: Path, workdir: Path, moment: str, chance: random.Random
+) -> bool:
     """Waits for the moment; whether the run still lives then. In some starts a save is over by
     then, so that the run gets on.
     """
+
     def consumed():
-        return sum(path.read_bytes().count(b"\n") for path in notes.parent.glob(f"{notes.name}-0.jsonl"))
+        return sum(
+            path.read_bytes().count(b"\n") for path in notes.parent.glob(f"{notes.name}-0.jsonl")
+        )
+
     began = time.time()
     saves = chance.randint(1, 2)
     seen = set()
 
     def saving() -> bool:
-        now = {path.name for path in workdir.glob("checkpoints/*.orbax-checkpoint-tmp") if _changed(path) > began}
+        now = {
+            path.name
+            for path in workdir.glob("checkpoints/*.orbax-checkpoint-tmp")
+            if _changed(path) > began
+        }
         seen.update(now)
         return bool(now) and len(seen) >= saves
 
     wanted = chance.randint(2, 3 * EVERY)
-    pause = {"step": chance.uniform(0, 0.5), "save": chance.uniform(0, 0.03), "start": chance.uniform(0, 8)}[moment]
+    pause = {
+        "step": chance.uniform(0, 0.5),
+        "save": chance.uniform(0, 0.03),
+        "start": chance.uniform(0, 8),
+    }[moment]
     come = {"step": lambda: consumed() >= wanted, "save": saving, "start": lambda: True}[moment]
     while run.poll() is None and not come():
         time.sleep(0.002)
@@ -153,50 +239,83 @@ def kill(run: subprocess.Popen, notes: Path, chance: random.Random) -> None:
 
 # The verdict.
 
+
 def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def data_state(workdir: Path) -> dict:
-    newest = max((path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    newest = max(
+        (path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()),
+        key=lambda path: int(path.name),
+    )
     return json.loads((newest / "data" / "data.json").read_text())
 
 
 def verdict(whole: Path, undisturbed: Start, workdir: Path, starts: list[Start], steps: int) -> str:
     """One line. Raises AssertionError where the disturbed run is another."""
-    rows = {step: [row for _, ids in sorted(parts.items()) for row in ids] for step, parts in undisturbed.batches.items()}
-    assert sorted(rows) == list(range(1, steps + 1)) and len({len(ids) for ids in rows.values()}) == 1
+    rows = {
+        step: [row for _, ids in sorted(parts.items()) for row in ids]
+        for step, parts in undisturbed.batches.items()
+    }
+    assert (
+        sorted(rows) == list(range(1, steps + 1)) and len({len(ids) for ids in rows.values()}) == 1
+    )
     survived: dict[int, dict[int, list]] = {}
     for number, one in enumerate(starts):
         for step, parts in one.batches.items():
             for first, ids in parts.items():
-                assert ids == rows[step][first:first + len(ids)], f"start {number} on {one.layout}: other documents in step {step}"
+                assert ids == rows[step][first : first + len(ids)], (
+                    f"start {number} on {one.layout}: other documents in step {step}"
+                )
             survived[step] = parts
-    line = {step: [row for _, ids in sorted(parts.items()) for row in ids] for step, parts in survived.items()}
+    line = {
+        step: [row for _, ids in sorted(parts.items()) for row in ids]
+        for step, parts in survived.items()
+    }
     assert line == rows, "batches are missing"
     assert data_state(workdir) == data_state(whole)
 
     told = metrics(workdir)
     wanted = metrics(whole)
-    assert [line["step"] for line in told] == [line["step"] for line in wanted] == list(range(1, steps + 1))
-    changed = min((min(one.batches, default=steps + 1) - 1 for one in starts if one.layout != "same"), default=steps)
+    assert (
+        [line["step"] for line in told]
+        == [line["step"] for line in wanted]
+        == list(range(1, steps + 1))
+    )
+    changed = min(
+        (min(one.batches, default=steps + 1) - 1 for one in starts if one.layout != "same"),
+        default=steps,
+    )
     apart = 0.0
     for line, want in zip(told, wanted, strict=True):
         for name in LOSSES:
             if line["step"] <= changed:
-                assert line[name] == want[name], f"step {line['step']}: {name} is {line[name]} and was {want[name]}"
+                assert line[name] == want[name], (
+                    f"step {line['step']}: {name} is {line[name]} and was {want[name]}"
+                )
             apart = max(apart, abs(line[name] - want[name]) / abs(want[name]))
     assert apart < NEAR, f"losses are {apart:.1e} apart"
     again = sum(len(one.batches) for one in starts) - steps
-    return (f"{steps} batches, exactly those of the undisturbed run; {again} done again; losses equal bit for bit to step {changed}, "
-            f"after that within {apart:.1e}; metrics.jsonl has every step once")
+    return (
+        f"{steps} batches, exactly those of the undisturbed run; {again} done again; losses equal bit for bit to step {changed}, "
+        f"after that within {apart:.1e}; metrics.jsonl has every step once"
+    )
 
 
-def torture(folder: Path, plan: list[tuple[str, str]], last: str, steps: int, seed: int = 0, tell=lambda line: None) -> str:
+def torture(
+    folder: Path,
+    plan: list[tuple[str, str]],
+    last: str,
+    steps: int,
+    seed: int = 0,
+    tell=lambda line: None,
+) -> str:
     """An undisturbed run, and one that is killed at the moments of `plan`, (layout, moment) pairs,
     and ends on the layout `last`.
     """
     from tests.data import fixtures
+
     fixtures.write_tiny(folder / "data")
     chance = random.Random(seed)
     whole = folder / "whole"
@@ -207,24 +326,43 @@ def torture(folder: Path, plan: list[tuple[str, str]], last: str, steps: int, se
     for number, one in enumerate(starts):
         start(folder, workdir, number, one, steps, chance)
         done = f"steps {min(one.batches)} to {max(one.batches)}" if one.batches else "no step"
-        tell(f"start {number + 1} on {one.layout}: {done}" + (f", killed ({one.moment})" if one.moment else ""))
+        tell(
+            f"start {number + 1} on {one.layout}: {done}"
+            + (f", killed ({one.moment})" if one.moment else "")
+        )
     return verdict(whole, undisturbed, workdir, starts, steps)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     chance = random.Random(flags.seed)
     began = time.time()
-    layouts = ["same" if number < flags.kills // 3 else chance.choice(list(LAYOUTS)) for number in range(flags.kills + 1)]
+    layouts = [
+        "same" if number < flags.kills // 3 else chance.choice(list(LAYOUTS))
+        for number in range(flags.kills + 1)
+    ]
     plan = [(layout, chance.choices(MOMENTS, (3, 3, 1))[0]) for layout in layouts[:-1]]
     with tempfile.TemporaryDirectory() as folder:
-        line = torture(Path(folder), plan, layouts[-1], STEPS_A_KILL * flags.kills, flags.seed, lambda line: print(line, flush=True))
+        line = torture(
+            Path(folder),
+            plan,
+            layouts[-1],
+            STEPS_A_KILL * flags.kills,
+            flags.seed,
+            lambda line: print(line, flush=True),
+        )
+
     def count(what, of):
         return ", ".join(f"{sum(pair[of] == name for pair in plan)} {name}" for name in what)
-    print(f"{flags.kills} kills ({count(MOMENTS, 1)}) on {count(LAYOUTS, 0)}, in {time.time() - began:.0f} s: {line}")
+
+    print(
+        f"{flags.kills} kills ({count(MOMENTS, 1)}) on {count(LAYOUTS, 0)}, in {time.time() - began:.0f} s: {line}"
+    )
     return 0
 
 

@@ -7,6 +7,7 @@ documents as ArrayRecord, and a data card python -m emu_jax.data build --kind=op
 
 Read next: sources/kinds.py.
 """
+
 import argparse
 import json
 import logging
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> None:
 def _inspect(flags: argparse.Namespace) -> None:
     from emu_jax.data import inspection
     from emu_jax.data.builders import card
+
     documents = inspection.documents(flags.kind, Path(flags.path), _options(flags))
     if flags.jsonl:
         for document in documents:
@@ -53,17 +55,29 @@ def _inspect(flags: argparse.Namespace) -> None:
 
 def _openmoji(flags: argparse.Namespace) -> None:
     from emu_jax.data.builders import openmoji
+
     counts = openmoji.build(Path(flags.to), flags.seed)
     for split, count in counts.items():
         print(f"{split:18}" + ", ".join(f"{number} {what}" for what, number in count.items()))
-    print(f"to be seen in {flags.to}/sheet.png; licence: CC-BY-SA-4.0, OpenMoji ({flags.to}/LICENSE.txt)")
+    print(
+        f"to be seen in {flags.to}/sheet.png; licence: CC-BY-SA-4.0, OpenMoji ({flags.to}/LICENSE.txt)"
+    )
 
 
 def _build(flags: argparse.Namespace) -> None:
     if not flags.from_:
         raise UserError("build needs --from=PATH, the files to read")
     from emu_jax.data.builders import build
-    counts = build.build(flags.kind, [Path(path) for path in flags.from_], Path(flags.to), _options(flags), flags.workers, flags.runner, flags.rest)
+
+    counts = build.build(
+        flags.kind,
+        [Path(path) for path in flags.from_],
+        Path(flags.to),
+        _options(flags),
+        flags.workers,
+        flags.runner,
+        flags.rest,
+    )
     print(", ".join(f"{number:,} {what.replace('_', ' ')}" for what, number in counts.items()))
     print(f"{flags.to}/card.html")
 
@@ -74,33 +88,69 @@ def _options(flags: argparse.Namespace) -> Options:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from emu_jax.data.sources.kinds import KINDS
-    parser = argparse.ArgumentParser(prog="python -m emu_jax.data", description=__doc__.splitlines()[0], allow_abbrev=False)
+
+    parser = argparse.ArgumentParser(
+        prog="python -m emu_jax.data", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     commands = parser.add_subparsers(required=True, metavar="build | inspect", dest="command")
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in KINDS.items())
-    inspect = commands.add_parser("inspect", help="show what becomes of every record", allow_abbrev=False)
+    inspect = commands.add_parser(
+        "inspect", help="show what becomes of every record", allow_abbrev=False
+    )
     inspect.add_argument("path", help="a file or folder")
     inspect.add_argument("--kind", required=True, choices=[*KINDS], help=kinds)
-    inspect.add_argument("--jsonl", action="store_true", help="print a line of JSON a document, instead of writing a page")
+    inspect.add_argument(
+        "--jsonl",
+        action="store_true",
+        help="print a line of JSON a document, instead of writing a page",
+    )
     inspect.add_argument("--page", default="", help="where to write the page; inspect-NAME.html")
     build = commands.add_parser("build", help="write a data set", allow_abbrev=False)
-    build.add_argument("--kind", required=True, choices=["openmoji", *KINDS], help=f"openmoji: the demo's drawings, scenes and stories; {kinds}")
-    build.add_argument("--from", dest="from_", action="extend", nargs="+", default=[], help="files and folders to read")
+    build.add_argument(
+        "--kind",
+        required=True,
+        choices=["openmoji", *KINDS],
+        help=f"openmoji: the demo's drawings, scenes and stories; {kinds}",
+    )
+    build.add_argument(
+        "--from",
+        dest="from_",
+        action="extend",
+        nargs="+",
+        default=[],
+        help="files and folders to read",
+    )
     build.add_argument("--to", required=True, help="directory to write into")
-    build.add_argument("--seed", type=int, default=0, help="openmoji: decides what is held out, and every placement")
+    build.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="openmoji: decides what is held out, and every placement",
+    )
     build.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
-    build.add_argument("--runner", default="", help="a runner of Apache Beam in place of processes here: DirectRunner, "
-                       "DataflowRunner, ...; what follows -- is passed on to it")
+    build.add_argument(
+        "--runner",
+        default="",
+        help="a runner of Apache Beam in place of processes here: DirectRunner, "
+        "DataflowRunner, ...; what follows -- is passed on to it",
+    )
     for command in (inspect, build):
         for field in fields(Options):
-            kind = {"type": _yes_or_no, "metavar": "yes|no"} if isinstance(field.default, bool) else {"type": type(field.default)}
+            kind = (
+                {"type": _yes_or_no, "metavar": "yes|no"}
+                if isinstance(field.default, bool)
+                else {"type": type(field.default)}
+            )
             help = f"{field.metadata['help']} ({field.default})"
-            command.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=help, **kind)
+            command.add_argument(
+                f"--{field.name.replace('_', '-')}", default=field.default, help=help, **kind
+            )
     for one in (parser, inspect, build):
         # one line, as everywhere
         one.error = _fail
     split = arguments.index("--") if "--" in arguments else len(arguments)
     flags = parser.parse_args(arguments[:split])
-    flags.rest = arguments[split + 1:]
+    flags.rest = arguments[split + 1 :]
     return flags
 
 

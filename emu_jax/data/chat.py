@@ -4,6 +4,7 @@ question [ASSISTANT]: answer</s>`.
 What is trained on here and what a chat reads (../generate/prompt.py) is written by the same
 functions, so that they cannot drift. Read next: sequence.py.
 """
+
 from collections.abc import Sequence as Ordered
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,17 +23,29 @@ SYSTEMS = ("release", "none")
 # The release's system messages by what the first question holds; "[IMG]" in them are the added
 # tokens, as its tokenizer reads them.
 MESSAGES: dict[str, tuple[str, ...]] = {
-    "image": ("You will be presented with an image: ", "[IMG]", "ImageContent", "[/IMG]", ". You will be able to see the image after I provide it "
-              "to you. Please answer my questions based on the given image."),
-    "video": ("You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: ", "[IMG]",
-              "ImageContent", "[/IMG]", ". You will be able to see the video after I provide it to you. Please answer my questions based on the "
-              "given video."),
+    "image": (
+        "You will be presented with an image: ",
+        "[IMG]",
+        "ImageContent",
+        "[/IMG]",
+        ". You will be able to see the image after I provide it "
+        "to you. Please answer my questions based on the given image.",
+    ),
+    "video": (
+        "You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: ",
+        "[IMG]",
+        "ImageContent",
+        "[/IMG]",
+        ". You will be able to see the video after I provide it to you. Please answer my questions based on the "
+        "given video.",
+    ),
     "": (),
 }
 
 
 class Turn(NamedTuple):
     """A question and its answer, in parts."""
+
     question: list[Text | Picture]
     answer: list[Text | Picture]
 
@@ -85,8 +98,11 @@ def turns(document: Document) -> tuple[list[str], list[Turn]]:
         elif role == "assistant" and found:
             found[-1].answer.append(part)
         else:
-            raise Corrupt(document.id, f"roles out of order: {role or 'a part without a role'} "
-                          + ("first" if before == "system" and not found else f"after {before}"))
+            raise Corrupt(
+                document.id,
+                f"roles out of order: {role or 'a part without a role'} "
+                + ("first" if before == "system" and not found else f"after {before}"),
+            )
         before = role
     if found and not found[-1].answer:
         found.pop()

@@ -2,6 +2,7 @@
 
 Read next: sources/pairs.py and sources/videos.py, which use them.
 """
+
 import re
 import unicodedata
 
@@ -13,19 +14,42 @@ _DATE = rf"(?:circa\s+)?(?:{_MONTH}\s*(?:\d{{1,2}}(?:st|nd|rd|th)?\s*,?\s*)?(?:1
 _DATE += r"|(?:19|20)\d\d|\d{1,2}[./-]\d{1,2}[./-](?:19|20)?\d\d)"
 # "City, Country - date: "
 _DATELINE = re.compile(rf"^[^:.!?]{{2,80}}?\s*[-–—,]\s*{_DATE}\s*[:.-]\s*", re.I)
-_BRACKETS = re.compile(r"[\[(](?:[^\[\]()]*\b(?:\d+\s*fps|\d?\dk|u?hd|footage|slow motion|loop(?:able)?|alpha|pro\s?res)\b[^\[\]()]*)[\])]", re.I)
+_BRACKETS = re.compile(
+    r"[\[(](?:[^\[\]()]*\b(?:\d+\s*fps|\d?\dk|u?hd|footage|slow motion|loop(?:able)?|alpha|pro\s?res)\b[^\[\]()]*)[\])]",
+    re.I,
+)
 _TECHNICAL = re.compile(
     r"\b(?:(?:ultra|full)\s+hd|u?hd\s+(?=(?:video|footage|clip)s?\b)|u?hd\b(?=\W*$|\W*[.,;])|[2468]\s?k\b|\d{3,4}\s?x\s?\d{3,4}\b|(?:720|1080|1440|2160)[pi]\b|"
     r"\d{2,3}(?:[.,]\d+)?\s?fps\b|\d{2,3}\s?frames per second\b|pro\s?res(?:\s?\d{3,4}(?:\s?hq)?)?\b|royalty[- ]free\b|"
-    r"(?:stock|raw)\s+(?:footage|video|clip)s?\b|(?:no|without)\s+(?:audio|sound)\b|alpha\s+(?:channel|matte)\b|red\s+(?:epic|dragon)\b)", re.I)
+    r"(?:stock|raw)\s+(?:footage|video|clip)s?\b|(?:no|without)\s+(?:audio|sound)\b|alpha\s+(?:channel|matte)\b|red\s+(?:epic|dragon)\b)",
+    re.I,
+)
 # at the end
-_LEFT_OVER = frozenset(("in", "at", "with", "and", "on", "shot", "footage", "video", "videos", "clip", "clips", "resolution"))
+_LEFT_OVER = frozenset(
+    (
+        "in",
+        "at",
+        "with",
+        "and",
+        "on",
+        "shot",
+        "footage",
+        "video",
+        "videos",
+        "clip",
+        "clips",
+        "resolution",
+    )
+)
 _ENDS = " .,;:|/–—-"
 # characters; longer captions hold no such metadata
 _LONG = 2000
 
 _URL = re.compile(r"^\s*(?:https?://|www\.)\S+\s*$", re.I)
-_FILE_NAME = re.compile(r"^\s*[\w~()+-]+(?:[ .][\w~()+-]+)*\.(?:jpe?g|png|gif|webp|bmp|tiff?|pdf|html?|php|mp4|mov)\s*$", re.I)
+_FILE_NAME = re.compile(
+    r"^\s*[\w~()+-]+(?:[ .][\w~()+-]+)*\.(?:jpe?g|png|gif|webp|bmp|tiff?|pdf|html?|php|mp4|mov)\s*$",
+    re.I,
+)
 _CAMERA = re.compile(r"^\s*(?:dsc[nf]?|img|pict?|p)[ _-]?\d{4,}\s*$", re.I)
 
 
@@ -43,7 +67,9 @@ def decode(data: bytes) -> str:
 
 def spaces(text: str) -> str:
     """Every run of white space and control characters becomes one space; none at the ends."""
-    return " ".join("".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text).split())
+    return " ".join(
+        "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text).split()
+    )
 
 
 def junk(caption: str) -> str:
@@ -73,7 +99,13 @@ def video_caption(text: str) -> str:
     text = _DATELINE.sub("", text)
     stripped = _TECHNICAL.sub("", _BRACKETS.sub("", text))
     if stripped != text:
-        words = spaces(re.sub(r"\s+([.,;:])", r"\1", re.sub(r"([.,;:])(?:\s*[.,;:])+", r"\1", stripped))).rstrip(_ENDS).split()
+        words = (
+            spaces(
+                re.sub(r"\s+([.,;:])", r"\1", re.sub(r"([.,;:])(?:\s*[.,;:])+", r"\1", stripped))
+            )
+            .rstrip(_ENDS)
+            .split()
+        )
         while words and words[-1].strip(_ENDS).lower() in ("", *_LEFT_OVER):
             words.pop()
         stripped = " ".join(words).strip(_ENDS)

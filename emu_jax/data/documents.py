@@ -5,6 +5,7 @@ A picture is the bytes of its file (or pixels, where it is a frame of a video) u
 sources/records.py decodes it for the model; then it is a plain array, but where it has a role. Read
 next: sources/kinds.py, which makes documents of the world's formats, or sequence.py.
 """
+
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ class Text:
     """A text and its weight in the loss; a part that is a plain str weighs 1. `role` is that of a
     turn in a conversation: "system", "user", "assistant" or ""; `time` is in seconds.
     """
+
     text: str
     weight: float = 1.0
     role: str = ""
@@ -32,6 +34,7 @@ class Picture:
     """An image as a source holds it: an encoded file, or upright RGB pixels. `role` and `time` as
     in Text.
     """
+
     data: bytes | Image
     role: str = ""
     time: float | None = None
@@ -40,6 +43,7 @@ class Picture:
 @dataclass(frozen=True)
 class Pair:
     """An image and its text, in an order drawn anew in every epoch."""
+
     image: Picture | Image
     text: str | Text
 
@@ -51,6 +55,7 @@ class Document:
     `source` is the file it comes from; `provenance` is JSON-able: where that file says it found it.
     `dropped` says, a reason each, which parts were left out of it.
     """
+
     id: str
     parts: tuple[str | Text | Image | Picture | Pair, ...]
     source: str = ""
@@ -61,6 +66,7 @@ class Document:
 @dataclass(frozen=True)
 class Skipped:
     """A record that becomes no document, and why, in one line."""
+
     id: str
     reason: str
 

@@ -6,6 +6,7 @@ JPEGs go through libjpeg-turbo (simplejpeg: bit-equal to Pillow's full decoding,
 interpreter lock: threads decode side by side. Mean and standard deviation are the model's business
 (models/vision.py). Read next: sources/.
 """
+
 import io
 import warnings
 
@@ -27,8 +28,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
 FITS = ("squash", "centre", "random")
 
 _ORIENTATION = 0x0112
-_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h w 3"]:
@@ -78,7 +86,9 @@ def encode(image: UInt8[np.ndarray, "h w 3"], quality: int = 90) -> bytes:
     """A JPEG with full chroma: how frames of videos are stored. The same bytes for the same
     pixels.
     """
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444")
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444"
+    )
 
 
 def _upright(data: bytes, least: int) -> Image.Image:
@@ -91,10 +101,16 @@ def _upright(data: bytes, least: int) -> Image.Image:
         # reads the header only
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are over the limit of {MAX_PIXELS}")
+            raise ValueError(
+                f"{image.width} x {image.height} pixels are over the limit of {MAX_PIXELS}"
+            )
         # Pillow turns those itself
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))
-        image = _jpeg(data, image, least) if image.format == "JPEG" and image.mode in ("RGB", "L") else _rgb(image)
+        image = (
+            _jpeg(data, image, least)
+            if image.format == "JPEG" and image.mode in ("RGB", "L")
+            else _rgb(image)
+        )
         return image if turn is None else image.transpose(turn)
     # whose text is an address in memory
     except UnidentifiedImageError as error:
@@ -114,7 +130,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _jpeg(data: bytes, image: Image.Image, least: int) -> Image.Image:
     try:
-        return Image.fromarray(simplejpeg.decode_jpeg(data, min_height=least, min_width=least, min_factor=2))
+        return Image.fromarray(
+            simplejpeg.decode_jpeg(data, min_height=least, min_width=least, min_factor=2)
+        )
     # it refuses what libjpeg only warns of; Pillow does not
     except ValueError:
         return _rgb(image)
@@ -125,7 +143,11 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         clear = image.info.get("transparency")
-        image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 or image.mode != "I" else values).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (values >> 8 if values.max(initial=0) > 255 or image.mode != "I" else values)
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
         if clear is not None:
             image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

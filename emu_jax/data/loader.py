@@ -6,6 +6,7 @@ the n-th global batch is the same for any number of hosts. The state of a batch 
 it: save that of the last batch you consumed, and what was made ahead is simply made again. Read
 next: ../loop.py.
 """
+
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ JUDGED = 100
 @dataclass(frozen=True)
 class Item:
     """A host's rows of a global batch, as NumPy arrays, and what travels with them."""
+
     batch: Batch
     # "source/document" of each row
     ids: list[list[str]]
@@ -63,8 +65,18 @@ class Loader:
     records than `data.max_bad_share`.
     """
 
-    def __init__(self, data: ConfigDict, seed: int, tokenizer: Tokenizer, n_visual: int, image_size: int,
-                 process: int = 0, processes: int = 1, eval: bool = False, chats: bool = True):
+    def __init__(
+        self,
+        data: ConfigDict,
+        seed: int,
+        tokenizer: Tokenizer,
+        n_visual: int,
+        image_size: int,
+        process: int = 0,
+        processes: int = 1,
+        eval: bool = False,
+        chats: bool = True,
+    ):
         rows = data.eval_mixture if eval else data.mixture
         _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
         self.data = data
@@ -73,39 +85,91 @@ class Loader:
         self.pad = tokenizer.pad
         self.source_names = tuple(row[0] for row in rows)
         opened = [sources.open(row[2], image_size, data.fit) for row in rows]
-        self.readers = Readers(opened, data.readers or data.workers, data.patience, data.readers > 0)
-        self.mixture = Mixture(self.source_names, tuple(float(row[1]) for row in rows), tuple(map(self._waited_for, range(len(rows)))),
-                               data.num_streams, seed, tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows))
-        self.owned = range(process * data.num_streams // processes, (process + 1) * data.num_streams // processes)
-        self.to_sequence = partial(make_sequence, tokenizer=tokenizer, n_visual=n_visual, max_tokens=data.tokens,
-                                   max_images=data.images, image_first=data.image_first, labels=data.labels, chats=chats, system=data.system)
-        self.fit = {"first_fit": first_fit, "best_fit": partial(best_fit, row_tokens=data.tokens, row_images=data.images)}[data.packing]
-        self.precomputed = {kind: Precomputed(data[kind], kind, "eval_mixture" if eval else "mixture", self._documents)
-                            for kind in KINDS if data[kind]}
+        self.readers = Readers(
+            opened, data.readers or data.workers, data.patience, data.readers > 0
+        )
+        self.mixture = Mixture(
+            self.source_names,
+            tuple(float(row[1]) for row in rows),
+            tuple(map(self._waited_for, range(len(rows)))),
+            data.num_streams,
+            seed,
+            tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows),
+        )
+        self.owned = range(
+            process * data.num_streams // processes, (process + 1) * data.num_streams // processes
+        )
+        self.to_sequence = partial(
+            make_sequence,
+            tokenizer=tokenizer,
+            n_visual=n_visual,
+            max_tokens=data.tokens,
+            max_images=data.images,
+            image_first=data.image_first,
+            labels=data.labels,
+            chats=chats,
+            system=data.system,
+        )
+        self.fit = {
+            "first_fit": first_fit,
+            "best_fit": partial(best_fit, row_tokens=data.tokens, row_images=data.images),
+        }[data.packing]
+        self.precomputed = {
+            kind: Precomputed(
+                data[kind], kind, "eval_mixture" if eval else "mixture", self._documents
+            )
+            for kind in KINDS
+            if data[kind]
+        }
         self.state: dict = {}
         self.told_of_cuts = False
         self.pool: ThreadPoolExecutor | None = None
         for name, source in zip(self.source_names, self.mixture.sources):
             log.info("source %s: %d documents", name, len(source))
         ahead = (2 + data.prefetch) * len(self.owned) * self._rows * data.images * 3 * image_size**2
-        log.info("memory: %d MiB of batches made ahead, at most %d MiB of documents in the caches of the sources, %d documents that wait, "
-                 "%d processes that hold one each", ahead >> 20, len(rows) * CACHE_BYTES >> 20, len(self.owned) * data.pack_lookahead, data.readers)
+        log.info(
+            "memory: %d MiB of batches made ahead, at most %d MiB of documents in the caches of the sources, %d documents that wait, "
+            "%d processes that hold one each",
+            ahead >> 20,
+            len(rows) * CACHE_BYTES >> 20,
+            len(self.owned) * data.pack_lookahead,
+            data.readers,
+        )
 
     def __iter__(self) -> Iterator[Item]:
         self.close()
         pool = self.pool = ThreadPoolExecutor(max(self.data.workers, self.data.readers), "data")
         states = self.state.get("streams", {})
-        streams = [Stream(self.mixture, number, self.to_sequence, self.data.pack_lookahead, states.get(str(number)), self.eval, self.fit)
-                   for number in (range(self.data.num_streams) if self.eval else self.owned)]
+        streams = [
+            Stream(
+                self.mixture,
+                number,
+                self.to_sequence,
+                self.data.pack_lookahead,
+                states.get(str(number)),
+                self.eval,
+                self.fit,
+            )
+            for number in (range(self.data.num_streams) if self.eval else self.owned)
+        ]
         tasks: list[Future | None] = [None] * len(streams)
         ahead: deque[tuple[Batch, list[Future]]] = deque()
         try:
             while True:
                 while len(ahead) <= self.data.prefetch:
-                    batch = empty_batch(len(self.owned) * self._rows, self.data.tokens, self.data.images, self.image_size, self.pad)
+                    batch = empty_batch(
+                        len(self.owned) * self._rows,
+                        self.data.tokens,
+                        self.data.images,
+                        self.image_size,
+                        self.pad,
+                    )
                     # A stream's task starts after its task of the batch before: the only order that
                     # threads have to keep.
-                    tasks = [pool.submit(self._fill, stream, batch, task) for stream, task in zip(streams, tasks)]
+                    tasks = [
+                        pool.submit(self._fill, stream, batch, task)
+                        for stream, task in zip(streams, tasks)
+                    ]
                     ahead.append((batch, tasks))
                 batch, done = ahead.popleft()
                 item = self._item(batch, streams, [task.result() for task in done])
@@ -126,14 +190,20 @@ class Loader:
         own streams in it (`merge`).
         """
         self.close()
-        for what, saved, here in (("data.num_streams", state["num_streams"], self.data.num_streams),
-                                  ("sources with their numbers of documents", state["documents"], self._documents)):
+        for what, saved, here in (
+            ("data.num_streams", state["num_streams"], self.data.num_streams),
+            ("sources with their numbers of documents", state["documents"], self._documents),
+        ):
             if saved != here:
-                raise UserError(f"the saved state of the data is of other {what}: {saved}, and this run has {here}")
+                raise UserError(
+                    f"the saved state of the data is of other {what}: {saved}, and this run has {here}"
+                )
         missing = [number for number in self.owned if str(number) not in state["streams"]]
         if missing:
-            raise UserError(f"the saved state of the data lacks stream {missing[0]} of {self.data.num_streams}; "
-                            "the states of all processes that saved it are needed")
+            raise UserError(
+                f"the saved state of the data lacks stream {missing[0]} of {self.data.num_streams}; "
+                "the states of all processes that saved it are needed"
+            )
         self.state = state
 
     def close(self) -> None:
@@ -147,7 +217,15 @@ class Loader:
             self.readers.close()
 
     def _waited_for(self, number: int) -> Source:
-        return Cached(Patient(self.readers, number, self.source_names[number], self.data.retries, self.data.unreadable))
+        return Cached(
+            Patient(
+                self.readers,
+                number,
+                self.source_names[number],
+                self.data.retries,
+                self.data.unreadable,
+            )
+        )
 
     @property
     # of a stream in a batch
@@ -158,7 +236,9 @@ class Loader:
     def _documents(self) -> dict[str, int]:
         return {name: len(source) for name, source in zip(self.source_names, self.mixture.sources)}
 
-    def _fill(self, stream: Stream, batch: Batch, previous: Future | None) -> tuple[list[list[str]], dict]:
+    def _fill(
+        self, stream: Stream, batch: Batch, previous: Future | None
+    ) -> tuple[list[list[str]], dict]:
         """A thread's task: the stream's rows of the batch, written in place -> (ids by row, the
         stream's state).
         """
@@ -168,27 +248,56 @@ class Loader:
         if stream.number in self.owned:
             first = (stream.number - self.owned.start) * self._rows
             for number, row in enumerate(rows, first):
-                write_row(batch, number, [packed.sequence for packed in row], [packed.source for packed in row])
+                write_row(
+                    batch,
+                    number,
+                    [packed.sequence for packed in row],
+                    [packed.source for packed in row],
+                )
         return [[packed.id for packed in row] for row in rows], stream.state()
 
-    def _item(self, batch: Batch, streams: list[Stream], results: list[tuple[list[list[str]], dict]]) -> Item | None:
+    def _item(
+        self, batch: Batch, streams: list[Stream], results: list[tuple[list[list[str]], dict]]
+    ) -> Item | None:
         states = {str(stream.number): state for stream, (_, state) in zip(streams, results)}
         stats = statistics(states, self.data.tokens, self._documents, self.data.num_streams)
         for name, documents in self._documents.items():
             read = stats["read"][name]
             bad = stats["bad"][name]
             if read >= min(JUDGED, documents) and bad > self.data.max_bad_share * read:
-                raise UserError(f"source {name!r}: {bad} of {read} records are corrupt (each is named in the log), more than "
-                                f"data.max_bad_share={self.data.max_bad_share} allows; mend the data or raise the share")
+                raise UserError(
+                    f"source {name!r}: {bad} of {read} records are corrupt (each is named in the log), more than "
+                    f"data.max_bad_share={self.data.max_bad_share} allows; mend the data or raise the share"
+                )
         if stats["cut_turns"] and not self.told_of_cuts:
             self.told_of_cuts = True
-            log.warning("conversations are longer than data.tokens=%d and data.images=%d allow: their last turns are left out, %d so far; "
-                        "metrics.jsonl goes on counting (cut_turns, cut_documents)", self.data.tokens, self.data.images, stats["cut_turns"])
+            log.warning(
+                "conversations are longer than data.tokens=%d and data.images=%d allow: their last turns are left out, %d so far; "
+                "metrics.jsonl goes on counting (cut_turns, cut_documents)",
+                self.data.tokens,
+                self.data.images,
+                stats["cut_turns"],
+            )
         if not any(row for rows, _ in results for row in rows):
             return None
-        ids = [row for stream, (rows, _) in zip(streams, results) if stream.number in self.owned for row in rows]
-        state = {} if self.eval else {"num_streams": self.data.num_streams, "documents": self._documents, "streams": states}
-        return Item(attached(batch, ids, self.precomputed) if self.precomputed else batch, ids, state, stats)
+        ids = [
+            row
+            for stream, (rows, _) in zip(streams, results)
+            if stream.number in self.owned
+            for row in rows
+        ]
+        state = (
+            {}
+            if self.eval
+            else {
+                "num_streams": self.data.num_streams,
+                "documents": self._documents,
+                "streams": states,
+            }
+        )
+        return Item(
+            attached(batch, ids, self.precomputed) if self.precomputed else batch, ids, state, stats
+        )
 
 
 def merge(states: list[dict]) -> dict:
@@ -197,56 +306,105 @@ def merge(states: list[dict]) -> dict:
     """
     if len(states) == 1:
         return states[0]
-    return {**states[0], "streams": {number: stream for state in states for number, stream in state["streams"].items()}}
+    return {
+        **states[0],
+        "streams": {
+            number: stream for state in states for number, stream in state["streams"].items()
+        },
+    }
 
 
-def statistics(streams: dict[str, dict], tokens: int, documents: dict[str, int], num_streams: int) -> dict[str, Any]:
+def statistics(
+    streams: dict[str, dict], tokens: int, documents: dict[str, int], num_streams: int
+) -> dict[str, Any]:
     """Sums over streams' states, rows being `tokens` long: packed rows, documents, tokens, images,
     cut_documents, cut_tokens and cut_turns; records `read` and `bad` by source (those that wait
     included); `epochs` by source: how often its `documents` were read, by all of the `num_streams`
     streams if these are not all (below 1 it is the share of the source that was seen, for an epoch
     repeats nothing); `padding`, the share of positions that hold nothing.
     """
-    stats: dict[str, Any] = {name: sum(stream["counts"][name] for stream in streams.values()) for name in COUNTS}
+    stats: dict[str, Any] = {
+        name: sum(stream["counts"][name] for stream in streams.values()) for name in COUNTS
+    }
     names = next(iter(streams.values()))["sources"]
     for what in ("read", "bad"):
-        stats[what] = {name: sum(stream["sources"][name][what] for stream in streams.values()) for name in names}
-    stats["epochs"] = {name: read * num_streams / (len(streams) * documents[name]) for name, read in stats["read"].items()}
+        stats[what] = {
+            name: sum(stream["sources"][name][what] for stream in streams.values())
+            for name in names
+        }
+    stats["epochs"] = {
+        name: read * num_streams / (len(streams) * documents[name])
+        for name, read in stats["read"].items()
+    }
     stats["padding"] = 1 - stats["tokens"] / (stats["rows"] * tokens)
     return stats
 
 
 def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processes: int) -> None:
-    for name, least in (("batch", 1), ("num_streams", 1), ("images", 1), ("pack_lookahead", 1), ("workers", 1), ("readers", 0), ("prefetch", 0),
-                        ("patience", 0), ("retries", 0),
-                        # <s> and one image
-                        ("tokens", n_visual + 3)):
+    for name, least in (
+        ("batch", 1),
+        ("num_streams", 1),
+        ("images", 1),
+        ("pack_lookahead", 1),
+        ("workers", 1),
+        ("readers", 0),
+        ("prefetch", 0),
+        ("patience", 0),
+        ("retries", 0),
+        # <s> and one image
+        ("tokens", n_visual + 3),
+    ):
         if data[name] < least:
-            raise UserError(f"data.{name} is {data[name]}; it must be at least {least}"
-                            + (f", to hold <s> and an image of {n_visual} visual tokens" if name == "tokens" else ""))
+            raise UserError(
+                f"data.{name} is {data[name]}; it must be at least {least}"
+                + (
+                    f", to hold <s> and an image of {n_visual} visual tokens"
+                    if name == "tokens"
+                    else ""
+                )
+            )
     for name in ("image_first", "max_bad_share"):
         if not 0 <= data[name] <= 1:
             raise UserError(f"data.{name} is {data[name]}; it must lie between 0 and 1")
     if strange := set(data.labels) - set(LABELS):
         raise UserError(f"data.labels holds {min(strange)!r}; there are {', '.join(LABELS)}")
     if data.batch % data.num_streams:
-        raise UserError(f"data.batch={data.batch} must be a multiple of data.num_streams={data.num_streams}")
+        raise UserError(
+            f"data.batch={data.batch} must be a multiple of data.num_streams={data.num_streams}"
+        )
     if data.num_streams % processes:
-        raise UserError(f"data.num_streams={data.num_streams} must be a multiple of the number of hosts, {processes}")
+        raise UserError(
+            f"data.num_streams={data.num_streams} must be a multiple of the number of hosts, {processes}"
+        )
     if not mixture:
-        raise UserError(f"data.{field} is empty; give it a (name, weight, path) row for every source")
-    for name, known in (("fit", FITS), ("packing", ("first_fit", "best_fit")), ("unreadable", ("skip", "stop")), ("system", SYSTEMS)):
+        raise UserError(
+            f"data.{field} is empty; give it a (name, weight, path) row for every source"
+        )
+    for name, known in (
+        ("fit", FITS),
+        ("packing", ("first_fit", "best_fit")),
+        ("unreadable", ("skip", "stop")),
+        ("system", SYSTEMS),
+    ):
         if data[name] not in known:
             raise UserError(f"data.{name} is {data[name]!r}; there are {', '.join(known)}")
     for row in mixture:
         if not isinstance(row, (tuple, list)) or len(row) not in (3, 4):
-            raise UserError(f"data.{field}: {row!r} is not a (name, weight, path) row, nor a (name, weight, path, rule) row")
-        _check_rule(row[3] if len(row) > 3 else {}, f"data.{field}: the rule of {row[0]!r}", n_visual)
+            raise UserError(
+                f"data.{field}: {row!r} is not a (name, weight, path) row, nor a (name, weight, path, rule) row"
+            )
+        _check_rule(
+            row[3] if len(row) > 3 else {}, f"data.{field}: the rule of {row[0]!r}", n_visual
+        )
         if not isinstance(row[1], (int, float)) or not 0 < row[1] < float("inf"):
-            raise UserError(f"data.{field}: the weight of {row[0]!r} is {row[1]!r}; it must be a positive number")
+            raise UserError(
+                f"data.{field}: the weight of {row[0]!r} is {row[1]!r}; it must be a positive number"
+            )
     names = [row[0] for row in mixture]
     if len(set(names)) < len(names):
-        raise UserError(f"data.{field}: the names of the sources must differ; they are {', '.join(map(str, names))}")
+        raise UserError(
+            f"data.{field}: the names of the sources must differ; they are {', '.join(map(str, names))}"
+        )
     if data.conditions or data.latents:
         _check_first_images(data, mixture, field)
 
@@ -258,7 +416,9 @@ def _check_first_images(data: ConfigDict, mixture: tuple, field: str) -> None:
         raise UserError(f"data.images={data.images}: {only}; set data.images=1")
     for name, _, _, *rule in mixture:
         if rule and (rule[0].get("start") == "random" or rule[0].get("pairs")):
-            raise UserError(f"data.{field}: the rule of {name!r} may leave that out: {only}; set neither start nor pairs")
+            raise UserError(
+                f"data.{field}: the rule of {name!r} may leave that out: {only}; set neither start nor pairs"
+            )
 
 
 def _check_rule(rule: Any, what: str, n_visual: int) -> None:
@@ -267,10 +427,18 @@ def _check_rule(rule: Any, what: str, n_visual: int) -> None:
         raise UserError(f"{what} is {rule!r}; it is a dict of {', '.join(known)}")
     for name, value in rule.items():
         default = known[name].default
-        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+        if type(value) is not type(default) and not (
+            isinstance(default, float) and type(value) is int
+        ):
             raise UserError(f"{what}: {name} is {value!r}; it must be like {default!r}")
     rule = Rule(**rule)
     if rule.start not in ("first", "random"):
         raise UserError(f"{what}: start is {rule.start!r}; there are first and random")
-    if 0 < rule.tokens < n_visual + 3 or min(rule.tokens, rule.images, rule.pairs) < 0 or rule.image_first > 1:
-        raise UserError(f"{what}: tokens is 0 or at least {n_visual + 3}, images and pairs are not negative, image_first is at most 1")
+    if (
+        0 < rule.tokens < n_visual + 3
+        or min(rule.tokens, rule.images, rule.pairs) < 0
+        or rule.image_first > 1
+    ):
+        raise UserError(
+            f"{what}: tokens is 0 or at least {n_visual + 3}, images and pairs are not negative, image_first is at most 1"
+        )

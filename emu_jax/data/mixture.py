@@ -4,6 +4,7 @@ Order is a pure function of (seed, stream, numbers that only count up), and a do
 randomness one of (seed, id, epoch). So S streams, each with a small JSON-able state, say all that
 will ever be read; hosts only share the streams out. Read next: loader.py.
 """
+
 import hashlib
 import logging
 from collections import deque
@@ -35,6 +36,7 @@ class Packed:
     """A sequence in a row: `id` is "name of the source/id of the document", `source` its index in
     the mixture.
     """
+
     id: str
     source: int
     sequence: Sequence
@@ -86,6 +88,7 @@ class Mixture:
     own. Stream s reads the places s, s + S, s + 2 S, ...: over all streams an epoch holds every
     document once, however few they are.
     """
+
     names: tuple[str, ...]
     weights: tuple[float, ...]
     sources: tuple[Source, ...]
@@ -100,14 +103,18 @@ class Mixture:
     def index(self, source: int, place: int) -> int:
         """The record of a source at a place."""
         epoch, within = divmod(place, len(self.sources[source]))
-        return shuffled(within, len(self.sources[source]), hash_of(self.seed, self.names[source], epoch))
+        return shuffled(
+            within, len(self.sources[source]), hash_of(self.seed, self.names[source], epoch)
+        )
 
     def draws(self, stream: int, block: int) -> Int[np.ndarray, " n"]:
         """Sources of the draws [block * BLOCK, (block + 1) * BLOCK) of a stream, as indices into
         the mixture.
         """
         edges = np.cumsum(self.weights)
-        return np.searchsorted(edges / edges[-1], rng_of(self.seed, "draws", stream, block).random(BLOCK), side="right")
+        return np.searchsorted(
+            edges / edges[-1], rng_of(self.seed, "draws", stream, block).random(BLOCK), side="right"
+        )
 
     @cached_property
     def one_pass(self) -> Int[np.ndarray, "n 2"]:
@@ -130,15 +137,27 @@ class Stream:
     are empty when it has ended. Not thread-safe: one task at a time.
     """
 
-    def __init__(self, mixture: Mixture, number: int, to_sequence: Callable[..., Sequence], lookahead: int,
-                 state: dict | None = None, once: bool = False, fit: Callable[..., int | None] = first_fit):
+    def __init__(
+        self,
+        mixture: Mixture,
+        number: int,
+        to_sequence: Callable[..., Sequence],
+        lookahead: int,
+        state: dict | None = None,
+        once: bool = False,
+        fit: Callable[..., int | None] = first_fit,
+    ):
         self.mixture = mixture
         self.number = number
         self.to_sequence = to_sequence
         self.lookahead = lookahead
         self.fit = fit
-        state = state or {"draws": 0, "sources": {name: {"read": 0, "bad": 0} for name in mixture.names},
-                          "pending": [], "counts": dict.fromkeys(COUNTS, 0)}
+        state = state or {
+            "draws": 0,
+            "sources": {name: {"read": 0, "bad": 0} for name in mixture.names},
+            "pending": [],
+            "counts": dict.fromkeys(COUNTS, 0),
+        }
         self.draws = state["draws"]
         self.read = [state["sources"][name]["read"] for name in mixture.names]
         self.bad = [state["sources"][name]["bad"] for name in mixture.names]
@@ -147,7 +166,9 @@ class Stream:
         self.waiting: list[tuple[tuple[int, int], Packed]] = []
         # of the restored state
         self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])
-        self.once = map(tuple, mixture.one_pass[number::mixture.streams].tolist()) if once else None
+        self.once = (
+            map(tuple, mixture.one_pass[number :: mixture.streams].tolist()) if once else None
+        )
         # the draws at hand and their number
         self.block: tuple[int, np.ndarray] = (-1, np.zeros(0))
         self.streak = 0
@@ -158,10 +179,15 @@ class Stream:
         """
         names = self.mixture.names
         pending = [place for place, _ in self.waiting] + list(self.unread)
-        return {"draws": self.draws,
-                "sources": {name: {"read": read, "bad": bad} for name, read, bad in zip(names, self.read, self.bad)},
-                "pending": [[names[source], place] for source, place in pending],
-                "counts": dict(self.counts)}
+        return {
+            "draws": self.draws,
+            "sources": {
+                name: {"read": read, "bad": bad}
+                for name, read, bad in zip(names, self.read, self.bad)
+            },
+            "pending": [[names[source], place] for source, place in pending],
+            "counts": dict(self.counts),
+        }
 
     def row(self, tokens: int, images: int) -> list[Packed]:
         """The next row of at most `tokens` tokens and `images` images: always that waiting document
@@ -210,7 +236,9 @@ class Stream:
         name = self.mixture.names[source]
         documents = self.mixture.sources[source]
         try:
-            document = documents[place if self.once is not None else self.mixture.index(source, place)]
+            document = documents[
+                place if self.once is not None else self.mixture.index(source, place)
+            ]
             full_id = f"{name}/{document.id}"
             rng = rng_of(self.mixture.seed, full_id, place // len(documents))
             sequence = self.to_sequence(document, rng=rng, rule=self.mixture.rule(source))
@@ -219,21 +247,29 @@ class Stream:
             self.bad[source] += 1
             self.streak += 1
             if self.streak == STREAK:
-                raise UserError(f"source {name!r}: {STREAK} corrupt records one after another in stream {self.number}, the last {error}; "
-                                "mend the data or take the source out of the mixture") from error
+                raise UserError(
+                    f"source {name!r}: {STREAK} corrupt records one after another in stream {self.number}, the last {error}; "
+                    "mend the data or take the source out of the mixture"
+                ) from error
             return None
         if not len(sequence.tokens):
             self._count_cut(sequence)
             self.streak += 1
             if self.streak == STREAK:
-                raise UserError(f"source {name!r}: {STREAK} conversations one after another in stream {self.number} have a first turn that is too "
-                                f"long, the last {full_id}; raise data.tokens or data.images")
+                raise UserError(
+                    f"source {name!r}: {STREAK} conversations one after another in stream {self.number} have a first turn that is too "
+                    f"long, the last {full_id}; raise data.tokens or data.images"
+                )
             return None
         self.streak = 0
         return Packed(full_id, source, sequence)
 
     def _count_cut(self, sequence: Sequence):
-        self._count(cut_documents=int(sequence.cut > 0), cut_tokens=sequence.cut, cut_turns=sequence.cut_turns)
+        self._count(
+            cut_documents=int(sequence.cut > 0),
+            cut_tokens=sequence.cut,
+            cut_turns=sequence.cut_turns,
+        )
 
     def _count(self, **more: int):
         for name, value in more.items():

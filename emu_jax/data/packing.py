@@ -4,6 +4,7 @@ A row is dense: nothing but its end is padding, and segments keep its documents 
 masked by them, positions restart in them). Read next: mixture.py, which says what waits to be
 packed.
 """
+
 from collections.abc import Sequence as Ordered
 
 import numpy as np
@@ -22,7 +23,9 @@ def first_fit(waiting: Ordered[Sequence], tokens: int, images: int) -> int | Non
     return None
 
 
-def best_fit(waiting: Ordered[Sequence], tokens: int, images: int, row_tokens: int, row_images: int) -> int | None:
+def best_fit(
+    waiting: Ordered[Sequence], tokens: int, images: int, row_tokens: int, row_images: int
+) -> int | None:
     """Index of the one of `waiting` that fits into what is left of a row of `row_tokens` and
     `row_images`, and that leaves both budgets most evenly used; None if none fits. An empty row
     takes the first, so that none waits for ever.
@@ -31,10 +34,17 @@ def best_fit(waiting: Ordered[Sequence], tokens: int, images: int, row_tokens: i
     """
     if (tokens, images) == (row_tokens, row_images):
         return first_fit(waiting, tokens, images)
-    fitting = [index for index, sequence in enumerate(waiting) if len(sequence.tokens) <= tokens and len(sequence.image_slots) <= images]
+    fitting = [
+        index
+        for index, sequence in enumerate(waiting)
+        if len(sequence.tokens) <= tokens and len(sequence.image_slots) <= images
+    ]
 
     def uneven(index: int) -> float:
-        return abs((tokens - len(waiting[index].tokens)) / row_tokens - (images - len(waiting[index].image_slots)) / row_images)
+        return abs(
+            (tokens - len(waiting[index].tokens)) / row_tokens
+            - (images - len(waiting[index].image_slots)) / row_images
+        )
 
     return min(fitting, key=uneven, default=None)
 
@@ -43,6 +53,7 @@ def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) 
     """A Batch of NumPy arrays that holds nothing: [PAD] everywhere, segments and weights 0, slots
     T.
     """
+
     def zeros(*shape, dtype=np.int32):
         return np.zeros(shape, dtype)
 
@@ -54,7 +65,8 @@ def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) 
         images=zeros(rows, images, image_size, image_size, 3, dtype=np.uint8),
         image_slots=np.full((rows, images), tokens, np.int32),
         image_weights=zeros(rows, images, dtype=np.float32),
-        sources=zeros(rows, tokens))
+        sources=zeros(rows, tokens),
+    )
 
 
 def write_row(batch: Batch, row: int, sequences: Ordered[Sequence], sources: Ordered[int]) -> None:
@@ -71,14 +83,15 @@ def write_row(batch: Batch, row: int, sequences: Ordered[Sequence], sources: Ord
     batch.tokens[row, :used] = np.concatenate([sequence.tokens for sequence in sequences])
     batch.segments[row, :used] = np.repeat(np.arange(1, len(sequences) + 1), lengths)
     batch.positions[row, :used] = np.arange(used) - np.repeat(starts, lengths)
-    batch.text_weights[row, :used] = np.concatenate([sequence.text_weights for sequence in sequences])
+    batch.text_weights[row, :used] = np.concatenate(
+        [sequence.text_weights for sequence in sequences]
+    )
     batch.sources[row, :used] = np.repeat(np.array(sources), lengths)
     image = 0
     for sequence, start in zip(sequences, starts):
         count = len(sequence.image_slots)
         if count:
-            batch.images[row, image:image + count] = sequence.images
-            batch.image_slots[row, image:image + count] = sequence.image_slots + start
-            batch.image_weights[row, image:image + count] = sequence.image_weights
+            batch.images[row, image : image + count] = sequence.images
+            batch.image_slots[row, image : image + count] = sequence.image_slots + start
+            batch.image_weights[row, image : image + count] = sequence.image_weights
             image += count
-

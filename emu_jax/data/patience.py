@@ -5,6 +5,7 @@ The loader's threads read through readers: threads, which can only be left alone
 processes, which can be ended and which may die of what they read. Whoever reads, the documents are
 the same. Read next: reader.py, the process, then loader.py.
 """
+
 import contextlib
 import logging
 import os
@@ -63,10 +64,19 @@ class Patient:
                 if not error.disk:
                     raise
                 reason = error.reason
-            log.warning("source %s: record %d: %s (attempt %d of %d)", self.name, index, reason, attempt + 1, 1 + self.retries)
+            log.warning(
+                "source %s: record %d: %s (attempt %d of %d)",
+                self.name,
+                index,
+                reason,
+                attempt + 1,
+                1 + self.retries,
+            )
         if self.unreadable == "stop":
-            raise UserError(f"source {self.name!r}: record {index} cannot be read: {reason}; is the file system well? "
-                            "data.unreadable=skip goes on without it")
+            raise UserError(
+                f"source {self.name!r}: record {index} cannot be read: {reason}; is the file system well? "
+                "data.unreadable=skip goes on without it"
+            )
         raise Corrupt(f"record {index}", reason)
 
 
@@ -110,8 +120,15 @@ class Readers:
                 return self._make(self.sources, self.seconds)
             except Lost as error:
                 reason = str(error)
-                log.warning("a process that reads for the loader does not start: %s (attempt %d of %d)", reason, attempt + 1, STARTS)
-        raise UserError(f"a process that reads for the loader does not start: {reason}; data.readers=0 does without")
+                log.warning(
+                    "a process that reads for the loader does not start: %s (attempt %d of %d)",
+                    reason,
+                    attempt + 1,
+                    STARTS,
+                )
+        raise UserError(
+            f"a process that reads for the loader does not start: {reason}; data.readers=0 does without"
+        )
 
     def close(self) -> None:
         """Ends the readers that are idle; `ask` starts new ones."""
@@ -130,7 +147,9 @@ class _Thread:
         self.seconds = seconds or None
         self.questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=_serve, args=(sources, self.questions, self.answers), name="reader", daemon=True).start()
+        threading.Thread(
+            target=_serve, args=(sources, self.questions, self.answers), name="reader", daemon=True
+        ).start()
 
     def ask(self, number: int, index: int) -> tuple[Document | None, Exception | None]:
         self.questions.put((number, index))
@@ -143,7 +162,9 @@ class _Thread:
         self.questions.put(None)
 
 
-def _serve(sources: Sequence[Source], questions: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+def _serve(
+    sources: Sequence[Source], questions: queue.SimpleQueue, answers: queue.SimpleQueue
+) -> None:
     while (question := questions.get()) is not None:
         number, index = question
         try:
@@ -164,8 +185,12 @@ class _Process:
         self.link, theirs = socket.socketpair()
         with theirs:
             program = f"import sys; sys.path[:] = {sys.path!r}; from emu_jax.data import reader; reader.main({theirs.fileno()})"
-            self.process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                                            env=os.environ | {"JAX_PLATFORMS": "cpu"})
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            )
         self.file = self.link.makefile("rwb")
         self.link.settimeout(START)
         try:

@@ -6,6 +6,7 @@ DIR/KIND.json says by what they were made. DIR/MIXTURE/SOURCE/00000.npy holds [n
 for the next SHARD documents of a source, 00000.json their ids; it is written last, so that a shard
 without it is not there. Written by ../generate/precompute.py.
 """
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -45,8 +46,10 @@ def notes(directory: Path, kind: str) -> dict:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"no {kind} in '{directory}'; they are made by: "
-                        f"python -m emu_jax.generate precompute{KINDS[kind]} --config=FILE --to=DIR") from None
+        raise UserError(
+            f"no {kind} in '{directory}'; they are made by: "
+            f"python -m emu_jax.generate precompute{KINDS[kind]} --config=FILE --to=DIR"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -78,20 +81,28 @@ class Precomputed:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"the {self.kind} of the source {source!r} are not whole ({path}: {reason}); {again}") from error
+            raise UserError(
+                f"the {self.kind} of the source {source!r} are not whole ({path}: {reason}); {again}"
+            ) from error
         if array.shape != (len(ids), *self.shape):
-            raise UserError(f"{path} holds {list(array.shape)}, not {[len(ids), *self.shape]}: remove it and {again}")
+            raise UserError(
+                f"{path} holds {list(array.shape)}, not {[len(ids), *self.shape]}: remove it and {again}"
+            )
         self._places |= {f"{source}/{id}": (len(self._paths), row) for row, id in enumerate(ids)}
         self._paths.append(path)
 
     def of(self, id: str) -> Float16[np.ndarray, "..."]:
         """Of a document by its full id. Raises UserError for one that has none."""
         if id not in self._places:
-            raise UserError(f"the {self.kind} in '{self.directory}' lack the document {id!r}: they were made of other data")
+            raise UserError(
+                f"the {self.kind} in '{self.directory}' lack the document {id!r}: they were made of other data"
+            )
         number, row = self._places[id]
         return np.array(self._opened(self._paths[number])[row])
 
-    def of_batch(self, batch: Batch, ids: Sequence[Sequence[str]]) -> Float16[np.ndarray, "B I ..."]:
+    def of_batch(
+        self, batch: Batch, ids: Sequence[Sequence[str]]
+    ) -> Float16[np.ndarray, "B I ..."]:
         """Of the document of each image of a batch; zeros where there is no image. ids: of the
         documents of each row.
         """
@@ -102,7 +113,11 @@ class Precomputed:
         return found
 
 
-def attached(batch: Batch, ids: Sequence[Sequence[str]], precomputed: Mapping[str, Precomputed]) -> DecoderBatch:
+def attached(
+    batch: Batch, ids: Sequence[Sequence[str]], precomputed: Mapping[str, Precomputed]
+) -> DecoderBatch:
     """The batch with what is precomputed for its images, by kind."""
-    return DecoderBatch(**{field.name: getattr(batch, field.name) for field in fields(Batch)},
-                        **{kind: arrays.of_batch(batch, ids) for kind, arrays in precomputed.items()})
+    return DecoderBatch(
+        **{field.name: getattr(batch, field.name) for field in fields(Batch)},
+        **{kind: arrays.of_batch(batch, ids) for kind, arrays in precomputed.items()},
+    )

@@ -5,6 +5,7 @@ patience.py starts it, and ends it too: signals of the terminal or of a schedule
 processes, are for the one that trains. It also ends when that one is gone. JAX comes into it with
 Grain, and sees no accelerator. Read next: sources/records.py.
 """
+
 import pickle
 import signal
 import socket

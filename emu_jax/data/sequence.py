@@ -6,6 +6,7 @@ differs between the data sets of the paper is said by the order of a document's 
 order of a Pair is drawn here. A conversation is written by chat.py, and only its answers count.
 Read next: packing.py.
 """
+
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Sequence:
     """One tokenised document; t tokens and i images of it. With no image, `images` has shape [0, 0,
     0, 3].
     """
+
     id: str
     # int32
     tokens: Int[np.ndarray, " t"]
@@ -50,6 +52,7 @@ class Rule:
     everything else out. `start="random"` begins what is longer than `tokens` at a part drawn at
     random, in place of its first.
     """
+
     # of a sequence, at most; 0: data.tokens
     tokens: int = 0
     # the first so many are kept, the others left out and the text goes on; 0: all that data.images
@@ -66,9 +69,20 @@ class Rule:
 PLAIN = Rule()
 
 
-def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, max_tokens: int, max_images: int,
-                  image_first: float, labels: Collection[str], rng: np.random.Generator, rule: Rule = PLAIN, chats: bool = True,
-                  system: str = "release") -> Sequence:
+def make_sequence(
+    document: Document,
+    tokenizer: Tokenizer,
+    *,
+    n_visual: int,
+    max_tokens: int,
+    max_images: int,
+    image_first: float,
+    labels: Collection[str],
+    rng: np.random.Generator,
+    rule: Rule = PLAIN,
+    chats: bool = True,
+    system: str = "release",
+) -> Sequence:
     """The sequence of `document`, of at most `max_tokens` tokens and `max_images` images, made by
     `rule`.
 
@@ -86,13 +100,28 @@ def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, ma
     max_tokens = min(max_tokens, rule.tokens or max_tokens)
     if chat.is_conversation(document):
         if not chats:
-            raise UserError(f"{document.id} is a conversation, and this model has no [USER] and [ASSISTANT]: model.llama.added=6")
-        return _conversation(document, tokenizer, n_visual, max_tokens, min(max_images, rule.images or max_images), labels, rng, system)
+            raise UserError(
+                f"{document.id} is a conversation, and this model has no [USER] and [ASSISTANT]: model.llama.added=6"
+            )
+        return _conversation(
+            document,
+            tokenizer,
+            n_visual,
+            max_tokens,
+            min(max_images, rule.images or max_images),
+            labels,
+            rng,
+            system,
+        )
     block = [tokenizer.img, *[tokenizer.image] * n_visual, tokenizer.end_img]
     counts = {label: float(label in labels) for label in LABELS}
     block_weights = [counts["[IMG]"], *[0.0] * n_visual, counts["[/IMG]"]]
     pieces: list[tuple[list[int], list[float], np.ndarray | None]] = []
-    for part in _ordered(_chosen(document.parts, rule.pairs, rng), image_first if rule.image_first < 0 else rule.image_first, rng):
+    for part in _ordered(
+        _chosen(document.parts, rule.pairs, rng),
+        image_first if rule.image_first < 0 else rule.image_first,
+        rng,
+    ):
         if isinstance(part, np.ndarray):
             pieces.append((block, block_weights, _square(part, rng)))
         else:
@@ -130,24 +159,45 @@ def make_sequence(document: Document, tokenizer: Tokenizer, *, n_visual: int, ma
         images=np.stack(images[:kept]) if kept else np.zeros((0, 0, 0, 3), np.uint8),
         image_slots=np.array(slots[:kept], np.int32),
         image_weights=np.ones(kept, np.float32),
-        cut=before + len(tokens) - keep)
+        cut=before + len(tokens) - keep,
+    )
 
 
-def _conversation(document, tokenizer, n_visual, max_tokens, max_images, labels, rng, system) -> Sequence:
+def _conversation(
+    document, tokenizer, n_visual, max_tokens, max_images, labels, rng, system
+) -> Sequence:
     own, turns = chat.turns(document)
     counts = {label: float(label in labels) for label in LABELS}
-    said = own or (chat.MESSAGES[chat.kind([part for part in turns[0].question if isinstance(part, Picture)])] if system == "release" else ())
+    said = own or (
+        chat.MESSAGES[chat.kind([part for part in turns[0].question if isinstance(part, Picture)])]
+        if system == "release"
+        else ()
+    )
     written = _Written(tokenizer, n_visual, counts)
     ends = [written.end]
     for number, (question, answer) in enumerate(turns):
-        asked = [_square(part.data, rng) if isinstance(part, Picture) else part.text for part in question]
-        for piece in chat.joined([*(chat.opening(tokenizer, said) if number == 0 else ()), *chat.asked(tokenizer, asked)]):
+        asked = [
+            _square(part.data, rng) if isinstance(part, Picture) else part.text for part in question
+        ]
+        for piece in chat.joined(
+            [*(chat.opening(tokenizer, said) if number == 0 else ()), *chat.asked(tokenizer, asked)]
+        ):
             written.add(piece, 0.0)
         for part in answer:
-            written.add(*((_square(part.data, rng), 1.0) if isinstance(part, Picture) else (part.text, part.weight)))
+            written.add(
+                *(
+                    (_square(part.data, rng), 1.0)
+                    if isinstance(part, Picture)
+                    else (part.text, part.weight)
+                )
+            )
         written.add(tokenizer.eos, counts["</s>"])
         ends.append(written.end)
-    kept = max(number for number, (tokens, images) in enumerate(ends) if tokens <= max_tokens and images <= max_images)
+    kept = max(
+        number
+        for number, (tokens, images) in enumerate(ends)
+        if tokens <= max_tokens and images <= max_images
+    )
     return written.until(document.id, ends[kept], cut_turns=len(turns) - kept)
 
 
@@ -184,17 +234,26 @@ class _Written:
             self.slots.append(len(self.tokens) + 1)
             self.regressed.append(weight)
             ids = [self.t.img, *[self.t.image] * self.n, self.t.end_img]
-            weights = [weight * self.counts["[IMG]"], *[0.0] * self.n, weight * self.counts["[/IMG]"]]
+            weights = [
+                weight * self.counts["[IMG]"],
+                *[0.0] * self.n,
+                weight * self.counts["[/IMG]"],
+            ]
         self.tokens += ids
         self.weights += weights
 
     def until(self, id: str, end: tuple[int, int], cut_turns: int) -> Sequence:
         tokens, images = end
         return Sequence(
-            id=id, tokens=np.array(self.tokens[:tokens], np.int32), text_weights=np.array(self.weights[:tokens], np.float32),
+            id=id,
+            tokens=np.array(self.tokens[:tokens], np.int32),
+            text_weights=np.array(self.weights[:tokens], np.float32),
             images=np.stack(self.images[:images]) if images else np.zeros((0, 0, 0, 3), np.uint8),
-            image_slots=np.array(self.slots[:images], np.int32), image_weights=np.array(self.regressed[:images], np.float32),
-            cut=len(self.tokens) - tokens, cut_turns=cut_turns)
+            image_slots=np.array(self.slots[:images], np.int32),
+            image_weights=np.array(self.regressed[:images], np.float32),
+            cut=len(self.tokens) - tokens,
+            cut_turns=cut_turns,
+        )
 
 
 def _chosen(parts, pairs, rng):
@@ -234,4 +293,4 @@ def _square(image, rng):
     if height == width:
         return image
     place = int(rng.integers(max(height, width) - side + 1))
-    return image[place:place + side] if height > width else image[:, place:place + side]
+    return image[place : place + side] if height > width else image[:, place : place + side]

@@ -4,6 +4,7 @@ The common libraries were tried on files with byte order marks, CRLF, tags, enti
 identifiers: each of three got some wrong, and both formats are a page. Read next:
 sources/subtitled.py.
 """
+
 import html
 import re
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ _KARAOKE = re.compile(r"<\d[\d:.]*>")
 @dataclass(frozen=True)
 class Cue:
     """A text and when it is shown, in seconds."""
+
     start: float
     end: float
     text: str
@@ -34,11 +36,22 @@ def parse(text: str) -> list[Cue]:
     In captions that roll (every cue shows the line before it again, as YouTube's do) a line counts
     once. Raises ValueError for a file with no cue at all.
     """
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
+    text = (
+        text.removeprefix("\ufeff")
+        .replace("\r\n", "\n")
+        .replace("\r", "\n")
+        .replace("\0", "\ufffd")
+    )
     lines = text.split("\n")
     vtt = lines[0].startswith("WEBVTT")
-    times = {number: found.groups() for number, line in enumerate(lines) if (found := _TIMES.match(line))}
-    places = [number for number, line in enumerate(lines) if number in times or ("-->" in line if vtt else _LIKE_TIMES.match(line))]
+    times = {
+        number: found.groups() for number, line in enumerate(lines) if (found := _TIMES.match(line))
+    }
+    places = [
+        number
+        for number, line in enumerate(lines)
+        if number in times or ("-->" in line if vtt else _LIKE_TIMES.match(line))
+    ]
     if not times:
         raise ValueError("no cue in the subtitles")
     cues = []
@@ -48,9 +61,9 @@ def parse(text: str) -> list[Cue]:
     for place, following in zip(places, [*places[1:], None]):
         if place not in times:
             continue
-        block = lines[place + 1:following]
+        block = lines[place + 1 : following]
         if vtt:
-            block = block[:next((n for n, line in enumerate(block) if not line), len(block))]
+            block = block[: next((n for n, line in enumerate(block) if not line), len(block))]
         elif following is not None and block and block[-1].strip().isdigit():
             # the number of the next cue
             block = block[:-1]
@@ -59,7 +72,10 @@ def parse(text: str) -> list[Cue]:
         shown = [plain for line in block if (plain := _plain(line))]
         fresh = shown
         if rolls or start < until:
-            again = next((n for n in range(min(len(before), len(shown)), 0, -1) if before[-n:] == shown[:n]), 0)
+            again = next(
+                (n for n in range(min(len(before), len(shown)), 0, -1) if before[-n:] == shown[:n]),
+                0,
+            )
             fresh = shown[again:]
         if shown:
             before = shown
@@ -70,7 +86,12 @@ def parse(text: str) -> list[Cue]:
 
 
 def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
-    return int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + int((fraction or "").ljust(3, "0")) / 1000
+    return (
+        int(hours or 0) * 3600
+        + int(minutes) * 60
+        + int(seconds)
+        + int((fraction or "").ljust(3, "0")) / 1000
+    )
 
 
 def _plain(line: str) -> str:

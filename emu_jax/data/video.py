@@ -2,6 +2,7 @@
 
 Read next: sources/videos.py and sources/subtitled.py.
 """
+
 import io
 from collections.abc import Callable, Iterator
 
@@ -14,10 +15,26 @@ from emu_jax.data.images import MAX_PIXELS
 # broken files are reported by us, once
 av.logging.set_level(av.logging.PANIC)
 
-SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv", ".gif", ".yuv4mpeg", ".y4m")
+SUFFIXES = (
+    ".mp4",
+    ".webm",
+    ".mkv",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".ogv",
+    ".gif",
+    ".yuv4mpeg",
+    ".y4m",
+)
 # FFmpeg's containers of one file: its playlists (concat, HLS, DASH) name other files, which it
 # would read.
-OPTIONS = {"format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,ogg,gif,yuv4mpegpipe,flv,asf", "protocol_whitelist": "none"}
+OPTIONS = {
+    "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,ogg,gif,yuv4mpegpipe,flv,asf",
+    "protocol_whitelist": "none",
+}
 
 Frame = UInt8[np.ndarray, "h w 3"]
 
@@ -92,7 +109,11 @@ def _unusable(error: Exception) -> ValueError:
     """Says the same of the same file: the text of FFmpeg's own errors holds what it logged last, of
     whichever file that was.
     """
-    return ValueError(" ".join(f"not a usable video: {error.strerror if isinstance(error, av.FFmpegError) else error}".split()))
+    return ValueError(
+        " ".join(
+            f"not a usable video: {error.strerror if isinstance(error, av.FFmpegError) else error}".split()
+        )
+    )
 
 
 def _open(data: bytes) -> "av.container.InputContainer":
@@ -101,13 +122,17 @@ def _open(data: bytes) -> "av.container.InputContainer":
     if stream is None or stream.codec_context is None:
         raise ValueError("it holds no pictures, or of an unknown kind")
     if stream.width * stream.height > MAX_PIXELS:
-        raise ValueError(f"{stream.width} x {stream.height} pixels are over the limit of {MAX_PIXELS}")
+        raise ValueError(
+            f"{stream.width} x {stream.height} pixels are over the limit of {MAX_PIXELS}"
+        )
     return container
 
 
 def _count(data: bytes) -> int:
     with _open(data) as container:
-        return max(1, sum(packet.size > 0 for packet in container.demux(container.streams.video[0])))
+        return max(
+            1, sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+        )
 
 
 def _frames(data: bytes) -> Iterator[tuple[float, "av.VideoFrame"]]:
@@ -120,4 +145,6 @@ def _frames(data: bytes) -> Iterator[tuple[float, "av.VideoFrame"]]:
 def upright(frame: "av.VideoFrame") -> Frame:
     """Its pixels, turned as the file says that it was filmed."""
     image = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(image, round((getattr(frame, "rotation", 0) or 0) / 90) % 4))
+    return np.ascontiguousarray(
+        np.rot90(image, round((getattr(frame, "rotation", 0) or 0) / 90) % 4)
+    )

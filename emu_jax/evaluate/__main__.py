@@ -5,6 +5,7 @@ benchmark, and a page to look at. python -m emu_jax.evaluate --task=demo|demo-ch
 
 Read next: benchmark.py; demo.py, report.py; chat.py; score.py.
 """
+
 import argparse
 import json
 import sys
@@ -29,7 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.task == "demo":
             print(demo(flags.checkpoint, data, flags.warmup, flags.decoder, flags.out))
         else:
-            print(chat(flags.checkpoint, data, flags.out) if flags.task == "demo-chat" else benchmark(flags))
+            print(
+                chat(flags.checkpoint, data, flags.out)
+                if flags.task == "demo-chat"
+                else benchmark(flags)
+            )
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -39,12 +44,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def demo(checkpoint: str, data: str, warmup: str | None, decoder: str | None, out: str | None) -> Path:
+def demo(
+    checkpoint: str, data: str, warmup: str | None, decoder: str | None, out: str | None
+) -> Path:
     """Prints the numbers, writes results.json and report.html into `out`, and returns the page's
     path.
     """
     # these take seconds to import: a wrong flag is answered at once
     from emu_jax.evaluate import demo, history, report
+
     result = demo.evaluate(checkpoint, data, warmup, decoder)
     width = max(map(len, result.numbers))
     print("\n".join(f"{name:{width}}  {_shown(value)}" for name, value in result.numbers.items()))
@@ -55,10 +63,20 @@ def demo(checkpoint: str, data: str, warmup: str | None, decoder: str | None, ou
         print(f"{target.what:{width}}  {value:>8}  {target.bound:13} {verdict[target.reached]}")
     folder = Path(out) if out else history.workdir(checkpoint)[0]
     folder.mkdir(parents=True, exist_ok=True)
-    told = {group: [{"id": told.id, "true": told.true, "said": told.said, "nearest": told.nearest} for told in some]
-            for group, some in result.captions.items() if group.endswith("held_out")}
-    results = {"checkpoint": checkpoint, "numbers": result.numbers, "targets": [target._asdict() for target in result.targets],
-               "captions": told}
+    told = {
+        group: [
+            {"id": told.id, "true": told.true, "said": told.said, "nearest": told.nearest}
+            for told in some
+        ]
+        for group, some in result.captions.items()
+        if group.endswith("held_out")
+    }
+    results = {
+        "checkpoint": checkpoint,
+        "numbers": result.numbers,
+        "targets": [target._asdict() for target in result.targets],
+        "captions": told,
+    }
     _write(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     _write(folder / "report.html", report.page(result, checkpoint))
     return folder / "report.html"
@@ -67,14 +85,31 @@ def demo(checkpoint: str, data: str, warmup: str | None, decoder: str | None, ou
 def chat(checkpoint: str, data: str, out: str | None) -> Path:
     """As `demo`, for a model that was tuned to answer questions."""
     from emu_jax.evaluate import chat, history
+
     result = chat.evaluate(checkpoint, data)
     print(chat.table(result))
     folder = Path(out) if out else history.workdir(checkpoint)[0]
     folder.mkdir(parents=True, exist_ok=True)
-    answers = [{"id": told.id, "kind": told.kind, "question": told.question, "true": told.true, "before": told.before, "after": told.after}
-               for told in result.told]
-    _write(folder / "results.json", json.dumps({"checkpoint": checkpoint, "numbers": result.numbers, "answers": answers}, indent=1,
-                                               ensure_ascii=False) + "\n")
+    answers = [
+        {
+            "id": told.id,
+            "kind": told.kind,
+            "question": told.question,
+            "true": told.true,
+            "before": told.before,
+            "after": told.after,
+        }
+        for told in result.told
+    ]
+    _write(
+        folder / "results.json",
+        json.dumps(
+            {"checkpoint": checkpoint, "numbers": result.numbers, "answers": answers},
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n",
+    )
     _write(folder / "report.html", chat.page(result, checkpoint))
     return folder / "report.html"
 
@@ -87,39 +122,104 @@ def benchmark(flags: argparse.Namespace) -> str:
     from emu_jax.evaluate import benchmark
     from emu_jax.evaluate.tasks import TASKS
     from emu_jax.generate.session import Session, mesh_of
+
     settings = benchmark.Settings(
-        flags.task, str(Path(flags.checkpoint).resolve()), checkpoint.newest(flags.checkpoint), str(Path(flags.data).resolve()),
-        flags.split or TASKS[flags.task].split, flags.shots, flags.text_only, flags.beams, flags.ema, flags.decoder or "")
-    host, hosts = (jax.process_index(), jax.process_count()) if flags.hosts is None else (flags.host, flags.hosts)
+        flags.task,
+        str(Path(flags.checkpoint).resolve()),
+        checkpoint.newest(flags.checkpoint),
+        str(Path(flags.data).resolve()),
+        flags.split or TASKS[flags.task].split,
+        flags.shots,
+        flags.text_only,
+        flags.beams,
+        flags.ema,
+        flags.decoder or "",
+    )
+    host, hosts = (
+        (jax.process_index(), jax.process_count())
+        if flags.hosts is None
+        else (flags.host, flags.hosts)
+    )
     if not 0 <= host < hosts:
         _fail(f"--host={host} must be from 0 to {hosts - 1}, for --hosts={hosts}")
+
     def mesh():
         return mesh_of(flags.checkpoint, jax.local_devices())
+
     def load():
-        return Session.load(flags.checkpoint, ema=flags.ema, tokenizer=flags.tokenizer, mesh=mesh(), batch=flags.batch)
+        return Session.load(
+            flags.checkpoint,
+            ema=flags.ema,
+            tokenizer=flags.tokenizer,
+            mesh=mesh(),
+            batch=flags.batch,
+        )
+
     out = Path(flags.out) if flags.out else benchmark.where(settings)
-    told = benchmark.run(settings, load, out, limit=flags.limit, allow_missing=flags.allow_missing, wordnet=flags.wordnet,
-                         inception_dir=flags.inception, clip_dir=flags.clip, tagger=flags.tagger, host=host, hosts=hosts)
+    told = benchmark.run(
+        settings,
+        load,
+        out,
+        limit=flags.limit,
+        allow_missing=flags.allow_missing,
+        wordnet=flags.wordnet,
+        inception_dir=flags.inception,
+        clip_dir=flags.clip,
+        tagger=flags.tagger,
+        host=host,
+        hosts=hosts,
+    )
     if "waiting" in told:
         return f"{told['waiting']} of {told['count']} predictions are other hosts'; once they are in {out}, the same command scores them"
-    print("\n".join(f"{name}: {_shown(value)}" for name, value in told.items() if isinstance(value, (int, float)) and not isinstance(value, bool)))
+    print(
+        "\n".join(
+            f"{name}: {_shown(value)}"
+            for name, value in told.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        )
+    )
     return str(out / "report.html")
 
 
 def scores(arguments: list[str]) -> dict:
     """The numbers of `score`'s flags."""
     from emu_jax.evaluate import score
-    parser = argparse.ArgumentParser(prog="python -m emu_jax.evaluate score", description="Scores of predictions, without a model, as JSON.",
-                                     epilog=score.LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    parser = argparse.ArgumentParser(
+        prog="python -m emu_jax.evaluate score",
+        description="Scores of predictions, without a model, as JSON.",
+        epilog=score.LAYOUTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.error = _fail
     parser.add_argument("--metric", required=True, choices=list(score.METRICS))
-    parser.add_argument("--predictions", required=True, metavar="FILE", help="clip_score: or a folder")
-    parser.add_argument("--references", required=True, nargs="+", metavar="FILE", help="visdial takes two")
-    parser.add_argument("--wordnet", metavar="DIR", help="for wups: a folder with WordNet's files; Debian's wordnet-base: /usr/share/wordnet")
-    parser.add_argument("--clip", metavar="DIR", help="for clip_score: what `python -m emu_jax.weights import --family=clip` made")
-    parser.add_argument("--tagger", metavar="DIR", help="for wups of NExT-QA: NLTK's averaged_perceptron_tagger_eng (.json)")
+    parser.add_argument(
+        "--predictions", required=True, metavar="FILE", help="clip_score: or a folder"
+    )
+    parser.add_argument(
+        "--references", required=True, nargs="+", metavar="FILE", help="visdial takes two"
+    )
+    parser.add_argument(
+        "--wordnet",
+        metavar="DIR",
+        help="for wups: a folder with WordNet's files; Debian's wordnet-base: /usr/share/wordnet",
+    )
+    parser.add_argument(
+        "--clip",
+        metavar="DIR",
+        help="for clip_score: what `python -m emu_jax.weights import --family=clip` made",
+    )
+    parser.add_argument(
+        "--tagger",
+        metavar="DIR",
+        help="for wups of NExT-QA: NLTK's averaged_perceptron_tagger_eng (.json)",
+    )
     flags = parser.parse_args(arguments)
-    return score.score(flags.metric, score.Job(flags.predictions, flags.references, flags.wordnet, flags.clip, flags.tagger))
+    return score.score(
+        flags.metric,
+        score.Job(flags.predictions, flags.references, flags.wordnet, flags.clip, flags.tagger),
+    )
 
 
 def _shown(value: int | float) -> str:
@@ -135,38 +235,119 @@ def _write(path: Path, text: str) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from emu_jax.evaluate.tasks import TASKS
+
     def names(task):
-        return ", ".join(file.format(split=task.split) for file in (*task.files, *task.more, *filter(None, [task.marks])))
-    epilog = "tasks, and what they read:\n" + "\n".join(f"  {name:14}{task.what}\n{'':16}{names(task)}" for name, task in TASKS.items())
-    parser = argparse.ArgumentParser(prog="python -m emu_jax.evaluate", description=DESCRIPTION, epilog=epilog, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+        return ", ".join(
+            file.format(split=task.split)
+            for file in (*task.files, *task.more, *filter(None, [task.marks]))
+        )
+
+    epilog = "tasks, and what they read:\n" + "\n".join(
+        f"  {name:14}{task.what}\n{'':16}{names(task)}" for name, task in TASKS.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m emu_jax.evaluate",
+        description=DESCRIPTION,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     # one line, as everywhere
     parser.error = _fail
-    parser.add_argument("--task", required=True, choices=[*DEMOS, *TASKS], metavar="T",
-                        help="demo; demo-chat: its questions, before and after tuning; or one of the tasks below")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints")
-    parser.add_argument("--data", metavar="DIR", help="the benchmark's annotation files and pictures, wherever in it; demos: data/demo")
-    parser.add_argument("--out", metavar="DIR", help="for predictions, submission.json, scores.json and report.html; by default within the run")
+    parser.add_argument(
+        "--task",
+        required=True,
+        choices=[*DEMOS, *TASKS],
+        metavar="T",
+        help="demo; demo-chat: its questions, before and after tuning; or one of the tasks below",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's workdir, or one of its checkpoints",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="the benchmark's annotation files and pictures, wherever in it; demos: data/demo",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="for predictions, submission.json, scores.json and report.html; by default within the run",
+    )
     parser.add_argument("--limit", type=_count, metavar="N", help="the first N examples only")
-    parser.add_argument("--shots", type=_count, default=0, metavar="K", help="K examples before the question, chosen by RICES (0)")
-    parser.add_argument("--text-only", action="store_true", help="these examples without their pictures, and the same ones for all questions")
+    parser.add_argument(
+        "--shots",
+        type=_count,
+        default=0,
+        metavar="K",
+        help="K examples before the question, chosen by RICES (0)",
+    )
+    parser.add_argument(
+        "--text-only",
+        action="store_true",
+        help="these examples without their pictures, and the same ones for all questions",
+    )
     parser.add_argument("--split", metavar="NAME", help="another split than the task's")
-    parser.add_argument("--allow-missing", action="store_true", help="leave out questions whose picture is not there")
-    parser.add_argument("--beams", type=_count, default=0, metavar="N", help="other than the task's (5)")
-    parser.add_argument("--batch", type=_count, default=32, metavar="N", help="questions at once (32); the answers do not depend on it")
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="leave out questions whose picture is not there",
+    )
+    parser.add_argument(
+        "--beams", type=_count, default=0, metavar="N", help="other than the task's (5)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_count,
+        default=32,
+        metavar="N",
+        help="questions at once (32); the answers do not depend on it",
+    )
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    parser.add_argument("--tokenizer", metavar="FILE", help="if it is not where the checkpoint's config says")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="if it is not where the checkpoint's config says"
+    )
     parser.add_argument("--wordnet", metavar="DIR", help="nextqa: WordNet's files")
-    parser.add_argument("--tagger", metavar="DIR", help="nextqa: NLTK's averaged_perceptron_tagger_eng; answers count as lemmas then, as officially")
-    parser.add_argument("--decoder", metavar="DIR", help="demo, coco-t2i: a run of the stage decoder, which draws")
-    parser.add_argument("--inception", metavar="DIR", help="coco-t2i: what `python -m emu_jax.weights import --family=inception` made")
-    parser.add_argument("--clip", metavar="DIR", help="coco-t2i: clip_score too, by what `python -m emu_jax.weights import --family=clip` made")
-    parser.add_argument("--host", type=int, default=0, metavar="K", help="which of --hosts this is, from 0 (0)")
-    parser.add_argument("--hosts", type=_count, metavar="N", help="how many share the work; by default the processes that JAX knows of")
-    parser.add_argument("--warmup", metavar="DIR", help="demo: the run that warmed the encoder up; by default where the run's config says it started")
+    parser.add_argument(
+        "--tagger",
+        metavar="DIR",
+        help="nextqa: NLTK's averaged_perceptron_tagger_eng; answers count as lemmas then, as officially",
+    )
+    parser.add_argument(
+        "--decoder", metavar="DIR", help="demo, coco-t2i: a run of the stage decoder, which draws"
+    )
+    parser.add_argument(
+        "--inception",
+        metavar="DIR",
+        help="coco-t2i: what `python -m emu_jax.weights import --family=inception` made",
+    )
+    parser.add_argument(
+        "--clip",
+        metavar="DIR",
+        help="coco-t2i: clip_score too, by what `python -m emu_jax.weights import --family=clip` made",
+    )
+    parser.add_argument(
+        "--host", type=int, default=0, metavar="K", help="which of --hosts this is, from 0 (0)"
+    )
+    parser.add_argument(
+        "--hosts",
+        type=_count,
+        metavar="N",
+        help="how many share the work; by default the processes that JAX knows of",
+    )
+    parser.add_argument(
+        "--warmup",
+        metavar="DIR",
+        help="demo: the run that warmed the encoder up; by default where the run's config says it started",
+    )
     flags = parser.parse_args(arguments)
     if flags.task not in DEMOS and not flags.data:
-        _fail(f"--data=DIR is missing: the folder with {', '.join(TASKS[flags.task].files)} and the pictures")
+        _fail(
+            f"--data=DIR is missing: the folder with {', '.join(TASKS[flags.task].files)} and the pictures"
+        )
     if flags.text_only and not flags.shots:
         _fail("--text-only needs --shots=K: how many examples")
     return flags

@@ -5,6 +5,7 @@ Predictions are appended to a file as they come, so the same command goes on whe
 hosts take turns. Then all is scored, and written: submission.json, scores.json, report.html. Read
 next: tasks.py, retrieval.py, gallery.py.
 """
+
 import json
 import os
 import zlib
@@ -48,6 +49,7 @@ POOL = 1
 @dataclass(frozen=True)
 class Settings:
     """What decides a prediction: a run goes on only with the same."""
+
     task: str
     checkpoint: str
     step: int
@@ -91,30 +93,46 @@ def plan(settings: Settings, *, limit: int | None = None, allow_missing: bool = 
     folder = Folder(settings.data)
     wanted = examples_of(settings.task, folder, settings.split)[:limit]
     paths = {example.picture: path for example in wanted if (path := folder.picture(example))}
-    missing = list(dict.fromkeys(example.picture for example in wanted if example.picture not in paths))
+    missing = list(
+        dict.fromkeys(example.picture for example in wanted if example.picture not in paths)
+    )
     if task.kind == "image":
         # nothing is shown
         missing = []
     if missing and not allow_missing:
-        raise UserError(f"{settings.data}: {len(missing)} of the pictures are not there: {', '.join(missing[:4])}{', ...' if missing[4:] else ''}; "
-                        "--allow-missing leaves their questions out")
+        raise UserError(
+            f"{settings.data}: {len(missing)} of the pictures are not there: {', '.join(missing[:4])}{', ...' if missing[4:] else ''}; "
+            "--allow-missing leaves their questions out"
+        )
     gone = set(missing)
     examples = [example for example in wanted if example.picture not in gone]
     if not examples:
-        raise UserError(f"{settings.data}: none of the pictures is there; they lie anywhere in it, under the names of the annotations, as "
-                        f"{missing[0]}")
+        raise UserError(
+            f"{settings.data}: none of the pictures is there; they lie anywhere in it, under the names of the annotations, as "
+            f"{missing[0]}"
+        )
     pool: list[Example] = []
     if settings.shots:
         if not task.examples:
-            raise UserError(f"--shots={settings.shots}: {settings.task} has no split that examples come from")
-        pool = [example for example in examples_of(task.fewshot or settings.task, folder, task.examples) if example.answers]
+            raise UserError(
+                f"--shots={settings.shots}: {settings.task} has no split that examples come from"
+            )
+        pool = [
+            example
+            for example in examples_of(task.fewshot or settings.task, folder, task.examples)
+            if example.answers
+        ]
         if not settings.text_only:
-            paths |= {example.picture: path for example in pool if (path := folder.picture(example))}
+            paths |= {
+                example.picture: path for example in pool if (path := folder.picture(example))
+            }
             pool = [example for example in pool if example.picture in paths]
         there = len(pool) if settings.text_only else len({example.picture for example in pool})
         if there < settings.shots:
             what = "examples" if settings.text_only else "pictures of examples in the folder"
-            raise UserError(f"--shots={settings.shots}: the split {task.examples!r} has {there} {what}")
+            raise UserError(
+                f"--shots={settings.shots}: the split {task.examples!r} has {there} {what}"
+            )
     return Plan(examples, paths, missing, pool)
 
 
@@ -133,7 +151,10 @@ class Asker:
         self.by_picture: dict[str, list[Example]] = {}
         for example in plan.pool:
             self.by_picture.setdefault(example.picture, []).append(example)
-        self.fixed = [plan.pool[k] for k in np.random.default_rng(POOL).permutation(len(plan.pool))[:settings.shots]]
+        self.fixed = [
+            plan.pool[k]
+            for k in np.random.default_rng(POOL).permutation(len(plan.pool))[: settings.shots]
+        ]
         self.index = None
         if settings.shots and not settings.text_only:
             of = json.dumps([settings.checkpoint, settings.step])
@@ -144,26 +165,40 @@ class Asker:
         if self.task.kind == "dialog":
             return [self._ranked(example) for example in examples]
         shots = self._shots(examples)
-        asked = [self._fitting(example, some) for example, some in zip(examples, shots, strict=True)]
+        asked = [
+            self._fitting(example, some) for example, some in zip(examples, shots, strict=True)
+        ]
         said = self.session.texts([prompt for prompt, _ in asked], self.options)
         kept = [self.task.clean(text) for text in said]
         if self.settings.task == "vizwiz":
             sure = [self._prompt("known", example, []) for example in examples]
-            known = self.session.texts(sure, Options(max_new_tokens=self.options.max_new_tokens), choices=prompts.KNOWN)
-            kept = [text if knows == prompts.KNOWN[0] else "unanswerable" for text, knows in zip(kept, known, strict=True)]
-        return [Predicted(example.id, text, keep, used) for example, text, keep, (_, used) in zip(examples, said, kept, asked, strict=True)]
+            known = self.session.texts(
+                sure, Options(max_new_tokens=self.options.max_new_tokens), choices=prompts.KNOWN
+            )
+            kept = [
+                text if knows == prompts.KNOWN[0] else "unanswerable"
+                for text, knows in zip(kept, known, strict=True)
+            ]
+        return [
+            Predicted(example.id, text, keep, used)
+            for example, text, keep, (_, used) in zip(examples, said, kept, asked, strict=True)
+        ]
 
     def _shots(self, examples: Sequence[Example]) -> list[list[Example]]:
         """The examples before each question, the nearest last."""
         if self.index is None:
             return [self.fixed] * len(examples)
-        features = retrieval.features(self.session, (self.frames(example.picture) for example in examples))
+        features = retrieval.features(
+            self.session, (self.frames(example.picture) for example in examples)
+        )
         chosen = []
         for example, feature in zip(examples, features, strict=True):
             near = self.index.nearest(feature, self.settings.shots, but=example.picture)
             # of several questions about a near picture, one, always the same
             number = zlib.crc32(example.id.encode())
-            chosen.append([some[number % len(some)] for some in (self.by_picture[name] for name in near)])
+            chosen.append(
+                [some[number % len(some)] for some in (self.by_picture[name] for name in near)]
+            )
         return chosen
 
     def _fitting(self, example: Example, shots: list[Example]) -> tuple[Prompt, int]:
@@ -177,13 +212,18 @@ class Asker:
 
     def _prompt(self, kind: str, example: Example, shots: list[Example]) -> Prompt:
         shown = not self.settings.text_only
-        told = [prompts.Shot(shot.question, answer_of(shot, self.task.kind), shown) for shot in shots]
+        told = [
+            prompts.Shot(shot.question, answer_of(shot, self.task.kind), shown) for shot in shots
+        ]
         text = prompts.ask(kind, example.question, told, chat=self.chat, video=self.task.video)
         pictures = [*(shot.picture for shot in shots if shown), example.picture]
         return self.session.grammar.template(text, [self.frames(picture) for picture in pictures])
 
     def _ranked(self, example: Example) -> Predicted:
-        prompt = self.session.grammar.template(prompts.dialog(example.history, example.question, chat=self.chat), [self.frames(example.picture)])
+        prompt = self.session.grammar.template(
+            prompts.dialog(example.history, example.question, chat=self.chat),
+            [self.frames(example.picture)],
+        )
         order = np.argsort(self.session.losses(prompt, example.options), kind="stable")
         ranks = np.empty(len(order), int)
         ranks[order] = np.arange(1, len(order) + 1)
@@ -194,11 +234,22 @@ def answer_of(example: Example, kind: str) -> str:
     """What a few-shot example answers: its first caption, or the answer that most annotators
     gave.
     """
-    return example.answers[0].strip().removesuffix(".").lower() if kind == "caption" else Counter(example.answers).most_common(1)[0][0]
+    return (
+        example.answers[0].strip().removesuffix(".").lower()
+        if kind == "caption"
+        else Counter(example.answers).most_common(1)[0][0]
+    )
 
 
-def scores_of(settings: Settings, examples: Sequence[Example], predictions: dict[str, Any], *, wordnet: str | None = None, tagger: str | None = None,
-              pictures: Callable[[], Scores] | None = None) -> Scores:
+def scores_of(
+    settings: Settings,
+    examples: Sequence[Example],
+    predictions: dict[str, Any],
+    *,
+    wordnet: str | None = None,
+    tagger: str | None = None,
+    pictures: Callable[[], Scores] | None = None,
+) -> Scores:
     """The numbers of a benchmark, and each example's; none of each where the split's answers are
     withheld. `pictures`: those of drawn ones.
     """
@@ -217,9 +268,14 @@ def scores_of(settings: Settings, examples: Sequence[Example], predictions: dict
     if task.metric == "visdial":
         path = Folder(settings.data).find(task.marks.format(split=settings.split))
         dense = score.dense_of(str(path))[0] if path else {}
-        return score.of_ranks(predictions, {key: dense[key] for key in predictions if key in dense},
-                              {example.id: example.truth for example in examples if example.truth is not None})
-    of = {"captions": score.of_captions, "vqa": score.of_vqa, "exact_match": score.of_exact_match}[task.metric]
+        return score.of_ranks(
+            predictions,
+            {key: dense[key] for key in predictions if key in dense},
+            {example.id: example.truth for example in examples if example.truth is not None},
+        )
+    of = {"captions": score.of_captions, "vqa": score.of_vqa, "exact_match": score.of_exact_match}[
+        task.metric
+    ]
     whole = of(predictions, true)
     for kind in sorted(filter(None, set(kinds.values()))):
         some = [key for key in true if kinds[key] == kind]
@@ -228,9 +284,20 @@ def scores_of(settings: Settings, examples: Sequence[Example], predictions: dict
     return whole
 
 
-def run(settings: Settings, load: Callable[[], Session], out: Path, *, limit: int | None = None, allow_missing: bool = False,
-        wordnet: str | None = None, inception_dir: str | None = None, clip_dir: str | None = None,
-        tagger: str | None = None, host: int = 0, hosts: int = 1) -> dict[str, Any]:
+def run(
+    settings: Settings,
+    load: Callable[[], Session],
+    out: Path,
+    *,
+    limit: int | None = None,
+    allow_missing: bool = False,
+    wordnet: str | None = None,
+    inception_dir: str | None = None,
+    clip_dir: str | None = None,
+    tagger: str | None = None,
+    host: int = 0,
+    hosts: int = 1,
+) -> dict[str, Any]:
     """Predicts what is not predicted yet, and once all is, scores it: what scores.json says. Raises
     UserError for what the user can put right.
     """
@@ -242,9 +309,13 @@ def run(settings: Settings, load: Callable[[], Session], out: Path, *, limit: in
         if tagger:
             lemmas.Tagger(tagger)
     if task.kind == "image" and not (settings.decoder and inception_dir):
-        raise UserError(f"--task={settings.task} needs a trained decoder (--decoder=DIR) and {inception.WHERE}")
+        raise UserError(
+            f"--task={settings.task} needs a trained decoder (--decoder=DIR) and {inception.WHERE}"
+        )
     if task.kind == "image" and INCEPTION not in checkpoint.param_shapes(inception_dir):
-        raise UserError(f"the checkpoint in '{inception_dir}' is not FID's Inception; {inception.WHERE}")
+        raise UserError(
+            f"the checkpoint in '{inception_dir}' is not FID's Inception; {inception.WHERE}"
+        )
     if task.kind == "image" and clip_dir:
         clip_score.check(clip_dir)
     planned = plan(settings, limit=limit, allow_missing=allow_missing)
@@ -252,17 +323,29 @@ def run(settings: Settings, load: Callable[[], Session], out: Path, *, limit: in
     done = predicted(out)
     mine = planned.examples[host::hosts]
     if todo := [example for example in mine if example.id not in done]:
-        done |= {found.id: found for found in _predict(settings, planned, load, out, todo, len(mine), host)}
+        done |= {
+            found.id: found
+            for found in _predict(settings, planned, load, out, todo, len(mine), host)
+        }
     waiting = sum(example.id not in done for example in planned.examples)
     if waiting:
         return {"waiting": waiting, "count": len(planned.examples)}
     found = {example.id: done[example.id] for example in planned.examples}
     predictions = {key: one.prediction for key, one in found.items()}
+
     def pictures():
         return _drawn(planned, out, inception_dir, clip_dir)
-    scores = scores_of(settings, planned.examples, predictions, wordnet=wordnet, tagger=tagger, pictures=pictures)
+
+    scores = scores_of(
+        settings, planned.examples, predictions, wordnet=wordnet, tagger=tagger, pictures=pictures
+    )
     fewer = sum(one.shots < settings.shots for one in found.values())
-    told = asdict(settings) | scores.numbers | {"missing_pictures": len(planned.missing)} | ({"fewer_shots": fewer} if settings.shots else {})
+    told = (
+        asdict(settings)
+        | scores.numbers
+        | {"missing_pictures": len(planned.missing)}
+        | ({"fewer_shots": fewer} if settings.shots else {})
+    )
     told |= {"lemmatised": bool(tagger)} if task.metric == "wups" else {}
     if fewer:
         print(f"{fewer} of {len(found)} prompts had room for fewer than {settings.shots} examples")
@@ -280,8 +363,14 @@ def numbers(session: Session, settings: Settings, *, limit: int) -> dict[str, fl
     """
     planned = plan(settings, limit=limit)
     asker = Asker(session, settings, planned)
-    found = [one for start in range(0, len(planned.examples), session.batch) for one in asker.predict(planned.examples[start:start + session.batch])]
-    scores = scores_of(settings, planned.examples, {one.id: one.prediction for one in found}).numbers
+    found = [
+        one
+        for start in range(0, len(planned.examples), session.batch)
+        for one in asker.predict(planned.examples[start : start + session.batch])
+    ]
+    scores = scores_of(
+        settings, planned.examples, {one.id: one.prediction for one in found}
+    ).numbers
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
@@ -292,8 +381,10 @@ def check_folder(settings: Settings, out: Path) -> None:
         now = asdict(settings)
         before = before if isinstance(before, dict) else {}
         if differ := [name for name in now if before.get(name) != now[name]]:
-            raise UserError(f"{out} holds predictions of other settings: {differ[0]} was {before.get(differ[0])!r} and is {now[differ[0]]!r}; "
-                            "choose another --out")
+            raise UserError(
+                f"{out} holds predictions of other settings: {differ[0]} was {before.get(differ[0])!r} and is {now[differ[0]]!r}; "
+                "choose another --out"
+            )
 
 
 def predicted(out: Path) -> dict[str, Predicted]:
@@ -308,7 +399,9 @@ def predicted(out: Path) -> dict[str, Predicted]:
             try:
                 one = Predicted(**json.loads(line))
             except (ValueError, TypeError) as error:
-                raise UserError(f"{path}: line {number} is no prediction; remove it, and it is made again") from error
+                raise UserError(
+                    f"{path}: line {number} is no prediction; remove it, and it is made again"
+                ) from error
             found[one.id] = one
     return found
 
@@ -326,22 +419,46 @@ def write(path: Path, text: str) -> None:
 
 def where(settings: Settings) -> Path:
     """The folder of a run's predictions, unless another is given."""
-    shots = f"-{settings.shots}{'-text' if settings.text_only else ''}-shot" if settings.shots else ""
-    return history.workdir(settings.checkpoint)[0] / "evaluate" / f"{settings.task}-{settings.split}{shots}-step{settings.step}"
+    shots = (
+        f"-{settings.shots}{'-text' if settings.text_only else ''}-shot" if settings.shots else ""
+    )
+    return (
+        history.workdir(settings.checkpoint)[0]
+        / "evaluate"
+        / f"{settings.task}-{settings.split}{shots}-step{settings.step}"
+    )
 
 
-def _predict(settings: Settings, planned: Plan, load: Callable[[], Session], out: Path, todo: list[Example], total: int,
-             host: int) -> Iterator[Predicted]:
+def _predict(
+    settings: Settings,
+    planned: Plan,
+    load: Callable[[], Session],
+    out: Path,
+    todo: list[Example],
+    total: int,
+    host: int,
+) -> Iterator[Predicted]:
     """Predicts and appends, a batch at a time."""
     session = load()
     write(out / SETTINGS, json.dumps(asdict(settings), indent=1) + "\n")
-    ask = _drawer(session, settings, out) if TASKS[settings.task].kind == "image" else Asker(session, settings, planned, out / "examples.npz").predict
+    ask = (
+        _drawer(session, settings, out)
+        if TASKS[settings.task].kind == "image"
+        else Asker(session, settings, planned, out / "examples.npz").predict
+    )
     path = out / f"predictions-{host}.jsonl"
-    with path.open("ab+") as file, tqdm(desc=settings.task, initial=total - len(todo), total=total, disable=None) as bar:
+    with (
+        path.open("ab+") as file,
+        tqdm(desc=settings.task, initial=total - len(todo), total=total, disable=None) as bar,
+    ):
         _cut(file)
         for start in range(0, len(todo), session.batch):
-            found = ask(todo[start:start + session.batch])
-            file.write("".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in found).encode())
+            found = ask(todo[start : start + session.batch])
+            file.write(
+                "".join(
+                    json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in found
+                ).encode()
+            )
             file.flush()
             bar.update(len(found))
             yield from found
@@ -354,9 +471,13 @@ def _cut(file: IO[bytes]) -> None:
     file.truncate(whole.rfind(b"\n") + 1)
 
 
-def _drawer(session: Session, settings: Settings, out: Path) -> Callable[[Sequence[Example]], list[Predicted]]:
+def _drawer(
+    session: Session, settings: Settings, out: Path
+) -> Callable[[Sequence[Example]], list[Predicted]]:
     """Draws captions as PNG files, each with its own seed."""
-    painter = pixels.load(settings.decoder, session.size, mesh=session.mesh, empty=lambda: session.images([[]])[0])
+    painter = pixels.load(
+        settings.decoder, session.size, mesh=session.mesh, empty=lambda: session.images([[]])[0]
+    )
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -366,6 +487,7 @@ def _drawer(session: Session, settings: Settings, out: Path) -> Callable[[Sequen
         for example, picture in zip(examples, painter(visual, seeds), strict=True):
             Image.fromarray(picture).save(folder / f"{example.id}.png")
         return [Predicted(example.id, "", f"pictures/{example.id}.png", 0) for example in examples]
+
     return draw
 
 
@@ -375,20 +497,42 @@ def _drawn(planned: Plan, out: Path, inception_dir: str, clip_dir: str | None) -
     if not clip_dir:
         return Scores(distance, {})
     pictures = {example.id: out / "pictures" / f"{example.id}.png" for example in planned.examples}
-    scores = score.of_clip(clip_score.load(clip_dir), pictures, {example.id: example.answers for example in planned.examples})
+    scores = score.of_clip(
+        clip_score.load(clip_dir),
+        pictures,
+        {example.id: example.answers for example in planned.examples},
+    )
     return Scores(distance | scores.numbers, scores.each)
 
 
 def _fid(planned: Plan, out: Path, inception_dir: str) -> float:
     """Of the drawn pictures, against those that the captions are of."""
     params = checkpoint.restore_params(inception_dir)
-    real = [planned.paths[name] for name in dict.fromkeys(example.picture for example in planned.examples) if name in planned.paths]
+    real = [
+        planned.paths[name]
+        for name in dict.fromkeys(example.picture for example in planned.examples)
+        if name in planned.paths
+    ]
     if len(real) < 2:
-        raise UserError(f"FID: {len(real)} of the pictures that the captions are of are there; it compares with them")
+        raise UserError(
+            f"FID: {len(real)} of the pictures that the captions are of are there; it compares with them"
+        )
+
     def statistics(paths, name):
-        return fid.statistics(fid.features(params, map(_rgb, tqdm(paths, name, unit=" pictures", disable=None))))
-    theirs = fid.cached(out / f"inception-{len(real)}.npz", lambda: statistics(real, "true pictures"))
-    return fid.distance(statistics([out / "pictures" / f"{example.id}.png" for example in planned.examples], "drawn pictures"), theirs)
+        return fid.statistics(
+            fid.features(params, map(_rgb, tqdm(paths, name, unit=" pictures", disable=None)))
+        )
+
+    theirs = fid.cached(
+        out / f"inception-{len(real)}.npz", lambda: statistics(real, "true pictures")
+    )
+    return fid.distance(
+        statistics(
+            [out / "pictures" / f"{example.id}.png" for example in planned.examples],
+            "drawn pictures",
+        ),
+        theirs,
+    )
 
 
 def _rgb(path: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -399,15 +543,36 @@ def _rgb(path: Path) -> UInt8[np.ndarray, "h w 3"]:
         raise UserError(f"'{path}': {error}") from error
 
 
-def _page(settings: Settings, planned: Plan, found: dict[str, Predicted], scores: Scores, told: dict[str, Any], out: Path) -> str:
+def _page(
+    settings: Settings,
+    planned: Plan,
+    found: dict[str, Predicted],
+    scores: Scores,
+    told: dict[str, Any],
+    out: Path,
+) -> str:
     def shown(example: Example) -> gallery.Shown:
         one = found[example.id]
-        path = out / one.prediction if TASKS[settings.task].kind == "image" else planned.paths[example.picture]
+        path = (
+            out / one.prediction
+            if TASKS[settings.task].kind == "image"
+            else planned.paths[example.picture]
+        )
         image = Image.fromarray(media.video(path, SIDE)[0] if media.is_video(path) else _rgb(path))
         image.thumbnail((SIDE, SIDE))
         said = one.prediction if isinstance(one.prediction, str) else one.said
-        return gallery.Shown(np.asarray(image), example.question, said, example.answers, scores.each.get(example.id))
+        return gallery.Shown(
+            np.asarray(image), example.question, said, example.answers, scores.each.get(example.id)
+        )
 
-    worst = sorted((example for example in planned.examples if example.id in scores.each), key=lambda example: scores.each[example.id])
+    worst = sorted(
+        (example for example in planned.examples if example.id in scores.each),
+        key=lambda example: scores.each[example.id],
+    )
     title = f"{settings.task}, {settings.split}: {TASKS[settings.task].what.partition(';')[0]}"
-    return gallery.page(title, told, list(map(shown, worst[:gallery.SHOWN])), list(map(shown, planned.examples[:gallery.SHOWN])))
+    return gallery.page(
+        title,
+        told,
+        list(map(shown, worst[: gallery.SHOWN])),
+        list(map(shown, planned.examples[: gallery.SHOWN])),
+    )

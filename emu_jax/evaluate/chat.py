@@ -5,6 +5,7 @@ Before is the Emu that tuning started from, in the same chat format, with the ne
 tuning found them. Beside both stands the answer that training gives most often to questions of a
 kind. A later turn is asked after the right answers to the turns before it.
 """
+
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -37,14 +38,21 @@ BATCH = 128
 NEW_TOKENS = 24
 # conversations on the page
 SHOWN = 12
-KINDS = {"what": "what is this?", "number": "how many … are there?", "animal": "which of the two is an animal?", "relation": "what is … of the …?",
-         "colour": "which colour is behind?", "there": "is there a …?"}
+KINDS = {
+    "what": "what is this?",
+    "number": "how many … are there?",
+    "animal": "which of the two is an animal?",
+    "relation": "what is … of the …?",
+    "colour": "which colour is behind?",
+    "there": "is there a …?",
+}
 
 
 class Told(NamedTuple):
     """A question of a conversation, by its place there, and what is answered; `images` are those
     that it shows.
     """
+
     id: str
     turn: int
     kind: str
@@ -69,16 +77,33 @@ def evaluate(directory: str, data: str) -> Result:
     config = checkpoint.read_config(directory)
     size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
     if size.llama.added < 6 or not config["init"]:
-        raise UserError(f"the checkpoint in '{directory}' was not tuned to chat from another (model.llama.added={size.llama.added}, "
-                        f"init={config['init']!r}); configs/demo.py:instruct is")
-    asked, learnt = (sources.open(f"{data}/questions:{split}", size.vision.image) for split in ("held_out", "train"))
+        raise UserError(
+            f"the checkpoint in '{directory}' was not tuned to chat from another (model.llama.added={size.llama.added}, "
+            f"init={config['init']!r}); configs/demo.py:instruct is"
+        )
+    asked, learnt = (
+        sources.open(f"{data}/questions:{split}", size.vision.image)
+        for split in ("held_out", "train")
+    )
     tokenizer = tokenizers.load(f"{data}/tokenizer.json", size.llama.vocab)
     after = jax.tree.map(jnp.asarray, checkpoint.restore_params(directory))
     # LoRA starts as nothing
-    untuned = {path: jnp.zeros_like(leaf) if path.endswith("/b") else leaf for path, leaf in tree.leaves(after)}
+    untuned = {
+        path: jnp.zeros_like(leaf) if path.endswith("/b") else leaf
+        for path, leaf in tree.leaves(after)
+    }
     before, _ = initial(config["init"], tree.unflatten(untuned))
-    sessions = [Session(size, params, tokenizer, context=2 * config["data"]["tokens"], batch=BATCH, system=config["data"]["system"])
-                for params in (before, after)]
+    sessions = [
+        Session(
+            size,
+            params,
+            tokenizer,
+            context=2 * config["data"]["tokens"],
+            batch=BATCH,
+            system=config["data"]["system"],
+        )
+        for params in (before, after)
+    ]
     told = _asked(sessions, asked)
     return Result(config, _numbers(told, _common(learnt)), told, history.read(directory))
 
@@ -90,15 +115,36 @@ def _asked(sessions: Sequence[Session], source: Source) -> list[Told]:
     for document in (source[i] for i in range(len(source))):
         read = Prompt()
         for number, (turn, kind) in enumerate(_turns(document)):
-            parts = [part.data if isinstance(part, Picture) else part.text for part in turn.question]
-            read = prompt.joined(read, sessions[0].grammar.turn(parts, system=None, first=number == 0))
+            parts = [
+                part.data if isinstance(part, Picture) else part.text for part in turn.question
+            ]
+            read = prompt.joined(
+                read, sessions[0].grammar.turn(parts, system=None, first=number == 0)
+            )
             prompts.append(read)
             question = " ".join(part for part in parts if isinstance(part, str))
-            open_.append(Told(document.id, number, kind, question, _answer(turn), "", "", tuple(part for part in parts if not isinstance(part, str))))
+            open_.append(
+                Told(
+                    document.id,
+                    number,
+                    kind,
+                    question,
+                    _answer(turn),
+                    "",
+                    "",
+                    tuple(part for part in parts if not isinstance(part, str)),
+                )
+            )
             t = sessions[0].tokenizer
             read = prompt.joined(read, Prompt([*t.encode(_answer(turn)), t.eos]))
-    said = [session.texts(prompts, Options(max_new_tokens=NEW_TOKENS), progress=when) for session, when in zip(sessions, ("before", "after"))]
-    return [told._replace(before=plain(one), after=plain(other)) for told, one, other in zip(open_, *said, strict=True)]
+    said = [
+        session.texts(prompts, Options(max_new_tokens=NEW_TOKENS), progress=when)
+        for session, when in zip(sessions, ("before", "after"))
+    ]
+    return [
+        told._replace(before=plain(one), after=plain(other))
+        for told, one, other in zip(open_, *said, strict=True)
+    ]
 
 
 def _turns(document: Document) -> list[tuple[chat.Turn, str]]:
@@ -120,44 +166,72 @@ def _common(source: Source) -> dict[str, str]:
 
 def _numbers(told: list[Told], common: dict[str, str]) -> dict[str, Number]:
     """Shares of exact answers: of all, by kind, and of the turns after the first."""
-    groups = {"all": told, "later_turns": [one for one in told if one.turn]} | {kind: [one for one in told if one.kind == kind] for kind in KINDS}
+    groups = {"all": told, "later_turns": [one for one in told if one.turn]} | {
+        kind: [one for one in told if one.kind == kind] for kind in KINDS
+    }
     numbers: dict[str, Number] = {}
     for name, some in groups.items():
         if some:
+
             def share(said):
                 return float(np.mean([said(one) == one.true for one in some]))
-            numbers |= {f"{name}_count": len(some), f"{name}_before": share(lambda one: one.before), f"{name}_after": share(lambda one: one.after),
-                        f"{name}_most_common": share(lambda one: common.get(one.kind, ""))}
+
+            numbers |= {
+                f"{name}_count": len(some),
+                f"{name}_before": share(lambda one: one.before),
+                f"{name}_after": share(lambda one: one.after),
+                f"{name}_most_common": share(lambda one: common.get(one.kind, "")),
+            }
     return numbers
 
 
 def _rows(numbers: dict[str, Number]) -> list[tuple[str, int, float, float, float]]:
     """(what is asked, number, shares before, after, and of the most common answer)."""
     names = {"all": "all"} | KINDS | {"later_turns": "second and third turns"}
-    return [(label, *(numbers[f"{name}_{what}"] for what in ("count", "before", "after", "most_common"))) for name, label in names.items()
-            if f"{name}_count" in numbers]
+    return [
+        (
+            label,
+            *(numbers[f"{name}_{what}"] for what in ("count", "before", "after", "most_common")),
+        )
+        for name, label in names.items()
+        if f"{name}_count" in numbers
+    ]
 
 
 def table(result: Result) -> str:
     """The accuracies, for a terminal."""
     head = f"{'held-out questions':32}{'number':>8}{'before':>10}{'after':>10}{'most common answer':>21}"
-    return "\n".join([head, *(f"{label:32}{count:>8}{before:>10.1%}{after:>10.1%}{common:>21.1%}"
-                              for label, count, before, after, common in _rows(result.numbers))])
+    return "\n".join(
+        [
+            head,
+            *(
+                f"{label:32}{count:>8}{before:>10.1%}{after:>10.1%}{common:>21.1%}"
+                for label, count, before, after, common in _rows(result.numbers)
+            ),
+        ]
+    )
 
 
 def page(result: Result, checkpoint: str) -> str:
     """One HTML page, with its pictures inside and no script; the conversations shown are the first,
     nothing is chosen.
     """
-    rows = "".join(f'<tr><td>{escape(label)}</td><td class="number">{count}</td><td class="number">{percent(before)}</td>'
-                   f'<td class="number big">{percent(after)}</td><td class="number">{percent(common)}</td></tr>'
-                   for label, count, before, after, common in _rows(result.numbers))
+    rows = "".join(
+        f'<tr><td>{escape(label)}</td><td class="number">{count}</td><td class="number">{percent(before)}</td>'
+        f'<td class="number big">{percent(after)}</td><td class="number">{percent(common)}</td></tr>'
+        for label, count, before, after, common in _rows(result.numbers)
+    )
     head = "<tr><th>held-out questions</th><th>number</th><th>before</th><th>after</th><th>most common answer</th></tr>"
     ids = list(dict.fromkeys(told.id for told in result.told))[:SHOWN]
+
     def lines(name):
         return history.curve(result.lines, name)
-    loss = chart("Loss of the answers, nats a token (log)", [("training", lines("text_loss"), False), ("held out", lines("eval/text_loss"), True)],
-                 log=True)
+
+    loss = chart(
+        "Loss of the answers, nats a token (log)",
+        [("training", lines("text_loss"), False), ("held out", lines("eval/text_loss"), True)],
+        log=True,
+    )
     lora = result.config["model"]["lora"]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>A small Emu answers</title>
@@ -181,6 +255,9 @@ def _shown(turns: list[Told]) -> str:
     def one(told: Told) -> str:
         mark = "right" if told.after == told.true else "wrong"
         true = "" if mark == "right" else f" <small>({escape(told.true)})</small>"
-        return (f'<div class="told {mark}">{"".join(picture(image, told.true) for image in told.images)}<div>{escape(told.question)}'
-                f'<div class="said">{escape(told.after)}{true}</div><small>before: {escape(told.before or "nothing")}</small></div></div>')
+        return (
+            f'<div class="told {mark}">{"".join(picture(image, told.true) for image in told.images)}<div>{escape(told.question)}'
+            f'<div class="said">{escape(told.after)}{true}</div><small>before: {escape(told.before or "nothing")}</small></div></div>'
+        )
+
     return f'<div class="card story">{"".join(map(one, turns))}</div>'

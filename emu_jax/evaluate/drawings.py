@@ -4,6 +4,7 @@ two images as one.
 A picture is found where few images of its group are nearer to it in pixels than the one that it was
 to be. Read next: report.py.
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Picture(NamedTuple):
     """An image, as large as pictures are, and two pictures: of the visual tokens that the encoder
     makes of it, and of those regressed from its caption.
     """
+
     caption: str
     image: Pixels
     encoded: Pixels
@@ -40,29 +42,40 @@ class Blend(NamedTuple):
     """Two images with their captions, and pictures: of what the model regresses after both, and of
     the mean of their visual tokens.
     """
+
     captions: tuple[str, str]
     images: tuple[Pixels, Pixels]
     regressed: Pixels
     mean: Pixels
 
 
-def pictures(session: Session, paint: Painter, captions: list[str], images: UInt8[np.ndarray, "M h w 3"]) -> list[Picture]:
+def pictures(
+    session: Session, paint: Painter, captions: list[str], images: UInt8[np.ndarray, "M h w 3"]
+) -> list[Picture]:
     """The first AMONG images, drawn twice."""
     captions = captions[:AMONG]
     images = images[:AMONG]
     encoded = _painted(paint, session.encode(images))
     regressed = _painted(paint, session.images([[caption] for caption in captions]))
-    return [Picture(*row) for row in zip(captions, _small(paint, images), encoded, regressed, strict=True)]
+    return [
+        Picture(*row)
+        for row in zip(captions, _small(paint, images), encoded, regressed, strict=True)
+    ]
 
 
-def blends(session: Session, paint: Painter, captions: list[str], images: UInt8[np.ndarray, "M h w 3"]) -> list[Blend]:
+def blends(
+    session: Session, paint: Painter, captions: list[str], images: UInt8[np.ndarray, "M h w 3"]
+) -> list[Blend]:
     """The first images by twos."""
     pairs = [(k, k + 1) for k in range(0, min(len(images), 2 * BLENDS) - 1, 2)]
     regressed = _painted(paint, session.images([[images[a], images[b]] for a, b in pairs]))
-    visual = session.encode(images[:2 * BLENDS])
-    small = _small(paint, images[:2 * BLENDS])
+    visual = session.encode(images[: 2 * BLENDS])
+    small = _small(paint, images[: 2 * BLENDS])
     mean = _painted(paint, np.stack([visual[list(pair)].mean(0) for pair in pairs]))
-    return [Blend((captions[a], captions[b]), (small[a], small[b]), *drawn) for (a, b), *drawn in zip(pairs, regressed, mean, strict=True)]
+    return [
+        Blend((captions[a], captions[b]), (small[a], small[b]), *drawn)
+        for (a, b), *drawn in zip(pairs, regressed, mean, strict=True)
+    ]
 
 
 def numbers(group: str, drawn: list[Picture]) -> dict[str, int | float]:
@@ -77,7 +90,9 @@ def numbers(group: str, drawn: list[Picture]) -> dict[str, int | float]:
     return found
 
 
-def places(drawn: UInt8[np.ndarray, "M h w 3"], images: UInt8[np.ndarray, "M h w 3"]) -> Int[np.ndarray, "M"]:
+def places(
+    drawn: UInt8[np.ndarray, "M h w 3"], images: UInt8[np.ndarray, "M h w 3"]
+) -> Int[np.ndarray, "M"]:
     """For each picture how many other images are as near to it as its own, or nearer, by the
     squared difference of the pixels.
     """
@@ -87,8 +102,14 @@ def places(drawn: UInt8[np.ndarray, "M h w 3"], images: UInt8[np.ndarray, "M h w
 
 
 def _painted(paint: Callable, visual: Float[np.ndarray, "M N D"]) -> UInt8[np.ndarray, "M h w 3"]:
-    return np.concatenate([paint(visual[start:start + AT_ONCE])
-                           for start in tqdm(range(0, len(visual), AT_ONCE), "pictures", unit=f" x {AT_ONCE}", disable=None)])
+    return np.concatenate(
+        [
+            paint(visual[start : start + AT_ONCE])
+            for start in tqdm(
+                range(0, len(visual), AT_ONCE), "pictures", unit=f" x {AT_ONCE}", disable=None
+            )
+        ]
+    )
 
 
 def _small(paint: Painter, images: UInt8[np.ndarray, "M h w 3"]) -> UInt8[np.ndarray, "M s s 3"]:

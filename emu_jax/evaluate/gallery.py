@@ -3,6 +3,7 @@ references. Alone, without a script.
 
 Read next: report.py, whose looks it has.
 """
+
 import json
 from collections.abc import Sequence
 from html import escape
@@ -19,6 +20,7 @@ SHOWN = 24
 
 class Shown(NamedTuple):
     """An example to look at."""
+
     image: UInt8[np.ndarray, "h w 3"]
     question: str
     said: str
@@ -28,9 +30,14 @@ class Shown(NamedTuple):
 
 def page(title: str, scores: dict[str, Any], worst: Sequence[Shown], first: Sequence[Shown]) -> str:
     """The whole page; `scores` is what scores.json says."""
-    rows = "".join(f'<tr><td>{escape(name)}</td><td class="number">{escape(_said(value))}</td></tr>' for name, value in scores.items())
+    rows = "".join(
+        f'<tr><td>{escape(name)}</td><td class="number">{escape(_said(value))}</td></tr>'
+        for name, value in scores.items()
+    )
+
     def cards(some):
         return f'<div class="grid" style="--least: 300px">{"".join(map(_card, some))}</div>'
+
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>
 <style>{STYLE}</style></head><body>
@@ -46,11 +53,23 @@ def page(title: str, scores: dict[str, Any], worst: Sequence[Shown], first: Sequ
 
 def _card(shown: Shown) -> str:
     question = f"<div>{escape(shown.question)}</div>" if shown.question else ""
-    score = "" if shown.score is None else f'<div><small class="number">score {shown.score:.3g}</small></div>'
+    score = (
+        ""
+        if shown.score is None
+        else f'<div><small class="number">score {shown.score:.3g}</small></div>'
+    )
     answers = " · ".join(dict.fromkeys(map(escape, shown.answers))) or "(withheld)"
-    return (f'<div class="card told">{picture(shown.image, shown.question or shown.said)}<div>{question}'
-            f'<div class="said">{escape(shown.said) or "(nothing)"}</div><div><small>true:</small> {answers}</div>{score}</div></div>')
+    return (
+        f'<div class="card told">{picture(shown.image, shown.question or shown.said)}<div>{question}'
+        f'<div class="said">{escape(shown.said) or "(nothing)"}</div><div><small>true:</small> {answers}</div>{score}</div></div>'
+    )
 
 
 def _said(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+    )

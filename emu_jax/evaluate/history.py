@@ -3,6 +3,7 @@ their variance.
 
 The lines are journal.py's. Read next: demo.py.
 """
+
 import json
 from pathlib import Path
 from statistics import fmean, median
@@ -28,7 +29,11 @@ def workdir(directory: str) -> tuple[Path, int | None]:
     workdir, its step).
     """
     path = Path(directory).resolve()
-    return (path.parent.parent, int(path.name)) if path.parent.name == "checkpoints" and path.name.isdigit() else (path, None)
+    return (
+        (path.parent.parent, int(path.name))
+        if path.parent.name == "checkpoints" and path.name.isdigit()
+        else (path, None)
+    )
 
 
 def curve(lines: list[Line], name: str) -> Curve:
@@ -48,14 +53,25 @@ def speed(lines: list[Line]) -> dict[str, Number]:
     timed = [line for line in lines if line.get("step_time")]
     if not timed:
         return {}
-    names = [name for name in timed[0] if name.endswith("_per_second") or name.startswith(("flops_per_second/", "mfu"))]
+    names = [
+        name
+        for name in timed[0]
+        if name.endswith("_per_second") or name.startswith(("flops_per_second/", "mfu"))
+    ]
+
     def values(name):
         return [line[name] for line in timed if line.get(name) is not None]
+
     steps = lines[-1]["step"]
     seconds = values("step_time")
-    return {"steps": steps, "wall_s": steps * fmean(seconds), "step_time_s": median(seconds),
-            **{name: median(values(name)) for name in names},
-            "input_wait_share": sum(values("input_wait")) / sum(seconds), "padding_share": fmean(values("padding"))}
+    return {
+        "steps": steps,
+        "wall_s": steps * fmean(seconds),
+        "step_time_s": median(seconds),
+        **{name: median(values(name)) for name in names},
+        "input_wait_share": sum(values("input_wait")) / sum(seconds),
+        "padding_share": fmean(values("padding")),
+    }
 
 
 def variance(lines: list[Line]) -> dict[str, Number]:
@@ -63,8 +79,15 @@ def variance(lines: list[Line]) -> dict[str, Number]:
     logged steps, and their ratio; {} for none.
     """
     values = [value for _, value in curve(lines, "visual_variance")]
-    return {"visual_variance_first": values[0], "visual_variance_least": min(values),
-            "visual_variance_ratio": min(values) / values[0]} if values and values[0] else {}
+    return (
+        {
+            "visual_variance_first": values[0],
+            "visual_variance_least": min(values),
+            "visual_variance_ratio": min(values) / values[0],
+        }
+        if values and values[0]
+        else {}
+    )
 
 
 def _parsed(line: str) -> Line | None:

@@ -3,17 +3,22 @@ release's own evaluation).
 
 `{image}` stands for the picture's tokens, or for those of a video's frames.
 """
+
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 IMAGE = "{image}"
 QUESTION = "{question}"
-IMAGE_SYSTEM = ("You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the image after I provide it to you. "
-                "Please answer my questions based on the given image.")
-VIDEO_SYSTEM = ("You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: "
-                "[IMG]ImageContent[/IMG]. You will be able to see the video after I provide it to you. "
-                "Please answer my questions based on the given video.")
+IMAGE_SYSTEM = (
+    "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the image after I provide it to you. "
+    "Please answer my questions based on the given image."
+)
+VIDEO_SYSTEM = (
+    "You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: "
+    "[IMG]ImageContent[/IMG]. You will be able to see the video after I provide it to you. "
+    "Please answer my questions based on the given video."
+)
 CAPTION_ASK = "please provide an accurate and concise description of the given image. [ASSISTANT]: the image depicts a photo of"
 ANSWER_ASK = "based on the content of the image and common sense, please provide an accurate answer consisting of only one word or phrase."
 # what may follow "known"; after "no." the answer is "unanswerable"
@@ -40,22 +45,34 @@ PLAIN = {
 
 class Shot(NamedTuple):
     """An example before the question."""
+
     question: str
     answer: str
     # is it shown, or told without?
     picture: bool
 
 
-def ask(kind: str, question: str = "", shots: Sequence[Shot] = (), *, chat: bool = True, video: bool = False) -> str:
+def ask(
+    kind: str,
+    question: str = "",
+    shots: Sequence[Shot] = (),
+    *,
+    chat: bool = True,
+    video: bool = False,
+) -> str:
     """The prompt of a `kind` of turn. Of a video its frames stand at {image}; so do the shown
     pictures of `shots`, in their order.
     """
     turn = (CHAT if chat else PLAIN)[kind]
+
     def filled(asked):
         return turn.replace(QUESTION, _quoted(asked))
+
     end = ".</s>" if chat else ".\n"
+
     def seen(shot):
         return filled(shot.question) if shot.picture else filled(shot.question).replace(IMAGE, "")
+
     told = "".join(f"{seen(shot)} {_quoted(shot.answer)}{end}" for shot in shots)
     return f"{_system(chat, video)}{told}{filled(question)}"
 
@@ -65,8 +82,14 @@ def dialog(history: Sequence[tuple[str, str]], question: str, *, chat: bool = Tr
     history = [(_quoted(asked), _quoted(answered)) for asked, answered in history]
     question = _quoted(question)
     if not chat:
-        return IMAGE + "".join(f"Question: {asked}? Answer: {answered}.\n" for asked, answered in history) + f"Question: {question}? Answer:"
-    turns = "".join(f" [USER]: {asked}? [ASSISTANT]: {answered}.</s>" for asked, answered in history)
+        return (
+            IMAGE
+            + "".join(f"Question: {asked}? Answer: {answered}.\n" for asked, answered in history)
+            + f"Question: {question}? Answer:"
+        )
+    turns = "".join(
+        f" [USER]: {asked}? [ASSISTANT]: {answered}.</s>" for asked, answered in history
+    )
     return f"{IMAGE_SYSTEM} [USER]: {IMAGE}</s>{turns} [USER]: {question}? [ASSISTANT]:"
 
 
@@ -97,4 +120,8 @@ def _system(chat: bool, video: bool) -> str:
 
 def _quoted(text: str) -> str:
     """What others wrote, without what would be read as tokens or pictures."""
-    return re.sub(r"\[(/?IMG|USER|ASSISTANT)\]|\{(image|question)\}|<(/s)>", lambda match: next(filter(None, match.groups())), text)
+    return re.sub(
+        r"\[(/?IMG|USER|ASSISTANT)\]|\{(image|question)\}|<(/s)>",
+        lambda match: next(filter(None, match.groups())),
+        text,
+    )

@@ -3,6 +3,7 @@
 Charts are SVG from `chart`; colours are CSS variables, so they follow a reader's light or dark
 setting. What is shown of a split is the first of it, in the order of the file: nothing is chosen.
 """
+
 import base64
 import io
 import json
@@ -31,9 +32,11 @@ IN_CONTEXT = 8
 # of a curve: neighbouring steps are averaged
 POINTS = 240
 
-LICENCE = ('Drawings: “OpenMoji – the open-source emoji and icon project” (<a href="https://openmoji.org">openmoji.org</a>), licence '
-           '<a href="https://creativecommons.org/licenses/by-sa/4.0/">CC BY-SA 4.0</a>; the scenes are composed of them, '
-           'under the same licence.')
+LICENCE = (
+    'Drawings: “OpenMoji – the open-source emoji and icon project” (<a href="https://openmoji.org">openmoji.org</a>), licence '
+    '<a href="https://creativecommons.org/licenses/by-sa/4.0/">CC BY-SA 4.0</a>; the scenes are composed of them, '
+    "under the same licence."
+)
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f3; --card: #fff; --ink: #1d1f23; --soft: #686d76; --line: #e1e1dc;
@@ -158,7 +161,10 @@ def chart(title: str, series: Sequence[tuple[str, Curve, bool]], *, log: bool = 
 
     With `log`, values of 0 or less are left out. "" where no curve has a point.
     """
-    series = [(label, _thin([(x, y) for x, y in points if y > 0 or not log]), mark) for label, points, mark in series]
+    series = [
+        (label, _thin([(x, y) for x, y in points if y > 0 or not log]), mark)
+        for label, points, mark in series
+    ]
     series = [curve for curve in series if curve[1]]
     if not series:
         return ""
@@ -174,29 +180,53 @@ def chart(title: str, series: Sequence[tuple[str, Curve, bool]], *, log: bool = 
     low = min(scale(min(ys)), scale(ticks[0]))
     high = max(scale(max(ys)), scale(ticks[-1]))
     end = max(*xs, 1)
+
     def x_of(x):
         return round(left + x / end * (width - left - right), 1)
+
     def y_of(y):
         return round(height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom), 1)
-    parts = [f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y_of(y)}" y2="{y_of(y)}"/>'
-             f'<text x="{left - 6}" y="{y_of(y) + 4}" text-anchor="end">{y:g}</text>' for y in ticks]
+
+    parts = [
+        f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y_of(y)}" y2="{y_of(y)}"/>'
+        f'<text x="{left - 6}" y="{y_of(y) + 4}" text-anchor="end">{y:g}</text>'
+        for y in ticks
+    ]
+
     def anchor(x):
         return "end" if x > 0.95 * end else "middle"
-    parts += [f'<text x="{x_of(x)}" y="{height - 6}" text-anchor="{anchor(x)}">{x:,g}</text>' for x in _ticks(0, end)]
+
+    parts += [
+        f'<text x="{x_of(x)}" y="{height - 6}" text-anchor="{anchor(x)}">{x:,g}</text>'
+        for x in _ticks(0, end)
+    ]
+
     def line(kind, points):
         return f'<polyline class="{kind}" points="{" ".join(f"{x_of(x)},{y_of(y)}" for x, y in points)}"/>'
+
     for number, (_, points, held_out) in enumerate(series):
         if held_out:
-            parts += [line(f"s{number}", points),
-                      *(f'<circle class="s{number}" cx="{x_of(x)}" cy="{y_of(y)}" r="3"><title>{x:g}: {y:.3g}</title></circle>' for x, y in points)]
+            parts += [
+                line(f"s{number}", points),
+                *(
+                    f'<circle class="s{number}" cx="{x_of(x)}" cy="{y_of(y)}" r="3"><title>{x:g}: {y:.3g}</title></circle>'
+                    for x, y in points
+                ),
+            ]
         else:
             parts += [line(f"pale s{number}", points), line(f"s{number}", _running_mean(points))]
+
     def last(points, held_out):
         return (points if held_out else _running_mean(points))[-1][1]
-    keys = "".join(f'<span class="key" style="--k: var(--c{number})">{escape(label)}, last {last(points, held_out):.3g}</span>'
-                   for number, (label, points, held_out) in enumerate(series))
-    return (f'<figure class="card"><figcaption><b>{escape(title)}</b>{keys}</figcaption>'
-            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>')
+
+    keys = "".join(
+        f'<span class="key" style="--k: var(--c{number})">{escape(label)}, last {last(points, held_out):.3g}</span>'
+        for number, (label, points, held_out) in enumerate(series)
+    )
+    return (
+        f'<figure class="card"><figcaption><b>{escape(title)}</b>{keys}</figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
 
 
 def _ticks(low: Number, high: Number) -> list[Number]:
@@ -204,7 +234,11 @@ def _ticks(low: Number, high: Number) -> list[Number]:
     low = 0.0 if 0 < low < 0.5 * high else low
     step = 10 ** math.floor(math.log10(max(high - low, 1e-9) / 3))
     step = next(step * m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5)
-    return [round(step * k, 12) for k in range(math.floor(low / step), math.floor(high / step) + 1)] if high > low else [low, low + 1]
+    return (
+        [round(step * k, 12) for k in range(math.floor(low / step), math.floor(high / step) + 1)]
+        if high > low
+        else [low, low + 1]
+    )
 
 
 def _log_ticks(low: Number, high: Number) -> list[Number]:
@@ -212,24 +246,33 @@ def _log_ticks(low: Number, high: Number) -> list[Number]:
     ten alone, or some of them.
     """
     for steps in ((1, 2, 5), (1,)):
-        every = [m * 10.0 ** k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2) for m in steps]
+        every = [
+            m * 10.0**k
+            for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
+            for m in steps
+        ]
         ticks = [a for a, b in pairwise([*every, math.inf]) if b > low]
-        ticks = ticks[:next(k for k, tick in enumerate(ticks) if tick >= high and k) + 1]
+        ticks = ticks[: next(k for k, tick in enumerate(ticks) if tick >= high and k) + 1]
         if len(ticks) <= 7:
             break
-    return ticks[::math.ceil(len(ticks) / 7)]
+    return ticks[:: math.ceil(len(ticks) / 7)]
 
 
 def _thin(points: Curve) -> Curve:
     """At most POINTS points: means of neighbours."""
     each = max(1, math.ceil(len(points) / POINTS))
-    return [tuple(np.mean(points[start:start + each], 0)) for start in range(0, len(points), each)]
+    return [
+        tuple(np.mean(points[start : start + each], 0)) for start in range(0, len(points), each)
+    ]
 
 
 def _running_mean(points: Curve) -> Curve:
     reach = len(points) // 24
     values = [y for _, y in points]
-    return [(x, float(np.mean(values[max(0, k - reach):k + reach + 1]))) for k, (x, _) in enumerate(points)]
+    return [
+        (x, float(np.mean(values[max(0, k - reach) : k + reach + 1])))
+        for k, (x, _) in enumerate(points)
+    ]
 
 
 def picture(image: UInt8[np.ndarray, "h w 3"], label: str, style: str = "") -> str:
@@ -250,21 +293,40 @@ def _targets(targets: list[Target]) -> str:
         return f'<span class="mark {"right" if target.reached else "wrong"}">{"reached" if target.reached else "not reached"}</span>'
 
     def value(target):
-        return "–" if target.value is None else percent(target.value, 2 if target.value < 0.02 else 1)
-    rows = (f'<tr><td>{escape(target.what)} <small class="soft number">{escape(target.bound)}</small></td>'
-            f'<td class="number big">{value(target)}</td><td>{mark(target)}</td></tr>' for target in targets)
+        return (
+            "–" if target.value is None else percent(target.value, 2 if target.value < 0.02 else 1)
+        )
+
+    rows = (
+        f'<tr><td>{escape(target.what)} <small class="soft number">{escape(target.bound)}</small></td>'
+        f'<td class="number big">{value(target)}</td><td>{mark(target)}</td></tr>'
+        for target in targets
+    )
     return f'<div class="card scroll"><table>{"".join(rows)}</table></div>'
 
 
 def _scenes(n: dict[str, Number]) -> str:
-    head = ("<tr><th>held-out scenes</th><th>number</th><th>exact</th><th>facts right</th><th>F1 of words</th>"
-            "<th>nearest: exact</th><th>facts right</th><th>F1 of words</th></tr>")
+    head = (
+        "<tr><th>held-out scenes</th><th>number</th><th>exact</th><th>facts right</th><th>F1 of words</th>"
+        "<th>nearest: exact</th><th>facts right</th><th>F1 of words</th></tr>"
+    )
     rows = ""
-    for label, group in (("all", "scenes_held_out"), ("counts", "scenes_held_out_counts"), ("spatial", "scenes_held_out_spatial")):
-        scores = [f"{group}_{who}{score}" for who in ("", "nearest_") for score in ("exact", "facts", "f1")]
+    for label, group in (
+        ("all", "scenes_held_out"),
+        ("counts", "scenes_held_out_counts"),
+        ("spatial", "scenes_held_out_spatial"),
+    ):
+        scores = [
+            f"{group}_{who}{score}"
+            for who in ("", "nearest_")
+            for score in ("exact", "facts", "f1")
+        ]
         if n[f"{group}_count"]:
-            rows += f'<tr><td>{label}</td><td class="number">{n[f"{group}_count"]}</td>' + "".join(
-                f'<td class="number">{percent(n[score])}</td>' for score in scores) + "</tr>"
+            rows += (
+                f'<tr><td>{label}</td><td class="number">{n[f"{group}_count"]}</td>'
+                + "".join(f'<td class="number">{percent(n[score])}</td>' for score in scores)
+                + "</tr>"
+            )
     swapped = n.get("scenes_held_out_spatial_swapped")
     return f"""<p>Each number, drawing, relation and background below was seen in training, but never together. Exactly right:
 <b>{percent(n["scenes_held_out_exact"])}</b> of {n["scenes_held_out_count"]}. The caption of the nearest training scene in pixels cannot be exactly
@@ -277,20 +339,29 @@ def _card(told: Told) -> str:
     right = told.said == told.true
     said = escape(told.said) or "(nothing)"
     other = "" if right else f"<div><small>true:</small> {escape(told.true)}</div>"
-    near = f"<div><small>nearest in pixels: {escape(told.nearest)}</small></div>" if told.nearest is not None else ""
-    return (f'<div class="card told {"right" if right else "wrong"}">{picture(told.image, told.true)}'
-            f'<div><div class="said">{"✓" if right else "✗"} {said}</div>{other}{near}</div></div>')
+    near = (
+        f"<div><small>nearest in pixels: {escape(told.nearest)}</small></div>"
+        if told.nearest is not None
+        else ""
+    )
+    return (
+        f'<div class="card told {"right" if right else "wrong"}">{picture(told.image, told.true)}'
+        f'<div><div class="said">{"✓" if right else "✗"} {said}</div>{other}{near}</div></div>'
+    )
 
 
 def _told(result: Result, group: str) -> str:
-    return "".join(_card(told) for told in result.captions[group][:SHOWN[group]])
+    return "".join(_card(told) for told in result.captions[group][: SHOWN[group]])
 
 
 def _stories(result: Result) -> str:
     if not result.stories:
         return ""
     n = result.numbers
-    stories = "".join(f'<div class="card story">{"".join(map(_card, story))}</div>' for story in result.stories[:STORIES])
+    stories = "".join(
+        f'<div class="card story">{"".join(map(_card, story))}</div>'
+        for story in result.stories[:STORIES]
+    )
     return f"""<h2>Stories, sentence by sentence</h2>
 <p>Held-out pairs of drawings. Each sentence is told from all images and true sentences before it: {percent(n["stories_held_out_exact"])} of
 {n["stories_held_out_count"]} are exactly right as far as the true sentence goes (nothing teaches where a sentence inside a story ends).</p>
@@ -300,9 +371,14 @@ def _stories(result: Result) -> str:
 def _in_context(result: Result) -> str:
     if not result.in_context:
         return ""
+
     def given(told):
-        return (f'<div class="told">{picture(told.image, told.true)}<div><small>given</small><div>{escape(told.true)}</div></div></div>')
-    fours = "".join(f'<div class="card story">{"".join(map(given, four[:3]))}{_card(four[3])}</div>' for four in result.in_context[:IN_CONTEXT])
+        return f'<div class="told">{picture(told.image, told.true)}<div><small>given</small><div>{escape(told.true)}</div></div></div>'
+
+    fours = "".join(
+        f'<div class="card story">{"".join(map(given, four[:3]))}{_card(four[3])}</div>'
+        for four in result.in_context[:IN_CONTEXT]
+    )
     return f"""<h2>Examples in context</h2>
 <p>Three training drawings with their names, and then a fourth: the model reads all that and goes on. It was trained on one drawing and its name
 at a time, so what helps with one can disturb among four: {percent(result.numbers["in_context_exact"])} of
@@ -318,12 +394,28 @@ def _pictures(result: Result) -> str:
     head = "<tr><th>pictures</th><th>number</th><th>of visual tokens: first</th><th>in five</th><th>of the caption: first</th><th>in five</th></tr>"
     rows = ""
     shown = {}
-    for group, label in (("names_train", "training drawings"), ("names_held_out", "held-out drawings"), ("scenes_held_out", "held-out scenes")):
-        scores = (f"pictures_{group}_{source}_top{top}" for source in ("encoded", "regressed") for top in (1, 5))
-        rows += (f'<tr><td>{label}</td><td class="number">{n[f"pictures_{group}_count"]}</td>' +
-                 "".join(f'<td class="number">{percent(n[score])}</td>' for score in scores) + "</tr>")
-        cards = (_row(picture.caption, list(zip((picture.image, picture.encoded, picture.regressed), PARTS, strict=True)))
-                 for picture in result.pictures[group][:PICTURES[group]])
+    for group, label in (
+        ("names_train", "training drawings"),
+        ("names_held_out", "held-out drawings"),
+        ("scenes_held_out", "held-out scenes"),
+    ):
+        scores = (
+            f"pictures_{group}_{source}_top{top}"
+            for source in ("encoded", "regressed")
+            for top in (1, 5)
+        )
+        rows += (
+            f'<tr><td>{label}</td><td class="number">{n[f"pictures_{group}_count"]}</td>'
+            + "".join(f'<td class="number">{percent(n[score])}</td>' for score in scores)
+            + "</tr>"
+        )
+        cards = (
+            _row(
+                picture.caption,
+                list(zip((picture.image, picture.encoded, picture.regressed), PARTS, strict=True)),
+            )
+            for picture in result.pictures[group][: PICTURES[group]]
+        )
         shown[group] = f'<div class="grid" style="--least: 150px">{"".join(cards)}</div>'
     return f"""<h2>Drawn</h2>
 <p>The visual decoder, a U-Net on {len(result.pictures["names_train"][0].image)} × {len(result.pictures["names_train"][0].image)} pixels, draws visual
@@ -348,66 +440,153 @@ def _row(caption: str, pictures: list[tuple[UInt8[np.ndarray, "h w 3"], str]]) -
 
 def _blend(blend: Blend) -> str:
     sides = zip(blend.images, blend.captions, strict=True)
-    return _row(" + ".join(blend.captions), [*sides, (blend.regressed, "regressed after both"), (blend.mean, "of the mean of their visual tokens")])
+    return _row(
+        " + ".join(blend.captions),
+        [
+            *sides,
+            (blend.regressed, "regressed after both"),
+            (blend.mean, "of the mean of their visual tokens"),
+        ],
+    )
 
 
 def _retrieval(drawn: list[Drawn]) -> str:
     rows = "<tr><th>name</th><th>place</th><th>nearest five</th></tr>"
-    for query in (query for held_out, count in QUERIES.items() for query in [q for q in drawn if q.held_out == held_out][:count]):
-        pictures = "".join(picture(image, name, ' class="hit"' if name == query.name else "") for name, image in query.found)
+    for query in (
+        query
+        for held_out, count in QUERIES.items()
+        for query in [q for q in drawn if q.held_out == held_out][:count]
+    ):
+        pictures = "".join(
+            picture(image, name, ' class="hit"' if name == query.name else "")
+            for name, image in query.found
+        )
         mark = "<br><small class=soft>held out</small>" if query.held_out else ""
-        rows += (f'<tr><td>{escape(query.name)}{mark}</td><td class="number">'
-                 f'<span class="mark {"right" if query.rank < len(query.found) else "wrong"}">{query.rank + 1:,}</span></td>'
-                 f'<td class="found">{pictures}</td></tr>')
+        rows += (
+            f'<tr><td>{escape(query.name)}{mark}</td><td class="number">'
+            f'<span class="mark {"right" if query.rank < len(query.found) else "wrong"}">{query.rank + 1:,}</span></td>'
+            f'<td class="found">{pictures}</td></tr>'
+        )
     return rows
 
 
 def _curves(result: Result) -> str:
-    emu, warmup, decoder = (partial(history.curve, lines) for lines in (result.lines, result.warmup_lines, result.decoder_lines))
-    held = sorted({name.removeprefix("eval/text_loss/") for line in result.lines for name in line if name.startswith("eval/text_loss/")})
-    return "".join((
-        chart("Emu: text loss, nats a token (log)", [("training", emu("text_loss"), False), ("held out", emu("eval/text_loss"), True)], log=True),
-        chart("Emu: image loss, squared error (log)", [("training", emu("image_loss"), False), ("held out", emu("eval/image_loss"), True)],
-              log=True),
-        chart("Emu: held-out text loss by source (log)", [(name, emu(f"eval/text_loss/{name}"), True) for name in held[:4]], log=True),
-        chart("Emu: variance of the visual tokens", [("in a batch", emu("visual_variance"), False)]),
-        chart("Decoder: squared error of the prediction", [("training", decoder("diffusion_loss"), False),
-                                                          ("held out", decoder("eval/diffusion_loss"), True)]),
-        chart("Warm-up: contrastive loss, nats", [("training", warmup("contrastive_loss"), False)]),
-        chart("Warm-up: linear reading of the pixels, squared error (log)", [("training", warmup("readout_loss"), False)], log=True),
-        chart("Warm-up: variance of the visual tokens (log)", [("in a batch", warmup("visual_variance"), False)], log=True)))
+    emu, warmup, decoder = (
+        partial(history.curve, lines)
+        for lines in (result.lines, result.warmup_lines, result.decoder_lines)
+    )
+    held = sorted(
+        {
+            name.removeprefix("eval/text_loss/")
+            for line in result.lines
+            for name in line
+            if name.startswith("eval/text_loss/")
+        }
+    )
+    return "".join(
+        (
+            chart(
+                "Emu: text loss, nats a token (log)",
+                [("training", emu("text_loss"), False), ("held out", emu("eval/text_loss"), True)],
+                log=True,
+            ),
+            chart(
+                "Emu: image loss, squared error (log)",
+                [
+                    ("training", emu("image_loss"), False),
+                    ("held out", emu("eval/image_loss"), True),
+                ],
+                log=True,
+            ),
+            chart(
+                "Emu: held-out text loss by source (log)",
+                [(name, emu(f"eval/text_loss/{name}"), True) for name in held[:4]],
+                log=True,
+            ),
+            chart(
+                "Emu: variance of the visual tokens",
+                [("in a batch", emu("visual_variance"), False)],
+            ),
+            chart(
+                "Decoder: squared error of the prediction",
+                [
+                    ("training", decoder("diffusion_loss"), False),
+                    ("held out", decoder("eval/diffusion_loss"), True),
+                ],
+            ),
+            chart(
+                "Warm-up: contrastive loss, nats", [("training", warmup("contrastive_loss"), False)]
+            ),
+            chart(
+                "Warm-up: linear reading of the pixels, squared error (log)",
+                [("training", warmup("readout_loss"), False)],
+                log=True,
+            ),
+            chart(
+                "Warm-up: variance of the visual tokens (log)",
+                [("in a batch", warmup("visual_variance"), False)],
+                log=True,
+            ),
+        )
+    )
 
 
 def _variance_words(n: dict[str, Number]) -> str:
     words = []
     if "visual_variance_ratio" in n:
-        words.append(f'Over the Emu stage: {n["visual_variance_first"]:.3g} at the first step, '
-                     f'{n["visual_variance_least"]:.3g} at the least.')
+        words.append(
+            f"Over the Emu stage: {n['visual_variance_first']:.3g} at the first step, "
+            f"{n['visual_variance_least']:.3g} at the least."
+        )
     if "raw_variance_ratio" in n:
-        words.append(f'Over all single drawings, before any standardising: {n["raw_variance_warmup"]:.3g} after the warm-up, '
-                     f'{n["raw_variance"]:.3g} now.')
-    return " ".join((*words, f'The tokens use about {n["visual_rank"]:.0f} directions (effective rank).'))
+        words.append(
+            f"Over all single drawings, before any standardising: {n['raw_variance_warmup']:.3g} after the warm-up, "
+            f"{n['raw_variance']:.3g} now."
+        )
+    return " ".join(
+        (*words, f"The tokens use about {n['visual_rank']:.0f} directions (effective rank).")
+    )
 
 
 def _speed(n: dict[str, Number]) -> str:
     def rate(value):
         return f"{value:,.0f}"
-    rows = [("steps", "steps", rate), ("wall time, without compiling and evaluating", "wall_s", lambda s: f"{s / 60:.1f} min"),
-            ("step, median", "step_time_s", lambda s: f"{1000 * s:.0f} ms"), ("tokens a second", "tokens_per_second", rate),
-            ("images a second", "images_per_second", rate), ("model FLOP/s", "flops_per_second", _si)]
-    stages = {"warmup_speed": "warm-up", "speed": "Emu"} | ({"decoder_speed": "decoder"} if "decoder_speed/steps" in n else {})
+
+    rows = [
+        ("steps", "steps", rate),
+        ("wall time, without compiling and evaluating", "wall_s", lambda s: f"{s / 60:.1f} min"),
+        ("step, median", "step_time_s", lambda s: f"{1000 * s:.0f} ms"),
+        ("tokens a second", "tokens_per_second", rate),
+        ("images a second", "images_per_second", rate),
+        ("model FLOP/s", "flops_per_second", _si),
+    ]
+    stages = {"warmup_speed": "warm-up", "speed": "Emu"} | (
+        {"decoder_speed": "decoder"} if "decoder_speed/steps" in n else {}
+    )
     towers = dict.fromkeys(name.rpartition("/")[2] for name in n if "flops_per_second/" in name)
     rows += [(f"… {tower}", f"flops_per_second/{tower}", _si) for tower in towers]
-    rows += [("share of the peak (MFU)", "mfu", percent), ("waiting for data", "input_wait_share", lambda share: percent(share, 2)),
-             ("padding", "padding_share", percent)]
+    rows += [
+        ("share of the peak (MFU)", "mfu", percent),
+        ("waiting for data", "input_wait_share", lambda share: percent(share, 2)),
+        ("padding", "padding_share", percent),
+    ]
+
     def cell(stage, name, show):
         return f'<td class="number">{show(n[f"{stage}/{name}"]) if f"{stage}/{name}" in n else "–"}</td>'
-    return "<tr><th></th>" + "".join(f"<th>{label}</th>" for label in stages.values()) + "</tr>" + "".join(
-        f'<tr><td>{label}</td>{"".join(cell(stage, name, show) for stage in stages)}</tr>' for label, name, show in rows
-        if any(f"{stage}/{name}" in n for stage in stages))
+
+    return (
+        "<tr><th></th>"
+        + "".join(f"<th>{label}</th>" for label in stages.values())
+        + "</tr>"
+        + "".join(
+            f"<tr><td>{label}</td>{''.join(cell(stage, name, show) for stage in stages)}</tr>"
+            for label, name, show in rows
+            if any(f"{stage}/{name}" in n for stage in stages)
+        )
+    )
 
 
 def _si(value: Number) -> str:
     """3.2 G, 1.1 T, ..."""
     power = min(max(int(math.log10(value) // 3), 0), 5) if value >= 1 else 0
-    return f"{value / 1000 ** power:.3g} {' kMGTP'[power]}".strip()
+    return f"{value / 1000**power:.3g} {' kMGTP'[power]}".strip()

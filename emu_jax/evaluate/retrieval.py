@@ -5,6 +5,7 @@ A picture's feature is the mean over its patches of what the LLM's side of the e
 length 1; of a video, over its frames. The index of all examples is made once and saved. Read next:
 benchmark.py.
 """
+
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -35,7 +36,7 @@ class Index(NamedTuple):
 
     def nearest(self, feature: Float[np.ndarray, "E"], count: int, but: str) -> list[str]:
         """The names of the `count` nearest, the nearest last, without the picture `but`."""
-        order = np.argsort(-(self.features @ feature), kind="stable")[:count + 1]
+        order = np.argsort(-(self.features @ feature), kind="stable")[: count + 1]
         return [self.names[k] for k in order if self.names[k] != but][:count][::-1]
 
 
@@ -48,7 +49,9 @@ def features(session: Session, pictures: Iterable[Frames]) -> Float[np.ndarray, 
 
     def flush() -> None:
         # one shape, one compilation
-        rows = np.minimum(np.arange(-(-session.batch // session.shards) * session.shards), len(waiting) - 1)
+        rows = np.minimum(
+            np.arange(-(-session.batch // session.shards) * session.shards), len(waiting) - 1
+        )
         with nullcontext() if session.mesh is None else jax.set_mesh(session.mesh):
             found = fetched(_features(session.size, session.params, np.stack(waiting)[rows]))
         for owner, feature in zip(owners, found, strict=False):
@@ -65,11 +68,17 @@ def features(session: Session, pictures: Iterable[Frames]) -> Float[np.ndarray, 
         count += 1
     if waiting:
         flush()
-    found = np.stack([sums[number] for number in range(count)]) if count else np.zeros((0, session.size.vision.width), np.float32)
+    found = (
+        np.stack([sums[number] for number in range(count)])
+        if count
+        else np.zeros((0, session.size.vision.width), np.float32)
+    )
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
 
-def saved(path: Path, of: str, names: Sequence[str], session: Session, load: Callable[[str], Frames]) -> Index:
+def saved(
+    path: Path, of: str, names: Sequence[str], session: Session, load: Callable[[str], Frames]
+) -> Index:
     """The index of the pictures `names` in the file `path`; made and written where it is not there,
     or is `of` another model or other pictures.
     """
@@ -80,8 +89,16 @@ def saved(path: Path, of: str, names: Sequence[str], session: Session, load: Cal
                 if str(file["of"]) == of and file["names"].tolist() == names:
                     return Index(names, file["features"])
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: no index of examples; remove it, and it is made again") from error
-    index = Index(names, features(session, (load(name) for name in tqdm(names, "examples", unit=" pictures", disable=None))))
+            raise UserError(
+                f"{path}: no index of examples; remove it, and it is made again"
+            ) from error
+    index = Index(
+        names,
+        features(
+            session,
+            (load(name) for name in tqdm(names, "examples", unit=" pictures", disable=None)),
+        ),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with part.open("wb") as file:
@@ -91,7 +108,9 @@ def saved(path: Path, of: str, names: Sequence[str], session: Session, load: Cal
 
 
 @partial(jax.jit, static_argnums=0)
-def _features(size: emu.EmuSize, params: Tree, images: UInt8[Array, "M h w 3"]) -> Float[Array, "M E"]:
+def _features(
+    size: emu.EmuSize, params: Tree, images: UInt8[Array, "M h w 3"]
+) -> Float[Array, "M E"]:
     model = emu.bind(emu.Emu, size, params)
     x = normalise(sharding.images(images), size.vision, size.compute)
     seen = model.ln_visual(model.vision(x, kernel=size.attention)).astype(jnp.float32).mean(1)

@@ -2,6 +2,7 @@
 
 Read next: metrics/, annotations.py.
 """
+
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
@@ -68,7 +69,12 @@ def score(metric: str, job: Job) -> dict[str, Any]:
 
 # --- of predictions and references by id ---
 
-def of_captions(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], wanted: Sequence[str] = CAPTION) -> Scores:
+
+def of_captions(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    wanted: Sequence[str] = CAPTION,
+) -> Scores:
     """As coco-caption prints them."""
     told, true = captions.tokenize(predictions, references)
     numbers: dict[str, Any] = {"count": len(told)}
@@ -89,12 +95,19 @@ def of_vqa(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
     return Scores({"count": len(each), "accuracy": _percent(each.values())}, each)
 
 
-def of_exact_match(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
+def of_exact_match(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> Scores:
     each = {key: float(predictions[key] in truths) for key, truths in references.items()}
     return Scores({"count": len(each), "exact_match": _percent(each.values())}, each)
 
 
-def of_wups(wordnet: WordNet, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> Scores:
+def of_wups(
+    wordnet: WordNet,
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    kinds: Mapping[str, str],
+) -> Scores:
     """`kinds`: NExT-QA's types of question by id ({} for none), of which DB and DC count exact
     matches, and TP is TN.
     """
@@ -102,22 +115,38 @@ def of_wups(wordnet: WordNet, predictions: Mapping[str, str], references: Mappin
     numbers: dict[str, Any] = {"count": len(references)}
     each: dict[str, float] = {}
     for threshold in (0.9, 0.0):
-        each = {key: float(predictions[key] in truths) if kinds.get(key) in ("DB", "DC") else
-                wups.score(wordnet, predictions[key], truths, threshold) for key, truths in references.items()}
+        each = {
+            key: float(predictions[key] in truths)
+            if kinds.get(key) in ("DB", "DC")
+            else wups.score(wordnet, predictions[key], truths, threshold)
+            for key, truths in references.items()
+        }
         numbers[f"wups@{threshold:g}"] = _percent(each.values())
         for kind in sorted(set(kinds.values())):
-            numbers[f"wups@{threshold:g}/{kind}"] = _percent(value for key, value in each.items() if kinds[key] == kind)
+            numbers[f"wups@{threshold:g}/{kind}"] = _percent(
+                value for key, value in each.items() if kinds[key] == kind
+            )
     return Scores(numbers, each)
 
 
-def lemmatised(wordnet: WordNet, tagger: str, predictions: Mapping[str, str],
-               references: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
+def lemmatised(
+    wordnet: WordNet,
+    tagger: str,
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Both sides as NExT-QA's official script reduces them; `tagger`: the folder of NLTK's."""
     reduced = cache(partial(lemmas.reduced, wordnet, lemmas.Tagger(tagger)))
-    return {key: reduced(text) for key, text in predictions.items()}, {key: list(map(reduced, some)) for key, some in references.items()}
+    return {key: reduced(text) for key, text in predictions.items()}, {
+        key: list(map(reduced, some)) for key, some in references.items()
+    }
 
 
-def of_ranks(ranks: Mapping[str, Sequence[int]], dense: Mapping[str, Sequence[float]], true: Mapping[str, int]) -> Scores:
+def of_ranks(
+    ranks: Mapping[str, Sequence[int]],
+    dense: Mapping[str, Sequence[float]],
+    true: Mapping[str, int],
+) -> Scores:
     """Of VisDial's rounds: ndcg against the `dense` relevances, and the places of the `true`
     candidates.
     """
@@ -134,7 +163,9 @@ def of_ranks(ranks: Mapping[str, Sequence[int]], dense: Mapping[str, Sequence[fl
     return Scores(numbers, each)
 
 
-def of_clip(model: clip_score.Clip, pictures: Mapping[str, Path], captions: Mapping[str, Sequence[str]]) -> Scores:
+def of_clip(
+    model: clip_score.Clip, pictures: Mapping[str, Path], captions: Mapping[str, Sequence[str]]
+) -> Scores:
     each = clip_score.of_pictures(model, pictures, captions)
     return Scores({"count": len(each), "clip_score": float(np.mean(list(each.values())))}, each)
 
@@ -152,17 +183,26 @@ def dense_of(path: str) -> tuple[dict[str, list[float]], dict[str, int]]:
         if relevance is None and "gt_index" not in row:
             raise UserError(f'{path}: not {what}: a row has neither "gt_relevance" nor "gt_index"')
         if relevance is not None:
-            if not isinstance(relevance, list) or not relevance or not all(_number(value) and value >= 0 for value in relevance):
-                raise UserError(f"{path}: not {what}: the relevance of round {key} is no list of numbers")
+            if (
+                not isinstance(relevance, list)
+                or not relevance
+                or not all(_number(value) and value >= 0 for value in relevance)
+            ):
+                raise UserError(
+                    f"{path}: not {what}: the relevance of round {key} is no list of numbers"
+                )
             dense[key] = list(map(float, relevance))
         if "gt_index" in row:
             if not _whole(row["gt_index"]):
-                raise UserError(f"{path}: not {what}: the gt_index of round {key} is {row['gt_index']!r}")
+                raise UserError(
+                    f"{path}: not {what}: the gt_index of round {key} is {row['gt_index']!r}"
+                )
             true[key] = row["gt_index"]
     return dense, true
 
 
 # --- of files ---
+
 
 def _captions(*wanted: str) -> Callable[[Job], dict]:
     def run(job: Job) -> dict:
@@ -170,6 +210,7 @@ def _captions(*wanted: str) -> Callable[[Job], dict]:
         references = _lists(job.references, ("image_id",), "caption")
         _same_ids(job, predictions, references)
         return of_captions(predictions, references, wanted).numbers
+
     return run
 
 
@@ -195,7 +236,9 @@ def _wups(job: Job) -> dict:
     kinds = {}
     if job.references[0].endswith(".csv"):
         if len(job.references) > 2:
-            raise UserError(f"NExT-QA's references are a .csv and its add_reference_answer_*.json; {len(job.references)} files were given")
+            raise UserError(
+                f"NExT-QA's references are a .csv and its add_reference_answer_*.json; {len(job.references)} files were given"
+            )
         examples = annotations.nextqa(*job.references)
         references = {example.id: list(example.answers) for example in examples}
         kinds = {example.id: example.kind for example in examples}
@@ -211,30 +254,53 @@ def _wups(job: Job) -> dict:
 def _visdial(job: Job) -> dict:
     what = 'a list of {"image_id", "round_id", "ranks"}'
     rows = _rows(job.predictions, annotations.load(job.predictions), what)
-    ranks = {_round(job.predictions, row, what): _field(job.predictions, row, "ranks", what) for row in rows}
+    ranks = {
+        _round(job.predictions, row, what): _field(job.predictions, row, "ranks", what)
+        for row in rows
+    }
     dense: dict[str, list[float]] = {}
     true: dict[str, int] = {}
     for path in job.references:
         if isinstance(annotations.load(path), dict):
-            true |= {example.id: example.truth for example in annotations.visdial(path) if example.truth is not None}
+            true |= {
+                example.id: example.truth
+                for example in annotations.visdial(path)
+                if example.truth is not None
+            }
         else:
-            dense, true = (before | new for before, new in zip((dense, true), dense_of(path), strict=True))
+            dense, true = (
+                before | new for before, new in zip((dense, true), dense_of(path), strict=True)
+            )
     if len(job.references) == 1:
         _same_ids(job, ranks, dense | true)
     if missing := [key for key in dense | true if key not in ranks]:
         raise UserError(f"{job.predictions}: no ranks of {_listed(missing, 'rounds')}")
     for key, some in ranks.items():
-        if not isinstance(some, list) or not all(_whole(place) for place in some) or sorted(some) != list(range(1, len(some) + 1)):
-            raise UserError(f"{job.predictions}: the ranks of round {key} are not the places 1, 2, ... of its candidates, each once")
+        if (
+            not isinstance(some, list)
+            or not all(_whole(place) for place in some)
+            or sorted(some) != list(range(1, len(some) + 1))
+        ):
+            raise UserError(
+                f"{job.predictions}: the ranks of round {key} are not the places 1, 2, ... of its candidates, each once"
+            )
         if key in dense and len(dense[key]) != len(some):
-            raise UserError(f"{job.predictions}: round {key} has {len(some)} ranks; its relevance is of {len(dense[key])} candidates")
+            raise UserError(
+                f"{job.predictions}: round {key} has {len(some)} ranks; its relevance is of {len(dense[key])} candidates"
+            )
         if key in true and not (_whole(true[key]) and 0 <= true[key] < len(some)):
-            raise UserError(f"{job.references[0]}: the true candidate of round {key} is {true[key]!r}, and there are {len(some)}")
+            raise UserError(
+                f"{job.references[0]}: the true candidate of round {key} is {true[key]!r}, and there are {len(some)}"
+            )
     return of_ranks(ranks, dense, true).numbers
 
 
 def _fid(job: Job) -> dict:
-    return {"fid": fid.distance(*(_statistics(path) for path in (job.predictions, _only(job.references))))}
+    return {
+        "fid": fid.distance(
+            *(_statistics(path) for path in (job.predictions, _only(job.references)))
+        )
+    }
 
 
 def _clip_score(job: Job) -> dict:
@@ -247,15 +313,28 @@ def _clip_score(job: Job) -> dict:
         return of_clip(clip_score.load(job.clip), pictures, captions).numbers
     pictures, texts = (_array(path) for path in (job.predictions, _only(job.references)))
     if pictures.shape != texts.shape or pictures.ndim != 2 or not pictures.size:
-        raise UserError(f"CLIP features of {pictures.shape} pictures and of {texts.shape} texts do not pair up: both must be [n, C]")
+        raise UserError(
+            f"CLIP features of {pictures.shape} pictures and of {texts.shape} texts do not pair up: both must be [n, C]"
+        )
     if not (np.abs(pictures).sum(1).all() and np.abs(texts).sum(1).all()):
-        raise UserError(f"{job.predictions}, {job.references[0]}: a feature of zeros has no direction")
+        raise UserError(
+            f"{job.predictions}, {job.references[0]}: a feature of zeros has no direction"
+        )
     return {"count": len(pictures), "clip_score": clip_score.score(pictures, texts)}
 
 
 METRICS: dict[str, Callable[[Job], dict]] = {
-    "cider": _captions("cider"), "bleu": _captions("bleu"), "rouge": _captions("rouge"), "captions": _captions(*CAPTION), "vqa": _vqa,
-    "exact_match": _exact_match, "wups": _wups, "visdial": _visdial, "fid": _fid, "clip_score": _clip_score}
+    "cider": _captions("cider"),
+    "bleu": _captions("bleu"),
+    "rouge": _captions("rouge"),
+    "captions": _captions(*CAPTION),
+    "vqa": _vqa,
+    "exact_match": _exact_match,
+    "wups": _wups,
+    "visdial": _visdial,
+    "fid": _fid,
+    "clip_score": _clip_score,
+}
 
 
 def _percent(values: Iterable[float]) -> float:
@@ -267,15 +346,28 @@ def _texts(path: str, keys: Sequence[str], field: str) -> dict[str, str]:
     what = f"predictions ({{id: {field}}}, or a list of rows with {' or '.join(map(repr, keys))} and {field!r})"
     data = annotations.load(path)
     if isinstance(data, list):
-        pairs = [(_key(path, row, keys, what), _field(path, row, field, what)) for row in _rows(path, data, what)]
+        pairs = [
+            (_key(path, row, keys, what), _field(path, row, field, what))
+            for row in _rows(path, data, what)
+        ]
         out = dict(pairs)
         if len(out) < len(pairs):
             raise UserError(f"{path}: {len(pairs) - len(out)} ids come more than once")
-    elif isinstance(data, dict) and data and all(isinstance(value, dict) for value in data.values()):
-        out = {f"{video}/{number}": text for video, some in data.items() for number, text in some.items()}
+    elif (
+        isinstance(data, dict) and data and all(isinstance(value, dict) for value in data.values())
+    ):
+        out = {
+            f"{video}/{number}": text
+            for video, some in data.items()
+            for number, text in some.items()
+        }
     else:
         out = data
-    if not isinstance(out, dict) or not out or not all(isinstance(text, str) for text in out.values()):
+    if (
+        not isinstance(out, dict)
+        or not out
+        or not all(isinstance(text, str) for text in out.values())
+    ):
         raise UserError(f"{path}: not {what}")
     return out
 
@@ -285,15 +377,32 @@ def _lists(paths: Sequence[str], keys: Sequence[str], field: str) -> dict[str, l
     path = _only(paths)
     what = f"references ({{id: [{field}, ...]}}, or rows with {' or '.join(map(repr, keys))} and their {field}s)"
     data = annotations.load(path)
-    rows = data["annotations"] if isinstance(data, dict) and isinstance(data.get("annotations"), list) else data
+    rows = (
+        data["annotations"]
+        if isinstance(data, dict) and isinstance(data.get("annotations"), list)
+        else data
+    )
     if isinstance(rows, list):
         out: dict[str, list[str]] = {}
         for row in _rows(path, rows, what):
-            texts = row["answers"] if field == "answer" and isinstance(row.get("answers"), list) else [row]
-            out.setdefault(_key(path, row, keys, what), []).extend(_field(path, one, field, what) if isinstance(one, dict) else one for one in texts)
+            texts = (
+                row["answers"]
+                if field == "answer" and isinstance(row.get("answers"), list)
+                else [row]
+            )
+            out.setdefault(_key(path, row, keys, what), []).extend(
+                _field(path, one, field, what) if isinstance(one, dict) else one for one in texts
+            )
     else:
-        out = {key: [some] if isinstance(some, str) else some for key, some in rows.items()} if isinstance(rows, dict) else {}
-    if not out or not all(isinstance(some, list) and some and all(isinstance(text, str) for text in some) for some in out.values()):
+        out = (
+            {key: [some] if isinstance(some, str) else some for key, some in rows.items()}
+            if isinstance(rows, dict)
+            else {}
+        )
+    if not out or not all(
+        isinstance(some, list) and some and all(isinstance(text, str) for text in some)
+        for some in out.values()
+    ):
         raise UserError(f"{path}: not {what}")
     return out
 
@@ -301,11 +410,21 @@ def _lists(paths: Sequence[str], keys: Sequence[str], field: str) -> dict[str, l
 def _pictures(path: str) -> dict[str, Path]:
     """{id: file} of a folder, or of a file of paths."""
     if not Path(path).is_dir():
-        return {key: Path(path).parent / picture for key, picture in _texts(path, ("id",), "picture").items()}
+        return {
+            key: Path(path).parent / picture
+            for key, picture in _texts(path, ("id",), "picture").items()
+        }
     files = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in SUFFIXES]
     found = {file.stem: file for file in files}
     if not files or len(found) < len(files):
-        raise UserError(f"{path}: " + ("two pictures have one name but for its suffix" if files else f"no pictures ({', '.join(SUFFIXES)}) in it"))
+        raise UserError(
+            f"{path}: "
+            + (
+                "two pictures have one name but for its suffix"
+                if files
+                else f"no pictures ({', '.join(SUFFIXES)}) in it"
+            )
+        )
     return found
 
 
@@ -318,8 +437,12 @@ def _only(paths: Sequence[str]) -> str:
 def _same_ids(job: Job, predictions: Mapping, references: Mapping) -> None:
     missing = [key for key in references if key not in predictions]
     extra = [key for key in predictions if key not in references]
-    parts = [f"{job.predictions}: nothing for {_listed(missing, 'ids')} of {job.references[0]}"] * bool(missing)
-    parts += [f"{job.references[0]}: nothing for {_listed(extra, 'ids')} of {job.predictions}"] * bool(extra)
+    parts = [
+        f"{job.predictions}: nothing for {_listed(missing, 'ids')} of {job.references[0]}"
+    ] * bool(missing)
+    parts += [
+        f"{job.references[0]}: nothing for {_listed(extra, 'ids')} of {job.predictions}"
+    ] * bool(extra)
     if parts:
         raise UserError("; ".join(parts))
 
@@ -366,14 +489,20 @@ def _array(path: str) -> np.ndarray:
         raise UserError(f"cannot read {path!r}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a .npy file of finite numbers") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype.kind not in "fiu"
+        or not np.isfinite(array).all()
+    ):
         raise UserError(f"{path}: not a .npy file of finite numbers")
     return array
 
 
 def _statistics(path: str) -> fid.Statistics:
     if Path(path).is_dir():
-        raise UserError(f"{path}: a folder; --metric=fid takes Inception features (.npy) or their statistics (.npz with mu and sigma)")
+        raise UserError(
+            f"{path}: a folder; --metric=fid takes Inception features (.npy) or their statistics (.npz with mu and sigma)"
+        )
     if not Path(path).is_file():
         raise UserError(f"cannot read {path!r}: no such file")
     if path.endswith(".npz"):

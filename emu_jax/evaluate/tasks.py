@@ -1,6 +1,7 @@
 """The benchmarks: their files, what a model is asked in each, and how what it says is submitted and
 scored. Read next: benchmark.py.
 """
+
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,44 +50,139 @@ class Task:
 
     def clean(self, text: str) -> str:
         """What is kept of what a model says."""
-        return prompts.clean_caption(text) if self.kind == "caption" else prompts.clean_answer(text) if self.kind == "answer" else text.strip()
+        return (
+            prompts.clean_caption(text)
+            if self.kind == "caption"
+            else prompts.clean_answer(text)
+            if self.kind == "answer"
+            else text.strip()
+        )
 
 
 def _karpathy(what: str, dataset: str) -> Task:
-    return Task(f"captions of {what} (Karpathy's split)", "caption", (f"dataset_{dataset}.json",), (),
-                lambda path, split: annotations.karpathy(path, dataset, split), "test", "train", "captions", annotations.caption_results, CAPTION,
-                one_file=True)
+    return Task(
+        f"captions of {what} (Karpathy's split)",
+        "caption",
+        (f"dataset_{dataset}.json",),
+        (),
+        lambda path, split: annotations.karpathy(path, dataset, split),
+        "test",
+        "train",
+        "captions",
+        annotations.caption_results,
+        CAPTION,
+        one_file=True,
+    )
 
 
 def _vqa(what: str, prefix: str, read: Callable[..., list[Example]]) -> Task:
-    return Task(what, "answer", (f"{prefix}OpenEnded_mscoco_{{split}}_questions.json",), (f"{prefix}mscoco_{{split}}_annotations.json",), read,
-                "val2014", "train2014", "vqa", annotations.vqa_results)
+    return Task(
+        what,
+        "answer",
+        (f"{prefix}OpenEnded_mscoco_{{split}}_questions.json",),
+        (f"{prefix}mscoco_{{split}}_annotations.json",),
+        read,
+        "val2014",
+        "train2014",
+        "vqa",
+        annotations.vqa_results,
+    )
 
 
 def _video_qa(what: str, benchmark: str) -> Task:
-    return Task(what, "answer", ("{split}_qa.json",), (), lambda path: annotations.video_qa(path, benchmark), "test", "train", "exact_match",
-                annotations.video_qa_results, video=True)
+    return Task(
+        what,
+        "answer",
+        ("{split}_qa.json",),
+        (),
+        lambda path: annotations.video_qa(path, benchmark),
+        "test",
+        "train",
+        "exact_match",
+        annotations.video_qa_results,
+        video=True,
+    )
 
 
 TASKS = {
     "coco-caption": _karpathy("COCO", "coco"),
     "flickr30k": _karpathy("Flickr30k", "flickr30k"),
-    "nocaps": Task("captions of NoCaps", "caption", ("nocaps_{split}_4500_captions.json",), (), annotations.nocaps, "val", "train", "captions",
-                   annotations.caption_results, CAPTION, fewshot="coco-caption"),
+    "nocaps": Task(
+        "captions of NoCaps",
+        "caption",
+        ("nocaps_{split}_4500_captions.json",),
+        (),
+        annotations.nocaps,
+        "val",
+        "train",
+        "captions",
+        annotations.caption_results,
+        CAPTION,
+        fewshot="coco-caption",
+    ),
     "vqav2": _vqa("VQAv2", "v2_", annotations.vqav2),
     "okvqa": _vqa("OK-VQA", "", annotations.okvqa),
-    "vizwiz": Task("VizWiz-VQA: first, whether the answer is known", "answer", ("{split}.json",), (), annotations.vizwiz, "val", "train", "vqa",
-                   annotations.vizwiz_results),
-    "visdial": Task("VisDial 1.0: candidates ranked by the LLM's loss", "dialog", ("visdial_1.0_{split}.json",), (),
-                    annotations.visdial, "val", "", "visdial", annotations.visdial_results, marks="visdial_1.0_{split}_dense_annotations.json"),
+    "vizwiz": Task(
+        "VizWiz-VQA: first, whether the answer is known",
+        "answer",
+        ("{split}.json",),
+        (),
+        annotations.vizwiz,
+        "val",
+        "train",
+        "vqa",
+        annotations.vizwiz_results,
+    ),
+    "visdial": Task(
+        "VisDial 1.0: candidates ranked by the LLM's loss",
+        "dialog",
+        ("visdial_1.0_{split}.json",),
+        (),
+        annotations.visdial,
+        "val",
+        "",
+        "visdial",
+        annotations.visdial_results,
+        marks="visdial_1.0_{split}_dense_annotations.json",
+    ),
     "msvd-qa": _video_qa("MSVD-QA", "msvd"),
     "msrvtt-qa": _video_qa("MSRVTT-QA", "msrvtt"),
-    "nextqa": Task("NExT-QA, open-ended; needs --wordnet, takes --tagger", "answer", ("{split}.csv",), ("add_reference_answer_{split}.json",),
-                   annotations.nextqa, "test", "train", "wups", annotations.nextqa_results, video=True),
-    "mmvet": Task("MM-Vet: a file of answers for its judge", "free", ("mm-vet.json",), (), lambda path, split: annotations.mmvet(path), "all", "",
-                  "judge", annotations.mmvet_results, FREE, one_file=True),
-    "coco-t2i": Task("30,000 captions of COCO drawn, and FID; needs --decoder and --inception, takes --clip", "image", ("captions_{split}.json",), (),
-                     annotations.coco_prompts, "val2014", "", "fid", dict),
+    "nextqa": Task(
+        "NExT-QA, open-ended; needs --wordnet, takes --tagger",
+        "answer",
+        ("{split}.csv",),
+        ("add_reference_answer_{split}.json",),
+        annotations.nextqa,
+        "test",
+        "train",
+        "wups",
+        annotations.nextqa_results,
+        video=True,
+    ),
+    "mmvet": Task(
+        "MM-Vet: a file of answers for its judge",
+        "free",
+        ("mm-vet.json",),
+        (),
+        lambda path, split: annotations.mmvet(path),
+        "all",
+        "",
+        "judge",
+        annotations.mmvet_results,
+        FREE,
+        one_file=True,
+    ),
+    "coco-t2i": Task(
+        "30,000 captions of COCO drawn, and FID; needs --decoder and --inception, takes --clip",
+        "image",
+        ("captions_{split}.json",),
+        (),
+        annotations.coco_prompts,
+        "val2014",
+        "",
+        "fid",
+        dict,
+    ),
 }
 
 
@@ -98,7 +194,9 @@ class Folder:
         self.root = Path(root)
         self._paths = {}
         if not self.root.is_dir():
-            raise UserError(f"no folder {root!r}: --data=DIR holds a benchmark's annotation files and pictures, as they are published")
+            raise UserError(
+                f"no folder {root!r}: --data=DIR holds a benchmark's annotation files and pictures, as they are published"
+            )
         for folder, inner, names in os.walk(self.root, followlinks=True):
             inner.sort()
             for name in names:
@@ -115,13 +213,22 @@ class Folder:
         task = TASKS[name]
         wanted = [file.format(split=split) for file in task.files]
         if missing := [file for file in wanted if file not in self._paths]:
+
             def there(other):
-                return all(file.format(split=TASKS[other].split) in self._paths for file in TASKS[other].files)
+                return all(
+                    file.format(split=TASKS[other].split) in self._paths
+                    for file in TASKS[other].files
+                )
+
             others = [other for other in TASKS if other != name and there(other)]
-            raise UserError(f"{self.root}: no {' and no '.join(missing)} anywhere in it, which --task={name} reads"
-                            + (f"; it looks like --task={others[0]}" if others else "")
-                            + ("" if task.one_file else " (another --split has another name)"))
-        return [self._paths[file] for file in wanted] + list(filter(None, (self.find(file.format(split=split)) for file in task.more)))
+            raise UserError(
+                f"{self.root}: no {' and no '.join(missing)} anywhere in it, which --task={name} reads"
+                + (f"; it looks like --task={others[0]}" if others else "")
+                + ("" if task.one_file else " (another --split has another name)")
+            )
+        return [self._paths[file] for file in wanted] + list(
+            filter(None, (self.find(file.format(split=split)) for file in task.more))
+        )
 
     def picture(self, example: Example) -> Path | None:
         """The file of an example's picture or video. The videos of MSVD and NExT-QA may have the
@@ -138,10 +245,18 @@ class Folder:
         """
         found = {}
         if path := self.find("youtube_mapping.txt"):
-            found |= {row[1]: row[0] for row in map(str.split, path.read_text(errors="replace").splitlines()) if len(row) == 2}
+            found |= {
+                row[1]: row[0]
+                for row in map(str.split, path.read_text(errors="replace").splitlines())
+                if len(row) == 2
+            }
         if path := self.find("map_vid_vidorID.json"):
             table = annotations.load(path)
-            found |= {video: str(where).rpartition("/")[2] for video, where in table.items()} if isinstance(table, dict) else {}
+            found |= (
+                {video: str(where).rpartition("/")[2] for video, where in table.items()}
+                if isinstance(table, dict)
+                else {}
+            )
         return found
 
 

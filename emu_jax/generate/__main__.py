@@ -3,6 +3,7 @@ texts, images and videos.
 
 Read next: session.py.
 """
+
 import argparse
 import os
 import re
@@ -53,6 +54,7 @@ class Output:
     """Where drawings go: a folder, under the next free number, or a FILE.png; the second and later
     ones of a file are FILE-2.png, ...
     """
+
     path: Path
     # what a picture's metadata say, but its seed: this is the first one's
     told: dict[str, Any]
@@ -65,12 +67,17 @@ class Output:
         import numpy as np
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
+
         number = self.saved
         self.saved = self.saved + 1
         if self.path.suffix == ".png":
             path = self.path.with_stem(f"{self.path.stem}-{number + 1}") if number else self.path
         else:
-            taken = [int(match[1]) for name in _names(self.path) if (match := re.fullmatch(r"image-(\d+)\.npy", name))]
+            taken = [
+                int(match[1])
+                for name in _names(self.path)
+                if (match := re.fullmatch(r"image-(\d+)\.npy", name))
+            ]
             path = self.path / f"image-{max(taken, default=0) + 1}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npy":
@@ -107,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[:1] == ["precompute"]:
             from emu_jax.generate import precompute
+
             precompute.main(arguments[1:])
             return 0
         flags = _parse(arguments)
@@ -124,26 +132,54 @@ def _run(flags: argparse.Namespace) -> None:
     # these take seconds to import: a wrong flag is answered at once
     from emu_jax.generate import pixels
     from emu_jax.generate.session import Conversation, Session, mesh_of
-    options = Options(**{name: tuple(value) if isinstance(value := getattr(flags, name), list) else value for name in SAMPLING})
+
+    options = Options(
+        **{
+            name: tuple(value) if isinstance(value := getattr(flags, name), list) else value
+            for name in SAMPLING
+        }
+    )
     mesh = mesh_of(flags.checkpoint)
-    session = Session.load(flags.checkpoint, ema=flags.ema, tokenizer=flags.tokenizer, truncate=flags.truncate, mesh=mesh)
+    session = Session.load(
+        flags.checkpoint,
+        ema=flags.ema,
+        tokenizer=flags.tokenizer,
+        truncate=flags.truncate,
+        mesh=mesh,
+    )
     parts = [_part(text) for text in flags.parts]
     told = dict(prompt=" ".join(flags.parts), checkpoint=flags.checkpoint, software="emu_jax")
     if flags.decoder:
         given = {name: value for name in pixels.HOW if (value := getattr(flags, name)) is not None}
-        session.decode = pixels.load(flags.decoder, session.size, mesh=mesh, given=given, empty=lambda: session.images([[]])[0], seed=flags.seed)
+        session.decode = pixels.load(
+            flags.decoder,
+            session.size,
+            mesh=mesh,
+            given=given,
+            empty=lambda: session.images([[]])[0],
+            seed=flags.seed,
+        )
         told |= dict(decoder=flags.decoder, seed=flags.seed, **session.decode.how)
     out = Output(Path(flags.out), told)
     conversation = Conversation(session, chat=flags.chat, system=flags.system)
     if not parts:
         _talk(conversation, options, out)
     elif flags.reconstruct:
-        _show(session.drawings(session.encode([media.image(part, session.grammar.image_size) for part in parts])), out)
+        _show(
+            session.drawings(
+                session.encode([media.image(part, session.grammar.image_size) for part in parts])
+            ),
+            out,
+        )
     elif flags.image:
         drawing = conversation.draw(parts, progress=True)
         _show([drawing, *session.drawings(drawing.visual[None].repeat(flags.count - 1, 0))], out)
     elif options.beams > 1:
-        print(session.texts([session.chat_prompt(parts, system=flags.system) if flags.chat else parts], options)[0])
+        print(
+            session.texts(
+                [session.chat_prompt(parts, system=flags.system) if flags.chat else parts], options
+            )[0]
+        )
     else:
         _show(conversation.say(parts, options), out)
 
@@ -198,32 +234,96 @@ def _parts(line: str) -> list[str | Path]:
             parts[-1] += word
         else:
             parts.append(word)
-    return [part for part in (part.strip() if isinstance(part, str) else part for part in parts) if part]
+    return [
+        part for part in (part.strip() if isinstance(part, str) else part for part in parts) if part
+    ]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m emu_jax.generate", description=__doc__.splitlines()[0].partition(": ")[2], epilog=EPILOG,
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m emu_jax.generate",
+        description=__doc__.splitlines()[0].partition(": ")[2],
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     # one line, as everywhere
     parser.error = _fail
-    parser.add_argument("parts", nargs="*", metavar="PART", help="a text, or the path of an image or video file; in reading order")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints; it knows its tokenizer")
-    parser.add_argument("--image", action="store_true", help="draw: append [IMG] and regress an image's visual tokens")
-    parser.add_argument("--reconstruct", action="store_true", help="draw pictures from their own visual tokens, as the encoder makes them")
-    parser.add_argument("--decoder", metavar="DIR", help="a run of the stage decoder, or one of its checkpoints: drawings become pictures")
-    parser.add_argument("--chat", action="store_true", help="the chat format of a model tuned on instructions; without parts, a conversation")
-    parser.add_argument("--system", metavar="TEXT", help="chat: the system message; by default what the model was tuned with: "
-                        "the release has one for an image, one for a video")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help="a text, or the path of an image or video file; in reading order",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's workdir, or one of its checkpoints; it knows its tokenizer",
+    )
+    parser.add_argument(
+        "--image",
+        action="store_true",
+        help="draw: append [IMG] and regress an image's visual tokens",
+    )
+    parser.add_argument(
+        "--reconstruct",
+        action="store_true",
+        help="draw pictures from their own visual tokens, as the encoder makes them",
+    )
+    parser.add_argument(
+        "--decoder",
+        metavar="DIR",
+        help="a run of the stage decoder, or one of its checkpoints: drawings become pictures",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the chat format of a model tuned on instructions; without parts, a conversation",
+    )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="chat: the system message; by default what the model was tuned with: "
+        "the release has one for an image, one for a video",
+    )
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    parser.add_argument("--out", default="generated", metavar="DIR", help="where drawings are saved (generated), or with --decoder a FILE.png")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model or tokenizer.json, if it is not where the checkpoint's config says")
-    parser.add_argument("--truncate", choices=["never", "left"], default="never", help="left: cut the beginning of a prompt longer than the context")
+    parser.add_argument(
+        "--out",
+        default="generated",
+        metavar="DIR",
+        help="where drawings are saved (generated), or with --decoder a FILE.png",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.model or tokenizer.json, if it is not where the checkpoint's config says",
+    )
+    parser.add_argument(
+        "--truncate",
+        choices=["never", "left"],
+        default="never",
+        help="left: cut the beginning of a prompt longer than the context",
+    )
     drawing = parser.add_argument_group("pictures (as the decoder's config says, unless given)")
     drawing.add_argument("--sampler", metavar="NAME", help="pndm, ddim, euler, dpm++ or flow")
     drawing.add_argument("--steps", type=int, metavar="N", help="of the sampler")
-    drawing.add_argument("--guidance", type=float, metavar="X", help="how far away from the negative condition; 1: not at all")
-    drawing.add_argument("--rescale", type=float, metavar="X", help="takes guidance's contrast back, up to 1")
-    drawing.add_argument("--count", type=int, default=1, metavar="N", help="so many pictures, of --seed and the seeds after it (1)")
+    drawing.add_argument(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="how far away from the negative condition; 1: not at all",
+    )
+    drawing.add_argument(
+        "--rescale", type=float, metavar="X", help="takes guidance's contrast back, up to 1"
+    )
+    drawing.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many pictures, of --seed and the seeds after it (1)",
+    )
     text = parser.add_argument_group("text")
     for name, meaning in SAMPLING.items():
         flag = f"--{name.replace('_', '-')}"
@@ -232,7 +332,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             text.add_argument(flag, help=meaning, action="append", default=[], metavar="TEXT")
         else:
             kind = type(default)
-            text.add_argument(flag, help=f"{meaning} ({default:g})", type=kind, default=default, metavar="N" if kind is int else "X")
+            text.add_argument(
+                flag,
+                help=f"{meaning} ({default:g})",
+                type=kind,
+                default=default,
+                metavar="N" if kind is int else "X",
+            )
     flags = parser.parse_intermixed_args(arguments)
     if not flags.parts and not flags.chat:
         _fail("give a prompt: texts and files, in reading order; or --chat for a conversation")
@@ -241,8 +347,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if flags.parts and not any(part.strip() for part in flags.parts):
         _fail("the prompt is empty")
     if not flags.decoder and (flags.reconstruct or flags.out.endswith(".png") or flags.count != 1):
-        _fail("pictures, so --reconstruct, --count and --out=FILE.png, need a decoder: --decoder=DIR")
-    if flags.reconstruct and not (flags.parts and all(media.is_file(part) and not media.is_video(Path(part)) for part in flags.parts)):
+        _fail(
+            "pictures, so --reconstruct, --count and --out=FILE.png, need a decoder: --decoder=DIR"
+        )
+    if flags.reconstruct and not (
+        flags.parts
+        and all(media.is_file(part) and not media.is_video(Path(part)) for part in flags.parts)
+    ):
         _fail("--reconstruct takes image files that are there, and nothing else")
     if flags.count < 1:
         _fail(f"--count={flags.count} must be at least 1")

@@ -3,6 +3,7 @@
 
 Read next: text.py.
 """
+
 from functools import partial
 from typing import no_type_check
 
@@ -24,6 +25,7 @@ class Sketch:
     """Images that are being drawn; of each row's N visual tokens the first `count` are there, and
     read.
     """
+
     context: Context
     visual: Float[Array, "B N D"]
     count: Int[Array, ""]
@@ -32,7 +34,11 @@ class Sketch:
 def begin(size: emu.EmuSize, context: Context) -> Sketch:
     """From a context whose rows have read `[IMG]` last, and that has room for N."""
     rows = context.lengths.shape[0]
-    return Sketch(context, jnp.zeros((rows, size.resampler.tokens, size.llama.width), size.compute), jnp.int32(0))
+    return Sketch(
+        context,
+        jnp.zeros((rows, size.resampler.tokens, size.llama.width), size.compute),
+        jnp.int32(0),
+    )
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

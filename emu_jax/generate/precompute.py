@@ -8,6 +8,7 @@ there are kept, so the same command goes on; hosts take turns. The training read
 data.conditions=DIR and model.decoder.condition=generated, or with data.latents=DIR. Read next:
 ../data/precomputed.py.
 """
+
 import argparse
 import json
 import os
@@ -46,6 +47,7 @@ class Maker(NamedTuple):
     where it has none; `arrays([part, ...])` are theirs; `told`, JSON-able, says by what; `side`:
     pixels a side of the documents' images.
     """
+
     told: dict[str, Any]
     side: int
     part: Callable[[Document], Any]
@@ -57,29 +59,62 @@ def main(arguments: list[str]) -> None:
     own = [argument for argument in arguments if not argument.startswith("--config")]
     flags = _parse(own)
     c = config.load([argument for argument in arguments if argument not in own])
-    processes, process = (jax.process_count(), jax.process_index()) if flags.hosts is None else (flags.hosts, flags.host)
+    processes, process = (
+        (jax.process_count(), jax.process_index())
+        if flags.hosts is None
+        else (flags.hosts, flags.host)
+    )
     if not 0 <= process < processes:
-        raise UserError(f"--host={process} must be from 0 to {processes - 1}, for --hosts={processes}")
+        raise UserError(
+            f"--host={process} must be from 0 to {processes - 1}, for --hosts={processes}"
+        )
     if flags.batch is not None and flags.batch < 1:
         raise UserError(f"--batch={flags.batch} must be at least 1")
-    kind, maker = ("latents", latents(c, flags.batch or IMAGES)) if flags.latents else ("conditions", conditions(c, flags.batch or PROMPTS))
-    found = {(mixture, name): sources.open(path, maker.side, c.data.fit) for mixture in ("mixture", "eval_mixture")
-             for name, _, path, *_ in c.data[mixture]}
+    kind, maker = (
+        ("latents", latents(c, flags.batch or IMAGES))
+        if flags.latents
+        else ("conditions", conditions(c, flags.batch or PROMPTS))
+    )
+    found = {
+        (mixture, name): sources.open(path, maker.side, c.data.fit)
+        for mixture in ("mixture", "eval_mixture")
+        for name, _, path, *_ in c.data[mixture]
+    }
     if not found:
-        raise UserError("data.mixture is empty; give it a (name, weight, path) row for every source")
-    told = maker.told | {"documents": {f"{mixture}/{name}": len(source) for (mixture, name), source in found.items()}}
+        raise UserError(
+            "data.mixture is empty; give it a (name, weight, path) row for every source"
+        )
+    told = maker.told | {
+        "documents": {f"{mixture}/{name}": len(source) for (mixture, name), source in found.items()}
+    }
     directory = Path(flags.to)
     for other in KINDS:
-        if notes_of(directory, other).exists() and (other != kind or notes(directory, kind) != told):
-            raise UserError(f"'{directory}' holds {other} of another model or other data ({notes(directory, other)}); choose another --to")
+        if notes_of(directory, other).exists() and (
+            other != kind or notes(directory, kind) != told
+        ):
+            raise UserError(
+                f"'{directory}' holds {other} of another model or other data ({notes(directory, other)}); choose another --to"
+            )
     if not notes_of(directory, kind).exists():
-        write(notes_of(directory, kind), lambda file: file.write(json.dumps(told, indent=1).encode()))
-    work = [(mixture, name, shard) for (mixture, name), source in found.items() for shard in range(shards(len(source)))]
-    todo = [(*row, path) for row in work[process::processes] if not (path := path_of(directory, *row)).with_suffix(".json").exists()]
+        write(
+            notes_of(directory, kind), lambda file: file.write(json.dumps(told, indent=1).encode())
+        )
+    work = [
+        (mixture, name, shard)
+        for (mixture, name), source in found.items()
+        for shard in range(shards(len(source)))
+    ]
+    todo = [
+        (*row, path)
+        for row in work[process::processes]
+        if not (path := path_of(directory, *row)).with_suffix(".json").exists()
+    ]
     for mixture, name, shard, path in tqdm(todo, kind, unit=" shards", disable=None):
         make(maker, found[mixture, name], shard, path)
-    print(f"{len(todo)} shards made, {len(work[process::processes]) - len(todo)} were there; train with --config.data.{kind}={directory}"
-          + (" --config.model.decoder.condition=generated" if kind == "conditions" else ""))
+    print(
+        f"{len(todo)} shards made, {len(work[process::processes]) - len(todo)} were there; train with --config.data.{kind}={directory}"
+        + (" --config.model.decoder.condition=generated" if kind == "conditions" else "")
+    )
 
 
 def conditions(c: ConfigDict, batch: int) -> Maker:
@@ -87,7 +122,13 @@ def conditions(c: ConfigDict, batch: int) -> Maker:
     UserError where c.init names no Emu.
     """
     directory = holding(c, "conditions")
-    session = Session.load(directory, tokenizer=c.data.tokenizer, mesh=mesh_of(directory, jax.local_devices()), batch=batch, truncate="left")
+    session = Session.load(
+        directory,
+        tokenizer=c.data.tokenizer,
+        mesh=mesh_of(directory, jax.local_devices()),
+        batch=batch,
+        truncate="left",
+    )
     size = session.size
     told = _by(directory, "conditions") | {"shape": [size.resampler.tokens, size.llama.width]}
     return Maker(told, size.vision.image, before_image, session.images)
@@ -102,7 +143,9 @@ def latents(c: ConfigDict, batch: int) -> Maker:
     size = DecoderSize.of(c.model.to_dict())
     directory = holding(c, "latents")
     mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), devices=jax.local_devices())
-    params = checkpoint.restore_params(directory, {"vae": pixels.abstract_params(size, mesh, c.frozen_dtype)["vae"]})["vae"]
+    params = checkpoint.restore_params(
+        directory, {"vae": pixels.abstract_params(size, mesh, c.frozen_dtype)["vae"]}
+    )["vae"]
     encode = jax.jit(lambda params, images: moments(size, emu.bind(Vae, size.vae, params), images))
     rows = batch * mesh.size
 
@@ -110,11 +153,17 @@ def latents(c: ConfigDict, batch: int) -> Maker:
         found = []
         for start in range(0, len(images), rows):
             # one shape for every batch
-            some = [*images[start:start + rows], *images[:1] * (start + rows - len(images))]
+            some = [*images[start : start + rows], *images[:1] * (start + rows - len(images))]
             with jax.set_mesh(mesh):
                 found.append(np.asarray(encode(params, np.stack(some)), np.float32))
-        return np.concatenate(found)[:len(images)]
-    return Maker(told | _by(directory, "latents"), size.loaded, lambda document: next(pictures(document), None), arrays)
+        return np.concatenate(found)[: len(images)]
+
+    return Maker(
+        told | _by(directory, "latents"),
+        size.loaded,
+        lambda document: next(pictures(document), None),
+        arrays,
+    )
 
 
 def latents_of(c: ConfigDict) -> dict[str, Any]:
@@ -124,11 +173,24 @@ def latents_of(c: ConfigDict) -> dict[str, Any]:
     """
     size = DecoderSize.of(c.model.to_dict()) if c.stage == "decoder" else None
     if size is None or size.vae is None:
-        raise UserError("only a decoder with an autoencoder has latents (data.latents): " +
-                        (f"stage={c.stage!r} has none" if size is None else "model.decoder.vae is empty, and the U-Net draws pixels"))
+        raise UserError(
+            "only a decoder with an autoencoder has latents (data.latents): "
+            + (
+                f"stage={c.stage!r} has none"
+                if size is None
+                else "model.decoder.vae is empty, and the U-Net draws pixels"
+            )
+        )
     if c.data.fit not in ("squash", "centre"):
-        raise UserError(f"data.fit={c.data.fit!r}: latents are made once, of images that never change; set data.fit to squash or centre")
-    return {"loaded": size.loaded, "image": size.image, "fit": c.data.fit, "shape": list(size.moments)}
+        raise UserError(
+            f"data.fit={c.data.fit!r}: latents are made once, of images that never change; set data.fit to squash or centre"
+        )
+    return {
+        "loaded": size.loaded,
+        "image": size.image,
+        "fit": c.data.fit,
+        "shape": list(size.moments),
+    }
 
 
 def holding(c: ConfigDict, kind: str) -> str:
@@ -136,8 +198,11 @@ def holding(c: ConfigDict, kind: str) -> str:
     the training. Raises UserError where none does.
     """
     tower, what = MADE_BY[kind]
-    found = [directory for directory in filter(None, c.init.split(","))
-             if any(path.startswith(f"{tower}/") for path in checkpoint.param_shapes(directory))]
+    found = [
+        directory
+        for directory in filter(None, c.init.split(","))
+        if any(path.startswith(f"{tower}/") for path in checkpoint.param_shapes(directory))
+    ]
     if not found:
         raise UserError(f"init={c.init!r} names no checkpoint with {what}: --config.init=DIR")
     return found[-1]
@@ -150,12 +215,17 @@ def check_weights(c: ConfigDict, kind: str) -> None:
     directory = holding(c, kind)
     there = notes(Path(c.data[kind]), kind)
     if _by(directory, kind)["weights"] != there.get("weights"):
-        raise UserError(f"data.{kind}={c.data[kind]!r} were made by other weights ({there.get('checkpoint')}) than those of init, {directory}; make "
-                        f"them again: python -m emu_jax.generate precompute{KINDS[kind]} --config=FILE --to=ANOTHER")
+        raise UserError(
+            f"data.{kind}={c.data[kind]!r} were made by other weights ({there.get('checkpoint')}) than those of init, {directory}; make "
+            f"them again: python -m emu_jax.generate precompute{KINDS[kind]} --config=FILE --to=ANOTHER"
+        )
 
 
 def _by(directory: str, kind: str) -> dict[str, Any]:
-    return {"checkpoint": str(Path(directory).resolve()), "weights": checkpoint.fingerprint(directory, MADE_BY[kind][0])}
+    return {
+        "checkpoint": str(Path(directory).resolve()),
+        "weights": checkpoint.fingerprint(directory, MADE_BY[kind][0]),
+    }
 
 
 def make(maker: Maker, source: Source, shard: int, path: Path) -> None:
@@ -180,8 +250,10 @@ def make(maker: Maker, source: Source, shard: int, path: Path) -> None:
 def before_image(document: Document) -> Parts | None:
     """The parts before its first image; of a pair of both, the text. None without an image."""
     parts: list[str] = []
+
     def said(part):
         return part.text if isinstance(part, Text) else part
+
     for part in document.parts:
         if isinstance(part, np.ndarray):
             return parts
@@ -205,15 +277,36 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m emu_jax.generate precompute", description=__doc__.splitlines()[0].partition(": ")[2],
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m emu_jax.generate precompute",
+        description=__doc__.splitlines()[0].partition(": ")[2],
+        allow_abbrev=False,
+    )
     # one line, as everywhere
     parser.error = _fail
-    parser.add_argument("--to", required=True, metavar="DIR", help="where they are written, or go on being written")
-    parser.add_argument("--latents", action="store_true", help="the autoencoder's latents of the images instead of the LLM's conditions")
-    parser.add_argument("--batch", type=int, metavar="N", help=f"prompts at once ({PROMPTS}), or with --latents images on each device ({IMAGES})")
-    parser.add_argument("--host", type=int, default=0, metavar="K", help="which of --hosts this is, from 0 (0)")
-    parser.add_argument("--hosts", type=int, metavar="N", help="how many share the work; by default the processes that JAX knows of")
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="where they are written, or go on being written"
+    )
+    parser.add_argument(
+        "--latents",
+        action="store_true",
+        help="the autoencoder's latents of the images instead of the LLM's conditions",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help=f"prompts at once ({PROMPTS}), or with --latents images on each device ({IMAGES})",
+    )
+    parser.add_argument(
+        "--host", type=int, default=0, metavar="K", help="which of --hosts this is, from 0 (0)"
+    )
+    parser.add_argument(
+        "--hosts",
+        type=int,
+        metavar="N",
+        help="how many share the work; by default the processes that JAX knows of",
+    )
     return parser.parse_args(arguments)
 
 

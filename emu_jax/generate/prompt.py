@@ -5,6 +5,7 @@ A part is a text, an image (pixels, or the visual tokens of one that a model dre
 an image or video file; a video is its frames, each as an image. Chat: `<system> [USER]: <parts>
 [ASSISTANT]: <answer></s>`. Read next: session.py.
 """
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Prompt:
     """Ids, and the images whose visual tokens take the places of `<image>`: uint8 pixels [h w 3],
     or the tokens themselves [N D].
     """
+
     tokens: list[int] = field(default_factory=list)
     images: list[np.ndarray] = field(default_factory=list)
     # index in tokens of the first of each image's N slots
@@ -40,6 +42,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Grammar:
     """How parts are written for one model."""
+
     tokenizer: Tokenizer
     # N
     n_visual: int
@@ -53,18 +56,31 @@ class Grammar:
 
     def plain(self, parts: Sequence[Part]) -> Prompt:
         """`<s>` and the parts; each text is encoded on its own, as in training."""
-        return self._written([self.tokenizer.bos, *(piece for part in parts for piece in self._pieces(part))])
+        return self._written(
+            [self.tokenizer.bos, *(piece for part in parts for piece in self._pieces(part))]
+        )
 
     def turn(self, parts: Sequence[Part], *, system: str | None, first: bool) -> Prompt:
         """A user's turn of a chat, up to where the answer begins. system: None for the message it
         was tuned with, "" for none.
         """
         if self.added < 6:
-            raise UserError("this model has no [USER] and [ASSISTANT]: only one that was tuned on instructions can chat (model.llama.added=6)")
+            raise UserError(
+                "this model has no [USER] and [ASSISTANT]: only one that was tuned on instructions can chat (model.llama.added=6)"
+            )
         said = () if self.system == "none" else chat.MESSAGES[_kind(parts)]
         said = said if system is None else (system,) if system else ()
         beginning = chat.opening(self.tokenizer, said) if first else []
-        return self._written(chat.joined([*beginning, *chat.asked(self.tokenizer, [piece for part in parts for piece in self._pieces(part)])]))
+        return self._written(
+            chat.joined(
+                [
+                    *beginning,
+                    *chat.asked(
+                        self.tokenizer, [piece for part in parts for piece in self._pieces(part)]
+                    ),
+                ]
+            )
+        )
 
     def template(self, text: str, images: Sequence[Sequence[np.ndarray]]) -> Prompt:
         """`<s>` and a text in which "[USER]", "[ASSISTANT]", "[IMG]", "[/IMG]" and "</s>" are those
@@ -74,7 +90,13 @@ class Grammar:
         t = self.tokenizer
         waiting = iter(images)
         pieces = [self.tokenizer.bos]
-        special = {"[USER]": t.user, "[ASSISTANT]": t.assistant, "[IMG]": t.img, "[/IMG]": t.end_img, "</s>": t.eos}
+        special = {
+            "[USER]": t.user,
+            "[ASSISTANT]": t.assistant,
+            "[IMG]": t.img,
+            "[/IMG]": t.end_img,
+            "</s>": t.eos,
+        }
         for piece in MARKS.split(text):
             if piece == "{image}":
                 pieces += next(waiting)
@@ -93,14 +115,20 @@ class Grammar:
         if isinstance(part, str):
             return [part]
         if isinstance(part, Path):
-            return media.video(part, self.image_size) if media.is_video(part) else [media.image(part, self.image_size)]
+            return (
+                media.video(part, self.image_size)
+                if media.is_video(part)
+                else [media.image(part, self.image_size)]
+            )
         part = np.asarray(part)
         if part.dtype == np.uint8 and part.ndim == 3 and part.shape[-1] == 3 and part.size:
             return [media.squashed(part, self.image_size)]
         if part.dtype != np.uint8 and part.shape == (self.n_visual, self.width):
             return [part.astype(np.float32)]
-        raise UserError(f"an image is an array uint8 [h, w, 3], or visual tokens [{self.n_visual}, {self.width}]; "
-                        f"this is {part.dtype} {list(part.shape)}")
+        raise UserError(
+            f"an image is an array uint8 [h, w, 3], or visual tokens [{self.n_visual}, {self.width}]; "
+            f"this is {part.dtype} {list(part.shape)}"
+        )
 
     def _written(self, pieces: list) -> Prompt:
         prompt = Prompt()
@@ -142,5 +170,13 @@ def cut_left(prompt: Prompt, length: int, n_visual: int) -> Prompt:
         # inside [IMG] ... [/IMG]
         if slot - 1 < start <= slot + n_visual:
             start = slot + n_visual + 1
-    kept = [(image, slot - start + 1) for image, slot in zip(prompt.images, prompt.slots, strict=True) if slot > start]
-    return Prompt([prompt.tokens[0], *prompt.tokens[start:]], [image for image, _ in kept], [slot for _, slot in kept])
+    kept = [
+        (image, slot - start + 1)
+        for image, slot in zip(prompt.images, prompt.slots, strict=True)
+        if slot > start
+    ]
+    return Prompt(
+        [prompt.tokens[0], *prompt.tokens[start:]],
+        [image for image, _ in kept],
+        [slot for _, slot in kept],
+    )

@@ -5,6 +5,7 @@ Reading a then b is reading a + b: so a system message is read once for many pro
 from its last turn, and an image is 32 elements read one by one. Read next: text.py, image.py,
 session.py.
 """
+
 from functools import partial
 from typing import no_type_check
 
@@ -23,6 +24,7 @@ from emu_jax.types import Cache
 @no_type_check
 class Context:
     """B rows, each a sequence of its own length."""
+
     cache: Cache
     # after the last element read, from which the next one is predicted
     hidden: Float[Array, "B D"]
@@ -34,7 +36,9 @@ class Context:
 def empty(size: emu.EmuSize, params: Tree, rows: int, slots: int) -> Context:
     """Nothing read yet, and room for `slots` elements a row."""
     cache = emu.bind(emu.Emu, size, params).llama.empty_cache(rows, slots, size.compute)
-    return Context(cache, jnp.zeros((rows, size.llama.width), size.compute), jnp.zeros(rows, jnp.int32))
+    return Context(
+        cache, jnp.zeros((rows, size.llama.width), size.compute), jnp.zeros(rows, jnp.int32)
+    )
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -43,24 +47,40 @@ def spread(context: Context, times: int, slots: int) -> Context:
     many as there are, or more).
     """
     more = slots - context.cache.slots
+
     def each(x, axis):
         return jnp.repeat(x, times, axis) if times > 1 else jnp.copy(x)
+
     def room(x, axis):
         return jnp.pad(each(x, axis), [(0, more if k == axis + 1 else 0) for k in range(x.ndim)])
+
     cache = context.cache
-    cache = cache.replace(k=room(cache.k, 1), v=room(cache.v, 1), positions=room(cache.positions, 0), segments=room(cache.segments, 0))
+    cache = cache.replace(
+        k=room(cache.k, 1),
+        v=room(cache.v, 1),
+        positions=room(cache.positions, 0),
+        segments=room(cache.segments, 0),
+    )
     return Context(cache, each(context.hidden, 0), each(context.lengths, 0))
 
 
 @partial(jax.jit, static_argnums=0)
-def encode(size: emu.EmuSize, params: Tree, images: UInt8[Array, "M h w 3"]) -> Float[Array, "M N D"]:
+def encode(
+    size: emu.EmuSize, params: Tree, images: UInt8[Array, "M h w 3"]
+) -> Float[Array, "M N D"]:
     """The visual tokens of images."""
     return emu.bind(emu.Emu, size, params).encode(images)
 
 
 @partial(jax.jit, static_argnums=0)
-def embed(size: emu.EmuSize, params: Tree, tokens: Int[Array, "B T"], visual: Float[Array, "M N D"], images: Int[Array, "B I"],
-          slots: Int[Array, "B I"]) -> Float[Array, "B T D"]:
+def embed(
+    size: emu.EmuSize,
+    params: Tree,
+    tokens: Int[Array, "B T"],
+    visual: Float[Array, "M N D"],
+    images: Int[Array, "B I"],
+    slots: Int[Array, "B I"],
+) -> Float[Array, "B T D"]:
     """The LLM's input for ids; the i-th image of row b is visual[images[b, i]], from slots[b, i] on
     (T for no image).
     """
@@ -68,23 +88,39 @@ def embed(size: emu.EmuSize, params: Tree, tokens: Int[Array, "B T"], visual: Fl
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read(size: emu.EmuSize, params: Tree, context: Context, x: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Context:
+def read(
+    size: emu.EmuSize,
+    params: Tree,
+    context: Context,
+    x: Float[Array, "B T D"],
+    lengths: Int[Array, "B"],
+) -> Context:
     """The context after the first `lengths` elements of each row of x; it needs room for T."""
     return step(emu.bind(emu.Emu, size, params), context, x, lengths)
 
 
-def step(model: emu.Emu, context: Context, x: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Context:
+def step(
+    model: emu.Emu, context: Context, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
+) -> Context:
     """As `read`, inside a jitted function."""
     return after(context, *hiddens(model, context, x, lengths), lengths)
 
 
-def hiddens(model: emu.Emu, context: Context, x: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> tuple[Float[Array, "B T D"], Cache]:
+def hiddens(
+    model: emu.Emu, context: Context, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states of elements that go on from the context, and the cache with them."""
     real = jnp.arange(x.shape[1]) < lengths[:, None]
     positions = jnp.where(real, context.lengths[:, None] + jnp.arange(x.shape[1]), 0)
-    return model.llama(x, positions, real.astype(jnp.int32), context.cache, kernel=model.size.attention)
+    return model.llama(
+        x, positions, real.astype(jnp.int32), context.cache, kernel=model.size.attention
+    )
 
 
-def after(context: Context, hidden: Float[Array, "B T D"], cache: Cache, lengths: Int[Array, "B"]) -> Context:
+def after(
+    context: Context, hidden: Float[Array, "B T D"], cache: Cache, lengths: Int[Array, "B"]
+) -> Context:
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
-    return Context(cache, jnp.where(lengths[:, None] > 0, last, context.hidden), context.lengths + lengths)
+    return Context(
+        cache, jnp.where(lengths[:, None] > 0, last, context.hidden), context.lengths + lengths
+    )

@@ -5,6 +5,7 @@ that it follows.
 x0 + s e at time t (see `Denoiser`); a `Schedule` says where to go. Each loop is one scan, compiled
 once whatever the number of steps, and all randomness is in x. Read next: ../models/diffusion.py.
 """
+
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +23,7 @@ class Denoiser(NamedTuple):
     """A network in use (see `denoiser`, which guides): predict(x, t) -> prediction;
     split(prediction, x, a, s) -> (x0, e), x being a x0 + s e.
     """
+
     predict: Callable[[Array, Array], Array]
     split: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 
@@ -33,12 +35,15 @@ class Schedule(NamedTuple):
     """n steps between n + 1 points, from noise to the result, each point a x0 + s e; `t` is what
     the network is told at all but the last.
     """
+
     t: Float[np.ndarray, "n"]
     a: Float[np.ndarray, "n+1"]
     s: Float[np.ndarray, "n+1"]
 
 
-def schedule(d: Diffusion, steps: int, *, spacing: str = "leading", offset: int = 1, last: str = "zero") -> Schedule:
+def schedule(
+    d: Diffusion, steps: int, *, spacing: str = "leading", offset: int = 1, last: str = "zero"
+) -> Schedule:
     """`steps` of the times that were trained on, falling.
 
     spacing: "leading" (0, k, 2 k, ... plus `offset`: Stable Diffusion's), "inner" (k, 2 k, ... with
@@ -48,15 +53,21 @@ def schedule(d: Diffusion, steps: int, *, spacing: str = "leading", offset: int 
     none of these.
     """
     if not 1 <= steps <= d.steps:
-        raise UserError(f"a sampler takes 1 to {d.steps} steps (those that were trained on), not {steps}")
+        raise UserError(
+            f"a sampler takes 1 to {d.steps} steps (those that were trained on), not {steps}"
+        )
     if d.target == "flow":
         t = np.linspace(d.steps, 0, steps + 1)
         return Schedule(t[:-1], 1 - t / d.steps, t / d.steps)
-    spaced = {"leading": np.arange(steps) * (d.steps // steps) + offset,
-              "inner": np.arange(1, steps + 1) * (d.steps // (steps + 1)) + offset,
-              "trailing": np.round(np.arange(1, steps + 1) * d.steps / steps) - 1}
+    spaced = {
+        "leading": np.arange(steps) * (d.steps // steps) + offset,
+        "inner": np.arange(1, steps + 1) * (d.steps // (steps + 1)) + offset,
+        "trailing": np.round(np.arange(1, steps + 1) * d.steps / steps) - 1,
+    }
     if spacing not in spaced or last not in ("zero", "first"):
-        raise UserError(f"a schedule's spacing is {', '.join(spaced)} and its last noise zero or first, not {spacing!r} and {last!r}")
+        raise UserError(
+            f"a schedule's spacing is {', '.join(spaced)} and its last noise zero or first, not {spacing!r} and {last!r}"
+        )
     t = np.clip(spaced[spacing], 0, d.steps - 1).astype(int)[::-1]
     a2 = alphas_cumprod(d)
     a2 = np.append(a2[t], 1.0 if last == "zero" else a2[0])
@@ -70,32 +81,53 @@ def noise(seeds: Int[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B h w
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
 
 
-def denoiser(d: Diffusion, network: Callable[[Array, Array, Array], Array], condition: Float[Array, "B N D"], negative: Float[Array, "B N D"], *,
-             guidance: float, rescale: float = 0.0) -> Denoiser:
+def denoiser(
+    d: Diffusion,
+    network: Callable[[Array, Array, Array], Array],
+    condition: Float[Array, "B N D"],
+    negative: Float[Array, "B N D"],
+    *,
+    guidance: float,
+    rescale: float = 0.0,
+) -> Denoiser:
     """That of network(x, times, condition) -> prediction, with classifier-free guidance (arXiv
     2207.12598): away from the condition `negative`, which guidance 1 does not ask. `rescale` takes
     the result's deviation so far back to the conditional one's (arXiv 2305.08891, section 3.4).
     """
+
     def predict(x, t):
         times = jnp.full(len(x), t)
         if guidance == 1.0:
             return network(x, times, condition)
+
         def twice(y):
             return jnp.concatenate([y, y])
-        without, conditional = jnp.split(network(twice(x), twice(times), jnp.concatenate([negative, condition])), 2)
+
+        without, conditional = jnp.split(
+            network(twice(x), twice(times), jnp.concatenate([negative, condition])), 2
+        )
         guided = without + guidance * (conditional - without)
+
         def deviation(y):
             return y.std((1, 2, 3), keepdims=True)
-        return guided * (1 - rescale + rescale * deviation(conditional) / deviation(guided)) if rescale else guided
+
+        return (
+            guided * (1 - rescale + rescale * deviation(conditional) / deviation(guided))
+            if rescale
+            else guided
+        )
+
     return Denoiser(predict, partial(split, d))
 
 
 def ddim(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
     """DDIM without noise (arXiv 2010.02502, equation 12 with sigma 0)."""
+
     def step(x, row):
         t, a, s, a_next, s_next = row
         x0, e = denoise(x, t, a, s)
         return a_next * x0 + s_next * e, None
+
     return jax.lax.scan(step, x, _rows(plan))[0]
 
 
@@ -103,10 +135,12 @@ def euler(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Floa
     """Euler's method on y = x / a, whose derivative by the noise level s / a is e (arXiv
     2206.00364, algorithm 1 without its second-order correction).
     """
+
     def step(y, row):
         t, a, s, a_next, s_next = row
         _, e = denoise(a * y, t, a, s)
         return y + (s_next / a_next - s / a) * e, None
+
     _regular(plan, "euler")
     return plan.a[-1] * jax.lax.scan(step, x / plan.a[0], _rows(plan))[0]
 
@@ -123,7 +157,18 @@ def pndm(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float
     at = evaluated(len(plan.t))
     # and of the steps
     start = np.where(np.arange(len(at)) == 1, 0, at)
-    weights = np.array([[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], *[[55, -59, 37, -9]] * (len(at) - 4)])[:len(at)] / 24
+    weights = (
+        np.array(
+            [
+                [24, 0, 0, 0],
+                [12, 12, 0, 0],
+                [36, -12, 0, 0],
+                [46, -32, 10, 0],
+                *[[55, -59, 37, -9]] * (len(at) - 4),
+            ]
+        )[: len(at)]
+        / 24
+    )
 
     def step(carry, row):
         # seen [4, ...]: the newest prediction's place, and the three before it
@@ -138,17 +183,29 @@ def pndm(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float
         return (moved, x, kept), None
 
     _regular(plan, "pndm")
-    rows = tuple(jnp.asarray(row, jnp.float32) for row in (
-        np.arange(len(at)), plan.t[at], plan.a[start], plan.s[start], plan.a[start + 1], plan.s[start + 1], weights))
+    rows = tuple(
+        jnp.asarray(row, jnp.float32)
+        for row in (
+            np.arange(len(at)),
+            plan.t[at],
+            plan.a[start],
+            plan.s[start],
+            plan.a[start + 1],
+            plan.s[start + 1],
+            weights,
+        )
+    )
     return jax.lax.scan(step, (x, x, jnp.zeros((4, *x.shape))), rows)[0][0]
 
 
 def evaluated(steps: int) -> Int[np.ndarray, "m"]:
     """The points at which PNDM asks the network: the second one twice."""
-    return np.array([0, 1, *range(1, steps)][:steps + (steps > 1)])
+    return np.array([0, 1, *range(1, steps)][: steps + (steps > 1)])
 
 
-def dpm_solver(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
+def dpm_solver(
+    denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule
+) -> Float[Array, "B h w c"]:
     """DPM-Solver++ (2M) (arXiv 2211.01095, algorithm 2): x0 is extrapolated in the logarithm of a /
     s from the last two.
 
@@ -168,31 +225,44 @@ def dpm_solver(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) ->
         x0, _ = denoise(x, t, a, s)
         extrapolated = x0 + more * (x0 - x0_before)
         return (s_next / s * x + (a_next - a * s_next / s) * extrapolated, x0), None
+
     return jax.lax.scan(step, (x, x), (*_rows(plan), jnp.asarray(more, jnp.float32)))[0][0]
 
 
-def flow_euler(denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule) -> Float[Array, "B h w c"]:
+def flow_euler(
+    denoise: Denoiser, x: Float[Array, "B h w c"], plan: Schedule
+) -> Float[Array, "B h w c"]:
     """Euler's method on the straight path from noise to data (arXiv 2209.03003, section 2): the
     velocity is e - x0.
     """
+
     def step(x, row):
         t, a, s, _, s_next = row
         x0, e = denoise(x, t, a, s)
         return x + (s_next - s) * (e - x0), None
+
     if not np.allclose(plan.a + plan.s, 1):
-        raise UserError("the sampler 'flow' needs a model that was trained with diffusion.target='flow'; this one takes ddim, pndm, euler or dpm++")
+        raise UserError(
+            "the sampler 'flow' needs a model that was trained with diffusion.target='flow'; this one takes ddim, pndm, euler or dpm++"
+        )
     return jax.lax.scan(step, x, _rows(plan))[0]
 
 
 class Sampler(NamedTuple):
     """A sampler and the schedule that its golden numbers have."""
+
     run: Callable[[Denoiser, Array, Schedule], Array]
     spacing: str
     last: str
 
 
-SAMPLERS = {"ddim": Sampler(ddim, "leading", "first"), "pndm": Sampler(pndm, "leading", "first"), "euler": Sampler(euler, "leading", "zero"),
-            "dpm++": Sampler(dpm_solver, "inner", "zero"), "flow": Sampler(flow_euler, "leading", "zero")}
+SAMPLERS = {
+    "ddim": Sampler(ddim, "leading", "first"),
+    "pndm": Sampler(pndm, "leading", "first"),
+    "euler": Sampler(euler, "leading", "zero"),
+    "dpm++": Sampler(dpm_solver, "inner", "zero"),
+    "flow": Sampler(flow_euler, "leading", "zero"),
+}
 
 
 def plan_of(d: Diffusion, sampler: str, steps: int) -> Schedule:
@@ -202,14 +272,21 @@ def plan_of(d: Diffusion, sampler: str, steps: int) -> Schedule:
     if sampler not in SAMPLERS:
         raise UserError(f"no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
     chosen = SAMPLERS[sampler]
-    return schedule(d, steps, spacing="trailing" if d.zero_snr else chosen.spacing, last=chosen.last)
+    return schedule(
+        d, steps, spacing="trailing" if d.zero_snr else chosen.spacing, last=chosen.last
+    )
 
 
 def _rows(plan: Schedule) -> tuple[Array, ...]:
     """(t, a, s, next a, next s) of every step."""
-    return tuple(jnp.asarray(row, jnp.float32) for row in (plan.t, plan.a[:-1], plan.s[:-1], plan.a[1:], plan.s[1:]))
+    return tuple(
+        jnp.asarray(row, jnp.float32)
+        for row in (plan.t, plan.a[:-1], plan.s[:-1], plan.a[1:], plan.s[1:])
+    )
 
 
 def _regular(plan: Schedule, sampler: str) -> None:
     if plan.a[0] == 0:
-        raise UserError(f"the sampler {sampler!r} cannot start where there is noise alone (flow, or diffusion.zero_snr); use ddim or dpm++")
+        raise UserError(
+            f"the sampler {sampler!r} cannot start where there is noise alone (flow, or diffusion.zero_snr); use ddim or dpm++"
+        )

@@ -4,6 +4,7 @@ forbidden scores -inf.
 Pure functions on [B, V]; the numbers may be traced, so that one compiled loop serves all of them.
 Read next: text.py.
 """
+
 from typing import no_type_check
 
 import flax.struct
@@ -19,6 +20,7 @@ from emu_jax.generate.trie import Trie
 @no_type_check
 class Rules:
     """`Options` (options.py) and what else bears on the choice of a token, for a compiled loop."""
+
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
@@ -38,8 +40,14 @@ class Rules:
     trie: Trie | None
 
 
-def process(scores: Float[Array, "B V"], rules: Rules, said: Int[Array, "B T"], node: Int[Array, "B"], count: Int[Array, ""],
-            eos: int) -> Float[Array, "B V"]:
+def process(
+    scores: Float[Array, "B V"],
+    rules: Rules,
+    said: Int[Array, "B T"],
+    node: Int[Array, "B"],
+    count: Int[Array, ""],
+    eos: int,
+) -> Float[Array, "B V"]:
     """Repetition penalty, no early </s>, and the trie; before anything is drawn, or added up by
     beams.
     """
@@ -58,7 +66,9 @@ def sample(scores: Float[Array, "B V"], rules: Rules, keys: Key[Array, "B"]) -> 
     return jax.vmap(jax.random.categorical)(keys, scores)
 
 
-def repetition_penalty(scores: Float[Array, "B V"], said: Int[Array, "B T"], penalty: Float[Array, ""]) -> Float[Array, "B V"]:
+def repetition_penalty(
+    scores: Float[Array, "B V"], said: Int[Array, "B T"], penalty: Float[Array, ""]
+) -> Float[Array, "B V"]:
     """Scores of ids in `said` (V or more: none), once each, divided by the penalty where positive,
     else multiplied by it.
     """

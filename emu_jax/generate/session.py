@@ -6,6 +6,7 @@ compiled for powers of two: rows (up to `batch`), images encoded at once (up to 
 prompt and of an answer (from 16 up to the context). So a kind of generation is compiled at most
 log2(batch) x log2(context / 16)^2 times, in practice once or twice. Read next: prompt.py, text.py.
 """
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ Parts = Sequence[Part]
 
 class Drawing(NamedTuple):
     """An image that the model drew."""
+
     # a part of later prompts as it is
     visual: Float[np.ndarray, "N D"]
     # None without a decoder
@@ -51,6 +53,7 @@ class Drawing(NamedTuple):
 @dataclass(frozen=True)
 class Prefix:
     """What prompts have in common, read once."""
+
     # of one row (or as many, all the same, as the mesh needs)
     context: Context
     prompt: Prompt
@@ -61,10 +64,20 @@ class Session:
     w, 3], or None.
     """
 
-    def __init__(self, size: emu.EmuSize, params: tree.Tree, tokenizer: Tokenizer, *, context: int,
-                 decode: Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]] | None = None,
-                 mesh: jax.sharding.Mesh | None = None, batch: int = 32, truncate: str = "never", draws: int = 0,
-                 system: str = "release"):
+    def __init__(
+        self,
+        size: emu.EmuSize,
+        params: tree.Tree,
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        decode: Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        batch: int = 32,
+        truncate: str = "never",
+        draws: int = 0,
+        system: str = "release",
+    ):
         """context: elements that a row may have. batch: rows at once. truncate: "left" cuts prompts
         that are too long, else they are refused. draws: images that a streamed answer may hold,
         unless it is said otherwise. system: what chats begin with, data.system.
@@ -80,10 +93,25 @@ class Session:
         self.batch = max(batch, self.shards)
         self.draws = draws
         self.vocab = size.llama.vocab + size.llama.added
-        self.grammar = Grammar(tokenizer, size.resampler.tokens, size.vision.image, size.llama.width, size.llama.added, system)
+        self.grammar = Grammar(
+            tokenizer,
+            size.resampler.tokens,
+            size.vision.image,
+            size.llama.width,
+            size.llama.added,
+            system,
+        )
 
     @classmethod
-    def load(cls, directory: str, *, ema: bool = False, tokenizer: str | None = None, mesh: jax.sharding.Mesh | None = None, **options) -> "Session":
+    def load(
+        cls,
+        directory: str,
+        *,
+        ema: bool = False,
+        tokenizer: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        **options,
+    ) -> "Session":
         """From a run's workdir or one of its checkpoints, which knows its model, its tokenizer's
         path, its context, and whether the model was trained to say when it draws.
 
@@ -93,13 +121,21 @@ class Session:
         """
         config = checkpoint.read_config(directory)
         if not any(path.startswith("llama/") for path in checkpoint.param_shapes(directory)):
-            raise UserError(f"the checkpoint in '{directory}' is of the stage {config['stage']!r}: it has no language model to generate with")
+            raise UserError(
+                f"the checkpoint in '{directory}' is of the stage {config['stage']!r}: it has no language model to generate with"
+            )
         size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
         tokens = tokenizers.load(tokenizer or config["data"]["tokenizer"], size.llama.vocab)
         params = checkpoint.restore_params(directory, abstract_params(size, mesh), ema=ema)
         draws = DRAWS if "[IMG]" in config["data"]["labels"] else 0
-        return cls(size, params, tokens, context=config["data"]["tokens"], mesh=mesh,
-                   **{"draws": draws, "system": config["data"].get("system", "release")} | options)
+        return cls(
+            size,
+            params,
+            tokens,
+            context=config["data"]["tokens"],
+            mesh=mesh,
+            **{"draws": draws, "system": config["data"].get("system", "release")} | options,
+        )
 
     # --- prompts ---
 
@@ -123,17 +159,38 @@ class Session:
 
     # --- many at once ---
 
-    def texts(self, prompts: Sequence[Parts | Prompt], options: Options | None = None, *, choices: Sequence[str] | None = None,
-              prefix: Prefix | None = None, progress: str = "") -> list[str]:
+    def texts(
+        self,
+        prompts: Sequence[Parts | Prompt],
+        options: Options | None = None,
+        *,
+        choices: Sequence[str] | None = None,
+        prefix: Prefix | None = None,
+        progress: str = "",
+    ) -> list[str]:
         """The answer to each prompt. choices: the answers allowed. progress: the name of a progress
         bar.
         """
         options = options or Options()
-        ids = self.ids(prompts, options, choices=choices and [self.tokenizer.encode(choice) for choice in choices], prefix=prefix, progress=progress)
+        ids = self.ids(
+            prompts,
+            options,
+            choices=choices and [self.tokenizer.encode(choice) for choice in choices],
+            prefix=prefix,
+            progress=progress,
+        )
         return [until_stop(self.tokenizer.decode(row), options.stop) for row in ids]
 
-    def ids(self, prompts: Sequence[Parts | Prompt], options: Options, *, choices: Sequence[Sequence[int]] | None = None,
-            prefix: Prefix | None = None, added: bool = False, progress: str = "") -> list[list[int]]:
+    def ids(
+        self,
+        prompts: Sequence[Parts | Prompt],
+        options: Options,
+        *,
+        choices: Sequence[Sequence[int]] | None = None,
+        prefix: Prefix | None = None,
+        added: bool = False,
+        progress: str = "",
+    ) -> list[list[int]]:
         """As `texts`, in ids and not cut at stop texts, without `</s>`. added: the added tokens may
         be said too.
         """
@@ -146,16 +203,26 @@ class Session:
             rules = self._rules(some, prefix, options, allowed, choice, len(context.lengths))
             if options.beams > 1:
                 context = reading.spread(context, options.beams, context.cache.slots)
-                found = fetched(text.search(self.size, self.params, context, options.beams, room, rules))
+                found = fetched(
+                    text.search(self.size, self.params, context, options.beams, room, rules)
+                )
             else:
                 numbers = numbers + [numbers[-1]] * (len(context.lengths) - len(numbers))
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(options.seed), jnp.array(numbers))
-                found = self._write(text.begin(self.size, self.params, context, keys, room, rules), rules, options)
-            return [text.until_end(row[:limit]) for row, limit in zip(found, rules.limits, strict=True)]
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(
+                    jax.random.key(options.seed), jnp.array(numbers)
+                )
+                found = self._write(
+                    text.begin(self.size, self.params, context, keys, room, rules), rules, options
+                )
+            return [
+                text.until_end(row[:limit]) for row, limit in zip(found, rules.limits, strict=True)
+            ]
 
         return self._batched(prompts, prefix, 1, generate, progress)
 
-    def images(self, prompts: Sequence[Parts | Prompt], *, prefix: Prefix | None = None, progress: str = "") -> Float[np.ndarray, "M N D"]:
+    def images(
+        self, prompts: Sequence[Parts | Prompt], *, prefix: Prefix | None = None, progress: str = ""
+    ) -> Float[np.ndarray, "M N D"]:
         """The visual tokens of the image that follows each prompt (and `[IMG]`, which is
         appended).
         """
@@ -164,38 +231,66 @@ class Session:
 
         def generate(some: list[Prompt], _: list[int]) -> list[np.ndarray]:
             sketch = image.begin(self.size, self._read(some, prefix, N))
-            return list(fetched(image.draw(self.size, self.params, sketch, np.int32(N)).visual).astype(np.float32))
+            return list(
+                fetched(image.draw(self.size, self.params, sketch, np.int32(N)).visual).astype(
+                    np.float32
+                )
+            )
 
-        opened = [prompt.joined(self.prompt(parts) if prefix is None else self._after(parts), start) for parts in prompts]
+        opened = [
+            prompt.joined(self.prompt(parts) if prefix is None else self._after(parts), start)
+            for parts in prompts
+        ]
         return np.stack(self._batched(opened, prefix, N + 1, generate, progress))
 
-    def encode(self, images: Iterable[np.ndarray], progress: str = "") -> Float[np.ndarray, "M N D"]:
+    def encode(
+        self, images: Iterable[np.ndarray], progress: str = ""
+    ) -> Float[np.ndarray, "M N D"]:
         """The visual tokens of images, as the LLM gets them."""
         pixels = [self.grammar.plain([given]).images[0] for given in images]
         with self._mesh():
             return self._encoded(pixels, progress)
 
-    def losses(self, parts: Parts | Prompt | Prefix, candidates: Sequence[str], *, end: bool = True) -> Float[np.ndarray, "C"]:
+    def losses(
+        self, parts: Parts | Prompt | Prefix, candidates: Sequence[str], *, end: bool = True
+    ) -> Float[np.ndarray, "C"]:
         """The mean cross-entropy of each candidate's tokens as the answer: the least is the
         likeliest. end: its `</s>` counts too.
         """
         answers = [self.tokenizer.encode(candidate) + [text.EOS] * end for candidate in candidates]
         if not answers or not all(answers):
             raise UserError("there are no candidates to rank, or one is empty")
-        prefix = parts if isinstance(parts, Prefix) else self.read(self._fitting(self.prompt(parts), 0, max(map(len, answers))))
+        prefix = (
+            parts
+            if isinstance(parts, Prefix)
+            else self.read(self._fitting(self.prompt(parts), 0, max(map(len, answers))))
+        )
 
         def nlls(some: list[Prompt], _: list[int]) -> list[float]:
             tokens, lengths = _rows([answer.tokens for answer in some], self._rows(len(some)))
             slots = prefix.context.cache.slots + tokens.shape[1]
-            context = reading.spread(prefix.context, len(tokens) // len(prefix.context.lengths), slots)
-            return (fetched(text.nll(self.size, self.params, context, tokens, lengths)) / lengths).tolist()
+            context = reading.spread(
+                prefix.context, len(tokens) // len(prefix.context.lengths), slots
+            )
+            return (
+                fetched(text.nll(self.size, self.params, context, tokens, lengths)) / lengths
+            ).tolist()
 
-        return np.array(self._batched([Prompt(answer) for answer in answers], prefix, 0, nlls, ""), np.float32)
+        return np.array(
+            self._batched([Prompt(answer) for answer in answers], prefix, 0, nlls, ""), np.float32
+        )
 
     # --- one, as it comes ---
 
-    def stream(self, parts: Parts, options: Options | None = None, *, chat: bool = False, system: str | None = None,
-               images: int | None = None) -> Iterator[str | Drawing]:
+    def stream(
+        self,
+        parts: Parts,
+        options: Options | None = None,
+        *,
+        chat: bool = False,
+        system: str | None = None,
+        images: int | None = None,
+    ) -> Iterator[str | Drawing]:
         """The answer to one prompt, piece by piece. images: so many may be drawn where the model
         says `[IMG]`; None: `draws` of the session.
         """
@@ -233,22 +328,41 @@ class Session:
             return given
         if self.truncate == "left" and before == 0 and room + 1 < self.context:
             return prompt.cut_left(given, self.context - room, self.grammar.n_visual)
-        raise UserError(f"the prompt has {before + len(given)} elements and its answer {room} or more, and the context holds {self.context}; "
-                        "shorten it, or cut its beginning with --truncate=left")
+        raise UserError(
+            f"the prompt has {before + len(given)} elements and its answer {room} or more, and the context holds {self.context}; "
+            "shorten it, or cut its beginning with --truncate=left"
+        )
 
-    def _batched(self, prompts: Sequence[Parts | Prompt], prefix: Prefix | None, room: int, generate: Callable, progress: str) -> list:
+    def _batched(
+        self,
+        prompts: Sequence[Parts | Prompt],
+        prefix: Prefix | None,
+        room: int,
+        generate: Callable,
+        progress: str,
+    ) -> list:
         """generate(prompts, numbers) of prompts of about one length at a time; results in the order
         of the prompts.
         """
         before = len(prefix.prompt) if prefix else 0
-        found = [self._fitting(self._after(parts) if prefix else self.prompt(parts), before, room) for parts in prompts]
+        found = [
+            self._fitting(self._after(parts) if prefix else self.prompt(parts), before, room)
+            for parts in prompts
+        ]
         order = sorted(range(len(found)), key=lambda number: len(found[number]))
         results: list = [None] * len(found)
         with self._mesh():
-            for start in tqdm(range(0, len(order), self.batch), progress, unit=" batches", disable=None if progress else True):
-                some = order[start:start + self.batch]
+            for start in tqdm(
+                range(0, len(order), self.batch),
+                progress,
+                unit=" batches",
+                disable=None if progress else True,
+            ):
+                some = order[start : start + self.batch]
                 # rows that fill up come last
-                for number, result in zip(some, generate([found[number] for number in some], some), strict=False):
+                for number, result in zip(
+                    some, generate([found[number] for number in some], some), strict=False
+                ):
                     results[number] = result
         return results
 
@@ -263,7 +377,9 @@ class Session:
             context = reading.empty(self.size, self.params, rows, x.shape[1] + room)
         else:
             old = prefix.context
-            context = reading.spread(old, rows // len(old.lengths), old.cache.slots + x.shape[1] + room)
+            context = reading.spread(
+                old, rows // len(old.lengths), old.cache.slots + x.shape[1] + room
+            )
         return reading.read(self.size, self.params, context, x, lengths)
 
     def _embedded(self, prompts: Sequence[Prompt]) -> tuple[Float[Array, "B T D"], np.ndarray]:
@@ -276,50 +392,90 @@ class Session:
         images = np.zeros((len(prompts), most), np.int32)
         slots = np.full((len(prompts), most), tokens.shape[1])
         for row, given in enumerate(prompts):
-            images[row, :len(given.images)] = [place[id(pixels)] for pixels in given.images]
-            slots[row, :len(given.images)] = given.slots
-        return reading.embed(self.size, self.params, tokens, self._visual(list(every.values())), images, slots), lengths
+            images[row, : len(given.images)] = [place[id(pixels)] for pixels in given.images]
+            slots[row, : len(given.images)] = given.slots
+        return reading.embed(
+            self.size, self.params, tokens, self._visual(list(every.values())), images, slots
+        ), lengths
 
     def _visual(self, images: list[np.ndarray]) -> Float[np.ndarray, "M N D"]:
         """Visual tokens of images, some of which are visual tokens already; padded to a power of
         two.
         """
         pixels = [given.dtype == np.uint8 for given in images]
-        encoded = iter(self._encoded([given for given, is_pixels in zip(images, pixels) if is_pixels], ""))
-        bank = np.zeros((_bucket(len(images), 1), self.grammar.n_visual, self.size.llama.width), np.float32)
+        encoded = iter(
+            self._encoded([given for given, is_pixels in zip(images, pixels) if is_pixels], "")
+        )
+        bank = np.zeros(
+            (_bucket(len(images), 1), self.grammar.n_visual, self.size.llama.width), np.float32
+        )
         for row, given, is_pixels in zip(bank, images, pixels, strict=False):
             row[:] = next(encoded) if is_pixels else given
         return bank.astype(self.size.compute)
 
     def _encoded(self, pixels: list[np.ndarray], progress: str) -> Float[np.ndarray, "M N D"]:
         found = [np.zeros((0, self.grammar.n_visual, self.size.llama.width), np.float32)]
-        for start in tqdm(range(0, len(pixels), self.batch), progress, unit=" batches", disable=None if progress else True):
-            some = pixels[start:start + self.batch]
+        for start in tqdm(
+            range(0, len(pixels), self.batch),
+            progress,
+            unit=" batches",
+            disable=None if progress else True,
+        ):
+            some = pixels[start : start + self.batch]
             stacked = np.stack(some + [some[-1]] * (self._rows(len(some)) - len(some)))
-            found.append(fetched(reading.encode(self.size, self.params, stacked))[:len(some)].astype(np.float32))
+            found.append(
+                fetched(reading.encode(self.size, self.params, stacked))[: len(some)].astype(
+                    np.float32
+                )
+            )
         return np.concatenate(found)
 
-    def _rules(self, prompts: Sequence[Prompt], prefix: Prefix | None, options: Options, allowed: Bool[np.ndarray, "V"], choice: trie.Trie | None,
-               rows: int, ends: Sequence[int] = (text.EOS,)) -> Rules:
+    def _rules(
+        self,
+        prompts: Sequence[Prompt],
+        prefix: Prefix | None,
+        options: Options,
+        allowed: Bool[np.ndarray, "V"],
+        choice: trie.Trie | None,
+        rows: int,
+        ends: Sequence[int] = (text.EOS,),
+    ) -> Rules:
         before = prefix.prompt.tokens if prefix else []
         said, lengths = _rows([before + given.tokens for given in prompts], rows, fill=self.vocab)
-        numbers = {name: np.float32(getattr(options, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")}
-        return Rules(**numbers, top_k=np.int32(options.top_k), min_new_tokens=np.int32(options.min_new_tokens),
-                     limits=np.minimum(options.max_new_tokens, self.context - lengths).astype(np.int32), allowed=allowed,
-                     ends=np.isin(np.arange(self.vocab), ends), said=said, trie=choice)
+        numbers = {
+            name: np.float32(getattr(options, name))
+            for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
+        }
+        return Rules(
+            **numbers,
+            top_k=np.int32(options.top_k),
+            min_new_tokens=np.int32(options.min_new_tokens),
+            limits=np.minimum(options.max_new_tokens, self.context - lengths).astype(np.int32),
+            allowed=allowed,
+            ends=np.isin(np.arange(self.vocab), ends),
+            said=said,
+            trie=choice,
+        )
 
     def _write(self, draft: text.Draft, rules: Rules, options: Options) -> np.ndarray:
         """The ids of a draft that is written to its end; with stop texts, a row ends soon after the
         first of them.
         """
         if not options.stop:
-            return fetched(text.write(self.size, self.params, draft, np.int32(options.max_new_tokens), rules).ids)
+            return fetched(
+                text.write(
+                    self.size, self.params, draft, np.int32(options.max_new_tokens), rules
+                ).ids
+            )
         count = 1
         while count < options.max_new_tokens and not fetched(draft.done).all():
             count = min(count + CHECK, options.max_new_tokens)
             draft = text.write(self.size, self.params, draft, np.int32(count), rules)
             ids = fetched(draft.ids)
-            stopped = [any(stop in self.tokenizer.decode(row[:count].tolist()) for stop in options.stop) for row in ids]
+            stopped = [
+                any(stop in self.tokenizer.decode(row[:count].tolist()) for stop in options.stop)
+                for row in ids
+            ]
             draft = draft.replace(done=draft.done | np.array(stopped))
         return fetched(draft.ids)
 
@@ -339,7 +495,9 @@ class Conversation:
         self._said = Prompt()
         self._unread = Prompt()
 
-    def say(self, parts: Parts, options: Options | None = None, *, images: int | None = None) -> Iterator[str | Drawing]:
+    def say(
+        self, parts: Parts, options: Options | None = None, *, images: int | None = None
+    ) -> Iterator[str | Drawing]:
         """The answer, piece by piece. images: so many may be drawn where the model says `[IMG]`;
         None: the session's `draws`.
 
@@ -349,7 +507,9 @@ class Conversation:
         options = options or Options()
         if options.beams > 1:
             raise UserError("beams know the answer only when it is complete: it cannot be streamed")
-        return self._answer(self._turn(parts, [], 1), options, self._session.draws if images is None else images)
+        return self._answer(
+            self._turn(parts, [], 1), options, self._session.draws if images is None else images
+        )
 
     def draw(self, parts: Parts, *, progress: bool = False) -> Drawing:
         """The image that follows the parts (and `[IMG]`)."""
@@ -367,7 +527,13 @@ class Conversation:
         """
         s = self._session
         first = self._context is None
-        given = s.grammar.turn(parts, system=self._system, first=first) if self._chat else s.grammar.plain(parts) if first else s._after(parts)
+        given = (
+            s.grammar.turn(parts, system=self._system, first=first)
+            if self._chat
+            else s.grammar.plain(parts)
+            if first
+            else s._after(parts)
+        )
         lacks_end = self._chat and not first and self._unread.tokens[-1:] != [text.EOS]
         given = prompt.joined(Prompt([text.EOS] * lacks_end), given, Prompt(end))
         return s._fitting(given, len(self._said) + len(self._unread), room)
@@ -388,7 +554,12 @@ class Conversation:
                 self._read(given, left)
             allowed = s._allowed() | (np.arange(s.vocab) == t.img) & (images > 0) & (room > N + 2)
             least = min(max(options.min_new_tokens - written, 0), left)
-            written += yield from self._text(replace(options, max_new_tokens=left, min_new_tokens=least, seed=options.seed + turn), allowed)
+            written += yield from self._text(
+                replace(
+                    options, max_new_tokens=left, min_new_tokens=least, seed=options.seed + turn
+                ),
+                allowed,
+            )
             if self._unread.tokens != [t.img]:
                 break
             with s._mesh():
@@ -407,10 +578,14 @@ class Conversation:
         t = self._session.tokenizer
         rows = len(self._context.lengths)
         out = TextStream(t.decode, options.stop)
-        rules = s._rules([self._said] * rows, None, options, allowed, None, rows, ends=(text.EOS, t.img))
+        rules = s._rules(
+            [self._said] * rows, None, options, allowed, None, rows, ends=(text.EOS, t.img)
+        )
         keys = jnp.stack([jax.random.fold_in(jax.random.key(options.seed), 0)] * rows)
         with s._mesh():
-            draft = text.begin(s.size, s.params, self._context, keys, _bucket(options.max_new_tokens, LEAST), rules)
+            draft = text.begin(
+                s.size, s.params, self._context, keys, _bucket(options.max_new_tokens, LEAST), rules
+            )
         ids: list[int] = []
         try:
             while True:
@@ -434,7 +609,11 @@ class Conversation:
         s = self._session
         sketch = image.begin(s.size, self._context)
         N = s.grammar.n_visual
-        for count in tqdm(range(1, N + 1), "drawing", unit=" visual tokens", disable=None) if progress else [N]:
+        for count in (
+            tqdm(range(1, N + 1), "drawing", unit=" visual tokens", disable=None)
+            if progress
+            else [N]
+        ):
             sketch = image.draw(s.size, s.params, sketch, np.int32(count))
             sketch.visual.block_until_ready()
         self._context = sketch.context
@@ -465,10 +644,16 @@ def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.T
     if mesh:
         sharding.check(mesh, shapes)
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
+
     def dtype(path, leaf):
         return size.compute if path.endswith(sharding.MATRICES) else leaf.dtype
-    return tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
-                           for path, leaf in tree.leaves(shapes)})
+
+    return tree.unflatten(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
+            for path, leaf in tree.leaves(shapes)
+        }
+    )
 
 
 def mesh_of(directory: str, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh | None:
@@ -481,7 +666,11 @@ def mesh_of(directory: str, devices: list[jax.Device] | None = None) -> jax.shar
     table = dict(tree.leaves(sharding.specs(tree.unflatten(shapes))))
     for tensor in (n for n in range(count, 0, -1) if count % n == 0 and count > 1):
         sizes = dict(data=1, fsdp=count // tensor, tensor=tensor)
-        if all(length % sizes.get(axis, 1) == 0 for path, shape in shapes.items() for length, axis in zip(shape, table[path])):
+        if all(
+            length % sizes.get(axis, 1) == 0
+            for path, shape in shapes.items()
+            for length, axis in zip(shape, table[path])
+        ):
             return sharding.make_mesh(sizes, devices)
     return None
 
@@ -501,5 +690,5 @@ def _rows(ids: Sequence[Sequence[int]], rows: int, fill: int = 0) -> tuple[np.nd
     lengths = np.array([len(row) for row in ids], np.int32)
     out = np.full((rows, _bucket(int(lengths.max()), LEAST)), fill, np.int32)
     for row, some in zip(out, ids, strict=True):
-        row[:len(some)] = some
+        row[: len(some)] = some
     return out, lengths

@@ -1,6 +1,7 @@
 """Text that grows: what can be shown of ids so far, when a character is several bytes and an end is
 a text of several tokens.
 """
+
 from collections.abc import Callable, Iterable, Sequence
 
 # bytes of a character that may still lack the last one
@@ -30,7 +31,7 @@ class TextStream:
         return "" if self.stopped else self._new(self._decode(self._ids))
 
     def _new(self, text: str) -> str:
-        new = text[self._sent:]
+        new = text[self._sent :]
         self._sent = max(self._sent, len(text))
         return new
 
@@ -42,9 +43,9 @@ class TextStream:
         for _ in range(PARTIAL):
             text = text.removesuffix("\ufffd")
         begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return text[:len(text) - max(begun, default=0)]
+        return text[: len(text) - max(begun, default=0)]
 
 
 def until_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the first of the stop texts."""
-    return text[:min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]

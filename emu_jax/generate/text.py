@@ -5,6 +5,7 @@ A `Draft` can be written on to any length, token by token for a reader who waits
 same loop, the same ids. Beams are Hugging Face's (transformers 4.44.2, early_stopping=False). Read
 next: session.py.
 """
+
 from functools import partial
 from typing import no_type_check
 
@@ -33,6 +34,7 @@ class Draft:
     """Answers that are being written: `count` ids a row, of which all but the last are read. A row
     that is done repeats </s>.
     """
+
     context: Context
     ids: Int[Array, "B n"]
     count: Int[Array, ""]
@@ -43,57 +45,101 @@ class Draft:
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def begin(size: emu.EmuSize, params: Tree, context: Context, keys: Key[Array, "B"], room: int, rules: Rules) -> Draft:
+def begin(
+    size: emu.EmuSize,
+    params: Tree,
+    context: Context,
+    keys: Key[Array, "B"],
+    room: int,
+    rules: Rules,
+) -> Draft:
     """The first id of each answer; there will be at most `room`, and the context needs room for
     them.
     """
     rows = context.lengths.shape[0]
     zeros = jnp.zeros(rows, jnp.int32)
-    draft = Draft(context, jnp.full((rows, room), EOS), jnp.int32(0), jnp.zeros(rows, bool), zeros, keys)
+    draft = Draft(
+        context, jnp.full((rows, room), EOS), jnp.int32(0), jnp.zeros(rows, bool), zeros, keys
+    )
     return _choose(emu.bind(emu.Emu, size, params), draft, rules)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def write(size: emu.EmuSize, params: Tree, draft: Draft, until: Int[Array, ""], rules: Rules) -> Draft:
+def write(
+    size: emu.EmuSize, params: Tree, draft: Draft, until: Int[Array, ""], rules: Rules
+) -> Draft:
     """The draft with `until` ids a row, or fewer if all rows are done before."""
     model = emu.bind(emu.Emu, size, params)
 
     def one(draft: Draft) -> Draft:
         token = jax.lax.dynamic_index_in_dim(draft.ids, draft.count - 1, 1)
         x = model.llama.embeddings(token, size.compute)
-        return _choose(model, draft.replace(context=reading.step(model, draft.context, x, (~draft.done).astype(jnp.int32))), rules)
+        return _choose(
+            model,
+            draft.replace(
+                context=reading.step(model, draft.context, x, (~draft.done).astype(jnp.int32))
+            ),
+            rules,
+        )
 
     return jax.lax.while_loop(lambda draft: (draft.count < until) & ~draft.done.all(), one, draft)
 
 
 def _choose(model: emu.Emu, draft: Draft, rules: Rules) -> Draft:
-    scores = sampling.process(model.llama.logits(draft.context.hidden), rules, _said(rules, draft.ids, draft.count), draft.node, draft.count, EOS)
+    scores = sampling.process(
+        model.llama.logits(draft.context.hidden),
+        rules,
+        _said(rules, draft.ids, draft.count),
+        draft.node,
+        draft.count,
+        EOS,
+    )
     keys = jax.vmap(jax.random.fold_in, (0, None))(draft.keys, draft.count)
-    token = jax.lax.cond(rules.temperature > 0, lambda: sampling.sample(scores, rules, keys), lambda: jnp.argmax(scores, -1))
+    token = jax.lax.cond(
+        rules.temperature > 0,
+        lambda: sampling.sample(scores, rules, keys),
+        lambda: jnp.argmax(scores, -1),
+    )
     token = jnp.where(draft.done, EOS, token)
     count = draft.count + 1
-    return draft.replace(ids=draft.ids.at[:, draft.count].set(token), count=count, done=draft.done | rules.ends[token] | (count >= rules.limits),
-                         node=draft.node if rules.trie is None else rules.trie.follow(draft.node, token))
+    return draft.replace(
+        ids=draft.ids.at[:, draft.count].set(token),
+        count=count,
+        done=draft.done | rules.ends[token] | (count >= rules.limits),
+        node=draft.node if rules.trie is None else rules.trie.follow(draft.node, token),
+    )
 
 
 def _said(rules: Rules, ids: Int[Array, "B n"], count: Int[Array, ""]) -> Int[Array, "B s"]:
     """Ids of the prompts and of the answers so far."""
     nothing = rules.allowed.shape[0]
-    return jnp.concatenate([rules.said, jnp.where(jnp.arange(ids.shape[1]) < count, ids, nothing)], 1)
+    return jnp.concatenate(
+        [rules.said, jnp.where(jnp.arange(ids.shape[1]) < count, ids, nothing)], 1
+    )
 
 
 @partial(jax.jit, static_argnums=0)
-def nll(size: emu.EmuSize, params: Tree, context: Context, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B"]:
+def nll(
+    size: emu.EmuSize,
+    params: Tree,
+    context: Context,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+) -> Float[Array, "B"]:
     """Summed cross-entropy of the first `lengths` tokens of each row, as what follows the
     context.
     """
     model = emu.bind(emu.Emu, size, params)
-    hidden, _ = reading.hiddens(model, context, model.llama.embeddings(tokens, size.compute), lengths)
+    hidden, _ = reading.hiddens(
+        model, context, model.llama.embeddings(tokens, size.compute), lengths
+    )
     before = jnp.concatenate([context.hidden[:, None], hidden[:, :-1]], 1)
 
     def one(pair):
         hidden, token = pair
-        return jnp.take_along_axis(jax.nn.log_softmax(model.llama.logits(hidden), -1), token[:, None], 1)[:, 0]
+        return jnp.take_along_axis(
+            jax.nn.log_softmax(model.llama.logits(hidden), -1), token[:, None], 1
+        )[:, 0]
 
     # the logits of one position at a time
     found = jax.lax.map(one, (jnp.moveaxis(before, 1, 0), tokens.T))
@@ -103,10 +149,11 @@ def nll(size: emu.EmuSize, params: Tree, context: Context, tokens: Int[Array, "B
 def until_end(ids: np.ndarray) -> list[int]:
     """The ids before the first </s>."""
     end = np.flatnonzero(ids == EOS)
-    return ids[:end[0] if len(end) else None].tolist()
+    return ids[: end[0] if len(end) else None].tolist()
 
 
 # --- beams: K running answers a row, and the K best that have ended ---
+
 
 @flax.struct.dataclass
 # JAX rebuilds it with what are no arrays
@@ -127,7 +174,9 @@ class Beams:
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
-def search(size: emu.EmuSize, params: Tree, context: Context, beams: int, room: int, rules: Rules) -> Int[Array, "B n"]:
+def search(
+    size: emu.EmuSize, params: Tree, context: Context, beams: int, room: int, rules: Rules
+) -> Int[Array, "B n"]:
     """The best answer of each row, filled up with </s>; the context, already `beams` times over,
     needs room for `room` ids.
 
@@ -140,21 +189,42 @@ def search(size: emu.EmuSize, params: Tree, context: Context, beams: int, room: 
     K = beams
     rows = context.lengths.shape[0] // K
     nobody = jnp.full((rows, K, room), EOS)
-    state = Beams(context, nobody, jnp.tile(jnp.array([0.0] + [DEAD] * (K - 1)), (rows, 1)), jnp.zeros((rows, K), jnp.int32), jnp.int32(0),
-                  nobody, jnp.full((rows, K), -jnp.inf), jnp.zeros(rows, bool))
+    state = Beams(
+        context,
+        nobody,
+        jnp.tile(jnp.array([0.0] + [DEAD] * (K - 1)), (rows, 1)),
+        jnp.zeros((rows, K), jnp.int32),
+        jnp.int32(0),
+        nobody,
+        jnp.full((rows, K), -jnp.inf),
+        jnp.zeros(rows, bool),
+    )
     rules = rules.replace(said=jnp.repeat(rules.said, K, 0))
 
     def one(state: Beams) -> Beams:
         token = jax.lax.dynamic_index_in_dim(state.ids.reshape(rows * K, room), state.count - 1, 1)
         x = model.llama.embeddings(token, size.compute)
-        return _extend(model, state.replace(context=reading.step(model, state.context, x, jnp.ones(rows * K, jnp.int32))), rules)
+        return _extend(
+            model,
+            state.replace(
+                context=reading.step(model, state.context, x, jnp.ones(rows * K, jnp.int32))
+            ),
+            rules,
+        )
 
     def going(state):
         return ((state.count < rules.limits) & ~state.done).any()
+
     state = jax.lax.while_loop(going, one, _extend(model, state, rules))
-    running = state.sums / jnp.minimum(state.count, rules.limits).astype(jnp.float32)[:, None] ** rules.length_penalty
+    running = (
+        state.sums
+        / jnp.minimum(state.count, rules.limits).astype(jnp.float32)[:, None]
+        ** rules.length_penalty
+    )
     scores = jnp.concatenate([state.scores, jnp.where(state.done[:, None], -jnp.inf, running)], 1)
-    return jnp.take_along_axis(jnp.concatenate([state.ended, state.ids], 1), jnp.argmax(scores, 1)[:, None, None], 1)[:, 0]
+    return jnp.take_along_axis(
+        jnp.concatenate([state.ended, state.ids], 1), jnp.argmax(scores, 1)[:, None, None], 1
+    )[:, 0]
 
 
 def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
@@ -162,16 +232,29 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
     B, K, room = state.ids.shape
     V = rules.allowed.shape[0]
     logits = jax.nn.log_softmax(model.llama.logits(state.context.hidden), -1)
-    scores = sampling.process(logits, rules, _said(rules, state.ids.reshape(B * K, room), state.count), state.node.ravel(), state.count, EOS)
-    best, at = jax.lax.top_k((scores.reshape(B, K, V) + state.sums[..., None]).reshape(B, K * V), 2 * K)
+    scores = sampling.process(
+        logits,
+        rules,
+        _said(rules, state.ids.reshape(B * K, room), state.count),
+        state.node.ravel(),
+        state.count,
+        EOS,
+    )
+    best, at = jax.lax.top_k(
+        (scores.reshape(B, K, V) + state.sums[..., None]).reshape(B, K * V), 2 * K
+    )
     parent = at // V
     token = at % V
+
     def pick(values, index):
         return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), 1)
+
     score = best / (state.count + 1).astype(jnp.float32) ** rules.length_penalty
 
     ends = token == EOS
-    hypotheses = jnp.concatenate([state.scores, jnp.where(ends & (jnp.arange(2 * K) < K), score, -jnp.inf)], 1)
+    hypotheses = jnp.concatenate(
+        [state.scores, jnp.where(ends & (jnp.arange(2 * K) < K), score, -jnp.inf)], 1
+    )
     kept_scores, kept = jax.lax.top_k(hypotheses, K)
     ended = pick(jnp.concatenate([state.ended, pick(state.ids, parent)], 1), kept)
 
@@ -182,17 +265,31 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
     sums = pick(best, order)
     ids = pick(state.ids, parent).at[:, :, state.count].set(token)
     node = pick(state.node, parent)
-    node = node if rules.trie is None else rules.trie.follow(node.ravel(), token.ravel()).reshape(B, K)
+    node = (
+        node if rules.trie is None else rules.trie.follow(node.ravel(), token.ravel()).reshape(B, K)
+    )
 
     # such a row stays as it is
     over = state.done | (state.count >= rules.limits)
+
     def keep(old, new):
         return jnp.where(over.reshape(B, *[1] * (new.ndim - 1)), old, new)
+
     # or nothing more is allowed
-    done = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0]) | (score[:, 0] == -jnp.inf)
+    done = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0]) | (
+        score[:, 0] == -jnp.inf
+    )
     came_from = (keep(jnp.arange(K)[None], parent) + K * jnp.arange(B)[:, None]).ravel()
-    return Beams(_reorder(state.context, came_from, room), keep(state.ids, ids), keep(state.sums, sums), keep(state.node, node), state.count + 1,
-                 keep(state.ended, ended), keep(state.scores, kept_scores), state.done | ~over & done)
+    return Beams(
+        _reorder(state.context, came_from, room),
+        keep(state.ids, ids),
+        keep(state.sums, sums),
+        keep(state.node, node),
+        state.count + 1,
+        keep(state.ended, ended),
+        keep(state.scores, kept_scores),
+        state.done | ~over & done,
+    )
 
 
 def _reorder(context: Context, came_from: Int[Array, "B"], room: int) -> Context:
@@ -200,7 +297,9 @@ def _reorder(context: Context, came_from: Int[Array, "B"], room: int) -> Context
     beams of a row.
     """
     start = context.cache.slots - room
+
     def move(x):
         return jax.lax.dynamic_update_slice_in_dim(x, x[:, came_from, start:], start, 2)
+
     cache = context.cache.replace(k=move(context.cache.k), v=move(context.cache.v))
     return context.replace(cache=cache, hidden=context.hidden[came_from])

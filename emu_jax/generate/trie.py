@@ -1,6 +1,7 @@
 """Which ids may follow when an answer must be one of given ones: a token trie as two arrays that a
 compiled loop can walk.
 """
+
 from collections.abc import Sequence
 from typing import no_type_check
 
@@ -19,6 +20,7 @@ class Trie:
     """Node 0 is the start; the i-th edge of a node carries the id ids[node, i] to the node to[node,
     i].
     """
+
     # a number beyond every id where there is no edge
     ids: Int[Array, "nodes edges"]
     to: Int[Array, "nodes edges"]
@@ -26,7 +28,9 @@ class Trie:
     def allowed(self, node: Int[Array, "B"], vocab: int) -> Bool[Array, "B V"]:
         """Ids that may come next."""
         rows = jnp.arange(node.shape[0])[:, None]
-        return jnp.zeros((node.shape[0], vocab), bool).at[rows, self.ids[node]].set(True, mode="drop")
+        return (
+            jnp.zeros((node.shape[0], vocab), bool).at[rows, self.ids[node]].set(True, mode="drop")
+        )
 
     def follow(self, node: Int[Array, "B"], token: Int[Array, "B"]) -> Int[Array, "B"]:
         """The node after `token`; the node itself where it has no such edge."""
@@ -52,6 +56,6 @@ def make(answers: Sequence[Sequence[int]], eos: int) -> Trie:
     ids = np.full(shape, np.iinfo(np.int32).max, np.int32)
     to = np.zeros(shape, np.int32)
     for node, found in enumerate(edges):
-        ids[node, :len(found)] = list(found)
-        to[node, :len(found)] = list(found.values())
+        ids[node, : len(found)] = list(found)
+        to[node, : len(found)] = list(found.values())
     return Trie(jnp.asarray(ids), jnp.asarray(to))

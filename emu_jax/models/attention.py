@@ -5,6 +5,7 @@ behind it.
 reference, to which every other kernel is held on packed rows, forward and backward
 (tests/models/test_attention.py). Read next: layers.py, then llama.py.
 """
+
 from functools import partial
 from math import prod
 from typing import no_type_check
@@ -55,6 +56,7 @@ class Mask:
            [[1, 2]], [[0, 1, 2, 0]],       1 1 1 .
            causal=True)
     """
+
     q_segments: Int[Array, "B T"] | None = None
     kv_segments: Int[Array, "B S"] | None = None
     q_positions: Int[Array, "B T"] | None = None
@@ -84,9 +86,18 @@ def allowed(mask: Mask | None, T: int, S: int) -> Bool[Array, "B T S"]:
     return ok
 
 
-def attention(q: Float[Array, "B T H d"], k: Float[Array, "B S G d"], v: Float[Array, "B S G d"], mask: Mask | None = None, *,
-              scale: float, bias: Float[Array, "H T S"] | None = None, dropout: float = 0.0, key: PRNGKeyArray | None = None,
-              kernel: str = "auto") -> Float[Array, "B T H d"]:
+def attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S G d"],
+    v: Float[Array, "B S G d"],
+    mask: Mask | None = None,
+    *,
+    scale: float,
+    bias: Float[Array, "H T S"] | None = None,
+    dropout: float = 0.0,
+    key: PRNGKeyArray | None = None,
+    kernel: str = "auto",
+) -> Float[Array, "B T H d"]:
     """softmax(scale * q k + bias) v over the keys that `mask` allows; softmax in float32, zero
     where a query has no key.
 
@@ -100,7 +111,9 @@ def attention(q: Float[Array, "B T H d"], k: Float[Array, "B S G d"], v: Float[A
     platform = platform_in_use()
     obstacle = partial(_obstacle, platform, q, k, mask, bias, dropout)
     if kernel == "auto":
-        kernel = next((name for name in PLATFORMS if not obstacle(name) and _pays(platform, q, k)), "dense")
+        kernel = next(
+            (name for name in PLATFORMS if not obstacle(name) and _pays(platform, q, k)), "dense"
+        )
     elif obstacle(kernel):
         raise UserError(f"attention kernel {kernel!r} {obstacle(kernel)}; use 'dense' or 'auto'")
 
@@ -108,7 +121,12 @@ def attention(q: Float[Array, "B T H d"], k: Float[Array, "B S G d"], v: Float[A
         return _dense(q, k, v, mask, scale, bias, dropout, key)
     if kernel == "cudnn":
         return _cudnn(q, k, v, scale, mask.causal)
-    run = partial(_splash if kernel == "splash" else _pallas, scale=scale, causal=mask.causal, interpret=platform == "cpu")
+    run = partial(
+        _splash if kernel == "splash" else _pallas,
+        scale=scale,
+        causal=mask.causal,
+        interpret=platform == "cpu",
+    )
     return _sharded(run, q, k, v, mask)
 
 
@@ -132,7 +150,9 @@ def _obstacle(platform, q, k, mask, bias, dropout, kernel) -> str:
         return f"runs on {PLATFORMS[kernel][0]}, not on {platform}"
     if bias is not None or dropout:
         return "has neither bias nor dropout"
-    if any(x is not None for x in (mask.kv_segments, mask.q_positions, mask.kv_positions)) or (mask.causal and T != S):
+    if any(x is not None for x in (mask.kv_segments, mask.q_positions, mask.kv_positions)) or (
+        mask.causal and T != S
+    ):
         return "knows only the masks of rows that look at themselves (self_mask)"
     if kernel in ("cudnn", "pallas") and q.shape[-1] > WIDEST:
         return f"takes heads of at most {WIDEST} channels, and was given {q.shape[-1]}"
@@ -167,7 +187,9 @@ def _dense(q, k, v, mask, scale, bias, dropout, key):
     probs = jnp.where(ok, jax.nn.softmax(logits, axis=-1), 0.0)
     if dropout:
         probs *= jax.random.bernoulli(key, 1 - dropout, probs.shape) / (1 - dropout)
-    return rearrange(einsum("BGrTS,BSGd->BTGrd", probs.astype(v.dtype), v), "B T G r d -> B T (G r) d")
+    return rearrange(
+        einsum("BGrTS,BSGd->BTGrd", probs.astype(v.dtype), v), "B T G r d -> B T (G r) d"
+    )
 
 
 def _cudnn(q, k, v, scale, causal):
@@ -179,14 +201,20 @@ def _cudnn(q, k, v, scale, causal):
     lengths = {}
     if T % 2 or S % 2:
         q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-        lengths = {"query_seq_lengths": jnp.full(B, T, jnp.int32), "key_value_seq_lengths": jnp.full(B, S, jnp.int32)}
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="cudnn", **lengths)[:, :T]
+        lengths = {
+            "query_seq_lengths": jnp.full(B, T, jnp.int32),
+            "key_value_seq_lengths": jnp.full(B, S, jnp.int32),
+        }
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, implementation="cudnn", **lengths
+    )[:, :T]
 
 
 def _splash(q, k, v, segments, *, scale, causal, interpret):
     """JAX's sparse flash attention for TPU: whole blocks that causality forbids are skipped."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     T, H = q.shape[1:3]
     q_ids, kv_ids = _ids(q, k, segments, causal)
     ids = None if kv_ids is None else splash.SegmentIds(q_ids, kv_ids)
@@ -195,21 +223,36 @@ def _splash(q, k, v, segments, *, scale, causal, interpret):
     bq, bk = map(_block, shape)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * H),
-        block_sizes=splash.BlockSizes(block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk),
-        head_shards=1, q_seq_shards=1, interpret=interpret)
+        block_sizes=splash.BlockSizes(
+            block_q=bq, block_kv=bk, block_q_dkv=bq, block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
     return rearrange(jax.vmap(kernel)(q, k, v, ids), "B H T d -> B T H d")[:, :T]
 
 
 def _pallas(q, k, v, segments, *, scale, causal, interpret):
     """JAX's flash attention for GPU, which takes segments (cuDNN's does not)."""
     from jax.experimental.pallas.ops.gpu import attention as gpu
+
     T, H = q.shape[1:3]
     _, ids = _ids(q, k, segments, causal)
     k, v = (repeat(x, "B S G d -> B S (G r) d", r=H // k.shape[2]) for x in (k, v))
     # 128 x 128 of float32 do not fit an H100's shared memory
     b = BLOCK // 2 if q.dtype.itemsize > 2 else BLOCK
-    blocks = gpu.BlockSizes(block_q=b, block_k=b, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)
-    return gpu.mha(*map(_padded, (q, k, v)), ids, sm_scale=scale, causal=causal, block_sizes=blocks, interpret=interpret)[:, :T]
+    blocks = gpu.BlockSizes(
+        block_q=b, block_k=b, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32
+    )
+    return gpu.mha(
+        *map(_padded, (q, k, v)),
+        ids,
+        sm_scale=scale,
+        causal=causal,
+        block_sizes=blocks,
+        interpret=interpret,
+    )[:, :T]
 
 
 def _block(length: int) -> int:
@@ -218,7 +261,9 @@ def _block(length: int) -> int:
 
 def _padded(x, value=0):
     """[B, T, ...] with T padded to a multiple of BLOCK."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % BLOCK)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+    return jnp.pad(
+        x, [(0, 0), (0, -x.shape[1] % BLOCK)] + [(0, 0)] * (x.ndim - 2), constant_values=value
+    )
 
 
 def _ids(q, k, segments, causal):
@@ -243,7 +288,9 @@ def _sharded(run, q, k, v, mask):
     if mesh.empty or mesh.size == 1:
         return run(q, k, v, mask.q_segments)
     spec = _spec(mesh, q.shape[0], k.shape[2], mask.causal)
-    return jax.shard_map(run, in_specs=(spec, spec, spec, P(spec[0])), out_specs=spec, check_vma=False)(q, k, v, mask.q_segments)
+    return jax.shard_map(
+        run, in_specs=(spec, spec, spec, P(spec[0])), out_specs=spec, check_vma=False
+    )(q, k, v, mask.q_segments)
 
 
 def _spec(mesh, B: int, G: int, causal: bool) -> P:
@@ -253,5 +300,7 @@ def _spec(mesh, B: int, G: int, causal: bool) -> P:
     """
     heads = "tensor" if causal and G % mesh.shape["tensor"] == 0 else None
     rows = sharding.ROWS if heads else sharding.AXES
-    fits = [axes for axes in (rows, sharding.ROWS) if B % prod(mesh.shape[axis] for axis in axes) == 0]
+    fits = [
+        axes for axes in (rows, sharding.ROWS) if B % prod(mesh.shape[axis] for axis in axes) == 0
+    ]
     return P(fits[0] if fits else None, None, heads, None)

@@ -4,6 +4,7 @@ together. It scores pictures; Emu does not contain it.
 Two towers of the same pre-norm blocks, the text's causal. Read next: weights/clip.py,
 evaluate/metrics/clip_score.py.
 """
+
 from dataclasses import dataclass
 
 import jax
@@ -15,7 +16,10 @@ from jaxtyping import Array, Float, Int
 from emu_jax.models import layers
 from emu_jax.models.attention import Mask, attention, self_mask
 
-ACTIVATIONS = {"quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x), "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
 # what config.json says of </s> where it says nothing true: a text ends at its largest id then
 OLD_EOS = 2
 
@@ -62,7 +66,10 @@ class Block(nnx.Module):
         F = size.ffn
         self.activation = size.activation
         self.norm1 = layers.LayerNorm(E, eps=size.eps)
-        self.q, self.k, self.v = (layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs) for _ in "qkv")
+        self.q, self.k, self.v = (
+            layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs)
+            for _ in "qkv"
+        )
         self.o = layers.Linear("bthd,hde->bte", (H, d, E), bias=(E,), std=0.02, rngs=rngs)
         self.norm2 = layers.LayerNorm(E, eps=size.eps)
         self.up = layers.Linear("bte,ef->btf", (E, F), bias=(F,), std=0.02, rngs=rngs)
@@ -71,7 +78,9 @@ class Block(nnx.Module):
     def __call__(self, x, mask: Mask | None):
         y = self.norm1(x)
         q = self.q(y)
-        x = x + self.o(attention(q, self.k(y), self.v(y), mask, scale=q.shape[-1] ** -0.5, kernel="dense"))
+        x = x + self.o(
+            attention(q, self.k(y), self.v(y), mask, scale=q.shape[-1] ** -0.5, kernel="dense")
+        )
         return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
 
 
@@ -80,15 +89,25 @@ class Text(nnx.Module):
         tower = size.text
         self.eos = size.eos
         self.tokens = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.vocab, tower.width)))
-        self.positions = nnx.Param(0.01 * jax.random.normal(rngs.params(), (size.context, tower.width)))
+        self.positions = nnx.Param(
+            0.01 * jax.random.normal(rngs.params(), (size.context, tower.width))
+        )
         self.blocks = layers.stack(lambda rngs: Block(tower, rngs), tower.depth, rngs)
         self.norm = layers.LayerNorm(tower.width, eps=tower.eps)
-        self.project = layers.Linear("be,ec->bc", (tower.width, size.features), std=tower.width ** -0.5, rngs=rngs)
+        self.project = layers.Linear(
+            "be,ec->bc", (tower.width, size.features), std=tower.width**-0.5, rngs=rngs
+        )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B C"]:
         """Features of texts, each read at its first end; what follows that counts for nothing."""
-        x = self.tokens.get_value()[ids] + self.positions.get_value()[:ids.shape[1]]
-        x = layers.run(self.blocks, x, lambda block, x, _: block(x, self_mask()), where="text/blocks", remat="none")
+        x = self.tokens.get_value()[ids] + self.positions.get_value()[: ids.shape[1]]
+        x = layers.run(
+            self.blocks,
+            x,
+            lambda block, x, _: block(x, self_mask()),
+            where="text/blocks",
+            remat="none",
+        )
         end = jnp.argmax(ids if self.eos == OLD_EOS else ids == self.eos, -1)
         return self.project(self.norm(x[jnp.arange(len(ids)), end]))
 
@@ -100,18 +119,29 @@ class Vision(nnx.Module):
         self.side = size.patch
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tower.width,)))
         self.patch = layers.Linear("bxyijc,ijce->bxye", (p, p, 3, tower.width), std=0.02, rngs=rngs)
-        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1 + (size.image // p) ** 2, tower.width)))
+        self.positions = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (1 + (size.image // p) ** 2, tower.width))
+        )
         self.before = layers.LayerNorm(tower.width, eps=tower.eps)
         self.blocks = layers.stack(lambda rngs: Block(tower, rngs), tower.depth, rngs)
         self.after = layers.LayerNorm(tower.width, eps=tower.eps)
-        self.project = layers.Linear("be,ec->bc", (tower.width, size.features), std=tower.width ** -0.5, rngs=rngs)
+        self.project = layers.Linear(
+            "be,ec->bc", (tower.width, size.features), std=tower.width**-0.5, rngs=rngs
+        )
 
     def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B C"]:
         """Features of normalised images."""
-        x = self.patch(rearrange(images, "b (x i) (y j) c -> b x y i j c", i=self.side, j=self.side))
+        x = self.patch(
+            rearrange(images, "b (x i) (y j) c -> b x y i j c", i=self.side, j=self.side)
+        )
         cls = jnp.broadcast_to(self.cls.get_value(), (len(x), 1, x.shape[-1]))
-        x = self.before(jnp.concatenate([cls, rearrange(x, "b x y e -> b (x y) e")], 1) + self.positions.get_value())
-        x = layers.run(self.blocks, x, lambda block, x, _: block(x, None), where="vision/blocks", remat="none")
+        x = self.before(
+            jnp.concatenate([cls, rearrange(x, "b x y e -> b (x y) e")], 1)
+            + self.positions.get_value()
+        )
+        x = layers.run(
+            self.blocks, x, lambda block, x, _: block(x, None), where="vision/blocks", remat="none"
+        )
         return self.project(self.after(x[:, 0]))
 
 

@@ -5,6 +5,7 @@ Emu starts from EVA-CLIP. From a random encoder its objective collapses: the vis
 and target at once, and become constant. This gives them content first (arXiv 2103.00020's loss),
 with a linear reading of the pixels beside it.
 """
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -28,7 +29,7 @@ class Trigrams(nnx.Module):
         V = size.llama.vocab + size.llama.added
         D = size.llama.width
         self.tables = nnx.Param(0.5 * jax.random.normal(rngs.params(), (3, V, D)))
-        self.project = layers.Linear("btD,DE->btE", (D, D), std=D ** -0.5, rngs=rngs)
+        self.project = layers.Linear("btD,DE->btE", (D, D), std=D**-0.5, rngs=rngs)
 
     def __call__(self, batch: Batch) -> Float[Array, "B I D"]:
         """Text features of each image: of the counted text of its own document."""
@@ -39,10 +40,13 @@ class Trigrams(nnx.Module):
         # one token for whatever is not text, or not of this document
         other = tables.shape[1] - 1
         spoken = jnp.where(batch.text_weights > 0, batch.tokens, other)
+
         def shift(x, n):
             return jnp.pad(x, ((0, 0), (n, 0)))[:, :T]
+
         def before(n):
             return jnp.where(shift(batch.segments, n) == batch.segments, shift(spoken, n), other)
+
         x = jax.nn.gelu(sum(tables[n][before(n)] for n in range(3)))
         mine = mine.astype(x.dtype)
         mean = jnp.einsum("bit,btd->bid", mine, x) / jnp.maximum(mine.sum(-1, keepdims=True), 1)
@@ -56,8 +60,16 @@ class Contrast(nnx.Module):
         N = size.resampler.tokens
         D = size.llama.width
         self.text = Trigrams(size, rngs)
-        self.image = layers.Linear("mnD,nDE->mE", (N, D, D), bias=(D,), std=(N * D) ** -0.5, rngs=rngs)
-        self.readout = layers.Linear("mnD,nDp->mp", (N, D, READOUT * READOUT * 3), bias=(READOUT * READOUT * 3,), std=(N * D) ** -0.5, rngs=rngs)
+        self.image = layers.Linear(
+            "mnD,nDE->mE", (N, D, D), bias=(D,), std=(N * D) ** -0.5, rngs=rngs
+        )
+        self.readout = layers.Linear(
+            "mnD,nDp->mp",
+            (N, D, READOUT * READOUT * 3),
+            bias=(READOUT * READOUT * 3,),
+            std=(N * D) ** -0.5,
+            rngs=rngs,
+        )
 
     def pixels(self, z: Float[Array, "M N D"]) -> Float[Array, "M x y 3"]:
         return rearrange(self.readout(z), "m (x y c) -> m x y c", x=READOUT, y=READOUT)

@@ -4,6 +4,7 @@ resolution.
 Channels last. The shapes are Stable Diffusion's (arXiv 2112.10752; its released checkpoints). Read
 next: unet.py, vae.py.
 """
+
 from collections.abc import Iterable
 
 import jax
@@ -30,14 +31,32 @@ def in_order(modules: nnx.Dict) -> list[nnx.Module]:
 class Conv(nnx.Module):
     """A k x k convolution with a weight `w` [k, k, in, out] and a `bias`."""
 
-    def __init__(self, width_in: int, width_out: int, *, rngs: nnx.Rngs, size: int = 3, std: float | None = None):
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        *,
+        rngs: nnx.Rngs,
+        size: int = 3,
+        std: float | None = None,
+    ):
         std = (size * size * width_in) ** -0.5 if std is None else std
-        self.w = nnx.Param(std * jax.random.normal(rngs.params(), (size, size, width_in, width_out)))
+        self.w = nnx.Param(
+            std * jax.random.normal(rngs.params(), (size, size, width_in, width_out))
+        )
         self.bias = nnx.Param(jnp.zeros(width_out))
 
-    def __call__(self, x: Float[Array, "B h w c"], *, stride: int = 1, padding: tuple[int, int] = (1, 1)) -> Float[Array, "B y x C"]:
+    def __call__(
+        self, x: Float[Array, "B h w c"], *, stride: int = 1, padding: tuple[int, int] = (1, 1)
+    ) -> Float[Array, "B y x C"]:
         """`padding` is (before, after) on both axes."""
-        y = _convolved(x, self.w.get_value().astype(x.dtype), stride, padding, precision="highest" if x.dtype == jnp.float32 else None)
+        y = _convolved(
+            x,
+            self.w.get_value().astype(x.dtype),
+            stride,
+            padding,
+            precision="highest" if x.dtype == jnp.float32 else None,
+        )
         return y + self.bias.get_value().astype(y.dtype)
 
 
@@ -47,17 +66,34 @@ def _convolved(x, w, stride: int, padding: tuple[int, int], precision: str | Non
     """
     if platform_in_use() != "cpu":
         axes = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, w, (stride, stride), (padding, padding), dimension_numbers=axes, precision=precision)
+        return jax.lax.conv_general_dilated(
+            x, w, (stride, stride), (padding, padding), dimension_numbers=axes, precision=precision
+        )
     k = w.shape[0]
     x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
     height, width = ((side - k) // stride * stride + 1 for side in x.shape[1:3])
-    shifted = [x[:, i:i + height:stride, j:j + width:stride] for i in range(k) for j in range(k)]
-    return jnp.einsum("bhwi,io->bhwo", jnp.concatenate(shifted, -1), rearrange(w, "i j c o -> (i j c) o"), precision=precision)
+    shifted = [
+        x[:, i : i + height : stride, j : j + width : stride] for i in range(k) for j in range(k)
+    ]
+    return jnp.einsum(
+        "bhwi,io->bhwo",
+        jnp.concatenate(shifted, -1),
+        rearrange(w, "i j c o -> (i j c) o"),
+        precision=precision,
+    )
 
 
-def pointwise(width_in: int, width_out: int, *, rngs: nnx.Rngs, std: float | None = None) -> layers.Linear:
+def pointwise(
+    width_in: int, width_out: int, *, rngs: nnx.Rngs, std: float | None = None
+) -> layers.Linear:
     """A linear map of each pixel's channels: a 1 x 1 convolution."""
-    return layers.Linear("bhwi,io->bhwo", (width_in, width_out), bias=(width_out,), std=width_in ** -0.5 if std is None else std, rngs=rngs)
+    return layers.Linear(
+        "bhwi,io->bhwo",
+        (width_in, width_out),
+        bias=(width_out,),
+        std=width_in**-0.5 if std is None else std,
+        rngs=rngs,
+    )
 
 
 class GroupNorm(nnx.Module):
@@ -88,18 +124,35 @@ class Resnet(nnx.Module):
     between them.
     """
 
-    def __init__(self, width_in: int, width_out: int, groups: int, *, eps: float, rngs: nnx.Rngs, time_width: int = 0):
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        groups: int,
+        *,
+        eps: float,
+        rngs: nnx.Rngs,
+        time_width: int = 0,
+    ):
         self.norm1 = GroupNorm(width_in, groups, eps=eps)
         self.conv1 = Conv(width_in, width_out, rngs=rngs)
         if time_width:
-            self.time = layers.Linear("bt,tc->bc", (time_width, width_out), bias=(width_out,), std=time_width ** -0.5, rngs=rngs)
+            self.time = layers.Linear(
+                "bt,tc->bc",
+                (time_width, width_out),
+                bias=(width_out,),
+                std=time_width**-0.5,
+                rngs=rngs,
+            )
         self.norm2 = GroupNorm(width_out, groups, eps=eps)
         # a fresh block changes nothing
         self.conv2 = Conv(width_out, width_out, rngs=rngs, std=0.0)
         if width_in != width_out:
             self.shortcut = pointwise(width_in, width_out, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B h w c"], time: Float[Array, "B t"] | None = None) -> Float[Array, "B h w C"]:
+    def __call__(
+        self, x: Float[Array, "B h w c"], time: Float[Array, "B t"] | None = None
+    ) -> Float[Array, "B h w C"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)))
         if time is not None:
             h = h + self.time(jax.nn.silu(time))[:, None, None]

@@ -6,6 +6,7 @@ beforehand: it comes with the batch), `teacher_forced` (what it predicts for eac
 true ones before) or `encoded` (the image's own visual tokens: an autoencoder without an LLM, as in
 Emu2). Read next: unet.py, vae.py, diffusion.py; ../stages.py for the loss.
 """
+
 from dataclasses import dataclass
 
 import jax
@@ -47,23 +48,42 @@ class DecoderSize:
             diffusion = Diffusion(**d["diffusion"])
         except ValueError as error:
             raise UserError(f"model.decoder: {error}") from error
-        size = cls(EmuSize.of(model), UNetSize(**d["unet"]), VaeSize(**d["vae"]) if d["vae"] else None, diffusion, d["image"], d["condition"])
+        size = cls(
+            EmuSize.of(model),
+            UNetSize(**d["unet"]),
+            VaeSize(**d["vae"]) if d["vae"] else None,
+            diffusion,
+            d["image"],
+            d["condition"],
+        )
         factor = size.vae.factor if size.vae else 1
         channels = size.vae.latent if size.vae else 3
         if size.condition not in SOURCES:
-            raise UserError(f"model.decoder.condition={size.condition!r} is not one of {', '.join(SOURCES)}")
+            raise UserError(
+                f"model.decoder.condition={size.condition!r} is not one of {', '.join(SOURCES)}"
+            )
         if size.unet.condition != size.emu.llama.width:
-            raise UserError(f"model.decoder.unet.condition={size.unet.condition}: the model's visual tokens have the width {size.emu.llama.width}")
+            raise UserError(
+                f"model.decoder.unet.condition={size.unet.condition}: the model's visual tokens have the width {size.emu.llama.width}"
+            )
         if size.unet.pooled not in (0, size.emu.resampler.tokens):
-            raise UserError(f"model.decoder.unet.pooled={size.unet.pooled} must be 0 or the number of visual tokens, {size.emu.resampler.tokens}")
+            raise UserError(
+                f"model.decoder.unet.pooled={size.unet.pooled} must be 0 or the number of visual tokens, {size.emu.resampler.tokens}"
+            )
         if size.unet.side not in (0, size.image // (factor * size.unet.patch)):
-            raise UserError(f"model.decoder.unet.side={size.unet.side} must be 0 or {size.image // (factor * size.unet.patch)}, the places a side")
+            raise UserError(
+                f"model.decoder.unet.side={size.unet.side} must be 0 or {size.image // (factor * size.unet.patch)}, the places a side"
+            )
         if size.image % (factor * size.unet.divisor):
-            raise UserError(f"model.decoder.image={size.image} must be divisible by {factor * size.unet.divisor} "
-                            f"({f'{factor} pixels a latent, ' if size.vae else ''}{size.unet.divisor} in the U-Net)")
+            raise UserError(
+                f"model.decoder.image={size.image} must be divisible by {factor * size.unet.divisor} "
+                f"({f'{factor} pixels a latent, ' if size.vae else ''}{size.unet.divisor} in the U-Net)"
+            )
         if (size.unet.channels_in, size.unet.channels_out) != (channels, channels):
-            raise UserError(f"model.decoder.unet has {size.unet.channels_in} channels in and {size.unet.channels_out} out; "
-                            f"{'the latents' if size.vae else 'pixels'} have {channels}")
+            raise UserError(
+                f"model.decoder.unet has {size.unet.channels_in} channels in and {size.unet.channels_out} out; "
+                f"{'the latents' if size.vae else 'pixels'} have {channels}"
+            )
         return size
 
     @property
@@ -99,7 +119,9 @@ class Canvas(nnx.Module):
             self.vae = Vae(size.vae, rngs)
         self.unet = UNet(size.unet, rngs)
 
-    def targets(self, images: UInt8[Array, "M h w 3"], key: Array | None = None) -> Float[Array, "M y x c"]:
+    def targets(
+        self, images: UInt8[Array, "M h w 3"], key: Array | None = None
+    ) -> Float[Array, "M y x c"]:
         """What is to be drawn: pixels in -1..1, or their latents (drawn with `key`, else their
         mean), in float32.
         """
@@ -107,19 +129,28 @@ class Canvas(nnx.Module):
             return signed(images, self.decoder.image)
         return self.sampled(moments(self.decoder, self.vae, images), key)
 
-    def sampled(self, moments: Float[Array, "M y x m"], key: Array | None = None) -> Float[Array, "M y x c"]:
+    def sampled(
+        self, moments: Float[Array, "M y x m"], key: Array | None = None
+    ) -> Float[Array, "M y x c"]:
         """As `targets`, of images of which `moments` said this."""
         mean, log_variance = jnp.split(moments.astype(self.decoder.emu.compute), 2, -1)
         return self.vae.sample(mean, log_variance, key).astype(jnp.float32)
 
-    def predict(self, x: Float[Array, "M y x c"], times: Float[Array, "M"], condition: Float[Array, "M N D"]) -> Float[Array, "M y x c"]:
+    def predict(
+        self, x: Float[Array, "M y x c"], times: Float[Array, "M"], condition: Float[Array, "M N D"]
+    ) -> Float[Array, "M y x c"]:
         """The U-Net's prediction, in float32."""
-        return self.unet(x.astype(self.decoder.emu.compute), times, condition, kernel=self.decoder.emu.attention).astype(jnp.float32)
+        return self.unet(
+            x.astype(self.decoder.emu.compute), times, condition, kernel=self.decoder.emu.attention
+        ).astype(jnp.float32)
 
     def pixels(self, x: Float[Array, "M y x c"]) -> UInt8[Array, "M h w 3"]:
         """Images of what was sampled: the inverse of `targets`."""
         if self.decoder.vae:
-            x = self.vae.decode((x / self.decoder.vae.scale).astype(self.decoder.emu.compute), kernel=self.decoder.emu.attention).astype(jnp.float32)
+            x = self.vae.decode(
+                (x / self.decoder.vae.scale).astype(self.decoder.emu.compute),
+                kernel=self.decoder.emu.attention,
+            ).astype(jnp.float32)
         return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
@@ -144,7 +175,11 @@ class Decoder(Emu, Canvas):
 
     def encoded(self, batch: Batch) -> Float[Array, "M N D"]:
         """The visual tokens of every image of the batch."""
-        return self.encode(resized(rearrange(batch.images, "B I h w c -> (B I) h w c"), self.decoder.emu.vision.image))
+        return self.encode(
+            resized(
+                rearrange(batch.images, "B I h w c -> (B I) h w c"), self.decoder.emu.vision.image
+            )
+        )
 
     def conditions(self, batch: Batch) -> Float[Array, "M N D"]:
         """The condition of every image of the batch, M = B * I."""
@@ -158,16 +193,25 @@ class Decoder(Emu, Canvas):
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
         hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=size.emu.attention)
-        places = rearrange(batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2]), "B I N -> B (I N)")
-        predicted = self.regress_head(jnp.take_along_axis(hidden, places[..., None], 1, mode="clip"))
+        places = rearrange(
+            batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2]), "B I N -> B (I N)"
+        )
+        predicted = self.regress_head(
+            jnp.take_along_axis(hidden, places[..., None], 1, mode="clip")
+        )
         return rearrange(predicted, "B (I N) D -> (B I) N D", I=I)
 
 
-def moments(size: DecoderSize, vae: Vae, images: UInt8[Array, "M h w 3"]) -> Float[Array, "M y x m"]:
+def moments(
+    size: DecoderSize, vae: Vae, images: UInt8[Array, "M h w 3"]
+) -> Float[Array, "M y x m"]:
     """What the autoencoder's encoder makes of images: the means of their latents, unscaled, and
     beside them the log variances, m = 2 c.
     """
-    return jnp.concatenate(vae.encode(signed(images, size.image).astype(size.emu.compute), kernel=size.emu.attention), -1)
+    return jnp.concatenate(
+        vae.encode(signed(images, size.image).astype(size.emu.compute), kernel=size.emu.attention),
+        -1,
+    )
 
 
 def signed(images: UInt8[Array, "M h w 3"], side: int) -> Float[Array, "M s s 3"]:
@@ -179,5 +223,7 @@ def resized(images: UInt8[Array, "M h w 3"], side: int) -> UInt8[Array, "M s s 3
     """Bicubic, with the finer detail filtered out first; unchanged where it fits."""
     if images.shape[1:3] == (side, side):
         return images
-    x = jax.image.resize(images.astype(jnp.float32), (len(images), side, side, 3), "cubic", antialias=True)
+    x = jax.image.resize(
+        images.astype(jnp.float32), (len(images), side, side, 3), "cubic", antialias=True
+    )
     return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)

@@ -5,6 +5,7 @@ e is unit noise. Schedules say a and s (Stable Diffusion's: arXiv 2112.10752; fl
 2209.03003), targets p and q: the noise, the velocity (arXiv 2202.00512), the flow or x0. Everything
 else, x0 and e from a prediction included, is the 2 x 2 system. Read next: ../generate/samplers.py.
 """
+
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +19,7 @@ TARGETS = ("epsilon", "v", "flow", "x0")
 @dataclass(frozen=True)
 class Diffusion:
     """`config.diffusion`; times run from 0 to `steps`."""
+
     # of the schedule that is trained on
     steps: int
     beta_start: float
@@ -33,14 +35,16 @@ class Diffusion:
         if self.target not in TARGETS:
             raise ValueError(f"diffusion.target={self.target!r} is not one of {', '.join(TARGETS)}")
         if self.zero_snr and self.target == "epsilon":
-            raise ValueError("diffusion.zero_snr=True leaves nothing to predict the noise from at the last step; use target='v'")
+            raise ValueError(
+                "diffusion.zero_snr=True leaves nothing to predict the noise from at the last step; use target='v'"
+            )
 
 
 def alphas_cumprod(d: Diffusion) -> Float[np.ndarray, "steps"]:
     """a squared at the times 0, 1, ..., of the scaled-linear schedule: the roots of its betas rise
     linearly.
     """
-    betas = np.linspace(d.beta_start ** 0.5, d.beta_end ** 0.5, d.steps, dtype=np.float64) ** 2
+    betas = np.linspace(d.beta_start**0.5, d.beta_end**0.5, d.steps, dtype=np.float64) ** 2
     alphas = np.cumprod(1 - betas)
     # algorithm 1 of the paper: a is shifted to end at 0 and stretched to start where it did
     if d.zero_snr:
@@ -69,21 +73,33 @@ def draw_times(d: Diffusion, key: Array, count: int) -> Float[Array, "B"]:
 def parts(d: Diffusion, a: Array, s: Array) -> tuple[Array, Array]:
     """p and q: the target is p x0 + q e."""
     one = jnp.ones_like(a)
-    return {"epsilon": (0 * one, one), "v": (-s, a), "flow": (-one, one), "x0": (one, 0 * one)}[d.target]
+    return {"epsilon": (0 * one, one), "v": (-s, a), "flow": (-one, one), "x0": (one, 0 * one)}[
+        d.target
+    ]
 
 
-def add_noise(d: Diffusion, x0: Float[Array, "B h w c"], e: Float[Array, "B h w c"], times: Float[Array, "B"]) -> Float[Array, "B h w c"]:
+def add_noise(
+    d: Diffusion, x0: Float[Array, "B h w c"], e: Float[Array, "B h w c"], times: Float[Array, "B"]
+) -> Float[Array, "B h w c"]:
     a, s = (_per_row(x) for x in coefficients(d, times))
     return a * x0 + s * e
 
 
-def target(d: Diffusion, x0: Float[Array, "B h w c"], e: Float[Array, "B h w c"], times: Float[Array, "B"]) -> Float[Array, "B h w c"]:
+def target(
+    d: Diffusion, x0: Float[Array, "B h w c"], e: Float[Array, "B h w c"], times: Float[Array, "B"]
+) -> Float[Array, "B h w c"]:
     """What the network is to predict."""
     p, q = (_per_row(x) for x in parts(d, *coefficients(d, times)))
     return p * x0 + q * e
 
 
-def split(d: Diffusion, prediction: Float[Array, "B h w c"], x: Float[Array, "B h w c"], a: Array, s: Array) -> tuple[Array, Array]:
+def split(
+    d: Diffusion,
+    prediction: Float[Array, "B h w c"],
+    x: Float[Array, "B h w c"],
+    a: Array,
+    s: Array,
+) -> tuple[Array, Array]:
     """(x0, e) of which `x` is a x0 + s e and `prediction` p x0 + q e: the inverse of `add_noise`
     and `target`.
     """
@@ -102,7 +118,7 @@ def loss_weights(d: Diffusion, times: Float[Array, "B"]) -> Float[Array, "B"]:
     a, s = coefficients(d, times)
     p, q = parts(d, a, s)
     x0_of_prediction = s / (a * q - s * p)
-    return jnp.minimum((a / s) ** 2, d.min_snr) * x0_of_prediction ** 2
+    return jnp.minimum((a / s) ** 2, d.min_snr) * x0_of_prediction**2
 
 
 def _per_row(x: Array) -> Array:

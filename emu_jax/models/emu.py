@@ -8,6 +8,7 @@ predicts the next element.
 Outside this package a model is a plain nested dict of parameters: `init` makes it, `bind` gives it
 arithmetic.
 """
+
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -45,9 +46,15 @@ class EmuSize:
         """From `config.model`, whose fields are these; what may stand beside them there (a decoder)
         is passed over.
         """
-        towers = dict(vision=VisionSize(**model["vision"]), resampler=ResamplerSize(**model["resampler"]), llama=LlamaSize(**model["llama"]),
-                      lora=LoraSize(**model.get("lora", {})))
-        return cls(**towers, **{name: model[name] for name in ("compute", "attention", "standardise")})
+        towers = dict(
+            vision=VisionSize(**model["vision"]),
+            resampler=ResamplerSize(**model["resampler"]),
+            llama=LlamaSize(**model["llama"]),
+            lora=LoraSize(**model.get("lora", {})),
+        )
+        return cls(
+            **towers, **{name: model[name] for name in ("compute", "attention", "standardise")}
+        )
 
 
 class VisualStats(nnx.Module):
@@ -73,7 +80,9 @@ class Encoder(nnx.Module):
         self.ln_visual = layers.LayerNorm(size.vision.width, eps=1e-6)
         self.resampler = Resampler(size.resampler, size.vision.width, size.llama.width, rngs)
 
-    def encode(self, images: UInt8[Array, "M h w 3"], key: Array | None = None) -> Float[Array, "M N D"]:
+    def encode(
+        self, images: UInt8[Array, "M h w 3"], key: Array | None = None
+    ) -> Float[Array, "M N D"]:
         """The visual tokens of each image."""
         x = normalise(sharding.images(images), self.size.vision, self.size.compute)
         features = self.ln_visual(self.vision(x, kernel=self.size.attention))
@@ -86,13 +95,17 @@ class Emu(Encoder):
         if size.standardise:
             self.visual_stats = VisualStats(size)
         self.llama = Llama(size.llama, rngs)
-        self.regress_head = layers.Linear("bkD,DE->bkE", (size.llama.width, size.llama.width), std=0.02, rngs=rngs)
+        self.regress_head = layers.Linear(
+            "bkD,DE->bkE", (size.llama.width, size.llama.width), std=0.02, rngs=rngs
+        )
 
     def encode(self, images, key=None):
         z = super().encode(images, key)
         return self.visual_stats(z) if self.size.standardise else z
 
-    def __call__(self, batch: Batch, key: Array | None = None) -> tuple[Float[Array, "B T D"], Float[Array, "B I N D"]]:
+    def __call__(
+        self, batch: Batch, key: Array | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B I N D"]]:
         """(hidden, visual tokens) of packed rows; `key` turns dropout on."""
         B = batch.images.shape[0]
         z = sharding.rows(self.encode(rearrange(batch.images, "B I h w c -> (B I) h w c"), key))
@@ -100,13 +113,17 @@ class Emu(Encoder):
         x = self.interleave(batch.tokens, visual, batch.image_slots)
         return self.llama(x, batch.positions, batch.segments, kernel=self.size.attention)[0], visual
 
-    def interleave(self, tokens: Int[Array, "B T"], visual: Float[Array, "B I N D"], slots: Int[Array, "B I"]) -> Float[Array, "B T D"]:
+    def interleave(
+        self, tokens: Int[Array, "B T"], visual: Float[Array, "B I N D"], slots: Int[Array, "B I"]
+    ) -> Float[Array, "B T D"]:
         """Embeddings of the ids, with the visual tokens in their images' slots. A slot of T (no
         image) falls off the row.
         """
         x = self.llama.embeddings(tokens, visual.dtype)
         places = rearrange(slots[:, :, None] + jnp.arange(visual.shape[2]), "B I N -> B (I N)")
-        return jax.vmap(lambda row, at, z: row.at[at].set(z, mode="drop"))(x, places, rearrange(visual, "B I N D -> B (I N) D"))
+        return jax.vmap(lambda row, at, z: row.at[at].set(z, mode="drop"))(
+            x, places, rearrange(visual, "B I N D -> B (I N) D")
+        )
 
 
 def init(module: type[nnx.Module], size: Any, key: Array) -> dict:
@@ -114,7 +131,11 @@ def init(module: type[nnx.Module], size: Any, key: Array) -> dict:
     jax.eval_shape, their shapes.
     """
     made = module(size, nnx.Rngs(params=key))
-    linear = {"/".join(map(str, path)) + "/w": part.inputs for path, part in nnx.iter_modules(made) if isinstance(part, layers.Linear)}
+    linear = {
+        "/".join(map(str, path)) + "/w": part.inputs
+        for path, part in nnx.iter_modules(made)
+        if isinstance(part, layers.Linear)
+    }
     inputs = {path: axes for path, axes in linear.items() if "/blocks/" in path}
     return lora.extended(_lora(size), nnx.to_pure_dict(nnx.state(made)), inputs, key)
 

@@ -4,6 +4,7 @@ tokens and images only.
 Recomputation, padding, norms and softmax count nothing, as in the definition of MFU (PaLM, arXiv
 2204.02311, appendix B).
 """
+
 from collections.abc import Iterable
 
 from emu_jax.models.decoder import DecoderSize
@@ -14,7 +15,9 @@ from emu_jax.models.vae import VaeSize
 Count = int | float
 
 
-def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels: Count, regressed: Count) -> dict[str, Count]:
+def forward(
+    size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels: Count, regressed: Count
+) -> dict[str, Count]:
     """Forward FLOPs by tower of `images` images and `tokens` tokens, of which `labels` are
     predicted and `regressed` are visual targets; `pairs` is the number of (query, key) pairs that
     the causal mask allows, the sum of n (n + 1) / 2 over documents.
@@ -27,13 +30,23 @@ def forward(size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels
     N = r.tokens
     C = r.width
     hd = r.heads * r.head_width
-    vision = 2 * v.patches * v.patch ** 2 * 3 * E + v.depth * P * (8 * E * E + 4 * E * v.ffn + 4 * P * E)
-    resampler = r.depth * (N * (8 * C * hd + 4 * C * hd + 4 * C * r.ffn) + P * 4 * E * hd + N * (N + 1) * 2 * hd + 4 * N * P * hd)
+    vision = 2 * v.patches * v.patch**2 * 3 * E + v.depth * P * (
+        8 * E * E + 4 * E * v.ffn + 4 * P * E
+    )
+    resampler = r.depth * (
+        N * (8 * C * hd + 4 * C * hd + 4 * C * r.ffn)
+        + P * 4 * E * hd
+        + N * (N + 1) * 2 * hd
+        + 4 * N * P * hd
+    )
     resampler += 2 * N * C * m.width
-    block = 4 * m.width ** 2 + 4 * m.width ** 2 * m.kv // m.heads + 6 * m.width * m.ffn
-    return {"vision": images * vision, "resampler": images * resampler,
-            "llama": m.depth * (tokens * block + 4 * pairs * m.width),
-            "heads": labels * 2 * m.width * (m.vocab + m.added) + regressed * 2 * m.width ** 2}
+    block = 4 * m.width**2 + 4 * m.width**2 * m.kv // m.heads + 6 * m.width * m.ffn
+    return {
+        "vision": images * vision,
+        "resampler": images * resampler,
+        "llama": m.depth * (tokens * block + 4 * pairs * m.width),
+        "heads": labels * 2 * m.width * (m.vocab + m.added) + regressed * 2 * m.width**2,
+    }
 
 
 def train(size: EmuSize, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
@@ -42,8 +55,14 @@ def train(size: EmuSize, trained: dict[str, bool], **counts: Count) -> dict[str,
     whose own few count nothing), once otherwise.
     """
     order = ("vision", "resampler", "inputs", "llama", "heads")
-    passes = {tower: any(trained.get(before) for before in order[:place]) for place, tower in enumerate(order)}
-    return {tower: (3 if trained.get(tower) else 2 if passes[tower] else 1) * value for tower, value in forward(size, **counts).items()}
+    passes = {
+        tower: any(trained.get(before) for before in order[:place])
+        for place, tower in enumerate(order)
+    }
+    return {
+        tower: (3 if trained.get(tower) else 2 if passes[tower] else 1) * value
+        for tower, value in forward(size, **counts).items()
+    }
 
 
 def trained(paths: Iterable[str]) -> dict[str, bool]:
@@ -53,13 +72,15 @@ def trained(paths: Iterable[str]) -> dict[str, bool]:
     found: dict[str, bool] = {}
     for path in paths:
         tower = path.split("/")[0]
-        found["inputs" if tower == "llama" and path.endswith(("/a", "/b", "/added")) else tower] = True
+        found["inputs" if tower == "llama" and path.endswith(("/a", "/b", "/added")) else tower] = (
+            True
+        )
     return found | {"heads": found.get("regress_head", False)}
 
 
 def unet(size: UNetSize, side: int, tokens: int) -> int:
     """Forward FLOPs of one input of `side` x `side` with a condition of `tokens`."""
-    places = [(side // size.patch // 2 ** level) ** 2 for level in range(len(size.widths))]
+    places = [(side // size.patch // 2**level) ** 2 for level in range(len(size.widths))]
     last = len(places) - 1
 
     def transformer(level):
@@ -67,18 +88,39 @@ def unet(size: UNetSize, side: int, tokens: int) -> int:
         P = places[level]
         N = tokens
         # self, cross, ffn
-        block = P * (8 * C * C + 4 * P * C) + P * (4 * C * C + 4 * N * C) + 4 * N * size.condition * C + 24 * P * C * C
+        block = (
+            P * (8 * C * C + 4 * P * C)
+            + P * (4 * C * C + 4 * N * C)
+            + 4 * N * size.condition * C
+            + 24 * P * C * C
+        )
         return 4 * P * C * C + size.depths[level] * block
 
     def resnet(width_in, level):
-        return _resnet(width_in, size.widths[level], places[level]) + 2 * size.time * size.widths[level]
+        return (
+            _resnet(width_in, size.widths[level], places[level])
+            + 2 * size.time * size.widths[level]
+        )
 
-    ends = 18 * places[0] * size.patch ** 2 * (size.channels_in + size.channels_out) * size.widths[0]
-    time = 2 * size.time * (size.widths[0] + size.time + size.pooled * size.condition + size.side ** 2 * size.widths[0])
+    ends = 18 * places[0] * size.patch**2 * (size.channels_in + size.channels_out) * size.widths[0]
+    time = (
+        2
+        * size.time
+        * (
+            size.widths[0]
+            + size.time
+            + size.pooled * size.condition
+            + size.side**2 * size.widths[0]
+        )
+    )
     total = ends + time + 2 * resnet(size.widths[last], last) + transformer(last)
     skips = [size.widths[0]]
     for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):
-        total += resnet(skips[-1], level) + (count - 1) * resnet(C, level) + count * size.attends_down[level] * transformer(level)
+        total += (
+            resnet(skips[-1], level)
+            + (count - 1) * resnet(C, level)
+            + count * size.attends_down[level] * transformer(level)
+        )
         total += 18 * C * C * places[level + 1] if level < last else 0
         skips += [C] * (count + (level < last))
     width = size.widths[last]
@@ -94,7 +136,7 @@ def unet(size: UNetSize, side: int, tokens: int) -> int:
 
 def vae_encoder(size: VaeSize, side: int) -> int:
     """Forward FLOPs of encoding one image of `side` x `side`."""
-    places = [(side // 2 ** level) ** 2 for level in range(len(size.widths))]
+    places = [(side // 2**level) ** 2 for level in range(len(size.widths))]
     C = size.widths[-1]
     P = places[-1]
     last = len(places) - 1
@@ -103,24 +145,43 @@ def vae_encoder(size: VaeSize, side: int) -> int:
     total += 2 * _resnet(C, C, P) + P * (8 * C * C + 4 * P * C)
     before = size.widths[0]
     for level, width in enumerate(size.widths):
-        total += _resnet(before, width, places[level]) + (size.resnets - 1) * _resnet(width, width, places[level])
+        total += _resnet(before, width, places[level]) + (size.resnets - 1) * _resnet(
+            width, width, places[level]
+        )
         total += 18 * width * width * places[level + 1] if level < last else 0
         before = width
     return total
 
 
-def train_decoder(size: DecoderSize, trained: dict[str, bool], *, images: Count, encodes: bool = True, **counts: Count) -> dict[str, Count]:
+def train_decoder(
+    size: DecoderSize,
+    trained: dict[str, bool],
+    *,
+    images: Count,
+    encodes: bool = True,
+    **counts: Count,
+) -> dict[str, Count]:
     """As `train`, of a step that draws every image once; the Emu's towers run as far as the
     condition comes from them, and the autoencoder's encoder only where it `encodes` what is
     drawn.
     """
-    text = {name: value if size.condition == "teacher_forced" else 0.0 for name, value in counts.items()} | {"labels": 0.0}
+    text = {
+        name: value if size.condition == "teacher_forced" else 0.0 for name, value in counts.items()
+    } | {"labels": 0.0}
     read = 0.0 if size.condition == "generated" else images
-    work = {tower: value for tower, value in forward(size.emu, images=read, **text).items() if value}
+    work = {
+        tower: value for tower, value in forward(size.emu, images=read, **text).items() if value
+    }
     if size.vae and encodes:
         work["vae"] = images * vae_encoder(size.vae, size.image)
-    return work | {"unet": (3 if trained.get("unet") else 1) * images * unet(size.unet, size.latents[0], size.emu.resampler.tokens)}
+    return work | {
+        "unet": (3 if trained.get("unet") else 1)
+        * images
+        * unet(size.unet, size.latents[0], size.emu.resampler.tokens)
+    }
 
 
 def _resnet(width_in: int, width_out: int, places: int) -> int:
-    return 18 * places * width_out * (width_in + width_out) + (2 * places * width_in * width_out if width_in != width_out else 0)
+    return 18 * places * width_out * (width_in + width_out) + (
+        2 * places * width_in * width_out if width_in != width_out else 0
+    )

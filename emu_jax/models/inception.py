@@ -5,6 +5,7 @@ Its quirks: averages over a window leave the border's padding out, the last bloc
 instead, there are 1008 classes, and images are resized as TensorFlow 1 did. Read next:
 weights/inception.py, evaluate/metrics/fid.py.
 """
+
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ CLASSES = 1008
 
 class Conv(NamedTuple):
     """A convolution and its batch norm. A window moved by 1 pads; one moved by 2 does not."""
+
     name: str
     outputs: int
     h: int = 1
@@ -31,6 +33,7 @@ class Block(NamedTuple):
     """Branches side by side, each of steps one after another, each of convolutions side by side;
     and a branch that pools first.
     """
+
     name: str
     branches: tuple[tuple[tuple[Conv, ...], ...], ...]
     # "average" or "max"
@@ -39,8 +42,13 @@ class Block(NamedTuple):
     project: Conv | None
 
 
-STEM = (Conv("Conv2d_1a_3x3", 32, 3, 3, 2), Conv("Conv2d_2a_3x3", 32, 3, 3), Conv("Conv2d_2b_3x3", 64, 3, 3), Conv("Conv2d_3b_1x1", 80),
-        Conv("Conv2d_4a_3x3", 192, 3, 3))
+STEM = (
+    Conv("Conv2d_1a_3x3", 32, 3, 3, 2),
+    Conv("Conv2d_2a_3x3", 32, 3, 3),
+    Conv("Conv2d_2b_3x3", 64, 3, 3),
+    Conv("Conv2d_3b_1x1", 80),
+    Conv("Conv2d_4a_3x3", 192, 3, 3),
+)
 # move by 1 and do not pad either
 UNPADDED = {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}
 
@@ -50,34 +58,100 @@ def _chain(*convs: Conv) -> tuple[tuple[Conv, ...], ...]:
 
 
 def _mixed_5(name: str, pool: int) -> Block:
-    return Block(name, (_chain(Conv("branch1x1", 64)), _chain(Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, 5, 5)),
-                        _chain(Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3))),
-                 "average", Conv("branch_pool", pool))
+    return Block(
+        name,
+        (
+            _chain(Conv("branch1x1", 64)),
+            _chain(Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, 5, 5)),
+            _chain(
+                Conv("branch3x3dbl_1", 64),
+                Conv("branch3x3dbl_2", 96, 3, 3),
+                Conv("branch3x3dbl_3", 96, 3, 3),
+            ),
+        ),
+        "average",
+        Conv("branch_pool", pool),
+    )
 
 
 def _mixed_6(name: str, c: int) -> Block:
-    return Block(name, (_chain(Conv("branch1x1", 192)), _chain(Conv("branch7x7_1", c), Conv("branch7x7_2", c, 1, 7), Conv("branch7x7_3", 192, 7, 1)),
-                        _chain(Conv("branch7x7dbl_1", c), Conv("branch7x7dbl_2", c, 7, 1), Conv("branch7x7dbl_3", c, 1, 7),
-                               Conv("branch7x7dbl_4", c, 7, 1), Conv("branch7x7dbl_5", 192, 1, 7))), "average", Conv("branch_pool", 192))
+    return Block(
+        name,
+        (
+            _chain(Conv("branch1x1", 192)),
+            _chain(
+                Conv("branch7x7_1", c), Conv("branch7x7_2", c, 1, 7), Conv("branch7x7_3", 192, 7, 1)
+            ),
+            _chain(
+                Conv("branch7x7dbl_1", c),
+                Conv("branch7x7dbl_2", c, 7, 1),
+                Conv("branch7x7dbl_3", c, 1, 7),
+                Conv("branch7x7dbl_4", c, 7, 1),
+                Conv("branch7x7dbl_5", 192, 1, 7),
+            ),
+        ),
+        "average",
+        Conv("branch_pool", 192),
+    )
 
 
 def _mixed_7(name: str, pool: str) -> Block:
     def fork(stem, first, second):
         return (Conv(f"{stem}{first}", 384, 1, 3), Conv(f"{stem}{second}", 384, 3, 1))
-    return Block(name, (_chain(Conv("branch1x1", 320)), ((Conv("branch3x3_1", 384),), fork("branch3x3_", "2a", "2b")),
-                        ((Conv("branch3x3dbl_1", 448),), (Conv("branch3x3dbl_2", 384, 3, 3),), fork("branch3x3dbl_", "3a", "3b"))),
-                 pool, Conv("branch_pool", 192))
+
+    return Block(
+        name,
+        (
+            _chain(Conv("branch1x1", 320)),
+            ((Conv("branch3x3_1", 384),), fork("branch3x3_", "2a", "2b")),
+            (
+                (Conv("branch3x3dbl_1", 448),),
+                (Conv("branch3x3dbl_2", 384, 3, 3),),
+                fork("branch3x3dbl_", "3a", "3b"),
+            ),
+        ),
+        pool,
+        Conv("branch_pool", 192),
+    )
 
 
 BLOCKS = (
-    _mixed_5("Mixed_5b", 32), _mixed_5("Mixed_5c", 64), _mixed_5("Mixed_5d", 64),
-    Block("Mixed_6a", (_chain(Conv("branch3x3", 384, 3, 3, 2)),
-                       _chain(Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3, 2))), "max", None),
-    _mixed_6("Mixed_6b", 128), _mixed_6("Mixed_6c", 160), _mixed_6("Mixed_6d", 160), _mixed_6("Mixed_6e", 192),
-    Block("Mixed_7a", (_chain(Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, 3, 2)),
-                       _chain(Conv("branch7x7x3_1", 192), Conv("branch7x7x3_2", 192, 1, 7), Conv("branch7x7x3_3", 192, 7, 1),
-                              Conv("branch7x7x3_4", 192, 3, 3, 2))), "max", None),
-    _mixed_7("Mixed_7b", "average"), _mixed_7("Mixed_7c", "max"),
+    _mixed_5("Mixed_5b", 32),
+    _mixed_5("Mixed_5c", 64),
+    _mixed_5("Mixed_5d", 64),
+    Block(
+        "Mixed_6a",
+        (
+            _chain(Conv("branch3x3", 384, 3, 3, 2)),
+            _chain(
+                Conv("branch3x3dbl_1", 64),
+                Conv("branch3x3dbl_2", 96, 3, 3),
+                Conv("branch3x3dbl_3", 96, 3, 3, 2),
+            ),
+        ),
+        "max",
+        None,
+    ),
+    _mixed_6("Mixed_6b", 128),
+    _mixed_6("Mixed_6c", 160),
+    _mixed_6("Mixed_6d", 160),
+    _mixed_6("Mixed_6e", 192),
+    Block(
+        "Mixed_7a",
+        (
+            _chain(Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, 3, 2)),
+            _chain(
+                Conv("branch7x7x3_1", 192),
+                Conv("branch7x7x3_2", 192, 1, 7),
+                Conv("branch7x7x3_3", 192, 7, 1),
+                Conv("branch7x7x3_4", 192, 3, 3, 2),
+            ),
+        ),
+        "max",
+        None,
+    ),
+    _mixed_7("Mixed_7b", "average"),
+    _mixed_7("Mixed_7c", "max"),
 )
 
 
@@ -88,15 +162,23 @@ class ConvNorm(nnx.Module):
         self.stride = conv.stride
         self.padding = "SAME" if conv.stride == 1 and conv.name not in UNPADDED else "VALID"
         std = (conv.h * conv.w * inputs) ** -0.5
-        self.w = nnx.Param(std * jax.random.normal(rngs.params(), (conv.h, conv.w, inputs, conv.outputs)))
+        self.w = nnx.Param(
+            std * jax.random.normal(rngs.params(), (conv.h, conv.w, inputs, conv.outputs))
+        )
         self.scale = nnx.Param(jnp.ones(conv.outputs))
         self.bias = nnx.Param(jnp.zeros(conv.outputs))
         self.mean = nnx.Param(jnp.zeros(conv.outputs))
         self.var = nnx.Param(jnp.ones(conv.outputs))
 
     def __call__(self, x: Float[Array, "M h w c"]) -> Float[Array, "M H W C"]:
-        y = jax.lax.conv_general_dilated(x, self.w.get_value(), (self.stride,) * 2, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                                         precision="highest")
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.w.get_value(),
+            (self.stride,) * 2,
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )
         y = (y - self.mean.get_value()) * jax.lax.rsqrt(self.var.get_value() + 1e-3)
         return jax.nn.relu(y * self.scale.get_value() + self.bias.get_value())
 
@@ -121,7 +203,9 @@ class Mixed(nnx.Module):
                 y = jnp.concatenate([getattr(self, conv.name)(y) for conv in step], -1)
             parts.append(y)
         if self.block.project:
-            pooled = self.branch_pool((_average if self.block.pool == "average" else _maximum)(x, stride=1))
+            pooled = self.branch_pool(
+                (_average if self.block.pool == "average" else _maximum)(x, stride=1)
+            )
         else:
             pooled = _maximum(x, stride=2)
         return jnp.concatenate([*parts, pooled], -1)
@@ -129,7 +213,7 @@ class Mixed(nnx.Module):
 
 class Logits(nnx.Module):
     def __init__(self, inputs: int, rngs: nnx.Rngs):
-        self.w = nnx.Param(inputs ** -0.5 * jax.random.normal(rngs.params(), (inputs, CLASSES)))
+        self.w = nnx.Param(inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, CLASSES)))
         # the graph has it, FID's logits leave it out
         self.bias = nnx.Param(jnp.zeros(CLASSES))
 
@@ -142,7 +226,9 @@ class Inception(nnx.Module):
             width = conv.outputs
         for block in BLOCKS:
             setattr(self, block.name, Mixed(block, width, rngs))
-            width = (block.project.outputs if block.project else width) + sum(conv.outputs for branch in block.branches for conv in branch[-1])
+            width = (block.project.outputs if block.project else width) + sum(
+                conv.outputs for branch in block.branches for conv in branch[-1]
+            )
         self.fc = Logits(width, rngs)
 
     def __call__(self, images: Float[Array, "M h w 3"]) -> dict[str, Float[Array, "M _"]]:
@@ -160,7 +246,11 @@ class Inception(nnx.Module):
             x = getattr(self, block.name)(x)
             if block.name in ("Mixed_6e", "Mixed_7c"):
                 out[str(x.shape[-1])] = x.mean((1, 2))
-        return out | {"logits_unbiased": jnp.einsum("mc,ck->mk", out["2048"], self.fc.w.get_value(), precision="highest")}
+        return out | {
+            "logits_unbiased": jnp.einsum(
+                "mc,ck->mk", out["2048"], self.fc.w.get_value(), precision="highest"
+            )
+        }
 
 
 def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:
@@ -168,7 +258,9 @@ def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:
     aligned, no half pixels), then (x - 128) / 128.
     """
     rows, columns = (jnp.asarray(_bilinear(size)) for size in images.shape[1:3])
-    x = jnp.einsum("yh,mhwc,xw->myxc", rows, images.astype(jnp.float32), columns, precision="highest")
+    x = jnp.einsum(
+        "yh,mhwc,xw->myxc", rows, images.astype(jnp.float32), columns, precision="highest"
+    )
     return (x - 128) / 128
 
 
@@ -189,11 +281,22 @@ def _bilinear(size: int) -> np.ndarray:
 
 
 def _maximum(x, *, stride: int):
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), "SAME" if stride == 1 else "VALID")
+    return jax.lax.reduce_window(
+        x,
+        -jnp.inf,
+        jax.lax.max,
+        (1, 3, 3, 1),
+        (1, stride, stride, 1),
+        "SAME" if stride == 1 else "VALID",
+    )
 
 
 def _average(x, *, stride: int):
     """Over what of the window lies in the image."""
+
     def total(x):
-        return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, stride, stride, 1), "SAME")
+        return jax.lax.reduce_window(
+            x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, stride, stride, 1), "SAME"
+        )
+
     return total(x) / total(jnp.ones((1, *x.shape[1:3], 1), x.dtype))

@@ -5,6 +5,7 @@ Parameters are float32; arithmetic is in the dtype of the activations, norms in 
 only hold parameters and say their arithmetic: dropout takes its key, no module has random state.
 Read next: vision.py, resampler.py, llama.py.
 """
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +23,9 @@ from emu_jax.models.lora import Lora, Quantised, equations
 REMAT = {
     "none": lambda block, **_: block,
     "full": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
-    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 # blocks of a stack that is unrolled where all is saved: a scan would copy it into stacks and out of
 # them
@@ -35,10 +38,14 @@ def einsum(equation: str, x: Array, w: Array | Quantised | Lora) -> Array:
     """
     if isinstance(w, Lora):
         down, up = equations(equation)
-        return einsum(equation, x, w.w) + w.scale * einsum(up, einsum(down, dropout(x, w.dropout, w.keys), w.a), w.b)
+        return einsum(equation, x, w.w) + w.scale * einsum(
+            up, einsum(down, dropout(x, w.dropout, w.keys), w.a), w.b
+        )
     if isinstance(w, Quantised):
         w = w.plain(x.dtype)
-    return jnp.einsum(equation, x, w.astype(x.dtype), precision="highest" if x.dtype == jnp.float32 else None)
+    return jnp.einsum(
+        equation, x, w.astype(x.dtype), precision="highest" if x.dtype == jnp.float32 else None
+    )
 
 
 class Linear(nnx.Module):
@@ -46,10 +53,21 @@ class Linear(nnx.Module):
     axes.
     """
 
-    def __init__(self, equation: str, shape: tuple[int, ...], *, std: float, rngs: nnx.Rngs, bias: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        equation: str,
+        shape: tuple[int, ...],
+        *,
+        std: float,
+        rngs: nnx.Rngs,
+        bias: tuple[int, ...] | None = None,
+    ):
         self.equation = equation
         # axes of w summed over
-        self.inputs = sum(axis not in equation.partition("->")[2] for axis in equation.partition(",")[2].partition("->")[0])
+        self.inputs = sum(
+            axis not in equation.partition("->")[2]
+            for axis in equation.partition(",")[2].partition("->")[0]
+        )
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         if bias is not None:
             self.bias = nnx.Param(jnp.zeros(bias))
@@ -91,7 +109,9 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Inverted dropout; the identity without a key."""
     if key is None or rate == 0.0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(
+        x.dtype
+    )
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -100,8 +120,15 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
     return nnx.split_rngs(splits=depth)(made)(rngs)
 
 
-def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | None], Any], *, where: str, remat: str,
-        key: Array | None = None) -> Any:
+def run(
+    blocks: nnx.Module,
+    x: Any,
+    call: Callable[[nnx.Module, Any, Array | None], Any],
+    *,
+    where: str,
+    remat: str,
+    key: Array | None = None,
+) -> Any:
     """x through all L blocks of a stack, `call(block, x, key)` each: a scan over rematerialised
     blocks, compiled once; a SHORT stack without remat is unrolled.
 
@@ -116,13 +143,22 @@ def run(blocks: nnx.Module, x: Any, call: Callable[[nnx.Module, Any, Array | Non
 
     def block(x, layer):
         weights, key = layer
-        return call(nnx.merge(graphdef, sharding.gathered(where, weights, dtype, sliced=1)), x, key), None
+        return call(
+            nnx.merge(graphdef, sharding.gathered(where, weights, dtype, sliced=1)), x, key
+        ), None
 
     keys = None if key is None else jax.random.split(key, depth)
-    return jax.lax.scan(REMAT[remat](block, prevent_cse=False), x, (weights, keys), unroll=remat == "none" and depth <= SHORT)[0]
+    return jax.lax.scan(
+        REMAT[remat](block, prevent_cse=False),
+        x,
+        (weights, keys),
+        unroll=remat == "none" and depth <= SHORT,
+    )[0]
 
 
-def once(block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str) -> Array:
+def once(
+    block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str
+) -> Array:
     """`call(block, x, *inputs)` as `run` does it for each block of a stack: for towers whose blocks
     differ in shape.
     """

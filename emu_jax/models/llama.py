@@ -5,6 +5,7 @@ It takes embeddings, since an image's slots hold visual tokens and not ids, and 
 state after the final norm: in training the vocabulary head belongs to the loss (losses.py), which
 never forms all logits. Read next: emu.py.
 """
+
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,7 +55,9 @@ class LlamaSize:
 
     def __post_init__(self):
         if self.width % self.heads or self.heads % self.kv:
-            raise UserError(f"model.llama: width {self.width} must be a multiple of heads {self.heads}, and that of kv_heads {self.kv}")
+            raise UserError(
+                f"model.llama: width {self.width} must be a multiple of heads {self.heads}, and that of kv_heads {self.kv}"
+            )
 
 
 class Attention(nnx.Module):
@@ -128,14 +131,18 @@ class Llama(nnx.Module):
 
     def embeddings(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Input embeddings of ids; ids from V on are the added tokens."""
-        return sharding.lookup(self.embed.base.get_value(), self.embed.added.get_value(), tokens, dtype)
+        return sharding.lookup(
+            self.embed.base.get_value(), self.embed.added.get_value(), tokens, dtype
+        )
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Of the next token, in float32: LLaMA's vocabulary and then the added tokens. For a few
         positions: never for a batch in training.
         """
         head = sharding.gathered("llama/lm_head", self.head(), hidden.dtype)
-        product = partial(jnp.einsum, "bD,vD->bv", hidden, precision="highest", preferred_element_type=jnp.float32)
+        product = partial(
+            jnp.einsum, "bD,vD->bv", hidden, precision="highest", preferred_element_type=jnp.float32
+        )
         return jnp.concatenate([product(head["base"]), product(head["added"])], -1)
 
     def empty_cache(self, rows: int, slots: int, dtype) -> Cache:
@@ -143,13 +150,22 @@ class Llama(nnx.Module):
         L = self.size.depth
         G = self.size.kv
         d = self.size.width // self.size.heads
+
         def zeros():
             return sharding.cache(jnp.zeros((L, rows, slots, G, d), dtype))
+
         free = jnp.zeros((rows, slots), jnp.int32)
         return Cache(zeros(), zeros(), free, free, jnp.int32(0), fresh=True)
 
-    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"], cache: Cache | None = None, *,
-                 kernel: str = "auto") -> tuple[Float[Array, "B T D"], Cache | None]:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        cache: Cache | None = None,
+        *,
+        kernel: str = "auto",
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """(hidden states after the final norm, the cache with x in its next T slots); position t
         sees its own segment up to itself.
 
@@ -158,23 +174,38 @@ class Llama(nnx.Module):
         at the ends of the rows.
         """
         size = self.size
-        rotation = rotary(positions, size.width // size.heads, size.rope_base, size.rope_dtype, size.rope_scaling)
+        rotation = rotary(
+            positions, size.width // size.heads, size.rope_base, size.rope_dtype, size.rope_scaling
+        )
         run = partial(layers.run, self.blocks, where="llama/blocks", remat=size.remat)
         if cache is None:
             mask = self_mask(segments)
-            return self.norm(run(sharding.rows(x), lambda block, x, _: block(x, mask, rotation, kernel))), None
+            return self.norm(
+                run(sharding.rows(x), lambda block, x, _: block(x, mask, rotation, kernel))
+            ), None
 
         def put(old, new, *place):
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
-        seen = put(cache.segments, segments, 0, cache.filled), put(cache.positions, positions, 0, cache.filled)
-        mask = self_mask(segments) if cache.fresh else Mask(segments, seen[0], positions, seen[1], causal=True)
+
+        seen = (
+            put(cache.segments, segments, 0, cache.filled),
+            put(cache.positions, positions, 0, cache.filled),
+        )
+        mask = (
+            self_mask(segments)
+            if cache.fresh
+            else Mask(segments, seen[0], positions, seen[1], causal=True)
+        )
 
         def layer(block, carry, _):
             x, k, v, number = carry
 
             def remember(new_k, new_v):
                 nonlocal k, v
-                k, v = (put(old, new[None], number, 0, cache.filled, 0, 0) for old, new in ((k, new_k), (v, new_v)))
+                k, v = (
+                    put(old, new[None], number, 0, cache.filled, 0, 0)
+                    for old, new in ((k, new_k), (v, new_v))
+                )
                 return (new_k, new_v) if cache.fresh else (k[number], v[number])
 
             x = block(x, mask, rotation, kernel, remember)
@@ -184,11 +215,15 @@ class Llama(nnx.Module):
         return self.norm(x), Cache(k, v, seen[1], seen[0], cache.filled + x.shape[1], fresh=False)
 
 
-def rotary(positions: Int[Array, "B T"], width: int, base: float, dtype: str, scaling: tuple = ()) -> tuple[Array, Array]:
+def rotary(
+    positions: Int[Array, "B T"], width: int, base: float, dtype: str, scaling: tuple = ()
+) -> tuple[Array, Array]:
     """cos and sin [B, T, 1, d/2] of rotary position embeddings (arXiv 2104.09864), in float32;
     frequencies rounded to `dtype`.
     """
-    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies(width, base, scaling), dtype).astype(jnp.float32)
+    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(
+        frequencies(width, base, scaling), dtype
+    ).astype(jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -208,7 +243,9 @@ def frequencies(width: int, base: float, scaling: tuple) -> np.ndarray:
         case ("llama3", factor, low, high, context):
             kept = np.clip((context * plain / (2 * np.pi) - low) / (high - low), 0, 1)
             return kept * plain + (1 - kept) * plain / factor
-    raise UserError(f"model.llama.rope_scaling={scaling!r} is none of (), ('linear', factor), ('llama3', factor, low, high, context)")
+    raise UserError(
+        f"model.llama.rope_scaling={scaling!r} is none of (), ('linear', factor), ('llama3', factor, low, high, context)"
+    )
 
 
 def rotate(x: Float[Array, "B T H d"], rotation: tuple[Array, Array]) -> Float[Array, "B T H d"]:

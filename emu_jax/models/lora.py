@@ -5,6 +5,7 @@ Beside a matrix `q/w` lie the leaves `q/a` and `q/b`; in its place, codes `q/int
 their scales `q/absmax`. `bound` makes of them what layers.einsum multiplies by, so no module knows
 of it. Read next: layers.py, emu.py.
 """
+
 import math
 import re
 import zlib
@@ -36,6 +37,7 @@ Numbers = Array | np.ndarray
 @dataclass(frozen=True)
 class LoraSize:
     """`config.model.lora`. The product with w becomes that with w + alpha / rank * a b."""
+
     # 0: no LoRA
     rank: int = 0
     alpha: float = 16.0
@@ -48,9 +50,13 @@ class LoraSize:
 
     def __post_init__(self):
         if self.storage and self.storage not in CODES:
-            raise UserError(f"model.lora.storage={self.storage!r} is not one of '', {', '.join(CODES)}")
+            raise UserError(
+                f"model.lora.storage={self.storage!r} is not one of '', {', '.join(CODES)}"
+            )
         if self.rank < 0 or not 0 <= self.dropout < 1:
-            raise UserError(f"model.lora: rank={self.rank} is at least 0, and dropout={self.dropout} at least 0 and below 1")
+            raise UserError(
+                f"model.lora: rank={self.rank} is at least 0, and dropout={self.dropout} at least 0 and below 1"
+            )
 
 
 NO_LORA = LoraSize()
@@ -64,6 +70,7 @@ class Quantised:
     """A matrix whose numbers are codes times the scale of their block; blocks lie along the last
     axis. int8: -127 to 127 stand for -1 to 1; uint8: two of the 16 levels of NF4.
     """
+
     codes: Array
     absmax: Array
 
@@ -76,7 +83,11 @@ class Quantised:
         return dequantised(self.codes, self.absmax).astype(dtype)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w", "a", "b", "keys"], meta_fields=["scale", "dropout"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["w", "a", "b", "keys"],
+    meta_fields=["scale", "dropout"],
+)
 @dataclass(frozen=True)
 # JAX rebuilds it with what are no arrays
 @no_type_check
@@ -84,6 +95,7 @@ class Lora:
     """w + scale * a b: [in..., out...], [in..., r] and [r, out...], in a stack with a leading L.
     keys: of the dropout, a layer each; None: none.
     """
+
     w: Array | Quantised
     a: Array
     b: Array
@@ -108,22 +120,33 @@ def equations(equation: str) -> tuple[str, str]:
     return f"{x},{summed}R->{rows}R", f"{rows}R,R{kept}->{y}"
 
 
-def bound(size: LoraSize | None, params: tree.Tree, key: Array | None = None, path: str = "") -> tree.Tree:
+def bound(
+    size: LoraSize | None, params: tree.Tree, key: Array | None = None, path: str = ""
+) -> tree.Tree:
     """Parameters in which each matrix stands as one value under the name `w`. key: of the dropout;
     None: none.
     """
-    found = {name: bound(size, part, key, f"{path}/{name}") if isinstance(part, dict) else part for name, part in params.items()}
+    found = {
+        name: bound(size, part, key, f"{path}/{name}") if isinstance(part, dict) else part
+        for name, part in params.items()
+    }
     for name in CODES:
         if name in found:
             found["w"] = Quantised(found.pop(name), found.pop("absmax"))
     if "a" in found and "b" in found:
         w, a, b = (found.pop(name) for name in ("w", "a", "b"))
-        keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), len(a)) if key is not None and size.dropout else None
+        keys = (
+            jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), len(a))
+            if key is not None and size.dropout
+            else None
+        )
         found["w"] = Lora(w, a, b, keys, size.alpha / a.shape[-1], size.dropout)
     return found
 
 
-def extended(size: LoraSize | None, params: tree.Tree, inputs: dict[str, int], key: Array) -> tree.Tree:
+def extended(
+    size: LoraSize | None, params: tree.Tree, inputs: dict[str, int], key: Array
+) -> tree.Tree:
     """Fresh parameters with what `size` adds to them: a as PEFT makes it, b zero; and the stored
     matrices as codes.
 
@@ -143,8 +166,16 @@ def extended(size: LoraSize | None, params: tree.Tree, inputs: dict[str, int], k
             cut = 1 + inputs[path]
             where = path.removesuffix("/w")
             reach = math.prod(shape[1:cut]) ** -0.5
-            a = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), (*shape[:cut], size.rank), minval=-reach, maxval=reach)
-            leaves |= {f"{where}/a": a, f"{where}/b": jnp.zeros((shape[0], size.rank, *shape[cut:]))}
+            a = jax.random.uniform(
+                jax.random.fold_in(key, zlib.crc32(path.encode())),
+                (*shape[:cut], size.rank),
+                minval=-reach,
+                maxval=reach,
+            )
+            leaves |= {
+                f"{where}/a": a,
+                f"{where}/b": jnp.zeros((shape[0], size.rank, *shape[cut:])),
+            }
     if size is not None and size.storage:
         for path in [path for path in leaves if re.fullmatch(STORED, path)]:
             leaves |= stored(path, leaves.pop(path), size.storage)
@@ -155,11 +186,14 @@ def extended(size: LoraSize | None, params: tree.Tree, inputs: dict[str, int], k
 def baked(size: LoraSize, w: Numbers | Quantised, a: Numbers, b: Numbers) -> Float[Array, "..."]:
     """w + alpha / rank * a b in float32, of one layer."""
     w = w.plain(jnp.float32) if isinstance(w, Quantised) else jnp.asarray(w, jnp.float32)
-    product = jnp.tensordot(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), 1, precision="highest")
+    product = jnp.tensordot(
+        jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), 1, precision="highest"
+    )
     return w + size.alpha / a.shape[-1] * product
 
 
 # Storage
+
 
 def stored(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str, Array]:
     """The leaves that stand for the matrix at `path`."""
@@ -169,22 +203,30 @@ def stored(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str, Array
 
 
 @partial(jax.jit, static_argnums=1)
-def quantised(w: Float[Numbers, "..."], storage: str) -> tuple[Int8[Array, "..."] | UInt8[Array, "..."], Float[Array, "..."]]:
+def quantised(
+    w: Float[Numbers, "..."], storage: str
+) -> tuple[Int8[Array, "..."] | UInt8[Array, "..."], Float[Array, "..."]]:
     """(codes, scales) of a matrix by blocks of its last axis, each scaled to -1..1."""
-    blocks = rearrange(jnp.asarray(w, jnp.float32), "... (n k) -> ... n k", k=math.gcd(BLOCK, w.shape[-1]))
+    blocks = rearrange(
+        jnp.asarray(w, jnp.float32), "... (n k) -> ... n k", k=math.gcd(BLOCK, w.shape[-1])
+    )
     absmax = jnp.abs(blocks).max(-1)
     scaled = rearrange(blocks / jnp.maximum(absmax, 1e-30)[..., None], "... n k -> ... (n k)")
     if storage == "int8":
         return jnp.round(127 * scaled).astype(jnp.int8), absmax
     if w.shape[-1] % 2:
-        raise UserError(f"model.lora.storage={storage!r} holds two numbers a byte: a matrix {list(w.shape)} is odd")
+        raise UserError(
+            f"model.lora.storage={storage!r} holds two numbers a byte: a matrix {list(w.shape)} is odd"
+        )
     levels = jnp.asarray(nf4())
     codes = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, scaled).astype(jnp.uint8)
     return codes[..., ::2] | codes[..., 1::2] << 4, absmax
 
 
 @jax.jit
-def dequantised(codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Float[Numbers, "..."]) -> Float[Array, "..."]:
+def dequantised(
+    codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Float[Numbers, "..."]
+) -> Float[Array, "..."]:
     """Inverse of `quantised`, but for what it rounded; float32."""
     codes = jnp.asarray(codes)
     absmax = jnp.asarray(absmax)
@@ -193,15 +235,20 @@ def dequantised(codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Flo
     else:
         scaled = jnp.asarray(nf4())[jnp.stack([codes & 15, codes >> 4], -1).astype(jnp.int32)]
         scaled = rearrange(scaled, "... m two -> ... (m two)")
-    return rearrange(rearrange(scaled, "... (n k) -> ... n k", n=absmax.shape[-1]) * absmax[..., None], "... n k -> ... (n k)")
+    return rearrange(
+        rearrange(scaled, "... (n k) -> ... n k", n=absmax.shape[-1]) * absmax[..., None],
+        "... n k -> ... (n k)",
+    )
 
 
 def nf4() -> Float[np.ndarray, "16"]:
     """NF4's levels: quantiles of a normal distribution, scaled to -1..1, eight of them above 0 and
     seven below (QLoRA, section 3).
     """
+
     def quantiles(count):
         return [NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, count)[:-1]]
+
     levels = np.array(sorted([*quantiles(9), 0.0, *(-x for x in quantiles(8))]))
     return (levels / levels.max()).astype(np.float32)
 

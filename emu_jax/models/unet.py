@@ -6,6 +6,7 @@ over the pixels that looks at the condition (for Emu: the N visual tokens). With
 works on pixels, without an autoencoder. Read next: diffusion.py for what it predicts, vae.py for
 what it works on.
 """
+
 from dataclasses import dataclass
 
 import jax
@@ -19,7 +20,15 @@ from emu_jax import sharding
 from emu_jax.config import UserError
 from emu_jax.models import layers
 from emu_jax.models.attention import attention
-from emu_jax.models.convolution import Conv, GroupNorm, Resnet, doubled, in_order, numbered, pointwise
+from emu_jax.models.convolution import (
+    Conv,
+    GroupNorm,
+    Resnet,
+    doubled,
+    in_order,
+    numbered,
+    pointwise,
+)
 
 # the leaves that read the condition: [its width, heads, width of a head]
 CONDITIONED = "unet/.*/cross/(k|v)/w"
@@ -28,6 +37,7 @@ CONDITIONED = "unet/.*/cross/(k|v)/w"
 @dataclass(frozen=True)
 class UNetSize:
     """Tuples have an entry a level, the finest first."""
+
     # of what is denoised: latents, or pixels
     channels_in: int
     channels_out: int
@@ -74,14 +84,18 @@ class Attention(nnx.Module):
     def __init__(self, width: int, heads: int, keys_width: int, rngs: nnx.Rngs):
         H = heads
         d = width // heads
-        self.q = layers.Linear("btc,chd->bthd", (width, H, d), std=width ** -0.5, rngs=rngs)
-        self.k = layers.Linear("bsD,Dhd->bshd", (keys_width, H, d), std=keys_width ** -0.5, rngs=rngs)
-        self.v = layers.Linear("bsD,Dhd->bshd", (keys_width, H, d), std=keys_width ** -0.5, rngs=rngs)
-        self.o = layers.Linear("bthd,hdc->btc", (H, d, width), bias=(width,), std=width ** -0.5, rngs=rngs)
+        self.q = layers.Linear("btc,chd->bthd", (width, H, d), std=width**-0.5, rngs=rngs)
+        self.k = layers.Linear("bsD,Dhd->bshd", (keys_width, H, d), std=keys_width**-0.5, rngs=rngs)
+        self.v = layers.Linear("bsD,Dhd->bshd", (keys_width, H, d), std=keys_width**-0.5, rngs=rngs)
+        self.o = layers.Linear(
+            "bthd,hdc->btc", (H, d, width), bias=(width,), std=width**-0.5, rngs=rngs
+        )
 
     def __call__(self, x, keys, kernel: str):
         q = self.q(x)
-        return self.o(attention(q, self.k(keys), self.v(keys), None, scale=q.shape[-1] ** -0.5, kernel=kernel))
+        return self.o(
+            attention(q, self.k(keys), self.v(keys), None, scale=q.shape[-1] ** -0.5, kernel=kernel)
+        )
 
 
 class Ffn(nnx.Module):
@@ -90,9 +104,9 @@ class Ffn(nnx.Module):
     def __init__(self, width: int, rngs: nnx.Rngs):
         C = width
         F = 4 * width
-        self.up = layers.Linear("btc,cf->btf", (C, F), bias=(F,), std=C ** -0.5, rngs=rngs)
-        self.gate = layers.Linear("btc,cf->btf", (C, F), bias=(F,), std=C ** -0.5, rngs=rngs)
-        self.down = layers.Linear("btf,fc->btc", (F, C), bias=(C,), std=F ** -0.5, rngs=rngs)
+        self.up = layers.Linear("btc,cf->btf", (C, F), bias=(F,), std=C**-0.5, rngs=rngs)
+        self.gate = layers.Linear("btc,cf->btf", (C, F), bias=(F,), std=C**-0.5, rngs=rngs)
+        self.down = layers.Linear("btf,fc->btc", (F, C), bias=(C,), std=F**-0.5, rngs=rngs)
 
     def __call__(self, x):
         return self.down(self.up(x) * jax.nn.gelu(self.gate(x), approximate=False))
@@ -121,10 +135,14 @@ class Transformer(nnx.Module):
         C = size.widths[level]
         self.norm = GroupNorm(C, size.groups, eps=1e-6)
         self.into = pointwise(C, C, rngs=rngs)
-        self.blocks = numbered(Block(C, size.heads[level], size.condition, rngs) for _ in range(size.depths[level]))
+        self.blocks = numbered(
+            Block(C, size.heads[level], size.condition, rngs) for _ in range(size.depths[level])
+        )
         self.out = pointwise(C, C, rngs=rngs, std=0.0)
 
-    def __call__(self, x: Float[Array, "B h w C"], condition: Float[Array, "B N D"], kernel: str) -> Float[Array, "B h w C"]:
+    def __call__(
+        self, x: Float[Array, "B h w C"], condition: Float[Array, "B N D"], kernel: str
+    ) -> Float[Array, "B h w C"]:
         y = rearrange(self.into(self.norm(x)), "b h w c -> b (h w) c")
         for block in in_order(self.blocks):
             y = block(y, condition, kernel)
@@ -136,9 +154,21 @@ class Level(nnx.Module):
     transformer, and a change of resolution.
     """
 
-    def __init__(self, size: UNetSize, level: int, widths_in: list[int], rngs: nnx.Rngs, *, attentions: int, resample: bool = False):
+    def __init__(
+        self,
+        size: UNetSize,
+        level: int,
+        widths_in: list[int],
+        rngs: nnx.Rngs,
+        *,
+        attentions: int,
+        resample: bool = False,
+    ):
         C = size.widths[level]
-        self.resnets = numbered(Resnet(width, C, size.groups, eps=size.eps, time_width=size.time, rngs=rngs) for width in widths_in)
+        self.resnets = numbered(
+            Resnet(width, C, size.groups, eps=size.eps, time_width=size.time, rngs=rngs)
+            for width in widths_in
+        )
         self.attentions = numbered(Transformer(size, level, rngs) for _ in range(attentions))
         if resample:
             self.resample = Conv(C, C, rngs=rngs)
@@ -150,8 +180,8 @@ class Time(nnx.Module):
     def __init__(self, size: UNetSize, rngs: nnx.Rngs):
         C = size.widths[0]
         t = size.time
-        self.up = layers.Linear("bc,ct->bt", (C, t), bias=(t,), std=C ** -0.5, rngs=rngs)
-        self.down = layers.Linear("bt,tu->bu", (t, t), bias=(t,), std=t ** -0.5, rngs=rngs)
+        self.up = layers.Linear("bc,ct->bt", (C, t), bias=(t,), std=C**-0.5, rngs=rngs)
+        self.down = layers.Linear("bt,tu->bu", (t, t), bias=(t,), std=t**-0.5, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B C"]) -> Float[Array, "B t"]:
         return self.down(jax.nn.silu(self.up(x)))
@@ -162,19 +192,35 @@ class UNet(nnx.Module):
         self.size = size
         C = size.widths
         last = len(size.widths) - 1
-        places = size.patch ** 2
+        places = size.patch**2
         self.time = Time(size, rngs)
         if size.pooled:
             side_by_side = size.pooled * size.condition
-            self.pooled = layers.Linear("bk,kt->bt", (side_by_side, size.time), std=side_by_side ** -0.5, rngs=rngs)
+            self.pooled = layers.Linear(
+                "bk,kt->bt", (side_by_side, size.time), std=side_by_side**-0.5, rngs=rngs
+            )
         self.conv_in = Conv(places * size.channels_in, C[0], rngs=rngs)
         if size.side:
-            self.places = layers.Linear("bt,hwct->bhwc", (size.side, size.side, C[0], size.time), std=size.time ** -0.5, rngs=rngs)
+            self.places = layers.Linear(
+                "bt,hwct->bhwc",
+                (size.side, size.side, C[0], size.time),
+                std=size.time**-0.5,
+                rngs=rngs,
+            )
         down = []
         skips = [C[0]]
         for level, count in enumerate(size.resnets):
             widths_in = [skips[-1]] + [C[level]] * (count - 1)
-            down.append(Level(size, level, widths_in, rngs, attentions=count * size.attends_down[level], resample=level < last))
+            down.append(
+                Level(
+                    size,
+                    level,
+                    widths_in,
+                    rngs,
+                    attentions=count * size.attends_down[level],
+                    resample=level < last,
+                )
+            )
             skips += [C[level]] * (count + (level < last))
         self.down = numbered(down)
         self.mid = Level(size, last, [C[last]] * 2, rngs, attentions=1)
@@ -182,39 +228,70 @@ class UNet(nnx.Module):
         width = C[last]
         for level, count in reversed(list(enumerate(size.resnets))):
             widths_in = [before + skips.pop() for before in [width] + [C[level]] * count]
-            up.append(Level(size, level, widths_in, rngs, attentions=(count + 1) * size.attends_up[level], resample=level > 0))
+            up.append(
+                Level(
+                    size,
+                    level,
+                    widths_in,
+                    rngs,
+                    attentions=(count + 1) * size.attends_up[level],
+                    resample=level > 0,
+                )
+            )
             width = C[level]
         # up/0 is the finest, as down/0 is
         self.up = numbered(reversed(up))
         self.norm_out = GroupNorm(C[0], size.groups, eps=size.eps)
         self.conv_out = Conv(C[0], places * size.channels_out, rngs=rngs, std=0.0)
 
-    def __call__(self, x: Float[Array, "B h w i"], times: Float[Array, "B"], condition: Float[Array, "B N D"], *,
-                 kernel: str = "auto") -> Float[Array, "B h w o"]:
+    def __call__(
+        self,
+        x: Float[Array, "B h w i"],
+        times: Float[Array, "B"],
+        condition: Float[Array, "B N D"],
+        *,
+        kernel: str = "auto",
+    ) -> Float[Array, "B h w o"]:
         """The prediction for what is noised at `times` (0 to 1000), in x's dtype. Raises UserError
         where h or w does not divide.
         """
         size = self.size
         p = self.size.patch
         if x.shape[1] % size.divisor or x.shape[2] % size.divisor:
-            raise UserError(f"the U-Net takes heights and widths that {size.divisor} divides (patches of {p}, halved {len(size.widths) - 1} "
-                            f"times), not {x.shape[1]} x {x.shape[2]}")
+            raise UserError(
+                f"the U-Net takes heights and widths that {size.divisor} divides (patches of {p}, halved {len(size.widths) - 1} "
+                f"times), not {x.shape[1]} x {x.shape[2]}"
+            )
+
         def once(module, call, x, *inputs, where):
             return layers.once(module, call, x, *inputs, where=f"unet/{where}", remat=size.remat)
+
         def plain(module, *inputs):
             return module(*inputs)
+
         def looking(module, *inputs):
             return module(*inputs, kernel)
-        waves = sinusoids(times, size.widths[0], size.frequency_shift, cosine_first=size.cosine_first).astype(x.dtype)
+
+        waves = sinusoids(
+            times, size.widths[0], size.frequency_shift, cosine_first=size.cosine_first
+        ).astype(x.dtype)
         time = once(self.time, plain, waves, where="time")
         condition = condition.astype(x.dtype)
         if size.pooled:
-            time = time + once(self.pooled, plain, rearrange(condition, "b n D -> b (n D)"), where="pooled")
+            time = time + once(
+                self.pooled, plain, rearrange(condition, "b n D -> b (n D)"), where="pooled"
+            )
 
         def step(level, place, x, where):
             x = once(level.resnets[str(place)], plain, x, time, where=f"{where}/resnets/{place}")
             if place < len(level.attentions):
-                x = once(level.attentions[str(place)], looking, x, condition, where=f"{where}/attentions/{place}")
+                x = once(
+                    level.attentions[str(place)],
+                    looking,
+                    x,
+                    condition,
+                    where=f"{where}/attentions/{place}",
+                )
             return x
 
         x = rearrange(sharding.images(x), "b (h i) (w j) c -> b h w (i j c)", i=p, j=p)
@@ -226,23 +303,42 @@ class UNet(nnx.Module):
             for place in range(len(level.resnets)):
                 skips.append(x := step(level, place, x, f"down/{number}"))
             if hasattr(level, "resample"):
-                skips.append(x := once(level.resample, lambda conv, x: conv(x, stride=2), x, where=f"down/{number}/resample"))
+                skips.append(
+                    x := once(
+                        level.resample,
+                        lambda conv, x: conv(x, stride=2),
+                        x,
+                        where=f"down/{number}/resample",
+                    )
+                )
         for place in range(len(self.mid.resnets)):
             x = step(self.mid, place, x, "mid")
         for number, level in reversed(list(enumerate(in_order(self.up)))):
             for place in range(len(level.resnets)):
                 x = step(level, place, jnp.concatenate([x, skips.pop()], -1), f"up/{number}")
             if hasattr(level, "resample"):
-                x = once(level.resample, lambda conv, x: conv(doubled(x)), x, where=f"up/{number}/resample")
+                x = once(
+                    level.resample,
+                    lambda conv, x: conv(doubled(x)),
+                    x,
+                    where=f"up/{number}/resample",
+                )
         x = once(self.conv_out, plain, jax.nn.silu(self.norm_out(x)), where="conv_out")
         return rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=p, j=p)
 
 
-def sinusoids(times: Float[Array, "B"], width: int, shift: float, *, cosine_first: bool) -> Float[Array, "B C"]:
+def sinusoids(
+    times: Float[Array, "B"], width: int, shift: float, *, cosine_first: bool
+) -> Float[Array, "B C"]:
     """Sines and cosines of the times at wavelengths from 2 pi to about 20000 pi (arXiv 1706.03762),
     in float32.
     """
     half = width // 2
-    angles = times.astype(jnp.float32)[:, None] * jnp.asarray(10000.0 ** (-np.arange(half) / (half - shift)), jnp.float32)
-    waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)] if cosine_first else [jnp.sin(angles), jnp.cos(angles)], -1)
+    angles = times.astype(jnp.float32)[:, None] * jnp.asarray(
+        10000.0 ** (-np.arange(half) / (half - shift)), jnp.float32
+    )
+    waves = jnp.concatenate(
+        [jnp.cos(angles), jnp.sin(angles)] if cosine_first else [jnp.sin(angles), jnp.cos(angles)],
+        -1,
+    )
     return jnp.pad(waves, ((0, 0), (0, width % 2)))

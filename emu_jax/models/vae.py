@@ -3,6 +3,7 @@ of their side, and back.
 
 Read next: unet.py, which works on the latents; diffusion.py.
 """
+
 from dataclasses import dataclass
 
 import jax
@@ -15,7 +16,15 @@ from emu_jax import sharding
 from emu_jax.config import UserError
 from emu_jax.models import layers
 from emu_jax.models.attention import attention
-from emu_jax.models.convolution import Conv, GroupNorm, Resnet, doubled, in_order, numbered, pointwise
+from emu_jax.models.convolution import (
+    Conv,
+    GroupNorm,
+    Resnet,
+    doubled,
+    in_order,
+    numbered,
+    pointwise,
+)
 
 # of every norm
 EPS = 1e-6
@@ -52,14 +61,28 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B h w C"], kernel: str) -> Float[Array, "B h w C"]:
         y = self.norm(x)
-        q, k, v = (rearrange(linear(y), "b h w c -> b (h w) 1 c") for linear in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(linear(y), "b h w c -> b (h w) 1 c") for linear in (self.q, self.k, self.v)
+        )
         y = attention(q, k, v, None, scale=x.shape[-1] ** -0.5, kernel=kernel)
         return x + self.o(rearrange(y, "b (h w) 1 c -> b h w c", h=x.shape[1]))
 
 
 class Level(nnx.Module):
-    def __init__(self, size: VaeSize, width_in: int, width: int, count: int, rngs: nnx.Rngs, *, resample: bool):
-        self.resnets = numbered(Resnet(width_in if n == 0 else width, width, size.groups, eps=EPS, rngs=rngs) for n in range(count))
+    def __init__(
+        self,
+        size: VaeSize,
+        width_in: int,
+        width: int,
+        count: int,
+        rngs: nnx.Rngs,
+        *,
+        resample: bool,
+    ):
+        self.resnets = numbered(
+            Resnet(width_in if n == 0 else width, width, size.groups, eps=EPS, rngs=rngs)
+            for n in range(count)
+        )
         if resample:
             self.resample = Conv(width, width, rngs=rngs)
 
@@ -82,18 +105,31 @@ class Half(nnx.Module):
         first, end = (size.channels, 2 * size.latent) if encodes else (size.latent, size.channels)
         outer, inner = (widths[0], widths[last]) if encodes else (widths[last], widths[0])
         self.conv_in = Conv(first, outer, rngs=rngs)
+
         def before(level):
             return widths[max(level - 1, 0)] if encodes else widths[min(level + 1, last)]
-        self.levels = numbered(Level(size, before(level), C, size.resnets + (not encodes), rngs, resample=level < last if encodes else level > 0)
-                               for level, C in enumerate(widths))
+
+        self.levels = numbered(
+            Level(
+                size,
+                before(level),
+                C,
+                size.resnets + (not encodes),
+                rngs,
+                resample=level < last if encodes else level > 0,
+            )
+            for level, C in enumerate(widths)
+        )
         self.mid = Middle(size, rngs)
         self.norm_out = GroupNorm(inner, size.groups, eps=EPS)
         self.conv_out = Conv(inner, end, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B h w i"], kernel: str) -> Float[Array, "B y x o"]:
         root = "vae/encoder" if self.encodes else "vae/decoder"
+
         def once(module, call, x, where):
             return layers.once(module, call, x, where=f"{root}/{where}", remat=self.size.remat)
+
         def plain(module, x):
             return module(x)
 
@@ -110,7 +146,11 @@ class Half(nnx.Module):
             for place, resnet in enumerate(in_order(level.resnets)):
                 x = once(resnet, plain, x, f"levels/{number}/resnets/{place}")
             if hasattr(level, "resample"):
-                change = (lambda conv, x: conv(x, stride=2, padding=(0, 1))) if self.encodes else (lambda conv, x: conv(doubled(x)))
+                change = (
+                    (lambda conv, x: conv(x, stride=2, padding=(0, 1)))
+                    if self.encodes
+                    else (lambda conv, x: conv(doubled(x)))
+                )
                 x = once(level.resample, change, x, f"levels/{number}/resample")
         if self.encodes:
             x = middle(x)
@@ -125,20 +165,31 @@ class Vae(nnx.Module):
         self.post_quant = pointwise(size.latent, size.latent, rngs=rngs)
         self.decoder = Half(size, rngs, encodes=False)
 
-    def encode(self, images: Float[Array, "B h w 3"], *, kernel: str = "auto") -> tuple[Float[Array, "B y x c"], Float[Array, "B y x c"]]:
+    def encode(
+        self, images: Float[Array, "B h w 3"], *, kernel: str = "auto"
+    ) -> tuple[Float[Array, "B y x c"], Float[Array, "B y x c"]]:
         """(mean, log variance) of the latents, unscaled, of images in -1..1. Raises UserError where
         a side does not divide.
         """
         if images.shape[1] % self.size.factor or images.shape[2] % self.size.factor:
-            raise UserError(f"the autoencoder takes images whose sides {self.size.factor} divides, not {images.shape[1]} x {images.shape[2]}")
+            raise UserError(
+                f"the autoencoder takes images whose sides {self.size.factor} divides, not {images.shape[1]} x {images.shape[2]}"
+            )
         mean, log_variance = jnp.split(self.quant(self.encoder(images, kernel)), 2, -1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
-    def decode(self, latents: Float[Array, "B y x c"], *, kernel: str = "auto") -> Float[Array, "B h w 3"]:
+    def decode(
+        self, latents: Float[Array, "B y x c"], *, kernel: str = "auto"
+    ) -> Float[Array, "B h w 3"]:
         """Images, about -1..1, of unscaled latents."""
         return self.decoder(self.post_quant(latents), kernel)
 
-    def sample(self, mean: Float[Array, "B y x c"], log_variance: Float[Array, "B y x c"], key: Array | None = None) -> Float[Array, "B y x c"]:
+    def sample(
+        self,
+        mean: Float[Array, "B y x c"],
+        log_variance: Float[Array, "B y x c"],
+        key: Array | None = None,
+    ) -> Float[Array, "B y x c"]:
         """Latents as the U-Net sees them: scaled, drawn from the distribution that `encode` gave;
         without a key, its mean.
         """

@@ -5,6 +5,7 @@ Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and v
 final norm, head and pooling of the original are not used by Emu (section 3.1; emu.md's table). Read
 next: resampler.py.
 """
+
 from dataclasses import dataclass
 
 import jax
@@ -51,13 +52,19 @@ class Attention(nnx.Module):
 
     def __call__(self, x, kernel: str):
         q = self.q(x)
-        return self.o(attention(q, self.k(x), self.v(x), None, scale=q.shape[-1] ** -0.5, kernel=kernel))
+        return self.o(
+            attention(q, self.k(x), self.v(x), None, scale=q.shape[-1] ** -0.5, kernel=kernel)
+        )
 
 
 class Ffn(nnx.Module):
     def __init__(self, size: VisionSize, rngs: nnx.Rngs):
-        self.up = layers.Linear("bte,ef->btf", (size.width, size.ffn), bias=(size.ffn,), std=0.02, rngs=rngs)
-        self.down = layers.Linear("btf,fe->bte", (size.ffn, size.width), bias=(size.width,), std=0.02, rngs=rngs)
+        self.up = layers.Linear(
+            "bte,ef->btf", (size.width, size.ffn), bias=(size.ffn,), std=0.02, rngs=rngs
+        )
+        self.down = layers.Linear(
+            "btf,fe->bte", (size.ffn, size.width), bias=(size.width,), std=0.02, rngs=rngs
+        )
 
     def __call__(self, x):
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
@@ -80,20 +87,30 @@ class Vision(nnx.Module):
         self.size = size
         E = size.width
         p = size.patch
-        self.patch = layers.Linear("bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs)
+        self.patch = layers.Linear(
+            "bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs
+        )
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (E,)))
         # learned from there: patches know their place from the start
         self.pos = nnx.Param(jnp.asarray(sincos(size.image // p, E)))
         self.blocks = layers.stack(lambda rngs: Block(size, rngs), size.depth, rngs)
 
-    def __call__(self, images: Float[Array, "M h w 3"], *, kernel: str = "auto") -> Float[Array, "M S E"]:
+    def __call__(
+        self, images: Float[Array, "M h w 3"], *, kernel: str = "auto"
+    ) -> Float[Array, "M S E"]:
         """Raw features of normalised images (see `normalise`): S is CLS and then the P patches."""
         p = self.size.patch
         x = self.patch(rearrange(images, "m (x i) (y j) c -> m x y i j c", i=p, j=p))
         x = rearrange(x, "m x y e -> m (x y) e")
         cls = jnp.broadcast_to(self.cls.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         x = sharding.images(jnp.concatenate([cls, x], 1) + self.pos.get_value().astype(x.dtype))
-        return layers.run(self.blocks, x, lambda block, x, _: block(x, kernel), where="vision/blocks", remat=self.size.remat)
+        return layers.run(
+            self.blocks,
+            x,
+            lambda block, x, _: block(x, kernel),
+            where="vision/blocks",
+            remat=self.size.remat,
+        )
 
 
 def sincos(side: int, width: int) -> np.ndarray:
@@ -102,7 +119,9 @@ def sincos(side: int, width: int) -> np.ndarray:
     """
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
     y, x = (place.reshape(-1, 1) * frequencies for place in np.mgrid[:side, :side])
-    return np.pad(np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1), ((1, 0), (0, width % 4))).astype(np.float32)
+    return np.pad(
+        np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1), ((1, 0), (0, width % 4))
+    ).astype(np.float32)
 
 
 def normalise(images: Array, size: VisionSize, dtype) -> Array:

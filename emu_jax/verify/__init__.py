@@ -3,6 +3,7 @@
 A golden file holds inputs and outputs, and no weights: these follow a rule. Read next: golden.py,
 then emu.py, stable_diffusion.py and inception.py.
 """
+
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,6 +1,7 @@
 """Emu against its release: towers, objective, gradients and generation on a golden file's
 inputs.
 """
+
 import json
 import re
 from collections.abc import Iterator
@@ -26,12 +27,49 @@ from emu_jax.types import Batch
 from emu_jax.verify.golden import Quantity, compare, weights
 from emu_jax.weights import convert, emu1, peft
 
-NEEDED = ("config", "seed", "eos_row_scale", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids", "attention_mask",
-          "vision_features", "vision_normed", "visual_tokens", "hidden", "logits_sum", "logits_first8", "logits_logsumexp", "text_targets",
-          "text_loss", "regress_targets", "regress_predictions", "regression_loss_with_end", "regression_loss_visual_only", "grad_names",
-          "grad_norms")
-INPUTS = {"config", "seed", "eos_row_scale", "instruct", "special_ids", "parameter_names", "parameter_shapes", "images", "input_ids",
-          "attention_mask", "texts", "grad_names", "prompt_text_only_ids", "prompt_interleaved_ids", "decode_prompt_ids"}
+NEEDED = (
+    "config",
+    "seed",
+    "eos_row_scale",
+    "special_ids",
+    "parameter_names",
+    "parameter_shapes",
+    "images",
+    "input_ids",
+    "attention_mask",
+    "vision_features",
+    "vision_normed",
+    "visual_tokens",
+    "hidden",
+    "logits_sum",
+    "logits_first8",
+    "logits_logsumexp",
+    "text_targets",
+    "text_loss",
+    "regress_targets",
+    "regress_predictions",
+    "regression_loss_with_end",
+    "regression_loss_visual_only",
+    "grad_names",
+    "grad_norms",
+)
+INPUTS = {
+    "config",
+    "seed",
+    "eos_row_scale",
+    "instruct",
+    "special_ids",
+    "parameter_names",
+    "parameter_shapes",
+    "images",
+    "input_ids",
+    "attention_mask",
+    "texts",
+    "grad_names",
+    "prompt_text_only_ids",
+    "prompt_interleaved_ids",
+    "decode_prompt_ids",
+}
 
 
 def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
@@ -39,15 +77,55 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
     try:
         c = json.loads(str(file["config"]))
         special = json.loads(str(file["special_ids"]))
-        rows = next(json.loads(str(shape))[0] for name, shape in zip(file["parameter_names"], file["parameter_shapes"], strict=True)
-                    if str(name).endswith("embed_tokens.weight") and "cformer" not in str(name))
+        rows = next(
+            json.loads(str(shape))[0]
+            for name, shape in zip(file["parameter_names"], file["parameter_shapes"], strict=True)
+            if str(name).endswith("embed_tokens.weight") and "cformer" not in str(name)
+        )
         return emu.EmuSize(
-            VisionSize(c["image_size"], c["patch"], c["vit_width"], c["vit_layers"], c["vit_width"] // c["vit_head_width"],
-                       int(c["vit_width"] * c["vit_mlp_ratio"]), (0.0,) * 3, (1.0,) * 3, "none"),
-            ResamplerSize(c["n_causal"], c["t5_d_model"], c["t5_layers"], c["t5_heads"], c["t5_d_kv"], c["t5_d_ff"], 32, 128, 0.1, "none"),
-            LlamaSize(special["pad"], rows - special["pad"], c["llm_width"], c["llm_layers"], c["llm_heads"], 0, c["llm_ff"], 1e-6, 10000.0, (),
-                      "bfloat16", False, "none"),
-            compute="float32", attention="dense", standardise=False, lora=_lora(file))
+            VisionSize(
+                c["image_size"],
+                c["patch"],
+                c["vit_width"],
+                c["vit_layers"],
+                c["vit_width"] // c["vit_head_width"],
+                int(c["vit_width"] * c["vit_mlp_ratio"]),
+                (0.0,) * 3,
+                (1.0,) * 3,
+                "none",
+            ),
+            ResamplerSize(
+                c["n_causal"],
+                c["t5_d_model"],
+                c["t5_layers"],
+                c["t5_heads"],
+                c["t5_d_kv"],
+                c["t5_d_ff"],
+                32,
+                128,
+                0.1,
+                "none",
+            ),
+            LlamaSize(
+                special["pad"],
+                rows - special["pad"],
+                c["llm_width"],
+                c["llm_layers"],
+                c["llm_heads"],
+                0,
+                c["llm_ff"],
+                1e-6,
+                10000.0,
+                (),
+                "bfloat16",
+                False,
+                "none",
+            ),
+            compute="float32",
+            attention="dense",
+            standardise=False,
+            lora=_lora(file),
+        )
     except (KeyError, StopIteration, json.JSONDecodeError) as error:
         raise UserError(f"golden file: its config or special_ids lack {error}") from error
 
@@ -58,7 +136,11 @@ def _lora(file: dict[str, np.ndarray]) -> LoraSize:
     shapes = map(json.loads, map(str, file["parameter_shapes"]))
     _, adapter = emu1.parted(dict(zip(names, map(tuple, shapes), strict=False)))
     rank = peft.says(adapter, {})["lora.rank"]
-    return LoraSize(rank, float(rank), 0.0, peft.assumes(adapter, {})["lora.targets"]) if rank else LoraSize()
+    return (
+        LoraSize(rank, float(rank), 0.0, peft.assumes(adapter, {})["lora.targets"])
+        if rank
+        else LoraSize()
+    )
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
@@ -71,7 +153,9 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     table = emu1.table(size)
     foreign = weights(file)
     plain, adapter = emu1.parted(foreign)
-    params = tree.merge(convert.from_theirs(table, plain), convert.from_theirs(peft.table(size), adapter))
+    params = tree.merge(
+        convert.from_theirs(table, plain), convert.from_theirs(peft.table(size), adapter)
+    )
     batch, images = make_batch(file, size)
     ours = _run(size, params, batch, images)
 
@@ -90,13 +174,24 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
         own = next(key for part in emu1.parted({name: None}) for key in part)
         if own not in theirs:
-            raise UserError(f"golden file: grad_names has {name!r}, which is no parameter that trains")
-        yield compare(f"grad_norm {name}", norm, np.linalg.norm(theirs[own].astype(np.float64)), 5e-4)
-    yield from (Quantity(name, None, 1e-4) for name in file
-                if name not in ours and name not in INPUTS | {"grad_norms"} and not name.startswith(("generate_image_", "decode_")))
+            raise UserError(
+                f"golden file: grad_names has {name!r}, which is no parameter that trains"
+            )
+        yield compare(
+            f"grad_norm {name}", norm, np.linalg.norm(theirs[own].astype(np.float64)), 5e-4
+        )
+    yield from (
+        Quantity(name, None, 1e-4)
+        for name in file
+        if name not in ours
+        and name not in INPUTS | {"grad_norms"}
+        and not name.startswith(("generate_image_", "decode_"))
+    )
 
 
-def _generated(file: dict[str, np.ndarray], size: emu.EmuSize, params: dict, visual: np.ndarray) -> Iterator[Quantity]:
+def _generated(
+    file: dict[str, np.ndarray], size: emu.EmuSize, params: dict, visual: np.ndarray
+) -> Iterator[Quantity]:
     """The image loop and decoding, by the session that a user has, from the file's ids and its
     images' visual tokens.
     """
@@ -105,18 +200,33 @@ def _generated(file: dict[str, np.ndarray], size: emu.EmuSize, params: dict, vis
 
     def prompts(name: str) -> list[Prompt]:
         rows = [row[row != special["pad"]].tolist() for row in np.asarray(file[name])]
-        slots = [[at + 1 for at in range(len(row) - 1) if row[at:at + 2] == [special["img"], special["image"]]] for row in rows]
-        return [Prompt(row, list(visual[:len(at)]), at) for row, at in zip(rows, slots, strict=True)]
+        slots = [
+            [
+                at + 1
+                for at in range(len(row) - 1)
+                if row[at : at + 2] == [special["img"], special["image"]]
+            ]
+            for row in rows
+        ]
+        return [
+            Prompt(row, list(visual[: len(at)]), at) for row, at in zip(rows, slots, strict=True)
+        ]
 
     for name in (name for name in file if name.startswith("generate_image_")):
         given = prompts(name.replace("generate_image", "prompt") + "_ids")
         # [IMG] is appended
         opened = [replace(prompt, tokens=prompt.tokens[:-1]) for prompt in given]
         yield compare(name, file[name], session.images(opened), 1e-4)
-    for name in (name for name in file if name.startswith("decode_") and name != "decode_prompt_ids"):
+    for name in (
+        name for name in file if name.startswith("decode_") and name != "decode_prompt_ids"
+    ):
         options = Options(max_new_tokens=12)
         if found := re.fullmatch(r"decode_beam(\d+)_lp(m?)([\d.]+)", name):
-            options = replace(options, beams=int(found[1]), length_penalty=float(found[3]) * (-1 if found[2] else 1))
+            options = replace(
+                options,
+                beams=int(found[1]),
+                length_penalty=float(found[3]) * (-1 if found[2] else 1),
+            )
         ids = session.ids(prompts("decode_prompt_ids"), options, added=True)
         rows = [(row + [special["eos"]])[:12] for row in ids]
         longest = max(map(len, rows))
@@ -132,17 +242,28 @@ def make_batch(file: dict[str, np.ndarray], size: emu.EmuSize) -> tuple[Batch, j
     ids = np.asarray(file["input_ids"])
     seen = np.asarray(file["attention_mask"]).astype(np.int32)
     B, T = ids.shape
-    img, end, slot = (json.loads(str(file["special_ids"]))[name] for name in ("img", "end_img", "image"))
+    img, end, slot = (
+        json.loads(str(file["special_ids"]))[name] for name in ("img", "end_img", "image")
+    )
     starts = [np.flatnonzero(row == img) + 1 for row in ids]
     slots = np.full((B, max(map(len, starts))), T)
     for row, at in zip(slots, starts, strict=True):
-        row[:len(at)] = at
+        row[: len(at)] = at
     counts = (seen > 0) & ~np.isin(ids, (img, end, slot))
     counts[:, 0] = False
-    batch = Batch(tokens=ids.astype(np.int32), segments=seen, positions=np.tile(np.arange(T), (B, 1)), text_weights=counts.astype(np.float32),
-                  images=np.zeros((*slots.shape, 0, 0, 3), np.uint8), image_slots=slots, image_weights=(slots < T).astype(np.float32),
-                  sources=np.zeros_like(seen))
-    return jax.tree.map(jnp.asarray, batch), jnp.asarray(rearrange(file["images"], "m c h w -> m h w c"))
+    batch = Batch(
+        tokens=ids.astype(np.int32),
+        segments=seen,
+        positions=np.tile(np.arange(T), (B, 1)),
+        text_weights=counts.astype(np.float32),
+        images=np.zeros((*slots.shape, 0, 0, 3), np.uint8),
+        image_slots=slots,
+        image_weights=(slots < T).astype(np.float32),
+        sources=np.zeros_like(seen),
+    )
+    return jax.tree.map(jnp.asarray, batch), jnp.asarray(
+        rearrange(file["images"], "m c h w -> m h w c")
+    )
 
 
 def _forward(model: emu.Emu, batch: Batch, images) -> dict[str, jax.Array]:
@@ -153,38 +274,78 @@ def _forward(model: emu.Emu, batch: Batch, images) -> dict[str, jax.Array]:
     held = batch.image_slots < batch.tokens.shape[1]
     place = (jnp.cumsum(held.ravel()) - 1).reshape(held.shape)
     visual = jnp.where(held[..., None, None], tokens[jnp.maximum(place, 0)], 0)
-    hidden = model.llama(model.interleave(batch.tokens, visual, batch.image_slots), batch.positions, batch.segments, kernel="dense")[0]
-    return dict(vision_features=features, vision_normed=normed, visual_tokens=tokens, hidden=hidden, visual=visual)
+    hidden = model.llama(
+        model.interleave(batch.tokens, visual, batch.image_slots),
+        batch.positions,
+        batch.segments,
+        kernel="dense",
+    )[0]
+    return dict(
+        vision_features=features,
+        vision_normed=normed,
+        visual_tokens=tokens,
+        hidden=hidden,
+        visual=visual,
+    )
 
 
 def _losses(model, out, batch, *, regress_end: bool):
-    objective = dict(text_weight=1.0, image_weight=1.0, regress_end=regress_end, chunk=16, sources=1)
-    return stages.next_element(model, out["hidden"], out["visual"], batch, stages.emu_weights(batch), objective)
+    objective = dict(
+        text_weight=1.0, image_weight=1.0, regress_end=regress_end, chunk=16, sources=1
+    )
+    return stages.next_element(
+        model, out["hidden"], out["visual"], batch, stages.emu_weights(batch), objective
+    )
 
 
 def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.ndarray]:
     """Our forward quantities, under the file's names."""
+
     def run(params):
         model = emu.bind(emu.Emu, size, params)
         out = _forward(model, batch, images)
-        (_, metrics), (_, with_end) = (_losses(model, out, batch, regress_end=end) for end in (False, True))
+        (_, metrics), (_, with_end) = (
+            _losses(model, out, batch, regress_end=end) for end in (False, True)
+        )
         head = jnp.concatenate(list(model.llama.head().values()))
         logits = jnp.einsum("btD,vD->btv", out["hidden"], head, precision="highest")
         N = size.resampler.tokens
-        places = (batch.image_slots[..., None] - 1 + jnp.arange(N + 1)).reshape(len(batch.tokens), -1)
-        predictions = model.regress_head(jnp.take_along_axis(out["hidden"], places[..., None], 1, mode="clip"))
-        end = model.llama.embeddings(jnp.full((1, 1), size.llama.vocab + stages.END_IMG), jnp.float32)[None]
-        targets = jnp.concatenate([out["visual"], jnp.broadcast_to(end, (*batch.image_slots.shape, 1, size.llama.width))], 2)
+        places = (batch.image_slots[..., None] - 1 + jnp.arange(N + 1)).reshape(
+            len(batch.tokens), -1
+        )
+        predictions = model.regress_head(
+            jnp.take_along_axis(out["hidden"], places[..., None], 1, mode="clip")
+        )
+        end = model.llama.embeddings(
+            jnp.full((1, 1), size.llama.vocab + stages.END_IMG), jnp.float32
+        )[None]
+        targets = jnp.concatenate(
+            [out["visual"], jnp.broadcast_to(end, (*batch.image_slots.shape, 1, size.llama.width))],
+            2,
+        )
+
         def mean(pair):
             return pair[0] / pair[1]
-        return {name: out[name] for name in ("vision_features", "vision_normed", "visual_tokens", "hidden")} | dict(
-            logits_sum=logits.sum(-1), logits_first8=logits[..., :8], logits_logsumexp=jax.nn.logsumexp(logits, -1),
-            text_loss=mean(metrics["text_loss"]), regression_loss_visual_only=mean(metrics["image_loss"]),
-            regression_loss_with_end=mean(with_end["image_loss"]), regress_predictions=predictions, regress_targets=targets)
+
+        return {
+            name: out[name]
+            for name in ("vision_features", "vision_normed", "visual_tokens", "hidden")
+        } | dict(
+            logits_sum=logits.sum(-1),
+            logits_first8=logits[..., :8],
+            logits_logsumexp=jax.nn.logsumexp(logits, -1),
+            text_loss=mean(metrics["text_loss"]),
+            regression_loss_visual_only=mean(metrics["image_loss"]),
+            regression_loss_with_end=mean(with_end["image_loss"]),
+            regress_predictions=predictions,
+            regress_targets=targets,
+        )
 
     ours = {name: np.asarray(value) for name, value in jax.jit(run)(params).items()}
     held = np.asarray(batch.image_slots) < batch.tokens.shape[1]
-    ours["regress_predictions"] = ours["regress_predictions"].reshape(*held.shape, -1, size.llama.width)
+    ours["regress_predictions"] = ours["regress_predictions"].reshape(
+        *held.shape, -1, size.llama.width
+    )
     for name in ("regress_predictions", "regress_targets"):
         ours[name] = ours[name][held].reshape(-1, size.llama.width)
     # the files count <s> too: nothing predicts it
@@ -204,11 +365,16 @@ def _gradient(size: emu.EmuSize, params: tree.Tree, batch: Batch, images) -> tre
     """Of everything; where there is LoRA, of its matrices and what comes before the LLM: the rest
     is frozen.
     """
-    trains = {path: not size.lora.rank or path.endswith(("/a", "/b")) or not path.startswith(("llama/", "regress_head/"))
-              for path, _ in tree.leaves(params)}
+    trains = {
+        path: not size.lora.rank
+        or path.endswith(("/a", "/b"))
+        or not path.startswith(("llama/", "regress_head/"))
+        for path, _ in tree.leaves(params)
+    }
     trainable, frozen = tree.split(params, tree.unflatten(trains))
 
     def loss(trainable):
         model = emu.bind(emu.Emu, size, tree.merge(trainable, frozen))
         return _losses(model, _forward(model, batch, images), batch, regress_end=False)[0]
+
     return jax.jit(jax.grad(loss))(trainable)

@@ -3,6 +3,7 @@ from names and a seed.
 
 Read next: tests/golden/README.md for what the files hold; emu.py for what of ours is held to them.
 """
+
 import json
 import zipfile
 import zlib
@@ -35,14 +36,24 @@ def load(path: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a readable .npz of plain arrays ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: not a readable .npz of plain arrays ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Foreign tensors by the files' rule: from the name, the shape and the seed alone."""
     out = {}
-    for name, shape in zip(map(str, file["parameter_names"]), map(json.loads, map(str, file["parameter_shapes"])), strict=True):
-        x = np.random.RandomState((zlib.crc32(name.encode()) + int(file["seed"])) % 2**32).standard_normal(shape).astype(np.float32)
+    for name, shape in zip(
+        map(str, file["parameter_names"]),
+        map(json.loads, map(str, file["parameter_shapes"])),
+        strict=True,
+    ):
+        x = (
+            np.random.RandomState((zlib.crc32(name.encode()) + int(file["seed"])) % 2**32)
+            .standard_normal(shape)
+            .astype(np.float32)
+        )
         if len(shape) == 1:
             x = np.float32(0.1) * x + np.float32(name.endswith("weight"))
         elif "embed_tokens" in name:
@@ -60,6 +71,10 @@ def compare(name: str, reference, ours, tolerance: float) -> Quantity:
     reference = np.asarray(reference, np.float64)
     ours = np.asarray(ours, np.float64)
     if reference.shape != ours.shape:
-        raise UserError(f"golden file: {name} has shape {reference.shape}, its config makes {ours.shape}")
-    error = np.abs(reference - ours).max(initial=0.0) / max(np.abs(reference).max(initial=0.0), 1e-30)
+        raise UserError(
+            f"golden file: {name} has shape {reference.shape}, its config makes {ours.shape}"
+        )
+    error = np.abs(reference - ours).max(initial=0.0) / max(
+        np.abs(reference).max(initial=0.0), 1e-30
+    )
     return Quantity(name, float(error) if np.isfinite(error) else float("inf"), tolerance)

@@ -1,6 +1,7 @@
 """FID's Inception against torch-fidelity: features after five layers, and Frechet distances, on a
 golden file's images.
 """
+
 import json
 import re
 import zlib
@@ -30,8 +31,14 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
     try:
         note = json.loads(str(file["note"]))
-        pairs = {name: (_normal_sets(name), pair["fid"]) for name, pair in note["distances"].items()}
-        sets = {which: _images(note["end_to_end"][which]) for which in "ab"} if "end_to_end" in note else {}
+        pairs = {
+            name: (_normal_sets(name), pair["fid"]) for name, pair in note["distances"].items()
+        }
+        sets = (
+            {which: _images(note["end_to_end"][which]) for which in "ab"}
+            if "end_to_end" in note
+            else {}
+        )
         by_layer = note["end_to_end"]["fid_by_layer"] if sets else {}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"golden file: its note cannot be followed ({error})") from error
@@ -40,7 +47,10 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     seen = set(NEEDED)
 
     def features(images):
-        rows = [network(params, inception.prepare(jnp.asarray(image[None]))) for image in rearrange(images, "m c h w -> m h w c")]
+        rows = [
+            network(params, inception.prepare(jnp.asarray(image[None])))
+            for image in rearrange(images, "m c h w -> m h w c")
+        ]
         return {layer: np.concatenate([row[layer] for row in rows]) for layer in rows[0]}
 
     for name in [name for name in file if name.startswith("images_")]:
@@ -55,23 +65,40 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         for which, some in ours.items():
             if (theirs := f"features_end_to_end_{which}_mean") in file:
                 seen.add(theirs)
-                yield compare(theirs, file[theirs], some["2048"].astype(np.float64).mean(0), TOLERANCE)
+                yield compare(
+                    theirs, file[theirs], some["2048"].astype(np.float64).mean(0), TOLERANCE
+                )
         for layer, reference in by_layer.items():
-            yield _distance(f"distance end to end, {layer} features", reference, ours["a"][layer], ours["b"][layer])
+            yield _distance(
+                f"distance end to end, {layer} features",
+                reference,
+                ours["a"][layer],
+                ours["b"][layer],
+            )
     yield from (Quantity(name, None, TOLERANCE) for name in file if name not in seen)
 
 
 def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The network's tensors by the file's rule, which is not that of the Emu files."""
     out = {}
-    for name, shape in zip(map(str, file["parameter_names"]), json.loads(str(file["parameter_shapes"])), strict=True):
-        x = np.random.RandomState((zlib.crc32(name.encode()) + int(file["seed"])) % 2**32).standard_normal(shape).astype(np.float32)
+    for name, shape in zip(
+        map(str, file["parameter_names"]), json.loads(str(file["parameter_shapes"])), strict=True
+    ):
+        x = (
+            np.random.RandomState((zlib.crc32(name.encode()) + int(file["seed"])) % 2**32)
+            .standard_normal(shape)
+            .astype(np.float32)
+        )
         if name.endswith("running_var"):
             x = np.abs(x) + np.float32(0.5)
         elif len(shape) == 1:
             x = np.float32(0.1) * x + np.float32(name.endswith("weight"))
         else:
-            x = np.float32(1.5 if len(shape) == 4 else 1.0) * x / np.float32(np.sqrt(np.prod(shape[1:])))
+            x = (
+                np.float32(1.5 if len(shape) == 4 else 1.0)
+                * x
+                / np.float32(np.sqrt(np.prod(shape[1:])))
+            )
         out[name] = x
     return out
 
@@ -82,7 +109,11 @@ def _distance(name: str, reference: list[float | None], a: np.ndarray, b: np.nda
     """
     known = np.array([value for value in reference if value is not None])
     ours = fid.distance(fid.statistics(a), fid.statistics(b))
-    return Quantity(name, float(np.abs(known / ours - 1).max()), max(TOLERANCE, float(np.ptp(known) / known.min())))
+    return Quantity(
+        name,
+        float(np.abs(known / ours - 1).max()),
+        max(TOLERANCE, float(np.ptp(known) / known.min())),
+    )
 
 
 def _normal_sets(text: str) -> list[np.ndarray]:
@@ -93,8 +124,14 @@ def _normal_sets(text: str) -> list[np.ndarray]:
     dims = re.search(r"dims (\d+)", text)
     if len(sets) != 2 or not dims:
         raise ValueError(f"no two sets in {text!r}")
-    return [(float(shift) + float(scale) * np.abs(np.random.RandomState(int(seed)).standard_normal((int(n), int(dims[1]))))).astype(np.float32)
-            for seed, n, shift, scale in sets]
+    return [
+        (
+            float(shift)
+            + float(scale)
+            * np.abs(np.random.RandomState(int(seed)).standard_normal((int(n), int(dims[1]))))
+        ).astype(np.float32)
+        for seed, n, shift, scale in sets
+    ]
 
 
 def _images(text: str) -> np.ndarray:
@@ -104,6 +141,8 @@ def _images(text: str) -> np.ndarray:
     drawn = re.search(r"RandomState\((\d+)\)\.randint\((\d+), (\d+), \(([\d, ]+)\)\)", text)
     if not drawn:
         raise ValueError(f"no images in {text!r}")
-    images = np.random.RandomState(int(drawn[1])).randint(int(drawn[2]), int(drawn[3]), tuple(map(int, drawn[4].split(","))))
+    images = np.random.RandomState(int(drawn[1])).randint(
+        int(drawn[2]), int(drawn[3]), tuple(map(int, drawn[4].split(",")))
+    )
     changed = re.search(r"// (\d+) \+ (\d+)", text)
     return (images // int(changed[1]) + int(changed[2]) if changed else images).astype(np.uint8)

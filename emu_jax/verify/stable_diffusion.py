@@ -1,6 +1,7 @@
 """The decoder against diffusers: U-Net, autoencoder, schedule, training loss, gradients and
 samplers on a golden file's inputs.
 """
+
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -21,13 +22,38 @@ from emu_jax.verify.golden import Quantity, compare, weights
 from emu_jax.weights import convert
 from emu_jax.weights import stable_diffusion as family
 
-INPUTS = ("unet_config", "vae_config", "seed", "parameter_names", "parameter_shapes", "latents", "condition", "timesteps", "image", "noise",
-          "unconditional", "x_init", "grad_names")
-NEEDED = (*INPUTS, "unet_out", "vae_mean", "vae_logvar", "vae_decoded", "add_noise", "alphas_cumprod", "train_loss", "grad_norms")
+INPUTS = (
+    "unet_config",
+    "vae_config",
+    "seed",
+    "parameter_names",
+    "parameter_shapes",
+    "latents",
+    "condition",
+    "timesteps",
+    "image",
+    "noise",
+    "unconditional",
+    "x_init",
+    "grad_names",
+)
+NEEDED = (
+    *INPUTS,
+    "unet_out",
+    "vae_mean",
+    "vae_logvar",
+    "vae_decoded",
+    "add_noise",
+    "alphas_cumprod",
+    "train_loss",
+    "grad_norms",
+)
 # a file's name of a sampler, and ours
 SAMPLED = {"ddim": "ddim", "pndm": "pndm", "euler": "euler", "dpmpp": "dpm++"}
 GUIDANCE = 7.5
-SCHEDULE = Diffusion(steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0)
+SCHEDULE = Diffusion(
+    steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0
+)
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
@@ -45,10 +71,15 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     _check(file, unet, vae)
     table = family.table(unet, vae)
     params = jax.tree.map(jnp.asarray, convert.from_theirs(table, family.canonical(weights(file))))
-    made = {"unet": jax.eval_shape(partial(init, UNet, unet), jax.random.key(0)), "vae": jax.eval_shape(partial(init, Vae, vae), jax.random.key(0))}
+    made = {
+        "unet": jax.eval_shape(partial(init, UNet, unet), jax.random.key(0)),
+        "vae": jax.eval_shape(partial(init, Vae, vae), jax.random.key(0)),
+    }
     for (path, here), (_, there) in zip(tree.leaves(made), tree.leaves(params), strict=True):
         if here.shape != there.shape:
-            raise UserError(f"golden file: {path} has the shape {there.shape}, and its config makes {here.shape}")
+            raise UserError(
+                f"golden file: {path} has the shape {there.shape}, and its config makes {here.shape}"
+            )
 
     ours = _vae(vae, params["vae"], file) | _noised(file)
     loss, gradient, ours["unet_out"] = _trained(unet, params["unet"], file)
@@ -56,29 +87,48 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     sampled = {}
     for theirs, name in SAMPLED.items():
         if f"sample_{theirs}" in file:
-            sampled[f"timesteps_{theirs}"], sampled[f"sample_{theirs}"] = _sampled(unet, params["unet"], name, file)
+            sampled[f"timesteps_{theirs}"], sampled[f"sample_{theirs}"] = _sampled(
+                unet, params["unet"], name, file
+            )
     for name in file:
         if name in ours or name in sampled:
-            yield compare(name, file[name], (ours | sampled)[name], 1e-3 if name.startswith("sample_") else 1e-4)
+            yield compare(
+                name,
+                file[name],
+                (ours | sampled)[name],
+                1e-3 if name.startswith("sample_") else 1e-4,
+            )
 
-    norms = {name.removeprefix("unet."): np.linalg.norm(g.astype(np.float64))
-             for name, g in convert.to_theirs(family.table(unet, None), convert.reader({"unet": gradient}))}
+    norms = {
+        name.removeprefix("unet."): np.linalg.norm(g.astype(np.float64))
+        for name, g in convert.to_theirs(
+            family.table(unet, None), convert.reader({"unet": gradient})
+        )
+    }
     # Where a group norm takes out again what a bias adds, the gradient is zero and its number the
     # rounding's: nothing is smaller than this.
     least = 1e-3 * np.max(file["grad_norms"], initial=0.0)
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
         error = float(abs(norms[name] - norm) / max(norm, least)) if name in norms else None
         yield Quantity(f"grad_norm {name}", error, 1e-4)
-    yield from (Quantity(name, None, 1e-4) for name in file if name not in {*ours, *sampled, *INPUTS, "grad_norms"})
+    yield from (
+        Quantity(name, None, 1e-4)
+        for name in file
+        if name not in {*ours, *sampled, *INPUTS, "grad_norms"}
+    )
 
 
 def _check(file: dict[str, np.ndarray], unet: UNetSize, vae: VaeSize) -> None:
     """The file's inputs against its own configs."""
-    for name, axis, wanted, of in (("latents", 1, unet.channels_in, "unet_config's in_channels"),
-                                   ("condition", 2, unet.condition, "unet_config's cross_attention_dim"),
-                                   ("image", 1, vae.channels, "vae_config's in_channels")):
+    for name, axis, wanted, of in (
+        ("latents", 1, unet.channels_in, "unet_config's in_channels"),
+        ("condition", 2, unet.condition, "unet_config's cross_attention_dim"),
+        ("image", 1, vae.channels, "vae_config's in_channels"),
+    ):
         if file[name].shape[axis] != wanted:
-            raise UserError(f"golden file: {name} has {file[name].shape[axis]} channels, and {of} is {wanted}")
+            raise UserError(
+                f"golden file: {name} has {file[name].shape[axis]} channels, and {of} is {wanted}"
+            )
 
 
 def _last(x: np.ndarray) -> jax.Array:
@@ -94,14 +144,26 @@ def _vae(size: VaeSize, params: dict, file: dict[str, np.ndarray]) -> dict[str, 
         model = bind(Vae, size, params)
         mean, log_variance = model.encode(image)
         return dict(vae_mean=mean, vae_logvar=log_variance, vae_decoded=model.decode(mean))
+
     return {name: _first(x) for name, x in jax.jit(run)(params, _last(file["image"])).items()}
 
 
 def _noised(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"add_noise": _first(add_noise(SCHEDULE, _last(file["latents"]), _last(file["noise"]), jnp.asarray(file["timesteps"], jnp.float32)))}
+    return {
+        "add_noise": _first(
+            add_noise(
+                SCHEDULE,
+                _last(file["latents"]),
+                _last(file["noise"]),
+                jnp.asarray(file["timesteps"], jnp.float32),
+            )
+        )
+    }
 
 
-def _trained(size: UNetSize, params: dict, file: dict[str, np.ndarray]) -> tuple[np.ndarray, dict, np.ndarray]:
+def _trained(
+    size: UNetSize, params: dict, file: dict[str, np.ndarray]
+) -> tuple[np.ndarray, dict, np.ndarray]:
     """The training loss, its gradient, and the U-Net's prediction for the latents as they are."""
     x0 = _last(file["latents"])
     e = _last(file["noise"])
@@ -117,15 +179,23 @@ def _trained(size: UNetSize, params: dict, file: dict[str, np.ndarray]) -> tuple
     return np.asarray(value), gradient, _first(plain)
 
 
-def _sampled(size: UNetSize, params: dict, sampler: str, file: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _sampled(
+    size: UNetSize, params: dict, sampler: str, file: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """(times at which the network is asked, sample) of as many steps as the file's sampler took."""
     theirs = next(theirs for theirs, ours in SAMPLED.items() if ours == sampler)
-    plan = samplers.plan_of(SCHEDULE, sampler, len(file[f"timesteps_{theirs}"]) - (sampler == "pndm"))
+    plan = samplers.plan_of(
+        SCHEDULE, sampler, len(file[f"timesteps_{theirs}"]) - (sampler == "pndm")
+    )
 
     def run(params, x, condition, negative):
-        denoise = samplers.denoiser(SCHEDULE, bind(UNet, size, params), condition, negative, guidance=GUIDANCE)
+        denoise = samplers.denoiser(
+            SCHEDULE, bind(UNet, size, params), condition, negative, guidance=GUIDANCE
+        )
         return samplers.SAMPLERS[sampler].run(denoise, x, plan)
 
     times = plan.t[samplers.evaluated(len(plan.t))] if sampler == "pndm" else plan.t
-    condition, negative = (jnp.asarray(file[name][:len(file["x_init"])]) for name in ("condition", "unconditional"))
+    condition, negative = (
+        jnp.asarray(file[name][: len(file["x_init"])]) for name in ("condition", "unconditional")
+    )
     return times, _first(jax.jit(run)(params, _last(file["x_init"]), condition, negative))

@@ -1,10 +1,11 @@
 """Released weights in and out, and our code held to the released Emu's numbers.
 
-    import --family=llama LLAMA --family=eva-clip EVA --config=configs/pretrain.py --to=DIR
-    several sources make one checkpoint export --family=llama --from=DIR --to=FOLDER bake --from=DIR
-    --to=DIR                                    LoRA into its matrices, and those that are stored in
-    few bits made plain verify FILE.npz ...
+import --family=llama LLAMA --family=eva-clip EVA --config=configs/pretrain.py --to=DIR
+several sources make one checkpoint export --family=llama --from=DIR --to=FOLDER bake --from=DIR
+--to=DIR                                    LoRA into its matrices, and those that are stored in
+few bits made plain verify FILE.npz ...
 """
+
 import argparse
 import sys
 
@@ -48,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         flags = _parser().parse_args(arguments)
         if flags.command == "bake":
             transfer.bake(flags.source, flags.to)
-            print(f"{flags.to}: one model of plain matrices; start from it with --config.init={flags.to}")
+            print(
+                f"{flags.to}: one model of plain matrices; start from it with --config.init={flags.to}"
+            )
             return 0
         return export(flags) if flags.command == "export" else verify_(flags.files)
     except transfer.Misfit as error:
@@ -62,15 +65,29 @@ def main(arguments: list[str] | None = None) -> int:
 def import_(arguments: list[str]) -> int:
     sources, rest = _sources(arguments)
     parser = argparse.ArgumentParser(
-        prog="python -m emu_jax.weights import", usage="%(prog)s --family=F SOURCE... [--family=F SOURCE...] --to=DIR [--config=FILE]",
-        description=IMPORT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        prog="python -m emu_jax.weights import",
+        usage="%(prog)s --family=F SOURCE... [--family=F SOURCE...] --to=DIR [--config=FILE]",
+        description=IMPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.error = _fail
     parser.add_argument("--to", metavar="DIR", help="directory of the new checkpoint")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="interpolate position embeddings (bicubic) to images of this size")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be imported, and write nothing")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="interpolate position embeddings (bicubic) to images of this size",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be imported, and write nothing"
+    )
     flags, rest = parser.parse_known_args(rest)
     given = any(argument.startswith("--config=") for argument in rest)
-    default = next((name for family, _ in sources if (name := FAMILIES[family].config) != "pretrain"), "pretrain")
+    default = next(
+        (name for family, _ in sources if (name := FAMILIES[family].config) != "pretrain"),
+        "pretrain",
+    )
     c = config.load(([] if given else [f"--config=configs/{default}.py"]) + rest)
     if not sources:
         _fail(f"name a family and its sources: --family=F SOURCE...; families: {NAMES}")
@@ -85,7 +102,9 @@ def import_(arguments: list[str]) -> int:
 
 
 def export(flags: argparse.Namespace) -> int:
-    for name, size in transfer.export(flags.family, flags.source, flags.to, ema=flags.ema, dtype=flags.dtype).items():
+    for name, size in transfer.export(
+        flags.family, flags.source, flags.to, ema=flags.ema, dtype=flags.dtype
+    ).items():
         print(f"{size:>16,} bytes  {flags.to}/{name}")
     return 0
 
@@ -98,7 +117,9 @@ def verify_(paths: list[str]) -> int:
         print(f"{path}\n{'quantity':{width}}  error     tolerance  ok")
         for row in rows:
             error = "-        " if row.error is None else f"{row.error:9.2e}"
-            print(f"{row.name:{width}}  {error} {row.tolerance:9.0e}  {'not covered' if row.error is None else 'ok' if row.ok else 'FAILED'}")
+            print(
+                f"{row.name:{width}}  {error} {row.tolerance:9.0e}  {'not covered' if row.error is None else 'ok' if row.ok else 'FAILED'}"
+            )
         found += rows
     failed = sum(row.error is not None and not row.ok for row in found)
     uncovered = sum(row.error is None for row in found)
@@ -132,19 +153,52 @@ def _sources(arguments: list[str]) -> tuple[list[tuple[str, list[str]]], list[st
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m emu_jax.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m emu_jax.weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("import", help="a checkpoint of ours from others'; import --help", add_help=False)
-    out = commands.add_parser("export", help="theirs from ours", description=EXPORT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands.add_parser(
+        "import", help="a checkpoint of ours from others'; import --help", add_help=False
+    )
+    out = commands.add_parser(
+        "export",
+        help="theirs from ours",
+        description=EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     out.add_argument("--family", required=True, choices=list(FAMILIES))
-    out.add_argument("--from", dest="source", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints")
+    out.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="DIR",
+        help="a run's workdir, or one of its checkpoints",
+    )
     out.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
-    out.add_argument("--ema", action="store_true", help="the moving average of the weights, where they have one")
-    out.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it; default: as the checkpoint has it")
-    flat = commands.add_parser("bake", help="a checkpoint without LoRA and with plain matrices, the same model")
-    flat.add_argument("--from", dest="source", required=True, metavar="DIR", help="a run's workdir, or one of its checkpoints")
+    out.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights, where they have one"
+    )
+    out.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="cast to it; default: as the checkpoint has it",
+    )
+    flat = commands.add_parser(
+        "bake", help="a checkpoint without LoRA and with plain matrices, the same model"
+    )
+    flat.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="DIR",
+        help="a run's workdir, or one of its checkpoints",
+    )
     flat.add_argument("--to", required=True, metavar="DIR", help="directory of the new checkpoint")
-    check = commands.add_parser("verify", help="run our code on golden files and print its largest errors")
+    check = commands.add_parser(
+        "verify", help="run our code on golden files and print its largest errors"
+    )
     check.add_argument("files", nargs="+", metavar="FILE.npz")
     for command in (parser, out, flat, check):
         command.error = _fail

@@ -4,6 +4,7 @@ and ours.
 No part of an Emu: config.model has the group `clip` for it alone. The files beside its tensors that
 say how texts and pictures become numbers go into the checkpoint as they are.
 """
+
 from functools import partial
 from math import isqrt
 from typing import Any
@@ -21,28 +22,38 @@ from emu_jax.weights.family import Family, Shapes, layers
 # the first, or else the other two
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
-WHERE = ("--clip=DIR: a CLIP, made of a folder of Hugging Face's with config.json, model.safetensors or pytorch_model.bin, tokenizer.json and "
-         "preprocessor_config.json (as openai/clip-vit-large-patch14 has them) by: python -m emu_jax.weights import --family=clip FOLDER --to=DIR")
+WHERE = (
+    "--clip=DIR: a CLIP, made of a folder of Hugging Face's with config.json, model.safetensors or pytorch_model.bin, tokenizer.json and "
+    "preprocessor_config.json (as openai/clip-vit-large-patch14 has them) by: python -m emu_jax.weights import --family=clip FOLDER --to=DIR"
+)
 
 
 def table(size: ClipSize) -> Table:
     """Rows in the model's reading order."""
-    return Table((
-        Row("text_model.embeddings.token_embedding.weight", "text/tokens"),
-        Row("text_model.embeddings.position_embedding.weight", "text/positions"),
-        *_blocks("text_model.", "text", "th"),
-        *norm("text_model.final_layer_norm", "text/norm"),
-        Row("text_projection.weight", "text/project/w", "o i -> i o"),
-        Row("vision_model.embeddings.class_embedding", "vision/cls"),
-        Row("vision_model.embeddings.patch_embedding.weight", "vision/patch/w", "e c i j -> i j c e"),
-        Row("vision_model.embeddings.position_embedding.weight", "vision/positions"),
-        *norm("vision_model.pre_layrnorm", "vision/before"),
-        *_blocks("vision_model.", "vision", "vh"),
-        *norm("vision_model.post_layernorm", "vision/after"),
-        Row("visual_projection.weight", "vision/project/w", "o i -> i o"),
-        Row("logit_scale", "logit_scale")),
-        axes=dict(th=size.text.heads, vh=size.vision.heads), unused=(r"(text|vision)_model\.embeddings\.position_ids",),
-        depth=dict(text=size.text.depth, vision=size.vision.depth))
+    return Table(
+        (
+            Row("text_model.embeddings.token_embedding.weight", "text/tokens"),
+            Row("text_model.embeddings.position_embedding.weight", "text/positions"),
+            *_blocks("text_model.", "text", "th"),
+            *norm("text_model.final_layer_norm", "text/norm"),
+            Row("text_projection.weight", "text/project/w", "o i -> i o"),
+            Row("vision_model.embeddings.class_embedding", "vision/cls"),
+            Row(
+                "vision_model.embeddings.patch_embedding.weight",
+                "vision/patch/w",
+                "e c i j -> i j c e",
+            ),
+            Row("vision_model.embeddings.position_embedding.weight", "vision/positions"),
+            *norm("vision_model.pre_layrnorm", "vision/before"),
+            *_blocks("vision_model.", "vision", "vh"),
+            *norm("vision_model.post_layernorm", "vision/after"),
+            Row("visual_projection.weight", "vision/project/w", "o i -> i o"),
+            Row("logit_scale", "logit_scale"),
+        ),
+        axes=dict(th=size.text.heads, vh=size.vision.heads),
+        unused=(r"(text|vision)_model\.embeddings\.position_ids",),
+        depth=dict(text=size.text.depth, vision=size.vision.depth),
+    )
 
 
 def _blocks(theirs: str, ours: str, heads: str) -> tuple[Row, ...]:
@@ -50,50 +61,111 @@ def _blocks(theirs: str, ours: str, heads: str) -> tuple[Row, ...]:
     ours = f"{ours}/blocks"
     return (
         *norm(block + "layer_norm1", f"{ours}/norm1"),
-        *(row for name in "qkv" for row in (
-            Row(f"{block}self_attn.{name}_proj.weight", f"{ours}/{name}/w", f"({heads} d) e -> e {heads} d"),
-            Row(f"{block}self_attn.{name}_proj.bias", f"{ours}/{name}/bias", f"({heads} d) -> {heads} d"))),
+        *(
+            row
+            for name in "qkv"
+            for row in (
+                Row(
+                    f"{block}self_attn.{name}_proj.weight",
+                    f"{ours}/{name}/w",
+                    f"({heads} d) e -> e {heads} d",
+                ),
+                Row(
+                    f"{block}self_attn.{name}_proj.bias",
+                    f"{ours}/{name}/bias",
+                    f"({heads} d) -> {heads} d",
+                ),
+            )
+        ),
         Row(block + "self_attn.out_proj.weight", f"{ours}/o/w", f"e ({heads} d) -> {heads} d e"),
         Row(block + "self_attn.out_proj.bias", f"{ours}/o/bias"),
         *norm(block + "layer_norm2", f"{ours}/norm2"),
-        *linear(block + "mlp.fc1", f"{ours}/up"), *linear(block + "mlp.fc2", f"{ours}/down"))
+        *linear(block + "mlp.fc1", f"{ours}/up"),
+        *linear(block + "mlp.fc2", f"{ours}/down"),
+    )
 
 
 def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     """Fields of model.clip; None where neither tensors nor config.json say. What config.json leaves
     out is as in the library.
     """
-    tokens, text, patch, vision, out = (shapes.get(name) for name in (
-        "text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight",
-        "vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.position_embedding.weight", "visual_projection.weight"))
+    tokens, text, patch, vision, out = (
+        shapes.get(name)
+        for name in (
+            "text_model.embeddings.token_embedding.weight",
+            "text_model.embeddings.position_embedding.weight",
+            "vision_model.embeddings.patch_embedding.weight",
+            "vision_model.embeddings.position_embedding.weight",
+            "visual_projection.weight",
+        )
+    )
     eos = config.get("text_config", {}).get("eos_token_id", 49407) if config else None
-    found = {"features": out and out[0], "image": vision and patch and isqrt(vision[0] - 1) * patch[-1], "patch": patch and patch[-1],
-             "vocab": tokens and tokens[0], "context": text and text[0], "eos": eos}
+    found = {
+        "features": out and out[0],
+        "image": vision and patch and isqrt(vision[0] - 1) * patch[-1],
+        "patch": patch and patch[-1],
+        "vocab": tokens and tokens[0],
+        "context": text and text[0],
+        "eos": eos,
+    }
     for name, heads in (("text", 8), ("vision", 12)):
-        found |= {f"{name}.{field}": value for field, value in _tower(shapes, config, name, heads).items()}
+        found |= {
+            f"{name}.{field}": value for field, value in _tower(shapes, config, name, heads).items()
+        }
     return {f"clip.{field}": value for field, value in found.items()}
 
 
 def _tower(shapes: Shapes, config: dict[str, Any], name: str, heads: int) -> dict[str, Any]:
     block = rf"{name}_model.encoder.layers."
     q, up = (shapes.get(f"{block}0.{matrix}.weight") for matrix in ("self_attn.q_proj", "mlp.fc1"))
-    said = {"num_attention_heads": heads, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"} | config.get(f"{name}_config", {}) if config else {}
+    said = (
+        {"num_attention_heads": heads, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
+        | config.get(f"{name}_config", {})
+        if config
+        else {}
+    )
     activation = said.get("hidden_act")
     if activation not in (None, *ACTIVATIONS):
-        raise UserError(f"its config.json asks for hidden_act={activation!r}, which is not built; there are {', '.join(ACTIVATIONS)}")
-    return {"width": q and q[0], "depth": layers(shapes, block.replace(".", r"\.") + r"(\d+)\..*"), "heads": said.get("num_attention_heads"),
-            "ffn": up and up[0], "eps": said.get("layer_norm_eps"), "activation": activation}
+        raise UserError(
+            f"its config.json asks for hidden_act={activation!r}, which is not built; there are {', '.join(ACTIVATIONS)}"
+        )
+    return {
+        "width": q and q[0],
+        "depth": layers(shapes, block.replace(".", r"\.") + r"(\d+)\..*"),
+        "heads": said.get("num_attention_heads"),
+        "ffn": up and up[0],
+        "eps": said.get("layer_norm_eps"),
+        "activation": activation,
+    }
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """As CLIPConfig has it."""
     size = ClipSize.of(model)
+
     def tower(one):
-        return {"hidden_size": one.width, "num_hidden_layers": one.depth, "num_attention_heads": one.heads, "intermediate_size": one.ffn,
-                             "layer_norm_eps": one.eps, "hidden_act": one.activation, "projection_dim": size.features}
-    return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": size.features,
-            "text_config": tower(size.text) | {"vocab_size": size.vocab, "max_position_embeddings": size.context, "eos_token_id": size.eos},
-            "vision_config": tower(size.vision) | {"image_size": size.image, "patch_size": size.patch}}
+        return {
+            "hidden_size": one.width,
+            "num_hidden_layers": one.depth,
+            "num_attention_heads": one.heads,
+            "intermediate_size": one.ffn,
+            "layer_norm_eps": one.eps,
+            "hidden_act": one.activation,
+            "projection_dim": size.features,
+        }
+
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": size.features,
+        "text_config": tower(size.text)
+        | {
+            "vocab_size": size.vocab,
+            "max_position_embeddings": size.context,
+            "eos_token_id": size.eos,
+        },
+        "vision_config": tower(size.vision) | {"image_size": size.image, "patch_size": size.patch},
+    }
 
 
 def size(model: dict[str, Any]) -> ClipSize:
@@ -108,8 +180,23 @@ def shapes(size: ClipSize) -> dict[str, tuple[int, ...]]:
     for tower in (size.text, size.vision):
         if tower.heads < 1 or tower.width % tower.heads:
             raise UserError(f"{tower.heads} heads do not divide a width of {tower.width}")
-    return {path: leaf.shape for path, leaf in tree.leaves(jax.eval_shape(partial(emu.init, clip.Clip, size), jax.random.key(0)))}
+    return {
+        path: leaf.shape
+        for path, leaf in tree.leaves(
+            jax.eval_shape(partial(emu.init, clip.Clip, size), jax.random.key(0))
+        )
+    }
 
 
-FAMILY = Family("clip", sign=r"vision_model\.pre_layrnorm\.weight", table=table, says=says, config_json=config_json, size=size, shapes=shapes,
-                config="clip", carries=(*TOKENIZER, *PREPROCESSOR), use="score pictures with --clip={to}")
+FAMILY = Family(
+    "clip",
+    sign=r"vision_model\.pre_layrnorm\.weight",
+    table=table,
+    says=says,
+    config_json=config_json,
+    size=size,
+    shapes=shapes,
+    config="clip",
+    carries=(*TOKENIZER, *PREPROCESSOR),
+    use="score pictures with --clip={to}",
+)

@@ -5,6 +5,7 @@ A `Row` says where one of our leaves lies in a foreign checkpoint. A foreign ten
 a shape and a dtype that np.asarray reads: files.Tensor, or an array. Read next: families.py for the
 tables, transfer.py for what uses them.
 """
+
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     where the foreign tensor holds several leaves. `grows`: the foreign tensor may end before
     `stop`; the rows that it lacks are made as the mean of those that it has.
     """
+
     theirs: str
     ours: str
     pattern: str = ""
@@ -51,6 +53,7 @@ class Table(NamedTuple):
 
 class Use(NamedTuple):
     """One leaf, or one layer of it, in a foreign tensor."""
+
     row: Row
     layer: int | None
 
@@ -80,7 +83,9 @@ def shapes(table: Table, ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple
         if absent := [use.row.ours for use in parts if use.row.ours not in ours]:
             raise UserError(f"there is no {absent[0]!r}, which {name!r} is made of")
         pieces = [_shape(table, use, ours[use.row.ours]) for use in parts]
-        found[name] = (sum(piece[0] for piece in pieces), *pieces[0][1:]) if parts[0].row.cut else pieces[0]
+        found[name] = (
+            (sum(piece[0] for piece in pieces), *pieces[0][1:]) if parts[0].row.cut else pieces[0]
+        )
     return found
 
 
@@ -97,15 +102,23 @@ def problems(table: Table, foreign: Tensors, ours: Mapping[str, tuple[int, ...]]
             found.append(f"missing     {name} {list(want)}")
         elif not jnp.issubdtype(foreign[name].dtype, jnp.floating):
             found.append(f"not a float {name} {foreign[name].dtype}{list(foreign[name].shape)}")
-        elif (got := tuple(foreign[name].shape)) != want and not (least and got[1:] == want[1:] and least <= got[0] < want[0]):
+        elif (got := tuple(foreign[name].shape)) != want and not (
+            least and got[1:] == want[1:] and least <= got[0] < want[0]
+        ):
             found.append(f"misshapen   {name} {list(got)}, {list(want)} is needed")
-    return found + [f"unexpected  {name} {list(foreign[name].shape)}" for name in unexpected(table, foreign)]
+    return found + [
+        f"unexpected  {name} {list(foreign[name].shape)}" for name in unexpected(table, foreign)
+    ]
 
 
 def unexpected(table: Table, foreign: Tensors) -> list[str]:
     """Foreign names that the table neither needs nor knows as unused."""
     needed = uses(table, made=False)
-    return [name for name in foreign if name not in needed and not any(re.fullmatch(unused, name) for unused in table.unused)]
+    return [
+        name
+        for name in foreign
+        if name not in needed and not any(re.fullmatch(unused, name) for unused in table.unused)
+    ]
 
 
 def dtypes(table: Table, foreign: Tensors) -> dict[str, np.dtype]:
@@ -116,7 +129,11 @@ def dtypes(table: Table, foreign: Tensors) -> dict[str, np.dtype]:
     for name, parts in uses(table, made=True).items():
         for use in parts:
             dtype = np.dtype(foreign[name].dtype)
-            found[use.row.ours] = min(np.promote_types(found.get(use.row.ours, dtype), dtype), np.dtype(np.float32), key=lambda d: d.itemsize)
+            found[use.row.ours] = min(
+                np.promote_types(found.get(use.row.ours, dtype), dtype),
+                np.dtype(np.float32),
+                key=lambda d: d.itemsize,
+            )
     return found
 
 
@@ -133,7 +150,9 @@ def pieces(table: Table, foreign: Tensors) -> Iterator[tuple[str, int | None, np
             del array
 
 
-def from_theirs(table: Table, foreign: Tensors, shardings: Mapping[str, NamedSharding] | None = None) -> tree.Tree:
+def from_theirs(
+    table: Table, foreign: Tensors, shardings: Mapping[str, NamedSharding] | None = None
+) -> tree.Tree:
     """Our parameters from foreign tensors, straight onto the devices, each leaf where `shardings`
     has it (all on one without): the host holds one foreign tensor at a time. Raises UserError that
     lists names missing and unexpected.
@@ -141,19 +160,30 @@ def from_theirs(table: Table, foreign: Tensors, shardings: Mapping[str, NamedSha
     missing = [name for name in uses(table, made=False) if name not in foreign]
     extra = unexpected(table, foreign)
     if missing or extra:
-        raise UserError("; ".join(f"{len(found)} tensors {what}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
-                                  for what, found in (("missing", missing), ("unexpected", extra)) if found))
+        raise UserError(
+            "; ".join(
+                f"{len(found)} tensors {what}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
+                for what, found in (("missing", missing), ("unexpected", extra))
+                if found
+            )
+        )
     leaves: dict[str, jax.Array] = {}
     types = dtypes(table, foreign)
     for path, layer, piece in pieces(table, foreign):
-        whole = shardings[path] if shardings else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        whole = (
+            shardings[path]
+            if shardings
+            else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        )
         piece = piece.astype(types[path], copy=False)
         if layer is None:
             leaves[path] = _placed(piece, whole)
         else:
             if path not in leaves:
                 shape = (table.depth[path.split("/")[0]], *piece.shape)
-                leaves[path] = jax.jit(partial(jnp.zeros, shape, piece.dtype), out_shardings=whole)()
+                leaves[path] = jax.jit(
+                    partial(jnp.zeros, shape, piece.dtype), out_shardings=whole
+                )()
             one = NamedSharding(whole.mesh, P(*whole.spec[1:])) if shardings else whole
             leaves[path] = _set_layer(whole)(leaves[path], _placed(piece, one), layer)
         # before the next is read
@@ -161,14 +191,24 @@ def from_theirs(table: Table, foreign: Tensors, shardings: Mapping[str, NamedSha
     return tree.unflatten(leaves)
 
 
-def to_theirs(table: Table, read: Callable[[str, int | None], Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def to_theirs(
+    table: Table, read: Callable[[str, int | None], Any], prefix: str = ""
+) -> Iterator[tuple[str, np.ndarray]]:
     """(foreign name, tensor) of everything in the table whose name starts with `prefix`: the
     inverse of `pieces`; `read(leaf, layer or None)` gives our arrays.
     """
     for name, parts in uses(table, made=False).items():
         if not name.startswith(prefix):
             continue
-        arrays = [_rearrange(table, row, np.asarray(read(row.ours, layer)), " -> ".join(reversed(row.pattern.split(" -> ")))) for row, layer in parts]
+        arrays = [
+            _rearrange(
+                table,
+                row,
+                np.asarray(read(row.ours, layer)),
+                " -> ".join(reversed(row.pattern.split(" -> "))),
+            )
+            for row, layer in parts
+        ]
         yield name, np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
 
@@ -181,7 +221,9 @@ def reader(params: tree.Tree) -> Callable[[str, int | None], Any]:
 def _shape(table: Table, use: Use, shape: tuple[int, ...]) -> tuple[int, ...]:
     # of any shape, in one byte
     nothing = np.broadcast_to(np.zeros((), np.int8), shape if use.layer is None else shape[1:])
-    return _rearrange(table, use.row, nothing, " -> ".join(reversed(use.row.pattern.split(" -> ")))).shape
+    return _rearrange(
+        table, use.row, nothing, " -> ".join(reversed(use.row.pattern.split(" -> ")))
+    ).shape
 
 
 def _cut(array: np.ndarray, row: Row) -> np.ndarray:
@@ -194,7 +236,10 @@ def _cut(array: np.ndarray, row: Row) -> np.ndarray:
 
 def mean_row(array: np.ndarray) -> np.ndarray:
     """The mean over the first axis [1, D], summed in float64, a block of rows at a time."""
-    total = sum(array[start:start + 4096].astype(np.float64).sum(0, keepdims=True) for start in range(0, len(array), 4096))
+    total = sum(
+        array[start : start + 4096].astype(np.float64).sum(0, keepdims=True)
+        for start in range(0, len(array), 4096)
+    )
     return (total / len(array)).astype(array.dtype)
 
 
@@ -202,10 +247,16 @@ def _rearrange(table: Table, row: Row, array: np.ndarray, pattern: str) -> np.nd
     if not pattern:
         return array
     try:
-        return rearrange(array, pattern, **{axis: n for axis, n in table.axes.items() if re.search(rf"\b{axis}\b", pattern)})
+        return rearrange(
+            array,
+            pattern,
+            **{axis: n for axis, n in table.axes.items() if re.search(rf"\b{axis}\b", pattern)},
+        )
     # einops raises its own kinds
     except Exception as error:
-        raise UserError(f"tensor {row.theirs!r} of shape {array.shape} does not fit {row.ours!r} ({pattern})") from error
+        raise UserError(
+            f"tensor {row.theirs!r} of shape {array.shape} does not fit {row.ours!r} ({pattern})"
+        ) from error
 
 
 def _placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -215,4 +266,8 @@ def _placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 @cache
 def _set_layer(sharding: jax.sharding.Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    return jax.jit(lambda leaf, piece, layer: jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, 0), donate_argnums=0, out_shardings=sharding)
+    return jax.jit(
+        lambda leaf, piece, layer: jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )

@@ -5,6 +5,7 @@ A chat model's LoRA is merged into its weights, or becomes PEFT's adapter (`part
 none. A model with more added tokens than the file ([USER] [ASSISTANT]) gets their rows as the mean
 of the others.
 """
+
 import re
 from typing import Any
 
@@ -37,14 +38,27 @@ def table(size: EmuSize) -> Table:
         *llama.blocks(size.llama, LM),
         Row(LM + "stu_regress_head.weight", "regress_head/w", "o i -> i o"),
     )
-    return Table(rows, axes=eva_clip.axes(size.vision) | t5.axes(size.resampler) | llama.axes(size.llama),
-                 unused=(*eva_clip.UNUSED, r"cformer\.cformer\.embed_tokens\.weight", *llama.unused(size.llama, LM)),
-                 depth=dict(vision=size.vision.depth, resampler=size.resampler.depth, llama=size.llama.depth))
+    return Table(
+        rows,
+        axes=eva_clip.axes(size.vision) | t5.axes(size.resampler) | llama.axes(size.llama),
+        unused=(
+            *eva_clip.UNUSED,
+            r"cformer\.cformer\.embed_tokens\.weight",
+            *llama.unused(size.llama, LM),
+        ),
+        depth=dict(
+            vision=size.vision.depth, resampler=size.resampler.depth, llama=size.llama.depth
+        ),
+    )
 
 
 def rename(name: str) -> str:
     """A released name without its optional leading `module.` and without PEFT's wrapping."""
-    return re.sub(r"^module\.", "", name).replace("decoder.lm.base_model.model.", LM).replace(".base_layer.weight", ".weight")
+    return (
+        re.sub(r"^module\.", "", name)
+        .replace("decoder.lm.base_model.model.", LM)
+        .replace(".base_layer.weight", ".weight")
+    )
 
 
 def canonical(foreign: Tensors, *, lora_scale: float = 1.0) -> dict[str, Any]:
@@ -68,38 +82,64 @@ def parted(foreign: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
     them).
     """
     named = {rename(name): tensor for name, tensor in foreign.items()}
-    adapter = {re.sub(r"(\.lora_[AB])\..*", r"\1.weight", name).replace(LM, "base_model.model.", 1): tensor for name, tensor in named.items()
-               if ".lora_" in name}
+    adapter = {
+        re.sub(r"(\.lora_[AB])\..*", r"\1.weight", name).replace(LM, "base_model.model.", 1): tensor
+        for name, tensor in named.items()
+        if ".lora_" in name
+    }
     return {name: tensor for name, tensor in named.items() if ".lora_" not in name}, adapter
 
 
 def _merged(w: Any, a: Any, b: Any, scale: float) -> Tensor:
     dtype = np.promote_types(w.dtype, np.promote_types(a.dtype, b.dtype))
+
     def read():
-        return (np.asarray(w).astype(np.float32) + np.float32(scale) * (np.asarray(b).astype(np.float32) @ np.asarray(a).astype(np.float32)))
+        return np.asarray(w).astype(np.float32) + np.float32(scale) * (
+            np.asarray(b).astype(np.float32) @ np.asarray(a).astype(np.float32)
+        )
+
     return Tensor(tuple(w.shape), dtype, lambda: read().astype(dtype))
 
 
 def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     """Fields of config.model that the tensors, and the config.json of an export of ours, fix."""
     queries = shapes.get("cformer.causal_tokens")
-    return {**eva_clip.says(shapes, config), **t5.says(shapes, {}, T5), **llama.says(shapes, config.get("llama", {}), LM),
-            "llama.vocab": config.get("llama", {}).get("vocab_size"), "resampler.tokens": queries and queries[1]}
+    return {
+        **eva_clip.says(shapes, config),
+        **t5.says(shapes, {}, T5),
+        **llama.says(shapes, config.get("llama", {}), LM),
+        "llama.vocab": config.get("llama", {}).get("vocab_size"),
+        "resampler.tokens": queries and queries[1],
+    }
 
 
 def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     embed = shapes.get(LM + "model.embed_tokens.weight")
-    return {"llama.added": embed[0] - config.get("llama", {}).get("vocab_size", VOCAB)} if embed else {}
+    return (
+        {"llama.added": embed[0] - config.get("llama", {}).get("vocab_size", VOCAB)}
+        if embed
+        else {}
+    )
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """As the release's, and beside it LLaMA's own config, whose heads no tensor shows."""
     N = model["resampler"]["tokens"]
-    return {"embed_dim": 1024, "vision_cfg": eva_clip.vision_cfg(VisionSize(**model["vision"])) | {"freeze": False},
-            "multimodal_cfg": {"name": "llama-13B", "xattn": True, "n_causal": N, "freeze": False},
-            "vladapter_cfg": {"name": "cformer", "n_causal": N},
-            "llama": llama.config_json(model, tokens)}
+    return {
+        "embed_dim": 1024,
+        "vision_cfg": eva_clip.vision_cfg(VisionSize(**model["vision"])) | {"freeze": False},
+        "multimodal_cfg": {"name": "llama-13B", "xattn": True, "n_causal": N, "freeze": False},
+        "vladapter_cfg": {"name": "cformer", "n_causal": N},
+        "llama": llama.config_json(model, tokens),
+    }
 
 
-FAMILY = Family("emu1", sign=r"decoder\.lm\.model\.layers\.\d+\.self_attn\.q_proj\.weight", table=table, says=says, assumes=assumes,
-                config_json=config_json, tensors=canonical)
+FAMILY = Family(
+    "emu1",
+    sign=r"decoder\.lm\.model\.layers\.\d+\.self_attn\.q_proj\.weight",
+    table=table,
+    says=says,
+    assumes=assumes,
+    config_json=config_json,
+    tensors=canonical,
+)

@@ -3,6 +3,7 @@
 PyTorch's linear weights are [out, in]; its qkv holds three of our leaves. The final norm, the head
 and the text tower are not Emu's.
 """
+
 from math import isqrt
 from typing import Any
 
@@ -28,7 +29,15 @@ def rows(size: VisionSize) -> tuple[Row, ...]:
         Row("visual.patch_embed.proj.weight", "vision/patch/w", "e c i j -> i j c e"),
         Row("visual.patch_embed.proj.bias", "vision/patch/bias"),
         *norm(block + "norm1", "vision/blocks/norm1"),
-        *(Row(block + "attn.qkv.weight", f"vision/blocks/attn/{name}/w", "(vh d) e -> e vh d", (i * E, (i + 1) * E)) for i, name in enumerate("qkv")),
+        *(
+            Row(
+                block + "attn.qkv.weight",
+                f"vision/blocks/attn/{name}/w",
+                "(vh d) e -> e vh d",
+                (i * E, (i + 1) * E),
+            )
+            for i, name in enumerate("qkv")
+        ),
         Row(block + "attn.q_bias", "vision/blocks/attn/q/bias", "(vh d) -> vh d"),
         Row(block + "attn.v_bias", "vision/blocks/attn/v/bias", "(vh d) -> vh d"),
         Row(block + "attn.proj.weight", "vision/blocks/attn/o/w", "e (vh d) -> vh d e"),
@@ -56,11 +65,20 @@ UNUSED = (r"visual\.(norm|head|fc_norm)\..*", r"visual\.rope\..*", r"text\..*", 
 
 def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     """Fields of model.vision; None where neither tensors nor config.json say."""
-    cls, pos, patch, ffn = (shapes.get(f"visual.{name}") for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"))
-    head = config.get("vision_cfg", {}).get("head_width") or (HEAD if cls and cls[-1] % HEAD == 0 else None)
+    cls, pos, patch, ffn = (
+        shapes.get(f"visual.{name}")
+        for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    )
+    head = config.get("vision_cfg", {}).get("head_width") or (
+        HEAD if cls and cls[-1] % HEAD == 0 else None
+    )
     return {
-        "vision.width": cls and cls[-1], "vision.patch": patch and patch[-1], "vision.image": pos and patch and isqrt(pos[1] - 1) * patch[-1],
-        "vision.depth": layers(shapes, r"visual\.blocks\.(\d+)\..*"), "vision.ffn": ffn and ffn[0], "vision.heads": cls and head and cls[-1] // head,
+        "vision.width": cls and cls[-1],
+        "vision.patch": patch and patch[-1],
+        "vision.image": pos and patch and isqrt(pos[1] - 1) * patch[-1],
+        "vision.depth": layers(shapes, r"visual\.blocks\.(\d+)\..*"),
+        "vision.ffn": ffn and ffn[0],
+        "vision.heads": cls and head and cls[-1] // head,
     }
 
 
@@ -70,15 +88,29 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def vision_cfg(size: VisionSize) -> dict[str, Any]:
-    return {"image_size": size.image, "layers": size.depth, "width": size.width, "head_width": size.width // size.heads,
-            "mlp_ratio": 4.3637 if int(size.width * 4.3637) == size.ffn else size.ffn / size.width, "patch_size": size.patch,
-            "eva_model_name": "eva-clip-g-14-x", "drop_path_rate": 0, "xattn": True}
+    return {
+        "image_size": size.image,
+        "layers": size.depth,
+        "width": size.width,
+        "head_width": size.width // size.heads,
+        "mlp_ratio": 4.3637 if int(size.width * 4.3637) == size.ffn else size.ffn / size.width,
+        "patch_size": size.patch,
+        "eva_model_name": "eva-clip-g-14-x",
+        "drop_path_rate": 0,
+        "xattn": True,
+    }
 
 
 def resized(tensors: Tensors, side: int) -> dict[str, Any]:
     """The tensors, with position embeddings for side x side patches."""
     old = tensors[POSITIONS]
-    return dict(tensors) | {POSITIONS: Tensor((1, 1 + side * side, old.shape[2]), old.dtype, lambda: interpolate(np.asarray(old), side))}
+    return dict(tensors) | {
+        POSITIONS: Tensor(
+            (1, 1 + side * side, old.shape[2]),
+            old.dtype,
+            lambda: interpolate(np.asarray(old), side),
+        )
+    }
 
 
 def interpolate(positions: np.ndarray, side: int) -> np.ndarray:
@@ -89,7 +121,9 @@ def interpolate(positions: np.ndarray, side: int) -> np.ndarray:
     square = positions[0, 1:].astype(np.float32).reshape(old, old, -1)
     weights = bicubic(old, side)
     square = np.einsum("yi,xj,ije->yxe", weights, weights, square, optimize=True)
-    return np.concatenate([positions[:, :1], square.reshape(1, side * side, -1).astype(positions.dtype)], 1)
+    return np.concatenate(
+        [positions[:, :1], square.reshape(1, side * side, -1).astype(positions.dtype)], 1
+    )
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
@@ -101,9 +135,13 @@ def bicubic(old: int, new: int) -> np.ndarray:
     weights = np.zeros((new, old), np.float64)
     for tap in range(-1, 3):
         x = np.abs(places - np.floor(places) - tap)
-        near = (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1
-        far = a * x ** 3 - 5 * a * x ** 2 + 8 * a * x - 4 * a
-        np.add.at(weights, (np.arange(new), np.clip(np.floor(places).astype(int) + tap, 0, old - 1)), np.where(x <= 1, near, far))
+        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+        far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+        np.add.at(
+            weights,
+            (np.arange(new), np.clip(np.floor(places).astype(int) + tap, 0, old - 1)),
+            np.where(x <= 1, near, far),
+        )
     return weights.astype(np.float32)
 
 
@@ -117,4 +155,11 @@ def named(tensors: Tensors) -> dict[str, Any]:
     return {f"visual.{name}" if bare else name: tensor for name, tensor in tensors.items()}
 
 
-FAMILY = Family("eva-clip", sign=r"(visual\.)?blocks\.\d+\.attn\.q_bias", table=table, says=says, config_json=config_json, tensors=named)
+FAMILY = Family(
+    "eva-clip",
+    sign=r"(visual\.)?blocks\.\d+\.attn\.q_bias",
+    table=table,
+    says=says,
+    config_json=config_json,
+    tensors=named,
+)

@@ -3,6 +3,7 @@ the config.json of its library.
 
 Read next: emu1.py, which is made of the others; families.py.
 """
+
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def emu_shapes(size: EmuSize) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of an Emu."""
-    return {path: leaf.shape for path, leaf in tree.leaves(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0)))}
+    return {
+        path: leaf.shape
+        for path, leaf in tree.leaves(
+            jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
+        )
+    }
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Family:
     starts those leaves fresh. `config`: of configs/, where none is given. `carries`: files beside
     the tensors that an import copies into the new directory.
     """
+
     name: str
     sign: str
     table: Callable[[Any], Table]
@@ -65,5 +72,7 @@ def layers(shapes: Shapes, pattern: str) -> int | None:
     """
     found = [int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))]
     if max(found, default=0) > len(shapes):
-        raise UserError(f"a tensor is of layer {max(found)}, and there are only {len(shapes)} tensors")
+        raise UserError(
+            f"a tensor is of layer {max(found)}, and there are only {len(shapes)} tensors"
+        )
     return max(found) + 1 if found else None

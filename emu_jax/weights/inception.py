@@ -4,6 +4,7 @@ its names and ours.
 Convolutions are [out, in, h, w] there; `num_batches_tracked` counts for nothing. No part of an Emu:
 a config says nothing of it.
 """
+
 import jax
 from flax import nnx
 
@@ -12,19 +13,41 @@ from emu_jax.models import inception
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.family import Family
 
-WHERE = ("--inception=DIR: FID's Inception, made of pt_inception-2015-12-05-6726825d.pth (github.com/mseitzer/pytorch-fid, releases, fid_weights) "
-         "by: python -m emu_jax.weights import --family=inception FILE --to=DIR")
+WHERE = (
+    "--inception=DIR: FID's Inception, made of pt_inception-2015-12-05-6726825d.pth (github.com/mseitzer/pytorch-fid, releases, fid_weights) "
+    "by: python -m emu_jax.weights import --family=inception FILE --to=DIR"
+)
 
 
 def table() -> Table:
     """Rows in the model's reading order."""
     stem = [(conv.name, conv.name) for conv in inception.STEM]
-    mixed = [(f"{block.name}.{conv.name}", f"{block.name}/{conv.name}") for block in inception.BLOCKS
-             for conv in (*(conv for branch in block.branches for step in branch for conv in step), *([block.project] if block.project else []))]
-    leaves = (("conv.weight", "w", "o i h w -> h w i o"), ("bn.weight", "scale", ""), ("bn.bias", "bias", ""), ("bn.running_mean", "mean", ""),
-              ("bn.running_var", "var", ""))
-    rows = [Row(f"{theirs}.{name}", f"{ours}/{leaf}", pattern) for theirs, ours in (*stem, *mixed) for name, leaf, pattern in leaves]
-    return Table((*rows, Row("fc.weight", "fc/w", "k c -> c k"), Row("fc.bias", "fc/bias")), axes={}, unused=(r".*\.num_batches_tracked",), depth={})
+    mixed = [
+        (f"{block.name}.{conv.name}", f"{block.name}/{conv.name}")
+        for block in inception.BLOCKS
+        for conv in (
+            *(conv for branch in block.branches for step in branch for conv in step),
+            *([block.project] if block.project else []),
+        )
+    ]
+    leaves = (
+        ("conv.weight", "w", "o i h w -> h w i o"),
+        ("bn.weight", "scale", ""),
+        ("bn.bias", "bias", ""),
+        ("bn.running_mean", "mean", ""),
+        ("bn.running_var", "var", ""),
+    )
+    rows = [
+        Row(f"{theirs}.{name}", f"{ours}/{leaf}", pattern)
+        for theirs, ours in (*stem, *mixed)
+        for name, leaf, pattern in leaves
+    ]
+    return Table(
+        (*rows, Row("fc.weight", "fc/w", "k c -> c k"), Row("fc.bias", "fc/bias")),
+        axes={},
+        unused=(r".*\.num_batches_tracked",),
+        depth={},
+    )
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -33,6 +56,13 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in tree.leaves(fresh)}
 
 
-FAMILY = Family("inception", sign=r"Mixed_7c\.branch_pool\.conv\.weight", table=lambda size: table(), says=lambda shapes, config: {},
-                config_json=lambda model, tokens: {"model_type": "inception-2015-12-05"}, size=lambda model: None, shapes=lambda size: shapes(),
-                use="score pictures with --inception={to}")
+FAMILY = Family(
+    "inception",
+    sign=r"Mixed_7c\.branch_pool\.conv\.weight",
+    table=lambda size: table(),
+    says=lambda shapes, config: {},
+    config_json=lambda model, tokens: {"model_type": "inception-2015-12-05"},
+    size=lambda model: None,
+    shapes=lambda size: shapes(),
+    use="score pictures with --inception={to}",
+)

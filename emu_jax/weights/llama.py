@@ -3,6 +3,7 @@
 An import makes the rows of Emu's added tokens ([PAD] [IMG] [/IMG] <image>) as the mean of the
 vocabulary's; an export leaves them out, and is a LLaMA again.
 """
+
 from typing import Any
 
 from emu_jax.config import UserError
@@ -10,7 +11,12 @@ from emu_jax.models.llama import LlamaSize
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.family import Family, Shapes, layers
 
-SCALED = {"factor": "factor", "low_freq_factor": "low", "high_freq_factor": "high", "original_max_position_embeddings": "context"}
+SCALED = {
+    "factor": "factor",
+    "low_freq_factor": "low",
+    "high_freq_factor": "high",
+    "original_max_position_embeddings": "context",
+}
 
 
 def blocks(size: LlamaSize, prefix: str) -> tuple[Row, ...]:
@@ -19,10 +25,20 @@ def blocks(size: LlamaSize, prefix: str) -> tuple[Row, ...]:
     return (
         Row(block + "input_layernorm.weight", "llama/blocks/norm1/scale"),
         Row(block + "self_attn.q_proj.weight", "llama/blocks/attn/q/w", "(lh d) D -> D lh d"),
-        *(Row(f"{block}self_attn.{name}_proj.weight", f"llama/blocks/attn/{name}/w", "(lg d) D -> D lg d") for name in "kv"),
+        *(
+            Row(
+                f"{block}self_attn.{name}_proj.weight",
+                f"llama/blocks/attn/{name}/w",
+                "(lg d) D -> D lg d",
+            )
+            for name in "kv"
+        ),
         Row(block + "self_attn.o_proj.weight", "llama/blocks/attn/o/w", "D (lh d) -> lh d D"),
         Row(block + "post_attention_layernorm.weight", "llama/blocks/norm2/scale"),
-        *(Row(f"{block}mlp.{name}_proj.weight", f"llama/blocks/ffn/{name}/w", "o i -> i o") for name in ("gate", "up", "down")),
+        *(
+            Row(f"{block}mlp.{name}_proj.weight", f"llama/blocks/ffn/{name}/w", "o i -> i o")
+            for name in ("gate", "up", "down")
+        ),
         Row(prefix + "model.norm.weight", "llama/norm/scale"),
     )
 
@@ -31,9 +47,14 @@ def vocabulary(size: LlamaSize, prefix: str) -> tuple[tuple[Row, ...], tuple[Row
     """The rows of the vocabulary's tables, LLaMA's own and Emu's added."""
     V = size.vocab
     end = size.vocab + size.added
-    tables = ((prefix + "model.embed_tokens.weight", "llama/embed"), *(() if size.tied else ((prefix + "lm_head.weight", "llama/lm_head"),)))
-    return (tuple(Row(theirs, f"{ours}/base", cut=(0, V)) for theirs, ours in tables),
-            tuple(Row(theirs, f"{ours}/added", cut=(V, end), grows=True) for theirs, ours in tables))
+    tables = (
+        (prefix + "model.embed_tokens.weight", "llama/embed"),
+        *(() if size.tied else ((prefix + "lm_head.weight", "llama/lm_head"),)),
+    )
+    return (
+        tuple(Row(theirs, f"{ours}/base", cut=(0, V)) for theirs, ours in tables),
+        tuple(Row(theirs, f"{ours}/added", cut=(V, end), grows=True) for theirs, ours in tables),
+    )
 
 
 def axes(size: LlamaSize) -> dict[str, int]:
@@ -47,7 +68,13 @@ def unused(size: LlamaSize, prefix: str) -> tuple[str, ...]:
 
 def table(size: Any) -> Table:
     base, added = vocabulary(size.llama, "")
-    return Table((*base, *blocks(size.llama, "")), axes(size.llama), unused(size.llama, ""), dict(llama=size.llama.depth), made=added)
+    return Table(
+        (*base, *blocks(size.llama, "")),
+        axes(size.llama),
+        unused(size.llama, ""),
+        dict(llama=size.llama.depth),
+        made=added,
+    )
 
 
 def says(shapes: Shapes, config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -60,17 +87,29 @@ def says(shapes: Shapes, config: dict[str, Any], prefix: str = "") -> dict[str, 
         raise UserError(f"its config.json says hidden_act={act!r}; a LLaMA has 'silu'")
     width, heads = (config.get(name) for name in ("hidden_size", "num_attention_heads"))
     if width and heads and config.get("head_dim") not in (None, width // heads):
-        raise UserError(f"its config.json says head_dim={config['head_dim']}; ours is hidden_size / num_attention_heads = {width // heads}")
+        raise UserError(
+            f"its config.json says head_dim={config['head_dim']}; ours is hidden_size / num_attention_heads = {width // heads}"
+        )
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise UserError("its config.json says that there are biases; a LLaMA has none")
-    embed, gate = (shapes.get(f"{prefix}model.{name}") for name in ("embed_tokens.weight", "layers.0.mlp.gate_proj.weight"))
+    embed, gate = (
+        shapes.get(f"{prefix}model.{name}")
+        for name in ("embed_tokens.weight", "layers.0.mlp.gate_proj.weight")
+    )
     base, scaling = rope(config)
     kv = config.get("num_key_value_heads", heads)
     return {
-        "llama.width": embed and embed[1], "llama.depth": layers(shapes, prefix + r"model\.layers\.(\d+)\..*"), "llama.heads": heads,
-        "llama.kv_heads": 0 if kv == heads and heads else kv, "llama.ffn": gate and gate[0], "llama.eps": config.get("rms_norm_eps"),
-        "llama.rope_base": base, "llama.rope_scaling": scaling,
-        "llama.tied": config.get("tie_word_embeddings", f"{prefix}lm_head.weight" not in shapes if embed else None),
+        "llama.width": embed and embed[1],
+        "llama.depth": layers(shapes, prefix + r"model\.layers\.(\d+)\..*"),
+        "llama.heads": heads,
+        "llama.kv_heads": 0 if kv == heads and heads else kv,
+        "llama.ffn": gate and gate[0],
+        "llama.eps": config.get("rms_norm_eps"),
+        "llama.rope_base": base,
+        "llama.rope_scaling": scaling,
+        "llama.tied": config.get(
+            "tie_word_embeddings", f"{prefix}lm_head.weight" not in shapes if embed else None
+        ),
     }
 
 
@@ -87,7 +126,9 @@ def rope(config: dict[str, Any]) -> tuple[float | None, tuple | None]:
         return base, ()
     fields = {"linear": ("factor",), "llama3": tuple(SCALED)}.get(kind)
     if fields is None or any(field not in scaled for field in fields):
-        raise UserError(f"its config.json scales rotary positions by {scaled}; 'linear' and 'llama3' are known")
+        raise UserError(
+            f"its config.json scales rotary positions by {scaled}; 'linear' and 'llama3' are known"
+        )
     return base, (kind, *(float(scaled[field]) for field in fields))
 
 
@@ -98,12 +139,31 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     m = LlamaSize(**model["llama"])
     scaling = dict(zip(("rope_type", *SCALED), m.rope_scaling)) or None
     if scaling and m.rope_scaling[0] == "llama3":
-        scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
+        scaling["original_max_position_embeddings"] = int(
+            scaling["original_max_position_embeddings"]
+        )
         tokens = max(tokens, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": m.vocab, "hidden_size": m.width, "intermediate_size": m.ffn,
-            "num_hidden_layers": m.depth, "num_attention_heads": m.heads, "num_key_value_heads": m.kv, "head_dim": m.width // m.heads,
-            "hidden_act": "silu", "rms_norm_eps": m.eps, "rope_theta": m.rope_base, "rope_scaling": scaling, "tie_word_embeddings": m.tied,
-            "max_position_embeddings": tokens, "bos_token_id": 1, "eos_token_id": 2, "attention_bias": False, "mlp_bias": False}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": m.vocab,
+        "hidden_size": m.width,
+        "intermediate_size": m.ffn,
+        "num_hidden_layers": m.depth,
+        "num_attention_heads": m.heads,
+        "num_key_value_heads": m.kv,
+        "head_dim": m.width // m.heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": m.eps,
+        "rope_theta": m.rope_base,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": m.tied,
+        "max_position_embeddings": tokens,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
 
 
 def _says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
@@ -111,5 +171,11 @@ def _says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     return says(shapes, config) | {"llama.vocab": embed and embed[0]}
 
 
-FAMILY = Family("llama", sign=r"model\.layers\.\d+\.self_attn\.q_proj\.weight", table=table, says=_says, config_json=config_json,
-                assumes=lambda shapes, config: {"llama.rope_dtype": "float32"})
+FAMILY = Family(
+    "llama",
+    sign=r"model\.layers\.\d+\.self_attn\.q_proj\.weight",
+    table=table,
+    says=_says,
+    config_json=config_json,
+    assumes=lambda shapes, config: {"llama.rope_dtype": "float32"},
+)

@@ -5,6 +5,7 @@ The rows of [USER] and [ASSISTANT], where they train too, are in no adapter: LLa
 has no place for them. Read next: emu1.py, whose chat model holds the same tensors;
 ../models/lora.py.
 """
+
 import re
 from typing import Any
 
@@ -16,27 +17,52 @@ from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.family import Family, Shapes, emu_shapes, layers
 
 BLOCK = "base_model.model.model.layers.{l}."
-MODULES = {f"self_attn.{name}_proj": f"attn/{name}" for name in "qkvo"} | {f"mlp.{name}_proj": f"ffn/{name}" for name in ("gate", "up", "down")}
+MODULES = {f"self_attn.{name}_proj": f"attn/{name}" for name in "qkvo"} | {
+    f"mlp.{name}_proj": f"ffn/{name}" for name in ("gate", "up", "down")
+}
 # Patterns of A [r, in] and B [out, r].
-ATTENTION = {"q": ("r D -> D r", "(lh d) r -> r lh d"), "k": ("r D -> D r", "(lg d) r -> r lg d"), "v": ("r D -> D r", "(lg d) r -> r lg d"),
-             "o": ("r (lh d) -> lh d r", "D r -> r D")}
+ATTENTION = {
+    "q": ("r D -> D r", "(lh d) r -> r lh d"),
+    "k": ("r D -> D r", "(lg d) r -> r lg d"),
+    "v": ("r D -> D r", "(lg d) r -> r lg d"),
+    "o": ("r (lh d) -> lh d r", "D r -> r D"),
+}
 NAME = re.compile(r"base_model\.model\.model\.layers\.\d+\.(?P<module>\w+\.\w+)\.lora_[AB]\.weight")
-PLAIN = dict(use_rslora=False, use_dora=False, bias="none", fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, modules_to_save=None,
-             # what of PEFT's LoRA there is with us
-             layers_to_transform=None, trainable_token_indices=None)
+PLAIN = dict(
+    use_rslora=False,
+    use_dora=False,
+    bias="none",
+    fan_in_fan_out=False,
+    rank_pattern={},
+    alpha_pattern={},
+    modules_to_save=None,
+    # what of PEFT's LoRA there is with us
+    layers_to_transform=None,
+    trainable_token_indices=None,
+)
 
 
 def table(size: EmuSize) -> Table:
     """Rows of the matrices that have LoRA. Raises UserError where some are not the LLM's."""
     with_lora = {path.removesuffix("/a") for path in emu_shapes(size) if path.endswith("/a")}
     if strange := with_lora - {f"llama/blocks/{ours}" for ours in MODULES.values()}:
-        raise UserError(f"PEFT's adapter is of a LLaMA: there is no place in it for the LoRA of {min(strange)}")
+        raise UserError(
+            f"PEFT's adapter is of a LLaMA: there is no place in it for the LoRA of {min(strange)}"
+        )
     rows = []
     for theirs, ours in MODULES.items():
         if f"llama/blocks/{ours}" in with_lora:
             for half, pattern in zip("ab", ATTENTION.get(ours[-1], ("r i -> i r", "o r -> r o"))):
-                rows.append(Row(f"{BLOCK}{theirs}.lora_{half.upper()}.weight", f"llama/blocks/{ours}/{half}", pattern))
-    return Table(tuple(rows), axes=llama.axes(size.llama), unused=(), depth=dict(llama=size.llama.depth))
+                rows.append(
+                    Row(
+                        f"{BLOCK}{theirs}.lora_{half.upper()}.weight",
+                        f"llama/blocks/{ours}/{half}",
+                        pattern,
+                    )
+                )
+    return Table(
+        tuple(rows), axes=llama.axes(size.llama), unused=(), depth=dict(llama=size.llama.depth)
+    )
 
 
 def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
@@ -46,17 +72,28 @@ def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise UserError(f"its adapter_config.json is of a {kind!r}; only 'LORA' is known here")
     if strange := [name for name, value in PLAIN.items() if (config.get(name) or value) != value]:
-        raise UserError(f"its adapter_config.json says {strange[0]}={config[strange[0]]!r}, which is not known here")
+        raise UserError(
+            f"its adapter_config.json says {strange[0]}={config[strange[0]]!r}, which is not known here"
+        )
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
     if len(ranks) > 1:
         raise UserError(f"its matrices are of several ranks: {', '.join(map(str, sorted(ranks)))}")
     alpha = config.get("lora_alpha")
-    return {"lora.rank": min(ranks, default=None), "lora.alpha": None if alpha is None else float(alpha),
-            "llama.depth": layers(shapes, r"base_model\.model\.model\.layers\.(\d+)\..*")}
+    return {
+        "lora.rank": min(ranks, default=None),
+        "lora.alpha": None if alpha is None else float(alpha),
+        "llama.depth": layers(shapes, r"base_model\.model\.model\.layers\.(\d+)\..*"),
+    }
 
 
 def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    modules = sorted({MODULES[match["module"]] for name in shapes if (match := NAME.fullmatch(name)) and match["module"] in MODULES})
+    modules = sorted(
+        {
+            MODULES[match["module"]]
+            for name in shapes
+            if (match := NAME.fullmatch(name)) and match["module"] in MODULES
+        }
+    )
     return {"lora.targets": ((f"llama/blocks/({'|'.join(modules)})/w", True), (".*", False))}
 
 
@@ -67,9 +104,25 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     lora: LoraSize = size.lora
     # older versions of PEFT know no such field
     plain = {name: value for name, value in PLAIN.items() if name != "trainable_token_indices"}
-    said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "r": lora.rank,
-            "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": modules}
+    said = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": modules,
+    }
     return {"adapter_config.json": said | plain}
 
 
-FAMILY = Family("peft", sign=NAME.pattern, table=table, says=says, config_json=config_json, assumes=assumes, stem="adapter_model")
+FAMILY = Family(
+    "peft",
+    sign=NAME.pattern,
+    table=table,
+    says=says,
+    config_json=config_json,
+    assumes=assumes,
+    stem="adapter_model",
+)

@@ -5,6 +5,7 @@ Such a file is a zip of one pickle, which says names, shapes and places, and of 
 plain bytes. A machine that knows dictionaries, lists, tuples, numbers, strings and tensors
 interprets the pickle here; everything else is refused by its name. Read next: files.py.
 """
+
 import io
 import lzma
 import pickletools
@@ -20,8 +21,18 @@ import numpy as np
 
 from emu_jax.config import UserError
 
-STORAGES = {"Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Double": np.float64, "Long": np.int64, "Int": np.int32,
-            "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_}
+STORAGES = {
+    "Float": np.float32,
+    "Half": np.float16,
+    "BFloat16": ml_dtypes.bfloat16,
+    "Double": np.float64,
+    "Long": np.int64,
+    "Int": np.int32,
+    "Short": np.int16,
+    "Char": np.int8,
+    "Byte": np.uint8,
+    "Bool": np.bool_,
+}
 DTYPES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in STORAGES.items()}
 TENSOR = "torch._utils._rebuild_tensor_v2"
 PARAMETER = "torch._utils._rebuild_parameter"
@@ -40,6 +51,7 @@ class Refused(UserError):
 
 class Global(NamedTuple):
     """A class or function that the pickle names: only ever compared with those that are known."""
+
     name: str
 
 
@@ -51,6 +63,7 @@ class Storage(NamedTuple):
 
 class Strided(NamedTuple):
     """A tensor: a window of a storage, offset and strides in elements."""
+
     storage: Storage
     offset: int
     shape: tuple[int, ...]
@@ -59,6 +72,7 @@ class Strided(NamedTuple):
 
 class Place(NamedTuple):
     """A tensor's bytes in the file, from the window's first element to its last."""
+
     start: int
     count: int
     dtype: np.dtype
@@ -71,7 +85,9 @@ def places(path: Path) -> dict[str, Place]:
     or not whole.
     """
     with path.open("rb") as file:
-        start = io.BytesIO(file.read(LARGEST_PICKLE) if file.read(1) == b"\x80" and not file.seek(0) else b"")
+        start = io.BytesIO(
+            file.read(LARGEST_PICKLE) if file.read(1) == b"\x80" and not file.seek(0) else b""
+        )
     if start.getbuffer():
         try:
             # a magic number, a version, the machine's kind, and what was saved
@@ -82,25 +98,50 @@ def places(path: Path) -> dict[str, Place]:
             raise
         except UserError:
             pass
-        raise UserError(f"{path} is in the format that PyTorch wrote before version 1.6; load it there and torch.save it again")
+        raise UserError(
+            f"{path} is in the format that PyTorch wrote before version 1.6; load it there and torch.save it again"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             if len(entries) != len(archive.infolist()):
                 raise UserError(f"{path}: two entries of the zip have the same name")
-            root = next((name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")), None)
+            root = next(
+                (name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")),
+                None,
+            )
             if root is None or f"{root}constants.pkl" in entries:
                 raise UserError(f"{path} is a zip but no torch.save file of tensors")
             if entries[f"{root}data.pkl"].file_size > LARGEST_PICKLE:
-                raise UserError(f"{path}: its pickle has {entries[f'{root}data.pkl'].file_size} bytes, which no list of tensors needs")
+                raise UserError(
+                    f"{path}: its pickle has {entries[f'{root}data.pkl'].file_size} bytes, which no list of tensors needs"
+                )
             if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
                 raise UserError(f"{path} was saved on a big-endian machine")
             value = interpret(io.BytesIO(archive.read(f"{root}data.pkl")), str(path))
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
-        raise UserError(f"{path}: truncated or damaged, or no PyTorch file ({_line(error)})") from error
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+    ) as error:
+        raise UserError(
+            f"{path}: truncated or damaged, or no PyTorch file ({_line(error)})"
+        ) from error
     tensors = _tensors(str(path), value)
-    starts = _starts(path, entries, {f"{root}data/{tensor.storage.key}": tensor.storage for tensor in tensors.values()})
-    return {name: _place(f"{path}: {name}", tensor, starts[f"{root}data/{tensor.storage.key}"]) for name, tensor in tensors.items()}
+    starts = _starts(
+        path,
+        entries,
+        {f"{root}data/{tensor.storage.key}": tensor.storage for tensor in tensors.values()},
+    )
+    return {
+        name: _place(f"{path}: {name}", tensor, starts[f"{root}data/{tensor.storage.key}"])
+        for name, tensor in tensors.items()
+    }
 
 
 def read(path: Path, place: Place) -> np.ndarray:
@@ -109,7 +150,12 @@ def read(path: Path, place: Place) -> np.ndarray:
     if flat.size < place.count * place.dtype.itemsize:
         raise UserError(f"{path} ends within a tensor")
     strides = [stride * place.dtype.itemsize for stride in place.strides]
-    return np.asarray(np.lib.stride_tricks.as_strided(flat.view(place.dtype), place.shape, strides, writeable=False), order="C")
+    return np.asarray(
+        np.lib.stride_tricks.as_strided(
+            flat.view(place.dtype), place.shape, strides, writeable=False
+        ),
+        order="C",
+    )
 
 
 def interpret(stream: io.BytesIO, where: str) -> Any:
@@ -122,7 +168,9 @@ def interpret(stream: io.BytesIO, where: str) -> Any:
     memo: dict[int, Any] = {}
 
     def refuse(what: str):
-        raise Refused(f"{where}: its pickle {what}, which is no part of a tensor; refused, and nothing of it was run")
+        raise Refused(
+            f"{where}: its pickle {what}, which is no part of a tensor; refused, and nothing of it was run"
+        )
 
     def since_mark() -> list[Any]:
         start = marks.pop()
@@ -144,8 +192,21 @@ def interpret(stream: io.BytesIO, where: str) -> Any:
                     stack.append(())
                 case "NONE" | "NEWTRUE" | "NEWFALSE":
                     stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op.name])
-                case ("BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "INT" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8"
-                      | "UNICODE" | "BINSTRING" | "SHORT_BINSTRING"):
+                case (
+                    "BININT"
+                    | "BININT1"
+                    | "BININT2"
+                    | "LONG1"
+                    | "LONG4"
+                    | "INT"
+                    | "BINFLOAT"
+                    | "BINUNICODE"
+                    | "SHORT_BINUNICODE"
+                    | "BINUNICODE8"
+                    | "UNICODE"
+                    | "BINSTRING"
+                    | "SHORT_BINSTRING"
+                ):
                     stack.append(argument)
                 case "MARK":
                     marks.append(len(stack))
@@ -197,8 +258,18 @@ def interpret(stream: io.BytesIO, where: str) -> Any:
                     return stack.pop()
                 case _:
                     refuse(f"has the opcode {op.name}")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, UnicodeError, OverflowError) as error:
-        raise UserError(f"{where}: its pickle is damaged, or no list of tensors ({_line(error)})") from error
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        UnicodeError,
+        OverflowError,
+    ) as error:
+        raise UserError(
+            f"{where}: its pickle is damaged, or no list of tensors ({_line(error)})"
+        ) from error
     raise UserError(f"{where}: its pickle has no end")
 
 
@@ -223,7 +294,9 @@ def _made(function: Any, arguments: tuple) -> Any:
         storage, offset, shape, strides = arguments[:4]
         if not isinstance(storage, Storage) or len(shape) != len(strides):
             raise ValueError("a tensor is described in an unknown way")
-        return Strided(storage, _natural(offset), tuple(map(_natural, shape)), tuple(map(_natural, strides)))
+        return Strided(
+            storage, _natural(offset), tuple(map(_natural, shape)), tuple(map(_natural, strides))
+        )
     if function == Global(PARAMETER):
         return arguments[0]
     if function == Global(MAKES_TUPLE):
@@ -241,7 +314,9 @@ def _natural(number: Any) -> int:
 
 def _tensors(where: str, value: Any) -> dict[str, Strided]:
     """Every tensor under its dotted name, without the wrappers of a training run's file."""
-    while isinstance(value, dict) and (inner := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)):
+    while isinstance(value, dict) and (
+        inner := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)
+    ):
         # popped: were it to hold itself, this would end
         value = value.pop(inner)
     found: dict[str, Strided] = {}
@@ -252,7 +327,9 @@ def _tensors(where: str, value: Any) -> dict[str, Strided]:
             found[prefix] = node
         elif isinstance(node, dict):
             if id(node) in seen or depth > DEEPEST:
-                raise UserError(f"{where}: its dictionaries hold one another, or lie more than {DEEPEST} deep")
+                raise UserError(
+                    f"{where}: its dictionaries hold one another, or lie more than {DEEPEST} deep"
+                )
             seen.add(id(node))
             for key, item in node.items():
                 visit(f"{prefix}.{key}" if prefix else str(key), item, depth + 1)
@@ -263,7 +340,9 @@ def _tensors(where: str, value: Any) -> dict[str, Strided]:
     return found
 
 
-def _starts(path: Path, entries: dict[str, zipfile.ZipInfo], wanted: dict[str, Storage]) -> dict[str, int]:
+def _starts(
+    path: Path, entries: dict[str, zipfile.ZipInfo], wanted: dict[str, Storage]
+) -> dict[str, int]:
     """Where each storage's bytes start. Raises UserError for one that is missing, compressed, of
     another size, or within another.
     """
@@ -275,9 +354,16 @@ def _starts(path: Path, entries: dict[str, zipfile.ZipInfo], wanted: dict[str, S
             if entry is None:
                 raise UserError(f"{path}: the storage {name} is missing")
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise UserError(f"{path}: the storage {name} is compressed or encrypted, which torch.save does not do")
-            if entry.file_size != storage.count * storage.dtype.itemsize or entry.compress_size != entry.file_size:
-                raise UserError(f"{path}: the storage {name} has {entry.file_size} bytes, not {storage.count} x {storage.dtype.itemsize}")
+                raise UserError(
+                    f"{path}: the storage {name} is compressed or encrypted, which torch.save does not do"
+                )
+            if (
+                entry.file_size != storage.count * storage.dtype.itemsize
+                or entry.compress_size != entry.file_size
+            ):
+                raise UserError(
+                    f"{path}: the storage {name} has {entry.file_size} bytes, not {storage.count} x {storage.dtype.itemsize}"
+                )
             file.seek(entry.header_offset)
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\x03\x04":
@@ -298,10 +384,14 @@ def _place(what: str, tensor: Strided, start: int) -> Place:
     size = prod(shape)
     last = sum((n - 1) * stride for n, stride in zip(shape, strides)) if size else -1
     if offset + last >= storage.count and size:
-        raise UserError(f"{what} reaches to element {offset + last} of a storage of {storage.count}")
+        raise UserError(
+            f"{what} reaches to element {offset + last} of a storage of {storage.count}"
+        )
     reach = 0
     for stride, n in sorted((stride, n) for n, stride in zip(shape, strides) if n > 1):
         if stride <= reach and size:
-            raise UserError(f"{what} shows elements of its storage more than once (shape {shape}, strides {strides})")
+            raise UserError(
+                f"{what} shows elements of its storage more than once (shape {shape}, strides {strides})"
+            )
         reach += (n - 1) * stride
     return Place(start + offset * storage.dtype.itemsize, last + 1, storage.dtype, shape, strides)

@@ -4,6 +4,7 @@ A folder holds unet/ and vae/, each with a config.json and its tensors; here the
 and `vae.` in front. What a config asks that models/unet.py and models/vae.py do not do is said,
 never skipped.
 """
+
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,16 +26,44 @@ from emu_jax.weights.files import Tensor
 
 # Fields of diffusers' configs that we have one value for. An absent field has the first one.
 UNET_FIXED = dict(
-    act_fn=("silu", "swish"), addition_embed_type=(None,), attention_type=("default",), center_input_sample=(False,), class_embed_type=(None,),
-    class_embeddings_concat=(False,), conv_in_kernel=(3,), conv_out_kernel=(3,), cross_attention_norm=(None,), downsample_padding=(1,),
-    dropout=(0.0,), dual_cross_attention=(False,), encoder_hid_dim=(None,), encoder_hid_dim_type=(None,),
-    mid_block_only_cross_attention=(None, False), mid_block_scale_factor=(1,), mid_block_type=("UNetMidBlock2DCrossAttn",),
-    num_attention_heads=(None,), num_class_embeds=(None,), only_cross_attention=(False,), resnet_out_scale_factor=(1.0,),
-    resnet_skip_time_act=(False,), resnet_time_scale_shift=("default",), reverse_transformer_layers_per_block=(None,),
-    time_cond_proj_dim=(None,), time_embedding_act_fn=(None,), time_embedding_type=("positional",), timestep_post_act=(None,))
+    act_fn=("silu", "swish"),
+    addition_embed_type=(None,),
+    attention_type=("default",),
+    center_input_sample=(False,),
+    class_embed_type=(None,),
+    class_embeddings_concat=(False,),
+    conv_in_kernel=(3,),
+    conv_out_kernel=(3,),
+    cross_attention_norm=(None,),
+    downsample_padding=(1,),
+    dropout=(0.0,),
+    dual_cross_attention=(False,),
+    encoder_hid_dim=(None,),
+    encoder_hid_dim_type=(None,),
+    mid_block_only_cross_attention=(None, False),
+    mid_block_scale_factor=(1,),
+    mid_block_type=("UNetMidBlock2DCrossAttn",),
+    num_attention_heads=(None,),
+    num_class_embeds=(None,),
+    only_cross_attention=(False,),
+    resnet_out_scale_factor=(1.0,),
+    resnet_skip_time_act=(False,),
+    resnet_time_scale_shift=("default",),
+    reverse_transformer_layers_per_block=(None,),
+    time_cond_proj_dim=(None,),
+    time_embedding_act_fn=(None,),
+    time_embedding_type=("positional",),
+    timestep_post_act=(None,),
+)
 VAE_FIXED = dict(
-    act_fn=("silu", "swish"), latents_mean=(None,), latents_std=(None,), mid_block_add_attention=(True,), shift_factor=(None, 0.0),
-    use_post_quant_conv=(True,), use_quant_conv=(True,))
+    act_fn=("silu", "swish"),
+    latents_mean=(None,),
+    latents_std=(None,),
+    mid_block_add_attention=(True,),
+    shift_factor=(None, 0.0),
+    use_post_quant_conv=(True,),
+    use_quant_conv=(True,),
+)
 SCHEDULE_FIXED = dict(beta_schedule=("scaled_linear",), trained_betas=(None,))
 # their names of what is predicted, and ours
 TARGETS = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -50,16 +79,22 @@ def size(model: Mapping[str, Any]) -> Size:
     if "decoder" not in model:
         raise UserError("its model has no decoder, as that of configs/decoder.py has")
     if not model["decoder"]["vae"]:
-        raise UserError("its decoder draws pixels, without an autoencoder (model.decoder.vae), and is no Stable Diffusion")
+        raise UserError(
+            "its decoder draws pixels, without an autoencoder (model.decoder.vae), and is no Stable Diffusion"
+        )
     if (patch := model["decoder"]["unet"]["patch"]) != 1:
-        raise UserError(f"its U-Net works on patches of {patch} (model.decoder.unet.patch), as no Stable Diffusion does")
+        raise UserError(
+            f"its U-Net works on patches of {patch} (model.decoder.unet.patch), as no Stable Diffusion does"
+        )
     return Size(UNetSize(**model["decoder"]["unet"]), VaeSize(**model["decoder"]["vae"]))
 
 
 def shapes(size: Size) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of the two towers."""
-    made = {tower: jax.eval_shape(partial(emu.init, module, part), jax.random.key(0))
-            for tower, module, part in (("unet", UNet, size.unet), ("vae", Vae, size.vae))}
+    made = {
+        tower: jax.eval_shape(partial(emu.init, module, part), jax.random.key(0))
+        for tower, module, part in (("unet", UNet, size.unet), ("vae", Vae, size.vae))
+    }
     return {path: leaf.shape for path, leaf in tree.leaves(made)}
 
 
@@ -68,8 +103,15 @@ def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     there is no scheduler's.
     """
     parts = {"unet": unet_size(config["unet"]), "vae": vae_size(config["vae"])}
-    found = {f"decoder.{tower}.{name}": value for tower, part in parts.items() for name, value in asdict(part).items() if name != "remat"}
-    return found | {f"decoder.diffusion.{name}": value for name, value in schedule(config["scheduler"]).items()}
+    found = {
+        f"decoder.{tower}.{name}": value
+        for tower, part in parts.items()
+        for name, value in asdict(part).items()
+        if name != "remat"
+    }
+    return found | {
+        f"decoder.diffusion.{name}": value for name, value in schedule(config["scheduler"]).items()
+    }
 
 
 def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
@@ -86,12 +128,25 @@ def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     steps = config.get("num_train_timesteps", 1000)
     if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
         _fixed("scheduler", config, dict(shift=(1.0,), use_dynamic_shifting=(False,)))
-        return {"steps": steps, "beta_start": None, "beta_end": None, "zero_snr": None, "target": "flow"}
+        return {
+            "steps": steps,
+            "beta_start": None,
+            "beta_end": None,
+            "zero_snr": None,
+            "target": "flow",
+        }
     _fixed("scheduler", {"beta_schedule": "linear"} | config, SCHEDULE_FIXED)
     if (target := config.get("prediction_type", "epsilon")) not in TARGETS:
-        raise UserError(f"the scheduler's config asks for prediction_type={target!r}, which is not built; {' and '.join(TARGETS)} are")
-    found = {"steps": steps, "beta_start": config.get("beta_start", 0.0001), "beta_end": config.get("beta_end", 0.02),
-             "zero_snr": config.get("rescale_betas_zero_snr", False), "target": TARGETS[target]}
+        raise UserError(
+            f"the scheduler's config asks for prediction_type={target!r}, which is not built; {' and '.join(TARGETS)} are"
+        )
+    found = {
+        "steps": steps,
+        "beta_start": config.get("beta_start", 0.0001),
+        "beta_end": config.get("beta_end", 0.02),
+        "zero_snr": config.get("rescale_betas_zero_snr", False),
+        "target": TARGETS[target],
+    }
     try:
         Diffusion(**found, min_snr=0.0)
     except ValueError as error:
@@ -105,31 +160,72 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """
     unet, vae = size(model)
     side = model["decoder"]["image"] // vae.factor
+
     def one_of(values):
         return values[0] if len(set(values)) == 1 else list(values)
+
     def blocks(attends, way):
         return [f"{'CrossAttn' * attending}{way}Block2D" for attending in attends]
+
     scheduler = _scheduler(Diffusion(**model["decoder"]["diffusion"]))
-    nothing = {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer")}
+    nothing = {
+        part: [None, None]
+        for part in (
+            "feature_extractor",
+            "image_encoder",
+            "safety_checker",
+            "text_encoder",
+            "tokenizer",
+        )
+    }
     return {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **nothing,
-                             "scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DConditionModel"],
-                             "vae": ["diffusers", "AutoencoderKL"]},
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline",
+            "requires_safety_checker": False,
+            **nothing,
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
         "scheduler/scheduler_config.json": scheduler,
         "unet/config.json": {
-            "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": one_of(unet.heads),
-            "block_out_channels": list(unet.widths), "center_input_sample": False, "cross_attention_dim": unet.condition,
-            "down_block_types": blocks(unet.attends_down, "Down"), "downsample_padding": 1, "flip_sin_to_cos": unet.cosine_first,
-            "freq_shift": unet.frequency_shift, "in_channels": unet.channels_in, "layers_per_block": one_of(unet.resnets),
-            "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": unet.eps, "norm_num_groups": unet.groups,
-            "out_channels": unet.channels_out, "sample_size": side, "time_embedding_dim": None if unet.time == 4 * unet.widths[0] else unet.time,
-            "transformer_layers_per_block": one_of(unet.depths), "up_block_types": blocks(unet.attends_up[::-1], "Up"),
-            "use_linear_projection": unet.linear},
+            "_class_name": "UNet2DConditionModel",
+            "act_fn": "silu",
+            "attention_head_dim": one_of(unet.heads),
+            "block_out_channels": list(unet.widths),
+            "center_input_sample": False,
+            "cross_attention_dim": unet.condition,
+            "down_block_types": blocks(unet.attends_down, "Down"),
+            "downsample_padding": 1,
+            "flip_sin_to_cos": unet.cosine_first,
+            "freq_shift": unet.frequency_shift,
+            "in_channels": unet.channels_in,
+            "layers_per_block": one_of(unet.resnets),
+            "mid_block_scale_factor": 1,
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "norm_eps": unet.eps,
+            "norm_num_groups": unet.groups,
+            "out_channels": unet.channels_out,
+            "sample_size": side,
+            "time_embedding_dim": None if unet.time == 4 * unet.widths[0] else unet.time,
+            "transformer_layers_per_block": one_of(unet.depths),
+            "up_block_types": blocks(unet.attends_up[::-1], "Up"),
+            "use_linear_projection": unet.linear,
+        },
         "vae/config.json": {
-            "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(vae.widths),
-            "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths), "in_channels": vae.channels, "latent_channels": vae.latent,
-            "layers_per_block": vae.resnets, "norm_num_groups": vae.groups, "out_channels": vae.channels, "sample_size": model["decoder"]["image"],
-            "scaling_factor": vae.scale, "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths)},
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "block_out_channels": list(vae.widths),
+            "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
+            "in_channels": vae.channels,
+            "latent_channels": vae.latent,
+            "layers_per_block": vae.resnets,
+            "norm_num_groups": vae.groups,
+            "out_channels": vae.channels,
+            "sample_size": model["decoder"]["image"],
+            "scaling_factor": vae.scale,
+            "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths),
+        },
     }
 
 
@@ -138,12 +234,29 @@ def _scheduler(d: Diffusion) -> dict[str, Any]:
     cannot; Euler's of a flow.
     """
     if d.target == "flow":
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": d.steps, "shift": 1.0}
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": d.steps,
+            "shift": 1.0,
+        }
     theirs = {ours: name for name, ours in TARGETS.items()}
-    rest = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if d.zero_snr else {"skip_prk_steps": True, "steps_offset": 1}
-    return {"_class_name": "DDIMScheduler" if d.zero_snr else "PNDMScheduler", "num_train_timesteps": d.steps, "beta_start": d.beta_start,
-            "beta_end": d.beta_end, "beta_schedule": "scaled_linear", "prediction_type": theirs[d.target], "set_alpha_to_one": False,
-            "clip_sample": False, "trained_betas": None, **rest}
+    rest = (
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if d.zero_snr
+        else {"skip_prk_steps": True, "steps_offset": 1}
+    )
+    return {
+        "_class_name": "DDIMScheduler" if d.zero_snr else "PNDMScheduler",
+        "num_train_timesteps": d.steps,
+        "beta_start": d.beta_start,
+        "beta_end": d.beta_end,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": theirs[d.target],
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+        "trained_betas": None,
+        **rest,
+    }
 
 
 def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
@@ -153,24 +266,61 @@ def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
     need = partial(_need, "U-Net", config)
     _fixed("U-Net", config, UNET_FIXED)
     widths = tuple(need("block_out_channels"))
+
     def each(field, default=None):
         return _each(f"the U-Net's config asks for {field}", need(field, default), len(widths))
+
     condition = set(each("cross_attention_dim"))
     if len(condition) > 1:
-        raise UserError(f"the U-Net's config asks for cross_attention_dim={config['cross_attention_dim']}: one width for all levels is what there is")
-    down = _kinds("U-Net", config, "down_block_types", len(widths), {"CrossAttnDownBlock2D": True, "DownBlock2D": False})
-    up = _kinds("U-Net", config, "up_block_types", len(widths), {"CrossAttnUpBlock2D": True, "UpBlock2D": False})[::-1]
+        raise UserError(
+            f"the U-Net's config asks for cross_attention_dim={config['cross_attention_dim']}: one width for all levels is what there is"
+        )
+    down = _kinds(
+        "U-Net",
+        config,
+        "down_block_types",
+        len(widths),
+        {"CrossAttnDownBlock2D": True, "DownBlock2D": False},
+    )
+    up = _kinds(
+        "U-Net",
+        config,
+        "up_block_types",
+        len(widths),
+        {"CrossAttnUpBlock2D": True, "UpBlock2D": False},
+    )[::-1]
     # a number of heads, whatever its name says
     heads = each("attention_head_dim", 8)
-    attending = [level for level in range(len(widths)) if down[level] or up[level] or level == len(widths) - 1]
+    attending = [
+        level
+        for level in range(len(widths))
+        if down[level] or up[level] or level == len(widths) - 1
+    ]
     if bad := [level for level in attending if widths[level] % heads[level]]:
-        raise UserError(f"the U-Net's config asks for {heads[bad[0]]} heads at level {bad[0]}, which do not divide its width {widths[bad[0]]}")
+        raise UserError(
+            f"the U-Net's config asks for {heads[bad[0]]} heads at level {bad[0]}, which do not divide its width {widths[bad[0]]}"
+        )
     return UNetSize(
-        channels_in=need("in_channels", 4), channels_out=need("out_channels", 4), patch=1, widths=widths, resnets=each("layers_per_block", 2),
-        attends_down=down, attends_up=up, depths=each("transformer_layers_per_block", 1), heads=heads, condition=condition.pop(), pooled=0,
-        side=0, time=config.get("time_embedding_dim") or 4 * widths[0], cosine_first=need("flip_sin_to_cos", True),
-        frequency_shift=float(need("freq_shift", 0)), groups=_groups("U-Net", config, widths), eps=float(need("norm_eps", 1e-5)),
-        linear=need("use_linear_projection", False), remat=remat)
+        channels_in=need("in_channels", 4),
+        channels_out=need("out_channels", 4),
+        patch=1,
+        widths=widths,
+        resnets=each("layers_per_block", 2),
+        attends_down=down,
+        attends_up=up,
+        depths=each("transformer_layers_per_block", 1),
+        heads=heads,
+        condition=condition.pop(),
+        pooled=0,
+        side=0,
+        time=config.get("time_embedding_dim") or 4 * widths[0],
+        cosine_first=need("flip_sin_to_cos", True),
+        frequency_shift=float(need("freq_shift", 0)),
+        groups=_groups("U-Net", config, widths),
+        eps=float(need("norm_eps", 1e-5)),
+        linear=need("use_linear_projection", False),
+        remat=remat,
+    )
 
 
 def vae_size(config: Mapping[str, Any], *, remat: str = "full") -> VaeSize:
@@ -178,26 +328,48 @@ def vae_size(config: Mapping[str, Any], *, remat: str = "full") -> VaeSize:
     need = partial(_need, "autoencoder", config)
     _fixed("autoencoder", config, VAE_FIXED)
     widths = tuple(need("block_out_channels"))
-    for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+    for field, kind in (
+        ("down_block_types", "DownEncoderBlock2D"),
+        ("up_block_types", "UpDecoderBlock2D"),
+    ):
         _kinds("autoencoder", config, field, len(widths), {kind: True})
     if need("out_channels", 3) != need("in_channels", 3):
-        raise UserError(f"the autoencoder's config asks for out_channels={need('out_channels', 3)} and in_channels={need('in_channels', 3)}: "
-                        "they must be the same")
-    return VaeSize(channels=need("in_channels", 3), latent=need("latent_channels", 4), widths=widths, resnets=need("layers_per_block", 1),
-                   groups=_groups("autoencoder", config, widths), scale=float(need("scaling_factor", 0.18215)), remat=remat)
+        raise UserError(
+            f"the autoencoder's config asks for out_channels={need('out_channels', 3)} and in_channels={need('in_channels', 3)}: "
+            "they must be the same"
+        )
+    return VaeSize(
+        channels=need("in_channels", 3),
+        latent=need("latent_channels", 4),
+        widths=widths,
+        resnets=need("layers_per_block", 1),
+        groups=_groups("autoencoder", config, widths),
+        scale=float(need("scaling_factor", 0.18215)),
+        remat=remat,
+    )
 
 
 def table(unet: UNetSize | None, vae: VaeSize | None) -> Table:
     """Rows of a U-Net, an autoencoder, or both."""
     rows = (*(_unet(unet) if unet else ()), *(_vae(vae) if vae else ()))
-    return Table(rows, axes={f"h{number}": number for number in set(unet.heads if unet else ())}, unused=(), depth={})
+    return Table(
+        rows,
+        axes={f"h{number}": number for number in set(unet.heads if unet else ())},
+        unused=(),
+        depth={},
+    )
 
 
 def rename(name: str) -> str:
     """A name as diffusers writes it today: older autoencoders call their attention's maps
     otherwise.
     """
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+    for old, new in (
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("proj_attn", "to_out.0"),
+    ):
         name = re.sub(rf"(^|\.)(mid_block\.attentions\.0\.){old}\.", rf"\1\2{new}.", name)
     return name
 
@@ -206,10 +378,14 @@ def canonical(foreign: Tensors) -> dict[str, Any]:
     """The tensors under today's names; the autoencoder's attention as matrices where it was stored
     as 1 x 1 convolutions.
     """
+
     def square(name: str, x: Any) -> Any:
-        if len(x.shape) == 2 or not re.fullmatch(r"vae\..*mid_block\.attentions\.0\.to_.*weight", name):
+        if len(x.shape) == 2 or not re.fullmatch(
+            r"vae\..*mid_block\.attentions\.0\.to_.*weight", name
+        ):
             return x
         return Tensor(tuple(x.shape[:2]), x.dtype, lambda: np.asarray(x)[:, :, 0, 0])
+
     return {rename(name): square(rename(name), x) for name, x in foreign.items()}
 
 
@@ -219,7 +395,9 @@ def _unet(size: UNetSize) -> list[Row]:
 
     def resnets(theirs, ours, widths_in, width):
         for n, width_in in enumerate(widths_in):
-            yield from _resnet(f"{theirs}.resnets.{n}", f"{ours}/resnets/{n}", shortcut=width_in != width)
+            yield from _resnet(
+                f"{theirs}.resnets.{n}", f"{ours}/resnets/{n}", shortcut=width_in != width
+            )
             yield from _linear(f"{theirs}.resnets.{n}.time_emb_proj", f"{ours}/resnets/{n}/time")
 
     def attentions(theirs, ours, count, level):
@@ -227,13 +405,24 @@ def _unet(size: UNetSize) -> list[Row]:
         for n in range(count):
             t = f"{theirs}.attentions.{n}"
             o = f"{ours}/attentions/{n}"
-            yield from (*_norm(f"{t}.norm", f"{o}/norm"), *_linear(f"{t}.proj_in", f"{o}/into", flat))
+            yield from (
+                *_norm(f"{t}.norm", f"{o}/norm"),
+                *_linear(f"{t}.proj_in", f"{o}/into", flat),
+            )
             for depth in range(size.depths[level]):
-                yield from _block(f"{t}.transformer_blocks.{depth}", f"{o}/blocks/{depth}", heads, size.widths[level])
+                yield from _block(
+                    f"{t}.transformer_blocks.{depth}",
+                    f"{o}/blocks/{depth}",
+                    heads,
+                    size.widths[level],
+                )
             yield from _linear(f"{t}.proj_out", f"{o}/out", flat)
 
-    rows = [*_linear("unet.time_embedding.linear_1", "unet/time/up"), *_linear("unet.time_embedding.linear_2", "unet/time/down"),
-            *_conv("unet.conv_in", "unet/conv_in")]
+    rows = [
+        *_linear("unet.time_embedding.linear_1", "unet/time/up"),
+        *_linear("unet.time_embedding.linear_2", "unet/time/down"),
+        *_conv("unet.conv_in", "unet/conv_in"),
+    ]
     skips = [size.widths[0]]
     for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):
         theirs = f"unet.down_blocks.{level}"
@@ -242,24 +431,35 @@ def _unet(size: UNetSize) -> list[Row]:
         rows += attentions(theirs, ours, count * size.attends_down[level], level)
         rows += _conv(f"{theirs}.downsamplers.0.conv", f"{ours}/resample") if level < last else []
         skips += [C] * (count + (level < last))
-    rows += [*resnets("unet.mid_block", "unet/mid", [0, 0], 0), *attentions("unet.mid_block", "unet/mid", 1, last)]
+    rows += [
+        *resnets("unet.mid_block", "unet/mid", [0, 0], 0),
+        *attentions("unet.mid_block", "unet/mid", 1, last),
+    ]
     width = size.widths[-1]
     for level in reversed(range(last + 1)):
         theirs = f"unet.up_blocks.{last - level}"
         ours = f"unet/up/{level}"
         C = size.widths[level]
         count = size.resnets[level] + 1
-        rows += resnets(theirs, ours, [before + skips.pop() for before in [width] + [C] * (count - 1)], C)
+        rows += resnets(
+            theirs, ours, [before + skips.pop() for before in [width] + [C] * (count - 1)], C
+        )
         rows += attentions(theirs, ours, count * size.attends_up[level], level)
         rows += _conv(f"{theirs}.upsamplers.0.conv", f"{ours}/resample") if level else []
         width = C
-    return rows + [*_norm("unet.conv_norm_out", "unet/norm_out"), *_conv("unet.conv_out", "unet/conv_out")]
+    return rows + [
+        *_norm("unet.conv_norm_out", "unet/norm_out"),
+        *_conv("unet.conv_out", "unet/conv_out"),
+    ]
 
 
 def _vae(size: VaeSize) -> list[Row]:
     last = len(size.widths) - 1
     widths = size.widths
-    rows = [*_linear("vae.quant_conv", "vae/quant", "o i 1 1 -> i o"), *_linear("vae.post_quant_conv", "vae/post_quant", "o i 1 1 -> i o")]
+    rows = [
+        *_linear("vae.quant_conv", "vae/quant", "o i 1 1 -> i o"),
+        *_linear("vae.post_quant_conv", "vae/post_quant", "o i 1 1 -> i o"),
+    ]
     for half in ("encoder", "decoder"):
         encodes = half == "encoder"
         t = f"vae.{half}"
@@ -269,15 +469,25 @@ def _vae(size: VaeSize) -> list[Row]:
             theirs = f"{t}.down_blocks.{level}" if encodes else f"{t}.up_blocks.{last - level}"
             before = widths[max(level - 1, 0)] if encodes else widths[min(level + 1, last)]
             for n in range(size.resnets + (not encodes)):
-                rows += _resnet(f"{theirs}.resnets.{n}", f"{o}/levels/{level}/resnets/{n}", shortcut=n == 0 and before != C)
+                rows += _resnet(
+                    f"{theirs}.resnets.{n}",
+                    f"{o}/levels/{level}/resnets/{n}",
+                    shortcut=n == 0 and before != C,
+                )
             if level < last if encodes else level > 0:
-                rows += _conv(f"{theirs}.{'down' if encodes else 'up'}samplers.0.conv", f"{o}/levels/{level}/resample")
+                rows += _conv(
+                    f"{theirs}.{'down' if encodes else 'up'}samplers.0.conv",
+                    f"{o}/levels/{level}/resample",
+                )
         for n in range(2):
             rows += _resnet(f"{t}.mid_block.resnets.{n}", f"{o}/mid/resnets/{n}", shortcut=False)
         rows += _norm(f"{t}.mid_block.attentions.0.group_norm", f"{o}/mid/attn/norm")
         for theirs, ours in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")):
             rows += _linear(f"{t}.mid_block.attentions.0.{theirs}", f"{o}/mid/attn/{ours}")
-        rows += [*_norm(f"{t}.conv_norm_out", f"{o}/norm_out"), *_conv(f"{t}.conv_out", f"{o}/conv_out")]
+        rows += [
+            *_norm(f"{t}.conv_norm_out", f"{o}/norm_out"),
+            *_conv(f"{t}.conv_out", f"{o}/conv_out"),
+        ]
     return rows
 
 
@@ -285,19 +495,38 @@ def _block(t: str, o: str, heads: str, C: int) -> list[Row]:
     rows = []
     for n, (theirs, ours) in enumerate((("attn1", "self"), ("attn2", "cross")), 1):
         rows += _norm(f"{t}.norm{n}", f"{o}/norm{n}")
-        rows += [Row(f"{t}.{theirs}.to_{name}.weight", f"{o}/{ours}/{name}/w", f"({heads} d) i -> i {heads} d") for name in "qkv"]
-        rows += [Row(f"{t}.{theirs}.to_out.0.weight", f"{o}/{ours}/o/w", f"o ({heads} d) -> {heads} d o"),
-                 Row(f"{t}.{theirs}.to_out.0.bias", f"{o}/{ours}/o/bias")]
+        rows += [
+            Row(
+                f"{t}.{theirs}.to_{name}.weight",
+                f"{o}/{ours}/{name}/w",
+                f"({heads} d) i -> i {heads} d",
+            )
+            for name in "qkv"
+        ]
+        rows += [
+            Row(
+                f"{t}.{theirs}.to_out.0.weight", f"{o}/{ours}/o/w", f"o ({heads} d) -> {heads} d o"
+            ),
+            Row(f"{t}.{theirs}.to_out.0.bias", f"{o}/{ours}/o/bias"),
+        ]
     rows += _norm(f"{t}.norm3", f"{o}/norm3")
     for ours, cut in (("up", (0, 4 * C)), ("gate", (4 * C, 8 * C))):
-        rows += [Row(f"{t}.ff.net.0.proj.weight", f"{o}/ffn/{ours}/w", "f i -> i f", cut),
-                 Row(f"{t}.ff.net.0.proj.bias", f"{o}/ffn/{ours}/bias", cut=cut)]
+        rows += [
+            Row(f"{t}.ff.net.0.proj.weight", f"{o}/ffn/{ours}/w", "f i -> i f", cut),
+            Row(f"{t}.ff.net.0.proj.bias", f"{o}/ffn/{ours}/bias", cut=cut),
+        ]
     return rows + _linear(f"{t}.ff.net.2", f"{o}/ffn/down")
 
 
 def _resnet(t: str, o: str, *, shortcut: bool) -> list[Row]:
-    rows = [row for n in (1, 2) for row in (*_norm(f"{t}.norm{n}", f"{o}/norm{n}"), *_conv(f"{t}.conv{n}", f"{o}/conv{n}"))]
-    return rows + (_linear(f"{t}.conv_shortcut", f"{o}/shortcut", "o i 1 1 -> i o") if shortcut else [])
+    rows = [
+        row
+        for n in (1, 2)
+        for row in (*_norm(f"{t}.norm{n}", f"{o}/norm{n}"), *_conv(f"{t}.conv{n}", f"{o}/conv{n}"))
+    ]
+    return rows + (
+        _linear(f"{t}.conv_shortcut", f"{o}/shortcut", "o i 1 1 -> i o") if shortcut else []
+    )
 
 
 def _norm(t: str, o: str) -> list[Row]:
@@ -315,7 +544,9 @@ def _conv(t: str, o: str) -> list[Row]:
 def _fixed(what: str, config: Mapping[str, Any], fixed: dict[str, tuple]) -> None:
     for field, values in fixed.items():
         if config.get(field, values[0]) not in values:
-            raise UserError(f"the {what}'s config asks for {field}={config[field]!r}, which is not built; {field}={values[0]!r} is")
+            raise UserError(
+                f"the {what}'s config asks for {field}={config[field]!r}, which is not built; {field}={values[0]!r} is"
+            )
 
 
 def _need(what: str, config: Mapping[str, Any], field: str, default: Any = None) -> Any:
@@ -328,26 +559,48 @@ def _each(asks: str, value: Any, levels: int) -> tuple[int, ...]:
     """A value for each level, of one or of a list."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
     if len(values) != levels or not all(isinstance(item, int) and item > 0 for item in values):
-        raise UserError(f"{asks}={value!r}; it must be a positive whole number, or {levels} of them, one a level")
+        raise UserError(
+            f"{asks}={value!r}; it must be a positive whole number, or {levels} of them, one a level"
+        )
     return values
 
 
-def _kinds(what: str, config: Mapping[str, Any], field: str, levels: int, known: dict[str, bool]) -> tuple[bool, ...]:
+def _kinds(
+    what: str, config: Mapping[str, Any], field: str, levels: int, known: dict[str, bool]
+) -> tuple[bool, ...]:
     kinds = _need(what, config, field)
     if strange := [kind for kind in kinds if kind not in known]:
-        raise UserError(f"the {what}'s config asks for {field} with {strange[0]!r}, which is not built; {' and '.join(known)} are")
+        raise UserError(
+            f"the {what}'s config asks for {field} with {strange[0]!r}, which is not built; {' and '.join(known)} are"
+        )
     if len(kinds) != levels:
-        raise UserError(f"the {what}'s config has {len(kinds)} {field} and {levels} block_out_channels")
+        raise UserError(
+            f"the {what}'s config has {len(kinds)} {field} and {levels} block_out_channels"
+        )
     return tuple(known[kind] for kind in kinds)
 
 
 def _groups(what: str, config: Mapping[str, Any], widths: tuple[int, ...]) -> int:
     groups = _need(what, config, "norm_num_groups", 32)
     if bad := [width for width in widths if width % groups]:
-        raise UserError(f"the {what}'s config asks for {groups} norm groups, which do not divide its width {bad[0]}")
+        raise UserError(
+            f"the {what}'s config asks for {groups} norm groups, which do not divide its width {bad[0]}"
+        )
     return groups
 
 
-FAMILY = Family("stable-diffusion", sign=r"unet\.down_blocks\.\d+\.resnets\.\d+\.conv1\.weight", table=lambda size: table(*size), says=says,
-                assumes=assumes, config_json=config_json, tensors=canonical, size=size, shapes=shapes, components=("unet", "vae"),
-                stem="diffusion_pytorch_model", adapts=("decoder.unet.condition", CONDITIONED), config="decoder")
+FAMILY = Family(
+    "stable-diffusion",
+    sign=r"unet\.down_blocks\.\d+\.resnets\.\d+\.conv1\.weight",
+    table=lambda size: table(*size),
+    says=says,
+    assumes=assumes,
+    config_json=config_json,
+    tensors=canonical,
+    size=size,
+    shapes=shapes,
+    components=("unet", "vae"),
+    stem="diffusion_pytorch_model",
+    adapts=("decoder.unet.condition", CONDITIONED),
+    config="decoder",
+)

@@ -1,4 +1,5 @@
 """A tokenizer and sources small enough to write their results down by hand."""
+
 import numpy as np
 import pytest
 
@@ -10,7 +11,9 @@ from tests.data.memory import Memory
 @pytest.fixture
 def letters():
     """A tokenizer whose ids are the code points of the letters."""
-    return Tokenizer(256, lambda text: [ord(letter) for letter in text], lambda ids: "".join(map(chr, ids)))
+    return Tokenizer(
+        256, lambda text: [ord(letter) for letter in text], lambda ids: "".join(map(chr, ids))
+    )
 
 
 @pytest.fixture
@@ -18,10 +21,14 @@ def memory():
     """Memory(documents, corrupt); a number instead of documents makes that many: d0 "aaa...", d1,
     ... of 1 to 9 letters.
     """
+
     def make(documents, corrupt=()):
         if isinstance(documents, int):
-            documents = [Document(f"d{k}", (chr(97 + k % 26) * (1 + k * 7 % 9),)) for k in range(documents)]
+            documents = [
+                Document(f"d{k}", (chr(97 + k % 26) * (1 + k * 7 % 9),)) for k in range(documents)
+            ]
         return Memory(documents, corrupt)
+
     return make
 
 

@@ -1,4 +1,5 @@
 """A tiny data set for the tests of other parts, made by the demo's own code, once a process."""
+
 import atexit
 import shutil
 import tempfile

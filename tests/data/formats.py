@@ -1,6 +1,7 @@
 """Files in the formats of others, written by the formats' own libraries where there is one, with
 the oddities that the world has.
 """
+
 import io
 import json
 import struct
@@ -19,7 +20,9 @@ BLUE = (20, 60, 190)
 def picture(colour=RED, size=(48, 36), seed=0) -> Image.Image:
     """A plain colour with a lighter, noisy quarter at the top left: which way is up can be seen."""
     pixels = np.full((size[1], size[0], 3), colour, np.uint8)
-    pixels[:size[1] // 2, :size[0] // 2] = np.random.default_rng(seed).integers(180, 256, (size[1] // 2, size[0] // 2, 3))
+    pixels[: size[1] // 2, : size[0] // 2] = np.random.default_rng(seed).integers(
+        180, 256, (size[1] // 2, size[0] // 2, 3)
+    )
     return Image.fromarray(pixels)
 
 
@@ -38,10 +41,19 @@ def rotated(image: Image.Image, orientation: int) -> bytes:
 
 def bomb() -> bytes:
     """A PNG of a few bytes that claims 20,000 x 20,000 pixels."""
+
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def tar(path: Path, *samples: dict) -> Path:
@@ -51,7 +63,12 @@ def tar(path: Path, *samples: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(path), encoder=False) as writer:
         for sample in samples:
-            writer.write({key: value if key == "__key__" or isinstance(value, bytes) else value.encode() for key, value in sample.items()})
+            writer.write(
+                {
+                    key: value if key == "__key__" or isinstance(value, bytes) else value.encode()
+                    for key, value in sample.items()
+                }
+            )
     return path
 
 

@@ -1,4 +1,5 @@
 """Sources in memory, which processes can be sent, and which misbehave as files do."""
+
 import os
 import signal
 import sys
@@ -52,7 +53,11 @@ class Disk:
         if fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault in ("fail", "bad"):
-            raise Corrupt(f"d{index}", "Input/output error" if fault == "fail" else "not a PNG", disk=fault == "fail")
+            raise Corrupt(
+                f"d{index}",
+                "Input/output error" if fault == "fail" else "not a PNG",
+                disk=fault == "fail",
+            )
         if fault == "wrong":
             raise ZeroDivisionError
         return Document(f"d{index}", ("a", f"jax: {'jax' in sys.modules}"))

@@ -25,8 +25,14 @@ def shards(tmp_path_factory):
     """Three tars of 8 pairs each; the third pair of each is cut short, the fourth says nothing."""
     to = tmp_path_factory.mktemp("shards")
     for shard in range(3):
-        samples = [{"__key__": f"{shard:05}{k:04}", "jpg": formats.encoded(formats.picture(seed=k)), "txt": f"picture {k} of shard {shard}"}
-                   for k in range(8)]
+        samples = [
+            {
+                "__key__": f"{shard:05}{k:04}",
+                "jpg": formats.encoded(formats.picture(seed=k)),
+                "txt": f"picture {k} of shard {shard}",
+            }
+            for k in range(8)
+        ]
         samples[2]["jpg"] = samples[2]["jpg"][:300]
         samples[3]["txt"] = "  "
         formats.tar(to / f"{shard:05}.tar", *samples)
@@ -34,19 +40,34 @@ def shards(tmp_path_factory):
 
 
 def everything(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_what_is_built_is_read(shards, tmp_path):
     counts = build.build("pairs", [shards], tmp_path / "set", Options(), workers=1)
-    assert counts["documents"] == 18 and counts["skipped"] == 6 and counts["images"] == 18 and counts["shards"] == 3
+    assert (
+        counts["documents"] == 18
+        and counts["skipped"] == 6
+        and counts["images"] == 18
+        and counts["shards"] == 3
+    )
     source = sources.open(f"{tmp_path}/set:train", 16)
     assert len(source) == 18
     first = source[0]
     assert first.id == "00000/000000000" and first.source == "00000"
-    pair, = first.parts
-    assert isinstance(pair, Pair) and pair.text == "picture 0 of shard 0" and pair.image.shape == (16, 16, 3)
-    assert {document.id for document in source} == {f"{s:05}/{s:05}{k:04}" for s in range(3) for k in (0, 1, 4, 5, 6, 7)}
+    (pair,) = first.parts
+    assert (
+        isinstance(pair, Pair)
+        and pair.text == "picture 0 of shard 0"
+        and pair.image.shape == (16, 16, 3)
+    )
+    assert {document.id for document in source} == {
+        f"{s:05}/{s:05}{k:04}" for s in range(3) for k in (0, 1, 4, 5, 6, 7)
+    }
 
 
 def test_the_card_counts_every_skip_with_its_reason(shards, tmp_path):
@@ -55,7 +76,12 @@ def test_the_card_counts_every_skip_with_its_reason(shards, tmp_path):
     assert card["skipped"]["no caption"] == 3 and sum(card["skipped"].values()) == 6
     assert card["histograms"]["images"] == {"1": 18} and card["histograms"]["side"] == {"32": 18}
     page = (tmp_path / "card.html").read_text()
-    assert "no caption" in page and page.count("data:image/jpeg") == 6 and "picture 0 of shard 2" in page and "<script" not in page
+    assert (
+        "no caption" in page
+        and page.count("data:image/jpeg") == 6
+        and "picture 0 of shard 2" in page
+        and "<script" not in page
+    )
 
 
 def test_a_build_killed_at_random_ends_byte_equal(shards, tmp_path):
@@ -70,6 +96,7 @@ def test_a_build_killed_at_random_ends_byte_equal(shards, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         for _ in range(5):
             left = rng.randrange(1, 12)
+
             def counted(function):
                 def call(*arguments, **settings):
                     nonlocal left
@@ -77,12 +104,16 @@ def test_a_build_killed_at_random_ends_byte_equal(shards, tmp_path):
                     if left < 0:
                         raise Killed
                     return function(*arguments, **settings)
+
                 return call
+
             with patch.context() as inner:
                 inner.setattr(build, "_serialized", counted(build._serialized))
                 inner.setattr(build, "_whole", counted(build._whole))
                 try:
-                    build.build("pairs", [shards], tmp_path / "killed" / "whole", Options(), workers=1)
+                    build.build(
+                        "pairs", [shards], tmp_path / "killed" / "whole", Options(), workers=1
+                    )
                 except Killed:
                     pass
     build.build("pairs", [shards], tmp_path / "killed" / "whole", Options(), workers=1)
@@ -93,10 +124,21 @@ def test_a_build_killed_at_random_ends_byte_equal(shards, tmp_path):
 def test_a_build_of_processes_killed_by_signals_ends_byte_equal(shards, tmp_path):
     build.build("pairs", [shards], tmp_path / "a" / "set", Options(), workers=1)
     to = tmp_path / "b" / "set"
-    arguments = [sys.executable, "-m", "emu_jax.data", "build", "--kind=pairs", f"--from={shards}", f"--to={to}", "--workers=2"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "emu_jax.data",
+        "build",
+        "--kind=pairs",
+        f"--from={shards}",
+        f"--to={to}",
+        "--workers=2",
+    ]
     # all of its processes, or only the first: the others may not be in the way
     for delay in (0.5, 1.5, 3, 5, 8):
-        process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(delay)
         process.kill() if delay in (3, 8) else os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -129,15 +171,38 @@ def test_a_million_records_stream_in_bounded_memory(tmp_path):
     peaks = []
     for count in (10_000, 1_000_000):
         with (tmp_path / f"{count}.jsonl").open("w") as file:
-            file.writelines(f'{{"text": "text number {number} of many, all of them short"}}\n' for number in range(count))
-        subprocess.run([sys.executable, "-m", "emu_jax.data", "build", "--kind=text", f"--from={tmp_path}/{count}.jsonl", f"--to={tmp_path}/{count}",
-                        "--workers=1"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            file.writelines(
+                f'{{"text": "text number {number} of many, all of them short"}}\n'
+                for number in range(count)
+            )
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "emu_jax.data",
+                "build",
+                "--kind=text",
+                f"--from={tmp_path}/{count}.jsonl",
+                f"--to={tmp_path}/{count}",
+                "--workers=1",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
     assert len(sources.open(f"{tmp_path}/1000000:train", 8)) == 1_000_000
     assert peaks[1] < peaks[0] + 64
     for readers in (0, 2):
-        few, many = (subprocess.run([sys.executable, "-c", STREAM, f"{tmp_path}/{count}", str(readers)], check=True, stdout=subprocess.PIPE,
-                                    text=True).stdout.split() for count in (10_000, 1_000_000))
+        few, many = (
+            subprocess.run(
+                [sys.executable, "-c", STREAM, f"{tmp_path}/{count}", str(readers)],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            ).stdout.split()
+            for count in (10_000, 1_000_000)
+        )
         assert int(many[0]) < int(few[0]) + 64 and int(many[1]) < int(few[1]) + 32
 
 
@@ -163,45 +228,87 @@ def test_another_build_is_not_mixed_in(shards, tmp_path):
 
 
 def test_nothing_left_is_an_error(shards, tmp_path):
-    with pytest.raises(UserError, match="no record became a document: .* x a picture with a side under # pixels"):
+    with pytest.raises(
+        UserError, match="no record became a document: .* x a picture with a side under # pixels"
+    ):
         build.build("pairs", [shards], tmp_path, Options(min_side=1000), workers=1)
     assert not (tmp_path / "dataset_info.json").exists()
 
 
 def test_names_stay_unique_or_are_refused(tmp_path):
     for part in ("a", "b"):
-        formats.tar(tmp_path / part / "00000.tar", {"__key__": "0", "jpg": formats.encoded(formats.picture()), "txt": f"of {part}"})
+        formats.tar(
+            tmp_path / part / "00000.tar",
+            {"__key__": "0", "jpg": formats.encoded(formats.picture()), "txt": f"of {part}"},
+        )
     ids = [task.label for task in build.plan("pairs", [tmp_path], tmp_path / "both", Options())]
     assert ids == ["a/00000", "b/00000"]
     with pytest.raises(UserError, match="two inputs have the name '00000'"):
-        build.build("pairs", [tmp_path / "a", tmp_path / "b"], tmp_path / "two", Options(), workers=1)
+        build.build(
+            "pairs", [tmp_path / "a", tmp_path / "b"], tmp_path / "two", Options(), workers=1
+        )
 
 
 def test_roles_times_and_provenance_travel():
     """`example_of` and `Records` are inverses, but for pictures, which come out decoded."""
     image = np.asarray(formats.picture())
     pair = Pair(Picture(formats.encoded(formats.picture())), Text("x", role="user", time=2.0))
-    document = Document("d", (Text("be kind", role="system"), Picture(image, "user", 1.5), Text("what?", role="user"),
-                              Text("a square", role="assistant"), pair), "shard", {"url": "http://a/ü"})
+    document = Document(
+        "d",
+        (
+            Text("be kind", role="system"),
+            Picture(image, "user", 1.5),
+            Text("what?", role="user"),
+            Text("a square", role="assistant"),
+            pair,
+        ),
+        "shard",
+        {"url": "http://a/ü"},
+    )
     example = records.example_of(document, "shard/d", "llava")
-    assert example["layout"] == "TITTP" and example["roles"] == ["system", "user", "user", "assistant", ""]
-    assert example["source"] == "shard" and json.loads(example["provenance"]) == {"url": "http://a/ü"}
+    assert example["layout"] == "TITTP" and example["roles"] == [
+        "system",
+        "user",
+        "user",
+        "assistant",
+        "",
+    ]
+    assert example["source"] == "shard" and json.loads(example["provenance"]) == {
+        "url": "http://a/ü"
+    }
 
 
 def test_conversations_are_read_with_their_roles(tmp_path):
     (tmp_path / "in" / "images").mkdir(parents=True)
     (tmp_path / "in" / "images" / "a.jpg").write_bytes(formats.encoded(formats.picture()))
-    formats.write_json(tmp_path / "in" / "chats.json", [{"id": "1", "image": "a.jpg", "conversations": [
-        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]}])
+    formats.write_json(
+        tmp_path / "in" / "chats.json",
+        [
+            {
+                "id": "1",
+                "image": "a.jpg",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is it?"},
+                    {"from": "gpt", "value": "A square."},
+                ],
+            }
+        ],
+    )
     build.build("llava", [tmp_path / "in"], tmp_path / "set", Options(), workers=1)
     image, question, answer = sources.open(f"{tmp_path}/set:train", 8)[0].parts
     assert (image.data.shape, image.role) == ((8, 8, 3), "user")
-    assert (question, answer) == (Text("What is it?", role="user"), Text("A square.", role="assistant"))
+    assert (question, answer) == (
+        Text("What is it?", role="user"),
+        Text("A square.", role="assistant"),
+    )
 
 
 def test_times_of_frames_are_read(tmp_path):
     film = formats.film(None, frames=20, rate=10)
-    formats.tar(tmp_path / "in" / "0.tar", {"__key__": "v", "mp4": film, "vtt": "WEBVTT\n\n00:00.500 --> 00:01.000\nhello\n"})
+    formats.tar(
+        tmp_path / "in" / "0.tar",
+        {"__key__": "v", "mp4": film, "vtt": "WEBVTT\n\n00:00.500 --> 00:01.000\nhello\n"},
+    )
     build.build("subtitled", [tmp_path / "in"], tmp_path / "set", Options(every=1.0), workers=1)
     before, text, after = sources.open(f"{tmp_path}/set:train", 8)[0].parts
     assert text == Text("hello", time=0.5) and before.shape == after.shape == (8, 8, 3)
@@ -209,24 +316,37 @@ def test_times_of_frames_are_read(tmp_path):
 
 def test_an_unknown_runner_is_one_line(shards, tmp_path):
     with pytest.raises(UserError) as caught:
-        command.main(["build", "--kind=pairs", f"--from={shards}", f"--to={tmp_path}", "--runner=NoRunner"])
+        command.main(
+            ["build", "--kind=pairs", f"--from={shards}", f"--to={tmp_path}", "--runner=NoRunner"]
+        )
     assert "\n" not in str(caught.value) and "--runner" in str(caught.value)
 
 
 def test_inspect_shows_a_page_or_leaves_nothing(shards, tmp_path, capsys):
-    command.main(["inspect", str(shards / "00000.tar"), "--kind=pairs", f"--page={tmp_path}/page.html"])
-    assert "6 documents, 2 left out" in (tmp_path / "page.html").read_text() and capsys.readouterr().out == f"{tmp_path}/page.html\n"
+    command.main(
+        ["inspect", str(shards / "00000.tar"), "--kind=pairs", f"--page={tmp_path}/page.html"]
+    )
+    assert (
+        "6 documents, 2 left out" in (tmp_path / "page.html").read_text()
+        and capsys.readouterr().out == f"{tmp_path}/page.html\n"
+    )
     with pytest.raises(UserError):
         command.main(["inspect", "/nope", "--kind=pairs", f"--page={tmp_path}/other.html"])
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["build", "--kind=pairs", "--to=x"], "--from"), (["build", "--kind=pairs", "--from=/nope", "--to=/tmp/never-made"], "there is no '/nope'"),
-    (["inspect", "x", "--kind=cats"], "invalid choice"), (["inspect", "x", "--kind=html", "--alt=maybe"], "neither yes nor no"),
-    (["inspect", "x", "--kind=videos", "--frames=0"], "--frames is 0; it must be at least 1"),
-    (["inspect", "x", "--kind=subtitled", "--every=nan"], "--every is nan"),
-    (["inspect", "x", "--kind=videos", "--choose=all"], "centres or random")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["build", "--kind=pairs", "--to=x"], "--from"),
+        (["build", "--kind=pairs", "--from=/nope", "--to=/tmp/never-made"], "there is no '/nope'"),
+        (["inspect", "x", "--kind=cats"], "invalid choice"),
+        (["inspect", "x", "--kind=html", "--alt=maybe"], "neither yes nor no"),
+        (["inspect", "x", "--kind=videos", "--frames=0"], "--frames is 0; it must be at least 1"),
+        (["inspect", "x", "--kind=subtitled", "--every=nan"], "--every is nan"),
+        (["inspect", "x", "--kind=videos", "--choose=all"], "centres or random"),
+    ],
+)
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError) as caught:
         command.main(arguments)

@@ -1,6 +1,7 @@
 """Conversations: the grammar by hand, only answers count, what is cut is whole turns, and what is
 read later is what was learnt.
 """
+
 import logging
 from functools import partial
 
@@ -26,16 +27,34 @@ ASSISTANT = 261
 
 
 def said(*parts):
-    """"u:text", "a:text", "s:text", or ("u", image[, time])."""
+    """ "u:text", "a:text", "s:text", or ("u", image[, time])."""
     roles = {"u": "user", "a": "assistant", "s": "system", " ": ""}
-    return tuple(Text(part[2:], role=roles[part[0]]) if isinstance(part, str) else Picture(part[1], roles[part[0]], *part[2:]) for part in parts)
+    return tuple(
+        Text(part[2:], role=roles[part[0]])
+        if isinstance(part, str)
+        else Picture(part[1], roles[part[0]], *part[2:])
+        for part in parts
+    )
 
 
 @pytest.fixture
 def make(letters):
     def call(*parts, **settings):
-        settings = dict(n_visual=2, max_tokens=1000, max_images=10, image_first=0.5, labels=("text", "</s>"), system="none") | settings
-        return make_sequence(Document("d", said(*parts)), letters, rng=np.random.default_rng(0), **settings)
+        settings = (
+            dict(
+                n_visual=2,
+                max_tokens=1000,
+                max_images=10,
+                image_first=0.5,
+                labels=("text", "</s>"),
+                system="none",
+            )
+            | settings
+        )
+        return make_sequence(
+            Document("d", said(*parts)), letters, rng=np.random.default_rng(0), **settings
+        )
+
     return call
 
 
@@ -44,74 +63,176 @@ def letters_of(text):
 
 
 def test_grammar_by_hand(make, picture):
-    sequence = make("s:be", ("u", picture(3)), "u:hm", "a:ok", "u:q", "a:so", ("a", picture(4)), "a:!")
-    first = [S, *letters_of("be "), USER, *letters_of(": "), IMG, SLOT, SLOT, END, *letters_of("hm "), ASSISTANT, ord(":"), *letters_of("ok"), E]
-    second = [USER, *letters_of(": q "), ASSISTANT, ord(":"), *letters_of("so"), IMG, SLOT, SLOT, END, ord("!"), E]
+    sequence = make(
+        "s:be", ("u", picture(3)), "u:hm", "a:ok", "u:q", "a:so", ("a", picture(4)), "a:!"
+    )
+    first = [
+        S,
+        *letters_of("be "),
+        USER,
+        *letters_of(": "),
+        IMG,
+        SLOT,
+        SLOT,
+        END,
+        *letters_of("hm "),
+        ASSISTANT,
+        ord(":"),
+        *letters_of("ok"),
+        E,
+    ]
+    second = [
+        USER,
+        *letters_of(": q "),
+        ASSISTANT,
+        ord(":"),
+        *letters_of("so"),
+        IMG,
+        SLOT,
+        SLOT,
+        END,
+        ord("!"),
+        E,
+    ]
     assert sequence.tokens.tolist() == first + second
     counts = np.flatnonzero(sequence.text_weights)
-    assert [chr(i) if i > 2 else i for i in sequence.tokens[counts]] == ["o", "k", E, "s", "o", "!", E]
+    assert [chr(i) if i > 2 else i for i in sequence.tokens[counts]] == [
+        "o",
+        "k",
+        E,
+        "s",
+        "o",
+        "!",
+        E,
+    ]
     # what the model says, not what it sees
-    assert sequence.images[:, 0, 0, 0].tolist() == [3, 4] and sequence.image_weights.tolist() == [0, 1]
+    assert sequence.images[:, 0, 0, 0].tolist() == [3, 4] and sequence.image_weights.tolist() == [
+        0,
+        1,
+    ]
     assert (sequence.tokens[sequence.image_slots - 1] == IMG).all()
     assert (sequence.cut, sequence.cut_turns) == (0, 0)
 
 
 def test_labels_say_what_of_an_answer_counts(make, picture):
     parts = (("u", picture(1)), "u:a", ("a", picture(2)), "a:b")
-    for labels, want in ((("text", "</s>", "[IMG]"), [IMG, ord("b"), E]), (("</s>",), [E]), (("text",), [ord("b")])):
+    for labels, want in (
+        (("text", "</s>", "[IMG]"), [IMG, ord("b"), E]),
+        (("</s>",), [E]),
+        (("text",), [ord("b")]),
+    ):
         sequence = make(*parts, labels=labels)
         assert sequence.tokens[sequence.text_weights > 0].tolist() == want
 
 
-@pytest.mark.parametrize(("parts", "kind"), [
-    ((("u", 1), "u:q", "a:a"), "image"), (("u:q", "a:a"), ""), ((("u", 1), ("u", 2), "u:q", "a:a"), ""),
-    ((("u", 1, 0.5), ("u", 2, 1.5), "u:q", "a:a"), "video"), ((("u", 1, 0.5), ("u", 2, 0.5), "u:q", "a:a"), ""),
-    (("u:q", "a:a", ("u", 1), "u:q", "a:a"), "")])
+@pytest.mark.parametrize(
+    ("parts", "kind"),
+    [
+        ((("u", 1), "u:q", "a:a"), "image"),
+        (("u:q", "a:a"), ""),
+        ((("u", 1), ("u", 2), "u:q", "a:a"), ""),
+        ((("u", 1, 0.5), ("u", 2, 1.5), "u:q", "a:a"), "video"),
+        ((("u", 1, 0.5), ("u", 2, 0.5), "u:q", "a:a"), ""),
+        (("u:q", "a:a", ("u", 1), "u:q", "a:a"), ""),
+    ],
+)
 def test_system_messages_of_the_release(make, picture, letters, parts, kind):
-    parts = [part if isinstance(part, str) else ("u", picture(part[1]), *part[2:]) for part in parts]
+    parts = [
+        part if isinstance(part, str) else ("u", picture(part[1]), *part[2:]) for part in parts
+    ]
     tokens = make(*parts, system="release").tokens.tolist()
-    opening = [S, *(token for piece in chat.MESSAGES[kind] for token in ({"[IMG]": [IMG], "[/IMG]": [END]}.get(piece) or letters.encode(piece)))]
+    opening = [
+        S,
+        *(
+            token
+            for piece in chat.MESSAGES[kind]
+            for token in ({"[IMG]": [IMG], "[/IMG]": [END]}.get(piece) or letters.encode(piece))
+        ),
+    ]
     # a space between, where there is one
-    assert tokens[:len(opening)] == opening and tokens[len(opening):].index(USER) == (kind != "")
+    assert tokens[: len(opening)] == opening and tokens[len(opening) :].index(USER) == (kind != "")
     own = make("s:own", *parts, system="release").tokens.tolist()
-    assert own[:own.index(USER)] == [S, *letters_of("own ")]
+    assert own[: own.index(USER)] == [S, *letters_of("own ")]
 
 
 @pytest.mark.parametrize("system", chat.SYSTEMS)
 def test_a_chat_reads_what_was_learnt(make, picture, letters, system):
     """Turn by turn, a session's prompts and the answers make up the sequence."""
-    sequence = make(("u", picture(1)), "u:what?", "a:a cat", "u:sure?", ("u", picture(2)), "a:yes", system=system)
+    sequence = make(
+        ("u", picture(1)),
+        "u:what?",
+        "a:a cat",
+        "u:sure?",
+        ("u", picture(2)),
+        "a:yes",
+        system=system,
+    )
     grammar = Grammar(letters, n_visual=2, image_size=4, width=8, added=6, system=system)
+
     def answer(text):
         return type(grammar.plain([]))([*letters.encode(text), E])
-    whole = joined(grammar.turn([picture(1), "what?"], system=None, first=True), answer("a cat"),
-                   grammar.turn(["sure?", picture(2)], system=None, first=False), answer("yes"))
+
+    whole = joined(
+        grammar.turn([picture(1), "what?"], system=None, first=True),
+        answer("a cat"),
+        grammar.turn(["sure?", picture(2)], system=None, first=False),
+        answer("yes"),
+    )
     assert whole.tokens == sequence.tokens.tolist() and whole.slots == sequence.image_slots.tolist()
 
 
 def test_truncation_is_by_whole_turns(make, picture):
-    parts = (("u", picture(1)), "u:one", "a:first", "u:two", "a:second", ("u", picture(2)), ("u", picture(3)), "u:three", "a:third")
+    parts = (
+        ("u", picture(1)),
+        "u:one",
+        "a:first",
+        "u:two",
+        "a:second",
+        ("u", picture(2)),
+        ("u", picture(3)),
+        "u:three",
+        "a:third",
+    )
     whole = make(*parts)
     ends = [0, *(np.flatnonzero(whole.tokens == E) + 1)]
     for max_tokens in range(1, len(whole.tokens) + 2):
         for max_images in range(4):
             cut = make(*parts, max_tokens=max_tokens, max_images=max_images)
-            turns = max(n for n in range(4) if ends[n] <= max_tokens and (0, 1, 1, 3)[n] <= max_images)
-            assert cut.tokens.tolist() == whole.tokens[:ends[turns]].tolist() and cut.cut_turns == 3 - turns
+            turns = max(
+                n for n in range(4) if ends[n] <= max_tokens and (0, 1, 1, 3)[n] <= max_images
+            )
+            assert (
+                cut.tokens.tolist() == whole.tokens[: ends[turns]].tolist()
+                and cut.cut_turns == 3 - turns
+            )
             assert cut.cut == len(whole.tokens) - len(cut.tokens)
-            assert len(cut.images) == (cut.tokens == IMG).sum() == len(cut.image_slots) == len(cut.image_weights)
-    assert make(*parts, rule=Rule(tokens=int(ends[1]))).cut_turns == 2 and make(*parts, rule=Rule(images=2)).cut_turns == 1
+            assert (
+                len(cut.images)
+                == (cut.tokens == IMG).sum()
+                == len(cut.image_slots)
+                == len(cut.image_weights)
+            )
+    assert (
+        make(*parts, rule=Rule(tokens=int(ends[1]))).cut_turns == 2
+        and make(*parts, rule=Rule(images=2)).cut_turns == 1
+    )
 
 
 def test_a_question_that_nobody_answers_is_left_out(make):
     assert make("u:q", "a:a", "u:more").tokens.tolist() == make("u:q", "a:a").tokens.tolist()
 
 
-@pytest.mark.parametrize(("parts", "told"), [
-    (("u:q",), "d: a conversation without an answer"), (("s:be", "u:q", "u:r"), "d: a conversation without an answer"),
-    (("s:be",), "d: a conversation without an answer"), (("a:hi", "u:q", "a:a"), "d: roles out of order: assistant first"),
-    (("u:q", "s:be", "a:a"), "d: roles out of order: system after user"),
-    (("u:q", "a:a", " :?"), "d: roles out of order: a part without a role after assistant")])
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        (("u:q",), "d: a conversation without an answer"),
+        (("s:be", "u:q", "u:r"), "d: a conversation without an answer"),
+        (("s:be",), "d: a conversation without an answer"),
+        (("a:hi", "u:q", "a:a"), "d: roles out of order: assistant first"),
+        (("u:q", "s:be", "a:a"), "d: roles out of order: system after user"),
+        (("u:q", "a:a", " :?"), "d: roles out of order: a part without a role after assistant"),
+    ],
+)
 def test_bad_conversations_are_one_line(make, parts, told):
     with pytest.raises(Corrupt) as error:
         make(*parts)
@@ -119,15 +240,21 @@ def test_bad_conversations_are_one_line(make, parts, told):
 
 
 def test_a_model_without_the_tokens_cannot_learn_one(make):
-    with pytest.raises(UserError, match=r"d is a conversation, and this model has no \[USER\] and \[ASSISTANT\]: model\.llama\.added=6"):
+    with pytest.raises(
+        UserError,
+        match=r"d is a conversation, and this model has no \[USER\] and \[ASSISTANT\]: model\.llama\.added=6",
+    ):
         make("u:q", "a:a", chats=False)
 
 
 # In a stream
 
+
 class Docs:
     def __init__(self, *documents):
-        self.documents = [Document(str(number), said(*parts)) for number, parts in enumerate(documents)]
+        self.documents = [
+            Document(str(number), said(*parts)) for number, parts in enumerate(documents)
+        ]
 
     def __len__(self):
         return len(self.documents)
@@ -137,25 +264,50 @@ class Docs:
 
 
 def stream(letters, docs, tokens=30):
-    to_sequence = partial(make_sequence, tokenizer=letters, n_visual=2, max_tokens=tokens, max_images=4, image_first=0.0, labels=("text", "</s>"),
-                          system="none")
+    to_sequence = partial(
+        make_sequence,
+        tokenizer=letters,
+        n_visual=2,
+        max_tokens=tokens,
+        max_images=4,
+        image_first=0.0,
+        labels=("text", "</s>"),
+        system="none",
+    )
     return Stream(Mixture(("talk",), (1.0,), (docs,), 1, 0), 0, to_sequence, 2, once=True)
 
 
 def test_streams_skip_bad_ones_count_cut_ones_and_pack_the_rest(letters, caplog):
-    docs = Docs(("u:a", "a:b"), ("u:a",), ("u:" + 40 * "x", "a:b"), ("u:a", "a:b", "u:" + 40 * "x", "a:b"), ("u:c", "a:d"))
+    docs = Docs(
+        ("u:a", "a:b"),
+        ("u:a",),
+        ("u:" + 40 * "x", "a:b"),
+        ("u:a", "a:b", "u:" + 40 * "x", "a:b"),
+        ("u:c", "a:d"),
+    )
     made = stream(letters, docs)
     with caplog.at_level(logging.WARNING):
         rows = [made.row(25, 4) for _ in range(3)]
     assert [[packed.id for packed in row] for row in rows] == [["talk/0", "talk/3"], ["talk/4"], []]
-    assert "source talk: a corrupt record is skipped: 1: a conversation without an answer" in caplog.text
+    assert (
+        "source talk: a corrupt record is skipped: 1: a conversation without an answer"
+        in caplog.text
+    )
     counts = made.state()["counts"]
-    assert (counts["documents"], counts["cut_documents"], counts["cut_turns"], made.bad) == (3, 2, 2, [1])
+    assert (counts["documents"], counts["cut_documents"], counts["cut_turns"], made.bad) == (
+        3,
+        2,
+        2,
+        [1],
+    )
 
 
 def test_a_source_of_nothing_but_long_first_turns_ends_the_run(letters):
     docs = Docs(*[("u:" + 40 * "x", "a:b")] * (STREAK + 1))
-    with pytest.raises(UserError, match=rf"source 'talk': {STREAK} conversations one after another .* raise data\.tokens or data\.images"):
+    with pytest.raises(
+        UserError,
+        match=rf"source 'talk': {STREAK} conversations one after another .* raise data\.tokens or data\.images",
+    ):
         stream(letters, docs).row(30, 4)
 
 

@@ -4,6 +4,7 @@ or in a reason, never in a crash or a hang.
 Native decoders may crash, so they run in a child process; the long form runs the numbers of a
 release.
 """
+
 import json
 import multiprocessing
 import random
@@ -32,11 +33,11 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
         if kind == 0 or len(data) < 40:
             data[place] = rng.randrange(256)
         elif kind == 1:
-            del data[place:place + rng.randrange(1, 30)]
+            del data[place : place + rng.randrange(1, 30)]
         elif kind == 2:
-            data[place:place] = data[place:place + rng.randrange(1, 30)]
+            data[place:place] = data[place : place + rng.randrange(1, 30)]
         elif rng.random() < 0.2:
-            del data[max(20, place):]
+            del data[max(20, place) :]
     return bytes(data)
 
 
@@ -44,9 +45,18 @@ def try_images(count: int, seed: int) -> None:
     rng = random.Random(seed)
     photo = picture(size=(40, 30))
     grey16 = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40))
-    files = [encoded(photo), encoded(photo, progressive=True), encoded(photo.convert("CMYK")), encoded(photo, "PNG"),
-             encoded(photo.convert("P"), "PNG"), encoded(photo.convert("RGBA"), "WEBP"), encoded(photo, "GIF"), encoded(grey16, "PNG"),
-             encoded(photo, "BMP"), encoded(photo, "TIFF")]
+    files = [
+        encoded(photo),
+        encoded(photo, progressive=True),
+        encoded(photo.convert("CMYK")),
+        encoded(photo, "PNG"),
+        encoded(photo.convert("P"), "PNG"),
+        encoded(photo.convert("RGBA"), "WEBP"),
+        encoded(photo, "GIF"),
+        encoded(grey16, "PNG"),
+        encoded(photo, "BMP"),
+        encoded(photo, "TIFF"),
+    ]
     good = 0
     for number in range(count):
         try:
@@ -64,16 +74,33 @@ def try_archives(count: int, seed: int, folder: str) -> None:
     rng = random.Random(seed)
     root = Path(folder)
     photo = encoded(picture())
-    pairs = [{"__key__": f"{k}", "jpg": photo, "txt": f"number {k}", "json": json.dumps({"url": "x"})} for k in range(3)]
-    clip = {"__key__": "v", "mp4": film(None, 9), "txt": "a clip", "vtt": "WEBVTT\n\n00:00.000 --> 00:01.000\nhi\n"}
+    pairs = [
+        {"__key__": f"{k}", "jpg": photo, "txt": f"number {k}", "json": json.dumps({"url": "x"})}
+        for k in range(3)
+    ]
+    clip = {
+        "__key__": "v",
+        "mp4": film(None, 9),
+        "txt": "a clip",
+        "vtt": "WEBVTT\n\n00:00.000 --> 00:01.000\nhi\n",
+    }
     tars, films = (tar(root / "t.tar", *samples).read_bytes() for samples in (pairs, [clip]))
-    pyarrow.parquet.write_table(pyarrow.table({"key": ["0", "1"], "jpg": [photo, photo], "txt": ["one", "two"]}), root / "t.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"key": ["0", "1"], "jpg": [photo, photo], "txt": ["one", "two"]}),
+        root / "t.parquet",
+    )
     table = (root / "t.parquet").read_bytes()
     with zipfile.ZipFile(root / "t.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a.html", "<p>words<img src=a.jpg>")
         file.writestr("a.jpg", encoded(picture(size=(90, 90))))
     pages = (root / "t.zip").read_bytes()
-    makes = [("pairs", "tar", tars), ("pairs", "parquet", table), ("html", "zip", pages), ("videos", "tar", films), ("subtitled", "tar", films)]
+    makes = [
+        ("pairs", "tar", tars),
+        ("pairs", "parquet", table),
+        ("html", "zip", pages),
+        ("videos", "tar", films),
+        ("subtitled", "tar", films),
+    ]
     seen = set()
     for number in range(count):
         kind, suffix, data = makes[number % len(makes)]
@@ -87,7 +114,10 @@ def try_archives(count: int, seed: int, folder: str) -> None:
         except UserError as error:
             assert "\n" not in str(error)
         path.unlink()
-    assert {kind for kind, _ in seen} == {"pairs", "html", "videos", "subtitled"} and ("pairs", Skipped) in seen
+    assert {kind for kind, _ in seen} == {"pairs", "html", "videos", "subtitled"} and (
+        "pairs",
+        Skipped,
+    ) in seen
 
 
 def in_a_child(function, *arguments, seconds: float) -> None:
@@ -110,8 +140,10 @@ def test_archives(tmp_path):
 
 def test_subtitles():
     rng = random.Random(0)
-    files = [b"WEBVTT\n\n00:00.000 --> 00:01.000\n<v A>hi <i>you</i> &amp; me<00:00.500><c>x</c>\n\n1\n00:01.000 --> 00:02.000\nbye\n",
-             b"1\r\n00:00:01,000 --> 00:00:02,000\r\n{\\an8}hi\r\n\r\n2\r\n00:00:03,000 --> 00:00:04,000\r\nbye\r\n"]
+    files = [
+        b"WEBVTT\n\n00:00.000 --> 00:01.000\n<v A>hi <i>you</i> &amp; me<00:00.500><c>x</c>\n\n1\n00:01.000 --> 00:02.000\nbye\n",
+        b"1\r\n00:00:01,000 --> 00:00:02,000\r\n{\\an8}hi\r\n\r\n2\r\n00:00:03,000 --> 00:00:04,000\r\nbye\r\n",
+    ]
     good = 0
     for number in range(500):
         try:
@@ -125,7 +157,15 @@ def test_subtitles():
 
 def test_text_that_is_almost_endless_tags():
     """Regular expressions that backtrack would hang here."""
-    for text in ("<" * 50_000, "<a" * 50_000, "4k " * 20_000, "a, " * 20_000 + "2018:", "[" * 20_000 + "4k", "- " * 20_000, "x." * 20_000 + "jpg"):
+    for text in (
+        "<" * 50_000,
+        "<a" * 50_000,
+        "4k " * 20_000,
+        "a, " * 20_000 + "2018:",
+        "[" * 20_000 + "4k",
+        "- " * 20_000,
+        "x." * 20_000 + "jpg",
+    ):
         subtitles.parse("1\n00:00:01,000 --> 00:00:02,000\n" + text + "\n")
         clean.video_caption(text[:100_000])
         clean.junk(text)
@@ -135,4 +175,3 @@ def test_text_that_is_almost_endless_tags():
 def test_as_many_as_for_a_release(tmp_path):
     in_a_child(try_images, 5000, 1, seconds=600)
     in_a_child(try_archives, 2500, 1, str(tmp_path), seconds=1200)
-

@@ -32,7 +32,10 @@ def test_others_are_squashed_not_cropped(photo):
     assert decoded.shape == (28, 28, 3)
 
 
-@pytest.mark.parametrize("mode, format", [("1", "PNG"), ("L", "PNG"), ("P", "PNG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF"), ("L", "BMP")])
+@pytest.mark.parametrize(
+    "mode, format",
+    [("1", "PNG"), ("L", "PNG"), ("P", "PNG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF"), ("L", "BMP")],
+)
 def test_every_mode_becomes_rgb(mode, format):
     grey = Image.new("L", (8, 8), 255)
     grey.paste(0, (0, 0, 8, 4))
@@ -48,7 +51,9 @@ def test_sixteen_bits_lose_their_lower_eight():
 
 def test_one_of_sixteen_bit_greys_may_be_transparent():
     values = np.array([[1000, 1001]], np.uint16)
-    assert images.pixels(encoded(Image.fromarray(values), transparency=1001))[..., 0].tolist() == [[3, 255]]
+    assert images.pixels(encoded(Image.fromarray(values), transparency=1001))[..., 0].tolist() == [
+        [3, 255]
+    ]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -71,10 +76,19 @@ def test_first_frame_of_an_animation():
 
 def bomb():
     """A PNG of a few bytes that claims 20,000 x 20,000 pixels."""
+
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -114,7 +128,9 @@ def test_photos_stand_upright(photo, orientation, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(photo, format, exif=exif)
-    assert (images.pixels(data) == np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))).all()
+    assert (
+        images.pixels(data) == np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    ).all()
     assert images.pixels(data).shape[:2] == ((40, 60) if orientation < 5 else (60, 40))
 
 
@@ -129,9 +145,13 @@ def test_scaled_decoding_is_near_the_whole():
     """A JPEG of eight times the size is decoded at a quarter: after the bicubic filter hardly a
     value differs.
     """
-    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((480, 320), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    ).resize((480, 320), Image.Resampling.BICUBIC)
     data = encoded(smooth, "JPEG", quality=95)
-    whole = np.asarray(Image.open(io.BytesIO(data)).resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
+    whole = np.asarray(
+        Image.open(io.BytesIO(data)).resize((48, 48), Image.Resampling.BICUBIC)
+    ).astype(int)
     difference = np.abs(images.decode(data, 48) - whole)
     assert 0 < difference.max() <= 6 and difference.mean() < 0.5
 

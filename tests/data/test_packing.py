@@ -10,9 +10,15 @@ def sequence(length, slots=(), first=10):
     """Tokens first, first + 1, ...; weights 0 at the first token, then 1; the image at slot s is
     all s.
     """
-    return Sequence("d", np.arange(first, first + length, dtype=np.int32), np.arange(length).clip(0, 1).astype(np.float32),
-                    np.array([np.full((2, 2, 3), slot) for slot in slots], np.uint8).reshape(-1, 2, 2, 3),
-                    np.array(slots, np.int32), np.ones(len(slots), np.float32), 0)
+    return Sequence(
+        "d",
+        np.arange(first, first + length, dtype=np.int32),
+        np.arange(length).clip(0, 1).astype(np.float32),
+        np.array([np.full((2, 2, 3), slot) for slot in slots], np.uint8).reshape(-1, 2, 2, 3),
+        np.array(slots, np.int32),
+        np.ones(len(slots), np.float32),
+        0,
+    )
 
 
 def of(tokens, images):
@@ -31,7 +37,16 @@ def test_first_fit_respects_both_budgets():
 
 def test_a_row_by_hand():
     batch = empty_batch(2, tokens=12, images=4, image_size=2, pad=99)
-    write_row(batch, 1, [sequence(5, slots=(2,), first=10), sequence(2, first=20), sequence(4, slots=(1, 3), first=30)], [1, 0, 2])
+    write_row(
+        batch,
+        1,
+        [
+            sequence(5, slots=(2,), first=10),
+            sequence(2, first=20),
+            sequence(4, slots=(1, 3), first=30),
+        ],
+        [1, 0, 2],
+    )
     assert batch.tokens[1].tolist() == [10, 11, 12, 13, 14, 20, 21, 30, 31, 32, 33, 99]
     assert batch.segments[1].tolist() == [1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 0]
     assert batch.positions[1].tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0]
@@ -48,7 +63,14 @@ def test_an_empty_row_counts_for_nothing():
     write_row(batch, 0, [], [])
     write_row(batch, 1, [sequence(12, slots=(1, 2, 3, 4))], [0])
     assert (batch.tokens[0] == 99).all() and (batch.image_slots[0] == 12).all()
-    for field in (batch.segments, batch.positions, batch.text_weights, batch.images, batch.image_weights, batch.sources):
+    for field in (
+        batch.segments,
+        batch.positions,
+        batch.text_weights,
+        batch.images,
+        batch.image_weights,
+        batch.sources,
+    ):
         assert not field[0].any()
 
 
@@ -57,7 +79,10 @@ def test_dtypes_and_shapes():
     for field in (batch.tokens, batch.segments, batch.positions, batch.sources):
         assert field.dtype == np.int32 and field.shape == (2, 12)
     assert batch.text_weights.dtype == batch.image_weights.dtype == np.float32
-    assert batch.text_weights.shape == (2, 12) and batch.image_weights.shape == batch.image_slots.shape == (2, 4)
+    assert batch.text_weights.shape == (
+        2,
+        12,
+    ) and batch.image_weights.shape == batch.image_slots.shape == (2, 4)
     assert batch.images.dtype == np.uint8 and batch.images.shape == (2, 4, 2, 2, 3)
     assert batch.image_slots.dtype == np.int32
 
@@ -74,9 +99,21 @@ def test_best_fit_by_hand():
 
 def test_best_fit_leaves_less_empty_than_first_fit_and_lets_none_wait_for_ever():
     rng = np.random.default_rng(0)
-    documents = [of(*((50, 1) if rng.random() < 0.7 else (int(rng.integers(200, 900)), int(rng.integers(0, 12))))) for _ in range(600)]
+    documents = [
+        of(
+            *(
+                (50, 1)
+                if rng.random() < 0.7
+                else (int(rng.integers(200, 900)), int(rng.integers(0, 12)))
+            )
+        )
+        for _ in range(600)
+    ]
     used = {}
-    for name, fit in (("first", first_fit), ("best", partial(best_fit, row_tokens=1000, row_images=12))):
+    for name, fit in (
+        ("first", first_fit),
+        ("best", partial(best_fit, row_tokens=1000, row_images=12)),
+    ):
         unread = list(enumerate(documents))
         waiting = []
         rows = []

@@ -23,10 +23,12 @@ def patient(tmp_path, request):
     or a process.
     """
     with contextlib.ExitStack() as stack:
+
         def make(faults, seconds=5.0, retries=0, unreadable="skip", times=10**9):
             readers = Readers([Disk(tmp_path, faults, times)], 1, seconds, request.param)
             stack.callback(readers.close)
             return Patient(readers, 0, "web", retries, unreadable)
+
         yield make
         (tmp_path / "free").touch()
 
@@ -48,10 +50,16 @@ def soon(condition) -> bool:
 
 
 def test_a_hung_read_is_reported_and_skipped_or_ends_the_run(patient, caplog):
-    with caplog.at_level(logging.WARNING), pytest.raises(Corrupt, match="no answer within 0.5 seconds"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(Corrupt, match="no answer within 0.5 seconds"),
+    ):
         patient({0: "hang"}, 0.5, 1)[0]
     assert "source web: record 0: no answer within 0.5 seconds (attempt 2 of 2)" in caplog.text
-    with pytest.raises(UserError, match="source 'web': record 0 cannot be read: no answer within 0.5 seconds; .* data.unreadable=skip"):
+    with pytest.raises(
+        UserError,
+        match="source 'web': record 0 cannot be read: no answer within 0.5 seconds; .* data.unreadable=skip",
+    ):
         patient({0: "hang"}, 0.5, 0, "stop")[0]
 
 
@@ -88,10 +96,12 @@ def test_threads_end_when_they_are_told_to(tmp_path):
 @pytest.fixture
 def processes(tmp_path):
     with contextlib.ExitStack() as stack:
+
         def make(faults, count=1, retries=2, unreadable="skip", times=10**9):
             readers = Readers([Disk(tmp_path, faults, times)], count, 20.0, True)
             stack.callback(readers.close)
             return Patient(readers, 0, "web", retries, unreadable)
+
         yield make
 
 
@@ -99,7 +109,9 @@ def test_a_process_that_dies_is_replaced_and_the_record_comes(processes, caplog)
     each = processes({0: "die"}, times=1)
     with caplog.at_level(logging.WARNING):
         assert each[0].id == "d0"
-    assert [record.getMessage() for record in caplog.records] == ["source web: record 0: its process died (SIGKILL) (attempt 1 of 3)"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "source web: record 0: its process died (SIGKILL) (attempt 1 of 3)"
+    ]
     first, second = each.readers.sources[0].readers(0)
     assert first != second != os.getpid()
 
@@ -116,7 +128,7 @@ def test_a_stopped_process_is_as_one_that_hangs(tmp_path, processes):
     each.readers.seconds = 0.3
     # a process that reads does not import it
     assert each[0].parts == ("a", "jax: False")
-    pid, = each.readers.sources[0].readers(0)
+    (pid,) = each.readers.sources[0].readers(0)
     os.kill(pid, signal.SIGSTOP)
     assert each[1].id == "d1" and not is_there(pid)
 
@@ -124,7 +136,7 @@ def test_a_stopped_process_is_as_one_that_hangs(tmp_path, processes):
 def test_signals_to_all_are_not_for_readers(processes):
     each = processes({})
     assert each[0].id == "d0"
-    pid, = each.readers.sources[0].readers(0)
+    (pid,) = each.readers.sources[0].readers(0)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(pid, number)
     assert each[1].id == "d1" and each.readers.sources[0].readers(1) == [pid]
@@ -134,7 +146,9 @@ def test_signals_to_all_are_not_for_readers(processes):
 
 
 def test_faults_of_ours_say_where_they_were(processes):
-    with pytest.raises(RuntimeError, match="(?s)in a process that reads:.*memory.py.*ZeroDivisionError"):
+    with pytest.raises(
+        RuntimeError, match="(?s)in a process that reads:.*memory.py.*ZeroDivisionError"
+    ):
         processes({0: "wrong"})[0]
 
 
@@ -148,22 +162,34 @@ readers = Readers([Disk(Path({str(tmp_path)!r}), {{}})], 2, 0.0, True)
 readers.ask(0, 0), readers.ask(0, 1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.getcwd()}).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.getcwd()}
+        ).returncode
+        == -signal.SIGKILL
+    )
     pids = Disk(tmp_path, {}).readers(0) + Disk(tmp_path, {}).readers(1)
     assert len(set(pids)) == 2 and soon(lambda: not any(map(is_there, pids)))
 
 
-def test_a_process_that_does_not_start_is_started_again_and_then_said(processes, tmp_path, monkeypatch):
+def test_a_process_that_does_not_start_is_started_again_and_then_said(
+    processes, tmp_path, monkeypatch
+):
     each = processes({})
     python = tmp_path / "python"
     start = sys.executable
-    python.write_text(f"#!/bin/sh\nmkdir {tmp_path}/once 2>/dev/null && exit 3\nexec {start} \"$@\"\n")
+    python.write_text(
+        f'#!/bin/sh\nmkdir {tmp_path}/once 2>/dev/null && exit 3\nexec {start} "$@"\n'
+    )
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     assert each[0].id == "d0"
     each.readers.close()
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match=r"^a process that reads for the loader does not start: its process died \(exit 1\); data.readers=0"):
+    with pytest.raises(
+        UserError,
+        match=r"^a process that reads for the loader does not start: its process died \(exit 1\); data.readers=0",
+    ):
         each[0]
 
 

@@ -1,6 +1,7 @@
 """Conditions and latents of a decoder: what was written is found by the document's id, for the
 image's own document.
 """
+
 import json
 
 import make
@@ -43,20 +44,42 @@ def test_every_image_gets_its_documents(folder):
 
 
 def test_in_a_row_of_several_documents_the_images_own_counts(folder):
-    text, image = (next(s for s in make.sequences(C, 8) if len(s.image_slots) == count and len(s.tokens) < 12) for count in (0, 1))
+    text, image = (
+        next(s for s in make.sequences(C, 8) if len(s.image_slots) == count and len(s.tokens) < 12)
+        for count in (0, 1)
+    )
     latents = np.arange(8 * 4 * 4 * 8, dtype=np.float16).reshape(8, 4, 4, 8)
-    made = {"conditions": stored(folder), "latents": stored(written(folder / "of_images", "latents", latents), "latents")}
+    made = {
+        "conditions": stored(folder),
+        "latents": stored(written(folder / "of_images", "latents", latents), "latents"),
+    }
     batch = attached(make.pack(C, [[text, image]]), [["a/d3", "a/d5"]], made)
     np.testing.assert_array_equal(batch.conditions[0, 0], VISUAL[5])
     np.testing.assert_array_equal(batch.latents[0, 0], latents[5])
 
 
-@pytest.mark.parametrize(("spoil", "told"), [
-    (lambda folder: notes_of(folder, "conditions").unlink(), "no conditions in .* precompute"),
-    (lambda folder: notes_of(folder, "conditions").write_text("{"), "conditions.json is damaged"),
-    (lambda folder: (folder / "mixture/a/00000.json").unlink(), "source 'a' are not whole .* it makes what is missing"),
-    (lambda folder: (folder / "mixture/a/00000.npy").write_bytes(b"\x93NUMPY"), "are not whole"),
-    (lambda folder: np.save(folder / "mixture/a/00000.npy", VISUAL[:3]), r"holds \[3, 4, 32\], not \[8, 4, 32\]")])
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda folder: notes_of(folder, "conditions").unlink(), "no conditions in .* precompute"),
+        (
+            lambda folder: notes_of(folder, "conditions").write_text("{"),
+            "conditions.json is damaged",
+        ),
+        (
+            lambda folder: (folder / "mixture/a/00000.json").unlink(),
+            "source 'a' are not whole .* it makes what is missing",
+        ),
+        (
+            lambda folder: (folder / "mixture/a/00000.npy").write_bytes(b"\x93NUMPY"),
+            "are not whole",
+        ),
+        (
+            lambda folder: np.save(folder / "mixture/a/00000.npy", VISUAL[:3]),
+            r"holds \[3, 4, 32\], not \[8, 4, 32\]",
+        ),
+    ],
+)
 def test_what_is_damaged_is_one_line(folder, spoil, told):
     spoil(folder)
     with pytest.raises(UserError, match=told):

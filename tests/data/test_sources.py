@@ -48,14 +48,17 @@ def rewrite(folder, change):
 
 def test_pairs_and_stories(tiny):
     for number in range(16):
-        pair, = sources.open(f"{tiny}/scenes:train", 28)[number].parts
+        (pair,) = sources.open(f"{tiny}/scenes:train", 28)[number].parts
         assert isinstance(pair, Pair) and isinstance(pair.text, str)
         assert pair.image.shape == (28, 28, 3) and pair.image.dtype == np.uint8
     orders = set()
     for story in sources.open(f"{tiny}/stories:train", 28):
         kinds = "".join("I" if isinstance(part, np.ndarray) else "T" for part in story.parts)
         orders.add(kinds[:2])
-        assert kinds in ("IT" * (len(kinds) // 2), "TI" * (len(kinds) // 2)) and len(kinds) in (4, 6)
+        assert kinds in ("IT" * (len(kinds) // 2), "TI" * (len(kinds) // 2)) and len(kinds) in (
+            4,
+            6,
+        )
         assert [part for part in story.parts if isinstance(part, str)][1].endswith("comes")
     assert orders == {"IT", "TI"}
 
@@ -79,14 +82,18 @@ def test_random_access_from_threads_equals_a_pass_in_order(tiny):
     asked = np.random.default_rng(0).integers(len(source), size=500)
     with ThreadPoolExecutor(8) as pool:
         for index, document in zip(asked, pool.map(source.__getitem__, map(int, asked))):
-            pair, = document.parts
+            (pair,) = document.parts
             assert pair.text == order[index].text and (pair.image == order[index].image).all()
 
 
 def test_cache_is_bounded_and_changes_nothing(tiny, monkeypatch):
     source = sources.open(f"{tiny}/scenes:train", 28)
     cached = sources.Cached(source)
-    assert cached[3] is cached[3] and source[3] is not source[3] and not cached[3].parts[0].image.flags.writeable
+    assert (
+        cached[3] is cached[3]
+        and source[3] is not source[3]
+        and not cached[3].parts[0].image.flags.writeable
+    )
     monkeypatch.setattr(sources, "CACHE_BYTES", 2 * (28 * 28 * 3 + sources.RECORD_BYTES + 100))
     bounded = sources.Cached(source)
     kept = [bounded[index] is bounded[index] for index in range(len(bounded))]
@@ -97,7 +104,9 @@ def test_cache_is_bounded_and_changes_nothing(tiny, monkeypatch):
 
 def test_texts_fill_the_cache_too(memory, monkeypatch):
     monkeypatch.setattr(sources, "CACHE_BYTES", 10 * sources.RECORD_BYTES)
-    cached = sources.Cached(memory([Document(f"d{k}", ("x" * sources.RECORD_BYTES,)) for k in range(20)]))
+    cached = sources.Cached(
+        memory([Document(f"d{k}", ("x" * sources.RECORD_BYTES,)) for k in range(20)])
+    )
     # of a list that is itself in memory
     assert sum(cached[index] is cached[index] for index in range(20)) == 20
     assert len(cached._kept) == 5
@@ -106,7 +115,11 @@ def test_texts_fill_the_cache_too(memory, monkeypatch):
 def test_a_source_can_be_sent(tiny):
     source = sources.open(f"{tiny}/scenes:train", 28)
     again = pickle.loads(pickle.dumps(source))
-    assert len(again) == len(source) and again[5].id == source[5].id and (again[5].parts[0].image == source[5].parts[0].image).all()
+    assert (
+        len(again) == len(source)
+        and again[5].id == source[5].id
+        and (again[5].parts[0].image == source[5].parts[0].image).all()
+    )
 
 
 def test_beyond_the_end(tiny):
@@ -145,18 +158,40 @@ def test_damaged_bytes_are_one_corrupt_record(copy):
             source[index]
         except sources.Corrupt as corrupt:
             bad.append((index, corrupt))
-    (index, corrupt), = bad
-    assert corrupt.id == f"scenes:train[{index}]" and "mismatch" in corrupt.reason and "\n" not in str(corrupt)
+    ((index, corrupt),) = bad
+    assert (
+        corrupt.id == f"scenes:train[{index}]"
+        and "mismatch" in corrupt.reason
+        and "\n" not in str(corrupt)
+    )
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda fields: b"no protocol buffer", "scenes:train[2]: "),
-    (lambda fields: fields["id"].bytes_list.Clear(), "has no id or no layout"),
-    (lambda fields: fields["layout"].bytes_list.value.__setitem__(0, b"X"), "the layout 'X' does not fit 1 texts and 1 images"),
-    (lambda fields: fields["texts"].bytes_list.value.append(b"more"), "the layout 'P' does not fit 2 texts and 1 images"),
-    (lambda fields: fields["texts"].bytes_list.value.__setitem__(0, b"\xff\xfe"), "utf-8"),
-    (lambda fields: fields["images"].bytes_list.value.__setitem__(0, b"GIF89a"), "not a usable image"),
-    (lambda fields: fields["images"].bytes_list.value.__setitem__(0, fields["images"].bytes_list.value[0][:-60]), "not a usable image")])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda fields: b"no protocol buffer", "scenes:train[2]: "),
+        (lambda fields: fields["id"].bytes_list.Clear(), "has no id or no layout"),
+        (
+            lambda fields: fields["layout"].bytes_list.value.__setitem__(0, b"X"),
+            "the layout 'X' does not fit 1 texts and 1 images",
+        ),
+        (
+            lambda fields: fields["texts"].bytes_list.value.append(b"more"),
+            "the layout 'P' does not fit 2 texts and 1 images",
+        ),
+        (lambda fields: fields["texts"].bytes_list.value.__setitem__(0, b"\xff\xfe"), "utf-8"),
+        (
+            lambda fields: fields["images"].bytes_list.value.__setitem__(0, b"GIF89a"),
+            "not a usable image",
+        ),
+        (
+            lambda fields: fields["images"].bytes_list.value.__setitem__(
+                0, fields["images"].bytes_list.value[0][:-60]
+            ),
+            "not a usable image",
+        ),
+    ],
+)
 def test_records_that_are_no_documents(copy, change, reason):
     rewrite(copy / "scenes", change)
     source = sources.open(f"{copy}/scenes:train", 28)
@@ -175,30 +210,33 @@ def test_a_layout_that_does_not_fit_is_not_written():
 
 def test_paths_that_lead_nowhere(tiny, tmp_path):
     for path, message in [
-            (f"{tiny}/names", "names no split"),
-            (f"{tmp_path}/none:train", "no dataset in"),
-            (f"{tiny}/names:validation", "no records in split 'validation' .* it has train, held_out"),
-            (f"{tiny}:train", "no dataset in")]:
+        (f"{tiny}/names", "names no split"),
+        (f"{tmp_path}/none:train", "no dataset in"),
+        (f"{tiny}/names:validation", "no records in split 'validation' .* it has train, held_out"),
+        (f"{tiny}:train", "no dataset in"),
+    ]:
         with pytest.raises(UserError, match=message):
             sources.open(path, 28)
 
 
 def test_a_folder_of_several_datasets(copy):
-    with pytest.raises(UserError, match="holds several datasets; name one of them: .*scenes.*stories"):
+    with pytest.raises(
+        UserError, match="holds several datasets; name one of them: .*scenes.*stories"
+    ):
         for name in ("scenes", "stories"):
             shutil.move(next((copy / name).iterdir()), copy / "names" / name)
         sources.open(f"{copy}/names:train", 28)
 
 
 def test_a_dataset_half_written_is_none(copy):
-    version, = (copy / "names").glob("*/*")
+    (version,) = (copy / "names").glob("*/*")
     version.rename(version.parent / "incomplete.ABC_1.0.0")
     with pytest.raises(UserError, match="no dataset in"):
         sources.open(f"{copy}/names:train", 28)
 
 
 def test_datasets_of_others(copy):
-    file, = (copy / "names").glob("*/*/metadata.json")
+    (file,) = (copy / "names").glob("*/*/metadata.json")
     file.write_text(json.dumps({}))
     with pytest.raises(UserError, match="was not written by emu_jax"):
         sources.open(f"{copy}/names:train", 28)
@@ -213,7 +251,7 @@ def test_missing_truncated_and_empty_files(copy):
         file.write_bytes(file.read_bytes()[:length])
         with pytest.raises(UserError, match="damaged|hold"):
             sources.open(f"{copy}/{name}:train", 28)
-    info, = (copy / "scenes").glob("*/*/dataset_info.json")
+    (info,) = (copy / "scenes").glob("*/*/dataset_info.json")
     info.write_text("{")
     with pytest.raises(UserError, match="cannot be opened"):
         sources.open(f"{copy}/scenes:train", 28)

@@ -9,7 +9,13 @@ from emu_jax.data import tokenizer
 
 WORDS = ("cat", "dog", "tree", "house", "above", "left", "blue", "green", "São", "Côte", "d’Ivoire")
 TEXTS = [f"a {a} and a {b} on {c}" for a, b, c in itertools.permutations(WORDS, 3)]
-TRICKS = ("<s> a cat </s>", "[IMG]", "a [IMG]<image><image>[/IMG] b", "[PAD] [USER] [ASSISTANT]", "<unk>")
+TRICKS = (
+    "<s> a cat </s>",
+    "[IMG]",
+    "a [IMG]<image><image>[/IMG] b",
+    "[PAD] [USER] [ASSISTANT]",
+    "<unk>",
+)
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "json"])
@@ -25,9 +31,16 @@ def model(request, tmp_path_factory):
 def save_sentencepiece(path, **different):
     data = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=data, vocab_size=400, hard_vocab_limit=True, model_type="bpe", byte_fallback=True,
-        user_defined_symbols=[f"reserved{number}" for number in range(80)], minloglevel=2,
-        **dict(unk_id=0, bos_id=1, eos_id=2, pad_id=-1) | different)
+        sentence_iterator=iter(TEXTS),
+        model_writer=data,
+        vocab_size=400,
+        hard_vocab_limit=True,
+        model_type="bpe",
+        byte_fallback=True,
+        user_defined_symbols=[f"reserved{number}" for number in range(80)],
+        minloglevel=2,
+        **dict(unk_id=0, bos_id=1, eos_id=2, pad_id=-1) | different,
+    )
     path.write_bytes(data.getvalue())
     return path
 
@@ -43,7 +56,9 @@ def test_added_ids_follow_the_vocabulary(model):
     mine = tokenizer.load(*model)
     vocab = model[1]
     assert mine.vocab == vocab and (mine.bos, mine.eos) == (1, 2)
-    assert [mine.pad, mine.img, mine.end_img, mine.image, mine.user, mine.assistant] == list(range(vocab, vocab + 6))
+    assert [mine.pad, mine.img, mine.end_img, mine.image, mine.user, mine.assistant] == list(
+        range(vocab, vocab + 6)
+    )
 
 
 @pytest.mark.parametrize("text", TRICKS)

@@ -1,4 +1,5 @@
 """Frames by number and by time, of clips whose frames can be told apart."""
+
 import io
 import struct
 
@@ -11,16 +12,33 @@ from tests.data.formats import film
 
 
 def test_centres_are_those_of_the_release():
-    assert video.centres(9) == [0, 1, 2, 3, 4, 5, 6, 7] and video.centres(81) == [5, 15, 25, 35, 45, 55, 65, 75]
+    assert video.centres(9) == [0, 1, 2, 3, 4, 5, 6, 7] and video.centres(81) == [
+        5,
+        15,
+        25,
+        35,
+        45,
+        55,
+        65,
+        75,
+    ]
     assert video.centres(1) == [0] * 8 and max(video.centres(3)) == 2
 
 
 def test_frames_by_number_and_by_time():
     data = film(None, 20, rate=10)
+
     def number(frame):
         return round((float(frame.mean()) - 10) / 10)
-    assert [(time, number(frame)) for time, frame in video.chosen(data, lambda count: [count - 1, 0, 3])] == [(1.9, 19), (0.0, 0), (0.3, 3)]
-    assert [(time, number(frame)) for time, frame in video.sampled(data, 0.75)] == [(0.0, 0), (0.75, 7), (1.5, 15)]
+
+    assert [
+        (time, number(frame)) for time, frame in video.chosen(data, lambda count: [count - 1, 0, 3])
+    ] == [(1.9, 19), (0.0, 0), (0.3, 3)]
+    assert [(time, number(frame)) for time, frame in video.sampled(data, 0.75)] == [
+        (0.0, 0),
+        (0.75, 7),
+        (1.5, 15),
+    ]
 
 
 def test_a_film_shot_with_the_phone_upright_stands_upright():
@@ -35,17 +53,31 @@ def test_a_film_shot_with_the_phone_upright_stands_upright():
         pixels[:, :32] = 255
         container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    plain, turned = (struct.pack(">9i", *numbers, 1 << 30) for numbers in ((65536, 0, 0, 0, 65536, 0, 0, 0),
-                                                                                    (0, 65536, 0, -65536, 0, 0, 48 << 16, 0)))
+    plain, turned = (
+        struct.pack(">9i", *numbers, 1 << 30)
+        for numbers in ((65536, 0, 0, 0, 65536, 0, 0, 0), (0, 65536, 0, -65536, 0, 0, 48 << 16, 0))
+    )
     data = file.getvalue()
     track = data.index(b"tkhd")
     data = data[:track] + data[track:].replace(plain, turned, 1)
-    (_, frame), = video.chosen(data, lambda count: [0])
+    ((_, frame),) = video.chosen(data, lambda count: [0])
     assert frame.shape == (64, 48, 3) and frame[:28].mean() > 250 and frame[36:].mean() < 5
 
 
-@pytest.mark.parametrize("suffix, codec", [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("avi", "mpeg4"), ("mpg", "mpeg2video"), ("mov", "mpeg4"),
-                                           ("ogv", "libvpx"), ("webm", "vp9"), ("y4m", "wrapped_avframe"), ("gif", "gif")])
+@pytest.mark.parametrize(
+    "suffix, codec",
+    [
+        ("mp4", "mpeg4"),
+        ("mkv", "mpeg4"),
+        ("avi", "mpeg4"),
+        ("mpg", "mpeg2video"),
+        ("mov", "mpeg4"),
+        ("ogv", "libvpx"),
+        ("webm", "vp9"),
+        ("y4m", "wrapped_avframe"),
+        ("gif", "gif"),
+    ],
+)
 def test_every_container_is_read(tmp_path, suffix, codec):
     if codec not in av.codecs_available:
         pytest.skip(f"FFmpeg was built without {codec}")
@@ -59,7 +91,7 @@ def test_every_container_is_read(tmp_path, suffix, codec):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 255, np.uint8), format="rgb24")
             container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
         container.mux(stream.encode())
-    (_, frame), = video.chosen(path.read_bytes(), lambda count: [0])
+    ((_, frame),) = video.chosen(path.read_bytes(), lambda count: [0])
     assert frame.shape == (48, 64, 3) and frame.mean() > 240
 
 
@@ -67,15 +99,20 @@ def test_a_playlist_is_no_video(tmp_path, monkeypatch):
     """It names other files, and FFmpeg would read them."""
     monkeypatch.chdir(tmp_path)
     film(tmp_path / "secret.mp4", 9)
-    for data in (b"ffconcat version 1.0\nfile 'secret.mp4'\nduration 1\n",
-                 b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.9,\nfile:secret.mp4\n#EXT-X-ENDLIST\n"):
+    for data in (
+        b"ffconcat version 1.0\nfile 'secret.mp4'\nduration 1\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.9,\nfile:secret.mp4\n#EXT-X-ENDLIST\n",
+    ):
         with pytest.raises(ValueError, match="not a usable video"):
             video.chosen(data, lambda count: [0])
 
 
 @pytest.mark.parametrize("data", [b"", b"no video", film(None, 9)[:400]])
 def test_what_is_no_video(data):
-    for frames in (lambda: video.chosen(data, lambda count: [0]), lambda: list(video.sampled(data, 1.0))):
+    for frames in (
+        lambda: video.chosen(data, lambda count: [0]),
+        lambda: list(video.sampled(data, 1.0)),
+    ):
         with pytest.raises(ValueError, match="^not a usable video: ") as caught:
             frames()
         assert "\n" not in str(caught.value)

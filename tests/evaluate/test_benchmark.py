@@ -1,6 +1,7 @@
 """Every task end to end from a tiny random checkpoint, in its official layout: killed and resumed
 it gives the same; and bad input is one line.
 """
+
 import copy
 import dataclasses
 import json
@@ -26,20 +27,42 @@ from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate.session import Session
 from emu_jax.weights import __main__ as weights
 
-WORDS = ["a picture of dog", "Question: Short answer:", "red and blue", "is it the answer known?", "one two three four"] * 9
+WORDS = [
+    "a picture of dog",
+    "Question: Short answer:",
+    "red and blue",
+    "is it the answer known?",
+    "one two three four",
+] * 9
 LAYOUTS = {
-    "coco-caption": lambda root: layouts.karpathy(root, "coco", 4), "flickr30k": lambda root: layouts.karpathy(root, "flickr30k", 4),
+    "coco-caption": lambda root: layouts.karpathy(root, "coco", 4),
+    "flickr30k": lambda root: layouts.karpathy(root, "flickr30k", 4),
     "nocaps": lambda root: layouts.nocaps(root, 4),
-    "vqav2": lambda root: layouts.vqa(root, "v2_"), "okvqa": lambda root: layouts.vqa(root, ""), "vizwiz": lambda root: layouts.vizwiz(root, 4),
-    "visdial": layouts.visdial, "msvd-qa": lambda root: layouts.video_qa(root, "msvd", 4),
+    "vqav2": lambda root: layouts.vqa(root, "v2_"),
+    "okvqa": lambda root: layouts.vqa(root, ""),
+    "vizwiz": lambda root: layouts.vizwiz(root, 4),
+    "visdial": layouts.visdial,
+    "msvd-qa": lambda root: layouts.video_qa(root, "msvd", 4),
     "msrvtt-qa": lambda root: layouts.video_qa(root, "msrvtt", 4),
-    "nextqa": lambda root: layouts.nextqa(root, 4), "mmvet": lambda root: layouts.mmvet(root, 4), "coco-t2i": layouts.coco_prompts}
-SCORES = {"captions": {"CIDEr", "Bleu_4", "ROUGE_L"}, "vqa": {"accuracy"}, "exact_match": {"exact_match"},
-          "wups": {"wups@0", "wups@0.9", "wups@0/CW"}, "visdial": {"ndcg", "mrr", "recall@5"}, "judge": {"count"}, "fid": {"fid", "clip_score"}}
+    "nextqa": lambda root: layouts.nextqa(root, 4),
+    "mmvet": lambda root: layouts.mmvet(root, 4),
+    "coco-t2i": layouts.coco_prompts,
+}
+SCORES = {
+    "captions": {"CIDEr", "Bleu_4", "ROUGE_L"},
+    "vqa": {"accuracy"},
+    "exact_match": {"exact_match"},
+    "wups": {"wups@0", "wups@0.9", "wups@0/CW"},
+    "visdial": {"ndcg", "mrr", "recall@5"},
+    "judge": {"count"},
+    "fid": {"fid", "clip_score"},
+}
 
 
 def save(folder, c, params):
-    state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(params, {}, None, jnp.int32(7))
+    state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(
+        params, {}, None, jnp.int32(7)
+    )
     Checkpoints(str(folder), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
 
 
@@ -49,7 +72,12 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     tokenizer.train(WORDS, 140, root / "tokenizer.json")
     for name, added in (("emu", 4), ("chat", 6)):
-        c = make.cfg("model.llama.vocab=140", f"model.llama.added={added}", f"data.tokenizer={root}/tokenizer.json", "data.tokens=512")
+        c = make.cfg(
+            "model.llama.vocab=140",
+            f"model.llama.added={added}",
+            f"data.tokenizer={root}/tokenizer.json",
+            "data.tokens=512",
+        )
         save(root / name, c, make.random_params(make.program(c)))
     c = make.decoder_cfg("optim.ema=0.0", "drawing.sampler=ddim", "drawing.steps=2")
     save(root / "decoder", c, make.random_params(make.program(c)))
@@ -71,6 +99,7 @@ def data(tmp_path_factory):
             if task == "nextqa":
                 shutil.move(root / task / "val.csv", root / task / "test.csv")
         return root / task
+
     return of
 
 
@@ -84,23 +113,44 @@ def loaded_once():
         if (directory, batch) not in sessions:
             sessions[directory, batch] = load(directory, batch=batch, **options | {"mesh": None})
         return sessions[directory, batch]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "load", cached)
         yield
 
 
 def call(root, data, task, *more, model="emu"):
-    return main([f"--task={task}", f"--data={data(task)}", f"--checkpoint={root}/{model}", "--batch=2", "--beams=1", f"--wordnet={root}/wordnet",
-                 *(f"--{name}={root}/{name}" for name in ("decoder", "inception", "clip") if task == "coco-t2i"), *map(str, more)])
+    return main(
+        [
+            f"--task={task}",
+            f"--data={data(task)}",
+            f"--checkpoint={root}/{model}",
+            "--batch=2",
+            "--beams=1",
+            f"--wordnet={root}/wordnet",
+            *(
+                f"--{name}={root}/{name}"
+                for name in ("decoder", "inception", "clip")
+                if task == "coco-t2i"
+            ),
+            *map(str, more),
+        ]
+    )
 
 
 def read(folder):
-    return {name: json.loads((folder / name).read_text()) for name in ("scores.json", "submission.json")}
+    return {
+        name: json.loads((folder / name).read_text()) for name in ("scores.json", "submission.json")
+    }
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch, task, capsys):
-    monkeypatch.setattr(benchmark.fid, "features", lambda params, images: np.stack([np.ravel(image)[:4].astype(float) for image in images]))
+    monkeypatch.setattr(
+        benchmark.fid,
+        "features",
+        lambda params, images: np.stack([np.ravel(image)[:4].astype(float) for image in images]),
+    )
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
     beams = "--beams=2" if task == "coco-caption" else "--beams=1"
@@ -116,11 +166,15 @@ def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch,
             if len(calls) == 2:
                 raise KeyboardInterrupt
             return of(*arguments)
+
         return die
 
     monkeypatch.setattr(benchmark.Asker, "predict", dies(ask))
     monkeypatch.setattr(benchmark.pixels.Painter, "__call__", dies(draw))
-    assert call(root, data, task, f"--out={killed}", beams) == 130 and "the same command goes on" in capsys.readouterr().err
+    assert (
+        call(root, data, task, f"--out={killed}", beams) == 130
+        and "the same command goes on" in capsys.readouterr().err
+    )
     lines = killed / "predictions-0.jsonl"
     assert len(lines.read_text().splitlines()) == 2 and not (killed / "scores.json").exists()
     with lines.open("a") as file:
@@ -130,17 +184,38 @@ def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch,
     assert call(root, data, task, f"--out={killed}", beams) == 0
     assert read(killed) == read(whole)
     told, submitted = read(whole).values()
-    assert told.keys() >= SCORES[TASKS[task].metric] | {"step", "count"} and told["missing_pictures"] == 0 and told["step"] == 7
-    assert sum(map(len, submitted.values())) if task == "nextqa" else len(submitted) == told["count"]
+    assert (
+        told.keys() >= SCORES[TASKS[task].metric] | {"step", "count"}
+        and told["missing_pictures"] == 0
+        and told["step"] == 7
+    )
+    assert (
+        sum(map(len, submitted.values())) if task == "nextqa" else len(submitted) == told["count"]
+    )
     page = (whole / "report.html").read_text()
-    assert "</html>" in page and page.count("<img") >= told["count"] and printed[-1] == str(whole / "report.html")
+    assert (
+        "</html>" in page
+        and page.count("<img") >= told["count"]
+        and printed[-1] == str(whole / "report.html")
+    )
     assert f"count: {told['count']}" in printed and not list(whole.glob("*.part"))
 
 
 def test_answers_do_not_depend_on_the_batch_and_hosts_share_them(root, data, tmp_path, capsys):
     assert call(root, data, "vqav2", f"--out={tmp_path}/one") == 0
     for host in (0, 1):
-        assert call(root, data, "vqav2", f"--out={tmp_path}/two", "--hosts=2", f"--host={host}", "--batch=1") == 0
+        assert (
+            call(
+                root,
+                data,
+                "vqav2",
+                f"--out={tmp_path}/two",
+                "--hosts=2",
+                f"--host={host}",
+                "--batch=1",
+            )
+            == 0
+        )
     assert read(tmp_path / "one") == read(tmp_path / "two")
     assert "2 of 4 predictions are other hosts'" in capsys.readouterr().out
 
@@ -151,22 +226,41 @@ def test_a_chat_model_is_asked_as_the_release_asks(root, data):
     asker = benchmark.Asker(session, settings, benchmark.plan(settings, limit=1))
     prompt = asker._prompt("known", asker.plan.examples[0], [])
     asked = session.grammar.template(prompts.ask("known", "What is this?"), [prompt.images])
-    assert prompt.tokens == asked.tokens and session.tokenizer.user in prompt.tokens and len(prompt.images) == 1
+    assert (
+        prompt.tokens == asked.tokens
+        and session.tokenizer.user in prompt.tokens
+        and len(prompt.images) == 1
+    )
 
 
 def test_few_shots_are_the_nearest_and_fewer_where_they_do_not_fit(root, data, tmp_path, capsys):
     assert call(root, data, "vqav2", f"--out={tmp_path}/rices", "--shots=2") == 0
     assert read(tmp_path / "rices")["scores.json"]["fewer_shots"] == 0
-    settings = benchmark.Settings("vqav2", str(root / "emu"), 7, str(data("vqav2")), "val2014", shots=2)
+    settings = benchmark.Settings(
+        "vqav2", str(root / "emu"), 7, str(data("vqav2")), "val2014", shots=2
+    )
     session = copy.copy(Session.load(str(root / "emu")))
     planned = benchmark.plan(settings)
     # saved by the run
     asker = benchmark.Asker(session, settings, planned, tmp_path / "rices" / "examples.npz")
     shots = asker._shots(planned.examples[:1])[0]
-    features = retrieval.features(session, [asker.frames(name) for name in (planned.examples[0].picture, *(shot.picture for shot in shots))])
-    assert features[0] @ features[2] >= features[0] @ features[1] and len({shot.picture for shot in shots}) == 2
+    features = retrieval.features(
+        session,
+        [
+            asker.frames(name)
+            for name in (planned.examples[0].picture, *(shot.picture for shot in shots))
+        ],
+    )
+    assert (
+        features[0] @ features[2] >= features[0] @ features[1]
+        and len({shot.picture for shot in shots}) == 2
+    )
     prompt, used = asker._fitting(planned.examples[0], shots)
-    assert used == 2 and len(prompt.images) == 3 and prompt.images[2] is asker.frames(planned.examples[0].picture)[0]
+    assert (
+        used == 2
+        and len(prompt.images) == 3
+        and prompt.images[2] is asker.frames(planned.examples[0].picture)[0]
+    )
     session.context = len(prompt) + asker.options.max_new_tokens - 1
     prompt, used = asker._fitting(planned.examples[0], shots)
     assert used == 1 and prompt.images[0] is asker.frames(shots[1].picture)[0]
@@ -178,18 +272,27 @@ def test_told_when_examples_do_not_fit(root, data, tmp_path, capsys, monkeypatch
     session = copy.copy(Session.load(str(root / "emu")))
     session.context = 128
     monkeypatch.setattr(Session, "load", lambda directory, **options: session)
-    assert call(root, data, "vqav2", f"--out={tmp_path}", "--shots=4", "--text-only", "--limit=2") == 0
+    assert (
+        call(root, data, "vqav2", f"--out={tmp_path}", "--shots=4", "--text-only", "--limit=2") == 0
+    )
     assert "2 of 2 prompts had room for fewer than 4 examples" in capsys.readouterr().out
     assert read(tmp_path)["scores.json"]["fewer_shots"] == 2
 
 
-def test_missing_pictures_are_counted_and_left_out_where_that_is_allowed(root, data, tmp_path, capsys):
+def test_missing_pictures_are_counted_and_left_out_where_that_is_allowed(
+    root, data, tmp_path, capsys
+):
     folder = shutil.copytree(data("vqav2"), tmp_path / "data")
     (folder / "val2014" / "COCO_val2014_000000000001.jpg").unlink()
+
     def some(task):
         return folder
+
     assert call(root, some, "vqav2", f"--out={tmp_path}/out") == 2
-    assert "1 of the pictures are not there: COCO_val2014_000000000001.jpg; --allow-missing leaves" in capsys.readouterr().err
+    assert (
+        "1 of the pictures are not there: COCO_val2014_000000000001.jpg; --allow-missing leaves"
+        in capsys.readouterr().err
+    )
     assert call(root, some, "vqav2", f"--out={tmp_path}/out", "--allow-missing") == 0
     scores = read(tmp_path / "out")["scores.json"]
     assert scores["missing_pictures"] == 1 and scores["count"] == 2
@@ -200,33 +303,70 @@ def test_a_split_without_answers_gives_a_submission_only(root, data, tmp_path):
     folder = shutil.copytree(data("vqav2"), tmp_path / "data")
     (folder / "v2_mscoco_val2014_annotations.json").unlink()
     assert call(root, lambda task: folder, "vqav2", f"--out={tmp_path}/out") == 0
-    assert "accuracy" not in read(tmp_path / "out")["scores.json"] and len(read(tmp_path / "out")["submission.json"]) == 4
+    assert (
+        "accuracy" not in read(tmp_path / "out")["scores.json"]
+        and len(read(tmp_path / "out")["submission.json"]) == 4
+    )
 
 
-@pytest.mark.parametrize(("task", "flags", "told"), [
-    ("vqav2", ["--data={data}/okvqa"], "no v2_OpenEnded_mscoco_val2014_questions.json anywhere in it, which --task=vqav2 reads; "
-                                       "it looks like --task=okvqa"),
-    ("msvd-qa", ["--data={data}/msrvtt-qa"], "test_qa.json: not MSVD-QA's questions: rows have a category_id"),
-    ("coco-caption", ["--split=restval"], "no image of split 'restval'; there are test, train"),
-    ("mmvet", ["--shots=2"], "mmvet has no split that examples come from"), ("vqav2", ["--shots=9", "--text-only"], "'train2014' has 4 examples"),
-    ("vqav2", ["--shots=9"], "'train2014' has 2 pictures of examples"),
-    ("coco-t2i", ["--inception={root}/emu"], "is not FID's Inception; --inception=DIR"),
-    ("coco-t2i", ["--clip={root}/emu"], "is not a CLIP; --clip=DIR"), ("nextqa", ["--tagger=/nowhere"], "of the tagger; --tagger=DIR"),
-    ("coco-t2i", ["--decoder="], "a trained decoder (--decoder=DIR) and --inception=DIR"),
-    ("vqav2", ["--data=/nowhere"], "no folder '/nowhere'"), ("nextqa", ["--wordnet=/nowhere"], "no WordNet file"),
-    ("vqav2", ["--limit=0"], "'0' is no whole number"), ("vqav2", ["--text-only"], "--text-only needs --shots"),
-    ("vqav2", ["--checkpoint=/nowhere"], "no directory"), ("vqav2", ["--host=3", "--hosts=2"], "--host=3 must be from 0 to 1")])
+@pytest.mark.parametrize(
+    ("task", "flags", "told"),
+    [
+        (
+            "vqav2",
+            ["--data={data}/okvqa"],
+            "no v2_OpenEnded_mscoco_val2014_questions.json anywhere in it, which --task=vqav2 reads; "
+            "it looks like --task=okvqa",
+        ),
+        (
+            "msvd-qa",
+            ["--data={data}/msrvtt-qa"],
+            "test_qa.json: not MSVD-QA's questions: rows have a category_id",
+        ),
+        ("coco-caption", ["--split=restval"], "no image of split 'restval'; there are test, train"),
+        ("mmvet", ["--shots=2"], "mmvet has no split that examples come from"),
+        ("vqav2", ["--shots=9", "--text-only"], "'train2014' has 4 examples"),
+        ("vqav2", ["--shots=9"], "'train2014' has 2 pictures of examples"),
+        ("coco-t2i", ["--inception={root}/emu"], "is not FID's Inception; --inception=DIR"),
+        ("coco-t2i", ["--clip={root}/emu"], "is not a CLIP; --clip=DIR"),
+        ("nextqa", ["--tagger=/nowhere"], "of the tagger; --tagger=DIR"),
+        ("coco-t2i", ["--decoder="], "a trained decoder (--decoder=DIR) and --inception=DIR"),
+        ("vqav2", ["--data=/nowhere"], "no folder '/nowhere'"),
+        ("nextqa", ["--wordnet=/nowhere"], "no WordNet file"),
+        ("vqav2", ["--limit=0"], "'0' is no whole number"),
+        ("vqav2", ["--text-only"], "--text-only needs --shots"),
+        ("vqav2", ["--checkpoint=/nowhere"], "no directory"),
+        ("vqav2", ["--host=3", "--hosts=2"], "--host=3 must be from 0 to 1"),
+    ],
+)
 def test_bad_input_is_one_line(root, data, tmp_path, capsys, task, flags, told):
     data(task), data("okvqa"), data("msrvtt-qa")
-    assert call(root, data, task, f"--out={tmp_path}/out", *(flag.format(data=Path(data(task)).parent, root=root) for flag in flags)) == 2
+    assert (
+        call(
+            root,
+            data,
+            task,
+            f"--out={tmp_path}/out",
+            *(flag.format(data=Path(data(task)).parent, root=root) for flag in flags),
+        )
+        == 2
+    )
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and told in error and not (tmp_path / "out").exists()
+    assert (
+        error.startswith("error: ")
+        and error.count("\n") == 1
+        and told in error
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_a_folder_of_other_settings_or_of_damaged_lines_is_one_line(root, data, tmp_path, capsys):
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--limit=1") == 0
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--beams=3") == 2
-    assert "predictions of other settings: beams was 1 and is 3; choose another --out" in capsys.readouterr().err
+    assert (
+        "predictions of other settings: beams was 1 and is 3; choose another --out"
+        in capsys.readouterr().err
+    )
     (tmp_path / "predictions-0.jsonl").write_text("no json\n")
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--limit=1") == 2
     assert "predictions-0.jsonl: line 1 is no prediction" in capsys.readouterr().err
@@ -234,25 +374,48 @@ def test_a_folder_of_other_settings_or_of_damaged_lines_is_one_line(root, data, 
 
 # During training
 
+
 def test_during_training_the_numbers_are_the_commands(root, data, tmp_path, monkeypatch):
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--limit=2") == 0
     task = TASKS["vqav2"]
-    monkeypatch.setitem(TASKS, "vqav2", dataclasses.replace(task, options=dataclasses.replace(task.options, beams=1)))
+    monkeypatch.setitem(
+        TASKS,
+        "vqav2",
+        dataclasses.replace(task, options=dataclasses.replace(task.options, beams=1)),
+    )
     c = config.from_dict(checkpoint.read_config(str(root / "emu")))
     c.eval.tasks = (("vqav2", str(data("vqav2")), 2),)
     program = make.program(c)
     session = Session.load(str(root / "emu"))
-    evaluate = train.benchmarks(program, sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1]), session.tokenizer, c)
-    expected = {f"vqav2/{name}": value for name, value in read(tmp_path)["scores.json"].items() if name.startswith("accuracy")}
+    evaluate = train.benchmarks(
+        program,
+        sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1]),
+        session.tokenizer,
+        c,
+    )
+    expected = {
+        f"vqav2/{name}": value
+        for name, value in read(tmp_path)["scores.json"].items()
+        if name.startswith("accuracy")
+    }
     assert evaluate(session.params) == expected and len(expected) == 3
 
 
-@pytest.mark.parametrize(("row", "told"), [
-    (("mmvet", "x", 3), "eval.tasks: 'mmvet' is none of coco-caption, flickr30k"), (("vqav2", "/nowhere", 3), "no folder '/nowhere'"),
-    (("vqav2", "x"), r"eval.tasks: \('vqav2', 'x'\) is no \(task")])
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (("mmvet", "x", 3), "eval.tasks: 'mmvet' is none of coco-caption, flickr30k"),
+        (("vqav2", "/nowhere", 3), "no folder '/nowhere'"),
+        (("vqav2", "x"), r"eval.tasks: \('vqav2', 'x'\) is no \(task"),
+    ],
+)
 def test_a_task_that_cannot_be_asked_is_told_before_training(root, row, told):
     c = config.from_dict(checkpoint.read_config(str(root / "emu")))
     c.eval.tasks = (row,)
     with pytest.raises(UserError, match=told):
-        train.benchmarks(make.program(c), sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1]),
-                         Session.load(str(root / "emu")).tokenizer, c)
+        train.benchmarks(
+            make.program(c),
+            sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1]),
+            Session.load(str(root / "emu")).tokenizer,
+            c,
+        )

@@ -1,6 +1,7 @@
 """The demo's numbers: each score on examples made by hand, and the command on a model of no
 training.
 """
+
 import json
 import re
 import subprocess
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.xdist_group("demo")
 
 # --- texts ---
 
+
 def test_f1():
     assert demo.f1("red heart", "red heart") == 1
     # order is not its business
@@ -44,7 +46,11 @@ def test_every_caption_of_the_scenes_is_understood():
     for kind in ("counts", "spatial"):
         for scene in scenes.scenes(kind, True, 0, 64, lambda _: flat):
             found = demo.facts(scene.texts[0])
-            names = ("number", "first", "background") if kind == "counts" else ("first", "relation", "second")
+            names = (
+                ("number", "first", "background")
+                if kind == "counts"
+                else ("first", "relation", "second")
+            )
             assert " ".join(found[name] for name in names) == scene.combination
             assert scene.texts[0].endswith(f"on {found['background']}")
 
@@ -62,16 +68,22 @@ def test_facts_count_in_their_roles():
 def test_swapped():
     true = "a cat left of a pig on green"
     assert demo.swapped(true, "a pig above a cat on blue") and not demo.swapped(true, true)
-    assert not demo.swapped(true, "two cats on green") and not demo.swapped("two cats on green", "two cats on green")
+    assert not demo.swapped(true, "two cats on green") and not demo.swapped(
+        "two cats on green", "two cats on green"
+    )
 
 
 # --- visual tokens ---
+
 
 def test_ranks_against_sorting():
     rng = np.random.default_rng(0)
     distances = rng.random((20, 9))
     right = rng.integers(0, 9, 20)
-    assert (demo.ranks(distances, right) == [sorted(row).index(row[r]) for row, r in zip(distances, right)]).all()
+    assert (
+        demo.ranks(distances, right)
+        == [sorted(row).index(row[r]) for row, r in zip(distances, right)]
+    ).all()
 
 
 def test_collapsed_tokens_are_found_last():
@@ -107,7 +119,9 @@ def test_nearest():
     rng = np.random.default_rng(0)
     among = rng.integers(0, 256, (7, 8, 8, 3), np.uint8)
     order = rng.permutation(7)
-    noisy = np.clip(among[order].astype(int) + rng.integers(-9, 9, among.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(among[order].astype(int) + rng.integers(-9, 9, among.shape), 0, 255).astype(
+        np.uint8
+    )
     assert (demo.nearest(noisy, among) == order).all()
 
 
@@ -126,6 +140,7 @@ def test_batches_have_one_shape_and_lose_nothing():
 
 # --- the model ---
 
+
 @pytest.fixture(scope="module")
 def model():
     """A debug model of random weights, strong enough that its texts differ, and a tokenizer of the
@@ -134,7 +149,11 @@ def model():
     c = make.cfg("model.llama.vocab=140")
     p = make.program(c)
     params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, make.params(p))
-    letters = tokenizer.Tokenizer(140, lambda text: [3 + ord(letter) - 97 for letter in text], lambda ids: " ".join(map(str, ids)))
+    letters = tokenizer.Tokenizer(
+        140,
+        lambda text: [3 + ord(letter) - 97 for letter in text],
+        lambda ids: " ".join(map(str, ids)),
+    )
     return demo.Model(emu.EmuSize.of(c.model.to_dict()), params, letters)
 
 
@@ -165,19 +184,33 @@ def test_the_second_image_is_seen(model, images):
 
 
 def test_the_fourth_is_told_after_three(model, images):
-    drawings = [demo.Told(str(k), images[k % 5], name, "") for k, name in enumerate(("pig", "owl", "cat", "dog", "fox"))]
-    four, = demo._in_context(model, drawings)
+    drawings = [
+        demo.Told(str(k), images[k % 5], name, "")
+        for k, name in enumerate(("pig", "owl", "cat", "dog", "fox"))
+    ]
+    (four,) = demo._in_context(model, drawings)
     assert four[:3] == drawings[:3] and four[3].true == "dog"
-    assert four[3].said == model.continue_([(images[0], "pig", images[1], "owl", images[2], "cat", images[3])])[0] != model.caption(images)[3]
-    assert demo._in_context_numbers([four]) == {"in_context_count": 1, "in_context_exact": 0.0} and not demo._in_context(model, drawings[:3])
+    assert (
+        four[3].said
+        == model.continue_([(images[0], "pig", images[1], "owl", images[2], "cat", images[3])])[0]
+        != model.caption(images)[3]
+    )
+    assert demo._in_context_numbers([four]) == {
+        "in_context_count": 1,
+        "in_context_exact": 0.0,
+    } and not demo._in_context(model, drawings[:3])
 
 
 def test_captions_come_back_to_their_images():
     """A model that is always right is told so, whatever order its images are batched in; so is the
     nearest image's caption.
     """
+
     def source(texts, first):
-        return [Document(f"counts/{text}", (Pair(np.full((4, 4, 3), first + k, np.uint8), text),)) for k, text in enumerate(texts)]
+        return [
+            Document(f"counts/{text}", (Pair(np.full((4, 4, 3), first + k, np.uint8), text),))
+            for k, text in enumerate(texts)
+        ]
 
     learnt = source(["aaaaaa", "b", "cccc"], 0)
     unseen = source(["two cats on blue", "one pig on pink"], 100)
@@ -185,18 +218,25 @@ def test_captions_come_back_to_their_images():
 
     class Right(demo.Model):
         def __init__(self):
-            self.tokenizer = tokenizer.Tokenizer(256, lambda text: [ord(letter) for letter in text], str)
+            self.tokenizer = tokenizer.Tokenizer(
+                256, lambda text: [ord(letter) for letter in text], str
+            )
 
         def caption(self, images):
             return [demo.plain(texts[image[0, 0, 0]]) for image in images]
 
-    captions = demo._captions(Right(), {"names_train": (learnt, None), "scenes_held_out": (unseen, learnt)})
+    captions = demo._captions(
+        Right(), {"names_train": (learnt, None), "scenes_held_out": (unseen, learnt)}
+    )
     assert [told.said for told in captions["names_train"]] == ["aaaaaa", "b", "cccc"]
     assert [told.nearest for told in captions["scenes_held_out"]] == ["cccc", "cccc"]
     numbers = demo._numbers(captions)
     assert numbers["names_train_exact"] == 1 and "names_train_nearest_exact" not in numbers
     assert numbers["scenes_held_out_exact"] == numbers["scenes_held_out_counts_exact"] == 0.5
-    assert numbers["scenes_held_out_facts"] == pytest.approx(5 / 6) and numbers["scenes_held_out_nearest_facts"] == 0
+    assert (
+        numbers["scenes_held_out_facts"] == pytest.approx(5 / 6)
+        and numbers["scenes_held_out_nearest_facts"] == 0
+    )
     assert numbers["scenes_held_out_spatial_count"] == 0
 
 
@@ -209,47 +249,105 @@ def test_retrieval_counts_trained_and_held_out_apart():
     regressed[7] = 0
     drawn, numbers = demo._retrieval(drawings, 6, visual, regressed)
     assert [query.rank for query in drawn] == [2, 0, 0, 0, 0, 0, 0, 7]
-    assert [name for name, _ in drawn[0].found][:2] == ["1", "2"] and [query.held_out for query in drawn] == 6 * [False] + 2 * [True]
+    assert [name for name, _ in drawn[0].found][:2] == ["1", "2"] and [
+        query.held_out for query in drawn
+    ] == 6 * [False] + 2 * [True]
     assert numbers["retrieval_top1"] == pytest.approx(5 / 6) and numbers["retrieval_top5"] == 1
     assert numbers["retrieval_held_out_top5"] == 0.5 and numbers["free_run_r2"] < 1
 
 
 # --- the history ---
 
+
 def test_history(tmp_path):
     folder = tmp_path / "checkpoints" / "20"
     folder.mkdir(parents=True)
     # compiles: no step_time
-    lines = [{"step": 1, "visual_variance": 2.0, "input_wait": 9.0, "padding": 0.9},
-             {"step": 10, "visual_variance": 0.5, "input_wait": 0.1, "padding": 0.2, "step_time": 1.0, "tokens_per_second": 10.0,
-              "flops_per_second": 1.0, "flops_per_second/llama": 1.0},
-             {"step": 10, "eval/text_loss": 3.0, "eval/visual_variance": 0.01},
-             {"step": 20, "visual_variance": None, "input_wait": 0.2, "padding": 0.4, "step_time": 2.0, "tokens_per_second": 20.0,
-              "flops_per_second": 3.0, "flops_per_second/llama": 2.0},
-             {"step": 30, "visual_variance": 0.001, "step_time": 5.0, "input_wait": 5.0, "padding": 0.1}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 40, "lo')
+    lines = [
+        {"step": 1, "visual_variance": 2.0, "input_wait": 9.0, "padding": 0.9},
+        {
+            "step": 10,
+            "visual_variance": 0.5,
+            "input_wait": 0.1,
+            "padding": 0.2,
+            "step_time": 1.0,
+            "tokens_per_second": 10.0,
+            "flops_per_second": 1.0,
+            "flops_per_second/llama": 1.0,
+        },
+        {"step": 10, "eval/text_loss": 3.0, "eval/visual_variance": 0.01},
+        {
+            "step": 20,
+            "visual_variance": None,
+            "input_wait": 0.2,
+            "padding": 0.4,
+            "step_time": 2.0,
+            "tokens_per_second": 20.0,
+            "flops_per_second": 3.0,
+            "flops_per_second/llama": 2.0,
+        },
+        {"step": 30, "visual_variance": 0.001, "step_time": 5.0, "input_wait": 5.0, "padding": 0.1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join(map(json.dumps, lines)) + '\n{"step": 40, "lo'
+    )
     assert [line["step"] for line in history.read(str(tmp_path))] == [1, 10, 10, 20, 30]
     # as far as that checkpoint
     lines = history.read(str(folder))
     assert [line["step"] for line in lines] == [1, 10, 10, 20]
     assert history.curve(lines, "visual_variance") == [(1, 2.0), (10, 0.5)]
-    assert history.variance(lines) == {"visual_variance_first": 2.0, "visual_variance_least": 0.5, "visual_variance_ratio": 0.25}
-    assert history.speed(lines) == pytest.approx({
-        "steps": 20, "wall_s": 30, "step_time_s": 1.5, "tokens_per_second": 15, "flops_per_second": 2, "flops_per_second/llama": 1.5,
-        "input_wait_share": 0.1, "padding_share": 0.3})
-    assert history.read(str(tmp_path / "checkpoints")) == [] and history.speed([]) == history.variance([]) == {}
+    assert history.variance(lines) == {
+        "visual_variance_first": 2.0,
+        "visual_variance_least": 0.5,
+        "visual_variance_ratio": 0.25,
+    }
+    assert history.speed(lines) == pytest.approx(
+        {
+            "steps": 20,
+            "wall_s": 30,
+            "step_time_s": 1.5,
+            "tokens_per_second": 15,
+            "flops_per_second": 2,
+            "flops_per_second/llama": 1.5,
+            "input_wait_share": 0.1,
+            "padding_share": 0.3,
+        }
+    )
+    assert (
+        history.read(str(tmp_path / "checkpoints")) == []
+        and history.speed([]) == history.variance([]) == {}
+    )
 
 
 def test_targets():
-    numbers = {"names_train_exact": 0.8, "retrieval_top5": 0.59, "scenes_held_out_exact": 0.5, "scenes_held_out_nearest_exact": 0.26,
-               "visual_variance_ratio": 0.09, "speed/input_wait_share": 0.02}
-    assert [target.reached for target in demo.targets(numbers)] == [True, False, True, False, None, None, False, None, False]
-    nothing = demo.targets(numbers | {"scenes_held_out_exact": 0.0, "scenes_held_out_nearest_exact": 0.0})
+    numbers = {
+        "names_train_exact": 0.8,
+        "retrieval_top5": 0.59,
+        "scenes_held_out_exact": 0.5,
+        "scenes_held_out_nearest_exact": 0.26,
+        "visual_variance_ratio": 0.09,
+        "speed/input_wait_share": 0.02,
+    }
+    assert [target.reached for target in demo.targets(numbers)] == [
+        True,
+        False,
+        True,
+        False,
+        None,
+        None,
+        False,
+        None,
+        False,
+    ]
+    nothing = demo.targets(
+        numbers | {"scenes_held_out_exact": 0.0, "scenes_held_out_nearest_exact": 0.0}
+    )
     # twice nothing is not a success
     assert nothing[3].reached is False
 
 
 # --- the command ---
+
 
 @flax.struct.dataclass
 class State:
@@ -262,14 +360,20 @@ class State:
 def save(workdir, c):
     stage = stages.STAGES[c.stage]
     params = emu.init(stage.module, stage.size(c.model.to_dict()), jax.random.key(0))
-    Checkpoints(str(workdir), keep=1, keep_every=0).save(7, State(params, {}, None, jnp.int32(7)), {}, config.to_dict(c), wait=True)
+    Checkpoints(str(workdir), keep=1, keep_every=0).save(
+        7, State(params, {}, None, jnp.int32(7)), {}, config.to_dict(c), wait=True
+    )
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     openmoji.write(folder, 0, 64, first=4)
-    texts = [document.parts[0].text for split in ("names:train", "scenes:train") for document in sources.open(f"{folder}/{split}", 64)]
+    texts = [
+        document.parts[0].text
+        for split in ("names:train", "scenes:train")
+        for document in sources.open(f"{folder}/{split}", 64)
+    ]
     tokenizer.train(texts, 120, folder / "tokenizer.json")
     return folder
 
@@ -278,9 +382,20 @@ def data(tmp_path_factory):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     save(folder / "warmup", make.cfg("stage=contrastive", "model.llama.vocab=120"))
-    save(folder / "emu", make.cfg("model.llama.vocab=120", "model.standardise=true", f"init={folder}/warmup"))
-    (folder / "emu" / "metrics.jsonl").write_text('{"step": 1, "text_loss": 3.0, "visual_variance": 1.0}\n')
-    drawing = ("drawing.sampler=ddim", "drawing.steps=2", "drawing.negative=zeros", "model.decoder.condition=encoded", "optim.ema=0.0")
+    save(
+        folder / "emu",
+        make.cfg("model.llama.vocab=120", "model.standardise=true", f"init={folder}/warmup"),
+    )
+    (folder / "emu" / "metrics.jsonl").write_text(
+        '{"step": 1, "text_loss": 3.0, "visual_variance": 1.0}\n'
+    )
+    drawing = (
+        "drawing.sampler=ddim",
+        "drawing.steps=2",
+        "drawing.negative=zeros",
+        "model.decoder.condition=encoded",
+        "optim.ema=0.0",
+    )
     save(folder / "decoder", make.decoder_cfg("model.llama.vocab=120", *drawing))
     return folder
 
@@ -291,44 +406,80 @@ def test_the_command(data, runs, capsys):
     assert out[-1] == f"{runs}/emu/report.html"
     results = json.loads((runs / "emu" / "results.json").read_text())
     numbers = results["numbers"]
-    assert numbers["names_train_count"] == numbers["names_held_out_count"] == 4 and numbers["scenes_held_out_count"] == 8
+    assert (
+        numbers["names_train_count"] == numbers["names_held_out_count"] == 4
+        and numbers["scenes_held_out_count"] == 8
+    )
     assert numbers["retrieval_among"] == 8 and len(results["captions"]["scenes_held_out"]) == 8
     # both encoders are of the same seed
     assert numbers["raw_variance_ratio"] == pytest.approx(1, abs=1e-4)
     assert all(np.isfinite(value) for value in numbers.values())
     assert {line.split()[0] for line in out} > numbers.keys()
     assert len(results["targets"]) == 9 and "</html>" in (runs / "emu" / "report.html").read_text()
-    assert not [name for name in numbers if name.startswith("pictures")] and not list((runs / "emu").glob("*.part"))
+    assert not [name for name in numbers if name.startswith("pictures")] and not list(
+        (runs / "emu").glob("*.part")
+    )
 
 
 def test_the_command_with_a_decoder(data, runs, tmp_path):
-    assert command.main(["--task=demo", f"--checkpoint={runs}/emu", f"--data={data}", f"--decoder={runs}/decoder", f"--out={tmp_path}"]) == 0
+    assert (
+        command.main(
+            [
+                "--task=demo",
+                f"--checkpoint={runs}/emu",
+                f"--data={data}",
+                f"--decoder={runs}/decoder",
+                f"--out={tmp_path}",
+            ]
+        )
+        == 0
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     numbers = results["numbers"]
     targets = {target["what"]: target for target in results["targets"]}
-    assert [numbers[f"pictures_{group}_count"] for group in ("names_train", "names_held_out", "scenes_held_out")] == [4, 4, 8]
-    for source, target in (("encoded", "picture of a drawing's visual tokens"), ("regressed", "picture of a drawing's name")):
-        found, = (value for what, value in targets.items() if what.startswith(target))
+    assert [
+        numbers[f"pictures_{group}_count"]
+        for group in ("names_train", "names_held_out", "scenes_held_out")
+    ] == [4, 4, 8]
+    for source, target in (
+        ("encoded", "picture of a drawing's visual tokens"),
+        ("regressed", "picture of a drawing's name"),
+    ):
+        (found,) = (value for what, value in targets.items() if what.startswith(target))
         # among four
         assert found["value"] == numbers[f"pictures_names_train_{source}_top5"] == 1.0
-        assert 0 <= numbers[f"pictures_scenes_held_out_{source}_top1"] <= numbers[f"pictures_scenes_held_out_{source}_top5"] <= 1
+        assert (
+            0
+            <= numbers[f"pictures_scenes_held_out_{source}_top1"]
+            <= numbers[f"pictures_scenes_held_out_{source}_top5"]
+            <= 1
+        )
     assert "Blends" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (["--checkpoint={runs}/none"], "no directory"),
-    (["--checkpoint={runs}"], "no checkpoint in"),
-    (["--checkpoint={runs}/warmup"], "of the stage 'contrastive'"),
-    (["--checkpoint={runs}/emu", "--data={runs}"], "no dataset in '{runs}/names'"),
-    (["--checkpoint={runs}/emu", "--data={data}", "--warmup={runs}/other"], "no directory"),
-    (["--checkpoint={runs}/emu", "--data={data}", "--decoder={runs}/warmup"], "not a decoder's"),
-    (["--checkpoint={runs}/emu", "--task=coco"], "invalid choice: 'coco'"),
-    (["--check={runs}/emu"], "required: --checkpoint")])
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--checkpoint={runs}/none"], "no directory"),
+        (["--checkpoint={runs}"], "no checkpoint in"),
+        (["--checkpoint={runs}/warmup"], "of the stage 'contrastive'"),
+        (["--checkpoint={runs}/emu", "--data={runs}"], "no dataset in '{runs}/names'"),
+        (["--checkpoint={runs}/emu", "--data={data}", "--warmup={runs}/other"], "no directory"),
+        (
+            ["--checkpoint={runs}/emu", "--data={data}", "--decoder={runs}/warmup"],
+            "not a decoder's",
+        ),
+        (["--checkpoint={runs}/emu", "--task=coco"], "invalid choice: 'coco'"),
+        (["--check={runs}/emu"], "required: --checkpoint"),
+    ],
+)
 def test_bad_input_is_one_line(arguments, told, data, runs, capsys):
     arguments = ["--task=demo", *(argument.format(runs=runs, data=data) for argument in arguments)]
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and told.format(runs=runs) in error
+    assert (
+        error.startswith("error: ") and error.count("\n") == 1 and told.format(runs=runs) in error
+    )
 
 
 def test_another_tokenizer_is_refused(data, runs):
@@ -338,5 +489,11 @@ def test_another_tokenizer_is_refused(data, runs):
 
 
 def test_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "emu_jax.evaluate", "--task=demo"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "emu_jax.evaluate", "--task=demo"], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and "Traceback" not in done.stderr
+    )

@@ -1,4 +1,5 @@
 """A picture is found by what it looks like; each is drawn of its own tokens, whatever the batch."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ class Colours(Session):
     def images(self, prompts, **_):
         def told(part):
             return np.full((1, 3), float(part)) if isinstance(part, str) else self.encode([part])[0]
+
         return np.stack([sum(map(told, parts)) / 2 for parts in prompts])
 
 
@@ -35,12 +37,16 @@ class Paint(Painter):
 
     def __call__(self, visual):
         self.asked.append(len(visual))
-        return np.broadcast_to(np.round(visual)[:, :, None], (len(visual), 2, 2, 3)).astype(np.uint8)
+        return np.broadcast_to(np.round(visual)[:, :, None], (len(visual), 2, 2, 3)).astype(
+            np.uint8
+        )
 
 
 def test_a_picture_finds_its_own():
     assert not drawings.places(IMAGES, IMAGES).any()
-    noisy = np.clip(IMAGES.astype(int) + np.random.default_rng(1).integers(-30, 31, IMAGES.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(
+        IMAGES.astype(int) + np.random.default_rng(1).integers(-30, 31, IMAGES.shape), 0, 255
+    ).astype(np.uint8)
     assert not drawings.places(noisy, IMAGES).any()
     assert (drawings.places(IMAGES[::-1].copy(), IMAGES) > 0).all()
 
@@ -48,15 +54,22 @@ def test_a_picture_finds_its_own():
 def test_places_count_what_is_nearer():
     grey = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (0, 100, 200)])
     # 0 and 200 are as far from 100
-    np.testing.assert_array_equal(drawings.places(np.stack([grey[1], grey[1], grey[0]]), grey), [1 + 1, 0, 2])
+    np.testing.assert_array_equal(
+        drawings.places(np.stack([grey[1], grey[1], grey[0]]), grey), [1 + 1, 0, 2]
+    )
 
 
 def test_pictures_that_are_all_the_same_find_nothing():
     same = np.zeros((60, 4, 4, 3), np.uint8)
     assert drawings.places(same, same).min() == 59
     found = drawings.numbers("x", [drawings.Picture("", image, image, same[0]) for image in IMAGES])
-    assert found == {"pictures_x_count": 60, "pictures_x_encoded_top1": 1, "pictures_x_encoded_top5": 1,
-                     "pictures_x_regressed_top1": pytest.approx(1 / 60), "pictures_x_regressed_top5": pytest.approx(5 / 60)}
+    assert found == {
+        "pictures_x_count": 60,
+        "pictures_x_encoded_top1": 1,
+        "pictures_x_encoded_top5": 1,
+        "pictures_x_regressed_top1": pytest.approx(1 / 60),
+        "pictures_x_regressed_top5": pytest.approx(5 / 60),
+    }
 
 
 def test_each_image_is_drawn_of_its_tokens_and_of_its_caption():
@@ -73,5 +86,5 @@ def test_blends_are_of_both():
     blends = drawings.blends(Colours(), Paint(), [str(k) for k in range(5)], IMAGES[:5])
     assert [blend.captions for blend in blends] == [("0", "1"), ("2", "3")]
     for k, blend in enumerate(blends):
-        mean = IMAGES[2 * k:2 * k + 2].mean((0, 1, 2))
+        mean = IMAGES[2 * k : 2 * k + 2].mean((0, 1, 2))
         assert (blend.mean == np.round(mean)).all() and (blend.regressed == np.round(mean)).all()

@@ -1,6 +1,7 @@
 """What tuning taught: shares before it, after it, and of answering the same always. Its command, on
 a run: tests/test_instruct.py.
 """
+
 import make
 import numpy as np
 import pytest
@@ -10,16 +11,31 @@ from emu_jax.evaluate import chat
 
 
 def test_shares_by_hand():
-    told = [chat.Told("1", 0, "what", "what is this?", "a cat", "a dog", "a cat", ()),
-            chat.Told("1", 1, "there", "is there a cat?", "yes", "no", "no", ()),
-            chat.Told("2", 0, "what", "what is this?", "a pig", "", "a cat", ())]
+    told = [
+        chat.Told("1", 0, "what", "what is this?", "a cat", "a dog", "a cat", ()),
+        chat.Told("1", 1, "there", "is there a cat?", "yes", "no", "no", ()),
+        chat.Told("2", 0, "what", "what is this?", "a pig", "", "a cat", ()),
+    ]
     numbers = chat._numbers(told, {"what": "a pig", "there": "yes"})
-    assert numbers["all_count"] == 3 and numbers["all_before"] == 0 and numbers["all_after"] == pytest.approx(1 / 3)
-    assert numbers["all_most_common"] == pytest.approx(2 / 3) and numbers["later_turns_count"] == 1 and numbers["there_after"] == 0
+    assert (
+        numbers["all_count"] == 3
+        and numbers["all_before"] == 0
+        and numbers["all_after"] == pytest.approx(1 / 3)
+    )
+    assert (
+        numbers["all_most_common"] == pytest.approx(2 / 3)
+        and numbers["later_turns_count"] == 1
+        and numbers["there_after"] == 0
+    )
     assert "animal_count" not in numbers
 
 
 def test_a_checkpoint_that_was_not_tuned_is_one_line(tmp_path, capsys):
-    make.written(tmp_path / "emu", make.cfg(), {"regress_head": {"w": np.ones((32, 32), np.float32)}})
+    make.written(
+        tmp_path / "emu", make.cfg(), {"regress_head": {"w": np.ones((32, 32), np.float32)}}
+    )
     assert command.main(["--task=demo-chat", f"--checkpoint={tmp_path}/emu"]) == 2
-    assert "was not tuned to chat from another (model.llama.added=4, init='')" in capsys.readouterr().err
+    assert (
+        "was not tuned to chat from another (model.llama.added=4, init='')"
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
 """The page: whole, alone, and honest."""
+
 import base64
 import dataclasses
 import io
@@ -48,28 +49,76 @@ def picture(k):
 def result():
     def told(true, said, nearest=None, id="counts/x"):
         return demo.Told(id, picture(len(true)), true, said, nearest)
-    captions = {"names_train": [told("cat", "cat"), told("<b>pig</b>", "dog & <script>")] * 30, "names_held_out": [told("fox", "wolf", "fox")],
-                "scenes_held_out": [told("one cat on blue", "one cat on blue", "one pig on blue"),
-                                    told("a cat above a pig on blue", "a pig above a cat on blue", "one cat on pink", "spatial/y")]}
-    drawn = [demo.Drawn("cat", False, 1, [("pig", picture(1)), ("cat", picture(2))]), demo.Drawn("fox", True, 40, [("pig", picture(1))])]
-    lines = [{"step": k, "text_loss": 9 / k, "image_loss": 1 / k, "visual_variance": 1 + k % 2} for k in range(1, 900)]
+
+    captions = {
+        "names_train": [told("cat", "cat"), told("<b>pig</b>", "dog & <script>")] * 30,
+        "names_held_out": [told("fox", "wolf", "fox")],
+        "scenes_held_out": [
+            told("one cat on blue", "one cat on blue", "one pig on blue"),
+            told(
+                "a cat above a pig on blue",
+                "a pig above a cat on blue",
+                "one cat on pink",
+                "spatial/y",
+            ),
+        ],
+    }
+    drawn = [
+        demo.Drawn("cat", False, 1, [("pig", picture(1)), ("cat", picture(2))]),
+        demo.Drawn("fox", True, 40, [("pig", picture(1))]),
+    ]
+    lines = [
+        {"step": k, "text_loss": 9 / k, "image_loss": 1 / k, "visual_variance": 1 + k % 2}
+        for k in range(1, 900)
+    ]
     lines.append({"step": 899, "eval/text_loss": 2.0, "eval/text_loss/names": 2.0})
-    numbers = demo._numbers(captions) | demo._retrieval(
-        [told(name, "") for name in "abc"], 2, np.arange(3.0).reshape(3, 1, 1), np.ones((3, 1, 1)))[1]
-    numbers |= {"visual_rank": 3.2, "stories_held_out_count": 1, "stories_held_out_exact": 0.0, "in_context_count": 1,
-                "in_context_exact": 0.0, "speed/steps": 899, "speed/wall_s": 90.0,
-                "speed/flops_per_second": 5.2e10, "speed/input_wait_share": 0.001}
+    numbers = (
+        demo._numbers(captions)
+        | demo._retrieval(
+            [told(name, "") for name in "abc"],
+            2,
+            np.arange(3.0).reshape(3, 1, 1),
+            np.ones((3, 1, 1)),
+        )[1]
+    )
+    numbers |= {
+        "visual_rank": 3.2,
+        "stories_held_out_count": 1,
+        "stories_held_out_exact": 0.0,
+        "in_context_count": 1,
+        "in_context_exact": 0.0,
+        "speed/steps": 899,
+        "speed/wall_s": 90.0,
+        "speed/flops_per_second": 5.2e10,
+        "speed/input_wait_share": 0.001,
+    }
+
     def drawn_as(caption, k):
         return drawings.Picture(caption, picture(k), picture(k + 1), picture(k + 100))
-    pictures = {"names_train": [drawn_as("<b>pig</b>", 2 * k) for k in range(50)], "names_held_out": [drawn_as("fox", 3)],
-                "scenes_held_out": [drawn_as("one cat on blue", 3)]}
+
+    pictures = {
+        "names_train": [drawn_as("<b>pig</b>", 2 * k) for k in range(50)],
+        "names_held_out": [drawn_as("fox", 3)],
+        "scenes_held_out": [drawn_as("one cat on blue", 3)],
+    }
     for group, some in pictures.items():
         numbers |= drawings.numbers(group, some)
     blends = [drawings.Blend(("cat", "<pig>"), (picture(1), picture(2)), picture(3), picture(4))]
     c = {"stage": "emu", "model": {"resampler": {"tokens": 4}}}
-    return demo.Result(c, numbers, demo.targets(numbers), captions, drawn, [[told("a cat comes", "a dog comes")]],
-                       [[told("cat", "cat"), told("pig", "pig"), told("fox", "fox"), told("owl", "eagle")]],
-                       pictures, blends, lines, [], [{"step": 1, "diffusion_loss": 0.5}])
+    return demo.Result(
+        c,
+        numbers,
+        demo.targets(numbers),
+        captions,
+        drawn,
+        [[told("a cat comes", "a dog comes")]],
+        [[told("cat", "cat"), told("pig", "pig"), told("fox", "fox"), told("owl", "eagle")]],
+        pictures,
+        blends,
+        lines,
+        [],
+        [{"step": 1, "diffusion_loss": 0.5}],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,51 +138,113 @@ def test_the_page_stands_alone(page):
 
 def test_pictures_are_the_images(page, result):
     sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
-    decoded = [np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))) for source in sources]
+    decoded = [
+        np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+        for source in sources
+    ]
     assert (decoded[0] == result.captions["scenes_held_out"][0].image).all()
-    assert len(decoded) == 2 + report.SHOWN["names_train"] + 1 + 1 + 4 + 3 + 3 * (report.PICTURES["names_train"] + 1 + 1) + 4
+    assert (
+        len(decoded)
+        == 2
+        + report.SHOWN["names_train"]
+        + 1
+        + 1
+        + 4
+        + 3
+        + 3 * (report.PICTURES["names_train"] + 1 + 1)
+        + 4
+    )
     # scenes, names, held out, story, in context, retrieved, drawn, blended
 
 
 def test_right_and_wrong_are_marked(page):
-    cards = [attributes["class"] for tag, attributes in page.elements if "told" in attributes.get("class", "").split()]
+    cards = [
+        attributes["class"]
+        for tag, attributes in page.elements
+        if "told" in attributes.get("class", "").split()
+    ]
     half = report.SHOWN["names_train"] // 2
     assert sum("right" in card.split() for card in cards) == 1 + half
     assert sum("wrong" in card.split() for card in cards) == 1 + half + 1 + 1 + 1
-    hits = [attributes["alt"] for tag, attributes in page.elements if tag == "img" and attributes.get("class") == "hit"]
+    hits = [
+        attributes["alt"]
+        for tag, attributes in page.elements
+        if tag == "img" and attributes.get("class") == "hit"
+    ]
     assert hits == ["cat"]
 
 
 def test_texts_are_escaped_and_said(page):
     words = " ".join(" ".join(page.words).split())
     assert "dog & <script>" in words and "<b>pig</b>" in words and "runs/<demo>" in words
-    for phrase in ("after 899 steps", "OpenMoji", "CC BY-SA 4.0", "nearest in pixels: one pig on blue", '"stage": "emu"', "52 G", "1.5 min",
-                   "100.0 % name the right two drawings in each other's place", "8 × 8 pixels", "cat + <pig>"):
+    for phrase in (
+        "after 899 steps",
+        "OpenMoji",
+        "CC BY-SA 4.0",
+        "nearest in pixels: one pig on blue",
+        '"stage": "emu"',
+        "52 G",
+        "1.5 min",
+        "100.0 % name the right two drawings in each other's place",
+        "8 × 8 pixels",
+        "cat + <pig>",
+    ):
         assert phrase in words, phrase
 
 
 def test_targets_are_told_as_they_are(page, result):
-    marks = [attributes["class"].split()[1:] for tag, attributes in page.elements if tag == "span" and attributes.get("class", "").startswith("mark")]
+    marks = [
+        attributes["class"].split()[1:]
+        for tag, attributes in page.elements
+        if tag == "span" and attributes.get("class", "").startswith("mark")
+    ]
     said = {True: ["right"], False: ["wrong"], None: []}
     assert marks[:9] == [said[target.reached] for target in result.targets]
     assert {target.reached for target in result.targets} == {True, False, None}
-    assert f"Targets: {sum(target.reached is True for target in result.targets)} of 9 reached" in page.words
+    assert (
+        f"Targets: {sum(target.reached is True for target in result.targets)} of 9 reached"
+        in page.words
+    )
 
 
 def test_without_metrics_there_are_no_charts(result):
-    bare = report.page(dataclasses.replace(result, lines=[], decoder_lines=[], stories=[], pictures={}), "x")
+    bare = report.page(
+        dataclasses.replace(result, lines=[], decoder_lines=[], stories=[], pictures={}), "x"
+    )
     assert "<svg" not in bare and "Stories" not in bare and "Drawn" not in bare
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("values", [[3.0], [1.0, 1.0], [0.0, 0.0], [1e-6, 3.0, 2e5], [0.9, 1.1, 1.3], [7.65, 0.8], list(np.linspace(9, 0.1, 2000))])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [3.0],
+        [1.0, 1.0],
+        [0.0, 0.0],
+        [1e-6, 3.0, 2e5],
+        [0.9, 1.1, 1.3],
+        [7.65, 0.8],
+        list(np.linspace(9, 0.1, 2000)),
+    ],
+)
 def test_curves_stay_in_their_chart(values, log):
-    svg = report.chart("x", [("training", list(enumerate(values, 1)), False), ("held out", list(enumerate(values, 1))[-3:], True)], log=log)
+    svg = report.chart(
+        "x",
+        [
+            ("training", list(enumerate(values, 1)), False),
+            ("held out", list(enumerate(values, 1))[-3:], True),
+        ],
+        log=log,
+    )
     if log and not any(values):
         assert svg == ""
         return
     Page(svg)
-    places = [tuple(map(float, pair.split(","))) for points in re.findall(r'points="([^"]*)"', svg) for pair in points.split()]
+    places = [
+        tuple(map(float, pair.split(",")))
+        for points in re.findall(r'points="([^"]*)"', svg)
+        for pair in points.split()
+    ]
     places += [tuple(map(float, pair)) for pair in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)]
     assert places and all(46 <= x <= 392 and 10 <= y <= 206 for x, y in places)
     assert len(places) <= 3 * report.POINTS
@@ -143,9 +254,13 @@ def test_curves_stay_in_their_chart(values, log):
 
 def test_a_chart_shows_its_values():
     svg = report.chart("x", [("a", [(0, 1.0), (50, 100.0), (100, 10.0)], True)], log=True)
-    first, second, third = [(float(x), float(y)) for x, y in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)]
+    first, second, third = [
+        (float(x), float(y)) for x, y in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)
+    ]
     # decades
-    assert first[1] > third[1] > second[1] and first[1] - third[1] == pytest.approx(third[1] - second[1], abs=0.2)
+    assert first[1] > third[1] > second[1] and first[1] - third[1] == pytest.approx(
+        third[1] - second[1], abs=0.2
+    )
     assert second[0] - first[0] == pytest.approx(third[0] - second[0], abs=0.2)
 
 
@@ -156,4 +271,10 @@ def test_thinning_keeps_the_mean():
 
 
 def test_si():
-    assert [report._si(value) for value in (0.5, 12, 1234, 5.2e10, 1.3e15)] == ["0.5", "12", "1.23 k", "52 G", "1.3 P"]
+    assert [report._si(value) for value in (0.5, 12, 1234, 5.2e10, 1.3e15)] == [
+        "0.5",
+        "12",
+        "1.23 k",
+        "52 G",
+        "1.3 P",
+    ]

@@ -1,4 +1,5 @@
 """The small model (small.py), compiled once for all tests of this folder."""
+
 import numpy as np
 import pytest
 from small import Uncached, make_session

@@ -1,6 +1,7 @@
 """A small model of random weights, strong enough that its answers differ, and a tokenizer of the
 letters.
 """
+
 import jax
 import jax.numpy as jnp
 import make
@@ -22,19 +23,33 @@ class Uncached:
         self.session = session
         self.length = length
         size = session.size
+
         def bound(params):
             return emu.bind(emu.Emu, size, params)
-        self._hidden = jax.jit(lambda params, x: bound(params).llama(x, jnp.arange(length)[None], jnp.ones((1, length), int))[0][0])
+
+        self._hidden = jax.jit(
+            lambda params, x: bound(params).llama(
+                x, jnp.arange(length)[None], jnp.ones((1, length), int)
+            )[0][0]
+        )
         self._logits = jax.jit(lambda params, hidden: bound(params).llama.logits(hidden))
-        self._embed = jax.jit(lambda params, tokens: bound(params).llama.embeddings(tokens, size.compute))
-        self._regress = jax.jit(lambda params, hidden: bound(params).regress_head(hidden[None, None])[0, 0])
+        self._embed = jax.jit(
+            lambda params, tokens: bound(params).llama.embeddings(tokens, size.compute)
+        )
+        self._regress = jax.jit(
+            lambda params, hidden: bound(params).regress_head(hidden[None, None])[0, 0]
+        )
         self._encode = jax.jit(lambda params, images: bound(params).encode(images))
 
     def x(self, prompt):
         """The LLM's input for a prompt [t, D]."""
         x = np.array(self._embed(self.session.params, np.array([prompt.tokens]))[0])
         for image, slot in zip(prompt.images, prompt.slots, strict=True):
-            x[slot:slot + self.session.grammar.n_visual] = self._encode(self.session.params, image[None])[0] if image.dtype == np.uint8 else image
+            x[slot : slot + self.session.grammar.n_visual] = (
+                self._encode(self.session.params, image[None])[0]
+                if image.dtype == np.uint8
+                else image
+            )
         return x
 
     def embedding(self, token):
@@ -42,18 +57,36 @@ class Uncached:
 
     def hidden(self, x):
         """Of every element of x [t, D]."""
-        return np.asarray(self._hidden(self.session.params, np.pad(x, ((0, self.length - len(x)), (0, 0)))[None]))[:len(x)]
+        return np.asarray(
+            self._hidden(self.session.params, np.pad(x, ((0, self.length - len(x)), (0, 0)))[None])
+        )[: len(x)]
 
     def logits(self, x):
         """Of what comes after each element of x [t, D]."""
-        return np.asarray(self._logits(self.session.params, jnp.asarray(np.pad(self.hidden(x), ((0, self.length - len(x)), (0, 0))))))[:len(x)]
+        return np.asarray(
+            self._logits(
+                self.session.params,
+                jnp.asarray(np.pad(self.hidden(x), ((0, self.length - len(x)), (0, 0)))),
+            )
+        )[: len(x)]
 
     def regressed(self, x):
         return np.asarray(self._regress(self.session.params, self.hidden(x)[-1]))
 
 
 def make_session(*overrides, scale=4, **options):
-    p = make.program(make.cfg(f"model.llama.vocab={VOCAB}", "model.llama.added=6", "model.llama.rope_dtype=float32", *overrides))
+    p = make.program(
+        make.cfg(
+            f"model.llama.vocab={VOCAB}",
+            "model.llama.added=6",
+            "model.llama.rope_dtype=float32",
+            *overrides,
+        )
+    )
     params = jax.tree.map(lambda x: scale * x if x.ndim > 1 else x, make.params(p))
-    letters = Tokenizer(VOCAB, lambda text: [3 + ord(letter) - 32 for letter in text], lambda ids: "".join(chr(32 + i - 3) for i in ids))
+    letters = Tokenizer(
+        VOCAB,
+        lambda text: [3 + ord(letter) - 32 for letter in text],
+        lambda ids: "".join(chr(32 + i - 3) for i in ids),
+    )
     return Session(p.size, params, letters, **{"context": 128} | options)

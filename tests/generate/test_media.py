@@ -1,4 +1,5 @@
 """Files to pixels, and one clear line for those that are none."""
+
 import builtins
 import struct
 import zlib
@@ -20,13 +21,22 @@ def write_video(path, count, size=(32, 48), codec="mpeg4", **options):
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         for number in range(count):
-            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 255 * number // max(count - 1, 1), np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((*size, 3), 255 * number // max(count - 1, 1), np.uint8), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-@pytest.mark.parametrize("count, frames", [(8, [0, 1, 2, 3, 4, 4, 5, 6]), (1, [0] * 8), (81, [5, 15, 25, 35, 45, 55, 65, 75]),
-                                           (17, [1, 3, 5, 7, 9, 11, 13, 15])])
+@pytest.mark.parametrize(
+    "count, frames",
+    [
+        (8, [0, 1, 2, 3, 4, 4, 5, 6]),
+        (1, [0] * 8),
+        (81, [5, 15, 25, 35, 45, 55, 65, 75]),
+        (17, [1, 3, 5, 7, 9, 11, 13, 15]),
+    ],
+)
 def test_the_releases_frames(count, frames):
     assert media.centres(count) == frames
 
@@ -35,7 +45,9 @@ def test_a_video(tmp_path):
     write_video(tmp_path / "film.mp4", 41)
     frames = media.video(tmp_path / "film.mp4", 28)
     assert [frame.shape for frame in frames] == [(28, 28, 3)] * 8
-    np.testing.assert_allclose([frame.mean() for frame in frames], [255 * at / 40 for at in media.centres(41)], atol=8)
+    np.testing.assert_allclose(
+        [frame.mean() for frame in frames], [255 * at / 40 for at in media.centres(41)], atol=8
+    )
 
 
 def test_an_image_is_squashed(tmp_path):
@@ -45,9 +57,14 @@ def test_an_image_is_squashed(tmp_path):
 
 def huge(path):
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
 
 
 def truncated(path):
@@ -55,10 +72,18 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:2000])
 
 
-@pytest.mark.parametrize("make, told", [
-    (lambda path: path.write_text("hello"), "not a usable image: cannot identify"), (truncated, "not a usable image: .*truncated"),
-    (huge, "not a usable image: .*limit"), (lambda path: path.write_bytes(b""), "not a usable image"), (lambda path: None, "No such file"),
-    (lambda path: path.mkdir(), "Is a directory")], ids=["text", "truncated", "huge", "empty", "missing", "folder"])
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda path: path.write_text("hello"), "not a usable image: cannot identify"),
+        (truncated, "not a usable image: .*truncated"),
+        (huge, "not a usable image: .*limit"),
+        (lambda path: path.write_bytes(b""), "not a usable image"),
+        (lambda path: None, "No such file"),
+        (lambda path: path.mkdir(), "Is a directory"),
+    ],
+    ids=["text", "truncated", "huge", "empty", "missing", "folder"],
+)
 def test_images_that_are_none(tmp_path, make, told):
     make(tmp_path / "x.png")
     with pytest.raises(UserError, match=rf"x\.png'.*{told}") as error:
@@ -69,7 +94,9 @@ def test_images_that_are_none(tmp_path, make, told):
 def sound(path):
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -93,11 +120,20 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:400])
 
 
-@pytest.mark.parametrize("make, told", [
-    (lambda path: path.write_text("hello"), "is no usable video"), (lambda path: path.write_bytes(b""), "is no usable video"),
-    (sound, "has no video in it"), (playlist, "no usable video"), (claims, "2500000000|50000 x 50000|no usable video"),
-    (lambda path: write_video(path, 0), "no usable video|no frames|no video"), (cut, "no usable video"), (lambda path: None, "No such file")],
-    ids=["text", "empty", "sound", "playlist", "huge", "frameless", "truncated", "missing"])
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda path: path.write_text("hello"), "is no usable video"),
+        (lambda path: path.write_bytes(b""), "is no usable video"),
+        (sound, "has no video in it"),
+        (playlist, "no usable video"),
+        (claims, "2500000000|50000 x 50000|no usable video"),
+        (lambda path: write_video(path, 0), "no usable video|no frames|no video"),
+        (cut, "no usable video"),
+        (lambda path: None, "No such file"),
+    ],
+    ids=["text", "empty", "sound", "playlist", "huge", "frameless", "truncated", "missing"],
+)
 def test_videos_that_are_none(tmp_path, make, told):
     make(tmp_path / "x.mp4")
     with pytest.raises(UserError, match=rf"x\.mp4'.*({told})") as error:
@@ -105,8 +141,14 @@ def test_videos_that_are_none(tmp_path, make, told):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile 'secret.mp4'\nduration 1\n",
-                                  "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.9,\nsecret.mp4\n#EXT-X-ENDLIST\n"], ids=["concat", "hls"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffconcat version 1.0\nfile 'secret.mp4'\nduration 1\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.9,\nsecret.mp4\n#EXT-X-ENDLIST\n",
+    ],
+    ids=["concat", "hls"],
+)
 def test_a_playlist_is_no_video(tmp_path, monkeypatch, text):
     """It names other files, and FFmpeg would read them."""
     monkeypatch.chdir(tmp_path)
@@ -127,8 +169,10 @@ def test_a_film_shot_with_the_phone_upright_stands_upright(tmp_path):
         pixels[:, :32] = 255
         container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    plain, turned = (struct.pack(">9i", *numbers, 1 << 30) for numbers in (
-        (65536, 0, 0, 0, 65536, 0, 0, 0), (0, 65536, 0, -65536, 0, 0, 48 << 16, 0)))
+    plain, turned = (
+        struct.pack(">9i", *numbers, 1 << 30)
+        for numbers in ((65536, 0, 0, 0, 65536, 0, 0, 0), (0, 65536, 0, -65536, 0, 0, 48 << 16, 0))
+    )
     data = (tmp_path / "film.mp4").read_bytes()
     track = data.index(b"tkhd")
     (tmp_path / "film.mp4").write_bytes(data[:track] + data[track:].replace(plain, turned, 1))
@@ -151,13 +195,28 @@ def test_without_av(monkeypatch):
 
 def test_what_names_a_file(tmp_path):
     truncated(tmp_path / "x.PNG")
-    assert media.is_file(str(tmp_path / "x.PNG")) and not media.is_file(str(tmp_path / "y.png")) and not media.is_file(str(tmp_path))
-    assert not media.is_file("a photo of a dog.png\nand more") and not media.is_file("x" * 5000 + ".png")
+    assert (
+        media.is_file(str(tmp_path / "x.PNG"))
+        and not media.is_file(str(tmp_path / "y.png"))
+        and not media.is_file(str(tmp_path))
+    )
+    assert not media.is_file("a photo of a dog.png\nand more") and not media.is_file(
+        "x" * 5000 + ".png"
+    )
     assert media.is_video(Path("a.MP4")) and not media.is_video(Path("a.png"))
 
 
 def test_a_storyboard_goes_by_time():
     frames = [np.full((2, 2, 3), number, np.uint8) for number in range(3)]
-    parts = media.storyboard(frames, 31.0, [(12.0, "three"), (1.0, "one"), (9.5, "two"), (50.0, "last"), (10.0, "at")])
-    assert [part if isinstance(part, str) else int(part[0, 0, 0]) for part in parts] == [0, "one two", 1, "at three", 2, "last"]
+    parts = media.storyboard(
+        frames, 31.0, [(12.0, "three"), (1.0, "one"), (9.5, "two"), (50.0, "last"), (10.0, "at")]
+    )
+    assert [part if isinstance(part, str) else int(part[0, 0, 0]) for part in parts] == [
+        0,
+        "one two",
+        1,
+        "at three",
+        2,
+        "last",
+    ]
     assert media.storyboard([], 3.0, [(0.0, "a"), (1.0, "b")]) == ["a b"]

@@ -1,6 +1,7 @@
 """Pictures: a trained decoder draws what a model said, by seed; the command that saves them;
 conditions made beforehand.
 """
+
 import dataclasses
 import json
 
@@ -24,9 +25,12 @@ from emu_jax.generate.session import Session
 VOCAB = 104
 WORDS = ["a dog", "a cat", "red and blue", "one two three four"] * 9
 
+
 def save(c, folder):
     p = make.program(c)
-    state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(make.random_params(p), {}, None, jax.numpy.int32(7))
+    state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(
+        make.random_params(p), {}, None, jax.numpy.int32(7)
+    )
     Checkpoints(str(folder), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
 
 
@@ -35,12 +39,28 @@ def run(tmp_path_factory):
     """A folder with an Emu, decoders of it and of another width, and a picture."""
     folder = tmp_path_factory.mktemp("run")
     tokenizer.train(WORDS, VOCAB, folder / "tokenizer.json")
-    model = (f"model.llama.vocab={VOCAB}", f"data.tokenizer={folder}/tokenizer.json", "data.tokens=96")
+    model = (
+        f"model.llama.vocab={VOCAB}",
+        f"data.tokenizer={folder}/tokenizer.json",
+        "data.tokens=96",
+    )
     save(make.cfg(*model), folder / "emu")
-    drawing = ("drawing.sampler=ddim", "drawing.steps=2", "model.decoder.condition=encoded", "optim.ema=0.0")
+    drawing = (
+        "drawing.sampler=ddim",
+        "drawing.steps=2",
+        "model.decoder.condition=encoded",
+        "optim.ema=0.0",
+    )
     save(make.decoder_cfg(*model, *drawing), folder / "decoder")
-    save(make.decoder_cfg(*model, *drawing, "model.llama.width=64", "model.decoder.unet.condition=64"), folder / "wide")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(folder / "x.png")
+    save(
+        make.decoder_cfg(
+            *model, *drawing, "model.llama.width=64", "model.decoder.unet.condition=64"
+        ),
+        folder / "wide",
+    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(
+        folder / "x.png"
+    )
     (folder / "bad.png").write_text("no picture")
     return folder
 
@@ -65,11 +85,16 @@ def painter(run, session, **options):
 
 # Pictures
 
+
 def test_a_picture_is_a_function_of_its_condition_and_its_seed(run, session, visual):
     paint = painter(run, session, seed=5)
     first = paint(visual)
     again = paint(visual)
-    assert first.shape == (3, 8, 8, 3) and first.dtype == np.uint8 and (first != again).any((1, 2, 3)).all()
+    assert (
+        first.shape == (3, 8, 8, 3)
+        and first.dtype == np.uint8
+        and (first != again).any((1, 2, 3)).all()
+    )
     alone = painter(run, session, seed=6)(visual[1:2])
     assert np.abs(alone[0].astype(int) - first[1]).max() <= 1
     assert painter(run, session)(visual[:0]).shape == (0, 8, 8, 3)
@@ -84,10 +109,18 @@ def test_it_is_the_same_on_a_mesh(run, session, visual):
 def test_guidance_leads_away_from_the_empty_prompt_or_from_zeros(run, session, visual):
     def empty():
         return session.images([[]])[0]
-    away, zeros, plain = (painter(run, session, given=given, empty=empty)(visual) for given in (
-        {"guidance": 3.0}, {"guidance": 3.0, "negative": "zeros"}, {"guidance": 1.0}))
+
+    away, zeros, plain = (
+        painter(run, session, given=given, empty=empty)(visual)
+        for given in ({"guidance": 3.0}, {"guidance": 3.0, "negative": "zeros"}, {"guidance": 1.0})
+    )
     assert (away != zeros).any() and (away != plain).any()
-    np.testing.assert_array_equal(painter(run, session, given={"guidance": 3.0}, empty=lambda: np.zeros((4, 32), np.float32))(visual), zeros)
+    np.testing.assert_array_equal(
+        painter(run, session, given={"guidance": 3.0}, empty=lambda: np.zeros((4, 32), np.float32))(
+            visual
+        ),
+        zeros,
+    )
 
 
 def test_what_a_checker_rejects_is_black(run, session, visual):
@@ -99,10 +132,16 @@ def test_what_a_checker_rejects_is_black(run, session, visual):
     assert not checked[1].any() and (checked[[0, 2]] == whole[[0, 2]]).all() and whole[1].any()
 
 
-@pytest.mark.parametrize(("decoder", "given", "told"), [
-    ("emu", {}, "of the stage 'emu', not a decoder's"), ("wide", {}, r"draws visual tokens \[4, 64\], and the model makes \[4, 32\]"),
-    ("decoder", {"sampler": "dim"}, "no sampler 'dim'; there are ddim"), ("decoder", {"steps": 0}, "a sampler takes 1 to 1000 steps"),
-    ("decoder", {"negative": "nothing"}, "is not one of empty, zeros")])
+@pytest.mark.parametrize(
+    ("decoder", "given", "told"),
+    [
+        ("emu", {}, "of the stage 'emu', not a decoder's"),
+        ("wide", {}, r"draws visual tokens \[4, 64\], and the model makes \[4, 32\]"),
+        ("decoder", {"sampler": "dim"}, "no sampler 'dim'; there are ddim"),
+        ("decoder", {"steps": 0}, "a sampler takes 1 to 1000 steps"),
+        ("decoder", {"negative": "nothing"}, "is not one of empty, zeros"),
+    ],
+)
 def test_what_cannot_draw_is_one_line(run, session, decoder, given, told):
     with pytest.raises(UserError, match=told):
         pixels.load(str(run / decoder), session.size, given=given)
@@ -110,35 +149,96 @@ def test_what_cannot_draw_is_one_line(run, session, decoder, given, told):
 
 # The command
 
+
 def test_a_picture_from_a_prompt(run, session, capsys, tmp_path):
-    assert call(run, f"--decoder={run}/decoder", "--image", "--seed=3", "--count=2", f"--out={tmp_path}/new/apple.png", "a red", "apple") == 0
+    assert (
+        call(
+            run,
+            f"--decoder={run}/decoder",
+            "--image",
+            "--seed=3",
+            "--count=2",
+            f"--out={tmp_path}/new/apple.png",
+            "a red",
+            "apple",
+        )
+        == 0
+    )
     assert "apple.png]" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["apple-2.png", "apple.png"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "apple-2.png",
+        "apple.png",
+    ]
     visual = session.images([["a red", "apple"]])
     want = painter(run, session, seed=3, empty=lambda: session.images([[]])[0])(visual)[0]
-    with Image.open(tmp_path / "new/apple.png") as picture, Image.open(tmp_path / "new/apple-2.png") as second:
+    with (
+        Image.open(tmp_path / "new/apple.png") as picture,
+        Image.open(tmp_path / "new/apple-2.png") as second,
+    ):
         assert np.abs(np.asarray(picture).astype(int) - want).max() <= 1
-        assert picture.text == dict(prompt="a red apple", seed="3", sampler="ddim", steps="2", guidance="7.5", rescale="0.0", software="emu_jax",
-                                    checkpoint=f"{run}/emu", decoder=f"{run}/decoder")
+        assert picture.text == dict(
+            prompt="a red apple",
+            seed="3",
+            sampler="ddim",
+            steps="2",
+            guidance="7.5",
+            rescale="0.0",
+            software="emu_jax",
+            checkpoint=f"{run}/emu",
+            decoder=f"{run}/decoder",
+        )
         assert second.text["seed"] == "4" and (np.asarray(second) != np.asarray(picture)).any()
 
 
 def test_blends_and_reconstructions(run, capsys, tmp_path):
-    assert call(run, f"--decoder={run}/decoder", "--image", f"--out={tmp_path}", run / "x.png", run / "x.png") == 0
-    assert call(run, f"--decoder={run}/decoder", "--reconstruct", f"--out={tmp_path}/again.png", run / "x.png") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.png", "image-1.npy", "image-1.png"]
+    assert (
+        call(
+            run,
+            f"--decoder={run}/decoder",
+            "--image",
+            f"--out={tmp_path}",
+            run / "x.png",
+            run / "x.png",
+        )
+        == 0
+    )
+    assert (
+        call(
+            run,
+            f"--decoder={run}/decoder",
+            "--reconstruct",
+            f"--out={tmp_path}/again.png",
+            run / "x.png",
+        )
+        == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "again.png",
+        "image-1.npy",
+        "image-1.png",
+    ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
-    (["--image", " "], "the prompt is empty"), (["--image", "", "--decoder={run}/decoder"], "the prompt is empty"),
-    (["--image", "{run}/bad.png", "--decoder={run}/decoder"], "bad.png': not a usable image"),
-    (["--reconstruct", "{run}/bad.png", "--decoder={run}/decoder"], "bad.png': not a usable image"),
-    (["--image", "a", "--out=x.png"], "need a decoder"), (["--reconstruct", "a"], "need a decoder"),
-    (["--image", "a", "--count=0", "--decoder={run}/decoder"], "--count=0 must be at least 1"),
-    (["--reconstruct", "a", "--decoder={run}/decoder"], "--reconstruct takes image files"),
-    (["--image", "a", "--decoder={run}/none"], "no directory"), (["--image", "a", "--decoder={run}/wide"], "draws visual tokens"),
-    (["--image", "a", "--decoder={run}/decoder", "--out=/dev/full/x.png"], "/dev/full"),
-    (["--image", "a", "--decoder={run}/decoder", "--sampler=dim"], "no sampler 'dim'")])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--image", " "], "the prompt is empty"),
+        (["--image", "", "--decoder={run}/decoder"], "the prompt is empty"),
+        (["--image", "{run}/bad.png", "--decoder={run}/decoder"], "bad.png': not a usable image"),
+        (
+            ["--reconstruct", "{run}/bad.png", "--decoder={run}/decoder"],
+            "bad.png': not a usable image",
+        ),
+        (["--image", "a", "--out=x.png"], "need a decoder"),
+        (["--reconstruct", "a"], "need a decoder"),
+        (["--image", "a", "--count=0", "--decoder={run}/decoder"], "--count=0 must be at least 1"),
+        (["--reconstruct", "a", "--decoder={run}/decoder"], "--reconstruct takes image files"),
+        (["--image", "a", "--decoder={run}/none"], "no directory"),
+        (["--image", "a", "--decoder={run}/wide"], "draws visual tokens"),
+        (["--image", "a", "--decoder={run}/decoder", "--out=/dev/full/x.png"], "/dev/full"),
+        (["--image", "a", "--decoder={run}/decoder", "--sampler=dim"], "no sampler 'dim'"),
+    ],
+)
 def test_bad_input_is_one_line(run, capsys, arguments, told):
     assert call(run, *(argument.format(run=run) for argument in arguments)) == 2
     shown = capsys.readouterr()
@@ -148,12 +248,18 @@ def test_bad_input_is_one_line(run, capsys, arguments, told):
 def test_a_full_disk_leaves_nothing_behind(run, tmp_path, capsys, monkeypatch):
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(Image.Image, "save", full)
     assert call(run, f"--decoder={run}/decoder", "--image", f"--out={tmp_path}/x.png", "a") == 2
-    assert f"error: cannot write {tmp_path}/x.png: No space left on device\n" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert (
+        f"error: cannot write {tmp_path}/x.png: No space left on device\n"
+        in capsys.readouterr().err
+        and not list(tmp_path.iterdir())
+    )
 
 
 # Conditions made beforehand
+
 
 class Memory:
     def __init__(self, documents):
@@ -166,31 +272,57 @@ class Memory:
         return self.documents[index]
 
 
-def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(run, session, tmp_path, monkeypatch, capsys):
+def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(
+    run, session, tmp_path, monkeypatch, capsys
+):
     image = np.zeros((28, 28, 3), np.uint8)
     said = ["a dog", "a cat", "red", "blue", "one two"]
-    documents = [Document(f"d{n}", parts) for n, parts in enumerate([(Pair(image, said[0]),), (said[1], image), (said[2],), (image, said[3]),
-                                                                     (Pair(image, said[4]),)])]
+    documents = [
+        Document(f"d{n}", parts)
+        for n, parts in enumerate(
+            [
+                (Pair(image, said[0]),),
+                (said[1], image),
+                (said[2],),
+                (image, said[3]),
+                (Pair(image, said[4]),),
+            ]
+        )
+    ]
     monkeypatch.setattr(precompute.sources, "open", lambda path, size, fit: Memory(documents))
     # eight fake devices are slow, and the commands above have them
     monkeypatch.setattr(precompute, "mesh_of", lambda *_: None)
     for module in (precompute, precomputed):
         monkeypatch.setattr(module, "SHARD", 2)
-    arguments = ["precompute", "--config=configs/decoder.py:debug", f"--config.init={run}/emu", f"--config.data.tokenizer={run}/tokenizer.json",
-                 "--config.data.mixture=(('a', 1.0, 'x:train'),)", f"--to={tmp_path}"]
+    arguments = [
+        "precompute",
+        "--config=configs/decoder.py:debug",
+        f"--config.init={run}/emu",
+        f"--config.data.tokenizer={run}/tokenizer.json",
+        "--config.data.mixture=(('a', 1.0, 'x:train'),)",
+        f"--to={tmp_path}",
+    ]
     assert command.main([*arguments, "--hosts=2", "--host=1"]) == 0
     with pytest.raises(UserError, match="are not whole"):
         Precomputed(str(tmp_path), "conditions", "mixture", {"a": 5})
     made = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("0*")}
     assert command.main(arguments) == 0 and "2 shards made, 1 were there" in capsys.readouterr().out
-    assert all(path.stat().st_mtime_ns == made.get(path.name, path.stat().st_mtime_ns) for path in tmp_path.rglob("0*"))
+    assert all(
+        path.stat().st_mtime_ns == made.get(path.name, path.stat().st_mtime_ns)
+        for path in tmp_path.rglob("0*")
+    )
     stored = Precomputed(str(tmp_path), "conditions", "mixture", {"a": 5})
     for number, parts in ((0, ["a dog"]), (1, ["a cat"]), (3, []), (4, ["one two"])):
-        np.testing.assert_allclose(stored.of(f"a/d{number}"), session.images([parts])[0], rtol=2e-3, atol=2e-3)
-    assert command.main([*(a for a in arguments if "init" not in a), f"--config.init={run}/decoder"]) == 2
+        np.testing.assert_allclose(
+            stored.of(f"a/d{number}"), session.images([parts])[0], rtol=2e-3, atol=2e-3
+        )
+    assert (
+        command.main([*(a for a in arguments if "init" not in a), f"--config.init={run}/decoder"])
+        == 2
+    )
     assert "names no checkpoint with a language model" in capsys.readouterr().err
     (tmp_path / "conditions.json").write_text(json.dumps({"shape": [1, 1]}))
-    assert command.main(arguments) == 2 and "of another model or other data" in capsys.readouterr().err
+    assert (
+        command.main(arguments) == 2 and "of another model or other data" in capsys.readouterr().err
+    )
     assert not list(tmp_path.rglob("*.part"))
-
-

@@ -1,6 +1,7 @@
 """What was read does not depend on how: in one piece or in any two, alone or beside longer rows,
 from a shared prefix or not.
 """
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -11,8 +12,13 @@ from small import Uncached, make_session
 from emu_jax.generate import reading
 from emu_jax.generate.prompt import Prompt
 
-LLAMA3 = ("model.llama.kv_heads=2", "model.llama.tied=true", "model.llama.eps=1e-5", "model.llama.rope_base=500000.0",
-          "model.llama.rope_scaling=('llama3',8.0,1.0,4.0,16.0)")
+LLAMA3 = (
+    "model.llama.kv_heads=2",
+    "model.llama.tied=true",
+    "model.llama.eps=1e-5",
+    "model.llama.rope_base=500000.0",
+    "model.llama.rope_scaling=('llama3',8.0,1.0,4.0,16.0)",
+)
 
 
 def read(session, context, prompt):
@@ -27,15 +33,27 @@ def same(a, b):
 
 def part(prompt, start, stop):
     """What stands at start and before stop; no image is cut."""
-    inside = [(image, slot - start) for image, slot in zip(prompt.images, prompt.slots) if start < slot < stop]
-    return Prompt(prompt.tokens[start:stop], [image for image, _ in inside], [slot for _, slot in inside])
+    inside = [
+        (image, slot - start)
+        for image, slot in zip(prompt.images, prompt.slots)
+        if start < slot < stop
+    ]
+    return Prompt(
+        prompt.tokens[start:stop], [image for image, _ in inside], [slot for _, slot in inside]
+    )
 
 
 def test_cached_is_uncached(session, uncached, images):
     prompt = session.prompt(["a dog", images[0], "and", images[1], "!"])
     context = session._read([prompt], None, 0)
-    np.testing.assert_allclose(context.hidden[0], uncached.hidden(uncached.x(prompt))[-1], atol=2e-5)
-    assert context.lengths.tolist() == [len(prompt)] and context.cache.slots == 32 and int(context.cache.filled) == 32
+    np.testing.assert_allclose(
+        context.hidden[0], uncached.hidden(uncached.x(prompt))[-1], atol=2e-5
+    )
+    assert (
+        context.lengths.tolist() == [len(prompt)]
+        and context.cache.slots == 32
+        and int(context.cache.filled) == 32
+    )
 
 
 def test_cached_is_uncached_with_llama_3s_shapes(images):
@@ -50,9 +68,15 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
     x = uncached.x(prompt)
     for token in (7, 11, 13):
         np.testing.assert_allclose(context.hidden[0], uncached.hidden(x)[-1], atol=2e-5)
-        table = np.concatenate([session.params["llama"]["embed"][name] for name in ("base", "added")])
-        np.testing.assert_allclose(uncached.logits(x)[-1], table @ np.asarray(context.hidden[0]), atol=2e-4)
-        context = reading.read(session.size, session.params, context, uncached.embedding(token)[None], jnp.array([1]))
+        table = np.concatenate(
+            [session.params["llama"]["embed"][name] for name in ("base", "added")]
+        )
+        np.testing.assert_allclose(
+            uncached.logits(x)[-1], table @ np.asarray(context.hidden[0]), atol=2e-4
+        )
+        context = reading.read(
+            session.size, session.params, context, uncached.embedding(token)[None], jnp.array([1])
+        )
         x = np.concatenate([x, uncached.embedding(token)])
     answer = session.texts([["a dog", images[0]]])
     assert answer == session.texts([["a dog", images[0]], ["x"]])[:1] and answer[0]
@@ -71,13 +95,18 @@ def test_any_split_of_a_prompt(session, images, at):
 def test_nothing_more_changes_nothing(session):
     context = session._read([session.prompt(["a dog"])], None, 16)
     hidden = np.asarray(context.hidden)
-    after = reading.read(session.size, session.params, context, jnp.zeros((1, 16, 32)), jnp.array([0]))
+    after = reading.read(
+        session.size, session.params, context, jnp.zeros((1, 16, 32)), jnp.array([0])
+    )
     np.testing.assert_array_equal(after.hidden, hidden)
     assert after.lengths.tolist() == [6]
 
 
 def test_rows_do_not_see_each_other(session, images):
-    prompts = [session.prompt(parts) for parts in (["x"], ["a longer one", images[2], "of two"], [images[3]])]
+    prompts = [
+        session.prompt(parts)
+        for parts in (["x"], ["a longer one", images[2], "of two"], [images[3]])
+    ]
     together = session._read(prompts, None, 0)
     # filled up to a power of two
     assert together.hidden.shape[0] == 4

@@ -1,6 +1,7 @@
 """Samplers on a problem whose answer is known: where the data are one Gaussian, the path from each
 noise to its datum has a formula.
 """
+
 import dataclasses
 from functools import partial
 
@@ -13,8 +14,13 @@ from emu_jax.config import UserError
 from emu_jax.generate import samplers
 from emu_jax.models.diffusion import Diffusion, coefficients, parts, split
 
-SD = Diffusion(steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0)
-V, ZERO, FLOW = (dataclasses.replace(SD, target=target, zero_snr=zero) for target, zero in (("v", False), ("v", True), ("flow", False)))
+SD = Diffusion(
+    steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0
+)
+V, ZERO, FLOW = (
+    dataclasses.replace(SD, target=target, zero_snr=zero)
+    for target, zero in (("v", False), ("v", True), ("flow", False))
+)
 MEAN = 0.7
 DEVIATION = 0.3
 X = samplers.noise(jnp.arange(4), (2, 2, 3))
@@ -22,45 +28,68 @@ X = samplers.noise(jnp.arange(4), (2, 2, 3))
 
 def exact(d):
     """The network that predicts the best where data are N(MEAN, DEVIATION^2)."""
+
     def predict(x, t):
         a, s = (value[0] for value in coefficients(d, jnp.reshape(t, 1)))
-        x0 = MEAN + a * DEVIATION ** 2 / (a * a * DEVIATION ** 2 + s * s) * (x - a * MEAN)
+        x0 = MEAN + a * DEVIATION**2 / (a * a * DEVIATION**2 + s * s) * (x - a * MEAN)
         p, q = parts(d, a, s)
         return p * x0 + q * (x - a * x0) / s
+
     return samplers.Denoiser(predict, partial(split, d))
 
 
 def error(name, d, steps, plan=None):
     """Largest distance to the end of the exact path, by the sampler's own schedule or another."""
     plan = plan or samplers.plan_of(d, name, steps)
+
     def at(k):
         return np.sqrt((plan.a[k] * DEVIATION) ** 2 + plan.s[k] ** 2)
+
     want = plan.a[-1] * MEAN + at(-1) / at(0) * (X - plan.a[0] * MEAN)
     return float(jnp.abs(samplers.SAMPLERS[name].run(exact(d), X, plan) - want).max())
 
 
-@pytest.mark.parametrize(("name", "d", "order"), [("ddim", SD, 1), ("euler", SD, 1), ("pndm", SD, 2), ("pndm", V, 2), ("dpm++", SD, 1),
-                                                  ("flow", FLOW, 1), ("ddim", ZERO, 1), ("dpm++", ZERO, 1), ("ddim", FLOW, 1)])
+@pytest.mark.parametrize(
+    ("name", "d", "order"),
+    [
+        ("ddim", SD, 1),
+        ("euler", SD, 1),
+        ("pndm", SD, 2),
+        ("pndm", V, 2),
+        ("dpm++", SD, 1),
+        ("flow", FLOW, 1),
+        ("ddim", ZERO, 1),
+        ("dpm++", ZERO, 1),
+        ("ddim", FLOW, 1),
+    ],
+)
 def test_samplers_follow_the_exact_path(name, d, order):
     coarse = error(name, d, 25)
     fine = error(name, d, 100)
-    assert fine < 0.04 and fine < coarse / 2 ** order, (coarse, fine)
+    assert fine < 0.04 and fine < coarse / 2**order, (coarse, fine)
 
 
 def test_second_order_is_nearer_than_first():
     """DPM-Solver++ in the middle: its own schedule ends with a long step of first order."""
     plan = samplers.schedule(SD, 200, last="first")
-    assert error("dpm++", SD, 200, plan) < error("ddim", SD, 200, plan) / 2 and error("pndm", SD, 20) < error("ddim", SD, 20) / 2
+    assert (
+        error("dpm++", SD, 200, plan) < error("ddim", SD, 200, plan) / 2
+        and error("pndm", SD, 20) < error("ddim", SD, 20) / 2
+    )
 
 
 def test_euler_is_ddim_in_other_coordinates():
     plan = samplers.schedule(SD, 10)
-    np.testing.assert_allclose(samplers.euler(exact(SD), X, plan), samplers.ddim(exact(SD), X, plan), atol=1e-4)
+    np.testing.assert_allclose(
+        samplers.euler(exact(SD), X, plan), samplers.ddim(exact(SD), X, plan), atol=1e-4
+    )
 
 
 def test_flow_euler_is_ddim_on_the_straight_path():
     plan = samplers.plan_of(FLOW, "flow", 10)
-    np.testing.assert_allclose(samplers.flow_euler(exact(FLOW), X, plan), samplers.ddim(exact(FLOW), X, plan), atol=1e-5)
+    np.testing.assert_allclose(
+        samplers.flow_euler(exact(FLOW), X, plan), samplers.ddim(exact(FLOW), X, plan), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
@@ -71,19 +100,29 @@ def test_the_network_is_traced_once_and_one_step_will_do(name):
     def counting(x, t):
         calls.append(1)
         return exact(d).predict(x, t)
+
     for steps in (30, 3, 2, 1):
         calls.clear()
-        got = samplers.SAMPLERS[name].run(exact(d)._replace(predict=counting), X, samplers.plan_of(d, name, steps))
+        got = samplers.SAMPLERS[name].run(
+            exact(d)._replace(predict=counting), X, samplers.plan_of(d, name, steps)
+        )
         assert len(calls) == 1 and np.isfinite(got).all() and got.shape == X.shape
 
 
 # Schedules
 
+
 def test_spacings_by_hand():
     def of(**more):
         return samplers.schedule(SD, 4, **more).t.tolist()
+
     assert of() == [751, 501, 251, 1] and of(offset=0) == [750, 500, 250, 0]
-    assert of(spacing="inner") == [801, 601, 401, 201] and of(spacing="trailing") == [999, 749, 499, 249]
+    assert of(spacing="inner") == [801, 601, 401, 201] and of(spacing="trailing") == [
+        999,
+        749,
+        499,
+        249,
+    ]
     # never beyond the last
     assert samplers.schedule(SD, 1000).t[0] == 999
     assert samplers.schedule(FLOW, 4).t.tolist() == [1000, 750, 500, 250]
@@ -96,13 +135,27 @@ def test_the_end_of_a_schedule():
     assert samplers.plan_of(ZERO, "ddim", 10).a[0] == 0
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: samplers.schedule(SD, 0), "1 to 1000 steps"), (lambda: samplers.schedule(SD, 1001), "not 1001"),
-    (lambda: samplers.schedule(SD, 5, spacing="even"), "not 'even'"),
-    (lambda: samplers.plan_of(SD, "plms", 5), "no sampler 'plms'; there are ddim, pndm"),
-    (lambda: samplers.flow_euler(exact(SD), X, samplers.schedule(SD, 5)), "diffusion.target='flow'"),
-    (lambda: samplers.pndm(exact(ZERO), X, samplers.plan_of(ZERO, "pndm", 5)), "cannot start where there is noise alone"),
-    (lambda: samplers.euler(exact(FLOW), X, samplers.plan_of(FLOW, "euler", 5)), "use ddim or dpm")])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: samplers.schedule(SD, 0), "1 to 1000 steps"),
+        (lambda: samplers.schedule(SD, 1001), "not 1001"),
+        (lambda: samplers.schedule(SD, 5, spacing="even"), "not 'even'"),
+        (lambda: samplers.plan_of(SD, "plms", 5), "no sampler 'plms'; there are ddim, pndm"),
+        (
+            lambda: samplers.flow_euler(exact(SD), X, samplers.schedule(SD, 5)),
+            "diffusion.target='flow'",
+        ),
+        (
+            lambda: samplers.pndm(exact(ZERO), X, samplers.plan_of(ZERO, "pndm", 5)),
+            "cannot start where there is noise alone",
+        ),
+        (
+            lambda: samplers.euler(exact(FLOW), X, samplers.plan_of(FLOW, "euler", 5)),
+            "use ddim or dpm",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_one_line(call, message):
     with pytest.raises(UserError, match=message):
         call()
@@ -110,12 +163,17 @@ def test_what_does_not_fit_is_one_line(call, message):
 
 # Guidance
 
+
 def network(x, times, condition):
     """Some function of all its inputs."""
-    return jnp.tanh(x * condition.mean((1, 2))[:, None, None, None] + times[:, None, None, None] / 1000)
+    return jnp.tanh(
+        x * condition.mean((1, 2))[:, None, None, None] + times[:, None, None, None] / 1000
+    )
 
 
-CONDITION, NEGATIVE = (jnp.asarray(np.random.default_rng(k).standard_normal((4, 5, 6)), jnp.float32) for k in (1, 2))
+CONDITION, NEGATIVE = (
+    jnp.asarray(np.random.default_rng(k).standard_normal((4, 5, 6)), jnp.float32) for k in (1, 2)
+)
 
 
 def sampled(guidance, negative=NEGATIVE, **more):
@@ -124,7 +182,11 @@ def sampled(guidance, negative=NEGATIVE, **more):
 
 
 def test_guidance_one_is_the_condition_alone():
-    alone = samplers.ddim(samplers.denoiser(V, network, CONDITION, CONDITION, guidance=3.0), X, samplers.plan_of(V, "ddim", 4))
+    alone = samplers.ddim(
+        samplers.denoiser(V, network, CONDITION, CONDITION, guidance=3.0),
+        X,
+        samplers.plan_of(V, "ddim", 4),
+    )
     # away from itself is nowhere
     np.testing.assert_allclose(sampled(1.0), alone, atol=1e-5)
     # and it is no special case
@@ -133,28 +195,42 @@ def test_guidance_one_is_the_condition_alone():
 
 
 def test_guidance_zero_is_the_negative_condition_alone():
-    alone = samplers.ddim(samplers.denoiser(V, network, NEGATIVE, NEGATIVE, guidance=1.0), X, samplers.plan_of(V, "ddim", 4))
+    alone = samplers.ddim(
+        samplers.denoiser(V, network, NEGATIVE, NEGATIVE, guidance=1.0),
+        X,
+        samplers.plan_of(V, "ddim", 4),
+    )
     np.testing.assert_allclose(sampled(0.0), alone, atol=1e-5)
     assert jnp.abs(sampled(5.0) - sampled(5.0, NEGATIVE + 1)).max() > 1e-3
 
 
 def test_rescaled_guidance_has_the_conditional_deviation():
     t = 500.0
+
     def prediction(guidance, rescale):
-        return samplers.denoiser(V, network, CONDITION, NEGATIVE, guidance=guidance, rescale=rescale).predict(X, t)
+        return samplers.denoiser(
+            V, network, CONDITION, NEGATIVE, guidance=guidance, rescale=rescale
+        ).predict(X, t)
+
     def deviation(x):
         return np.asarray(x).std((1, 2, 3))
-    np.testing.assert_allclose(deviation(prediction(7.5, 1.0)), deviation(prediction(1.0, 0.0)), rtol=1e-3)
+
+    np.testing.assert_allclose(
+        deviation(prediction(7.5, 1.0)), deviation(prediction(1.0, 0.0)), rtol=1e-3
+    )
     plain, half, full = (np.asarray(prediction(7.5, rescale)) for rescale in (0.0, 0.5, 1.0))
     np.testing.assert_allclose(half, (plain + full) / 2, rtol=1e-3, atol=1e-4)
 
 
 # Seeds
 
+
 def test_noise_is_a_function_of_the_rows_own_seed():
     both = samplers.noise(jnp.array([5, 9]), (3, 3, 2))
     np.testing.assert_array_equal(both[1], samplers.noise(jnp.array([9]), (3, 3, 2))[0])
     assert jnp.abs(both[0] - both[1]).max() > 0.1
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-        spread = jax.jit(samplers.noise, static_argnums=1, out_shardings=jax.sharding.PartitionSpec("data"))(jnp.arange(8), (3, 3, 2))
+        spread = jax.jit(
+            samplers.noise, static_argnums=1, out_shardings=jax.sharding.PartitionSpec("data")
+        )(jnp.arange(8), (3, 3, 2))
     np.testing.assert_array_equal(spread[5], both[0])

@@ -1,4 +1,5 @@
 """Each rule on examples made by hand, and the trie."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,10 @@ def kept(scores):
     return np.flatnonzero(np.isfinite(scores[0])).tolist()
 
 
-@pytest.mark.parametrize("k, left", [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (0, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    "k, left",
+    [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (0, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])],
+)
 def test_top_k(k, left):
     assert kept(sampling.top_k(SCORES, jnp.int32(k))) == left
 
@@ -24,13 +28,25 @@ def test_top_k_keeps_what_is_equal():
     assert kept(sampling.top_k(jnp.array([[1.0, 2, 1, 0]]), jnp.int32(2))) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("p, left", [(0.0, [1]), (0.39, [1]), (0.41, [1, 3]), (0.64, [1, 3]), (0.66, [1, 3, 4]), (0.94, [0, 1, 3, 4]),
-                                     (1.0, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    "p, left",
+    [
+        (0.0, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.64, [1, 3]),
+        (0.66, [1, 3, 4]),
+        (0.94, [0, 1, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ],
+)
 def test_top_p(p, left):
     assert kept(sampling.top_p(SCORES, jnp.float32(p))) == left
 
 
-@pytest.mark.parametrize("p, left", [(0.0, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.3, [1, 3, 4]), (1.0, [1])])
+@pytest.mark.parametrize(
+    "p, left", [(0.0, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.3, [1, 3, 4]), (1.0, [1])]
+)
 def test_min_p(p, left):
     assert kept(sampling.min_p(SCORES, jnp.float32(p))) == left
 
@@ -39,16 +55,38 @@ def test_repetition_penalty():
     scores = jnp.array([[2.0, -2.0, 1.0, -1.0]])
     # one twice, which counts once; 4 is none
     said = jnp.array([[0, 1, 0, 4]])
-    np.testing.assert_allclose(sampling.repetition_penalty(scores, said, jnp.float32(2)), [[1, -4, 1, -1]])
+    np.testing.assert_allclose(
+        sampling.repetition_penalty(scores, said, jnp.float32(2)), [[1, -4, 1, -1]]
+    )
 
 
 def test_what_is_drawn_is_as_likely_as_it_is_said():
-    rules = sampling.Rules(temperature=jnp.float32(0.5), top_k=jnp.int32(3), top_p=jnp.float32(1), min_p=jnp.float32(0), **dict.fromkeys(
-        ("repetition_penalty", "length_penalty", "min_new_tokens", "limits", "allowed", "ends", "said", "trie")))
-    draws = sampling.sample(jnp.tile(SCORES, (4000, 1)), rules, jax.random.split(jax.random.key(0), 4000))
+    rules = sampling.Rules(
+        temperature=jnp.float32(0.5),
+        top_k=jnp.int32(3),
+        top_p=jnp.float32(1),
+        min_p=jnp.float32(0),
+        **dict.fromkeys(
+            (
+                "repetition_penalty",
+                "length_penalty",
+                "min_new_tokens",
+                "limits",
+                "allowed",
+                "ends",
+                "said",
+                "trie",
+            )
+        ),
+    )
+    draws = sampling.sample(
+        jnp.tile(SCORES, (4000, 1)), rules, jax.random.split(jax.random.key(0), 4000)
+    )
     # temperature 1/2 squares
     weights = np.array([0, 0.4, 0, 0.25, 0.2]) ** 2
-    np.testing.assert_allclose(np.bincount(draws, minlength=5) / 4000, weights / weights.sum(), atol=0.03)
+    np.testing.assert_allclose(
+        np.bincount(draws, minlength=5) / 4000, weights / weights.sum(), atol=0.03
+    )
 
 
 def test_a_trie_allows_its_answers_and_nothing_else():
@@ -69,10 +107,19 @@ def test_a_trie_allows_its_answers_and_nothing_else():
         trie.make([], 2)
 
 
-@pytest.mark.parametrize("wrong, told", [
-    (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"), (dict(min_new_tokens=9, max_new_tokens=8), "at most 8"),
-    (dict(temperature=float("nan")), "temperature=nan"), (dict(temperature=1.0, top_p=1.5), "top_p=1.5"), (dict(beams=0), "beams=0"),
-    (dict(beams=3, temperature=1.0), "choose one of them"), (dict(top_k=5), "need a temperature"), (dict(stop=("",)), "must not be empty")])
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(min_new_tokens=9, max_new_tokens=8), "at most 8"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(temperature=1.0, top_p=1.5), "top_p=1.5"),
+        (dict(beams=0), "beams=0"),
+        (dict(beams=3, temperature=1.0), "choose one of them"),
+        (dict(top_k=5), "need a temperature"),
+        (dict(stop=("",)), "must not be empty"),
+    ],
+)
 def test_options_that_make_no_sense(wrong, told):
     with pytest.raises(UserError, match=told):
         Options(**wrong)

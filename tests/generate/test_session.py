@@ -1,6 +1,7 @@
 """One session: many prompts as one by one, as it comes as at once, sharded as alone; images,
 answers that hold them, and chats.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +34,16 @@ def uncached_image(session, uncached, prompt):
 def test_images_are_the_uncached_loops(session, uncached, prompts):
     found = session.images(prompts)
     for parts, drawn in zip(prompts, found, strict=True):
-        np.testing.assert_allclose(drawn, uncached_image(session, uncached, session.prompt(parts))[0], atol=2e-4)
+        np.testing.assert_allclose(
+            drawn, uncached_image(session, uncached, session.prompt(parts))[0], atol=2e-4
+        )
         np.testing.assert_allclose(session.images([parts])[0], drawn, atol=2e-5)
     assert np.abs(found[0] - found[1]).max() > 0.1
 
 
-@pytest.mark.parametrize("options", [EIGHT, Options(max_new_tokens=8, beams=3)], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options", [EIGHT, Options(max_new_tokens=8, beams=3)], ids=["greedy", "beams"]
+)
 def test_many_are_as_one_by_one(session, prompts, options):
     together = session.texts(prompts, options)
     assert together == [session.texts([parts], options)[0] for parts in prompts]
@@ -52,7 +57,9 @@ def test_a_prefix_is_as_if_it_were_said_again(session, images):
     asked = [[images[0]], ["x", images[1]]]
     whole = [[*examples, *parts] for parts in asked]
     assert session.texts(asked, EIGHT, prefix=prefix) == session.texts(whole, EIGHT)
-    assert session.texts(asked, Options(max_new_tokens=8, beams=3), prefix=prefix) == session.texts(whole, Options(max_new_tokens=8, beams=3))
+    assert session.texts(asked, Options(max_new_tokens=8, beams=3), prefix=prefix) == session.texts(
+        whole, Options(max_new_tokens=8, beams=3)
+    )
     # without a prefix too, prompts asked one by one differ from these by rounding: 3.5e-5 on one
     # machine
     drawn = session.images(whole)
@@ -62,7 +69,9 @@ def test_a_prefix_is_as_if_it_were_said_again(session, images):
 
 def test_visual_tokens_are_an_image_too(session, images):
     drawn = np.asarray(session._visual([images[0]]))[0]
-    assert session.texts([["a", drawn, "b"]], EIGHT) == session.texts([["a", images[0], "b"]], EIGHT)
+    assert session.texts([["a", drawn, "b"]], EIGHT) == session.texts(
+        [["a", images[0], "b"]], EIGHT
+    )
 
 
 def test_as_it_comes_is_as_at_once(session, prompts):
@@ -78,7 +87,9 @@ def test_choices(session, prompts):
         found = session.texts(prompts, options, choices=answers)
         assert set(found) <= set(answers)
     # the sum, for beams without a penalty
-    best = [answers[int(np.argmin(session.losses(parts, answers) * [5, 4, 4]))] for parts in prompts]
+    best = [
+        answers[int(np.argmin(session.losses(parts, answers) * [5, 4, 4]))] for parts in prompts
+    ]
     assert session.texts(prompts, Options(beams=8, length_penalty=0.0), choices=answers) == best
 
 
@@ -87,7 +98,7 @@ def test_stop_texts(session):
     whole = session.texts([["dog"], ["a cat"]], Options(**long))
     stop = whole[0][5:7]
     options = Options(**long, stop=(stop, "not there"))
-    cut = [text[:text.find(stop)] if stop in text else text for text in whole]
+    cut = [text[: text.find(stop)] if stop in text else text for text in whole]
     assert session.texts([["dog"], ["a cat"]], options) == cut and len(cut[0]) <= 5
     assert "".join(session.stream(["dog"], options)) == cut[0]
 
@@ -115,7 +126,7 @@ def test_an_answer_may_hold_images(drawing):
     assert len(drawn) == 2 and drawn[1] < len(pieces) - 1
     # The answer is what one prompt after another would have brought.
     said = drawing.prompt(["dog"])
-    parts = pieces[:drawn[0]]
+    parts = pieces[: drawn[0]]
     first = Prompt(said.tokens + drawing.tokenizer.encode("".join(parts)))
     np.testing.assert_allclose(pieces[drawn[0]].visual, drawing.images([first])[0], atol=2e-5)
     assert pieces[drawn[0]].pixels is None
@@ -125,9 +136,16 @@ def test_an_answer_may_hold_images(drawing):
 def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
     greedy = Options(max_new_tokens=12)
     head = drawing.params["llama"]["lm_head"]
-    loud = drawing.params | {"llama": drawing.params["llama"] | {"lm_head": head | {"added": head["added"].at[1].mul(20)}}}
+    loud = drawing.params | {
+        "llama": drawing.params["llama"]
+        | {"lm_head": head | {"added": head["added"].at[1].mul(20)}}
+    }
     eager = Session(drawing.size, loud, drawing.tokenizer, context=128, draws=1)
-    prompt = next(word for word in ("dog", "cat", "a", "xyz", "no", "what") if not isinstance(next(iter(eager.stream([word], greedy))), str))
+    prompt = next(
+        word
+        for word in ("dog", "cat", "a", "xyz", "no", "what")
+        if not isinstance(next(iter(eager.stream([word], greedy))), str)
+    )
     pieces = list(eager.stream([prompt], greedy))
     text = "".join(pieces[1:])
     # [IMG] was the first of the twelve
@@ -135,7 +153,13 @@ def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
 
 
 def test_pixels_come_from_decode(session):
-    other = Session(session.size, session.params, session.tokenizer, context=128, decode=lambda z: np.full((len(z), 8, 8, 3), 7, np.uint8))
+    other = Session(
+        session.size,
+        session.params,
+        session.tokenizer,
+        context=128,
+        decode=lambda z: np.full((len(z), 8, 8, 3), 7, np.uint8),
+    )
     drawn = Conversation(other, chat=False).draw(["dog"])
     np.testing.assert_allclose(drawn.visual, session.images([["dog"]])[0], atol=1e-5)
     assert drawn.pixels.shape == (8, 8, 3) and (drawn.pixels == 7).all()
@@ -164,11 +188,18 @@ def test_a_chat_survives_who_stops_listening(session):
     assert "".join(talk.say(["go on"], EIGHT))
 
 
-@pytest.mark.parametrize("sizes", [dict(data=1, fsdp=2, tensor=4), dict(data=2, fsdp=4, tensor=1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(data=1, fsdp=2, tensor=4), dict(data=2, fsdp=4, tensor=1)], ids=str
+)
 def test_sharded_is_as_alone(session, prompts, sizes):
     mesh = sharding.make_mesh(sizes)
     places = dict(tree.leaves(abstract_params(session.size, mesh)))
-    params = tree.unflatten({path: jax.device_put(leaf, places[path].sharding) for path, leaf in tree.leaves(session.params)})
+    params = tree.unflatten(
+        {
+            path: jax.device_put(leaf, places[path].sharding)
+            for path, leaf in tree.leaves(session.params)
+        }
+    )
     sharded = Session(session.size, params, session.tokenizer, context=128, mesh=mesh)
     np.testing.assert_allclose(sharded.images(prompts[:2]), session.images(prompts[:2]), atol=2e-4)
     assert sharded.texts(prompts, EIGHT) == session.texts(prompts, EIGHT)
@@ -178,16 +209,22 @@ def test_sharded_is_as_alone(session, prompts, sizes):
 
 # --- what is refused ---
 
+
 def test_a_prompt_longer_than_the_context(images):
     tight = make_session(context=20)
-    with pytest.raises(UserError, match=r"prompt has 31 elements and its answer 1 or more, and the context holds 20.*--truncate=left"):
+    with pytest.raises(
+        UserError,
+        match=r"prompt has 31 elements and its answer 1 or more, and the context holds 20.*--truncate=left",
+    ):
         tight.texts([["x" * 30]])
     with pytest.raises(UserError, match="prompt has 18 elements and its answer 5 or more"):
         tight.images([["x" * 16]])
     with pytest.raises(UserError, match="prompt has 33 elements"):
         Conversation(tight, chat=False).say(["x" * 32])
     cut = make_session(context=20, truncate="left")
-    assert cut.ids([["y" * 30 + "x" * 17]], Options(max_new_tokens=1)) == cut.ids([["y" + "x" * 17]], Options(max_new_tokens=1))
+    assert cut.ids([["y" * 30 + "x" * 17]], Options(max_new_tokens=1)) == cut.ids(
+        [["y" + "x" * 17]], Options(max_new_tokens=1)
+    )
 
 
 def test_no_room_is_left_for_a_turn():

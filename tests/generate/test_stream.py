@@ -1,6 +1,7 @@
 """What is shown of growing ids is never taken back, and together it is the whole text, whatever
 bytes its characters are cut into.
 """
+
 import pytest
 
 from emu_jax.generate.stream import TextStream, until_stop

@@ -1,6 +1,7 @@
 """Greedy and sampled text against the model without a cache; beams against a plain search over
 Python lists.
 """
+
 import numpy as np
 import pytest
 from small import VOCAB, Uncached, make_session
@@ -45,19 +46,19 @@ def plain_beams(uncached, prompt, most, beams, penalty, least=0):
             if length <= least:
                 scores[2] = -np.inf
             candidates += [(total + score, [*ids, token]) for token, score in enumerate(scores)]
-        candidates = sorted(candidates, key=lambda pair: -pair[0])[:2 * beams]
+        candidates = sorted(candidates, key=lambda pair: -pair[0])[: 2 * beams]
         running = []
         for rank, (total, ids) in enumerate(candidates):
             if ids[-1] != 2:
                 running.append((total, ids))
             elif rank < beams:
-                add(total / length ** penalty, ids[:-1])
+                add(total / length**penalty, ids[:-1])
             if len(running) == beams:
                 break
-        if len(kept) == beams and kept[-1][0] >= candidates[0][0] / length ** penalty:
+        if len(kept) == beams and kept[-1][0] >= candidates[0][0] / length**penalty:
             return kept[0][1]
     for total, ids in running:
-        add(total / most ** penalty, ids)
+        add(total / most**penalty, ids)
     return kept[0][1]
 
 
@@ -71,7 +72,10 @@ def ending():
 
 
 def test_greedy_is_the_uncached_argmax(session, uncached, images):
-    prompts = [session.prompt(parts) for parts in (["a dog", images[0]], ["x"], [images[1], "this is a longer one"])]
+    prompts = [
+        session.prompt(parts)
+        for parts in (["a dog", images[0]], ["x"], [images[1], "this is a longer one"])
+    ]
     found = session.ids(prompts, Options(max_new_tokens=12))
     assert found == [greedy(uncached, prompt, 12, VOCAB) for prompt in prompts]
     assert len({tuple(ids) for ids in found}) == 3
@@ -81,8 +85,12 @@ def test_greedy_is_the_uncached_argmax(session, uncached, images):
 @pytest.mark.parametrize("beams", [2, 5])
 def test_beams_are_a_plain_search(ending, images, beams, penalty):
     uncached = Uncached(ending)
-    prompts = [ending.prompt(parts) for parts in (["dog"], [images[0], "!"], ["a cat", images[1], "and?"])]
-    found = ending.ids(prompts, Options(max_new_tokens=8, beams=beams, length_penalty=penalty), added=True)
+    prompts = [
+        ending.prompt(parts) for parts in (["dog"], [images[0], "!"], ["a cat", images[1], "and?"])
+    ]
+    found = ending.ids(
+        prompts, Options(max_new_tokens=8, beams=beams, length_penalty=penalty), added=True
+    )
     assert found == [plain_beams(uncached, prompt, 8, beams, penalty) for prompt in prompts]
     assert any(len(ids) < 8 for ids in found) or penalty > 0
 
@@ -90,32 +98,52 @@ def test_beams_are_a_plain_search(ending, images, beams, penalty):
 def test_beams_that_must_not_end_yet(ending):
     prompt = ending.prompt(["dog"])
     options = Options(max_new_tokens=8, min_new_tokens=5, beams=3, length_penalty=-1.0)
-    found, = ending.ids([prompt], options, added=True)
+    (found,) = ending.ids([prompt], options, added=True)
     assert found == plain_beams(Uncached(ending), prompt, 8, 3, -1.0, least=5) and len(found) >= 5
 
 
 def test_min_new_tokens(ending):
-    short, long = (ending.ids([["dog"]], Options(max_new_tokens=16, min_new_tokens=least))[0] for least in (0, 12))
-    assert len(short) < 12 <= len(long) and long[:len(short)] == short
+    short, long = (
+        ending.ids([["dog"]], Options(max_new_tokens=16, min_new_tokens=least))[0]
+        for least in (0, 12)
+    )
+    assert len(short) < 12 <= len(long) and long[: len(short)] == short
 
 
 def test_an_answer_ends_with_the_context():
     tight = make_session(context=24)
-    lengths = [len(ids) for ids in tight.ids([["x" * 15], ["x" * 21]], Options(max_new_tokens=40, min_new_tokens=40))]
+    lengths = [
+        len(ids)
+        for ids in tight.ids(
+            [["x" * 15], ["x" * 21]], Options(max_new_tokens=40, min_new_tokens=40)
+        )
+    ]
     assert lengths == [8, 2]
-    assert [len(ids) for ids in tight.ids([["x" * 15], ["x" * 21]], Options(max_new_tokens=40, min_new_tokens=40, beams=2))] == lengths
+    assert [
+        len(ids)
+        for ids in tight.ids(
+            [["x" * 15], ["x" * 21]], Options(max_new_tokens=40, min_new_tokens=40, beams=2)
+        )
+    ] == lengths
 
 
 def test_sampling_follows_the_seed_and_the_row(session):
     options = Options(max_new_tokens=12, temperature=1.0, top_k=50)
     first, again = (session.ids([["dog"], ["dog"]], options) for _ in range(2))
     assert first == again and first[0] != first[1]
-    assert session.ids([["dog"]], Options(max_new_tokens=12, temperature=1.0, top_k=50, seed=1))[0] != first[0]
-    assert session.ids([["dog"]], Options(max_new_tokens=12, temperature=1.0, top_k=1)) == session.ids([["dog"]], Options(max_new_tokens=12))
+    assert (
+        session.ids([["dog"]], Options(max_new_tokens=12, temperature=1.0, top_k=50, seed=1))[0]
+        != first[0]
+    )
+    assert session.ids(
+        [["dog"]], Options(max_new_tokens=12, temperature=1.0, top_k=1)
+    ) == session.ids([["dog"]], Options(max_new_tokens=12))
 
 
 def test_a_penalty_against_repetition(session):
-    said = session.ids([["dog"]], Options(max_new_tokens=16, repetition_penalty=1e6, min_new_tokens=16))[0]
+    said = session.ids(
+        [["dog"]], Options(max_new_tokens=16, repetition_penalty=1e6, min_new_tokens=16)
+    )[0]
     assert len(set(said)) == 16 and not set(said) & set(session.tokenizer.encode("dog"))
 
 
@@ -126,8 +154,12 @@ def test_losses_are_the_uncached_models(session, uncached, images):
     for answer, loss in zip(answers, found, strict=True):
         ids = [*session.tokenizer.encode(answer), 2]
         x = np.concatenate([uncached.x(prompt), *map(uncached.embedding, ids)])
-        logits = uncached.logits(x)[len(prompt) - 1:-1]
-        assert loss == pytest.approx(-np.mean([log_softmax(row)[token] for row, token in zip(logits, ids)]), abs=2e-4)
+        logits = uncached.logits(x)[len(prompt) - 1 : -1]
+        assert loss == pytest.approx(
+            -np.mean([log_softmax(row)[token] for row, token in zip(logits, ids)]), abs=2e-4
+        )
     alone = session.losses(prompt, answers[:1])
-    assert alone[0] == pytest.approx(found[0], abs=1e-5) and session.losses(session.read(prompt), answers) == pytest.approx(found)
+    assert alone[0] == pytest.approx(found[0], abs=1e-5) and session.losses(
+        session.read(prompt), answers
+    ) == pytest.approx(found)
     assert abs(session.losses(prompt, answers, end=False) - found).min() > 1e-3

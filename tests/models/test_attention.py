@@ -1,6 +1,7 @@
 """Laws of attention: dense equals a loop, every kernel equals dense on packed rows, and a mask
 hides what it says it hides.
 """
+
 from functools import partial
 
 import jax
@@ -15,11 +16,15 @@ from emu_jax.models.attention import Mask, _spec, allowed, attention, self_mask
 from emu_jax.sharding import AXES, ROWS, make_mesh
 
 # T 140 pads to 2 x 128
-SEGMENTS = jnp.array([np.repeat([1, 2, 3, 0], lengths) for lengths in ([40, 50, 30, 20], [3, 100, 25, 12])])
+SEGMENTS = jnp.array(
+    [np.repeat([1, 2, 3, 0], lengths) for lengths in ([40, 50, 30, 20], [3, 100, 25, 12])]
+)
 # the time of these tests is the compiler's
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 run = jit(attention, static_argnames=("scale", "dropout", "kernel"))
-on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are interpreted on a CPU")
+on_cpu = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="kernels are interpreted on a CPU"
+)
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
 
@@ -49,14 +54,35 @@ def assert_close(actual, expected, tolerance=2e-5):
 def test_dense_is_the_definition():
     q, k, v = map(np.asarray, qkv(T=5, S=7, H=4, G=2, d=3))
     bias = np.random.default_rng(0).normal(size=(4, 5, 7)).astype(np.float32)
-    q_segments, q_positions = np.array([[[1, 1, 2, 2, 3], [1, 2, 2, 9, 9]], [[1, 2, 1, 2, 0], [5, 0, 1, 0, 1]]])
-    segments, positions = np.array([[[1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 2, 0]], [[0, 1, 2, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 0]]])
-    out = run(q, k, v, Mask(q_segments, segments, q_positions, positions, causal=True), scale=0.5, bias=bias, kernel="dense")
+    q_segments, q_positions = np.array(
+        [[[1, 1, 2, 2, 3], [1, 2, 2, 9, 9]], [[1, 2, 1, 2, 0], [5, 0, 1, 0, 1]]]
+    )
+    segments, positions = np.array(
+        [
+            [[1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 2, 0]],
+            [[0, 1, 2, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 0]],
+        ]
+    )
+    out = run(
+        q,
+        k,
+        v,
+        Mask(q_segments, segments, q_positions, positions, causal=True),
+        scale=0.5,
+        bias=bias,
+        kernel="dense",
+    )
     for b in range(2):
         for t in range(5):
-            seen = [s for s in range(7) if segments[b, s] == q_segments[b, t] and positions[b, s] <= q_positions[b, t]]
+            seen = [
+                s
+                for s in range(7)
+                if segments[b, s] == q_segments[b, t] and positions[b, s] <= q_positions[b, t]
+            ]
             for h in range(4):
-                logits = np.array([0.5 * np.dot(q[b, t, h], k[b, s, h // 2]) + bias[h, t, s] for s in seen])
+                logits = np.array(
+                    [0.5 * np.dot(q[b, t, h], k[b, s, h // 2]) + bias[h, t, s] for s in seen]
+                )
                 probs = np.exp(logits) / np.exp(logits).sum()
                 expected = sum((p * v[b, s, h // 2] for p, s in zip(probs, seen)), np.zeros(3))
                 np.testing.assert_allclose(out[b, t, h], expected, atol=1e-5)
@@ -72,14 +98,22 @@ def test_gradients_are_finite_where_a_query_has_no_key():
 
 def test_masks_of_the_docstring():
     packed = allowed(self_mask(jnp.array([[1, 1, 2, 2, 0]])), 5, 5)[0]
-    assert packed.astype(int).tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert packed.astype(int).tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
     cache = Mask(*map(np.array, ([[1, 1]], [[1, 1, 1, 0]], [[1, 2]], [[0, 1, 2, 0]])), causal=True)
     assert allowed(cache, 2, 4)[0].astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
     assert allowed(self_mask(), 3, 3)[0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert allowed(None, 2, 3).all() and allowed(self_mask(causal=False), 3, 3).all()
 
 
-@pytest.mark.parametrize("causal, d, H, G", [(True, 128, 2, 2), (False, 64, 4, 2), (True, 88, 2, 1)])
+@pytest.mark.parametrize(
+    "causal, d, H, G", [(True, 128, 2, 2), (False, 64, 4, 2), (True, 88, 2, 1)]
+)
 @on_cpu
 def test_kernels_equal_dense_on_packed_rows(causal, d, H, G):
     q, k, v = qkv(d=d, H=H, G=G)
@@ -99,7 +133,9 @@ def test_splash_equals_dense_over_many_blocks():
     assert_close(value_and_grads(q, k, v, mask, "splash"), value_and_grads(q, k, v, mask, "dense"))
 
 
-@pytest.mark.parametrize("kernel, causal, S", [("splash", True, 140), ("splash", False, 70), ("pallas", False, 140)])
+@pytest.mark.parametrize(
+    "kernel, causal, S", [("splash", True, 140), ("splash", False, 70), ("pallas", False, 140)]
+)
 @on_cpu
 def test_kernels_equal_dense_without_segments(kernel, causal, S):
     q, k, v = qkv(B=1, S=S)
@@ -107,7 +143,9 @@ def test_kernels_equal_dense_without_segments(kernel, causal, S):
     assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(q, k, v, mask, "dense"))
 
 
-@pytest.mark.parametrize("kernel", ["dense", pytest.param("splash", marks=on_cpu), pytest.param("pallas", marks=on_cpu)])
+@pytest.mark.parametrize(
+    "kernel", ["dense", pytest.param("splash", marks=on_cpu), pytest.param("pallas", marks=on_cpu)]
+)
 def test_documents_packed_equal_documents_alone(kernel):
     q, k, v = qkv(B=1)
     packed = run(q, k, v, self_mask(SEGMENTS[:1]), scale=0.1, kernel=kernel)
@@ -116,7 +154,9 @@ def test_documents_packed_equal_documents_alone(kernel):
         np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["dense", pytest.param("splash", marks=on_cpu), pytest.param("pallas", marks=on_cpu)])
+@pytest.mark.parametrize(
+    "kernel", ["dense", pytest.param("splash", marks=on_cpu), pytest.param("pallas", marks=on_cpu)]
+)
 def test_the_future_and_the_neighbours_have_zero_gradient(kernel):
     """Of the output at t 60, in the second document (40 to 89)."""
     q, k, v = qkv(B=1)
@@ -133,18 +173,24 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
     q, k, v = qkv(B=1, T=8, d=16)
     plain = run(q, k, v, scale=0.1, kernel="dense")
     np.testing.assert_array_equal(run(q, k, v, scale=0.1, kernel="dense", dropout=0.5), plain)
-    many = jit(jax.vmap(lambda key: attention(q, k, v, scale=0.1, dropout=0.3, key=key)))(jax.random.split(jax.random.key(2), 2000))
+    many = jit(jax.vmap(lambda key: attention(q, k, v, scale=0.1, dropout=0.3, key=key)))(
+        jax.random.split(jax.random.key(2), 2000)
+    )
     assert jnp.abs(many[0] - plain).max() > 0.1
     np.testing.assert_allclose(many.mean(0), plain, atol=0.1)
 
 
-@pytest.mark.parametrize("kernel, sizes, G, causal", [
-    # rows over data and fsdp, heads over tensor
-    ("splash", dict(data=2, fsdp=2, tensor=2), 2, True),
-    # a key head that tensor does not divide
-    ("splash", dict(data=1, fsdp=4, tensor=2), 1, True),
-    # as images: rows over all axes
-    ("pallas", dict(data=1, fsdp=4, tensor=2), 2, False)])
+@pytest.mark.parametrize(
+    "kernel, sizes, G, causal",
+    [
+        # rows over data and fsdp, heads over tensor
+        ("splash", dict(data=2, fsdp=2, tensor=2), 2, True),
+        # a key head that tensor does not divide
+        ("splash", dict(data=1, fsdp=4, tensor=2), 1, True),
+        # as images: rows over all axes
+        ("pallas", dict(data=1, fsdp=4, tensor=2), 2, False),
+    ],
+)
 @on_cpu
 def test_sharded_equals_single(kernel, sizes, G, causal):
     q, k, v = qkv(B=8, T=12, d=32, G=G)
@@ -154,9 +200,16 @@ def test_sharded_equals_single(kernel, sizes, G, causal):
         assert_close(value_and_grads(q, k, v, mask, kernel), single)
 
 
-@pytest.mark.parametrize("B, G, causal, spec", [
-    (8, 2, True, P(ROWS, None, "tensor", None)), (8, 3, True, P(AXES, None, None, None)), (4, 3, True, P(ROWS, None, None, None)),
-    (8, 2, False, P(AXES, None, None, None)), (1, 2, True, P(None, None, "tensor", None))])
+@pytest.mark.parametrize(
+    "B, G, causal, spec",
+    [
+        (8, 2, True, P(ROWS, None, "tensor", None)),
+        (8, 3, True, P(AXES, None, None, None)),
+        (4, 3, True, P(ROWS, None, None, None)),
+        (8, 2, False, P(AXES, None, None, None)),
+        (1, 2, True, P(None, None, "tensor", None)),
+    ],
+)
 def test_rows_and_heads_lie_where_they_divide(B, G, causal, spec):
     assert _spec(jax.sharding.AbstractMesh((2, 2, 2), AXES), B, G, causal) == spec
 
@@ -167,11 +220,15 @@ def mesh_of(platform):
     """
     kind, cores = {"tpu": ("TPU v5", 1), "gpu": ("NVIDIA H100 80GB HBM3", 132)}[platform]
     device = jax.sharding.AbstractDevice(kind, cores, platform)
-    return jax.sharding.AbstractMesh((1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
+    return jax.sharding.AbstractMesh(
+        (1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device
+    )
 
 
-@pytest.mark.parametrize("platform, target, kernel, call", [
-    ("tpu", "tpu", "splash", "tpu_custom_call"), ("gpu", "cuda", "pallas", "triton")])
+@pytest.mark.parametrize(
+    "platform, target, kernel, call",
+    [("tpu", "tpu", "splash", "tpu_custom_call"), ("gpu", "cuda", "pallas", "triton")],
+)
 @on_cpu
 def test_kernels_lower_for_accelerators_that_are_not_here(platform, target, kernel, call):
     """Nothing is interpreted, each device runs the kernel on its own, and "auto" takes it for
@@ -181,7 +238,9 @@ def test_kernels_lower_for_accelerators_that_are_not_here(platform, target, kern
     ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
     def loss(q, k, v, ids, kernel):
-        return jnp.sum(attention(q, k, v, self_mask(ids), scale=0.1, kernel=kernel).astype(jnp.float32))
+        return jnp.sum(
+            attention(q, k, v, self_mask(ids), scale=0.1, kernel=kernel).astype(jnp.float32)
+        )
 
     with jax.sharding.use_abstract_mesh(mesh_of(platform)):
         for name, is_kernel in ((kernel, True), ("auto", True), ("dense", False)):
@@ -190,19 +249,26 @@ def test_kernels_lower_for_accelerators_that_are_not_here(platform, target, kern
             assert (call in text) == ("manual_computation" in text) == is_kernel, name
 
 
-@pytest.mark.parametrize("kernel, more, why", [
-    ("splash", dict(bias=jnp.zeros((2, 8, 8))), "bias"),
-    ("splash", dict(dropout=0.1, key=jax.random.key(0)), "dropout"),
-    ("pallas", dict(mask=Mask(*np.zeros((4, 2, 8), int), causal=True)), "self_mask"),
-    ("cudnn", dict(), "not on cpu"),
-    ("flash", dict(), "there are dense")])
+@pytest.mark.parametrize(
+    "kernel, more, why",
+    [
+        ("splash", dict(bias=jnp.zeros((2, 8, 8))), "bias"),
+        ("splash", dict(dropout=0.1, key=jax.random.key(0)), "dropout"),
+        ("pallas", dict(mask=Mask(*np.zeros((4, 2, 8), int), causal=True)), "self_mask"),
+        ("cudnn", dict(), "not on cpu"),
+        ("flash", dict(), "there are dense"),
+    ],
+)
 @on_cpu
 def test_a_kernel_that_cannot_says_so_and_auto_falls_back(kernel, more, why):
     q, k, v = qkv(T=8)
     with pytest.raises(UserError, match=why) as error:
         attention(q, k, v, scale=0.1, kernel=kernel, **more)
     assert "\n" not in str(error.value)
-    np.testing.assert_array_equal(run(q, k, v, scale=0.1, kernel="auto", **more), run(q, k, v, scale=0.1, kernel="dense", **more))
+    np.testing.assert_array_equal(
+        run(q, k, v, scale=0.1, kernel="auto", **more),
+        run(q, k, v, scale=0.1, kernel="dense", **more),
+    )
 
 
 def test_cudnn_refuses_segments():
@@ -211,7 +277,10 @@ def test_cudnn_refuses_segments():
         attention(q, k, v, self_mask(SEGMENTS[:, :8]), scale=0.1, kernel="cudnn")
 
 
-@pytest.mark.parametrize("kernel, width, why", [("cudnn", 160, "at most 128"), ("cudnn", 36, "8 divides"), ("pallas", 160, "at most 128")])
+@pytest.mark.parametrize(
+    "kernel, width, why",
+    [("cudnn", 160, "at most 128"), ("cudnn", 36, "8 divides"), ("pallas", 160, "at most 128")],
+)
 @on_cpu
 def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, why):
     """Stable Diffusion's coarsest levels have heads of 160 channels, its autoencoder one of 512."""
@@ -220,7 +289,13 @@ def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, wh
         with pytest.raises(UserError, match=why):
             attention(q, k, v, scale=0.1, kernel=kernel)
         if width > 128:
-            assert "custom_call" not in jax.jit(partial(attention, scale=0.1)).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+            assert (
+                "custom_call"
+                not in jax.jit(partial(attention, scale=0.1))
+                .trace(q, k, v)
+                .lower(lowering_platforms=("cuda",))
+                .as_text()
+            )
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -230,18 +305,41 @@ def test_cudnn_has_a_gradient_for_rows_of_any_length(T, causal, monkeypatch):
     """An encoder's have 257 places. JAX refuses odd ones, while it traces; lowered, nothing is left
     but cuDNN's two calls.
     """
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
     q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in qkv(T=T, d=88))
-    grad = jax.jit(jax.grad(lambda *x: attention(*x, self_mask(causal=causal), scale=0.1).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+    grad = jax.jit(
+        jax.grad(
+            lambda *x: attention(*x, self_mask(causal=causal), scale=0.1).astype(jnp.float32).sum(),
+            argnums=(0, 1, 2),
+        )
+    )
     with jax.sharding.use_abstract_mesh(mesh_of("gpu")):
         text = grad.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("cudnn$fmha") == 2 and "triton" not in text and [x.shape for x in jax.tree.leaves(grad.eval_shape(q, k, v))] == [q.shape] * 3
+    assert (
+        text.count("cudnn$fmha") == 2
+        and "triton" not in text
+        and [x.shape for x in jax.tree.leaves(grad.eval_shape(q, k, v))] == [q.shape] * 3
+    )
 
 
-@pytest.mark.parametrize("kernel, T, mask", [
-    ("cudnn", 140, self_mask()), ("cudnn", 140, None), ("cudnn", 257, None), ("cudnn", 257, self_mask()), ("pallas", 140, self_mask(SEGMENTS)),
-    ("pallas", 257, None)])
+@pytest.mark.parametrize(
+    "kernel, T, mask",
+    [
+        ("cudnn", 140, self_mask()),
+        ("cudnn", 140, None),
+        ("cudnn", 257, None),
+        ("cudnn", 257, self_mask()),
+        ("pallas", 140, self_mask(SEGMENTS)),
+        ("pallas", 257, None),
+    ],
+)
 @on_gpu
 def test_gpu_kernels_equal_dense(kernel, T, mask):
     q, k, v = qkv(T=T, d=88, dtype=jnp.bfloat16)
-    assert_close(value_and_grads(q, k, v, mask, kernel), value_and_grads(*(x.astype(jnp.float32) for x in (q, k, v)), mask, "dense"), 2e-2)
+    assert_close(
+        value_and_grads(q, k, v, mask, kernel),
+        value_and_grads(*(x.astype(jnp.float32) for x in (q, k, v)), mask, "dense"),
+        2e-2,
+    )

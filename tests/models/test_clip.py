@@ -1,6 +1,7 @@
 """CLIP's laws: a text is read at its end and from its left only; no row of a batch knows
 another.
 """
+
 from functools import partial
 
 import jax
@@ -31,7 +32,9 @@ def read(params, ids, size=SIZE):
 def test_a_text_does_not_depend_on_its_padding_nor_on_the_batch(params):
     together = read(params, IDS)
     np.testing.assert_allclose(together[0], read(params, IDS[:1, :5])[0], atol=1e-6)
-    np.testing.assert_allclose(together[0], read(params, jnp.array([[38, 5, 6, 7, 37, 0, 12, 30, 3, 1]]))[0], atol=1e-6)
+    np.testing.assert_allclose(
+        together[0], read(params, jnp.array([[38, 5, 6, 7, 37, 0, 12, 30, 3, 1]]))[0], atol=1e-6
+    )
     np.testing.assert_allclose(together[1], read(params, IDS[1:])[0], atol=1e-6)
     assert np.abs(together[0] - together[1]).max() > 0.01
 
@@ -49,15 +52,19 @@ def test_text_is_causal_and_reads_all_that_is_before_its_end(params):
     before.
     """
     positions = params["text"]["positions"]
+
     def value(positions):
         return emu.bind(Text, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
+
     slope = np.abs(jax.grad(value)(positions)).max(1)
     assert (slope[:5] > 0).all() and (slope[5:] == 0).all()
 
 
 def test_a_picture_does_not_depend_on_the_batch_and_all_of_it_counts(params):
     images = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
+
     def see(images):
         return emu.bind(Vision, SIZE, params["vision"])(images)
+
     np.testing.assert_allclose(see(images)[1], see(images[1:2])[0], atol=1e-6)
     assert (np.abs(jax.grad(lambda images: see(images)[0, 0])(images)[0]) > 0).mean() > 0.99

@@ -1,6 +1,7 @@
 """The warm-up's text encoder: an image is described by the text of its own document, and by no
 other.
 """
+
 import jax
 import jax.numpy as jnp
 import make
@@ -37,13 +38,25 @@ def row(*documents):
             segments = segments + [number] * len(part)
             weights = weights + [weight] * len(part)
     short = 16 - len(tokens)
-    return tokens + [PAD] * short, segments + [0] * short, weights + [0.0] * short, slots + [16] * (2 - len(slots))
+    return (
+        tokens + [PAD] * short,
+        segments + [0] * short,
+        weights + [0.0] * short,
+        slots + [16] * (2 - len(slots)),
+    )
 
 
 def batch(*rows):
     tokens, segments, weights, slots = map(np.array, zip(*(row(*documents) for documents in rows)))
-    return jax.tree.map(jnp.asarray, make.batch(C).replace(
-        tokens=tokens.astype(np.int32), segments=segments, text_weights=weights.astype(np.float32), image_slots=slots))
+    return jax.tree.map(
+        jnp.asarray,
+        make.batch(C).replace(
+            tokens=tokens.astype(np.int32),
+            segments=segments,
+            text_weights=weights.astype(np.float32),
+            image_slots=slots,
+        ),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """The convolution: a matrix product on a CPU is the one that XLA has, and its gradient is too."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +8,21 @@ import pytest
 from emu_jax.models import convolution
 
 
-@pytest.mark.parametrize(("side", "size", "stride", "padding"), [(6, 3, 1, (1, 1)), (6, 3, 2, (1, 1)), (7, 3, 2, (0, 1)), (5, 1, 1, (0, 0))])
+@pytest.mark.parametrize(
+    ("side", "size", "stride", "padding"),
+    [(6, 3, 1, (1, 1)), (6, 3, 2, (1, 1)), (7, 3, 2, (0, 1)), (5, 1, 1, (0, 0))],
+)
 def test_the_product_of_shifted_copies_is_the_convolution(monkeypatch, side, size, stride, padding):
     keys = jax.random.split(jax.random.key(side + stride))
     x = jax.random.normal(keys[0], (2, side, side + 2, 3))
     w = jax.random.normal(keys[1], (size, size, 3, 5))
+
     def run(x, w):
         return convolution._convolved(x, w, stride, padding, "highest")
+
     def both():
         return (run(x, w), *jax.grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1))(x, w))
+
     here = both()
     monkeypatch.setattr(convolution, "platform_in_use", lambda: "gpu")
     for ours, theirs in zip(here, both(), strict=True):

@@ -1,6 +1,7 @@
 """The decoder stage: only the U-Net learns, conditions come from where the config says, and
 sampling is a function of the seed.
 """
+
 from functools import partial
 
 import jax
@@ -47,32 +48,57 @@ def trained():
 
 # What trains
 
+
 def test_frozen_towers_stay_as_they_are(trained):
     (before, *_, after), _ = trained
-    for (path, old), (_, new) in zip(make.flat(before.frozen), make.flat(after.frozen), strict=True):
+    for (path, old), (_, new) in zip(
+        make.flat(before.frozen), make.flat(after.frozen), strict=True
+    ):
         assert old.dtype == new.dtype and (np.asarray(old) == np.asarray(new)).all(), path
-    assert {path.split("/")[0] for path, _ in make.flat(after.frozen)} == {"vision", "ln_visual", "resampler", "llama", "regress_head"}
-    moved = [(np.asarray(new) != np.asarray(old)).any() for old, new in zip(*(jax.tree.leaves(state.trainable) for state in (before, after)))]
+    assert {path.split("/")[0] for path, _ in make.flat(after.frozen)} == {
+        "vision",
+        "ln_visual",
+        "resampler",
+        "llama",
+        "regress_head",
+    }
+    moved = [
+        (np.asarray(new) != np.asarray(old)).any()
+        for old, new in zip(*(jax.tree.leaves(state.trainable) for state in (before, after)))
+    ]
     assert np.mean(moved) > 0.95
 
 
 def test_frozen_towers_have_neither_gradient_nor_optimizer_state(trained):
     state = trained[0][-1]
-    held = [jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, _ in jax.tree_util.tree_leaves_with_path((state.opt_state, state.ema, state.trainable))]
-    assert held and not [path for path in held if any(tower in path for tower in ("vision", "resampler", "llama", "regress_head"))]
+    held = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(
+            (state.opt_state, state.ema, state.trainable)
+        )
+    ]
+    assert held and not [
+        path
+        for path in held
+        if any(tower in path for tower in ("vision", "resampler", "llama", "regress_head"))
+    ]
     assert {path.split("/")[0] for path, _ in make.flat(state.trainable)} == {"unet"}
 
 
 def test_frozen_matrices_are_bfloat16_and_all_else_is_float32(trained):
     for path, leaf in make.flat(trained[0][-1].frozen):
-        assert leaf.dtype == (jnp.bfloat16 if path.endswith(("/w", "/base", "/added")) else jnp.float32), path
+        assert leaf.dtype == (
+            jnp.bfloat16 if path.endswith(("/w", "/base", "/added")) else jnp.float32
+        ), path
     assert {leaf.dtype for _, leaf in make.flat(trained[0][-1].trainable)} == {jnp.dtype("float32")}
 
 
 def test_the_average_follows_by_its_decay(trained):
     first, second, third = trained[0]
-    for old, new, weights in ((first.ema, second.ema, second.trainable), (second.ema, third.ema, third.trainable)):
+    for old, new, weights in (
+        (first.ema, second.ema, second.trainable),
+        (second.ema, third.ema, third.trainable),
+    ):
         for a, b, w in zip(*(jax.tree.leaves(part) for part in (old, new, weights)), strict=True):
             np.testing.assert_allclose(b, 0.9 * a + 0.1 * w, rtol=1e-4, atol=1e-6)
 
@@ -81,7 +107,9 @@ def test_the_loss_is_a_mean_over_images_and_micro_batches_change_nothing_of_it(t
     """Without images the loss is 0; the sums over micro-batches are the sums over the batch."""
     empty = BATCH.replace(image_weights=jnp.zeros_like(BATCH.image_weights))
     totals = P.stage.weights(empty)
-    loss, metrics = jax.jit(lambda batch: P.stage.loss(model(PARAMS), batch, None, totals, P.objective))(empty)
+    loss, metrics = jax.jit(
+        lambda batch: P.stage.loss(model(PARAMS), batch, None, totals, P.objective)
+    )(empty)
     assert loss == 0 and metrics["diffusion_loss"][1] == 0
     held = float((BATCH.image_slots < C.data.tokens).sum())
     assert 0 < held < BATCH.image_slots.size and trained[1][0]["diffusion_loss"][1] == held
@@ -89,9 +117,14 @@ def test_the_loss_is_a_mean_over_images_and_micro_batches_change_nothing_of_it(t
 
 # Conditions
 
+
 def conditions(c, batch=BATCH):
     p = make.program(c)
-    params = {tower: part for tower, part in PARAMS.items() if tower in jax.eval_shape(partial(make.params, p))}
+    params = {
+        tower: part
+        for tower, part in PARAMS.items()
+        if tower in jax.eval_shape(partial(make.params, p))
+    }
     return jax.jit(lambda batch: model(params, p.size).conditions(batch))(batch)
 
 
@@ -102,20 +135,35 @@ def predicted():
 
 def test_encoded_conditions_are_the_visual_tokens_and_need_no_llm():
     c = make.decoder_cfg("model.decoder.condition=encoded")
-    assert set(jax.eval_shape(partial(make.params, make.program(c)))) == {"vision", "ln_visual", "resampler", "unet"}
-    plain = emu.bind(emu.Encoder, P.size.emu, {tower: PARAMS[tower] for tower in ("vision", "ln_visual", "resampler")})
+    assert set(jax.eval_shape(partial(make.params, make.program(c)))) == {
+        "vision",
+        "ln_visual",
+        "resampler",
+        "unet",
+    }
+    plain = emu.bind(
+        emu.Encoder,
+        P.size.emu,
+        {tower: PARAMS[tower] for tower in ("vision", "ln_visual", "resampler")},
+    )
     np.testing.assert_allclose(conditions(c), jax.jit(plain.encode)(BATCH.images[:, 0]), atol=1e-4)
-    changed = BATCH.replace(tokens=jnp.where(BATCH.tokens < 512, (BATCH.tokens + 1) % 512, BATCH.tokens))
+    changed = BATCH.replace(
+        tokens=jnp.where(BATCH.tokens < 512, (BATCH.tokens + 1) % 512, BATCH.tokens)
+    )
     np.testing.assert_array_equal(conditions(c, changed), conditions(c))
 
 
 def test_teacher_forced_conditions_are_the_llms_predictions(predicted):
-    full = emu.bind(emu.Emu, P.size.emu, {tower: part for tower, part in PARAMS.items() if tower != "unet"})
+    full = emu.bind(
+        emu.Emu, P.size.emu, {tower: part for tower, part in PARAMS.items() if tower != "unet"}
+    )
     hidden = jax.jit(lambda batch: full.regress_head(full(batch)[0]))(BATCH)
     held = 0
     for row, slot in enumerate(np.asarray(BATCH.image_slots)[:, 0]):
         if slot < C.data.tokens:
-            np.testing.assert_allclose(predicted[row], hidden[row, slot - 1:slot - 1 + predicted.shape[1]], atol=1e-4)
+            np.testing.assert_allclose(
+                predicted[row], hidden[row, slot - 1 : slot - 1 + predicted.shape[1]], atol=1e-4
+            )
             held += 1
     assert held > 2
 
@@ -126,11 +174,18 @@ def test_a_dropped_condition_is_zero_and_the_share_is_the_configs(trained):
     spy.conditions = lambda batch: jnp.ones((8, 4, 32))
     spy.predict = lambda x, times, condition: seen.append(condition) or x
     for share in (0.0, 1.0):
-        P.stage.loss(spy, BATCH, jax.random.key(0), P.stage.weights(BATCH), P.objective | {"condition_drop": share})
+        P.stage.loss(
+            spy,
+            BATCH,
+            jax.random.key(0),
+            P.stage.weights(BATCH),
+            P.objective | {"condition_drop": share},
+        )
     assert seen[0].min() == 1 and seen[1].max() == 0
 
 
 # Pictures
+
 
 def test_pixels_are_the_inverse_of_targets():
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)), jnp.uint8)
@@ -150,8 +205,11 @@ def test_sampling_is_a_function_of_the_seed_on_any_mesh(predicted):
 
     def draw(params, condition, seeds):
         bound = model(params)
-        denoise = samplers.denoiser(P.size.diffusion, bound.predict, condition, jnp.zeros_like(condition), guidance=2.0)
+        denoise = samplers.denoiser(
+            P.size.diffusion, bound.predict, condition, jnp.zeros_like(condition), guidance=2.0
+        )
         return samplers.ddim(denoise, samplers.noise(seeds, P.size.latents), plan)
+
     seeds = jnp.arange(8)
     alone = jax.jit(draw)(PARAMS, predicted, seeds)
     other = jax.jit(draw)(PARAMS, predicted, seeds + 1)
@@ -166,21 +224,35 @@ def test_latents_that_come_with_the_batch_are_those_of_its_images():
     """In bfloat16 too the same key draws the same, but for the rounding of the moments to float16;
     the images are not looked at.
     """
-    p = make.program(make.decoder_cfg("model.decoder.condition=encoded", "model.compute=bfloat16", vae=True))
+    p = make.program(
+        make.decoder_cfg("model.decoder.condition=encoded", "model.compute=bfloat16", vae=True)
+    )
     params = make.random_params(p)
 
     def both(images, keys):
         bound = model(params, p.size)
         stored = moments(p.size, bound.vae, images[:, 0]).astype(jnp.float16)
-        batch = DecoderBatch(**vars(BATCH.replace(images=jnp.zeros_like(images))), latents=stored[:, None])
-        return stored, [bound.targets(images[:, 0], key) for key in keys], [bound.drawn(batch, key) for key in keys]
+        batch = DecoderBatch(
+            **vars(BATCH.replace(images=jnp.zeros_like(images))), latents=stored[:, None]
+        )
+        return (
+            stored,
+            [bound.targets(images[:, 0], key) for key in keys],
+            [bound.drawn(batch, key) for key in keys],
+        )
+
     stored, step, once = jax.jit(both)(BATCH.images, jax.random.split(jax.random.key(0)))
-    assert stored.shape[1:] == p.size.moments == (4, 4, 8) and step[0].shape[1:] == p.size.latents and jnp.abs(step[0] - step[1]).max() > 0.1
+    assert (
+        stored.shape[1:] == p.size.moments == (4, 4, 8)
+        and step[0].shape[1:] == p.size.latents
+        and jnp.abs(step[0] - step[1]).max() > 0.1
+    )
     for a, b in zip(step, once):
         np.testing.assert_allclose(b, a, rtol=5e-3, atol=5e-3 * np.abs(a).max())
 
 
 # Sizes
+
 
 def test_the_papers_decoder():
     """SD 1.5's U-Net (859,520,964 parameters at 768) with keys and values of width 5120: 16
@@ -195,20 +267,30 @@ def test_the_papers_decoder():
     specs = dict(tree.leaves(sharding.specs(abstract)))
     for path, leaf in tree.leaves(abstract):
         for n, axes in zip(leaf.shape, specs[path]):
-            assert axes is None or n % (32 if "unet" in path or "vae" in path else 1) == 0, (path, leaf.shape)
+            assert axes is None or n % (32 if "unet" in path or "vae" in path else 1) == 0, (
+                path,
+                leaf.shape,
+            )
     # about 0.4 T multiply-adds, as is often said of SD 1.5
     assert flops.unet(size.unet, 64, 77) == pytest.approx(8.0e11, rel=0.05)
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("model.decoder.image=9", "image=9 must be divisible by 2 .2 in the U-Net"),
-    ("model.decoder.condition=drawn", "is not one of generated, teacher_forced, encoded"),
-    ("model.decoder.unet.condition=16", "unet.condition=16: the model's visual tokens have the width 32"),
-    ("model.decoder.unet.pooled=3", "pooled=3 must be 0 or the number of visual tokens, 4"),
-    ("model.decoder.unet.side=3", "side=3 must be 0 or"),
-    ("model.decoder.unet.channels_in=4", "4 channels in and 3 out; pixels have 3"),
-    ("model.decoder.diffusion.target=noise", "target='noise' is not one of"),
-    ("model.decoder.diffusion.zero_snr=true", "use target='v'")])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.decoder.image=9", "image=9 must be divisible by 2 .2 in the U-Net"),
+        ("model.decoder.condition=drawn", "is not one of generated, teacher_forced, encoded"),
+        (
+            "model.decoder.unet.condition=16",
+            "unet.condition=16: the model's visual tokens have the width 32",
+        ),
+        ("model.decoder.unet.pooled=3", "pooled=3 must be 0 or the number of visual tokens, 4"),
+        ("model.decoder.unet.side=3", "side=3 must be 0 or"),
+        ("model.decoder.unet.channels_in=4", "4 channels in and 3 out; pixels have 3"),
+        ("model.decoder.diffusion.target=noise", "target='noise' is not one of"),
+        ("model.decoder.diffusion.zero_snr=true", "use target='v'"),
+    ],
+)
 def test_parts_that_do_not_fit_are_one_line(override, message):
     with pytest.raises(UserError, match=message):
         DecoderSize.of(make.decoder_cfg(override).model.to_dict())

@@ -1,6 +1,7 @@
 """Images enter the sequence where they belong and nowhere else; packed rows are separate documents;
 remat changes nothing.
 """
+
 import dataclasses
 from functools import partial
 
@@ -32,6 +33,7 @@ def forward():
 
 # Slots
 
+
 def test_visual_tokens_fill_their_slots_and_nothing_else():
     T = 12
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 516, (3, T)), jnp.int32)
@@ -40,9 +42,9 @@ def test_visual_tokens_fill_their_slots_and_nothing_else():
     slots = jnp.array([[2, 7], [T, T], [T - N, T]])
     got = model().interleave(tokens, visual, slots)
     want = np.array(model().llama.embeddings(tokens, jnp.float32))
-    want[0, 2:2 + N] = visual[0, 0]
-    want[0, 7:7 + N] = visual[0, 1]
-    want[2, T - N:] = visual[2, 0]
+    want[0, 2 : 2 + N] = visual[0, 0]
+    want[0, 7 : 7 + N] = visual[0, 1]
+    want[2, T - N :] = visual[2, 0]
     np.testing.assert_array_equal(got, want)
 
 
@@ -50,14 +52,19 @@ def test_an_image_that_is_not_there_changes_nothing(forward):
     batch = make.batch(C)
     absent = batch.image_slots == C.data.tokens
     assert absent.any() and not absent.all()
-    other = batch.replace(images=np.where(absent[..., None, None, None], 255 - batch.images, batch.images))
+    other = batch.replace(
+        images=np.where(absent[..., None, None, None], 255 - batch.images, batch.images)
+    )
     np.testing.assert_array_equal(forward(other)[0], forward(batch)[0])
-    present = batch.replace(images=np.where(absent[..., None, None, None], batch.images, 255 - batch.images))
+    present = batch.replace(
+        images=np.where(absent[..., None, None, None], batch.images, 255 - batch.images)
+    )
     changed = np.abs(forward(present)[0] - forward(batch)[0]).max((1, 2)) > 1e-3
     np.testing.assert_array_equal(changed, ~absent.all(1))
 
 
 # Packing
+
 
 def test_packed_rows_are_separate_documents(forward):
     """Eight documents in three rows, and each in a row of its own."""
@@ -67,8 +74,12 @@ def test_packed_rows_are_separate_documents(forward):
     for number, (row, start, first) in enumerate(places):
         length = int((separate.segments[number] > 0).sum())
         images = int((separate.image_slots[number] < C.data.tokens).sum())
-        np.testing.assert_allclose(hidden[row, start:start + length], hidden_alone[number, :length], atol=1e-4)
-        np.testing.assert_allclose(visual[row, first:first + images], visual_alone[number, :images], atol=1e-5)
+        np.testing.assert_allclose(
+            hidden[row, start : start + length], hidden_alone[number, :length], atol=1e-4
+        )
+        np.testing.assert_allclose(
+            visual[row, first : first + images], visual_alone[number, :images], atol=1e-5
+        )
     assert max(start for _, start, _ in places) > 0 and max(first for *_, first in places) > 0
 
 
@@ -77,7 +88,11 @@ def test_a_document_does_not_see_the_one_before_it_in_the_row(forward):
     row, start, _ = places[1]
     assert start > 0
     changed = np.array(packed.tokens)
-    changed[row, 1:start - 1] = np.where(changed[row, 1:start - 1] < 512, (changed[row, 1:start - 1] + 7) % 512, changed[row, 1:start - 1])
+    changed[row, 1 : start - 1] = np.where(
+        changed[row, 1 : start - 1] < 512,
+        (changed[row, 1 : start - 1] + 7) % 512,
+        changed[row, 1 : start - 1],
+    )
     before = forward(packed)[0]
     after = forward(packed.replace(tokens=changed))[0]
     assert np.abs(before[row, :start] - after[row, :start]).max() > 0.01
@@ -86,6 +101,7 @@ def test_a_document_does_not_see_the_one_before_it_in_the_row(forward):
 
 # Visual tokens
 
+
 def test_standardised_visual_tokens_are_the_raw_ones_in_other_units():
     c = make.cfg("model.standardise=true")
     p = make.program(c)
@@ -93,16 +109,26 @@ def test_standardised_visual_tokens_are_the_raw_ones_in_other_units():
     encode = jax.jit(lambda params, images: emu.bind(emu.Emu, p.size, params).encode(images))
     images = make.batch(c).images[:, 0]
     stats = params["visual_stats"]
-    still = params | {"visual_stats": {"mean": jnp.zeros_like(stats["mean"]), "std": jnp.ones_like(stats["std"])}}
-    np.testing.assert_allclose(encode(params, images), (encode(still, images) - stats["mean"]) / stats["std"], atol=1e-4)
+    still = params | {
+        "visual_stats": {"mean": jnp.zeros_like(stats["mean"]), "std": jnp.ones_like(stats["std"])}
+    }
+    np.testing.assert_allclose(
+        encode(params, images), (encode(still, images) - stats["mean"]) / stats["std"], atol=1e-4
+    )
 
 
 # Rematerialisation
 
+
 def gradients(policy):
-    towers = {tower: dataclasses.replace(getattr(P.size, tower), remat=policy) for tower in ("vision", "resampler", "llama")}
+    towers = {
+        tower: dataclasses.replace(getattr(P.size, tower), remat=policy)
+        for tower in ("vision", "resampler", "llama")
+    }
     size = dataclasses.replace(P.size, **towers)
-    return partial(lambda size, params, batch: sum((x ** 2).sum() for x in model(params, size)(batch)), size)
+    return partial(
+        lambda size, params, batch: sum((x**2).sum() for x in model(params, size)(batch)), size
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +142,9 @@ def test_remat_changes_nothing(without_remat, policy):
     want_value, want = without_remat
     np.testing.assert_allclose(value, want_value, rtol=1e-6)
     for (path, got), (_, leaf) in zip(make.flat(grads), make.flat(want), strict=True):
-        np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-5 * max(1e-6, np.abs(leaf).max()), err_msg=path)
+        np.testing.assert_allclose(
+            got, leaf, rtol=0, atol=1e-5 * max(1e-6, np.abs(leaf).max()), err_msg=path
+        )
 
 
 def test_remat_saves_what_it_says():
@@ -124,22 +152,41 @@ def test_remat_saves_what_it_says():
     batch = jax.tree.map(jnp.asarray, make.batch(C))
 
     def saved(**policies):
-        towers = {tower: dataclasses.replace(getattr(P.size, tower), remat=policy) for tower, policy in policies.items()}
+        towers = {
+            tower: dataclasses.replace(getattr(P.size, tower), remat=policy)
+            for tower, policy in policies.items()
+        }
+
         def f(params):
             return model(params, dataclasses.replace(P.size, **towers))(batch)[0]
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(f, params)[1], PARAMS)))
+
+        return sum(
+            leaf.size * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(
+                jax.eval_shape(lambda params: jax.vjp(f, params)[1], PARAMS)
+            )
+        )
+
     for tower in ("vision", "resampler", "llama"):
         assert saved(**{tower: "full"}) < saved(**{tower: "dots"}) < saved(**{tower: "none"}), tower
 
 
 # Initial values
 
+
 def test_a_fresh_model_starts_as_published():
     fresh = dict(make.flat(jax.jit(partial(emu.init, emu.Emu, P.size))(jax.random.key(0))))
     C_ = 32
     d = 8
     F = 64
-    t5 = {"self/q": (C_ * d) ** -0.5, "self/k": C_ ** -0.5, "self/v": C_ ** -0.5, "self/o": C_ ** -0.5, "ffn/up": C_ ** -0.5, "ffn/down": F ** -0.5}
+    t5 = {
+        "self/q": (C_ * d) ** -0.5,
+        "self/k": C_**-0.5,
+        "self/v": C_**-0.5,
+        "self/o": C_**-0.5,
+        "ffn/up": C_**-0.5,
+        "ffn/down": F**-0.5,
+    }
     t5 |= {name.replace("self", "cross"): std for name, std in t5.items()}
     stds = {f"resampler/blocks/{name}/w": std for name, std in t5.items()}
     for path, leaf in fresh.items():
@@ -148,7 +195,12 @@ def test_a_fresh_model_starts_as_published():
         elif path.endswith("bias"):
             np.testing.assert_array_equal(leaf, 0)
         elif path not in ("vision/pos", "resampler/relative"):
-            np.testing.assert_allclose(np.std(leaf), stds.get(path, 0.02), rtol=0.35 if leaf.size < 200 else 0.1, err_msg=path)
+            np.testing.assert_allclose(
+                np.std(leaf),
+                stds.get(path, 0.02),
+                rtol=0.35 if leaf.size < 200 else 0.1,
+                err_msg=path,
+            )
     # every layer its own
     for path in stds:
         assert np.abs(fresh[path][0] - fresh[path][1]).max() > 1e-3
@@ -156,7 +208,10 @@ def test_a_fresh_model_starts_as_published():
 
 def test_the_warm_ups_encoder_is_emus():
     def shapes(module):
-        return jax.tree.map(lambda x: x.shape, jax.eval_shape(partial(emu.init, module, P.size), jax.random.key(0)))
+        return jax.tree.map(
+            lambda x: x.shape, jax.eval_shape(partial(emu.init, module, P.size), jax.random.key(0))
+        )
+
     ours = shapes(emu.Emu)
     warm = shapes(Warmup)
     encoder = {"vision", "ln_visual", "resampler"}

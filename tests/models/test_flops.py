@@ -1,4 +1,5 @@
 """Model FLOPs: a sum written out by hand, and what the traced model multiplies."""
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -17,18 +18,28 @@ def products(jaxpr, times=1):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contract, _), _ = equation.params["dimension_numbers"]
-            total += times * 2 * equation.outvars[0].aval.size * int(np.prod([equation.invars[0].aval.shape[axis] for axis in contract]))
+            total += (
+                times
+                * 2
+                * equation.outvars[0].aval.size
+                * int(np.prod([equation.invars[0].aval.shape[axis] for axis in contract]))
+            )
         if equation.primitive.name == "conv_general_dilated":
             # height, width, in, out
             kernel = equation.invars[1].aval
             total += times * 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[-1]
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            total += products(inner, times * (equation.params["length"] if equation.primitive.name == "scan" else 1))
+            total += products(
+                inner,
+                times * (equation.params["length"] if equation.primitive.name == "scan" else 1),
+            )
     return total
 
 
 def traced(function, *shapes):
-    return products(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).jaxpr)
+    return products(
+        jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).jaxpr
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [0, 2])
@@ -44,7 +55,9 @@ def test_it_is_what_the_model_multiplies(kv_heads):
     positions = jnp.tile(jnp.arange(T), (B, 1))
     assert counts["vision"] == traced(model.vision, ((M, 28, 28, 3), jnp.float32))
     # dense: all pairs
-    assert counts["llama"] == traced(lambda x: model.llama(x, positions, positions)[0], ((B, T, 32), jnp.float32))
+    assert counts["llama"] == traced(
+        lambda x: model.llama(x, positions, positions)[0], ((B, T, 32), jnp.float32)
+    )
     r = P.size.resampler
     # pairs that dense attention computes and the mask forbids
     upper = M * r.depth * 4 * (N * (N - 1) // 2) * r.heads * r.head_width
@@ -53,7 +66,12 @@ def test_it_is_what_the_model_multiplies(kv_heads):
 
 def test_the_heads_by_hand():
     got = flops.forward(P.size, images=0, tokens=0, pairs=0, labels=7, regressed=3)
-    assert got == {"vision": 0, "resampler": 0, "llama": 0, "heads": 7 * 2 * 32 * 516 + 3 * 2 * 32 * 32}
+    assert got == {
+        "vision": 0,
+        "resampler": 0,
+        "llama": 0,
+        "heads": 7 * 2 * 32 * 516 + 3 * 2 * 32 * 32,
+    }
 
 
 def test_llama_by_hand():
@@ -69,18 +87,47 @@ def test_an_emu_14b_step_is_about_six_times_its_parameters():
     work = flops.forward(p.size, images=0, tokens=1, pairs=0, labels=1, regressed=0)
     # the input table is looked up, not multiplied
     assert sum(work.values()) == pytest.approx(2 * (13.0e9 - 32000 * 5120), rel=0.01)
-    assert flops.train(p.size, {"llama": True, "heads": True}, images=0, tokens=1, pairs=0, labels=1, regressed=0)["llama"] == 3 * work["llama"]
+    assert (
+        flops.train(
+            p.size,
+            {"llama": True, "heads": True},
+            images=0,
+            tokens=1,
+            pairs=0,
+            labels=1,
+            regressed=0,
+        )["llama"]
+        == 3 * work["llama"]
+    )
 
 
-@pytest.mark.parametrize(("trained", "times"), [
-    ({"vision": True, "resampler": True, "llama": True, "heads": True}, (3, 3, 3, 3)),
-    ({"llama": True, "heads": True}, (1, 1, 3, 3)), ({"resampler": True}, (1, 3, 2, 2)), ({"vision": True, "resampler": False}, (3, 2, 2, 2)),
-    ({"heads": True}, (1, 1, 1, 3)), ({}, (1, 1, 1, 1)),
-    # LoRA: gradients pass through
-    (flops.trained(["llama/blocks/attn/q/a", "llama/blocks/attn/q/b", "llama/lm_head/added"]), (1, 1, 2, 2)),
-    (flops.trained(["llama/blocks/attn/q/w", "llama/embed/added", "regress_head/w"]), (1, 1, 3, 3))])
+@pytest.mark.parametrize(
+    ("trained", "times"),
+    [
+        ({"vision": True, "resampler": True, "llama": True, "heads": True}, (3, 3, 3, 3)),
+        ({"llama": True, "heads": True}, (1, 1, 3, 3)),
+        ({"resampler": True}, (1, 3, 2, 2)),
+        ({"vision": True, "resampler": False}, (3, 2, 2, 2)),
+        ({"heads": True}, (1, 1, 1, 3)),
+        ({}, (1, 1, 1, 1)),
+        # LoRA: gradients pass through
+        (
+            flops.trained(
+                ["llama/blocks/attn/q/a", "llama/blocks/attn/q/b", "llama/lm_head/added"]
+            ),
+            (1, 1, 2, 2),
+        ),
+        (
+            flops.trained(["llama/blocks/attn/q/w", "llama/embed/added", "regress_head/w"]),
+            (1, 1, 3, 3),
+        ),
+    ],
+)
 def test_gradients_cost_where_they_go(trained, times):
     counts = dict(images=2, tokens=20, pairs=90, labels=9, regressed=8)
     once = flops.forward(P.size, **counts)
     step = flops.train(P.size, trained, **counts)
-    assert tuple(step[tower] / once[tower] for tower in ("vision", "resampler", "llama", "heads")) == times
+    assert (
+        tuple(step[tower] / once[tower] for tower in ("vision", "resampler", "llama", "heads"))
+        == times
+    )

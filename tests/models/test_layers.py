@@ -1,4 +1,5 @@
 """What the towers are made of, held to its definition in float64."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +21,17 @@ def filled(norm):
 
 def test_layer_norm():
     x = X.astype(np.float64)
-    want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.1) * np.linspace(0.5, 2, 8) + np.linspace(-1, 1, 8)
-    np.testing.assert_allclose(filled(layers.LayerNorm(8, eps=0.1))(jnp.asarray(X)), want, atol=1e-5)
+    want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.1) * np.linspace(
+        0.5, 2, 8
+    ) + np.linspace(-1, 1, 8)
+    np.testing.assert_allclose(
+        filled(layers.LayerNorm(8, eps=0.1))(jnp.asarray(X)), want, atol=1e-5
+    )
 
 
 def test_rms_norm():
     x = X.astype(np.float64)
-    want = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 0.1) * np.linspace(0.5, 2, 8)
+    want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * np.linspace(0.5, 2, 8)
     np.testing.assert_allclose(filled(layers.RMSNorm(8, eps=0.1))(jnp.asarray(X)), want, atol=1e-5)
 
 
@@ -72,5 +77,9 @@ def test_a_stack_runs_its_blocks_in_order_each_with_its_own_key():
     got = layers.run(blocks, jnp.ones(4), call, where="llama/blocks", remat="none")
     np.testing.assert_allclose(got, 8 * x + 4 * w[0] + 2 * w[1] + w[2], rtol=1e-5)
     noise = [np.asarray(jax.random.uniform(key, (4,))) for key in keys]
-    got = layers.run(blocks, jnp.ones(4), call, where="llama/blocks", remat="full", key=jax.random.key(1))
-    np.testing.assert_allclose(got, 8 * x + 4 * (w[0] + noise[0]) + 2 * (w[1] + noise[1]) + w[2] + noise[2], rtol=1e-5)
+    got = layers.run(
+        blocks, jnp.ones(4), call, where="llama/blocks", remat="full", key=jax.random.key(1)
+    )
+    np.testing.assert_allclose(
+        got, 8 * x + 4 * (w[0] + noise[0]) + 2 * (w[1] + noise[1]) + w[2] + noise[2], rtol=1e-5
+    )

@@ -1,6 +1,7 @@
 """LLaMA: causal and blind to other documents by zero gradients; rotary positions by hand, and only
 their differences matter.
 """
+
 import jax
 import jax.numpy as jnp
 import make
@@ -24,13 +25,31 @@ def run(x, positions, segments):
 hidden = jax.jit(run)
 
 
-@pytest.mark.parametrize(("segments", "sees"), [
-    ([[1, 1, 1, 1, 1, 1]], np.tril(np.ones((6, 6), bool))),
-    ([[1, 1, 1, 2, 2, 0]], np.array([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
-                                    [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]], bool))])
+@pytest.mark.parametrize(
+    ("segments", "sees"),
+    [
+        ([[1, 1, 1, 1, 1, 1]], np.tril(np.ones((6, 6), bool))),
+        (
+            [[1, 1, 1, 2, 2, 0]],
+            np.array(
+                [
+                    [1, 0, 0, 0, 0, 0],
+                    [1, 1, 0, 0, 0, 0],
+                    [1, 1, 1, 0, 0, 0],
+                    [0, 0, 0, 1, 0, 0],
+                    [0, 0, 0, 1, 1, 0],
+                    [0, 0, 0, 0, 0, 1],
+                ],
+                bool,
+            ),
+        ),
+    ],
+)
 def test_a_position_sees_its_own_document_up_to_itself(segments, sees):
     weights = jnp.asarray(np.random.default_rng(2).standard_normal(32), jnp.float32)
-    jacobian = jax.jit(jax.jacrev(lambda x, segments: (run(x, jnp.arange(6)[None], segments) @ weights)[0]))(X, jnp.array(segments))
+    jacobian = jax.jit(
+        jax.jacrev(lambda x, segments: (run(x, jnp.arange(6)[None], segments) @ weights)[0])
+    )(X, jnp.array(segments))
     np.testing.assert_array_equal(np.asarray(jacobian)[:, 0].any(-1), sees)
 
 
@@ -43,8 +62,12 @@ def test_only_differences_of_positions_matter():
 
 def test_packed_documents_are_as_alone():
     packed = hidden(X, jnp.array([[0, 1, 2, 0, 1, 0]]), SEGMENTS)
-    np.testing.assert_allclose(packed[:, :3], run(X[:, :3], jnp.array([[0, 1, 2]]), jnp.ones((1, 3), int)), atol=1e-5)
-    np.testing.assert_allclose(packed[:, 3:5], run(X[:, 3:5], jnp.array([[0, 1]]), jnp.ones((1, 2), int)), atol=1e-5)
+    np.testing.assert_allclose(
+        packed[:, :3], run(X[:, :3], jnp.array([[0, 1, 2]]), jnp.ones((1, 3), int)), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        packed[:, 3:5], run(X[:, 3:5], jnp.array([[0, 1]]), jnp.ones((1, 2), int)), atol=1e-5
+    )
 
 
 def test_rotary_by_hand():
@@ -57,8 +80,16 @@ def test_rotary_by_hand():
     # pairs (1, 3) by 3, (2, 4) by 0.3
     turned = rotate(jnp.tile(x, (1, 2, 1, 1)), (cos, sin))[0, :, 0]
     np.testing.assert_allclose(turned[0], [1, 2, 3, 4])
-    np.testing.assert_allclose(turned[1], [np.cos(3) - 3 * np.sin(3), 2 * np.cos(.3) - 4 * np.sin(.3),
-                                           3 * np.cos(3) + np.sin(3), 4 * np.cos(.3) + 2 * np.sin(.3)], rtol=1e-5)
+    np.testing.assert_allclose(
+        turned[1],
+        [
+            np.cos(3) - 3 * np.sin(3),
+            2 * np.cos(0.3) - 4 * np.sin(0.3),
+            3 * np.cos(3) + np.sin(3),
+            4 * np.cos(0.3) + 2 * np.sin(0.3),
+        ],
+        rtol=1e-5,
+    )
 
 
 def test_rotary_frequencies_are_rounded_and_angles_are_not():
@@ -73,8 +104,13 @@ def test_rotary_frequencies_are_rounded_and_angles_are_not():
 
 def test_embeddings_are_rows_of_both_tables():
     embed = PARAMS["llama"]["embed"]
-    got = emu.bind(emu.Emu, P.size, PARAMS).llama.embeddings(jnp.array([[0, 511, 512, 515]]), jnp.float32)
-    np.testing.assert_array_equal(got[0], np.stack([embed["base"][0], embed["base"][511], embed["added"][0], embed["added"][3]]))
+    got = emu.bind(emu.Emu, P.size, PARAMS).llama.embeddings(
+        jnp.array([[0, 511, 512, 515]]), jnp.float32
+    )
+    np.testing.assert_array_equal(
+        got[0],
+        np.stack([embed["base"][0], embed["base"][511], embed["added"][0], embed["added"][3]]),
+    )
 
 
 def test_grouped_heads_are_repeated_heads():
@@ -82,11 +118,22 @@ def test_grouped_heads_are_repeated_heads():
     grouped = make.program(make.cfg("model.llama.kv_heads=2"))
     params = make.random_params(grouped)
     attn = params["llama"]["blocks"]["attn"]
-    assert attn["q"]["w"].shape == (2, 32, 4, 8) and attn["k"]["w"].shape == attn["v"]["w"].shape == (2, 32, 2, 8)
-    repeated = {"q": attn["q"], "o": attn["o"], **{name: {"w": jnp.repeat(attn[name]["w"], 2, axis=2)} for name in "kv"}}
-    full = params | {"llama": params["llama"] | {"blocks": params["llama"]["blocks"] | {"attn": repeated}}}
+    assert attn["q"]["w"].shape == (2, 32, 4, 8) and attn["k"]["w"].shape == attn["v"][
+        "w"
+    ].shape == (2, 32, 2, 8)
+    repeated = {
+        "q": attn["q"],
+        "o": attn["o"],
+        **{name: {"w": jnp.repeat(attn[name]["w"], 2, axis=2)} for name in "kv"},
+    }
+    full = params | {
+        "llama": params["llama"] | {"blocks": params["llama"]["blocks"] | {"attn": repeated}}
+    }
     at = jnp.arange(6)[None]
-    one, two = (emu.bind(emu.Emu, p.size, tree).llama(X, at, SEGMENTS)[0] for p, tree in ((grouped, params), (make.program(make.cfg()), full)))
+    one, two = (
+        emu.bind(emu.Emu, p.size, tree).llama(X, at, SEGMENTS)[0]
+        for p, tree in ((grouped, params), (make.program(make.cfg()), full))
+    )
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
@@ -96,7 +143,9 @@ def test_a_tied_head_is_the_input_table():
     assert "lm_head" not in params["llama"]
     head = emu.bind(emu.Emu, tied.size, params).llama.head()
     np.testing.assert_array_equal(head["base"], params["llama"]["embed"]["base"])
-    np.testing.assert_array_equal(emu.bind(emu.Emu, P.size, PARAMS).llama.head()["added"], PARAMS["llama"]["lm_head"]["added"])
+    np.testing.assert_array_equal(
+        emu.bind(emu.Emu, P.size, PARAMS).llama.head()["added"], PARAMS["llama"]["lm_head"]["added"]
+    )
 
 
 def test_scaled_frequencies_by_hand():
@@ -105,8 +154,10 @@ def test_scaled_frequencies_by_hand():
     """
     np.testing.assert_allclose(frequencies(4, 100.0, ()), [1, 0.1])
     np.testing.assert_allclose(frequencies(4, 100.0, ("linear", 4.0)), [0.25, 0.025])
+
     def scaled(low, high):
         return frequencies(4, 100.0, ("llama3", 8.0, low, high, 8 * np.pi))
+
     np.testing.assert_allclose(scaled(1.0, 4.0), [1, 0.1 / 8])
     np.testing.assert_allclose(scaled(0.2, 0.4), [1, 0.1])
     # half, and a twentieth of the way

@@ -1,6 +1,7 @@
 """LoRA is a kind of weight: it starts as nothing, learns as w + a b would, and is w + a b; stored
 matrices are what their codes say.
 """
+
 import functools
 import re
 from functools import partial
@@ -16,7 +17,13 @@ from emu_jax.config import UserError
 from emu_jax.models import emu, layers, lora
 
 ROWS = "rules.train=(('.*/(a|b)', True), ('llama/(embed|lm_head)/added', (4, 6)), ('.*', False))"
-TUNED = ("model.llama.added=6", "model.lora.rank=3", "model.lora.alpha=6.0", "rules.peak_lr=(('.*', 1e-2),)", "optim.warmup=0.0")
+TUNED = (
+    "model.llama.added=6",
+    "model.lora.rank=3",
+    "model.lora.alpha=6.0",
+    "rules.peak_lr=(('.*', 1e-2),)",
+    "optim.warmup=0.0",
+)
 C = make.cfg(*TUNED, "model.lora.dropout=0.0", ROWS)
 P = make.program(C)
 # the same model without it
@@ -45,14 +52,25 @@ def compiled(size):
     """(parameters, key of the dropout) -> (hidden states of the LLM over X, gradients of their
     product with X by the matrices of attention: by a and b, or where there is no LoRA by w).
     """
+
     def loss(trains, frozen, key):
-        hidden = emu.bind(emu.Emu, size, tree.merge(trains, frozen), key).llama(X, AT, jnp.ones_like(AT))[0]
+        hidden = emu.bind(emu.Emu, size, tree.merge(trains, frozen), key).llama(
+            X, AT, jnp.ones_like(AT)
+        )[0]
         return (hidden * X).sum(), hidden
 
     def both(params, key):
-        trains = {path: bool(re.fullmatch("llama/blocks/attn/./" + ("[ab]" if size.lora.rank else "w"), path)) for path, _ in tree.leaves(params)}
-        grads, hidden = jax.grad(loss, has_aux=True)(*tree.split(params, tree.unflatten(trains)), key)
+        trains = {
+            path: bool(
+                re.fullmatch("llama/blocks/attn/./" + ("[ab]" if size.lora.rank else "w"), path)
+            )
+            for path, _ in tree.leaves(params)
+        }
+        grads, hidden = jax.grad(loss, has_aux=True)(
+            *tree.split(params, tree.unflatten(trains)), key
+        )
         return hidden, grads["llama"]["blocks"]["attn"]
+
     return jax.jit(both)
 
 
@@ -60,15 +78,22 @@ def hidden(program, params, key=None):
     return compiled(program.size)(params, key)[0]
 
 
-@pytest.mark.parametrize(("equation", "down", "up"), [
-    ("btD,Dhd->bthd", "btD,DR->btR", "btR,Rhd->bthd"), ("bthd,hdD->btD", "bthd,hdR->btR", "btR,RD->btD"),
-    ("btf,fD->btD", "btf,fR->btR", "btR,RD->btD")])
+@pytest.mark.parametrize(
+    ("equation", "down", "up"),
+    [
+        ("btD,Dhd->bthd", "btD,DR->btR", "btR,Rhd->bthd"),
+        ("bthd,hdD->btD", "bthd,hdR->btR", "btR,RD->btD"),
+        ("btf,fD->btD", "btf,fR->btR", "btR,RD->btD"),
+    ],
+)
 def test_the_two_products(equation, down, up):
     assert lora.equations(equation) == (down, up)
 
 
 def test_its_leaves_are_beside_the_targets_and_start_as_nothing():
-    fresh, without = jax.jit(lambda: tuple(make.params(program)["llama"] for program in (P, PLAIN)))()
+    fresh, without = jax.jit(
+        lambda: tuple(make.params(program)["llama"] for program in (P, PLAIN))
+    )()
     fresh = dict(make.flat(fresh))
     without = dict(make.flat(without))
     added = fresh.keys() - without.keys()
@@ -76,10 +101,21 @@ def test_its_leaves_are_beside_the_targets_and_start_as_nothing():
     for path, leaf in without.items():
         # the same model, whether or not there is LoRA
         np.testing.assert_array_equal(fresh[path], leaf)
-    assert fresh["blocks/attn/q/a"].shape == (2, 32, 3) and fresh["blocks/attn/q/b"].shape == (2, 3, 4, 8)
-    assert fresh["blocks/attn/o/a"].shape == (2, 4, 8, 3) and fresh["blocks/attn/o/b"].shape == (2, 3, 32)
-    assert all((leaf == 0).all() == path.endswith("/b") for path, leaf in fresh.items() if path in added)
-    reach = 32 ** -0.5
+    assert fresh["blocks/attn/q/a"].shape == (2, 32, 3) and fresh["blocks/attn/q/b"].shape == (
+        2,
+        3,
+        4,
+        8,
+    )
+    assert fresh["blocks/attn/o/a"].shape == (2, 4, 8, 3) and fresh["blocks/attn/o/b"].shape == (
+        2,
+        3,
+        32,
+    )
+    assert all(
+        (leaf == 0).all() == path.endswith("/b") for path, leaf in fresh.items() if path in added
+    )
+    reach = 32**-0.5
     assert 0.9 * reach < np.abs(fresh["blocks/attn/q/a"]).max() < reach
     nothing = without_b(PARAMS)
     np.testing.assert_array_equal(hidden(P, nothing), hidden(PLAIN, plain(nothing)))
@@ -92,7 +128,11 @@ def test_wrapped_equals_baked():
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
     assert np.abs(ours - hidden(P, without_b(PARAMS))).max() > 0.01
     for name, by_chain in (("q", "LDhd,Lrhd->LDr"), ("o", "Lhde,Lre->Lhdr")):
-        want = 6 / 3 * np.einsum(by_chain, merged[name]["w"], PARAMS["llama"]["blocks"]["attn"][name]["b"])
+        want = (
+            6
+            / 3
+            * np.einsum(by_chain, merged[name]["w"], PARAMS["llama"]["blocks"]["attn"][name]["b"])
+        )
         np.testing.assert_allclose(grads[name]["a"], want, rtol=0, atol=1e-4 * np.abs(want).max())
 
 
@@ -101,8 +141,12 @@ def test_dropout_is_of_lora_alone_differs_by_layer_and_needs_a_key():
     keys = [jax.random.key(seed) for seed in range(2)]
     one, two = (hidden(p, PARAMS, key) for key in keys)
     assert np.abs(one - two).max() > 0.01 < np.abs(one - hidden(P, PARAMS)).max()
-    np.testing.assert_array_equal(hidden(p, without_b(PARAMS), keys[0]), hidden(P, without_b(PARAMS)))
-    bound, without = (lora.bound(p.size.lora, PARAMS, key)["llama"]["blocks"]["attn"] for key in (keys[0], None))
+    np.testing.assert_array_equal(
+        hidden(p, without_b(PARAMS), keys[0]), hidden(P, without_b(PARAMS))
+    )
+    bound, without = (
+        lora.bound(p.size.lora, PARAMS, key)["llama"]["blocks"]["attn"] for key in (keys[0], None)
+    )
     drawn = np.concatenate([jax.random.key_data(bound[name]["w"].keys) for name in "qkvo"])
     assert len(np.unique(drawn, axis=0)) == 4 * 2 and without["q"]["w"].keys is None
 
@@ -110,9 +154,18 @@ def test_dropout_is_of_lora_alone_differs_by_layer_and_needs_a_key():
 def test_the_optimizer_knows_what_trains_alone():
     """What moves of it, and that other rows do not: tests/test_instruct.py."""
     trains = train.what_trains(C, PARAMS)
-    state = jax.eval_shape(lambda params: loop.init_state(P, *tree.split(train.at_rest(C, trains, params), trains)), PARAMS)
-    moments = {path for part in state.opt_state if hasattr(part, "mu") for path, _ in make.flat(part.mu)}
-    assert moments == {path for path, _ in make.flat(state.trainable)} == {path for path, chosen in make.flat(trains) if chosen}
+    state = jax.eval_shape(
+        lambda params: loop.init_state(P, *tree.split(train.at_rest(C, trains, params), trains)),
+        PARAMS,
+    )
+    moments = {
+        path for part in state.opt_state if hasattr(part, "mu") for path, _ in make.flat(part.mu)
+    }
+    assert (
+        moments
+        == {path for path, _ in make.flat(state.trainable)}
+        == {path for path, chosen in make.flat(trains) if chosen}
+    )
     assert len(moments) == 10
 
 
@@ -130,7 +183,10 @@ def stored():
     return tree.unflatten(flat)
 
 
-@pytest.mark.parametrize(("storage", "bytes_each", "worst", "typical"), [("int8", 1, 1 / 127, 0.01), ("nf4", 0.5, 0.16, 0.11)])
+@pytest.mark.parametrize(
+    ("storage", "bytes_each", "worst", "typical"),
+    [("int8", 1, 1 / 127, 0.01), ("nf4", 0.5, 0.16, 0.11)],
+)
 def test_stored_matrices(storage, bytes_each, worst, typical):
     w = np.random.default_rng(0).standard_normal((3, 8, 4, 128)).astype(np.float32)
     codes, absmax = lora.quantised(w, storage)
@@ -150,7 +206,9 @@ def test_stored_matrices(storage, bytes_each, worst, typical):
 def test_the_levels_of_nf4_are_the_papers():
     levels = lora.nf4()
     assert len(levels) == 16 and levels[7] == 0 and levels[0] == -1 and levels[-1] == 1
-    np.testing.assert_allclose(levels[[1, 6, 8, 14]], [-0.6961928, -0.0910500, 0.0795803, 0.7229568], atol=1e-6)
+    np.testing.assert_allclose(
+        levels[[1, 6, 8, 14]], [-0.6961928, -0.0910500, 0.0795803, 0.7229568], atol=1e-6
+    )
 
 
 def test_a_stored_model_is_the_model_of_what_the_codes_say():
@@ -158,11 +216,21 @@ def test_a_stored_model_is_the_model_of_what_the_codes_say():
     flat = dict(make.flat(params))
     said = {path: leaf for path, leaf in flat.items() if not path.endswith(("/absmax", "/nf4"))}
     codes = [path for path in flat if path.endswith("/nf4")]
-    said |= {sharding.role(path): jax.jit(lora.dequantised)(flat[path], flat[path.replace("nf4", "absmax")]) for path in codes}
+    said |= {
+        sharding.role(path): jax.jit(lora.dequantised)(
+            flat[path], flat[path.replace("nf4", "absmax")]
+        )
+        for path in codes
+    }
     assert said.keys() == dict(make.flat(PARAMS)).keys()
-    fresh = {path: (x.shape, x.dtype) for path, x in make.flat(jax.eval_shape(partial(make.params, STORED)))}
+    fresh = {
+        path: (x.shape, x.dtype)
+        for path, x in make.flat(jax.eval_shape(partial(make.params, STORED)))
+    }
     assert fresh == {path: (x.shape, x.dtype) for path, x in flat.items()}
-    np.testing.assert_allclose(hidden(STORED, params), hidden(P, tree.unflatten(said)), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        hidden(STORED, params), hidden(P, tree.unflatten(said)), rtol=0, atol=1e-4
+    )
 
 
 def test_a_sharded_stored_model_equals_a_single_one():
@@ -176,18 +244,41 @@ def test_a_sharded_stored_model_equals_a_single_one():
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
     for name in "qkvo":
         for half in "ab":
-            np.testing.assert_allclose(sharded[name][half], grads[name][half], rtol=0, atol=1e-3 * np.abs(grads[name][half]).max(), err_msg=name)
+            np.testing.assert_allclose(
+                sharded[name][half],
+                grads[name][half],
+                rtol=0,
+                atol=1e-3 * np.abs(grads[name][half]).max(),
+                err_msg=name,
+            )
 
 
 # Bad input
 
-@pytest.mark.parametrize(("overrides", "told"), [
-    (("model.lora.targets=(('llama/norm/scale', True), ('.*', False))",), "model.lora.targets: llama/norm/scale is no matrix of a tower's blocks"),
-    (("model.lora.targets=(('llama/blocks/attn/x/w', True), ('.*', False))",), "no parameter needs the row 'llama/blocks/attn/x/w'"),
-    (("model.lora.storage=int4",), "model.lora.storage='int4' is not one of '', int8, nf4"),
-    (("model.lora.storage=nf4", "rules.train=(('.*', True),)"), "llama/blocks/attn/k/w is stored as nf4 and cannot train"),
-    (("rules.train=(('llama/embed/added', (4, 9)), ('.*', False))",), r"(4, 9) is neither True, nor False, nor (start, stop) of the rows of"),
-    (("model.lora.dropout=1.0",), "dropout=1.0 at least 0 and below 1")])
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ("model.lora.targets=(('llama/norm/scale', True), ('.*', False))",),
+            "model.lora.targets: llama/norm/scale is no matrix of a tower's blocks",
+        ),
+        (
+            ("model.lora.targets=(('llama/blocks/attn/x/w', True), ('.*', False))",),
+            "no parameter needs the row 'llama/blocks/attn/x/w'",
+        ),
+        (("model.lora.storage=int4",), "model.lora.storage='int4' is not one of '', int8, nf4"),
+        (
+            ("model.lora.storage=nf4", "rules.train=(('.*', True),)"),
+            "llama/blocks/attn/k/w is stored as nf4 and cannot train",
+        ),
+        (
+            ("rules.train=(('llama/embed/added', (4, 9)), ('.*', False))",),
+            r"(4, 9) is neither True, nor False, nor (start, stop) of the rows of",
+        ),
+        (("model.lora.dropout=1.0",), "dropout=1.0 at least 0 and below 1"),
+    ],
+)
 def test_bad_input_is_one_line(overrides, told):
     with pytest.raises(UserError) as error:
         make.program(make.cfg(*TUNED, ROWS, *overrides))
@@ -195,9 +286,22 @@ def test_bad_input_is_one_line(overrides, told):
 
 
 def test_products_of_layers():
-    x, w, a, b = (np.random.default_rng(k).standard_normal(shape).astype(np.float32) for k, shape in enumerate(((2, 3, 4), (4, 6), (4, 2), (2, 6))))
+    x, w, a, b = (
+        np.random.default_rng(k).standard_normal(shape).astype(np.float32)
+        for k, shape in enumerate(((2, 3, 4), (4, 6), (4, 2), (2, 6)))
+    )
+
     def product(w):
         return layers.einsum("btD,Df->btf", jnp.asarray(x), w)
-    np.testing.assert_allclose(product(lora.Lora(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b), None, 0.5, 0.1)), x @ (w + 0.5 * a @ b), rtol=1e-5)
+
+    np.testing.assert_allclose(
+        product(lora.Lora(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b), None, 0.5, 0.1)),
+        x @ (w + 0.5 * a @ b),
+        rtol=1e-5,
+    )
     codes, absmax = lora.quantised(w, "int8")
-    np.testing.assert_allclose(product(lora.Quantised(codes, absmax)), x @ np.asarray(lora.dequantised(codes, absmax)), rtol=1e-5)
+    np.testing.assert_allclose(
+        product(lora.Quantised(codes, absmax)),
+        x @ np.asarray(lora.dequantised(codes, absmax)),
+        rtol=1e-5,
+    )

@@ -1,4 +1,5 @@
 """The causal transformer: causal by zero gradients, T5's buckets, dropout only with a key."""
+
 import dataclasses
 
 import jax
@@ -15,9 +16,15 @@ PARAMS = make.random_params(P)
 FEATURES = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 32)), jnp.float32)
 
 
-def tokens(queries, features=FEATURES, key=None, dropout=0.0, relative=PARAMS["resampler"]["relative"]):
-    size = dataclasses.replace(P.size, resampler=dataclasses.replace(P.size.resampler, dropout=dropout))
-    params = PARAMS | {"resampler": PARAMS["resampler"] | {"queries": queries, "relative": relative}}
+def tokens(
+    queries, features=FEATURES, key=None, dropout=0.0, relative=PARAMS["resampler"]["relative"]
+):
+    size = dataclasses.replace(
+        P.size, resampler=dataclasses.replace(P.size.resampler, dropout=dropout)
+    )
+    params = PARAMS | {
+        "resampler": PARAMS["resampler"] | {"queries": queries, "relative": relative}
+    }
     return emu.bind(emu.Emu, size, params).resampler(features, key)
 
 
@@ -35,18 +42,45 @@ def test_a_visual_token_sees_no_later_query():
 def test_every_visual_token_sees_every_feature_of_its_own_image():
     # image, token, image, feature, E
     jacobian = jax.jit(jax.jacrev(lambda features: tokens(QUERIES, features).sum(-1)))(FEATURES)
-    np.testing.assert_array_equal(np.asarray(jacobian).any(-1), np.broadcast_to(np.eye(2, dtype=bool)[:, None, :, None], (2, 4, 2, 5)))
+    np.testing.assert_array_equal(
+        np.asarray(jacobian).any(-1),
+        np.broadcast_to(np.eye(2, dtype=bool)[:, None, :, None], (2, 4, 2, 5)),
+    )
 
 
 def test_the_relative_bias_tells_distances_apart():
     """Of the 32 buckets, the N = 4 distances 0 to 3 are used."""
-    gradient = jax.jit(jax.grad(lambda relative: (tokens(QUERIES, relative=relative) ** 2).sum()))(PARAMS["resampler"]["relative"])
+    gradient = jax.jit(jax.grad(lambda relative: (tokens(QUERIES, relative=relative) ** 2).sum()))(
+        PARAMS["resampler"]["relative"]
+    )
     np.testing.assert_array_equal(np.asarray(gradient).any(-1), np.arange(32) < 4)
 
 
-@pytest.mark.parametrize(("buckets", "max_distance", "table"), [
-    (32, 128, {0: 0, 1: 1, 15: 15, 16: 16, 17: 16, 19: 17, 20: 17, 31: 21, 32: 21, 64: 26, 127: 31, 128: 31, 199: 31}),
-    (8, 16, {0: 0, 3: 3, 4: 4, 5: 4, 6: 5, 7: 5, 8: 6, 12: 7, 16: 7, 100: 7})])
+@pytest.mark.parametrize(
+    ("buckets", "max_distance", "table"),
+    [
+        (
+            32,
+            128,
+            {
+                0: 0,
+                1: 1,
+                15: 15,
+                16: 16,
+                17: 16,
+                19: 17,
+                20: 17,
+                31: 21,
+                32: 21,
+                64: 26,
+                127: 31,
+                128: 31,
+                199: 31,
+            },
+        ),
+        (8, 16, {0: 0, 3: 3, 4: 4, 5: 4, 6: 5, 7: 5, 8: 6, 12: 7, 16: 7, 100: 7}),
+    ],
+)
 def test_buckets_by_hand(buckets, max_distance, table):
     """T5's unidirectional rule: half exact; then half + floor(log(n / half) / log(max / half) *
     half).
@@ -66,4 +100,8 @@ def test_dropout_needs_a_key_and_follows_it():
     b = run(jax.random.key(1), 0.5)
     np.testing.assert_array_equal(still, run(None, 0.0))
     np.testing.assert_array_equal(a, again)
-    assert np.abs(a - still).max() > 0.1 and np.abs(a - b).max() > 0.1 and np.abs(a[0] - a[1]).max() > 0.1
+    assert (
+        np.abs(a - still).max() > 0.1
+        and np.abs(a - b).max() > 0.1
+        and np.abs(a[0] - a[1]).max() > 0.1
+    )

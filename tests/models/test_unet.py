@@ -1,6 +1,7 @@
 """The U-Net and the autoencoder: what their shape promises. Their numbers are held to diffusers' in
 tests/verify.
 """
+
 import dataclasses
 from functools import partial
 
@@ -17,20 +18,42 @@ from emu_jax.models import emu, flops
 from emu_jax.models.unet import UNet, UNetSize
 from emu_jax.models.vae import Vae, VaeSize
 
-SIZE = UNetSize(channels_in=3, channels_out=2, patch=1, widths=(8, 16), resnets=(1, 1), attends_down=(False, True), attends_up=(True, False),
-                depths=(1, 2), heads=(2, 4), condition=12, pooled=0, side=0, time=16, cosine_first=True, frequency_shift=0.0, groups=4, eps=1e-5,
-                linear=False, remat="none")
+SIZE = UNetSize(
+    channels_in=3,
+    channels_out=2,
+    patch=1,
+    widths=(8, 16),
+    resnets=(1, 1),
+    attends_down=(False, True),
+    attends_up=(True, False),
+    depths=(1, 2),
+    heads=(2, 4),
+    condition=12,
+    pooled=0,
+    side=0,
+    time=16,
+    cosine_first=True,
+    frequency_shift=0.0,
+    groups=4,
+    eps=1e-5,
+    linear=False,
+    remat="none",
+)
 VAE = VaeSize(channels=3, latent=2, widths=(8, 16), resnets=1, groups=4, scale=0.5, remat="none")
 rng = np.random.default_rng(0)
-X, CONDITION = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 4, 4, 3), (8, 3, 12)))
+X, CONDITION = (
+    jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 4, 4, 3), (8, 3, 12))
+)
 TIMES = jnp.arange(8) * 100.0
 
 
 def random(module, size):
     """Every leaf random: fresh layers that are zero would hide mistakes."""
     shapes = jax.eval_shape(lambda: emu.init(module, size, jax.random.key(0)))
+
     def noise(path, x):
         return jnp.asarray(rng.standard_normal(x.shape) * 0.3 + path.endswith("scale"), jnp.float32)
+
     return tree.unflatten({path: noise(path, x) for path, x in make.flat(shapes)})
 
 
@@ -47,9 +70,20 @@ def run():
 
 
 def test_a_fresh_unet_predicts_nothing_yet():
-    flat = dataclasses.replace(SIZE, widths=(8,), resnets=(1,), attends_down=(False,), attends_up=(False,), depths=(1,), heads=(2,))
+    flat = dataclasses.replace(
+        SIZE,
+        widths=(8,),
+        resnets=(1,),
+        attends_down=(False,),
+        attends_up=(False,),
+        depths=(1,),
+        heads=(2,),
+    )
     params = emu.init(UNet, flat, jax.random.key(0))
-    assert jnp.abs(params["conv_out"]["w"]).max() == 0 and jnp.abs(params["mid"]["resnets"]["0"]["conv2"]["w"]).max() == 0
+    assert (
+        jnp.abs(params["conv_out"]["w"]).max() == 0
+        and jnp.abs(params["mid"]["resnets"]["0"]["conv2"]["w"]).max() == 0
+    )
     assert jnp.abs(params["conv_in"]["w"]).max() > 0
 
 
@@ -57,25 +91,45 @@ def test_rows_do_not_see_one_another_and_everything_is_seen(run):
     y = run(PARAMS, X, TIMES, CONDITION)
     assert y.shape == (8, 4, 4, 2)
     turned = jnp.roll(jnp.arange(8), 3)
-    np.testing.assert_allclose(run(PARAMS, X[turned], TIMES[turned], CONDITION[turned]), y[turned], atol=1e-4)
-    for changed in ((X + 1, TIMES, CONDITION), (X, TIMES + 50, CONDITION), (X, TIMES, CONDITION + 1)):
+    np.testing.assert_allclose(
+        run(PARAMS, X[turned], TIMES[turned], CONDITION[turned]), y[turned], atol=1e-4
+    )
+    for changed in (
+        (X + 1, TIMES, CONDITION),
+        (X, TIMES + 50, CONDITION),
+        (X, TIMES, CONDITION + 1),
+    ):
         assert (jnp.abs(run(PARAMS, *changed) - y).max((1, 2, 3)) > 1e-3).all()
 
 
 def test_the_order_of_the_conditions_tokens_says_nothing(run):
-    np.testing.assert_allclose(run(PARAMS, X, TIMES, CONDITION[:, ::-1]), run(PARAMS, X, TIMES, CONDITION), atol=1e-4)
+    np.testing.assert_allclose(
+        run(PARAMS, X, TIMES, CONDITION[:, ::-1]), run(PARAMS, X, TIMES, CONDITION), atol=1e-4
+    )
 
 
 def test_pooled_the_order_says_something_and_its_map_is_counted(run):
     size = dataclasses.replace(SIZE, pooled=3)
     params = random(UNet, size)
     call = jax.jit(partial(forward, size=size))
-    assert jnp.abs(call(params, X, TIMES, CONDITION[:, ::-1]) - call(params, X, TIMES, CONDITION)).max() > 1e-3
+    assert (
+        jnp.abs(
+            call(params, X, TIMES, CONDITION[:, ::-1]) - call(params, X, TIMES, CONDITION)
+        ).max()
+        > 1e-3
+    )
     none = {"pooled": {"w": jnp.zeros_like(params["pooled"]["w"])}}
     plain = {name: part for name, part in params.items() if name != "pooled"}
-    np.testing.assert_allclose(call(params | none, X, TIMES, CONDITION), run(plain, X, TIMES, CONDITION), atol=1e-4)
+    np.testing.assert_allclose(
+        call(params | none, X, TIMES, CONDITION), run(plain, X, TIMES, CONDITION), atol=1e-4
+    )
     f32 = jnp.float32
-    assert flops.unet(size, 4, 3) == traced(lambda x, t, c: forward(params, x, t, c, size), ((1, 4, 4, 3), f32), ((1,), f32), ((1, 3, 12), f32))
+    assert flops.unet(size, 4, 3) == traced(
+        lambda x, t, c: forward(params, x, t, c, size),
+        ((1, 4, 4, 3), f32),
+        ((1,), f32),
+        ((1, 3, 12), f32),
+    )
 
 
 def test_each_place_is_told_by_a_map_of_its_own(run):
@@ -89,12 +143,21 @@ def test_each_place_is_told_by_a_map_of_its_own(run):
     alone = params | {"places": {"w": jnp.zeros_like(params["places"]["w"])}}
     before = call(alone, X, TIMES, CONDITION)
     plain = {name: part for name, part in params.items() if name != "places"}
-    np.testing.assert_allclose(before, jax.jit(partial(forward, size=none))(plain, X, TIMES, CONDITION), atol=1e-4)
-    one = params | {"places": {"w": alone["places"]["w"].at[:, 1, 2].set(params["places"]["w"][:, 1, 2])}}
+    np.testing.assert_allclose(
+        before, jax.jit(partial(forward, size=none))(plain, X, TIMES, CONDITION), atol=1e-4
+    )
+    one = params | {
+        "places": {"w": alone["places"]["w"].at[:, 1, 2].set(params["places"]["w"][:, 1, 2])}
+    }
     moved = jnp.abs(call(one, X, TIMES, CONDITION) - before).max((0, 3))
     assert moved[1, 2] > 0.1
     f32 = jnp.float32
-    assert flops.unet(size, 4, 3) == traced(lambda x, t, c: forward(params, x, t, c, size), ((1, 4, 4, 3), f32), ((1,), f32), ((1, 3, 12), f32))
+    assert flops.unet(size, 4, 3) == traced(
+        lambda x, t, c: forward(params, x, t, c, size),
+        ((1, 4, 4, 3), f32),
+        ((1,), f32),
+        ((1, 3, 12), f32),
+    )
 
 
 def test_a_patch_is_more_channels_at_a_place():
@@ -102,8 +165,10 @@ def test_a_patch_is_more_channels_at_a_place():
     params = random(UNet, big)
     folded = dataclasses.replace(SIZE, patch=2)
     x = jnp.asarray(rng.standard_normal((1, 8, 8, 3)), jnp.float32)
+
     def fold(x):
         return x.reshape(1, 4, 2, 4, 2, -1).transpose(0, 1, 3, 2, 4, 5).reshape(1, 4, 4, -1)
+
     got = jax.jit(lambda params: forward(params, x, TIMES[:1], CONDITION[:1], folded))(params)
     want = jax.jit(lambda params: forward(params, fold(x), TIMES[:1], CONDITION[:1], big))(params)
     np.testing.assert_allclose(fold(got), want, atol=1e-4)
@@ -113,37 +178,76 @@ def test_sharded_is_single(run):
     want = run(PARAMS, X, TIMES, CONDITION)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
-        placed = jax.device_put({"unet": PARAMS}, sharding.shardings(mesh, sharding.specs({"unet": PARAMS})))["unet"]
+        placed = jax.device_put(
+            {"unet": PARAMS}, sharding.shardings(mesh, sharding.specs({"unet": PARAMS}))
+        )["unet"]
         np.testing.assert_allclose(jax.jit(forward)(placed, X, TIMES, CONDITION), want, atol=1e-4)
 
 
 def test_remat_changes_nothing():
-    small = dataclasses.replace(SIZE, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,))
+    small = dataclasses.replace(
+        SIZE,
+        widths=(8,),
+        resnets=(1,),
+        attends_down=(True,),
+        attends_up=(False,),
+        depths=(1,),
+        heads=(2,),
+    )
     params = random(UNet, small)
+
     def loss(size):
-        return jax.jit(jax.grad(lambda params: (forward(params, X[:2], TIMES[:2], CONDITION[:2], size) ** 2).sum()))(params)
-    for (path, got), (_, want) in zip(make.flat(loss(dataclasses.replace(small, remat="full"))), make.flat(loss(small)), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=2e-4 * max(1e-3, np.abs(want).max()), err_msg=path)
+        return jax.jit(
+            jax.grad(
+                lambda params: (forward(params, X[:2], TIMES[:2], CONDITION[:2], size) ** 2).sum()
+            )
+        )(params)
+
+    for (path, got), (_, want) in zip(
+        make.flat(loss(dataclasses.replace(small, remat="full"))),
+        make.flat(loss(small)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            got, want, rtol=0, atol=2e-4 * max(1e-3, np.abs(want).max()), err_msg=path
+        )
 
 
 def test_sides_that_do_not_divide_are_one_line():
     with pytest.raises(UserError, match="heights and widths that 2 divides .* not 5 x 4"):
         jax.eval_shape(lambda: forward(PARAMS, jnp.zeros((1, 5, 4, 3)), TIMES[:1], CONDITION[:1]))
     with pytest.raises(UserError, match="sides 2 divides, not 5 x 4"):
-        jax.eval_shape(lambda: emu.bind(Vae, VAE, emu.init(Vae, VAE, jax.random.key(0))).encode(jnp.zeros((1, 5, 4, 3))))
+        jax.eval_shape(
+            lambda: emu.bind(Vae, VAE, emu.init(Vae, VAE, jax.random.key(0))).encode(
+                jnp.zeros((1, 5, 4, 3))
+            )
+        )
 
 
 def test_flops_are_what_is_multiplied():
     f32 = jnp.float32
-    assert flops.unet(SIZE, 4, 3) == traced(lambda x, t, c: forward(PARAMS, x, t, c), ((1, 4, 4, 3), f32), ((1,), f32), ((1, 3, 12), f32))
+    assert flops.unet(SIZE, 4, 3) == traced(
+        lambda x, t, c: forward(PARAMS, x, t, c),
+        ((1, 4, 4, 3), f32),
+        ((1,), f32),
+        ((1, 3, 12), f32),
+    )
     folded = dataclasses.replace(SIZE, patch=2, channels_in=3, channels_out=3)
     params = random(UNet, folded)
-    assert flops.unet(folded, 8, 5) == traced(lambda x, t, c: forward(params, x, t, c, folded), ((1, 8, 8, 3), f32), ((1,), f32), ((1, 5, 12), f32))
+    assert flops.unet(folded, 8, 5) == traced(
+        lambda x, t, c: forward(params, x, t, c, folded),
+        ((1, 8, 8, 3), f32),
+        ((1,), f32),
+        ((1, 5, 12), f32),
+    )
     params = random(Vae, VAE)
-    assert flops.vae_encoder(VAE, 8) == traced(lambda x: emu.bind(Vae, VAE, params).encode(x), ((1, 8, 8, 3), f32))
+    assert flops.vae_encoder(VAE, 8) == traced(
+        lambda x: emu.bind(Vae, VAE, params).encode(x), ((1, 8, 8, 3), f32)
+    )
 
 
 # The autoencoder
+
 
 def test_latents_are_scaled_and_drawn_around_their_mean():
     params = random(Vae, VAE)
@@ -152,8 +256,11 @@ def test_latents_are_scaled_and_drawn_around_their_mean():
     def everything(params, images):
         model = emu.bind(Vae, VAE, params)
         mean, log_variance = model.encode(images)
-        draws = jax.vmap(partial(model.sample, mean, log_variance))(jax.random.split(jax.random.key(0), 400))
+        draws = jax.vmap(partial(model.sample, mean, log_variance))(
+            jax.random.split(jax.random.key(0), 400)
+        )
         return mean, log_variance, model.sample(mean, log_variance), draws, model.decode(mean)
+
     mean, log_variance, still, draws, decoded = jax.jit(everything)(params, images)
     assert mean.shape == (2, 2, 2, 2) and decoded.shape == images.shape
     np.testing.assert_allclose(still, VAE.scale * mean, rtol=1e-6)

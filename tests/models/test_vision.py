@@ -1,6 +1,7 @@
 """EVA's vision transformer: patches in reading order, images apart. Its numbers are held to the
 release's in tests/weights.
 """
+
 import jax
 import jax.numpy as jnp
 import make
@@ -29,7 +30,9 @@ def test_an_image_does_not_see_another(features):
     x = images()
     y = features(x)
     assert y.shape == (3, 1 + 4, 32)
-    np.testing.assert_allclose(features(x[jnp.array([2, 0, 1])]), y[jnp.array([2, 0, 1])], atol=1e-5)
+    np.testing.assert_allclose(
+        features(x[jnp.array([2, 0, 1])]), y[jnp.array([2, 0, 1])], atol=1e-5
+    )
     np.testing.assert_allclose(features(x.at[0].set(0))[1:], y[1:], atol=1e-6)
     assert np.abs(y[0] - y[1]).max() > 0.1
 
@@ -38,8 +41,15 @@ def test_patches_are_in_reading_order():
     """With no block's say, feature 1 + k moves with the pixels of patch k alone."""
     still = jax.tree.map(jnp.zeros_like, PARAMS["vision"]["blocks"])
     params = PARAMS | {"vision": PARAMS["vision"] | {"blocks": still}}
-    jacobian = jax.jit(jax.jacfwd(lambda scale: emu.bind(emu.Emu, P.size, params).vision(
-        images(1) * jnp.kron(scale, jnp.ones((14, 14)))[None, :, :, None]).sum(-1)[0]))(jnp.ones((2, 2)))
+    jacobian = jax.jit(
+        jax.jacfwd(
+            lambda scale: (
+                emu.bind(emu.Emu, P.size, params)
+                .vision(images(1) * jnp.kron(scale, jnp.ones((14, 14)))[None, :, :, None])
+                .sum(-1)[0]
+            )
+        )
+    )(jnp.ones((2, 2)))
     moved = np.abs(jacobian.reshape(5, 4)) > 1e-6
     np.testing.assert_array_equal(moved, np.eye(5, 4, -1, dtype=bool))
 
@@ -51,12 +61,20 @@ def test_every_pixel_reaches_every_feature(features):
 
 def test_queries_and_values_have_a_bias_and_keys_have_none():
     assert {name: sorted(part) for name, part in PARAMS["vision"]["blocks"]["attn"].items()} == {
-        "q": ["bias", "w"], "k": ["w"], "v": ["bias", "w"], "o": ["bias", "w"]}
+        "q": ["bias", "w"],
+        "k": ["w"],
+        "v": ["bias", "w"],
+        "o": ["bias", "w"],
+    }
 
 
 def test_normalise_by_hand():
     x = np.zeros((1, 28, 28, 3), np.uint8)
     x[0, 0, 0] = [255, 0, 51]
     got = normalise(jnp.asarray(x), P.size.vision, "float32")
-    np.testing.assert_allclose(got[0, 0, 0], [(1 - .48145466) / .26862954, -.4578275 / .26130258, (.2 - .40821073) / .27577711], rtol=1e-5)
+    np.testing.assert_allclose(
+        got[0, 0, 0],
+        [(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, (0.2 - 0.40821073) / 0.27577711],
+        rtol=1e-5,
+    )
     assert normalise(jnp.asarray(x), P.size.vision, "bfloat16").dtype == jnp.bfloat16

@@ -1,6 +1,7 @@
 """The table of the released checkpoint: export of import is the identity, its names are the
 release's, and what does not fit is said.
 """
+
 import json
 import re
 from functools import partial
@@ -33,7 +34,9 @@ def test_import_of_export_is_the_identity_bit_for_bit():
     back = dict(tree.leaves(convert.from_theirs(TABLE, FOREIGN)))
     assert back.keys() == PARAMS.keys()
     for path, leaf in PARAMS.items():
-        assert back[path].dtype == leaf.dtype and np.asarray(back[path]).tobytes() == leaf.tobytes(), path
+        assert (
+            back[path].dtype == leaf.dtype and np.asarray(back[path]).tobytes() == leaf.tobytes()
+        ), path
 
 
 def test_export_of_import_is_the_identity_bit_for_bit():
@@ -53,11 +56,23 @@ def test_where_a_weight_goes_by_hand():
     V = 512
     ours = dict(tree.leaves(convert.from_theirs(TABLE, FOREIGN)))
     qkv = FOREIGN["visual.blocks.1.attn.qkv.weight"]
-    np.testing.assert_array_equal(ours["vision/blocks/attn/k/w"][1], qkv[E:2 * E].T.reshape(E, 4, 8))
-    np.testing.assert_array_equal(ours["llama/blocks/attn/o/w"][0], FOREIGN["decoder.lm.model.layers.0.self_attn.o_proj.weight"].T.reshape(4, 8, E))
-    np.testing.assert_array_equal(ours["llama/blocks/ffn/down/w"][1], FOREIGN["decoder.lm.model.layers.1.mlp.down_proj.weight"].T)
-    np.testing.assert_array_equal(ours["llama/lm_head/added"], FOREIGN["decoder.lm.lm_head.weight"][V:])
-    np.testing.assert_array_equal(ours["vision/patch/w"][3, 5, 2], FOREIGN["visual.patch_embed.proj.weight"][:, 2, 3, 5])
+    np.testing.assert_array_equal(
+        ours["vision/blocks/attn/k/w"][1], qkv[E : 2 * E].T.reshape(E, 4, 8)
+    )
+    np.testing.assert_array_equal(
+        ours["llama/blocks/attn/o/w"][0],
+        FOREIGN["decoder.lm.model.layers.0.self_attn.o_proj.weight"].T.reshape(4, 8, E),
+    )
+    np.testing.assert_array_equal(
+        ours["llama/blocks/ffn/down/w"][1],
+        FOREIGN["decoder.lm.model.layers.1.mlp.down_proj.weight"].T,
+    )
+    np.testing.assert_array_equal(
+        ours["llama/lm_head/added"], FOREIGN["decoder.lm.lm_head.weight"][V:]
+    )
+    np.testing.assert_array_equal(
+        ours["vision/patch/w"][3, 5, 2], FOREIGN["visual.patch_embed.proj.weight"][:, 2, 3, 5]
+    )
 
 
 @pytest.mark.parametrize("name", ["emu1_pretrained", "emu1_instruct"])
@@ -66,14 +81,22 @@ def test_names_and_shapes_are_those_of_the_release(name):
     apart.
     """
     file = golden.load(f"tests/golden/{name}.npz")
-    released = {emu1.rename(str(name)): tuple(json.loads(str(shape))) for name, shape in zip(file["parameter_names"], file["parameter_shapes"])}
+    released = {
+        emu1.rename(str(name)): tuple(json.loads(str(shape)))
+        for name, shape in zip(file["parameter_names"], file["parameter_shapes"])
+    }
     size = size_of(file)
     abstract = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
     table = emu1.table(size)
-    ours = theirs_of(table, {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in tree.leaves(abstract)})
+    ours = theirs_of(
+        table,
+        {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in tree.leaves(abstract)},
+    )
     extra = {name for name in released.keys() - ours.keys() if ".lora_" not in name}
     assert {name: array.shape for name, array in ours.items()}.items() <= released.items()
-    assert extra and all(any(re.fullmatch(unused, name) for unused in table.unused) for name in extra)
+    assert extra and all(
+        any(re.fullmatch(unused, name) for unused in table.unused) for name in extra
+    )
 
 
 def test_the_14b_has_the_releases_tensors_and_parameters():
@@ -86,50 +109,117 @@ def test_the_14b_has_the_releases_tensors_and_parameters():
     D = 5120
     F = 13824
     V = 32004
-    want = {"visual.cls_token": (1, 1, E), "visual.pos_embed": (1, 257, E), "visual.patch_embed.proj.weight": (E, 3, 14, 14),
-            "visual.patch_embed.proj.bias": (E,), "ln_visual.weight": (E,), "ln_visual.bias": (E,), "cformer.causal_tokens": (1, 32, C),
-            "cformer.cformer.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 12),
-            "cformer.cformer.final_layer_norm.weight": (C,), "cformer.projection.weight": (D, C), "cformer.projection.bias": (D,),
-            "decoder.lm.model.embed_tokens.weight": (V, D), "decoder.lm.lm_head.weight": (V, D), "decoder.lm.model.norm.weight": (D,),
-            "decoder.lm.stu_regress_head.weight": (D, D)}
+    want = {
+        "visual.cls_token": (1, 1, E),
+        "visual.pos_embed": (1, 257, E),
+        "visual.patch_embed.proj.weight": (E, 3, 14, 14),
+        "visual.patch_embed.proj.bias": (E,),
+        "ln_visual.weight": (E,),
+        "ln_visual.bias": (E,),
+        "cformer.causal_tokens": (1, 32, C),
+        "cformer.cformer.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 12),
+        "cformer.cformer.final_layer_norm.weight": (C,),
+        "cformer.projection.weight": (D, C),
+        "cformer.projection.bias": (D,),
+        "decoder.lm.model.embed_tokens.weight": (V, D),
+        "decoder.lm.lm_head.weight": (V, D),
+        "decoder.lm.model.norm.weight": (D,),
+        "decoder.lm.stu_regress_head.weight": (D, D),
+    }
     for layer in range(40):
-        block = {"norm1.weight": (E,), "norm1.bias": (E,), "attn.qkv.weight": (3 * E, E), "attn.q_bias": (E,), "attn.v_bias": (E,),
-                 "attn.proj.weight": (E, E), "attn.proj.bias": (E,), "norm2.weight": (E,), "norm2.bias": (E,),
-                 "mlp.fc1.weight": (6144, E), "mlp.fc1.bias": (6144,), "mlp.fc2.weight": (E, 6144), "mlp.fc2.bias": (E,)}
+        block = {
+            "norm1.weight": (E,),
+            "norm1.bias": (E,),
+            "attn.qkv.weight": (3 * E, E),
+            "attn.q_bias": (E,),
+            "attn.v_bias": (E,),
+            "attn.proj.weight": (E, E),
+            "attn.proj.bias": (E,),
+            "norm2.weight": (E,),
+            "norm2.bias": (E,),
+            "mlp.fc1.weight": (6144, E),
+            "mlp.fc1.bias": (6144,),
+            "mlp.fc2.weight": (E, 6144),
+            "mlp.fc2.bias": (E,),
+        }
         want |= {f"visual.blocks.{layer}.{name}": shape for name, shape in block.items()}
-        block = {"input_layernorm": (D,), "post_attention_layernorm": (D,), **{f"self_attn.{name}_proj": (D, D) for name in "qkvo"},
-                 "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
-        want |= {f"decoder.lm.model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
+        block = {
+            "input_layernorm": (D,),
+            "post_attention_layernorm": (D,),
+            **{f"self_attn.{name}_proj": (D, D) for name in "qkvo"},
+            "mlp.gate_proj": (F, D),
+            "mlp.up_proj": (F, D),
+            "mlp.down_proj": (D, F),
+        }
+        want |= {
+            f"decoder.lm.model.layers.{layer}.{name}.weight": shape for name, shape in block.items()
+        }
     for layer in range(12):
-        block = {"0.layer_norm": (C,), "1.layer_norm": (C,), "2.layer_norm": (C,), "2.DenseReluDense.wi": (3072, C), "2.DenseReluDense.wo": (C, 3072),
-                 **{f"{number}.{kind}.{name}": (C, E if number and name in "kv" else C)
-                    for number, kind in enumerate(("SelfAttention", "EncDecAttention")) for name in "qkvo"}}
-        want |= {f"cformer.cformer.block.{layer}.layer.{name}.weight": shape for name, shape in block.items()}
+        block = {
+            "0.layer_norm": (C,),
+            "1.layer_norm": (C,),
+            "2.layer_norm": (C,),
+            "2.DenseReluDense.wi": (3072, C),
+            "2.DenseReluDense.wo": (C, 3072),
+            **{
+                f"{number}.{kind}.{name}": (C, E if number and name in "kv" else C)
+                for number, kind in enumerate(("SelfAttention", "EncDecAttention"))
+                for name in "qkvo"
+            },
+        }
+        want |= {
+            f"cformer.cformer.block.{layer}.layer.{name}.weight": shape
+            for name, shape in block.items()
+        }
     assert set(convert.uses(emu1.table(size), made=False)) == set(want)
-    prefix = {"vision": "visual.", "ln_visual": "ln_visual.", "resampler": "cformer.", "regress_head": "decoder.lm.stu_regress_head."}
+    prefix = {
+        "vision": "visual.",
+        "ln_visual": "ln_visual.",
+        "resampler": "cformer.",
+        "regress_head": "decoder.lm.stu_regress_head.",
+    }
     counts = dict.fromkeys((*prefix, "llama", "total"), 0)
     for name, shape in want.items():
-        for tower in (next((tower for tower, start in prefix.items() if name.startswith(start)), "llama"), "total"):
+        for tower in (
+            next((tower for tower, start in prefix.items() if name.startswith(start)), "llama"),
+            "total",
+        ):
             counts[tower] += prod(shape)
-    printed = train.parameter_table(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))).splitlines()
+    printed = train.parameter_table(
+        jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
+    ).splitlines()
     assert {line.split()[0]: int(line.split()[1].replace(",", "")) for line in printed} == counts
 
 
 # Bad input
 
+
 def test_what_is_missing_and_unexpected_is_listed():
-    lacking = {name: array for name, array in FOREIGN.items() if not name.startswith("visual.blocks")}
-    with pytest.raises(UserError, match=r"^26 tensors missing: visual\.blocks\.0\.norm1\.w.*, \.\.\.; 2 tensors unexpected: a\.b, visual\.head$"):
-        convert.from_theirs(TABLE, lacking | {"a.b": np.zeros(1), "visual.head": np.zeros(1), "visual.head.weight": np.zeros(1)})
+    lacking = {
+        name: array for name, array in FOREIGN.items() if not name.startswith("visual.blocks")
+    }
+    with pytest.raises(
+        UserError,
+        match=r"^26 tensors missing: visual\.blocks\.0\.norm1\.w.*, \.\.\.; 2 tensors unexpected: a\.b, visual\.head$",
+    ):
+        convert.from_theirs(
+            TABLE,
+            lacking
+            | {"a.b": np.zeros(1), "visual.head": np.zeros(1), "visual.head.weight": np.zeros(1)},
+        )
 
 
 def test_a_tensor_of_another_shape_is_named():
     wrong = {"visual.blocks.1.attn.qkv.weight": np.zeros((96, 32, 1), np.float32)}
-    with pytest.raises(UserError, match=r"'visual\.blocks\.\S+\.attn\.qkv\.weight' of shape \(32, 32, 1\) does not fit 'vision/blocks/attn/q/w'"):
+    with pytest.raises(
+        UserError,
+        match=r"'visual\.blocks\.\S+\.attn\.qkv\.weight' of shape \(32, 32, 1\) does not fit 'vision/blocks/attn/q/w'",
+    ):
         convert.from_theirs(TABLE, FOREIGN | wrong)
 
 
 # LoRA
+
 
 def test_lora_is_merged_into_its_weight():
     rng = np.random.default_rng(0)
@@ -140,5 +230,8 @@ def test_lora_is_merged_into_its_weight():
     merged = emu1.canonical(half | {f"{stem}.lora_B.default.weight": b}, lora_scale=0.5)
     assert merged.keys() == {plain}
     np.testing.assert_allclose(merged[plain], w + 0.5 * b @ a, rtol=1e-5)
-    with pytest.raises(UserError, match=r"q_proj\.lora_A\.default\.weight is there without .*lora_B\.default\.weight"):
+    with pytest.raises(
+        UserError,
+        match=r"q_proj\.lora_A\.default\.weight is there without .*lora_B\.default\.weight",
+    ):
         emu1.canonical(half)

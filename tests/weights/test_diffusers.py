@@ -3,6 +3,7 @@ and samples.
 
 Skipped where PyTorch and diffusers are not installed: nothing of ours needs them.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,17 +43,32 @@ def last(x):
 
 def ours(directory, unet):
     """(prediction, mean of the latents, decoded) of a checkpoint."""
-    size = stable_diffusion.size(config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict())
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), checkpoint.restore_params(str(directory)))
+    size = stable_diffusion.size(
+        config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict()
+    )
+    params = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32), checkpoint.restore_params(str(directory))
+    )
     vae = bind(Vae, size.vae, params["vae"])
-    return (bind(UNet, size.unet, params["unet"])(jnp.asarray(LATENTS), jnp.asarray(TIMES), jnp.asarray(condition(unet))),
-            vae.encode(jnp.asarray(IMAGES))[0], vae.decode(jnp.asarray(LATENTS)))
+    return (
+        bind(UNet, size.unet, params["unet"])(
+            jnp.asarray(LATENTS), jnp.asarray(TIMES), jnp.asarray(condition(unet))
+        ),
+        vae.encode(jnp.asarray(IMAGES))[0],
+        vae.decode(jnp.asarray(LATENTS)),
+    )
 
 
 def theirs(unet_model, vae_model, unet):
     with torch.no_grad():
-        predicted = unet_model(first(LATENTS), torch.tensor(TIMES), torch.tensor(condition(unet))).sample
-        return last(predicted), last(vae_model.encode(first(IMAGES)).latent_dist.mean), last(vae_model.decode(first(LATENTS)).sample)
+        predicted = unet_model(
+            first(LATENTS), torch.tensor(TIMES), torch.tensor(condition(unet))
+        ).sample
+        return (
+            last(predicted),
+            last(vae_model.encode(first(IMAGES)).latent_dist.mean),
+            last(vae_model.decode(first(LATENTS)).sample),
+        )
 
 
 def close(got, want, share=1e-4):
@@ -60,47 +76,114 @@ def close(got, want, share=1e-4):
         np.testing.assert_allclose(mine, their, atol=share * np.abs(their).max())
 
 
-@pytest.mark.parametrize(("unet", "schedule", "sampler"), [(UNET1, PNDM, "pndm"), (UNET2, V, "pndm"), (UNET2, V, "ddim")],
-                         ids=["sd1", "sd2", "sd2-ddim"])
+@pytest.mark.parametrize(
+    ("unet", "schedule", "sampler"),
+    [(UNET1, PNDM, "pndm"), (UNET2, V, "pndm"), (UNET2, V, "ddim")],
+    ids=["sd1", "sd2", "sd2-ddim"],
+)
 def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
     diffusion(tmp_path / "source", unet, schedule=schedule)
-    assert main(["import", "--family=stable-diffusion", str(tmp_path / "source"), f"--to={tmp_path / 'ours'}"]) == 0
-    assert main(["export", "--family=stable-diffusion", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}"]) == 0
+    assert (
+        main(
+            [
+                "import",
+                "--family=stable-diffusion",
+                str(tmp_path / "source"),
+                f"--to={tmp_path / 'ours'}",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "export",
+                "--family=stable-diffusion",
+                f"--from={tmp_path / 'ours'}",
+                f"--to={tmp_path / 'theirs'}",
+            ]
+        )
+        == 0
+    )
     models = []
-    for kind, component in ((diffusers.UNet2DConditionModel, "unet"), (diffusers.AutoencoderKL, "vae")):
-        model, report = kind.from_pretrained(tmp_path / "theirs", subfolder=component, output_loading_info=True)
+    for kind, component in (
+        (diffusers.UNet2DConditionModel, "unet"),
+        (diffusers.AutoencoderKL, "vae"),
+    ):
+        model, report = kind.from_pretrained(
+            tmp_path / "theirs", subfolder=component, output_loading_info=True
+        )
         assert not any(report.values()), report
         models.append(model.eval())
     close(ours(tmp_path / "ours", unet), theirs(*models, unet))
 
-    absent = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer"))
+    absent = dict.fromkeys(
+        ("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer")
+    )
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "theirs", **absent)
     pipeline.set_progress_bar_config(disable=True)
     if sampler == "ddim":
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+            pipeline.scheduler.config, clip_sample=False
+        )
     wanted = condition(unet)
     away = np.zeros_like(condition(unet))
-    sample = pipeline(prompt_embeds=torch.tensor(wanted), negative_prompt_embeds=torch.tensor(away), latents=first(LATENTS), num_inference_steps=4,
-                      guidance_scale=3.0, output_type="latent").images
-    size = stable_diffusion.size(config.from_dict(checkpoint.read_config(str(tmp_path / "ours"))["model"]).to_dict())
-    said = Diffusion(**checkpoint.read_config(str(tmp_path / "ours"))["model"]["decoder"]["diffusion"])
-    network = bind(UNet, size.unet, jax.tree.map(jnp.asarray, checkpoint.restore_params(str(tmp_path / "ours")))["unet"])
+    sample = pipeline(
+        prompt_embeds=torch.tensor(wanted),
+        negative_prompt_embeds=torch.tensor(away),
+        latents=first(LATENTS),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).images
+    size = stable_diffusion.size(
+        config.from_dict(checkpoint.read_config(str(tmp_path / "ours"))["model"]).to_dict()
+    )
+    said = Diffusion(
+        **checkpoint.read_config(str(tmp_path / "ours"))["model"]["decoder"]["diffusion"]
+    )
+    network = bind(
+        UNet,
+        size.unet,
+        jax.tree.map(jnp.asarray, checkpoint.restore_params(str(tmp_path / "ours")))["unet"],
+    )
     denoise = samplers.denoiser(said, network, jnp.asarray(wanted), jnp.asarray(away), guidance=3.0)
-    close([samplers.SAMPLERS[sampler].run(denoise, jnp.asarray(LATENTS), samplers.plan_of(said, sampler, 4))], [last(sample)], 1e-3)
+    close(
+        [
+            samplers.SAMPLERS[sampler].run(
+                denoise, jnp.asarray(LATENTS), samplers.plan_of(said, sampler, 4)
+            )
+        ],
+        [last(sample)],
+        1e-3,
+    )
 
 
-@pytest.mark.parametrize("options", [dict(), dict(safe_serialization=False), dict(variant="fp16"), dict(variant="fp16", max_shard_size="20KB")],
-                         ids=["plain", "bin", "fp16", "fp16-shards"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(safe_serialization=False),
+        dict(variant="fp16"),
+        dict(variant="fp16", max_shard_size="20KB"),
+    ],
+    ids=["plain", "bin", "fp16", "fp16-shards"],
+)
 def test_what_they_save_is_the_same_here(tmp_path, options):
     torch.manual_seed(0)
     models = diffusers.UNet2DConditionModel(**UNET2).eval(), diffusers.AutoencoderKL(**VAE).eval()
     models = [model.half().float() for model in models]
     for model, component in zip(models, ("unet", "vae")):
-        (model.half() if "variant" in options else model).save_pretrained(tmp_path / component, **options)
+        (model.half() if "variant" in options else model).save_pretrained(
+            tmp_path / component, **options
+        )
         model.float()
     if "max_shard_size" in options:
         assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
-    assert main(["import", "--family=stable-diffusion", str(tmp_path), f"--to={tmp_path / 'ours'}"]) == 0
+    assert (
+        main(["import", "--family=stable-diffusion", str(tmp_path), f"--to={tmp_path / 'ours'}"])
+        == 0
+    )
     close(ours(tmp_path / "ours", UNET2), theirs(*models, UNET2))
 
 

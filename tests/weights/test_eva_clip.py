@@ -1,4 +1,5 @@
 """Position embeddings at another resolution: numbers by hand, and the laws of an interpolation."""
+
 import numpy as np
 import pytest
 
@@ -9,12 +10,19 @@ def test_weights_by_hand():
     """Two cells to four: the first lies a quarter before the first centre, between a repeated edge
     and it. a = -0.75.
     """
+
     def near(x):
-        return 1.25 * x ** 3 - 2.25 * x ** 2 + 1
+        return 1.25 * x**3 - 2.25 * x**2 + 1
+
     def far(x):
-        return -0.75 * x ** 3 + 3.75 * x ** 2 - 6 * x + 3
-    np.testing.assert_allclose(bicubic(2, 4)[0], [far(1.75) + near(0.75) + near(0.25), far(1.25)], rtol=1e-6)
-    np.testing.assert_allclose(bicubic(2, 4)[1], [far(1.25) + near(0.25), near(0.75) + far(1.75)], rtol=1e-6)
+        return -0.75 * x**3 + 3.75 * x**2 - 6 * x + 3
+
+    np.testing.assert_allclose(
+        bicubic(2, 4)[0], [far(1.75) + near(0.75) + near(0.25), far(1.25)], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        bicubic(2, 4)[1], [far(1.25) + near(0.25), near(0.75) + far(1.75)], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("old", "new"), [(16, 32), (16, 24), (16, 7), (4, 5), (1, 3)])
@@ -28,7 +36,13 @@ def test_the_same_size_is_the_identity_and_a_ramp_stays_one():
     positions = np.random.default_rng(0).standard_normal((1, 17, 3), np.float32)
     np.testing.assert_allclose(interpolate(positions, 4), positions, atol=1e-6)
     # rows 0 to 7, CLS 9
-    ramp = np.concatenate([np.full((1, 1, 1), 9.0), np.arange(64.0).reshape(1, 64, 1) // 8], 1).astype(np.float32)
+    ramp = np.concatenate(
+        [np.full((1, 1, 1), 9.0), np.arange(64.0).reshape(1, 64, 1) // 8], 1
+    ).astype(np.float32)
     got = interpolate(ramp, 16)
     assert got[0, 0, 0] == 9
-    np.testing.assert_allclose(got[0, 1:, 0].reshape(16, 16)[4:12], np.tile(((np.arange(16) + 0.5) / 2 - 0.5)[4:12, None], (1, 16)), atol=0.05)
+    np.testing.assert_allclose(
+        got[0, 1:, 0].reshape(16, 16)[4:12],
+        np.tile(((np.arange(16) + 0.5) / 2 - 0.5)[4:12, None], (1, 16)),
+        atol=0.05,
+    )

@@ -1,6 +1,7 @@
 """Safetensors in and out: what is written is read, lazily; headers that lie are refused in one
 line.
 """
+
 import json
 
 import ml_dtypes
@@ -12,12 +13,23 @@ from emu_jax.config import UserError
 from emu_jax.weights import files
 
 RNG = np.random.default_rng(0)
-ARRAYS = {"a": RNG.standard_normal((3, 5), np.float32), "b.w": RNG.standard_normal((7, 2)).astype(ml_dtypes.bfloat16), "c": np.arange(3),
-          "d": np.zeros((0, 2), np.float16), "e": np.float64([1.5])}
+ARRAYS = {
+    "a": RNG.standard_normal((3, 5), np.float32),
+    "b.w": RNG.standard_normal((7, 2)).astype(ml_dtypes.bfloat16),
+    "c": np.arange(3),
+    "d": np.zeros((0, 2), np.float16),
+    "e": np.float64([1.5]),
+}
 
 
 def write(folder, arrays=ARRAYS, shard=10**9):
-    files.write(folder, "model", {name: (array.shape, array.dtype) for name, array in arrays.items()}, iter(arrays.items()), shard)
+    files.write(
+        folder,
+        "model",
+        {name: (array.shape, array.dtype) for name, array in arrays.items()},
+        iter(arrays.items()),
+        shard,
+    )
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -26,36 +38,46 @@ def same(foreign, arrays):
     for name, tensor in foreign.tensors.items():
         got = np.asarray(tensor)
         array = arrays[name]
-        assert (tensor.shape, tensor.dtype) == (got.shape, got.dtype) == (array.shape, array.dtype) and got.tobytes() == array.tobytes(), name
+        assert (tensor.shape, tensor.dtype) == (got.shape, got.dtype) == (
+            array.shape,
+            array.dtype,
+        ) and got.tobytes() == array.tobytes(), name
 
 
 @pytest.mark.parametrize(("shard", "count"), [(10**9, 1), (60, 2), (59, 3), (1, 5)])
 def test_what_is_written_is_read(tmp_path, shard, count):
     paths = write(tmp_path, shard=shard)
-    assert [path.name for path in paths] == [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    assert [path.name for path in paths] == [
+        f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)
+    ]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(ARRAYS) and index["metadata"]["total_size"] == sum(array.nbytes for array in ARRAYS.values())
+    assert set(index["weight_map"]) == set(ARRAYS) and index["metadata"]["total_size"] == sum(
+        array.nbytes for array in ARRAYS.values()
+    )
     for sources in ([tmp_path], [tmp_path / "model.safetensors.index.json"], paths):
         same(files.read(list(map(str, sources))), ARRAYS)
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path):
-    path, = write(tmp_path)
+    (path,) = write(tmp_path)
     tensor = files.read([str(tmp_path)]).tensors["a"]
     content = bytearray(path.read_bytes())
     at = content.index(ARRAYS["a"].tobytes())
-    content[at:at + 4] = np.float32(42).tobytes()
+    content[at : at + 4] = np.float32(42).tobytes()
     path.write_bytes(content)
     assert np.asarray(tensor)[0, 0] == 42
 
 
 def test_the_format_is_what_it_says_it_is(tmp_path):
     """By the format's own words: 8 bytes of length, JSON, and the bytes in order."""
-    path, = write(tmp_path, {"x": np.float32([1, 2])})
+    (path,) = write(tmp_path, {"x": np.float32([1, 2])})
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    assert json.loads(content[8:8 + length]) == {"__metadata__": {"format": "pt"}, "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
-    assert length % 8 == 0 and content[8 + length:] == np.float32([1, 2]).tobytes()
+    assert json.loads(content[8 : 8 + length]) == {
+        "__metadata__": {"format": "pt"},
+        "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    }
+    assert length % 8 == 0 and content[8 + length :] == np.float32([1, 2]).tobytes()
 
 
 def header(entries, data=b"", length=None):
@@ -66,18 +88,31 @@ def header(entries, data=b"", length=None):
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "wrong header"), (b"abc", "wrong header"), (header({}, length=2**60), "wrong header: it claims 1152921504606846976 bytes"),
-    (header(b"{nonsense"), "wrong header: JSONDecodeError"), (header(b"[]"), "wrong header: "), (header(b"\xff\xfe{}"), "wrong header"),
-    (header({"w": 3}), "wrong header"), (header(b"[" * 100_000), "wrong header: RecursionError"),
-    (header(b'{"w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}', bytes(8)), "wrong header: OverflowError"),
-    (header({"w": ONE | {"dtype": "F33"}}, bytes(8)), "wrong header: KeyError 'F33'"),
-    (header({"w": {"dtype": "F32"}}), "wrong header: KeyError 'shape'"),
-    (header({"w": ONE | {"shape": [3]}}, bytes(8)), r"w is float32\[3\] at bytes 0 to 8"),
-    (header({"w": ONE | {"shape": [-1, -2]}}, bytes(8)), "wrong header: w"),
-    (header({"w": ONE | {"data_offsets": [8, 16]}}, bytes(16)), "at bytes 8 to 16, after 0"),
-    (header({"v": ONE, "w": ONE}, bytes(8)), "at bytes 0 to 8, after 8"),
-    (header({"w": ONE}, bytes(7)), "describes 8 bytes of tensors and 7 follow: truncated"), (header({"w": ONE}, bytes(9)), "and 9 follow")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "wrong header"),
+        (b"abc", "wrong header"),
+        (header({}, length=2**60), "wrong header: it claims 1152921504606846976 bytes"),
+        (header(b"{nonsense"), "wrong header: JSONDecodeError"),
+        (header(b"[]"), "wrong header: "),
+        (header(b"\xff\xfe{}"), "wrong header"),
+        (header({"w": 3}), "wrong header"),
+        (header(b"[" * 100_000), "wrong header: RecursionError"),
+        (
+            header(b'{"w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}', bytes(8)),
+            "wrong header: OverflowError",
+        ),
+        (header({"w": ONE | {"dtype": "F33"}}, bytes(8)), "wrong header: KeyError 'F33'"),
+        (header({"w": {"dtype": "F32"}}), "wrong header: KeyError 'shape'"),
+        (header({"w": ONE | {"shape": [3]}}, bytes(8)), r"w is float32\[3\] at bytes 0 to 8"),
+        (header({"w": ONE | {"shape": [-1, -2]}}, bytes(8)), "wrong header: w"),
+        (header({"w": ONE | {"data_offsets": [8, 16]}}, bytes(16)), "at bytes 8 to 16, after 0"),
+        (header({"v": ONE, "w": ONE}, bytes(8)), "at bytes 0 to 8, after 8"),
+        (header({"w": ONE}, bytes(7)), "describes 8 bytes of tensors and 7 follow: truncated"),
+        (header({"w": ONE}, bytes(9)), "and 9 follow"),
+    ],
+)
 def test_a_wrong_header_is_one_line(tmp_path, content, message):
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
@@ -98,13 +133,19 @@ def test_what_is_missing_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     promised = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": promised["weight_map"] | {"lost": first.name}}))
-    with pytest.raises(UserError, match=r"promises 1 tensors that are not there: lost \(model-00001"):
+    with pytest.raises(
+        UserError, match=r"promises 1 tensors that are not there: lost \(model-00001"
+    ):
         files.read([str(tmp_path)])
     first.unlink()
     with pytest.raises(UserError, match="names files that are not there: model-00001"):
         files.read([str(tmp_path)])
-    for text, message in (("{", "is no JSON"), ("[]", "no JSON object"), ("{}", "no weight_map"),
-                          ('{"weight_map": {"a": "../a.safetensors"}}', "no weight_map")):
+    for text, message in (
+        ("{", "is no JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "no weight_map"),
+    ):
         index.write_text(text)
         with pytest.raises(UserError, match=message):
             files.read([str(tmp_path)])
@@ -114,7 +155,7 @@ def test_one_of_several_variants_is_the_one_without_a_suffix(tmp_path):
     for name, value in (("model.fp16", 2), ("model", 1)):
         folder = tmp_path / name
         folder.mkdir()
-        path, = write(folder, {"w": np.float32([value])})
+        (path,) = write(folder, {"w": np.float32([value])})
         path.rename(tmp_path / f"{name}.safetensors")
     assert np.asarray(files.read([str(tmp_path)]).tensors["w"]) == 1
 
@@ -126,7 +167,10 @@ def test_components_of_a_model_are_read_as_one(tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps({"number": number}))
     foreign = files.components(str(tmp_path), ("unet", "vae"))
     assert foreign.config == {"unet": {"number": 0}, "vae": {"number": 1}, "scheduler": {}}
-    assert {name: float(np.asarray(tensor)[0]) for name, tensor in foreign.tensors.items()} == {"unet.conv.weight": 0, "vae.conv.weight": 1}
+    assert {name: float(np.asarray(tensor)[0]) for name, tensor in foreign.tensors.items()} == {
+        "unet.conv.weight": 0,
+        "vae.conv.weight": 1,
+    }
 
 
 def test_safetensors_are_preferred_to_pickles(tmp_path):

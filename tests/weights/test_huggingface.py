@@ -3,6 +3,7 @@ PyTorch reads the files we write by hand.
 
 Skipped where PyTorch and transformers are not installed: nothing of ours needs them.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +26,13 @@ def ours(directory):
     """Logits of our LLaMA in a checkpoint."""
     params = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(directory)))
     size = size_of(directory).llama
-    model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(size, nnx.Rngs(params=0)))), params["llama"])
+    model = nnx.merge(
+        nnx.graphdef(nnx.eval_shape(lambda: Llama(size, nnx.Rngs(params=0)))), params["llama"]
+    )
     at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
-    hidden = model(model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense")[0]
+    hidden = model(
+        model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense"
+    )[0]
     return np.einsum("btD,vD->btv", np.asarray(hidden), np.asarray(model.head()["base"]))
 
 
@@ -40,50 +45,132 @@ def theirs(model):
 def test_what_we_export_has_the_same_logits_there(tmp_path, overrides):
     arrays = folder(tmp_path / "source", small(*overrides), "llama")
     rope = "--config.model.llama.rope_dtype=float32"
-    assert main(["import", "--family=llama", str(tmp_path / "source"), CONFIG, rope, *overrides, f"--to={tmp_path / 'ours'}"]) == 0
-    assert main(["export", "--family=llama", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}"]) == 0
-    model, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32, output_loading_info=True)
+    assert (
+        main(
+            [
+                "import",
+                "--family=llama",
+                str(tmp_path / "source"),
+                CONFIG,
+                rope,
+                *overrides,
+                f"--to={tmp_path / 'ours'}",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "export",
+                "--family=llama",
+                f"--from={tmp_path / 'ours'}",
+                f"--to={tmp_path / 'theirs'}",
+            ]
+        )
+        == 0
+    )
+    model, report = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "theirs", dtype=torch.float32, output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"] and len(arrays) > 15
     want = theirs(model)
     np.testing.assert_allclose(ours(tmp_path / "ours"), want, atol=2e-4 * np.abs(want).max())
 
 
-STRETCHED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+STRETCHED = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
 
 
-@pytest.mark.parametrize("fields", [
-    dict(rms_norm_eps=1e-6), dict(num_key_value_heads=2, rms_norm_eps=1e-5),
-    dict(num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True, rope_theta=500000.0, rope_scaling=STRETCHED)],
-    ids=["llama1", "llama2", "llama3"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(rms_norm_eps=1e-6),
+        dict(num_key_value_heads=2, rms_norm_eps=1e-5),
+        dict(
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            rope_theta=500000.0,
+            rope_scaling=STRETCHED,
+        ),
+    ],
+    ids=["llama1", "llama2", "llama3"],
+)
 def test_what_they_save_has_the_same_logits_here(tmp_path, fields):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
-                                      max_position_embeddings=512, initializer_range=0.2, **fields)
+    config = transformers.LlamaConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        **fields,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    assert main(["import", "--family=llama", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"]) == 0
+    assert (
+        main(["import", "--family=llama", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"])
+        == 0
+    )
     want = theirs(model)
     np.testing.assert_allclose(ours(tmp_path / "ours"), want, atol=2e-4 * np.abs(want).max())
     torch.save(model.state_dict(), tmp_path / "theirs" / "model.bin")
-    assert main(["import", "--family=llama", str(tmp_path / "theirs" / "model.bin"), f"--to={tmp_path / 'again'}"]) == 0
+    assert (
+        main(
+            [
+                "import",
+                "--family=llama",
+                str(tmp_path / "theirs" / "model.bin"),
+                f"--to={tmp_path / 'again'}",
+            ]
+        )
+        == 0
+    )
     np.testing.assert_array_equal(ours(tmp_path / "again"), ours(tmp_path / "ours"))
 
 
 def test_pytorch_files_are_read_as_pytorch_reads_them(tmp_path):
     base = torch.randn(6, 8)
-    tensors = {"whole": base, "t": base.T, "row": base[2], "half": base.half(), "bf": base.bfloat16(), "ids": torch.arange(3),
-               "scalar": torch.tensor(2.5), "parameter": torch.nn.Parameter(base[:2].clone()), "none": torch.zeros(0, 3)}
+    tensors = {
+        "whole": base,
+        "t": base.T,
+        "row": base[2],
+        "half": base.half(),
+        "bf": base.bfloat16(),
+        "ids": torch.arange(3),
+        "scalar": torch.tensor(2.5),
+        "parameter": torch.nn.Parameter(base[:2].clone()),
+        "none": torch.zeros(0, 3),
+    }
     torch.save({"epoch": 1, "lr": 0.5, "module": tensors}, tmp_path / "a.pt")
-    got = {name: pickles.read(tmp_path / "a.pt", place) for name, place in pickles.places(tmp_path / "a.pt").items()}
+    got = {
+        name: pickles.read(tmp_path / "a.pt", place)
+        for name, place in pickles.places(tmp_path / "a.pt").items()
+    }
     assert list(got) == list(tensors)
     for name, tensor in tensors.items():
-        bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
-        assert got[name].shape == tuple(tensor.shape) and got[name].tobytes() == bits.numpy().tobytes(), name
+        bits = (
+            tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
+        )
+        assert (
+            got[name].shape == tuple(tensor.shape) and got[name].tobytes() == bits.numpy().tobytes()
+        ), name
 
 
 def test_the_tests_own_files_are_pytorchs(tmp_path):
-    arrays = {"a.b": np.random.default_rng(0).standard_normal((3, 4), np.float32), "c": np.arange(5)}
+    arrays = {
+        "a.b": np.random.default_rng(0).standard_normal((3, 4), np.float32),
+        "c": np.arange(5),
+    }
     saved(tmp_path / "a.bin", arrays)
     for name, tensor in torch.load(tmp_path / "a.bin", weights_only=True).items():
         np.testing.assert_array_equal(tensor.numpy(), arrays[name])
@@ -93,7 +180,9 @@ def test_the_tests_own_files_are_pytorchs(tmp_path):
 def test_position_embeddings_are_interpolated_as_pytorch_does(side):
     positions = np.random.default_rng(0).standard_normal((1, 1 + 16 * 16, 6), np.float32)
     square = torch.tensor(positions[:, 1:]).reshape(1, 16, 16, 6).permute(0, 3, 1, 2)
-    want = torch.nn.functional.interpolate(square, size=(side, side), mode="bicubic", align_corners=False)
+    want = torch.nn.functional.interpolate(
+        square, size=(side, side), mode="bicubic", align_corners=False
+    )
     want = want.permute(0, 2, 3, 1).reshape(1, side * side, 6).numpy()
     # its coordinates are rounded to float32
     np.testing.assert_allclose(eva_clip.interpolate(positions, side)[:, 1:], want, atol=1e-5)

@@ -1,6 +1,7 @@
 """PyTorch's files are read without running them: tensors come out as they were, and whatever else
 is refused by its name.
 """
+
 import os
 import pickle
 import zipfile
@@ -26,18 +27,36 @@ def path(tmp_path):
     return tmp_path / "model.bin"
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64, np.uint8])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64, np.uint8]
+)
 def test_tensors_are_as_they_were(path, dtype):
-    arrays = {"a.weight": (100 * RNG.random((3, 5))).astype(dtype), "b": np.array(7, dtype), "none": np.zeros((0, 4), dtype)}
+    arrays = {
+        "a.weight": (100 * RNG.random((3, 5))).astype(dtype),
+        "b": np.array(7, dtype),
+        "none": np.zeros((0, 4), dtype),
+    }
     saved(path, arrays)
     got = read(path)
     assert list(got) == list(arrays)
     for key, array in arrays.items():
-        assert got[key].dtype == array.dtype and got[key].shape == array.shape and got[key].tobytes() == array.tobytes()
+        assert (
+            got[key].dtype == array.dtype
+            and got[key].shape == array.shape
+            and got[key].tobytes() == array.tobytes()
+        )
 
 
 def test_offsets_and_strides_are_respected_and_storages_shared(path):
-    torch_file(path, {"t": Window("0", 0, (6, 4), (1, 6)), "row": Window("0", 6, (6,), (1,)), "column": Window("0", 3, (4,), (6,))}, {"0": NUMBERS})
+    torch_file(
+        path,
+        {
+            "t": Window("0", 0, (6, 4), (1, 6)),
+            "row": Window("0", 6, (6,), (1,)),
+            "column": Window("0", 3, (4,), (6,)),
+        },
+        {"0": NUMBERS},
+    )
     got = read(path)
     square = NUMBERS.reshape(4, 6)
     np.testing.assert_array_equal(got["t"], square.T)
@@ -49,20 +68,43 @@ def test_offsets_and_strides_are_respected_and_storages_shared(path):
 @pytest.mark.parametrize("wrapper", ["module", "model", "state_dict"])
 def test_a_training_runs_file_is_its_tensors(path, wrapper):
     window = Window("0", 0, (24,), (1,))
-    torch_file(path, {"epoch": 3, "args": ("x", None, True), wrapper: {"a.b": window}, "optimizer": {"0": window}}, {"0": NUMBERS})
+    torch_file(
+        path,
+        {
+            "epoch": 3,
+            "args": ("x", None, True),
+            wrapper: {"a.b": window},
+            "optimizer": {"0": window},
+        },
+        {"0": NUMBERS},
+    )
     assert list(read(path)) == ["a.b"]
 
 
 def test_parameters_and_ordered_dicts_with_attributes(path):
     storages = {"0": NUMBERS}
     tensor = opcodes(Window("0", 0, (24,), (1,)), storages)
-    parameter = Raw(name("torch._utils._rebuild_parameter") + opcodes((Raw(tensor), False, None), storages) + b"R")
-    ordered = name("collections.OrderedDict") + b")R(" + opcodes("w", storages) + parameter + b"u" + b"}(" + opcodes("_metadata", storages) + b"}ub"
+    parameter = Raw(
+        name("torch._utils._rebuild_parameter")
+        + opcodes((Raw(tensor), False, None), storages)
+        + b"R"
+    )
+    ordered = (
+        name("collections.OrderedDict")
+        + b")R("
+        + opcodes("w", storages)
+        + parameter
+        + b"u"
+        + b"}("
+        + opcodes("_metadata", storages)
+        + b"}ub"
+    )
     torch_file(path, None, storages, pickle=b"\x80\x02" + ordered + b".")
     np.testing.assert_array_equal(read(path)["w"], NUMBERS)
 
 
 # Code
+
 
 class Evil:
     def __reduce__(self):
@@ -73,7 +115,10 @@ class Evil:
 def test_code_in_a_zip_is_refused_by_name_and_not_run(path, protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch_file(path, None, {"0": NUMBERS}, pickle=pickle.dumps({"w": Evil()}, protocol=protocol))
-    with pytest.raises(UserError, match=r"its pickle names (posix|os)\.system, which is no part of a tensor; refused, and nothing of it was run"):
+    with pytest.raises(
+        UserError,
+        match=r"its pickle names (posix|os)\.system, which is no part of a tensor; refused, and nothing of it was run",
+    ):
         pickles.places(path)
     path.write_bytes(pickle.dumps({"w": Evil()}, protocol=max(protocol, 2)))
     with pytest.raises(UserError, match=r"names (posix|os)\.system"):
@@ -81,12 +126,19 @@ def test_code_in_a_zip_is_refused_by_name_and_not_run(path, protocol, tmp_path, 
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize(("inside", "message"), [
-    (b"cbuiltins\neval\n(X\x01\x00\x00\x001tR", "names builtins.eval"),
-    (b"cnumpy.core.multiarray\nscalar\n", "names numpy.core.multiarray.scalar"),
-    (b"ctorch._utils\n_rebuild_tensor_v3\n", "names torch._utils._rebuild_tensor_v3"), (b"(iposix\nsystem\n", "has the opcode INST"),
-    (b"ccollections\nOrderedDict\n)\x81", "has the opcode NEWOBJ"), (b"\x82\x01", "has the opcode EXT1"),
-    (b"ccollections\nOrderedDict\n}b", "sets the attributes of an object"), (b"](ctorch\nFloatStorage\n)R", "is called")])
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        (b"cbuiltins\neval\n(X\x01\x00\x00\x001tR", "names builtins.eval"),
+        (b"cnumpy.core.multiarray\nscalar\n", "names numpy.core.multiarray.scalar"),
+        (b"ctorch._utils\n_rebuild_tensor_v3\n", "names torch._utils._rebuild_tensor_v3"),
+        (b"(iposix\nsystem\n", "has the opcode INST"),
+        (b"ccollections\nOrderedDict\n)\x81", "has the opcode NEWOBJ"),
+        (b"\x82\x01", "has the opcode EXT1"),
+        (b"ccollections\nOrderedDict\n}b", "sets the attributes of an object"),
+        (b"](ctorch\nFloatStorage\n)R", "is called"),
+    ],
+)
 def test_anything_but_tensors_is_refused_by_name(path, inside, message):
     torch_file(path, None, {}, pickle=b"\x80\x02" + inside + b".")
     with pytest.raises(UserError, match=message):
@@ -95,12 +147,21 @@ def test_anything_but_tensors_is_refused_by_name(path, inside, message):
 
 # Damage, and windows that lie
 
-@pytest.mark.parametrize(("window", "message"), [
-    (Window("0", 1, (24,), (1,)), "reaches to element 24 of a storage of 24"), (Window("0", 0, (2, 12), (13, 1)), "reaches to element 24"),
-    (Window("0", 0, (3, 4), (0, 1)), "more than once"), (Window("0", 0, (3, 4), (2, 1)), "more than once"),
-    (Window("0", 0, (2**40,), (0,)), "more than once"),
-    (Window("0", -1, (2,), (1,)), "damaged"), (Window("0", 0, (2,), (-1,)), "damaged"), (Window("0", 0, (2, 2), (1,)), "damaged"),
-    (Window("0", 0, (30,), (1,), 30), "has 96 bytes, not 30 x 4")])
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        (Window("0", 1, (24,), (1,)), "reaches to element 24 of a storage of 24"),
+        (Window("0", 0, (2, 12), (13, 1)), "reaches to element 24"),
+        (Window("0", 0, (3, 4), (0, 1)), "more than once"),
+        (Window("0", 0, (3, 4), (2, 1)), "more than once"),
+        (Window("0", 0, (2**40,), (0,)), "more than once"),
+        (Window("0", -1, (2,), (1,)), "damaged"),
+        (Window("0", 0, (2,), (-1,)), "damaged"),
+        (Window("0", 0, (2, 2), (1,)), "damaged"),
+        (Window("0", 0, (30,), (1,), 30), "has 96 bytes, not 30 x 4"),
+    ],
+)
 def test_a_window_that_lies_is_refused(path, window, message):
     torch_file(path, {"w": window}, {"0": NUMBERS})
     with pytest.raises(UserError, match=message):
@@ -109,8 +170,11 @@ def test_a_window_that_lies_is_refused(path, window, message):
 
 def test_a_missing_or_compressed_storage_is_refused(path):
     window = {"w": Window("0", 0, (24,), (1,))}
-    for keywords, message in (({"left_out": ("0",)}, "data/0 is missing"), ({"compression": zipfile.ZIP_DEFLATED}, "compressed"),
-                              ({"byteorder": "big"}, "big-endian")):
+    for keywords, message in (
+        ({"left_out": ("0",)}, "data/0 is missing"),
+        ({"compression": zipfile.ZIP_DEFLATED}, "compressed"),
+        ({"byteorder": "big"}, "big-endian"),
+    ):
         torch_file(path, window, {"0": NUMBERS}, **keywords)
         with pytest.raises(UserError, match=message):
             pickles.places(path)
@@ -118,10 +182,14 @@ def test_a_missing_or_compressed_storage_is_refused(path):
 
 def test_storages_that_overlap_are_refused(path):
     """Two entries of the central directory that point to one place."""
-    torch_file(path, {"a": Window("0", 0, (24,), (1,)), "b": Window("1", 0, (24,), (1,))}, {"0": NUMBERS, "1": NUMBERS})
+    torch_file(
+        path,
+        {"a": Window("0", 0, (24,), (1,)), "b": Window("1", 0, (24,), (1,))},
+        {"0": NUMBERS, "1": NUMBERS},
+    )
     content = bytearray(path.read_bytes())
     first, second = (content.rindex(f"archive/data/{key}".encode()) - 46 for key in "01")
-    content[second + 42:second + 46] = content[first + 42:first + 46]
+    content[second + 42 : second + 46] = content[first + 42 : first + 46]
     path.write_bytes(content)
     with pytest.raises(UserError, match="overlaps what follows it"):
         pickles.places(path)
@@ -130,7 +198,7 @@ def test_storages_that_overlap_are_refused(path):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
 def test_a_truncated_file_is_one_line(path, share):
     saved(path, {"a": RNG.random((40, 40))})
-    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(UserError, match="truncated or damaged, or no PyTorch file") as error:
         pickles.places(path)
     assert "\n" not in str(error.value)
@@ -145,8 +213,15 @@ def test_a_damaged_pickle_is_one_line(path, cut):
 
 
 def test_other_files_are_named(path):
-    path.write_bytes(b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})))
-    with pytest.raises(UserError, match=r"before version 1\.6; load it there and torch\.save it again"):
+    path.write_bytes(
+        b"".join(
+            pickle.dumps(value, protocol=2)
+            for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        )
+    )
+    with pytest.raises(
+        UserError, match=r"before version 1\.6; load it there and torch\.save it again"
+    ):
         pickles.places(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "text")

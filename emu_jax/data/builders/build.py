@@ -6,6 +6,7 @@ whole; metadata comes last. So a build that was killed is called again: it skips
 the result is the same, byte by byte. Tasks run in processes here, or under any runner of Apache
 Beam. Read next: card.py.
 """
+
 import contextlib
 import io
 import itertools
@@ -54,6 +55,7 @@ class Task:
     """One shard: `unit` read as `kind`, written to `to`. `label` makes the ids of its documents
     unique in the set.
     """
+
     kind: str
     unit: Unit
     label: str
@@ -72,8 +74,15 @@ class Task:
         return self.to / "parts" / f"{self.number:05}.json"
 
 
-def build(kind: str, sources: list[Path], to: Path, options: Options, workers: int = 0, runner: str = "",
-          rest: list[str] | None = None) -> dict[str, int]:
+def build(
+    kind: str,
+    sources: list[Path],
+    to: Path,
+    options: Options,
+    workers: int = 0,
+    runner: str = "",
+    rest: list[str] | None = None,
+) -> dict[str, int]:
     """Writes the dataset into `to` and returns its counts. `workers` processes (0: one a core; 1:
     this one), or a Beam `runner` with its options `rest`.
 
@@ -96,30 +105,51 @@ def build(kind: str, sources: list[Path], to: Path, options: Options, workers: i
 def plan(kind: str, sources: list[Path], to: Path, options: Options) -> list[Task]:
     """The tasks of a build, the same whenever it is called again; `to`/plan.json holds them."""
     found = [(unit, root) for root in sources for unit in kinds.KINDS[kind].units(root)]
-    rows = [{"label": _label(unit, root), "path": str(unit.path), "names": len(unit.names), "first": unit.first,
-             "bytes": unit.path.stat().st_size if unit.path.is_file() else 0} for unit, root in found]
+    rows = [
+        {
+            "label": _label(unit, root),
+            "path": str(unit.path),
+            "names": len(unit.names),
+            "first": unit.first,
+            "bytes": unit.path.stat().st_size if unit.path.is_file() else 0,
+        }
+        for unit, root in found
+    ]
     paths: dict[str, str] = {}
     for row in rows:
         if paths.setdefault(row["label"], row["path"]) != row["path"]:
-            raise UserError(f"two inputs have the name '{row['label']}', and so would their documents; give the folder that holds both to --from")
+            raise UserError(
+                f"two inputs have the name '{row['label']}', and so would their documents; give the folder that holds both to --from"
+            )
     wanted = json.dumps({"kind": kind, "options": asdict(options), "units": rows}, indent=1) + "\n"
     to.mkdir(parents=True, exist_ok=True)
     file = to / "plan.json"
     if file.exists() and file.read_text() != wanted:
-        raise UserError(f"'{to}' holds a build of other input or with other settings ({file}); name another directory, or delete that one")
+        raise UserError(
+            f"'{to}' holds a build of other input or with other settings ({file}); name another directory, or delete that one"
+        )
     if not file.exists():
         # but for what a build killed right here has left
         if any(path.suffix != ".new" for path in to.iterdir()):
-            raise UserError(f"'{to}' is not empty and holds no build of ours; name another directory")
+            raise UserError(
+                f"'{to}' is not empty and holds no build of ours; name another directory"
+            )
         _whole(file, wanted)
-    return [Task(kind, unit, row["label"], options, to, number, len(found)) for number, ((unit, _), row) in enumerate(zip(found, rows))]
+    return [
+        Task(kind, unit, row["label"], options, to, number, len(found))
+        for number, ((unit, _), row) in enumerate(zip(found, rows))
+    ]
 
 
 def _label(unit: Unit, root: Path) -> str:
     """The first half of the ids of a unit's documents: the path of its file below `root`, without
     suffixes.
     """
-    name = unit.path.relative_to(root).as_posix() if unit.path != root and unit.path.is_relative_to(root) else unit.path.name
+    name = (
+        unit.path.relative_to(root).as_posix()
+        if unit.path != root and unit.path.is_relative_to(root)
+        else unit.path.name
+    )
     return name.split(".")[0] or name
 
 
@@ -147,7 +177,13 @@ def write(task: Task) -> None:
             samples.append(card.shown(document, 400))
     writer.close()
     counts["dropped"] = dropped.total()
-    part = {"counts": counts, "skipped": skipped, "dropped": dropped, "histograms": histograms, "samples": samples}
+    part = {
+        "counts": counts,
+        "skipped": skipped,
+        "dropped": dropped,
+        "histograms": histograms,
+        "samples": samples,
+    }
     _whole(task.part, json.dumps(part, sort_keys=True))
     new.replace(task.shard)
 
@@ -157,20 +193,35 @@ def general(reason: str) -> str:
     return re.sub(r"\d+(?:\.\d+)?", "#", re.sub(r"'[^']*'", "'…'", reason))
 
 
-def _serialized(document: Document, task: Task, features: tfds.features.FeaturesDict, serializer: ExampleSerializer) -> bytes:
+def _serialized(
+    document: Document,
+    task: Task,
+    features: tfds.features.FeaturesDict,
+    serializer: ExampleSerializer,
+) -> bytes:
     example = records.example_of(document, f"{task.label}/{document.id}", task.kind)
-    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(
+        deterministic=True
+    )
 
 
 def _count(document: Document, size: int, counts: Counter, histograms: dict[str, Counter]) -> None:
     said = sum(len(text.text.encode()) for text in texts(document))
     shown = list(pictures(document))
-    counts.update(documents=1, images=len(shown), texts=sum(1 for _ in texts(document)), text_bytes=said, bytes=size)
+    counts.update(
+        documents=1,
+        images=len(shown),
+        texts=sum(1 for _ in texts(document)),
+        text_bytes=said,
+        bytes=size,
+    )
     histograms["tokens"][_floor(said // BYTES_A_TOKEN + IMAGE_TOKENS * len(shown) + 2)] += 1
     histograms["images"][_floor(len(shown))] += 1
     for picture in shown:
         data = picture.data if isinstance(picture, Picture) else picture
-        histograms["side"][_floor(min(images.size(data) if isinstance(data, bytes) else data.shape[:2]))] += 1
+        histograms["side"][
+            _floor(min(images.size(data) if isinstance(data, bytes) else data.shape[:2]))
+        ] += 1
 
 
 def _floor(value: int) -> int:
@@ -182,7 +233,9 @@ def _here(todo: list[Task], total: int, workers: int) -> None:
     """The tasks in processes of this machine; a shard whose process dies is tried once more,
     alone.
     """
-    with tqdm(total=total, initial=total - len(todo), desc="shards", unit=" shards", disable=None) as bar:
+    with tqdm(
+        total=total, initial=total - len(todo), desc="shards", unit=" shards", disable=None
+    ) as bar:
         if workers == 1:
             for task in todo:
                 write(task)
@@ -191,25 +244,35 @@ def _here(todo: list[Task], total: int, workers: int) -> None:
         # a fork would copy the locks of our threads
         context = multiprocessing.get_context("spawn")
         for again in (False, True):
-            for batch in ([todo] if not again else [[task] for task in todo]):
-                with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(
-                        min(workers, len(batch) or 1), context, _end_with_parent) as pool:
+            for batch in [todo] if not again else [[task] for task in todo]:
+                with (
+                    contextlib.suppress(BrokenProcessPool),
+                    ProcessPoolExecutor(
+                        min(workers, len(batch) or 1), context, _end_with_parent
+                    ) as pool,
+                ):
                     for done in as_completed([pool.submit(write, task) for task in batch]):
                         done.result()
                         bar.update()
             todo = [task for task in todo if not task.shard.exists()]
             if not todo:
                 return
-    raise UserError(f"the process that reads '{todo[0].unit.path}' dies (of {todo[0].label}; a decoder crashes, or the memory is too small); "
-                    "the other shards are whole: mend or remove it and call again")
+    raise UserError(
+        f"the process that reads '{todo[0].unit.path}' dies (of {todo[0].label}; a decoder crashes, or the memory is too small); "
+        "the other shards are whole: mend or remove it and call again"
+    )
 
 
 def _end_with_parent() -> None:
     """A process of the pool whose parent was killed would wait for it for ever: it ends instead."""
+
     def watch(parent: int) -> None:
         wait([parent])
         os._exit(1)
-    threading.Thread(target=watch, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
+
+    threading.Thread(
+        target=watch, args=(multiprocessing.parent_process().sentinel,), daemon=True
+    ).start()
 
 
 def _under_beam(todo: list[Task], runner: str, rest: list[str]) -> None:
@@ -217,7 +280,9 @@ def _under_beam(todo: list[Task], runner: str, rest: list[str]) -> None:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise UserError("--runner needs Apache Beam: pip install -r requirements-beam.txt") from error
+        raise UserError(
+            "--runner needs Apache Beam: pip install -r requirements-beam.txt"
+        ) from error
     try:
         with beam.Pipeline(runner=runner, options=PipelineOptions(rest)) as pipeline:
             _ = pipeline | beam.Create(todo) | beam.Reshuffle() | beam.Map(write)
@@ -228,11 +293,16 @@ def _under_beam(todo: list[Task], runner: str, rest: list[str]) -> None:
 
 class _Documents(tfds.core.GeneratorBasedBuilder):
     """What tensorflow-datasets knows of the set: the features and who wrote them."""
+
     VERSION = tfds.core.Version(VERSION)
 
     def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=records.FEATURES(), description=__doc__,
-                                     metadata=tfds.core.MetadataDict(records.METADATA))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=records.FEATURES(),
+            description=__doc__,
+            metadata=tfds.core.MetadataDict(records.METADATA),
+        )
 
     def _split_generators(self, dl_manager):
         raise UserError("the shards are written by emu_jax.data.builders.build")
@@ -241,23 +311,36 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
         raise NotImplementedError
 
 
-def _finish(kind: str, sources: list[Path], to: Path, options: Options, tasks: list[Task]) -> dict[str, int]:
+def _finish(
+    kind: str, sources: list[Path], to: Path, options: Options, tasks: list[Task]
+) -> dict[str, int]:
     """Card, features and, last of all, dataset_info.json, by which a dataset is known to be
     whole.
     """
     parts = [json.loads(task.part.read_text()) for task in tasks]
     summary = summed(kind, [str(path) for path in sources], to.name, options, parts)
     if not summary["counts"]["documents"]:
-        raise UserError(f"no record became a document: {'; '.join(f'{count} x {reason}' for reason, count in list(summary['skipped'].items())[:3])}")
+        raise UserError(
+            f"no record became a document: {'; '.join(f'{count} x {reason}' for reason, count in list(summary['skipped'].items())[:3])}"
+        )
     _whole(to / "card.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    _whole(to / "card.html", card.page(summary, list(itertools.chain.from_iterable(part["samples"] for part in parts))[:2 * SAMPLED]))
+    _whole(
+        to / "card.html",
+        card.page(
+            summary,
+            list(itertools.chain.from_iterable(part["samples"] for part in parts))[: 2 * SAMPLED],
+        ),
+    )
     if not (to / "dataset_info.json").exists():
         _describe(kind, to, tasks, [part["counts"] for part in parts])
     return summary["counts"]
 
 
-def summed(kind: str, sources: list[str], name: str, options: Options, parts: list[dict[str, Any]]) -> dict[str, Any]:
+def summed(
+    kind: str, sources: list[str], name: str, options: Options, parts: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The card's numbers: the sums of what the shards counted."""
+
     def total(*path: str) -> Counter:
         sums: Counter = Counter()
         for part in parts:
@@ -270,9 +353,20 @@ def summed(kind: str, sources: list[str], name: str, options: Options, parts: li
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     counts = {name: total("counts")[name] for name in COUNTS} | {"shards": len(parts)}
-    histograms = {name: dict(sorted(total("histograms", name).items(), key=lambda item: int(item[0]))) for name in ("tokens", "images", "side")}
-    return {"name": name, "kind": kind, "from": sources, "counts": counts, "skipped": ranked(total("skipped")), "dropped": ranked(total("dropped")),
-            "histograms": histograms, "settings": asdict(options)}
+    histograms = {
+        name: dict(sorted(total("histograms", name).items(), key=lambda item: int(item[0])))
+        for name in ("tokens", "images", "side")
+    }
+    return {
+        "name": name,
+        "kind": kind,
+        "from": sources,
+        "counts": counts,
+        "skipped": ranked(total("skipped")),
+        "dropped": ranked(total("dropped")),
+        "histograms": histograms,
+        "settings": asdict(options),
+    }
 
 
 def _describe(kind: str, to: Path, tasks: list[Task], counts: list[dict[str, int]]) -> None:
@@ -280,14 +374,24 @@ def _describe(kind: str, to: Path, tasks: list[Task], counts: list[dict[str, int
     new.mkdir(exist_ok=True)
     # its name is the kind's, and a process may build two of a kind
     with skip_registration():
-        builder = type(kind.capitalize(), (_Documents,), {"name": kind})(data_dir=str(new / "of"), file_format="array_record")
-    template = tfds.core.ShardedFileTemplate(data_dir=to, dataset_name=kind, split="train", filetype_suffix="array_record")
-    split = tfds.core.splits.SplitInfo(name="train", shard_lengths=[count["documents"] for count in counts],
-                                       num_bytes=sum(count["bytes"] for count in counts), filename_template=template)
+        builder = type(kind.capitalize(), (_Documents,), {"name": kind})(
+            data_dir=str(new / "of"), file_format="array_record"
+        )
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=to, dataset_name=kind, split="train", filetype_suffix="array_record"
+    )
+    split = tfds.core.splits.SplitInfo(
+        name="train",
+        shard_lengths=[count["documents"] for count in counts],
+        num_bytes=sum(count["bytes"] for count in counts),
+        filename_template=template,
+    )
     builder.info.set_splits(tfds.core.splits.SplitDict([split]))
     with contextlib.redirect_stdout(io.StringIO()):
         builder.info.write_to_directory(new)
-    for file in sorted(new.iterdir(), key=lambda file: (file.name == "dataset_info.json", file.name)):
+    for file in sorted(
+        new.iterdir(), key=lambda file: (file.name == "dataset_info.json", file.name)
+    ):
         if file.is_file():
             file.replace(to / file.name)
     with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@ each, pictures inside, no script.
 
 Read next: build.py.
 """
+
 import base64
 import io
 import json
@@ -68,14 +69,24 @@ def shown(document: Document, characters: int = 2000) -> str:
     pieces = []
     for part in document.parts:
         for half in (part.image, part.text) if isinstance(part, Pair) else (part,):
-            half = Text(half) if isinstance(half, str) else Picture(half) if isinstance(half, np.ndarray) else half
+            half = (
+                Text(half)
+                if isinstance(half, str)
+                else Picture(half)
+                if isinstance(half, np.ndarray)
+                else half
+            )
             mark = f'<span class="role">{escape(half.role)}</span>' if half.role else ""
             if isinstance(half, Text):
                 text = half.text if len(half.text) <= characters else f"{half.text[:characters]} …"
                 pieces.append(f"<p>{mark}{escape(text)}</p>")
             else:
                 pieces.append(thumbnail(half.data))
-    dropped = f'<p class="soft">dropped: {escape("; ".join(document.dropped))}</p>' if document.dropped else ""
+    dropped = (
+        f'<p class="soft">dropped: {escape("; ".join(document.dropped))}</p>'
+        if document.dropped
+        else ""
+    )
     return f'<div class="card"><span class="soft">{escape(document.id)}</span><div>{"".join(pieces)}</div>{dropped}</div>'
 
 
@@ -94,15 +105,31 @@ def page(card: dict[str, Any], samples: list[str]) -> str:
     """The data card: what `build.summary` counted, and some documents as `shown` made them."""
     counts = card["counts"]
     histograms = card["histograms"]
-    rows = "".join(f'<tr><td>{escape(what.replace("_", " "))}</td><td class="number">{number:,}</td></tr>' for what, number in counts.items())
-    settings = "".join(f"<tr><td>{escape(name)}</td><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>"
-                       for name, value in card["settings"].items())
-    sections = [(title, _reasons(card[name], total)) for title, name, total in (
-        ("Records left out", "skipped", counts["documents"] + counts["skipped"]),
-        ("Parts left out of documents", "dropped", counts["images"] + counts["dropped"])) if card[name]]
-    sections += [(title, _bars(histograms[name])) for name, title in (
-        ("tokens", "Tokens in a document (estimated: 4 bytes of text, 34 a picture)"), ("images", "Pictures in a document"),
-        ("side", "Shorter side of a picture, pixels")) if histograms[name]]
+    rows = "".join(
+        f'<tr><td>{escape(what.replace("_", " "))}</td><td class="number">{number:,}</td></tr>'
+        for what, number in counts.items()
+    )
+    settings = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>"
+        for name, value in card["settings"].items()
+    )
+    sections = [
+        (title, _reasons(card[name], total))
+        for title, name, total in (
+            ("Records left out", "skipped", counts["documents"] + counts["skipped"]),
+            ("Parts left out of documents", "dropped", counts["images"] + counts["dropped"]),
+        )
+        if card[name]
+    ]
+    sections += [
+        (title, _bars(histograms[name]))
+        for name, title in (
+            ("tokens", "Tokens in a document (estimated: 4 bytes of text, 34 a picture)"),
+            ("images", "Pictures in a document"),
+            ("side", "Shorter side of a picture, pixels"),
+        )
+        if histograms[name]
+    ]
     return f"""{_head(f"Data card: {card['name']}")}
 <p class="soft">Kind {escape(card["kind"])}, from {escape(", ".join(card["from"]))};
 {counts["bytes"] / 2**20:,.1f} MiB in {counts["shards"]:,} shards.</p>
@@ -118,13 +145,17 @@ def page(card: dict[str, Any], samples: list[str]) -> str:
 
 
 def _head(title: str) -> str:
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>\n"
+    )
 
 
 def _reasons(reasons: dict[str, int], total: int) -> str:
-    rows = "".join(f'<tr><td>{escape(reason)}</td><td class="number">{count:,}</td><td class="number soft">{100 * count / total:.2f} %</td></tr>'
-                   for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+    rows = "".join(
+        f'<tr><td>{escape(reason)}</td><td class="number">{count:,}</td><td class="number soft">{100 * count / total:.2f} %</td></tr>'
+        for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    )
     return f'<div class="card"><table>{rows}</table></div>'
 
 
@@ -132,8 +163,13 @@ def _bars(histogram: dict[str, int]) -> str:
     """Bars of {"lower edge of a power of two": count}, empty ones between them included."""
     edges = [int(edge) for edge in histogram]
     least = min((edge for edge in edges if edge), default=1)
-    every = [0] * (0 in edges) + [1 << k for k in range(least.bit_length() - 1, max(edges).bit_length())]
+    every = [0] * (0 in edges) + [
+        1 << k for k in range(least.bit_length() - 1, max(edges).bit_length())
+    ]
     values = [histogram.get(str(edge), 0) for edge in every]
     top = max(values)
-    bars = "".join(f'<div style="height: {100 * value / top:.1f}%" title="from {edge}: {value:,}"></div>' for edge, value in zip(every, values))
+    bars = "".join(
+        f'<div style="height: {100 * value / top:.1f}%" title="from {edge}: {value:,}"></div>'
+        for edge, value in zip(every, values)
+    )
     return f'<div class="card"><div class="bars">{bars}</div><div class="ends">{"".join(f"<span>{edge:,}</span>" for edge in every)}</div></div>'

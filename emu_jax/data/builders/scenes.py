@@ -10,6 +10,7 @@ and has one right caption:
 Every number, drawing, relation and background of a held-out scene is seen in training, in other
 combinations. Read next: openmoji.py, which draws and writes them.
 """
+
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,14 +25,43 @@ from jaxtyping import UInt8
 # small Emu remembered who stands where with whom, and told unseen triples in the order it had seen,
 # the drawings right and swapped.
 DRAWINGS = {
-    "cat": "cat face", "pig": "pig face", "frog": "frog", "bear": "bear", "whale": "whale", "car": "automobile", "tree": "evergreen tree",
-    "star": "star", "heart": "red heart", "ball": "soccer ball", "house": "house", "hat": "top hat", "robot": "robot",
-    "penguin": "penguin", "shirt": "t-shirt", "umbrella": "umbrella", "apple": "red apple", "banana": "banana", "bee": "honeybee",
-    "cactus": "cactus", "carrot": "carrot", "crown": "crown", "guitar": "guitar", "key": "key", "mushroom": "mushroom", "owl": "owl",
-    "rocket": "rocket", "snail": "snail"}
+    "cat": "cat face",
+    "pig": "pig face",
+    "frog": "frog",
+    "bear": "bear",
+    "whale": "whale",
+    "car": "automobile",
+    "tree": "evergreen tree",
+    "star": "star",
+    "heart": "red heart",
+    "ball": "soccer ball",
+    "house": "house",
+    "hat": "top hat",
+    "robot": "robot",
+    "penguin": "penguin",
+    "shirt": "t-shirt",
+    "umbrella": "umbrella",
+    "apple": "red apple",
+    "banana": "banana",
+    "bee": "honeybee",
+    "cactus": "cactus",
+    "carrot": "carrot",
+    "crown": "crown",
+    "guitar": "guitar",
+    "key": "key",
+    "mushroom": "mushroom",
+    "owl": "owl",
+    "rocket": "rocket",
+    "snail": "snail",
+}
 # Pale, so that every drawing stands out; more than 30 levels apart in some channel, so that a
 # linear readout tells them.
-BACKGROUNDS = {"blue": (186, 220, 255), "green": (204, 240, 196), "yellow": (255, 246, 178), "pink": (255, 208, 224)}
+BACKGROUNDS = {
+    "blue": (186, 220, 255),
+    "green": (204, 240, 196),
+    "yellow": (255, 246, 178),
+    "pink": (255, 208, 224),
+}
 NUMBERS = ("one", "two", "three", "four")
 RELATIONS = ("left of", "above")
 
@@ -53,6 +83,7 @@ Cell = tuple[int, int]
 @dataclass(frozen=True)
 class Scene:
     """Texts and images in order, and how they become a document's parts (sources/records.py)."""
+
     id: str
     kind: str
     combination: str
@@ -71,7 +102,9 @@ def drawing_size(image: int) -> int:
     return image // 2 * 13 // 16
 
 
-def scenes(kind: str, held_out: bool, seed: int, image: int, draw: Callable[[str], Drawing]) -> Iterator[Scene]:
+def scenes(
+    kind: str, held_out: bool, seed: int, image: int, draw: Callable[[str], Drawing]
+) -> Iterator[Scene]:
     """The scenes of one kind and split, in a fixed order; `draw` gives the drawing of a word of
     DRAWINGS.
 
@@ -97,18 +130,26 @@ def combinations(kind: str, seed: int) -> tuple[list[tuple[str, ...]], list[tupl
         # a story begins with one drawing: it would give these away
         free = [words for words in every if words[0] != "one"]
     elif kind == "spatial":
-        every = free = [(a, relation, b) for a, b in permutations(DRAWINGS, 2) for relation in RELATIONS]
+        every = free = [
+            (a, relation, b) for a, b in permutations(DRAWINGS, 2) for relation in RELATIONS
+        ]
     else:
         every = free = list(permutations(DRAWINGS, 2))
     rng = np.random.default_rng([seed, zlib.crc32(kind.encode())])
-    chosen = {free[i] for i in rng.permutation(len(free))[:HELD_OUT[kind]]}
-    return [words for words in every if words not in chosen], [words for words in every if words in chosen]
+    chosen = {free[i] for i in rng.permutation(len(free))[: HELD_OUT[kind]]}
+    return [words for words in every if words not in chosen], [
+        words for words in every if words in chosen
+    ]
 
 
 def _count(words, render, image, draw, rng):
     number, word, background = words
-    cells = _cells(rng)[:NUMBERS.index(number) + 1]
-    return "P", [_how_many(number, word, background)], [_paint(image, background, [(word, cell) for cell in cells], draw, rng)]
+    cells = _cells(rng)[: NUMBERS.index(number) + 1]
+    return (
+        "P",
+        [_how_many(number, word, background)],
+        [_paint(image, background, [(word, cell) for cell in cells], draw, rng)],
+    )
 
 
 def _spatial(words, render, image, draw, rng):
@@ -157,7 +198,7 @@ def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:
         y = row * cell + (cell - h) // 2 + dy
         x = column * cell + (cell - w) // 2 + dx
         alpha = drawing[..., 3:] / np.float32(255)
-        spot = canvas[y:y + h, x:x + w]
+        spot = canvas[y : y + h, x : x + w]
         # in place: `spot` is a view
         spot += alpha * (drawing[..., :3] - spot)
     return canvas.round().astype(np.uint8)
@@ -187,5 +228,5 @@ def _how_many(number, word, background) -> str:
 
 
 def a(word: str) -> str:
-    """"a cat", "an owl"."""
+    """ "a cat", "an owl"."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

@@ -5,6 +5,7 @@ A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER 
 tensorflow-datasets dataset (itself, or below it as tfds lays them out: FOLDER/CONFIG/VERSION). Read
 next: records.py, then ../mixture.py.
 """
+
 import re
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -60,7 +61,11 @@ class Cached:
         document = self._kept.get(index)
         if document is None:
             document = self.source[index]
-            size = RECORD_BYTES + sum(image.nbytes for image in pixels(document)) + sum(len(text.text) for text in texts(document))
+            size = (
+                RECORD_BYTES
+                + sum(image.nbytes for image in pixels(document))
+                + sum(len(text.text) for text in texts(document))
+            )
             # two threads may both count one document: the limit is a rough one
             if size <= self._room:
                 self._room -= size
@@ -77,17 +82,30 @@ def open(path: str, image_size: int, fit: str = "squash") -> Source:
     """
     # tfds takes a second to import
     from emu_jax.data.sources import records
+
     folder, colon, split = path.rpartition(":")
     if not (colon and re.fullmatch(r"\w+", split)):
-        raise UserError(f"the source '{path}' names no split; write it as FOLDER:SPLIT, for example '{path}:train'")
+        raise UserError(
+            f"the source '{path}' names no split; write it as FOLDER:SPLIT, for example '{path}:train'"
+        )
     return records.Records(_dataset(Path(folder)), split, image_size, fit)
 
 
 def _dataset(folder: Path) -> Path:
-    found = sorted({info.parent for depth in ("", "*/", "*/*/") for info in folder.glob(f"{depth}dataset_info.json")
-                    if not info.parent.name.startswith("incomplete.")})
+    found = sorted(
+        {
+            info.parent
+            for depth in ("", "*/", "*/*/")
+            for info in folder.glob(f"{depth}dataset_info.json")
+            if not info.parent.name.startswith("incomplete.")
+        }
+    )
     if not found:
-        raise UserError(f"no dataset in '{folder}'; the demo's is made by: python -m emu_jax.data build --kind=openmoji --to=DIR")
+        raise UserError(
+            f"no dataset in '{folder}'; the demo's is made by: python -m emu_jax.data build --kind=openmoji --to=DIR"
+        )
     if len(found) > 1:
-        raise UserError(f"'{folder}' holds several datasets; name one of them: {', '.join(map(str, found))}")
+        raise UserError(
+            f"'{folder}' holds several datasets; name one of them: {', '.join(map(str, found))}"
+        )
     return found[0]

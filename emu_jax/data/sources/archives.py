@@ -5,6 +5,7 @@ The law: whatever a name says, nothing outside of the named folder or archive is
 are not followed out of a folder and not at all in archives; what is larger than a limit is not read
 either. Read next: kinds.py.
 """
+
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -28,27 +29,47 @@ class Files:
         try:
             if root.name.endswith(ZIPS):
                 self._zip = zipfile.ZipFile(root)
-                self._members = {member.filename: member for member in self._zip.infolist() if not member.is_dir()}
+                self._members = {
+                    member.filename: member
+                    for member in self._zip.infolist()
+                    if not member.is_dir()
+                }
             elif root.name.endswith(TARS):
                 self._tar = tarfile.open(root)
-                self._members = {member.name.removeprefix("./"): member for member in self._tar if member.isreg()}
+                self._members = {
+                    member.name.removeprefix("./"): member for member in self._tar if member.isreg()
+                }
             elif not root.is_dir():
-                raise UserError(f"'{root}' is neither a folder nor an archive ({', '.join(ZIPS + TARS)})")
+                raise UserError(
+                    f"'{root}' is neither a folder nor an archive ({', '.join(ZIPS + TARS)})"
+                )
         # the readers of archives raise nearly anything
         except Exception as error:
-            raise error if isinstance(error, UserError) else UserError(f"the archive '{root}' cannot be read: {_line(error)}") from error
+            raise (
+                error
+                if isinstance(error, UserError)
+                else UserError(f"the archive '{root}' cannot be read: {_line(error)}")
+            ) from error
 
     def names(self, suffixes: tuple[str, ...]) -> list[str]:
         """The names that end with one of `suffixes`, in any case, sorted."""
         if self._zip or self._tar:
             names = list(self._members)
         else:
-            names = [path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()]
+            names = [
+                path.relative_to(self.root).as_posix()
+                for path in self.root.rglob("*")
+                if path.is_file()
+            ]
         return sorted(name for name in names if name.lower().endswith(suffixes))
 
     def __contains__(self, name: str) -> bool:
         try:
-            return (_plain(name) in self._members) if self._zip or self._tar else self._inside(name).is_file()
+            return (
+                (_plain(name) in self._members)
+                if self._zip or self._tar
+                else self._inside(name).is_file()
+            )
         except (ValueError, OSError):
             return False
 
@@ -113,7 +134,11 @@ def places(given: str, folder: Path, names: list[str]) -> list[Files]:
         if not Path(given).exists():
             raise UserError(f"--images: there is no '{given}'")
         return [opened(Path(given))]
-    return [opened(folder / name) for name in dict.fromkeys(names) if (folder / name).is_dir() or (name != "." and (folder / name).is_file())]
+    return [
+        opened(folder / name)
+        for name in dict.fromkeys(names)
+        if (folder / name).is_dir() or (name != "." and (folder / name).is_file())
+    ]
 
 
 def fetch(name: str, places: list[Files], limit: int = MAX_FILE) -> bytes | str:
@@ -121,7 +146,11 @@ def fetch(name: str, places: list[Files], limit: int = MAX_FILE) -> bytes | str:
     `zip -r a.zip a` puts a folder into an archive of its name: there it is looked for, too.
     """
     for place in places:
-        folded = f"{place.root.name.split('.')[0]}/{name}" if place.root.is_file() and ".." not in name else name
+        folded = (
+            f"{place.root.name.split('.')[0]}/{name}"
+            if place.root.is_file() and ".." not in name
+            else name
+        )
         for inside in (name, folded):
             if inside in place:
                 try:
@@ -146,7 +175,12 @@ def samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, 
             for member in tar:
                 folder, _, base = member.name.removeprefix("./").rpartition("/")
                 stem, dot, extension = base.partition(".")
-                if not member.isreg() or not dot or not stem or (stem.startswith("__") and stem.endswith("__")):
+                if (
+                    not member.isreg()
+                    or not dot
+                    or not stem
+                    or (stem.startswith("__") and stem.endswith("__"))
+                ):
                     continue
                 name = f"{folder}/{stem}" if folder else stem
                 if name != key:
@@ -158,7 +192,9 @@ def samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, 
                     files.setdefault(extension.lower(), tar.extractfile(member).read())
     # tarfile and the decompressors raise nearly anything on broken files
     except Exception as error:
-        raise ValueError(f"the archive is damaged after the sample {key!r}: {_line(error)}") from error
+        raise ValueError(
+            f"the archive is damaged after the sample {key!r}: {_line(error)}"
+        ) from error
     if files:
         yield key, files
 
@@ -172,7 +208,13 @@ def found(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"there is no '{path}'")
     root = path.resolve()
-    files = [file for file in path.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file() and file.resolve().is_relative_to(root)]
+    files = [
+        file
+        for file in path.rglob("*")
+        if file.name.lower().endswith(suffixes)
+        and file.is_file()
+        and file.resolve().is_relative_to(root)
+    ]
     if not files:
         raise UserError(f"'{path}' holds no file that ends with {' or '.join(suffixes)}")
     return sorted(files)

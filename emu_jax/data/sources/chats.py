@@ -8,6 +8,7 @@ in its authors' JSON.
 A placeholder is one only where a picture belongs to it: any other "<image>" is text. Parts carry
 roles. Read next: html.py.
 """
+
 import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -22,8 +23,16 @@ from emu_jax.data.sources.options import Options
 from emu_jax.data.sources.tables import Unit
 from emu_jax.data.sources.videos import frames
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "bing": "assistant",
-         "bard": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+}
 # beside the JSON, where --images names none
 FOLDERS = ["images", "videos", "."]
 
@@ -35,10 +44,13 @@ def units(path: Path) -> list[Unit]:
     return [Unit(file) for file in archives.found(path, tables.JSONS)]
 
 
-def reader(parse: Callable[[dict, list[archives.Files], Options, str], list[Turn]]) -> Callable[[Unit, Options], Iterator[Document | Skipped]]:
+def reader(
+    parse: Callable[[dict, list[archives.Files], Options, str], list[Turn]],
+) -> Callable[[Unit, Options], Iterator[Document | Skipped]]:
     """The reader of a kind whose records `parse` makes turns of; `parse` raises ValueError, in one
     line, for a record that is none.
     """
+
     def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
         places = archives.places(options.images, unit.path.parent, FOLDERS)
         for number, record in tables.records(unit.path):
@@ -56,6 +68,7 @@ def reader(parse: Callable[[dict, list[archives.Files], Options, str], list[Turn
                 yield Skipped(id, str(error))
             else:
                 yield Document(id, tuple(parts), unit.name)
+
     return read
 
 
@@ -77,14 +90,23 @@ def alpaca(record: dict, places: list[archives.Files], options: Options, id: str
     if not all(isinstance(text, str) for text in fields):
         raise ValueError("instruction, input and output are not texts")
     instruction, given, output = (text.strip() for text in fields)
-    return [Text(f"{instruction}\n{given}" if given else instruction, role="user"), Text(output, role="assistant")]
+    return [
+        Text(f"{instruction}\n{given}" if given else instruction, role="user"),
+        Text(output, role="assistant"),
+    ]
 
 
 def videochat(record: dict, places: list[archives.Files], options: Options, id: str) -> list[Turn]:
     questions = record.get("QA")
-    if not isinstance(questions, list) or not questions or not all(isinstance(one, dict) for one in questions):
+    if (
+        not isinstance(questions, list)
+        or not questions
+        or not all(isinstance(one, dict) for one in questions)
+    ):
         raise ValueError("no QA")
-    turns: list[Turn] = [Text(questions[0]["i"], role="system")] if isinstance(questions[0].get("i"), str) else []
+    turns: list[Turn] = (
+        [Text(questions[0]["i"], role="system")] if isinstance(questions[0].get("i"), str) else []
+    )
     if isinstance(record.get("video"), str):
         turns += _frames(record["video"], places, options, id)
     elif isinstance(record.get("image"), str):
@@ -96,7 +118,9 @@ def videochat(record: dict, places: list[archives.Files], options: Options, id: 
     return turns
 
 
-def videochatgpt(record: dict, places: list[archives.Files], options: Options, id: str) -> list[Turn]:
+def videochatgpt(
+    record: dict, places: list[archives.Files], options: Options, id: str
+) -> list[Turn]:
     name = record.get("video_id", record.get("video"))
     if not isinstance(name, str):
         raise ValueError("no video")
@@ -112,7 +136,11 @@ def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Tur
     placeholder, in order, and those that no placeholder asks for stand first. Where there are as
     many marks, every mark is one.
     """
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(turn, dict) for turn in turns)
+    ):
         raise ValueError("no conversation")
     said: list[Text] = []
     for turn in turns:
@@ -123,7 +151,11 @@ def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Tur
     anywhere = sum(text.text.count(mark) for text in said if text.role == "user") == len(media)
     parts: list[Turn] = []
     for text in said:
-        for piece in _pieces(text.text, mark, len(media), anywhere) if media and text.role == "user" else [text.text]:
+        for piece in (
+            _pieces(text.text, mark, len(media), anywhere)
+            if media and text.role == "user"
+            else [text.text]
+        ):
             parts += media.pop(0) if piece is None else [Text(piece.strip(), role=text.role)]
     at = next((number for number, part in enumerate(parts) if part.role == "user"), 0)
     return parts[:at] + [picture for pictures in media for picture in pictures] + parts[at:]
@@ -136,11 +168,11 @@ def _pieces(text: str, mark: str, count: int, anywhere: bool) -> list[str | None
     pieces: list[str | None] = []
     done = 0
     for found in re.finditer(re.escape(mark), text):
-        before = text[:found.start()]
-        after = text[found.end():]
+        before = text[: found.start()]
+        after = text[found.end() :]
         around = (before, after, before.rpartition("\n")[2] + after.partition("\n")[0])
         if count and (anywhere or any(not piece.replace(mark, "").strip() for piece in around)):
-            pieces += [text[done:found.start()], None]
+            pieces += [text[done : found.start()], None]
             done = found.end()
             count = count - 1
     return [piece for piece in (*pieces, text[done:]) if piece is None or piece.strip()]
@@ -181,4 +213,7 @@ def _frames(name: str, places: list[archives.Files], options: Options, id: str) 
     known = name.lower().endswith(video.SUFFIXES)
     names = [name] if known else [name + suffix for suffix in video.SUFFIXES]
     name = next((one for one in names if any(one in place for place in places)), names[0])
-    return [Picture(picture.data, "user", picture.time) for picture in frames(_fetch(name, places, archives.MAX_FILE), id, options)]
+    return [
+        Picture(picture.data, "user", picture.time)
+        for picture in frames(_fetch(name, places, archives.MAX_FILE), id, options)
+    ]

@@ -6,6 +6,7 @@ elements), icons, pictures that several pages show (logos) or that a page shows 
 that are not in the folder: remote ones, and whatever leads outside. The parser is Lexbor, which
 reads broken pages as browsers do. Read next: kinds.py.
 """
+
 import base64
 import binascii
 import hashlib
@@ -34,20 +35,98 @@ MAX_PAGE = 32 * 2**20
 # most 1 %
 REPEATED = 0.02
 
-NOT_CONTENT = frozenset((
-    "script", "style", "noscript", "template", "nav", "aside", "footer", "form", "iframe", "object", "embed", "svg", "button", "select", "textarea",
-    "input", "canvas", "audio", "video", "dialog", "menu", "head", "title", "math"))
-ROLES = frozenset(("navigation", "banner", "contentinfo", "complementary", "search", "menu", "menubar", "dialog", "alertdialog", "toolbar"))
+NOT_CONTENT = frozenset(
+    (
+        "script",
+        "style",
+        "noscript",
+        "template",
+        "nav",
+        "aside",
+        "footer",
+        "form",
+        "iframe",
+        "object",
+        "embed",
+        "svg",
+        "button",
+        "select",
+        "textarea",
+        "input",
+        "canvas",
+        "audio",
+        "video",
+        "dialog",
+        "menu",
+        "head",
+        "title",
+        "math",
+    )
+)
+ROLES = frozenset(
+    (
+        "navigation",
+        "banner",
+        "contentinfo",
+        "complementary",
+        "search",
+        "menu",
+        "menubar",
+        "dialog",
+        "alertdialog",
+        "toolbar",
+    )
+)
 # classes and ids of what is no content
 NAMES = re.compile(
     r"(?:site-?|page-?|global-?)?(?:nav(?:bar|header|footer|igation|-.*)?|menu|breadcrumbs?|side-?bar|footer|masthead|cookies?(?:-.*)?|"
     r"ad(?:s|vert.*)?|social(?:-.*)?|share(?:-.*)?|sharing|comments|related(?:-.*)?|newsletter|subscribe|popup|modal|paginat.*|pager|toc|"
-    r"skip-?link|copyright)", re.I)
-BLOCKS = frozenset((
-    "address", "article", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption", "figure",
-    "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody",
-    "tfoot", "thead", "tr", "ul"))
-ICON = re.compile(r"(?:^|[^a-z])(?:logo|button|icon|favicon|plugin|widget|sprite|spacer|avatar|bullet)s?(?:[^a-z]|$)", re.I)
+    r"skip-?link|copyright)",
+    re.I,
+)
+BLOCKS = frozenset(
+    (
+        "address",
+        "article",
+        "blockquote",
+        "body",
+        "caption",
+        "center",
+        "dd",
+        "details",
+        "div",
+        "dl",
+        "dt",
+        "fieldset",
+        "figcaption",
+        "figure",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "header",
+        "hr",
+        "li",
+        "main",
+        "ol",
+        "p",
+        "pre",
+        "section",
+        "summary",
+        "table",
+        "tbody",
+        "tfoot",
+        "thead",
+        "tr",
+        "ul",
+    )
+)
+ICON = re.compile(
+    r"(?:^|[^a-z])(?:logo|button|icon|favicon|plugin|widget|sprite|spacer|avatar|bullet)s?(?:[^a-z]|$)",
+    re.I,
+)
 CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 
 
@@ -62,7 +141,9 @@ def units(path: Path) -> list[Unit]:
     names = archives.opened(path).names(PAGES)
     if not names:
         raise UserError(f"'{path}' holds no file that ends with {' or '.join(PAGES)}")
-    return [Unit(path, tuple(names[first:first + FILES])) for first in range(0, len(names), FILES)]
+    return [
+        Unit(path, tuple(names[first : first + FILES])) for first in range(0, len(names), FILES)
+    ]
 
 
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
@@ -92,10 +173,19 @@ def _repeated(files: archives.Files) -> frozenset[str]:
         except ValueError:
             continue
         folder = _folder(tree, name)
-        shown.update({(_site(name), target) for node in tree.css("img") if (target := _target(_source(node), folder))})
+        shown.update(
+            {
+                (_site(name), target)
+                for node in tree.css("img")
+                if (target := _target(_source(node), folder))
+            }
+        )
     pages = Counter(map(_site, names))
-    return frozenset(target for (site, target), count in shown.items()
-                     if (count >= 3 and count >= REPEATED * pages[site]) or (count == 2 and pages[site] < 4))
+    return frozenset(
+        target
+        for (site, target), count in shown.items()
+        if (count >= 3 and count >= REPEATED * pages[site]) or (count == 2 and pages[site] < 4)
+    )
 
 
 def _site(name: str) -> str:
@@ -120,18 +210,34 @@ def _parse(page: bytes) -> LexborHTMLParser:
         raise ValueError(f"not a readable page: {clean.spaces(str(error))}") from error
 
 
-def _document(name: str, tree: LexborHTMLParser, files: archives.Files, repeated: frozenset[str], options: Options) -> Document | Skipped:
+def _document(
+    name: str,
+    tree: LexborHTMLParser,
+    files: archives.Files,
+    repeated: frozenset[str],
+    options: Options,
+) -> Document | Skipped:
     parts: list[Text | Picture] = []
     dropped = []
     seen = set()
     text = []
     folder = _folder(tree, name)
-    root = tree.css_first("main, [role=main]") or (tree.css_first("article") if len(tree.css("article")) == 1 else None) or tree.body
+    root = (
+        tree.css_first("main, [role=main]")
+        or (tree.css_first("article") if len(tree.css("article")) == 1 else None)
+        or tree.body
+    )
     if root is None:
         return Skipped(name, "the page is empty")
 
     def flush():
-        lines = [line for line in (clean.spaces(line) if not kept else line.rstrip() for line, kept in _lines(text)) if line.strip()]
+        lines = [
+            line
+            for line in (
+                clean.spaces(line) if not kept else line.rstrip() for line, kept in _lines(text)
+            )
+            if line.strip()
+        ]
         if lines:
             parts.append(Text("\n".join(lines)))
         text.clear()
@@ -153,7 +259,13 @@ def _document(name: str, tree: LexborHTMLParser, files: archives.Files, repeated
     if not any(isinstance(part, Text) for part in parts):
         return Skipped(name, "no text")
     title = tree.css_first("title")
-    return Document(name, tuple(parts), files.root.name, {"title": clean.spaces(title.text())} if title else {}, tuple(dropped))
+    return Document(
+        name,
+        tuple(parts),
+        files.root.name,
+        {"title": clean.spaces(title.text())} if title else {},
+        tuple(dropped),
+    )
 
 
 def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | LexborNode]]:
@@ -175,8 +287,14 @@ def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | Lexbo
         elif node.tag in ("td", "th"):
             yield "text", " "
             stack += [(child, pre, inner) for child in reversed(list(node.iter(include_text=True)))]
-        elif not node.tag.startswith("-") and (node is root or not _boilerplate(node, inner)) and (captions or node.tag != "figcaption"):
-            inner = inner or node.tag in ("main", "article") or (node is root and node.tag != "body")
+        elif (
+            not node.tag.startswith("-")
+            and (node is root or not _boilerplate(node, inner))
+            and (captions or node.tag != "figcaption")
+        ):
+            inner = (
+                inner or node.tag in ("main", "article") or (node is root and node.tag != "body")
+            )
             if node.tag in BLOCKS:
                 yield "break", ""
                 stack.append((None, pre, inner))
@@ -194,9 +312,16 @@ def _boilerplate(node: LexborNode, inner: bool) -> bool:
         return False
     attributes = node.attributes
     style = (attributes.get("style") or "").replace(" ", "").lower()
-    return ("hidden" in attributes or attributes.get("aria-hidden") == "true" or "display:none" in style
-            or (attributes.get("role") or "").lower() in ROLES
-            or any(NAMES.fullmatch(word) for word in f"{attributes.get('class') or ''} {attributes.get('id') or ''}".split()))
+    return (
+        "hidden" in attributes
+        or attributes.get("aria-hidden") == "true"
+        or "display:none" in style
+        or (attributes.get("role") or "").lower() in ROLES
+        or any(
+            NAMES.fullmatch(word)
+            for word in f"{attributes.get('class') or ''} {attributes.get('id') or ''}".split()
+        )
+    )
 
 
 def _lines(events: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
@@ -234,7 +359,11 @@ def _folder(tree: LexborHTMLParser, page: str) -> str | None:
     of that; None for another place.
     """
     base = tree.css_first("base[href]")
-    return _joined(base.attributes["href"] or "", posixpath.dirname(page), whole=False) if base else posixpath.dirname(page)
+    return (
+        _joined(base.attributes["href"] or "", posixpath.dirname(page), whole=False)
+        if base
+        else posixpath.dirname(page)
+    )
 
 
 def _target(source: str, folder: str | None) -> str:
@@ -261,8 +390,14 @@ def _joined(address: str, folder: str | None, *, whole: bool) -> str | None:
     return path if whole else posixpath.dirname(path)
 
 
-def _picture(node: LexborNode, folder: str | None, files: archives.Files, repeated: frozenset[str], seen: set[str],
-             options: Options) -> Picture | str:
+def _picture(
+    node: LexborNode,
+    folder: str | None,
+    files: archives.Files,
+    repeated: frozenset[str],
+    seen: set[str],
+    options: Options,
+) -> Picture | str:
     """The picture of an <img>, or why it is dropped."""
     source = _source(node)
     if source[:5].lower() == "data:":
@@ -288,7 +423,11 @@ def _picture(node: LexborNode, folder: str | None, files: archives.Files, repeat
         return "a picture that the page shows again"
     seen.add(key)
     sides = images.size(data)
-    declared = [int(value) for name in ("width", "height") if (value := (node.attributes.get(name) or "").removesuffix("px")).isdecimal()]
+    declared = [
+        int(value)
+        for name in ("width", "height")
+        if (value := (node.attributes.get(name) or "").removesuffix("px")).isdecimal()
+    ]
     if (sides and _icon(sides, options)) or (len(declared) == 2 and _icon(declared, options)):
         return "an icon, by its size"
     return Picture(data)
@@ -301,6 +440,10 @@ def _icon(sides, options: Options) -> bool:
 def _inline(source: str) -> bytes | None:
     head, _, body = source.partition(",")
     try:
-        return base64.b64decode(unquote_to_bytes(body), validate=False) if head.lower().endswith(";base64") else unquote_to_bytes(body)
+        return (
+            base64.b64decode(unquote_to_bytes(body), validate=False)
+            if head.lower().endswith(";base64")
+            else unquote_to_bytes(body)
+        )
     except (binascii.Error, ValueError):
         return None

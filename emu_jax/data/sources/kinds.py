@@ -4,6 +4,7 @@ records to documents.
 `documents` is the door: it reads one unit and checks every picture by decoding it, so that what is
 built decodes. Read next: ../builders/build.py.
 """
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,17 @@ import numpy as np
 
 from emu_jax.data import images
 from emu_jax.data.documents import Document, Pair, Picture, Skipped, pictures, texts
-from emu_jax.data.sources import chats, html, mmc4, obelics, pairs, storyboards, subtitled, text, videos
+from emu_jax.data.sources import (
+    chats,
+    html,
+    mmc4,
+    obelics,
+    pairs,
+    storyboards,
+    subtitled,
+    text,
+    videos,
+)
 from emu_jax.data.sources.options import Options
 from emu_jax.data.sources.tables import Unit
 
@@ -22,6 +33,7 @@ class Kind:
     """`pictures`: "all" must be good, or the record is skipped; of "some", bad ones are dropped and
     one must be left; "none" has none.
     """
+
     units: Callable[[Path], list[Unit]]
     read: Callable[[Unit, Options], Iterator[Document | Skipped]]
     pictures: str
@@ -30,18 +42,35 @@ class Kind:
 
 KINDS = {
     "pairs": Kind(pairs.units, pairs.read, "all", "img2dataset's tars and parquet"),
-    "mmc4": Kind(mmc4.units, mmc4.read, "some", "Multimodal C4: JSONL and folders or zips of pictures"),
+    "mmc4": Kind(
+        mmc4.units, mmc4.read, "some", "Multimodal C4: JSONL and folders or zips of pictures"
+    ),
     "obelics": Kind(obelics.units, obelics.read, "some", "OBELICS: parquet of texts and images"),
     "html": Kind(html.units, html.read, "some", "a folder or archive of pages with their pictures"),
-    "videos": Kind(videos.units, videos.read, "all", "video2dataset's tars, or videos with captions beside them"),
-    "storyboards": Kind(storyboards.units, storyboards.read, "some", "the tars of Emu's YT-Storyboard tool"),
-    "subtitled": Kind(subtitled.units, subtitled.read, "some", "videos with .vtt or .srt beside them"),
+    "videos": Kind(
+        videos.units,
+        videos.read,
+        "all",
+        "video2dataset's tars, or videos with captions beside them",
+    ),
+    "storyboards": Kind(
+        storyboards.units, storyboards.read, "some", "the tars of Emu's YT-Storyboard tool"
+    ),
+    "subtitled": Kind(
+        subtitled.units, subtitled.read, "some", "videos with .vtt or .srt beside them"
+    ),
     "text": Kind(text.units, text.read, "none", "plain text, JSONL"),
-    "llava": Kind(chats.units, chats.reader(chats.llava), "all", "LLaVA's conversations on pictures"),
+    "llava": Kind(
+        chats.units, chats.reader(chats.llava), "all", "LLaVA's conversations on pictures"
+    ),
     "sharegpt": Kind(chats.units, chats.reader(chats.sharegpt), "none", "ShareGPT's conversations"),
     "alpaca": Kind(chats.units, chats.reader(chats.alpaca), "none", "Alpaca's instructions"),
-    "videochat": Kind(chats.units, chats.reader(chats.videochat), "all", "VideoChat's conversations on videos"),
-    "videochatgpt": Kind(chats.units, chats.reader(chats.videochatgpt), "all", "Video-ChatGPT's questions on videos"),
+    "videochat": Kind(
+        chats.units, chats.reader(chats.videochat), "all", "VideoChat's conversations on videos"
+    ),
+    "videochatgpt": Kind(
+        chats.units, chats.reader(chats.videochatgpt), "all", "Video-ChatGPT's questions on videos"
+    ),
 }
 
 
@@ -53,9 +82,15 @@ def documents(kind: str, unit: Unit, options: Options) -> Iterator[Document | Sk
     for document in KINDS[kind].read(unit, options):
         # names of files need not be Unicode
         document = replace(document, id=document.id.encode("utf-8", "replace").decode())
-        if isinstance(document, Document) and not all(_is_unicode(text.text) for text in texts(document)):
+        if isinstance(document, Document) and not all(
+            _is_unicode(text.text) for text in texts(document)
+        ):
             document = Skipped(document.id, "the text holds half a character")
-        yield document if isinstance(document, Skipped) or needs == "none" else _checked(document, needs, options)
+        yield (
+            document
+            if isinstance(document, Skipped) or needs == "none"
+            else _checked(document, needs, options)
+        )
 
 
 def _is_unicode(text: str) -> bool:
@@ -81,7 +116,10 @@ def _checked(document: Document, needs: str, options: Options) -> Document | Ski
             dropped.append(reason)
             parts += [part.text] if isinstance(part, Pair) else []
     if needs == "some" and not any(True for _ in pictures(replace(document, parts=tuple(parts)))):
-        return Skipped(document.id, "no picture" + (f" is left: {'; '.join(dict.fromkeys(dropped))}" if dropped else ""))
+        return Skipped(
+            document.id,
+            "no picture" + (f" is left: {'; '.join(dict.fromkeys(dropped))}" if dropped else ""),
+        )
     return replace(document, parts=tuple(parts), dropped=tuple(dropped))
 
 

@@ -6,6 +6,7 @@ SHARD_images/ (of SHARD.jsonl.zip into SHARD.jsonl_images/). A picture and the s
 matched to become a `Pair`, in the sentence's place; what matches less than 0.32 is dropped, as the
 paper does. Read next: obelics.py.
 """
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,35 @@ def units(path: Path) -> list[Unit]:
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
     """The documents of one shard; ids are SHARD:LINE."""
     stem = unit.path.name.split(".")[0]
-    places = archives.places(options.images, unit.path.parent, [
-        f"{stem}_images", f"{unit.path.stem}_images", f"{stem}_images.zip", f"{stem}_images.tar", f"{stem}.zip", "images", "."])
+    places = archives.places(
+        options.images,
+        unit.path.parent,
+        [
+            f"{stem}_images",
+            f"{unit.path.stem}_images",
+            f"{stem}_images.zip",
+            f"{stem}_images.tar",
+            f"{stem}.zip",
+            "images",
+            ".",
+        ],
+    )
     for number, record in tables.records(unit.path):
-        yield record if isinstance(record, Skipped) else _document(f"{unit.name}:{number}", record, places, unit, options)
+        yield (
+            record
+            if isinstance(record, Skipped)
+            else _document(f"{unit.name}:{number}", record, places, unit, options)
+        )
 
 
-def _document(id: str, record: Any, places: list[archives.Files], unit: Unit, options: Options) -> Document | Skipped:
-    if not isinstance(record, dict) or not isinstance(record.get("text_list"), list) or not isinstance(record.get("image_info"), list):
+def _document(
+    id: str, record: Any, places: list[archives.Files], unit: Unit, options: Options
+) -> Document | Skipped:
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("text_list"), list)
+        or not isinstance(record.get("image_info"), list)
+    ):
         return Skipped(id, "no text_list and image_info")
     sentences = record["text_list"]
     if not all(isinstance(sentence, str) for sentence in sentences):
@@ -59,14 +81,23 @@ def _document(id: str, record: Any, places: list[archives.Files], unit: Unit, op
     return Document(id, tuple(parts), unit.name, provenance, tuple(dropped))
 
 
-def _picture(info: Any, sentences: int, places: list[archives.Files], options: Options) -> Picture | str:
+def _picture(
+    info: Any, sentences: int, places: list[archives.Files], options: Options
+) -> Picture | str:
     """The picture, or why it is dropped."""
-    if not isinstance(info, dict) or not isinstance(info.get("image_name"), str) or not isinstance(info.get("matched_sim"), (int, float)):
+    if (
+        not isinstance(info, dict)
+        or not isinstance(info.get("image_name"), str)
+        or not isinstance(info.get("matched_sim"), (int, float))
+    ):
         return "an image_info without image_name and matched_sim"
     # NaN is JSON to Python
     if not info["matched_sim"] >= options.min_similarity:
         return f"a picture whose similarity is under {options.min_similarity}"
-    if type(info.get("matched_text_index")) is not int or not 0 <= info["matched_text_index"] < sentences:
+    if (
+        type(info.get("matched_text_index")) is not int
+        or not 0 <= info["matched_text_index"] < sentences
+    ):
         return "a picture matched to no sentence"
     data = archives.fetch(info["image_name"], places, MAX_BYTES)
     return data if isinstance(data, str) else Picture(data)

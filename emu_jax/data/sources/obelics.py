@@ -6,6 +6,7 @@ img2dataset made of them (NNNNN.parquet with url and key, beside NNNNN.tar or th
 those that are not there are dropped and counted. Sets with pictures inside hold bytes, or structs
 of bytes and path. Read next: html.py.
 """
+
 import json
 from collections.abc import Iterator
 from functools import lru_cache
@@ -31,7 +32,11 @@ def units(path: Path) -> list[Unit]:
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
     """The documents of some row groups; ids are FILE:ROW."""
     for number, row in tables.rows(unit):
-        yield row if isinstance(row, Skipped) else _document(f"{unit.name}:{number}", row, unit, options)
+        yield (
+            row
+            if isinstance(row, Skipped)
+            else _document(f"{unit.name}:{number}", row, unit, options)
+        )
 
 
 def _document(id: str, row: dict[str, Any], unit: Unit, options: Options) -> Document | Skipped:
@@ -70,7 +75,11 @@ def _picture(image: Any, folder: str) -> Picture | str:
     shard, key = place
     files = archives.opened(shard)
     name = next((f"{key}.{suffix}" for suffix in IMAGES if f"{key}.{suffix}" in files), "")
-    data = archives.fetch(name, [files], MAX_BYTES) if name else "a picture whose address was not downloaded"
+    data = (
+        archives.fetch(name, [files], MAX_BYTES)
+        if name
+        else "a picture whose address was not downloaded"
+    )
     return data if isinstance(data, str) else Picture(data)
 
 
@@ -79,15 +88,27 @@ def _index(folder: Path) -> dict[str, tuple[Path, str]]:
     """address -> (tar or folder, key) of all that img2dataset says it downloaded into `folder`."""
     index = {}
     for file in archives.found(folder, (".parquet",)):
-        shard = next((place for place in (file.with_suffix(".tar"), file.with_suffix("")) if place.exists()), None)
+        shard = next(
+            (place for place in (file.with_suffix(".tar"), file.with_suffix("")) if place.exists()),
+            None,
+        )
         try:
-            table = pyarrow.parquet.read_table(file, columns=[name for name in ("url", "key", "status") if name in tables.columns(file)]).to_pydict()
+            table = pyarrow.parquet.read_table(
+                file,
+                columns=[name for name in ("url", "key", "status") if name in tables.columns(file)],
+            ).to_pydict()
         # pyarrow's errors have no common type
         except Exception as error:
-            raise UserError(f"--images: '{file}' cannot be read: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"--images: '{file}' cannot be read: {' '.join(str(error).split())}"
+            ) from error
         if shard is None or not {"url", "key"} <= table.keys():
-            raise UserError(f"--images: '{file}' is not what img2dataset writes: it needs url and key, and {file.stem}.tar or {file.stem}/ beside it")
-        for url, key, status in zip(table["url"], table["key"], table.get("status", ["success"] * len(table["url"]))):
+            raise UserError(
+                f"--images: '{file}' is not what img2dataset writes: it needs url and key, and {file.stem}.tar or {file.stem}/ beside it"
+            )
+        for url, key, status in zip(
+            table["url"], table["key"], table.get("status", ["success"] * len(table["url"]))
+        ):
             if status == "success":
                 index.setdefault(url, (shard, str(key)))
     return index

@@ -5,6 +5,7 @@ The caption is that of the .txt, or else the "caption" of the .json; the parquet
 img2dataset puts beside a tar holds no pictures and is passed over. A pair becomes one `Pair`. Read
 next: mmc4.py.
 """
+
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +19,30 @@ from emu_jax.data.sources.options import Options
 from emu_jax.data.sources.tables import Unit
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff")
-SCORES = ("similarity", "clip_similarity", "clip_score", "clip_similarity_vitb32", "clip_similarity_vitl14", "clip_b32_similarity_score",
-          "clip_l14_similarity_score")
+SCORES = (
+    "similarity",
+    "clip_similarity",
+    "clip_score",
+    "clip_similarity_vitb32",
+    "clip_similarity_vitl14",
+    "clip_b32_similarity_score",
+    "clip_l14_similarity_score",
+)
 PROVENANCE = ("url", "license", "sha256")
 
 
 def units(path: Path) -> list[Unit]:
     """A unit a tar, and one a parquet file that holds pictures."""
     found = archives.found(path, (*archives.TARS, ".parquet"))
-    with_pictures = [file for file in found if file.suffix != ".parquet" or set(tables.columns(file)) & set(IMAGES)]
+    with_pictures = [
+        file
+        for file in found
+        if file.suffix != ".parquet" or set(tables.columns(file)) & set(IMAGES)
+    ]
     if not with_pictures:
-        raise UserError(f"'{path}' holds no pictures: no tar, and no parquet with a column {' or '.join(IMAGES)}")
+        raise UserError(
+            f"'{path}' holds no pictures: no tar, and no parquet with a column {' or '.join(IMAGES)}"
+        )
     return [Unit(file) for file in with_pictures]
 
 
@@ -36,7 +50,11 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
     """The pairs of one file."""
     if unit.path.suffix == ".parquet":
         for number, row in tables.rows(unit):
-            yield row if isinstance(row, Skipped) else _row(row, str(row.get("key") or number), unit, options)
+            yield (
+                row
+                if isinstance(row, Skipped)
+                else _row(row, str(row.get("key") or number), unit, options)
+            )
         return
     try:
         for key, files in archives.samples(unit.path, images.MAX_BYTES):
@@ -60,7 +78,15 @@ def _sample(key: str, files: dict[str, bytes], unit: Unit, options: Options) -> 
         except ValueError as error:
             complaint = f"caption: {error}"
     image = next((files[name] for name in IMAGES if name in files), None)
-    return _pair(key, image, caption if caption.strip() else meta.get("caption"), meta, complaint, unit, options)
+    return _pair(
+        key,
+        image,
+        caption if caption.strip() else meta.get("caption"),
+        meta,
+        complaint,
+        unit,
+        options,
+    )
 
 
 def _row(row: dict[str, Any], key: str, unit: Unit, options: Options) -> Document | Skipped:
@@ -70,19 +96,33 @@ def _row(row: dict[str, Any], key: str, unit: Unit, options: Options) -> Documen
     return _pair(key, image, text, row, "no caption", unit, options)
 
 
-def _pair(key: str, image: Any, caption: Any, meta: dict, complaint: str, unit: Unit, options: Options) -> Document | Skipped:
+def _pair(
+    key: str, image: Any, caption: Any, meta: dict, complaint: str, unit: Unit, options: Options
+) -> Document | Skipped:
     if image is None:
-        return Skipped(key, "no image" + (f": {clean.spaces(str(meta['error_message']))}" if meta.get("error_message") else ""))
+        return Skipped(
+            key,
+            "no image"
+            + (
+                f": {clean.spaces(str(meta['error_message']))}" if meta.get("error_message") else ""
+            ),
+        )
     if not isinstance(image, bytes) or not image:
         return Skipped(key, "the image is empty")
     caption = clean.spaces(caption) if isinstance(caption, str) else ""
     if not caption:
         return Skipped(key, complaint)
     if not options.min_chars <= len(caption) <= options.max_chars:
-        return Skipped(key, f"the caption is not of {options.min_chars} to {options.max_chars} characters")
+        return Skipped(
+            key, f"the caption is not of {options.min_chars} to {options.max_chars} characters"
+        )
     if reason := clean.junk(caption):
         return Skipped(key, reason)
-    scores = [value for name, value in meta.items() if name.lower() in SCORES and isinstance(value, (int, float))]
+    scores = [
+        value
+        for name, value in meta.items()
+        if name.lower() in SCORES and isinstance(value, (int, float))
+    ]
     # NaN, where there was no picture to compare
     if scores and not scores[0] >= options.min_score:
         return Skipped(key, f"the CLIP score is under {options.min_score}")

@@ -6,6 +6,7 @@ round(duration / frames) seconds. The tool writes its names sorted as texts ("10
 "2.png"): numbers bring them in order. What is longer than a document may be is cut into several.
 Read next: subtitled.py.
 """
+
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -74,11 +75,21 @@ def _step(meta: bytes | None, frames: int) -> int | None:
     try:
         meta = json.loads(clean.decode(meta or b"{}"))
         return round(float(meta["duration"]) / int(meta.get("frame_num") or frames))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ZeroDivisionError, OverflowError):
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        ZeroDivisionError,
+        OverflowError,
+    ):
         return None
 
 
-def pieces(parts: Iterable[Part], document: Document, options: Options) -> Iterator[Document | Skipped]:
+def pieces(
+    parts: Iterable[Part], document: Document, options: Options
+) -> Iterator[Document | Skipped]:
     """`document` with `parts`, cut where the next part would exceed options.max_images or
     max_tokens (tokens are estimated from bytes); a piece without pictures is skipped. A text that
     alone is too long stays whole: the sequence stage cuts it. Only one piece is held.
@@ -88,13 +99,19 @@ def pieces(parts: Iterable[Part], document: Document, options: Options) -> Itera
 
     def piece():
         id = f"{document.id}#{number}" if number else document.id
-        return replace(document, id=id, parts=tuple(held)) if images else Skipped(id, "no picture in this piece of a long document")
+        return (
+            replace(document, id=id, parts=tuple(held))
+            if images
+            else Skipped(id, "no picture in this piece of a long document")
+        )
 
     for part in parts:
         is_image = isinstance(part, Picture)
         cost = IMAGE_TOKENS if is_image else 1 + len(part.text.encode()) // BYTES_A_TOKEN
         # <s> and </s>
-        if held and (images + is_image > options.max_images or tokens + cost > options.max_tokens - 2):
+        if held and (
+            images + is_image > options.max_images or tokens + cost > options.max_tokens - 2
+        ):
             yield piece()
             held = []
             tokens = 0

@@ -5,6 +5,7 @@ Frame k is at k times --every seconds; frames and cues are sorted by time, a fra
 its time, and the cues between two frames are joined by a space and stand before the second. What is
 too long is cut. Read next: html.py.
 """
+
 import heapq
 import itertools
 from collections.abc import Iterable, Iterator
@@ -27,9 +28,12 @@ def units(path: Path) -> list[Unit]:
     """A unit a tar (KEY.mp4, KEY.vtt), and one for 20 videos of a folder."""
     found = archives.found(path, (*archives.TARS, *video.SUFFIXES))
     root = path if path.is_dir() else path.parent
-    loose = [file.relative_to(root).as_posix() for file in found if not file.name.endswith(archives.TARS)]
+    loose = [
+        file.relative_to(root).as_posix() for file in found if not file.name.endswith(archives.TARS)
+    ]
     return [Unit(file) for file in found if file.name.endswith(archives.TARS)] + [
-        Unit(root, tuple(loose[first:first + FILES])) for first in range(0, len(loose), FILES)]
+        Unit(root, tuple(loose[first : first + FILES])) for first in range(0, len(loose), FILES)
+    ]
 
 
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
@@ -41,14 +45,24 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
         for name in unit.names:
             try:
                 beside = _beside(name, unit.path)
-                yield from _documents(name, folder.read(name), folder.read(beside, MAX_SUBTITLES) if beside else None, unit, options)
+                yield from _documents(
+                    name,
+                    folder.read(name),
+                    folder.read(beside, MAX_SUBTITLES) if beside else None,
+                    unit,
+                    options,
+                )
             except ValueError as error:
                 yield Skipped(name, str(error))
         return
     try:
         for key, files in archives.samples(unit.path):
-            film = next((files[suffix[1:]] for suffix in video.SUFFIXES if suffix[1:] in files), None)
-            said = next((files[name] for name in sorted(files) if name.endswith(("vtt", "srt"))), None)
+            film = next(
+                (files[suffix[1:]] for suffix in video.SUFFIXES if suffix[1:] in files), None
+            )
+            said = next(
+                (files[name] for name in sorted(files) if name.endswith(("vtt", "srt"))), None
+            )
             try:
                 yield from _documents(key, film, said, unit, options)
             except ValueError as error:
@@ -63,13 +77,21 @@ def _beside(name: str, root: Path) -> str | None:
     """
     folder = (root / name).parent
     stem = Path(name).stem
-    files = [file.name for file in folder.iterdir() if file.name.startswith(f"{stem}.") and file.suffix.lower() in SUBTITLES]
-    files = sorted((file for file in files if file.count(".") <= stem.count(".") + 2),
-                   key=lambda file: (file.count("."), Path(file).suffix != ".vtt", file))
+    files = [
+        file.name
+        for file in folder.iterdir()
+        if file.name.startswith(f"{stem}.") and file.suffix.lower() in SUBTITLES
+    ]
+    files = sorted(
+        (file for file in files if file.count(".") <= stem.count(".") + 2),
+        key=lambda file: (file.count("."), Path(file).suffix != ".vtt", file),
+    )
     return (Path(name).parent / files[0]).as_posix() if files else None
 
 
-def _documents(id: str, film: bytes | None, said: bytes | None, unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def _documents(
+    id: str, film: bytes | None, said: bytes | None, unit: Unit, options: Options
+) -> Iterator[Document | Skipped]:
     if film is None:
         raise ValueError("no video")
     if said is None:
@@ -80,7 +102,11 @@ def _documents(id: str, film: bytes | None, said: bytes | None, unit: Unit, opti
         raise ValueError("the subtitles are not UTF-8") from None
     cues = [(cue.start, 1, cue.text) for cue in subtitles.parse(text)]
     frames = ((time, 0, frame) for time, frame in video.sampled(film, options.every))
-    yield from pieces(_interleaved(heapq.merge(cues, frames, key=lambda item: item[:2])), Document(id, (), unit.name), options)
+    yield from pieces(
+        _interleaved(heapq.merge(cues, frames, key=lambda item: item[:2])),
+        Document(id, (), unit.name),
+        options,
+    )
 
 
 def _interleaved(line: Iterable[tuple]) -> Iterator[Part]:

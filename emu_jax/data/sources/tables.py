@@ -2,6 +2,7 @@
 
 A broken line or row group becomes one `Skipped`; what is around it is read. Read next: pairs.py.
 """
+
 import gzip
 import io
 import json
@@ -28,6 +29,7 @@ class Unit:
     """What one task reads, and writes a shard of: a file, or `names` of the folder or archive
     `path`, or its row groups [first, last).
     """
+
     path: Path
     names: tuple[str, ...] = ()
     first: int = 0
@@ -47,7 +49,9 @@ def groups(file: Path) -> list[Unit]:
     """
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+            sizes = [
+                table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)
+            ]
     # pyarrow's errors have no common type; `rows` reports them
     except Exception:
         return [Unit(file)]
@@ -77,7 +81,9 @@ def rows(unit: Unit) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
     """(number in the file, row) of the unit's row groups, a batch in memory at a time."""
     try:
         table = pyarrow.parquet.ParquetFile(unit.path)
-        sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+        sizes = [
+            table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)
+        ]
     except Exception as error:
         yield 0, Skipped(unit.path.name, f"not a readable parquet file: {_line(error)}")
         return
@@ -120,7 +126,12 @@ def _value(line: bytes, id: str) -> Any:
     try:
         return json.loads(clean.decode(line))
     except (ValueError, RecursionError) as error:
-        return Skipped(id, "the line is not JSON" if not str(error).startswith("the text") else f"the line: {error}")
+        return Skipped(
+            id,
+            "the line is not JSON"
+            if not str(error).startswith("the text")
+            else f"the line: {error}",
+        )
 
 
 def _opened(path: Path) -> io.BufferedIOBase:
@@ -128,7 +139,11 @@ def _opened(path: Path) -> io.BufferedIOBase:
         return gzip.open(path)
     if path.suffix == ".zip":
         archive = zipfile.ZipFile(path)
-        names = [name for name in archive.namelist() if name.lower().endswith((".json", ".jsonl", ".ndjson"))]
+        names = [
+            name
+            for name in archive.namelist()
+            if name.lower().endswith((".json", ".jsonl", ".ndjson"))
+        ]
         if not names:
             raise UserError(f"'{path}' holds no JSON")
         return io.BufferedReader(archive.open(names[0]))

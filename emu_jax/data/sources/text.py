@@ -3,6 +3,7 @@ document a record.
 
 Read next: chats.py.
 """
+
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +23,15 @@ MAX_TEXT = 64 * 2**20
 def units(path: Path) -> list[Unit]:
     """A unit a table, about 4096 rows of a parquet file, 1000 plain files."""
     found = archives.found(path, (*PLAIN, *tables.JSONS, ".parquet"))
-    plain = [file.relative_to(path if path.is_dir() else path.parent).as_posix() for file in found if file.name.lower().endswith(PLAIN)]
-    units = [Unit(path if path.is_dir() else path.parent, tuple(plain[first:first + FILES])) for first in range(0, len(plain), FILES)]
+    plain = [
+        file.relative_to(path if path.is_dir() else path.parent).as_posix()
+        for file in found
+        if file.name.lower().endswith(PLAIN)
+    ]
+    units = [
+        Unit(path if path.is_dir() else path.parent, tuple(plain[first : first + FILES]))
+        for first in range(0, len(plain), FILES)
+    ]
     for file in found:
         if not file.name.lower().endswith(PLAIN):
             units += tables.groups(file) if file.suffix == ".parquet" else [Unit(file)]
@@ -42,7 +50,9 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
             except ValueError as error:
                 yield Skipped(name, str(error))
         return
-    for number, record in tables.rows(unit) if unit.path.suffix == ".parquet" else tables.records(unit.path):
+    for number, record in (
+        tables.rows(unit) if unit.path.suffix == ".parquet" else tables.records(unit.path)
+    ):
         id = f"{unit.name}:{number}"
         if isinstance(record, Skipped):
             yield record
@@ -54,4 +64,8 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
 
 
 def _document(id: str, text: str, unit: Unit, provenance: dict) -> Document | Skipped:
-    return Document(id, (Text(text.strip()),), unit.name, provenance) if text.strip() else Skipped(id, "the text is empty")
+    return (
+        Document(id, (Text(text.strip()),), unit.name, provenance)
+        if text.strip()
+        else Skipped(id, "the text is empty")
+    )

@@ -4,6 +4,7 @@ video files with NAME.txt or NAME.json beside.
 A document is 8 frames, one after another, then the caption without its metadata (clean.py). Read
 next: storyboards.py.
 """
+
 import hashlib
 import json
 from collections.abc import Iterator
@@ -26,9 +27,12 @@ def units(path: Path) -> list[Unit]:
     """A unit a tar, and one for 100 video files of a folder."""
     found = archives.found(path, (*archives.TARS, *video.SUFFIXES))
     root = path if path.is_dir() else path.parent
-    loose = [file.relative_to(root).as_posix() for file in found if not file.name.endswith(archives.TARS)]
+    loose = [
+        file.relative_to(root).as_posix() for file in found if not file.name.endswith(archives.TARS)
+    ]
     return [Unit(file) for file in found if file.name.endswith(archives.TARS)] + [
-        Unit(root, tuple(loose[first:first + FILES])) for first in range(0, len(loose), FILES)]
+        Unit(root, tuple(loose[first : first + FILES])) for first in range(0, len(loose), FILES)
+    ]
 
 
 def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
@@ -36,10 +40,10 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
     if unit.names:
         folder = archives.opened(unit.path)
         for name in unit.names:
-            stem = name[:name.rindex(".")]
+            stem = name[: name.rindex(".")]
             files = {}
             try:
-                for extension in (name[len(stem) + 1:], "txt", "json"):
+                for extension in (name[len(stem) + 1 :], "txt", "json"):
                     if f"{stem}.{extension}" in folder:
                         files[extension.lower()] = folder.read(f"{stem}.{extension}")
             except ValueError as error:
@@ -61,14 +65,24 @@ def _document(id: str, files: dict[str, bytes], unit: Unit, options: Options) ->
     try:
         meta = json.loads(clean.decode(files["json"])) if "json" in files else {}
         meta = meta if isinstance(meta, dict) else {}
-        text = clean.decode(files["txt"]) if files.get("txt", b"").strip() else meta.get("caption") or meta.get("title") or ""
+        text = (
+            clean.decode(files["txt"])
+            if files.get("txt", b"").strip()
+            else meta.get("caption") or meta.get("title") or ""
+        )
     except (ValueError, RecursionError) as error:
-        return Skipped(id, f"caption: {error}" if str(error).startswith("the text") else "the .json is broken")
+        return Skipped(
+            id, f"caption: {error}" if str(error).startswith("the text") else "the .json is broken"
+        )
     caption = clean.video_caption(text) if isinstance(text, str) else ""
     if not caption:
-        return Skipped(id, "no caption" if not str(text).strip() else "the caption is metadata only")
+        return Skipped(
+            id, "no caption" if not str(text).strip() else "the caption is metadata only"
+        )
     if not options.min_chars <= len(caption) <= options.max_chars:
-        return Skipped(id, f"the caption is not of {options.min_chars} to {options.max_chars} characters")
+        return Skipped(
+            id, f"the caption is not of {options.min_chars} to {options.max_chars} characters"
+        )
     try:
         shown = frames(data, id, options)
     except ValueError as error:
@@ -82,6 +96,8 @@ def frames(data: bytes, id: str, options: Options) -> list[Picture]:
     decoded.
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little"))
-    numbers = {"centres": lambda count: video.centres(count, options.frames),
-               "random": lambda count: sorted(rng.integers(0, count, options.frames).tolist())}[options.choose]
+    numbers = {
+        "centres": lambda count: video.centres(count, options.frames),
+        "random": lambda count: sorted(rng.integers(0, count, options.frames).tolist()),
+    }[options.choose]
     return [Picture(frame, time=round(time, 3)) for time, frame in video.chosen(data, numbers)]

@@ -4,6 +4,7 @@ Regular expressions become one non-deterministic automaton, whose deterministic 
 a text first reaches them. Python's own `re` takes the first alternative that matches, not the
 longest: it cannot say what such a lexer says. Read next: ptb.py.
 """
+
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -65,7 +66,9 @@ class Automaton:
         """The class of each code unit of a text without characters beyond U+FFFF (surrogates stand
         for those).
         """
-        return self._class_of[np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")].tolist()
+        return self._class_of[
+            np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
+        ].tolist()
 
     def match(self, classes: Sequence[int], start: int = 0) -> Match:
         """The longest match from `start` on."""
@@ -86,11 +89,21 @@ class Automaton:
         """Every place up to `stop` where some rule's match from `start` may end, the furthest
         first.
         """
-        return [end for end in range(stop, start, -1) if self.match(classes[:end], start).end == end]
+        return [
+            end for end in range(stop, start, -1) if self.match(classes[:end], start).end == end
+        ]
 
     def _follow(self, state: int, kind: int) -> int:
-        reached = {self._edges[one][1] for one in self._subsets[state] if self._edges[one] and self._members[self._edges[one][0]][kind]}
-        self._rows[state][kind] = self._number(frozenset().union(*(self._reach[one] for one in reached))) if reached else DEAD
+        reached = {
+            self._edges[one][1]
+            for one in self._subsets[state]
+            if self._edges[one] and self._members[self._edges[one][0]][kind]
+        }
+        self._rows[state][kind] = (
+            self._number(frozenset().union(*(self._reach[one] for one in reached)))
+            if reached
+            else DEAD
+        )
         return self._rows[state][kind]
 
     def _number(self, subset: frozenset[int]) -> int:
@@ -98,7 +111,11 @@ class Automaton:
             self._numbers[subset] = len(self._subsets)
             self._subsets.append(subset)
             self._rows.append([UNKNOWN] * len(self._members[0]))
-            self._rules.append(min((self._accepts[state] for state in subset if state in self._accepts), default=-1))
+            self._rules.append(
+                min(
+                    (self._accepts[state] for state in subset if state in self._accepts), default=-1
+                )
+            )
         return self._numbers[subset]
 
     def _closure(self, state: int) -> frozenset[int]:
@@ -119,7 +136,9 @@ class Automaton:
 
     def _parse(self, pattern: str) -> tuple[int, int]:
         """(first state, last state) of a pattern's own piece of the automaton."""
-        tokens = re.findall(r"\[\^?(?:\\.|[^\]\\])*\]|\{\w+(?:,\d+)?\}|\\u[0-9A-F]{4}|\\.|.", pattern, re.DOTALL)
+        tokens = re.findall(
+            r"\[\^?(?:\\.|[^\]\\])*\]|\{\w+(?:,\d+)?\}|\\u[0-9A-F]{4}|\\.|.", pattern, re.DOTALL
+        )
         piece, rest = self._either(tokens)
         assert not rest, f"pattern {pattern!r}: unbalanced at {''.join(rest)!r}"
         return piece
@@ -190,12 +209,14 @@ def char_set(token: str) -> Set:
     units = np.zeros(UNITS, bool)
     if token[0] != "[" or len(token) == 1:
         one = chr(_unit(token))
-        alike = {"i": "\u0130\u0131", "k": "\u212A", "s": "\u017F"}.get(one.lower(), "")
-        units[[ord(case) for case in {one, one.lower(), one.upper(), *alike} if len(case) == 1]] = True
+        alike = {"i": "\u0130\u0131", "k": "\u212a", "s": "\u017f"}.get(one.lower(), "")
+        units[[ord(case) for case in {one, one.lower(), one.upper(), *alike} if len(case) == 1]] = (
+            True
+        )
         return units
     part = r"(\\u[0-9A-F]{4}|\\.|[^\\])"
     for low, high in re.findall(rf"{part}(?:-{part})?", token[1:-1].removeprefix("^"), re.DOTALL):
-        units[_unit(low):_unit(high or low) + 1] = True
+        units[_unit(low) : _unit(high or low) + 1] = True
     return ~units if token[1] == "^" else units
 
 

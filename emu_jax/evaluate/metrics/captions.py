@@ -3,6 +3,7 @@
 Every function takes tokenized captions (ptb.tokenize): predictions by id, and lists of references
 by the same ids.
 """
+
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,13 @@ Predictions = Mapping[str, str]
 References = Mapping[str, Sequence[str]]
 
 
-def tokenize(predictions: Predictions, references: References) -> tuple[dict[str, str], dict[str, list[str]]]:
+def tokenize(
+    predictions: Predictions, references: References
+) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Both sides tokenized, each as one text in the order of the references."""
-    told = dict(zip(references, ptb.tokenize([predictions[key] for key in references]), strict=True))
+    told = dict(
+        zip(references, ptb.tokenize([predictions[key] for key in references]), strict=True)
+    )
     rest = iter(ptb.tokenize([caption for some in references.values() for caption in some]))
     return told, {key: [next(rest) for _ in some] for key, some in references.items()}
 
@@ -41,22 +46,31 @@ def cider(predictions: Predictions, references: References) -> dict[str, float]:
         weights = [{} for _ in range(N)]
         for ngram, count in ngrams.items():
             weights[len(ngram) - 1][ngram] = count * (total - np.log(max(1.0, documents[ngram])))
-        return weights, [math.sqrt(sum(w * w for w in some.values())) for some in weights], sum(c for ngram, c in ngrams.items() if len(ngram) == 2)
+        return (
+            weights,
+            [math.sqrt(sum(w * w for w in some.values())) for some in weights],
+            sum(c for ngram, c in ngrams.items() if len(ngram) == 2),
+        )
 
     def similarity(ours, theirs):
         (weights, norms, length) = ours
         (other_weights, other_norms, other_length) = theirs
         values = np.zeros(N)
         for n in range(N):
-            values[n] = sum(min(w, other_weights[n].get(ngram, 0.0)) * other_weights[n].get(ngram, 0.0) for ngram, w in weights[n].items())
+            values[n] = sum(
+                min(w, other_weights[n].get(ngram, 0.0)) * other_weights[n].get(ngram, 0.0)
+                for ngram, w in weights[n].items()
+            )
             if norms[n] and other_norms[n]:
                 values[n] /= norms[n] * other_norms[n]
-        return values * math.exp(-(length - other_length) ** 2 / (2 * SIGMA ** 2))
+        return values * math.exp(-((length - other_length) ** 2) / (2 * SIGMA**2))
 
     scores = {}
     for key, some in counts.items():
         ours = vector(_ngrams(predictions[key]))
-        scores[key] = float(10 * np.mean(sum(similarity(ours, vector(ngrams)) for ngrams in some)) / len(some))
+        scores[key] = float(
+            10 * np.mean(sum(similarity(ours, vector(ngrams)) for ngrams in some)) / len(some)
+        )
     return scores
 
 
@@ -75,7 +89,9 @@ def bleu(predictions: Predictions, references: References) -> list[float]:
             right[len(ngram) - 1] += min(count, most[ngram])
         guessed += [max(0, words - n) for n in range(N)]
         length += words
-        reference_length += min((abs(len(caption.split()) - words), len(caption.split())) for caption in some)[1]
+        reference_length += min(
+            (abs(len(caption.split()) - words), len(caption.split())) for caption in some
+        )[1]
     ratio = (length + 1e-15) / (reference_length + 1e-9)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     precisions = np.cumprod((right + 1e-15) / (guessed + 1e-9))
@@ -92,13 +108,21 @@ def rouge(predictions: Predictions, references: References) -> dict[str, float]:
         common = [(_common(caption.split(" "), words), len(caption.split(" "))) for caption in some]
         precision = max(c for c, _ in common) / len(words)
         recall = max(c / n for c, n in common)
-        scores[key] = (1 + BETA ** 2) * precision * recall / (recall + BETA ** 2 * precision) if precision and recall else 0.0
+        scores[key] = (
+            (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+            if precision and recall
+            else 0.0
+        )
     return scores
 
 
 def _ngrams(caption: str) -> Counter:
     words = caption.split()
-    return Counter(tuple(words[start:start + n]) for n in range(1, N + 1) for start in range(len(words) - n + 1))
+    return Counter(
+        tuple(words[start : start + n])
+        for n in range(1, N + 1)
+        for start in range(len(words) - n + 1)
+    )
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:

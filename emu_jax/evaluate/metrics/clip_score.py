@@ -4,6 +4,7 @@ that was imported gives them.
 Nothing is put before a text (the paper's own score of captions reads "A photo depicts " first).
 Read next: models/clip.py, weights/clip.py.
 """
+
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -29,7 +30,9 @@ from emu_jax.weights.clip import PREPROCESSOR, TOKENIZER, WHERE
 BATCH = 32
 START = "<|startoftext|>"
 END = "<|endoftext|>"
-SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+SPLIT = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
 # where no file says them
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -39,6 +42,7 @@ class Preprocessor(NamedTuple):
     """The shorter side (or both) to `size`, bicubic; the middle, of the model's size; (x / 255 -
     mean) / std.
     """
+
     # or (height, width)
     size: int | tuple[int, int]
     mean: tuple[float, float, float]
@@ -57,14 +61,19 @@ def score(images: Float[np.ndarray, "n C"], texts: Float[np.ndarray, "n C"]) -> 
     return 100 * float(_cosines(images, texts).mean())
 
 
-def of_pictures(model: Clip, pictures: Mapping[str, Path], captions: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def of_pictures(
+    model: Clip, pictures: Mapping[str, Path], captions: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
     """100 * max(cosine, 0) of each picture with its caption, by its id; with several captions,
     their mean. The score of all is the mean.
     """
     paths = tqdm(pictures.values(), "CLIP", unit=" pictures", disable=None)
     seen = dict(zip(pictures, picture_features(model, paths), strict=True))
     pairs = [(key, caption) for key in pictures for caption in captions[key]]
-    cosines = _cosines(np.stack([seen[key] for key, _ in pairs]), text_features(model, [caption for _, caption in pairs]))
+    cosines = _cosines(
+        np.stack([seen[key] for key, _ in pairs]),
+        text_features(model, [caption for _, caption in pairs]),
+    )
     found: dict[str, list[float]] = {}
     for (key, _), cosine in zip(pairs, cosines, strict=True):
         found.setdefault(key, []).append(100 * float(cosine))
@@ -86,18 +95,28 @@ def load(directory: str) -> Clip:
     """
     check(directory)
     folder, size = _folder_and_size(directory)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.restore_params(directory))
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.restore_params(directory)
+    )
     return Clip(size, params, _tokenizer(folder, size), _preprocessor(folder, size))
 
 
 def picture_features(model: Clip, paths: Iterable[Path]) -> Float[np.ndarray, "n C"]:
     run = jax.jit(lambda params, x: emu.bind(clip.Vision, model.size, params)(x))
-    return _batched(partial(run, model.params["vision"]), (prepare(model, path) for path in paths), model.size.features)
+    return _batched(
+        partial(run, model.params["vision"]),
+        (prepare(model, path) for path in paths),
+        model.size.features,
+    )
 
 
 def text_features(model: Clip, texts: Sequence[str]) -> Float[np.ndarray, "n C"]:
     run = jax.jit(lambda params, ids: emu.bind(clip.Text, model.size, params)(ids))
-    return _batched(partial(run, model.params["text"]), (tokens(model, text) for text in texts), model.size.features)
+    return _batched(
+        partial(run, model.params["text"]),
+        (tokens(model, text) for text in texts),
+        model.size.features,
+    )
 
 
 def tokens(model: Clip, text: str) -> Int[np.ndarray, "T"]:
@@ -105,7 +124,7 @@ def tokens(model: Clip, text: str) -> Int[np.ndarray, "T"]:
     there.
     """
     ids = model.tokenizer.encode(text).ids
-    ids = ids[:min(len(ids), model.size.context) - 1] + ids[-1:]
+    ids = ids[: min(len(ids), model.size.context) - 1] + ids[-1:]
     return np.array(ids + ids[-1:] * (model.size.context - len(ids)), np.int32)
 
 
@@ -119,16 +138,25 @@ def prepare(model: Clip, path: Path) -> Float[np.ndarray, "h w 3"]:
     except ValueError as error:
         raise UserError(f"'{path}': {error}") from error
     short = min(image.size)
-    width, height = [int(size * side / short) for side in image.size] if isinstance(size, int) else size[::-1]
+    width, height = (
+        [int(size * side / short) for side in image.size] if isinstance(size, int) else size[::-1]
+    )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = ((side - model.size.image) // 2 for side in image.size)
     image = image.crop((left, top, left + model.size.image, top + model.size.image))
-    return ((np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)).astype(np.float32)
+    return ((np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)).astype(
+        np.float32
+    )
 
 
-def _cosines(images: Float[np.ndarray, "n C"], texts: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "n"]:
+def _cosines(
+    images: Float[np.ndarray, "n C"], texts: Float[np.ndarray, "n C"]
+) -> Float[np.ndarray, "n"]:
     """max(cosine, 0) of each pair."""
-    images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (np.asarray(images, np.float64), np.asarray(texts, np.float64)))
+    images, texts = (
+        x / np.linalg.norm(x, axis=1, keepdims=True)
+        for x in (np.asarray(images, np.float64), np.asarray(texts, np.float64))
+    )
     return np.maximum((images * texts).sum(1), 0)
 
 
@@ -136,18 +164,22 @@ def _batched(run, rows, width: int) -> Float[np.ndarray, "n C"]:
     """A batch at a time, all of one shape: one compilation."""
     found = [np.zeros((0, width), np.float32)]
     while some := list(islice(rows, BATCH)):
-        found.append(np.asarray(run(np.stack(some + some[:1] * (BATCH - len(some)))))[:len(some)])
+        found.append(np.asarray(run(np.stack(some + some[:1] * (BATCH - len(some)))))[: len(some)])
     return np.concatenate(found)
 
 
 def _folder_and_size(directory: str) -> tuple[Path, ClipSize]:
-    return history.workdir(directory)[0], ClipSize.of(from_dict(checkpoint.read_config(directory)["model"]).to_dict())
+    return history.workdir(directory)[0], ClipSize.of(
+        from_dict(checkpoint.read_config(directory)["model"]).to_dict()
+    )
 
 
 def _tokenizer(folder: Path, size: ClipSize) -> Tokenizer:
     whole, vocab, merges = (folder / name for name in TOKENIZER)
     if not (whole.is_file() or (vocab.is_file() and merges.is_file())):
-        raise UserError(f"{folder} lacks CLIP's tokenizer: copy tokenizer.json, or vocab.json and merges.txt, from where its weights were into it")
+        raise UserError(
+            f"{folder} lacks CLIP's tokenizer: copy tokenizer.json, or vocab.json and merges.txt, from where its weights were into it"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(whole)) if whole.is_file() else _bpe(vocab, merges)
         # a file may say how its last text was cut and padded
@@ -156,22 +188,40 @@ def _tokenizer(folder: Path, size: ClipSize) -> Tokenizer:
         ends = tokenizer.encode("").ids
     # the library raises plain Exception
     except Exception as error:
-        raise UserError(f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}") from error
-    if len(ends) != 2 or tokenizer.get_vocab_size() > size.vocab or size.eos not in (clip.OLD_EOS, ends[1]):
-        raise UserError(f"{folder}: its tokenizer is not this CLIP's: it has {tokenizer.get_vocab_size()} tokens and puts {ends} around a text; the "
-                        f"model has {size.vocab} tokens and reads a text at {size.eos}")
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    if (
+        len(ends) != 2
+        or tokenizer.get_vocab_size() > size.vocab
+        or size.eos not in (clip.OLD_EOS, ends[1])
+    ):
+        raise UserError(
+            f"{folder}: its tokenizer is not this CLIP's: it has {tokenizer.get_vocab_size()} tokens and puts {ends} around a text; the "
+            f"model has {size.vocab} tokens and reads a text at {size.eos}"
+        )
     return tokenizer
 
 
 def _bpe(vocab: Path, merges: Path) -> Tokenizer:
     """OpenAI's tokenizer, as the transformers library makes it of these files."""
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer = Tokenizer(
+        models.BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.add_special_tokens([START, END])
     start, end = ((name, tokenizer.token_to_id(name)) for name in (START, END))
-    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        end, start, trim_offsets=False, add_prefix_space=False
+    )
     return tokenizer
 
 
@@ -185,10 +235,20 @@ def _preprocessor(folder: Path, size: ClipSize) -> Preprocessor:
         if isinstance(to, dict):
             to = to["shortest_edge"] if "shortest_edge" in to else (to["height"], to["width"])
         crop = {*crop.values()} if isinstance(crop, dict) else {crop}
-        mean, std = (tuple(map(float, said.get(name, default))) for name, default in (("image_mean", MEAN), ("image_std", STD)))
-        fits = min(to if isinstance(to, tuple) else (to,)) >= size.image and crop == {size.image} and len(mean) == len(std) == 3 and min(std) > 0
+        mean, std = (
+            tuple(map(float, said.get(name, default)))
+            for name, default in (("image_mean", MEAN), ("image_std", STD))
+        )
+        fits = (
+            min(to if isinstance(to, tuple) else (to,)) >= size.image
+            and crop == {size.image}
+            and len(mean) == len(std) == 3
+            and min(std) > 0
+        )
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{path}: no preprocessor of a CLIP") from error
     if not fits:
-        raise UserError(f"{path}: pictures of size {to}, cut to {said.get('crop_size')}, are not for a CLIP of {size.image} pixels a side")
+        raise UserError(
+            f"{path}: pictures of size {to}, cut to {said.get('crop_size')}, are not for a CLIP of {size.image} pixels a side"
+        )
     return Preprocessor(to, mean, std)

@@ -5,6 +5,7 @@ The scores of the field come from a Java program. This is the same function of a
 its rules as they act, held to the program itself in tests (tests/evaluate/metrics/test_ptb.py).
 Rules that differ only in full stops, which do not count, are one.
 """
+
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -19,27 +20,37 @@ PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", 
 
 SPACE = r" \t\u00A0\u2000-\u200A\u3000"
 # Scripts' vowel signs and letters that Java's idea of a letter lacks.
-SIGNS = (r"\u00AD\u0237-\u024F\u02C2-\u02C5\u02D2-\u02DF\u02E5-\u02FF\u0300-\u036F\u0370-\u037D\u0384\u0385\u03CF\u03F6\u03FC-\u03FF\u0483-\u0487"
-         r"\u04CF\u04F6-\u04FF\u0510-\u0525\u055A-\u055F\u0591-\u05BD\u05BF\u05C1\u05C2\u05C4\u05C5\u05C7\u0615-\u061A\u063B-\u063F\u064B-\u065E"
-         r"\u0670\u06D6-\u06EF\u06FA-\u06FF\u070F\u0711\u0730-\u074F\u0750-\u077F\u07A6-\u07B1\u07CA-\u07F5\u07FA\u0900-\u0903\u093C\u093E-\u094E"
-         r"\u0951-\u0955\u0962-\u0963\u0981-\u0983\u09BC-\u09C4\u09C7\u09C8\u09CB-\u09CD\u09D7\u09E2\u09E3\u0A01-\u0A03\u0A3C\u0A3E-\u0A4F\u0A81-\u0A83"
-         r"\u0ABC-\u0ACF\u0B82\u0BBE-\u0BC2\u0BC6-\u0BC8\u0BCA-\u0BCD\u0C01-\u0C03\u0C3E-\u0C56\u0D3E-\u0D44\u0D46-\u0D48\u0E30-\u0E3A\u0E47-\u0E4E"
-         r"\u0EB1-\u0EBC\u0EC8-\u0ECD")
+SIGNS = (
+    r"\u00AD\u0237-\u024F\u02C2-\u02C5\u02D2-\u02DF\u02E5-\u02FF\u0300-\u036F\u0370-\u037D\u0384\u0385\u03CF\u03F6\u03FC-\u03FF\u0483-\u0487"
+    r"\u04CF\u04F6-\u04FF\u0510-\u0525\u055A-\u055F\u0591-\u05BD\u05BF\u05C1\u05C2\u05C4\u05C5\u05C7\u0615-\u061A\u063B-\u063F\u064B-\u065E"
+    r"\u0670\u06D6-\u06EF\u06FA-\u06FF\u070F\u0711\u0730-\u074F\u0750-\u077F\u07A6-\u07B1\u07CA-\u07F5\u07FA\u0900-\u0903\u093C\u093E-\u094E"
+    r"\u0951-\u0955\u0962-\u0963\u0981-\u0983\u09BC-\u09C4\u09C7\u09C8\u09CB-\u09CD\u09D7\u09E2\u09E3\u0A01-\u0A03\u0A3C\u0A3E-\u0A4F\u0A81-\u0A83"
+    r"\u0ABC-\u0ACF\u0B82\u0BBE-\u0BC2\u0BC6-\u0BC8\u0BCA-\u0BCD\u0C01-\u0C03\u0C3E-\u0C56\u0D3E-\u0D44\u0D46-\u0D48\u0E30-\u0E3A\u0E47-\u0E4E"
+    r"\u0EB1-\u0EBC\u0EC8-\u0ECD"
+)
 # What stands alone: marks, arrows, mathematics, box drawing, dingbats, full-width punctuation.
-SYMBOLS = (r"+%&~^|\\\u00A6\u00A7\u00A8\u00A9\u00AC\u00AE\u00AF\u00B0-\u00BA\u00D7\u00F7\u0387\u05BE\u05C0\u05C3\u05C6\u05F3\u05F4\u0600-\u0603"
-           r"\u0606-\u060A\u060C\u0614\u061B\u061E\u066A\u066D\u0703-\u070D\u07F6\u07F7\u07F8\u0964\u0965\u0E4F\u1FBD\u2016\u2017\u2020-\u2023"
-           r"\u2030-\u2038\u203B\u203E-\u2042\u2044\u207A-\u207F\u208A-\u208E\u2100-\u214F\u2190-\u2BFF\u3012\u30FB\uFF01-\uFF0F\uFF1A-\uFF20"
-           r"\uFF3B-\uFF40\uFF5B-\uFF65")
+SYMBOLS = (
+    r"+%&~^|\\\u00A6\u00A7\u00A8\u00A9\u00AC\u00AE\u00AF\u00B0-\u00BA\u00D7\u00F7\u0387\u05BE\u05C0\u05C3\u05C6\u05F3\u05F4\u0600-\u0603"
+    r"\u0606-\u060A\u060C\u0614\u061B\u061E\u066A\u066D\u0703-\u070D\u07F6\u07F7\u07F8\u0964\u0965\u0E4F\u1FBD\u2016\u2017\u2020-\u2023"
+    r"\u2030-\u2038\u203B\u203E-\u2042\u2044\u207A-\u207F\u208A-\u208E\u2100-\u214F\u2190-\u2BFF\u3012\u30FB\uFF01-\uFF0F\uFF1A-\uFF20"
+    r"\uFF3B-\uFF40\uFF5B-\uFF65"
+)
 # Letters and digits of Unicode 6.1 to 16, which the program (Unicode 6.0) does not know.
-YOUNG = (r"[\u037F-\u0383\u0528-\u0530\u0560\u0588\u05EB-\u05EF\u085F-\u088F\u08A1\u08AD-\u08C9\u0978\u0980\u09FC\u0AF2-\u0AF9\u0C34\u0C5A-\u0C5F"
-         r"\u0C80\u0CD7-\u0CDD\u0D04\u0D50-\u0D5F\u0DE0-\u0DF1\u0E85-\u0E86\u0E89\u0E8B-\u0E8C\u0E8E-\u0E93\u0E98\u0EA0\u0EA8-\u0EA9\u0EAC"
-         r"\u13F5-\u13FF\u16F1-\u16FF\u170D\u1716-\u171F\u1878-\u187F\u191D-\u191F\u19AC-\u19C0\u19C8-\u19CF\u1B4C-\u1B4F\u1C80-\u1CBF\u1CF2-\u1CF3"
-         r"\u1CFA-\u1CFF\u2C2F\u2C5F\u312E-\u3130\u31BB-\u31BF\u4DB6-\u4DBF\u9FCD-\u9FFF\uA698-\uA69D\uA78F\uA794-\uA79F\uA7AB-\uA7F7\uA8FD-\uA8FE"
-         r"\uA9E0-\uA9FF\uAA7E-\uAA7F\uAB2F-\uABBF]")
+YOUNG = (
+    r"[\u037F-\u0383\u0528-\u0530\u0560\u0588\u05EB-\u05EF\u085F-\u088F\u08A1\u08AD-\u08C9\u0978\u0980\u09FC\u0AF2-\u0AF9\u0C34\u0C5A-\u0C5F"
+    r"\u0C80\u0CD7-\u0CDD\u0D04\u0D50-\u0D5F\u0DE0-\u0DF1\u0E85-\u0E86\u0E89\u0E8B-\u0E8C\u0E8E-\u0E93\u0E98\u0EA0\u0EA8-\u0EA9\u0EAC"
+    r"\u13F5-\u13FF\u16F1-\u16FF\u170D\u1716-\u171F\u1878-\u187F\u191D-\u191F\u19AC-\u19C0\u19C8-\u19CF\u1B4C-\u1B4F\u1C80-\u1CBF\u1CF2-\u1CF3"
+    r"\u1CFA-\u1CFF\u2C2F\u2C5F\u312E-\u3130\u31BB-\u31BF\u4DB6-\u4DBF\u9FCD-\u9FFF\uA698-\uA69D\uA78F\uA794-\uA79F\uA7AB-\uA7F7\uA8FD-\uA8FE"
+    r"\uA9E0-\uA9FF\uAA7E-\uAA7F\uAB2F-\uABBF]"
+)
 # Words that end an acronym's sentence. Brackets: this case only.
-STARTERS = "|".join(f"[{word[0]}]{word[1:]}" for word in (
-    r"About According Additionally After An A As At But Earlier He Her Here However If In It Last Many More Mr\. Ms\. Now Once One Other Our She "
-    r"Since So Some Such That Their The Then There These They This We When While What Yet You").split())
+STARTERS = "|".join(
+    f"[{word[0]}]{word[1:]}"
+    for word in (
+        r"About According Additionally After An A As At But Earlier He Her Here However If In It Last Many More Mr\. Ms\. Now Once One Other Our She "
+        r"Since So Some Such That Their The Then There These They This We When While What Yet You"
+    ).split()
+)
 
 NAMES = {
     "space": f"[{SPACE}]",
@@ -60,10 +71,10 @@ NAMES = {
     "month": "Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec",
     "day": "Mon|Tue|Tues|Wed|Thu|Thurs|Fri",
     "state": "Ala|Ariz|[A]z|[A]rk|Calif|Colo|Conn|Ct|Dak|[D]el|Fla|Ga|[I]ll|Ind|Kans?|Ky|[L]a|[M]ass|Md|Mich|Minn|[M]iss|Mo|Mont|Neb|Nev|Okla|[O]re|"
-             "[P]a|Penn|Tenn|[T]ex|Va|Vt|[W]ash|Wisc?|Wyo",
+    "[P]a|Penn|Tenn|[T]ex|Va|Vt|[W]ash|Wisc?|Wyo",
     "company": "Inc|Cos?|Corp|Rt|Pp?t[ye]s?|Ltd|Plc|Bancorp|Bhd|Assn|Univ|Intl|Sys",
     "title": "Mr|Mrs|Ms|[M]iss|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Mt|Ft|Capt|Ste?|Ave|Pres|Lieut|Hon|"
-             "Brig|Co?mdr|Pfc|Spc|Supts?|Det|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|Mme|Msgr|Sfc",
+    "Brig|Co?mdr|Pfc|Spc|Supts?|Det|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|Mme|Msgr|Sfc",
     "short": r"({month}|{day}|{state}|{company}|tel|est|ext|sq|Jr|Sr|Bros|(Ed|Ph)\.D|Blvd|Rd|Esq|etc|al|seq|Bldg)\.",
     # a name follows
     "before": r"([A-Za-z]|{initials}|{title}|vs|Alex|Wm|Jos|Cie|a\.k\.a|cf|TREAS|Ph|Invt|Elec|Natl|M[ft]g|Dept)",
@@ -88,7 +99,7 @@ class Rule(NamedTuple):
 
 def soft(text: str) -> str:
     """Without soft hyphens."""
-    return text.replace("\u00AD", "") or "-"
+    return text.replace("\u00ad", "") or "-"
 
 
 def ampersand(text: str) -> str:
@@ -97,7 +108,7 @@ def ampersand(text: str) -> str:
 
 def joined(text: str) -> str:
     """With spaces that do not split it, and brackets by name."""
-    return text.replace(" ", "\u00A0").replace("(", "-LRB-").replace(")", "-RRB-")
+    return text.replace(" ", "\u00a0").replace("(", "-LRB-").replace(")", "-RRB-")
 
 
 def left(text: str) -> str:
@@ -110,17 +121,35 @@ def right(text: str) -> str:
 
 
 def _curly(text: str) -> str:
-    for marks, ours in (("\u0091\u2018\u201B\u2039", "`"), ("\u0092\u2019\u203A", "'"), ("\u0093\u201C\u00AB", "``"), ("\u0094\u201D\u00BB", "''")):
+    for marks, ours in (
+        ("\u0091\u2018\u201b\u2039", "`"),
+        ("\u0092\u2019\u203a", "'"),
+        ("\u0093\u201c\u00ab", "``"),
+        ("\u0094\u201d\u00bb", "''"),
+    ):
         text = re.sub(f"[{marks}]", ours, text)
     return text
 
 
 def fraction(text: str) -> str:
-    return {"\u00BC": "1/4", "\u00BD": "1/2", "\u00BE": "3/4", "\u2153": "1/3", "\u2154": "2/3"}.get(text, text)
+    return {
+        "\u00bc": "1/4",
+        "\u00bd": "1/2",
+        "\u00be": "3/4",
+        "\u2153": "1/3",
+        "\u2154": "2/3",
+    }.get(text, text)
 
 
 def money(text: str) -> str:
-    return {"\u00A2": "cents", "\u00A3": "#", "\u0080": "$", "\u00A4": "$", "\u20A0": "$", "\u20AC": "$"}.get(text, text)
+    return {
+        "\u00a2": "cents",
+        "\u00a3": "#",
+        "\u0080": "$",
+        "\u00a4": "$",
+        "\u20a0": "$",
+        "\u20ac": "$",
+    }.get(text, text)
 
 
 def always(token: str) -> Callable[[str], str]:
@@ -132,20 +161,26 @@ RULES = (
     Rule("c[+][+]|(c|f)#"),
     Rule("cannot|'twas", back=3),
     Rule("'tis|gonna|gotta|lemme|gimme|wanna", back=2),
-    Rule("{tag}", lambda text: text.replace(" ", "\u00A0")),
+    Rule("{tag}", lambda text: text.replace(" ", "\u00a0")),
     Rule(r"&(MD|mdash|ndash);|[\u0096\u0097\u2013\u2014\u2015]", always("--")),
     Rule("&amp;", always("&")),
     Rule("&(HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);"),
     Rule("{word}", soft, ahead="{clitic}"),
     Rule(r"[A-Za-z\u00AD]*[A-MO-Za-mo-z]\u00AD*", soft, ahead="{not}"),
     Rule("{word}", soft),
-    Rule("{apos}n{apos}?|[lLdDjJ]{apos}|Dunkin{apos}|somethin{apos}|ol{apos}|{apos}em|[A-HJ-XZn]{quote}{L}{2}{L}*|{apos}[2-9]0s|{apos}till?|"
-         r"{L}+[aeiouyAEIOUY]{quote}[aeiouA-Z]{L}*|{apos}cause|cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|O{quote}o"),
+    Rule(
+        "{apos}n{apos}?|[lLdDjJ]{apos}|Dunkin{apos}|somethin{apos}|ol{apos}|{apos}em|[A-HJ-XZn]{quote}{L}{2}{L}*|{apos}[2-9]0s|{apos}till?|"
+        r"{L}+[aeiouyAEIOUY]{quote}[aeiouA-Z]{L}*|{apos}cause|cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|O{quote}o"
+    ),
     Rule("y{apos}", ahead="{L}"),
     Rule(r"https?:\/\/[^ \t\n\f\r\"<>|(){}]+[^ \t\n\f\r\"<>|.!?(){},\-]"),
-    Rule(r"(www\.([^ \t\n\f\r\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|([^ \t\n\f\r\"`'<>|.!?(){},-_$]+\.)+(com|net|org|edu))"
-         r"(\/[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},\-])?"),
-    Rule(r"(<|&lt;)?[a-zA-Z0-9][^ \t\n\f\r\"<>|(){}\u00A0]*@([^ \t\n\f\r\"<>|(){}.\u00A0]+\.)*[^ \t\n\f\r\"<>|(){}.\u00A0]+(>|&gt;)?"),
+    Rule(
+        r"(www\.([^ \t\n\f\r\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|([^ \t\n\f\r\"`'<>|.!?(){},-_$]+\.)+(com|net|org|edu))"
+        r"(\/[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},\-])?"
+    ),
+    Rule(
+        r"(<|&lt;)?[a-zA-Z0-9][^ \t\n\f\r\"<>|(){}\u00A0]*@([^ \t\n\f\r\"<>|(){}.\u00A0]+\.)*[^ \t\n\f\r\"<>|(){}.\u00A0]+(>|&gt;)?"
+    ),
     Rule("@[a-zA-Z_][a-zA-Z_0-9]*|#{letter}+"),
     Rule("{clitic}", right, ahead="[^A-Za-z]"),
     Rule("{not}", right, ahead="[^A-Za-z]"),
@@ -154,7 +189,10 @@ RULES = (
     Rule(r"[\u207A\u207B\u208A\u208B]?([\u2070\u00B9\u00B2\u00B3\u2074-\u2079]+|[\u2080-\u2089]+)"),
     Rule(r"({digit}{1,4}[\- \u00A0])?{digit}{1,4}(\\?\/|\u2044){digit}{1,4}", joined),
     Rule(r"[\u00BC\u00BD\u00BE\u2153-\u215E]", fraction),
-    Rule(r"-(RRB|LRB|RCB|LCB|RSB|LSB)-|pro-|anti-|S(&|&amp;)P-500|S(&|&amp;)Ls|Cap{apos}n|c{apos}est", ampersand),
+    Rule(
+        r"-(RRB|LRB|RCB|LCB|RSB|LSB)-|pro-|anti-|S(&|&amp;)P-500|S(&|&amp;)Ls|Cap{apos}n|c{apos}est",
+        ampersand,
+    ),
     Rule(r"[A-Za-z0-9]+(-[A-Za-z]+){0,2}(\\?\/[A-Za-z0-9]+(-[A-Za-z]+){0,2}){1,2}"),
     Rule(r"[A-Z]*\$|#"),
     Rule(r"[\u00A2-\u00A5\u0080\u20A0\u20A4\u20AC\u060B\u0E3F\uFFE0\uFFE1\uFFE5\uFFE6]", money),
@@ -167,18 +205,27 @@ RULES = (
     Rule("{before}", ahead="{space}"),
     Rule("{initials}|[A-Za-z]", ahead="{blank}"),
     Rule("{apos}[0-9][0-9]", ahead="{blank}"),
-    Rule(r"({letter}|{digit})+(\.({letter}|{digit})+)*\.(bat|bmp|c|class|cgi|cpp|dll|doc|docx|exe|gif|gz|h|htm|html|jar|java|jpeg|jpg|mov|mp3|pdf|php|"
-         r"pl|png|ppt|ps|py|sql|tar|txt|wav|x|xml|zip)", ahead="{blank}|[.?!,]"),
+    Rule(
+        r"({letter}|{digit})+(\.({letter}|{digit})+)*\.(bat|bmp|c|class|cgi|cpp|dll|doc|docx|exe|gif|gz|h|htm|html|jar|java|jpeg|jpg|mov|mp3|pdf|php|"
+        r"pl|png|ppt|ps|py|sql|tar|txt|wav|x|xml|zip)",
+        ahead="{blank}|[.?!,]",
+    ),
     Rule(r"{word}\.", soft, ahead="{pause}"),
-    Rule(r"(\([0-9]{2,3}\)[ \u00A0]?|(\+\+?)?([0-9]{2,4}[\- \u00A0])?[0-9]{2,4}[\- \u00A0])[0-9]{3,4}[\- \u00A0]?[0-9]{3,5}|"
-         r"((\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}", joined),
+    Rule(
+        r"(\([0-9]{2,3}\)[ \u00A0]?|(\+\+?)?([0-9]{2,4}[\- \u00A0])?[0-9]{2,4}[\- \u00A0])[0-9]{3,4}[\- \u00A0]?[0-9]{3,5}|"
+        r"((\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
+        joined,
+    ),
     Rule('"|&quot;', left, ahead="[A-Za-z0-9$]"),
     Rule('"|&quot;', right),
     Rule("<|&lt;", always("<")),
     Rule(">|&gt;", always(">")),
     # :-)
     Rule(r"[<>]?[:;=][\-o*']?[()DPdpO\\{@|\[\]]", joined, ahead="[^A-Za-z0-9]"),
-    Rule(r"[\-^x=~<>']_[\-^x=~<>']|\([\-^x=~<>'][_.]?[\-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", joined),
+    Rule(
+        r"[\-^x=~<>']_[\-^x=~<>']|\([\-^x=~<>'][_.]?[\-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)",
+        joined,
+    ),
     Rule(r"\{", always("-LCB-")),
     Rule(r"\}", always("-RCB-")),
     Rule(r"\[", always("-LSB-")),
@@ -187,7 +234,9 @@ RULES = (
     Rule(r"\)", always("-RRB-")),
     Rule("-+", lambda text: "--" if 3 <= len(text) <= 4 else text),
     Rule(r"\.{3,5}|(\.[ \u00A0]){2,4}\.|[\u0085\u2026]", always("...")),
-    Rule(r"@+|#+|_+|\*+|(\\\*){1,3}|{pause}|[?!]+|[.=\/\u00A1\u00BF\u037E\u0589\u061F\u06D4\u0700-\u0702\u07FA\u3002]"),
+    Rule(
+        r"@+|#+|_+|\*+|(\\\*){1,3}|{pause}|[?!]+|[.=\/\u00A1\u00BF\u037E\u0589\u061F\u06D4\u0700-\u0702\u07FA\u3002]"
+    ),
     Rule(r"{model}\.", soft, ahead="{pause}"),
     Rule("{model}", soft),
     Rule(r"{things}\.", ahead="{pause}"),
@@ -195,7 +244,10 @@ RULES = (
     Rule(r"{firm}\.", ampersand, ahead="{pause}"),
     Rule("{firm}", ampersand),
     Rule("'", left, ahead=r"[A-Za-z][^ \t\n\r\u00A0]"),
-    Rule(r"{clitic}|{not}|{apos}|''|[`\u2018-\u201F\u0091-\u0094\u2039\u203A\u00AB\u00BB]{1,2}", right),
+    Rule(
+        r"{clitic}|{not}|{apos}|''|[`\u2018-\u201F\u0091-\u0094\u2039\u203A\u00AB\u00BB]{1,2}",
+        right,
+    ),
     Rule("<<|>>"),
     Rule(f"[{SYMBOLS}]"),
     Rule(r"\u0000|\u007F|{space}+|[\u200B\u200E\u200F\uFEFF]|&nbsp;", always("")),
@@ -211,8 +263,8 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     The captions are one text, a line each, as the program is given them: a few rules look into the
     next line ("no." is one token before a number).
     """
-    text = "\n".join(re.sub("[\n\r\u000B\u000C\u2028\u2029]", " ", caption) for caption in captions)
-    if wide := not text.isascii() and max(text) > "\uFFFF":
+    text = "\n".join(re.sub("[\n\r\u000b\u000c\u2028\u2029]", " ", caption) for caption in captions)
+    if wide := not text.isascii() and max(text) > "\uffff":
         text = "".join(map(chr, np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")))
     lines: list[list[str]] = [[]]
     for token in _tokens(text):
@@ -220,7 +272,7 @@ def tokenize(captions: Sequence[str]) -> list[str]:
             lines.append([])
         else:
             lines[-1].append(token.lower())
-    return [_counted(" ".join(line), wide) for line in lines][:len(captions)]
+    return [_counted(" ".join(line), wide) for line in lines][: len(captions)]
 
 
 def _counted(line: str, wide: bool) -> str:
@@ -250,12 +302,17 @@ def _split(number: int, text: str, start: int, stop: int) -> int:
     rule_classes = rule.classes(text[start:stop])
     follow_classes = follows.classes(text[start:stop])
     ends = rule.ends(rule_classes, 0, stop - start)
-    return start + next(end for end in ends if follows.match(follow_classes, end).end == stop - start)
+    return start + next(
+        end for end in ends if follows.match(follow_classes, end).end == stop - start
+    )
 
 
 @cache
 def _lexer() -> Automaton:
-    return Automaton([f"({rule.pattern})({rule.ahead})" if rule.ahead else rule.pattern for rule in RULES], _names())
+    return Automaton(
+        [f"({rule.pattern})({rule.ahead})" if rule.ahead else rule.pattern for rule in RULES],
+        _names(),
+    )
 
 
 @cache

@@ -6,11 +6,15 @@ answer that all agree on is compared as it is (in questions about text in the pi
 punctuation count). LAVIS and older copies normalise always; VizWiz's own copy normalises
 predictions only.
 """
+
 import re
 from collections.abc import Sequence
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-NUMBERS = {word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+NUMBERS = {
+    word: str(number)
+    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
 CONTRACTED = (
     "'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd "
@@ -18,9 +22,15 @@ CONTRACTED = (
     "should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've "
     "something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll "
     "what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't "
-    "wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've").split()
+    "wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've"
+).split()
 # From each spelling that lacks one apostrophe; and one slip of the original.
-CONTRACTIONS = {word[:place] + word[place + 1:]: word for word in CONTRACTED for place, letter in enumerate(word) if letter == "'"}
+CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in CONTRACTED
+    for place, letter in enumerate(word)
+    if letter == "'"
+}
 CONTRACTIONS["somebody'd"] = "somebodyd"
 
 

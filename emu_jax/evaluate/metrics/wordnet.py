@@ -3,6 +3,7 @@ two synsets as NLTK computes it.
 
 Read next: wups.py.
 """
+
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +13,27 @@ from emu_jax.config import UserError
 # in the order in which senses are looked up
 FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 ENDINGS = {
-    "n": (("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y")),
-    "v": (("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")),
+    "n": (
+        ("s", ""),
+        ("ses", "s"),
+        ("ves", "f"),
+        ("xes", "x"),
+        ("zes", "z"),
+        ("ches", "ch"),
+        ("shes", "sh"),
+        ("men", "man"),
+        ("ies", "y"),
+    ),
+    "v": (
+        ("s", ""),
+        ("ies", "y"),
+        ("es", "e"),
+        ("es", ""),
+        ("ed", "e"),
+        ("ed", ""),
+        ("ing", "e"),
+        ("ing", ""),
+    ),
     "a": (("er", ""), ("est", ""), ("er", "e"), ("est", "e")),
     "r": (),
 }
@@ -40,12 +60,22 @@ class WordNet:
         self._exceptions: dict[str, dict[str, list[str]]] = {}
         for kind, name in FILES.items():
             self._data[kind] = _read(folder, f"data.{name}")
-            lines = [line.split() for line in _lines(folder, f"index.{name}") if not line.startswith(" ")]
+            lines = [
+                line.split() for line in _lines(folder, f"index.{name}") if not line.startswith(" ")
+            ]
             try:
-                self._index[kind] = {fields[0]: list(map(int, fields[-int(fields[2]):])) for fields in lines}
+                self._index[kind] = {
+                    fields[0]: list(map(int, fields[-int(fields[2]) :])) for fields in lines
+                }
             except (ValueError, IndexError) as error:
-                raise UserError(f"{Path(folder, f'index.{name}')}: not an index of WordNet") from error
-            self._exceptions[kind] = {fields[0]: fields[1:] for fields in map(str.split, _lines(folder, f"{name}.exc")) if fields}
+                raise UserError(
+                    f"{Path(folder, f'index.{name}')}: not an index of WordNet"
+                ) from error
+            self._exceptions[kind] = {
+                fields[0]: fields[1:]
+                for fields in map(str.split, _lines(folder, f"{name}.exc"))
+                if fields
+            }
         self._above: dict[Synset, tuple[Synset, ...]] = {ROOT: ()}
 
     def first(self, word: str) -> Synset | None:
@@ -59,7 +89,9 @@ class WordNet:
 
     def base_forms(self, word: str, kind: str) -> list[str]:
         """The word and its base forms, as far as the dictionary has them."""
-        forms = self._exceptions[kind].get(word) or [word.removesuffix(old) + new for old, new in ENDINGS[kind] if word.endswith(old)]
+        forms = self._exceptions[kind].get(word) or [
+            word.removesuffix(old) + new for old, new in ENDINGS[kind] if word.endswith(old)
+        ]
         return list(dict.fromkeys(form for form in (word, *forms) if form in self._index[kind]))
 
     def similarity(self, a: Synset, b: Synset) -> float:
@@ -73,12 +105,17 @@ class WordNet:
         if not shared:
             return 0.0
         lowest = max(self._depth(synset, min) for synset in shared)
-        candidates = sorted((synset for synset in shared if self._depth(synset, min) == lowest), key=self._name)
+        candidates = sorted(
+            (synset for synset in shared if self._depth(synset, min) == lowest), key=self._name
+        )
         subsumer = a if a in candidates else candidates[0]
         depth = self._depth(subsumer, max) + 1
         from_subsumer = {ROOT: 0} if subsumer == ROOT else self._distances(subsumer, rooted)
-        length = sum(min(distances[one] + steps for one, steps in from_subsumer.items() if one in distances)
-                     for synset, distances in ((a, up), (b, other_up)) if synset != subsumer)
+        length = sum(
+            min(distances[one] + steps for one, steps in from_subsumer.items() if one in distances)
+            for synset, distances in ((a, up), (b, other_up))
+            if synset != subsumer
+        )
         return 2 * depth / (length + 2 * depth)
 
     def _distances(self, synset: Synset, rooted: bool) -> dict[Synset, int]:
@@ -95,15 +132,25 @@ class WordNet:
         return found | ({ROOT: max(found.values()) + 1} if rooted else {})
 
     def _depth(self, synset: Synset, among) -> int:
-        return 1 + among(self._depth(one, among) for one in self.above(synset)) if self.above(synset) else 0
+        return (
+            1 + among(self._depth(one, among) for one in self.above(synset))
+            if self.above(synset)
+            else 0
+        )
 
     def above(self, synset: Synset) -> tuple[Synset, ...]:
         """Its hypernyms, and the classes that it is an instance of."""
         if synset not in self._above:
             fields = self._fields(synset)
             start = 5 + 2 * int(fields[3], 16)
-            pointers = [fields[start + 4 * k:start + 4 * k + 4] for k in range(int(fields[start - 1]))]
-            self._above[synset] = tuple(Synset(kind, int(place)) for symbol, place, kind, _ in pointers if symbol in ("@", "@i"))
+            pointers = [
+                fields[start + 4 * k : start + 4 * k + 4] for k in range(int(fields[start - 1]))
+            ]
+            self._above[synset] = tuple(
+                Synset(kind, int(place))
+                for symbol, place, kind, _ in pointers
+                if symbol in ("@", "@i")
+            )
         return self._above[synset]
 
     def _name(self, synset: Synset) -> str:
@@ -116,7 +163,7 @@ class WordNet:
 
     def _fields(self, synset: Synset) -> list[str]:
         data = self._data[synset.kind]
-        return data[synset.place:data.index(b"\n", synset.place)].decode().split()
+        return data[synset.place : data.index(b"\n", synset.place)].decode().split()
 
 
 def _read(folder: str, name: str) -> bytes:

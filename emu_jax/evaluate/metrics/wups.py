@@ -5,6 +5,7 @@ Only the first sense of a word counts, and a similarity below the threshold coun
 script first lemmatises both sides by a tagger and drops its own stop words (lemmas.py): texts are
 scored here as they are given.
 """
+
 import re
 from collections.abc import Sequence
 
@@ -13,8 +14,10 @@ from emu_jax.evaluate.metrics.wordnet import WordNet
 
 def score(wordnet: WordNet, prediction: str, truths: Sequence[str], threshold: float) -> float:
     """0 to 1: the best over the true answers. `threshold` is 0 or 0.9."""
-    return max(min(_one_way(wordnet, ours, theirs, threshold), _one_way(wordnet, theirs, ours, threshold))
-               for ours, theirs in ((words(prediction), words(truth)) for truth in truths))
+    return max(
+        min(_one_way(wordnet, ours, theirs, threshold), _one_way(wordnet, theirs, ours, threshold))
+        for ours, theirs in ((words(prediction), words(truth)) for truth in truths)
+    )
 
 
 def _one_way(wordnet: WordNet, ours: list[str], theirs: list[str], threshold: float) -> float:
@@ -42,16 +45,37 @@ def _similarity(wordnet: WordNet, a: str, b: str, threshold: float) -> float:
 
 # What NLTK's word_tokenize does to a sentence, in order: spaces around what is a token of its own.
 STEPS = (
-    ("([«“‘„]|`+)", r" \1 "), (r'^"', "``"), ("(``)", r" \1 "), (r"([ (\[{<])(\"|'{2})", r"\1 `` "),
+    ("([«“‘„]|`+)", r" \1 "),
+    (r'^"', "``"),
+    ("(``)", r" \1 "),
+    (r"([ (\[{<])(\"|'{2})", r"\1 `` "),
     (r"(?i)(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", r"\1 "),
-    (r"([^.])(\.)([\])}>\"' »”’]*)\s*$", r"\1 \2 \3 "), (r"([:,])([^\d])", r" \1 \2"), (r"([:,])$", r" \1 "), (r"(\.{2,})", r" \1 "),
-    (r"([;@#$%&])", r" \1 "), ("([\u2012-\u2015])", r" \1 "), (r"([^.])(\.)([\])}>\"']*)\s*$", r"\1 \2\3 "), ("([?!])", r" \1 "),
-    ("([^'])' ", r"\1 ' "), (r"([*])", r" \1 "), (r"([\]\[(){}<>])", r" \1 "), ("--", " -- "), (r"^(.*)$", r" \1 "),
-    ("([»”’])", r" \1 "), ("''", " '' "), ('"', " '' "), (r"\s+", " "), ("([^' ])('[sS]|'[mM]|'[dD]|') ", r"\1 \2 "),
+    (r"([^.])(\.)([\])}>\"' »”’]*)\s*$", r"\1 \2 \3 "),
+    (r"([:,])([^\d])", r" \1 \2"),
+    (r"([:,])$", r" \1 "),
+    (r"(\.{2,})", r" \1 "),
+    (r"([;@#$%&])", r" \1 "),
+    ("([\u2012-\u2015])", r" \1 "),
+    (r"([^.])(\.)([\])}>\"']*)\s*$", r"\1 \2\3 "),
+    ("([?!])", r" \1 "),
+    ("([^'])' ", r"\1 ' "),
+    (r"([*])", r" \1 "),
+    (r"([\]\[(){}<>])", r" \1 "),
+    ("--", " -- "),
+    (r"^(.*)$", r" \1 "),
+    ("([»”’])", r" \1 "),
+    ("''", " '' "),
+    ('"', " '' "),
+    (r"\s+", " "),
+    ("([^' ])('[sS]|'[mM]|'[dD]|') ", r"\1 \2 "),
     ("([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) ", r"\1 \2 "),
-    (r"(?i)\b(can)(not)\b", r" \1 \2 "), (r"(?i)\b(d)('ye)\b", r" \1 \2 "), (r"(?i)\b(gim|lem)(me)\b", r" \1 \2 "),
+    (r"(?i)\b(can)(not)\b", r" \1 \2 "),
+    (r"(?i)\b(d)('ye)\b", r" \1 \2 "),
+    (r"(?i)\b(gim|lem)(me)\b", r" \1 \2 "),
     (r"(?i)\b(gon)(na)\b", r" \1 \2 "),
-    (r"(?i)\b(got)(ta)\b", r" \1 \2 "), (r"(?i)\b(more)('n)\b", r" \1 \2 "), (r"(?i)\b(wan)(na)(?=\s)", r" \1 \2 "),
+    (r"(?i)\b(got)(ta)\b", r" \1 \2 "),
+    (r"(?i)\b(more)('n)\b", r" \1 \2 "),
+    (r"(?i)\b(wan)(na)(?=\s)", r" \1 \2 "),
     (r"(?i) ('t)(is|was)\b", r" \1 \2 "),
 )
 

@@ -1,4 +1,5 @@
 """The lexer: the longest match, the first rule among equals, and sets of code units."""
+
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ from emu_jax.evaluate.metrics.automaton import UNITS, Automaton, char_set
 def match(patterns, text, start=0, **names):
     lexer = Automaton(patterns, names)
     found = lexer.match(lexer.classes(text), start)
-    return found.rule, text[start:found.end]
+    return found.rule, text[start : found.end]
 
 
 def test_the_longest_match_wins_then_the_first_rule():
@@ -29,10 +30,17 @@ def test_letters_match_in_either_case_and_brackets_as_written():
     assert match(["s"], "\u017f") == (0, "\u017f")
 
 
-@pytest.mark.parametrize(("pattern", "texts"), [
-    ("a{2,3}b?", ["aa", "aaa", "aaab", "a", "aaaa"]), ("(a|b)*c", ["c", "abbac", "ab"]), ("x(yz)?", ["x", "xyz", "xy"]),
-    (r"\(\{\u00E9", ["({\u00e9", "("]),
-    ("[^a-c]+", ["xyz", "xa", "a"]), ("(ab){2}", ["abab", "ab"])])
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [
+        ("a{2,3}b?", ["aa", "aaa", "aaab", "a", "aaaa"]),
+        ("(a|b)*c", ["c", "abbac", "ab"]),
+        ("x(yz)?", ["x", "xyz", "xy"]),
+        (r"\(\{\u00E9", ["({\u00e9", "("]),
+        ("[^a-c]+", ["xyz", "xa", "a"]),
+        ("(ab){2}", ["abab", "ab"]),
+    ],
+)
 def test_it_accepts_what_re_accepts(pattern, texts):
     lexer = Automaton([pattern], {})
     for text in texts:

@@ -1,4 +1,5 @@
 """CIDEr-D, BLEU and ROUGE-L: pycocoevalcap's numbers, and cases by hand."""
+
 import json
 import math
 from pathlib import Path
@@ -23,11 +24,22 @@ def test_the_reference_codes_numbers(tokenized):
 
 
 def test_cider_of_a_perfect_caption_is_ten_and_repeating_a_word_does_not_pay():
-    references = {"1": ["a red cat sleeps"], "2": ["two big dogs bark loudly"], "3": ["one horse in a field"]}
+    references = {
+        "1": ["a red cat sleeps"],
+        "2": ["two big dogs bark loudly"],
+        "3": ["one horse in a field"],
+    }
     perfect = captions.cider({key: some[0] for key, some in references.items()}, references)
-    assert perfect["2"] == pytest.approx(10) and perfect["1"] == pytest.approx(10) and perfect["3"] == pytest.approx(10)
+    assert (
+        perfect["2"] == pytest.approx(10)
+        and perfect["1"] == pytest.approx(10)
+        and perfect["3"] == pytest.approx(10)
+    )
     again = captions.cider({"1": "cat cat cat cat", "2": "x", "3": "x"}, references)
-    assert again["1"] < captions.cider({"1": "cat", "2": "x", "3": "x"}, references)["1"] + 1 and again["2"] == 0
+    assert (
+        again["1"] < captions.cider({"1": "cat", "2": "x", "3": "x"}, references)["1"] + 1
+        and again["2"] == 0
+    )
 
 
 def test_cider_by_hand():
@@ -43,9 +55,15 @@ def test_cider_by_hand():
 def test_bleu_by_hand():
     """Clipped: "the" counts twice of seven, the length is the closest; too short is punished."""
     references = {"1": ["the cat is on the mat", "there is a cat on the mat"]}
-    assert captions.bleu({"1": "the the the the the the the"}, references)[0] == pytest.approx(2 / 7)
+    assert captions.bleu({"1": "the the the the the the the"}, references)[0] == pytest.approx(
+        2 / 7
+    )
     short = captions.bleu({"1": "a cat"}, {"1": ["a cat on a mat"]})
-    assert short[0] == pytest.approx(math.exp(1 - 5 / 2)) and short[1] == pytest.approx(math.exp(1 - 5 / 2)) and short[2] < 1e-2
+    assert (
+        short[0] == pytest.approx(math.exp(1 - 5 / 2))
+        and short[1] == pytest.approx(math.exp(1 - 5 / 2))
+        and short[2] < 1e-2
+    )
 
 
 def test_rouge_by_hand():
@@ -55,7 +73,9 @@ def test_rouge_by_hand():
     precision = 3 / 4
     recall = 3 / 5
     f = (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
-    found = captions.rouge({"1": "a b c d", "2": "x", "3": ""}, {"1": ["a c d e f"], "2": ["y"], "3": ["a"]})
+    found = captions.rouge(
+        {"1": "a b c d", "2": "x", "3": ""}, {"1": ["a c d e f"], "2": ["y"], "3": ["a"]}
+    )
     assert found == pytest.approx({"1": f, "2": 0, "3": 0})
 
 

@@ -1,6 +1,7 @@
 """CLIP score of pictures and captions in files, by an imported CLIP of random weights: by its
 parts, by its laws, and what it refuses.
 """
+
 import json
 
 import clips
@@ -22,16 +23,29 @@ def root(tmp_path_factory):
     clips.folder(root / "theirs")
     assert weights.main(["import", "--family=clip", str(root / "theirs"), f"--to={root}/clip"]) == 0
     (root / "pictures").mkdir()
-    for number, (name, shape) in enumerate((("a.png", (40, 30, 3)), ("b.jpg", (18, 50, 3)), ("c.webp", (16, 16, 3)))):
-        Image.fromarray(np.random.default_rng(number).integers(0, 256, shape, np.uint8)).save(root / "pictures" / name)
+    for number, (name, shape) in enumerate(
+        (("a.png", (40, 30, 3)), ("b.jpg", (18, 50, 3)), ("c.webp", (16, 16, 3)))
+    ):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, shape, np.uint8)).save(
+            root / "pictures" / name
+        )
     (root / "captions.json").write_text(json.dumps(CAPTIONS | {"a": CAPTIONS["a"][0]}))
-    (root / "pictures.json").write_text(json.dumps({name[0]: f"pictures/{name}" for name in ("c.webp", "a.png", "b.jpg")}))
+    (root / "pictures.json").write_text(
+        json.dumps({name[0]: f"pictures/{name}" for name in ("c.webp", "a.png", "b.jpg")})
+    )
     return root
 
 
 def told(root, capsys, *, predictions="pictures", references="captions.json", clip="clip"):
-    code = main(["score", "--metric=clip_score", f"--predictions={root}/{predictions}", f"--references={root}/{references}",
-                 *([f"--clip={root}/{clip}"] if clip else [])])
+    code = main(
+        [
+            "score",
+            "--metric=clip_score",
+            f"--predictions={root}/{predictions}",
+            f"--references={root}/{references}",
+            *([f"--clip={root}/{clip}"] if clip else []),
+        ]
+    )
     out, error = capsys.readouterr()
     assert code == (2 if error else 0) and error.count("\n") == bool(error)
     return error or json.loads(out)
@@ -39,9 +53,13 @@ def told(root, capsys, *, predictions="pictures", references="captions.json", cl
 
 def test_a_folder_and_a_file_of_paths_score_as_their_features(root, capsys):
     model = clip_score.load(str(root / "clip"))
-    images = clip_score.picture_features(model, [root / "pictures" / name for name in ("a.png", "b.jpg", "b.jpg", "c.webp")])
-    texts = clip_score.text_features(model, [caption for some in CAPTIONS.values() for caption in some])
-    each = [clip_score.score(images[k:k + 1], texts[k:k + 1]) for k in range(4)]
+    images = clip_score.picture_features(
+        model, [root / "pictures" / name for name in ("a.png", "b.jpg", "b.jpg", "c.webp")]
+    )
+    texts = clip_score.text_features(
+        model, [caption for some in CAPTIONS.values() for caption in some]
+    )
+    each = [clip_score.score(images[k : k + 1], texts[k : k + 1]) for k in range(4)]
     want = np.mean([each[0], np.mean(each[1:3]), each[3]])
     assert max(each) > 1 and len(set(each)) > 2
     for predictions in ("pictures", "pictures.json"):
@@ -65,17 +83,29 @@ def test_a_text_is_cut_to_the_context_and_keeps_its_end(root):
 
 
 def test_bad_input_is_one_line(root, capsys, tmp_path):
-    assert "of pictures needs --clip=DIR: a CLIP, made of a folder of Hugging Face's" in told(root, capsys, clip=None)
+    assert "of pictures needs --clip=DIR: a CLIP, made of a folder of Hugging Face's" in told(
+        root, capsys, clip=None
+    )
     assert "no directory" in told(root, capsys, clip="nowhere")
-    for name, value, message in (("more", CAPTIONS | {"d": ["x"]}, "nothing for 1 ids (d)"), ("less", {"a": "x"}, "nothing for 2 ids (b, c)"),
-                                 ("odd", {"a": 3}, "not references")):
+    for name, value, message in (
+        ("more", CAPTIONS | {"d": ["x"]}, "nothing for 1 ids (d)"),
+        ("less", {"a": "x"}, "nothing for 2 ids (b, c)"),
+        ("odd", {"a": 3}, "not references"),
+    ):
         (root / f"{name}.json").write_text(json.dumps(value))
         assert message in told(root, capsys, references=f"{name}.json")
-    (root / "gone.json").write_text(json.dumps({"a": "pictures/a.png", "b": "nothing.png", "c": "captions.json"}))
+    (root / "gone.json").write_text(
+        json.dumps({"a": "pictures/a.png", "b": "nothing.png", "c": "captions.json"})
+    )
     assert "cannot read" in told(root, capsys, predictions="gone.json")
-    (root / "text.json").write_text(json.dumps({"a": "captions.json", "b": "captions.json", "c": "captions.json"}))
+    (root / "text.json").write_text(
+        json.dumps({"a": "captions.json", "b": "captions.json", "c": "captions.json"})
+    )
     assert "not a usable image" in told(root, capsys, predictions="text.json")
-    for name, pictures, message in (("empty", (), "no pictures (.png"), ("twice", ("a.png", "a.jpg"), "two pictures have one name")):
+    for name, pictures, message in (
+        ("empty", (), "no pictures (.png"),
+        ("twice", ("a.png", "a.jpg"), "two pictures have one name"),
+    ):
         (root / name).mkdir()
         for picture in pictures:
             Image.new("RGB", (20, 20)).save(root / name / picture)
@@ -84,17 +114,36 @@ def test_bad_input_is_one_line(root, capsys, tmp_path):
 
 def test_a_clip_without_its_own_tokenizer_is_one_line(root, capsys):
     vocab = (root / "clip/vocab.json").read_text()
-    for text, message in ((None, "lacks CLIP's tokenizer"), ("{", "tokenizer cannot be read"),
-                          (json.dumps(json.loads(vocab) | {"more": 519}), "has 520 tokens and puts [517, 518] around a text; the model has 519")):
+    for text, message in (
+        (None, "lacks CLIP's tokenizer"),
+        ("{", "tokenizer cannot be read"),
+        (
+            json.dumps(json.loads(vocab) | {"more": 519}),
+            "has 520 tokens and puts [517, 518] around a text; the model has 519",
+        ),
+    ):
         (root / "clip/vocab.json").unlink(missing_ok=True)
         if text:
             (root / "clip/vocab.json").write_text(text)
         assert message in told(root, capsys)
     (root / "clip/vocab.json").write_text(vocab)
     path = root / "clip/preprocessor_config.json"
-    for said, message in (({"size": 8}, "are not for a CLIP of 16 pixels"), ({"size": "x"}, "no preprocessor of a CLIP"), ([], "no preprocessor")):
+    for said, message in (
+        ({"size": 8}, "are not for a CLIP of 16 pixels"),
+        ({"size": "x"}, "no preprocessor of a CLIP"),
+        ([], "no preprocessor"),
+    ):
         path.write_text(json.dumps(said))
         assert message in told(root, capsys)
-    path.write_text(json.dumps({"size": {"height": 16, "width": 20}, "crop_size": 16, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
+    path.write_text(
+        json.dumps(
+            {
+                "size": {"height": 16, "width": 20},
+                "crop_size": 16,
+                "image_mean": [0, 0, 0],
+                "image_std": [1, 1, 1],
+            }
+        )
+    )
     assert told(root, capsys)["count"] == 3
     path.unlink()

@@ -1,4 +1,5 @@
 """Frechet distance: closed forms, singular covariances, the cache; and CLIP score."""
+
 import numpy as np
 import pytest
 
@@ -27,13 +28,17 @@ def test_turning_both_sets_changes_nothing():
     x = normal(0, 200, 8)
     y = normal(1, 300, 8) @ np.diag(np.arange(1, 9.0))
     turn = np.linalg.qr(normal(2, 8, 8))[0]
-    assert fid.distance(fid.statistics(x @ turn), fid.statistics(y @ turn)) == pytest.approx(fid.distance(fid.statistics(x), fid.statistics(y)))
+    assert fid.distance(fid.statistics(x @ turn), fid.statistics(y @ turn)) == pytest.approx(
+        fid.distance(fid.statistics(x), fid.statistics(y))
+    )
 
 
 def test_statistics_are_cached(tmp_path):
     made = []
+
     def make():
         return made.append(1) or fid.statistics(normal(0, 20, 4))
+
     path = tmp_path / "cache" / "coco.npz"
     first = fid.cached(path, make)
     second = fid.cached(path, make)

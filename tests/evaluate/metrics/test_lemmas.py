@@ -1,6 +1,7 @@
 """What NExT-QA's script makes of an answer: by hand on the small dictionary, and as NLTK does where
 that is installed.
 """
+
 import json
 
 import dictionary
@@ -11,21 +12,71 @@ from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.metrics import lemmas
 from emu_jax.evaluate.metrics.wordnet import WordNet
 
-WEIGHTS = {"bias": {"NN": 0.5}, "i suffix ing": {"VBG": 2.0}, "i-1 tag VBG": {"JJ": 0.25, "RB": 1.0}, "i word !YEAR": {"CD": 3.0},
-           "i-1 word !HYPHEN": {"JJ": 1.0}, "i+1 word -END-": {"NN": 0.1}, "i-2 tag -START2-": {"NNS": 0.3}, "i pref1 p": {"NN": 1.0}}
-STEMS = {"caresses": "caress", "ponies": "poni", "ties": "tie", "cats": "cat", "feed": "feed", "agreed": "agre", "plastered": "plaster",
-         "bled": "bled", "motoring": "motor", "sing": "sing", "sized": "size", "hopping": "hop", "falling": "fall", "hissing": "hiss",
-         "failing": "fail", "filing": "file", "happy": "happi", "enjoy": "enjoy", "died": "die", "spied": "spi", "relational": "relat",
-         "rational": "ration", "digitizer": "digit", "radically": "radic", "vietnamization": "vietnam", "hopefulness": "hope", "geology": "geolog",
-         "triplicate": "triplic", "formalize": "formal", "goodness": "good", "revival": "reviv", "adoption": "adopt", "controll": "control",
-         "roll": "roll", "rate": "rate", "cease": "ceas", "skies": "sky", "dying": "die", "is": "is", "": "", "news": "news", "using": "use",
-         "computationally": "comput"}
+WEIGHTS = {
+    "bias": {"NN": 0.5},
+    "i suffix ing": {"VBG": 2.0},
+    "i-1 tag VBG": {"JJ": 0.25, "RB": 1.0},
+    "i word !YEAR": {"CD": 3.0},
+    "i-1 word !HYPHEN": {"JJ": 1.0},
+    "i+1 word -END-": {"NN": 0.1},
+    "i-2 tag -START2-": {"NNS": 0.3},
+    "i pref1 p": {"NN": 1.0},
+}
+STEMS = {
+    "caresses": "caress",
+    "ponies": "poni",
+    "ties": "tie",
+    "cats": "cat",
+    "feed": "feed",
+    "agreed": "agre",
+    "plastered": "plaster",
+    "bled": "bled",
+    "motoring": "motor",
+    "sing": "sing",
+    "sized": "size",
+    "hopping": "hop",
+    "falling": "fall",
+    "hissing": "hiss",
+    "failing": "fail",
+    "filing": "file",
+    "happy": "happi",
+    "enjoy": "enjoy",
+    "died": "die",
+    "spied": "spi",
+    "relational": "relat",
+    "rational": "ration",
+    "digitizer": "digit",
+    "radically": "radic",
+    "vietnamization": "vietnam",
+    "hopefulness": "hope",
+    "geology": "geolog",
+    "triplicate": "triplic",
+    "formalize": "formal",
+    "goodness": "good",
+    "revival": "reviv",
+    "adoption": "adopt",
+    "controll": "control",
+    "roll": "roll",
+    "rate": "rate",
+    "cease": "ceas",
+    "skies": "sky",
+    "dying": "die",
+    "is": "is",
+    "": "",
+    "news": "news",
+    "using": "use",
+    "computationally": "comput",
+}
 
 
 @pytest.fixture(scope="module")
 def tagger(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tagger")
-    for part, value in (("weights", WEIGHTS), ("tagdict", {"the": "DT"}), ("classes", ["NN", "NNS", "VBG", "JJ", "RB", "CD", "DT"])):
+    for part, value in (
+        ("weights", WEIGHTS),
+        ("tagdict", {"the": "DT"}),
+        ("classes", ["NN", "NNS", "VBG", "JJ", "RB", "CD", "DT"]),
+    ):
         (folder / f"{lemmas.NAME}.{part}.json").write_text(json.dumps(value))
     return folder
 
@@ -43,18 +94,28 @@ def test_tags_by_hand(tagger):
 
 def test_an_answer_is_reduced(tagger, tmp_path):
     wordnet = WordNet(str(dictionary.write(tmp_path)))
+
     def reduced(text):
         return lemmas.reduced(wordnet, lemmas.Tagger(str(tagger)), text)
-    assert reduced("The dogs") == "dog" and reduced("it is a Puppy") == "puppy" and reduced("") == ""
+
+    assert (
+        reduced("The dogs") == "dog" and reduced("it is a Puppy") == "puppy" and reduced("") == ""
+    )
     # neither is in WordNet: as it is
     assert reduced("xyzs of the cat") == "xyzs cat"
 
 
 def test_nextqas_answers_count_as_lemmas_where_there_is_a_tagger(tagger, tmp_path, capsys):
     dictionary.write(tmp_path / "wordnet")
-    (tmp_path / "val.csv").write_text("video,qid,question,answer,type\n1,0,what is it,the dogs,DB\n1,1,what is it,a puppy,TN\n")
+    (tmp_path / "val.csv").write_text(
+        "video,qid,question,answer,type\n1,0,what is it,the dogs,DB\n1,1,what is it,a puppy,TN\n"
+    )
     (tmp_path / "told.json").write_text(json.dumps({"1": {"0": "dog", "1": "is puppies"}}))
-    files = [f"--predictions={tmp_path}/told.json", f"--references={tmp_path}/val.csv", f"--wordnet={tmp_path}/wordnet"]
+    files = [
+        f"--predictions={tmp_path}/told.json",
+        f"--references={tmp_path}/val.csv",
+        f"--wordnet={tmp_path}/wordnet",
+    ]
     scores = []
     for more in ([], [f"--tagger={tagger}"]):
         assert main(["score", "--metric=wups", *files, *more]) == 0
@@ -79,7 +140,13 @@ def test_tags_and_stems_of_nltk(tagger):
     theirs.classes = {"NN", "NNS", "VBG", "JJ", "RB", "CD", "DT"}
     theirs.model.classes = theirs.classes
     ours = lemmas.Tagger(str(tagger))
-    for text in ("the dog is running in 1999", "co-op puppies -x 12th - p", "a", "", "The THE the playing park 2000s sing-along"):
+    for text in (
+        "the dog is running in 1999",
+        "co-op puppies -x 12th - p",
+        "a",
+        "",
+        "The THE the playing park 2000s sing-along",
+    ):
         assert ours.tags(text.split()) == [tag for _, tag in theirs.tag(text.split())]
     stemmer = nltk.stem.PorterStemmer()
     assert {word: stemmer.stem(word) for word in STEMS} == STEMS
