@@ -48,7 +48,11 @@ torture: .venv/ready
 	$(python) -m tests.torture
 
 lint: .venv/ready
-	$(python) -m pip install -q "ruff>=0.15,<0.18" && .venv/bin/ruff check .
+	$(python) -m pip install -q "ruff>=0.17.6,<0.18" "ty>=0.0.108,<0.0.200"
+	.venv/bin/ruff check -q .
+	.venv/bin/ruff format -q --check .
+	$(python) -m tests.style
+	.venv/bin/ty check -q emu_jax
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is too old: Python 3.11 or newer is needed; make PYTHON=python3.12" >&2; exit 2; }

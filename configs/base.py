@@ -82,8 +82,8 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
             guidance=7.5,
             # takes guidance's contrast back (arXiv 2305.08891); there: 0.7
             rescale=0.0,
-            # guidance leads away from what the model makes of the empty prompt (the release), or from
-            # "zeros"
+            # guidance leads away from what the model makes of the empty prompt (the release), or
+            # from "zeros"
             negative="empty",
         )
     )
@@ -93,8 +93,8 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
             every=0,
             # how many global batches of it
             batches=8,
-            # and benchmarks, scored as emu_jax.evaluate does: (task, "FOLDER", its first N examples)
-            # rows
+            # and benchmarks, scored as emu_jax.evaluate does: (task, "FOLDER", its first N
+            # examples) rows
             tasks=(),
         )
     )
@@ -132,8 +132,8 @@ def objective() -> ConfigDict:
             text_weight=1.0,
             # of the regression (unpublished)
             image_weight=1.0,
-            # is the embedding of [/IMG] a 33rd target of an image? The release's mask: yes; the paper:
-            # unclear
+            # is the embedding of [/IMG] a 33rd target of an image? The release's mask: yes; the
+            # paper: unclear
             regress_end=True,
             # tokens of a row whose logits exist at one time
             chunk=256,
@@ -141,8 +141,8 @@ def objective() -> ConfigDict:
             shift=0,
             # contrastive stage: of the softmax over the batch
             temperature=0.07,
-            # contrastive stage: of the linear reading of the pixels, whose squared error is soon some
-            # hundredths
+            # contrastive stage: of the linear reading of the pixels, whose squared error is soon
+            # some hundredths
             readout_weight=100.0,
             # contrastive stage: of what the deviation of a visual token's dimension lacks of 1
             spread=10.0,
@@ -205,8 +205,8 @@ def data() -> ConfigDict:
             prefetch=2,
             # threads that fill rows, a host, and that read and decode where no processes do
             workers=4,
-            # processes that read and decode for them: one may crash or hang, and no Python waits for
-            # another; 0: none
+            # processes that read and decode for them: one may crash or hang, and no Python waits
+            # for another; 0: none
             readers=0,
             # above this share of corrupt records the run stops
             max_bad_share=0.01,
@@ -218,16 +218,16 @@ def data() -> ConfigDict:
             unreadable="skip",
             # decoder stage: directory of conditions that `generate precompute` made
             conditions="",
-            # decoder stage: directory that `generate precompute --latents` made; "": images are encoded
-            # in every step
+            # decoder stage: directory that `generate precompute --latents` made; "": images are
+            # encoded in every step
             latents="",
             # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
             tokenizer="",
-            # what counts as a label; with "[IMG]" the model decides when to draw. The release: these
-            # two
+            # what counts as a label; with "[IMG]" the model decides when to draw. The release:
+            # these two
             labels=("text", "</s>"),
-            # conversations: begin with the release's system messages, which say what is coming, or with
-            # "none"
+            # conversations: begin with the release's system messages, which say what is coming, or
+            # with "none"
             system="release",
             # of an image and its text, how often the image comes first
             image_first=0.5,

@@ -18,9 +18,11 @@ def model(size: str) -> ConfigDict:
         dict(
             # or "float32"; parameters, softmax, norms and losses are float32 always
             compute="bfloat16",
-            # "dense", "splash" (TPU), "pallas" (GPU), "cudnn" (GPU, unmasked only) or by the platform
+            # "dense", "splash" (TPU), "pallas" (GPU), "cudnn" (GPU, unmasked only) or by the
+            # platform
             attention="auto",
-            # visual tokens standardised per (token, dimension) by measured constants; the release: no
+            # visual tokens standardised per (token, dimension) by measured constants; the release:
+            # no
             standardise=False,
         )
         | rest

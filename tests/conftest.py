@@ -6,12 +6,11 @@ next ones (and the processes that they start) load from a folder that lives as l
 Shapes in annotations are checked.
 """
 
-import atexit
 import gc
+import hashlib
 import os
-import shutil
-import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 import jaxtyping
 
@@ -32,10 +31,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 # what it emits now takes twice as long to compile; later ones do not know the flag
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Compiled programs are kept from run to run, under the compiler and the flags that made them.
+flags = hashlib.sha256(os.environ["XLA_FLAGS"].encode()).hexdigest()[:8]
+cache = Path(__file__).parent.parent / f".cache/jax-tests/{version('jaxlib')}-{flags}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Not types.py and loop.py: JAX rebuilds their structs with what is no array.
 CHECKED = (

@@ -9,7 +9,6 @@ import shutil
 from functools import partial
 
 import jax
-import make
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +23,7 @@ from emu_jax.data.loader import Loader
 from emu_jax.data.precomputed import notes, notes_of
 from emu_jax.generate import __main__ as generate
 from emu_jax.generate import precompute
-from tests.data import fixtures
+from tests.support import fixtures, make
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("decoder_stage")

@@ -10,12 +10,12 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import jax
-import make
 import numpy as np
 import pytest
 
 from emu_jax import config, fit, hardware, hlo, loop, train, tree
 from emu_jax.config import UserError
+from tests.support import make
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("fit")

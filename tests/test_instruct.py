@@ -8,7 +8,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
@@ -19,7 +18,7 @@ from emu_jax.data.loader import Loader
 from emu_jax.evaluate import __main__ as command
 from emu_jax.evaluate import chat
 from emu_jax.generate.session import Session
-from tests.data import fixtures
+from tests.support import fixtures, make
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("instruct")

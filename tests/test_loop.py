@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import optax
 import pytest
@@ -26,6 +25,7 @@ from emu_jax.data.loader import Item
 from emu_jax.journal import Journal
 from emu_jax.models import emu, flops, layers
 from emu_jax.watch import Watch
+from tests.support import make
 
 C = make.cfg()
 T = C.data.tokens

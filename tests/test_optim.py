@@ -4,12 +4,12 @@ steps worked out by hand.
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
 from emu_jax import optim, tree
 from emu_jax.config import UserError
+from tests.support import make
 
 
 def settings(*overrides):

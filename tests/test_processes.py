@@ -18,8 +18,7 @@ from test_train import arguments
 
 from emu_jax import checkpoint, processes, sharding, train
 from emu_jax.config import UserError
-from tests.data import fixtures
-from tests.evaluate import layouts
+from tests.support import fixtures, layouts
 
 # one process of pytest: what two processes compile, others of two load
 pytestmark = pytest.mark.xdist_group("processes")

@@ -10,7 +10,6 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -19,6 +18,7 @@ from emu_jax import loop, sharding, tree
 from emu_jax.config import UserError, load
 from emu_jax.models import emu
 from emu_jax.models.contrast import Warmup
+from tests.support import make
 
 
 def abstract(size, module=emu.Emu, *overrides):

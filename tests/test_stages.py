@@ -6,13 +6,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
 from emu_jax import stages
 from emu_jax.data.sequence import Document, make_sequence
 from emu_jax.data.tokenizer import Tokenizer
+from tests.support import make
 
 C = make.cfg()
 P = make.program(C)

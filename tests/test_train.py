@@ -16,7 +16,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 from test_checkpoint import small_disk  # noqa: F401
@@ -26,7 +25,7 @@ from emu_jax.config import UserError
 from emu_jax.data.loader import Item, Loader
 from emu_jax.initial import load_weights
 from emu_jax.models import emu
-from tests.data import fixtures
+from tests.support import fixtures, make
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("train")
@@ -637,7 +636,7 @@ def test_corrupt_records_above_the_share_stop_the_run(data, tmp_path, capsys, ca
 
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(
     data, warm, whole, copy, capsys, small_disk
-):  # noqa: F811
+):
     assert train.main(emu_arguments(data, copy, warm)) == 2
     error = capsys.readouterr().err
     assert (

@@ -314,7 +314,7 @@ def torture(
     """An undisturbed run, and one that is killed at the moments of `plan`, (layout, moment) pairs,
     and ends on the layout `last`.
     """
-    from tests.data import fixtures
+    from tests.support import fixtures
 
     fixtures.write_tiny(folder / "data")
     chance = random.Random(seed)

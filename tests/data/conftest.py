@@ -5,7 +5,7 @@ import pytest
 
 from emu_jax.data.sequence import Document
 from emu_jax.data.tokenizer import Tokenizer
-from tests.data.memory import Memory
+from tests.support.memory import Memory
 
 
 @pytest.fixture

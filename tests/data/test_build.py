@@ -17,7 +17,7 @@ from emu_jax.data.builders import build
 from emu_jax.data.documents import Document, Pair, Picture, Text
 from emu_jax.data.sources import records
 from emu_jax.data.sources.options import Options
-from tests.data import formats
+from tests.support import formats
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from emu_jax.config import UserError
 from emu_jax.data import clean, images, inspection, subtitles
 from emu_jax.data.documents import Document, Skipped
 from emu_jax.data.sources.options import Options
-from tests.data.formats import encoded, film, picture, tar
+from tests.support.formats import encoded, film, picture, tar
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

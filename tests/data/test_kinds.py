@@ -20,7 +20,17 @@ from emu_jax.data.builders import card
 from emu_jax.data.documents import Document, Picture, Skipped
 from emu_jax.data.sources import archives
 from emu_jax.data.sources.options import Options
-from tests.data.formats import BLUE, bomb, encoded, film, jsonl, picture, rotated, tar, write_json
+from tests.support.formats import (
+    BLUE,
+    bomb,
+    encoded,
+    film,
+    jsonl,
+    picture,
+    rotated,
+    tar,
+    write_json,
+)
 
 
 def told(kind, path, **options):

@@ -19,7 +19,7 @@ from emu_jax.config import UserError
 from emu_jax.data import sources
 from emu_jax.data.loader import Loader, merge
 from emu_jax.data.sequence import Document, Pair
-from tests.data.memory import Disk
+from tests.support.memory import Disk
 
 PAD = 256
 

@@ -14,7 +14,7 @@ import pytest
 from emu_jax.config import UserError
 from emu_jax.data.patience import Patient, Readers
 from emu_jax.data.sources import Corrupt
-from tests.data.memory import Disk
+from tests.support.memory import Disk
 
 
 @pytest.fixture(params=[False, True], ids=["threads", "processes"])
@@ -157,7 +157,7 @@ def test_processes_end_with_the_one_that_trains(tmp_path):
 import os, signal
 from pathlib import Path
 from emu_jax.data.patience import Readers
-from tests.data.memory import Disk
+from tests.support.memory import Disk
 readers = Readers([Disk(Path({str(tmp_path)!r}), {{}})], 2, 0.0, True)
 readers.ask(0, 0), readers.ask(0, 1)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -4,12 +4,12 @@ image's own document.
 
 import json
 
-import make
 import numpy as np
 import pytest
 
 from emu_jax.config import UserError
 from emu_jax.data.precomputed import Precomputed, attached, notes_of, path_of
+from tests.support import make
 
 C = make.decoder_cfg()
 BATCH = make.pack(C, [[sequence] for sequence in make.sequences(C, 8)])

@@ -18,7 +18,7 @@ from emu_jax.data import inspection, sources, tokenizer
 from emu_jax.data.builders import build
 from emu_jax.data.documents import Document, Picture, Text, pictures
 from emu_jax.data.sources.options import Options
-from tests.data import formats
+from tests.support import formats
 
 MANUAL = next(
     filter(Path.is_dir, (Path(root, "usr/share/gimp/2.0/help/en") for root in ("/", "data/real"))),

@@ -12,8 +12,8 @@ from emu_jax.config import UserError
 from emu_jax.data import sources
 from emu_jax.data.documents import Document, Pair
 from emu_jax.data.sources import records
-from tests.data import fixtures
-from tests.data.fixtures import shard
+from tests.support import fixtures
+from tests.support.fixtures import shard
 
 
 @pytest.fixture(scope="module")

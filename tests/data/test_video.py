@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from emu_jax.data import video
-from tests.data.formats import film
+from tests.support.formats import film
 
 
 def test_centres_are_those_of_the_release():

@@ -4,11 +4,11 @@ the benchmarks' servers take.
 
 import json
 
-import layouts
 import pytest
 
 from emu_jax.config import UserError
 from emu_jax.evaluate import annotations
+from tests.support import layouts
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,8 @@ import json
 import shutil
 from pathlib import Path
 
-import clips
-import dictionary
 import jax
 import jax.numpy as jnp
-import layouts
-import make
 import numpy as np
 import pytest
 
@@ -26,6 +22,7 @@ from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate.session import Session
 from emu_jax.weights import __main__ as weights
+from tests.support import clips, dictionary, layouts, make
 
 WORDS = [
     "a picture of dog",

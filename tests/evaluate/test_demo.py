@@ -11,7 +11,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
@@ -24,6 +23,7 @@ from emu_jax.data.sequence import Document, Pair
 from emu_jax.evaluate import __main__ as command
 from emu_jax.evaluate import demo, history
 from emu_jax.models import emu
+from tests.support import make
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("demo")

@@ -2,12 +2,12 @@
 a run: tests/test_instruct.py.
 """
 
-import make
 import numpy as np
 import pytest
 
 from emu_jax.evaluate import __main__ as command
 from emu_jax.evaluate import chat
+from tests.support import make
 
 
 def test_shares_by_hand():

@@ -2,7 +2,6 @@
 once.
 """
 
-import make
 import numpy as np
 import pytest
 
@@ -11,6 +10,7 @@ from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.evaluate import retrieval
 from emu_jax.evaluate.retrieval import Index
 from emu_jax.generate.session import Session
+from tests.support import make
 
 
 @pytest.fixture(scope="module")

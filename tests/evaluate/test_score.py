@@ -7,8 +7,6 @@ import csv
 import json
 import random
 
-import dictionary
-import layouts
 import numpy as np
 import pytest
 
@@ -16,6 +14,7 @@ from emu_jax.config import UserError
 from emu_jax.evaluate import score
 from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.metrics import captions, vqa
+from tests.support import dictionary, layouts
 
 CAPTIONS = {"1": "a dog runs", "2": "two cats on a mat"}
 TRUE_CAPTIONS = {"1": ["A dog runs!", "the dog is running"], "2": ["Two cats."]}

@@ -2,12 +2,12 @@
 on the web.
 """
 
-import layouts
 import pytest
 
 from emu_jax.config import UserError
 from emu_jax.evaluate.annotations import Example
 from emu_jax.evaluate.tasks import TASKS, Folder, examples_of
+from tests.support import layouts
 
 
 def test_files_are_found_wherever_they_lie(tmp_path):

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from small import Uncached, make_session
+
+from tests.support.small import Uncached, make_session
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import jax
-import make
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +18,7 @@ from emu_jax.data import tokenizer
 from emu_jax.generate import __main__ as command
 from emu_jax.generate.session import Session
 from emu_jax.models import emu
+from tests.support import make
 
 WORDS = ["a dog", "a cat", "red and blue", "one two three four"] * 9
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 
 import jax
-import make
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +19,7 @@ from emu_jax.data.sequence import Document, Pair
 from emu_jax.generate import __main__ as command
 from emu_jax.generate import pixels, precompute
 from emu_jax.generate.session import Session
+from tests.support import make
 
 # the eight devices of the tests divide it
 VOCAB = 104

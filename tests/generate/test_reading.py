@@ -7,10 +7,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import Uncached, make_session
 
 from emu_jax.generate import reading
 from emu_jax.generate.prompt import Prompt
+from tests.support.small import Uncached, make_session
 
 LLAMA3 = (
     "model.llama.kv_heads=2",

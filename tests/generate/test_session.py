@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import VOCAB, make_session
 
 from emu_jax import sharding, tree
 from emu_jax.config import UserError
 from emu_jax.generate.options import Options
 from emu_jax.generate.prompt import Prompt
 from emu_jax.generate.session import Conversation, Session, abstract_params
+from tests.support.small import VOCAB, make_session
 
 EIGHT = Options(max_new_tokens=8)
 

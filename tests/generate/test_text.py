@@ -4,9 +4,9 @@ Python lists.
 
 import numpy as np
 import pytest
-from small import VOCAB, Uncached, make_session
 
 from emu_jax.generate.options import Options
+from tests.support.small import VOCAB, Uncached, make_session
 
 
 def log_softmax(x):

@@ -4,12 +4,12 @@ other.
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT, Warmup
+from tests.support import make
 
 C = make.warm_cfg("data.batch=2", "data.tokens=16", "data.images=2")
 P = make.program(C)

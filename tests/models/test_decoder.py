@@ -6,7 +6,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from emu_jax.generate import samplers
 from emu_jax.models import emu, flops
 from emu_jax.models.decoder import Decoder, DecoderSize, moments, resized
 from emu_jax.types import DecoderBatch
+from tests.support import make
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("decoder")

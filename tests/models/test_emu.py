@@ -7,13 +7,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
 from emu_jax import tree
 from emu_jax.models import emu
 from emu_jax.models.contrast import Warmup
+from tests.support import make
 
 C = make.cfg()
 P = make.program(C)

@@ -3,11 +3,11 @@
 import jax
 import jax.extend
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
 from emu_jax.models import emu, flops
+from tests.support import make
 
 P = make.program(make.cfg())
 

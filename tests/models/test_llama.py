@@ -4,13 +4,13 @@ their differences matter.
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
 from emu_jax.config import UserError
 from emu_jax.models import emu
 from emu_jax.models.llama import frequencies, rotary, rotate
+from tests.support import make
 
 P = make.program(make.cfg("model.llama.rope_dtype=float32"))
 PARAMS = make.random_params(P)

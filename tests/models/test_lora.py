@@ -8,13 +8,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
 from emu_jax import loop, sharding, train, tree
 from emu_jax.config import UserError
 from emu_jax.models import emu, layers, lora
+from tests.support import make
 
 ROWS = "rules.train=(('.*/(a|b)', True), ('llama/(embed|lm_head)/added', (4, 6)), ('.*', False))"
 TUNED = (

@@ -4,12 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
 from emu_jax.models import emu
 from emu_jax.models.resampler import relative_buckets
+from tests.support import make
 
 P = make.program(make.cfg())
 PARAMS = make.random_params(P)

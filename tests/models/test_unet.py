@@ -7,7 +7,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 from test_flops import traced
@@ -17,6 +16,7 @@ from emu_jax.config import UserError
 from emu_jax.models import emu, flops
 from emu_jax.models.unet import UNet, UNetSize
 from emu_jax.models.vae import Vae, VaeSize
+from tests.support import make
 
 SIZE = UNetSize(
     channels_in=3,

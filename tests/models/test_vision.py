@@ -4,12 +4,12 @@ release's in tests/weights.
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
 
 from emu_jax.models import emu
 from emu_jax.models.vision import normalise
+from tests.support import make
 
 C = make.cfg()
 P = make.program(C)

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clips import CLIP1, CLIP2, folder
-from foreign import saved
 
 from emu_jax import checkpoint, config
 from emu_jax.evaluate.metrics import clip_score
@@ -17,6 +15,8 @@ from emu_jax.models import emu
 from emu_jax.models.clip import ClipSize, Text, Vision
 from emu_jax.weights import families, files
 from emu_jax.weights.__main__ import main
+from tests.support.clips import CLIP1, CLIP2, folder
+from tests.support.foreign import saved
 
 VITL14 = {
     "text_config": {"num_attention_heads": 12, "eos_token_id": 2},

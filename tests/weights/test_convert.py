@@ -8,7 +8,6 @@ from functools import partial
 from math import prod
 
 import jax
-import make
 import numpy as np
 import pytest
 
@@ -18,6 +17,7 @@ from emu_jax.models import emu
 from emu_jax.verify import golden
 from emu_jax.verify.emu import size_of
 from emu_jax.weights import convert, emu1
+from tests.support import make
 
 
 def theirs_of(table, params):

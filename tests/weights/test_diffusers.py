@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from foreign import PNDM, UNET1, UNET2, VAE, diffusion
 
 from emu_jax import checkpoint, config
 from emu_jax.generate import samplers
@@ -19,6 +18,7 @@ from emu_jax.models.unet import UNet
 from emu_jax.models.vae import Vae
 from emu_jax.weights import files, stable_diffusion
 from emu_jax.weights.__main__ import main
+from tests.support.foreign import PNDM, UNET1, UNET2, VAE, diffusion
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

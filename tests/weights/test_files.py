@@ -7,10 +7,10 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from foreign import saved
 
 from emu_jax.config import UserError
 from emu_jax.weights import files
+from tests.support.foreign import saved
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from foreign import CONFIG, LLAMA3, folder, saved, size_of, small
 
 from emu_jax import checkpoint
 from emu_jax.models.llama import Llama
 from emu_jax.weights import eva_clip, pickles
 from emu_jax.weights.__main__ import main
+from tests.support.foreign import CONFIG, LLAMA3, folder, saved, size_of, small
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -9,10 +9,8 @@ import json
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 import pytest
-from foreign import CONFIG, folder, random, saved, size_of, small, tensors
 
 from emu_jax import checkpoint, tree
 from emu_jax.config import UserError
@@ -20,6 +18,8 @@ from emu_jax.initial import load_weights
 from emu_jax.models import emu, lora
 from emu_jax.weights import files
 from emu_jax.weights.__main__ import main
+from tests.support import make
+from tests.support.foreign import CONFIG, folder, random, saved, size_of, small, tensors
 
 RANK = ("--config.model.lora.rank=3", "--config.model.lora.alpha=6.0")
 ALL = "--config.model.lora.targets=(('llama/blocks/.*/w', True), ('.*', False))"

@@ -9,10 +9,10 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-from foreign import Raw, Window, name, opcodes, saved, torch_file
 
 from emu_jax.config import UserError
 from emu_jax.weights import pickles
+from tests.support.foreign import Raw, Window, name, opcodes, saved, torch_file
 
 RNG = np.random.default_rng(0)
 NUMBERS = np.arange(24, dtype=np.float32)

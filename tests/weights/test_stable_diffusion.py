@@ -7,12 +7,10 @@ import logging
 from dataclasses import asdict
 from functools import partial
 
-import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from foreign import PNDM, UNET1, UNET2, diffusion, folder, saved, small
 
 from emu_jax import checkpoint, config, sharding, train, tree
 from emu_jax.config import UserError
@@ -24,6 +22,8 @@ from emu_jax.models.vae import Vae
 from emu_jax.weights import convert, files
 from emu_jax.weights import stable_diffusion as family
 from emu_jax.weights.__main__ import main
+from tests.support import foreign
+from tests.support.foreign import PNDM, UNET1, UNET2, diffusion, folder, saved, small
 
 SD1 = dict(
     block_out_channels=[320, 640, 1280, 1280],

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from foreign import CONFIG, LLAMA3, folder, random, saved, size_of, small, tensors
 
 from emu_jax import checkpoint, config, sharding, tree
 from emu_jax.config import UserError
@@ -23,6 +22,7 @@ from emu_jax.models import emu
 from emu_jax.weights import convert, files, transfer
 from emu_jax.weights.__main__ import main
 from emu_jax.weights.families import FAMILIES
+from tests.support.foreign import CONFIG, LLAMA3, folder, random, saved, size_of, small, tensors
 
 BF16 = ml_dtypes.bfloat16
 

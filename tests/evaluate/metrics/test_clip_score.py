@@ -4,7 +4,6 @@ parts, by its laws, and what it refuses.
 
 import json
 
-import clips
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +11,7 @@ from PIL import Image
 from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.metrics import clip_score
 from emu_jax.weights import __main__ as weights
+from tests.support import clips
 
 CAPTIONS = {"a": ["the dog sat"], "b": ["the dog at the mat", "39 dogs!"], "c": ["a cat"]}
 

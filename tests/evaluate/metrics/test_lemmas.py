@@ -4,13 +4,13 @@ that is installed.
 
 import json
 
-import dictionary
 import pytest
 
 from emu_jax.config import UserError
 from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.metrics import lemmas
 from emu_jax.evaluate.metrics.wordnet import WordNet
+from tests.support import dictionary
 
 WEIGHTS = {
     "bias": {"NN": 0.5},

@@ -4,11 +4,11 @@ where it is installed.
 
 from pathlib import Path
 
-import dictionary
 import pytest
 
 from emu_jax.config import UserError
 from emu_jax.evaluate.metrics.wordnet import WordNet
+from tests.support import dictionary
 
 DEBIAN = Path("/usr/share/wordnet")
 

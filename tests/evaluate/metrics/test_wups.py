@@ -1,10 +1,10 @@
 """WUPS by hand on the small dictionary, and the words of an answer as NLTK makes them."""
 
-import dictionary
 import pytest
 
 from emu_jax.evaluate.metrics import wups
 from emu_jax.evaluate.metrics.wordnet import WordNet
+from tests.support import dictionary
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ letters.
 
 import jax
 import jax.numpy as jnp
-import make
 import numpy as np
 
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate.session import Session
 from emu_jax.models import emu
+from tests.support import make
 
 VOCAB = 140
 

@@ -8,7 +8,6 @@ import zipfile
 from functools import partial
 
 import jax
-import make
 import ml_dtypes
 import numpy as np
 
@@ -16,6 +15,7 @@ from emu_jax import checkpoint, config, tree
 from emu_jax.models import emu
 from emu_jax.weights import convert, files, stable_diffusion
 from emu_jax.weights.families import FAMILIES
+from tests.support import make
 
 CONFIG = "--config=configs/base.py:debug"
 LLAMA3 = (
