@@ -12,7 +12,8 @@ from emu_jax.stages import STAGES
 # From the bottom up. A module imports what is below it and what is in its own folder; nothing
 # beside it, nothing above.
 ORDER = (
-    ("types", "tree", "config", "hlo"),
+    ("types", "tree", "config", "files", "hlo"),
+    ("cli",),
     ("hardware",),
     ("sharding",),
     ("processes", "models/*", "data/*"),

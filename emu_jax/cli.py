@@ -1,0 +1,38 @@
+"""Shared by the commands: a parser whose errors are one line, and exit statuses."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from emu_jax.config import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError instead of exiting, and accepts no abbreviations."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def run(command: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
+    """Exit status of command(arguments): its own or 0, 2 for a user's mistake, 130 for Ctrl-C.
+
+    arguments: None takes those of the process. A UserError or OSError is printed as one line.
+    """
+    try:
+        return command(sys.argv[1:] if arguments is None else arguments) or 0
+    except BrokenPipeError:
+        # `| head` has read enough. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130

@@ -1,0 +1,52 @@
+"""Files that are complete or absent, and errors in one line."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+# What a killed process leaves behind ends so; it is safe to delete.
+PART = ".part"
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears at `path` when the block ends without an error, or not at all.
+
+    The bytes go to a file next to `path`, are synced to disk and renamed over it, so a crash at any
+    moment leaves the old file or the new one. mode: "w" (UTF-8 text) or "wb". Raises OSError.
+    """
+    path = Path(path)
+    part = part_of(path)
+    try:
+        with part.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        commit(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """A new name next to `path`, for what a library writes itself; `commit` moves it there."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PART}")
+
+
+def commit(part: Path, path: Path) -> None:
+    """Rename the finished file or folder `part` to `path`, and sync the folder that holds it."""
+    part.replace(path)
+    # Some file systems cannot open or sync a folder: the rename is atomic there all the same.
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's class and message in one line of at most `limit` characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
