@@ -9,10 +9,12 @@ Shapes in annotations are checked.
 import gc
 import hashlib
 import os
+import resource
 from importlib.metadata import version
 from pathlib import Path
 
 import jaxtyping
+import pytest
 
 # tracing makes much and little of it garbage: to look for it took a twelfth of the tests' time
 gc.set_threshold(100_000, 20, 50)
@@ -62,3 +64,12 @@ jaxtyping.install_import_hook([f"emu_jax.{name}" for name in CHECKED], "beartype
 def pytest_collection_modifyitems(items):
     """The longest tests first: at the end, the other workers would wait for them."""
     items.sort(key=lambda item: item.path.name not in ("test_processes.py", "test_torture.py"))
+
+
+@pytest.fixture
+def small_disk():
+    """No file of this process can grow over 64 KiB: writes fail as they do on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

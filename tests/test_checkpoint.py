@@ -4,7 +4,6 @@ over.
 
 import json
 import logging
-import resource
 import shutil
 import subprocess
 import sys
@@ -135,15 +134,6 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def copy(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "run"))
-
-
-@pytest.fixture
-def small_disk():
-    """No file of this process can grow over 64 KiB: writes fail as they do on a full disk."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 # What is saved comes back

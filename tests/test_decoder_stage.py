@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_checkpoint import small_disk  # noqa: F401
 from test_train import assert_same_run, lines, run
 
 from emu_jax import checkpoint, config, sharding, train, tree
@@ -226,7 +225,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(made, overrides, told, tmp_pat
 
 # the loop's own is in test_train.py
 @pytest.mark.long
-def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(made, copy, capsys, small_disk):  # noqa: F811
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(made, copy, capsys, small_disk):
     assert train.main(made(copy)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "checkpoints/4 could not be saved: " in error

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_checkpoint import small_disk  # noqa: F401
 
 from emu_jax import checkpoint, config, journal, train, tree
 from emu_jax.config import UserError
