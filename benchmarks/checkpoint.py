@@ -71,7 +71,7 @@ def half(what: str, folder: str, arguments: list[str]) -> None:
     import jax
 
     from emu_jax import config, sharding, stages, train
-    from emu_jax.checkpoint import Checkpoints
+    from emu_jax.checkpoint import CheckpointManager
     from emu_jax.models import emu
 
     c = config.load([*arguments, "--config.mesh.data=1"])
@@ -88,7 +88,7 @@ def half(what: str, folder: str, arguments: list[str]) -> None:
             train.what_trains(c, abstract),
         )
         state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-        run = Checkpoints(folder, keep=1, keep_every=0)
+        run = CheckpointManager(folder, keep=1, keep_every=0)
         state = jax.tree.map(random, like) if what == "save" else None
         jax.block_until_ready(state)
         # the peak from here on

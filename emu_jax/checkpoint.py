@@ -82,7 +82,7 @@ class Checkpoints:
         self._tidy()
         # what is half saved in a bucket has the step's own name: all must find it gone, or they
         # wait for one another
-        processes.all_of(None)
+        processes.allgather_json(None)
         parts = _parts(state)
         manifest = {
             "arrays": {name: _describe(part) for name, part in parts.items()},
@@ -142,7 +142,7 @@ class Checkpoints:
         shape or dtype is another than `abstract_state` wants.
         """
         self.wait()
-        if step is None and not processes.all_of(_steps(self._root))[0]:
+        if step is None and not processes.allgather_json(_steps(self._root))[0]:
             return None
         abstract = _parts(abstract_state)
 
@@ -189,7 +189,7 @@ class Checkpoints:
                 log.warning("cannot remove %s: %s", path, error)
 
 
-def newest(directory: str) -> int:
+def latest_step(directory: str) -> int:
     """The step of the newest whole checkpoint in a run's workdir, or of the one that `directory`
     is. Raises UserError when there is none.
     """
@@ -263,7 +263,7 @@ def restore_params(
     return _newest(*_locate(directory, step), read)[1]
 
 
-class Slices:
+class ParamReader:
     """The parameters in the newest whole checkpoint, read a leaf or a layer of a stacked leaf at a
     time.
     """
@@ -315,7 +315,7 @@ class Slices:
 
 
 @contextmanager
-def writing_slices(
+def param_writer(
     workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacked: set[str], config: dict
 ) -> Iterator[Callable[[str, int | None, np.ndarray], None]]:
     """Step 0 of a new workdir, with parameters only, written a slice at a time by `write(path,
@@ -328,7 +328,7 @@ def writing_slices(
     root = _path(workdir) / "checkpoints"
     if _steps(root):
         raise UserError(f"{root} holds a checkpoint already; choose another directory")
-    # what Checkpoints clears away, should this be killed
+    # what CheckpointManager clears away, should this be killed
     half = root / "0.orbax-checkpoint-tmp"
     sums = dict.fromkeys(params, 0)
 
@@ -428,7 +428,7 @@ def _newest(
     """(step, read(its path)) for `step`, or for the newest step that can be read, by every process;
     warns of those passed over.
     """
-    steps = processes.all_of(_steps(root))[0]
+    steps = processes.allgather_json(_steps(root))[0]
     if not steps or step not in (None, *steps):
         raise UserError(
             f"no checkpoint{'' if step is None else f' of step {step}'} in {root}"
@@ -445,7 +445,7 @@ def _newest(
         # Orbax and TensorStore raise KeyError, ValueError, OSError, JSONDecodeError, ...
         except Exception as error:
             reason = _reason(error)
-        if not (reasons := list(filter(None, processes.all_of(reason)))):
+        if not (reasons := list(filter(None, processes.allgather_json(reason)))):
             return number, found
         found = None
         reason = reasons[0]

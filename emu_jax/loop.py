@@ -22,14 +22,15 @@ import optax
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from emu_jax import hardware, processes, sharding, tree, watch
-from emu_jax.checkpoint import Checkpoints
+from emu_jax import hardware, processes, profiler, sharding, tree
+from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError, to_dict
 from emu_jax.data.loader import Item, Loader, merge
-from emu_jax.journal import Journal, means
+from emu_jax.metric_writer import MetricWriter, means
 from emu_jax.models import emu, flops
 from emu_jax.stages import Stage
 from emu_jax.types import Batch, Metrics
+from emu_jax.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -196,15 +197,15 @@ def run(
     state: State,
     mesh: jax.sharding.Mesh,
     loader: Loader,
-    checkpoints: Checkpoints,
-    journal: Journal,
-    watching: watch.Watch,
+    checkpoints: CheckpointManager,
+    writer: MetricWriter,
+    watchdog: Watchdog,
     evaluate: Callable[[tree.Tree], dict[str, float]] | None = None,
     pictures: Callable[[tree.Tree, Item], list] | None = None,
 ) -> State:
     """Trains from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and saves.
     `evaluate(params)` gives held-out numbers, `pictures(params, item)` the arguments of
-    Journal.pictures. Raises UserError after `log.max_bad_steps` bad steps.
+    MetricWriter.write_images. Raises UserError after `log.max_bad_steps` bad steps.
     """
     place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
     step_fn = jitted(program, state)
@@ -233,7 +234,7 @@ def run(
             )
         counts.bad = bad
         if number % c.log.every == 0 or bad > before:
-            journal.write(number, values)
+            writer.write(number, values)
 
     def save(wait: bool = False) -> None:
         nonlocal pending
@@ -242,15 +243,15 @@ def run(
             # a run that goes on from here does not tell this step again
             if pending:
                 finish(pending)
-            journal.sync()
+            writer.flush()
         # the disk of the metrics is full; that of the checkpoints may be another
         except UserError as error:
             full = error
         pending = None
         # so that the time is the save's
         jax.block_until_ready(state)
-        with watching.phase("checkpoint"):
-            data = merge(processes.all_of(item.state))
+        with watchdog.phase("checkpoint"):
+            data = merge(processes.allgather_json(item.state))
             checkpoints.save(step, state, data, to_dict(c), wait=wait or bool(full))
         if full:
             loader.close()
@@ -259,25 +260,26 @@ def run(
             "step %d is being saved, the data's state in %d bytes; %s",
             step,
             len(json.dumps(data)),
-            watching.goodput(),
+            watchdog.goodput(),
         )
 
-    vote = processes.Vote(mesh)
-    watching.enter("steps")
+    should_stop = processes.StopConsensus(mesh)
+    watchdog.enter_phase("steps")
     with (
         stop_signals() as stopped,
-        watch.traced(
-            watch.span(c.profile.steps), journal.path.parent / f"profile/{jax.process_index()}"
+        profiler.trace_steps(
+            profiler.parse_steps(c.profile.steps),
+            writer.path.parent / f"profile/{jax.process_index()}",
         ) as before,
     ):
-        while step < c.optim.steps and not vote(bool(stopped)):
+        while step < c.optim.steps and not should_stop(bool(stopped)):
             began = time.perf_counter()
-            with watching.phase("input wait"):
+            with watchdog.phase("input wait"):
                 item = next(batches)
             waited = time.perf_counter() - began
-            watching.begin(step + 1, item.ids)
+            watchdog.begin_step(step + 1, item.ids)
             before(step + 1, state)
-            with watching.phase("steps" if step > first else "compile"):
+            with watchdog.phase("steps" if step > first else "compile"):
                 state, metrics = step_fn(state, jax.tree.map(place, item.batch))
             step += 1
             if pending:
@@ -296,13 +298,13 @@ def run(
                 return every and step % every == 0
 
             if evaluate and (due(c.eval.every) or step == c.optim.steps):
-                with watching.phase("evaluation"):
+                with watchdog.phase("evaluation"):
                     values = evaluate(params())
-                journal.write(step, {f"eval/{name}": value for name, value in values.items()})
+                writer.write(step, {f"eval/{name}": value for name, value in values.items()})
                 counts.pause()
             if pictures and due(c.log.pictures_every):
-                with watching.phase("evaluation"):
-                    journal.pictures(step, *pictures(tree.merge(draws, state.frozen), item))
+                with watchdog.phase("evaluation"):
+                    writer.write_images(step, *pictures(tree.merge(draws, state.frozen), item))
                 counts.pause()
             # last: a run that goes on from here does not evaluate again
             if due(c.checkpoint.every) and step < c.optim.steps:

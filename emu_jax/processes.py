@@ -22,31 +22,31 @@ from jax.sharding import PartitionSpec as P
 from emu_jax import sharding
 from emu_jax.config import UserError
 
-EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # seconds for the others to end as well
-FAREWELL = 5.0
+SHUTDOWN_TIMEOUT = 5.0
 
 
-def start() -> None:
-    """Joins the processes of the run, if this is one of several: those that the EXPLICIT variables
+def initialize() -> None:
+    """Joins the processes of the run, if this is one of several: those that the COORDINATOR_VARIABLES variables
     name (launch/local.sh, launch/gke.yaml), else what JAX finds out on SLURM, on a TPU pod or under
     Open MPI. Comes before anything touches a device. Raises UserError.
     """
-    given = [name for name in EXPLICIT if name in os.environ]
-    if len(given) > 1 and len(given) < len(EXPLICIT):
+    given = [name for name in COORDINATOR_VARIABLES if name in os.environ]
+    if len(given) > 1 and len(given) < len(COORDINATOR_VARIABLES):
         raise UserError(
-            f"{' and '.join(given)} are set: of several processes each needs {', '.join(EXPLICIT)}"
+            f"{' and '.join(given)} are set: of several processes each needs {', '.join(COORDINATOR_VARIABLES)}"
         )
     try:
-        if len(given) == len(EXPLICIT):
-            address, *numbers = (os.environ[name] for name in EXPLICIT)
+        if len(given) == len(COORDINATOR_VARIABLES):
+            address, *numbers = (os.environ[name] for name in COORDINATOR_VARIABLES)
             count, number = map(int, numbers)
             jax.distributed.initialize(
                 address, count, number, cluster_detection_method="deactivate"
             )
         else:
             jax.distributed.initialize(
-                local_device_ids=slurm_gpus(
+                local_device_ids=slurm_local_gpus(
                     dict(os.environ), len(list(Path("/dev").glob("nvidia[0-9]*")))
                 )
             )
@@ -60,20 +60,20 @@ def start() -> None:
             raise
 
 
-def leave(status: int) -> None:
-    """Ends this process of several within FAREWELL seconds: by itself it would wait for the others
+def exit_process(status: int) -> None:
+    """Ends this process of several within SHUTDOWN_TIMEOUT seconds: by itself it would wait for the others
     to end, and they perhaps for it in a step. Does nothing where it is alone.
     """
     if jax.distributed.is_initialized():
         farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         farewell.start()
-        farewell.join(FAREWELL)
+        farewell.join(SHUTDOWN_TIMEOUT)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
+def data_shard(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
     """(number, of how many): which share of a global batch of `rows` rows is this process's.
     Processes whose devices differ along `tensor` only have the same one. (On TPUs the rows of a
     share may lie apart: they are the share's in order.) Raises UserError where shares overlap in
@@ -91,7 +91,7 @@ def share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
-def slurm_gpus(environ: dict[str, str], present: int) -> list[int] | None:
+def slurm_local_gpus(environ: dict[str, str], present: int) -> list[int] | None:
     """Which of the GPUs that it sees are those of a process under SLURM, on a node where `present`
     are; None where there is nothing to say. (JAX gives the n-th process of a node the n-th GPU:
     wrong for a process a node, and where SLURM shows each process its own alone.)
@@ -118,7 +118,7 @@ def slurm_gpus(environ: dict[str, str], present: int) -> list[int] | None:
     return list(range(first, first + seen // tasks))
 
 
-def all_of(value: Any) -> list[Any]:
+def allgather_json(value: Any) -> list[Any]:
     """The JSON-able `value` of every process, in order. Every process calls it."""
     if jax.process_count() == 1:
         return [value]
@@ -128,7 +128,7 @@ def all_of(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
-def fetched(x: jax.Array) -> np.ndarray:
+def to_host(x: jax.Array) -> np.ndarray:
     """The whole of an array, also where other processes hold a part of it: then every process calls
     it.
     """
@@ -139,7 +139,7 @@ def fetched(x: jax.Array) -> np.ndarray:
     )
 
 
-class Vote:
+class StopConsensus:
     """Whether any process wants something: the same answer in all processes at the same step, so
     that none goes on alone.
 

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from emu_jax import checkpoint, config, loop, optim, processes, sharding, stages, tree, watch
+from emu_jax import checkpoint, config, loop, optim, processes, profiler, sharding, stages, tree
 from emu_jax.config import UserError
 from emu_jax.data import precomputed
 from emu_jax.data import tokenizer as tokenizers
@@ -38,11 +38,12 @@ from emu_jax.generate import pixels, precompute
 from emu_jax.generate.options import Options
 from emu_jax.generate.session import Session
 from emu_jax.initial import initial
-from emu_jax.journal import Journal, means
+from emu_jax.metric_writer import MetricWriter, means
 from emu_jax.models import emu
 from emu_jax.models.contrast import READOUT
 from emu_jax.models.decoder import DecoderSize, resized
 from emu_jax.types import Batch
+from emu_jax.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # a process of its own
         if arguments is None:
-            processes.start()
+            processes.initialize()
         c = config.load(sys.argv[1:] if arguments is None else arguments)
         # JAX_COMPILATION_CACHE_DIR goes before
         if c.compile_cache and not jax.config.jax_compilation_cache_dir:
@@ -93,23 +94,23 @@ def main(arguments: list[str] | None = None) -> int:
         train(c, began)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        processes.leave(2)
+        processes.exit_process(2)
         return 2
     # the loop has its own way to stop: nothing was trained yet, or it is the second Ctrl-C
     except KeyboardInterrupt:
         print("error: stopped by SIGINT; the last checkpoint is as it was", file=sys.stderr)
-        processes.leave(130)
+        processes.exit_process(130)
         return 130
     except Exception:
         traceback.print_exc()
-        processes.leave(1)
+        processes.exit_process(1)
         return 1
     return 0
 
 
 def train(c: ConfigDict, began: float | None = None) -> loop.State:
     """Trains the run that `c` describes, in c.workdir, from its newest checkpoint if it has one.
-    began: as in watch.Watch.
+    began: as in Watchdog.
     """
     # Model: shapes only.
     if c.stage not in stages.STAGES:
@@ -130,7 +131,7 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
 
         # Data.
         tokenizer = tokenizers.load(c.data.tokenizer, model.llama.vocab)
-        number, shares = processes.share(mesh, c.data.batch)
+        number, shares = processes.data_shard(mesh, c.data.batch)
         make_loader = partial(
             Loader,
             c.data,
@@ -161,10 +162,10 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
         workdir = Path(c.workdir)
         claim(workdir, c)
         run = config.to_dict(c)
-        watching = at_end.enter_context(watch.Watch(workdir, c.log.hang, began))
+        watchdog = at_end.enter_context(Watchdog(workdir, c.log.hang, began))
         checkpoints = at_end.enter_context(
             closing(
-                checkpoint.Checkpoints(
+                checkpoint.CheckpointManager(
                     c.checkpoint.to or c.workdir,
                     keep=c.checkpoint.keep,
                     keep_every=c.checkpoint.keep_every,
@@ -206,7 +207,9 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
             # once more: another run may have begun here meanwhile
             claim(workdir, c)
             write_config(workdir, run)
-        journal = at_end.enter_context(closing(Journal(workdir, start=step, steps=c.optim.steps)))
+        writer = at_end.enter_context(
+            closing(MetricWriter(workdir, start=step, steps=c.optim.steps))
+        )
         draws = None
         if c.log.pictures_every and "unet" in abstract:
             draws = drawings(program, mesh, c, make_loader)
@@ -219,8 +222,8 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
             mesh,
             loader,
             checkpoints,
-            journal,
-            watching,
+            writer,
+            watchdog,
             evaluate,
             pictures=draws,
         )
@@ -374,7 +377,7 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
             f"workdir={c.workdir!r} is a bucket; metrics are written into a folder: --config.workdir=DIR, and "
             f"--config.checkpoint.to={c.workdir} for the checkpoints"
         )
-    watch.span(c.profile.steps)
+    profiler.parse_steps(c.profile.steps)
     check_rows(c, mesh)
     sharding.check(mesh, abstract)
     if "contrast" in abstract and c.model.vision.image % READOUT:
@@ -674,7 +677,7 @@ def drawings(
 
     def show(params: tree.Tree, _: Item) -> tuple[np.ndarray, list[str]]:
         images = np.concatenate(
-            [processes.fetched(part)[: len(held)] for part in both(params, rows)], 2
+            [processes.to_host(part)[: len(held)] for part in both(params, rows)], 2
         )
         return images[held], ["left the image, right as it is drawn"]
 

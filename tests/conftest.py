@@ -54,7 +54,7 @@ CHECKED = (
     "tree",
     "config",
     "checkpoint",
-    "journal",
+    "metric_writer",
     "initial",
     "train",
 )

@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F8
     ).exists()
     # as if it had been killed a moment before
     ended.unlink()
-    assert checkpoint.newest(f"{bucket}/run") == 2
+    assert checkpoint.latest_step(f"{bucket}/run") == 2
 
     done = subprocess.run(
         command(data, tmp_path / "run", 2, *more, to),

@@ -20,7 +20,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from emu_jax import checkpoint, tree
-from emu_jax.checkpoint import Checkpoints, fingerprint, param_shapes, read_config, restore_params
+from emu_jax.checkpoint import (
+    CheckpointManager,
+    fingerprint,
+    param_shapes,
+    read_config,
+    restore_params,
+)
 from emu_jax.config import UserError
 
 # Orbax leaves coroutines of the other arrays behind when one cannot be read.
@@ -124,7 +130,7 @@ def array_file(folder):
 def saved(tmp_path_factory):
     """A workdir with the steps 1 and 2 (copy it before changing it)."""
     workdir = tmp_path_factory.mktemp("saved")
-    run = Checkpoints(str(workdir), keep=5, keep_every=0)
+    run = CheckpointManager(str(workdir), keep=5, keep_every=0)
     for step in (1, 2):
         run.save(step, make_state(step), DATA, {**CONFIG, "seed": step})
     run.close()
@@ -142,7 +148,7 @@ def copy(saved, tmp_path):
 @pytest.mark.parametrize("ema", [True, False])
 def test_restored_state_is_the_saved_one_bit_for_bit(tmp_path, ema):
     state = make_state(ema=ema)
-    run = Checkpoints(str(tmp_path / "a" / "b"), keep=1, keep_every=0)
+    run = CheckpointManager(str(tmp_path / "a" / "b"), keep=1, keep_every=0)
     run.save(1, state, DATA, CONFIG, wait=True)
     step, restored, data, config = run.restore(abstract(state))
     assert (step, data, config) == (1, DATA, CONFIG)
@@ -156,8 +162,8 @@ def test_restored_onto_another_mesh_is_exactly_equal(tmp_path, target):
     state = make_state()
     target = target and mesh_sharding(*target)
     there = jax.device_put(state, jax.tree.map(mesh_sharding((1, 8), "fsdp"), state))
-    Checkpoints(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
-    _, restored, _, _ = Checkpoints(str(tmp_path), keep=1, keep_every=0).restore(
+    CheckpointManager(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
+    _, restored, _, _ = CheckpointManager(str(tmp_path), keep=1, keep_every=0).restore(
         abstract(state, target)
     )
     assert_same(restored, state)
@@ -170,13 +176,15 @@ def test_copies_write_an_array_together_or_one_of_them_does(tmp_path, monkeypatc
     monkeypatch.setattr(checkpoint, "SPLIT", split)
     state = make_state()
     there = jax.device_put(state, jax.tree.map(mesh_sharding((4, 2), "fsdp"), state))
-    Checkpoints(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
-    _, restored, _, _ = Checkpoints(str(tmp_path), keep=1, keep_every=0).restore(abstract(state))
+    CheckpointManager(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
+    _, restored, _, _ = CheckpointManager(str(tmp_path), keep=1, keep_every=0).restore(
+        abstract(state)
+    )
     assert_same(restored, state)
 
 
 def test_arrays_may_be_donated_once_save_returns(tmp_path):
-    run = Checkpoints(str(tmp_path), keep=1, keep_every=0)
+    run = CheckpointManager(str(tmp_path), keep=1, keep_every=0)
     state = {"w": jax.random.normal(jax.random.key(0), (1024, 2048))}
     expected = np.array(state["w"])
     run.save(1, State(jnp.int32(1), state, {}, (), None, jnp.int32(0)), DATA, CONFIG)
@@ -251,7 +259,7 @@ def test_a_path_and_nothing_else_gives_the_config(saved, monkeypatch):
 
 
 def test_a_given_step_is_restored(saved):
-    step, restored, _, config = Checkpoints(str(saved), keep=5, keep_every=0).restore(
+    step, restored, _, config = CheckpointManager(str(saved), keep=5, keep_every=0).restore(
         abstract(make_state()), step=1
     )
     assert step == config["seed"] == 1
@@ -259,7 +267,7 @@ def test_a_given_step_is_restored(saved):
 
 
 def test_a_new_workdir_has_nothing(tmp_path):
-    run = Checkpoints(str(tmp_path / "new"), keep=1, keep_every=0)
+    run = CheckpointManager(str(tmp_path / "new"), keep=1, keep_every=0)
     assert run.latest() is None and run.restore(abstract(make_state())) is None
     assert not (tmp_path / "new").exists()
 
@@ -270,7 +278,7 @@ def test_a_new_workdir_has_nothing(tmp_path):
 def sliced(workdir, params, config=CONFIG):
     flat = dict(tree.leaves(params))
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
-    with checkpoint.writing_slices(str(workdir), shapes, {"llama/w"}, config) as write:
+    with checkpoint.param_writer(str(workdir), shapes, {"llama/w"}, config) as write:
         for path, x in flat.items():
             if path == "llama/w":
                 for layer in reversed(range(len(x))):
@@ -291,7 +299,7 @@ def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_p
         restore_params(str(tmp_path), abstract(params, mesh_sharding((2, 4), "fsdp"))), params
     )
     assert read_config(str(tmp_path)) == CONFIG
-    slices = checkpoint.Slices(str(tmp_path))
+    slices = checkpoint.ParamReader(str(tmp_path))
     assert slices.shapes["llama/w"] == (np.float32, (64, 64))
     np.testing.assert_array_equal(slices.read("llama/w", 3), params["llama"]["w"][3])
     np.testing.assert_array_equal(slices.read("head", None), params["head"])
@@ -320,7 +328,7 @@ def test_what_is_not_written_whole_is_not_there(tmp_path, small_disk):
 
 
 def test_the_last_ones_and_every_fourth_are_kept(tmp_path):
-    run = Checkpoints(str(tmp_path), keep=2, keep_every=4)
+    run = CheckpointManager(str(tmp_path), keep=2, keep_every=4)
     for step in range(1, 11):
         run.save(step, make_state(step), DATA, CONFIG)
     run.close()
@@ -328,7 +336,7 @@ def test_the_last_ones_and_every_fourth_are_kept(tmp_path):
 
 
 def test_saving_a_step_again_does_nothing(copy):
-    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    run = CheckpointManager(str(copy), keep=5, keep_every=0)
     run.restore(abstract(make_state()))
     for step in (2, 3, 3):
         before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
@@ -339,16 +347,18 @@ def test_saving_a_step_again_does_nothing(copy):
 
 
 def test_a_damaged_step_does_not_crowd_out_whole_ones_and_is_replaced(copy):
-    Checkpoints(str(copy), keep=5, keep_every=0).save(4, make_state(4), DATA, CONFIG, wait=True)
+    CheckpointManager(str(copy), keep=5, keep_every=0).save(
+        4, make_state(4), DATA, CONFIG, wait=True
+    )
     array_file(copy / "checkpoints/4/params").unlink()
-    run = Checkpoints(str(copy), keep=2, keep_every=0)
+    run = CheckpointManager(str(copy), keep=2, keep_every=0)
     assert run.restore(abstract(make_state()))[0] == 2
     run.save(3, make_state(3), DATA, CONFIG, wait=True)
     assert steps(copy) == [2, 3, 4]
     run.save(5, make_state(5), DATA, CONFIG, wait=True)
     assert steps(copy) == [3, 4, 5]
     shutil.rmtree(copy / "checkpoints/5")
-    run = Checkpoints(str(copy), keep=2, keep_every=0)
+    run = CheckpointManager(str(copy), keep=2, keep_every=0)
     assert run.restore(abstract(make_state()))[0] == 3
     run.save(4, make_state(4), DATA, CONFIG, wait=True)
     assert steps(copy) == [3, 4]
@@ -400,7 +410,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(
 ):
     folder = copy / "checkpoints/2" / part
     damage(folder / file if file else array_file(folder))
-    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    run = CheckpointManager(str(copy), keep=5, keep_every=0)
     with caplog.at_level(logging.WARNING):
         step, restored, _, _ = run.restore(abstract(make_state()))
     assert step == 1 and str(copy / "checkpoints/2") in caplog.text and "passed over" in caplog.text
@@ -412,7 +422,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(copy):
     for step in (1, 2):
         truncate(copy / f"checkpoints/{step}/manifest/data.json")
-    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    run = CheckpointManager(str(copy), keep=5, keep_every=0)
     path = str(copy)
     for read in (
         run.latest,
@@ -435,7 +445,7 @@ def test_the_arrays_of_a_damaged_step_are_freed_before_the_next_is_read(copy, mo
         return load(*arguments)
 
     monkeypatch.setattr(checkpoint, "_load", measured)
-    Checkpoints(str(copy), keep=5, keep_every=0).restore(abstract(make_state()))
+    CheckpointManager(str(copy), keep=5, keep_every=0).restore(abstract(make_state()))
     assert len(held) == 2 and held[0] == held[1]
 
 
@@ -445,7 +455,7 @@ def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
         sys.path.insert(0, "tests")
         from test_checkpoint import *
         noise = jnp.asarray(np.random.default_rng(0).random((24, 2**20), np.float32))
-        run = Checkpoints(sys.argv[1], keep=5, keep_every=0)
+        run = CheckpointManager(sys.argv[1], keep=5, keep_every=0)
         run.save(3, make_state(3).replace(frozen={"noise": noise}), DATA, CONFIG)
         os.kill(os.getpid(), signal.SIGKILL)
     """)
@@ -455,7 +465,7 @@ def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
     assert killed.returncode == -9
     # should the kill have come too early for it
     (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)
-    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    run = CheckpointManager(str(copy), keep=5, keep_every=0)
     assert run.latest() == 2 and not caplog.records
     assert_same(run.restore(abstract(make_state()))[1], make_state(2))
     run.save(4, make_state(4), DATA, CONFIG, wait=True)
@@ -464,7 +474,7 @@ def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
 
 def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
     big = make_state(3, rows=4096)
-    run = Checkpoints(str(copy), keep=5, keep_every=0)
+    run = CheckpointManager(str(copy), keep=5, keep_every=0)
     with pytest.raises(
         UserError,
         match=r"checkpoints/3 could not be saved: .*\S.*; the earlier ones are as they were",
@@ -488,7 +498,7 @@ def test_another_shape_names_the_leaf_and_both_shapes(saved):
         UserError,
         match=r"params 'llama/w' is float32\[64, 64\] in .*checkpoints/2, but float32\[32, 64\]",
     ):
-        Checkpoints(str(saved), keep=5, keep_every=0).restore(abstract(make_state(rows=32)))
+        CheckpointManager(str(saved), keep=5, keep_every=0).restore(abstract(make_state(rows=32)))
     with pytest.raises(
         UserError,
         match=r"params 'vision/w' is float32\[64, 8\] in .*checkpoints/2, but float32\[8\]",
@@ -497,7 +507,7 @@ def test_another_shape_names_the_leaf_and_both_shapes(saved):
 
 
 def test_another_tree_or_dtype_names_the_leaf(saved):
-    run = Checkpoints(str(saved), keep=5, keep_every=0)
+    run = CheckpointManager(str(saved), keep=5, keep_every=0)
     state = abstract(make_state())
     for other, message in [
         (state.replace(frozen={**state.frozen, "new": state.step}), "has no params 'new'"),
@@ -518,7 +528,7 @@ def test_another_tree_or_dtype_names_the_leaf(saved):
 
 
 def test_an_average_that_was_not_saved_is_an_error(tmp_path):
-    run = Checkpoints(str(tmp_path), keep=1, keep_every=0)
+    run = CheckpointManager(str(tmp_path), keep=1, keep_every=0)
     run.save(1, make_state(ema=False), DATA, CONFIG, wait=True)
     with pytest.raises(UserError, match="no moving average"):
         restore_params(str(tmp_path), ema=True)
@@ -535,12 +545,12 @@ def test_a_missing_directory_or_step_is_an_error(saved, tmp_path):
         with pytest.raises(UserError, match="no checkpoint of step 7 in .*; there are 1, 2"):
             read(str(saved), step=7)
     with pytest.raises(UserError, match="no checkpoint of step 7 in .*; there are 1, 2"):
-        Checkpoints(str(saved), keep=1, keep_every=0).restore(abstract(make_state()), step=7)
+        CheckpointManager(str(saved), keep=1, keep_every=0).restore(abstract(make_state()), step=7)
 
 
 def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    run = Checkpoints(str(tmp_path), keep=1, keep_every=0)
+    run = CheckpointManager(str(tmp_path), keep=1, keep_every=0)
     with pytest.raises(UserError, match="could not be saved"):
         run.save(1, make_state(), DATA, CONFIG, wait=True)
 
@@ -549,9 +559,9 @@ def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
 def test_other_buckets_than_googles_are_refused(place):
     """There a save ends with another file, and a whole one would be taken for half."""
     with pytest.raises(UserError, match=f"'{place}' is no place for checkpoints: .* gs://NAME"):
-        Checkpoints(place, keep=1, keep_every=0)
+        CheckpointManager(place, keep=1, keep_every=0)
 
 
 def test_keeping_nothing_is_an_error(tmp_path):
     with pytest.raises(UserError, match="checkpoint.keep=0 must be at least 1"):
-        Checkpoints(str(tmp_path), keep=0, keep_every=0)
+        CheckpointManager(str(tmp_path), keep=0, keep_every=0)

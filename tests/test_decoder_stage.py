@@ -15,7 +15,7 @@ from PIL import Image
 from test_train import assert_same_run, lines, run
 
 from emu_jax import checkpoint, config, sharding, train, tree
-from emu_jax.checkpoint import Checkpoints
+from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer
 from emu_jax.data.loader import Loader
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
         state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(
             params, {}, None, jax.numpy.int32(7)
         )
-        Checkpoints(str(folder / name), keep=1, keep_every=0).save(
+        CheckpointManager(str(folder / name), keep=1, keep_every=0).save(
             7, state, {}, config.to_dict(c), wait=True
         )
     return folder

@@ -145,8 +145,8 @@ wait
 TASK = """#!/usr/bin/env bash
 exec PYTHON -c 'import sys, jax
 from emu_jax import processes
-processes.start()
-told = f"{jax.process_count()} {processes.all_of(sys.argv[2])} {sys.argv[1:3]}"
+processes.initialize()
+told = f"{jax.process_count()} {processes.allgather_json(sys.argv[2])} {sys.argv[1:3]}"
 open(f"TOLD{jax.process_index()}", "w").write(told)' "$@"
 """
 

@@ -34,7 +34,7 @@ ORDER = (
     ),
     ("stages",),
     ("checkpoint",),
-    ("journal", "watch", "initial"),
+    ("metric_writer", "watchdog", "profiler", "initial"),
     ("loop", "generate/*", "weights/transfer"),
     ("evaluate/*",),
     ("verify/*",),

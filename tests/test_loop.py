@@ -19,12 +19,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from emu_jax import loop, sharding, stages, train, tree
-from emu_jax.checkpoint import Checkpoints
+from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data.loader import Item
-from emu_jax.journal import Journal
+from emu_jax.metric_writer import MetricWriter
 from emu_jax.models import emu, flops, layers
-from emu_jax.watch import Watch
+from emu_jax.watchdog import Watchdog
 from tests.support import make
 
 C = make.cfg()
@@ -357,21 +357,21 @@ def run(
     c = make.cfg(f"workdir={workdir}", f"optim.steps={len(batches)}", *overrides)
     p = p or program()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    checkpoints = Checkpoints(str(workdir), keep=9, keep_every=0)
-    journal = Journal(workdir, start=0, steps=c.optim.steps)
+    checkpoints = CheckpointManager(str(workdir), keep=9, keep_every=0)
+    writer = MetricWriter(workdir, start=0, steps=c.optim.steps)
     feed = Feed(batches, before)
     try:
-        with jax.set_mesh(mesh), Watch(workdir, c.log.hang) as watching:
+        with jax.set_mesh(mesh), Watchdog(workdir, c.log.hang) as watchdog:
             # donated
             state = jax.device_put(
                 jax.tree.map(jnp.copy, start(p)), NamedSharding(mesh, PartitionSpec())
             )
             return loop.run(
-                c, p, state, mesh, feed, checkpoints, journal, watching, evaluate, pictures
+                c, p, state, mesh, feed, checkpoints, writer, watchdog, evaluate, pictures
             ), checkpoints
     finally:
         assert feed.closed
-        journal.close()
+        writer.close()
 
 
 def plain(batches, p=None):
@@ -401,9 +401,9 @@ def saved(checkpoints, p, step):
 def test_a_line_tells_of_its_own_step_and_is_told_a_step_late(tmp_path, monkeypatch):
     batches = [rows(seed) for seed in range(4)]
     events = []
-    write = Journal.write
+    write = MetricWriter.write
     monkeypatch.setattr(
-        Journal,
+        MetricWriter,
         "write",
         lambda self, step, values: (events.append(f"tell {step}"), write(self, step, values)),
     )
@@ -431,10 +431,10 @@ def test_a_line_tells_of_its_own_step_and_is_told_a_step_late(tmp_path, monkeypa
 def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
     """A run that is killed then and goes on from there would not tell it."""
     events = []
-    write = Journal.write
-    save = Checkpoints.save
+    write = MetricWriter.write
+    save = CheckpointManager.save
     monkeypatch.setattr(
-        Journal,
+        MetricWriter,
         "write",
         lambda self, step, values: (
             events.append(f"{sorted(values)[0]} {step}"),
@@ -448,7 +448,7 @@ def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
         events.append(f"save {step}")
         save(self, step, *args, **kwargs)
 
-    monkeypatch.setattr(Checkpoints, "save", saving)
+    monkeypatch.setattr(CheckpointManager, "save", saving)
     run(
         tmp_path,
         [rows(seed) for seed in range(3)],
@@ -464,7 +464,7 @@ def test_a_checkpoint_is_saved_where_the_metrics_find_no_room(tmp_path, monkeypa
     def full(self):
         raise UserError("no room")
 
-    monkeypatch.setattr(Journal, "sync", full)
+    monkeypatch.setattr(MetricWriter, "flush", full)
     with pytest.raises(UserError, match="no room"):
         run(tmp_path, [rows(seed) for seed in range(3)], "checkpoint.every=2")
     assert steps(tmp_path) == [2]
@@ -557,7 +557,9 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_weights(tmp_path):
     ) as error:
         run(tmp_path, batches, "log.max_bad_steps=2", "checkpoint.every=100")
     assert "\n" not in str(error.value) and steps(tmp_path) == [4]
-    _, restored, data, _ = saved(Checkpoints(str(tmp_path), keep=1, keep_every=0), program(), 4)
+    _, restored, data, _ = saved(
+        CheckpointManager(str(tmp_path), keep=1, keep_every=0), program(), 4
+    )
     assert_same(restored.trainable, plain(batches[:1])[0][0].trainable)
     assert int(restored.bad) == 3 and data == {"number": 4}
 

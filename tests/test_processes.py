@@ -166,16 +166,16 @@ def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(dat
     stop = r"stopped by (.*) at step (\d+) of 10000; the checkpoint is saved"
     told = [re.search(rf"\[{process}\] .*{stop}", err).groups() for process in (0, 1)]
     assert told[0][0] == "another process" and told[1][0] == "SIGTERM" and told[0][1] == told[1][1]
-    assert checkpoint.Checkpoints(str(tmp_path / "run"), keep=1, keep_every=0).latest() == int(
-        told[0][1]
-    )
+    assert checkpoint.CheckpointManager(
+        str(tmp_path / "run"), keep=1, keep_every=0
+    ).latest() == int(told[0][1])
     assert re.search(r"data's state in \d+ bytes; goodput of \d+ s: steps ", err)
 
 
 def test_one_that_leaves_after_an_error_ends_all_of_them():
     script = (
-        "import os, time; from emu_jax import processes; processes.start(); "
-        "processes.leave(2) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(600)"
+        "import os, time; from emu_jax import processes; processes.initialize(); "
+        "processes.exit_process(2) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(600)"
     )
     began = time.time()
     done = subprocess.run(
@@ -206,7 +206,7 @@ def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
             found = []
             for process in sorted(set(processes_of)):
                 monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-                found.append(processes.share(mesh, 16))
+                found.append(processes.data_shard(mesh, 16))
             return found
         finally:
             monkeypatch.undo()
@@ -255,13 +255,15 @@ def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
     ],
 )
 def test_gpus_under_slurm(given, gpus):
-    assert processes.slurm_gpus(given, present=8) == gpus
-    assert processes.slurm_gpus(given, present=0) is None
+    assert processes.slurm_local_gpus(given, present=8) == gpus
+    assert processes.slurm_local_gpus(given, present=0) is None
 
 
 def test_gpus_that_do_not_share_out_are_one_line():
     with pytest.raises(UserError, match="3 processes on a node of 8 GPUs: start one a node"):
-        processes.slurm_gpus({"SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_LOCALID": "0"}, present=8)
+        processes.slurm_local_gpus(
+            {"SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_LOCALID": "0"}, present=8
+        )
 
 
 def test_half_of_the_variables_are_one_line(monkeypatch):
@@ -272,9 +274,15 @@ def test_half_of_the_variables_are_one_line(monkeypatch):
         UserError,
         match="JAX_NUM_PROCESSES and JAX_PROCESS_ID are set: of several processes each needs JAX_COORDINATOR_ADDRESS",
     ):
-        processes.start()
+        processes.initialize()
 
 
 def test_alone_a_vote_counts_at_once():
-    vote = processes.Vote(sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, jax.devices()))
-    assert vote(True) and not vote(False) and processes.all_of({"a": 1}) == [{"a": 1}]
+    should_stop = processes.StopConsensus(
+        sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, jax.devices())
+    )
+    assert (
+        should_stop(True)
+        and not should_stop(False)
+        and processes.allgather_json({"a": 1}) == [{"a": 1}]
+    )

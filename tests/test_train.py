@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax import checkpoint, config, journal, train, tree
+from emu_jax import checkpoint, config, metric_writer, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.loader import Item, Loader
 from emu_jax.initial import load_weights
@@ -152,10 +152,10 @@ def whole(data, warm, tmp_path_factory):
 KILLED = f"""
 import os, signal, sys, time
 from etils import epath
-from emu_jax import journal, train
+from emu_jax import metric_writer, train
 
 train.MEASURED = {MEASURED}
-at, saved, write = int(sys.argv[1]), epath.Path(sys.argv[2]), journal.Journal.write
+at, saved, write = int(sys.argv[1]), epath.Path(sys.argv[2]), metric_writer.MetricWriter.write
 
 def told(self, step, values):
     write(self, step, values)
@@ -164,7 +164,7 @@ def told(self, step, values):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.01)
 
-journal.Journal.write = told
+metric_writer.MetricWriter.write = told
 sys.exit(train.main(sys.argv[3:]))
 """
 
@@ -355,7 +355,7 @@ def test_two_steps_a_kill_and_two_more_are_four(data, warm, whole, copy):
 
 
 def test_two_steps_a_signal_and_two_more_are_four(data, warm, whole, tmp_path, caplog, monkeypatch):
-    write = journal.Journal.write
+    write = metric_writer.MetricWriter.write
 
     def told(self, step, values):
         write(self, step, values)
@@ -364,7 +364,7 @@ def test_two_steps_a_signal_and_two_more_are_four(data, warm, whole, tmp_path, c
 
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
-        patch.setattr(journal.Journal, "write", told)
+        patch.setattr(metric_writer.MetricWriter, "write", told)
         assert run(emu_arguments(data, workdir, warm, "profile.steps=2:3"))[0] == 0
     assert "stopped by SIGTERM at step 2 of 4" in caplog.text
     assert [line["step"] for line in lines(workdir)] == [1, 2] and saved(workdir)[1]["step"] == 2

@@ -126,7 +126,7 @@ def benchmark(flags: argparse.Namespace) -> str:
     settings = benchmark.Settings(
         flags.task,
         str(Path(flags.checkpoint).resolve()),
-        checkpoint.newest(flags.checkpoint),
+        checkpoint.latest_step(flags.checkpoint),
         str(Path(flags.data).resolve()),
         flags.split or TASKS[flags.task].split,
         flags.shots,

@@ -1,7 +1,7 @@
 """What a run's metrics.jsonl tells afterwards: curves, speed, and whether the visual tokens kept
 their variance.
 
-The lines are journal.py's. Read next: demo.py.
+The lines are metric_writer.py's. Read next: demo.py.
 """
 
 import json

@@ -24,7 +24,7 @@ from emu_jax.config import UserError
 from emu_jax.generate.session import Session
 from emu_jax.models import emu
 from emu_jax.models.vision import normalise
-from emu_jax.processes import fetched
+from emu_jax.processes import to_host
 from emu_jax.tree import Tree
 
 Frames = Sequence[UInt8[np.ndarray, "h w 3"]]
@@ -53,7 +53,7 @@ def features(session: Session, pictures: Iterable[Frames]) -> Float[np.ndarray, 
             np.arange(-(-session.batch // session.shards) * session.shards), len(waiting) - 1
         )
         with nullcontext() if session.mesh is None else jax.set_mesh(session.mesh):
-            found = fetched(_features(session.size, session.params, np.stack(waiting)[rows]))
+            found = to_host(_features(session.size, session.params, np.stack(waiting)[rows]))
         for owner, feature in zip(owners, found, strict=False):
             sums[owner] = sums.get(owner, 0) + feature
         waiting.clear()

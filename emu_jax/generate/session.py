@@ -30,7 +30,7 @@ from emu_jax.generate.reading import Context
 from emu_jax.generate.sampling import Rules
 from emu_jax.generate.stream import TextStream, until_stop
 from emu_jax.models import emu
-from emu_jax.processes import fetched
+from emu_jax.processes import to_host
 
 # ids that a prompt or an answer is compiled for
 LEAST = 16
@@ -203,7 +203,7 @@ class Session:
             rules = self._rules(some, prefix, options, allowed, choice, len(context.lengths))
             if options.beams > 1:
                 context = reading.spread(context, options.beams, context.cache.slots)
-                found = fetched(
+                found = to_host(
                     text.search(self.size, self.params, context, options.beams, room, rules)
                 )
             else:
@@ -232,7 +232,7 @@ class Session:
         def generate(some: list[Prompt], _: list[int]) -> list[np.ndarray]:
             sketch = image.begin(self.size, self._read(some, prefix, N))
             return list(
-                fetched(image.draw(self.size, self.params, sketch, np.int32(N)).visual).astype(
+                to_host(image.draw(self.size, self.params, sketch, np.int32(N)).visual).astype(
                     np.float32
                 )
             )
@@ -273,7 +273,7 @@ class Session:
                 prefix.context, len(tokens) // len(prefix.context.lengths), slots
             )
             return (
-                fetched(text.nll(self.size, self.params, context, tokens, lengths)) / lengths
+                to_host(text.nll(self.size, self.params, context, tokens, lengths)) / lengths
             ).tolist()
 
         return np.array(
@@ -424,7 +424,7 @@ class Session:
             some = pixels[start : start + self.batch]
             stacked = np.stack(some + [some[-1]] * (self._rows(len(some)) - len(some)))
             found.append(
-                fetched(reading.encode(self.size, self.params, stacked))[: len(some)].astype(
+                to_host(reading.encode(self.size, self.params, stacked))[: len(some)].astype(
                     np.float32
                 )
             )
@@ -462,22 +462,22 @@ class Session:
         first of them.
         """
         if not options.stop:
-            return fetched(
+            return to_host(
                 text.write(
                     self.size, self.params, draft, np.int32(options.max_new_tokens), rules
                 ).ids
             )
         count = 1
-        while count < options.max_new_tokens and not fetched(draft.done).all():
+        while count < options.max_new_tokens and not to_host(draft.done).all():
             count = min(count + CHECK, options.max_new_tokens)
             draft = text.write(self.size, self.params, draft, np.int32(count), rules)
-            ids = fetched(draft.ids)
+            ids = to_host(draft.ids)
             stopped = [
                 any(stop in self.tokenizer.decode(row[:count].tolist()) for stop in options.stop)
                 for row in ids
             ]
             draft = draft.replace(done=draft.done | np.array(stopped))
-        return fetched(draft.ids)
+        return to_host(draft.ids)
 
 
 class Conversation:
@@ -589,10 +589,10 @@ class Conversation:
         ids: list[int] = []
         try:
             while True:
-                ids.append(int(fetched(draft.ids)[0, len(ids)]))
+                ids.append(int(to_host(draft.ids)[0, len(ids)]))
                 if new := out.push(ids[-1]):
                     yield new
-                if fetched(draft.done)[0] or out.stopped:
+                if to_host(draft.done)[0] or out.stopped:
                     break
                 with s._mesh():
                     draft = text.write(s.size, s.params, draft, np.int32(len(ids) + 1), rules)
@@ -618,7 +618,7 @@ class Conversation:
             sketch.visual.block_until_ready()
         self._context = sketch.context
         self._said = prompt.joined(self._said, Prompt([s.tokenizer.image] * N))
-        return s.drawings(fetched(sketch.visual)[:1].astype(np.float32))[0]
+        return s.drawings(to_host(sketch.visual)[:1].astype(np.float32))[0]
 
     def _read(self, given: Prompt, room: int) -> None:
         """Reads what is unread and `given`, and makes `room` for what comes."""

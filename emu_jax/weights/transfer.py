@@ -163,7 +163,7 @@ def write(made: Plan, to: str) -> None:
             f"{to} needs {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB"
         )
     stacked = set().union(*(convert.stacked(part.table) for part in made.parts))
-    with checkpoint.writing_slices(to, made.leaves, stacked, config.to_dict(made.config)) as put:
+    with checkpoint.param_writer(to, made.leaves, stacked, config.to_dict(made.config)) as put:
         for part in made.parts:
             needs = convert.uses(part.table, made=True)
             bar = tqdm(
@@ -200,7 +200,7 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} is there and not empty; choose another directory")
     source = (
-        checkpoint.Slices(directory, ema=ema)
+        checkpoint.ParamReader(directory, ema=ema)
         if family is peft.FAMILY
         else Baked(directory, ema=ema)
     )
@@ -261,11 +261,11 @@ def export(
 
 class Baked:
     """The parameters in a checkpoint as those of a model without LoRA and with plain matrices; read
-    like checkpoint.Slices.
+    like checkpoint.ParamReader.
     """
 
     def __init__(self, directory: str, *, ema: bool = False):
-        self._source = checkpoint.Slices(directory, ema=ema)
+        self._source = checkpoint.ParamReader(directory, ema=ema)
         self.config = copy.deepcopy(self._source.config)
         self._size = LoraSize(**config.from_dict(self.config["model"].get("lora", {})).to_dict())
         self.config["model"]["lora"] = self.config["model"].get("lora", {}) | {
@@ -319,7 +319,7 @@ def bake(directory: str, to: str) -> None:
     }
     # what is written has no average
     told = source.config | {"optim": source.config["optim"] | {"ema": 0.0}}
-    with checkpoint.writing_slices(to, leaves, stacked, told) as put:
+    with checkpoint.param_writer(to, leaves, stacked, told) as put:
         for path, leaf in tqdm(leaves.items(), "bake", unit="leaf", disable=None):
             for layer in range(leaf.shape[0]) if path in stacked else [None]:
                 put(path, layer, source.read(path, layer))
@@ -493,7 +493,7 @@ def _set(c: ConfigDict, field: str, value: Any, where: str) -> None:
 
 
 def _dtypes(
-    table: Table, source: checkpoint.Slices | Baked, dtype: str | None
+    table: Table, source: checkpoint.ParamReader | Baked, dtype: str | None
 ) -> dict[str, np.dtype]:
     """The dtype of each foreign tensor: as our leaves have it, or `dtype`."""
     return {

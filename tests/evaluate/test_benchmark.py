@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from emu_jax import checkpoint, config, sharding, train
-from emu_jax.checkpoint import Checkpoints
+from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer
 from emu_jax.evaluate import benchmark, prompts, retrieval
@@ -60,7 +60,9 @@ def save(folder, c, params):
     state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(
         params, {}, None, jnp.int32(7)
     )
-    Checkpoints(str(folder), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
+    CheckpointManager(str(folder), keep=1, keep_every=0).save(
+        7, state, {}, config.to_dict(c), wait=True
+    )
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from emu_jax import config, stages
-from emu_jax.checkpoint import Checkpoints
+from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
 from emu_jax.data.builders import openmoji, scenes
@@ -360,7 +360,7 @@ class State:
 def save(workdir, c):
     stage = stages.STAGES[c.stage]
     params = emu.init(stage.module, stage.size(c.model.to_dict()), jax.random.key(0))
-    Checkpoints(str(workdir), keep=1, keep_every=0).save(
+    CheckpointManager(str(workdir), keep=1, keep_every=0).save(
         7, State(params, {}, None, jnp.int32(7)), {}, config.to_dict(c), wait=True
     )
 

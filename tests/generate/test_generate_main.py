@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from emu_jax import config
-from emu_jax.checkpoint import Checkpoints
+from emu_jax.checkpoint import CheckpointManager
 from emu_jax.data import tokenizer
 from emu_jax.generate import __main__ as command
 from emu_jax.generate.session import Session
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(
         params, {}, None, jax.numpy.int32(7)
     )
-    Checkpoints(str(folder / "emu"), keep=1, keep_every=0).save(
+    CheckpointManager(str(folder / "emu"), keep=1, keep_every=0).save(
         7, state, {}, config.to_dict(c), wait=True
     )
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(

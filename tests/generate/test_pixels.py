@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from emu_jax import config, sharding
-from emu_jax.checkpoint import Checkpoints
+from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data import precomputed, tokenizer
 from emu_jax.data.precomputed import Precomputed
@@ -31,7 +31,9 @@ def save(c, folder):
     state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(
         make.random_params(p), {}, None, jax.numpy.int32(7)
     )
-    Checkpoints(str(folder), keep=1, keep_every=0).save(7, state, {}, config.to_dict(c), wait=True)
+    CheckpointManager(str(folder), keep=1, keep_every=0).save(
+        7, state, {}, config.to_dict(c), wait=True
+    )
 
 
 @pytest.fixture(scope="module")

@@ -212,7 +212,7 @@ def written(path, c, params):
     """A checkpoint of parameters and a config in `path`; the parameters."""
     flat = {name: np.asarray(leaf) for name, leaf in tree.leaves(params)}
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
-    with checkpoint.writing_slices(str(path), shapes, set(), config.to_dict(c)) as put:
+    with checkpoint.param_writer(str(path), shapes, set(), config.to_dict(c)) as put:
         for name, leaf in flat.items():
             put(name, None, leaf)
     return params

@@ -556,7 +556,7 @@ def test_a_trained_checkpoint_is_exported(tmp_path):
     placed = jax.device_put(params, sharding.shardings(mesh, sharding.specs(params)))
     average = {"llama": jax.tree.map(lambda x: x / 2, placed["llama"])}
     state = State(jnp.int32(7), placed, {}, (jnp.zeros(2),), average, jnp.int32(0), jnp.zeros(()))
-    checkpoint.Checkpoints(str(tmp_path / "run"), keep=1, keep_every=0).save(
+    checkpoint.CheckpointManager(str(tmp_path / "run"), keep=1, keep_every=0).save(
         7, state, {}, config.to_dict(c), wait=True
     )
     assert (

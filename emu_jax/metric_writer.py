@@ -54,7 +54,7 @@ def means(
     return out
 
 
-class Journal:
+class MetricWriter:
     """Lines of a run in `workdir`; those after step `start`, of a run that was cut off there, are
     taken out.
 
@@ -127,7 +127,7 @@ class Journal:
             )
             self.told = now
 
-    def pictures(self, step: int, images: np.ndarray, captions: list[str]) -> None:
+    def write_images(self, step: int, images: np.ndarray, captions: list[str]) -> None:
         """Images [M, h, w, 3], if there are any, and what was said of them, to TensorBoard; the
         images also to disk, one below the other.
         """
@@ -151,7 +151,7 @@ class Journal:
                     ),
                 )
 
-    def sync(self) -> None:
+    def flush(self) -> None:
         """All of it is on the disk, or in the bucket that is mounted as one: for a checkpoint,
         after which nobody tells it again.
         """

@@ -6,18 +6,17 @@ import logging
 import re
 import time
 
-import jax
 import pytest
 
-from emu_jax import watch
+from emu_jax import watchdog
 from emu_jax.config import UserError
 
 DOCUMENTS = [["names/cat", "names/dog"], ["scenes/7"]]
 
 
 def test_the_shares_of_the_time_are_all_of_it(tmp_path):
-    with watch.Watch(tmp_path, 0) as watching:
-        watching.enter("steps")
+    with watchdog.Watchdog(tmp_path, 0) as watching:
+        watching.enter_phase("steps")
         with watching.phase("checkpoint"), watching.phase("evaluation"):
             time.sleep(0.02)
         time.sleep(0.01)
@@ -26,14 +25,14 @@ def test_the_shares_of_the_time_are_all_of_it(tmp_path):
             watching.now == "steps"
             and 0.02 <= watching.seconds["evaluation"] < watching.seconds["steps"] + 10
         )
-    assert set(re.findall(r"([a-z ]+) [\d.]+%", line)) == {f" {name}" for name in watch.PHASES}
+    assert set(re.findall(r"([a-z ]+) [\d.]+%", line)) == {f" {name}" for name in watchdog.PHASES}
     assert sum(map(float, re.findall(r"([\d.]+)%", line))) == pytest.approx(100, abs=0.5)
 
 
 def test_a_hang_is_said_with_process_and_phase(tmp_path, caplog, capfd):
-    with watch.Watch(tmp_path, 0.1) as watching:
-        watching.begin(7, DOCUMENTS)
-        watching.enter("steps")
+    with watchdog.Watchdog(tmp_path, 0.1) as watching:
+        watching.begin_step(7, DOCUMENTS)
+        watching.enter_phase("steps")
         while not caplog.records:
             time.sleep(0.01)
         with watching.phase("input wait"):
@@ -45,14 +44,14 @@ def test_a_hang_is_said_with_process_and_phase(tmp_path, caplog, capfd):
         and "hangs: input wait of step 7" in wait
     )
     # where its threads are
-    assert "test_watch.py" in capfd.readouterr().err
+    assert "test_watchdog.py" in capfd.readouterr().err
 
 
 def killed(workdir, step):
     """A run that has died in a step, as the file system sees it."""
-    watching = watch.Watch(workdir, 0)
+    watching = watchdog.Watchdog(workdir, 0)
     for number in range(1, step + 1):
-        watching.begin(number, DOCUMENTS)
+        watching.begin_step(number, DOCUMENTS)
     return watching
 
 
@@ -63,11 +62,11 @@ def test_dying_in_the_same_batch_again_is_said_and_its_documents_named(tmp_path,
     with caplog.at_level(logging.ERROR):
         again = killed(tmp_path, 7)
         assert not caplog.records
-        third = watch.Watch(tmp_path, 0)
+        third = watchdog.Watchdog(tmp_path, 0)
         assert "the last 2 runs died in step 7" in caplog.text and third.deaths == [12, 7, 7]
-        third.begin(6, DOCUMENTS)
+        third.begin_step(6, DOCUMENTS)
         assert "names/cat" not in caplog.text
-        third.begin(7, DOCUMENTS)
+        third.begin_step(7, DOCUMENTS)
         assert (
             "step 7, in which the last 2 runs died, holds the documents names/cat, names/dog, scenes/7"
             in caplog.text
@@ -79,7 +78,7 @@ def test_dying_before_the_first_step_is_not_dying_in_the_last_one(tmp_path, capl
     for _ in range(2):
         killed(tmp_path, 7)
         killed(tmp_path, 0)
-    assert watch.Watch(tmp_path, 0).suspect is None and not caplog.records
+    assert watchdog.Watchdog(tmp_path, 0).suspect is None and not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -88,37 +87,16 @@ def test_dying_before_the_first_step_is_not_dying_in_the_last_one(tmp_path, capl
 )
 def test_a_run_that_ends_has_not_died(tmp_path, error, dead):
     try:
-        with watch.Watch(tmp_path, 0) as watching:
-            watching.begin(3, DOCUMENTS)
+        with watchdog.Watchdog(tmp_path, 0) as watching:
+            watching.begin_step(3, DOCUMENTS)
             if error:
                 raise error
     except (UserError, RuntimeError):
         pass
     assert (tmp_path / "running.json").exists() == dead
-    assert watch.Watch(tmp_path, 0).deaths == ([3] if dead else [])
+    assert watchdog.Watchdog(tmp_path, 0).deaths == ([3] if dead else [])
 
 
 def test_a_note_that_was_cut_off_is_none(tmp_path):
     (tmp_path / "running.json").write_text('{"step": 3, "dea')
-    assert watch.Watch(tmp_path, 0).deaths == []
-
-
-@pytest.mark.parametrize("text", ["10", "10-13", "13:10", "5:5", "0:2", "a:b", ":3"])
-def test_steps_to_trace_that_are_none_are_one_line(text):
-    assert watch.span("10:13") == range(10, 13) and watch.span("") == range(0)
-    with pytest.raises(UserError, match="is not FIRST:END, like 10:13"):
-        watch.span(text)
-
-
-def test_a_trace_is_written_though_the_run_ends_within(tmp_path):
-    step = jax.jit(lambda x: x + 1)
-    for number, last in enumerate((6, 3)):
-        with watch.traced(range(3, 5), tmp_path / str(number)) as before:
-            state = jax.numpy.zeros(4)
-            for count in range(1, last + 1):
-                before(count, state)
-                state = step(state)
-        assert len(list((tmp_path / str(number)).rglob("*.xplane.pb"))) == 1
-    with watch.traced(range(0), tmp_path / "none") as before:
-        before(1, state)
-    assert not (tmp_path / "none").exists()
+    assert watchdog.Watchdog(tmp_path, 0).deaths == []

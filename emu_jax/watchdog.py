@@ -12,7 +12,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ PHASES = ("steps", "input wait", "compile", "checkpoint", "evaluation", "restart
 REMEMBERED = 5
 
 
-class Watch:
+class Watchdog:
     """What this process does, a phase at a time. A context: left without an error, or with a
     UserError, the run has not died.
 
@@ -46,7 +46,7 @@ class Watch:
         self.ended = threading.Event()
         # there while a run is under way, or has died
         self.path = workdir / "running.json"
-        found = processes.all_of(_read(self.path))[0]
+        found = processes.allgather_json(_read(self.path))[0]
         self.deaths: list[int | None] = (
             [*found["deaths"], found["step"]][-REMEMBERED:] if found else []
         )
@@ -67,7 +67,7 @@ class Watch:
         if hang:
             threading.Thread(target=self._watch, args=(hang,), name="watchdog", daemon=True).start()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         return self
 
     def __exit__(self, kind: type | None, _error: Any, _traceback: Any) -> None:
@@ -78,7 +78,7 @@ class Watch:
             if kind is None or issubclass(kind, (UserError, KeyboardInterrupt)):
                 self.path.unlink(missing_ok=True)
 
-    def begin(self, step: int, documents: list[list[str]]) -> None:
+    def begin_step(self, step: int, documents: list[list[str]]) -> None:
         """The batch that makes step `step` is about to be trained on; `documents`: this process's,
         a row each.
         """
@@ -92,7 +92,7 @@ class Watch:
                 ", ".join(document for row in documents for document in row),
             )
 
-    def enter(self, phase: str) -> None:
+    def enter_phase(self, phase: str) -> None:
         """From now on, until the next."""
         now = time.perf_counter()
         self.seconds[self.now] += now - self.since
@@ -101,17 +101,17 @@ class Watch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """`enter`, and back to the phase before."""
+        """`enter_phase`, and back to the phase before."""
         before = self.now
-        self.enter(name)
+        self.enter_phase(name)
         try:
             yield
         finally:
-            self.enter(before)
+            self.enter_phase(before)
 
     def goodput(self) -> str:
         """One line: the shares of this process's time since it began."""
-        self.enter(self.now)
+        self.enter_phase(self.now)
         total = sum(self.seconds.values())
         shares = ", ".join(
             f"{name} {seconds / total:.1%}" for name, seconds in self.seconds.items()
@@ -156,46 +156,3 @@ def _read(path: Path) -> dict | None:
     # none, or cut off at its very start
     except (OSError, ValueError):
         return None
-
-
-def span(text: str) -> range:
-    """ "10:13", the steps 10, 11 and 12; "" is none. Raises UserError."""
-    first, colon, end = text.partition(":")
-    if not text:
-        return range(0)
-    if not (colon and first.isdigit() and end.isdigit() and 0 < int(first) < int(end)):
-        raise UserError(
-            f"profile.steps={text!r} is not FIRST:END, like 10:13 for the steps 10, 11 and 12"
-        )
-    return range(int(first), int(end))
-
-
-@contextmanager
-def traced(steps: range, to: Path) -> Iterator[Callable[[int, Any], None]]:
-    """before(step, state): to be called before each step. An XLA trace of `steps` is written to
-    `to`, for TensorBoard and Perfetto.
-    """
-    under_way = False
-
-    def before(step: int, state: Any) -> None:
-        nonlocal under_way
-        if step in (steps.start, steps.stop):
-            jax.block_until_ready(state)
-        if step in steps and not under_way:
-            jax.profiler.start_trace(to)
-            under_way = True
-        if step == steps.stop and under_way:
-            end()
-
-    def end() -> None:
-        nonlocal under_way
-        under_way = False
-        jax.profiler.stop_trace()
-        log.info("a trace of the steps %d to %d is in %s", steps.start, steps.stop - 1, to)
-
-    try:
-        yield before
-    finally:
-        # the run ended within
-        if under_way:
-            end()

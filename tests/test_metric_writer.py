@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax import journal
+from emu_jax import metric_writer
 from emu_jax.config import UserError
-from emu_jax.journal import Journal, means
+from emu_jax.metric_writer import MetricWriter, means
 
 
 def lines(path):
@@ -18,7 +18,7 @@ def lines(path):
 
 
 def tell(path, start, steps):
-    told = Journal(path, start=start, steps=9)
+    told = MetricWriter(path, start=start, steps=9)
     for step in steps:
         told.write(step, {"loss": float(step)})
     told.close()
@@ -42,14 +42,14 @@ def test_means_of_other_sources_are_an_error():
 
 
 def test_a_line_is_there_as_soon_as_it_is_written(tmp_path):
-    told = Journal(tmp_path, start=0, steps=9)
+    told = MetricWriter(tmp_path, start=0, steps=9)
     told.write(1, {"loss": 0.5, "rate": 2.0})
     assert lines(tmp_path) == [{"step": 1, "loss": 0.5, "rate": 2.0}]
     told.close()
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    told = Journal(tmp_path, start=0, steps=9)
+    told = MetricWriter(tmp_path, start=0, steps=9)
     told.write(1, {"loss": float("nan"), "norm": float("inf"), "bad": -float("inf"), "rate": 2.0})
     told.close()
     assert lines(tmp_path) == [{"step": 1, "loss": None, "norm": None, "bad": None, "rate": 2.0}]
@@ -58,9 +58,9 @@ def test_what_is_not_finite_is_null(tmp_path):
 def test_without_a_terminal_the_log_says_how_long_it_takes(tmp_path, caplog, monkeypatch):
     # when each step is told; the first one was compiled for
     clock = iter([500.0, 530.0, 620.0, 621.0])
-    monkeypatch.setattr(journal.Board, "add", lambda *_: None)
-    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with caplog.at_level("INFO", "emu_jax.journal"):
+    monkeypatch.setattr(metric_writer.Board, "add", lambda *_: None)
+    monkeypatch.setattr(metric_writer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with caplog.at_level("INFO", "emu_jax.metric_writer"):
         tell(tmp_path, 2, [3, 4, 5, 6])
     assert [record.getMessage() for record in caplog.records] == [
         "step 5 of 9, loss 5, about 4 minutes left"
@@ -99,9 +99,9 @@ def test_a_half_written_line_is_left_out_and_said(tmp_path, half, caplog):
 
 
 def test_scalars_pictures_and_captions_reach_tensorboard(tmp_path):
-    told = Journal(tmp_path, start=0, steps=9)
+    told = MetricWriter(tmp_path, start=0, steps=9)
     told.write(1, {"image_loss": 0.5})
-    told.pictures(1, np.zeros((2, 8, 8, 3), np.uint8), ["a red cat", "two dogs"])
+    told.write_images(1, np.zeros((2, 8, 8, 3), np.uint8), ["a red cat", "two dogs"])
     told.close()
     board = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     with Image.open(tmp_path / "pictures/1.png") as saved:
@@ -110,16 +110,16 @@ def test_scalars_pictures_and_captions_reach_tensorboard(tmp_path):
 
 
 def test_pictures_that_cannot_be_stored_stop_no_run(tmp_path, caplog):
-    told = Journal(tmp_path, start=0, steps=9)
+    told = MetricWriter(tmp_path, start=0, steps=9)
     (tmp_path / "pictures").write_text("")
-    told.pictures(1, np.zeros((1, 8, 8, 3), np.uint8), ["a red cat"])
+    told.write_images(1, np.zeros((1, 8, 8, 3), np.uint8), ["a red cat"])
     told.close()
     assert "the pictures of step 1 are not on disk" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["file", "board"])
 def test_a_full_disk_is_one_line(tmp_path, what):
-    told = Journal(tmp_path, start=0, steps=9)
+    told = MetricWriter(tmp_path, start=0, steps=9)
     # each write fails when it reaches the disk
     full = open("/dev/full", "w", buffering=1)
     if what == "file":
