@@ -45,7 +45,7 @@ SPLIT = 2**20
 UNDER_WAY = 2**31
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of a run: the last `keep` steps, and every `keep_every`-th for good (0:
     none).
 
