@@ -34,8 +34,8 @@ from emu_jax.data.documents import Document, Pair
 from emu_jax.data.loader import Loader
 from emu_jax.data.mixture import Mixture, Stream
 from emu_jax.data.packing import best_fit, first_fit
-from emu_jax.data.sequence import Rule, make_sequence
-from emu_jax.data.sources.options import Options
+from emu_jax.data.sequence import SourceRule, make_sequence
+from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.tokenizer import Tokenizer
 
 # the bounds: tokens and image slots that hold nothing; memory over the steps
@@ -161,7 +161,7 @@ def paper() -> tuple[tuple, ...]:
             name,
             weight,
             Synthetic("laion" if name.startswith("laion") else name.removesuffix("-pairs")),
-            Rule(**(rest[0] if rest else {})),
+            SourceRule(**(rest[0] if rest else {})),
         )
         for name, weight, _, *rest in get_config().data.mixture
     )
@@ -213,7 +213,9 @@ def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        build.build("pairs", [Path(folder, "0.tar")], Path(folder, "set"), Options(), workers=1)
+        build.build(
+            "pairs", [Path(folder, "0.tar")], Path(folder, "set"), SourceOptions(), workers=1
+        )
         data = get_config().data
         data.unlock()
         for workers, readers in ((1, 0), (2, 0), (1, 1), (2, 2)):
@@ -257,7 +259,7 @@ def memory(steps: int) -> dict[str, float]:
             mixture=(("web", 1.0, "laion"), ("pages", 0.2, "mmc4"), ("plain", 0.1, "text")),
         )
     )
-    sources.open = lambda path, image_size, fit: Synthetic(path)
+    sources.open_source = lambda path, image_size, fit: Synthetic(path)
     loader = Loader(data, 0, letters(), N, SMALL)
     resident = []
     start = time.perf_counter()

@@ -235,7 +235,7 @@ def data() -> ConfigDict:
             # shorter side
             fit="squash",
             # (name, weight, "FOLDER:SPLIT"[, rule]) a source: a tensorflow-datasets dataset; rule:
-            # data/sequence.py, Rule
+            # data/sequence.py, SourceRule
             mixture=(),
             # the same, held out
             eval_mixture=(),

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from emu_jax import hardware, processes, profiler, sharding, tree
 from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError, to_dict
-from emu_jax.data.loader import Item, Loader, merge
+from emu_jax.data.loader import LoadedBatch, Loader, merge_states
 from emu_jax.metric_writer import MetricWriter, means
 from emu_jax.models import emu, flops
 from emu_jax.stages import Stage
@@ -201,7 +201,7 @@ def run(
     writer: MetricWriter,
     watchdog: Watchdog,
     evaluate: Callable[[tree.Tree], dict[str, float]] | None = None,
-    pictures: Callable[[tree.Tree, Item], list] | None = None,
+    pictures: Callable[[tree.Tree, LoadedBatch], list] | None = None,
 ) -> State:
     """Trains from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and saves.
     `evaluate(params)` gives held-out numbers, `pictures(params, item)` the arguments of
@@ -210,9 +210,9 @@ def run(
     place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
     step_fn = jitted(program, state)
     counts = Counts(program, c, state)
-    pending: tuple[int, Item, Metrics, float] | None = None
+    pending: tuple[int, LoadedBatch, Metrics, float] | None = None
     first = step = int(state.step)
-    batches: Iterator[Item] = iter(loader)
+    batches: Iterator[LoadedBatch] = iter(loader)
     item = None
 
     def finish(pending) -> None:
@@ -251,7 +251,7 @@ def run(
         # so that the time is the save's
         jax.block_until_ready(state)
         with watchdog.phase("checkpoint"):
-            data = merge(processes.allgather_json(item.state))
+            data = merge_states(processes.allgather_json(item.state))
             checkpoints.save(step, state, data, to_dict(c), wait=wait or bool(full))
         if full:
             loader.close()
@@ -353,7 +353,7 @@ class Counts:
         """What was done since the last step is not part of the next one's time."""
         self.ended = None
 
-    def of(self, item: Item, waited: float) -> dict[str, float]:
+    def of(self, item: LoadedBatch, waited: float) -> dict[str, float]:
         now = time.perf_counter()
         seconds = None if self.ended is None else now - self.ended
         self.ended = now

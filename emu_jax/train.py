@@ -31,7 +31,7 @@ from emu_jax import checkpoint, config, loop, optim, processes, profiler, shardi
 from emu_jax.config import UserError
 from emu_jax.data import precomputed
 from emu_jax.data import tokenizer as tokenizers
-from emu_jax.data.loader import Item, Loader
+from emu_jax.data.loader import LoadedBatch, Loader
 from emu_jax.evaluate import benchmark
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate import pixels, precompute
@@ -430,7 +430,7 @@ def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
             else f"data.conditions={c.data.conditions!r}: nothing draws from them but model.decoder.condition='generated'"
         )
     if wanted:
-        made = tuple(precomputed.notes(Path(c.data.conditions), "conditions")["shape"])
+        made = tuple(precomputed.read_metadata(Path(c.data.conditions), "conditions")["shape"])
         model = (c.model.resampler.tokens, c.model.llama.width)
         if made != model:
             raise UserError(
@@ -438,7 +438,7 @@ def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
             )
     if c.data.latents:
         here = precompute.latents_of(c)
-        there = precomputed.notes(Path(c.data.latents), "latents")
+        there = precomputed.read_metadata(Path(c.data.latents), "latents")
         if differ := [
             f"{name} {there.get(name)}, not {value}"
             for name, value in here.items()
@@ -615,12 +615,12 @@ def benchmarks(
 
 def pictures(
     program: loop.Program, mesh: jax.sharding.Mesh, tokenizer: tokenizers.Tokenizer, context: int
-) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+) -> Callable[[tree.Tree, LoadedBatch], tuple[np.ndarray, list[str]]]:
     """pictures(params, item): some images of a batch (of several processes, of the first one's),
     what the model says of them, and the text of the document that each is from.
     """
 
-    def show(params: tree.Tree, item: Item) -> tuple[np.ndarray, list[str]]:
+    def show(params: tree.Tree, item: LoadedBatch) -> tuple[np.ndarray, list[str]]:
         batch = multihost_utils.broadcast_one_to_all(
             jax.tree.map(lambda x: x[:PICTURES], item.batch)
         )
@@ -648,7 +648,7 @@ def pictures(
 
 def drawings(
     program: loop.Program, mesh: jax.sharding.Mesh, c: ConfigDict, make_loader: Callable[[], Loader]
-) -> Callable[[tree.Tree, Item], tuple[np.ndarray, list[str]]]:
+) -> Callable[[tree.Tree, LoadedBatch], tuple[np.ndarray, list[str]]]:
     """drawings(params, item): the first images of the data, each beside what the decoder makes of
     it, always the same ones with the same seeds, and led away from zeros: nothing is generated
     here.
@@ -675,7 +675,7 @@ def drawings(
     both = jax.jit(both)
     held = (batch.image_slots < batch.tokens.shape[1]).ravel()
 
-    def show(params: tree.Tree, _: Item) -> tuple[np.ndarray, list[str]]:
+    def show(params: tree.Tree, _: LoadedBatch) -> tuple[np.ndarray, list[str]]:
         images = np.concatenate(
             [processes.to_host(part)[: len(held)] for part in both(params, rows)], 2
         )

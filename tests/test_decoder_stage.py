@@ -19,7 +19,7 @@ from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer
 from emu_jax.data.loader import Loader
-from emu_jax.data.precomputed import notes, notes_of
+from emu_jax.data.precomputed import metadata_path, read_metadata
 from emu_jax.generate import __main__ as generate
 from emu_jax.generate import precompute
 from tests.support import fixtures, make
@@ -321,8 +321,8 @@ def test_latents_of_other_images_are_one_line(made, overrides, told):
 def test_what_other_weights_made_is_one_line(folder, made, tmp_path, kind, directory):
     """As where the Emu was trained anew, and its old conditions still lie there."""
     precompute.check_weights(config.load(made("")), kind)
-    told = notes(folder / kind, kind)
-    notes_of(tmp_path, kind).write_text(json.dumps(told | {"weights": told["weights"] ^ 1}))
+    told = read_metadata(folder / kind, kind)
+    metadata_path(tmp_path, kind).write_text(json.dumps(told | {"weights": told["weights"] ^ 1}))
     with pytest.raises(
         UserError,
         match=f"were made by other weights .* than those of init, {folder}/{directory}; make them again",

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from emu_jax import loop, sharding, stages, train, tree
 from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
-from emu_jax.data.loader import Item
+from emu_jax.data.loader import LoadedBatch
 from emu_jax.metric_writer import MetricWriter
 from emu_jax.models import emu, flops, layers
 from emu_jax.watchdog import Watchdog
@@ -339,7 +339,7 @@ class Feed:
     def __iter__(self):
         for number, batch in enumerate(self.batches, 1):
             self.before(number)
-            yield Item(
+            yield LoadedBatch(
                 batch,
                 [[f"a/first{number}", f"b/second{number}"], [f"b/third{number}"]],
                 {"number": number},
@@ -613,7 +613,7 @@ def test_speed_by_hand(monkeypatch):
         regressed=4 * images,
     )
 
-    item = Item(batch, [], {}, {"epochs": {"pairs": 0.25}})
+    item = LoadedBatch(batch, [], {}, {"epochs": {"pairs": 0.25}})
     counts = loop.Counts(p, C, loop.State(0, train, freeze, None, None, 0, 0.0))
     still = {"padding": 1 - tokens / (8 * T), "input_wait": 0.5, "epochs/pairs": 0.25}
     # step 1 compiles

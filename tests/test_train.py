@@ -21,7 +21,7 @@ import pytest
 
 from emu_jax import checkpoint, config, metric_writer, train, tree
 from emu_jax.config import UserError
-from emu_jax.data.loader import Item, Loader
+from emu_jax.data.loader import LoadedBatch, Loader
 from emu_jax.initial import load_weights
 from emu_jax.models import emu
 from tests.support import fixtures, make
@@ -447,7 +447,7 @@ def test_visual_tokens_are_standardised_by_the_images_that_are_there():
             self.pool = None
 
         def __iter__(self):
-            return (Item(batch, [], {}, {}) for batch in batches)
+            return (LoadedBatch(batch, [], {}, {}) for batch in batches)
 
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     stats = train.measure_visual_stats(p, params, Feed(), {"mean": where, "std": where})

@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from emu_jax.config import UserError
-from emu_jax.data.sources.options import Options
+from emu_jax.data.sources.options import SourceOptions
 
 
 def main(arguments: list[str]) -> None:
@@ -36,7 +36,7 @@ def _inspect(flags: argparse.Namespace) -> None:
     from emu_jax.data import inspection
     from emu_jax.data.builders import card
 
-    documents = inspection.documents(flags.kind, Path(flags.path), _options(flags))
+    documents = inspection.inspect_documents(flags.kind, Path(flags.path), _options(flags))
     if flags.jsonl:
         for document in documents:
             # ASCII: whatever the terminal takes, and a line is a line
@@ -46,7 +46,7 @@ def _inspect(flags: argparse.Namespace) -> None:
     new = page.with_suffix(".new")
     try:
         with new.open("w", encoding="utf-8") as file:
-            file.writelines(card.inspected(f"{flags.path}, read as {flags.kind}", documents))
+            file.writelines(card.inspection_page(f"{flags.path}, read as {flags.kind}", documents))
         new.replace(page)
     finally:
         new.unlink(missing_ok=True)
@@ -82,8 +82,10 @@ def _build(flags: argparse.Namespace) -> None:
     print(f"{flags.to}/card.html")
 
 
-def _options(flags: argparse.Namespace) -> Options:
-    return Options(**{field.name: getattr(flags, field.name) for field in fields(Options)})
+def _options(flags: argparse.Namespace) -> SourceOptions:
+    return SourceOptions(
+        **{field.name: getattr(flags, field.name) for field in fields(SourceOptions)}
+    )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -135,7 +137,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "DataflowRunner, ...; what follows -- is passed on to it",
     )
     for command in (inspect, build):
-        for field in fields(Options):
+        for field in fields(SourceOptions):
             kind = (
                 {"type": _yes_or_no, "metavar": "yes|no"}
                 if isinstance(field.default, bool)

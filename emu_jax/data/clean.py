@@ -53,7 +53,7 @@ _FILE_NAME = re.compile(
 _CAMERA = re.compile(r"^\s*(?:dsc[nf]?|img|pict?|p)[ _-]?\d{4,}\s*$", re.I)
 
 
-def decode(data: bytes) -> str:
+def decode_text(data: bytes) -> str:
     """Text of UTF-8 (a byte order mark is dropped) or of UTF-16 with one; line ends are "\\n".
     Raises ValueError for other bytes.
     """
@@ -65,14 +65,14 @@ def decode(data: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def spaces(text: str) -> str:
+def collapse_whitespace(text: str) -> str:
     """Every run of white space and control characters becomes one space; none at the ends."""
     return " ".join(
         "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text).split()
     )
 
 
-def junk(caption: str) -> str:
+def junk_reason(caption: str) -> str:
     """Why a caption says nothing, in no matter which language, or ""."""
     # letters, and symbols for emoji
     if not any(unicodedata.category(letter)[0] in "LS" for letter in caption):
@@ -89,18 +89,18 @@ def junk(caption: str) -> str:
     return ""
 
 
-def video_caption(text: str) -> str:
+def clean_video_caption(text: str) -> str:
     """A video's caption without place and date in front, without resolution, rate, codec and words
     of the trade; "" if nothing is left.
     """
-    text = spaces(text)
+    text = collapse_whitespace(text)
     if len(text) > _LONG:
         return text
     text = _DATELINE.sub("", text)
     stripped = _TECHNICAL.sub("", _BRACKETS.sub("", text))
     if stripped != text:
         words = (
-            spaces(
+            collapse_whitespace(
                 re.sub(r"\s+([.,;:])", r"\1", re.sub(r"([.,;:])(?:\s*[.,;:])+", r"\1", stripped))
             )
             .rstrip(_ENDS)

@@ -71,7 +71,7 @@ class Skipped:
     reason: str
 
 
-def pictures(document: Document) -> Iterator[Picture | Image]:
+def images_of(document: Document) -> Iterator[Picture | Image]:
     """The images of a document, in the order of its parts."""
     for part in document.parts:
         if isinstance(part, Pair):
@@ -80,12 +80,12 @@ def pictures(document: Document) -> Iterator[Picture | Image]:
             yield part
 
 
-def pixels(document: Document) -> Iterator[Image]:
+def pixels_of(document: Document) -> Iterator[Image]:
     """The same of a document whose images are decoded."""
-    return (image.data if isinstance(image, Picture) else image for image in pictures(document))
+    return (image.data if isinstance(image, Picture) else image for image in images_of(document))
 
 
-def texts(document: Document) -> Iterator[Text]:
+def texts_of(document: Document) -> Iterator[Text]:
     """The texts of a document, in the order of its parts."""
     for part in document.parts:
         part = part.text if isinstance(part, Pair) else part

@@ -45,7 +45,7 @@ def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h 
 
     `fit`: "squash" to size x size; "centre" scales the shorter side to `size` and cuts the middle
     out; "random" only scales the shorter side: where the square is cut is drawn later, by
-    `make_sequence`. Raises ValueError, in one line, for what `pixels` refuses.
+    `make_sequence`. Raises ValueError, in one line, for what `decode_full` refuses.
     """
     # twice the size: scaled decoding does not show after the bicubic filter
     image = _upright(data, 2 * size)
@@ -63,7 +63,7 @@ def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h 
     return np.array(image)
 
 
-def pixels(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+def decode_full(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """The whole picture, upright: JPEG, PNG, WebP, GIF (first frame), BMP, TIFF; 16-bit, palette,
     CMYK, grey; transparency over white.
 
@@ -73,7 +73,7 @@ def pixels(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(_upright(data, 0))
 
 
-def size(data: bytes) -> tuple[int, int] | None:
+def header_size(data: bytes) -> tuple[int, int] | None:
     """Width and height by the header, as stored; None for what is no image."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS).size

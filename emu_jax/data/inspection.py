@@ -16,15 +16,17 @@ import numpy as np
 from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Pair, Picture, Skipped, Text
 from emu_jax.data.sources import kinds
-from emu_jax.data.sources.options import Options
+from emu_jax.data.sources.options import SourceOptions
 
 CELLS = 4
 
 
-def documents(kind: str, path: Path, options: Options) -> Iterator[Document | Skipped]:
-    """All of `path`, unit after unit."""
-    for unit in kinds.KINDS[kind].units(path):
-        yield from kinds.documents(kind, unit, options)
+def inspect_documents(
+    kind: str, path: Path, options: SourceOptions
+) -> Iterator[Document | Skipped]:
+    """All of `path`, shard after shard."""
+    for shard in kinds.KINDS[kind].list_shards(path):
+        yield from kinds.read_documents(kind, shard, options)
 
 
 def describe(document: Document | Skipped) -> dict[str, Any]:
@@ -55,7 +57,9 @@ def _part(part: Any) -> dict[str, Any]:
 
 
 def _image(picture: Picture) -> dict[str, Any]:
-    pixels = picture.data if isinstance(picture.data, np.ndarray) else images.pixels(picture.data)
+    pixels = (
+        picture.data if isinstance(picture.data, np.ndarray) else images.decode_full(picture.data)
+    )
     return {
         "width": pixels.shape[1],
         "height": pixels.shape[0],

@@ -19,14 +19,14 @@ from ml_collections import ConfigDict
 
 from emu_jax.config import UserError
 from emu_jax.data import sources
-from emu_jax.data.chat import SYSTEMS
+from emu_jax.data.chat_format import SYSTEM_CHOICES
 from emu_jax.data.images import FITS
 from emu_jax.data.mixture import COUNTS, Mixture, Stream
 from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
-from emu_jax.data.patience import Patient, Readers
-from emu_jax.data.precomputed import KINDS, Precomputed, attached
-from emu_jax.data.sequence import LABELS, Rule, make_sequence
-from emu_jax.data.sources import CACHE_BYTES, Cached, Source
+from emu_jax.data.precomputed import KINDS, Precomputed, attach
+from emu_jax.data.reader_pool import ReaderPool, RetryingSource
+from emu_jax.data.sequence import LABELS, SourceRule, make_sequence
+from emu_jax.data.sources import CACHE_BYTES, CachedSource, Source
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.types import Batch
 
@@ -38,7 +38,7 @@ JUDGED = 100
 
 
 @dataclass(frozen=True)
-class Item:
+class LoadedBatch:
     """A host's rows of a global batch, as NumPy arrays, and what travels with them."""
 
     batch: Batch
@@ -84,17 +84,17 @@ class Loader:
         self.image_size = image_size
         self.pad = tokenizer.pad
         self.source_names = tuple(row[0] for row in rows)
-        opened = [sources.open(row[2], image_size, data.fit) for row in rows]
-        self.readers = Readers(
+        opened = [sources.open_source(row[2], image_size, data.fit) for row in rows]
+        self.readers = ReaderPool(
             opened, data.readers or data.workers, data.patience, data.readers > 0
         )
         self.mixture = Mixture(
             self.source_names,
             tuple(float(row[1]) for row in rows),
-            tuple(map(self._waited_for, range(len(rows)))),
+            tuple(map(self._retrying, range(len(rows)))),
             data.num_streams,
             seed,
-            tuple(Rule(**(row[3] if len(row) > 3 else {})) for row in rows),
+            tuple(SourceRule(**(row[3] if len(row) > 3 else {})) for row in rows),
         )
         self.owned = range(
             process * data.num_streams // processes, (process + 1) * data.num_streams // processes
@@ -122,7 +122,7 @@ class Loader:
             if data[kind]
         }
         self.state: dict = {}
-        self.told_of_cuts = False
+        self.warned_of_cuts = False
         self.pool: ThreadPoolExecutor | None = None
         for name, source in zip(self.source_names, self.mixture.sources):
             log.info("source %s: %d documents", name, len(source))
@@ -136,7 +136,7 @@ class Loader:
             data.readers,
         )
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         self.close()
         pool = self.pool = ThreadPoolExecutor(max(self.data.workers, self.data.readers), "data")
         states = self.state.get("streams", {})
@@ -172,7 +172,7 @@ class Loader:
                     ]
                     ahead.append((batch, tasks))
                 batch, done = ahead.popleft()
-                item = self._item(batch, streams, [task.result() for task in done])
+                item = self._loaded_batch(batch, streams, [task.result() for task in done])
                 if item is None:
                     return
                 if not self.eval:
@@ -187,7 +187,7 @@ class Loader:
 
     def restore(self, state: dict) -> None:
         """Continues after the batch whose state this is; one of several processes needs only its
-        own streams in it (`merge`).
+        own streams in it (`merge_states`).
         """
         self.close()
         for what, saved, here in (
@@ -216,9 +216,9 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
             self.readers.close()
 
-    def _waited_for(self, number: int) -> Source:
-        return Cached(
-            Patient(
+    def _retrying(self, number: int) -> Source:
+        return CachedSource(
+            RetryingSource(
                 self.readers,
                 number,
                 self.source_names[number],
@@ -256,9 +256,9 @@ class Loader:
                 )
         return [[packed.id for packed in row] for row in rows], stream.state()
 
-    def _item(
+    def _loaded_batch(
         self, batch: Batch, streams: list[Stream], results: list[tuple[list[list[str]], dict]]
-    ) -> Item | None:
+    ) -> LoadedBatch | None:
         states = {str(stream.number): state for stream, (_, state) in zip(streams, results)}
         stats = statistics(states, self.data.tokens, self._documents, self.data.num_streams)
         for name, documents in self._documents.items():
@@ -269,8 +269,8 @@ class Loader:
                     f"source {name!r}: {bad} of {read} records are corrupt (each is named in the log), more than "
                     f"data.max_bad_share={self.data.max_bad_share} allows; mend the data or raise the share"
                 )
-        if stats["cut_turns"] and not self.told_of_cuts:
-            self.told_of_cuts = True
+        if stats["cut_turns"] and not self.warned_of_cuts:
+            self.warned_of_cuts = True
             log.warning(
                 "conversations are longer than data.tokens=%d and data.images=%d allow: their last turns are left out, %d so far; "
                 "metrics.jsonl goes on counting (cut_turns, cut_documents)",
@@ -295,12 +295,12 @@ class Loader:
                 "streams": states,
             }
         )
-        return Item(
-            attached(batch, ids, self.precomputed) if self.precomputed else batch, ids, state, stats
+        return LoadedBatch(
+            attach(batch, ids, self.precomputed) if self.precomputed else batch, ids, state, stats
         )
 
 
-def merge(states: list[dict]) -> dict:
+def merge_states(states: list[dict]) -> dict:
     """One state of those that the processes have after one and the same batch, for `restore` on any
     number of processes.
     """
@@ -384,7 +384,7 @@ def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processe
         ("fit", FITS),
         ("packing", ("first_fit", "best_fit")),
         ("unreadable", ("skip", "stop")),
-        ("system", SYSTEMS),
+        ("system", SYSTEM_CHOICES),
     ):
         if data[name] not in known:
             raise UserError(f"data.{name} is {data[name]!r}; there are {', '.join(known)}")
@@ -422,7 +422,7 @@ def _check_first_images(data: ConfigDict, mixture: tuple, field: str) -> None:
 
 
 def _check_rule(rule: Any, what: str, n_visual: int) -> None:
-    known = {field.name: field for field in fields(Rule)}
+    known = {field.name: field for field in fields(SourceRule)}
     if not isinstance(rule, dict) or set(rule) - set(known):
         raise UserError(f"{what} is {rule!r}; it is a dict of {', '.join(known)}")
     for name, value in rule.items():
@@ -431,7 +431,7 @@ def _check_rule(rule: Any, what: str, n_visual: int) -> None:
             isinstance(default, float) and type(value) is int
         ):
             raise UserError(f"{what}: {name} is {value!r}; it must be like {default!r}")
-    rule = Rule(**rule)
+    rule = SourceRule(**rule)
     if rule.start not in ("first", "random"):
         raise UserError(f"{what}: start is {rule.start!r}; there are first and random")
     if (

@@ -18,8 +18,8 @@ from jaxtyping import Int
 
 from emu_jax.config import UserError
 from emu_jax.data.packing import first_fit
-from emu_jax.data.sequence import PLAIN, Rule, Sequence
-from emu_jax.data.sources import Corrupt, Source
+from emu_jax.data.sequence import NO_RULE, Sequence, SourceRule
+from emu_jax.data.sources import CorruptRecord, Source
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens"
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedSequence:
     """A sequence in a row: `id` is "name of the source/id of the document", `source` its index in
     the mixture.
     """
@@ -42,19 +42,19 @@ class Packed:
     sequence: Sequence
 
 
-def hash_of(*key: Any) -> int:
+def stable_hash(*key: Any) -> int:
     """64 bits that belong to `key`, the same on every host and in every run (which those of
     Python's hash are not).
     """
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
-def rng_of(*key: Any) -> np.random.Generator:
+def rng_for(*key: Any) -> np.random.Generator:
     """The generator that belongs to `key`."""
-    return np.random.default_rng(hash_of(*key))
+    return np.random.default_rng(stable_hash(*key))
 
 
-def shuffled(place: int, size: int, key: int) -> int:
+def shuffled_index(place: int, size: int, key: int) -> int:
     """The index, 0 <= index < size, at `place` of the permutation of `size` that belongs to the
     64-bit `key`.
 
@@ -94,17 +94,17 @@ class Mixture:
     sources: tuple[Source, ...]
     streams: int
     seed: int
-    # one a source; () is PLAIN for all
-    rules: tuple[Rule, ...] = ()
+    # one a source; () is NO_RULE for all
+    rules: tuple[SourceRule, ...] = ()
 
-    def rule(self, source: int) -> Rule:
-        return self.rules[source] if self.rules else PLAIN
+    def rule(self, source: int) -> SourceRule:
+        return self.rules[source] if self.rules else NO_RULE
 
     def index(self, source: int, place: int) -> int:
         """The record of a source at a place."""
         epoch, within = divmod(place, len(self.sources[source]))
-        return shuffled(
-            within, len(self.sources[source]), hash_of(self.seed, self.names[source], epoch)
+        return shuffled_index(
+            within, len(self.sources[source]), stable_hash(self.seed, self.names[source], epoch)
         )
 
     def draws(self, stream: int, block: int) -> Int[np.ndarray, " n"]:
@@ -113,11 +113,13 @@ class Mixture:
         """
         edges = np.cumsum(self.weights)
         return np.searchsorted(
-            edges / edges[-1], rng_of(self.seed, "draws", stream, block).random(BLOCK), side="right"
+            edges / edges[-1],
+            rng_for(self.seed, "draws", stream, block).random(BLOCK),
+            side="right",
         )
 
     @cached_property
-    def one_pass(self) -> Int[np.ndarray, "n 2"]:
+    def eval_order(self) -> Int[np.ndarray, "n 2"]:
         """(source, index) rows in the fixed order of an evaluation: a document of each source in
         turn, once, weights ignored.
         """
@@ -163,11 +165,11 @@ class Stream:
         self.bad = [state["sources"][name]["bad"] for name in mixture.names]
         self.counts = dict.fromkeys(COUNTS, 0) | state["counts"]
         # ((source, place), document)
-        self.waiting: list[tuple[tuple[int, int], Packed]] = []
+        self.waiting: list[tuple[tuple[int, int], PackedSequence]] = []
         # of the restored state
         self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])
         self.once = (
-            map(tuple, mixture.one_pass[number :: mixture.streams].tolist()) if once else None
+            map(tuple, mixture.eval_order[number :: mixture.streams].tolist()) if once else None
         )
         # the draws at hand and their number
         self.block: tuple[int, np.ndarray] = (-1, np.zeros(0))
@@ -189,11 +191,11 @@ class Stream:
             "counts": dict(self.counts),
         }
 
-    def row(self, tokens: int, images: int) -> list[Packed]:
+    def row(self, tokens: int, images: int) -> list[PackedSequence]:
         """The next row of at most `tokens` tokens and `images` images: always that waiting document
         which `fit` chooses.
         """
-        row: list[Packed] = []
+        row: list[PackedSequence] = []
         while True:
             self._refill()
             index = self.fit([packed.sequence for _, packed in self.waiting], tokens, images)
@@ -232,7 +234,7 @@ class Stream:
         self.read[source] += 1
         return source, place
 
-    def _read(self, source: int, place: int) -> Packed | None:
+    def _read(self, source: int, place: int) -> PackedSequence | None:
         name = self.mixture.names[source]
         documents = self.mixture.sources[source]
         try:
@@ -240,9 +242,9 @@ class Stream:
                 place if self.once is not None else self.mixture.index(source, place)
             ]
             full_id = f"{name}/{document.id}"
-            rng = rng_of(self.mixture.seed, full_id, place // len(documents))
+            rng = rng_for(self.mixture.seed, full_id, place // len(documents))
             sequence = self.to_sequence(document, rng=rng, rule=self.mixture.rule(source))
-        except Corrupt as error:
+        except CorruptRecord as error:
             log.warning("source %s: a corrupt record is skipped: %s", name, error)
             self.bad[source] += 1
             self.streak += 1
@@ -262,7 +264,7 @@ class Stream:
                 )
             return None
         self.streak = 0
-        return Packed(full_id, source, sequence)
+        return PackedSequence(full_id, source, sequence)
 
     def _count_cut(self, sequence: Sequence):
         self._count(

@@ -27,22 +27,22 @@ SHARD = 1024
 OPEN = 256
 
 
-def shards(documents: int) -> int:
+def num_shards(documents: int) -> int:
     return -(-documents // SHARD)
 
 
-def notes_of(directory: Path, kind: str) -> Path:
+def metadata_path(directory: Path, kind: str) -> Path:
     return directory / f"{kind}.json"
 
 
-def path_of(directory: Path, mixture: str, source: str, shard: int) -> Path:
+def shard_path(directory: Path, mixture: str, source: str, shard: int) -> Path:
     """Of the shard's arrays; its ids lie beside them in a .json."""
     return directory / mixture / source / f"{shard:05}.npy"
 
 
-def notes(directory: Path, kind: str) -> dict:
+def read_metadata(directory: Path, kind: str) -> dict:
     """What DIR/KIND.json says. Raises UserError where it is missing or damaged."""
-    path = notes_of(directory, kind)
+    path = metadata_path(directory, kind)
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -65,14 +65,14 @@ class Precomputed:
         """
         self.directory = Path(directory)
         self.kind = kind
-        self.shape = tuple(notes(self.directory, kind)["shape"])
+        self.shape = tuple(read_metadata(self.directory, kind)["shape"])
         self._paths: list[Path] = []
         self._opened = lru_cache(OPEN)(partial(np.load, mmap_mode="r"))
         # full id -> (number of the path, row)
         self._places: dict[str, tuple[int, int]] = {}
         for source, count in documents.items():
-            for shard in range(shards(count)):
-                self._open(source, path_of(self.directory, mixture, source, shard))
+            for shard in range(num_shards(count)):
+                self._open(source, shard_path(self.directory, mixture, source, shard))
 
     def _open(self, source: str, path: Path) -> None:
         again = f"run python -m emu_jax.generate precompute{KINDS[self.kind]} again: it makes what is missing"
@@ -91,7 +91,7 @@ class Precomputed:
         self._places |= {f"{source}/{id}": (len(self._paths), row) for row, id in enumerate(ids)}
         self._paths.append(path)
 
-    def of(self, id: str) -> Float16[np.ndarray, "..."]:
+    def lookup(self, id: str) -> Float16[np.ndarray, "..."]:
         """Of a document by its full id. Raises UserError for one that has none."""
         if id not in self._places:
             raise UserError(
@@ -100,7 +100,7 @@ class Precomputed:
         number, row = self._places[id]
         return np.array(self._opened(self._paths[number])[row])
 
-    def of_batch(
+    def lookup_batch(
         self, batch: Batch, ids: Sequence[Sequence[str]]
     ) -> Float16[np.ndarray, "B I ..."]:
         """Of the document of each image of a batch; zeros where there is no image. ids: of the
@@ -109,15 +109,15 @@ class Precomputed:
         found = np.zeros((*batch.image_slots.shape, *self.shape), np.float16)
         for row, slots in enumerate(batch.image_slots):
             for place, slot in enumerate(slots[slots < batch.tokens.shape[1]]):
-                found[row, place] = self.of(ids[row][batch.segments[row, slot] - 1])
+                found[row, place] = self.lookup(ids[row][batch.segments[row, slot] - 1])
         return found
 
 
-def attached(
+def attach(
     batch: Batch, ids: Sequence[Sequence[str]], precomputed: Mapping[str, Precomputed]
 ) -> DecoderBatch:
     """The batch with what is precomputed for its images, by kind."""
     return DecoderBatch(
         **{field.name: getattr(batch, field.name) for field in fields(Batch)},
-        **{kind: arrays.of_batch(batch, ids) for kind, arrays in precomputed.items()},
+        **{kind: arrays.lookup_batch(batch, ids) for kind, arrays in precomputed.items()},
     )

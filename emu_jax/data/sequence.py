@@ -3,7 +3,7 @@
 
 The grammar of Emu (arXiv 2307.05222, section 2; the release's ids and labels). Everything that
 differs between the data sets of the paper is said by the order of a document's parts; the random
-order of a Pair is drawn here. A conversation is written by chat.py, and only its answers count.
+order of a Pair is drawn here. A conversation is written by chat_format.py, and only its answers count.
 Read next: packing.py.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from emu_jax.config import UserError
-from emu_jax.data import chat
+from emu_jax.data import chat_format
 from emu_jax.data.documents import Document, Pair, Picture, Text
 from emu_jax.data.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Rule:
+class SourceRule:
     """How the documents of one source become sequences, where that is not how all do: the fourth
     field of a row of data.mixture.
 
@@ -66,7 +66,7 @@ class Rule:
     image_first: float = -1.0
 
 
-PLAIN = Rule()
+NO_RULE = SourceRule()
 
 
 def make_sequence(
@@ -79,7 +79,7 @@ def make_sequence(
     image_first: float,
     labels: Collection[str],
     rng: np.random.Generator,
-    rule: Rule = PLAIN,
+    rule: SourceRule = NO_RULE,
     chats: bool = True,
     system: str = "release",
 ) -> Sequence:
@@ -94,11 +94,11 @@ def make_sequence(
 
     A conversation is cut after a whole turn instead; one whose first turn is too long has no
     tokens. Its questions and their images count nothing. system: "release" begins it with the
-    release's message, if it has none of its own. Raises Corrupt for roles out of order, and
+    release's message, if it has none of its own. Raises CorruptRecord for roles out of order, and
     UserError for a conversation where the model has no tokens for it (`chats`).
     """
     max_tokens = min(max_tokens, rule.tokens or max_tokens)
-    if chat.is_conversation(document):
+    if chat_format.is_conversation(document):
         if not chats:
             raise UserError(
                 f"{document.id} is a conversation, and this model has no [USER] and [ASSISTANT]: model.llama.added=6"
@@ -166,10 +166,14 @@ def make_sequence(
 def _conversation(
     document, tokenizer, n_visual, max_tokens, max_images, labels, rng, system
 ) -> Sequence:
-    own, turns = chat.turns(document)
+    own, turns = chat_format.split_turns(document)
     counts = {label: float(label in labels) for label in LABELS}
     said = own or (
-        chat.MESSAGES[chat.kind([part for part in turns[0].question if isinstance(part, Picture)])]
+        chat_format.SYSTEM_MESSAGES[
+            chat_format.question_kind(
+                [part for part in turns[0].question if isinstance(part, Picture)]
+            )
+        ]
         if system == "release"
         else ()
     )
@@ -179,8 +183,11 @@ def _conversation(
         asked = [
             _square(part.data, rng) if isinstance(part, Picture) else part.text for part in question
         ]
-        for piece in chat.joined(
-            [*(chat.opening(tokenizer, said) if number == 0 else ()), *chat.asked(tokenizer, asked)]
+        for piece in chat_format.join_texts(
+            [
+                *(chat_format.opening_pieces(tokenizer, said) if number == 0 else ()),
+                *chat_format.question_pieces(tokenizer, asked),
+            ]
         ):
             written.add(piece, 0.0)
         for part in answer:
@@ -219,7 +226,7 @@ class _Written:
         """(tokens, images) so far."""
         return len(self.tokens), len(self.images)
 
-    def add(self, piece: chat.Piece, weight: float) -> None:
+    def add(self, piece: chat_format.Piece, weight: float) -> None:
         """weight: of a special id as a label; of a text, and of an image as a target, beside what
         `labels` says.
         """

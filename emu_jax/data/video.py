@@ -39,7 +39,7 @@ OPTIONS = {
 Frame = UInt8[np.ndarray, "h w 3"]
 
 
-def centres(count: int, frames: int = 8) -> list[int]:
+def segment_centres(count: int, frames: int = 8) -> list[int]:
     """The numbers of `frames` frames of a video of `count`, at the centres of equal segments, as
     Emu's release takes them.
     """
@@ -48,7 +48,7 @@ def centres(count: int, frames: int = 8) -> list[int]:
     return [min(count - 1, int(segment / 2) + round(segment * k)) for k in range(frames)]
 
 
-def chosen(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float, Frame]]:
+def frames_by_number(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float, Frame]]:
     """(time, frame) of the frames `numbers(count)` of a video that has `count`, in the order asked
     for.
 
@@ -77,10 +77,10 @@ def chosen(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float
     raise ValueError("not a usable video: no frame can be decoded")
 
 
-def sampled(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
+def frames_by_time(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
     """(k * every, frame): the frame that is shown at that time, for k = 0, 1, ... until the video
     ends, or is damaged. One at a time: hours of frames would not fit. Raises ValueError, as
-    `chosen`, if there is not one.
+    `frames_by_number`, if there is not one.
     """
     due = 0
     shown = None

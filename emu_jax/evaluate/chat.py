@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 
 from emu_jax import checkpoint, tree
 from emu_jax.config import UserError, from_dict
-from emu_jax.data import chat, sources
+from emu_jax.data import chat_format, sources
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.documents import Document, Picture
 from emu_jax.data.sources import Source
@@ -82,7 +82,7 @@ def evaluate(directory: str, data: str) -> Result:
             f"init={config['init']!r}); configs/demo.py:instruct is"
         )
     asked, learnt = (
-        sources.open(f"{data}/questions:{split}", size.vision.image)
+        sources.open_source(f"{data}/questions:{split}", size.vision.image)
         for split in ("held_out", "train")
     )
     tokenizer = tokenizers.load(f"{data}/tokenizer.json", size.llama.vocab)
@@ -147,11 +147,11 @@ def _asked(sessions: Sequence[Session], source: Source) -> list[Told]:
     ]
 
 
-def _turns(document: Document) -> list[tuple[chat.Turn, str]]:
-    return list(zip(chat.turns(document)[1], document.provenance["kinds"], strict=True))
+def _turns(document: Document) -> list[tuple[chat_format.Turn, str]]:
+    return list(zip(chat_format.split_turns(document)[1], document.provenance["kinds"], strict=True))
 
 
-def _answer(turn: chat.Turn) -> str:
+def _answer(turn: chat_format.Turn) -> str:
     return plain(" ".join(part.text for part in turn.answer))
 
 

@@ -146,7 +146,7 @@ def evaluate(
         )
     size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
     names, held_out, seen, scenes, stories = (
-        sources.open(f"{data}/{split}", size.vision.image)
+        sources.open_source(f"{data}/{split}", size.vision.image)
         for split in (
             "names:train",
             "names:held_out",

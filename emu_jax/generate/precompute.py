@@ -25,10 +25,17 @@ from tqdm import tqdm
 from emu_jax import checkpoint, config, sharding
 from emu_jax.config import UserError
 from emu_jax.data import sources
-from emu_jax.data.documents import pictures
-from emu_jax.data.precomputed import KINDS, SHARD, notes, notes_of, path_of, shards
+from emu_jax.data.documents import images_of
+from emu_jax.data.precomputed import (
+    KINDS,
+    SHARD,
+    metadata_path,
+    num_shards,
+    read_metadata,
+    shard_path,
+)
 from emu_jax.data.sequence import Document, Pair, Text
-from emu_jax.data.sources import Corrupt, Source
+from emu_jax.data.sources import CorruptRecord, Source
 from emu_jax.generate import pixels
 from emu_jax.generate.session import Parts, Session, mesh_of
 from emu_jax.models import emu
@@ -76,7 +83,7 @@ def main(arguments: list[str]) -> None:
         else ("conditions", conditions(c, flags.batch or PROMPTS))
     )
     found = {
-        (mixture, name): sources.open(path, maker.side, c.data.fit)
+        (mixture, name): sources.open_source(path, maker.side, c.data.fit)
         for mixture in ("mixture", "eval_mixture")
         for name, _, path, *_ in c.data[mixture]
     }
@@ -89,25 +96,25 @@ def main(arguments: list[str]) -> None:
     }
     directory = Path(flags.to)
     for other in KINDS:
-        if notes_of(directory, other).exists() and (
-            other != kind or notes(directory, kind) != told
+        if metadata_path(directory, other).exists() and (
+            other != kind or read_metadata(directory, kind) != told
         ):
             raise UserError(
-                f"'{directory}' holds {other} of another model or other data ({notes(directory, other)}); choose another --to"
+                f"'{directory}' holds {other} of another model or other data ({read_metadata(directory, other)}); choose another --to"
             )
-    if not notes_of(directory, kind).exists():
+    if not metadata_path(directory, kind).exists():
         write(
-            notes_of(directory, kind), lambda file: file.write(json.dumps(told, indent=1).encode())
+            metadata_path(directory, kind), lambda file: file.write(json.dumps(told, indent=1).encode())
         )
     work = [
         (mixture, name, shard)
         for (mixture, name), source in found.items()
-        for shard in range(shards(len(source)))
+        for shard in range(num_shards(len(source)))
     ]
     todo = [
         (*row, path)
         for row in work[process::processes]
-        if not (path := path_of(directory, *row)).with_suffix(".json").exists()
+        if not (path := shard_path(directory, *row)).with_suffix(".json").exists()
     ]
     for mixture, name, shard, path in tqdm(todo, kind, unit=" shards", disable=None):
         make(maker, found[mixture, name], shard, path)
@@ -161,7 +168,7 @@ def latents(c: ConfigDict, batch: int) -> Maker:
     return Maker(
         told | _by(directory, "latents"),
         size.loaded,
-        lambda document: next(pictures(document), None),
+        lambda document: next(images_of(document), None),
         arrays,
     )
 
@@ -213,7 +220,7 @@ def check_weights(c: ConfigDict, kind: str) -> None:
     made.
     """
     directory = holding(c, kind)
-    there = notes(Path(c.data[kind]), kind)
+    there = read_metadata(Path(c.data[kind]), kind)
     if _by(directory, kind)["weights"] != there.get("weights"):
         raise UserError(
             f"data.{kind}={c.data[kind]!r} were made by other weights ({there.get('checkpoint')}) than those of init, {directory}; make "
@@ -237,7 +244,7 @@ def make(maker: Maker, source: Source, shard: int, path: Path) -> None:
     for index in range(shard * SHARD, min((shard + 1) * SHARD, len(source))):
         try:
             document = source[index]
-        except Corrupt:
+        except CorruptRecord:
             continue
         if (part := maker.part(document)) is not None:
             ids.append(document.id)

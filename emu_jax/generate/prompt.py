@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from emu_jax.config import UserError
-from emu_jax.data import chat
+from emu_jax.data import chat_format
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate import media
 
@@ -68,14 +68,14 @@ class Grammar:
             raise UserError(
                 "this model has no [USER] and [ASSISTANT]: only one that was tuned on instructions can chat (model.llama.added=6)"
             )
-        said = () if self.system == "none" else chat.MESSAGES[_kind(parts)]
+        said = () if self.system == "none" else chat_format.SYSTEM_MESSAGES[_kind(parts)]
         said = said if system is None else (system,) if system else ()
-        beginning = chat.opening(self.tokenizer, said) if first else []
+        beginning = chat_format.opening_pieces(self.tokenizer, said) if first else []
         return self._written(
-            chat.joined(
+            chat_format.join_texts(
                 [
                     *beginning,
-                    *chat.asked(
+                    *chat_format.question_pieces(
                         self.tokenizer, [piece for part in parts for piece in self._pieces(part)]
                     ),
                 ]

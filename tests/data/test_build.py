@@ -16,7 +16,7 @@ from emu_jax.data import sources
 from emu_jax.data.builders import build
 from emu_jax.data.documents import Document, Pair, Picture, Text
 from emu_jax.data.sources import records
-from emu_jax.data.sources.options import Options
+from emu_jax.data.sources.options import SourceOptions
 from tests.support import formats
 
 
@@ -48,14 +48,14 @@ def everything(folder):
 
 
 def test_what_is_built_is_read(shards, tmp_path):
-    counts = build.build("pairs", [shards], tmp_path / "set", Options(), workers=1)
+    counts = build.build("pairs", [shards], tmp_path / "set", SourceOptions(), workers=1)
     assert (
         counts["documents"] == 18
         and counts["skipped"] == 6
         and counts["images"] == 18
         and counts["shards"] == 3
     )
-    source = sources.open(f"{tmp_path}/set:train", 16)
+    source = sources.open_source(f"{tmp_path}/set:train", 16)
     assert len(source) == 18
     first = source[0]
     assert first.id == "00000/000000000" and first.source == "00000"
@@ -71,7 +71,7 @@ def test_what_is_built_is_read(shards, tmp_path):
 
 
 def test_the_card_counts_every_skip_with_its_reason(shards, tmp_path):
-    build.build("pairs", [shards], tmp_path, Options(), workers=1)
+    build.build("pairs", [shards], tmp_path, SourceOptions(), workers=1)
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["skipped"]["no caption"] == 3 and sum(card["skipped"].values()) == 6
     assert card["histograms"]["images"] == {"1": 18} and card["histograms"]["side"] == {"32": 18}
@@ -86,7 +86,7 @@ def test_the_card_counts_every_skip_with_its_reason(shards, tmp_path):
 
 def test_a_build_killed_at_random_ends_byte_equal(shards, tmp_path):
     """Five kills of a build in one process, between any two of its writes, then one that ends."""
-    build.build("pairs", [shards], tmp_path / "whole", Options(), workers=1)
+    build.build("pairs", [shards], tmp_path / "whole", SourceOptions(), workers=1)
     whole = everything(tmp_path / "whole")
     rng = random.Random(0)
 
@@ -112,17 +112,17 @@ def test_a_build_killed_at_random_ends_byte_equal(shards, tmp_path):
                 inner.setattr(build, "_whole", counted(build._whole))
                 try:
                     build.build(
-                        "pairs", [shards], tmp_path / "killed" / "whole", Options(), workers=1
+                        "pairs", [shards], tmp_path / "killed" / "whole", SourceOptions(), workers=1
                     )
                 except Killed:
                     pass
-    build.build("pairs", [shards], tmp_path / "killed" / "whole", Options(), workers=1)
+    build.build("pairs", [shards], tmp_path / "killed" / "whole", SourceOptions(), workers=1)
     assert everything(tmp_path / "killed" / "whole") == whole
 
 
 @pytest.mark.long
 def test_a_build_of_processes_killed_by_signals_ends_byte_equal(shards, tmp_path):
-    build.build("pairs", [shards], tmp_path / "a" / "set", Options(), workers=1)
+    build.build("pairs", [shards], tmp_path / "a" / "set", SourceOptions(), workers=1)
     to = tmp_path / "b" / "set"
     arguments = [
         sys.executable,
@@ -191,7 +191,7 @@ def test_a_million_records_stream_in_bounded_memory(tmp_path):
             stderr=subprocess.DEVNULL,
         )
         peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
-    assert len(sources.open(f"{tmp_path}/1000000:train", 8)) == 1_000_000
+    assert len(sources.open_source(f"{tmp_path}/1000000:train", 8)) == 1_000_000
     assert peaks[1] < peaks[0] + 64
     for readers in (0, 2):
         few, many = (
@@ -207,31 +207,31 @@ def test_a_million_records_stream_in_bounded_memory(tmp_path):
 
 
 def test_a_finished_build_is_left_alone(shards, tmp_path):
-    build.build("pairs", [shards], tmp_path, Options(), workers=1)
+    build.build("pairs", [shards], tmp_path, SourceOptions(), workers=1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*array_record*")}
-    build.build("pairs", [shards], tmp_path, Options(), workers=1)
+    build.build("pairs", [shards], tmp_path, SourceOptions(), workers=1)
     assert len(before) == 3 and before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_another_build_is_not_mixed_in(shards, tmp_path):
-    build.build("pairs", [shards], tmp_path, Options(), workers=1)
+    build.build("pairs", [shards], tmp_path, SourceOptions(), workers=1)
     with pytest.raises(UserError, match="holds a build of other input or with other settings"):
-        build.build("pairs", [shards], tmp_path, Options(min_side=10), workers=1)
+        build.build("pairs", [shards], tmp_path, SourceOptions(min_side=10), workers=1)
     (tmp_path / "begun").mkdir()
     # killed before it was a plan
     (tmp_path / "begun" / "plan.json.0.new").write_text("")
-    assert build.plan("pairs", [shards], tmp_path / "begun", Options())
+    assert build.plan_tasks("pairs", [shards], tmp_path / "begun", SourceOptions())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(UserError, match="is not empty"):
-        build.build("pairs", [shards], tmp_path / "mine", Options(), workers=1)
+        build.build("pairs", [shards], tmp_path / "mine", SourceOptions(), workers=1)
 
 
 def test_nothing_left_is_an_error(shards, tmp_path):
     with pytest.raises(
         UserError, match="no record became a document: .* x a picture with a side under # pixels"
     ):
-        build.build("pairs", [shards], tmp_path, Options(min_side=1000), workers=1)
+        build.build("pairs", [shards], tmp_path, SourceOptions(min_side=1000), workers=1)
     assert not (tmp_path / "dataset_info.json").exists()
 
 
@@ -241,11 +241,14 @@ def test_names_stay_unique_or_are_refused(tmp_path):
             tmp_path / part / "00000.tar",
             {"__key__": "0", "jpg": formats.encoded(formats.picture()), "txt": f"of {part}"},
         )
-    ids = [task.label for task in build.plan("pairs", [tmp_path], tmp_path / "both", Options())]
+    ids = [
+        task.label
+        for task in build.plan_tasks("pairs", [tmp_path], tmp_path / "both", SourceOptions())
+    ]
     assert ids == ["a/00000", "b/00000"]
     with pytest.raises(UserError, match="two inputs have the name '00000'"):
         build.build(
-            "pairs", [tmp_path / "a", tmp_path / "b"], tmp_path / "two", Options(), workers=1
+            "pairs", [tmp_path / "a", tmp_path / "b"], tmp_path / "two", SourceOptions(), workers=1
         )
 
 
@@ -265,7 +268,7 @@ def test_roles_times_and_provenance_travel():
         "shard",
         {"url": "http://a/ü"},
     )
-    example = records.example_of(document, "shard/d", "llava")
+    example = records.document_example(document, "shard/d", "llava")
     assert example["layout"] == "TITTP" and example["roles"] == [
         "system",
         "user",
@@ -294,8 +297,8 @@ def test_conversations_are_read_with_their_roles(tmp_path):
             }
         ],
     )
-    build.build("llava", [tmp_path / "in"], tmp_path / "set", Options(), workers=1)
-    image, question, answer = sources.open(f"{tmp_path}/set:train", 8)[0].parts
+    build.build("llava", [tmp_path / "in"], tmp_path / "set", SourceOptions(), workers=1)
+    image, question, answer = sources.open_source(f"{tmp_path}/set:train", 8)[0].parts
     assert (image.data.shape, image.role) == ((8, 8, 3), "user")
     assert (question, answer) == (
         Text("What is it?", role="user"),
@@ -309,8 +312,10 @@ def test_times_of_frames_are_read(tmp_path):
         tmp_path / "in" / "0.tar",
         {"__key__": "v", "mp4": film, "vtt": "WEBVTT\n\n00:00.500 --> 00:01.000\nhello\n"},
     )
-    build.build("subtitled", [tmp_path / "in"], tmp_path / "set", Options(every=1.0), workers=1)
-    before, text, after = sources.open(f"{tmp_path}/set:train", 8)[0].parts
+    build.build(
+        "subtitled", [tmp_path / "in"], tmp_path / "set", SourceOptions(every=1.0), workers=1
+    )
+    before, text, after = sources.open_source(f"{tmp_path}/set:train", 8)[0].parts
     assert text == Text("hello", time=0.5) and before.shape == after.shape == (8, 8, 3)
 
 

@@ -23,7 +23,7 @@ from emu_jax.data import clean
     ],
 )
 def test_a_video_caption_without_its_metadata(caption, left):
-    assert clean.video_caption(caption) == left
+    assert clean.clean_video_caption(caption) == left
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_video_caption_without_its_metadata(caption, left):
     ],
 )
 def test_captions(caption):
-    assert clean.junk(caption) == ""
+    assert clean.junk_reason(caption) == ""
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_captions(caption):
     ],
 )
 def test_junk(caption, reason):
-    assert reason in clean.junk(caption.strip())
+    assert reason in clean.junk_reason(caption.strip())
 
 
 def test_text_of_bytes():
     assert (
-        clean.decode("\ufeffé\r\n\rx".encode()) == "é\n\nx"
-        and clean.decode("é".encode("utf-16")) == "é"
+        clean.decode_text("\ufeffé\r\n\rx".encode()) == "é\n\nx"
+        and clean.decode_text("é".encode("utf-16")) == "é"
     )
     with pytest.raises(ValueError, match="not UTF-8"):
-        clean.decode("é".encode("latin-1"))
-    assert clean.spaces(" a\u00a0\x07 b\n") == "a b"
+        clean.decode_text("é".encode("latin-1"))
+    assert clean.collapse_whitespace(" a\u00a0\x07 b\n") == "a b"

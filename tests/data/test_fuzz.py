@@ -20,7 +20,7 @@ from PIL import Image
 from emu_jax.config import UserError
 from emu_jax.data import clean, images, inspection, subtitles
 from emu_jax.data.documents import Document, Skipped
-from emu_jax.data.sources.options import Options
+from emu_jax.data.sources.options import SourceOptions
 from tests.support.formats import encoded, film, picture, tar
 
 
@@ -107,7 +107,7 @@ def try_archives(count: int, seed: int, folder: str) -> None:
         path = root / f"{number}.{suffix}"
         path.write_bytes(mutated(data, rng))
         try:
-            for document in inspection.documents(kind, path, Options()):
+            for document in inspection.inspect_documents(kind, path, SourceOptions()):
                 seen.add((kind, type(document)))
                 assert isinstance(document, Document) or "\n" not in document.reason
         # nothing of the archive can be read
@@ -167,8 +167,8 @@ def test_text_that_is_almost_endless_tags():
         "x." * 20_000 + "jpg",
     ):
         subtitles.parse("1\n00:00:01,000 --> 00:00:02,000\n" + text + "\n")
-        clean.video_caption(text[:100_000])
-        clean.junk(text)
+        clean.clean_video_caption(text[:100_000])
+        clean.junk_reason(text)
 
 
 @pytest.mark.long

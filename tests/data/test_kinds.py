@@ -19,7 +19,7 @@ from emu_jax.data import inspection
 from emu_jax.data.builders import card
 from emu_jax.data.documents import Document, Picture, Skipped
 from emu_jax.data.sources import archives
-from emu_jax.data.sources.options import Options
+from emu_jax.data.sources.options import SourceOptions
 from tests.support.formats import (
     BLUE,
     bomb,
@@ -38,7 +38,7 @@ def told(kind, path, **options):
     with it.
     """
     result = {}
-    for document in inspection.documents(kind, Path(path), Options(**options)):
+    for document in inspection.inspect_documents(kind, Path(path), SourceOptions(**options)):
         line = inspection.describe(document)
         assert line["id"] not in result
         result[line["id"]] = line.get("skipped") or [
@@ -271,7 +271,7 @@ def test_obelics(tmp_path):
         "train-00000:1": "no picture",
         "train-00000:2": "no picture is left: a picture that is empty",
     }
-    document, *_ = inspection.documents("obelics", tmp_path, Options())
+    document, *_ = inspection.inspect_documents("obelics", tmp_path, SourceOptions())
     assert document.provenance == {"url": "http://x/0"} and document.dropped[0].startswith(
         "not a usable image"
     )
@@ -447,7 +447,7 @@ def greys(kind, path, **options):
     """The mean grey of each picture of the one document, as numbers of frames of `film`."""
     (document,) = [
         one
-        for one in inspection.documents(kind, Path(path), Options(**options))
+        for one in inspection.inspect_documents(kind, Path(path), SourceOptions(**options))
         if isinstance(one, Document)
     ]
     return [
@@ -517,7 +517,7 @@ def test_storyboards(tmp_path):
         "the end",
     ]
     assert lines["nothing"] == "no frame" and lines["half"] == ["still here", (48, 31)]
-    document, *_ = inspection.documents("storyboards", tmp_path, Options())
+    document, *_ = inspection.inspect_documents("storyboards", tmp_path, SourceOptions())
     assert [part.time for part in document.parts if isinstance(part, Picture)] == [
         10.0 * k for k in range(11)
     ]
@@ -781,9 +781,9 @@ def test_inspect_tells_pixels(tmp_path):
         tmp_path / "0.tar",
         {"__key__": "0", "png": encoded(Image.fromarray(upright), "PNG"), "txt": "turned"},
     )
-    image, _ = inspection.describe(next(inspection.documents("pairs", tmp_path, Options())))[
-        "parts"
-    ]
+    image, _ = inspection.describe(
+        next(inspection.inspect_documents("pairs", tmp_path, SourceOptions()))
+    )["parts"]
     assert image["image"]["sha256"] == hashlib.sha256(upright.tobytes()).hexdigest()
     assert (
         image["image"]["grid"][0] == upright[:2, :1].mean((0, 1)).round(2).tolist()
@@ -796,13 +796,13 @@ def test_inspect_tells_pixels(tmp_path):
 def test_no_input_is_one_line(kind, tmp_path):
     for path in (tmp_path / "nope", tmp_path):
         with pytest.raises(UserError) as caught:
-            list(inspection.documents(kind, path, Options()))
+            list(inspection.inspect_documents(kind, path, SourceOptions()))
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_page_of_it(tmp_path):
     page = "".join(
-        card.inspected(
+        card.inspection_page(
             "x", [Document("a", (Picture(encoded(picture())), "<b>")), Skipped("c", "because")]
         )
     )

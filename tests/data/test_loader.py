@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from emu_jax.config import UserError
 from emu_jax.data import sources
-from emu_jax.data.loader import Loader, merge
+from emu_jax.data.loader import Loader, merge_states
 from emu_jax.data.sequence import Document, Pair
 from tests.support.memory import Disk
 
@@ -36,7 +36,7 @@ def loader(letters, memory, picture, monkeypatch):
         few=memory(3),
         broken=memory(300, corrupt=range(0, 300, 10)),
     )
-    monkeypatch.setattr(sources, "open", lambda path, image_size, fit: stored[path])
+    monkeypatch.setattr(sources, "open_source", lambda path, image_size, fit: stored[path])
     # what is read is read again in the next epoch
     monkeypatch.setattr(sources, "CACHE_BYTES", 0)
 
@@ -173,7 +173,7 @@ def test_restore_continues_exactly_with_prefetch(loader, prefetch):
 def test_restore_on_other_numbers_of_hosts(loader):
     whole = list(islice(loader(), 15))
     two = [list(islice(loader(process=process, processes=2), 6)) for process in range(2)]
-    state = merge([json.loads(json.dumps(items[5].state)) for items in two])
+    state = merge_states([json.loads(json.dumps(items[5].state)) for items in two])
     assert state == whole[5].state
     for processes in (1, 4):
         hosts = [loader(process=process, processes=processes) for process in range(processes)]

@@ -8,7 +8,7 @@ import pytest
 
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document
-from emu_jax.data.mixture import Mixture, Stream, hash_of, rng_of, shuffled
+from emu_jax.data.mixture import Mixture, Stream, rng_for, shuffled_index, stable_hash
 from emu_jax.data.sequence import make_sequence
 
 T = 24
@@ -172,13 +172,13 @@ def test_randomness_of_a_document_is_of_its_id_and_the_epoch(memory, to_sequence
 
 
 def test_randomness_is_the_same_everywhere():
-    assert rng_of(0, "a", 1).bit_generator.random_raw() == 1197278973197159232
-    assert [shuffled(place, 6, hash_of(0)) for place in range(6)] == [3, 4, 2, 0, 1, 5]
+    assert rng_for(0, "a", 1).bit_generator.random_raw() == 1197278973197159232
+    assert [shuffled_index(place, 6, stable_hash(0)) for place in range(6)] == [3, 4, 2, 0, 1, 5]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000])
 def test_shuffled_is_a_permutation(size):
-    assert sorted(shuffled(place, size, hash_of("key")) for place in range(size)) == list(
+    assert sorted(shuffled_index(place, size, stable_hash("key")) for place in range(size)) == list(
         range(size)
     )
 
@@ -189,7 +189,10 @@ def test_shuffled_is_even():
     """
     for size in (5, 7, 12):
         orders = np.array(
-            [[shuffled(place, size, hash_of(key)) for place in range(size)] for key in range(2000)]
+            [
+                [shuffled_index(place, size, stable_hash(key)) for place in range(size)]
+                for key in range(2000)
+            ]
         )
         table = np.array([np.bincount(column, minlength=size) for column in orders.T])
         steps = np.bincount((orders[:, 1] - orders[:, 0]) % size, minlength=size)[1:]
@@ -258,7 +261,7 @@ def test_other_errors_of_a_source_are_not_swallowed(memory, to_sequence):
 
 def test_one_pass_takes_the_sources_in_turn(memory):
     mixture = mixture_of(memory(2), memory(4), weights=(1.0, 100.0))
-    assert mixture.one_pass.tolist() == [[0, 0], [1, 0], [0, 1], [1, 1], [1, 2], [1, 3]]
+    assert mixture.eval_order.tolist() == [[0, 0], [1, 0], [0, 1], [1, 1], [1, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("streams", [1, 3, 4, 9])

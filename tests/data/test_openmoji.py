@@ -12,7 +12,7 @@ from emu_jax.config import UserError
 from emu_jax.data import __main__ as command
 from emu_jax.data import sources, tokenizer
 from emu_jax.data.builders import openmoji, questions, scenes
-from emu_jax.data.documents import pixels
+from emu_jax.data.documents import pixels_of
 from emu_jax.data.sources import records
 
 PAIRS = ("counts", "spatial")
@@ -201,9 +201,9 @@ def everything(to):
             (
                 document.id,
                 openmoji._texts(document),
-                [image.tobytes() for image in pixels(document)],
+                [image.tobytes() for image in pixels_of(document)],
             )
-            for document in sources.open(f"{to}/{split}", 28)
+            for document in sources.open_source(f"{to}/{split}", 28)
         ]
         for split in (
             f"{name}:{split}"

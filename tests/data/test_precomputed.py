@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from emu_jax.config import UserError
-from emu_jax.data.precomputed import Precomputed, attached, notes_of, path_of
+from emu_jax.data.precomputed import Precomputed, attach, metadata_path, shard_path
 from tests.support import make
 
 C = make.decoder_cfg()
@@ -23,9 +23,9 @@ def folder(tmp_path):
 
 
 def written(folder, kind, arrays):
-    path = path_of(folder, "mixture", "a", 0)
+    path = shard_path(folder, "mixture", "a", 0)
     path.parent.mkdir(parents=True)
-    notes_of(folder, kind).write_text(json.dumps({"shape": arrays.shape[1:]}))
+    metadata_path(folder, kind).write_text(json.dumps({"shape": arrays.shape[1:]}))
     np.save(path, arrays)
     path.with_suffix(".json").write_text(json.dumps([f"d{row}" for row in range(8)]))
     return folder
@@ -36,7 +36,7 @@ def stored(folder, kind="conditions", documents=8):
 
 
 def test_every_image_gets_its_documents(folder):
-    batch = attached(BATCH, IDS, {"conditions": stored(folder)})
+    batch = attach(BATCH, IDS, {"conditions": stored(folder)})
     held = BATCH.image_slots[:, 0] < C.data.tokens
     assert 0 < held.sum() < 8 and batch.conditions.shape == (8, 1, 4, 32) and batch.latents is None
     np.testing.assert_array_equal(batch.conditions[:, 0], np.where(held[:, None, None], VISUAL, 0))
@@ -53,7 +53,7 @@ def test_in_a_row_of_several_documents_the_images_own_counts(folder):
         "conditions": stored(folder),
         "latents": stored(written(folder / "of_images", "latents", latents), "latents"),
     }
-    batch = attached(make.pack(C, [[text, image]]), [["a/d3", "a/d5"]], made)
+    batch = attach(make.pack(C, [[text, image]]), [["a/d3", "a/d5"]], made)
     np.testing.assert_array_equal(batch.conditions[0, 0], VISUAL[5])
     np.testing.assert_array_equal(batch.latents[0, 0], latents[5])
 
@@ -61,9 +61,12 @@ def test_in_a_row_of_several_documents_the_images_own_counts(folder):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda folder: notes_of(folder, "conditions").unlink(), "no conditions in .* precompute"),
         (
-            lambda folder: notes_of(folder, "conditions").write_text("{"),
+            lambda folder: metadata_path(folder, "conditions").unlink(),
+            "no conditions in .* precompute",
+        ),
+        (
+            lambda folder: metadata_path(folder, "conditions").write_text("{"),
             "conditions.json is damaged",
         ),
         (
@@ -88,7 +91,7 @@ def test_what_is_damaged_is_one_line(folder, spoil, told):
 
 def test_other_data_is_one_line(folder):
     with pytest.raises(UserError, match="lack the document 'a/d9'"):
-        stored(folder).of("a/d9")
+        stored(folder).lookup("a/d9")
     with pytest.raises(UserError, match="are not whole"):
         stored(folder, documents=2000)
     with pytest.raises(UserError, match="no latents in .* precompute --latents"):

@@ -16,8 +16,8 @@ import pytest
 
 from emu_jax.data import inspection, sources, tokenizer
 from emu_jax.data.builders import build
-from emu_jax.data.documents import Document, Picture, Text, pictures
-from emu_jax.data.sources.options import Options
+from emu_jax.data.documents import Document, Picture, Text, images_of
+from emu_jax.data.sources.options import SourceOptions
 from tests.support import formats
 
 MANUAL = next(
@@ -36,9 +36,9 @@ def files_of(package: str, suffix: str) -> list[Path]:
 @pytest.mark.long
 @pytest.mark.skipif(not MANUAL.is_dir(), reason="gimp-help-en is not installed")
 def test_a_manual_becomes_documents():
-    made = list(inspection.documents("html", MANUAL, Options()))
+    made = list(inspection.inspect_documents("html", MANUAL, SourceOptions()))
     pages = {document.id: document for document in made if isinstance(document, Document)}
-    assert len(pages) > 300 and sum(len(list(pictures(page))) for page in pages.values()) > 1000
+    assert len(pages) > 300 and sum(len(list(images_of(page))) for page in pages.values()) > 1000
     parts = pages["gimp-filter-gaussian-blur.html"].parts
     assert (
         isinstance(parts[0], Text)
@@ -56,7 +56,7 @@ def test_clips_with_subtitles_become_storyboards(tmp_path):
         "1\n00:00:00,500 --> 00:00:01,500\nA hill\nin the sun.\n\n"
         "2\n00:00:03,000 --> 00:00:04,000\n<i>A burrow.</i>\n"
     )
-    (document,) = inspection.documents("subtitled", tmp_path, Options(every=2.0))
+    (document,) = inspection.inspect_documents("subtitled", tmp_path, SourceOptions(every=2.0))
     assert [part.text if isinstance(part, Text) else part.time for part in document.parts] == [
         0.0,
         "A hill in the sun.",
@@ -64,7 +64,7 @@ def test_clips_with_subtitles_become_storyboards(tmp_path):
         "A burrow.",
         4.0,
     ]
-    frames = [picture.data for picture in pictures(document)]
+    frames = [picture.data for picture in images_of(document)]
     assert all(frame.shape == (720, 1280, 3) and 20 < frame.std() for frame in frames)
 
 
@@ -105,11 +105,11 @@ def test_a_mixture_of_all_kinds_trains(tmp_path):
         "text": tmp_path / "text.jsonl",
     }
     for kind, source in made.items():
-        build.build(kind, [source], tmp_path / "built" / kind, Options(), workers=1)
+        build.build(kind, [source], tmp_path / "built" / kind, SourceOptions(), workers=1)
     words = [
         part.text if isinstance(part, Text) else part
         for kind in made
-        for document in sources.open(f"{tmp_path}/built/{kind}:train", 28)
+        for document in sources.open_source(f"{tmp_path}/built/{kind}:train", 28)
         for part in document.parts
         if not isinstance(part, np.ndarray) and isinstance(part, (str, Text))
     ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emu_jax.data.documents import Document, Pair, Text
-from emu_jax.data.sequence import Rule, make_sequence
+from emu_jax.data.sequence import SourceRule, make_sequence
 from emu_jax.data.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "emu1_pretrained.npz"
@@ -174,7 +174,7 @@ LONG = [f"{letter}" * 3 for letter in "abcdefghij"]
 def test_a_rule_begins_a_long_document_anywhere(make):
     firsts = Counter()
     for seed in range(200):
-        sequence = make(*LONG, seed=seed, rule=Rule(tokens=11, start="random"))
+        sequence = make(*LONG, seed=seed, rule=SourceRule(tokens=11, start="random"))
         text = "".join(map(chr, sequence.tokens[1:])).strip("\x02")
         assert "".join(LONG).find(text) % 3 == 0 and 8 <= len(sequence.tokens) <= 11
         assert sequence.cut == 32 - len(sequence.tokens)
@@ -182,11 +182,13 @@ def test_a_rule_begins_a_long_document_anywhere(make):
     # 3 parts and </s> fit: "h" ends the document
     assert set(firsts) == set("abcdefgh") and min(firsts.values()) >= 5
     # it fits: from its beginning
-    assert make(*LONG[:3], seed=0, rule=Rule(tokens=11, start="random")).tokens[1] == ord("a")
+    assert make(*LONG[:3], seed=0, rule=SourceRule(tokens=11, start="random")).tokens[1] == ord("a")
 
 
 def test_a_rule_keeps_the_first_images_and_all_text(make, picture):
-    sequence = make("a", picture(1), "b", picture(2), "c", picture(3), "d", rule=Rule(images=2))
+    sequence = make(
+        "a", picture(1), "b", picture(2), "c", picture(3), "d", rule=SourceRule(images=2)
+    )
     assert sequence.images[:, 0, 0, 0].tolist() == [1, 2] and sequence.cut == 4
     assert [chr(token) for token in sequence.tokens if 32 < token < 127] == list("abcd")
 
@@ -195,7 +197,7 @@ def test_a_rule_draws_pairs_in_their_order(make, picture):
     parts = [part for k in range(6) for part in (f"text {k}", Pair(picture(k), chr(97 + k)))]
     drawn = set()
     for seed in range(100):
-        sequence = make(*parts, seed=seed, rule=Rule(pairs=3, image_first=1.0))
+        sequence = make(*parts, seed=seed, rule=SourceRule(pairs=3, image_first=1.0))
         shown = tuple(sequence.images[:, 0, 0, 0].tolist())
         assert list(shown) == sorted(set(shown)) and len(shown) == 3
         assert [chr(token) for token in sequence.tokens if 32 < token < 127] == [
@@ -205,14 +207,14 @@ def test_a_rule_draws_pairs_in_their_order(make, picture):
     # of 20
     assert len(drawn) > 15
     assert (
-        make("no", "pairs", rule=Rule(pairs=3)).tokens.tolist()
+        make("no", "pairs", rule=SourceRule(pairs=3)).tokens.tolist()
         == make("no", "pairs").tokens.tolist()
     )
 
 
 def test_a_plain_rule_draws_nothing_more(make, picture):
     parts = [Pair(picture(k), "a" * k) for k in range(5)]
-    assert (make(*parts, seed=3).tokens == make(*parts, seed=3, rule=Rule()).tokens).all()
+    assert (make(*parts, seed=3).tokens == make(*parts, seed=3, rule=SourceRule()).tokens).all()
 
 
 def test_oblong_images_are_cut_at_random(make):

@@ -48,11 +48,11 @@ def rewrite(folder, change):
 
 def test_pairs_and_stories(tiny):
     for number in range(16):
-        (pair,) = sources.open(f"{tiny}/scenes:train", 28)[number].parts
+        (pair,) = sources.open_source(f"{tiny}/scenes:train", 28)[number].parts
         assert isinstance(pair, Pair) and isinstance(pair.text, str)
         assert pair.image.shape == (28, 28, 3) and pair.image.dtype == np.uint8
     orders = set()
-    for story in sources.open(f"{tiny}/stories:train", 28):
+    for story in sources.open_source(f"{tiny}/stories:train", 28):
         kinds = "".join("I" if isinstance(part, np.ndarray) else "T" for part in story.parts)
         orders.add(kinds[:2])
         assert kinds in ("IT" * (len(kinds) // 2), "TI" * (len(kinds) // 2)) and len(kinds) in (
@@ -64,21 +64,21 @@ def test_pairs_and_stories(tiny):
 
 
 def test_images_take_the_size_asked_for(tiny):
-    assert sources.open(f"{tiny}/names:train", 16)[0].parts[0].image.shape == (16, 16, 3)
+    assert sources.open_source(f"{tiny}/names:train", 16)[0].parts[0].image.shape == (16, 16, 3)
 
 
 def test_ids_are_unique_and_stable(tiny):
     for _, _, path in fixtures.mixture(tiny, "train"):
-        source = sources.open(path, 28)
+        source = sources.open_source(path, 28)
         ids = [document.id for document in source]
         assert len(set(ids)) == len(source) == len(ids)
-        assert ids == [document.id for document in sources.open(path, 28)]
+        assert ids == [document.id for document in sources.open_source(path, 28)]
 
 
 def test_random_access_from_threads_equals_a_pass_in_order(tiny):
     path = f"{tiny}/scenes:train"
-    order = [document.parts[0] for document in sources.open(path, 28)]
-    source = sources.open(path, 28)
+    order = [document.parts[0] for document in sources.open_source(path, 28)]
+    source = sources.open_source(path, 28)
     asked = np.random.default_rng(0).integers(len(source), size=500)
     with ThreadPoolExecutor(8) as pool:
         for index, document in zip(asked, pool.map(source.__getitem__, map(int, asked))):
@@ -87,15 +87,15 @@ def test_random_access_from_threads_equals_a_pass_in_order(tiny):
 
 
 def test_cache_is_bounded_and_changes_nothing(tiny, monkeypatch):
-    source = sources.open(f"{tiny}/scenes:train", 28)
-    cached = sources.Cached(source)
+    source = sources.open_source(f"{tiny}/scenes:train", 28)
+    cached = sources.CachedSource(source)
     assert (
         cached[3] is cached[3]
         and source[3] is not source[3]
         and not cached[3].parts[0].image.flags.writeable
     )
     monkeypatch.setattr(sources, "CACHE_BYTES", 2 * (28 * 28 * 3 + sources.RECORD_BYTES + 100))
-    bounded = sources.Cached(source)
+    bounded = sources.CachedSource(source)
     kept = [bounded[index] is bounded[index] for index in range(len(bounded))]
     assert sum(kept) == 2
     for index in range(len(bounded)):
@@ -104,7 +104,7 @@ def test_cache_is_bounded_and_changes_nothing(tiny, monkeypatch):
 
 def test_texts_fill_the_cache_too(memory, monkeypatch):
     monkeypatch.setattr(sources, "CACHE_BYTES", 10 * sources.RECORD_BYTES)
-    cached = sources.Cached(
+    cached = sources.CachedSource(
         memory([Document(f"d{k}", ("x" * sources.RECORD_BYTES,)) for k in range(20)])
     )
     # of a list that is itself in memory
@@ -113,7 +113,7 @@ def test_texts_fill_the_cache_too(memory, monkeypatch):
 
 
 def test_a_source_can_be_sent(tiny):
-    source = sources.open(f"{tiny}/scenes:train", 28)
+    source = sources.open_source(f"{tiny}/scenes:train", 28)
     again = pickle.loads(pickle.dumps(source))
     assert (
         len(again) == len(source)
@@ -123,7 +123,7 @@ def test_a_source_can_be_sent(tiny):
 
 
 def test_beyond_the_end(tiny):
-    source = sources.open(f"{tiny}/names:train", 28)
+    source = sources.open_source(f"{tiny}/names:train", 28)
     for index in (-1, len(source)):
         with pytest.raises(IndexError):
             source[index]
@@ -138,7 +138,7 @@ def test_files_are_read_as_one_by_many_threads(tmp_path):
         for record in some:
             writer.write(record)
         writer.close()
-    raw = records.Raw(files, lengths)
+    raw = records.RecordReader(files, lengths)
     order = np.random.default_rng(0).permutation(203).tolist() * 5
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(raw.__getitem__, order)) == [wanted[index] for index in order]
@@ -151,12 +151,12 @@ def test_damaged_bytes_are_one_corrupt_record(copy):
     place = data.index(b"\x89PNG") + 40
     data[place] ^= 255
     file.write_bytes(data)
-    source = sources.open(f"{copy}/scenes:train", 28)
+    source = sources.open_source(f"{copy}/scenes:train", 28)
     bad = []
     for index in range(len(source)):
         try:
             source[index]
-        except sources.Corrupt as corrupt:
+        except sources.CorruptRecord as corrupt:
             bad.append((index, corrupt))
     ((index, corrupt),) = bad
     assert (
@@ -194,8 +194,8 @@ def test_damaged_bytes_are_one_corrupt_record(copy):
 )
 def test_records_that_are_no_documents(copy, change, reason):
     rewrite(copy / "scenes", change)
-    source = sources.open(f"{copy}/scenes:train", 28)
-    with pytest.raises(sources.Corrupt) as caught:
+    source = sources.open_source(f"{copy}/scenes:train", 28)
+    with pytest.raises(sources.CorruptRecord) as caught:
         source[2]
     assert reason in str(caught.value) and "\n" not in str(caught.value)
     for index in range(len(source)):
@@ -205,7 +205,7 @@ def test_records_that_are_no_documents(copy, change, reason):
 
 def test_a_layout_that_does_not_fit_is_not_written():
     with pytest.raises(ValueError, match="does not fit"):
-        records.example("a", "b", "c", "TI", ["text"], [])
+        records.make_example("a", "b", "c", "TI", ["text"], [])
 
 
 def test_paths_that_lead_nowhere(tiny, tmp_path):
@@ -216,7 +216,7 @@ def test_paths_that_lead_nowhere(tiny, tmp_path):
         (f"{tiny}:train", "no dataset in"),
     ]:
         with pytest.raises(UserError, match=message):
-            sources.open(path, 28)
+            sources.open_source(path, 28)
 
 
 def test_a_folder_of_several_datasets(copy):
@@ -225,33 +225,33 @@ def test_a_folder_of_several_datasets(copy):
     ):
         for name in ("scenes", "stories"):
             shutil.move(next((copy / name).iterdir()), copy / "names" / name)
-        sources.open(f"{copy}/names:train", 28)
+        sources.open_source(f"{copy}/names:train", 28)
 
 
 def test_a_dataset_half_written_is_none(copy):
     (version,) = (copy / "names").glob("*/*")
     version.rename(version.parent / "incomplete.ABC_1.0.0")
     with pytest.raises(UserError, match="no dataset in"):
-        sources.open(f"{copy}/names:train", 28)
+        sources.open_source(f"{copy}/names:train", 28)
 
 
 def test_datasets_of_others(copy):
     (file,) = (copy / "names").glob("*/*/metadata.json")
     file.write_text(json.dumps({}))
     with pytest.raises(UserError, match="was not written by emu_jax"):
-        sources.open(f"{copy}/names:train", 28)
+        sources.open_source(f"{copy}/names:train", 28)
 
 
 def test_missing_truncated_and_empty_files(copy):
     shard(copy / "names").unlink()
     with pytest.raises(UserError, match="lacks its file 'names-train.array_record-00000-of-00001'"):
-        sources.open(f"{copy}/names:train", 28)
+        sources.open_source(f"{copy}/names:train", 28)
     for name, length in (("scenes", 70_000), ("stories", 0)):
         file = shard(copy / name)
         file.write_bytes(file.read_bytes()[:length])
         with pytest.raises(UserError, match="damaged|hold"):
-            sources.open(f"{copy}/{name}:train", 28)
+            sources.open_source(f"{copy}/{name}:train", 28)
     (info,) = (copy / "scenes").glob("*/*/dataset_info.json")
     info.write_text("{")
     with pytest.raises(UserError, match="cannot be opened"):
-        sources.open(f"{copy}/scenes:train", 28)
+        sources.open_source(f"{copy}/scenes:train", 28)

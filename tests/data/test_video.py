@@ -12,7 +12,7 @@ from tests.support.formats import film
 
 
 def test_centres_are_those_of_the_release():
-    assert video.centres(9) == [0, 1, 2, 3, 4, 5, 6, 7] and video.centres(81) == [
+    assert video.segment_centres(9) == [0, 1, 2, 3, 4, 5, 6, 7] and video.segment_centres(81) == [
         5,
         15,
         25,
@@ -22,7 +22,7 @@ def test_centres_are_those_of_the_release():
         65,
         75,
     ]
-    assert video.centres(1) == [0] * 8 and max(video.centres(3)) == 2
+    assert video.segment_centres(1) == [0] * 8 and max(video.segment_centres(3)) == 2
 
 
 def test_frames_by_number_and_by_time():
@@ -32,9 +32,10 @@ def test_frames_by_number_and_by_time():
         return round((float(frame.mean()) - 10) / 10)
 
     assert [
-        (time, number(frame)) for time, frame in video.chosen(data, lambda count: [count - 1, 0, 3])
+        (time, number(frame))
+        for time, frame in video.frames_by_number(data, lambda count: [count - 1, 0, 3])
     ] == [(1.9, 19), (0.0, 0), (0.3, 3)]
-    assert [(time, number(frame)) for time, frame in video.sampled(data, 0.75)] == [
+    assert [(time, number(frame)) for time, frame in video.frames_by_time(data, 0.75)] == [
         (0.0, 0),
         (0.75, 7),
         (1.5, 15),
@@ -60,7 +61,7 @@ def test_a_film_shot_with_the_phone_upright_stands_upright():
     data = file.getvalue()
     track = data.index(b"tkhd")
     data = data[:track] + data[track:].replace(plain, turned, 1)
-    ((_, frame),) = video.chosen(data, lambda count: [0])
+    ((_, frame),) = video.frames_by_number(data, lambda count: [0])
     assert frame.shape == (64, 48, 3) and frame[:28].mean() > 250 and frame[36:].mean() < 5
 
 
@@ -91,7 +92,7 @@ def test_every_container_is_read(tmp_path, suffix, codec):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 255, np.uint8), format="rgb24")
             container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
         container.mux(stream.encode())
-    ((_, frame),) = video.chosen(path.read_bytes(), lambda count: [0])
+    ((_, frame),) = video.frames_by_number(path.read_bytes(), lambda count: [0])
     assert frame.shape == (48, 64, 3) and frame.mean() > 240
 
 
@@ -104,14 +105,14 @@ def test_a_playlist_is_no_video(tmp_path, monkeypatch):
         b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.9,\nfile:secret.mp4\n#EXT-X-ENDLIST\n",
     ):
         with pytest.raises(ValueError, match="not a usable video"):
-            video.chosen(data, lambda count: [0])
+            video.frames_by_number(data, lambda count: [0])
 
 
 @pytest.mark.parametrize("data", [b"", b"no video", film(None, 9)[:400]])
 def test_what_is_no_video(data):
     for frames in (
-        lambda: video.chosen(data, lambda count: [0]),
-        lambda: list(video.sampled(data, 1.0)),
+        lambda: video.frames_by_number(data, lambda count: [0]),
+        lambda: list(video.frames_by_time(data, 1.0)),
     ):
         with pytest.raises(ValueError, match="^not a usable video: ") as caught:
             frames()

@@ -372,7 +372,7 @@ def data(tmp_path_factory):
     texts = [
         document.parts[0].text
         for split in ("names:train", "scenes:train")
-        for document in sources.open(f"{folder}/{split}", 64)
+        for document in sources.open_source(f"{folder}/{split}", 64)
     ]
     tokenizer.train(texts, 120, folder / "tokenizer.json")
     return folder

@@ -316,7 +316,7 @@ def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(
     stored = Precomputed(str(tmp_path), "conditions", "mixture", {"a": 5})
     for number, parts in ((0, ["a dog"]), (1, ["a cat"]), (3, []), (4, ["one two"])):
         np.testing.assert_allclose(
-            stored.of(f"a/d{number}"), session.images([parts])[0], rtol=2e-3, atol=2e-3
+            stored.lookup(f"a/d{number}"), session.images([parts])[0], rtol=2e-3, atol=2e-3
         )
     assert (
         command.main([*(a for a in arguments if "init" not in a), f"--config.init={run}/decoder"])

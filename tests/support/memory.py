@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from emu_jax.data.documents import Document
-from emu_jax.data.sources import Corrupt
+from emu_jax.data.sources import CorruptRecord
 
 
 class Memory:
@@ -22,7 +22,7 @@ class Memory:
 
     def __getitem__(self, index):
         if index in self.corrupt:
-            raise Corrupt(self.documents[index].id, "not a PNG")
+            raise CorruptRecord(self.documents[index].id, "not a PNG")
         return self.documents[index]
 
 
@@ -53,7 +53,7 @@ class Disk:
         if fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault in ("fail", "bad"):
-            raise Corrupt(
+            raise CorruptRecord(
                 f"d{index}",
                 "Input/output error" if fault == "fail" else "not a PNG",
                 disk=fault == "fail",

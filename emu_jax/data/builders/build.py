@@ -34,10 +34,10 @@ from tqdm import tqdm
 from emu_jax.config import UserError
 from emu_jax.data import images
 from emu_jax.data.builders import card
-from emu_jax.data.documents import Document, Picture, Skipped, pictures, texts
+from emu_jax.data.documents import Document, Picture, Skipped, images_of, texts_of
 from emu_jax.data.sources import kinds, records
-from emu_jax.data.sources.options import Options
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.options import SourceOptions
+from emu_jax.data.sources.tables import InputShard
 
 VERSION = "1.0.0"
 # shards that give documents to the card
@@ -57,9 +57,9 @@ class Task:
     """
 
     kind: str
-    unit: Unit
+    unit: InputShard
     label: str
-    options: Options
+    options: SourceOptions
     to: Path
     number: int
     of: int
@@ -78,7 +78,7 @@ def build(
     kind: str,
     sources: list[Path],
     to: Path,
-    options: Options,
+    options: SourceOptions,
     workers: int = 0,
     runner: str = "",
     rest: list[str] | None = None,
@@ -89,7 +89,7 @@ def build(
     Raises UserError if `to` holds another build, if there is nothing to read, and if a task's
     process dies twice.
     """
-    tasks = plan(kind, sources, to, options)
+    tasks = plan_tasks(kind, sources, to, options)
     (to / "parts").mkdir(exist_ok=True)
     # of a build that was killed
     for half in [*to.glob("*.new"), *(to / "parts").glob("*.new")]:
@@ -102,9 +102,9 @@ def build(
     return _finish(kind, sources, to, options, tasks)
 
 
-def plan(kind: str, sources: list[Path], to: Path, options: Options) -> list[Task]:
+def plan_tasks(kind: str, sources: list[Path], to: Path, options: SourceOptions) -> list[Task]:
     """The tasks of a build, the same whenever it is called again; `to`/plan.json holds them."""
-    found = [(unit, root) for root in sources for unit in kinds.KINDS[kind].units(root)]
+    found = [(unit, root) for root in sources for unit in kinds.KINDS[kind].list_shards(root)]
     rows = [
         {
             "label": _label(unit, root),
@@ -141,7 +141,7 @@ def plan(kind: str, sources: list[Path], to: Path, options: Options) -> list[Tas
     ]
 
 
-def _label(unit: Unit, root: Path) -> str:
+def _label(unit: InputShard, root: Path) -> str:
     """The first half of the ids of a unit's documents: the path of its file below `root`, without
     suffixes.
     """
@@ -156,7 +156,7 @@ def _label(unit: Unit, root: Path) -> str:
 def write(task: Task) -> None:
     """The whole of a task: the shard of its unit. What it writes depends on the task alone."""
     new = _beside(task.shard)
-    features = records.FEATURES()
+    features = records.features()
     serializer = ExampleSerializer(features.get_serialized_info())
     counts = Counter(dict.fromkeys(COUNTS, 0))
     skipped = Counter()
@@ -164,17 +164,17 @@ def write(task: Task) -> None:
     samples = []
     histograms = {name: Counter() for name in ("tokens", "images", "side")}
     writer = ArrayRecordWriter(str(new), "group_size:1")
-    for document in kinds.documents(task.kind, task.unit, task.options):
+    for document in kinds.read_documents(task.kind, task.unit, task.options):
         if isinstance(document, Skipped):
             counts["skipped"] += 1
-            skipped[general(document.reason)] += 1
+            skipped[general_reason(document.reason)] += 1
             continue
         raw = _serialized(document, task, features, serializer)
         writer.write(raw)
         _count(document, len(raw), counts, histograms)
-        dropped.update(map(general, document.dropped))
+        dropped.update(map(general_reason, document.dropped))
         if task.number < SAMPLED and len(samples) < SAMPLES:
-            samples.append(card.shown(document, 400))
+            samples.append(card.document_card(document, 400))
     writer.close()
     counts["dropped"] = dropped.total()
     part = {
@@ -188,7 +188,7 @@ def write(task: Task) -> None:
     new.replace(task.shard)
 
 
-def general(reason: str) -> str:
+def general_reason(reason: str) -> str:
     """A reason without what differs from record to record: names and numbers."""
     return re.sub(r"\d+(?:\.\d+)?", "#", re.sub(r"'[^']*'", "'…'", reason))
 
@@ -199,19 +199,19 @@ def _serialized(
     features: tfds.features.FeaturesDict,
     serializer: ExampleSerializer,
 ) -> bytes:
-    example = records.example_of(document, f"{task.label}/{document.id}", task.kind)
+    example = records.document_example(document, f"{task.label}/{document.id}", task.kind)
     return serializer.get_tf_example(features.encode_example(example)).SerializeToString(
         deterministic=True
     )
 
 
 def _count(document: Document, size: int, counts: Counter, histograms: dict[str, Counter]) -> None:
-    said = sum(len(text.text.encode()) for text in texts(document))
-    shown = list(pictures(document))
+    said = sum(len(text.text.encode()) for text in texts_of(document))
+    shown = list(images_of(document))
     counts.update(
         documents=1,
         images=len(shown),
-        texts=sum(1 for _ in texts(document)),
+        texts=sum(1 for _ in texts_of(document)),
         text_bytes=said,
         bytes=size,
     )
@@ -220,7 +220,7 @@ def _count(document: Document, size: int, counts: Counter, histograms: dict[str,
     for picture in shown:
         data = picture.data if isinstance(picture, Picture) else picture
         histograms["side"][
-            _floor(min(images.size(data) if isinstance(data, bytes) else data.shape[:2]))
+            _floor(min(images.header_size(data) if isinstance(data, bytes) else data.shape[:2]))
         ] += 1
 
 
@@ -299,7 +299,7 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            features=records.FEATURES(),
+            features=records.features(),
             description=__doc__,
             metadata=tfds.core.MetadataDict(records.METADATA),
         )
@@ -312,7 +312,7 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
 
 
 def _finish(
-    kind: str, sources: list[Path], to: Path, options: Options, tasks: list[Task]
+    kind: str, sources: list[Path], to: Path, options: SourceOptions, tasks: list[Task]
 ) -> dict[str, int]:
     """Card, features and, last of all, dataset_info.json, by which a dataset is known to be
     whole.
@@ -337,7 +337,7 @@ def _finish(
 
 
 def summed(
-    kind: str, sources: list[str], name: str, options: Options, parts: list[dict[str, Any]]
+    kind: str, sources: list[str], name: str, options: SourceOptions, parts: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The card's numbers: the sums of what the shards counted."""
 

@@ -48,7 +48,7 @@ th { font-weight: 500; color: var(--soft); }
 """
 
 
-def inspected(title: str, documents: Iterable[Document | Skipped]) -> Iterator[str]:
+def inspection_page(title: str, documents: Iterable[Document | Skipped]) -> Iterator[str]:
     """The page of `inspect`, in pieces: every document as it reads, every record that was left out
     and why.
     """
@@ -60,11 +60,11 @@ def inspected(title: str, documents: Iterable[Document | Skipped]) -> Iterator[s
             yield f'<div class="card out"><b>{escape(document.id)}</b> <span class="soft">left out: {escape(document.reason)}</span></div>\n'
         else:
             count += 1
-            yield shown(document) + "\n"
+            yield document_card(document) + "\n"
     yield f'<p class="soft">{count:,} documents, {skipped:,} left out.</p></body></html>\n'
 
 
-def shown(document: Document, characters: int = 2000) -> str:
+def document_card(document: Document, characters: int = 2000) -> str:
     """A document as a card; a text is cut after `characters`."""
     pieces = []
     for part in document.parts:
@@ -92,7 +92,7 @@ def shown(document: Document, characters: int = 2000) -> str:
 
 def thumbnail(data: bytes | Image) -> str:
     """An <img> with the picture inside, THUMB pixels at most."""
-    image = Pillow.fromarray(images.pixels(data) if isinstance(data, bytes) else data)
+    image = Pillow.fromarray(images.decode_full(data) if isinstance(data, bytes) else data)
     size = image.size
     image.thumbnail((THUMB, THUMB))
     file = io.BytesIO()
@@ -102,7 +102,7 @@ def thumbnail(data: bytes | Image) -> str:
 
 
 def page(card: dict[str, Any], samples: list[str]) -> str:
-    """The data card: what `build.summary` counted, and some documents as `shown` made them."""
+    """The data card: what `build.summary` counted, and some documents as `document_card` made them."""
     counts = card["counts"]
     histograms = card["histograms"]
     rows = "".join(

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
 from emu_jax.data.builders import questions, scenes
-from emu_jax.data.documents import Document, pictures, pixels, texts
+from emu_jax.data.documents import Document, images_of, pixels_of, texts_of
 from emu_jax.data.sources import records
 
 try:
@@ -76,7 +76,7 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         return tfds.core.DatasetInfo(
             builder=self,
-            features=records.FEATURES(),
+            features=records.features(),
             description=__doc__,
             homepage="https://openmoji.org",
             license=LICENSE,
@@ -106,7 +106,7 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
             encoded = [_png(image) for image in scene.images]
             yield (
                 scene.id,
-                records.example(
+                records.make_example(
                     scene.id,
                     scene.kind,
                     scene.combination,
@@ -174,7 +174,7 @@ def build(to: Path, seed: int = 0, image: int = 64, vocab: int = 2048) -> dict[s
     (configs/sizes.py: demo). Raises UserError if `to` holds a build with other settings.
     """
     documents = {
-        split: list(sources.open(f"{to}/{split}", image)) for split in write(to, seed, image)
+        split: list(sources.open_source(f"{to}/{split}", image)) for split in write(to, seed, image)
     }
     learnt = [
         text
@@ -290,12 +290,12 @@ def _first(items: Iterator, count: int) -> Iterator:
 
 
 def _texts(document: Document) -> list[str]:
-    return [text.text for text in texts(document)]
+    return [text.text for text in texts_of(document)]
 
 
 def _counts(documents: list[Document]) -> Counter:
     kinds = Counter(document.id.split("/")[0] for document in documents)
-    return kinds + Counter(images=sum(1 for document in documents for _ in pictures(document)))
+    return kinds + Counter(images=sum(1 for document in documents for _ in images_of(document)))
 
 
 def _spread(documents: list[Document], count: int) -> list[Document]:
@@ -316,7 +316,7 @@ def _sheet(documents: list[Document], image: int) -> Image.Image:
     y = margin
     for document in documents:
         width = (
-            max(len(list(pixels(document))) * (tile + 4), 6 * max(map(len, _texts(document))))
+            max(len(list(pixels_of(document))) * (tile + 4), 6 * max(map(len, _texts(document))))
             + margin
         )
         if x + width > 1200:
@@ -327,7 +327,7 @@ def _sheet(documents: list[Document], image: int) -> Image.Image:
     sheet = Image.new("RGB", (1200, y + tile + 4 * line), "white")
     pen = ImageDraw.Draw(sheet)
     for document, x, y in placed:
-        for column, shown in enumerate(pixels(document)):
+        for column, shown in enumerate(pixels_of(document)):
             sheet.paste(
                 Image.fromarray(shown).resize((tile, tile), Image.Resampling.NEAREST),
                 (x + column * (tile + 4), y),

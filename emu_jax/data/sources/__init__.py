@@ -1,4 +1,4 @@
-"""Sources of documents, by random access. `open` is the door; records.py is the format; kinds.py
+"""Sources of documents, by random access. `open_source` is the door; records.py is the format; kinds.py
 knows the formats of others.
 
 A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER holds one
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from emu_jax.config import UserError
-from emu_jax.data.documents import Document, pixels, texts
+from emu_jax.data.documents import Document, pixels_of, texts_of
 
 # of documents a source keeps: small sets are decoded once, large ones hardly notice
 CACHE_BYTES = 256 * 2**20
@@ -19,7 +19,7 @@ CACHE_BYTES = 256 * 2**20
 RECORD_BYTES = 1000
 
 
-class Corrupt(Exception):
+class CorruptRecord(Exception):
     """Record `id` cannot be read: `reason`, in one line. `disk`: it is the disk that failed, and
     may do better when asked again.
     """
@@ -36,17 +36,17 @@ class Corrupt(Exception):
 
 @runtime_checkable
 class Source(Protocol):
-    """What `open` gives. Thread-safe, and can be pickled; documents' ids are unique in it and do
+    """What `open_source` gives. Thread-safe, and can be pickled; documents' ids are unique in it and do
     not change.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document:
-        """Document 0 <= index < len. Raises Corrupt."""
+        """Document 0 <= index < len. Raises CorruptRecord."""
 
 
-class Cached:
+class CachedSource:
     """`source`, of whose documents it keeps the first CACHE_BYTES. Their arrays are shared."""
 
     def __init__(self, source: Source):
@@ -63,8 +63,8 @@ class Cached:
             document = self.source[index]
             size = (
                 RECORD_BYTES
-                + sum(image.nbytes for image in pixels(document))
-                + sum(len(text.text) for text in texts(document))
+                + sum(image.nbytes for image in pixels_of(document))
+                + sum(len(text.text) for text in texts_of(document))
             )
             # two threads may both count one document: the limit is a rough one
             if size <= self._room:
@@ -73,7 +73,7 @@ class Cached:
         return document
 
 
-def open(path: str, image_size: int, fit: str = "squash") -> Source:
+def open_source(path: str, image_size: int, fit: str = "squash") -> Source:
     """The documents of `path` = FOLDER:SPLIT, their images brought to image_size by `fit`
     (images.decode).
 
@@ -88,7 +88,7 @@ def open(path: str, image_size: int, fit: str = "squash") -> Source:
         raise UserError(
             f"the source '{path}' names no split; write it as FOLDER:SPLIT, for example '{path}:train'"
         )
-    return records.Records(_dataset(Path(folder)), split, image_size, fit)
+    return records.RecordSource(_dataset(Path(folder)), split, image_size, fit)
 
 
 def _dataset(folder: Path) -> Path:

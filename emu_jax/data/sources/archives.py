@@ -121,28 +121,28 @@ def _plain(name: str) -> str:
 
 
 @lru_cache(8)
-def opened(root: Path) -> Files:
+def open_archive(root: Path) -> Files:
     """`Files(root)`, kept open: a tar's table of contents is read once a process."""
     return Files(root)
 
 
-def places(given: str, folder: Path, names: list[str]) -> list[Files]:
+def media_archives(given: str, folder: Path, names: list[str]) -> list[Files]:
     """Where pictures may be: in the folder or archive `given`, or if that is "", in those of
     `names` that are in `folder`, in this order.
     """
     if given:
         if not Path(given).exists():
             raise UserError(f"--images: there is no '{given}'")
-        return [opened(Path(given))]
+        return [open_archive(Path(given))]
     return [
-        opened(folder / name)
+        open_archive(folder / name)
         for name in dict.fromkeys(names)
         if (folder / name).is_dir() or (name != "." and (folder / name).is_file())
     ]
 
 
 def fetch(name: str, places: list[Files], limit: int = MAX_FILE) -> bytes | str:
-    """The bytes of the file `name` of the first of `places` that has it, or why there are none.
+    """The bytes of the file `name` of the first of `media_archives` that has it, or why there are none.
     `zip -r a.zip a` puts a folder into an archive of its name: there it is looked for, too.
     """
     for place in places:
@@ -160,7 +160,7 @@ def fetch(name: str, places: list[Files], limit: int = MAX_FILE) -> bytes | str:
     return "a picture whose file is not there"
 
 
-def samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, bytes]]]:
+def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {extension: bytes}) of a WebDataset tar, in its order: neighbouring files whose names
     are equal up to the first dot of the last part are a sample; extensions are in lower case. A
     file over `limit` bytes is as if it were not there.
@@ -199,7 +199,7 @@ def samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, 
         yield key, files
 
 
-def found(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def list_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """`path` itself if it is a file, or the files below the folder `path` that end with one of
     `suffixes`, sorted. None of them leads out.
     """

@@ -1,7 +1,7 @@
 """The kinds of sources: for each, how its input is shared out to tasks, and the pure function from
 records to documents.
 
-`documents` is the door: it reads one unit and checks every picture by decoding it, so that what is
+`read_documents` is the door: it reads one unit and checks every picture by decoding it, so that what is
 built decodes. Read next: ../builders/build.py.
 """
 
@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from emu_jax.data import images
-from emu_jax.data.documents import Document, Pair, Picture, Skipped, pictures, texts
+from emu_jax.data.documents import Document, Pair, Picture, Skipped, images_of, texts_of
 from emu_jax.data.sources import (
-    chats,
-    html,
+    conversations,
     mmc4,
     obelics,
     pairs,
@@ -23,9 +22,10 @@ from emu_jax.data.sources import (
     subtitled,
     text,
     videos,
+    webpages,
 )
-from emu_jax.data.sources.options import Options
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.options import SourceOptions
+from emu_jax.data.sources.tables import InputShard
 
 
 @dataclass(frozen=True)
@@ -34,56 +34,93 @@ class Kind:
     one must be left; "none" has none.
     """
 
-    units: Callable[[Path], list[Unit]]
-    read: Callable[[Unit, Options], Iterator[Document | Skipped]]
+    list_shards: Callable[[Path], list[InputShard]]
+    read_documents: Callable[[InputShard, SourceOptions], Iterator[Document | Skipped]]
     pictures: str
     help: str
 
 
 KINDS = {
-    "pairs": Kind(pairs.units, pairs.read, "all", "img2dataset's tars and parquet"),
+    "pairs": Kind(pairs.list_shards, pairs.read_documents, "all", "img2dataset's tars and parquet"),
     "mmc4": Kind(
-        mmc4.units, mmc4.read, "some", "Multimodal C4: JSONL and folders or zips of pictures"
+        mmc4.list_shards,
+        mmc4.read_documents,
+        "some",
+        "Multimodal C4: JSONL and folders or zips of pictures",
     ),
-    "obelics": Kind(obelics.units, obelics.read, "some", "OBELICS: parquet of texts and images"),
-    "html": Kind(html.units, html.read, "some", "a folder or archive of pages with their pictures"),
+    "obelics": Kind(
+        obelics.list_shards, obelics.read_documents, "some", "OBELICS: parquet of texts and images"
+    ),
+    "html": Kind(
+        webpages.list_shards,
+        webpages.read_documents,
+        "some",
+        "a folder or archive of pages with their pictures",
+    ),
     "videos": Kind(
-        videos.units,
-        videos.read,
+        videos.list_shards,
+        videos.read_documents,
         "all",
         "video2dataset's tars, or videos with captions beside them",
     ),
     "storyboards": Kind(
-        storyboards.units, storyboards.read, "some", "the tars of Emu's YT-Storyboard tool"
+        storyboards.list_shards,
+        storyboards.read_documents,
+        "some",
+        "the tars of Emu's YT-Storyboard tool",
     ),
     "subtitled": Kind(
-        subtitled.units, subtitled.read, "some", "videos with .vtt or .srt beside them"
+        subtitled.list_shards,
+        subtitled.read_documents,
+        "some",
+        "videos with .vtt or .srt beside them",
     ),
-    "text": Kind(text.units, text.read, "none", "plain text, JSONL"),
+    "text": Kind(text.list_shards, text.read_documents, "none", "plain text, JSONL"),
     "llava": Kind(
-        chats.units, chats.reader(chats.llava), "all", "LLaVA's conversations on pictures"
+        conversations.list_shards,
+        conversations.reader(conversations.llava),
+        "all",
+        "LLaVA's conversations on pictures",
     ),
-    "sharegpt": Kind(chats.units, chats.reader(chats.sharegpt), "none", "ShareGPT's conversations"),
-    "alpaca": Kind(chats.units, chats.reader(chats.alpaca), "none", "Alpaca's instructions"),
+    "sharegpt": Kind(
+        conversations.list_shards,
+        conversations.reader(conversations.sharegpt),
+        "none",
+        "ShareGPT's conversations",
+    ),
+    "alpaca": Kind(
+        conversations.list_shards,
+        conversations.reader(conversations.alpaca),
+        "none",
+        "Alpaca's instructions",
+    ),
     "videochat": Kind(
-        chats.units, chats.reader(chats.videochat), "all", "VideoChat's conversations on videos"
+        conversations.list_shards,
+        conversations.reader(conversations.videochat),
+        "all",
+        "VideoChat's conversations on videos",
     ),
     "videochatgpt": Kind(
-        chats.units, chats.reader(chats.videochatgpt), "all", "Video-ChatGPT's questions on videos"
+        conversations.list_shards,
+        conversations.reader(conversations.videochatgpt),
+        "all",
+        "Video-ChatGPT's questions on videos",
     ),
 }
 
 
-def documents(kind: str, unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def read_documents(
+    kind: str, shard: InputShard, options: SourceOptions
+) -> Iterator[Document | Skipped]:
     """What becomes of the records of `unit`, in their order; every picture has been decoded once
     and is as large as `options` asks for.
     """
     needs = KINDS[kind].pictures
-    for document in KINDS[kind].read(unit, options):
+    for document in KINDS[kind].read_documents(shard, options):
         # names of files need not be Unicode
         document = replace(document, id=document.id.encode("utf-8", "replace").decode())
         if isinstance(document, Document) and not all(
-            _is_unicode(text.text) for text in texts(document)
+            _is_unicode(text.text) for text in texts_of(document)
         ):
             document = Skipped(document.id, "the text holds half a character")
         yield (
@@ -102,7 +139,7 @@ def _is_unicode(text: str) -> bool:
         return False
 
 
-def _checked(document: Document, needs: str, options: Options) -> Document | Skipped:
+def _checked(document: Document, needs: str, options: SourceOptions) -> Document | Skipped:
     parts = []
     dropped = list(document.dropped)
     for part in document.parts:
@@ -115,7 +152,7 @@ def _checked(document: Document, needs: str, options: Options) -> Document | Ski
         else:
             dropped.append(reason)
             parts += [part.text] if isinstance(part, Pair) else []
-    if needs == "some" and not any(True for _ in pictures(replace(document, parts=tuple(parts)))):
+    if needs == "some" and not any(True for _ in images_of(replace(document, parts=tuple(parts)))):
         return Skipped(
             document.id,
             "no picture" + (f" is left: {'; '.join(dict.fromkeys(dropped))}" if dropped else ""),
@@ -123,7 +160,7 @@ def _checked(document: Document, needs: str, options: Options) -> Document | Ski
     return replace(document, parts=tuple(parts), dropped=tuple(dropped))
 
 
-def _fault(picture: Picture, options: Options) -> str:
+def _fault(picture: Picture, options: SourceOptions) -> str:
     """Why a picture cannot be taken, or ""."""
     if isinstance(picture.data, np.ndarray):
         height, width = picture.data.shape[:2]
@@ -131,7 +168,7 @@ def _fault(picture: Picture, options: Options) -> str:
         if not picture.data:
             return "the image is empty"
         try:
-            height, width = images.pixels(picture.data).shape[:2]
+            height, width = images.decode_full(picture.data).shape[:2]
         except ValueError as error:
             return str(error)
     if min(width, height) < options.min_side:

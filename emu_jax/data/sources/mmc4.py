@@ -14,26 +14,26 @@ from typing import Any
 from emu_jax.data.documents import Document, Pair, Picture, Skipped, Text
 from emu_jax.data.images import MAX_BYTES
 from emu_jax.data.sources import archives, tables
-from emu_jax.data.sources.options import Options
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.options import SourceOptions
+from emu_jax.data.sources.tables import InputShard
 
 SUFFIXES = (".jsonl", ".jsonl.zip", ".jsonl.gz")
 
 
-def units(path: Path) -> list[Unit]:
+def list_shards(path: Path) -> list[InputShard]:
     """A unit a shard."""
-    return [Unit(file) for file in archives.found(path, SUFFIXES)]
+    return [InputShard(file) for file in archives.list_files(path, SUFFIXES)]
 
 
-def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
     """The documents of one shard; ids are SHARD:LINE."""
-    stem = unit.path.name.split(".")[0]
-    places = archives.places(
+    stem = shard.path.name.split(".")[0]
+    places = archives.media_archives(
         options.images,
-        unit.path.parent,
+        shard.path.parent,
         [
             f"{stem}_images",
-            f"{unit.path.stem}_images",
+            f"{shard.path.stem}_images",
             f"{stem}_images.zip",
             f"{stem}_images.tar",
             f"{stem}.zip",
@@ -41,16 +41,16 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
             ".",
         ],
     )
-    for number, record in tables.records(unit.path):
+    for number, record in tables.json_records(shard.path):
         yield (
             record
             if isinstance(record, Skipped)
-            else _document(f"{unit.name}:{number}", record, places, unit, options)
+            else _document(f"{shard.name}:{number}", record, places, shard, options)
         )
 
 
 def _document(
-    id: str, record: Any, places: list[archives.Files], unit: Unit, options: Options
+    id: str, record: Any, places: list[archives.Files], shard: InputShard, options: SourceOptions
 ) -> Document | Skipped:
     if (
         not isinstance(record, dict)
@@ -78,11 +78,11 @@ def _document(
         elif last is not None:
             parts.append(last)
     provenance = {"url": record["url"]} if isinstance(record.get("url"), str) else {}
-    return Document(id, tuple(parts), unit.name, provenance, tuple(dropped))
+    return Document(id, tuple(parts), shard.name, provenance, tuple(dropped))
 
 
 def _picture(
-    info: Any, sentences: int, places: list[archives.Files], options: Options
+    info: Any, sentences: int, places: list[archives.Files], options: SourceOptions
 ) -> Picture | str:
     """The picture, or why it is dropped."""
     if (

@@ -4,7 +4,7 @@ of one length, one of the two None at each place.
 The public release holds addresses in `images`; with --images=DIR they are looked up in what
 img2dataset made of them (NNNNN.parquet with url and key, beside NNNNN.tar or the folder NNNNN), and
 those that are not there are dropped and counted. Sets with pictures inside hold bytes, or structs
-of bytes and path. Read next: html.py.
+of bytes and path. Read next: webpages.py.
 """
 
 import json
@@ -19,27 +19,33 @@ from emu_jax.config import UserError
 from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.images import MAX_BYTES
 from emu_jax.data.sources import archives, tables
-from emu_jax.data.sources.options import Options
+from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.pairs import IMAGES
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.tables import InputShard
 
 
-def units(path: Path) -> list[Unit]:
+def list_shards(path: Path) -> list[InputShard]:
     """A unit about 4096 rows."""
-    return [unit for file in archives.found(path, (".parquet",)) for unit in tables.groups(file)]
+    return [
+        unit
+        for file in archives.list_files(path, (".parquet",))
+        for unit in tables.parquet_shards(file)
+    ]
 
 
-def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
     """The documents of some row groups; ids are FILE:ROW."""
-    for number, row in tables.rows(unit):
+    for number, row in tables.parquet_rows(shard):
         yield (
             row
             if isinstance(row, Skipped)
-            else _document(f"{unit.name}:{number}", row, unit, options)
+            else _document(f"{shard.name}:{number}", row, shard, options)
         )
 
 
-def _document(id: str, row: dict[str, Any], unit: Unit, options: Options) -> Document | Skipped:
+def _document(
+    id: str, row: dict[str, Any], shard: InputShard, options: SourceOptions
+) -> Document | Skipped:
     texts = row.get("texts")
     images = row.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
@@ -57,7 +63,7 @@ def _document(id: str, row: dict[str, Any], unit: Unit, options: Options) -> Doc
         provenance = {"url": general["url"]} if isinstance(general.get("url"), str) else {}
     except (ValueError, AttributeError, TypeError):
         provenance = {}
-    return Document(id, tuple(parts), unit.name, provenance, tuple(dropped))
+    return Document(id, tuple(parts), shard.name, provenance, tuple(dropped))
 
 
 def _picture(image: Any, folder: str) -> Picture | str:
@@ -73,7 +79,7 @@ def _picture(image: Any, folder: str) -> Picture | str:
     if place is None:
         return "a picture whose address was not downloaded"
     shard, key = place
-    files = archives.opened(shard)
+    files = archives.open_archive(shard)
     name = next((f"{key}.{suffix}" for suffix in IMAGES if f"{key}.{suffix}" in files), "")
     data = (
         archives.fetch(name, [files], MAX_BYTES)
@@ -87,7 +93,7 @@ def _picture(image: Any, folder: str) -> Picture | str:
 def _index(folder: Path) -> dict[str, tuple[Path, str]]:
     """address -> (tar or folder, key) of all that img2dataset says it downloaded into `folder`."""
     index = {}
-    for file in archives.found(folder, (".parquet",)):
+    for file in archives.list_files(folder, (".parquet",)):
         shard = next(
             (place for place in (file.with_suffix(".tar"), file.with_suffix("")) if place.exists()),
             None,
@@ -95,7 +101,11 @@ def _index(folder: Path) -> dict[str, tuple[Path, str]]:
         try:
             table = pyarrow.parquet.read_table(
                 file,
-                columns=[name for name in ("url", "key", "status") if name in tables.columns(file)],
+                columns=[
+                    name
+                    for name in ("url", "key", "status")
+                    if name in tables.parquet_columns(file)
+                ],
             ).to_pydict()
         # pyarrow's errors have no common type
         except Exception as error:

@@ -16,7 +16,7 @@ def _flag(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Options:
+class SourceOptions:
     """The choices of all kinds; a kind looks at its own."""
 
     images: str = _flag(

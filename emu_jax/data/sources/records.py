@@ -4,8 +4,8 @@ ArrayRecord file.
 A record's `layout` says how its texts and images, each in order, become the parts of a document:
 "T" a text, "I" an image, "P" a pair of both whose order is drawn anew in every epoch. So "P" is a
 captioned picture, "TITI" a story. Conversations have a role and videos a time for each letter of
-it; `source` and `provenance` (JSON) say where it comes from. Builders yield `example(...)` under
-`FEATURES()`; `Records` reads, through Grain, without TensorFlow. Read next: ../builders/.
+it; `source` and `provenance` (JSON) say where it comes from. Builders yield `make_example(...)` under
+`features()`; `RecordSource` reads, through Grain, without TensorFlow. Read next: ../builders/.
 """
 
 import io
@@ -27,15 +27,15 @@ from tensorflow_datasets.proto import tf_example_pb2
 from emu_jax.config import UserError
 from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Pair, Picture, Text
-from emu_jax.data.sources import Corrupt
+from emu_jax.data.sources import CorruptRecord
 
 # readers of a file that are kept open
 IDLE = 4
-# every builder's metadata has it: how `Records` knows its own
+# every builder's metadata has it: how `RecordSource` knows its own
 METADATA = {"emu_jax": "documents"}
 
 
-def FEATURES() -> tfds.features.FeaturesDict:
+def features() -> tfds.features.FeaturesDict:
     text = tfds.features.Text
     image = tfds.features.Image(shape=(None, None, 3))
     return tfds.features.FeaturesDict(
@@ -54,7 +54,7 @@ def FEATURES() -> tfds.features.FeaturesDict:
     )
 
 
-def example(
+def make_example(
     id: str,
     kind: str,
     combination: str,
@@ -86,8 +86,8 @@ def example(
     )
 
 
-def example_of(document: Document, id: str, kind: str) -> dict:
-    """`example` of a document as sources yield it, under the id `id`: files stay as they are,
+def document_example(document: Document, id: str, kind: str) -> dict:
+    """`make_example` of a document as sources yield it, under the id `id`: files stay as they are,
     frames of videos become JPEGs.
     """
     layout = ""
@@ -112,7 +112,7 @@ def example_of(document: Document, id: str, kind: str) -> dict:
             )
         roles.append((picture or text).role)
         times.append((picture or text).time)
-    return example(
+    return make_example(
         id,
         kind,
         "",
@@ -126,7 +126,7 @@ def example_of(document: Document, id: str, kind: str) -> dict:
     )
 
 
-class Records:
+class RecordSource:
     """The documents of one split of the dataset in `folder` (where dataset_info.json lies)."""
 
     def __init__(self, folder: Path, split: str, image_size: int, fit: str = "squash"):
@@ -164,13 +164,13 @@ class Records:
             raise UserError(
                 f"the files of '{folder}', split '{split}', hold {held} records, not {self._length}"
             )
-        self._raw = Raw(files, list(info.splits[split].shard_lengths))
+        self._raw = RecordReader(files, list(info.splits[split].shard_lengths))
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Document:
-        """Document 0 <= index < len; its arrays are read-only. Raises Corrupt, and IndexError
+        """Document 0 <= index < len; its arrays are read-only. Raises CorruptRecord, and IndexError
         beyond the end.
         """
         if not 0 <= index < self._length:
@@ -182,7 +182,7 @@ class Records:
             raw = self._raw[index]
         # a checksum that does not match, a disk that does not answer
         except (RuntimeError, OSError) as error:
-            raise Corrupt(
+            raise CorruptRecord(
                 id, " ".join(str(error).split()), disk=isinstance(error, OSError)
             ) from error
         try:
@@ -204,9 +204,9 @@ class Records:
             ]
             provenance = json.loads(provenance or "{}")
         except IndexError:
-            raise Corrupt(id, "the record has no id or no layout") from None
+            raise CorruptRecord(id, "the record has no id or no layout") from None
         except (DecodeError, ValueError) as error:
-            raise Corrupt(id, " ".join(str(error).split())) from error
+            raise CorruptRecord(id, " ".join(str(error).split())) from error
         for image in pixels:
             image.flags.writeable = False
         told = iter(
@@ -223,7 +223,7 @@ class Records:
         return Document(id, tuple(part[letter]() for letter in layout), source, provenance)
 
 
-class Raw:
+class RecordReader:
     """The bytes of the records of ArrayRecord files, one file after another; threads may share it.
     `lengths`: records of each file.
 
@@ -240,7 +240,7 @@ class Raw:
 
     def __reduce__(self) -> tuple:
         # a process opens its own
-        return Raw, (self._files, self._lengths)
+        return RecordReader, (self._files, self._lengths)
 
     def __getitem__(self, index: int) -> bytes:
         file = bisect_right(self._ends, index)

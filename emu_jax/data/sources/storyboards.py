@@ -16,8 +16,8 @@ from pathlib import Path
 from emu_jax.data import clean
 from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.sources import archives
-from emu_jax.data.sources.options import Options
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.options import SourceOptions
+from emu_jax.data.sources.tables import InputShard
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 # [IMG], 32 slots, [/IMG]; LLaMA's tokenizer makes a token of 3 to 4 bytes of English
@@ -27,25 +27,25 @@ BYTES_A_TOKEN = 3
 Part = Text | Picture
 
 
-def units(path: Path) -> list[Unit]:
+def list_shards(path: Path) -> list[InputShard]:
     """A unit a tar."""
-    return [Unit(file) for file in archives.found(path, archives.TARS)]
+    return [InputShard(file) for file in archives.list_files(path, archives.TARS)]
 
 
-def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
     """The videos of one tar; ids are YouTube's, followed by "#1", "#2", ... for the later pieces of
     a long one.
     """
     try:
-        for key, files in archives.samples(unit.path):
+        for key, files in archives.webdataset_samples(shard.path):
             try:
                 parts = _parts(files)
             except ValueError as error:
                 yield Skipped(key, str(error))
             else:
-                yield from pieces(parts, Document(key, (), unit.name, {"video": key}), options)
+                yield from pieces(parts, Document(key, (), shard.name, {"video": key}), options)
     except ValueError as error:
-        yield Skipped(unit.path.name, str(error))
+        yield Skipped(shard.path.name, str(error))
 
 
 def _parts(files: dict[str, bytes]) -> tuple[Part, ...]:
@@ -56,7 +56,7 @@ def _parts(files: dict[str, bytes]) -> tuple[Part, ...]:
         if re.fullmatch(r"\d{1,9}", number) and extension in IMAGES:
             frames[int(number)] = data
         elif re.fullmatch(r"\d{1,9}", number) and extension == "txt":
-            texts[int(number)] = clean.spaces(clean.decode(data))
+            texts[int(number)] = clean.collapse_whitespace(clean.decode_text(data))
     if not frames:
         raise ValueError("no frame")
     step = _step(files.get("final_meta.json"), max(frames) + 1)
@@ -73,7 +73,7 @@ def _parts(files: dict[str, bytes]) -> tuple[Part, ...]:
 def _step(meta: bytes | None, frames: int) -> int | None:
     """Seconds between frames, if the file says how long the video is."""
     try:
-        meta = json.loads(clean.decode(meta or b"{}"))
+        meta = json.loads(clean.decode_text(meta or b"{}"))
         return round(float(meta["duration"]) / int(meta.get("frame_num") or frames))
     except (
         ValueError,
@@ -88,7 +88,7 @@ def _step(meta: bytes | None, frames: int) -> int | None:
 
 
 def pieces(
-    parts: Iterable[Part], document: Document, options: Options
+    parts: Iterable[Part], document: Document, options: SourceOptions
 ) -> Iterator[Document | Skipped]:
     """`document` with `parts`, cut where the next part would exceed options.max_images or
     max_tokens (tokens are estimated from bytes); a piece without pictures is skipped. A text that

@@ -3,7 +3,7 @@ into storyboards as Emu's are.
 
 Frame k is at k times --every seconds; frames and cues are sorted by time, a frame before a cue of
 its time, and the cues between two frames are joined by a space and stand before the second. What is
-too long is cut. Read next: html.py.
+too long is cut. Read next: webpages.py.
 """
 
 import heapq
@@ -14,9 +14,9 @@ from pathlib import Path
 from emu_jax.data import clean, subtitles, video
 from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.sources import archives
-from emu_jax.data.sources.options import Options
+from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.storyboards import Part, pieces
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.tables import InputShard
 
 SUBTITLES = (".vtt", ".srt")
 # videos in a unit
@@ -24,39 +24,40 @@ FILES = 20
 MAX_SUBTITLES = 64 * 2**20
 
 
-def units(path: Path) -> list[Unit]:
+def list_shards(path: Path) -> list[InputShard]:
     """A unit a tar (KEY.mp4, KEY.vtt), and one for 20 videos of a folder."""
-    found = archives.found(path, (*archives.TARS, *video.SUFFIXES))
+    found = archives.list_files(path, (*archives.TARS, *video.SUFFIXES))
     root = path if path.is_dir() else path.parent
     loose = [
         file.relative_to(root).as_posix() for file in found if not file.name.endswith(archives.TARS)
     ]
-    return [Unit(file) for file in found if file.name.endswith(archives.TARS)] + [
-        Unit(root, tuple(loose[first : first + FILES])) for first in range(0, len(loose), FILES)
+    return [InputShard(file) for file in found if file.name.endswith(archives.TARS)] + [
+        InputShard(root, tuple(loose[first : first + FILES]))
+        for first in range(0, len(loose), FILES)
     ]
 
 
-def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
     """The videos of one unit; ids are names of files, or the tar's keys, followed by "#1", "#2",
     ... for later pieces.
     """
-    if unit.names:
-        folder = archives.opened(unit.path)
-        for name in unit.names:
+    if shard.names:
+        folder = archives.open_archive(shard.path)
+        for name in shard.names:
             try:
-                beside = _beside(name, unit.path)
+                beside = _beside(name, shard.path)
                 yield from _documents(
                     name,
                     folder.read(name),
                     folder.read(beside, MAX_SUBTITLES) if beside else None,
-                    unit,
+                    shard,
                     options,
                 )
             except ValueError as error:
                 yield Skipped(name, str(error))
         return
     try:
-        for key, files in archives.samples(unit.path):
+        for key, files in archives.webdataset_samples(shard.path):
             film = next(
                 (files[suffix[1:]] for suffix in video.SUFFIXES if suffix[1:] in files), None
             )
@@ -64,11 +65,11 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
                 (files[name] for name in sorted(files) if name.endswith(("vtt", "srt"))), None
             )
             try:
-                yield from _documents(key, film, said, unit, options)
+                yield from _documents(key, film, said, shard, options)
             except ValueError as error:
                 yield Skipped(key, str(error))
     except ValueError as error:
-        yield Skipped(unit.path.name, str(error))
+        yield Skipped(shard.path.name, str(error))
 
 
 def _beside(name: str, root: Path) -> str | None:
@@ -90,21 +91,21 @@ def _beside(name: str, root: Path) -> str | None:
 
 
 def _documents(
-    id: str, film: bytes | None, said: bytes | None, unit: Unit, options: Options
+    id: str, film: bytes | None, said: bytes | None, shard: InputShard, options: SourceOptions
 ) -> Iterator[Document | Skipped]:
     if film is None:
         raise ValueError("no video")
     if said is None:
         raise ValueError("no subtitles")
     try:
-        text = clean.decode(said)
+        text = clean.decode_text(said)
     except ValueError:
         raise ValueError("the subtitles are not UTF-8") from None
     cues = [(cue.start, 1, cue.text) for cue in subtitles.parse(text)]
-    frames = ((time, 0, frame) for time, frame in video.sampled(film, options.every))
+    frames = ((time, 0, frame) for time, frame in video.frames_by_time(film, options.every))
     yield from pieces(
         _interleaved(heapq.merge(cues, frames, key=lambda item: item[:2])),
-        Document(id, (), unit.name),
+        Document(id, (), shard.name),
         options,
     )
 

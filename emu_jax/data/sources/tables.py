@@ -19,13 +19,13 @@ from emu_jax.data import clean
 from emu_jax.data.documents import Skipped
 
 JSONS = (".json", ".jsonl", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zip", ".json.zip")
-# of a parquet file in a unit, rounded up to whole row groups
+# of a parquet file in a shard, rounded up to whole row groups
 ROWS = 4096
 MAX_LINE = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Unit:
+class InputShard:
     """What one task reads, and writes a shard of: a file, or `names` of the folder or archive
     `path`, or its row groups [first, last).
     """
@@ -43,8 +43,8 @@ class Unit:
         return self.path.name.split(".")[0] or self.path.name
 
 
-def groups(file: Path) -> list[Unit]:
-    """A parquet file as units of about ROWS rows. One that cannot be opened is one unit, whose
+def parquet_shards(file: Path) -> list[InputShard]:
+    """A parquet file as units of about ROWS rows. One that cannot be opened is one shard, whose
     reader says why.
     """
     try:
@@ -52,22 +52,22 @@ def groups(file: Path) -> list[Unit]:
             sizes = [
                 table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)
             ]
-    # pyarrow's errors have no common type; `rows` reports them
+    # pyarrow's errors have no common type; `parquet_rows` reports them
     except Exception:
-        return [Unit(file)]
+        return [InputShard(file)]
     units = []
     first = 0
     rows = 0
     for number, size in enumerate(sizes):
         rows += size
         if rows >= ROWS or number == len(sizes) - 1:
-            units.append(Unit(file, first=first, last=number + 1))
+            units.append(InputShard(file, first=first, last=number + 1))
             first = number + 1
             rows = 0
-    return units or [Unit(file)]
+    return units or [InputShard(file)]
 
 
-def columns(file: Path) -> list[str]:
+def parquet_columns(file: Path) -> list[str]:
     """The names of a parquet file's columns; those of images for one that cannot be opened, so that
     its reader reports it.
     """
@@ -77,18 +77,18 @@ def columns(file: Path) -> list[str]:
         return ["jpg"]
 
 
-def rows(unit: Unit) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
+def parquet_rows(shard: InputShard) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
     """(number in the file, row) of the unit's row groups, a batch in memory at a time."""
     try:
-        table = pyarrow.parquet.ParquetFile(unit.path)
+        table = pyarrow.parquet.ParquetFile(shard.path)
         sizes = [
             table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)
         ]
     except Exception as error:
-        yield 0, Skipped(unit.path.name, f"not a readable parquet file: {_line(error)}")
+        yield 0, Skipped(shard.path.name, f"not a readable parquet file: {_line(error)}")
         return
     with table:
-        for group in range(unit.first, len(sizes) if unit.last is None else unit.last):
+        for group in range(shard.first, len(sizes) if shard.last is None else shard.last):
             number = sum(sizes[:group])
             try:
                 for batch in table.iter_batches(batch_size=64, row_groups=[group]):
@@ -96,10 +96,10 @@ def rows(unit: Unit) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
                         yield number, row
                         number += 1
             except Exception as error:
-                yield number, Skipped(f"{unit.name}:{number}", f"damaged rows: {_line(error)}")
+                yield number, Skipped(f"{shard.name}:{number}", f"damaged rows: {_line(error)}")
 
 
-def records(path: Path) -> Iterator[tuple[int, Any]]:
+def json_records(path: Path) -> Iterator[tuple[int, Any]]:
     """(number, record) of a JSON file: the items of one array, or a value a line; .gz and .zip are
     unpacked on the way. A line that is no JSON or no UTF-8 comes as `Skipped`.
     """
@@ -107,13 +107,13 @@ def records(path: Path) -> Iterator[tuple[int, Any]]:
         with _opened(path) as file:
             head = file.peek(64)[:64] if hasattr(file, "peek") else b""
             if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-                values = json.loads(clean.decode(file.read()))
+                values = json.loads(clean.decode_text(file.read()))
                 yield from enumerate(values)
                 return
             number = 0
             while line := file.readline(MAX_LINE):
                 if line.strip():
-                    yield number, _value(line, f"{Unit(path).name}:{number}")
+                    yield number, _value(line, f"{InputShard(path).name}:{number}")
                 number += 1
     except UserError:
         raise
@@ -124,7 +124,7 @@ def records(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _value(line: bytes, id: str) -> Any:
     try:
-        return json.loads(clean.decode(line))
+        return json.loads(clean.decode_text(line))
     except (ValueError, RecursionError) as error:
         return Skipped(
             id,

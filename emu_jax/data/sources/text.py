@@ -1,7 +1,7 @@
 """Text alone: plain files, a document each, and JSONL (or JSON, or parquet) with a "text" column, a
 document a record.
 
-Read next: chats.py.
+Read next: conversations.py.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from pathlib import Path
 from emu_jax.data import clean
 from emu_jax.data.documents import Document, Skipped, Text
 from emu_jax.data.sources import archives, tables
-from emu_jax.data.sources.options import Options
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.options import SourceOptions
+from emu_jax.data.sources.tables import InputShard
 
 PLAIN = (".txt", ".md")
 # plain files in a unit
@@ -20,52 +20,56 @@ FILES = 1000
 MAX_TEXT = 64 * 2**20
 
 
-def units(path: Path) -> list[Unit]:
+def list_shards(path: Path) -> list[InputShard]:
     """A unit a table, about 4096 rows of a parquet file, 1000 plain files."""
-    found = archives.found(path, (*PLAIN, *tables.JSONS, ".parquet"))
+    found = archives.list_files(path, (*PLAIN, *tables.JSONS, ".parquet"))
     plain = [
         file.relative_to(path if path.is_dir() else path.parent).as_posix()
         for file in found
         if file.name.lower().endswith(PLAIN)
     ]
     units = [
-        Unit(path if path.is_dir() else path.parent, tuple(plain[first : first + FILES]))
+        InputShard(path if path.is_dir() else path.parent, tuple(plain[first : first + FILES]))
         for first in range(0, len(plain), FILES)
     ]
     for file in found:
         if not file.name.lower().endswith(PLAIN):
-            units += tables.groups(file) if file.suffix == ".parquet" else [Unit(file)]
+            units += (
+                tables.parquet_shards(file) if file.suffix == ".parquet" else [InputShard(file)]
+            )
     return units
 
 
-def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
     """The texts of one unit; ids are FILE for a plain file, else the record's "id" or
     FILE:NUMBER.
     """
-    if unit.names:
-        files = archives.opened(unit.path)
-        for name in unit.names:
+    if shard.names:
+        files = archives.open_archive(shard.path)
+        for name in shard.names:
             try:
-                yield _document(name, clean.decode(files.read(name, MAX_TEXT)), unit, {})
+                yield _document(name, clean.decode_text(files.read(name, MAX_TEXT)), shard, {})
             except ValueError as error:
                 yield Skipped(name, str(error))
         return
     for number, record in (
-        tables.rows(unit) if unit.path.suffix == ".parquet" else tables.records(unit.path)
+        tables.parquet_rows(shard)
+        if shard.path.suffix == ".parquet"
+        else tables.json_records(shard.path)
     ):
-        id = f"{unit.name}:{number}"
+        id = f"{shard.name}:{number}"
         if isinstance(record, Skipped):
             yield record
         elif not isinstance(record, dict) or not isinstance(record.get("text"), str):
             yield Skipped(id, "no text")
         else:
             provenance = {"url": record["url"]} if isinstance(record.get("url"), str) else {}
-            yield _document(str(record.get("id") or id), record["text"], unit, provenance)
+            yield _document(str(record.get("id") or id), record["text"], shard, provenance)
 
 
-def _document(id: str, text: str, unit: Unit, provenance: dict) -> Document | Skipped:
+def _document(id: str, text: str, shard: InputShard, provenance: dict) -> Document | Skipped:
     return (
-        Document(id, (Text(text.strip()),), unit.name, provenance)
+        Document(id, (Text(text.strip()),), shard.name, provenance)
         if text.strip()
         else Skipped(id, "the text is empty")
     )

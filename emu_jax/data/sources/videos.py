@@ -15,31 +15,32 @@ import numpy as np
 from emu_jax.data import clean, video
 from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.sources import archives
-from emu_jax.data.sources.options import Options
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.options import SourceOptions
+from emu_jax.data.sources.tables import InputShard
 
 EXTENSIONS = tuple(suffix[1:] for suffix in video.SUFFIXES)
 # video files in a unit
 FILES = 100
 
 
-def units(path: Path) -> list[Unit]:
+def list_shards(path: Path) -> list[InputShard]:
     """A unit a tar, and one for 100 video files of a folder."""
-    found = archives.found(path, (*archives.TARS, *video.SUFFIXES))
+    found = archives.list_files(path, (*archives.TARS, *video.SUFFIXES))
     root = path if path.is_dir() else path.parent
     loose = [
         file.relative_to(root).as_posix() for file in found if not file.name.endswith(archives.TARS)
     ]
-    return [Unit(file) for file in found if file.name.endswith(archives.TARS)] + [
-        Unit(root, tuple(loose[first : first + FILES])) for first in range(0, len(loose), FILES)
+    return [InputShard(file) for file in found if file.name.endswith(archives.TARS)] + [
+        InputShard(root, tuple(loose[first : first + FILES]))
+        for first in range(0, len(loose), FILES)
     ]
 
 
-def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
     """The videos of one unit; ids are the tar's keys, or names of files."""
-    if unit.names:
-        folder = archives.opened(unit.path)
-        for name in unit.names:
+    if shard.names:
+        folder = archives.open_archive(shard.path)
+        for name in shard.names:
             stem = name[: name.rindex(".")]
             files = {}
             try:
@@ -49,24 +50,26 @@ def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
             except ValueError as error:
                 yield Skipped(name, str(error))
                 continue
-            yield _document(name, files, unit, options)
+            yield _document(name, files, shard, options)
         return
     try:
-        for key, files in archives.samples(unit.path):
-            yield _document(key, files, unit, options)
+        for key, files in archives.webdataset_samples(shard.path):
+            yield _document(key, files, shard, options)
     except ValueError as error:
-        yield Skipped(unit.path.name, str(error))
+        yield Skipped(shard.path.name, str(error))
 
 
-def _document(id: str, files: dict[str, bytes], unit: Unit, options: Options) -> Document | Skipped:
+def _document(
+    id: str, files: dict[str, bytes], shard: InputShard, options: SourceOptions
+) -> Document | Skipped:
     data = next((files[name] for name in EXTENSIONS if name in files), None)
     if data is None:
         return Skipped(id, "no video")
     try:
-        meta = json.loads(clean.decode(files["json"])) if "json" in files else {}
+        meta = json.loads(clean.decode_text(files["json"])) if "json" in files else {}
         meta = meta if isinstance(meta, dict) else {}
         text = (
-            clean.decode(files["txt"])
+            clean.decode_text(files["txt"])
             if files.get("txt", b"").strip()
             else meta.get("caption") or meta.get("title") or ""
         )
@@ -74,7 +77,7 @@ def _document(id: str, files: dict[str, bytes], unit: Unit, options: Options) ->
         return Skipped(
             id, f"caption: {error}" if str(error).startswith("the text") else "the .json is broken"
         )
-    caption = clean.video_caption(text) if isinstance(text, str) else ""
+    caption = clean.clean_video_caption(text) if isinstance(text, str) else ""
     if not caption:
         return Skipped(
             id, "no caption" if not str(text).strip() else "the caption is metadata only"
@@ -88,16 +91,18 @@ def _document(id: str, files: dict[str, bytes], unit: Unit, options: Options) ->
     except ValueError as error:
         return Skipped(id, str(error))
     provenance = {"url": meta["url"]} if isinstance(meta.get("url"), str) else {}
-    return Document(id, (*shown, Text(caption)), unit.name, provenance)
+    return Document(id, (*shown, Text(caption)), shard.name, provenance)
 
 
-def frames(data: bytes, id: str, options: Options) -> list[Picture]:
+def frames(data: bytes, id: str, options: SourceOptions) -> list[Picture]:
     """`options.frames` frames of a video, by `options.choose`. Raises ValueError for what cannot be
     decoded.
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little"))
     numbers = {
-        "centres": lambda count: video.centres(count, options.frames),
+        "centres": lambda count: video.segment_centres(count, options.frames),
         "random": lambda count: sorted(rng.integers(0, count, options.frames).tolist()),
     }[options.choose]
-    return [Picture(frame, time=round(time, 3)) for time, frame in video.chosen(data, numbers)]
+    return [
+        Picture(frame, time=round(time, 3)) for time, frame in video.frames_by_number(data, numbers)
+    ]

@@ -132,7 +132,7 @@ def prepare(model: Clip, path: Path) -> Float[np.ndarray, "h w 3"]:
     """The vision tower's input of a picture's file."""
     size, mean, std = model.preprocessor
     try:
-        image = Image.fromarray(images.pixels(path.read_bytes()))
+        image = Image.fromarray(images.decode_full(path.read_bytes()))
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:

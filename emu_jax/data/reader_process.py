@@ -1,7 +1,7 @@
 """A process that reads for the loader: it is sent the sources, then (source, index) after (source,
 index), and answers each with its document.
 
-patience.py starts it, and ends it too: signals of the terminal or of a scheduler, which go to all
+reader_pool.py starts it, and ends it too: signals of the terminal or of a scheduler, which go to all
 processes, are for the one that trains. It also ends when that one is gone. JAX comes into it with
 Grain, and sees no accelerator. Read next: sources/records.py.
 """
@@ -12,7 +12,7 @@ import socket
 import traceback
 
 from emu_jax.data.documents import Document
-from emu_jax.data.sources import Corrupt, Source
+from emu_jax.data.sources import CorruptRecord, Source
 
 
 def main(descriptor: int) -> None:
@@ -38,7 +38,7 @@ def _send(answer, file) -> None:
 def _answer(source: Source, index: int) -> tuple[Document | None, Exception | None]:
     try:
         return source[index], None
-    except Corrupt as error:
+    except CorruptRecord as error:
         return None, error
     # a fault of ours: where it was must not be lost on the way
     except Exception:

@@ -12,17 +12,17 @@ from typing import NamedTuple
 import numpy as np
 
 from emu_jax.data.documents import Document, Image, Picture, Text
-from emu_jax.data.sources import Corrupt
+from emu_jax.data.sources import CorruptRecord
 from emu_jax.data.tokenizer import Tokenizer
 
 # a text, a special id, an image
 Piece = str | int | np.ndarray
 # data.system
-SYSTEMS = ("release", "none")
+SYSTEM_CHOICES = ("release", "none")
 
 # The release's system messages by what the first question holds; "[IMG]" in them are the added
 # tokens, as its tokenizer reads them.
-MESSAGES: dict[str, tuple[str, ...]] = {
+SYSTEM_MESSAGES: dict[str, tuple[str, ...]] = {
     "image": (
         "You will be presented with an image: ",
         "[IMG]",
@@ -50,7 +50,7 @@ class Turn(NamedTuple):
     answer: list[Text | Picture]
 
 
-def opening(t: Tokenizer, said: Ordered[str]) -> list[Piece]:
+def opening_pieces(t: Tokenizer, said: Ordered[str]) -> list[Piece]:
     """What a conversation begins with: `<s>`, and the pieces of a system message if there is
     one.
     """
@@ -58,12 +58,12 @@ def opening(t: Tokenizer, said: Ordered[str]) -> list[Piece]:
     return [t.bos, *(special.get(piece, piece) for piece in said), *([" "] if said else [])]
 
 
-def asked(t: Tokenizer, question: Ordered[str | Image]) -> list[Piece]:
+def question_pieces(t: Tokenizer, question: Ordered[str | Image]) -> list[Piece]:
     """A question, up to where its answer begins."""
     return [t.user, ": ", *question, " ", t.assistant, ":"]
 
 
-def joined(pieces: Ordered[Piece]) -> list[Piece]:
+def join_texts(pieces: Ordered[Piece]) -> list[Piece]:
     """Texts side by side as one, for they are encoded as one."""
     found: list[Piece] = []
     for piece in pieces:
@@ -78,11 +78,11 @@ def is_conversation(document: Document) -> bool:
     return any(isinstance(part, (Text, Picture)) and part.role for part in document.parts)
 
 
-def turns(document: Document) -> tuple[list[str], list[Turn]]:
+def split_turns(document: Document) -> tuple[list[str], list[Turn]]:
     """(its own system messages, its turns). Neighbours of one role are one question or answer; a
     last question without an answer is left out.
 
-    Raises Corrupt, in one line, for roles out of order and for a conversation without an answer.
+    Raises CorruptRecord, in one line, for roles out of order and for a conversation without an answer.
     """
     system = []
     found = []
@@ -98,7 +98,7 @@ def turns(document: Document) -> tuple[list[str], list[Turn]]:
         elif role == "assistant" and found:
             found[-1].answer.append(part)
         else:
-            raise Corrupt(
+            raise CorruptRecord(
                 document.id,
                 f"roles out of order: {role or 'a part without a role'} "
                 + ("first" if before == "system" and not found else f"after {before}"),
@@ -107,11 +107,11 @@ def turns(document: Document) -> tuple[list[str], list[Turn]]:
     if found and not found[-1].answer:
         found.pop()
     if not found:
-        raise Corrupt(document.id, "a conversation without an answer")
+        raise CorruptRecord(document.id, "a conversation without an answer")
     return system, found
 
 
-def kind(pictures: Ordered[Picture]) -> str:
+def question_kind(pictures: Ordered[Picture]) -> str:
     """What a question holds: "image" for one, "video" for frames in the order of their times, or ""
     for all else.
     """

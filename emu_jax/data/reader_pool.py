@@ -3,7 +3,7 @@ to the loader is said, tried again, and then skipped or an error.
 
 The loader's threads read through readers: threads, which can only be left alone where they hang, or
 processes, which can be ended and which may die of what they read. Whoever reads, the documents are
-the same. Read next: reader.py, the process, then loader.py.
+the same. Read next: reader_process.py, the process, then loader.py.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document
-from emu_jax.data.sources import Corrupt, Source
+from emu_jax.data.sources import CorruptRecord, Source
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +31,20 @@ START = 300.0
 STARTS = 3
 
 
-class Lost(Exception):
+class ReaderDied(Exception):
     """A reader did not answer, and why, in one line."""
 
 
-class Patient:
+class RetryingSource:
     """Source `number` of `readers`, each record of which is asked for `retries` times more if its
     reader is lost, or if the disk fails.
 
     Then, with `unreadable="skip"`, it counts as corrupt; with "stop" it ends the run (UserError).
     """
 
-    def __init__(self, readers: "Readers", number: int, name: str, retries: int, unreadable: str):
+    def __init__(
+        self, readers: "ReaderPool", number: int, name: str, retries: int, unreadable: str
+    ):
         self.readers = readers
         self.number = number
         self.name = name
@@ -57,9 +59,9 @@ class Patient:
         for attempt in range(1 + self.retries):
             try:
                 return self.readers.ask(self.number, index)
-            except Lost as error:
+            except ReaderDied as error:
                 reason = str(error)
-            except Corrupt as error:
+            except CorruptRecord as error:
                 # what is read is bad, and will be again
                 if not error.disk:
                     raise
@@ -77,10 +79,10 @@ class Patient:
                 f"source {self.name!r}: record {index} cannot be read: {reason}; is the file system well? "
                 "data.unreadable=skip goes on without it"
             )
-        raise Corrupt(f"record {index}", reason)
+        raise CorruptRecord(f"record {index}", reason)
 
 
-class Readers:
+class ReaderPool:
     """`count` readers of `sources`, threads or `processes`, started when they are needed: so many
     questions are asked at a time, and a record each is all that they hold. One that does not answer
     within `seconds` (0: it is waited for), or dies, is replaced. Thread-safe.
@@ -96,7 +98,7 @@ class Readers:
             self._idle.put(None)
 
     def ask(self, number: int, index: int) -> Document:
-        """Document `index` of source `number`. Raises what that raises, Lost, and UserError where
+        """Document `index` of source `number`. Raises what that raises, ReaderDied, and UserError where
         no process can be started.
         """
         reader = self._idle.get()
@@ -118,7 +120,7 @@ class Readers:
         for attempt in range(STARTS):
             try:
                 return self._make(self.sources, self.seconds)
-            except Lost as error:
+            except ReaderDied as error:
                 reason = str(error)
                 log.warning(
                     "a process that reads for the loader does not start: %s (attempt %d of %d)",
@@ -156,7 +158,7 @@ class _Thread:
         try:
             return self.answers.get(timeout=self.seconds)
         except queue.Empty:
-            raise Lost(f"no answer within {self.seconds:g} seconds") from None
+            raise ReaderDied(f"no answer within {self.seconds:g} seconds") from None
 
     def end(self) -> None:
         self.questions.put(None)
@@ -175,16 +177,16 @@ def _serve(
 
 
 class _Process:
-    """A Python of its own that knows reader.py and the sources, and no accelerator. Not forked, for
+    """A Python of its own that knows reader_process.py and the sources, and no accelerator. Not forked, for
     JAX's threads hold locks, and not multiprocessing's, which would import the program that trains.
-    Raises Lost where it does not start.
+    Raises ReaderDied where it does not start.
     """
 
     def __init__(self, sources: Sequence[Source], seconds: float):
         self.seconds = seconds
         self.link, theirs = socket.socketpair()
         with theirs:
-            program = f"import sys; sys.path[:] = {sys.path!r}; from emu_jax.data import reader; reader.main({theirs.fileno()})"
+            program = f"import sys; sys.path[:] = {sys.path!r}; from emu_jax.data import reader_process; reader_process.main({theirs.fileno()})"
             self.process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 pass_fds=[theirs.fileno()],
@@ -195,7 +197,7 @@ class _Process:
         self.link.settimeout(START)
         try:
             self._exchange(list(sources))
-        except Lost:
+        except ReaderDied:
             self.end()
             raise
         self.link.settimeout(seconds or None)
@@ -221,10 +223,10 @@ class _Process:
             self.file.flush()
             return pickle.load(self.file)
         except TimeoutError:
-            raise Lost(f"no answer within {self.link.gettimeout():g} seconds") from None
+            raise ReaderDied(f"no answer within {self.link.gettimeout():g} seconds") from None
         # a broken pipe, or half an answer
         except (EOFError, OSError, pickle.UnpicklingError):
-            raise Lost(f"its process died ({self._fate()})") from None
+            raise ReaderDied(f"its process died ({self._fate()})") from None
 
     def _fate(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

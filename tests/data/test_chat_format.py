@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from emu_jax.config import UserError
-from emu_jax.data import chat
+from emu_jax.data import chat_format
 from emu_jax.data.documents import Document, Picture, Text
 from emu_jax.data.mixture import STREAK, Mixture, Stream
-from emu_jax.data.sequence import Rule, make_sequence
-from emu_jax.data.sources import Corrupt
+from emu_jax.data.sequence import SourceRule, make_sequence
+from emu_jax.data.sources import CorruptRecord
 from emu_jax.generate.prompt import Grammar, joined
 
 # of the tokenizer of letters
@@ -145,7 +145,7 @@ def test_system_messages_of_the_release(make, picture, letters, parts, kind):
         S,
         *(
             token
-            for piece in chat.MESSAGES[kind]
+            for piece in chat_format.SYSTEM_MESSAGES[kind]
             for token in ({"[IMG]": [IMG], "[/IMG]": [END]}.get(piece) or letters.encode(piece))
         ),
     ]
@@ -155,7 +155,7 @@ def test_system_messages_of_the_release(make, picture, letters, parts, kind):
     assert own[: own.index(USER)] == [S, *letters_of("own ")]
 
 
-@pytest.mark.parametrize("system", chat.SYSTEMS)
+@pytest.mark.parametrize("system", chat_format.SYSTEM_CHOICES)
 def test_a_chat_reads_what_was_learnt(make, picture, letters, system):
     """Turn by turn, a session's prompts and the answers make up the sequence."""
     sequence = make(
@@ -213,8 +213,8 @@ def test_truncation_is_by_whole_turns(make, picture):
                 == len(cut.image_weights)
             )
     assert (
-        make(*parts, rule=Rule(tokens=int(ends[1]))).cut_turns == 2
-        and make(*parts, rule=Rule(images=2)).cut_turns == 1
+        make(*parts, rule=SourceRule(tokens=int(ends[1]))).cut_turns == 2
+        and make(*parts, rule=SourceRule(images=2)).cut_turns == 1
     )
 
 
@@ -234,7 +234,7 @@ def test_a_question_that_nobody_answers_is_left_out(make):
     ],
 )
 def test_bad_conversations_are_one_line(make, parts, told):
-    with pytest.raises(Corrupt) as error:
+    with pytest.raises(CorruptRecord) as error:
         make(*parts)
     assert str(error.value) == told
 

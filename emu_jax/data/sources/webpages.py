@@ -24,8 +24,8 @@ from emu_jax.config import UserError
 from emu_jax.data import clean, images
 from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.sources import archives
-from emu_jax.data.sources.options import Options
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.options import SourceOptions
+from emu_jax.data.sources.tables import InputShard
 
 PAGES = (".html", ".htm", ".xhtml")
 # pages in a unit
@@ -130,27 +130,28 @@ ICON = re.compile(
 CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 
 
-def units(path: Path) -> list[Unit]:
+def list_shards(path: Path) -> list[InputShard]:
     """A unit 200 pages. `path` is a folder, a zip, a tar, or one page, whose pictures are then
     sought in its folder.
     """
     if path.is_file() and path.name.lower().endswith(PAGES):
-        return [Unit(path)]
+        return [InputShard(path)]
     if not path.exists():
         raise UserError(f"there is no '{path}'")
-    names = archives.opened(path).names(PAGES)
+    names = archives.open_archive(path).names(PAGES)
     if not names:
         raise UserError(f"'{path}' holds no file that ends with {' or '.join(PAGES)}")
     return [
-        Unit(path, tuple(names[first : first + FILES])) for first in range(0, len(names), FILES)
+        InputShard(path, tuple(names[first : first + FILES]))
+        for first in range(0, len(names), FILES)
     ]
 
 
-def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
     """The pages of one unit; ids are their names in the folder or archive."""
-    files = archives.opened(unit.path if unit.names else unit.path.parent)
-    repeated = _repeated(files) if unit.names else frozenset()
-    for name in unit.names or (unit.path.name,):
+    files = archives.open_archive(shard.path if shard.names else shard.path.parent)
+    repeated = _repeated(files) if shard.names else frozenset()
+    for name in shard.names or (shard.path.name,):
         try:
             tree = _parse(files.read(name, MAX_PAGE))
         except ValueError as error:
@@ -207,7 +208,7 @@ def _parse(page: bytes) -> LexborHTMLParser:
         return LexborHTMLParser(text.replace("\0", ""))
     # of selectolax and of the C library below it
     except Exception as error:
-        raise ValueError(f"not a readable page: {clean.spaces(str(error))}") from error
+        raise ValueError(f"not a readable page: {clean.collapse_whitespace(str(error))}") from error
 
 
 def _document(
@@ -215,7 +216,7 @@ def _document(
     tree: LexborHTMLParser,
     files: archives.Files,
     repeated: frozenset[str],
-    options: Options,
+    options: SourceOptions,
 ) -> Document | Skipped:
     parts: list[Text | Picture] = []
     dropped = []
@@ -234,7 +235,8 @@ def _document(
         lines = [
             line
             for line in (
-                clean.spaces(line) if not kept else line.rstrip() for line, kept in _lines(text)
+                clean.collapse_whitespace(line) if not kept else line.rstrip()
+                for line, kept in _lines(text)
             )
             if line.strip()
         ]
@@ -252,7 +254,7 @@ def _document(
             continue
         flush()
         parts.append(picture)
-        alt = clean.spaces(value.attributes.get("alt") or "")
+        alt = clean.collapse_whitespace(value.attributes.get("alt") or "")
         if options.alt and alt:
             text += [("break", ""), ("text", alt), ("break", "")]
     flush()
@@ -263,7 +265,7 @@ def _document(
         name,
         tuple(parts),
         files.root.name,
-        {"title": clean.spaces(title.text())} if title else {},
+        {"title": clean.collapse_whitespace(title.text())} if title else {},
         tuple(dropped),
     )
 
@@ -396,7 +398,7 @@ def _picture(
     files: archives.Files,
     repeated: frozenset[str],
     seen: set[str],
-    options: Options,
+    options: SourceOptions,
 ) -> Picture | str:
     """The picture of an <img>, or why it is dropped."""
     source = _source(node)
@@ -422,7 +424,7 @@ def _picture(
     if key in seen:
         return "a picture that the page shows again"
     seen.add(key)
-    sides = images.size(data)
+    sides = images.header_size(data)
     declared = [
         int(value)
         for name in ("width", "height")
@@ -433,7 +435,7 @@ def _picture(
     return Picture(data)
 
 
-def _icon(sides, options: Options) -> bool:
+def _icon(sides, options: SourceOptions) -> bool:
     return max(sides) < options.icon or 2 * min(sides) < options.icon
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from emu_jax.config import UserError
-from emu_jax.data.patience import Patient, Readers
-from emu_jax.data.sources import Corrupt
+from emu_jax.data.reader_pool import ReaderPool, RetryingSource
+from emu_jax.data.sources import CorruptRecord
 from tests.support.memory import Disk
 
 
@@ -25,9 +25,9 @@ def patient(tmp_path, request):
     with contextlib.ExitStack() as stack:
 
         def make(faults, seconds=5.0, retries=0, unreadable="skip", times=10**9):
-            readers = Readers([Disk(tmp_path, faults, times)], 1, seconds, request.param)
+            readers = ReaderPool([Disk(tmp_path, faults, times)], 1, seconds, request.param)
             stack.callback(readers.close)
-            return Patient(readers, 0, "web", retries, unreadable)
+            return RetryingSource(readers, 0, "web", retries, unreadable)
 
         yield make
         (tmp_path / "free").touch()
@@ -52,7 +52,7 @@ def soon(condition) -> bool:
 def test_a_hung_read_is_reported_and_skipped_or_ends_the_run(patient, caplog):
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(Corrupt, match="no answer within 0.5 seconds"),
+        pytest.raises(CorruptRecord, match="no answer within 0.5 seconds"),
     ):
         patient({0: "hang"}, 0.5, 1)[0]
     assert "source web: record 0: no answer within 0.5 seconds (attempt 2 of 2)" in caplog.text
@@ -69,7 +69,7 @@ def test_after_a_hang_the_next_records_come(patient):
         if good:
             assert each[index].id == "d1"
         else:
-            with pytest.raises(Corrupt):
+            with pytest.raises(CorruptRecord):
                 each[index]
 
 
@@ -77,7 +77,7 @@ def test_a_failing_disk_is_asked_again_and_a_bad_record_is_not(patient):
     each = patient({0: "fail", 2: "bad"}, retries=2, unreadable="stop", times=2)
     disk = each.readers.sources[0]
     assert each[0].id == "d0" and len(disk.readers(0)) == 3
-    with pytest.raises(Corrupt, match="d2: not a PNG") as caught:
+    with pytest.raises(CorruptRecord, match="d2: not a PNG") as caught:
         each[2]
     assert len(disk.readers(2)) == 1 and len(each) == 3 and not caught.value.disk
 
@@ -85,7 +85,7 @@ def test_a_failing_disk_is_asked_again_and_a_bad_record_is_not(patient):
 def test_threads_end_when_they_are_told_to(tmp_path):
     # of which some may be other tests', and end meanwhile
     before = set(threading.enumerate())
-    readers = Readers([Disk(tmp_path, {})], 3, 0.0, False)
+    readers = ReaderPool([Disk(tmp_path, {})], 3, 0.0, False)
     assert [readers.ask(0, index).id for index in (0, 1, 2)] == ["d0", "d1", "d2"]
     mine = set(threading.enumerate()) - before
     assert len(mine) == 3
@@ -98,9 +98,9 @@ def processes(tmp_path):
     with contextlib.ExitStack() as stack:
 
         def make(faults, count=1, retries=2, unreadable="skip", times=10**9):
-            readers = Readers([Disk(tmp_path, faults, times)], count, 20.0, True)
+            readers = ReaderPool([Disk(tmp_path, faults, times)], count, 20.0, True)
             stack.callback(readers.close)
-            return Patient(readers, 0, "web", retries, unreadable)
+            return RetryingSource(readers, 0, "web", retries, unreadable)
 
         yield make
 
@@ -117,7 +117,7 @@ def test_a_process_that_dies_is_replaced_and_the_record_comes(processes, caplog)
 
 
 def test_a_record_of_which_every_process_dies_is_skipped_or_ends_the_run(processes):
-    with pytest.raises(Corrupt, match=r"record 0: its process died \(SIGKILL\)"):
+    with pytest.raises(CorruptRecord, match=r"record 0: its process died \(SIGKILL\)"):
         processes({0: "die"}, retries=1)[0]
     with pytest.raises(UserError, match="record 0 cannot be read: its process died"):
         processes({0: "die"}, retries=0, unreadable="stop")[0]
@@ -156,9 +156,9 @@ def test_processes_end_with_the_one_that_trains(tmp_path):
     program = f"""
 import os, signal
 from pathlib import Path
-from emu_jax.data.patience import Readers
+from emu_jax.data.reader_pool import ReaderPool
 from tests.support.memory import Disk
-readers = Readers([Disk(Path({str(tmp_path)!r}), {{}})], 2, 0.0, True)
+readers = ReaderPool([Disk(Path({str(tmp_path)!r}), {{}})], 2, 0.0, True)
 readers.ask(0, 0), readers.ask(0, 1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -194,5 +194,5 @@ def test_a_process_that_does_not_start_is_started_again_and_then_said(
 
 
 def test_corrupt_can_be_sent():
-    error = pickle.loads(pickle.dumps(Corrupt("a", "b", disk=True)))
+    error = pickle.loads(pickle.dumps(CorruptRecord("a", "b", disk=True)))
     assert (error.id, error.reason, error.disk, str(error)) == ("a", "b", True, "a: b")

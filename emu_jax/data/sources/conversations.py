@@ -6,7 +6,7 @@ in its authors' JSON.
   {instruction, input, output} videochat     {video (or image), QA: [{i, q, a}]}; i, of the first,
   is the system's message videochatgpt  {q, a, video_id}, or LLaVA's form with `video` and "<video>"
 A placeholder is one only where a picture belongs to it: any other "<image>" is text. Parts carry
-roles. Read next: html.py.
+roles. Read next: webpages.py.
 """
 
 import re
@@ -19,8 +19,8 @@ from emu_jax.data import video
 from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.images import MAX_BYTES
 from emu_jax.data.sources import archives, tables
-from emu_jax.data.sources.options import Options
-from emu_jax.data.sources.tables import Unit
+from emu_jax.data.sources.options import SourceOptions
+from emu_jax.data.sources.tables import InputShard
 from emu_jax.data.sources.videos import frames
 
 ROLES = {
@@ -39,22 +39,22 @@ FOLDERS = ["images", "videos", "."]
 Turn = Text | Picture
 
 
-def units(path: Path) -> list[Unit]:
+def list_shards(path: Path) -> list[InputShard]:
     """A unit a file."""
-    return [Unit(file) for file in archives.found(path, tables.JSONS)]
+    return [InputShard(file) for file in archives.list_files(path, tables.JSONS)]
 
 
 def reader(
-    parse: Callable[[dict, list[archives.Files], Options, str], list[Turn]],
-) -> Callable[[Unit, Options], Iterator[Document | Skipped]]:
+    parse: Callable[[dict, list[archives.Files], SourceOptions, str], list[Turn]],
+) -> Callable[[InputShard, SourceOptions], Iterator[Document | Skipped]]:
     """The reader of a kind whose records `parse` makes turns of; `parse` raises ValueError, in one
     line, for a record that is none.
     """
 
-    def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
-        places = archives.places(options.images, unit.path.parent, FOLDERS)
-        for number, record in tables.records(unit.path):
-            id = f"{unit.name}:{number}"
+    def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
+        places = archives.media_archives(options.images, shard.path.parent, FOLDERS)
+        for number, record in tables.json_records(shard.path):
+            id = f"{shard.name}:{number}"
             if isinstance(record, Skipped):
                 yield record
                 continue
@@ -67,12 +67,14 @@ def reader(
             except ValueError as error:
                 yield Skipped(id, str(error))
             else:
-                yield Document(id, tuple(parts), unit.name)
+                yield Document(id, tuple(parts), shard.name)
 
-    return read
+    return read_documents
 
 
-def llava(record: dict, places: list[archives.Files], options: Options, id: str) -> list[Turn]:
+def llava(
+    record: dict, places: list[archives.Files], options: SourceOptions, id: str
+) -> list[Turn]:
     names = record.get("image")
     names = [] if names is None else names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) for name in names):
@@ -81,11 +83,15 @@ def llava(record: dict, places: list[archives.Files], options: Options, id: str)
     return _conversation(record.get("conversations"), media, "<image>")
 
 
-def sharegpt(record: dict, places: list[archives.Files], options: Options, id: str) -> list[Turn]:
+def sharegpt(
+    record: dict, places: list[archives.Files], options: SourceOptions, id: str
+) -> list[Turn]:
     return _conversation(record.get("conversations", record.get("items")), [], "")
 
 
-def alpaca(record: dict, places: list[archives.Files], options: Options, id: str) -> list[Turn]:
+def alpaca(
+    record: dict, places: list[archives.Files], options: SourceOptions, id: str
+) -> list[Turn]:
     fields = [record.get(name, "") or "" for name in ("instruction", "input", "output")]
     if not all(isinstance(text, str) for text in fields):
         raise ValueError("instruction, input and output are not texts")
@@ -96,7 +102,9 @@ def alpaca(record: dict, places: list[archives.Files], options: Options, id: str
     ]
 
 
-def videochat(record: dict, places: list[archives.Files], options: Options, id: str) -> list[Turn]:
+def videochat(
+    record: dict, places: list[archives.Files], options: SourceOptions, id: str
+) -> list[Turn]:
     questions = record.get("QA")
     if (
         not isinstance(questions, list)
@@ -119,7 +127,7 @@ def videochat(record: dict, places: list[archives.Files], options: Options, id: 
 
 
 def videochatgpt(
-    record: dict, places: list[archives.Files], options: Options, id: str
+    record: dict, places: list[archives.Files], options: SourceOptions, id: str
 ) -> list[Turn]:
     name = record.get("video_id", record.get("video"))
     if not isinstance(name, str):
@@ -209,7 +217,9 @@ def _fetch(name: str, places: list[archives.Files], limit: int) -> bytes:
     return data
 
 
-def _frames(name: str, places: list[archives.Files], options: Options, id: str) -> list[Picture]:
+def _frames(
+    name: str, places: list[archives.Files], options: SourceOptions, id: str
+) -> list[Picture]:
     known = name.lower().endswith(video.SUFFIXES)
     names = [name] if known else [name + suffix for suffix in video.SUFFIXES]
     name = next((one for one in names if any(one in place for place in places)), names[0])
