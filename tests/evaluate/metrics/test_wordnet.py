@@ -1,6 +1,4 @@
-"""WordNet's files: NLTK's numbers on a small dictionary (tests/dictionary.py), and on the whole one
-where it is installed.
-"""
+"""A small dictionary of tests/support, and the real one where it is installed."""
 
 from pathlib import Path
 
@@ -37,17 +35,12 @@ def wordnet(tmp_path_factory):
         ("walk", "move", 0.4),
     ],
 )
-def test_nltks_similarities(wordnet, a, b, similarity):
-    assert wordnet.similarity(wordnet.first(a), wordnet.first(b)) == pytest.approx(
-        similarity, abs=1e-12
-    )
+def test_similarities_of_first_senses(wordnet, a, b, similarity):
+    assert wordnet.similarity(a, b) == pytest.approx(similarity, abs=1e-12)
 
 
 def test_a_synset_is_like_itself(wordnet):
-    assert all(
-        wordnet.similarity(wordnet.first(word), wordnet.first(word)) == 1
-        for word in ("dog", "table", "entity")
-    )
+    assert all(wordnet.similarity(word, word) == 1 for word in ("dog", "table", "entity"))
 
 
 @pytest.mark.parametrize(
@@ -68,9 +61,9 @@ def test_a_synset_is_like_itself(wordnet):
         ("", None),
     ],
 )
-def test_nltks_first_senses(wordnet, word, sense):
-    found = wordnet.first(word)
-    assert (found and wordnet._name(found)) == sense
+def test_first_senses(wordnet, word, sense):
+    found = wordnet.first_sense(word)
+    assert (found and found.name()) == sense
 
 
 @pytest.mark.parametrize(
@@ -82,15 +75,15 @@ def test_nltks_first_senses(wordnet, word, sense):
         ),
         (
             lambda folder: (folder / "index.noun").write_text("not an index\n"),
-            r"index\.noun: not an index of WordNet",
+            "not a WordNet dictionary",
         ),
         (
             lambda folder: (folder / "index.noun").write_bytes(b"\xff\xfe\n"),
-            r"index\.noun: not a file of WordNet",
+            "not a WordNet dictionary",
         ),
         (
             lambda folder: (folder / "noun.exc").write_bytes(b"\xff\xfe\n"),
-            r"noun\.exc: not a file of WordNet",
+            "not a WordNet dictionary",
         ),
     ],
 )
@@ -103,8 +96,6 @@ def test_bad_files_are_one_line(tmp_path, spoil, told):
 @pytest.mark.skipif(
     not (DEBIAN / "index.noun").exists(), reason="Debian's wordnet-base is not installed"
 )
-def test_the_whole_dictionary():
+def test_the_real_dictionary():
     whole = WordNet(str(DEBIAN))
-    assert whole.similarity(whole.first("dog"), whole.first("cats")) == pytest.approx(
-        0.8571428571428571
-    )
+    assert whole.similarity("dog", "cats") == pytest.approx(0.8571428571428571)
