@@ -165,7 +165,7 @@ def on_mesh(sizes, D=512):
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     learnt, given = shapes(8, D)
     row = P(sharding.ROWS)
-    specs = (row, losses.HEAD, losses.REGRESS), (row, row, row, row, row, P(), P())
+    specs = (row, losses.HEAD_SPECS, losses.REGRESS_SPECS), (row, row, row, row, row, P(), P())
     placed = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
         (learnt, given),

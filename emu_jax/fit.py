@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         c = config.load(rest)
         _without_devices()
         _in_few_heaps()
-        row, devices = hardware.absent(flags.topology)
+        row, devices = hardware.topology_devices(flags.topology)
         found = search(c, row, devices) if flags.search else fit(c, row, devices)
         if flags.json:
             Path(flags.json).write_text(
@@ -119,7 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def fit(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]) -> dict[str, Any]:
+def fit(
+    c: ConfigDict, row: hardware.Accelerator | None, devices: list[jax.Device]
+) -> dict[str, Any]:
     """The report on `c`, printed as it comes; where it does not fit, also what would."""
     p = plan(c, devices)
     print(train.parameter_table(p.abstract))
@@ -166,7 +168,7 @@ def plan(c: ConfigDict, devices: list[jax.Device]) -> Plan:
     abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
     mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
     train.check_rows(c, mesh)
-    sharding.check(mesh, abstract)
+    sharding.check_divides(mesh, abstract)
     program = train.make_program(c, stage, size, abstract)
     state = train.abstract_state(c, program, mesh, abstract, train.what_trains(c, abstract))
     return Plan(c, program, mesh, abstract, state, batch_shapes(c, program, mesh))
@@ -206,7 +208,7 @@ def compiled(p: Plan, effort: float = 0.0) -> jax.stages.Compiled:
         return lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
 
 
-def quick_attempt(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
+def quick_attempt(p: Plan, row: hardware.Accelerator | None) -> dict[str, Any]:
     """`attempt`; for TPUs with little of the compiler's effort, where that is enough to say what
     fits.
     """
@@ -225,7 +227,7 @@ def quick_attempt(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
     return attempt(p, row)
 
 
-def attempt(p: Plan, row: hardware.Device | None, effort: float = 0.0) -> dict[str, Any]:
+def attempt(p: Plan, row: hardware.Accelerator | None, effort: float = 0.0) -> dict[str, Any]:
     """Compiles, and says {"fits", "effort", "peak", "compiled"}; the last only where the compiler
     could.
     """
@@ -257,7 +259,7 @@ def attempt(p: Plan, row: hardware.Device | None, effort: float = 0.0) -> dict[s
 # What is said of it
 
 
-def report(p: Plan, row: hardware.Device | None) -> dict[str, Any]:
+def report(p: Plan, row: hardware.Accelerator | None) -> dict[str, Any]:
     """Everything that is known of the compiled step, JSON-able."""
     began = time.perf_counter()
     tried = quick_attempt(p, row)
@@ -381,7 +383,7 @@ def remats(c: ConfigDict) -> dict[str, str]:
 
 
 def roofline(
-    p: Plan, row: hardware.Device, held: Memory, collectives: list[hlo.Collective], work: float
+    p: Plan, row: hardware.Accelerator, held: Memory, collectives: list[hlo.Collective], work: float
 ) -> Roofline:
     """Each time a lower bound: all FLOPs at the peak rate; the state read and, but for what is
     frozen, written once, and the gathered weights of a layer written and read in each pass; the
@@ -449,7 +451,7 @@ def padded_gathers(p: Plan, collectives: list[hlo.Collective]) -> list[dict[str,
     ]
 
 
-def table(found: dict[str, Any], row: hardware.Device | None) -> str:
+def table(found: dict[str, Any], row: hardware.Accelerator | None) -> str:
     """The report, for people."""
     lines = []
     if "memory" in found:
@@ -537,7 +539,9 @@ def changed(c: ConfigDict, change: dict[str, Any]) -> ConfigDict:
     return c
 
 
-def search(c: ConfigDict, row: hardware.Device | None, devices: list[jax.Device]) -> dict[str, Any]:
+def search(
+    c: ConfigDict, row: hardware.Accelerator | None, devices: list[jax.Device]
+) -> dict[str, Any]:
     """The largest batch a device of each remat policy that fits, heaviest first, within
     COMPILATIONS; printed as they come.
     """
@@ -655,7 +659,7 @@ def _without_devices() -> None:
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {hardware.NO_GPU}",
+        XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {hardware.ABSENT_GPU_FLAGS}",
     )
     jax.config.update("jax_platforms", "cpu")
 

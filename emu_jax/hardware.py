@@ -32,11 +32,11 @@ _GPU_OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 # XLA_FLAGS for a GPU that is not there, on which nothing can be timed: products are cuBLAS's, in
 # place of the fastest that is found.
-NO_GPU = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+ABSENT_GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 @dataclass(frozen=True)
-class Device:
+class Accelerator:
     """One accelerator. Rates are bytes a second into a device; `link` is all its links to its slice
     or node together, `network` its share of what joins slices or nodes. `ask` are arguments of
     `get_topology_desc`.
@@ -60,8 +60,8 @@ class Device:
 
 # A TPU's page gives its links in both directions: half of that is what it can receive. The first
 # row whose kind matches counts.
-DEVICES = {
-    "v4": Device(
+ACCELERATORS = {
+    "v4": Accelerator(
         "tpu",
         "TPU v4",
         275e12,
@@ -77,7 +77,7 @@ DEVICES = {
         },
         _TPU_OVERLAP,
     ),
-    "v5e": Device(
+    "v5e": Accelerator(
         "tpu",
         ("TPU v5 lite", "TPU v5e"),
         197e12,
@@ -89,7 +89,7 @@ DEVICES = {
         {},
         _TPU_OVERLAP,
     ),
-    "v5p": Device(
+    "v5p": Accelerator(
         "tpu",
         "TPU v5",
         459e12,
@@ -101,7 +101,7 @@ DEVICES = {
         {"chips_per_host_bounds": (2, 2, 1), "wrap": (True, True, True)},
         _TPU_OVERLAP,
     ),
-    "v6e": Device(
+    "v6e": Accelerator(
         "tpu",
         "TPU v6 lite",
         918e12,
@@ -113,7 +113,7 @@ DEVICES = {
         {},
         _TPU_OVERLAP,
     ),
-    "tpu7x": Device(
+    "tpu7x": Accelerator(
         "tpu",
         "TPU7x",
         2307e12 / 2,
@@ -125,7 +125,7 @@ DEVICES = {
         {},
         _TPU_OVERLAP,
     ),
-    "a100-40g": Device(
+    "a100-40g": Accelerator(
         "cuda",
         ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
         312e12,
@@ -136,7 +136,7 @@ DEVICES = {
         "nvidia.com: data sheets of A100 40GB SXM and DGX A100",
         options=_GPU_OVERLAP,
     ),
-    "a100": Device(
+    "a100": Accelerator(
         "cuda",
         "NVIDIA A100",
         312e12,
@@ -147,7 +147,7 @@ DEVICES = {
         "nvidia.com: data sheets of A100 80GB SXM and DGX A100",
         options=_GPU_OVERLAP,
     ),
-    "h100": Device(
+    "h100": Accelerator(
         "cuda",
         "NVIDIA H100",
         989e12,
@@ -158,7 +158,7 @@ DEVICES = {
         "nvidia.com: data sheets of H100 SXM and DGX H100",
         options=_GPU_OVERLAP,
     ),
-    "h200": Device(
+    "h200": Accelerator(
         "cuda",
         "NVIDIA H200",
         989e12,
@@ -173,45 +173,45 @@ DEVICES = {
 _NAME = re.compile(r"(?:(\d+)x)?([a-z]+\d+[a-z]*(?:-\d+g)?|cpu):(\d+(?:x\d+)*)")
 
 
-def of_kind(device_kind: str) -> Device | None:
+def accelerator_of(device_kind: str) -> Accelerator | None:
     """The row of jax's `device_kind`, or None for one that is not in the table (a CPU)."""
-    return next((row for row in DEVICES.values() if device_kind.startswith(row.kind)), None)
+    return next((row for row in ACCELERATORS.values() if device_kind.startswith(row.kind)), None)
 
 
-def peak(device_kind: str) -> float | None:
+def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device, or None where it is not known (a CPU)."""
-    row = of_kind(device_kind)
+    row = accelerator_of(device_kind)
     return row and row.flops
 
 
-def options(device: jax.Device) -> dict[str, str | bool] | None:
+def compiler_options(device: jax.Device) -> dict[str, str | bool] | None:
     """The compiler's options for a step on such devices, for `jax.jit(compiler_options=)`."""
-    row = of_kind(device.device_kind)
+    row = accelerator_of(device.device_kind)
     return row and row.options
 
 
-def absent(topology: str) -> tuple[Device | None, list[jax.Device]]:
+def topology_devices(topology: str) -> tuple[Accelerator | None, list[jax.Device]]:
     """The row and the devices of a topology that need not be there: "v5e:16x16", "2xv5e:8x16" (two
     slices), "h100:8x8" (nodes x GPUs), and "cpu:8" (no row: this machine's fake devices). Raises
     UserError, in one line, for what is no topology and for a missing plugin.
     """
     match = _NAME.fullmatch(topology)
-    tpu = match and match[2] in DEVICES and DEVICES[match[2]].platform == "tpu"
+    tpu = match and match[2] in ACCELERATORS and ACCELERATORS[match[2]].platform == "tpu"
     if (
         not match
-        or match[2] not in (*DEVICES, "cpu")
+        or match[2] not in (*ACCELERATORS, "cpu")
         or (not tpu and (match[1] or match[3].count("x") > 1))
     ):
         raise UserError(
             f"topology {topology!r} is not one: KIND:SHAPE, or SLICESxKIND:SHAPE, like v5e:16x16, v5p:4x4x4, 2xv5e:8x16, h100:8x8; "
-            f"kinds are {', '.join(DEVICES)} and cpu"
+            f"kinds are {', '.join(ACCELERATORS)} and cpu"
         )
     slices = int(match[1] or 1)
     kind = match[2]
     shape = match[3]
     if kind == "cpu":
         return None, _cpus(shape)
-    row = DEVICES[kind]
+    row = ACCELERATORS[kind]
     try:
         if row.platform == "cuda":
             nodes, gpus = (["1"] + shape.split("x"))[-2:]
@@ -251,7 +251,7 @@ def _gpu_config(kind: str) -> str:
     """XLA's description of a GPU that is not there: figures of NVIDIA's CUDA C++ programming guide
     (compute capabilities 8.0 and 9.0).
     """
-    row = DEVICES[kind]
+    row = ACCELERATORS[kind]
     hopper = not kind.startswith("a100")
     name = row.kind if isinstance(row.kind, str) else row.kind[0]
     return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152

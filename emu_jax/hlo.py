@@ -23,7 +23,7 @@ KINDS = (
 )
 # of TPU slices: what a device receives from the runtime that sums for them (Megascale), over their
 # hosts' network
-BETWEEN = "between-slices"
+BETWEEN_SLICES = "between-slices"
 # bits; of the other types the name ends with them: f32, s8, u64, f8e4m3fn
 WIDTHS = {"pred": 8, "bf16": 16}
 _COLLECTIVE = re.compile(rf"%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
@@ -58,7 +58,7 @@ class Collective:
         place first reduces, or in the end spreads, among its own; `place` is each device's. Of a
         permutation, the mean over its pairs.
         """
-        if self.kind == BETWEEN:
+        if self.kind == BETWEEN_SLICES:
             return self.bytes
         places = [len({place[device] for device in group}) for group in self.groups]
         if self.kind == "collective-permute":
@@ -73,7 +73,7 @@ class Collective:
             "all-reduce": 2 * (n - 1) / n,
             "collective-permute": 1.0,
             "collective-broadcast": float(n > 1),
-            BETWEEN: 1.0,
+            BETWEEN_SLICES: 1.0,
         }
         return share.get(self.kind, (n - 1) / n)
 
@@ -187,7 +187,7 @@ class Module:
             for line in lines:
                 if match := _BETWEEN.search(line):
                     found[match[1]] = Collective(
-                        BETWEEN,
+                        BETWEEN_SLICES,
                         match[1],
                         _bytes(match[2]),
                         (),

@@ -61,7 +61,7 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
         path
         for path in there
         if path not in here
-        and path.endswith(("/a", *sharding.CODES))
+        and path.endswith(("/a", *sharding.QUANTIZED))
         and path.rpartition("/")[0] + "/w" in here
     ]
     if homeless:
@@ -86,7 +86,9 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
     rounded = [
         path
         for path in here
-        if path.endswith(sharding.CODES) and path not in there and sharding.role(path) in there
+        if path.endswith(sharding.QUANTIZED)
+        and path not in there
+        and sharding.matrix_path(path) in there
     ]
     if not wanted and not rounded:
         raise UserError(
@@ -111,7 +113,7 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
         )
     loaded |= _rounded(directory, rounded, here, there)
     fresh = here.keys() - loaded.keys()
-    idle = there.keys() - {sharding.role(path) for path in loaded} - loaded.keys()
+    idle = there.keys() - {sharding.matrix_path(path) for path in loaded} - loaded.keys()
     log.info(
         "init %s: loaded %s; fresh: %s; not used: %s",
         directory,
@@ -142,7 +144,7 @@ def _rounded(
     found: dict[str, jax.Array] = {}
     errors = {}
     for path in paths:
-        matrix, where, storage = sharding.role(path), *path.rpartition("/")[::2]
+        matrix, where, storage = sharding.matrix_path(path), *path.rpartition("/")[::2]
         at = {name: here[f"{where}/{name}"].sharding for name in (storage, "absmax")}
         whole = jax.ShapeDtypeStruct(there[matrix], jnp.float32, sharding=at[storage])
         w = dict(

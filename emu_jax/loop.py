@@ -173,7 +173,7 @@ def jitted(program: Program, state: State) -> Callable[[State, Batch], tuple[Sta
         partial(train_step, program),
         donate_argnums=0,
         out_shardings=(shards, None),
-        compiler_options=hardware.options(device),
+        compiler_options=hardware.compiler_options(device),
     )
 
 
@@ -344,7 +344,7 @@ class Counts:
         params = tree.merge(state.trainable, state.frozen)
         self.trained = flops.trained(path for path, _ in tree.leaves(state.trainable))
         self.towers = set(params) | ({"heads"} if "llama" in params else set())
-        self.peak = hardware.peak(jax.devices()[0].device_kind)
+        self.peak = hardware.peak_flops(jax.devices()[0].device_kind)
         self.bad = self.bad_at_start = int(state.bad)
         self.ended: float | None = None
         self.rows = c.data.batch

@@ -19,9 +19,9 @@ from emu_jax.tree import Tree
 
 # How the heads lie on a mesh, as in sharding.PARAMS: the collectives below are written for it.
 # V D, n D
-HEAD = {"base": P("tensor", "fsdp"), "added": P(None, "fsdp")}
+HEAD_SPECS = {"base": P("tensor", "fsdp"), "added": P(None, "fsdp")}
 # D D
-REGRESS = {"w": P("fsdp", "tensor")}
+REGRESS_SPECS = {"w": P("fsdp", "tensor")}
 
 
 def fused(
@@ -89,8 +89,11 @@ def _values(chunk, learnt, given, gradient):
         (nll, error), gradients = jax.shard_map(
             partial(sweep, *axes),
             check_vma=False,
-            in_specs=((row, HEAD, REGRESS), (row, row, row, P(ROWS, None, "tensor"), row)),
-            out_specs=((row, row), (row, HEAD, REGRESS) if gradient else None),
+            in_specs=(
+                (row, HEAD_SPECS, REGRESS_SPECS),
+                (row, row, row, P(ROWS, None, "tensor"), row),
+            ),
+            out_specs=((row, row), (row, HEAD_SPECS, REGRESS_SPECS) if gradient else None),
         )(learnt, given)
     loss = (given[1] * nll).sum() + (given[4] * error).sum()
     return (loss, nll, error), gradients

@@ -3,7 +3,7 @@
 `data` holds copies, `fsdp` shards parameters, gradients and optimizer state, `tensor` splits heads,
 ffn and vocabulary. Rows of a batch lie over (data, fsdp). Models never name a mesh axis: they call
 the helpers at the end. Read next: models/layers.py, which gathers a block's weights with
-`gathered`.
+`gather_weights`.
 """
 
 import re
@@ -23,9 +23,9 @@ from emu_jax.config import UserError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 # how the paths of those end that are cast for arithmetic
-MATRICES = ("/w", "/base", "/added", "/a", "/b")
+MATRIX_SUFFIXES = ("/w", "/base", "/added", "/a", "/b")
 # names of what a matrix is stored as in its place, beside the scales `absmax` (models/lora.py)
-CODES = ("int8", "nf4")
+QUANTIZED = ("int8", "nf4")
 
 # Tower -> rows in reading order; beside each the weight's shape. Under blocks/ a leading L is
 # scanned and never sharded.
@@ -94,7 +94,7 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
         # small, of the warm-up only
         ("contrast/.*", P()),
     ),
-    # The decoder's towers: images lie over all axes (`images`), so nothing is split over tensor.
+    # The decoder's towers: images lie over all axes (`constrain_images`), so nothing is split over tensor.
     # What has few channels is split on the other side.
     "unet": (
         # C|t|ND t
@@ -138,7 +138,7 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
 
 # What lies beside a matrix of any tower's blocks, where it has LoRA; codes and scales of a stored
 # matrix lie where it would (models/lora.py).
-BESIDE: tuple[tuple[str, P], ...] = (
+LORA_PARAMS: tuple[tuple[str, P], ...] = (
     # L D r
     (".*/blocks/.*/(q|k|v|gate|up)/a", P(None, "fsdp", None)),
     # L r H d
@@ -154,9 +154,16 @@ BESIDE: tuple[tuple[str, P], ...] = (
 )
 
 
-def role(path: str) -> str:
+def is_matrix(path: str) -> bool:
+    """Whether a parameter is a matrix: arithmetic and `frozen_dtype` cast it; norms and biases stay
+    float32.
+    """
+    return path.endswith(MATRIX_SUFFIXES)
+
+
+def matrix_path(path: str) -> str:
     """The path of the matrix that a leaf is, or is stored for."""
-    return re.sub(rf"/({'|'.join(CODES)}|absmax)$", "/w", path)
+    return re.sub(rf"/({'|'.join(QUANTIZED)}|absmax)$", "/w", path)
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -199,8 +206,8 @@ def specs(params: tree.Tree) -> tree.Tree:
     """The PartitionSpec of every parameter. Raises ValueError for a parameter without a row, or a
     row without one.
     """
-    roles = {path: role(path) for path, _ in tree.leaves(params)}
-    rows = [row for row in BESIDE if any(re.fullmatch(row[0], path) for path in roles)]
+    roles = {path: matrix_path(path) for path, _ in tree.leaves(params)}
+    rows = [row for row in LORA_PARAMS if any(re.fullmatch(row[0], path) for path in roles)]
     rows += [row for tower in params for row in PARAMS.get(tower, ())]
     found = dict(
         tree.leaves(
@@ -210,7 +217,7 @@ def specs(params: tree.Tree) -> tree.Tree:
     return tree.unflatten({path: _whole_scales(path, found[role]) for path, role in roles.items()})
 
 
-def check(mesh: Mesh, params: tree.Tree) -> None:
+def check_divides(mesh: Mesh, params: tree.Tree) -> None:
     """Raises UserError for a parameter that the mesh does not divide, naming the largest sizes of
     that axis which would.
     """
@@ -233,7 +240,7 @@ def shardings(mesh: Mesh, spec_tree: Any) -> Any:
     )
 
 
-def of_state(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
+def state_shardings(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
     """NamedShardings of a whole training state: a leaf whose path ends with a parameter's path (the
     parameter itself, an optimizer moment, an average) lies where that parameter does; everything
     else (steps, counters) is replicated.
@@ -269,12 +276,12 @@ def constrain(values: Any, spec_tree: Any) -> Any:
     return jax.tree.map(_constrain, values, spec_tree)
 
 
-def rows(x: jax.Array) -> jax.Array:
+def constrain_rows(x: jax.Array) -> jax.Array:
     """Leading axis over (data, fsdp): activations of the language model, [B, T, D]."""
     return _constrain(x, P(ROWS))
 
 
-def cache(x: jax.Array) -> jax.Array:
+def constrain_cache(x: jax.Array) -> jax.Array:
     """Rows over (data, fsdp) and heads over tensor, as the projections leave them, where they
     divide: a cache, [L, B, S, G, d].
     """
@@ -288,7 +295,7 @@ def cache(x: jax.Array) -> jax.Array:
     return _constrain(x, P(None, fitting(x.shape[1], ROWS), None, fitting(x.shape[3], ("tensor",))))
 
 
-def images(x: jax.Array) -> jax.Array:
+def constrain_images(x: jax.Array) -> jax.Array:
     """Leading axis over all devices where it divides, else over (data, fsdp): activations of the
     encoder, [B*I, P, E].
     """
@@ -296,7 +303,7 @@ def images(x: jax.Array) -> jax.Array:
     return _constrain(x, P(AXES) if not mesh.empty and x.shape[0] % mesh.size == 0 else P(ROWS))
 
 
-def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> tree.Tree:
+def gather_weights(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> tree.Tree:
     """A subtree of parameters at path `where`, ready for arithmetic: matrices cast to `dtype`
     *before* they are gathered over fsdp, still split over tensor; `sliced` leading axes (the
     scanned L) are gone. The gradient is reduce-scattered back. Of a weight that is more than one
@@ -307,19 +314,19 @@ def gathered(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> 
     def ready(path: str, w: Any) -> Any:
         if hasattr(w, "map"):
             return w.map(lambda name, part: ready(f"{path.rpartition('/')[0]}/{name}", part))
-        w = w.astype(dtype) if path.endswith(MATRICES) else w
+        w = w.astype(dtype) if is_matrix(path) else w
         if mesh.empty or mesh.size == 1:
             return w
-        rows = (*BESIDE, *PARAMS[where.split("/")[0]])
+        rows = (*LORA_PARAMS, *PARAMS[where.split("/")[0]])
         spec = _whole_scales(
-            path, next(spec for pattern, spec in rows if re.fullmatch(pattern, role(path)))
+            path, next(spec for pattern, spec in rows if re.fullmatch(pattern, matrix_path(path)))
         )[sliced:]
         return _gather(w, P(*spec), P(*map(_without_fsdp, spec)))
 
     return tree.unflatten({path: ready(f"{where}/{path}", w) for path, w in tree.leaves(weights)})
 
 
-def lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+def embedding_lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Rows of a vocabulary `base` [V, D] and `added` [n, D] by ids [B, T] -> [B, T, D]; ids from V
     on are added rows.
 

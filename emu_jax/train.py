@@ -277,9 +277,9 @@ def what_trains(c: ConfigDict, abstract: tree.Tree) -> tree.Tree:
     trains = _rule(c.rules.train, abstract, "rules.train")
     shapes = dict(tree.leaves(abstract))
     for path, chosen in tree.leaves(trains):
-        if chosen and path.endswith(sharding.CODES):
+        if chosen and path.endswith(sharding.QUANTIZED):
             raise UserError(
-                f"rules.train: {sharding.role(path)} is stored as {path.rpartition('/')[2]} and cannot train; a row before says: "
+                f"rules.train: {sharding.matrix_path(path)} is stored as {path.rpartition('/')[2]} and cannot train; a row before says: "
                 "('llama/blocks/.*/(int8|nf4|absmax)', False)"
             )
         if not isinstance(chosen, bool) and not _are_rows(chosen, shapes[path].shape[0]):
@@ -311,7 +311,7 @@ def abstract_state(
     return jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
         state,
-        sharding.of_state(mesh, abstract, state),
+        sharding.state_shardings(mesh, abstract, state),
     )
 
 
@@ -323,7 +323,7 @@ def at_rest(c: ConfigDict, trains: tree.Tree, params: tree.Tree) -> tree.Tree:
     return tree.unflatten(
         {
             path: leaf.astype(c.frozen_dtype)
-            if path.endswith(sharding.MATRICES) and not keep[path]
+            if sharding.is_matrix(path) and not keep[path]
             else leaf
             for path, leaf in tree.leaves(params)
         }
@@ -379,7 +379,7 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         )
     profiler.parse_steps(c.profile.steps)
     check_rows(c, mesh)
-    sharding.check(mesh, abstract)
+    sharding.check_divides(mesh, abstract)
     if "contrast" in abstract and c.model.vision.image % READOUT:
         raise UserError(
             f"model.vision.image={c.model.vision.image} must be a multiple of {READOUT}: the contrastive stage reads so many a side"

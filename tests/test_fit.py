@@ -21,7 +21,7 @@ from tests.support import make
 pytestmark = pytest.mark.xdist_group("fit")
 
 SHARDED = ("mesh.fsdp=4", "mesh.tensor=2")
-ROW = hardware.Device(
+ROW = hardware.Accelerator(
     "tpu",
     "TPU none",
     flops=1e12,
@@ -367,7 +367,7 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
             ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
         ):
             patch.setenv(name, value)
-        _, devices = hardware.absent("v5e:4x4")
+        _, devices = hardware.topology_devices("v5e:4x4")
         p = fit.plan(
             make.cfg(
                 "mesh.data=2",

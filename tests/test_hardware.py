@@ -25,20 +25,20 @@ from emu_jax.config import UserError
 )
 def test_kinds(kind, name):
     assert (
-        hardware.of_kind(kind) is hardware.DEVICES[name]
-        and hardware.peak(kind) == hardware.DEVICES[name].flops
+        hardware.accelerator_of(kind) is hardware.ACCELERATORS[name]
+        and hardware.peak_flops(kind) == hardware.ACCELERATORS[name].flops
     )
 
 
 def test_a_cpu_is_not_in_it():
-    assert hardware.of_kind("cpu") is None and hardware.peak("cpu") is None
+    assert hardware.accelerator_of("cpu") is None and hardware.peak_flops("cpu") is None
 
 
 def test_figures_are_of_one_order():
     """A unit mixed up would show: every accelerator needs 70 to 400 FLOPs a byte of its memory, and
     its memory is faster than its links.
     """
-    for name, row in hardware.DEVICES.items():
+    for name, row in hardware.ACCELERATORS.items():
         assert (
             70 < row.flops / row.bandwidth < 700
             and row.network < row.link < row.bandwidth
@@ -47,7 +47,7 @@ def test_figures_are_of_one_order():
 
 
 def test_cpus_are_at_hand():
-    row, devices = hardware.absent("cpu:8")
+    row, devices = hardware.topology_devices("cpu:8")
     assert row is None and len(devices) == 8
 
 
@@ -69,7 +69,7 @@ def test_cpus_are_at_hand():
 )
 def test_what_is_no_topology_is_one_line(topology, message):
     with pytest.raises(UserError, match=message) as error:
-        hardware.absent(topology)
+        hardware.topology_devices(topology)
     assert "\n" not in str(error.value)
 
 
@@ -87,7 +87,7 @@ def test_a_missing_compiler_is_one_line(topology, needs, monkeypatch):
 
     monkeypatch.setattr(hardware.topologies, "get_topology_desc", missing)
     with pytest.raises(UserError, match=f"the compiler is not installed: pip install -r {needs}"):
-        hardware.absent(topology)
+        hardware.topology_devices(topology)
 
 
 def test_a_shape_that_the_compiler_refuses_is_its_word_in_one_line(monkeypatch):
@@ -98,4 +98,4 @@ def test_a_shape_that_the_compiler_refuses_is_its_word_in_one_line(monkeypatch):
     with pytest.raises(
         UserError, match="topology 'v5e:3x5': Invalid topology: 3x5 is not supported"
     ):
-        hardware.absent("v5e:3x5")
+        hardware.topology_devices("v5e:3x5")

@@ -133,7 +133,7 @@ def test_what_slices_sum_is_received_from_their_runtime():
         f"HloModule m, num_partitions=4\n\nENTRY %main (a: f32[1]) -> f32[1] {{\n{line}{line.replace('recv', 'send')}}}\n"
     )
     (one,) = module.collectives()
-    assert (one.kind, one.times) == (hlo.BETWEEN, 1) and one.received == one.crossing(
+    assert (one.kind, one.times) == (hlo.BETWEEN_SLICES, 1) and one.received == one.crossing(
         (0, 0, 1, 1)
     ) == pytest.approx(2**19, abs=8)
 

@@ -244,7 +244,7 @@ def one_step(accumulate=1, mesh=None, c=None):
     if mesh is None:
         return before, *jitted(p)(before, batch)
     with jax.set_mesh(mesh):
-        layout = sharding.of_state(mesh, tree.merge(before.trainable, before.frozen), before)
+        layout = sharding.state_shardings(mesh, tree.merge(before.trainable, before.frozen), before)
         placed = jax.device_put(before, layout)
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         after, metrics = jax.jit(partial(loop.train_step, p), out_shardings=(layout, None))(

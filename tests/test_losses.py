@@ -203,7 +203,7 @@ def test_sharded_equals_single(shape, dtype):
     y = given()
     want = fused_once(x, *y)
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
-    specs = P(sharding.ROWS), losses.HEAD, losses.REGRESS
+    specs = P(sharding.ROWS), losses.HEAD_SPECS, losses.REGRESS_SPECS
     with jax.set_mesh(mesh):
         placed = jax.tree.map(
             lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), x, specs
@@ -224,7 +224,7 @@ def test_sharded_equals_single(shape, dtype):
 def test_heads_lie_as_the_table_says():
     rows = [row for tower in ("llama", "regress_head") for row in sharding.PARAMS[tower]]
     for path, spec in tree.leaves(
-        {"llama": {"lm_head": losses.HEAD}, "regress_head": losses.REGRESS}
+        {"llama": {"lm_head": losses.HEAD_SPECS}, "regress_head": losses.REGRESS_SPECS}
     ):
         assert next(value for pattern, value in rows if re.fullmatch(pattern, path)) == spec
 

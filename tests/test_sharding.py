@@ -140,7 +140,7 @@ def test_moments_lie_where_their_parameters_do_and_counters_everywhere():
     table = dict(tree.leaves(sharding.specs(params)))
     found = []
     for path, (leaf, at) in jax.tree_util.tree_leaves_with_path(
-        jax.tree.map(lambda *both: both, state, sharding.of_state(mesh, params, state)),
+        jax.tree.map(lambda *both: both, state, sharding.state_shardings(mesh, params, state)),
         is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2 and hasattr(x[0], "dtype"),
     ):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -160,8 +160,8 @@ def test_moments_lie_where_their_parameters_do_and_counters_everywhere():
 def test_helpers_do_nothing_without_a_mesh():
     x = jnp.ones((3, 2))
     assert (
-        sharding.rows(x) is x
-        and sharding.images(x) is x
+        sharding.constrain_rows(x) is x
+        and sharding.constrain_images(x) is x
         and sharding.constrain({"a": x}, {"a": P("fsdp")})["a"] is x
     )
 
@@ -171,7 +171,7 @@ def test_helpers_take_any_number_of_rows(count):
     """Pictures during training and captions are few; a large mesh is no reason to fail."""
     with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
         x = jnp.arange(2.0 * count).reshape(count, 2)
-        for helper in (sharding.rows, sharding.images):
+        for helper in (sharding.constrain_rows, sharding.constrain_images):
             np.testing.assert_array_equal(jax.jit(helper)(x), x)
 
 
@@ -193,7 +193,7 @@ def test_lookup_is_a_row_of_the_tables(shape, B):
     weights = jnp.cos(jnp.arange(B * 5 * D, dtype=jnp.float32)).reshape(B, 5, D)
 
     def ours(base, added):
-        x = sharding.lookup(base, added, tokens, jnp.float32)
+        x = sharding.embedding_lookup(base, added, tokens, jnp.float32)
         return (x * weights).sum(), x
 
     def plain(base, added):
@@ -216,7 +216,7 @@ def test_a_block_is_gathered_in_the_compute_dtype_and_its_gradient_scattered():
     w = jnp.asarray(np.random.default_rng(0).standard_normal((16, 8)), jnp.float32)
 
     def value(w):
-        ready = sharding.gathered(
+        ready = sharding.gather_weights(
             "llama/blocks", {"ffn": {"up": {"w": w}}}, jnp.bfloat16, sliced=1
         )["ffn"]["up"]["w"]
         return (ready.astype(jnp.float32) ** 2).sum(), ready

@@ -112,6 +112,6 @@ def _features(
     size: emu.EmuSize, params: Tree, images: UInt8[Array, "M h w 3"]
 ) -> Float[Array, "M E"]:
     model = emu.bind(emu.Emu, size, params)
-    x = normalise(sharding.images(images), size.vision, size.compute)
+    x = normalise(sharding.constrain_images(images), size.vision, size.compute)
     seen = model.ln_visual(model.vision(x, kernel=size.attention)).astype(jnp.float32).mean(1)
     return seen / jnp.linalg.norm(seen, axis=1, keepdims=True)

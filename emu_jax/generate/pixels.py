@@ -169,7 +169,7 @@ def abstract_params(size: DecoderSize, mesh: jax.sharding.Mesh | None, matrices:
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
 
     def dtype(path, leaf):
-        return matrices if path.endswith(sharding.MATRICES) else leaf.dtype
+        return matrices if sharding.is_matrix(path) else leaf.dtype
 
     return tree.unflatten(
         {

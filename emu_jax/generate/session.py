@@ -642,11 +642,11 @@ def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.T
     """
     shapes = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
     if mesh:
-        sharding.check(mesh, shapes)
+        sharding.check_divides(mesh, shapes)
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
 
     def dtype(path, leaf):
-        return size.compute if path.endswith(sharding.MATRICES) else leaf.dtype
+        return size.compute if sharding.is_matrix(path) else leaf.dtype
 
     return tree.unflatten(
         {

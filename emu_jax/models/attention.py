@@ -294,8 +294,8 @@ def _sharded(run, q, k, v, mask):
 
 
 def _spec(mesh, B: int, G: int, causal: bool) -> P:
-    """Where [B, T, H, d] lies: text as `sharding.rows` has it, heads over tensor; what is not
-    causal is images, whose rows `sharding.images` lays over all axes. Rows or heads that do not
+    """Where [B, T, H, d] lies: text as `sharding.constrain_rows` has it, heads over tensor; what is not
+    causal is images, whose rows `sharding.constrain_images` lays over all axes. Rows or heads that do not
     divide stay whole.
     """
     heads = "tensor" if causal and G % mesh.shape["tensor"] == 0 else None

@@ -84,7 +84,7 @@ class Encoder(nnx.Module):
         self, images: UInt8[Array, "M h w 3"], key: Array | None = None
     ) -> Float[Array, "M N D"]:
         """The visual tokens of each image."""
-        x = normalise(sharding.images(images), self.size.vision, self.size.compute)
+        x = normalise(sharding.constrain_images(images), self.size.vision, self.size.compute)
         features = self.ln_visual(self.vision(x, kernel=self.size.attention))
         return self.resampler(features, key, kernel=self.size.attention)
 
@@ -108,7 +108,9 @@ class Emu(Encoder):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B I N D"]]:
         """(hidden, visual tokens) of packed rows; `key` turns dropout on."""
         B = batch.images.shape[0]
-        z = sharding.rows(self.encode(rearrange(batch.images, "B I h w c -> (B I) h w c"), key))
+        z = sharding.constrain_rows(
+            self.encode(rearrange(batch.images, "B I h w c -> (B I) h w c"), key)
+        )
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
         return self.llama(x, batch.positions, batch.segments, kernel=self.size.attention)[0], visual

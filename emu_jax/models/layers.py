@@ -144,7 +144,7 @@ def run(
     def block(x, layer):
         weights, key = layer
         return call(
-            nnx.merge(graphdef, sharding.gathered(where, weights, dtype, sliced=1)), x, key
+            nnx.merge(graphdef, sharding.gather_weights(where, weights, dtype, sliced=1)), x, key
         ), None
 
     keys = None if key is None else jax.random.split(key, depth)
@@ -165,6 +165,8 @@ def once(
     graphdef, state = nnx.split(block)
 
     def one(weights, x, *inputs):
-        return call(nnx.merge(graphdef, sharding.gathered(where, weights, x.dtype)), x, *inputs)
+        return call(
+            nnx.merge(graphdef, sharding.gather_weights(where, weights, x.dtype)), x, *inputs
+        )
 
     return REMAT[remat](one)(nnx.to_pure_dict(state), x, *inputs)

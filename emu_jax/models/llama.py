@@ -98,7 +98,7 @@ class Block(nnx.Module):
     def __call__(self, x, mask, rotation, kernel: str, remember=lambda k, v: (k, v)):
         """`remember` gives the keys and values to look at for those of x."""
         x = x + self.attn(self.norm1(x), mask, rotation, kernel, remember)
-        return sharding.rows(x + self.ffn(self.norm2(x)))
+        return sharding.constrain_rows(x + self.ffn(self.norm2(x)))
 
 
 class Vocabulary(nnx.Module):
@@ -131,7 +131,7 @@ class Llama(nnx.Module):
 
     def embeddings(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Input embeddings of ids; ids from V on are the added tokens."""
-        return sharding.lookup(
+        return sharding.embedding_lookup(
             self.embed.base.get_value(), self.embed.added.get_value(), tokens, dtype
         )
 
@@ -139,7 +139,7 @@ class Llama(nnx.Module):
         """Of the next token, in float32: LLaMA's vocabulary and then the added tokens. For a few
         positions: never for a batch in training.
         """
-        head = sharding.gathered("llama/lm_head", self.head(), hidden.dtype)
+        head = sharding.gather_weights("llama/lm_head", self.head(), hidden.dtype)
         product = partial(
             jnp.einsum, "bD,vD->bv", hidden, precision="highest", preferred_element_type=jnp.float32
         )
@@ -152,7 +152,7 @@ class Llama(nnx.Module):
         d = self.size.width // self.size.heads
 
         def zeros():
-            return sharding.cache(jnp.zeros((L, rows, slots, G, d), dtype))
+            return sharding.constrain_cache(jnp.zeros((L, rows, slots, G, d), dtype))
 
         free = jnp.zeros((rows, slots), jnp.int32)
         return Cache(zeros(), zeros(), free, free, jnp.int32(0), fresh=True)
@@ -181,7 +181,9 @@ class Llama(nnx.Module):
         if cache is None:
             mask = self_mask(segments)
             return self.norm(
-                run(sharding.rows(x), lambda block, x, _: block(x, mask, rotation, kernel))
+                run(
+                    sharding.constrain_rows(x), lambda block, x, _: block(x, mask, rotation, kernel)
+                )
             ), None
 
         def put(old, new, *place):
@@ -209,9 +211,9 @@ class Llama(nnx.Module):
                 return (new_k, new_v) if cache.fresh else (k[number], v[number])
 
             x = block(x, mask, rotation, kernel, remember)
-            return x, sharding.cache(k), sharding.cache(v), number + 1
+            return x, sharding.constrain_cache(k), sharding.constrain_cache(v), number + 1
 
-        x, k, v, _ = run((sharding.rows(x), cache.k, cache.v, jnp.int32(0)), layer)
+        x, k, v, _ = run((sharding.constrain_rows(x), cache.k, cache.v, jnp.int32(0)), layer)
         return self.norm(x), Cache(k, v, seen[1], seen[0], cache.filled + x.shape[1], fresh=False)
 
 

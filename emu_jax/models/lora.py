@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int8, UInt8
 
 from emu_jax import tree
 from emu_jax.config import UserError
-from emu_jax.sharding import CODES
+from emu_jax.sharding import QUANTIZED
 
 # the matrices that `storage` is about: nearly all of the LLM
 STORED = "llama/blocks/.*/w"
@@ -49,9 +49,9 @@ class LoraSize:
     storage: str = ""
 
     def __post_init__(self):
-        if self.storage and self.storage not in CODES:
+        if self.storage and self.storage not in QUANTIZED:
             raise UserError(
-                f"model.lora.storage={self.storage!r} is not one of '', {', '.join(CODES)}"
+                f"model.lora.storage={self.storage!r} is not one of '', {', '.join(QUANTIZED)}"
             )
         if self.rank < 0 or not 0 <= self.dropout < 1:
             raise UserError(
@@ -130,7 +130,7 @@ def bound(
         name: bound(size, part, key, f"{path}/{name}") if isinstance(part, dict) else part
         for name, part in params.items()
     }
-    for name in CODES:
+    for name in QUANTIZED:
         if name in found:
             found["w"] = Quantised(found.pop(name), found.pop("absmax"))
     if "a" in found and "b" in found:

@@ -122,7 +122,7 @@ class Resampler(nnx.Module):
             self.queries.get_value().astype(features.dtype),
             (features.shape[0], size.tokens, size.width),
         )
-        x = layers.dropout(sharding.images(x), size.dropout, key_in)
+        x = layers.dropout(sharding.constrain_images(x), size.dropout, key_in)
         buckets = relative_buckets(size.tokens, size.buckets, size.max_distance)
         bias = jnp.moveaxis(self.relative.get_value()[buckets], -1, 0)
         x = layers.run(
@@ -133,7 +133,9 @@ class Resampler(nnx.Module):
             remat=size.remat,
             key=key_blocks,
         )
-        return sharding.images(self.project(layers.dropout(self.norm(x), size.dropout, key_out)))
+        return sharding.constrain_images(
+            self.project(layers.dropout(self.norm(x), size.dropout, key_out))
+        )
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:

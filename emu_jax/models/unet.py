@@ -294,7 +294,7 @@ class UNet(nnx.Module):
                 )
             return x
 
-        x = rearrange(sharding.images(x), "b (h i) (w j) c -> b h w (i j c)", i=p, j=p)
+        x = rearrange(sharding.constrain_images(x), "b (h i) (w j) c -> b h w (i j c)", i=p, j=p)
         x = once(self.conv_in, plain, x, where="conv_in")
         if size.side:
             x = x + once(self.places, plain, jax.nn.silu(time), where="places")

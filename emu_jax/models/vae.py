@@ -138,7 +138,7 @@ class Half(nnx.Module):
             x = once(self.mid.attn, lambda attn, x: attn(x, kernel), x, "mid/attn")
             return once(self.mid.resnets["1"], plain, x, "mid/resnets/1")
 
-        x = once(self.conv_in, plain, sharding.images(x), "conv_in")
+        x = once(self.conv_in, plain, sharding.constrain_images(x), "conv_in")
         if not self.encodes:
             x = middle(x)
         levels = list(enumerate(in_order(self.levels)))

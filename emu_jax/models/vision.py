@@ -103,7 +103,9 @@ class Vision(nnx.Module):
         x = self.patch(rearrange(images, "m (x i) (y j) c -> m x y i j c", i=p, j=p))
         x = rearrange(x, "m x y e -> m (x y) e")
         cls = jnp.broadcast_to(self.cls.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = sharding.images(jnp.concatenate([cls, x], 1) + self.pos.get_value().astype(x.dtype))
+        x = sharding.constrain_images(
+            jnp.concatenate([cls, x], 1) + self.pos.get_value().astype(x.dtype)
+        )
         return layers.run(
             self.blocks,
             x,

@@ -276,10 +276,10 @@ class Baked:
         self._codes: dict[str, str] = {}
         self.shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
         for path, (dtype, shape) in self._source.shapes.items():
-            if path.endswith(sharding.CODES):
-                self._codes[sharding.role(path)] = path
+            if path.endswith(sharding.QUANTIZED):
+                self._codes[sharding.matrix_path(path)] = path
                 shape = (*shape[:-1], shape[-1] * (2 if path.endswith("nf4") else 1))
-                self.shapes[sharding.role(path)] = (
+                self.shapes[sharding.matrix_path(path)] = (
                     np.dtype(jax.numpy.dtype(self.config["model"]["compute"])),
                     shape,
                 )

@@ -217,7 +217,7 @@ def test_a_stored_model_is_the_model_of_what_the_codes_say():
     said = {path: leaf for path, leaf in flat.items() if not path.endswith(("/absmax", "/nf4"))}
     codes = [path for path in flat if path.endswith("/nf4")]
     said |= {
-        sharding.role(path): jax.jit(lora.dequantised)(
+        sharding.matrix_path(path): jax.jit(lora.dequantised)(
             flat[path], flat[path.replace("nf4", "absmax")]
         )
         for path in codes
