@@ -4,8 +4,8 @@ size and at 60M parameters.
 For each: step time, elements (text and visual tokens) a second, input wait, and model FLOP/s
 (counted by hand, models/flops.py) as a share of what this machine reaches in one large float32
 matrix product, measured in the same run. Asserts that nothing is compiled after step 1, and that
-the demo waits for its input under 2 % of the time. Needs the demo's data: python -m emu_jax.data
-build --kind=openmoji --to=data/demo Run it on an idle machine; results of one:
+the demo waits for its input under 2 % of the time. Needs the demo's data: python -m emu_jax.demo
+build --to=data/demo. Run it on an idle machine; results of one:
 benchmarks/results/train_step.md.
 """
 

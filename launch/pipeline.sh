@@ -30,15 +30,15 @@ weights() {                             # weights NAME ARGUMENT...: foreign weig
 case ${1:-} in
   demo)
     if [[ ! -f data/demo/tokenizer.json ]]; then
-      "$python" -m emu_jax.data build --kind=openmoji --to=data/demo
+      "$python" -m emu_jax.demo build --to=data/demo
     fi
     "${train[@]}" --config=configs/demo.py:warmup
     "${train[@]}" --config=configs/demo.py:emu
     "$python" -m emu_jax.generate precompute --config=configs/demo.py:decoder --to=runs/demo/conditions
     "${train[@]}" --config=configs/demo.py:decoder
-    "$python" -m emu_jax.evaluate --task=demo --checkpoint=runs/demo/emu --decoder=runs/demo/decoder
+    "$python" -m emu_jax.demo evaluate --checkpoint=runs/demo/emu --decoder=runs/demo/decoder
     "${train[@]}" --config=configs/demo.py:instruct
-    "$python" -m emu_jax.evaluate --task=demo-chat --checkpoint=runs/demo/instruct
+    "$python" -m emu_jax.demo chat --checkpoint=runs/demo/instruct
     ;;
   paper)
     if [[ ! -d ${RAW:-} ]]; then

@@ -15,8 +15,8 @@ from emu_jax import checkpoint, config, sharding, train, tree
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Loader
-from emu_jax.evaluate import __main__ as command
-from emu_jax.evaluate import chat
+from emu_jax.demo import __main__ as command
+from emu_jax.demo import chat
 from emu_jax.generate.session import Session
 from tests.support import fixtures, make
 
@@ -122,7 +122,7 @@ def test_lora_and_the_new_rows_learn_from_answers(base, tuned):
 
 def test_its_answers_before_and_after_are_told_by_a_command(data, tuned, capsys, monkeypatch):
     monkeypatch.setattr(chat, "NEW_TOKENS", 4)
-    assert command.main(["--task=demo-chat", f"--checkpoint={tuned}", f"--data={data}"]) == 0
+    assert command.main(["chat", f"--checkpoint={tuned}", f"--data={data}"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert (
         out[-1] == f"{tuned}/report.html"

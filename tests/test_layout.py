@@ -10,7 +10,7 @@ from emu_jax.stages import STAGES
 
 # From the bottom up. A module may import from lower rows, and from its own folder in its own row.
 ORDER = (
-    ("types", "tree", "config", "files", "hlo"),
+    ("types", "tree", "config", "files", "hlo", "html"),
     ("cli",),
     ("hardware",),
     ("sharding",),
@@ -37,6 +37,8 @@ ORDER = (
     ("metric_writer", "watchdog", "profiler", "initial"),
     ("loop", "generate/*", "weights/transfer"),
     ("evaluate/*",),
+    # A guest: nothing imports it but its own command.
+    ("demo/*",),
     ("verify/*",),
     ("train",),
     ("fit", "*/__main__"),
@@ -48,7 +50,7 @@ ABSENT = {"torch", "tensorflow", "keras", "haiku"}
 # Packages that functions import when they are called, never a module when it is.
 LATE = {"transformers"}
 # What data code may import of emu_jax: it is NumPy.
-DATA_MAY_IMPORT = {"data", "config", "types", "files", "cli"}
+DATA_MAY_IMPORT = {"data", "config", "types", "files", "cli", "html"}
 MODULES = sorted(path for path in Path("emu_jax").rglob("*.py") if path.read_text())
 OTHERS = sorted(
     path for folder in ("configs", "tests", "benchmarks") for path in Path(folder).rglob("*.py")
@@ -133,6 +135,15 @@ def test_data_is_numpy():
             foreign = {name.split("/")[0] for name in ours(path)} - DATA_MAY_IMPORT
             foreign |= roots(path) & {"jax", "flax", "optax"}
             wrong += [f"{path} imports {name}" for name in sorted(foreign)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_imports_the_demo():
+    wrong = []
+    for path in MODULES:
+        if own(path).split("/")[0] != "demo":
+            guests = [name for name in ours(path) if name.split("/")[0] == "demo"]
+            wrong += [f"{path} imports {name}" for name in guests]
     assert not wrong, "\n".join(wrong)
 
 

@@ -2,8 +2,7 @@
 
 python -m emu_jax.data inspect PATH --kind=K [--jsonl]              what becomes of every record,
 and why some are left out python -m emu_jax.data build --kind=K --from=PATH... --to=DIR
-documents as ArrayRecord, and a data card python -m emu_jax.data build --kind=openmoji --to=DIR
-[--seed=0]    the demo's drawings
+documents as ArrayRecord, and a data card
 
 Read next: sources/kinds.py.
 """
@@ -26,8 +25,6 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     if flags.command == "inspect":
         _inspect(flags)
-    elif flags.kind == "openmoji":
-        _openmoji(flags)
     else:
         _build(flags)
 
@@ -51,17 +48,6 @@ def _inspect(flags: argparse.Namespace) -> None:
     finally:
         new.unlink(missing_ok=True)
     print(page)
-
-
-def _openmoji(flags: argparse.Namespace) -> None:
-    from emu_jax.data.builders import openmoji
-
-    counts = openmoji.build(Path(flags.to), flags.seed)
-    for split, count in counts.items():
-        print(f"{split:18}" + ", ".join(f"{number} {what}" for what, number in count.items()))
-    print(
-        f"to be seen in {flags.to}/sheet.png; licence: CC-BY-SA-4.0, OpenMoji ({flags.to}/LICENSE.txt)"
-    )
 
 
 def _build(flags: argparse.Namespace) -> None:
@@ -111,8 +97,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     build.add_argument(
         "--kind",
         required=True,
-        choices=["openmoji", *KINDS],
-        help=f"openmoji: the demo's drawings, scenes and stories; {kinds}",
+        choices=[*KINDS],
+        help=kinds,
     )
     build.add_argument(
         "--from",
@@ -123,12 +109,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="files and folders to read",
     )
     build.add_argument("--to", required=True, help="directory to write into")
-    build.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="openmoji: decides what is held out, and every placement",
-    )
     build.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
     build.add_argument(
         "--runner",

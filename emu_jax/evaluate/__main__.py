@@ -1,9 +1,8 @@
 """python -m emu_jax.evaluate --task=T --data=DIR --checkpoint=DIR [--shots=K] [--limit=N]: a
-benchmark, and a page to look at. python -m emu_jax.evaluate --task=demo|demo-chat --checkpoint=DIR
-[--decoder=DIR]: the demo's numbers and page. python -m emu_jax.evaluate score --metric=NAME
+benchmark, and a page to look at. python -m emu_jax.evaluate score --metric=NAME
 --predictions=FILE --references=FILE: scores of predictions, without a model (--help: the layouts).
 
-Read next: benchmark.py; demo.py, report.py; chat.py; score.py.
+Read next: benchmark.py; score.py.
 """
 
 import argparse
@@ -15,7 +14,6 @@ from emu_jax.config import UserError
 
 DESCRIPTION = """A trained model on a benchmark, from its published annotation files: predictions, their scores, and a page with pictures.
 A run that was stopped goes on with the same command."""
-DEMOS = ("demo", "demo-chat")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,15 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(scores(arguments[1:]), indent=1, ensure_ascii=False))
             return 0
         flags = _parse(arguments)
-        data = flags.data or "data/demo"
-        if flags.task == "demo":
-            print(demo(flags.checkpoint, data, flags.warmup, flags.decoder, flags.out))
-        else:
-            print(
-                chat(flags.checkpoint, data, flags.out)
-                if flags.task == "demo-chat"
-                else benchmark(flags)
-            )
+        print(benchmark(flags))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -42,76 +32,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def demo(
-    checkpoint: str, data: str, warmup: str | None, decoder: str | None, out: str | None
-) -> Path:
-    """Prints the numbers, writes results.json and report.html into `out`, and returns the page's
-    path.
-    """
-    # these take seconds to import: a wrong flag is answered at once
-    from emu_jax.evaluate import demo, history, report
-
-    result = demo.evaluate(checkpoint, data, warmup, decoder)
-    width = max(map(len, result.numbers))
-    print("\n".join(f"{name:{width}}  {_shown(value)}" for name, value in result.numbers.items()))
-    verdict = {True: "reached", False: "NOT reached", None: "not measured"}
-    width = max(len(target.what) for target in result.targets)
-    for target in result.targets:
-        value = "-" if target.value is None else f"{target.value:.1%}"
-        print(f"{target.what:{width}}  {value:>8}  {target.bound:13} {verdict[target.reached]}")
-    folder = Path(out) if out else history.workdir(checkpoint)[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    told = {
-        group: [
-            {"id": told.id, "true": told.true, "said": told.said, "nearest": told.nearest}
-            for told in some
-        ]
-        for group, some in result.captions.items()
-        if group.endswith("held_out")
-    }
-    results = {
-        "checkpoint": checkpoint,
-        "numbers": result.numbers,
-        "targets": [target._asdict() for target in result.targets],
-        "captions": told,
-    }
-    _write(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    _write(folder / "report.html", report.page(result, checkpoint))
-    return folder / "report.html"
-
-
-def chat(checkpoint: str, data: str, out: str | None) -> Path:
-    """As `demo`, for a model that was tuned to answer questions."""
-    from emu_jax.evaluate import chat, history
-
-    result = chat.evaluate(checkpoint, data)
-    print(chat.table(result))
-    folder = Path(out) if out else history.workdir(checkpoint)[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    answers = [
-        {
-            "id": told.id,
-            "kind": told.kind,
-            "question": told.question,
-            "true": told.true,
-            "before": told.before,
-            "after": told.after,
-        }
-        for told in result.told
-    ]
-    _write(
-        folder / "results.json",
-        json.dumps(
-            {"checkpoint": checkpoint, "numbers": result.numbers, "answers": answers},
-            indent=1,
-            ensure_ascii=False,
-        )
-        + "\n",
-    )
-    _write(folder / "report.html", chat.page(result, checkpoint))
-    return folder / "report.html"
 
 
 def benchmark(flags: argparse.Namespace) -> str:
@@ -226,13 +146,6 @@ def _shown(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from emu_jax.evaluate.tasks import TASKS
 
@@ -257,9 +170,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--task",
         required=True,
-        choices=[*DEMOS, *TASKS],
+        choices=[*TASKS],
         metavar="T",
-        help="demo; demo-chat: its questions, before and after tuning; or one of the tasks below",
+        help="one of the tasks below",
     )
     parser.add_argument(
         "--checkpoint",
@@ -270,7 +183,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="the benchmark's annotation files and pictures, wherever in it; demos: data/demo",
+        help="the benchmark's annotation files and pictures, wherever in it",
     )
     parser.add_argument(
         "--out",
@@ -317,7 +230,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="nextqa: NLTK's averaged_perceptron_tagger_eng; answers count as lemmas then, as officially",
     )
     parser.add_argument(
-        "--decoder", metavar="DIR", help="demo, coco-t2i: a run of the stage decoder, which draws"
+        "--decoder", metavar="DIR", help="coco-t2i: a run of the stage decoder, which draws"
     )
     parser.add_argument(
         "--inception",
@@ -338,13 +251,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         metavar="N",
         help="how many share the work; by default the processes that JAX knows of",
     )
-    parser.add_argument(
-        "--warmup",
-        metavar="DIR",
-        help="demo: the run that warmed the encoder up; by default where the run's config says it started",
-    )
     flags = parser.parse_args(arguments)
-    if flags.task not in DEMOS and not flags.data:
+    if not flags.data:
         _fail(
             f"--data=DIR is missing: the folder with {', '.join(TASKS[flags.task].files)} and the pictures"
         )

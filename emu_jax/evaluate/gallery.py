@@ -1,18 +1,18 @@
 """A benchmark's page: scores, the worst and the first examples with their pictures, predictions and
 references. Alone, without a script.
 
-Read next: report.py, whose looks it has.
+Read next: ../html.py.
 """
 
 import json
 from collections.abc import Sequence
-from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
-from emu_jax.evaluate.report import STYLE, picture
+from emu_jax import html
+from emu_jax.html import escape
 
 # examples of each kind
 SHOWN = 24
@@ -38,17 +38,14 @@ def page(title: str, scores: dict[str, Any], worst: Sequence[Shown], first: Sequ
     def cards(some):
         return f'<div class="grid" style="--least: 300px">{"".join(map(_card, some))}</div>'
 
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>
-<style>{STYLE}</style></head><body>
-<h1>{escape(title)}</h1>
-<div class="card scroll"><table>{rows}</table></div>
+    return html.page(
+        title,
+        f"""<div class="card scroll"><table>{rows}</table></div>
 {f"<h2>The worst</h2><p>Of all, the {len(worst)} with the lowest score.</p>{cards(worst)}" if worst else ""}
 <h2>The first</h2>
 <p>The first {len(first)} in the order of the annotations: nothing is chosen.</p>
-{cards(first)}
-</body></html>
-"""
+{cards(first)}""",
+    )
 
 
 def _card(shown: Shown) -> str:
@@ -60,7 +57,7 @@ def _card(shown: Shown) -> str:
     )
     answers = " · ".join(dict.fromkeys(map(escape, shown.answers))) or "(withheld)"
     return (
-        f'<div class="card told">{picture(shown.image, shown.question or shown.said)}<div>{question}'
+        f'<div class="card told">{html.image(shown.image, shown.question or shown.said)}<div>{question}'
         f'<div class="said">{escape(shown.said) or "(nothing)"}</div><div><small>true:</small> {answers}</div>{score}</div></div>'
     )
 

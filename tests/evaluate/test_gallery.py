@@ -1,10 +1,10 @@
 """A benchmark's page: whole, alone, and what others wrote is text on it."""
 
 import numpy as np
-from test_report import Page
 
 from emu_jax.evaluate import gallery
 from emu_jax.evaluate.gallery import Shown
+from tests.support.pages import Page
 
 
 def test_the_page_is_whole_and_what_others_wrote_is_text():

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from emu_jax.data import tokenizer
-from emu_jax.data.builders import openmoji
+from emu_jax.demo import openmoji
 
 # of the size "debug"
 IMAGE = 28

@@ -102,7 +102,7 @@ def _dataset(folder: Path) -> Path:
     )
     if not found:
         raise UserError(
-            f"no dataset in '{folder}'; the demo's is made by: python -m emu_jax.data build --kind=openmoji --to=DIR"
+            f"no dataset in '{folder}'; the demo's is made by: python -m emu_jax.demo build --to=DIR"
         )
     if len(found) > 1:
         raise UserError(

@@ -3,42 +3,14 @@
 import base64
 import dataclasses
 import io
-import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax.evaluate import demo, drawings, report
-
-VOID = {"meta", "img", "br", "line", "polyline"}
-
-
-class Page(HTMLParser):
-    """Elements of a page; fails where a tag is closed that is not open."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements = []
-        self.open = []
-        self.words = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
+from emu_jax.demo import drawings, report
+from emu_jax.demo import evaluation as demo
+from tests.support.pages import Page
 
 
 def picture(k):
@@ -212,62 +184,6 @@ def test_without_metrics_there_are_no_charts(result):
         dataclasses.replace(result, lines=[], decoder_lines=[], stories=[], pictures={}), "x"
     )
     assert "<svg" not in bare and "Stories" not in bare and "Drawn" not in bare
-
-
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize(
-    "values",
-    [
-        [3.0],
-        [1.0, 1.0],
-        [0.0, 0.0],
-        [1e-6, 3.0, 2e5],
-        [0.9, 1.1, 1.3],
-        [7.65, 0.8],
-        list(np.linspace(9, 0.1, 2000)),
-    ],
-)
-def test_curves_stay_in_their_chart(values, log):
-    svg = report.chart(
-        "x",
-        [
-            ("training", list(enumerate(values, 1)), False),
-            ("held out", list(enumerate(values, 1))[-3:], True),
-        ],
-        log=log,
-    )
-    if log and not any(values):
-        assert svg == ""
-        return
-    Page(svg)
-    places = [
-        tuple(map(float, pair.split(",")))
-        for points in re.findall(r'points="([^"]*)"', svg)
-        for pair in points.split()
-    ]
-    places += [tuple(map(float, pair)) for pair in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)]
-    assert places and all(46 <= x <= 392 and 10 <= y <= 206 for x, y in places)
-    assert len(places) <= 3 * report.POINTS
-    rules = [float(y) for y in re.findall(r'<line[^>]* y1="([^"]*)"', svg)]
-    assert 2 <= len(rules) <= 8 and all(10 <= y <= 206 for y in rules)
-
-
-def test_a_chart_shows_its_values():
-    svg = report.chart("x", [("a", [(0, 1.0), (50, 100.0), (100, 10.0)], True)], log=True)
-    first, second, third = [
-        (float(x), float(y)) for x, y in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)
-    ]
-    # decades
-    assert first[1] > third[1] > second[1] and first[1] - third[1] == pytest.approx(
-        third[1] - second[1], abs=0.2
-    )
-    assert second[0] - first[0] == pytest.approx(third[0] - second[0], abs=0.2)
-
-
-def test_thinning_keeps_the_mean():
-    points = [(float(k), float(k * k)) for k in range(960)]
-    thin = report._thin(points)
-    assert len(thin) == 240 and np.mean(thin, 0) == pytest.approx(np.mean(points, 0))
 
 
 def test_si():

@@ -5,8 +5,8 @@ a run: tests/test_instruct.py.
 import numpy as np
 import pytest
 
-from emu_jax.evaluate import __main__ as command
-from emu_jax.evaluate import chat
+from emu_jax.demo import __main__ as command
+from emu_jax.demo import chat
 from tests.support import make
 
 
@@ -34,7 +34,7 @@ def test_a_checkpoint_that_was_not_tuned_is_one_line(tmp_path, capsys):
     make.written(
         tmp_path / "emu", make.cfg(), {"regress_head": {"w": np.ones((32, 32), np.float32)}}
     )
-    assert command.main(["--task=demo-chat", f"--checkpoint={tmp_path}/emu"]) == 2
+    assert command.main(["chat", f"--checkpoint={tmp_path}/emu"]) == 2
     assert (
         "was not tuned to chat from another (model.llama.added=4, init='')"
         in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emu_jax.data.builders.scenes import BACKGROUNDS, DRAWINGS, Scene, a
+from emu_jax.demo.scenes import BACKGROUNDS, DRAWINGS, Scene, a
 
 ANIMALS = ("cat", "pig", "frog", "bear", "whale", "penguin", "bee", "owl", "snail")
 # of the conversations that go on with another picture

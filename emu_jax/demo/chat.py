@@ -8,7 +8,6 @@ kind. A later turn is asked after the right answers to the turns before it.
 
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,20 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from emu_jax import checkpoint, tree
+from emu_jax import checkpoint, html, tree
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import chat_format, sources
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.documents import Document, Picture
 from emu_jax.data.sources import Source
+from emu_jax.demo.evaluation import plain
+from emu_jax.demo.report import LICENCE
 from emu_jax.evaluate import history
-from emu_jax.evaluate.demo import plain
 from emu_jax.evaluate.history import Number
-from emu_jax.evaluate.report import LICENCE, STYLE, chart, percent, picture
 from emu_jax.generate import prompt
 from emu_jax.generate.options import Options
 from emu_jax.generate.prompt import Prompt
 from emu_jax.generate.session import Session
+from emu_jax.html import Curve, chart, escape, percent
 from emu_jax.initial import initial
 from emu_jax.models import emu
 
@@ -229,15 +229,13 @@ def page(result: Result, checkpoint: str) -> str:
 
     loss = chart(
         "Loss of the answers, nats a token (log)",
-        [("training", lines("text_loss"), False), ("held out", lines("eval/text_loss"), True)],
+        [Curve("training", lines("text_loss")), Curve("held out", lines("eval/text_loss"), True)],
         log=True,
     )
     lora = result.config["model"]["lora"]
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>A small Emu answers</title>
-<style>{STYLE}</style></head><body>
-<h1>A small Emu learns to answer</h1>
-<p>Instruction tuning of the demo's model: LoRA of rank {lora["rank"]} and the rows of [USER] and [ASSISTANT] learn from conversations about scenes;
+    return html.page(
+        "A small Emu learns to answer",
+        f"""<p>Instruction tuning of the demo's model: LoRA of rank {lora["rank"]} and the rows of [USER] and [ASSISTANT] learn from conversations about scenes;
 all else is as <code>{escape(Path(result.config["init"]).name)}</code> left it. Asked here are questions on scenes of held-out combinations, greedily;
 an answer counts if it is exactly right. Checkpoint <code>{escape(checkpoint)}</code>.</p>
 <div class="card scroll"><table>{head}{rows}</table></div>
@@ -246,9 +244,8 @@ an answer counts if it is exactly right. Checkpoint <code>{escape(checkpoint)}</
 <div class="grid">{"".join(_shown([told for told in result.told if told.id == id]) for id in ids)}</div>
 <h2>Curve</h2>
 <div class="grid">{loss}</div>
-<footer>{LICENCE}</footer>
-</body></html>
-"""
+<footer>{LICENCE}</footer>""",
+    )
 
 
 def _shown(turns: list[Told]) -> str:
@@ -256,7 +253,7 @@ def _shown(turns: list[Told]) -> str:
         mark = "right" if told.after == told.true else "wrong"
         true = "" if mark == "right" else f" <small>({escape(told.true)})</small>"
         return (
-            f'<div class="told {mark}">{"".join(picture(image, told.true) for image in told.images)}<div>{escape(told.question)}'
+            f'<div class="told {mark}">{"".join(html.image(image, told.true) for image in told.images)}<div>{escape(told.question)}'
             f'<div class="said">{escape(told.after)}{true}</div><small>before: {escape(told.before or "nothing")}</small></div></div>'
         )
 

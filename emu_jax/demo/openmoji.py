@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
-from emu_jax.data.builders import questions, scenes
 from emu_jax.data.documents import Document, images_of, pixels_of, texts_of
 from emu_jax.data.sources import records
+from emu_jax.demo import questions, scenes
 
 try:
     import emoji

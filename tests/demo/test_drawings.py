@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from emu_jax.evaluate import drawings
+from emu_jax.demo import drawings
 from emu_jax.generate.pixels import Painter
 from emu_jax.generate.session import Session
 

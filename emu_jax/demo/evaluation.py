@@ -26,7 +26,8 @@ from emu_jax.data import sources
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.sequence import Pair
 from emu_jax.data.sources import Source
-from emu_jax.evaluate import drawings, history
+from emu_jax.demo import drawings
+from emu_jax.evaluate import history
 from emu_jax.evaluate.history import Number
 from emu_jax.generate import pixels
 from emu_jax.generate.options import Options

@@ -4,23 +4,19 @@ Charts are SVG from `chart`; colours are CSS variables, so they follow a reader'
 setting. What is shown of a split is the first of it, in the order of the file: nothing is chosen.
 """
 
-import base64
-import io
 import json
 import math
-from collections.abc import Sequence
 from functools import partial
-from html import escape
-from itertools import pairwise
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
+from emu_jax import html
+from emu_jax.demo.drawings import Blend
+from emu_jax.demo.evaluation import Drawn, Result, Target, Told
 from emu_jax.evaluate import history
-from emu_jax.evaluate.demo import Drawn, Result, Target, Told
-from emu_jax.evaluate.drawings import Blend
-from emu_jax.evaluate.history import Curve, Number
+from emu_jax.evaluate.history import Number
+from emu_jax.html import Curve, chart, escape, percent
 
 SHOWN = {"scenes_held_out": 24, "names_held_out": 12, "names_train": 24}
 PICTURES = {"names_train": 40, "names_held_out": 10, "scenes_held_out": 20}
@@ -29,8 +25,6 @@ PARTS = ("the image", "of its visual tokens", "of its caption")
 QUERIES = {False: 10, True: 4}
 STORIES = 4
 IN_CONTEXT = 8
-# of a curve: neighbouring steps are averaged
-POINTS = 240
 
 LICENCE = (
     'Drawings: “OpenMoji – the open-source emoji and icon project” (<a href="https://openmoji.org">openmoji.org</a>), licence '
@@ -38,81 +32,15 @@ LICENCE = (
     "under the same licence."
 )
 
-STYLE = """
-:root { color-scheme: light dark; --page: #f6f6f3; --card: #fff; --ink: #1d1f23; --soft: #686d76; --line: #e1e1dc;
-  --good: #15803d; --bad: #c2410c; --good-back: #e7f5ec; --bad-back: #fdeee4; --c0: #2563eb; --c1: #ea580c; --c2: #0d9488; --c3: #9333ea; }
-@media (prefers-color-scheme: dark) { :root { --page: #14161a; --card: #1e2126; --ink: #e9e9e6; --soft: #9ba1ab; --line: #33373e;
-  --good: #4ade80; --bad: #fb923c; --good-back: #173223; --bad-back: #3a2415; --c0: #7aa7ff; --c1: #ffa566; --c2: #4fd1c1; --c3: #c79bff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 28px 18px 48px; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 8px; letter-spacing: -.015em; }
-h2 { font-size: 1.25rem; margin: 44px 0 6px; letter-spacing: -.01em; }
-p { margin: 0 0 14px; max-width: 74ch; }
-a { color: var(--c0); }
-code { overflow-wrap: anywhere; }
-.soft, figcaption, th { color: var(--soft); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px; min-width: 0; }
-.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least, 320px)), 1fr)); margin-top: 12px; }
-.grid + p, .card + p { margin-top: 26px; }
-.scroll { overflow-x: auto; padding: 4px 14px; }
-table { border-collapse: collapse; width: 100%; font-size: .94rem; }
-th, td { text-align: left; padding: 8px 14px 8px 0; border-top: 1px solid var(--line); }
-tr:first-child > * { border-top: 0; }
-th { font-weight: 500; }
-td.big { font-weight: 650; font-size: 1.1rem; }
-.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.mark { border-radius: 99px; padding: 2px 10px; font-size: .84rem; font-weight: 600; white-space: nowrap; }
-.mark.right { color: var(--good); background: var(--good-back); }
-.mark.wrong { color: var(--bad); background: var(--bad-back); }
-.told { display: flex; gap: 12px; align-items: center; font-size: .9rem; line-height: 1.35; overflow-wrap: anywhere; }
-.told.right { border-color: color-mix(in srgb, var(--good) 45%, var(--line)); }
-.told.wrong { border-color: color-mix(in srgb, var(--bad) 45%, var(--line)); }
-.told div > div { margin-top: 3px; }
-.told small { color: var(--soft); }
-.said { font-weight: 600; }
-.right .said { color: var(--good); }
-.wrong .said { color: var(--bad); }
-.story { display: grid; gap: 10px; align-content: start; }
-.story .told { border: 0; padding: 0; }
-img { width: 64px; height: 64px; border-radius: 6px; background: #fff; flex: none; }
-.told img { width: 80px; height: 80px; }
-.row { display: flex; gap: 4px; }
-.row img { flex: 1; width: 0; height: auto; }
-.row + div { font-size: .82rem; line-height: 1.3; margin-top: 6px; overflow-wrap: anywhere; }
-.found { white-space: nowrap; font-size: 0; }
-.found img { outline: 1px solid var(--line); margin-right: 9px; }
-.found img.hit { outline: 4px solid var(--good); outline-offset: -1px; }
-@media (max-width: 560px) { .found img { width: 34px; height: 34px; margin-right: 5px; } .found img.hit { outline-width: 3px; }
-  th, td { padding-right: 9px; } }
-figure { margin: 0; }
-figcaption { font-size: .88rem; display: flex; flex-wrap: wrap; gap: 2px 14px; margin-bottom: 4px; }
-figcaption b { color: var(--ink); font-weight: 600; width: 100%; }
-.key::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 5px;
-  vertical-align: middle; background: var(--k); }
-svg { width: 100%; height: auto; display: block; }
-svg text { font: 11px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--soft); }
-.rule { stroke: var(--line); }
-polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
-polyline.pale { opacity: .3; stroke-width: 1; }
-circle { fill: var(--card); stroke-width: 2; }
-.s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); } .s3 { stroke: var(--c3); }
-summary { cursor: pointer; }
-pre { overflow-x: auto; font-size: .8rem; line-height: 1.4; margin: 10px 0 0; }
-footer { margin-top: 48px; font-size: .88rem; color: var(--soft); }
-"""
-
 
 def page(result: Result, checkpoint: str) -> str:
     """The whole page; `checkpoint` is the directory's name to show."""
     n = result.numbers
     reached = sum(target.reached is True for target in result.targets)
     after = f", after {result.lines[-1]['step']:,} steps" if result.lines else ""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>A small Emu</title>
-<style>{STYLE}</style></head><body>
-<h1>A small Emu: what it learnt</h1>
-<p>Emu (<a href="https://arxiv.org/abs/2307.05222">arXiv 2307.05222</a>) predicts the next element of interleaved text and images: a word, or
+    return html.page(
+        "A small Emu: what it learnt",
+        f"""<p>Emu (<a href="https://arxiv.org/abs/2307.05222">arXiv 2307.05222</a>) predicts the next element of interleaved text and images: a word, or
 a visual token. This one is the same code as the 14B model at a size that two CPU cores train in minutes, on drawings with their names and on
 scenes composed of 28 of them. Checkpoint <code>{escape(checkpoint)}</code>{after}. The examples are the first of each split: nothing is
 chosen.</p>
@@ -150,140 +78,8 @@ their variance across images, not in the loss. {_variance_words(n)}</p>
 <div class="card scroll"><table>{_speed(n)}</table></div>
 <h2>Config</h2>
 <details class="card"><summary>All fields of the run</summary><pre>{escape(json.dumps(result.config, indent=1))}</pre></details>
-<footer>{LICENCE}</footer>
-</body></html>
-"""
-
-
-def chart(title: str, series: Sequence[tuple[str, Curve, bool]], *, log: bool = False) -> str:
-    """An SVG line chart of (label, points, held out) curves, at most four. Held-out ones get
-    circles, the others a running mean.
-
-    With `log`, values of 0 or less are left out. "" where no curve has a point.
-    """
-    series = [
-        (label, _thin([(x, y) for x, y in points if y > 0 or not log]), mark)
-        for label, points, mark in series
-    ]
-    series = [curve for curve in series if curve[1]]
-    if not series:
-        return ""
-    width = 400
-    height = 230
-    left = 46
-    right = 8
-    top = 10
-    bottom = 24
-    scale = math.log10 if log else float
-    xs, ys = ([point[axis] for _, points, _ in series for point in points] for axis in (0, 1))
-    ticks = (_log_ticks if log else _ticks)(min(ys), max(ys))
-    low = min(scale(min(ys)), scale(ticks[0]))
-    high = max(scale(max(ys)), scale(ticks[-1]))
-    end = max(*xs, 1)
-
-    def x_of(x):
-        return round(left + x / end * (width - left - right), 1)
-
-    def y_of(y):
-        return round(height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom), 1)
-
-    parts = [
-        f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y_of(y)}" y2="{y_of(y)}"/>'
-        f'<text x="{left - 6}" y="{y_of(y) + 4}" text-anchor="end">{y:g}</text>'
-        for y in ticks
-    ]
-
-    def anchor(x):
-        return "end" if x > 0.95 * end else "middle"
-
-    parts += [
-        f'<text x="{x_of(x)}" y="{height - 6}" text-anchor="{anchor(x)}">{x:,g}</text>'
-        for x in _ticks(0, end)
-    ]
-
-    def line(kind, points):
-        return f'<polyline class="{kind}" points="{" ".join(f"{x_of(x)},{y_of(y)}" for x, y in points)}"/>'
-
-    for number, (_, points, held_out) in enumerate(series):
-        if held_out:
-            parts += [
-                line(f"s{number}", points),
-                *(
-                    f'<circle class="s{number}" cx="{x_of(x)}" cy="{y_of(y)}" r="3"><title>{x:g}: {y:.3g}</title></circle>'
-                    for x, y in points
-                ),
-            ]
-        else:
-            parts += [line(f"pale s{number}", points), line(f"s{number}", _running_mean(points))]
-
-    def last(points, held_out):
-        return (points if held_out else _running_mean(points))[-1][1]
-
-    keys = "".join(
-        f'<span class="key" style="--k: var(--c{number})">{escape(label)}, last {last(points, held_out):.3g}</span>'
-        for number, (label, points, held_out) in enumerate(series)
+<footer>{LICENCE}</footer>""",
     )
-    return (
-        f'<figure class="card"><figcaption><b>{escape(title)}</b>{keys}</figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
-    )
-
-
-def _ticks(low: Number, high: Number) -> list[Number]:
-    """About four round numbers from below `low` to `high`, from 0 where that is near."""
-    low = 0.0 if 0 < low < 0.5 * high else low
-    step = 10 ** math.floor(math.log10(max(high - low, 1e-9) / 3))
-    step = next(step * m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5)
-    return (
-        [round(step * k, 12) for k in range(math.floor(low / step), math.floor(high / step) + 1)]
-        if high > low
-        else [low, low + 1]
-    )
-
-
-def _log_ticks(low: Number, high: Number) -> list[Number]:
-    """1, 2 and 5 times powers of ten around both values, or where those would be many, powers of
-    ten alone, or some of them.
-    """
-    for steps in ((1, 2, 5), (1,)):
-        every = [
-            m * 10.0**k
-            for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
-            for m in steps
-        ]
-        ticks = [a for a, b in pairwise([*every, math.inf]) if b > low]
-        ticks = ticks[: next(k for k, tick in enumerate(ticks) if tick >= high and k) + 1]
-        if len(ticks) <= 7:
-            break
-    return ticks[:: math.ceil(len(ticks) / 7)]
-
-
-def _thin(points: Curve) -> Curve:
-    """At most POINTS points: means of neighbours."""
-    each = max(1, math.ceil(len(points) / POINTS))
-    return [
-        tuple(np.mean(points[start : start + each], 0)) for start in range(0, len(points), each)
-    ]
-
-
-def _running_mean(points: Curve) -> Curve:
-    reach = len(points) // 24
-    values = [y for _, y in points]
-    return [
-        (x, float(np.mean(values[max(0, k - reach) : k + reach + 1])))
-        for k, (x, _) in enumerate(points)
-    ]
-
-
-def picture(image: UInt8[np.ndarray, "h w 3"], label: str, style: str = "") -> str:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", optimize=True)
-    return f'<img{style} src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{escape(label)}" title="{escape(label)}">'
-
-
-def percent(value: Number, digits: int = 1) -> str:
-    # a space that does not break the line
-    return f"{100 * value:.{digits}f}\u00a0%"
 
 
 def _targets(targets: list[Target]) -> str:
@@ -345,7 +141,7 @@ def _card(told: Told) -> str:
         else ""
     )
     return (
-        f'<div class="card told {"right" if right else "wrong"}">{picture(told.image, told.true)}'
+        f'<div class="card told {"right" if right else "wrong"}">{html.image(told.image, told.true)}'
         f'<div><div class="said">{"✓" if right else "✗"} {said}</div>{other}{near}</div></div>'
     )
 
@@ -373,7 +169,7 @@ def _in_context(result: Result) -> str:
         return ""
 
     def given(told):
-        return f'<div class="told">{picture(told.image, told.true)}<div><small>given</small><div>{escape(told.true)}</div></div></div>'
+        return f'<div class="told">{html.image(told.image, told.true)}<div><small>given</small><div>{escape(told.true)}</div></div></div>'
 
     fours = "".join(
         f'<div class="card story">{"".join(map(given, four[:3]))}{_card(four[3])}</div>'
@@ -434,7 +230,7 @@ among the nearest five?</p>
 
 
 def _row(caption: str, pictures: list[tuple[UInt8[np.ndarray, "h w 3"], str]]) -> str:
-    images = "".join(picture(image, label) for image, label in pictures)
+    images = "".join(html.image(image, label) for image, label in pictures)
     return f'<div class="card"><div class="row">{images}</div><div>{escape(caption)}</div></div>'
 
 
@@ -458,7 +254,7 @@ def _retrieval(drawn: list[Drawn]) -> str:
         for query in [q for q in drawn if q.held_out == held_out][:count]
     ):
         pictures = "".join(
-            picture(image, name, ' class="hit"' if name == query.name else "")
+            html.image(image, name, kind="hit" if name == query.name else "")
             for name, image in query.found
         )
         mark = "<br><small class=soft>held out</small>" if query.held_out else ""
@@ -487,44 +283,47 @@ def _curves(result: Result) -> str:
         (
             chart(
                 "Emu: text loss, nats a token (log)",
-                [("training", emu("text_loss"), False), ("held out", emu("eval/text_loss"), True)],
+                [
+                    Curve("training", emu("text_loss")),
+                    Curve("held out", emu("eval/text_loss"), True),
+                ],
                 log=True,
             ),
             chart(
                 "Emu: image loss, squared error (log)",
                 [
-                    ("training", emu("image_loss"), False),
-                    ("held out", emu("eval/image_loss"), True),
+                    Curve("training", emu("image_loss")),
+                    Curve("held out", emu("eval/image_loss"), True),
                 ],
                 log=True,
             ),
             chart(
                 "Emu: held-out text loss by source (log)",
-                [(name, emu(f"eval/text_loss/{name}"), True) for name in held[:4]],
+                [Curve(name, emu(f"eval/text_loss/{name}"), True) for name in held[:4]],
                 log=True,
             ),
             chart(
                 "Emu: variance of the visual tokens",
-                [("in a batch", emu("visual_variance"), False)],
+                [Curve("in a batch", emu("visual_variance"))],
             ),
             chart(
                 "Decoder: squared error of the prediction",
                 [
-                    ("training", decoder("diffusion_loss"), False),
-                    ("held out", decoder("eval/diffusion_loss"), True),
+                    Curve("training", decoder("diffusion_loss")),
+                    Curve("held out", decoder("eval/diffusion_loss"), True),
                 ],
             ),
             chart(
-                "Warm-up: contrastive loss, nats", [("training", warmup("contrastive_loss"), False)]
+                "Warm-up: contrastive loss, nats", [Curve("training", warmup("contrastive_loss"))]
             ),
             chart(
                 "Warm-up: linear reading of the pixels, squared error (log)",
-                [("training", warmup("readout_loss"), False)],
+                [Curve("training", warmup("readout_loss"))],
                 log=True,
             ),
             chart(
                 "Warm-up: variance of the visual tokens (log)",
-                [("in a batch", warmup("visual_variance"), False)],
+                [Curve("in a batch", warmup("visual_variance"))],
                 log=True,
             ),
         )

@@ -18,10 +18,11 @@ from emu_jax import config, stages
 from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
-from emu_jax.data.builders import openmoji, scenes
 from emu_jax.data.sequence import Document, Pair
-from emu_jax.evaluate import __main__ as command
-from emu_jax.evaluate import demo, history
+from emu_jax.demo import __main__ as command
+from emu_jax.demo import evaluation as demo
+from emu_jax.demo import openmoji, scenes
+from emu_jax.evaluate import history
 from emu_jax.models import emu
 from tests.support import make
 
@@ -401,7 +402,7 @@ def runs(tmp_path_factory):
 
 
 def test_the_command(data, runs, capsys):
-    assert command.main(["--task=demo", f"--checkpoint={runs}/emu", f"--data={data}"]) == 0
+    assert command.main(["evaluate", f"--checkpoint={runs}/emu", f"--data={data}"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == f"{runs}/emu/report.html"
     results = json.loads((runs / "emu" / "results.json").read_text())
@@ -425,7 +426,7 @@ def test_the_command_with_a_decoder(data, runs, tmp_path):
     assert (
         command.main(
             [
-                "--task=demo",
+                "evaluate",
                 f"--checkpoint={runs}/emu",
                 f"--data={data}",
                 f"--decoder={runs}/decoder",
@@ -469,12 +470,12 @@ def test_the_command_with_a_decoder(data, runs, tmp_path):
             ["--checkpoint={runs}/emu", "--data={data}", "--decoder={runs}/warmup"],
             "not a decoder's",
         ),
-        (["--checkpoint={runs}/emu", "--task=coco"], "invalid choice: 'coco'"),
+        (["--checkpoint={runs}/emu", "--task=demo"], "unrecognized arguments: --task=demo"),
         (["--check={runs}/emu"], "required: --checkpoint"),
     ],
 )
 def test_bad_input_is_one_line(arguments, told, data, runs, capsys):
-    arguments = ["--task=demo", *(argument.format(runs=runs, data=data) for argument in arguments)]
+    arguments = ["evaluate", *(argument.format(runs=runs, data=data) for argument in arguments)]
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert (
@@ -490,7 +491,7 @@ def test_another_tokenizer_is_refused(data, runs):
 
 def test_as_a_program():
     done = subprocess.run(
-        [sys.executable, "-m", "emu_jax.evaluate", "--task=demo"], capture_output=True, text=True
+        [sys.executable, "-m", "emu_jax.demo", "evaluate"], capture_output=True, text=True
     )
     assert (
         done.returncode == 2

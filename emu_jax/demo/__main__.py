@@ -1,0 +1,137 @@
+"""The demo: a small Emu that learns to caption and to draw on two CPU cores.
+
+python -m emu_jax.demo build --to=DIR            its data: drawings, scenes, stories and questions
+python -m emu_jax.demo evaluate --checkpoint=DIR [--decoder=DIR]    its numbers, and a page
+python -m emu_jax.demo chat --checkpoint=DIR     questions answered before and after tuning
+
+Training is `python -m emu_jax.train --config=configs/demo.py:STAGE`. Read next: configs/demo.py.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from emu_jax import cli
+from emu_jax.evaluate import history
+from emu_jax.files import atomic_write
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line about what the user can put right."""
+    return cli.run(command, arguments)
+
+
+def command(arguments: list[str]) -> None:
+    flags = _parse(arguments)
+    # tensorflow-datasets warns about every config that is not its own
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    {"build": build, "evaluate": evaluate, "chat": chat}[flags.command](flags)
+
+
+def build(flags: argparse.Namespace) -> None:
+    """Write the data and print how much there is of each kind."""
+    # These imports take seconds: a wrong flag is reported before them.
+    from emu_jax.demo import openmoji
+
+    counts = openmoji.build(Path(flags.to), flags.seed)
+    for split, count in counts.items():
+        print(f"{split:18}" + ", ".join(f"{number} {what}" for what, number in count.items()))
+    print(f"to be seen in {flags.to}/sheet.png")
+    print(f"licence: CC-BY-SA-4.0, OpenMoji ({flags.to}/LICENSE.txt)")
+
+
+def evaluate(flags: argparse.Namespace) -> None:
+    """Print the numbers and targets; write results.json and report.html."""
+    from emu_jax.demo import evaluation, report
+
+    result = evaluation.evaluate(flags.checkpoint, flags.data, flags.warmup, flags.decoder)
+    width = max(map(len, result.numbers))
+    for name, value in result.numbers.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        print(f"{name:{width}}  {shown}")
+    verdict = {True: "reached", False: "NOT reached", None: "not measured"}
+    width = max(len(target.what) for target in result.targets)
+    for target in result.targets:
+        value = "-" if target.value is None else f"{target.value:.1%}"
+        print(f"{target.what:{width}}  {value:>8}  {target.bound:13} {verdict[target.reached]}")
+    captions = {
+        group: [
+            {"id": told.id, "true": told.true, "said": told.said, "nearest": told.nearest}
+            for told in some
+        ]
+        for group, some in result.captions.items()
+        if group.endswith("held_out")
+    }
+    results = {
+        "checkpoint": flags.checkpoint,
+        "numbers": result.numbers,
+        "targets": [target._asdict() for target in result.targets],
+        "captions": captions,
+    }
+    _write(flags, results, report.page(result, flags.checkpoint))
+
+
+def chat(flags: argparse.Namespace) -> None:
+    """Print the accuracies before and after tuning; write results.json and report.html."""
+    from emu_jax.demo import chat
+
+    result = chat.evaluate(flags.checkpoint, flags.data)
+    print(chat.table(result))
+    names = ("id", "kind", "question", "true", "before", "after")
+    answers = [{name: getattr(told, name) for name in names} for told in result.told]
+    results = {"checkpoint": flags.checkpoint, "numbers": result.numbers, "answers": answers}
+    _write(flags, results, chat.page(result, flags.checkpoint))
+
+
+def _write(flags: argparse.Namespace, results: dict[str, Any], page: str) -> None:
+    """results.json and report.html in --out, or in the run's workdir; prints the page's path."""
+    folder = Path(flags.out) if flags.out else history.workdir(flags.checkpoint)[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "results.json") as file:
+        file.write(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    with atomic_write(folder / "report.html") as file:
+        file.write(page)
+    print(folder / "report.html")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="python -m emu_jax.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    build = commands.add_parser("build", help="write the demo's data")
+    build.add_argument("--to", required=True, metavar="DIR", help="folder to write into")
+    build.add_argument(
+        "--seed", type=int, default=0, help="decides what is held out, and every placement (0)"
+    )
+    evaluate = commands.add_parser("evaluate", help="numbers and a page of a trained demo")
+    chat = commands.add_parser("chat", help="questions, answered before and after tuning")
+    for parser_ in (evaluate, chat):
+        parser_.add_argument(
+            "--checkpoint",
+            required=True,
+            metavar="DIR",
+            help="workdir of a run, or one of its checkpoints",
+        )
+        parser_.add_argument(
+            "--data", default="data/demo", metavar="DIR", help="what `build` wrote (data/demo)"
+        )
+        parser_.add_argument(
+            "--out", metavar="DIR", help="for results.json and report.html (the run's workdir)"
+        )
+    evaluate.add_argument(
+        "--decoder", metavar="DIR", help="run of the decoder; without it nothing is drawn"
+    )
+    evaluate.add_argument(
+        "--warmup", metavar="DIR", help="run that trained the encoder (config.init of the run)"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
