@@ -67,7 +67,7 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
     if homeless:
         raise UserError(
             f"init={directory!r} has {homeless[0]} and this model no place for it: set config.model.lora as that run did, or make plain "
-            f"matrices of it: python -m emu_jax.weights bake --from={directory} --to=DIR"
+            f"matrices of it: python -m emu_jax.weights merge --from={directory} --to=DIR"
         )
     grown = [
         path

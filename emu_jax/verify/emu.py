@@ -135,9 +135,9 @@ def _lora(file: dict[str, np.ndarray]) -> LoraSize:
     names = map(str, file["parameter_names"])
     shapes = map(json.loads, map(str, file["parameter_shapes"]))
     _, adapter = emu1.parted(dict(zip(names, map(tuple, shapes), strict=False)))
-    rank = peft.says(adapter, {})["lora.rank"]
+    rank = peft.infer_config(adapter, {})["lora.rank"]
     return (
-        LoraSize(rank, float(rank), 0.0, peft.assumes(adapter, {})["lora.targets"])
+        LoraSize(rank, float(rank), 0.0, peft.default_config(adapter, {})["lora.targets"])
         if rank
         else LoraSize()
     )

@@ -66,8 +66,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         configs = [json.loads(str(file[f"{tower}_config"])) for tower in ("unet", "vae")]
     except json.JSONDecodeError as error:
         raise UserError(f"golden file: its configs are no JSON ({error})") from error
-    unet = family.unet_size(configs[0], remat="none")
-    vae = family.vae_size(configs[1], remat="none")
+    unet = family.unet_config(configs[0], remat="none")
+    vae = family.vae_config(configs[1], remat="none")
     _check(file, unet, vae)
     table = family.table(unet, vae)
     params = jax.tree.map(jnp.asarray, convert.from_theirs(table, family.canonical(weights(file))))

@@ -1,7 +1,7 @@
 """Released weights in and out, and our code held to the released Emu's numbers.
 
 import --family=llama LLAMA --family=eva-clip EVA --config=configs/pretrain.py --to=DIR
-several sources make one checkpoint export --family=llama --from=DIR --to=FOLDER bake --from=DIR
+several sources make one checkpoint export --family=llama --from=DIR --to=FOLDER merge --from=DIR
 --to=DIR                                    LoRA into its matrices, and those that are stored in
 few bits made plain verify FILE.npz ...
 """
@@ -46,9 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[:1] == ["import"]:
             return import_(arguments[1:])
+        # "bake" is the command's former name
+        if arguments[:1] == ["bake"]:
+            arguments = ["merge", *arguments[1:]]
         flags = _parser().parse_args(arguments)
-        if flags.command == "bake":
-            transfer.bake(flags.source, flags.to)
+        if flags.command == "merge":
+            transfer.merge(flags.source, flags.to)
             print(
                 f"{flags.to}: one model of plain matrices; start from it with --config.init={flags.to}"
             )
@@ -85,7 +88,7 @@ def import_(arguments: list[str]) -> int:
     flags, rest = parser.parse_known_args(rest)
     given = any(argument.startswith("--config=") for argument in rest)
     default = next(
-        (name for family, _ in sources if (name := FAMILIES[family].config) != "pretrain"),
+        (name for family, _ in sources if (name := FAMILIES[family].config_file) != "pretrain"),
         "pretrain",
     )
     c = config.load(([] if given else [f"--config=configs/{default}.py"]) + rest)
@@ -93,11 +96,11 @@ def import_(arguments: list[str]) -> int:
         _fail(f"name a family and its sources: --family=F SOURCE...; families: {NAMES}")
     if not flags.to and not flags.dry_run:
         _fail("--to=DIR is missing: the directory of the new checkpoint")
-    made = transfer.plan(sources, c, given=given, image_size=flags.image_size)
+    made = transfer.make_plan(sources, c, given=given, image_size=flags.image_size)
     print(*transfer.summary(made), sep="\n", flush=True)
     if not flags.dry_run:
         transfer.write(made, flags.to)
-        print(f"{flags.to}: {made.parts[0].family.use.format(to=flags.to)}")
+        print(f"{flags.to}: {made.parts[0].family.hint.format(to=flags.to)}")
     return 0
 
 
@@ -186,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cast to it; default: as the checkpoint has it",
     )
     flat = commands.add_parser(
-        "bake", help="a checkpoint without LoRA and with plain matrices, the same model"
+        "merge", help="a checkpoint without LoRA and with plain matrices, the same model"
     )
     flat.add_argument(
         "--from",

@@ -85,7 +85,7 @@ def _blocks(theirs: str, ours: str, heads: str) -> tuple[Row, ...]:
     )
 
 
-def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     """Fields of model.clip; None where neither tensors nor config.json say. What config.json leaves
     out is as in the library.
     """
@@ -168,7 +168,7 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     }
 
 
-def size(model: dict[str, Any]) -> ClipSize:
+def model_config(model: dict[str, Any]) -> ClipSize:
     """Of config.model. Raises UserError where it has no CLIP."""
     if "clip" not in model:
         raise UserError("its config has no model.clip")
@@ -190,13 +190,13 @@ def shapes(size: ClipSize) -> dict[str, tuple[int, ...]]:
 
 FAMILY = Family(
     "clip",
-    sign=r"vision_model\.pre_layrnorm\.weight",
+    signature=r"vision_model\.pre_layrnorm\.weight",
     table=table,
-    says=says,
+    infer_config=infer_config,
     config_json=config_json,
-    size=size,
+    model_config=model_config,
     shapes=shapes,
-    config="clip",
-    carries=(*TOKENIZER, *PREPROCESSOR),
-    use="score pictures with --clip={to}",
+    config_file="clip",
+    extra_files=(*TOKENIZER, *PREPROCESSOR),
+    hint="score pictures with --clip={to}",
 )

@@ -48,7 +48,7 @@ class Table(NamedTuple):
     # our tower -> layers
     depth: dict[str, int]
     # leaves that an import makes and an export leaves out
-    made: tuple[Row, ...] = ()
+    import_only: tuple[Row, ...] = ()
 
 
 class Use(NamedTuple):
@@ -58,12 +58,12 @@ class Use(NamedTuple):
     layer: int | None
 
 
-def uses(table: Table, *, made: bool) -> dict[str, list[Use]]:
-    """Every foreign name that the table needs, with what of ours is in it; `made`: with what an
+def uses(table: Table, *, importing: bool) -> dict[str, list[Use]]:
+    """Every foreign name that the table needs, with what of ours is in it; `importing`: with what an
     import makes of it.
     """
     found: dict[str, list[Use]] = {}
-    for row in (*table.rows, *(table.made if made else ())):
+    for row in (*table.rows, *(table.import_only if importing else ())):
         for layer in range(table.depth[row.ours.split("/")[0]]) if "{l}" in row.theirs else [None]:
             found.setdefault(row.theirs.replace("{l}", str(layer)), []).append(Use(row, layer))
     return found
@@ -79,7 +79,7 @@ def shapes(table: Table, ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple
     that is not there.
     """
     found = {}
-    for name, parts in uses(table, made=False).items():
+    for name, parts in uses(table, importing=False).items():
         if absent := [use.row.ours for use in parts if use.row.ours not in ours]:
             raise UserError(f"there is no {absent[0]!r}, which {name!r} is made of")
         pieces = [_shape(table, use, ours[use.row.ours]) for use in parts]
@@ -95,7 +95,7 @@ def problems(table: Table, foreign: Tensors, ours: Mapping[str, tuple[int, ...]]
     """
     expected = shapes(table, ours)
     found = []
-    for name, parts in uses(table, made=False).items():
+    for name, parts in uses(table, importing=False).items():
         want = expected[name]
         least = max((use.row.cut[0] for use in parts if use.row.grows), default=None)
         if name not in foreign:
@@ -113,7 +113,7 @@ def problems(table: Table, foreign: Tensors, ours: Mapping[str, tuple[int, ...]]
 
 def unexpected(table: Table, foreign: Tensors) -> list[str]:
     """Foreign names that the table neither needs nor knows as unused."""
-    needed = uses(table, made=False)
+    needed = uses(table, importing=False)
     return [
         name
         for name in foreign
@@ -126,7 +126,7 @@ def dtypes(table: Table, foreign: Tensors) -> dict[str, np.dtype]:
     float64 becomes float32.
     """
     found: dict[str, np.dtype] = {}
-    for name, parts in uses(table, made=True).items():
+    for name, parts in uses(table, importing=True).items():
         for use in parts:
             dtype = np.dtype(foreign[name].dtype)
             found[use.row.ours] = min(
@@ -141,7 +141,7 @@ def pieces(table: Table, foreign: Tensors) -> Iterator[tuple[str, int | None, np
     """(leaf, layer or None, array) of everything that the table needs, each foreign tensor read
     once, in the order of `foreign`.
     """
-    needed = uses(table, made=True)
+    needed = uses(table, importing=True)
     for name in foreign:
         if name in needed:
             array = np.asarray(foreign[name])
@@ -157,7 +157,7 @@ def from_theirs(
     has it (all on one without): the host holds one foreign tensor at a time. Raises UserError that
     lists names missing and unexpected.
     """
-    missing = [name for name in uses(table, made=False) if name not in foreign]
+    missing = [name for name in uses(table, importing=False) if name not in foreign]
     extra = unexpected(table, foreign)
     if missing or extra:
         raise UserError(
@@ -197,7 +197,7 @@ def to_theirs(
     """(foreign name, tensor) of everything in the table whose name starts with `prefix`: the
     inverse of `pieces`; `read(leaf, layer or None)` gives our arrays.
     """
-    for name, parts in uses(table, made=False).items():
+    for name, parts in uses(table, importing=False).items():
         if not name.startswith(prefix):
             continue
         arrays = [

@@ -101,19 +101,19 @@ def _merged(w: Any, a: Any, b: Any, scale: float) -> Tensor:
     return Tensor(tuple(w.shape), dtype, lambda: read().astype(dtype))
 
 
-def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     """Fields of config.model that the tensors, and the config.json of an export of ours, fix."""
     queries = shapes.get("cformer.causal_tokens")
     return {
-        **eva_clip.says(shapes, config),
-        **t5.says(shapes, {}, T5),
-        **llama.says(shapes, config.get("llama", {}), LM),
+        **eva_clip.infer_config(shapes, config),
+        **t5.infer_config(shapes, {}, T5),
+        **llama.infer_config(shapes, config.get("llama", {}), LM),
         "llama.vocab": config.get("llama", {}).get("vocab_size"),
         "resampler.tokens": queries and queries[1],
     }
 
 
-def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     embed = shapes.get(LM + "model.embed_tokens.weight")
     return (
         {"llama.added": embed[0] - config.get("llama", {}).get("vocab_size", VOCAB)}
@@ -136,10 +136,10 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 FAMILY = Family(
     "emu1",
-    sign=r"decoder\.lm\.model\.layers\.\d+\.self_attn\.q_proj\.weight",
+    signature=r"decoder\.lm\.model\.layers\.\d+\.self_attn\.q_proj\.weight",
     table=table,
-    says=says,
-    assumes=assumes,
+    infer_config=infer_config,
+    default_config=default_config,
     config_json=config_json,
-    tensors=canonical,
+    canonical=canonical,
 )

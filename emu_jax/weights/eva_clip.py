@@ -63,7 +63,7 @@ def axes(size: VisionSize) -> dict[str, int]:
 UNUSED = (r"visual\.(norm|head|fc_norm)\..*", r"visual\.rope\..*", r"text\..*", r"logit_scale")
 
 
-def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     """Fields of model.vision; None where neither tensors nor config.json say."""
     cls, pos, patch, ffn = (
         shapes.get(f"visual.{name}")
@@ -149,7 +149,7 @@ def table(size: Any) -> Table:
     return Table(rows(size.vision), axes(size.vision), UNUSED, dict(vision=size.vision.depth))
 
 
-def named(tensors: Tensors) -> dict[str, Any]:
+def canonical(tensors: Tensors) -> dict[str, Any]:
     """All under "visual.": a file of the tower alone has its names without."""
     bare = "cls_token" in tensors
     return {f"visual.{name}" if bare else name: tensor for name, tensor in tensors.items()}
@@ -157,9 +157,9 @@ def named(tensors: Tensors) -> dict[str, Any]:
 
 FAMILY = Family(
     "eva-clip",
-    sign=r"(visual\.)?blocks\.\d+\.attn\.q_bias",
+    signature=r"(visual\.)?blocks\.\d+\.attn\.q_bias",
     table=table,
-    says=says,
+    infer_config=infer_config,
     config_json=config_json,
-    tensors=named,
+    canonical=canonical,
 )

@@ -29,7 +29,7 @@ def guess(names: Iterable[str]) -> Family | None:
         (
             family
             for family in FAMILIES.values()
-            if any(re.fullmatch(family.sign, name) for name in names)
+            if any(re.fullmatch(family.signature, name) for name in names)
         ),
         None,
     )

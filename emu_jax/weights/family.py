@@ -50,20 +50,20 @@ class Family:
     """
 
     name: str
-    sign: str
+    signature: str
     table: Callable[[Any], Table]
-    says: Callable[[Shapes, dict[str, Any]], dict[str, Any]]
+    infer_config: Callable[[Shapes, dict[str, Any]], dict[str, Any]]
     config_json: Callable[[dict[str, Any], int], dict[str, Any]]
-    assumes: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = lambda shapes, config: {}
-    tensors: Callable[[Tensors], dict[str, Any]] = dict
-    size: Callable[[dict[str, Any]], Any] = EmuSize.of
+    default_config: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = lambda shapes, config: {}
+    canonical: Callable[[Tensors], dict[str, Any]] = dict
+    model_config: Callable[[dict[str, Any]], Any] = EmuSize.of
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
     components: tuple[str, ...] = ()
     stem: str = "model"
-    adapts: tuple[str, str] | None = None
-    config: str = "pretrain"
-    carries: tuple[str, ...] = ()
-    use: str = "start from it with --config.init={to}"
+    may_override: tuple[str, str] | None = None
+    config_file: str = "pretrain"
+    extra_files: tuple[str, ...] = ()
+    hint: str = "start from it with --config.init={to}"
 
 
 def layers(shapes: Shapes, pattern: str) -> int | None:

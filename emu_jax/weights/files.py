@@ -113,7 +113,7 @@ def read(sources: list[str]) -> Foreign:
     return Foreign(tensors, _json(config) if config else {}, " ".join(sources), folder)
 
 
-def components(folder: str, names: tuple[str, ...]) -> Foreign:
+def read_components(folder: str, names: tuple[str, ...]) -> Foreign:
     """The checkpoints in subfolders of a folder, as one: tensors under "name....", configs by name,
     and that of the scheduler ({} for none).
     """

@@ -58,11 +58,11 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 FAMILY = Family(
     "inception",
-    sign=r"Mixed_7c\.branch_pool\.conv\.weight",
+    signature=r"Mixed_7c\.branch_pool\.conv\.weight",
     table=lambda size: table(),
-    says=lambda shapes, config: {},
+    infer_config=lambda shapes, config: {},
     config_json=lambda model, tokens: {"model_type": "inception-2015-12-05"},
-    size=lambda model: None,
+    model_config=lambda model: None,
     shapes=lambda size: shapes(),
-    use="score pictures with --inception={to}",
+    hint="score pictures with --inception={to}",
 )

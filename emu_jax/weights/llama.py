@@ -73,11 +73,11 @@ def table(size: Any) -> Table:
         axes(size.llama),
         unused(size.llama, ""),
         dict(llama=size.llama.depth),
-        made=added,
+        import_only=added,
     )
 
 
-def says(shapes: Shapes, config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def infer_config(shapes: Shapes, config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Fields of model.llama, without the vocabulary's; None where neither tensors nor config.json
     say.
     """
@@ -166,16 +166,16 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     }
 
 
-def _says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+def _infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     embed = shapes.get("model.embed_tokens.weight")
-    return says(shapes, config) | {"llama.vocab": embed and embed[0]}
+    return infer_config(shapes, config) | {"llama.vocab": embed and embed[0]}
 
 
 FAMILY = Family(
     "llama",
-    sign=r"model\.layers\.\d+\.self_attn\.q_proj\.weight",
+    signature=r"model\.layers\.\d+\.self_attn\.q_proj\.weight",
     table=table,
-    says=_says,
+    infer_config=_infer_config,
     config_json=config_json,
-    assumes=lambda shapes, config: {"llama.rope_dtype": "float32"},
+    default_config=lambda shapes, config: {"llama.rope_dtype": "float32"},
 )

@@ -65,7 +65,7 @@ def table(size: EmuSize) -> Table:
     )
 
 
-def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     """Fields of config.model that an adapter fixes. Raises UserError for a kind of adapter that is
     not ours.
     """
@@ -86,7 +86,7 @@ def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     modules = sorted(
         {
             MODULES[match["module"]]
@@ -119,10 +119,10 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 FAMILY = Family(
     "peft",
-    sign=NAME.pattern,
+    signature=NAME.pattern,
     table=table,
-    says=says,
+    infer_config=infer_config,
     config_json=config_json,
-    assumes=assumes,
+    default_config=default_config,
     stem="adapter_model",
 )

@@ -69,12 +69,12 @@ SCHEDULE_FIXED = dict(beta_schedule=("scaled_linear",), trained_betas=(None,))
 TARGETS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
-class Size(NamedTuple):
+class StableDiffusionConfig(NamedTuple):
     unet: UNetSize
     vae: VaeSize
 
 
-def size(model: Mapping[str, Any]) -> Size:
+def model_config(model: Mapping[str, Any]) -> StableDiffusionConfig:
     """Of config.model. Raises UserError for one that draws otherwise."""
     if "decoder" not in model:
         raise UserError("its model has no decoder, as that of configs/decoder.py has")
@@ -86,10 +86,12 @@ def size(model: Mapping[str, Any]) -> Size:
         raise UserError(
             f"its U-Net works on patches of {patch} (model.decoder.unet.patch), as no Stable Diffusion does"
         )
-    return Size(UNetSize(**model["decoder"]["unet"]), VaeSize(**model["decoder"]["vae"]))
+    return StableDiffusionConfig(
+        UNetSize(**model["decoder"]["unet"]), VaeSize(**model["decoder"]["vae"])
+    )
 
 
-def shapes(size: Size) -> dict[str, tuple[int, ...]]:
+def shapes(size: StableDiffusionConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of the two towers."""
     made = {
         tower: jax.eval_shape(partial(emu.init, module, part), jax.random.key(0))
@@ -98,11 +100,11 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in tree.leaves(made)}
 
 
-def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     """Fields of model.decoder, from the configs of a folder; those of the diffusion are None where
     there is no scheduler's.
     """
-    parts = {"unet": unet_size(config["unet"]), "vae": vae_size(config["vae"])}
+    parts = {"unet": unet_config(config["unet"]), "vae": vae_config(config["vae"])}
     found = {
         f"decoder.{tower}.{name}": value
         for tower, part in parts.items()
@@ -114,9 +116,11 @@ def says(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def assumes(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     side = config["unet"].get("sample_size")
-    return {"decoder.image": side * vae_size(config["vae"]).factor} if isinstance(side, int) else {}
+    return (
+        {"decoder.image": side * vae_config(config["vae"]).factor} if isinstance(side, int) else {}
+    )
 
 
 def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """By file, as StableDiffusionPipeline has them; it gets no text encoder, for ours is
     conditioned on an Emu.
     """
-    unet, vae = size(model)
+    unet, vae = model_config(model)
     side = model["decoder"]["image"] // vae.factor
 
     def one_of(values):
@@ -259,7 +263,7 @@ def _scheduler(d: Diffusion) -> dict[str, Any]:
     }
 
 
-def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
+def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
     """The size of a U-Net's config.json. Raises UserError for what it asks that is not built, and
     for what it lacks.
     """
@@ -323,8 +327,8 @@ def unet_size(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
     )
 
 
-def vae_size(config: Mapping[str, Any], *, remat: str = "full") -> VaeSize:
-    """The size of an autoencoder's config.json. Raises UserError as `unet_size`."""
+def vae_config(config: Mapping[str, Any], *, remat: str = "full") -> VaeSize:
+    """The size of an autoencoder's config.json. Raises UserError as `unet_config`."""
     need = partial(_need, "autoencoder", config)
     _fixed("autoencoder", config, VAE_FIXED)
     widths = tuple(need("block_out_channels"))
@@ -591,16 +595,16 @@ def _groups(what: str, config: Mapping[str, Any], widths: tuple[int, ...]) -> in
 
 FAMILY = Family(
     "stable-diffusion",
-    sign=r"unet\.down_blocks\.\d+\.resnets\.\d+\.conv1\.weight",
+    signature=r"unet\.down_blocks\.\d+\.resnets\.\d+\.conv1\.weight",
     table=lambda size: table(*size),
-    says=says,
-    assumes=assumes,
+    infer_config=infer_config,
+    default_config=default_config,
     config_json=config_json,
-    tensors=canonical,
-    size=size,
+    canonical=canonical,
+    model_config=model_config,
     shapes=shapes,
     components=("unet", "vae"),
     stem="diffusion_pytorch_model",
-    adapts=("decoder.unet.condition", CONDITIONED),
-    config="decoder",
+    may_override=("decoder.unet.condition", CONDITIONED),
+    config_file="decoder",
 )

@@ -77,7 +77,9 @@ def table(size: Any) -> Table:
     )
 
 
-def says(shapes: Shapes, config: dict[str, Any], prefix: str = "decoder.") -> dict[str, Any]:
+def infer_config(
+    shapes: Shapes, config: dict[str, Any], prefix: str = "decoder."
+) -> dict[str, Any]:
     """Fields of model.resampler that T5's tensors fix."""
     bias, q, ffn, norm = (
         shapes.get(f"{prefix}{name}")
@@ -123,8 +125,8 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 FAMILY = Family(
     "t5-decoder",
-    sign=r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.q\.weight",
+    signature=r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.q\.weight",
     table=table,
-    says=says,
+    infer_config=infer_config,
     config_json=config_json,
 )

@@ -45,7 +45,7 @@ class Part(NamedTuple):
     carried: list[Path]
 
 
-class Plan(NamedTuple):
+class ImportPlan(NamedTuple):
     config: ConfigDict
     parts: list[Part]
     # all that is written, flat
@@ -58,13 +58,13 @@ class Plan(NamedTuple):
     adapted: list[tuple[str, Any, Any, str]]
 
 
-def plan(
+def make_plan(
     sources: list[tuple[str, list[str]]],
     c: ConfigDict,
     *,
     given: bool,
     image_size: int | None = None,
-) -> Plan:
+) -> ImportPlan:
     """What an import of [(family, files or folders)] into the model of `c` would do. Where `c` was
     `given`, the sources must agree with it; otherwise what they say of their towers is taken.
     image_size: interpolate the position embeddings to it.
@@ -103,7 +103,7 @@ def plan(
     problems = []
     for family, tensors, foreign in found:
         try:
-            size = family.size(c.model.to_dict())
+            size = family.model_config(c.model.to_dict())
             ours |= family.shapes(size)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise UserError(
@@ -115,7 +115,7 @@ def plan(
         if misfits := convert.problems(table, tensors, ours):
             problems += [(foreign.where, line) for line in misfits]
             continue
-        carried = [path for name in family.carries if (path := foreign.folder / name).is_file()]
+        carried = [path for name in family.extra_files if (path := foreign.folder / name).is_file()]
         part = Part(family, foreign.where, tensors, table, convert.dtypes(table, tensors), carried)
         if twice := [path for path in part.dtypes if path in homes]:
             raise UserError(
@@ -131,7 +131,9 @@ def plan(
         for path, dtype in part.dtypes.items()
     }
     assumed, adapted = ([line for lines in column for line in lines] for column in zip(*agreed))
-    return Plan(c, parts, leaves, [path for path in ours if path not in leaves], assumed, adapted)
+    return ImportPlan(
+        c, parts, leaves, [path for path in ours if path not in leaves], assumed, adapted
+    )
 
 
 class Misfit(UserError):
@@ -149,7 +151,7 @@ class Misfit(UserError):
         )
 
 
-def write(made: Plan, to: str) -> None:
+def write(made: ImportPlan, to: str) -> None:
     """Carries a plan out: a checkpoint with the resolved config in `to`. Raises UserError, and then
     nothing is left of it.
     """
@@ -165,7 +167,7 @@ def write(made: Plan, to: str) -> None:
     stacked = set().union(*(convert.stacked(part.table) for part in made.parts))
     with checkpoint.param_writer(to, made.leaves, stacked, config.to_dict(made.config)) as put:
         for part in made.parts:
-            needs = convert.uses(part.table, made=True)
+            needs = convert.uses(part.table, importing=True)
             bar = tqdm(
                 desc=part.family.name,
                 total=sum(map(len, needs.values())),
@@ -202,11 +204,11 @@ def export(
     source = (
         checkpoint.ParamReader(directory, ema=ema)
         if family is peft.FAMILY
-        else Baked(directory, ema=ema)
+        else Merged(directory, ema=ema)
     )
     model = config.from_dict(source.config["model"]).to_dict()
     try:
-        table = family.table(family.size(model))
+        table = family.table(family.model_config(model))
         shapes = convert.shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
     except UserError as error:
         raise UserError(f"{directory} holds no whole {name}: {error}") from error
@@ -259,7 +261,7 @@ def export(
     }
 
 
-class Baked:
+class Merged:
     """The parameters in a checkpoint as those of a model without LoRA and with plain matrices; read
     like checkpoint.ParamReader.
     """
@@ -304,11 +306,11 @@ class Baked:
         self._source.check()
 
 
-def bake(directory: str, to: str) -> None:
+def merge(directory: str, to: str) -> None:
     """A checkpoint in `to` of the same model without LoRA and with plain matrices. Raises
     UserError, and then nothing is left of it.
     """
-    source = Baked(directory)
+    source = Merged(directory)
     leaves = {
         path: jax.ShapeDtypeStruct(shape, dtype) for path, (dtype, shape) in source.shapes.items()
     }
@@ -320,20 +322,20 @@ def bake(directory: str, to: str) -> None:
     # what is written has no average
     told = source.config | {"optim": source.config["optim"] | {"ema": 0.0}}
     with checkpoint.param_writer(to, leaves, stacked, told) as put:
-        for path, leaf in tqdm(leaves.items(), "bake", unit="leaf", disable=None):
+        for path, leaf in tqdm(leaves.items(), "merge", unit="leaf", disable=None):
             for layer in range(leaf.shape[0]) if path in stacked else [None]:
                 put(path, layer, source.read(path, layer))
         source.check()
 
 
-def summary(made: Plan) -> Iterator[str]:
+def summary(made: ImportPlan) -> Iterator[str]:
     """Lines that say what an import brings, tower by tower, and what it does not."""
     for part in made.parts:
         for tower in dict.fromkeys(path.split("/")[0] for path in part.dtypes):
             mine = [made.leaves[path] for path in part.dtypes if path.split("/")[0] == tower]
             kinds = ", ".join(sorted({str(leaf.dtype) for leaf in mine}))
             yield f"{tower:14}{sum(leaf.size for leaf in mine):>16,} parameters  {kinds}  from {part.family.name} {part.where}"
-        needs = convert.uses(part.table, made=True)
+        needs = convert.uses(part.table, importing=True)
         idle = [name for name in part.tensors if name not in needs]
         if idle:
             yield f"not used: {len(idle)} tensors of {part.where}: {', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''}"
@@ -381,7 +383,7 @@ def _read(
             f"{where[0]} has no folder {lacking[0]}; a {name} needs {' and '.join(family.components)}"
         )
     apart = next((other.components for other in FAMILIES.values() if there(other.components)), ())
-    foreign = files.components(where[0], apart) if apart else files.read(where)
+    foreign = files.read_components(where[0], apart) if apart else files.read(where)
     likely = guess({emu1.rename(tensor) for tensor in foreign.tensors})
     if likely is not family:
         like = (
@@ -405,7 +407,7 @@ def _read(
                 else []
             ),
         ]
-    return [(family, family.tensors(foreign.tensors), foreign)]
+    return [(family, family.canonical(foreign.tensors), foreign)]
 
 
 def _agree(
@@ -417,11 +419,11 @@ def _agree(
     image_size: int | None,
 ) -> tuple[list[str], list[tuple[str, Any, Any, str]]]:
     """What the files say of the model against the config, or into it where none was given: then,
-    the fields of which they say nothing; and what of a given config gives way (Plan.adapted).
+    the fields of which they say nothing; and what of a given config gives way (ImportPlan.adapted).
     """
     try:
-        said = family.says(shapes, foreign.config)
-        guessed = family.assumes(shapes, foreign.config)
+        said = family.infer_config(shapes, foreign.config)
+        guessed = family.default_config(shapes, foreign.config)
     # a config.json may say anything
     except (
         UserError,
@@ -438,7 +440,7 @@ def _agree(
     differ = {field: ours for field, value in known.items() if (ours := _field(c, field)) != value}
     adapted = [
         (field, known[field], differ.pop(field), leaves)
-        for field, leaves in filter(None, [family.adapts])
+        for field, leaves in filter(None, [family.may_override])
         if given and field in differ
     ]
     for field, theirs, _, _ in adapted:
@@ -493,12 +495,12 @@ def _set(c: ConfigDict, field: str, value: Any, where: str) -> None:
 
 
 def _dtypes(
-    table: Table, source: checkpoint.ParamReader | Baked, dtype: str | None
+    table: Table, source: checkpoint.ParamReader | Merged, dtype: str | None
 ) -> dict[str, np.dtype]:
     """The dtype of each foreign tensor: as our leaves have it, or `dtype`."""
     return {
         name: np.dtype(jax.numpy.dtype(dtype))
         if dtype
         else np.result_type(*(source.shapes[use.row.ours][0] for use in parts))
-        for name, parts in convert.uses(table, made=False).items()
+        for name, parts in convert.uses(table, importing=False).items()
     }

@@ -110,7 +110,9 @@ def diffusion(path, unet=UNET1, dtype=np.float32, seed=0, schedule=PNDM, shard=N
     """A folder as diffusers saves it; {name: array} with "unet." and "vae." in front. `shard`:
     bytes of a file; `fp16`: named as that variant.
     """
-    size = stable_diffusion.Size(stable_diffusion.unet_size(unet), stable_diffusion.vae_size(VAE))
+    size = stable_diffusion.StableDiffusionConfig(
+        stable_diffusion.unet_config(unet), stable_diffusion.vae_config(VAE)
+    )
     rng = np.random.default_rng(seed)
     ours = {
         leaf: rng.standard_normal(shape, np.float32)

@@ -171,7 +171,7 @@ def test_the_14b_has_the_releases_tensors_and_parameters():
             f"cformer.cformer.block.{layer}.layer.{name}.weight": shape
             for name, shape in block.items()
         }
-    assert set(convert.uses(emu1.table(size), made=False)) == set(want)
+    assert set(convert.uses(emu1.table(size), importing=False)) == set(want)
     prefix = {
         "vision": "visual.",
         "ln_visual": "ln_visual.",

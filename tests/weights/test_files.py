@@ -165,7 +165,7 @@ def test_components_of_a_model_are_read_as_one(tmp_path):
         (tmp_path / name).mkdir()
         write(tmp_path / name, {"conv.weight": np.float32([number])})
         (tmp_path / name / "config.json").write_text(json.dumps({"number": number}))
-    foreign = files.components(str(tmp_path), ("unet", "vae"))
+    foreign = files.read_components(str(tmp_path), ("unet", "vae"))
     assert foreign.config == {"unet": {"number": 0}, "vae": {"number": 1}, "scheduler": {}}
     assert {name: float(np.asarray(tensor)[0]) for name, tensor in foreign.tensors.items()} == {
         "unet.conv.weight": 0,

@@ -75,14 +75,14 @@ def shapes(unet, vae):
 )
 def test_the_releases_sizes(config, count):
     """Parameters as published; 686 tensors in the U-Net, 248 in the autoencoder."""
-    unet = family.unet_size(config)
-    vae = family.vae_size(VAE)
+    unet = family.unet_config(config)
+    vae = family.vae_config(VAE)
     params = shapes(unet, vae)
     size = {
         tower: sum(leaf.size for leaf in jax.tree.leaves(part)) for tower, part in params.items()
     }
     assert size == {"unet": count, "vae": 83_653_863}
-    names = convert.uses(family.table(unet, vae), made=False)
+    names = convert.uses(family.table(unet, vae), importing=False)
     assert (
         sum(name.startswith("unet.") for name in names) == 686
         and sum(name.startswith("vae.") for name in names) == 248
@@ -92,8 +92,8 @@ def test_the_releases_sizes(config, count):
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_export_of_import_is_the_identity(linear):
-    unet = family.unet_size(SMALL | {"use_linear_projection": linear})
-    vae = family.vae_size(SMALL_VAE)
+    unet = family.unet_config(SMALL | {"use_linear_projection": linear})
+    vae = family.vae_config(SMALL_VAE)
     table = family.table(unet, vae)
     rng = np.random.default_rng(0)
     ours = {
@@ -148,7 +148,7 @@ def test_old_autoencoders_names_and_shapes():
 )
 def test_what_a_unet_config_asks_in_vain(changes, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
-        family.unet_size(SMALL | changes)
+        family.unet_config(SMALL | changes)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_what_a_unet_config_asks_in_vain(changes, message):
 )
 def test_what_an_autoencoder_config_asks_in_vain(changes, message):
     with pytest.raises(UserError, match=message):
-        family.vae_size(SMALL_VAE | changes)
+        family.vae_config(SMALL_VAE | changes)
 
 
 # Folders
@@ -176,8 +176,8 @@ def import_(source, to, *arguments):
 def overrides(unet=UNET1, **changes):
     """Of configs/decoder.py, for a model that fits the small folders."""
     parts = {
-        "unet": asdict(family.unet_size(unet)) | changes,
-        "vae": asdict(family.vae_size(foreign.VAE)),
+        "unet": asdict(family.unet_config(unet)) | changes,
+        "vae": asdict(family.vae_config(foreign.VAE)),
     }
     return [
         *DECODER,
@@ -221,12 +221,12 @@ def test_export_of_import_of_a_folder_is_the_identity(tmp_path, unet, schedule, 
         )
         == 0
     )
-    back = files.components(str(tmp_path / "back"), ("unet", "vae"))
+    back = files.read_components(str(tmp_path / "back"), ("unet", "vae"))
     same(back.tensors, arrays)
-    theirs = files.components(str(tmp_path / "theirs"), ("unet", "vae"))
-    assert family.says({}, back.config) == family.says({}, theirs.config) and family.assumes(
-        {}, back.config
-    ) == {"decoder.image": 16}
+    theirs = files.read_components(str(tmp_path / "theirs"), ("unet", "vae"))
+    assert family.infer_config({}, back.config) == family.infer_config(
+        {}, theirs.config
+    ) and family.default_config({}, back.config) == {"decoder.image": 16}
     assert {
         str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*.*")
     } == {
@@ -263,8 +263,8 @@ def test_the_configs_that_are_written_say_what_was_read(unet, schedule):
     ours = {
         "decoder": {
             "image": 64,
-            "unet": asdict(family.unet_size(unet)),
-            "vae": asdict(family.vae_size(VAE)),
+            "unet": asdict(family.unet_config(unet)),
+            "vae": asdict(family.vae_config(VAE)),
             "diffusion": diffusion,
         }
     }
@@ -272,9 +272,9 @@ def test_the_configs_that_are_written_say_what_was_read(unet, schedule):
         path.split("/")[0]: said
         for path, said in json.loads(json.dumps(family.config_json(ours, 0))).items()
     }
-    assert family.says({}, written) == family.says({}, theirs) and family.assumes({}, written) == {
-        "decoder.image": 64
-    }
+    assert family.infer_config({}, written) == family.infer_config(
+        {}, theirs
+    ) and family.default_config({}, written) == {"decoder.image": 64}
 
 
 def test_pickles_and_old_names_of_a_folder_give_the_same(tmp_path):
@@ -301,7 +301,7 @@ def test_pickles_and_old_names_of_a_folder_give_the_same(tmp_path):
             }
         saved(path.with_suffix(".bin"), arrays)
         path.unlink()
-    same(family.canonical(files.components(str(tmp_path), ("unet", "vae")).tensors), want)
+    same(family.canonical(files.read_components(str(tmp_path), ("unet", "vae")).tensors), want)
 
 
 def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
@@ -462,4 +462,4 @@ def test_tensors_of_another_size_are_listed(tmp_path, capsys):
 )
 def test_what_is_no_stable_diffusion(decoder, message):
     with pytest.raises(UserError, match=message):
-        family.size(decoder)
+        family.model_config(decoder)

@@ -261,7 +261,7 @@ def test_position_embeddings_are_interpolated_when_asked(tmp_path, size):
 def test_sharded_over_eight_devices_equals_unsharded(tmp_path, family):
     c = config.load([CONFIG, "--config.model.llama.vocab=512", *LLAMA3])
     folder(tmp_path / "source", c, family)
-    made = transfer.plan([(family, [str(tmp_path / "source")])], c, given=True)
+    made = transfer.make_plan([(family, [str(tmp_path / "source")])], c, given=True)
     mesh = sharding.make_mesh(dict(data=1, fsdp=4, tensor=2))
     size = emu.EmuSize.of(c.model.to_dict())
     specs = sharding.specs(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0)))
@@ -518,7 +518,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
 def test_a_source_that_ends_while_it_is_read_leaves_nothing(tmp_path, monkeypatch):
     c = small()
     folder(tmp_path / "source", c, "eva-clip")
-    made = transfer.plan([("eva-clip", [str(tmp_path / "source")])], c, given=True)
+    made = transfer.make_plan([("eva-clip", [str(tmp_path / "source")])], c, given=True)
     for shard in sorted((tmp_path / "source").glob("*.safetensors"))[1:]:
         shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(UserError, match="ends within a tensor"):
