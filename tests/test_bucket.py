@@ -56,7 +56,7 @@ def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F8
     whole, there = trained(data, tmp_path / "whole", 1, 8, *more)
 
     to = f"checkpoint.to={bucket}/run"
-    steps = checkpoint._path(f"{bucket}/run/checkpoints")
+    steps = checkpoint.paths.resolve(f"{bucket}/run/checkpoints")
     ended = steps / "4" / "commit_success.txt"
     done = subprocess.run(
         [
@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F8
         whole,
         rtol=1e-4,
     )
-    assert checkpoint._notes(steps / "6")["data"] == there
+    assert checkpoint.read_metadata(f"{bucket}/run").data == there
     restored, want = (
         list(tree.leaves(checkpoint.restore_params(path)))
         for path in (f"{bucket}/run", str(tmp_path / "whole"))

@@ -23,6 +23,7 @@ from emu_jax import checkpoint, tree
 from emu_jax.checkpoint import (
     CheckpointManager,
     fingerprint,
+    latest_step,
     param_shapes,
     read_config,
     restore_params,
@@ -171,9 +172,9 @@ def test_restored_onto_another_mesh_is_exactly_equal(tmp_path, target):
         assert leaf.sharding == target(leaf) if target else len(leaf.sharding.device_set) == 1
 
 
-@pytest.mark.parametrize("split", [0, checkpoint.SPLIT])
+@pytest.mark.parametrize("split", [0, checkpoint.format.MIN_REPLICA_BYTES])
 def test_copies_write_an_array_together_or_one_of_them_does(tmp_path, monkeypatch, split):
-    monkeypatch.setattr(checkpoint, "SPLIT", split)
+    monkeypatch.setattr(checkpoint.format, "MIN_REPLICA_BYTES", split)
     state = make_state()
     there = jax.device_put(state, jax.tree.map(mesh_sharding((4, 2), "fsdp"), state))
     CheckpointManager(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
@@ -268,7 +269,7 @@ def test_a_given_step_is_restored(saved):
 
 def test_a_new_workdir_has_nothing(tmp_path):
     run = CheckpointManager(str(tmp_path / "new"), keep=1, keep_every=0)
-    assert run.latest() is None and run.restore(abstract(make_state())) is None
+    assert run.restore(abstract(make_state())) is None
     assert not (tmp_path / "new").exists()
 
 
@@ -288,7 +289,7 @@ def sliced(workdir, params, config=CONFIG):
 
 
 def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK", 64)
+    monkeypatch.setattr(checkpoint.slices, "MAX_CHUNK_BYTES", 64)
     # zeros are written too
     params = make_state().trainable | {
         "vision": {"pos": jnp.ones((3, 5), jnp.float16), "bias": jnp.zeros((70,))}
@@ -299,16 +300,16 @@ def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_p
         restore_params(str(tmp_path), abstract(params, mesh_sharding((2, 4), "fsdp"))), params
     )
     assert read_config(str(tmp_path)) == CONFIG
-    slices = checkpoint.ParamReader(str(tmp_path))
-    assert slices.shapes["llama/w"] == (np.float32, (64, 64))
-    np.testing.assert_array_equal(slices.read("llama/w", 3), params["llama"]["w"][3])
-    np.testing.assert_array_equal(slices.read("head", None), params["head"])
+    reader = checkpoint.ParamReader(str(tmp_path))
+    assert reader.shapes["llama/w"] == (np.float32, (64, 64))
+    np.testing.assert_array_equal(reader.read("llama/w", 3), params["llama"]["w"][3])
+    np.testing.assert_array_equal(reader.read("head", None), params["head"])
     with pytest.raises(UserError, match="'llama/w' has changed"):
         # for the other slices were not read
-        slices.check()
+        reader.check()
     for layer in set(range(64)) - {3}:
-        slices.read("llama/w", layer)
-    slices.check()
+        reader.read("llama/w", layer)
+    reader.check()
 
 
 def test_what_is_not_written_whole_is_not_there(tmp_path, small_disk):
@@ -332,7 +333,7 @@ def test_the_last_ones_and_every_fourth_are_kept(tmp_path):
     for step in range(1, 11):
         run.save(step, make_state(step), DATA, CONFIG)
     run.close()
-    assert steps(tmp_path) == [4, 8, 9, 10] and run.latest() == 10
+    assert steps(tmp_path) == [4, 8, 9, 10] and latest_step(str(tmp_path)) == 10
 
 
 def test_saving_a_step_again_does_nothing(copy):
@@ -413,7 +414,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
     with caplog.at_level(logging.WARNING):
         step, restored, _, _ = run.restore(abstract(make_state()))
-    assert step == 1 and str(copy / "checkpoints/2") in caplog.text and "passed over" in caplog.text
+    assert step == 1 and str(copy / "checkpoints/2") in caplog.text and "skipping" in caplog.text
     assert_same(restored, make_state(1))
     with pytest.raises(UserError, match=r"checkpoints; 2 is damaged: \w+"):
         run.restore(abstract(make_state()), step=2)
@@ -425,26 +426,26 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(copy):
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
     path = str(copy)
     for read in (
-        run.latest,
+        lambda: latest_step(path),
         lambda: run.restore(abstract(make_state())),
         lambda: read_config(path),
         lambda: restore_params(path),
     ):
-        with pytest.raises(UserError, match="no whole checkpoint in .*1 is damaged"):
+        with pytest.raises(UserError, match="no intact checkpoint in .*1 is damaged"):
             read()
     assert steps(copy) == [1, 2]
 
 
 def test_the_arrays_of_a_damaged_step_are_freed_before_the_next_is_read(copy, monkeypatch):
     flip_a_bit(array_file(copy / "checkpoints/2/params"))
-    load = checkpoint._load
+    load = checkpoint.manager.load_arrays
     held = []
 
     def measured(*arguments):
         held.append(sum(array.nbytes for array in jax.live_arrays()))
         return load(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_load", measured)
+    monkeypatch.setattr(checkpoint.manager, "load_arrays", measured)
     CheckpointManager(str(copy), keep=5, keep_every=0).restore(abstract(make_state()))
     assert len(held) == 2 and held[0] == held[1]
 
@@ -466,7 +467,7 @@ def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
     # should the kill have come too early for it
     (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
-    assert run.latest() == 2 and not caplog.records
+    assert latest_step(str(copy)) == 2 and not caplog.records
     assert_same(run.restore(abstract(make_state()))[1], make_state(2))
     run.save(4, make_state(4), DATA, CONFIG, wait=True)
     assert steps(copy) == [1, 2, 4]
@@ -477,7 +478,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
     with pytest.raises(
         UserError,
-        match=r"checkpoints/3 could not be saved: .*\S.*; the earlier ones are as they were",
+        match=r"checkpoints/3 could not be saved: .*\S.*; the earlier ones are unchanged",
     ) as error:
         run.save(3, big, DATA, CONFIG)
         # at the latest here
@@ -558,7 +559,7 @@ def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
 @pytest.mark.parametrize("place", ["s3://bucket/run", "az://bucket/run"])
 def test_other_buckets_than_googles_are_refused(place):
     """There a save ends with another file, and a whole one would be taken for half."""
-    with pytest.raises(UserError, match=f"'{place}' is no place for checkpoints: .* gs://NAME"):
+    with pytest.raises(UserError, match=f"cannot keep checkpoints in '{place}': .* gs://NAME"):
         CheckpointManager(place, keep=1, keep_every=0)
 
 

@@ -33,7 +33,7 @@ ORDER = (
         "weights/families",
     ),
     ("stages",),
-    ("checkpoint",),
+    ("checkpoint/*",),
     ("metric_writer", "watchdog", "profiler", "initial"),
     ("loop", "generate/*", "weights/transfer"),
     ("evaluate/*",),

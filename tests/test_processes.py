@@ -77,9 +77,7 @@ def trained(data, workdir, count, devices, *overrides):
             )
             assert train.main(arguments(data, workdir, *SHALLOW, *overrides)) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return lines, checkpoint._newest(*checkpoint._locate(str(workdir), None), checkpoint._notes)[1][
-        "data"
-    ]
+    return lines, checkpoint.read_metadata(str(workdir)).data
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +164,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(dat
     stop = r"stopped by (.*) at step (\d+) of 10000; the checkpoint is saved"
     told = [re.search(rf"\[{process}\] .*{stop}", err).groups() for process in (0, 1)]
     assert told[0][0] == "another process" and told[1][0] == "SIGTERM" and told[0][1] == told[1][1]
-    assert checkpoint.CheckpointManager(
-        str(tmp_path / "run"), keep=1, keep_every=0
-    ).latest() == int(told[0][1])
+    assert checkpoint.latest_step(str(tmp_path / "run")) == int(told[0][1])
     assert re.search(r"data's state in \d+ bytes; goodput of \d+ s: steps ", err)
 
 

@@ -213,14 +213,11 @@ def saved(workdir):
     """(parameters, what the newest checkpoint's manifest says of the bits of every array, the
     data's state).
     """
-    step = max(
-        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
-    )
-    notes = checkpoint._notes(checkpoint.epath.Path(workdir) / "checkpoints" / str(step))
+    metadata = checkpoint.read_metadata(str(workdir))
     return (
         checkpoint.restore_params(str(workdir)),
-        {"step": step, **notes["manifest"]["arrays"]},
-        notes["data"],
+        {"step": metadata.step, **metadata.arrays},
+        metadata.data,
     )
 
 
@@ -641,7 +638,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(
     assert (
         error.count("\n") == 1
         and "checkpoints/4 could not be saved: " in error
-        and "; the earlier ones are as they were" in error
+        and "; the earlier ones are unchanged" in error
     )
     small_disk()
     assert saved(copy)[1]["step"] == 2 and run(emu_arguments(data, copy, warm))[0] == 0

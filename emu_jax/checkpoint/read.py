@@ -1,0 +1,220 @@
+"""Readers of a step: its metadata, its parameters, or any of its parts.
+
+All of them read the newest step that is intact, and warn about the ones that they skip. Read next:
+manager.py.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from emu_jax import processes, tree
+from emu_jax.checkpoint.format import (
+    ArrayInfo,
+    Metadata,
+    checksums,
+    flatten,
+    json_checksum,
+    load_metadata,
+    orbax_context,
+    root_cause,
+)
+from emu_jax.checkpoint.paths import complete_steps, find_steps
+from emu_jax.config import UserError
+from emu_jax.files import one_line
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def read_metadata(directory: str, step: int | None = None) -> Metadata:
+    """The metadata of the newest intact step, or of `step`; no array is read.
+
+    directory: a run's workdir, or one step, workdir/checkpoints/1000. Raises UserError if there is
+    no such step.
+    """
+    root, step = find_steps(directory, step)
+    return read_newest(root, step, load_metadata)
+
+
+def latest_step(directory: str) -> int:
+    """The number of the newest intact step; arguments and errors as in `read_metadata`."""
+    return read_metadata(directory).step
+
+
+def read_config(directory: str, step: int | None = None) -> dict:
+    """The config that a step was trained with; arguments and errors as in `read_metadata`."""
+    return read_metadata(directory, step).config
+
+
+def param_shapes(directory: str, step: int | None = None) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of every parameter; arguments and errors as in `read_metadata`."""
+    entries = read_metadata(directory, step).arrays["params"]
+    return {path: tuple(info.shape) for path, info in entries.items()}
+
+
+def fingerprint(directory: str, tower: str) -> int:
+    """CRC-32 over a tower's parameters in the newest intact step; it changes when they do.
+
+    Computed from the manifest: no array is read.
+    """
+    entries = read_metadata(directory).arrays["params"]
+    return json_checksum(
+        {path: info for path, info in entries.items() if path.startswith(f"{tower}/")}
+    )
+
+
+def restore_params(
+    directory: str,
+    abstract_params: tree.Tree | None = None,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+) -> tree.Tree:
+    """The parameters of the newest intact step, or of `step`, without the optimizer's state.
+
+    directory: as in `read_metadata`. abstract_params: a nested dict of ShapeDtypeStructs with
+    shardings, or None: all parameters as NumPy arrays on the host. It may be a subtree, such as
+    one tower, and parameters are cast to its dtypes. ema: take the moving average of each leaf that
+    has one. Raises UserError if every step is damaged, or if a leaf is missing or has a different
+    shape.
+    """
+
+    def load(path: epath.Path) -> tree.Tree:
+        metadata = load_metadata(path)
+        averaged = ema_entries(metadata) if ema else {}
+        wanted = abstract_params
+        if wanted is None:
+            # np.empty allocates address space only, until the pages are written to.
+            wanted = tree.unflatten(
+                {
+                    leaf: np.empty(info.shape, jnp.dtype(info.dtype))
+                    for leaf, info in metadata.arrays["params"].items()
+                }
+            )
+        is_averaged = tree.unflatten({leaf: leaf in averaged for leaf, _ in tree.leaves(wanted)})
+        averages, others = tree.split(wanted, is_averaged)
+        parts = {"ema": averages, "params": others}
+        parts = {name: part for name, part in parts.items() if part}
+        check_arrays(metadata, parts, partial=True)
+        return tree.merge(*load_arrays(metadata, parts).values())
+
+    root, step = find_steps(directory, step)
+    return read_newest(root, step, load)
+
+
+def ema_entries(metadata: Metadata) -> dict[str, ArrayInfo]:
+    """The manifest's entries of the moving averages. Raises UserError if there are none."""
+    if "ema" not in metadata.arrays:
+        raise UserError(
+            f"{metadata.path} has no moving average of the parameters: "
+            "it was trained with optim.ema=0"
+        )
+    return metadata.arrays["ema"]
+
+
+def read_newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Result]) -> Result:
+    """read(path of `step`), or of the newest step for which `read` succeeds in every process.
+
+    Warns about the steps that it skips. `read` may raise anything on damage; a UserError ends the
+    search, since it is about what the caller wants, not about damage. Raises UserError if no step
+    can be read.
+    """
+    # The listing of process 0: others may see a save end a moment later.
+    steps = processes.allgather_json(complete_steps(root))[0]
+    if not steps:
+        which = "" if step is None else f" of step {step}"
+        raise UserError(f"no checkpoint{which} in {root}")
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"no checkpoint of step {step} in {root}; there are {there}")
+    reason = ""
+    number = -1
+    for number in reversed(steps) if step is None else [step]:
+        path = root / str(number)
+        found = None
+        reason = ""
+        try:
+            found = read(path)
+        except UserError:
+            raise
+        # Orbax and TensorStore raise KeyError, ValueError, OSError, JSONDecodeError and others.
+        except Exception as error:
+            reason = one_line(root_cause(error))
+        reasons = [reason for reason in processes.allgather_json(reason) if reason]
+        if not reasons:
+            assert found is not None
+            return found
+        # Free its arrays before the next step is read.
+        found = None
+        reason = reasons[0]
+        log.warning("skipping checkpoint %s, which is damaged or incomplete: %s", path, reason)
+    raise UserError(f"no intact checkpoint in {root}; {number} is damaged: {reason}")
+
+
+def check_arrays(metadata: Metadata, abstract: dict[str, Any], partial: bool = False) -> None:
+    """Compare the parts that a caller wants with those of a step.
+
+    Raises UserError for a leaf that the step lacks or has in a different shape; unless `partial`,
+    also for a different dtype or a leaf that the caller does not know.
+    """
+    path = metadata.path
+    for name, part in abstract.items():
+        saved = metadata.arrays.get(name, {})
+        wanted = flatten(part)
+        for leaf, value in wanted.items():
+            if leaf not in saved:
+                raise UserError(
+                    f"{path} has no {name} {leaf!r}; "
+                    "it was saved by a different model, or with other rules or another optimizer"
+                )
+            info = saved[leaf]
+            same_dtype = partial or info.dtype == str(value.dtype)
+            if tuple(info.shape) != value.shape or not same_dtype:
+                raise UserError(
+                    f"{name} {leaf!r} is {info.dtype}{info.shape} in {path}, "
+                    f"but {value.dtype}{list(value.shape)} in this run's config"
+                )
+        extra = sorted(saved.keys() - wanted.keys())
+        if extra and not partial:
+            raise UserError(
+                f"{path} has {name} {extra[0]!r}, which this run's config does not have"
+            )
+
+
+def load_arrays(metadata: Metadata, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Read the parts `abstract` of a step. Damage raises exceptions of many classes.
+
+    abstract: {part: tree of ShapeDtypeStructs or NumPy arrays}. Leaves that are not cast are
+    compared with the manifest's checksums.
+    """
+    parts = {}
+    # One part at a time: when one fails, Orbax complains about the others.
+    for name, part in abstract.items():
+        with orbax_context(part):
+            wanted = {name: jax.tree.map(_with_sharding, part)}
+            parts[name] = ocp.load_checkpointables(metadata.path, wanted)[name]
+        saved = metadata.arrays[name]
+        leaves = flatten(parts[name])
+        uncast = {leaf: x for leaf, x in leaves.items() if str(x.dtype) == saved[leaf].dtype}
+        for leaf, total in checksums(uncast).items():
+            if total != saved[leaf].checksum:
+                raise ValueError(f"the array {leaf!r} of {name!r} has changed since it was saved")
+    return parts
+
+
+def _with_sharding(leaf: Any) -> Any:
+    """A ShapeDtypeStruct without a sharding, placed on this process's first device.
+
+    Otherwise Orbax looks for the devices of the run that saved it.
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
+        return leaf.update(sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    return leaf
