@@ -27,7 +27,7 @@ import numpy as np
 from train_step import matmul_peak
 
 from emu_jax import config, loop, sharding, stages, train, tree
-from emu_jax.generate import pixels, samplers
+from emu_jax.generate import diffusion_decoder, samplers
 from emu_jax.models import emu, flops
 from emu_jax.types import DecoderBatch
 
@@ -123,13 +123,17 @@ def measure(steps: int, sampling: int) -> dict[str, float]:
     condition = jnp.asarray(rows.conditions[0])
     seeds = jnp.zeros(1, jnp.int32)
     draw_compile, draw = compiled(
-        jax.jit(partial(pixels.draw, size, sampler=SAMPLER, steps=sampling, guidance=GUIDANCE)),
+        jax.jit(
+            partial(
+                diffusion_decoder.sample, size, sampler=SAMPLER, steps=sampling, guidance=GUIDANCE
+            )
+        ),
         canvas,
         condition,
         seeds,
     )
     draw_s, _ = timed(lambda: draw(canvas, condition, seeds))
-    evaluations = 2 * len(samplers.evaluated(sampling))
+    evaluations = 2 * len(samplers.pndm_evaluations(sampling))
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params["unet"])),
         "matmul_peak": peak,

@@ -25,9 +25,9 @@ import numpy as np
 
 from emu_jax import config
 from emu_jax.data.tokenizer import Tokenizer
-from emu_jax.generate import text
-from emu_jax.generate.options import Options
-from emu_jax.generate.prompt import Prompt
+from emu_jax.generate import text_decoding
+from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
 from emu_jax.models import emu
 
@@ -77,7 +77,7 @@ def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[
     opened = Prompt(prompt.tokens[:-1])
     x, _ = session._embedded([Prompt([*opened.tokens, session.tokenizer.img])])
     slow = partial(jax.jit(whole, static_argnums=0), session.size, session.params, x, None)
-    ways = {"cached": lambda: session.images([opened]), "whole": slow}
+    ways = {"cached": lambda: session.generate_images([opened]), "whole": slow}
     found = {f"{name}_compile": timed(call) for name, call in ways.items()}
     results = {name: seconds for name, (seconds, _) in found.items()}
     a, b = (np.asarray(found[f"{name}_compile"][1]) for name in ways)
@@ -97,18 +97,18 @@ def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) 
     tokens.
     """
     some = prompts(session, rows, rng)
-    options = Options(max_new_tokens=NEW, min_new_tokens=NEW)
+    options = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW)
     rules = session._rules(some, None, options, session._allowed(), None, rows)
     keys = jax.random.split(jax.random.key(0), rows)
 
     def once() -> tuple[float, float]:
         first, draft = timed(
-            lambda: text.begin(
+            lambda: text_decoding.start(
                 session.size, session.params, session._read(some, None, NEW), keys, NEW, rules
             )
         )
         rest, draft = timed(
-            lambda: text.write(session.size, session.params, draft, jnp.int32(NEW), rules)
+            lambda: text_decoding.decode(session.size, session.params, draft, jnp.int32(NEW), rules)
         )
         assert int(draft.count) == NEW
         return first, rest

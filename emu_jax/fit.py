@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from emu_jax import config, hardware, hlo, loop, sharding, stages, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.packing import empty_batch
-from emu_jax.generate.precompute import latents_of
+from emu_jax.generate.precompute import latent_metadata
 from emu_jax.hardware import GIB
 from emu_jax.models import emu, flops
 from emu_jax.types import Batch, DecoderBatch
@@ -185,7 +185,7 @@ def batch_shapes(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh) 
         towers = stage.emu(size)
         shapes["conditions"] = (towers.resampler.tokens, towers.llama.width)
     if c.data.latents:
-        shapes["latents"] = latents_of(c)["shape"]
+        shapes["latents"] = latent_metadata(c)["shape"]
     if shapes:
         one = DecoderBatch(
             **vars(one),

@@ -34,8 +34,8 @@ from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import LoadedBatch, Loader
 from emu_jax.evaluate import benchmark
 from emu_jax.evaluate.tasks import TASKS
-from emu_jax.generate import pixels, precompute
-from emu_jax.generate.options import Options
+from emu_jax.generate import diffusion_decoder, precompute
+from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.session import Session
 from emu_jax.initial import initial
 from emu_jax.metric_writer import MetricWriter, means
@@ -386,7 +386,9 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
         )
     check_precomputed(c, abstract)
     if "unet" in abstract:
-        pixels.check(DecoderSize.of(c.model.to_dict()).diffusion, c.drawing.to_dict())
+        diffusion_decoder.check_sampling(
+            DecoderSize.of(c.model.to_dict()).diffusion, c.drawing.to_dict()
+        )
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf(
         "SC_PAGE_SIZE"
@@ -437,7 +439,7 @@ def check_precomputed(c: ConfigDict, abstract: tree.Tree) -> None:
                 f"data.conditions={c.data.conditions!r} are visual tokens {list(made)}, and the model's are {list(model)}"
             )
     if c.data.latents:
-        here = precompute.latents_of(c)
+        here = precompute.latent_metadata(c)
         there = precomputed.read_metadata(Path(c.data.latents), "latents")
         if differ := [
             f"{name} {there.get(name)}, not {value}"
@@ -638,7 +640,9 @@ def pictures(
             for row, held in zip(rows, own, strict=True)
         ]
         session = Session(program.size, params, tokenizer, context=context, mesh=mesh)
-        said = session.texts([[image] for image in images], Options(max_new_tokens=24))
+        said = session.generate_texts(
+            [[image] for image in images], GenerationConfig(max_new_tokens=24)
+        )
         return images, [
             f"{one} (of: {shorten(other, 200)})" for one, other in zip(said, true, strict=True)
         ]
@@ -654,7 +658,7 @@ def drawings(
     here.
     """
     side = program.size.image
-    how = {name: c.drawing[name] for name in pixels.HOW}
+    how = {name: c.drawing[name] for name in diffusion_decoder.SAMPLING_OPTIONS}
     first = make_loader()
     batch = multihost_utils.broadcast_one_to_all(
         jax.tree.map(lambda x: x[:PICTURES], next(iter(first)).batch)
@@ -668,7 +672,7 @@ def drawings(
     def both(params: tree.Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         condition = program.module(params).conditions(batch)
         images = resized(batch.images.reshape(-1, *batch.images.shape[2:]), side)
-        return images, pixels.draw(
+        return images, diffusion_decoder.sample(
             program.size, params, condition, jnp.arange(len(condition)), **how
         )
 

@@ -55,10 +55,10 @@ class DecoderBatch(Batch):
 
 
 @flax.struct.dataclass
-class Cache:
+class KVCache:
     """Keys and values, of every layer, of what an LLM has read, and room for more.
 
-    Its first `filled` slots are in use, in every row; segments is 0 where a slot of a row holds
+    Its first `length` slots are in use, in every row; segments is 0 where a slot of a row holds
     nothing: padding of a shorter prompt, or a slot that is still free.
     """
 
@@ -66,10 +66,10 @@ class Cache:
     v: Float[Array, "L B S G d"]
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
-    filled: Int[Array, ""]
+    length: Int[Array, ""]
     # nothing is in it yet: what is read first looks at itself alone, by any kernel
-    fresh: bool = flax.struct.field(pytree_node=False)
+    empty: bool = flax.struct.field(pytree_node=False)
 
     @property
-    def slots(self) -> int:
+    def capacity(self) -> int:
         return self.k.shape[2]

@@ -155,7 +155,7 @@ def test_a_chat_begins_as_it_was_tuned(tuned):
     tests/generate/test_session.py.
     """
     session = Session.load(str(tuned))
-    prompt = session.grammar.turn(
+    prompt = session.processor.chat_turn(
         [np.zeros((28, 28, 3), np.uint8), "what is this?"], system=None, first=True
     )
     assert prompt.tokens[:2] == [1, session.tokenizer.user] and len(prompt.images) == 1

@@ -1,7 +1,7 @@
 """Conversations as sequences, in the release's chat format: `<s>` system, then turns `[USER]:
 question [ASSISTANT]: answer</s>`.
 
-What is trained on here and what a chat reads (../generate/prompt.py) is written by the same
+What is trained on here and what a chat reads (../generate/processor.py) is written by the same
 functions, so that they cannot drift. Read next: sequence.py.
 """
 

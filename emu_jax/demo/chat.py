@@ -26,9 +26,9 @@ from emu_jax.demo.evaluation import plain
 from emu_jax.demo.report import LICENCE
 from emu_jax.evaluate import history
 from emu_jax.evaluate.history import Number
-from emu_jax.generate import prompt
-from emu_jax.generate.options import Options
-from emu_jax.generate.prompt import Prompt
+from emu_jax.generate import processor
+from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
 from emu_jax.html import Curve, chart, escape, percent
 from emu_jax.initial import initial
@@ -118,8 +118,8 @@ def _asked(sessions: Sequence[Session], source: Source) -> list[Told]:
             parts = [
                 part.data if isinstance(part, Picture) else part.text for part in turn.question
             ]
-            read = prompt.joined(
-                read, sessions[0].grammar.turn(parts, system=None, first=number == 0)
+            read = processor.concatenate(
+                read, sessions[0].processor.chat_turn(parts, system=None, first=number == 0)
             )
             prompts.append(read)
             question = " ".join(part for part in parts if isinstance(part, str))
@@ -136,9 +136,9 @@ def _asked(sessions: Sequence[Session], source: Source) -> list[Told]:
                 )
             )
             t = sessions[0].tokenizer
-            read = prompt.joined(read, Prompt([*t.encode(_answer(turn)), t.eos]))
+            read = processor.concatenate(read, Prompt([*t.encode(_answer(turn)), t.eos]))
     said = [
-        session.texts(prompts, Options(max_new_tokens=NEW_TOKENS), progress=when)
+        session.generate_texts(prompts, GenerationConfig(max_new_tokens=NEW_TOKENS), progress=when)
         for session, when in zip(sessions, ("before", "after"))
     ]
     return [
@@ -148,7 +148,9 @@ def _asked(sessions: Sequence[Session], source: Source) -> list[Told]:
 
 
 def _turns(document: Document) -> list[tuple[chat_format.Turn, str]]:
-    return list(zip(chat_format.split_turns(document)[1], document.provenance["kinds"], strict=True))
+    return list(
+        zip(chat_format.split_turns(document)[1], document.provenance["kinds"], strict=True)
+    )
 
 
 def _answer(turn: chat_format.Turn) -> str:

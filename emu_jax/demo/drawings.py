@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
-from emu_jax.generate.pixels import Painter
+from emu_jax.generate.diffusion_decoder import DiffusionDecoder
 from emu_jax.generate.session import Session
 from emu_jax.models.decoder import resized
 
@@ -50,13 +50,16 @@ class Blend(NamedTuple):
 
 
 def pictures(
-    session: Session, paint: Painter, captions: list[str], images: UInt8[np.ndarray, "M h w 3"]
+    session: Session,
+    paint: DiffusionDecoder,
+    captions: list[str],
+    images: UInt8[np.ndarray, "M h w 3"],
 ) -> list[Picture]:
     """The first AMONG images, drawn twice."""
     captions = captions[:AMONG]
     images = images[:AMONG]
-    encoded = _painted(paint, session.encode(images))
-    regressed = _painted(paint, session.images([[caption] for caption in captions]))
+    encoded = _painted(paint, session.encode_images(images))
+    regressed = _painted(paint, session.generate_images([[caption] for caption in captions]))
     return [
         Picture(*row)
         for row in zip(captions, _small(paint, images), encoded, regressed, strict=True)
@@ -64,12 +67,15 @@ def pictures(
 
 
 def blends(
-    session: Session, paint: Painter, captions: list[str], images: UInt8[np.ndarray, "M h w 3"]
+    session: Session,
+    paint: DiffusionDecoder,
+    captions: list[str],
+    images: UInt8[np.ndarray, "M h w 3"],
 ) -> list[Blend]:
     """The first images by twos."""
     pairs = [(k, k + 1) for k in range(0, min(len(images), 2 * BLENDS) - 1, 2)]
-    regressed = _painted(paint, session.images([[images[a], images[b]] for a, b in pairs]))
-    visual = session.encode(images[: 2 * BLENDS])
+    regressed = _painted(paint, session.generate_images([[images[a], images[b]] for a, b in pairs]))
+    visual = session.encode_images(images[: 2 * BLENDS])
     small = _small(paint, images[: 2 * BLENDS])
     mean = _painted(paint, np.stack([visual[list(pair)].mean(0) for pair in pairs]))
     return [
@@ -112,5 +118,7 @@ def _painted(paint: Callable, visual: Float[np.ndarray, "M N D"]) -> UInt8[np.nd
     )
 
 
-def _small(paint: Painter, images: UInt8[np.ndarray, "M h w 3"]) -> UInt8[np.ndarray, "M s s 3"]:
+def _small(
+    paint: DiffusionDecoder, images: UInt8[np.ndarray, "M h w 3"]
+) -> UInt8[np.ndarray, "M s s 3"]:
     return np.asarray(resized(jnp.asarray(images), paint.size.image))

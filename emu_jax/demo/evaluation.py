@@ -29,8 +29,8 @@ from emu_jax.data.sources import Source
 from emu_jax.demo import drawings
 from emu_jax.evaluate import history
 from emu_jax.evaluate.history import Number
-from emu_jax.generate import pixels
-from emu_jax.generate.options import Options
+from emu_jax.generate import diffusion_decoder
+from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.session import Parts, Session
 from emu_jax.models import emu
 
@@ -111,21 +111,21 @@ class Model:
 
     def encode(self, images: UInt8[np.ndarray, "M h w 3"]) -> Float[np.ndarray, "M N D"]:
         """Visual tokens as the LLM gets them."""
-        return self.session.encode(images, "encoding")
+        return self.session.encode_images(images, "encoding")
 
     def caption(self, images: UInt8[np.ndarray, "M h w 3"]) -> list[str]:
         return self.continue_([(image,) for image in images], "captions")
 
     def draw(self, names: list[str]) -> Float[np.ndarray, "M N D"]:
         """The visual tokens regressed from `<s> name [IMG]`, each fed back."""
-        return self.session.images([[name] for name in names], progress="drawing")
+        return self.session.generate_images([[name] for name in names], progress="drawing")
 
     def continue_(self, prompts: Sequence[Parts], progress: str = "stories") -> list[str]:
         """What follows texts and images, greedily."""
         return [
             plain(said)
-            for said in self.session.texts(
-                prompts, Options(max_new_tokens=NEW_TOKENS), progress=progress
+            for said in self.session.generate_texts(
+                prompts, GenerationConfig(max_new_tokens=NEW_TOKENS), progress=progress
             )
         ]
 
@@ -170,7 +170,11 @@ def evaluate(
         history.read(run) if run else [] for run in (directory, warmup, decoder)
     )
     paint = (
-        pixels.load(decoder, size, empty=lambda: model.session.images([[]])[0]) if decoder else None
+        diffusion_decoder.load(
+            decoder, size, empty_prompt=lambda: model.session.generate_images([[]])[0]
+        )
+        if decoder
+        else None
     )
 
     captions = _captions(
@@ -558,7 +562,7 @@ def _in_context_numbers(fours: list[list[Told]]) -> dict[str, Number]:
 
 
 def _pictures(
-    model: Model, paint: pixels.Painter, captions: dict[str, list[Told]]
+    model: Model, paint: diffusion_decoder.DiffusionDecoder, captions: dict[str, list[Told]]
 ) -> tuple[dict[str, list[drawings.Picture]], list[drawings.Blend]]:
     """Of each group's first images, and blends of the training drawings'."""
     parts = {

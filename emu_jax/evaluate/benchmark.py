@@ -29,9 +29,9 @@ from emu_jax.evaluate.metrics import clip_score, fid, lemmas
 from emu_jax.evaluate.metrics.wordnet import WHERE, WordNet
 from emu_jax.evaluate.score import Scores
 from emu_jax.evaluate.tasks import TASKS, Folder, examples_of
-from emu_jax.generate import media, pixels
-from emu_jax.generate.options import Options
-from emu_jax.generate.prompt import Prompt
+from emu_jax.generate import diffusion_decoder, media
+from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
 from emu_jax.weights import inception
 
@@ -147,7 +147,7 @@ class Asker:
         self.task = TASKS[settings.task]
         self.chat = session.size.llama.added >= 6
         self.options = replace(self.task.options, beams=settings.beams or self.task.options.beams)
-        self.frames = lru_cache(KEPT)(lambda picture: session.grammar.frames(plan.paths[picture]))
+        self.frames = lru_cache(KEPT)(lambda picture: session.processor.frames(plan.paths[picture]))
         self.by_picture: dict[str, list[Example]] = {}
         for example in plan.pool:
             self.by_picture.setdefault(example.picture, []).append(example)
@@ -168,12 +168,14 @@ class Asker:
         asked = [
             self._fitting(example, some) for example, some in zip(examples, shots, strict=True)
         ]
-        said = self.session.texts([prompt for prompt, _ in asked], self.options)
+        said = self.session.generate_texts([prompt for prompt, _ in asked], self.options)
         kept = [self.task.clean(text) for text in said]
         if self.settings.task == "vizwiz":
             sure = [self._prompt("known", example, []) for example in examples]
-            known = self.session.texts(
-                sure, Options(max_new_tokens=self.options.max_new_tokens), choices=prompts.KNOWN
+            known = self.session.generate_texts(
+                sure,
+                GenerationConfig(max_new_tokens=self.options.max_new_tokens),
+                choices=prompts.KNOWN,
             )
             kept = [
                 text if knows == prompts.KNOWN[0] else "unanswerable"
@@ -217,10 +219,10 @@ class Asker:
         ]
         text = prompts.ask(kind, example.question, told, chat=self.chat, video=self.task.video)
         pictures = [*(shot.picture for shot in shots if shown), example.picture]
-        return self.session.grammar.template(text, [self.frames(picture) for picture in pictures])
+        return self.session.processor.template(text, [self.frames(picture) for picture in pictures])
 
     def _ranked(self, example: Example) -> Predicted:
-        prompt = self.session.grammar.template(
+        prompt = self.session.processor.template(
             prompts.dialog(example.history, example.question, chat=self.chat),
             [self.frames(example.picture)],
         )
@@ -475,14 +477,17 @@ def _drawer(
     session: Session, settings: Settings, out: Path
 ) -> Callable[[Sequence[Example]], list[Predicted]]:
     """Draws captions as PNG files, each with its own seed."""
-    painter = pixels.load(
-        settings.decoder, session.size, mesh=session.mesh, empty=lambda: session.images([[]])[0]
+    painter = diffusion_decoder.load(
+        settings.decoder,
+        session.size,
+        mesh=session.mesh,
+        empty_prompt=lambda: session.generate_images([[]])[0],
     )
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
 
     def draw(examples: Sequence[Example]) -> list[Predicted]:
-        visual = session.images([[example.answers[0]] for example in examples])
+        visual = session.generate_images([[example.answers[0]] for example in examples])
         seeds = np.array([zlib.crc32(example.id.encode()) % 2**31 for example in examples])
         for example, picture in zip(examples, painter(visual, seeds), strict=True):
             Image.fromarray(picture).save(folder / f"{example.id}.png")
@@ -558,7 +563,9 @@ def _page(
             if TASKS[settings.task].kind == "image"
             else planned.paths[example.picture]
         )
-        image = Image.fromarray(media.video(path, SIDE)[0] if media.is_video(path) else _rgb(path))
+        image = Image.fromarray(
+            media.load_video(path, SIDE)[0] if media.is_video(path) else _rgb(path)
+        )
         image.thumbnail((SIDE, SIDE))
         said = one.prediction if isinstance(one.prediction, str) else one.said
         return gallery.Shown(

@@ -12,13 +12,13 @@ from typing import Any
 from emu_jax.config import UserError
 from emu_jax.evaluate import annotations, prompts
 from emu_jax.evaluate.annotations import Example
-from emu_jax.generate.options import Options
+from emu_jax.generate.generation_config import GenerationConfig
 
 BEAMS = 5
-CAPTION = Options(max_new_tokens=20, min_new_tokens=8, beams=BEAMS, length_penalty=-1.0)
-ANSWER = Options(max_new_tokens=20, min_new_tokens=1, beams=BEAMS, length_penalty=-1.0)
+CAPTION = GenerationConfig(max_new_tokens=20, min_new_tokens=8, beams=BEAMS, length_penalty=-1.0)
+ANSWER = GenerationConfig(max_new_tokens=20, min_new_tokens=1, beams=BEAMS, length_penalty=-1.0)
 # unpublished
-FREE = Options(max_new_tokens=128, beams=BEAMS)
+FREE = GenerationConfig(max_new_tokens=128, beams=BEAMS)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Task:
     metric: str
     # predictions by id, as they are submitted
     results: Callable[[Mapping[str, Any]], Any]
-    options: Options = ANSWER
+    options: GenerationConfig = ANSWER
     video: bool = False
     # of all splits
     one_file: bool = False

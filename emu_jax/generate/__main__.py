@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from emu_jax.config import UserError
 from emu_jax.generate import media
-from emu_jax.generate.options import Options
+from emu_jax.generate.generation_config import GenerationConfig
 
 EPILOG = """
 a PART that names an image or video file that is there is that image or video (8 of its frames); any other PART is text. Examples:
@@ -130,10 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(flags: argparse.Namespace) -> None:
     # these take seconds to import: a wrong flag is answered at once
-    from emu_jax.generate import pixels
+    from emu_jax.generate import diffusion_decoder
     from emu_jax.generate.session import Conversation, Session, mesh_of
 
-    options = Options(
+    options = GenerationConfig(
         **{
             name: tuple(value) if isinstance(value := getattr(flags, name), list) else value
             for name in SAMPLING
@@ -150,38 +150,46 @@ def _run(flags: argparse.Namespace) -> None:
     parts = [_part(text) for text in flags.parts]
     told = dict(prompt=" ".join(flags.parts), checkpoint=flags.checkpoint, software="emu_jax")
     if flags.decoder:
-        given = {name: value for name in pixels.HOW if (value := getattr(flags, name)) is not None}
-        session.decode = pixels.load(
+        given = {
+            name: value
+            for name in diffusion_decoder.SAMPLING_OPTIONS
+            if (value := getattr(flags, name)) is not None
+        }
+        session.image_decoder = diffusion_decoder.load(
             flags.decoder,
             session.size,
             mesh=mesh,
-            given=given,
-            empty=lambda: session.images([[]])[0],
+            overrides=given,
+            empty_prompt=lambda: session.generate_images([[]])[0],
             seed=flags.seed,
         )
-        told |= dict(decoder=flags.decoder, seed=flags.seed, **session.decode.how)
+        told |= dict(decoder=flags.decoder, seed=flags.seed, **session.image_decoder.sampling)
     out = Output(Path(flags.out), told)
     conversation = Conversation(session, chat=flags.chat, system=flags.system)
     if not parts:
         _talk(conversation, options, out)
     elif flags.reconstruct:
         _show(
-            session.drawings(
-                session.encode([media.image(part, session.grammar.image_size) for part in parts])
+            session.decode_images(
+                session.encode_images(
+                    [media.load_image(part, session.processor.image_size) for part in parts]
+                )
             ),
             out,
         )
     elif flags.image:
-        drawing = conversation.draw(parts, progress=True)
-        _show([drawing, *session.drawings(drawing.visual[None].repeat(flags.count - 1, 0))], out)
+        drawing = conversation.generate_image(parts, progress=True)
+        _show(
+            [drawing, *session.decode_images(drawing.visual[None].repeat(flags.count - 1, 0))], out
+        )
     elif options.beams > 1:
         print(
-            session.texts(
+            session.generate_texts(
                 [session.chat_prompt(parts, system=flags.system) if flags.chat else parts], options
             )[0]
         )
     else:
-        _show(conversation.say(parts, options), out)
+        _show(conversation.reply(parts, options), out)
 
 
 def _talk(conversation, options, out: Output) -> None:
@@ -197,7 +205,7 @@ def _talk(conversation, options, out: Output) -> None:
         if not line.strip():
             continue
         try:
-            _show(conversation.say(_parts(line.strip()), options), out)
+            _show(conversation.reply(_parts(line.strip()), options), out)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
 
@@ -217,9 +225,9 @@ def _show(pieces: Iterable, out: Output) -> None:
 
 
 def _part(text: str) -> str | Path:
-    if media.is_file(text):
+    if media.is_media_file(text):
         return Path(text)
-    if media.named(text) and " " not in text:
+    if media.has_media_suffix(text) and " " not in text:
         print(f"note: there is no file {text!r}: it is taken as text", file=sys.stderr)
     return text
 
@@ -228,7 +236,7 @@ def _parts(line: str) -> list[str | Path]:
     """A line of a chat: words that name media files are those files."""
     parts: list[str | Path] = []
     for word in re.split(r"(\s+)", line):
-        if media.is_file(word):
+        if media.is_media_file(word):
             parts.append(Path(word))
         elif parts and isinstance(parts[-1], str):
             parts[-1] += word
@@ -327,7 +335,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     text = parser.add_argument_group("text")
     for name, meaning in SAMPLING.items():
         flag = f"--{name.replace('_', '-')}"
-        default = getattr(Options, name)
+        default = getattr(GenerationConfig, name)
         if name == "stop":
             text.add_argument(flag, help=meaning, action="append", default=[], metavar="TEXT")
         else:
@@ -352,7 +360,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         )
     if flags.reconstruct and not (
         flags.parts
-        and all(media.is_file(part) and not media.is_video(Path(part)) for part in flags.parts)
+        and all(
+            media.is_media_file(part) and not media.is_video(Path(part)) for part in flags.parts
+        )
     ):
         _fail("--reconstruct takes image files that are there, and nothing else")
     if flags.count < 1:

@@ -31,21 +31,21 @@ VIDEOS = {
 FRAMES = 8
 
 
-def named(text: str) -> bool:
+def has_media_suffix(text: str) -> bool:
     """Is this the name of a media file, there or not?"""
     return Path(text).suffix.lower() in IMAGES | VIDEOS and "\n" not in text
 
 
-def is_file(text: str) -> bool:
+def is_media_file(text: str) -> bool:
     """Is this a media file that is there?"""
-    return named(text) and os.path.isfile(text)
+    return has_media_suffix(text) and os.path.isfile(text)
 
 
 def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
 
 
-def image(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def load_image(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The picture in a file, squashed to size x size. Raises UserError for a file that is missing,
     broken, too large or no image.
     """
@@ -57,8 +57,8 @@ def image(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
         raise UserError(f"'{path}': {getattr(error, 'strerror', None) or error}") from error
 
 
-def squashed(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """As `image`, of pixels."""
+def resize(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """As `load_image`, of pixels."""
     return (
         pixels
         if pixels.shape[:2] == (size, size)
@@ -66,7 +66,7 @@ def squashed(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray,
     )
 
 
-def video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
+def load_video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
     """FRAMES frames of a video, each squashed. Raises UserError for a file that is missing, broken,
     or without frames.
     """
@@ -100,7 +100,7 @@ def video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3"]]:
                 )
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:
-                    found[number] = squashed(upright(frame), size)
+                    found[number] = resize(upright(frame), size)
                 if number >= wanted[-1]:
                     break
     except (av.error.FFmpegError, OSError, ValueError) as error:

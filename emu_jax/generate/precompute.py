@@ -36,7 +36,7 @@ from emu_jax.data.precomputed import (
 )
 from emu_jax.data.sequence import Document, Pair, Text
 from emu_jax.data.sources import CorruptRecord, Source
-from emu_jax.generate import pixels
+from emu_jax.generate import diffusion_decoder
 from emu_jax.generate.session import Parts, Session, mesh_of
 from emu_jax.models import emu
 from emu_jax.models.decoder import DecoderSize, moments
@@ -104,7 +104,8 @@ def main(arguments: list[str]) -> None:
             )
     if not metadata_path(directory, kind).exists():
         write(
-            metadata_path(directory, kind), lambda file: file.write(json.dumps(told, indent=1).encode())
+            metadata_path(directory, kind),
+            lambda file: file.write(json.dumps(told, indent=1).encode()),
         )
     work = [
         (mixture, name, shard)
@@ -128,7 +129,7 @@ def conditions(c: ConfigDict, batch: int) -> Maker:
     """Of the visual tokens that the config's Emu regresses, `batch` prompts at once. Raises
     UserError where c.init names no Emu.
     """
-    directory = holding(c, "conditions")
+    directory = checkpoint_with_tower(c, "conditions")
     session = Session.load(
         directory,
         tokenizer=c.data.tokenizer,
@@ -138,20 +139,20 @@ def conditions(c: ConfigDict, batch: int) -> Maker:
     )
     size = session.size
     told = _by(directory, "conditions") | {"shape": [size.resampler.tokens, size.llama.width]}
-    return Maker(told, size.vision.image, before_image, session.images)
+    return Maker(told, size.vision.image, parts_before_image, session.generate_images)
 
 
 def latents(c: ConfigDict, batch: int) -> Maker:
     """Of the moments that the config's autoencoder finds in images, `batch` at once on each of this
     process's devices, held as the training would hold it. Raises UserError where c.init names no
-    autoencoder, and as `latents_of`.
+    autoencoder, and as `latent_metadata`.
     """
-    told = latents_of(c)
+    told = latent_metadata(c)
     size = DecoderSize.of(c.model.to_dict())
-    directory = holding(c, "latents")
+    directory = checkpoint_with_tower(c, "latents")
     mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), devices=jax.local_devices())
     params = checkpoint.restore_params(
-        directory, {"vae": pixels.abstract_params(size, mesh, c.frozen_dtype)["vae"]}
+        directory, {"vae": diffusion_decoder.abstract_params(size, mesh, c.frozen_dtype)["vae"]}
     )["vae"]
     encode = jax.jit(lambda params, images: moments(size, emu.bind(Vae, size.vae, params), images))
     rows = batch * mesh.size
@@ -173,7 +174,7 @@ def latents(c: ConfigDict, batch: int) -> Maker:
     )
 
 
-def latents_of(c: ConfigDict) -> dict[str, Any]:
+def latent_metadata(c: ConfigDict) -> dict[str, Any]:
     """What the latents of a config's images depend on beside the autoencoder: pixels a side as they
     are loaded and as they are drawn, how they become square; and their shape. Raises UserError for
     a config without an autoencoder, and for one whose images are other ones in every epoch.
@@ -200,7 +201,7 @@ def latents_of(c: ConfigDict) -> dict[str, Any]:
     }
 
 
-def holding(c: ConfigDict, kind: str) -> str:
+def checkpoint_with_tower(c: ConfigDict, kind: str) -> str:
     """The checkpoint of c.init whose weights make arrays of a kind: of two the later counts, as in
     the training. Raises UserError where none does.
     """
@@ -219,7 +220,7 @@ def check_weights(c: ConfigDict, kind: str) -> None:
     """Raises UserError where a training that begins from c.init reads arrays that other weights
     made.
     """
-    directory = holding(c, kind)
+    directory = checkpoint_with_tower(c, kind)
     there = read_metadata(Path(c.data[kind]), kind)
     if _by(directory, kind)["weights"] != there.get("weights"):
         raise UserError(
@@ -254,7 +255,7 @@ def make(maker: Maker, source: Source, shard: int, path: Path) -> None:
     write(path.with_suffix(".json"), lambda file: file.write(json.dumps(ids).encode()))
 
 
-def before_image(document: Document) -> Parts | None:
+def parts_before_image(document: Document) -> Parts | None:
     """The parts before its first image; of a pair of both, the text. None without an image."""
     parts: list[str] = []
 

@@ -4,7 +4,7 @@ line, evaluation and serving.
 Many prompts at once are sorted by length and batched; results do not depend on it. Everything is
 compiled for powers of two: rows (up to `batch`), images encoded at once (up to `batch`), ids of a
 prompt and of an answer (from 16 up to the context). So a kind of generation is compiled at most
-log2(batch) x log2(context / 16)^2 times, in practice once or twice. Read next: prompt.py, text.py.
+log2(batch) x log2(context / 16)^2 times, in practice once or twice. Read next: processor.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,25 +23,25 @@ from emu_jax import checkpoint, sharding, tree
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.tokenizer import Tokenizer
-from emu_jax.generate import image, prompt, reading, text, trie
-from emu_jax.generate.options import Options
-from emu_jax.generate.prompt import Grammar, Part, Prompt
-from emu_jax.generate.reading import Context
-from emu_jax.generate.sampling import Rules
-from emu_jax.generate.stream import TextStream, until_stop
+from emu_jax.generate import decode_state, image_decoding, processor, text_decoding, trie
+from emu_jax.generate.decode_state import DecodeState
+from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.logits_process import SamplingMetadata
+from emu_jax.generate.processor import Part, Processor, Prompt
+from emu_jax.generate.stream import TextStream, truncate_at_stop
 from emu_jax.models import emu
 from emu_jax.processes import to_host
 
 # ids that a prompt or an answer is compiled for
-LEAST = 16
+MIN_LENGTH = 16
 # images in an answer of a model that decides when to draw
-DRAWS = 4
+MAX_STREAMED_IMAGES = 4
 # ids between looks for a stop text
-CHECK = 8
+STOP_CHECK_EVERY = 8
 Parts = Sequence[Part]
 
 
-class Drawing(NamedTuple):
+class GeneratedImage(NamedTuple):
     """An image that the model drew."""
 
     # a part of later prompts as it is
@@ -55,7 +55,7 @@ class Prefix:
     """What prompts have in common, read once."""
 
     # of one row (or as many, all the same, as the mesh needs)
-    context: Context
+    state: DecodeState
     prompt: Prompt
 
 
@@ -71,29 +71,30 @@ class Session:
         tokenizer: Tokenizer,
         *,
         context: int,
-        decode: Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]] | None = None,
+        image_decoder: Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]]
+        | None = None,
         mesh: jax.sharding.Mesh | None = None,
         batch: int = 32,
         truncate: str = "never",
-        draws: int = 0,
+        max_images: int = 0,
         system: str = "release",
     ):
         """context: elements that a row may have. batch: rows at once. truncate: "left" cuts prompts
-        that are too long, else they are refused. draws: images that a streamed answer may hold,
+        that are too long, else they are refused. max_images: images that a streamed answer may hold,
         unless it is said otherwise. system: what chats begin with, data.system.
         """
         self.size = size
         self.params = params
         self.tokenizer = tokenizer
         self.context = context
-        self.decode = decode
+        self.image_decoder = image_decoder
         self.truncate = truncate
         self.mesh = mesh
         self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch = max(batch, self.shards)
-        self.draws = draws
+        self.max_images = max_images
         self.vocab = size.llama.vocab + size.llama.added
-        self.grammar = Grammar(
+        self.processor = Processor(
             tokenizer,
             size.resampler.tokens,
             size.vision.image,
@@ -127,29 +128,30 @@ class Session:
         size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
         tokens = tokenizers.load(tokenizer or config["data"]["tokenizer"], size.llama.vocab)
         params = checkpoint.restore_params(directory, abstract_params(size, mesh), ema=ema)
-        draws = DRAWS if "[IMG]" in config["data"]["labels"] else 0
+        max_images = MAX_STREAMED_IMAGES if "[IMG]" in config["data"]["labels"] else 0
         return cls(
             size,
             params,
             tokens,
             context=config["data"]["tokens"],
             mesh=mesh,
-            **{"draws": draws, "system": config["data"].get("system", "release")} | options,
+            **{"max_images": max_images, "system": config["data"].get("system", "release")}
+            | options,
         )
 
     # --- prompts ---
 
     def prompt(self, parts: Parts | Prompt) -> Prompt:
         """`<s>` and the parts as ids and images. Raises UserError for files that cannot be read."""
-        return parts if isinstance(parts, Prompt) else self.grammar.plain(parts)
+        return parts if isinstance(parts, Prompt) else self.processor.interleave(parts)
 
     def chat_prompt(self, parts: Parts, *, system: str | None = None) -> Prompt:
         """The first turn of a chat, up to where the answer begins. system: None for the release's
         message, "" for none.
         """
-        return self.grammar.turn(parts, system=system, first=True)
+        return self.processor.chat_turn(parts, system=system, first=True)
 
-    def read(self, parts: Parts | Prompt) -> Prefix:
+    def prefill(self, parts: Parts | Prompt) -> Prefix:
         """A prefix for many prompts: a system message, few-shot examples. What follows it is given
         without `<s>`.
         """
@@ -159,10 +161,10 @@ class Session:
 
     # --- many at once ---
 
-    def texts(
+    def generate_texts(
         self,
         prompts: Sequence[Parts | Prompt],
-        options: Options | None = None,
+        options: GenerationConfig | None = None,
         *,
         choices: Sequence[str] | None = None,
         prefix: Prefix | None = None,
@@ -171,40 +173,42 @@ class Session:
         """The answer to each prompt. choices: the answers allowed. progress: the name of a progress
         bar.
         """
-        options = options or Options()
-        ids = self.ids(
+        options = options or GenerationConfig()
+        ids = self.generate_ids(
             prompts,
             options,
             choices=choices and [self.tokenizer.encode(choice) for choice in choices],
             prefix=prefix,
             progress=progress,
         )
-        return [until_stop(self.tokenizer.decode(row), options.stop) for row in ids]
+        return [truncate_at_stop(self.tokenizer.decode(row), options.stop) for row in ids]
 
-    def ids(
+    def generate_ids(
         self,
         prompts: Sequence[Parts | Prompt],
-        options: Options,
+        options: GenerationConfig,
         *,
         choices: Sequence[Sequence[int]] | None = None,
         prefix: Prefix | None = None,
         added: bool = False,
         progress: str = "",
     ) -> list[list[int]]:
-        """As `texts`, in ids and not cut at stop texts, without `</s>`. added: the added tokens may
+        """As `generate_texts`, in ids and not cut at stop texts, without `</s>`. added: the added tokens may
         be said too.
         """
         allowed = self._allowed() | added
-        choice = None if choices is None else trie.make(choices, text.EOS)
+        choice = None if choices is None else trie.build(choices, text_decoding.EOS)
 
         def generate(some: list[Prompt], numbers: list[int]) -> list[list[int]]:
-            room = _bucket(options.max_new_tokens, LEAST)
+            room = _bucket(options.max_new_tokens, MIN_LENGTH)
             context = self._read(some, prefix, room)
-            rules = self._rules(some, prefix, options, allowed, choice, len(context.lengths))
+            metadata = self._rules(some, prefix, options, allowed, choice, len(context.lengths))
             if options.beams > 1:
-                context = reading.spread(context, options.beams, context.cache.slots)
+                context = decode_state.expand(context, options.beams, context.cache.capacity)
                 found = to_host(
-                    text.search(self.size, self.params, context, options.beams, room, rules)
+                    text_decoding.beam_search(
+                        self.size, self.params, context, options.beams, room, metadata
+                    )
                 )
             else:
                 numbers = numbers + [numbers[-1]] * (len(context.lengths) - len(numbers))
@@ -212,42 +216,47 @@ class Session:
                     jax.random.key(options.seed), jnp.array(numbers)
                 )
                 found = self._write(
-                    text.begin(self.size, self.params, context, keys, room, rules), rules, options
+                    text_decoding.start(self.size, self.params, context, keys, room, metadata),
+                    metadata,
+                    options,
                 )
             return [
-                text.until_end(row[:limit]) for row, limit in zip(found, rules.limits, strict=True)
+                text_decoding.until_end(row[:limit])
+                for row, limit in zip(found, metadata.max_new_tokens, strict=True)
             ]
 
         return self._batched(prompts, prefix, 1, generate, progress)
 
-    def images(
+    def generate_images(
         self, prompts: Sequence[Parts | Prompt], *, prefix: Prefix | None = None, progress: str = ""
     ) -> Float[np.ndarray, "M N D"]:
         """The visual tokens of the image that follows each prompt (and `[IMG]`, which is
         appended).
         """
-        N = self.grammar.n_visual
+        N = self.processor.n_visual
         start = Prompt([self.tokenizer.img])
 
         def generate(some: list[Prompt], _: list[int]) -> list[np.ndarray]:
-            sketch = image.begin(self.size, self._read(some, prefix, N))
+            state = image_decoding.start(self.size, self._read(some, prefix, N))
             return list(
-                to_host(image.draw(self.size, self.params, sketch, np.int32(N)).visual).astype(
-                    np.float32
-                )
+                to_host(
+                    image_decoding.regress(self.size, self.params, state, np.int32(N)).visual
+                ).astype(np.float32)
             )
 
         opened = [
-            prompt.joined(self.prompt(parts) if prefix is None else self._after(parts), start)
+            processor.concatenate(
+                self.prompt(parts) if prefix is None else self._after(parts), start
+            )
             for parts in prompts
         ]
         return np.stack(self._batched(opened, prefix, N + 1, generate, progress))
 
-    def encode(
+    def encode_images(
         self, images: Iterable[np.ndarray], progress: str = ""
     ) -> Float[np.ndarray, "M N D"]:
         """The visual tokens of images, as the LLM gets them."""
-        pixels = [self.grammar.plain([given]).images[0] for given in images]
+        pixels = [self.processor.interleave([given]).images[0] for given in images]
         with self._mesh():
             return self._encoded(pixels, progress)
 
@@ -257,23 +266,26 @@ class Session:
         """The mean cross-entropy of each candidate's tokens as the answer: the least is the
         likeliest. end: its `</s>` counts too.
         """
-        answers = [self.tokenizer.encode(candidate) + [text.EOS] * end for candidate in candidates]
+        answers = [
+            self.tokenizer.encode(candidate) + [text_decoding.EOS] * end for candidate in candidates
+        ]
         if not answers or not all(answers):
             raise UserError("there are no candidates to rank, or one is empty")
         prefix = (
             parts
             if isinstance(parts, Prefix)
-            else self.read(self._fitting(self.prompt(parts), 0, max(map(len, answers))))
+            else self.prefill(self._fitting(self.prompt(parts), 0, max(map(len, answers))))
         )
 
         def nlls(some: list[Prompt], _: list[int]) -> list[float]:
             tokens, lengths = _rows([answer.tokens for answer in some], self._rows(len(some)))
-            slots = prefix.context.cache.slots + tokens.shape[1]
-            context = reading.spread(
-                prefix.context, len(tokens) // len(prefix.context.lengths), slots
+            slots = prefix.state.cache.capacity + tokens.shape[1]
+            context = decode_state.expand(
+                prefix.state, len(tokens) // len(prefix.state.lengths), slots
             )
             return (
-                to_host(text.nll(self.size, self.params, context, tokens, lengths)) / lengths
+                to_host(text_decoding.nll(self.size, self.params, context, tokens, lengths))
+                / lengths
             ).tolist()
 
         return np.array(
@@ -285,21 +297,21 @@ class Session:
     def stream(
         self,
         parts: Parts,
-        options: Options | None = None,
+        options: GenerationConfig | None = None,
         *,
         chat: bool = False,
         system: str | None = None,
         images: int | None = None,
-    ) -> Iterator[str | Drawing]:
+    ) -> Iterator[str | GeneratedImage]:
         """The answer to one prompt, piece by piece. images: so many may be drawn where the model
-        says `[IMG]`; None: `draws` of the session.
+        says `[IMG]`; None: `max_images` of the session.
         """
-        return Conversation(self, chat=chat, system=system).say(parts, options, images=images)
+        return Conversation(self, chat=chat, system=system).reply(parts, options, images=images)
 
-    def drawings(self, visual: Float[np.ndarray, "M N D"]) -> list[Drawing]:
+    def decode_images(self, visual: Float[np.ndarray, "M N D"]) -> list[GeneratedImage]:
         """With their pixels, where there is a decoder."""
-        pixels = [None] * len(visual) if self.decode is None else self.decode(visual)
-        return [Drawing(*pair) for pair in zip(visual, pixels, strict=True)]
+        pixels = [None] * len(visual) if self.image_decoder is None else self.image_decoder(visual)
+        return [GeneratedImage(*pair) for pair in zip(visual, pixels, strict=True)]
 
     # --- within ---
 
@@ -327,7 +339,7 @@ class Session:
         if before + len(given) + room <= self.context:
             return given
         if self.truncate == "left" and before == 0 and room + 1 < self.context:
-            return prompt.cut_left(given, self.context - room, self.grammar.n_visual)
+            return processor.truncate_left(given, self.context - room, self.processor.n_visual)
         raise UserError(
             f"the prompt has {before + len(given)} elements and its answer {room} or more, and the context holds {self.context}; "
             "shorten it, or cut its beginning with --truncate=left"
@@ -366,7 +378,7 @@ class Session:
                     results[number] = result
         return results
 
-    def _read(self, prompts: Sequence[Prompt], prefix: Prefix | None, room: int) -> Context:
+    def _read(self, prompts: Sequence[Prompt], prefix: Prefix | None, room: int) -> DecodeState:
         """The context after `prefix` and each prompt, with exactly `room` slots free; rows are
         filled up with copies of the last.
         """
@@ -374,13 +386,13 @@ class Session:
         prompts = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
         x, lengths = self._embedded(prompts)
         if prefix is None:
-            context = reading.empty(self.size, self.params, rows, x.shape[1] + room)
+            context = decode_state.init(self.size, self.params, rows, x.shape[1] + room)
         else:
-            old = prefix.context
-            context = reading.spread(
-                old, rows // len(old.lengths), old.cache.slots + x.shape[1] + room
+            old = prefix.state
+            context = decode_state.expand(
+                old, rows // len(old.lengths), old.cache.capacity + x.shape[1] + room
             )
-        return reading.read(self.size, self.params, context, x, lengths)
+        return decode_state.prefill(self.size, self.params, context, x, lengths)
 
     def _embedded(self, prompts: Sequence[Prompt]) -> tuple[Float[Array, "B T D"], np.ndarray]:
         """The LLM's input for prompts, and their lengths."""
@@ -394,7 +406,7 @@ class Session:
         for row, given in enumerate(prompts):
             images[row, : len(given.images)] = [place[id(pixels)] for pixels in given.images]
             slots[row, : len(given.images)] = given.slots
-        return reading.embed(
+        return decode_state.embed(
             self.size, self.params, tokens, self._visual(list(every.values())), images, slots
         ), lengths
 
@@ -407,14 +419,14 @@ class Session:
             self._encoded([given for given, is_pixels in zip(images, pixels) if is_pixels], "")
         )
         bank = np.zeros(
-            (_bucket(len(images), 1), self.grammar.n_visual, self.size.llama.width), np.float32
+            (_bucket(len(images), 1), self.processor.n_visual, self.size.llama.width), np.float32
         )
         for row, given, is_pixels in zip(bank, images, pixels, strict=False):
             row[:] = next(encoded) if is_pixels else given
         return bank.astype(self.size.compute)
 
     def _encoded(self, pixels: list[np.ndarray], progress: str) -> Float[np.ndarray, "M N D"]:
-        found = [np.zeros((0, self.grammar.n_visual, self.size.llama.width), np.float32)]
+        found = [np.zeros((0, self.processor.n_visual, self.size.llama.width), np.float32)]
         for start in tqdm(
             range(0, len(pixels), self.batch),
             progress,
@@ -424,9 +436,9 @@ class Session:
             some = pixels[start : start + self.batch]
             stacked = np.stack(some + [some[-1]] * (self._rows(len(some)) - len(some)))
             found.append(
-                to_host(reading.encode(self.size, self.params, stacked))[: len(some)].astype(
-                    np.float32
-                )
+                to_host(decode_state.encode_images(self.size, self.params, stacked))[
+                    : len(some)
+                ].astype(np.float32)
             )
         return np.concatenate(found)
 
@@ -434,50 +446,57 @@ class Session:
         self,
         prompts: Sequence[Prompt],
         prefix: Prefix | None,
-        options: Options,
+        options: GenerationConfig,
         allowed: Bool[np.ndarray, "V"],
         choice: trie.Trie | None,
         rows: int,
-        ends: Sequence[int] = (text.EOS,),
-    ) -> Rules:
+        ends: Sequence[int] = (text_decoding.EOS,),
+    ) -> SamplingMetadata:
         before = prefix.prompt.tokens if prefix else []
         said, lengths = _rows([before + given.tokens for given in prompts], rows, fill=self.vocab)
         numbers = {
             name: np.float32(getattr(options, name))
             for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
         }
-        return Rules(
+        return SamplingMetadata(
             **numbers,
             top_k=np.int32(options.top_k),
             min_new_tokens=np.int32(options.min_new_tokens),
-            limits=np.minimum(options.max_new_tokens, self.context - lengths).astype(np.int32),
+            max_new_tokens=np.minimum(options.max_new_tokens, self.context - lengths).astype(
+                np.int32
+            ),
             allowed=allowed,
-            ends=np.isin(np.arange(self.vocab), ends),
-            said=said,
+            stop_ids=np.isin(np.arange(self.vocab), ends),
+            prompt_ids=said,
             trie=choice,
         )
 
-    def _write(self, draft: text.Draft, rules: Rules, options: Options) -> np.ndarray:
-        """The ids of a draft that is written to its end; with stop texts, a row ends soon after the
+    def _write(
+        self,
+        state: text_decoding.TextDecodeState,
+        metadata: SamplingMetadata,
+        options: GenerationConfig,
+    ) -> np.ndarray:
+        """The ids of a state that is written to its end; with stop texts, a row ends soon after the
         first of them.
         """
         if not options.stop:
             return to_host(
-                text.write(
-                    self.size, self.params, draft, np.int32(options.max_new_tokens), rules
+                text_decoding.decode(
+                    self.size, self.params, state, np.int32(options.max_new_tokens), metadata
                 ).ids
             )
         count = 1
-        while count < options.max_new_tokens and not to_host(draft.done).all():
-            count = min(count + CHECK, options.max_new_tokens)
-            draft = text.write(self.size, self.params, draft, np.int32(count), rules)
-            ids = to_host(draft.ids)
+        while count < options.max_new_tokens and not to_host(state.done).all():
+            count = min(count + STOP_CHECK_EVERY, options.max_new_tokens)
+            state = text_decoding.decode(self.size, self.params, state, np.int32(count), metadata)
+            ids = to_host(state.ids)
             stopped = [
                 any(stop in self.tokenizer.decode(row[:count].tolist()) for stop in options.stop)
                 for row in ids
             ]
-            draft = draft.replace(done=draft.done | np.array(stopped))
-        return to_host(draft.ids)
+            state = state.replace(done=state.done | np.array(stopped))
+        return to_host(state.ids)
 
 
 class Conversation:
@@ -490,33 +509,35 @@ class Conversation:
         self._session = session
         self._chat = chat
         self._system = system
-        self._context: Context | None = None
+        self._state: DecodeState | None = None
         # all that was read, and the last id of an answer, which was not
         self._said = Prompt()
         self._unread = Prompt()
 
-    def say(
-        self, parts: Parts, options: Options | None = None, *, images: int | None = None
-    ) -> Iterator[str | Drawing]:
+    def reply(
+        self, parts: Parts, options: GenerationConfig | None = None, *, images: int | None = None
+    ) -> Iterator[str | GeneratedImage]:
         """The answer, piece by piece. images: so many may be drawn where the model says `[IMG]`;
-        None: the session's `draws`.
+        None: the session's `max_images`.
 
         Raises UserError, before anything else, for a turn that cannot be read or does not fit the
         context.
         """
-        options = options or Options()
+        options = options or GenerationConfig()
         if options.beams > 1:
             raise UserError("beams know the answer only when it is complete: it cannot be streamed")
         return self._answer(
-            self._turn(parts, [], 1), options, self._session.draws if images is None else images
+            self._turn(parts, [], 1),
+            options,
+            self._session.max_images if images is None else images,
         )
 
-    def draw(self, parts: Parts, *, progress: bool = False) -> Drawing:
+    def generate_image(self, parts: Parts, *, progress: bool = False) -> GeneratedImage:
         """The image that follows the parts (and `[IMG]`)."""
         s = self._session
-        given = self._turn(parts, [s.tokenizer.img], s.grammar.n_visual + 1)
+        given = self._turn(parts, [s.tokenizer.img], s.processor.n_visual + 1)
         with s._mesh():
-            self._read(given, s.grammar.n_visual + 1)
+            self._read(given, s.processor.n_visual + 1)
             drawing = self._drawn(progress)
         self._unread = Prompt([s.tokenizer.end_img])
         return drawing
@@ -526,22 +547,24 @@ class Conversation:
         lacks it.
         """
         s = self._session
-        first = self._context is None
+        first = self._state is None
         given = (
-            s.grammar.turn(parts, system=self._system, first=first)
+            s.processor.chat_turn(parts, system=self._system, first=first)
             if self._chat
-            else s.grammar.plain(parts)
+            else s.processor.interleave(parts)
             if first
             else s._after(parts)
         )
-        lacks_end = self._chat and not first and self._unread.tokens[-1:] != [text.EOS]
-        given = prompt.joined(Prompt([text.EOS] * lacks_end), given, Prompt(end))
+        lacks_end = self._chat and not first and self._unread.tokens[-1:] != [text_decoding.EOS]
+        given = processor.concatenate(Prompt([text_decoding.EOS] * lacks_end), given, Prompt(end))
         return s._fitting(given, len(self._said) + len(self._unread), room)
 
-    def _answer(self, given: Prompt, options: Options, images: int) -> Iterator[str | Drawing]:
+    def _answer(
+        self, given: Prompt, options: GenerationConfig, images: int
+    ) -> Iterator[str | GeneratedImage]:
         s = self._session
         t = self._session.tokenizer
-        N = self._session.grammar.n_visual
+        N = self._session.processor.n_visual
         written = turn = 0
         while True:
             room = s.context - len(self._said) - len(self._unread) - len(given)
@@ -570,69 +593,78 @@ class Conversation:
             images = images - 1
             turn = turn + 1
 
-    def _text(self, options: Options, allowed: Bool[np.ndarray, "V"]) -> Iterator[str]:
+    def _text(self, options: GenerationConfig, allowed: Bool[np.ndarray, "V"]) -> Iterator[str]:
         """Text up to `</s>`, `[IMG]`, a stop text or the limit, the last of which is not read yet;
         returns the number of ids.
         """
         s = self._session
         t = self._session.tokenizer
-        rows = len(self._context.lengths)
+        rows = len(self._state.lengths)
         out = TextStream(t.decode, options.stop)
-        rules = s._rules(
-            [self._said] * rows, None, options, allowed, None, rows, ends=(text.EOS, t.img)
+        metadata = s._rules(
+            [self._said] * rows, None, options, allowed, None, rows, ends=(text_decoding.EOS, t.img)
         )
         keys = jnp.stack([jax.random.fold_in(jax.random.key(options.seed), 0)] * rows)
         with s._mesh():
-            draft = text.begin(
-                s.size, s.params, self._context, keys, _bucket(options.max_new_tokens, LEAST), rules
+            state = text_decoding.start(
+                s.size,
+                s.params,
+                self._state,
+                keys,
+                _bucket(options.max_new_tokens, MIN_LENGTH),
+                metadata,
             )
         ids: list[int] = []
         try:
             while True:
-                ids.append(int(to_host(draft.ids)[0, len(ids)]))
+                ids.append(int(to_host(state.ids)[0, len(ids)]))
                 if new := out.push(ids[-1]):
                     yield new
-                if to_host(draft.done)[0] or out.stopped:
+                if to_host(state.done)[0] or out.stopped:
                     break
                 with s._mesh():
-                    draft = text.write(s.size, s.params, draft, np.int32(len(ids) + 1), rules)
+                    state = text_decoding.decode(
+                        s.size, s.params, state, np.int32(len(ids) + 1), metadata
+                    )
             if new := out.finish():
                 yield new
         # also where nobody wants to hear more
         finally:
-            self._context = draft.context
-            self._said = prompt.joined(self._said, Prompt(ids[:-1]))
+            self._state = state.llm
+            self._said = processor.concatenate(self._said, Prompt(ids[:-1]))
             self._unread = Prompt(ids[-1:])
         return len(ids)
 
-    def _drawn(self, progress: bool) -> Drawing:
+    def _drawn(self, progress: bool) -> GeneratedImage:
         s = self._session
-        sketch = image.begin(s.size, self._context)
-        N = s.grammar.n_visual
+        state = image_decoding.start(s.size, self._state)
+        N = s.processor.n_visual
         for count in (
             tqdm(range(1, N + 1), "drawing", unit=" visual tokens", disable=None)
             if progress
             else [N]
         ):
-            sketch = image.draw(s.size, s.params, sketch, np.int32(count))
-            sketch.visual.block_until_ready()
-        self._context = sketch.context
-        self._said = prompt.joined(self._said, Prompt([s.tokenizer.image] * N))
-        return s.drawings(to_host(sketch.visual)[:1].astype(np.float32))[0]
+            state = image_decoding.regress(s.size, s.params, state, np.int32(count))
+            state.visual.block_until_ready()
+        self._state = state.llm
+        self._said = processor.concatenate(self._said, Prompt([s.tokenizer.image] * N))
+        return s.decode_images(to_host(state.visual)[:1].astype(np.float32))[0]
 
     def _read(self, given: Prompt, room: int) -> None:
         """Reads what is unread and `given`, and makes `room` for what comes."""
         s = self._session
-        given = prompt.joined(self._unread, given)
-        if self._context is None:
-            self._context = s._read([given], None, _bucket(room, LEAST))
+        given = processor.concatenate(self._unread, given)
+        if self._state is None:
+            self._state = s._read([given], None, _bucket(room, MIN_LENGTH))
         else:
-            rows = len(self._context.lengths)
+            rows = len(self._state.lengths)
             x, lengths = s._embedded([given] * rows)
-            slots = _bucket(int(self._context.cache.filled) + x.shape[1] + room, LEAST)
-            self._context = reading.spread(self._context, 1, max(slots, self._context.cache.slots))
-            self._context = reading.read(s.size, s.params, self._context, x, lengths)
-        self._said = prompt.joined(self._said, given)
+            slots = _bucket(int(self._state.cache.length) + x.shape[1] + room, MIN_LENGTH)
+            self._state = decode_state.expand(
+                self._state, 1, max(slots, self._state.cache.capacity)
+            )
+            self._state = decode_state.prefill(s.size, s.params, self._state, x, lengths)
+        self._said = processor.concatenate(self._said, given)
         self._unread = Prompt()
 
 
@@ -688,7 +720,7 @@ def _rows(ids: Sequence[Sequence[int]], rows: int, fill: int = 0) -> tuple[np.nd
     """
     ids = [*ids, *[ids[-1]] * (rows - len(ids))]
     lengths = np.array([len(row) for row in ids], np.int32)
-    out = np.full((rows, _bucket(int(lengths.max()), LEAST)), fill, np.int32)
+    out = np.full((rows, _bucket(int(lengths.max()), MIN_LENGTH)), fill, np.int32)
     for row, some in zip(out, ids, strict=True):
         row[: len(some)] = some
     return out, lengths

@@ -36,7 +36,7 @@ class TextStream:
         return new
 
     def _certain(self, text: str) -> str:
-        ended = until_stop(text, self._stop)
+        ended = truncate_at_stop(text, self._stop)
         if ended != text:
             self.stopped = True
             return ended
@@ -46,6 +46,6 @@ class TextStream:
         return text[: len(text) - max(begun, default=0)]
 
 
-def until_stop(text: str, stop: Sequence[str]) -> str:
+def truncate_at_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the first of the stop texts."""
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]

@@ -17,13 +17,13 @@ from emu_jax.config import UserError
 # JAX rebuilds it with what are no arrays
 @no_type_check
 class Trie:
-    """Node 0 is the start; the i-th edge of a node carries the id ids[node, i] to the node to[node,
+    """Node 0 is the start; the i-th edge of a node carries the id ids[node, i] to the node children[node,
     i].
     """
 
     # a number beyond every id where there is no edge
     ids: Int[Array, "nodes edges"]
-    to: Int[Array, "nodes edges"]
+    children: Int[Array, "nodes edges"]
 
     def allowed(self, node: Int[Array, "B"], vocab: int) -> Bool[Array, "B V"]:
         """Ids that may come next."""
@@ -35,10 +35,10 @@ class Trie:
     def follow(self, node: Int[Array, "B"], token: Int[Array, "B"]) -> Int[Array, "B"]:
         """The node after `token`; the node itself where it has no such edge."""
         taken = self.ids[node] == token[:, None]
-        return jnp.where(taken.any(-1), (taken * self.to[node]).sum(-1), node)
+        return jnp.where(taken.any(-1), (taken * self.children[node]).sum(-1), node)
 
 
-def make(answers: Sequence[Sequence[int]], eos: int) -> Trie:
+def build(answers: Sequence[Sequence[int]], eos: int) -> Trie:
     """The trie of answers as ids, each followed by </s>. Its shape is of powers of two, so that few
     are compiled for.
     """
@@ -54,8 +54,8 @@ def make(answers: Sequence[Sequence[int]], eos: int) -> Trie:
             node = edges[node][token]
     shape = [1 << (n - 1).bit_length() for n in (len(edges), max(map(len, edges)))]
     ids = np.full(shape, np.iinfo(np.int32).max, np.int32)
-    to = np.zeros(shape, np.int32)
+    children = np.zeros(shape, np.int32)
     for node, found in enumerate(edges):
         ids[node, : len(found)] = list(found)
-        to[node, : len(found)] = list(found.values())
-    return Trie(jnp.asarray(ids), jnp.asarray(to))
+        children[node, : len(found)] = list(found.values())
+    return Trie(jnp.asarray(ids), jnp.asarray(children))

@@ -19,7 +19,7 @@ from emu_jax import sharding
 from emu_jax.config import UserError
 from emu_jax.models import layers
 from emu_jax.models.attention import Mask, attention, self_mask
-from emu_jax.types import Cache
+from emu_jax.types import KVCache
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Llama(nnx.Module):
         )
         return jnp.concatenate([product(head["base"]), product(head["added"])], -1)
 
-    def empty_cache(self, rows: int, slots: int, dtype) -> Cache:
+    def empty_cache(self, rows: int, slots: int, dtype) -> KVCache:
         """A cache with room for `slots` tokens a row."""
         L = self.size.depth
         G = self.size.kv
@@ -155,17 +155,17 @@ class Llama(nnx.Module):
             return sharding.constrain_cache(jnp.zeros((L, rows, slots, G, d), dtype))
 
         free = jnp.zeros((rows, slots), jnp.int32)
-        return Cache(zeros(), zeros(), free, free, jnp.int32(0), fresh=True)
+        return KVCache(zeros(), zeros(), free, free, jnp.int32(0), empty=True)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         *,
         kernel: str = "auto",
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """(hidden states after the final norm, the cache with x in its next T slots); position t
         sees its own segment up to itself.
 
@@ -190,12 +190,12 @@ class Llama(nnx.Module):
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
 
         seen = (
-            put(cache.segments, segments, 0, cache.filled),
-            put(cache.positions, positions, 0, cache.filled),
+            put(cache.segments, segments, 0, cache.length),
+            put(cache.positions, positions, 0, cache.length),
         )
         mask = (
             self_mask(segments)
-            if cache.fresh
+            if cache.empty
             else Mask(segments, seen[0], positions, seen[1], causal=True)
         )
 
@@ -205,16 +205,16 @@ class Llama(nnx.Module):
             def remember(new_k, new_v):
                 nonlocal k, v
                 k, v = (
-                    put(old, new[None], number, 0, cache.filled, 0, 0)
+                    put(old, new[None], number, 0, cache.length, 0, 0)
                     for old, new in ((k, new_k), (v, new_v))
                 )
-                return (new_k, new_v) if cache.fresh else (k[number], v[number])
+                return (new_k, new_v) if cache.empty else (k[number], v[number])
 
             x = block(x, mask, rotation, kernel, remember)
             return x, sharding.constrain_cache(k), sharding.constrain_cache(v), number + 1
 
         x, k, v, _ = run((sharding.constrain_rows(x), cache.k, cache.v, jnp.int32(0)), layer)
-        return self.norm(x), Cache(k, v, seen[1], seen[0], cache.filled + x.shape[1], fresh=False)
+        return self.norm(x), KVCache(k, v, seen[1], seen[0], cache.length + x.shape[1], empty=False)
 
 
 def rotary(

@@ -15,8 +15,8 @@ from einops import rearrange
 from emu_jax import stages, tree
 from emu_jax.config import UserError
 from emu_jax.data.tokenizer import Tokenizer
-from emu_jax.generate.options import Options
-from emu_jax.generate.prompt import Prompt
+from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
 from emu_jax.models import emu
 from emu_jax.models.llama import LlamaSize
@@ -216,18 +216,18 @@ def _generated(
         given = prompts(name.replace("generate_image", "prompt") + "_ids")
         # [IMG] is appended
         opened = [replace(prompt, tokens=prompt.tokens[:-1]) for prompt in given]
-        yield compare(name, file[name], session.images(opened), 1e-4)
+        yield compare(name, file[name], session.generate_images(opened), 1e-4)
     for name in (
         name for name in file if name.startswith("decode_") and name != "decode_prompt_ids"
     ):
-        options = Options(max_new_tokens=12)
+        options = GenerationConfig(max_new_tokens=12)
         if found := re.fullmatch(r"decode_beam(\d+)_lp(m?)([\d.]+)", name):
             options = replace(
                 options,
                 beams=int(found[1]),
                 length_penalty=float(found[3]) * (-1 if found[2] else 1),
             )
-        ids = session.ids(prompts("decode_prompt_ids"), options, added=True)
+        ids = session.generate_ids(prompts("decode_prompt_ids"), options, added=True)
         rows = [(row + [special["eos"]])[:12] for row in ids]
         longest = max(map(len, rows))
         ours = np.array([row + [special["pad"]] * (longest - len(row)) for row in rows])

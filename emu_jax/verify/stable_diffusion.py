@@ -184,17 +184,21 @@ def _sampled(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(times at which the network is asked, sample) of as many steps as the file's sampler took."""
     theirs = next(theirs for theirs, ours in SAMPLED.items() if ours == sampler)
-    plan = samplers.plan_of(
+    schedule = samplers.schedule_for(
         SCHEDULE, sampler, len(file[f"timesteps_{theirs}"]) - (sampler == "pndm")
     )
 
     def run(params, x, condition, negative):
-        denoise = samplers.denoiser(
+        denoise = samplers.guided_denoiser(
             SCHEDULE, bind(UNet, size, params), condition, negative, guidance=GUIDANCE
         )
-        return samplers.SAMPLERS[sampler].run(denoise, x, plan)
+        return samplers.SAMPLERS[sampler].run(denoise, x, schedule)
 
-    times = plan.t[samplers.evaluated(len(plan.t))] if sampler == "pndm" else plan.t
+    times = (
+        schedule.timesteps[samplers.pndm_evaluations(len(schedule.timesteps))]
+        if sampler == "pndm"
+        else schedule.timesteps
+    )
     condition, negative = (
         jnp.asarray(file[name][: len(file["x_init"])]) for name in ("condition", "unconditional")
     )

@@ -14,7 +14,7 @@ from emu_jax.data.documents import Document, Picture, Text
 from emu_jax.data.mixture import STREAK, Mixture, Stream
 from emu_jax.data.sequence import SourceRule, make_sequence
 from emu_jax.data.sources import CorruptRecord
-from emu_jax.generate.prompt import Grammar, joined
+from emu_jax.generate.processor import Processor, concatenate
 
 # of the tokenizer of letters
 S = 1
@@ -167,15 +167,15 @@ def test_a_chat_reads_what_was_learnt(make, picture, letters, system):
         "a:yes",
         system=system,
     )
-    grammar = Grammar(letters, n_visual=2, image_size=4, width=8, added=6, system=system)
+    processor = Processor(letters, n_visual=2, image_size=4, width=8, added=6, system=system)
 
     def answer(text):
-        return type(grammar.plain([]))([*letters.encode(text), E])
+        return type(processor.interleave([]))([*letters.encode(text), E])
 
-    whole = joined(
-        grammar.turn([picture(1), "what?"], system=None, first=True),
+    whole = concatenate(
+        processor.chat_turn([picture(1), "what?"], system=None, first=True),
         answer("a cat"),
-        grammar.turn(["sure?", picture(2)], system=None, first=False),
+        processor.chat_turn(["sure?", picture(2)], system=None, first=False),
         answer("yes"),
     )
     assert whole.tokens == sequence.tokens.tolist() and whole.slots == sequence.image_slots.tolist()

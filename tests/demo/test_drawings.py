@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emu_jax.demo import drawings
-from emu_jax.generate.pixels import Painter
+from emu_jax.generate.diffusion_decoder import DiffusionDecoder
 from emu_jax.generate.session import Session
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), np.uint8)
@@ -18,17 +18,21 @@ class Colours(Session):
     def __init__(self):
         pass
 
-    def encode(self, images, progress=""):
+    def encode_images(self, images, progress=""):
         return np.stack([image.mean((0, 1))[None] for image in images])
 
-    def images(self, prompts, **_):
+    def generate_images(self, prompts, **_):
         def told(part):
-            return np.full((1, 3), float(part)) if isinstance(part, str) else self.encode([part])[0]
+            return (
+                np.full((1, 3), float(part))
+                if isinstance(part, str)
+                else self.encode_images([part])[0]
+            )
 
         return np.stack([sum(map(told, parts)) / 2 for parts in prompts])
 
 
-class Paint(Painter):
+class Paint(DiffusionDecoder):
     """Draws the colour that the tokens are; counts what it is asked for."""
 
     def __init__(self):

@@ -157,7 +157,7 @@ def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch,
     printed = capsys.readouterr().out.splitlines()
     ask = benchmark.Asker.predict
     calls = []
-    draw = benchmark.pixels.Painter.__call__
+    draw = benchmark.diffusion_decoder.DiffusionDecoder.__call__
 
     def dies(of):
         def die(*arguments):
@@ -169,7 +169,7 @@ def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch,
         return die
 
     monkeypatch.setattr(benchmark.Asker, "predict", dies(ask))
-    monkeypatch.setattr(benchmark.pixels.Painter, "__call__", dies(draw))
+    monkeypatch.setattr(benchmark.diffusion_decoder.DiffusionDecoder, "__call__", dies(draw))
     assert (
         call(root, data, task, f"--out={killed}", beams) == 130
         and "the same command goes on" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch,
     with lines.open("a") as file:
         file.write('{"id": "half a li')
     monkeypatch.setattr(benchmark.Asker, "predict", ask)
-    monkeypatch.setattr(benchmark.pixels.Painter, "__call__", draw)
+    monkeypatch.setattr(benchmark.diffusion_decoder.DiffusionDecoder, "__call__", draw)
     assert call(root, data, task, f"--out={killed}", beams) == 0
     assert read(killed) == read(whole)
     told, submitted = read(whole).values()
@@ -224,7 +224,7 @@ def test_a_chat_model_is_asked_as_the_release_asks(root, data):
     settings = benchmark.Settings("vizwiz", str(root / "chat"), 7, str(data("vizwiz")), "val")
     asker = benchmark.Asker(session, settings, benchmark.plan(settings, limit=1))
     prompt = asker._prompt("known", asker.plan.examples[0], [])
-    asked = session.grammar.template(prompts.ask("known", "What is this?"), [prompt.images])
+    asked = session.processor.template(prompts.ask("known", "What is this?"), [prompt.images])
     assert (
         prompt.tokens == asked.tokens
         and session.tokenizer.user in prompt.tokens

@@ -64,12 +64,14 @@ def test_text(run, session, capsys):
     assert call(run, "a dog") == 0
     assert (
         capsys.readouterr().out
-        == session.texts([["a dog"]], command.Options(max_new_tokens=8))[0] + "\n"
+        == session.generate_texts([["a dog"]], command.GenerationConfig(max_new_tokens=8))[0] + "\n"
     )
     assert call(run, run / "x.png", "a cat", "--beams=2") == 0
     assert (
         capsys.readouterr().out
-        == session.texts([[run / "x.png", "a cat"]], command.Options(max_new_tokens=8, beams=2))[0]
+        == session.generate_texts(
+            [[run / "x.png", "a cat"]], command.GenerationConfig(max_new_tokens=8, beams=2)
+        )[0]
         + "\n"
     )
 
@@ -81,7 +83,9 @@ def test_drawing(run, session, capsys, tmp_path):
             capsys.readouterr().err.strip().endswith(f"[image: {tmp_path}/out/image-{number}.npy]")
         )
     np.testing.assert_allclose(
-        np.load(tmp_path / "out" / "image-1.npy"), session.images([["a dog"]])[0], atol=1e-4
+        np.load(tmp_path / "out" / "image-1.npy"),
+        session.generate_images([["a dog"]])[0],
+        atol=1e-4,
     )
 
 

@@ -43,7 +43,7 @@ def test_the_releases_frames(count, frames):
 
 def test_a_video(tmp_path):
     write_video(tmp_path / "film.mp4", 41)
-    frames = media.video(tmp_path / "film.mp4", 28)
+    frames = media.load_video(tmp_path / "film.mp4", 28)
     assert [frame.shape for frame in frames] == [(28, 28, 3)] * 8
     np.testing.assert_allclose(
         [frame.mean() for frame in frames], [255 * at / 40 for at in media.centres(41)], atol=8
@@ -52,7 +52,7 @@ def test_a_video(tmp_path):
 
 def test_an_image_is_squashed(tmp_path):
     Image.fromarray(np.full((5, 50, 3), 90, np.uint8)).save(tmp_path / "wide.png")
-    assert (media.image(tmp_path / "wide.png", 28) == 90).all()
+    assert (media.load_image(tmp_path / "wide.png", 28) == 90).all()
 
 
 def huge(path):
@@ -87,7 +87,7 @@ def truncated(path):
 def test_images_that_are_none(tmp_path, make, told):
     make(tmp_path / "x.png")
     with pytest.raises(UserError, match=rf"x\.png'.*{told}") as error:
-        media.image(tmp_path / "x.png", 28)
+        media.load_image(tmp_path / "x.png", 28)
     assert "\n" not in str(error.value)
 
 
@@ -137,7 +137,7 @@ def cut(path):
 def test_videos_that_are_none(tmp_path, make, told):
     make(tmp_path / "x.mp4")
     with pytest.raises(UserError, match=rf"x\.mp4'.*({told})") as error:
-        media.video(tmp_path / "x.mp4", 28)
+        media.load_video(tmp_path / "x.mp4", 28)
     assert "\n" not in str(error.value)
 
 
@@ -155,7 +155,7 @@ def test_a_playlist_is_no_video(tmp_path, monkeypatch, text):
     write_video(tmp_path / "secret.mp4", 20)
     (tmp_path / "x.mp4").write_text(text)
     with pytest.raises(UserError, match="is no usable video"):
-        media.video(tmp_path / "x.mp4", 28)
+        media.load_video(tmp_path / "x.mp4", 28)
 
 
 def test_a_film_shot_with_the_phone_upright_stands_upright(tmp_path):
@@ -176,7 +176,7 @@ def test_a_film_shot_with_the_phone_upright_stands_upright(tmp_path):
     data = (tmp_path / "film.mp4").read_bytes()
     track = data.index(b"tkhd")
     (tmp_path / "film.mp4").write_bytes(data[:track] + data[track:].replace(plain, turned, 1))
-    frame = media.video(tmp_path / "film.mp4", 28)[0]
+    frame = media.load_video(tmp_path / "film.mp4", 28)[0]
     assert frame[:12].mean() > 240 and frame[16:].mean() < 15
 
 
@@ -190,17 +190,17 @@ def test_without_av(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(UserError, match="pip install av"):
-        media.video(Path("x.mp4"), 28)
+        media.load_video(Path("x.mp4"), 28)
 
 
 def test_what_names_a_file(tmp_path):
     truncated(tmp_path / "x.PNG")
     assert (
-        media.is_file(str(tmp_path / "x.PNG"))
-        and not media.is_file(str(tmp_path / "y.png"))
-        and not media.is_file(str(tmp_path))
+        media.is_media_file(str(tmp_path / "x.PNG"))
+        and not media.is_media_file(str(tmp_path / "y.png"))
+        and not media.is_media_file(str(tmp_path))
     )
-    assert not media.is_file("a photo of a dog.png\nand more") and not media.is_file(
+    assert not media.is_media_file("a photo of a dog.png\nand more") and not media.is_media_file(
         "x" * 5000 + ".png"
     )
     assert media.is_video(Path("a.MP4")) and not media.is_video(Path("a.png"))

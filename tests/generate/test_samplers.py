@@ -23,7 +23,7 @@ V, ZERO, FLOW = (
 )
 MEAN = 0.7
 DEVIATION = 0.3
-X = samplers.noise(jnp.arange(4), (2, 2, 3))
+X = samplers.initial_noise(jnp.arange(4), (2, 2, 3))
 
 
 def exact(d):
@@ -38,15 +38,15 @@ def exact(d):
     return samplers.Denoiser(predict, partial(split, d))
 
 
-def error(name, d, steps, plan=None):
+def error(name, d, steps, schedule=None):
     """Largest distance to the end of the exact path, by the sampler's own schedule or another."""
-    plan = plan or samplers.plan_of(d, name, steps)
+    schedule = schedule or samplers.schedule_for(d, name, steps)
 
     def at(k):
-        return np.sqrt((plan.a[k] * DEVIATION) ** 2 + plan.s[k] ** 2)
+        return np.sqrt((schedule.alphas[k] * DEVIATION) ** 2 + schedule.sigmas[k] ** 2)
 
-    want = plan.a[-1] * MEAN + at(-1) / at(0) * (X - plan.a[0] * MEAN)
-    return float(jnp.abs(samplers.SAMPLERS[name].run(exact(d), X, plan) - want).max())
+    want = schedule.alphas[-1] * MEAN + at(-1) / at(0) * (X - schedule.alphas[0] * MEAN)
+    return float(jnp.abs(samplers.SAMPLERS[name].run(exact(d), X, schedule) - want).max())
 
 
 @pytest.mark.parametrize(
@@ -71,24 +71,26 @@ def test_samplers_follow_the_exact_path(name, d, order):
 
 def test_second_order_is_nearer_than_first():
     """DPM-Solver++ in the middle: its own schedule ends with a long step of first order."""
-    plan = samplers.schedule(SD, 200, last="first")
+    schedule = samplers.make_schedule(SD, 200, last="first")
     assert (
-        error("dpm++", SD, 200, plan) < error("ddim", SD, 200, plan) / 2
+        error("dpm++", SD, 200, schedule) < error("ddim", SD, 200, schedule) / 2
         and error("pndm", SD, 20) < error("ddim", SD, 20) / 2
     )
 
 
 def test_euler_is_ddim_in_other_coordinates():
-    plan = samplers.schedule(SD, 10)
+    schedule = samplers.make_schedule(SD, 10)
     np.testing.assert_allclose(
-        samplers.euler(exact(SD), X, plan), samplers.ddim(exact(SD), X, plan), atol=1e-4
+        samplers.euler(exact(SD), X, schedule), samplers.ddim(exact(SD), X, schedule), atol=1e-4
     )
 
 
 def test_flow_euler_is_ddim_on_the_straight_path():
-    plan = samplers.plan_of(FLOW, "flow", 10)
+    schedule = samplers.schedule_for(FLOW, "flow", 10)
     np.testing.assert_allclose(
-        samplers.flow_euler(exact(FLOW), X, plan), samplers.ddim(exact(FLOW), X, plan), atol=1e-5
+        samplers.flow_euler(exact(FLOW), X, schedule),
+        samplers.ddim(exact(FLOW), X, schedule),
+        atol=1e-5,
     )
 
 
@@ -104,7 +106,7 @@ def test_the_network_is_traced_once_and_one_step_will_do(name):
     for steps in (30, 3, 2, 1):
         calls.clear()
         got = samplers.SAMPLERS[name].run(
-            exact(d)._replace(predict=counting), X, samplers.plan_of(d, name, steps)
+            exact(d)._replace(predict=counting), X, samplers.schedule_for(d, name, steps)
         )
         assert len(calls) == 1 and np.isfinite(got).all() and got.shape == X.shape
 
@@ -114,7 +116,7 @@ def test_the_network_is_traced_once_and_one_step_will_do(name):
 
 def test_spacings_by_hand():
     def of(**more):
-        return samplers.schedule(SD, 4, **more).t.tolist()
+        return samplers.make_schedule(SD, 4, **more).timesteps.tolist()
 
     assert of() == [751, 501, 251, 1] and of(offset=0) == [750, 500, 250, 0]
     assert of(spacing="inner") == [801, 601, 401, 201] and of(spacing="trailing") == [
@@ -124,34 +126,36 @@ def test_spacings_by_hand():
         249,
     ]
     # never beyond the last
-    assert samplers.schedule(SD, 1000).t[0] == 999
-    assert samplers.schedule(FLOW, 4).t.tolist() == [1000, 750, 500, 250]
+    assert samplers.make_schedule(SD, 1000).timesteps[0] == 999
+    assert samplers.make_schedule(FLOW, 4).timesteps.tolist() == [1000, 750, 500, 250]
 
 
 def test_the_end_of_a_schedule():
-    clean = samplers.schedule(SD, 4)
-    first = samplers.schedule(SD, 4, last="first")
-    assert (clean.a[-1], clean.s[-1]) == (1, 0) and first.a[-1] ** 2 == pytest.approx(1 - 0.00085)
-    assert samplers.plan_of(ZERO, "ddim", 10).a[0] == 0
+    clean = samplers.make_schedule(SD, 4)
+    first = samplers.make_schedule(SD, 4, last="first")
+    assert (clean.alphas[-1], clean.sigmas[-1]) == (1, 0) and first.alphas[
+        -1
+    ] ** 2 == pytest.approx(1 - 0.00085)
+    assert samplers.schedule_for(ZERO, "ddim", 10).alphas[0] == 0
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: samplers.schedule(SD, 0), "1 to 1000 steps"),
-        (lambda: samplers.schedule(SD, 1001), "not 1001"),
-        (lambda: samplers.schedule(SD, 5, spacing="even"), "not 'even'"),
-        (lambda: samplers.plan_of(SD, "plms", 5), "no sampler 'plms'; there are ddim, pndm"),
+        (lambda: samplers.make_schedule(SD, 0), "1 to 1000 steps"),
+        (lambda: samplers.make_schedule(SD, 1001), "not 1001"),
+        (lambda: samplers.make_schedule(SD, 5, spacing="even"), "not 'even'"),
+        (lambda: samplers.schedule_for(SD, "plms", 5), "no sampler 'plms'; there are ddim, pndm"),
         (
-            lambda: samplers.flow_euler(exact(SD), X, samplers.schedule(SD, 5)),
+            lambda: samplers.flow_euler(exact(SD), X, samplers.make_schedule(SD, 5)),
             "diffusion.target='flow'",
         ),
         (
-            lambda: samplers.pndm(exact(ZERO), X, samplers.plan_of(ZERO, "pndm", 5)),
+            lambda: samplers.pndm(exact(ZERO), X, samplers.schedule_for(ZERO, "pndm", 5)),
             "cannot start where there is noise alone",
         ),
         (
-            lambda: samplers.euler(exact(FLOW), X, samplers.plan_of(FLOW, "euler", 5)),
+            lambda: samplers.euler(exact(FLOW), X, samplers.schedule_for(FLOW, "euler", 5)),
             "use ddim or dpm",
         ),
     ],
@@ -164,10 +168,10 @@ def test_what_does_not_fit_is_one_line(call, message):
 # Guidance
 
 
-def network(x, times, condition):
+def network(x, timesteps, condition):
     """Some function of all its inputs."""
     return jnp.tanh(
-        x * condition.mean((1, 2))[:, None, None, None] + times[:, None, None, None] / 1000
+        x * condition.mean((1, 2))[:, None, None, None] + timesteps[:, None, None, None] / 1000
     )
 
 
@@ -177,15 +181,15 @@ CONDITION, NEGATIVE = (
 
 
 def sampled(guidance, negative=NEGATIVE, **more):
-    denoise = samplers.denoiser(V, network, CONDITION, negative, guidance=guidance, **more)
-    return samplers.ddim(denoise, X, samplers.plan_of(V, "ddim", 4))
+    denoise = samplers.guided_denoiser(V, network, CONDITION, negative, guidance=guidance, **more)
+    return samplers.ddim(denoise, X, samplers.schedule_for(V, "ddim", 4))
 
 
 def test_guidance_one_is_the_condition_alone():
     alone = samplers.ddim(
-        samplers.denoiser(V, network, CONDITION, CONDITION, guidance=3.0),
+        samplers.guided_denoiser(V, network, CONDITION, CONDITION, guidance=3.0),
         X,
-        samplers.plan_of(V, "ddim", 4),
+        samplers.schedule_for(V, "ddim", 4),
     )
     # away from itself is nowhere
     np.testing.assert_allclose(sampled(1.0), alone, atol=1e-5)
@@ -196,9 +200,9 @@ def test_guidance_one_is_the_condition_alone():
 
 def test_guidance_zero_is_the_negative_condition_alone():
     alone = samplers.ddim(
-        samplers.denoiser(V, network, NEGATIVE, NEGATIVE, guidance=1.0),
+        samplers.guided_denoiser(V, network, NEGATIVE, NEGATIVE, guidance=1.0),
         X,
-        samplers.plan_of(V, "ddim", 4),
+        samplers.schedule_for(V, "ddim", 4),
     )
     np.testing.assert_allclose(sampled(0.0), alone, atol=1e-5)
     assert jnp.abs(sampled(5.0) - sampled(5.0, NEGATIVE + 1)).max() > 1e-3
@@ -208,7 +212,7 @@ def test_rescaled_guidance_has_the_conditional_deviation():
     t = 500.0
 
     def prediction(guidance, rescale):
-        return samplers.denoiser(
+        return samplers.guided_denoiser(
             V, network, CONDITION, NEGATIVE, guidance=guidance, rescale=rescale
         ).predict(X, t)
 
@@ -226,11 +230,13 @@ def test_rescaled_guidance_has_the_conditional_deviation():
 
 
 def test_noise_is_a_function_of_the_rows_own_seed():
-    both = samplers.noise(jnp.array([5, 9]), (3, 3, 2))
-    np.testing.assert_array_equal(both[1], samplers.noise(jnp.array([9]), (3, 3, 2))[0])
+    both = samplers.initial_noise(jnp.array([5, 9]), (3, 3, 2))
+    np.testing.assert_array_equal(both[1], samplers.initial_noise(jnp.array([9]), (3, 3, 2))[0])
     assert jnp.abs(both[0] - both[1]).max() > 0.1
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         spread = jax.jit(
-            samplers.noise, static_argnums=1, out_shardings=jax.sharding.PartitionSpec("data")
+            samplers.initial_noise,
+            static_argnums=1,
+            out_shardings=jax.sharding.PartitionSpec("data"),
         )(jnp.arange(8), (3, 3, 2))
     np.testing.assert_array_equal(spread[5], both[0])

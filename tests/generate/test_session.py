@@ -9,12 +9,12 @@ import pytest
 
 from emu_jax import sharding, tree
 from emu_jax.config import UserError
-from emu_jax.generate.options import Options
-from emu_jax.generate.prompt import Prompt
+from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Conversation, Session, abstract_params
 from tests.support.small import VOCAB, make_session
 
-EIGHT = Options(max_new_tokens=8)
+EIGHT = GenerationConfig(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -25,88 +25,97 @@ def prompts(images):
 def uncached_image(session, uncached, prompt):
     x = uncached.x(Prompt([*prompt.tokens, session.tokenizer.img], prompt.images, prompt.slots))
     zs = []
-    for _ in range(session.grammar.n_visual):
+    for _ in range(session.processor.n_visual):
         zs.append(uncached.regressed(x))
         x = np.concatenate([x, zs[-1][None]])
     return np.stack(zs), x
 
 
 def test_images_are_the_uncached_loops(session, uncached, prompts):
-    found = session.images(prompts)
+    found = session.generate_images(prompts)
     for parts, drawn in zip(prompts, found, strict=True):
         np.testing.assert_allclose(
             drawn, uncached_image(session, uncached, session.prompt(parts))[0], atol=2e-4
         )
-        np.testing.assert_allclose(session.images([parts])[0], drawn, atol=2e-5)
+        np.testing.assert_allclose(session.generate_images([parts])[0], drawn, atol=2e-5)
     assert np.abs(found[0] - found[1]).max() > 0.1
 
 
 @pytest.mark.parametrize(
-    "options", [EIGHT, Options(max_new_tokens=8, beams=3)], ids=["greedy", "beams"]
+    "options", [EIGHT, GenerationConfig(max_new_tokens=8, beams=3)], ids=["greedy", "beams"]
 )
 def test_many_are_as_one_by_one(session, prompts, options):
-    together = session.texts(prompts, options)
-    assert together == [session.texts([parts], options)[0] for parts in prompts]
+    together = session.generate_texts(prompts, options)
+    assert together == [session.generate_texts([parts], options)[0] for parts in prompts]
     small = make_session(batch=2)
-    assert small.texts(prompts, options) == together
+    assert small.generate_texts(prompts, options) == together
 
 
 def test_a_prefix_is_as_if_it_were_said_again(session, images):
     examples = [images[3], "first", images[4], "second"]
-    prefix = session.read(examples)
+    prefix = session.prefill(examples)
     asked = [[images[0]], ["x", images[1]]]
     whole = [[*examples, *parts] for parts in asked]
-    assert session.texts(asked, EIGHT, prefix=prefix) == session.texts(whole, EIGHT)
-    assert session.texts(asked, Options(max_new_tokens=8, beams=3), prefix=prefix) == session.texts(
-        whole, Options(max_new_tokens=8, beams=3)
+    assert session.generate_texts(asked, EIGHT, prefix=prefix) == session.generate_texts(
+        whole, EIGHT
     )
+    assert session.generate_texts(
+        asked, GenerationConfig(max_new_tokens=8, beams=3), prefix=prefix
+    ) == session.generate_texts(whole, GenerationConfig(max_new_tokens=8, beams=3))
     # without a prefix too, prompts asked one by one differ from these by rounding: 3.5e-5 on one
     # machine
-    drawn = session.images(whole)
-    np.testing.assert_allclose(session.images(asked, prefix=prefix), drawn, atol=1e-4)
-    assert np.abs(session.images(asked) - drawn).max() > 0.05
+    drawn = session.generate_images(whole)
+    np.testing.assert_allclose(session.generate_images(asked, prefix=prefix), drawn, atol=1e-4)
+    assert np.abs(session.generate_images(asked) - drawn).max() > 0.05
 
 
 def test_visual_tokens_are_an_image_too(session, images):
     drawn = np.asarray(session._visual([images[0]]))[0]
-    assert session.texts([["a", drawn, "b"]], EIGHT) == session.texts(
+    assert session.generate_texts([["a", drawn, "b"]], EIGHT) == session.generate_texts(
         [["a", images[0], "b"]], EIGHT
     )
 
 
 def test_as_it_comes_is_as_at_once(session, prompts):
-    for options in (EIGHT, Options(max_new_tokens=8, temperature=1.0, top_p=0.9)):
+    for options in (EIGHT, GenerationConfig(max_new_tokens=8, temperature=1.0, top_p=0.9)):
         for parts in prompts[:2]:
             pieces = list(session.stream(parts, options))
-            assert "".join(pieces) == session.texts([parts], options)[0] and len(pieces) > 4
+            assert (
+                "".join(pieces) == session.generate_texts([parts], options)[0] and len(pieces) > 4
+            )
 
 
 def test_choices(session, prompts):
     answers = ["yes.", "no.", "yes"]
-    for options in (Options(), Options(beams=3)):
-        found = session.texts(prompts, options, choices=answers)
+    for options in (GenerationConfig(), GenerationConfig(beams=3)):
+        found = session.generate_texts(prompts, options, choices=answers)
         assert set(found) <= set(answers)
     # the sum, for beams without a penalty
     best = [
         answers[int(np.argmin(session.losses(parts, answers) * [5, 4, 4]))] for parts in prompts
     ]
-    assert session.texts(prompts, Options(beams=8, length_penalty=0.0), choices=answers) == best
+    assert (
+        session.generate_texts(
+            prompts, GenerationConfig(beams=8, length_penalty=0.0), choices=answers
+        )
+        == best
+    )
 
 
 def test_stop_texts(session):
     long = dict(min_new_tokens=24, max_new_tokens=24)
-    whole = session.texts([["dog"], ["a cat"]], Options(**long))
+    whole = session.generate_texts([["dog"], ["a cat"]], GenerationConfig(**long))
     stop = whole[0][5:7]
-    options = Options(**long, stop=(stop, "not there"))
+    options = GenerationConfig(**long, stop=(stop, "not there"))
     cut = [text[: text.find(stop)] if stop in text else text for text in whole]
-    assert session.texts([["dog"], ["a cat"]], options) == cut and len(cut[0]) <= 5
+    assert session.generate_texts([["dog"], ["a cat"]], options) == cut and len(cut[0]) <= 5
     assert "".join(session.stream(["dog"], options)) == cut[0]
 
 
 @pytest.fixture(scope="module")
 def drawing():
     """A model that says [IMG] where it may, after any three letters or so."""
-    session = make_session(scale=3, draws=2)
+    session = make_session(scale=3, max_images=2)
     head = session.params["llama"]["lm_head"]
     head["added"] = head["added"].at[1].mul(6)
     return session
@@ -115,7 +124,7 @@ def drawing():
 def test_an_answer_may_hold_images(drawing):
     # until one draws twice
     for seed in range(20):
-        options = Options(max_new_tokens=24, temperature=1.0, seed=seed)
+        options = GenerationConfig(max_new_tokens=24, temperature=1.0, seed=seed)
         pieces = list(drawing.stream(["dog"], options))
         drawn = [number for number, piece in enumerate(pieces) if not isinstance(piece, str)]
         # the limit
@@ -128,19 +137,21 @@ def test_an_answer_may_hold_images(drawing):
     said = drawing.prompt(["dog"])
     parts = pieces[: drawn[0]]
     first = Prompt(said.tokens + drawing.tokenizer.encode("".join(parts)))
-    np.testing.assert_allclose(pieces[drawn[0]].visual, drawing.images([first])[0], atol=2e-5)
+    np.testing.assert_allclose(
+        pieces[drawn[0]].visual, drawing.generate_images([first])[0], atol=2e-5
+    )
     assert pieces[drawn[0]].pixels is None
     assert all(isinstance(piece, str) for piece in drawing.stream(["dog"], options, images=0))
 
 
 def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
-    greedy = Options(max_new_tokens=12)
+    greedy = GenerationConfig(max_new_tokens=12)
     head = drawing.params["llama"]["lm_head"]
     loud = drawing.params | {
         "llama": drawing.params["llama"]
         | {"lm_head": head | {"added": head["added"].at[1].mul(20)}}
     }
-    eager = Session(drawing.size, loud, drawing.tokenizer, context=128, draws=1)
+    eager = Session(drawing.size, loud, drawing.tokenizer, context=128, max_images=1)
     prompt = next(
         word
         for word in ("dog", "cat", "a", "xyz", "no", "what")
@@ -149,7 +160,12 @@ def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
     pieces = list(eager.stream([prompt], greedy))
     text = "".join(pieces[1:])
     # [IMG] was the first of the twelve
-    assert text == eager.texts([[prompt, pieces[0].visual]], Options(max_new_tokens=11))[0]
+    assert (
+        text
+        == eager.generate_texts([[prompt, pieces[0].visual]], GenerationConfig(max_new_tokens=11))[
+            0
+        ]
+    )
 
 
 def test_pixels_come_from_decode(session):
@@ -158,10 +174,10 @@ def test_pixels_come_from_decode(session):
         session.params,
         session.tokenizer,
         context=128,
-        decode=lambda z: np.full((len(z), 8, 8, 3), 7, np.uint8),
+        image_decoder=lambda z: np.full((len(z), 8, 8, 3), 7, np.uint8),
     )
-    drawn = Conversation(other, chat=False).draw(["dog"])
-    np.testing.assert_allclose(drawn.visual, session.images([["dog"]])[0], atol=1e-5)
+    drawn = Conversation(other, chat=False).generate_image(["dog"])
+    np.testing.assert_allclose(drawn.visual, session.generate_images([["dog"]])[0], atol=1e-5)
     assert drawn.pixels.shape == (8, 8, 3) and (drawn.pixels == 7).all()
 
 
@@ -169,23 +185,23 @@ def test_a_chat_goes_on(session, images):
     session = Session(session.size, session.params, session.tokenizer, context=512)
     talk = Conversation(session, chat=True)
     t = session.tokenizer
-    first = list(talk.say([images[0], "what is this?"], EIGHT))
-    second = list(talk.say(["and now?"], EIGHT))
+    first = list(talk.reply([images[0], "what is this?"], EIGHT))
+    second = list(talk.reply(["and now?"], EIGHT))
     prompt = session.chat_prompt([images[0], "what is this?"])
-    ids = session.ids([prompt], EIGHT)[0]
+    ids = session.generate_ids([prompt], EIGHT)[0]
     assert "".join(first) == t.decode(ids)
-    again = session.grammar.turn(["and now?"], system=None, first=False)
+    again = session.processor.chat_turn(["and now?"], system=None, first=False)
     # a turn ends with </s>
     whole = Prompt([*prompt.tokens, *ids, t.eos, *again.tokens], prompt.images, prompt.slots)
-    assert "".join(second) == session.texts([whole], EIGHT)[0]
+    assert "".join(second) == session.generate_texts([whole], EIGHT)[0]
 
 
 def test_a_chat_survives_who_stops_listening(session):
     talk = Conversation(session, chat=True)
-    for number, _ in enumerate(talk.say(["tell me"], EIGHT)):
+    for number, _ in enumerate(talk.reply(["tell me"], EIGHT)):
         if number == 2:
             break
-    assert "".join(talk.say(["go on"], EIGHT))
+    assert "".join(talk.reply(["go on"], EIGHT))
 
 
 @pytest.mark.parametrize(
@@ -201,9 +217,11 @@ def test_sharded_is_as_alone(session, prompts, sizes):
         }
     )
     sharded = Session(session.size, params, session.tokenizer, context=128, mesh=mesh)
-    np.testing.assert_allclose(sharded.images(prompts[:2]), session.images(prompts[:2]), atol=2e-4)
-    assert sharded.texts(prompts, EIGHT) == session.texts(prompts, EIGHT)
-    cache = sharded.read(["a dog"]).context.cache
+    np.testing.assert_allclose(
+        sharded.generate_images(prompts[:2]), session.generate_images(prompts[:2]), atol=2e-4
+    )
+    assert sharded.generate_texts(prompts, EIGHT) == session.generate_texts(prompts, EIGHT)
+    cache = sharded.prefill(["a dog"]).state.cache
     assert cache.k.sharding.shard_shape(cache.k.shape)[3] == 4 // sizes["tensor"]
 
 
@@ -216,29 +234,29 @@ def test_a_prompt_longer_than_the_context(images):
         UserError,
         match=r"prompt has 31 elements and its answer 1 or more, and the context holds 20.*--truncate=left",
     ):
-        tight.texts([["x" * 30]])
+        tight.generate_texts([["x" * 30]])
     with pytest.raises(UserError, match="prompt has 18 elements and its answer 5 or more"):
-        tight.images([["x" * 16]])
+        tight.generate_images([["x" * 16]])
     with pytest.raises(UserError, match="prompt has 33 elements"):
-        Conversation(tight, chat=False).say(["x" * 32])
+        Conversation(tight, chat=False).reply(["x" * 32])
     cut = make_session(context=20, truncate="left")
-    assert cut.ids([["y" * 30 + "x" * 17]], Options(max_new_tokens=1)) == cut.ids(
-        [["y" + "x" * 17]], Options(max_new_tokens=1)
-    )
+    assert cut.generate_ids(
+        [["y" * 30 + "x" * 17]], GenerationConfig(max_new_tokens=1)
+    ) == cut.generate_ids([["y" + "x" * 17]], GenerationConfig(max_new_tokens=1))
 
 
 def test_no_room_is_left_for_a_turn():
     talk = Conversation(make_session(context=40), chat=True, system="")
-    list(talk.say(["x" * 20], Options(max_new_tokens=2)))
+    list(talk.reply(["x" * 20], GenerationConfig(max_new_tokens=2)))
     with pytest.raises(UserError, match="the context holds 40"):
-        talk.say(["x" * 20])
+        talk.reply(["x" * 20])
     # a shorter one is welcome
-    assert "".join(talk.say(["x"], Options(max_new_tokens=2)))
+    assert "".join(talk.reply(["x"], GenerationConfig(max_new_tokens=2)))
 
 
 def test_beams_are_not_streamed(session):
     with pytest.raises(UserError, match="cannot be streamed"):
-        session.stream(["dog"], Options(beams=2))
+        session.stream(["dog"], GenerationConfig(beams=2))
 
 
 def test_a_model_without_roles_does_not_chat():

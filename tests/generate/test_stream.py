@@ -4,7 +4,7 @@ bytes its characters are cut into.
 
 import pytest
 
-from emu_jax.generate.stream import TextStream, until_stop
+from emu_jax.generate.stream import TextStream, truncate_at_stop
 
 
 def decode(ids):
@@ -38,4 +38,7 @@ def test_a_stop_text_is_never_shown():
     assert "".join(pieces("a..b", (".b",))) == "a."
     # held back until it is certain that it is none
     assert pieces("ab", ("bc",)) == ["a", "", "b"]
-    assert until_stop("a\nb. c", (". ", "\n")) == "a" and until_stop("abc", ("x",)) == "abc"
+    assert (
+        truncate_at_stop("a\nb. c", (". ", "\n")) == "a"
+        and truncate_at_stop("abc", ("x",)) == "abc"
+    )

@@ -201,14 +201,14 @@ def test_resized_keeps_what_fits_and_flat_colours():
 
 
 def test_sampling_is_a_function_of_the_seed_on_any_mesh(predicted):
-    plan = samplers.plan_of(P.size.diffusion, "ddim", 2)
+    schedule = samplers.schedule_for(P.size.diffusion, "ddim", 2)
 
     def draw(params, condition, seeds):
         bound = model(params)
-        denoise = samplers.denoiser(
+        denoise = samplers.guided_denoiser(
             P.size.diffusion, bound.predict, condition, jnp.zeros_like(condition), guidance=2.0
         )
-        return samplers.ddim(denoise, samplers.noise(seeds, P.size.latents), plan)
+        return samplers.ddim(denoise, samplers.initial_noise(seeds, P.size.latents), schedule)
 
     seeds = jnp.arange(8)
     alone = jax.jit(draw)(PARAMS, predicted, seeds)

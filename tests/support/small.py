@@ -45,7 +45,7 @@ class Uncached:
         """The LLM's input for a prompt [t, D]."""
         x = np.array(self._embed(self.session.params, np.array([prompt.tokens]))[0])
         for image, slot in zip(prompt.images, prompt.slots, strict=True):
-            x[slot : slot + self.session.grammar.n_visual] = (
+            x[slot : slot + self.session.processor.n_visual] = (
                 self._encode(self.session.params, image[None])[0]
                 if image.dtype == np.uint8
                 else image

@@ -147,11 +147,13 @@ def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
         size.unet,
         jax.tree.map(jnp.asarray, checkpoint.restore_params(str(tmp_path / "ours")))["unet"],
     )
-    denoise = samplers.denoiser(said, network, jnp.asarray(wanted), jnp.asarray(away), guidance=3.0)
+    denoise = samplers.guided_denoiser(
+        said, network, jnp.asarray(wanted), jnp.asarray(away), guidance=3.0
+    )
     close(
         [
             samplers.SAMPLERS[sampler].run(
-                denoise, jnp.asarray(LATENTS), samplers.plan_of(said, sampler, 4)
+                denoise, jnp.asarray(LATENTS), samplers.schedule_for(said, sampler, 4)
             )
         ],
         [last(sample)],

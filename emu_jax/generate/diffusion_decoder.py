@@ -21,13 +21,13 @@ from emu_jax.models.emu import EmuSize
 from emu_jax.tree import Tree
 
 # what `draw` is told of config.drawing
-HOW = ("sampler", "steps", "guidance", "rescale")
+SAMPLING_OPTIONS = ("sampler", "steps", "guidance", "rescale")
 NEGATIVES = ("empty", "zeros")
-# pictures at once
+# images at once
 BATCH = 8
 
 
-def draw(
+def sample(
     size: DecoderSize,
     params: Tree,
     condition: Float[Array, "B N D"],
@@ -43,34 +43,36 @@ def draw(
     away: the visual tokens that the model makes of the empty prompt (Emu's way), or None for the
     zeros of a dropped condition. Raises UserError for a sampler or steps that are not there.
     """
-    plan = samplers.plan_of(size.diffusion, sampler, steps)
+    schedule = samplers.schedule_for(size.diffusion, sampler, steps)
     model = emu.bind(
         Canvas, size, {tower: params[tower] for tower in ("unet", "vae") if tower in params}
     )
-    away = (
+    unconditional = (
         jnp.zeros_like(condition)
         if negative is None
         else jnp.broadcast_to(negative, condition.shape)
     )
-    denoise = samplers.denoiser(
-        size.diffusion, model.predict, condition, away, guidance=guidance, rescale=rescale
+    denoise = samplers.guided_denoiser(
+        size.diffusion, model.predict, condition, unconditional, guidance=guidance, rescale=rescale
     )
     return model.pixels(
-        samplers.SAMPLERS[sampler].run(denoise, samplers.noise(seeds, size.latents), plan)
+        samplers.SAMPLERS[sampler].run(
+            denoise, samplers.initial_noise(seeds, size.latents), schedule
+        )
     )
 
 
-def check(diffusion: Diffusion, how: dict) -> None:
+def check_sampling(diffusion: Diffusion, sampling: dict) -> None:
     """Raises UserError for a config.drawing that says what is not there."""
-    samplers.plan_of(diffusion, how["sampler"], how["steps"])
-    if how["negative"] not in NEGATIVES:
+    samplers.schedule_for(diffusion, sampling["sampler"], sampling["steps"])
+    if sampling["negative"] not in NEGATIVES:
         raise UserError(
-            f"drawing.negative={how['negative']!r} is not one of {', '.join(NEGATIVES)}"
+            f"drawing.negative={sampling['negative']!r} is not one of {', '.join(NEGATIVES)}"
         )
 
 
-class Painter:
-    """A trained decoder in use: paint(visual) are pictures, the first with the seed `seed`, the
+class DiffusionDecoder:
+    """A trained decoder in use: paint(visual) are images, the first with the seed `seed`, the
     next with seed + 1, ...
     """
 
@@ -78,25 +80,26 @@ class Painter:
         self,
         size: DecoderSize,
         params: Tree,
-        how: dict,
+        sampling: dict,
         *,
         negative: Float[np.ndarray, "N D"] | None = None,
         seed: int = 0,
         mesh: jax.sharding.Mesh | None = None,
-        check: Callable[[UInt8[np.ndarray, "B h w 3"]], Bool[np.ndarray, "B"]] | None = None,
+        safety_checker: Callable[[UInt8[np.ndarray, "B h w 3"]], Bool[np.ndarray, "B"]]
+        | None = None,
     ):
-        """how: the fields HOW of config.drawing. check: says which pictures may be shown (a safety
+        """sampling: the fields SAMPLING_OPTIONS of config.drawing. check: says which images may be shown (a safety
         checker); the others come out black.
         """
         self.size = size
         self.params = params
-        self.how = how
+        self.sampling = sampling
         self.negative = negative
         self.seed = seed
         self.mesh = mesh
-        self.check = check
+        self.safety_checker = safety_checker
         self.rows = BATCH if mesh is None else -(-BATCH // mesh.size) * mesh.size
-        self._draw = jax.jit(partial(draw, size, **how))
+        self._sample = jax.jit(partial(sample, size, **sampling))
 
     def __call__(
         self, visual: Float[np.ndarray, "M N D"], seeds: Int[np.ndarray, "M"] | None = None
@@ -111,15 +114,17 @@ class Painter:
                 len(visual) - 1,
             )
             with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-                pictures = np.asarray(
-                    self._draw(self.params, jnp.asarray(visual[rows]), seeds[rows], self.negative)
+                images = np.asarray(
+                    self._sample(self.params, jnp.asarray(visual[rows]), seeds[rows], self.negative)
                 )
-            found.append(pictures[: len(visual) - start])
-        pictures = np.concatenate(found)
+            found.append(images[: len(visual) - start])
+        images = np.concatenate(found)
         return (
-            pictures
-            if self.check is None
-            else np.where(self.check(pictures)[:, None, None, None], pictures, 0).astype(np.uint8)
+            images
+            if self.safety_checker is None
+            else np.where(self.safety_checker(images)[:, None, None, None], images, 0).astype(
+                np.uint8
+            )
         )
 
 
@@ -128,16 +133,16 @@ def load(
     like: EmuSize,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    given: dict | None = None,
-    empty: Callable[[], Float[np.ndarray, "N D"]] | None = None,
+    overrides: dict | None = None,
+    empty_prompt: Callable[[], Float[np.ndarray, "N D"]] | None = None,
     seed: int = 0,
-) -> Painter:
+) -> DiffusionDecoder:
     """The painter of a run of the stage `decoder`, or of one of its checkpoints, with averaged
     weights where it has them.
 
-    like: the model whose visual tokens it is to draw. given: fields of config.drawing that differ
-    from its config's. empty(): what that model makes of the empty prompt, asked where guidance
-    leads away from it. Raises UserError for no decoder, or one for other visual tokens.
+    like: the model whose visual tokens it is to draw. overrides: fields of config.drawing that differ
+    from its config's. empty_prompt(): what that model makes of the empty prompt, asked where guidance
+    leads unconditional from it. Raises UserError for no decoder, or one for other visual tokens.
     """
     config = checkpoint.read_config(directory)
     if config["stage"] != "decoder":
@@ -150,14 +155,23 @@ def load(
         raise UserError(
             f"the decoder in '{directory}' draws visual tokens {takes}, and the model makes {makes} (their number and width)"
         )
-    how = config["drawing"] | (given or {})
-    check(size.diffusion, how)
+    sampling = config["drawing"] | (overrides or {})
+    check_sampling(size.diffusion, sampling)
     params = checkpoint.restore_params(
         directory, abstract_params(size, mesh, size.emu.compute), ema=config["optim"]["ema"] > 0
     )
-    negative = empty() if empty and how["negative"] == "empty" and how["guidance"] != 1 else None
-    return Painter(
-        size, params, {name: how[name] for name in HOW}, negative=negative, seed=seed, mesh=mesh
+    negative = (
+        empty_prompt()
+        if empty_prompt and sampling["negative"] == "empty" and sampling["guidance"] != 1
+        else None
+    )
+    return DiffusionDecoder(
+        size,
+        params,
+        {name: sampling[name] for name in SAMPLING_OPTIONS},
+        negative=negative,
+        seed=seed,
+        mesh=mesh,
     )
 
 

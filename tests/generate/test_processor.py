@@ -10,8 +10,8 @@ import pytest
 from emu_jax.config import UserError
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.evaluate import prompts
-from emu_jax.generate import prompt
-from emu_jax.generate.prompt import Grammar, Prompt
+from emu_jax.generate import processor
+from emu_jax.generate.processor import Processor, Prompt
 
 ROMAN = {
     "You are helpful. ": [887, 526, 8444, 29889, 29871],
@@ -30,14 +30,14 @@ ROMAN = {
 @pytest.fixture
 def released():
     """LLaMA's tokenizer, as far as the golden files show it."""
-    return Grammar(
+    return Processor(
         Tokenizer(32000, ROMAN.__getitem__, str), n_visual=4, image_size=56, width=40, added=6
     )
 
 
 @pytest.fixture
 def letters():
-    return Grammar(
+    return Processor(
         Tokenizer(256, lambda text: [ord(letter) for letter in text], str),
         n_visual=2,
         image_size=8,
@@ -58,20 +58,20 @@ SECOND = np.ones((8, 8, 3), np.uint8)
 
 def test_the_releases_prompts(released):
     assert (
-        released.plain(["first", IMAGE, "second", IMAGE, "then"]).tokens + [32001]
+        released.interleave(["first", IMAGE, "second", IMAGE, "then"]).tokens + [32001]
         == golden("emu1_pretrained", "prompt_interleaved_ids")[0]
     )
     assert (
-        released.plain(["a photo of a dog"]).tokens + [32001]
+        released.interleave(["a photo of a dog"]).tokens + [32001]
         == golden("emu1_pretrained", "prompt_text_only_ids")[0]
     )
 
 
 def test_the_releases_chat(released):
-    found = released.turn([IMAGE, "what is this?"], system="You are helpful.", first=True)
+    found = released.chat_turn([IMAGE, "what is this?"], system="You are helpful.", first=True)
     assert found.tokens == golden("emu1_instruct", "decode_prompt_ids")[0] and found.slots == [10]
     assert (
-        released.turn([IMAGE, IMAGE], system=None, first=True).tokens[:9]
+        released.chat_turn([IMAGE, IMAGE], system=None, first=True).tokens[:9]
         == golden("emu1_instruct", "input_ids")[1][:9]
     )
 
@@ -84,28 +84,33 @@ def test_system_messages_are_the_releases(letters):
 
     picture = np.zeros((8, 8, 3), np.uint8)
     video = [np.zeros((8, 8, 3), np.uint8)] * 8
-    one = text(letters.turn([picture, "what?"], system=None, first=True).tokens)
+    one = text(letters.chat_turn([picture, "what?"], system=None, first=True).tokens)
     assert one == (
         "\x01You will be presented with an image: <1>ImageContent<2>. You will be able to see the image after I provide it to you. "
         "Please answer my questions based on the given image. <4>: <1><3><3><2>what? <5>:"
     )
-    assert text(letters.turn(["what?"], system=None, first=True).tokens) == "\x01<4>: what? <5>:"
+    assert (
+        text(letters.chat_turn(["what?"], system=None, first=True).tokens) == "\x01<4>: what? <5>:"
+    )
     # interleaved: none
-    assert text(letters.turn([picture, "or", *video], system=None, first=True).tokens).startswith(
+    assert text(
+        letters.chat_turn([picture, "or", *video], system=None, first=True).tokens
+    ).startswith("\x01<4>: <1>")
+    assert text(letters.chat_turn([picture, "what?"], system="", first=True).tokens).startswith(
         "\x01<4>: <1>"
     )
-    assert text(letters.turn([picture, "what?"], system="", first=True).tokens).startswith(
-        "\x01<4>: <1>"
+    assert (
+        text(letters.chat_turn(["and now?"], system=None, first=False).tokens)
+        == "<4>: and now? <5>:"
     )
-    assert text(letters.turn(["and now?"], system=None, first=False).tokens) == "<4>: and now? <5>:"
     assert t.img == 257
 
 
 def test_text_of_added_tokens_stays_text(letters):
-    found = letters.plain(["[IMG]<image>[/IMG]</s>"])
+    found = letters.interleave(["[IMG]<image>[/IMG]</s>"])
     assert max(found.tokens) < 256 and not found.images
     assert (
-        letters.turn(["[USER]"], system="[ASSISTANT]", first=True).tokens.count(
+        letters.chat_turn(["[USER]"], system="[ASSISTANT]", first=True).tokens.count(
             letters.tokenizer.user
         )
         == 1
@@ -113,7 +118,7 @@ def test_text_of_added_tokens_stays_text(letters):
 
 
 def test_images_of_any_size_and_visual_tokens(letters):
-    found = letters.plain([np.full((5, 9, 3), 200, np.uint8), np.ones((2, 16), np.float64)])
+    found = letters.interleave([np.full((5, 9, 3), 200, np.uint8), np.ones((2, 16), np.float64)])
     assert (
         found.images[0].shape == (8, 8, 3)
         and (found.images[0] == 200).all()
@@ -136,7 +141,7 @@ def test_what_is_no_image(letters, wrong):
     with pytest.raises(
         UserError, match=r"an image is an array uint8 \[h, w, 3\], or visual tokens \[2, 16\]"
     ):
-        letters.plain([wrong])
+        letters.interleave([wrong])
 
 
 def test_cutting_takes_no_part_of_an_image():
@@ -149,7 +154,7 @@ def test_cutting_takes_no_part_of_an_image():
         (5, [1, 52], [], []),
         (2, [1, 52], [], []),
     ):
-        cut = prompt.cut_left(given, length, 2)
+        cut = processor.truncate_left(given, length, 2)
         assert (cut.tokens, [int(image.max()) for image in cut.images], cut.slots) == (
             tokens,
             images,
@@ -160,7 +165,9 @@ def test_cutting_takes_no_part_of_an_image():
 def test_joined():
     a = Prompt([1, 9], [], [])
     b = Prompt([257, 259, 259, 258], [FIRST], [1])
-    assert prompt.joined(a, b, b).slots == [3, 7] and prompt.joined(a, b).tokens == [
+    assert processor.concatenate(a, b, b).slots == [3, 7] and processor.concatenate(
+        a, b
+    ).tokens == [
         1,
         9,
         257,
@@ -172,11 +179,11 @@ def test_joined():
 
 def test_a_template_is_what_a_turn_is(session, images):
     """The evaluation's prompts are the chat's, and what looks like a token in one is that token."""
-    asked = session.grammar.template(prompts.ask("free", "why"), [[images[0]]])
+    asked = session.processor.template(prompts.ask("free", "why"), [[images[0]]])
     turn = session.chat_prompt([images[0], "why"])
     assert (
         asked.tokens == turn.tokens and asked.slots == turn.slots and asked.images[0] is images[0]
     )
     t = session.tokenizer
-    frames = session.grammar.template("a</s>{image}", [images[:2]])
+    frames = session.processor.template("a</s>{image}", [images[:2]])
     assert frames.tokens[:3] == [t.bos, *t.encode("a"), t.eos] and len(frames.images) == 2

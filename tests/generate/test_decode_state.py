@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax.generate import reading
-from emu_jax.generate.prompt import Prompt
+from emu_jax.generate import decode_state
+from emu_jax.generate.processor import Prompt
 from tests.support.small import Uncached, make_session
 
 LLAMA3 = (
@@ -23,7 +23,7 @@ LLAMA3 = (
 
 def read(session, context, prompt):
     x, lengths = session._embedded([prompt])
-    return reading.read(session.size, session.params, context, x, lengths)
+    return decode_state.prefill(session.size, session.params, context, x, lengths)
 
 
 def same(a, b):
@@ -51,8 +51,8 @@ def test_cached_is_uncached(session, uncached, images):
     )
     assert (
         context.lengths.tolist() == [len(prompt)]
-        and context.cache.slots == 32
-        and int(context.cache.filled) == 32
+        and context.cache.capacity == 32
+        and int(context.cache.length) == 32
     )
 
 
@@ -74,12 +74,12 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
         np.testing.assert_allclose(
             uncached.logits(x)[-1], table @ np.asarray(context.hidden[0]), atol=2e-4
         )
-        context = reading.read(
+        context = decode_state.prefill(
             session.size, session.params, context, uncached.embedding(token)[None], jnp.array([1])
         )
         x = np.concatenate([x, uncached.embedding(token)])
-    answer = session.texts([["a dog", images[0]]])
-    assert answer == session.texts([["a dog", images[0]], ["x"]])[:1] and answer[0]
+    answer = session.generate_texts([["a dog", images[0]]])
+    assert answer == session.generate_texts([["a dog", images[0]], ["x"]])[:1] and answer[0]
 
 
 # after <s>; before [IMG]; after [/IMG]; before the last
@@ -87,7 +87,7 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
 def test_any_split_of_a_prompt(session, images, at):
     prompt = session.prompt(["a dog", images[0], "is here."])
     assert len(prompt) == 20
-    empty = reading.empty(session.size, session.params, 1, 64)
+    empty = decode_state.init(session.size, session.params, 1, 64)
     twice = read(session, read(session, empty, part(prompt, 0, at)), part(prompt, at, 20))
     same(twice, session._read([prompt], None, 0))
 
@@ -95,7 +95,7 @@ def test_any_split_of_a_prompt(session, images, at):
 def test_nothing_more_changes_nothing(session):
     context = session._read([session.prompt(["a dog"])], None, 16)
     hidden = np.asarray(context.hidden)
-    after = reading.read(
+    after = decode_state.prefill(
         session.size, session.params, context, jnp.zeros((1, 16, 32)), jnp.array([0])
     )
     np.testing.assert_array_equal(after.hidden, hidden)
@@ -116,8 +116,8 @@ def test_rows_do_not_see_each_other(session, images):
 
 
 def test_a_prefix_is_shared(session, images):
-    prefix = session.read(["few ", images[0], "shots: "])
-    prompts = [session.grammar.plain(["a"]), session.grammar.plain(["bb", images[1]])]
+    prefix = session.prefill(["few ", images[0], "shots: "])
+    prompts = [session.processor.interleave(["a"]), session.processor.interleave(["bb", images[1]])]
     after = session._read([session._after(["a"]), session._after(["bb", images[1]])], prefix, 16)
     for row, prompt in enumerate(prompts):
         whole = session.prompt(["few ", images[0], "shots: "])
@@ -126,10 +126,10 @@ def test_a_prefix_is_shared(session, images):
         alone = session._read([Prompt(tokens, whole.images + prompt.images, slots)], None, 0)
         np.testing.assert_allclose(after.hidden[row], alone.hidden[0], atol=2e-5)
     # it can be used again
-    assert not prefix.context.hidden.is_deleted()
+    assert not prefix.state.hidden.is_deleted()
 
 
 def test_bfloat16_is_cached_in_bfloat16(session):
     size = dataclasses.replace(session.size, compute="bfloat16")
-    cache = reading.empty(size, session.params, 2, 16).cache
+    cache = decode_state.init(size, session.params, 2, 16).cache
     assert cache.k.dtype == cache.v.dtype == jnp.bfloat16 and cache.k.shape == (2, 2, 16, 4, 8)

@@ -20,8 +20,8 @@ from emu_jax.generate import media
 
 Part = str | Path | np.ndarray
 
-# of `Grammar.template`
-MARKS = re.compile(r"(\[USER\]|\[ASSISTANT\]|\[IMG\]|\[/IMG\]|</s>|\{image\})")
+# of `Processor.template`
+SPECIAL = re.compile(r"(\[USER\]|\[ASSISTANT\]|\[IMG\]|\[/IMG\]|</s>|\{image\})")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Grammar:
+class Processor:
     """How parts are written for one model."""
 
     tokenizer: Tokenizer
@@ -54,13 +54,13 @@ class Grammar:
     # what a chat begins with: data.system
     system: str = "release"
 
-    def plain(self, parts: Sequence[Part]) -> Prompt:
+    def interleave(self, parts: Sequence[Part]) -> Prompt:
         """`<s>` and the parts; each text is encoded on its own, as in training."""
         return self._written(
             [self.tokenizer.bos, *(piece for part in parts for piece in self._pieces(part))]
         )
 
-    def turn(self, parts: Sequence[Part], *, system: str | None, first: bool) -> Prompt:
+    def chat_turn(self, parts: Sequence[Part], *, system: str | None, first: bool) -> Prompt:
         """A user's turn of a chat, up to where the answer begins. system: None for the message it
         was tuned with, "" for none.
         """
@@ -97,7 +97,7 @@ class Grammar:
             "[/IMG]": t.end_img,
             "</s>": t.eos,
         }
-        for piece in MARKS.split(text):
+        for piece in SPECIAL.split(text):
             if piece == "{image}":
                 pieces += next(waiting)
             elif piece:
@@ -116,13 +116,13 @@ class Grammar:
             return [part]
         if isinstance(part, Path):
             return (
-                media.video(part, self.image_size)
+                media.load_video(part, self.image_size)
                 if media.is_video(part)
-                else [media.image(part, self.image_size)]
+                else [media.load_image(part, self.image_size)]
             )
         part = np.asarray(part)
         if part.dtype == np.uint8 and part.ndim == 3 and part.shape[-1] == 3 and part.size:
-            return [media.squashed(part, self.image_size)]
+            return [media.resize(part, self.image_size)]
         if part.dtype != np.uint8 and part.shape == (self.n_visual, self.width):
             return [part.astype(np.float32)]
         raise UserError(
@@ -153,7 +153,7 @@ def _kind(parts: Sequence[Part]) -> str:
     return "video" if isinstance(pictures[0], Path) and media.is_video(pictures[0]) else "image"
 
 
-def joined(*prompts: Prompt) -> Prompt:
+def concatenate(*prompts: Prompt) -> Prompt:
     """One prompt of several, one after another."""
     whole = Prompt()
     for prompt in prompts:
@@ -163,7 +163,7 @@ def joined(*prompts: Prompt) -> Prompt:
     return whole
 
 
-def cut_left(prompt: Prompt, length: int, n_visual: int) -> Prompt:
+def truncate_left(prompt: Prompt, length: int, n_visual: int) -> Prompt:
     """The prompt's end, of at most `length` ids, `<s>` before it, without parts of images."""
     start = len(prompt) - length + 1
     for slot in prompt.slots:

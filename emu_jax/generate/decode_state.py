@@ -2,7 +2,7 @@
 kept, shared and read on from.
 
 Reading a then b is reading a + b: so a system message is read once for many prompts, a chat goes on
-from its last turn, and an image is 32 elements read one by one. Read next: text.py, image.py,
+from its last turn, and an image is 32 elements read one by one. Read next: text_decoding.py, image_decoding.py,
 session.py.
 """
 
@@ -16,16 +16,16 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from emu_jax.models import emu
 from emu_jax.tree import Tree
-from emu_jax.types import Cache
+from emu_jax.types import KVCache
 
 
 @flax.struct.dataclass
 # JAX rebuilds it with what are no arrays
 @no_type_check
-class Context:
+class DecodeState:
     """B rows, each a sequence of its own length."""
 
-    cache: Cache
+    cache: KVCache
     # after the last element read, from which the next one is predicted
     hidden: Float[Array, "B D"]
     # elements read; the next one's position
@@ -33,39 +33,39 @@ class Context:
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
-def empty(size: emu.EmuSize, params: Tree, rows: int, slots: int) -> Context:
-    """Nothing read yet, and room for `slots` elements a row."""
-    cache = emu.bind(emu.Emu, size, params).llama.empty_cache(rows, slots, size.compute)
-    return Context(
+def init(size: emu.EmuSize, params: Tree, rows: int, capacity: int) -> DecodeState:
+    """Nothing read yet, and room for `capacity` elements a row."""
+    cache = emu.bind(emu.Emu, size, params).llama.empty_cache(rows, capacity, size.compute)
+    return DecodeState(
         cache, jnp.zeros((rows, size.llama.width), size.compute), jnp.zeros(rows, jnp.int32)
     )
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def spread(context: Context, times: int, slots: int) -> Context:
-    """A copy with every row `times` over, next to each other, and room for `slots` elements (as
+def expand(state: DecodeState, repeats: int, capacity: int) -> DecodeState:
+    """A copy with every row `repeats` over, next to each other, and room for `capacity` elements (as
     many as there are, or more).
     """
-    more = slots - context.cache.slots
+    more = capacity - state.cache.capacity
 
     def each(x, axis):
-        return jnp.repeat(x, times, axis) if times > 1 else jnp.copy(x)
+        return jnp.repeat(x, repeats, axis) if repeats > 1 else jnp.copy(x)
 
     def room(x, axis):
         return jnp.pad(each(x, axis), [(0, more if k == axis + 1 else 0) for k in range(x.ndim)])
 
-    cache = context.cache
+    cache = state.cache
     cache = cache.replace(
         k=room(cache.k, 1),
         v=room(cache.v, 1),
         positions=room(cache.positions, 0),
         segments=room(cache.segments, 0),
     )
-    return Context(cache, each(context.hidden, 0), each(context.lengths, 0))
+    return DecodeState(cache, each(state.hidden, 0), each(state.lengths, 0))
 
 
 @partial(jax.jit, static_argnums=0)
-def encode(
+def encode_images(
     size: emu.EmuSize, params: Tree, images: UInt8[Array, "M h w 3"]
 ) -> Float[Array, "M N D"]:
     """The visual tokens of images."""
@@ -88,39 +88,39 @@ def embed(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read(
+def prefill(
     size: emu.EmuSize,
     params: Tree,
-    context: Context,
+    state: DecodeState,
     x: Float[Array, "B T D"],
     lengths: Int[Array, "B"],
-) -> Context:
-    """The context after the first `lengths` elements of each row of x; it needs room for T."""
-    return step(emu.bind(emu.Emu, size, params), context, x, lengths)
+) -> DecodeState:
+    """The state after the first `lengths` elements of each row of x; it needs room for T."""
+    return extend(emu.bind(emu.Emu, size, params), state, x, lengths)
 
 
-def step(
-    model: emu.Emu, context: Context, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
-) -> Context:
-    """As `read`, inside a jitted function."""
-    return after(context, *hiddens(model, context, x, lengths), lengths)
+def extend(
+    model: emu.Emu, state: DecodeState, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
+) -> DecodeState:
+    """As `prefill`, inside a jitted function."""
+    return advance(state, *forward(model, state, x, lengths), lengths)
 
 
-def hiddens(
-    model: emu.Emu, context: Context, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states of elements that go on from the context, and the cache with them."""
+def forward(
+    model: emu.Emu, state: DecodeState, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Hidden states of elements that go on from the state, and the cache with them."""
     real = jnp.arange(x.shape[1]) < lengths[:, None]
-    positions = jnp.where(real, context.lengths[:, None] + jnp.arange(x.shape[1]), 0)
+    positions = jnp.where(real, state.lengths[:, None] + jnp.arange(x.shape[1]), 0)
     return model.llama(
-        x, positions, real.astype(jnp.int32), context.cache, kernel=model.size.attention
+        x, positions, real.astype(jnp.int32), state.cache, kernel=model.size.attention
     )
 
 
-def after(
-    context: Context, hidden: Float[Array, "B T D"], cache: Cache, lengths: Int[Array, "B"]
-) -> Context:
+def advance(
+    state: DecodeState, hidden: Float[Array, "B T D"], cache: KVCache, lengths: Int[Array, "B"]
+) -> DecodeState:
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
-    return Context(
-        cache, jnp.where(lengths[:, None] > 0, last, context.hidden), context.lengths + lengths
+    return DecodeState(
+        cache, jnp.where(lengths[:, None] > 0, last, state.hidden), state.lengths + lengths
     )

@@ -17,7 +17,7 @@ from emu_jax.data import precomputed, tokenizer
 from emu_jax.data.precomputed import Precomputed
 from emu_jax.data.sequence import Document, Pair
 from emu_jax.generate import __main__ as command
-from emu_jax.generate import pixels, precompute
+from emu_jax.generate import diffusion_decoder, precompute
 from emu_jax.generate.session import Session
 from tests.support import make
 
@@ -82,7 +82,7 @@ def call(run, *arguments):
 
 
 def painter(run, session, **options):
-    return pixels.load(str(run / "decoder"), session.size, **options)
+    return diffusion_decoder.load(str(run / "decoder"), session.size, **options)
 
 
 # Pictures
@@ -110,17 +110,20 @@ def test_it_is_the_same_on_a_mesh(run, session, visual):
 
 def test_guidance_leads_away_from_the_empty_prompt_or_from_zeros(run, session, visual):
     def empty():
-        return session.images([[]])[0]
+        return session.generate_images([[]])[0]
 
     away, zeros, plain = (
-        painter(run, session, given=given, empty=empty)(visual)
+        painter(run, session, overrides=given, empty_prompt=empty)(visual)
         for given in ({"guidance": 3.0}, {"guidance": 3.0, "negative": "zeros"}, {"guidance": 1.0})
     )
     assert (away != zeros).any() and (away != plain).any()
     np.testing.assert_array_equal(
-        painter(run, session, given={"guidance": 3.0}, empty=lambda: np.zeros((4, 32), np.float32))(
-            visual
-        ),
+        painter(
+            run,
+            session,
+            overrides={"guidance": 3.0},
+            empty_prompt=lambda: np.zeros((4, 32), np.float32),
+        )(visual),
         zeros,
     )
 
@@ -129,7 +132,7 @@ def test_what_a_checker_rejects_is_black(run, session, visual):
     paint = painter(run, session)
     whole = paint(visual)
     paint.seed = 0
-    paint.check = lambda pictures: np.array([True, False, True])
+    paint.safety_checker = lambda pictures: np.array([True, False, True])
     checked = paint(visual)
     assert not checked[1].any() and (checked[[0, 2]] == whole[[0, 2]]).all() and whole[1].any()
 
@@ -146,7 +149,7 @@ def test_what_a_checker_rejects_is_black(run, session, visual):
 )
 def test_what_cannot_draw_is_one_line(run, session, decoder, given, told):
     with pytest.raises(UserError, match=told):
-        pixels.load(str(run / decoder), session.size, given=given)
+        diffusion_decoder.load(str(run / decoder), session.size, overrides=given)
 
 
 # The command
@@ -171,8 +174,10 @@ def test_a_picture_from_a_prompt(run, session, capsys, tmp_path):
         "apple-2.png",
         "apple.png",
     ]
-    visual = session.images([["a red", "apple"]])
-    want = painter(run, session, seed=3, empty=lambda: session.images([[]])[0])(visual)[0]
+    visual = session.generate_images([["a red", "apple"]])
+    want = painter(run, session, seed=3, empty_prompt=lambda: session.generate_images([[]])[0])(
+        visual
+    )[0]
     with (
         Image.open(tmp_path / "new/apple.png") as picture,
         Image.open(tmp_path / "new/apple-2.png") as second,
@@ -316,7 +321,7 @@ def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(
     stored = Precomputed(str(tmp_path), "conditions", "mixture", {"a": 5})
     for number, parts in ((0, ["a dog"]), (1, ["a cat"]), (3, []), (4, ["one two"])):
         np.testing.assert_allclose(
-            stored.lookup(f"a/d{number}"), session.images([parts])[0], rtol=2e-3, atol=2e-3
+            stored.lookup(f"a/d{number}"), session.generate_images([parts])[0], rtol=2e-3, atol=2e-3
         )
     assert (
         command.main([*(a for a in arguments if "init" not in a), f"--config.init={run}/decoder"])

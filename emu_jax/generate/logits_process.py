@@ -2,7 +2,7 @@
 forbidden scores -inf.
 
 Pure functions on [B, V]; the numbers may be traced, so that one compiled loop serves all of them.
-Read next: text.py.
+Read next: text_decoding.py.
 """
 
 from typing import no_type_check
@@ -18,8 +18,8 @@ from emu_jax.generate.trie import Trie
 @flax.struct.dataclass
 # JAX rebuilds it with what are no arrays
 @no_type_check
-class Rules:
-    """`Options` (options.py) and what else bears on the choice of a token, for a compiled loop."""
+class SamplingMetadata:
+    """`GenerationConfig` (generation_config.py) and what else bears on the choice of a token, for a compiled loop."""
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
@@ -29,21 +29,21 @@ class Rules:
     length_penalty: Float[Array, ""]
     min_new_tokens: Int[Array, ""]
     # new tokens that a row may have
-    limits: Int[Array, "B"]
+    max_new_tokens: Int[Array, "B"]
     # ids that may be chosen at all
     allowed: Bool[Array, "V"]
     # ids after which a row is done
-    ends: Bool[Array, "V"]
+    stop_ids: Bool[Array, "V"]
     # ids of the prompts; V or more for none
-    said: Int[Array, "B T"]
+    prompt_ids: Int[Array, "B T"]
     # of the answers to choose from
     trie: Trie | None
 
 
-def process(
+def process_logits(
     scores: Float[Array, "B V"],
-    rules: Rules,
-    said: Int[Array, "B T"],
+    metadata: SamplingMetadata,
+    previous_ids: Int[Array, "B T"],
     node: Int[Array, "B"],
     count: Int[Array, ""],
     eos: int,
@@ -52,28 +52,34 @@ def process(
     beams.
     """
     V = scores.shape[-1]
-    scores = repetition_penalty(scores, said, rules.repetition_penalty)
-    scores = jnp.where((jnp.arange(V) == eos) & (count < rules.min_new_tokens), -jnp.inf, scores)
-    allowed = rules.allowed if rules.trie is None else rules.allowed & rules.trie.allowed(node, V)
+    scores = repetition_penalty(scores, previous_ids, metadata.repetition_penalty)
+    scores = jnp.where((jnp.arange(V) == eos) & (count < metadata.min_new_tokens), -jnp.inf, scores)
+    allowed = (
+        metadata.allowed
+        if metadata.trie is None
+        else metadata.allowed & metadata.trie.allowed(node, V)
+    )
     return jnp.where(allowed, scores, -jnp.inf)
 
 
-def sample(scores: Float[Array, "B V"], rules: Rules, keys: Key[Array, "B"]) -> Int[Array, "B"]:
+def sample(
+    scores: Float[Array, "B V"], metadata: SamplingMetadata, keys: Key[Array, "B"]
+) -> Int[Array, "B"]:
     """One id a row, at random; `keys` has one of each row."""
-    scores = scores / rules.temperature
-    for keep, value in ((top_k, rules.top_k), (top_p, rules.top_p), (min_p, rules.min_p)):
+    scores = scores / metadata.temperature
+    for keep, value in ((top_k, metadata.top_k), (top_p, metadata.top_p), (min_p, metadata.min_p)):
         scores = keep(scores, value)
     return jax.vmap(jax.random.categorical)(keys, scores)
 
 
 def repetition_penalty(
-    scores: Float[Array, "B V"], said: Int[Array, "B T"], penalty: Float[Array, ""]
+    scores: Float[Array, "B V"], previous_ids: Int[Array, "B T"], penalty: Float[Array, ""]
 ) -> Float[Array, "B V"]:
-    """Scores of ids in `said` (V or more: none), once each, divided by the penalty where positive,
+    """Scores of ids in `previous_ids` (V or more: none), once each, divided by the penalty where positive,
     else multiplied by it.
     """
     rows = jnp.arange(scores.shape[0])[:, None]
-    seen = jnp.zeros(scores.shape, bool).at[rows, said].set(True, mode="drop")
+    seen = jnp.zeros(scores.shape, bool).at[rows, previous_ids].set(True, mode="drop")
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from emu_jax.config import UserError
-from emu_jax.generate import sampling, trie
-from emu_jax.generate.options import Options
+from emu_jax.generate import logits_process, trie
+from emu_jax.generate.generation_config import GenerationConfig
 
 SCORES = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.25, 0.2]]))
 
@@ -21,11 +21,11 @@ def kept(scores):
     [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (0, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])],
 )
 def test_top_k(k, left):
-    assert kept(sampling.top_k(SCORES, jnp.int32(k))) == left
+    assert kept(logits_process.top_k(SCORES, jnp.int32(k))) == left
 
 
 def test_top_k_keeps_what_is_equal():
-    assert kept(sampling.top_k(jnp.array([[1.0, 2, 1, 0]]), jnp.int32(2))) == [0, 1, 2]
+    assert kept(logits_process.top_k(jnp.array([[1.0, 2, 1, 0]]), jnp.int32(2))) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,14 @@ def test_top_k_keeps_what_is_equal():
     ],
 )
 def test_top_p(p, left):
-    assert kept(sampling.top_p(SCORES, jnp.float32(p))) == left
+    assert kept(logits_process.top_p(SCORES, jnp.float32(p))) == left
 
 
 @pytest.mark.parametrize(
     "p, left", [(0.0, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.3, [1, 3, 4]), (1.0, [1])]
 )
 def test_min_p(p, left):
-    assert kept(sampling.min_p(SCORES, jnp.float32(p))) == left
+    assert kept(logits_process.min_p(SCORES, jnp.float32(p))) == left
 
 
 def test_repetition_penalty():
@@ -56,12 +56,12 @@ def test_repetition_penalty():
     # one twice, which counts once; 4 is none
     said = jnp.array([[0, 1, 0, 4]])
     np.testing.assert_allclose(
-        sampling.repetition_penalty(scores, said, jnp.float32(2)), [[1, -4, 1, -1]]
+        logits_process.repetition_penalty(scores, said, jnp.float32(2)), [[1, -4, 1, -1]]
     )
 
 
 def test_what_is_drawn_is_as_likely_as_it_is_said():
-    rules = sampling.Rules(
+    metadata = logits_process.SamplingMetadata(
         temperature=jnp.float32(0.5),
         top_k=jnp.int32(3),
         top_p=jnp.float32(1),
@@ -71,16 +71,16 @@ def test_what_is_drawn_is_as_likely_as_it_is_said():
                 "repetition_penalty",
                 "length_penalty",
                 "min_new_tokens",
-                "limits",
+                "max_new_tokens",
                 "allowed",
-                "ends",
-                "said",
+                "stop_ids",
+                "prompt_ids",
                 "trie",
             )
         ),
     )
-    draws = sampling.sample(
-        jnp.tile(SCORES, (4000, 1)), rules, jax.random.split(jax.random.key(0), 4000)
+    draws = logits_process.sample(
+        jnp.tile(SCORES, (4000, 1)), metadata, jax.random.split(jax.random.key(0), 4000)
     )
     # temperature 1/2 squares
     weights = np.array([0, 0.4, 0, 0.25, 0.2]) ** 2
@@ -91,7 +91,7 @@ def test_what_is_drawn_is_as_likely_as_it_is_said():
 
 def test_a_trie_allows_its_answers_and_nothing_else():
     answers = [[5, 7], [5], [6, 7, 8]]
-    made = trie.make(answers, 2)
+    made = trie.build(answers, 2)
     found = []
 
     def walk(node, so_far):
@@ -104,7 +104,7 @@ def test_a_trie_allows_its_answers_and_nothing_else():
     walk(0, [])
     assert sorted(found) == sorted(answers)
     with pytest.raises(UserError, match="no answers"):
-        trie.make([], 2)
+        trie.build([], 2)
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_a_trie_allows_its_answers_and_nothing_else():
 )
 def test_options_that_make_no_sense(wrong, told):
     with pytest.raises(UserError, match=told):
-        Options(**wrong)
+        GenerationConfig(**wrong)

@@ -6,7 +6,7 @@ from emu_jax.config import UserError
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerationConfig:
     """How text is generated. Greedy unless there is a temperature or there are beams."""
 
     max_new_tokens: int = 128

@@ -1,8 +1,8 @@
 """Text: the next token again and again, in one compiled loop over a cache; greedy, sampled, or by
 beams.
 
-A `Draft` can be written on to any length, token by token for a reader who waits, or at once: the
-same loop, the same ids. Beams are Hugging Face's (transformers 4.44.2, early_stopping=False). Read
+A `TextDecodeState` can be written on to any length, token by token for a reader who waits, or at once: the
+same loop, the same ids. BeamSearchState are Hugging Face's (transformers 4.44.2, early_stopping=False). Read
 next: session.py.
 """
 
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from emu_jax.generate import reading, sampling
-from emu_jax.generate.reading import Context
-from emu_jax.generate.sampling import Rules
+from emu_jax.generate import decode_state, logits_process
+from emu_jax.generate.decode_state import DecodeState
+from emu_jax.generate.logits_process import SamplingMetadata
 from emu_jax.models import emu
 from emu_jax.tree import Tree
 
@@ -30,12 +30,12 @@ DEAD = -1e9
 @flax.struct.dataclass
 # JAX rebuilds it with what are no arrays
 @no_type_check
-class Draft:
+class TextDecodeState:
     """Answers that are being written: `count` ids a row, of which all but the last are read. A row
     that is done repeats </s>.
     """
 
-    context: Context
+    llm: DecodeState
     ids: Int[Array, "B n"]
     count: Int[Array, ""]
     done: Bool[Array, "B"]
@@ -45,76 +45,82 @@ class Draft:
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def begin(
+def start(
     size: emu.EmuSize,
     params: Tree,
-    context: Context,
+    llm: DecodeState,
     keys: Key[Array, "B"],
     room: int,
-    rules: Rules,
-) -> Draft:
+    metadata: SamplingMetadata,
+) -> TextDecodeState:
     """The first id of each answer; there will be at most `room`, and the context needs room for
     them.
     """
-    rows = context.lengths.shape[0]
+    rows = llm.lengths.shape[0]
     zeros = jnp.zeros(rows, jnp.int32)
-    draft = Draft(
-        context, jnp.full((rows, room), EOS), jnp.int32(0), jnp.zeros(rows, bool), zeros, keys
+    state = TextDecodeState(
+        llm, jnp.full((rows, room), EOS), jnp.int32(0), jnp.zeros(rows, bool), zeros, keys
     )
-    return _choose(emu.bind(emu.Emu, size, params), draft, rules)
+    return _choose(emu.bind(emu.Emu, size, params), state, metadata)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def write(
-    size: emu.EmuSize, params: Tree, draft: Draft, until: Int[Array, ""], rules: Rules
-) -> Draft:
-    """The draft with `until` ids a row, or fewer if all rows are done before."""
+def decode(
+    size: emu.EmuSize,
+    params: Tree,
+    state: TextDecodeState,
+    until: Int[Array, ""],
+    metadata: SamplingMetadata,
+) -> TextDecodeState:
+    """The state with `until` ids a row, or fewer if all rows are done before."""
     model = emu.bind(emu.Emu, size, params)
 
-    def one(draft: Draft) -> Draft:
-        token = jax.lax.dynamic_index_in_dim(draft.ids, draft.count - 1, 1)
+    def step(state: TextDecodeState) -> TextDecodeState:
+        token = jax.lax.dynamic_index_in_dim(state.ids, state.count - 1, 1)
         x = model.llama.embeddings(token, size.compute)
         return _choose(
             model,
-            draft.replace(
-                context=reading.step(model, draft.context, x, (~draft.done).astype(jnp.int32))
+            state.replace(
+                llm=decode_state.extend(model, state.llm, x, (~state.done).astype(jnp.int32))
             ),
-            rules,
+            metadata,
         )
 
-    return jax.lax.while_loop(lambda draft: (draft.count < until) & ~draft.done.all(), one, draft)
+    return jax.lax.while_loop(lambda state: (state.count < until) & ~state.done.all(), step, state)
 
 
-def _choose(model: emu.Emu, draft: Draft, rules: Rules) -> Draft:
-    scores = sampling.process(
-        model.llama.logits(draft.context.hidden),
-        rules,
-        _said(rules, draft.ids, draft.count),
-        draft.node,
-        draft.count,
+def _choose(model: emu.Emu, state: TextDecodeState, metadata: SamplingMetadata) -> TextDecodeState:
+    scores = logits_process.process_logits(
+        model.llama.logits(state.llm.hidden),
+        metadata,
+        _previous_ids(metadata, state.ids, state.count),
+        state.node,
+        state.count,
         EOS,
     )
-    keys = jax.vmap(jax.random.fold_in, (0, None))(draft.keys, draft.count)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
     token = jax.lax.cond(
-        rules.temperature > 0,
-        lambda: sampling.sample(scores, rules, keys),
+        metadata.temperature > 0,
+        lambda: logits_process.sample(scores, metadata, keys),
         lambda: jnp.argmax(scores, -1),
     )
-    token = jnp.where(draft.done, EOS, token)
-    count = draft.count + 1
-    return draft.replace(
-        ids=draft.ids.at[:, draft.count].set(token),
+    token = jnp.where(state.done, EOS, token)
+    count = state.count + 1
+    return state.replace(
+        ids=state.ids.at[:, state.count].set(token),
         count=count,
-        done=draft.done | rules.ends[token] | (count >= rules.limits),
-        node=draft.node if rules.trie is None else rules.trie.follow(draft.node, token),
+        done=state.done | metadata.stop_ids[token] | (count >= metadata.max_new_tokens),
+        node=state.node if metadata.trie is None else metadata.trie.follow(state.node, token),
     )
 
 
-def _said(rules: Rules, ids: Int[Array, "B n"], count: Int[Array, ""]) -> Int[Array, "B s"]:
+def _previous_ids(
+    metadata: SamplingMetadata, ids: Int[Array, "B n"], count: Int[Array, ""]
+) -> Int[Array, "B s"]:
     """Ids of the prompts and of the answers so far."""
-    nothing = rules.allowed.shape[0]
+    nothing = metadata.allowed.shape[0]
     return jnp.concatenate(
-        [rules.said, jnp.where(jnp.arange(ids.shape[1]) < count, ids, nothing)], 1
+        [metadata.prompt_ids, jnp.where(jnp.arange(ids.shape[1]) < count, ids, nothing)], 1
     )
 
 
@@ -122,20 +128,20 @@ def _said(rules: Rules, ids: Int[Array, "B n"], count: Int[Array, ""]) -> Int[Ar
 def nll(
     size: emu.EmuSize,
     params: Tree,
-    context: Context,
+    llm: DecodeState,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
 ) -> Float[Array, "B"]:
     """Summed cross-entropy of the first `lengths` tokens of each row, as what follows the
-    context.
+    llm.
     """
     model = emu.bind(emu.Emu, size, params)
-    hidden, _ = reading.hiddens(
-        model, context, model.llama.embeddings(tokens, size.compute), lengths
+    hidden, _ = decode_state.forward(
+        model, llm, model.llama.embeddings(tokens, size.compute), lengths
     )
-    before = jnp.concatenate([context.hidden[:, None], hidden[:, :-1]], 1)
+    before = jnp.concatenate([llm.hidden[:, None], hidden[:, :-1]], 1)
 
-    def one(pair):
+    def step(pair):
         hidden, token = pair
         return jnp.take_along_axis(
             jax.nn.log_softmax(model.llama.logits(hidden), -1), token[:, None], 1
@@ -158,9 +164,9 @@ def until_end(ids: np.ndarray) -> list[int]:
 @flax.struct.dataclass
 # JAX rebuilds it with what are no arrays
 @no_type_check
-class Beams:
+class BeamSearchState:
     # B * K rows, beam after beam
-    context: Context
+    llm: DecodeState
     ids: Int[Array, "B K n"]
     # log-probabilities
     sums: Float[Array, "B K"]
@@ -174,10 +180,15 @@ class Beams:
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
-def search(
-    size: emu.EmuSize, params: Tree, context: Context, beams: int, room: int, rules: Rules
+def beam_search(
+    size: emu.EmuSize,
+    params: Tree,
+    llm: DecodeState,
+    beams: int,
+    room: int,
+    metadata: SamplingMetadata,
 ) -> Int[Array, "B n"]:
-    """The best answer of each row, filled up with </s>; the context, already `beams` times over,
+    """The best answer of each row, filled up with </s>; the llm, already `beams` times over,
     needs room for `room` ids.
 
     Every step takes the 2 K best continuations of the K running beams: of the first K, those that
@@ -187,10 +198,10 @@ def search(
     """
     model = emu.bind(emu.Emu, size, params)
     K = beams
-    rows = context.lengths.shape[0] // K
+    rows = llm.lengths.shape[0] // K
     nobody = jnp.full((rows, K, room), EOS)
-    state = Beams(
-        context,
+    state = BeamSearchState(
+        llm,
         nobody,
         jnp.tile(jnp.array([0.0] + [DEAD] * (K - 1)), (rows, 1)),
         jnp.zeros((rows, K), jnp.int32),
@@ -199,27 +210,27 @@ def search(
         jnp.full((rows, K), -jnp.inf),
         jnp.zeros(rows, bool),
     )
-    rules = rules.replace(said=jnp.repeat(rules.said, K, 0))
+    metadata = metadata.replace(prompt_ids=jnp.repeat(metadata.prompt_ids, K, 0))
 
-    def one(state: Beams) -> Beams:
+    def step(state: BeamSearchState) -> BeamSearchState:
         token = jax.lax.dynamic_index_in_dim(state.ids.reshape(rows * K, room), state.count - 1, 1)
         x = model.llama.embeddings(token, size.compute)
         return _extend(
             model,
             state.replace(
-                context=reading.step(model, state.context, x, jnp.ones(rows * K, jnp.int32))
+                llm=decode_state.extend(model, state.llm, x, jnp.ones(rows * K, jnp.int32))
             ),
-            rules,
+            metadata,
         )
 
-    def going(state):
-        return ((state.count < rules.limits) & ~state.done).any()
+    def unfinished(state):
+        return ((state.count < metadata.max_new_tokens) & ~state.done).any()
 
-    state = jax.lax.while_loop(going, one, _extend(model, state, rules))
+    state = jax.lax.while_loop(unfinished, step, _extend(model, state, metadata))
     running = (
         state.sums
-        / jnp.minimum(state.count, rules.limits).astype(jnp.float32)[:, None]
-        ** rules.length_penalty
+        / jnp.minimum(state.count, metadata.max_new_tokens).astype(jnp.float32)[:, None]
+        ** metadata.length_penalty
     )
     scores = jnp.concatenate([state.scores, jnp.where(state.done[:, None], -jnp.inf, running)], 1)
     return jnp.take_along_axis(
@@ -227,15 +238,15 @@ def search(
     )[:, 0]
 
 
-def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
+def _extend(model: emu.Emu, state: BeamSearchState, metadata: SamplingMetadata) -> BeamSearchState:
     """One more id of every running beam."""
     B, K, room = state.ids.shape
-    V = rules.allowed.shape[0]
-    logits = jax.nn.log_softmax(model.llama.logits(state.context.hidden), -1)
-    scores = sampling.process(
+    V = metadata.allowed.shape[0]
+    logits = jax.nn.log_softmax(model.llama.logits(state.llm.hidden), -1)
+    scores = logits_process.process_logits(
         logits,
-        rules,
-        _said(rules, state.ids.reshape(B * K, room), state.count),
+        metadata,
+        _previous_ids(metadata, state.ids.reshape(B * K, room), state.count),
         state.node.ravel(),
         state.count,
         EOS,
@@ -249,7 +260,7 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
     def pick(values, index):
         return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), 1)
 
-    score = best / (state.count + 1).astype(jnp.float32) ** rules.length_penalty
+    score = best / (state.count + 1).astype(jnp.float32) ** metadata.length_penalty
 
     ends = token == EOS
     hypotheses = jnp.concatenate(
@@ -266,11 +277,13 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
     ids = pick(state.ids, parent).at[:, :, state.count].set(token)
     node = pick(state.node, parent)
     node = (
-        node if rules.trie is None else rules.trie.follow(node.ravel(), token.ravel()).reshape(B, K)
+        node
+        if metadata.trie is None
+        else metadata.trie.follow(node.ravel(), token.ravel()).reshape(B, K)
     )
 
     # such a row stays as it is
-    over = state.done | (state.count >= rules.limits)
+    over = state.done | (state.count >= metadata.max_new_tokens)
 
     def keep(old, new):
         return jnp.where(over.reshape(B, *[1] * (new.ndim - 1)), old, new)
@@ -280,8 +293,8 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
         score[:, 0] == -jnp.inf
     )
     came_from = (keep(jnp.arange(K)[None], parent) + K * jnp.arange(B)[:, None]).ravel()
-    return Beams(
-        _reorder(state.context, came_from, room),
+    return BeamSearchState(
+        _reorder(state.llm, came_from, room),
         keep(state.ids, ids),
         keep(state.sums, sums),
         keep(state.node, node),
@@ -292,14 +305,14 @@ def _extend(model: emu.Emu, state: Beams, rules: Rules) -> Beams:
     )
 
 
-def _reorder(context: Context, came_from: Int[Array, "B"], room: int) -> Context:
+def _reorder(llm: DecodeState, came_from: Int[Array, "B"], room: int) -> DecodeState:
     """Each beam's own answer moves with it; what was read before the answers is the same for all
     beams of a row.
     """
-    start = context.cache.slots - room
+    start = llm.cache.capacity - room
 
     def move(x):
         return jax.lax.dynamic_update_slice_in_dim(x, x[:, came_from, start:], start, 2)
 
-    cache = context.cache.replace(k=move(context.cache.k), v=move(context.cache.v))
-    return context.replace(cache=cache, hidden=context.hidden[came_from])
+    cache = llm.cache.replace(k=move(llm.cache.k), v=move(llm.cache.v))
+    return llm.replace(cache=cache, hidden=llm.hidden[came_from])

@@ -5,7 +5,7 @@ Python lists.
 import numpy as np
 import pytest
 
-from emu_jax.generate.options import Options
+from emu_jax.generate.generation_config import GenerationConfig
 from tests.support.small import VOCAB, Uncached, make_session
 
 
@@ -76,7 +76,7 @@ def test_greedy_is_the_uncached_argmax(session, uncached, images):
         session.prompt(parts)
         for parts in (["a dog", images[0]], ["x"], [images[1], "this is a longer one"])
     ]
-    found = session.ids(prompts, Options(max_new_tokens=12))
+    found = session.generate_ids(prompts, GenerationConfig(max_new_tokens=12))
     assert found == [greedy(uncached, prompt, 12, VOCAB) for prompt in prompts]
     assert len({tuple(ids) for ids in found}) == 3
 
@@ -88,8 +88,8 @@ def test_beams_are_a_plain_search(ending, images, beams, penalty):
     prompts = [
         ending.prompt(parts) for parts in (["dog"], [images[0], "!"], ["a cat", images[1], "and?"])
     ]
-    found = ending.ids(
-        prompts, Options(max_new_tokens=8, beams=beams, length_penalty=penalty), added=True
+    found = ending.generate_ids(
+        prompts, GenerationConfig(max_new_tokens=8, beams=beams, length_penalty=penalty), added=True
     )
     assert found == [plain_beams(uncached, prompt, 8, beams, penalty) for prompt in prompts]
     assert any(len(ids) < 8 for ids in found) or penalty > 0
@@ -97,14 +97,14 @@ def test_beams_are_a_plain_search(ending, images, beams, penalty):
 
 def test_beams_that_must_not_end_yet(ending):
     prompt = ending.prompt(["dog"])
-    options = Options(max_new_tokens=8, min_new_tokens=5, beams=3, length_penalty=-1.0)
-    (found,) = ending.ids([prompt], options, added=True)
+    options = GenerationConfig(max_new_tokens=8, min_new_tokens=5, beams=3, length_penalty=-1.0)
+    (found,) = ending.generate_ids([prompt], options, added=True)
     assert found == plain_beams(Uncached(ending), prompt, 8, 3, -1.0, least=5) and len(found) >= 5
 
 
 def test_min_new_tokens(ending):
     short, long = (
-        ending.ids([["dog"]], Options(max_new_tokens=16, min_new_tokens=least))[0]
+        ending.generate_ids([["dog"]], GenerationConfig(max_new_tokens=16, min_new_tokens=least))[0]
         for least in (0, 12)
     )
     assert len(short) < 12 <= len(long) and long[: len(short)] == short
@@ -114,35 +114,38 @@ def test_an_answer_ends_with_the_context():
     tight = make_session(context=24)
     lengths = [
         len(ids)
-        for ids in tight.ids(
-            [["x" * 15], ["x" * 21]], Options(max_new_tokens=40, min_new_tokens=40)
+        for ids in tight.generate_ids(
+            [["x" * 15], ["x" * 21]], GenerationConfig(max_new_tokens=40, min_new_tokens=40)
         )
     ]
     assert lengths == [8, 2]
     assert [
         len(ids)
-        for ids in tight.ids(
-            [["x" * 15], ["x" * 21]], Options(max_new_tokens=40, min_new_tokens=40, beams=2)
+        for ids in tight.generate_ids(
+            [["x" * 15], ["x" * 21]],
+            GenerationConfig(max_new_tokens=40, min_new_tokens=40, beams=2),
         )
     ] == lengths
 
 
 def test_sampling_follows_the_seed_and_the_row(session):
-    options = Options(max_new_tokens=12, temperature=1.0, top_k=50)
-    first, again = (session.ids([["dog"], ["dog"]], options) for _ in range(2))
+    options = GenerationConfig(max_new_tokens=12, temperature=1.0, top_k=50)
+    first, again = (session.generate_ids([["dog"], ["dog"]], options) for _ in range(2))
     assert first == again and first[0] != first[1]
     assert (
-        session.ids([["dog"]], Options(max_new_tokens=12, temperature=1.0, top_k=50, seed=1))[0]
+        session.generate_ids(
+            [["dog"]], GenerationConfig(max_new_tokens=12, temperature=1.0, top_k=50, seed=1)
+        )[0]
         != first[0]
     )
-    assert session.ids(
-        [["dog"]], Options(max_new_tokens=12, temperature=1.0, top_k=1)
-    ) == session.ids([["dog"]], Options(max_new_tokens=12))
+    assert session.generate_ids(
+        [["dog"]], GenerationConfig(max_new_tokens=12, temperature=1.0, top_k=1)
+    ) == session.generate_ids([["dog"]], GenerationConfig(max_new_tokens=12))
 
 
 def test_a_penalty_against_repetition(session):
-    said = session.ids(
-        [["dog"]], Options(max_new_tokens=16, repetition_penalty=1e6, min_new_tokens=16)
+    said = session.generate_ids(
+        [["dog"]], GenerationConfig(max_new_tokens=16, repetition_penalty=1e6, min_new_tokens=16)
     )[0]
     assert len(set(said)) == 16 and not set(said) & set(session.tokenizer.encode("dog"))
 
@@ -160,6 +163,6 @@ def test_losses_are_the_uncached_models(session, uncached, images):
         )
     alone = session.losses(prompt, answers[:1])
     assert alone[0] == pytest.approx(found[0], abs=1e-5) and session.losses(
-        session.read(prompt), answers
+        session.prefill(prompt), answers
     ) == pytest.approx(found)
     assert abs(session.losses(prompt, answers, end=False) - found).min() > 1e-3
