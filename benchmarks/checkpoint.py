@@ -72,17 +72,17 @@ def half(what: str, folder: str, arguments: list[str]) -> None:
 
     from emu_jax import config, sharding, stages, train
     from emu_jax.checkpoint import CheckpointManager
-    from emu_jax.models import emu
+    from emu_jax.models import module
 
     c = config.load([*arguments, "--config.mesh.data=1"])
     stage = stages.STAGES[c.stage]
-    size = stage.size(c.model.to_dict())
-    abstract = jax.eval_shape(lambda: emu.init(stage.module, size, jax.random.key(0)))
+    model_config = stage.size(c.model.to_dict())
+    abstract = module.abstract(stage.module, model_config)
     mesh = sharding.make_mesh(c.mesh.to_dict())
     with jax.set_mesh(mesh):
         like = train.abstract_state(
             c,
-            train.make_program(c, stage, size, abstract),
+            train.make_program(c, stage, model_config, abstract),
             mesh,
             abstract,
             train.what_trains(c, abstract),

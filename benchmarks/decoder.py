@@ -28,7 +28,7 @@ from train_step import matmul_peak
 
 from emu_jax import config, loop, sharding, stages, train, tree
 from emu_jax.generate import diffusion_decoder, samplers
-from emu_jax.models import emu, flops
+from emu_jax.models import flops, module
 from emu_jax.types import DecoderBatch
 
 # of the places; of the condition: a quarter of the 14B's width
@@ -102,12 +102,12 @@ def compiled(function, *arguments):
 def measure(steps: int, sampling: int) -> dict[str, float]:
     c = quarter()
     stage = stages.STAGES[c.stage]
-    size = stage.size(c.model.to_dict())
-    params = jax.jit(partial(emu.init, stage.module, size))(jax.random.key(0))
-    program = train.make_program(c, stage, size, jax.eval_shape(lambda: params))
+    model_config = stage.size(c.model.to_dict())
+    params = jax.jit(partial(module.init, stage.module, model_config))(jax.random.key(0))
+    program = train.make_program(c, stage, model_config, jax.eval_shape(lambda: params))
     state = loop.init_state(program, *tree.split(params, train.what_trains(c, params)))
     peak = matmul_peak()
-    once = flops.unet(size.unet, SIDE, TOKENS)
+    once = flops.unet(model_config.unet, SIDE, TOKENS)
     rows = batch(c)
 
     train_compile, step = compiled(
@@ -125,7 +125,11 @@ def measure(steps: int, sampling: int) -> dict[str, float]:
     draw_compile, draw = compiled(
         jax.jit(
             partial(
-                diffusion_decoder.sample, size, sampler=SAMPLER, steps=sampling, guidance=GUIDANCE
+                diffusion_decoder.sample,
+                model_config,
+                sampler=SAMPLER,
+                steps=sampling,
+                guidance=GUIDANCE,
             )
         ),
         canvas,

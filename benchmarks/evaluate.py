@@ -27,7 +27,7 @@ from emu_jax.evaluate import benchmark
 from emu_jax.evaluate.annotations import Example
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate.session import Session
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 
 
 def pictures(folder: Path, count: int) -> benchmark.Plan:
@@ -69,14 +69,16 @@ def main() -> int:
     parser.add_argument("--size", default="emu-60m", help="of configs/sizes.py (emu-60m)")
     parser.add_argument("--json", metavar="FILE", help="the numbers, as JSON")
     flags = parser.parse_args()
-    size = emu.EmuSize.of(config.load([f"--config=configs/base.py:{flags.size}"]).model.to_dict())
-    params = jax.jit(partial(emu.init, emu.Emu, size))(jax.random.key(0))
+    model_config = emu.EmuConfig.of(
+        config.load([f"--config=configs/base.py:{flags.size}"]).model.to_dict()
+    )
+    params = jax.jit(partial(module.init, emu.Emu, model_config))(jax.random.key(0))
     letters = Tokenizer(
-        size.llama.vocab,
+        model_config.llama.vocab,
         lambda text: [3 + ord(letter) for letter in text],
         lambda ids: " ".join(map(str, ids)),
     )
-    session = Session(size, params, letters, context=2048)
+    session = Session(model_config, params, letters, context=2048)
     with tempfile.TemporaryDirectory() as folder:
         planned = pictures(Path(folder), flags.images)
         together, said = captions(session, planned, flags.batch)
@@ -91,7 +93,7 @@ def main() -> int:
         "ratio": alone / together,
         "alike": float(np.mean([a == b for a, b in zip(said, said_alone, strict=True)])),
     }
-    print(f"{flags.images} captions, {flags.size}, {size.compute}, {numbers['device']}")
+    print(f"{flags.images} captions, {flags.size}, {model_config.compute}, {numbers['device']}")
     print(f"  {flags.batch} at once  {numbers['captions_per_second']:8.2f} a second")
     print(
         f"  one by one  {numbers['captions_per_second_alone']:8.2f} a second; {numbers['ratio']:.1f} times as slow, "

@@ -29,7 +29,7 @@ from emu_jax.generate import text_decoding
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 
 # tokens of the prompt, visual tokens of an image (as the release has), new tokens of an answer
 PREFIX = 512
@@ -38,15 +38,17 @@ NEW = 64
 WANTED = 10
 
 
-def whole(size, params, x, _):
+def whole(model_config, params, x, _):
     """x [B, PREFIX, D] -> the N visual tokens [B, N, D], each from a run over all that is before
     it.
     """
-    model = emu.bind(emu.Emu, size, params)
+    model = module.bind(emu.Emu, model_config, params)
     positions = jnp.tile(jnp.arange(PREFIX + N), (len(x), 1))
 
     def one(x, n):
-        hidden, _ = model.llama(x, positions, jnp.ones_like(positions), kernel=size.attention)
+        hidden, _ = model.llama(
+            x, positions, jnp.ones_like(positions), kernel=model_config.attention
+        )
         z = model.regress_head(jax.lax.dynamic_slice_in_dim(hidden, PREFIX - 1 + n, 1, 1))
         return jax.lax.dynamic_update_slice_in_dim(x, z, PREFIX + n, 1), z[:, 0]
 
@@ -63,7 +65,7 @@ def timed(call) -> tuple[float, np.ndarray]:
 
 def prompts(session: Session, count: int, rng: np.random.Generator) -> list[Prompt]:
     return [
-        Prompt([1, *rng.integers(3, session.size.llama.vocab, PREFIX - 1).tolist()])
+        Prompt([1, *rng.integers(3, session.model_config.llama.vocab, PREFIX - 1).tolist()])
         for _ in range(count)
     ]
 
@@ -76,7 +78,7 @@ def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[
     # the session appends [IMG]
     opened = Prompt(prompt.tokens[:-1])
     x, _ = session._embedded([Prompt([*opened.tokens, session.tokenizer.img])])
-    slow = partial(jax.jit(whole, static_argnums=0), session.size, session.params, x, None)
+    slow = partial(jax.jit(whole, static_argnums=0), session.model_config, session.params, x, None)
     ways = {"cached": lambda: session.generate_images([opened]), "whole": slow}
     found = {f"{name}_compile": timed(call) for name, call in ways.items()}
     results = {name: seconds for name, (seconds, _) in found.items()}
@@ -104,11 +106,18 @@ def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) 
     def once() -> tuple[float, float]:
         first, draft = timed(
             lambda: text_decoding.start(
-                session.size, session.params, session._read(some, None, NEW), keys, NEW, rules
+                session.model_config,
+                session.params,
+                session._read(some, None, NEW),
+                keys,
+                NEW,
+                rules,
             )
         )
         rest, draft = timed(
-            lambda: text_decoding.decode(session.size, session.params, draft, jnp.int32(NEW), rules)
+            lambda: text_decoding.decode(
+                session.model_config, session.params, draft, jnp.int32(NEW), rules
+            )
         )
         assert int(draft.count) == NEW
         return first, rest
@@ -133,17 +142,19 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="the numbers, as JSON")
     flags = parser.parse_args()
     c = config.load(["--config=configs/base.py:emu-60m", f"--config.model.resampler.tokens={N}"])
-    size = emu.EmuSize.of(c.model.to_dict())
+    model_config = emu.EmuConfig.of(c.model.to_dict())
     rng = np.random.default_rng(0)
-    params = jax.jit(partial(emu.init, emu.Emu, size))(jax.random.key(0))
-    session = Session(size, params, Tokenizer(size.llama.vocab, list, str), context=2048)
+    params = jax.jit(partial(module.init, emu.Emu, model_config))(jax.random.key(0))
+    session = Session(
+        model_config, params, Tokenizer(model_config.llama.vocab, list, str), context=2048
+    )
     results = {"image": image_loop(session, flags.rounds, rng)} | {
         f"text_{rows}": writing(session, rows, flags.rounds, rng) for rows in (1, 8)
     }
     image = results["image"]
     millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
     print(
-        f"one image of {N} visual tokens after {PREFIX} tokens, {millions:.0f}M parameters, {size.compute}"
+        f"one image of {N} visual tokens after {PREFIX} tokens, {millions:.0f}M parameters, {model_config.compute}"
     )
     print(
         f"  with a cache     {image['cached']:8.3f} s   (first call, with compiling {image['cached_compile']:.1f} s)"

@@ -35,9 +35,9 @@ def make(folder: Path, c) -> tuple[int, int]:
     """
     folder.mkdir()
     model = c.model.to_dict()
-    size = emu.EmuSize.of(model)
+    model_config = emu.EmuConfig.of(model)
     dtype = np.dtype(ml_dtypes.bfloat16)
-    m = size.llama
+    m = model_config.llama
     rng = np.random.default_rng(0)
     D = m.width
     d = m.width // m.heads
@@ -54,7 +54,7 @@ def make(folder: Path, c) -> tuple[int, int]:
         **{f"llama/blocks/ffn/{name}/w": (L, D, m.ffn) for name in ("gate", "up")},
         "llama/blocks/ffn/down/w": (L, m.ffn, D),
     }
-    shapes = convert.shapes(llama.table(size), ours)
+    shapes = convert.shapes(llama.table(model_config), ours)
     arrays = (
         (name, rng.standard_normal(shape, np.float32).astype(dtype))
         for name, shape in shapes.items()

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from emu_jax import config, loop, sharding, stages, train, tree
 from emu_jax.data import tokenizer
 from emu_jax.data.loader import Loader
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 
 MIXTURE = "--config.data.mixture=(('names',0.5,'data/demo/names:train'),('scenes',0.5,'data/demo/scenes:train'))"
 # name -> arguments of the config; everything trains, as in pretraining
@@ -62,17 +62,17 @@ def measure(arguments: list[str], steps: int) -> dict[str, float]:
     """Medians over `steps` steps of the train step as the loop runs it, on one device."""
     c = config.load(arguments)
     stage = stages.STAGES[c.stage]
-    size = emu.EmuSize.of(c.model.to_dict())
-    params = jax.jit(partial(emu.init, stage.module, size))(jax.random.key(0))
-    program = train.make_program(c, stage, size, jax.eval_shape(lambda: params))
+    model_config = emu.EmuConfig.of(c.model.to_dict())
+    params = jax.jit(partial(module.init, stage.module, model_config))(jax.random.key(0))
+    program = train.make_program(c, stage, model_config, jax.eval_shape(lambda: params))
     state = loop.init_state(program, *tree.split(params, train.what_trains(c, params)))
     step = jax.jit(partial(loop.train_step, program), donate_argnums=0)
     loader = Loader(
         c.data,
         0,
-        tokenizer.load(c.data.tokenizer, size.llama.vocab),
-        size.resampler.tokens,
-        size.vision.image,
+        tokenizer.load(c.data.tokenizer, model_config.llama.vocab),
+        model_config.resampler.tokens,
+        model_config.vision.image,
     )
     counts = loop.Counts(program, c, state)
     rows = []

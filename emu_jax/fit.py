@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from emu_jax.config import UserError
 from emu_jax.data.packing import empty_batch
 from emu_jax.generate.precompute import latent_metadata
 from emu_jax.hardware import GIB
-from emu_jax.models import emu, flops
+from emu_jax.models import flops, module
 from emu_jax.types import Batch, DecoderBatch
 
 # The TPU compiler's effort for a fast program, from -1 to 1. A run's is 0 and takes two to four
@@ -164,12 +163,12 @@ def plan(c: ConfigDict, devices: list[jax.Device]) -> Plan:
     if c.stage not in stages.STAGES:
         raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
     stage = stages.STAGES[c.stage]
-    size = stage.size(c.model.to_dict())
-    abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
+    model_config = stage.size(c.model.to_dict())
+    abstract = module.abstract(stage.module, model_config)
     mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
     train.check_rows(c, mesh)
     sharding.check_divides(mesh, abstract)
-    program = train.make_program(c, stage, size, abstract)
+    program = train.make_program(c, stage, model_config, abstract)
     state = train.abstract_state(c, program, mesh, abstract, train.what_trains(c, abstract))
     return Plan(c, program, mesh, abstract, state, batch_shapes(c, program, mesh))
 
@@ -178,11 +177,11 @@ def batch_shapes(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh) 
     """The global batch of a config, as shapes."""
     at = sharding.batch_sharding(mesh)
     stage = program.stage
-    size = program.size
-    one = empty_batch(1, c.data.tokens, c.data.images, stage.image(size), pad=0)
+    model_config = program.model_config
+    one = empty_batch(1, c.data.tokens, c.data.images, stage.image(model_config), pad=0)
     shapes = {}
     if "decoder" in c.model and c.model.decoder.condition == "generated":
-        towers = stage.emu(size)
+        towers = stage.emu(model_config)
         shapes["conditions"] = (towers.resampler.tokens, towers.llama.width)
     if c.data.latents:
         shapes["latents"] = latent_metadata(c)["shape"]
@@ -343,11 +342,11 @@ def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
     every row one document full of tokens and images.
     """
     data = p.c.data
-    size = p.program.size
+    model_config = p.program.model_config
     stage = p.program.stage
     rows = data.batch
     images = data.batch * data.images
-    N = stage.emu(size).resampler.tokens
+    N = stage.emu(model_config).resampler.tokens
     counts = dict(
         images=images,
         tokens=rows * data.tokens,
@@ -360,7 +359,7 @@ def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
     once, work = (
         {
             tower: value
-            for tower, value in stage.work(size, trains, **counts).items()
+            for tower, value in stage.work(model_config, trains, **counts).items()
             if tower in towers
         }
         for trains in ({}, trained)

@@ -174,10 +174,10 @@ def _rounded(
 
 
 def _quantised(w: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
-    """lora.quantised, a layer at a time: in one piece its steps would be held for the whole
+    """lora.quantize, a layer at a time: in one piece its steps would be held for the whole
     stack.
     """
-    return jax.lax.map(lambda layer: lora.quantised(layer, storage), w)
+    return jax.lax.map(lambda layer: lora.quantize(layer, storage), w)
 
 
 @jax.jit
@@ -185,7 +185,7 @@ def _error(w: jax.Array, codes: jax.Array, absmax: jax.Array) -> jax.Array:
     """Root mean square of what storing w changes, of that of w."""
 
     def layer(one):
-        return (jnp.square(lora.dequantised(*one[1:]) - one[0]).mean(), jnp.square(one[0]).mean())
+        return (jnp.square(lora.dequantize(*one[1:]) - one[0]).mean(), jnp.square(one[0]).mean())
 
     off, whole = jax.lax.map(layer, (w, codes, absmax))
     return jnp.sqrt(off.mean() / whole.mean())

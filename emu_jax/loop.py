@@ -27,7 +27,7 @@ from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError, to_dict
 from emu_jax.data.loader import LoadedBatch, Loader, merge_states
 from emu_jax.metric_writer import MetricWriter, means
-from emu_jax.models import emu, flops
+from emu_jax.models import flops, module
 from emu_jax.stages import Stage
 from emu_jax.types import Batch, Metrics
 from emu_jax.watchdog import Watchdog
@@ -56,7 +56,7 @@ class Program:
 
     stage: Stage
     # of the stage's module
-    size: Any
+    model_config: Any
     # config.objective and the number of sources
     objective: dict
     optimizer: optax.GradientTransformation
@@ -73,7 +73,7 @@ class Program:
 
     def module(self, params: tree.Tree, key: Array | None = None):
         """`key` turns the dropout of LoRA on."""
-        return emu.bind(self.stage.module, self.size, params, key)
+        return module.bind(self.stage.module, self.model_config, params, key)
 
 
 def init_state(program: Program, trainable: tree.Tree, frozen: tree.Tree) -> State:
@@ -339,8 +339,8 @@ class Counts:
     """
 
     def __init__(self, program: Program, c, state: State):
-        self.work = partial(program.stage.work, program.size)
-        self.slots = program.stage.emu(program.size).resampler.tokens
+        self.work = partial(program.stage.work, program.model_config)
+        self.slots = program.stage.emu(program.model_config).resampler.tokens
         params = tree.merge(state.trainable, state.frozen)
         self.trained = flops.trained(path for path, _ in tree.leaves(state.trainable))
         self.towers = set(params) | ({"heads"} if "llama" in params else set())

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from emu_jax.losses import fused
 from emu_jax.models import diffusion, flops
 from emu_jax.models.contrast import READOUT, Warmup
-from emu_jax.models.decoder import Decoder, DecoderSize
-from emu_jax.models.emu import Emu, EmuSize
+from emu_jax.models.decoder import Decoder, DecoderConfig
+from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.types import Batch, Metrics
 
 # [PAD], [IMG], [/IMG], <image> are the added tokens 0 to 3
@@ -38,8 +38,8 @@ class Stage(NamedTuple):
     module: type[nnx.Module]
     weights: Callable[[Batch], dict[str, Float[Array, ""]]]
     loss: Callable[..., tuple[Float[Array, ""], Metrics]]
-    size: Callable[[dict], Any] = EmuSize.of
-    emu: Callable[[Any], EmuSize] = lambda size: size
+    size: Callable[[dict], Any] = EmuConfig.of
+    emu: Callable[[Any], EmuConfig] = lambda size: size
     image: Callable[[Any], int] = lambda size: size.vision.image
     work: Callable[..., dict[str, float]] = flops.train
 
@@ -77,7 +77,7 @@ def next_element(
     # after the last visual token, the embedding of [/IMG]
     if objective["regress_end"]:
         end = model.llama.embeddings(
-            jnp.full((1, 1), model.size.llama.vocab + END_IMG), visual.dtype
+            jnp.full((1, 1), model.config.llama.vocab + END_IMG), visual.dtype
         )
         targets = jnp.concatenate(
             [visual, jnp.broadcast_to(end, (*visual.shape[:2], 1, visual.shape[3]))], 2
@@ -234,7 +234,7 @@ STAGES = {
         Decoder,
         picture_weights,
         decoder,
-        DecoderSize.of,
+        DecoderConfig.of,
         lambda size: size.emu,
         lambda size: size.loaded,
         flops.train_decoder,

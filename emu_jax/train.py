@@ -39,9 +39,9 @@ from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.session import Session
 from emu_jax.initial import initial
 from emu_jax.metric_writer import MetricWriter, means
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.models.contrast import READOUT
-from emu_jax.models.decoder import DecoderSize, resized
+from emu_jax.models.decoder import DecoderConfig, resized
 from emu_jax.types import Batch
 from emu_jax.watchdog import Watchdog
 
@@ -116,15 +116,15 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
     if c.stage not in stages.STAGES:
         raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
     stage = stages.STAGES[c.stage]
-    size = stage.size(c.model.to_dict())
-    model = stage.emu(size)
-    abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
+    model_config = stage.size(c.model.to_dict())
+    model = stage.emu(model_config)
+    abstract = module.abstract(stage.module, model_config)
     print(parameter_table(abstract), flush=True)
 
     # Mesh and shardings.
     mesh = sharding.make_mesh(c.mesh.to_dict())
     check(c, mesh, abstract)
-    program = make_program(c, stage, size, abstract)
+    program = make_program(c, stage, model_config, abstract)
     with jax.set_mesh(mesh), ExitStack() as at_end:
         placed = sharding.shardings(mesh, sharding.specs(abstract))
         trains = what_trains(c, abstract)
@@ -138,10 +138,10 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
             c.seed,
             tokenizer,
             model.resampler.tokens,
-            stage.image(size),
+            stage.image(model_config),
             process=number,
             processes=shares,
-            chats=model.llama.added >= 6,
+            chats=model.llama.chats,
         )
         loader = at_end.enter_context(closing(make_loader()))
         evaluations = (
@@ -188,7 +188,7 @@ def train(c: ConfigDict, began: float | None = None) -> loop.State:
             for kind in (kind for kind in precomputed.KINDS if c.data[kind]):
                 precompute.check_weights(c, kind)
             params = jax.jit(
-                lambda key: at_rest(c, trains, emu.init(stage.module, size, key)),
+                lambda key: at_rest(c, trains, module.init(stage.module, model_config, key)),
                 out_shardings=placed,
             )(jax.random.key(c.seed))
             params, loaded = initial(c.init, params)
@@ -239,7 +239,7 @@ def parameter_table(abstract: tree.Tree) -> str:
 
 
 def make_program(
-    c: ConfigDict, stage: stages.Stage, size: Any, abstract: tree.Tree
+    c: ConfigDict, stage: stages.Stage, model_config: Any, abstract: tree.Tree
 ) -> loop.Program:
     """The program of a config; rules cover the whole model, and the trainable part of what they say
     is kept.
@@ -253,7 +253,7 @@ def make_program(
         stage = stage._replace(work=partial(stage.work, encodes=False))
     return loop.Program(
         stage=stage,
-        size=size,
+        model_config=model_config,
         objective=c.objective.to_dict() | {"sources": len(c.data.mixture)},
         optimizer=optim.make(
             c.optim,
@@ -387,7 +387,7 @@ def check(c: ConfigDict, mesh: jax.sharding.Mesh, abstract: tree.Tree) -> None:
     check_precomputed(c, abstract)
     if "unet" in abstract:
         diffusion_decoder.check_sampling(
-            DecoderSize.of(c.model.to_dict()).diffusion, c.drawing.to_dict()
+            DecoderConfig.of(c.model.to_dict()).diffusion, c.drawing.to_dict()
         )
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf(
@@ -605,7 +605,7 @@ def benchmarks(
         benchmark.plan(asked[-1][0], limit=count)
 
     def evaluate(params: tree.Tree) -> dict[str, float]:
-        session = Session(program.size, params, tokenizer, context=c.data.tokens, mesh=mesh)
+        session = Session(program.model_config, params, tokenizer, context=c.data.tokens, mesh=mesh)
         return {
             f"{settings.task}/{name}": value
             for settings, count in asked
@@ -639,7 +639,7 @@ def pictures(
             tokenizer.decode(batch.tokens[row, held].tolist())
             for row, held in zip(rows, own, strict=True)
         ]
-        session = Session(program.size, params, tokenizer, context=context, mesh=mesh)
+        session = Session(program.model_config, params, tokenizer, context=context, mesh=mesh)
         said = session.generate_texts(
             [[image] for image in images], GenerationConfig(max_new_tokens=24)
         )
@@ -657,7 +657,7 @@ def drawings(
     it, always the same ones with the same seeds, and led away from zeros: nothing is generated
     here.
     """
-    side = program.size.image
+    side = program.model_config.image
     how = {name: c.drawing[name] for name in diffusion_decoder.SAMPLING_OPTIONS}
     first = make_loader()
     batch = multihost_utils.broadcast_one_to_all(
@@ -673,7 +673,7 @@ def drawings(
         condition = program.module(params).conditions(batch)
         images = resized(batch.images.reshape(-1, *batch.images.shape[2:]), side)
         return images, diffusion_decoder.sample(
-            program.size, params, condition, jnp.arange(len(condition)), **how
+            program.model_config, params, condition, jnp.arange(len(condition)), **how
         )
 
     both = jax.jit(both)

@@ -262,7 +262,7 @@ def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
         0,
         tokenizer.load(c.data.tokenizer, c.model.llama.vocab),
         c.model.resampler.tokens,
-        program.stage.image(program.size),
+        program.stage.image(program.model_config),
     )
     batch = next(iter(loader)).batch
     loader.close()

@@ -23,7 +23,7 @@ from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data.loader import LoadedBatch
 from emu_jax.metric_writer import MetricWriter
-from emu_jax.models import emu, flops, layers
+from emu_jax.models import emu, flops, layers, module
 from emu_jax.watchdog import Watchdog
 from tests.support import make
 
@@ -41,7 +41,7 @@ class Line(nnx.Module):
     image.
     """
 
-    def __init__(self, size, rngs):
+    def __init__(self, model_config, rngs):
         self.slope = Leaf(T, rngs)
         self.shift = Leaf(1, rngs)
 
@@ -55,8 +55,8 @@ def line_loss(model, batch, key, totals, objective):
 
 
 LINE = stages.Stage(Line, lambda batch: {"rows": jnp.float32(len(batch.tokens))}, line_loss)
-SIZE = emu.EmuSize.of(C.model.to_dict())
-PARAMS = emu.init(Line, SIZE, jax.random.key(0))
+SIZE = emu.EmuConfig.of(C.model.to_dict())
+PARAMS = module.init(Line, SIZE, jax.random.key(0))
 
 
 def program(*, trains=("slope", "shift"), dropout=0.0, accumulate=1, ema=0.0, spike=0.0):
@@ -65,7 +65,7 @@ def program(*, trains=("slope", "shift"), dropout=0.0, accumulate=1, ema=0.0, sp
 
     return loop.Program(
         stage=LINE,
-        size=SIZE,
+        model_config=SIZE,
         objective={"dropout": dropout},
         optimizer=optax.adam(0.1),
         groups=leaves(str),
@@ -604,7 +604,7 @@ def test_speed_by_hand(monkeypatch):
     )
     trained = {"vision": False, "resampler": True, "llama": True, "heads": True}
     work = flops.train(
-        p.size,
+        p.model_config,
         trained,
         images=images,
         tokens=tokens,

@@ -16,18 +16,16 @@ from jax.sharding import PartitionSpec as P
 
 from emu_jax import loop, sharding, tree
 from emu_jax.config import UserError, load
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.models.contrast import Warmup
 from tests.support import make
 
 
-def abstract(size, module=emu.Emu, *overrides):
+def abstract(size, tower=emu.Emu, *overrides):
     c = load(
         [f"--config=configs/base.py:{size}", *(f"--config.{override}" for override in overrides)]
     )
-    return jax.eval_shape(
-        partial(emu.init, module, emu.EmuSize.of(c.model.to_dict())), jax.random.key(0)
-    )
+    return module.abstract(tower, emu.EmuConfig.of(c.model.to_dict()))
 
 
 def names(axis):

@@ -23,7 +23,7 @@ from emu_jax import checkpoint, config, metric_writer, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.loader import LoadedBatch, Loader
 from emu_jax.initial import load_weights
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from tests.support import fixtures, make
 
 # one process: what its tests share is made once
@@ -405,7 +405,7 @@ def test_a_finished_run_has_nothing_to_do(data, warm, whole, tmp_path):
 
 def test_towers_that_are_shared_are_loaded(warm, data, caplog):
     c = config.load(emu_arguments(data, "nowhere", warm))
-    fresh = jax.jit(partial(emu.init, emu.Emu, emu.EmuSize.of(c.model.to_dict())))(
+    fresh = jax.jit(partial(module.init, emu.Emu, emu.EmuConfig.of(c.model.to_dict())))(
         jax.random.key(5)
     )
     with caplog.at_level(logging.INFO):

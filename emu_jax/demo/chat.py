@@ -75,17 +75,17 @@ def evaluate(directory: str, data: str) -> Result:
     Raises UserError for a run that was not tuned on conversations, or started from nothing.
     """
     config = checkpoint.read_config(directory)
-    size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
-    if size.llama.added < 6 or not config["init"]:
+    model_config = emu.EmuConfig.of(from_dict(config["model"]).to_dict())
+    if not model_config.llama.chats or not config["init"]:
         raise UserError(
-            f"the checkpoint in '{directory}' was not tuned to chat from another (model.llama.added={size.llama.added}, "
+            f"the checkpoint in '{directory}' was not tuned to chat from another (model.llama.added={model_config.llama.added}, "
             f"init={config['init']!r}); configs/demo.py:instruct is"
         )
     asked, learnt = (
-        sources.open_source(f"{data}/questions:{split}", size.vision.image)
+        sources.open_source(f"{data}/questions:{split}", model_config.vision.image)
         for split in ("held_out", "train")
     )
-    tokenizer = tokenizers.load(f"{data}/tokenizer.json", size.llama.vocab)
+    tokenizer = tokenizers.load(f"{data}/tokenizer.json", model_config.llama.vocab)
     after = jax.tree.map(jnp.asarray, checkpoint.restore_params(directory))
     # LoRA starts as nothing
     untuned = {
@@ -95,7 +95,7 @@ def evaluate(directory: str, data: str) -> Result:
     before, _ = initial(config["init"], tree.unflatten(untuned))
     sessions = [
         Session(
-            size,
+            model_config,
             params,
             tokenizer,
             context=2 * config["data"]["tokens"],

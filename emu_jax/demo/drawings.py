@@ -121,4 +121,4 @@ def _painted(paint: Callable, visual: Float[np.ndarray, "M N D"]) -> UInt8[np.nd
 def _small(
     paint: DiffusionDecoder, images: UInt8[np.ndarray, "M h w 3"]
 ) -> UInt8[np.ndarray, "M s s 3"]:
-    return np.asarray(resized(jnp.asarray(images), paint.size.image))
+    return np.asarray(resized(jnp.asarray(images), paint.model_config.image))

@@ -32,7 +32,7 @@ from emu_jax.evaluate.history import Number
 from emu_jax.generate import diffusion_decoder
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.session import Parts, Session
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 
 # images or prompts at once
 BATCH = 128
@@ -103,11 +103,13 @@ class Result:
 class Model:
     """A trained Emu, asked many things of one kind at once."""
 
-    def __init__(self, size: emu.EmuSize, params: tree.Tree, tokenizer: tokenizers.Tokenizer):
-        self.size = size
+    def __init__(
+        self, model_config: emu.EmuConfig, params: tree.Tree, tokenizer: tokenizers.Tokenizer
+    ):
+        self.model_config = model_config
         self.params = jax.tree.map(jax.numpy.asarray, params)
         self.tokenizer = tokenizer
-        self.session = Session(size, self.params, tokenizer, context=LONGEST, batch=BATCH)
+        self.session = Session(model_config, self.params, tokenizer, context=LONGEST, batch=BATCH)
 
     def encode(self, images: UInt8[np.ndarray, "M h w 3"]) -> Float[np.ndarray, "M N D"]:
         """Visual tokens as the LLM gets them."""
@@ -145,9 +147,9 @@ def evaluate(
         raise UserError(
             f"the checkpoint in '{directory}' is of the stage {config['stage']!r}; the demo is evaluated on one of 'emu'"
         )
-    size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
+    model_config = emu.EmuConfig.of(from_dict(config["model"]).to_dict())
     names, held_out, seen, scenes, stories = (
-        sources.open_source(f"{data}/{split}", size.vision.image)
+        sources.open_source(f"{data}/{split}", model_config.vision.image)
         for split in (
             "names:train",
             "names:held_out",
@@ -156,11 +158,11 @@ def evaluate(
             "stories:held_out",
         )
     )
-    tokenizer = tokenizers.load(f"{data}/tokenizer.json", size.llama.vocab)
+    tokenizer = tokenizers.load(f"{data}/tokenizer.json", model_config.llama.vocab)
     if warmup is None and config["init"] and Path(config["init"], "checkpoints").is_dir():
         warmup = config["init"]
     params = checkpoint.restore_params(directory, ema=config["optim"]["ema"] > 0)
-    model = Model(size, params, tokenizer)
+    model = Model(model_config, params, tokenizer)
     before = (
         checkpoint.restore_params(warmup, {tower: params[tower] for tower in ENCODER})
         if warmup
@@ -171,7 +173,7 @@ def evaluate(
     )
     paint = (
         diffusion_decoder.load(
-            decoder, size, empty_prompt=lambda: model.session.generate_images([[]])[0]
+            decoder, model_config, empty_prompt=lambda: model.session.generate_images([[]])[0]
         )
         if decoder
         else None
@@ -584,7 +586,7 @@ def _raw_variance(
     """Variance of the drawings' visual tokens before they are standardised, and its share of what
     the encoder `before` gives them.
     """
-    std = np.asarray(model.params["visual_stats"]["std"]) if model.size.standardise else 1.0
+    std = np.asarray(model.params["visual_stats"]["std"]) if model.model_config.standardise else 1.0
 
     def spread(z):
         return float(z.var(0, dtype=np.float64).mean())
@@ -594,7 +596,7 @@ def _raw_variance(
         return numbers
     call = jax.jit(
         lambda params, images: (
-            emu.bind(emu.Encoder, model.size, params).encode(images).astype(np.float32)
+            module.bind(emu.Encoder, model.model_config, params).encode(images).astype(np.float32)
         )
     )
     numbers["raw_variance_warmup"] = spread(

@@ -145,7 +145,7 @@ class Asker:
         self.settings = settings
         self.plan = plan
         self.task = TASKS[settings.task]
-        self.chat = session.size.llama.added >= 6
+        self.chat = session.model_config.llama.chats
         self.options = replace(self.task.options, beams=settings.beams or self.task.options.beams)
         self.frames = lru_cache(KEPT)(lambda picture: session.processor.frames(plan.paths[picture]))
         self.by_picture: dict[str, list[Example]] = {}
@@ -479,7 +479,7 @@ def _drawer(
     """Draws captions as PNG files, each with its own seed."""
     painter = diffusion_decoder.load(
         settings.decoder,
-        session.size,
+        session.model_config,
         mesh=session.mesh,
         empty_prompt=lambda: session.generate_images([[]])[0],
     )

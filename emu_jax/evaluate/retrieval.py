@@ -22,7 +22,7 @@ from tqdm import tqdm
 from emu_jax import sharding
 from emu_jax.config import UserError
 from emu_jax.generate.session import Session
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.models.vision import normalise
 from emu_jax.processes import to_host
 from emu_jax.tree import Tree
@@ -53,7 +53,9 @@ def features(session: Session, pictures: Iterable[Frames]) -> Float[np.ndarray, 
             np.arange(-(-session.batch // session.shards) * session.shards), len(waiting) - 1
         )
         with nullcontext() if session.mesh is None else jax.set_mesh(session.mesh):
-            found = to_host(_features(session.size, session.params, np.stack(waiting)[rows]))
+            found = to_host(
+                _features(session.model_config, session.params, np.stack(waiting)[rows])
+            )
         for owner, feature in zip(owners, found, strict=False):
             sums[owner] = sums.get(owner, 0) + feature
         waiting.clear()
@@ -71,7 +73,7 @@ def features(session: Session, pictures: Iterable[Frames]) -> Float[np.ndarray, 
     found = (
         np.stack([sums[number] for number in range(count)])
         if count
-        else np.zeros((0, session.size.vision.width), np.float32)
+        else np.zeros((0, session.model_config.vision.width), np.float32)
     )
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
@@ -109,9 +111,9 @@ def saved(
 
 @partial(jax.jit, static_argnums=0)
 def _features(
-    size: emu.EmuSize, params: Tree, images: UInt8[Array, "M h w 3"]
+    config: emu.EmuConfig, params: Tree, images: UInt8[Array, "M h w 3"]
 ) -> Float[Array, "M E"]:
-    model = emu.bind(emu.Emu, size, params)
-    x = normalise(sharding.constrain_images(images), size.vision, size.compute)
-    seen = model.ln_visual(model.vision(x, kernel=size.attention)).astype(jnp.float32).mean(1)
+    model = module.bind(emu.Emu, config, params)
+    x = normalise(sharding.constrain_images(images), config.vision, config.compute)
+    seen = model.ln_visual(model.vision(x, kernel=config.attention)).astype(jnp.float32).mean(1)
     return seen / jnp.linalg.norm(seen, axis=1, keepdims=True)

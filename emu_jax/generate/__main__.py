@@ -157,7 +157,7 @@ def _run(flags: argparse.Namespace) -> None:
         }
         session.image_decoder = diffusion_decoder.load(
             flags.decoder,
-            session.size,
+            session.model_config,
             mesh=mesh,
             overrides=given,
             empty_prompt=lambda: session.generate_images([[]])[0],

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.tree import Tree
 from emu_jax.types import KVCache
 
@@ -33,11 +33,11 @@ class DecodeState:
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
-def init(size: emu.EmuSize, params: Tree, rows: int, capacity: int) -> DecodeState:
+def init(config: emu.EmuConfig, params: Tree, rows: int, capacity: int) -> DecodeState:
     """Nothing read yet, and room for `capacity` elements a row."""
-    cache = emu.bind(emu.Emu, size, params).llama.empty_cache(rows, capacity, size.compute)
+    cache = module.bind(emu.Emu, config, params).llama.empty_cache(rows, capacity, config.compute)
     return DecodeState(
-        cache, jnp.zeros((rows, size.llama.width), size.compute), jnp.zeros(rows, jnp.int32)
+        cache, jnp.zeros((rows, config.llama.width), config.compute), jnp.zeros(rows, jnp.int32)
     )
 
 
@@ -66,15 +66,15 @@ def expand(state: DecodeState, repeats: int, capacity: int) -> DecodeState:
 
 @partial(jax.jit, static_argnums=0)
 def encode_images(
-    size: emu.EmuSize, params: Tree, images: UInt8[Array, "M h w 3"]
+    config: emu.EmuConfig, params: Tree, images: UInt8[Array, "M h w 3"]
 ) -> Float[Array, "M N D"]:
     """The visual tokens of images."""
-    return emu.bind(emu.Emu, size, params).encode(images)
+    return module.bind(emu.Emu, config, params).encode(images)
 
 
 @partial(jax.jit, static_argnums=0)
 def embed(
-    size: emu.EmuSize,
+    config: emu.EmuConfig,
     params: Tree,
     tokens: Int[Array, "B T"],
     visual: Float[Array, "M N D"],
@@ -84,19 +84,19 @@ def embed(
     """The LLM's input for ids; the i-th image of row b is visual[images[b, i]], from slots[b, i] on
     (T for no image).
     """
-    return emu.bind(emu.Emu, size, params).interleave(tokens, visual[images], slots)
+    return module.bind(emu.Emu, config, params).interleave(tokens, visual[images], slots)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill(
-    size: emu.EmuSize,
+    config: emu.EmuConfig,
     params: Tree,
     state: DecodeState,
     x: Float[Array, "B T D"],
     lengths: Int[Array, "B"],
 ) -> DecodeState:
     """The state after the first `lengths` elements of each row of x; it needs room for T."""
-    return extend(emu.bind(emu.Emu, size, params), state, x, lengths)
+    return extend(module.bind(emu.Emu, config, params), state, x, lengths)
 
 
 def extend(
@@ -113,7 +113,7 @@ def forward(
     real = jnp.arange(x.shape[1]) < lengths[:, None]
     positions = jnp.where(real, state.lengths[:, None] + jnp.arange(x.shape[1]), 0)
     return model.llama(
-        x, positions, real.astype(jnp.int32), state.cache, kernel=model.size.attention
+        x, positions, real.astype(jnp.int32), state.cache, kernel=model.config.attention
     )
 
 

@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from emu_jax import checkpoint, sharding, tree
 from emu_jax.config import UserError, from_dict
 from emu_jax.generate import samplers
-from emu_jax.models import emu
-from emu_jax.models.decoder import Canvas, DecoderSize
+from emu_jax.models import module
+from emu_jax.models.decoder import Canvas, DecoderConfig
 from emu_jax.models.diffusion import Diffusion
-from emu_jax.models.emu import EmuSize
+from emu_jax.models.emu import EmuConfig
 from emu_jax.tree import Tree
 
 # what `draw` is told of config.drawing
@@ -28,7 +28,7 @@ BATCH = 8
 
 
 def sample(
-    size: DecoderSize,
+    model_config: DecoderConfig,
     params: Tree,
     condition: Float[Array, "B N D"],
     seeds: Int[Array, "B"],
@@ -43,9 +43,9 @@ def sample(
     away: the visual tokens that the model makes of the empty prompt (Emu's way), or None for the
     zeros of a dropped condition. Raises UserError for a sampler or steps that are not there.
     """
-    schedule = samplers.schedule_for(size.diffusion, sampler, steps)
-    model = emu.bind(
-        Canvas, size, {tower: params[tower] for tower in ("unet", "vae") if tower in params}
+    schedule = samplers.schedule_for(model_config.diffusion, sampler, steps)
+    model = module.bind(
+        Canvas, model_config, {tower: params[tower] for tower in ("unet", "vae") if tower in params}
     )
     unconditional = (
         jnp.zeros_like(condition)
@@ -53,11 +53,16 @@ def sample(
         else jnp.broadcast_to(negative, condition.shape)
     )
     denoise = samplers.guided_denoiser(
-        size.diffusion, model.predict, condition, unconditional, guidance=guidance, rescale=rescale
+        model_config.diffusion,
+        model.predict,
+        condition,
+        unconditional,
+        guidance=guidance,
+        rescale=rescale,
     )
     return model.pixels(
         samplers.SAMPLERS[sampler].run(
-            denoise, samplers.initial_noise(seeds, size.latents), schedule
+            denoise, samplers.initial_noise(seeds, model_config.latents), schedule
         )
     )
 
@@ -78,7 +83,7 @@ class DiffusionDecoder:
 
     def __init__(
         self,
-        size: DecoderSize,
+        model_config: DecoderConfig,
         params: Tree,
         sampling: dict,
         *,
@@ -91,7 +96,7 @@ class DiffusionDecoder:
         """sampling: the fields SAMPLING_OPTIONS of config.drawing. check: says which images may be shown (a safety
         checker); the others come out black.
         """
-        self.size = size
+        self.model_config = model_config
         self.params = params
         self.sampling = sampling
         self.negative = negative
@@ -99,7 +104,7 @@ class DiffusionDecoder:
         self.mesh = mesh
         self.safety_checker = safety_checker
         self.rows = BATCH if mesh is None else -(-BATCH // mesh.size) * mesh.size
-        self._sample = jax.jit(partial(sample, size, **sampling))
+        self._sample = jax.jit(partial(sample, model_config, **sampling))
 
     def __call__(
         self, visual: Float[np.ndarray, "M N D"], seeds: Int[np.ndarray, "M"] | None = None
@@ -107,7 +112,7 @@ class DiffusionDecoder:
         if seeds is None:
             seeds = self.seed + np.arange(len(visual))
             self.seed += len(visual)
-        found = [np.zeros((0, self.size.image, self.size.image, 3), np.uint8)]
+        found = [np.zeros((0, self.model_config.image, self.model_config.image, 3), np.uint8)]
         for start in range(0, len(visual), self.rows):
             rows = np.minimum(
                 np.arange(start, start + (self.rows if self.mesh or len(visual) > 1 else 1)),
@@ -130,7 +135,7 @@ class DiffusionDecoder:
 
 def load(
     directory: str,
-    like: EmuSize,
+    like: EmuConfig,
     *,
     mesh: jax.sharding.Mesh | None = None,
     overrides: dict | None = None,
@@ -149,16 +154,18 @@ def load(
         raise UserError(
             f"the checkpoint in '{directory}' is of the stage {config['stage']!r}, not a decoder's"
         )
-    size = DecoderSize.of(from_dict(config["model"]).to_dict())
-    takes, makes = ([each.resampler.tokens, each.llama.width] for each in (size.emu, like))
+    model_config = DecoderConfig.of(from_dict(config["model"]).to_dict())
+    takes, makes = ([each.resampler.tokens, each.llama.width] for each in (model_config.emu, like))
     if takes != makes:
         raise UserError(
             f"the decoder in '{directory}' draws visual tokens {takes}, and the model makes {makes} (their number and width)"
         )
     sampling = config["drawing"] | (overrides or {})
-    check_sampling(size.diffusion, sampling)
+    check_sampling(model_config.diffusion, sampling)
     params = checkpoint.restore_params(
-        directory, abstract_params(size, mesh, size.emu.compute), ema=config["optim"]["ema"] > 0
+        directory,
+        abstract_params(model_config, mesh, model_config.emu.compute),
+        ema=config["optim"]["ema"] > 0,
     )
     negative = (
         empty_prompt()
@@ -166,7 +173,7 @@ def load(
         else None
     )
     return DiffusionDecoder(
-        size,
+        model_config,
         params,
         {name: sampling[name] for name in SAMPLING_OPTIONS},
         negative=negative,
@@ -175,11 +182,13 @@ def load(
     )
 
 
-def abstract_params(size: DecoderSize, mesh: jax.sharding.Mesh | None, matrices: str) -> Tree:
+def abstract_params(
+    model_config: DecoderConfig, mesh: jax.sharding.Mesh | None, matrices: str
+) -> Tree:
     """Shapes of the towers that draw, laid out by the table of training, with matrices in the dtype
     `matrices`.
     """
-    shapes = jax.eval_shape(partial(emu.init, Canvas, size), jax.random.key(0))
+    shapes = module.abstract(Canvas, model_config)
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
 
     def dtype(path, leaf):

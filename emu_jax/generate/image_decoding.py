@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from emu_jax.generate import decode_state
 from emu_jax.generate.decode_state import DecodeState
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.tree import Tree
 
 
@@ -31,7 +31,7 @@ class ImageDecodeState:
     count: Int[Array, ""]
 
 
-def start(size: emu.EmuSize, llm: DecodeState) -> ImageDecodeState:
+def start(size: emu.EmuConfig, llm: DecodeState) -> ImageDecodeState:
     """From a context whose rows have read `[IMG]` last, and that has room for N."""
     rows = llm.lengths.shape[0]
     return ImageDecodeState(
@@ -43,10 +43,10 @@ def start(size: emu.EmuSize, llm: DecodeState) -> ImageDecodeState:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def regress(
-    size: emu.EmuSize, params: Tree, state: ImageDecodeState, until: Int[Array, ""]
+    size: emu.EmuConfig, params: Tree, state: ImageDecodeState, until: Int[Array, ""]
 ) -> ImageDecodeState:
     """The state with its first `until` visual tokens (N at most)."""
-    model = emu.bind(emu.Emu, size, params)
+    model = module.bind(emu.Emu, size, params)
     one_each = jnp.ones_like(state.llm.lengths)
 
     def step(state: ImageDecodeState) -> ImageDecodeState:

@@ -38,8 +38,8 @@ from emu_jax.data.sequence import Document, Pair, Text
 from emu_jax.data.sources import CorruptRecord, Source
 from emu_jax.generate import diffusion_decoder
 from emu_jax.generate.session import Parts, Session, mesh_of
-from emu_jax.models import emu
-from emu_jax.models.decoder import DecoderSize, moments
+from emu_jax.models import module
+from emu_jax.models.decoder import DecoderConfig, moments
 from emu_jax.models.vae import Vae
 
 # at once; images on each device
@@ -137,9 +137,11 @@ def conditions(c: ConfigDict, batch: int) -> Maker:
         batch=batch,
         truncate="left",
     )
-    size = session.size
-    told = _by(directory, "conditions") | {"shape": [size.resampler.tokens, size.llama.width]}
-    return Maker(told, size.vision.image, parts_before_image, session.generate_images)
+    model_config = session.model_config
+    told = _by(directory, "conditions") | {
+        "shape": [model_config.resampler.tokens, model_config.llama.width]
+    }
+    return Maker(told, model_config.vision.image, parts_before_image, session.generate_images)
 
 
 def latents(c: ConfigDict, batch: int) -> Maker:
@@ -148,13 +150,18 @@ def latents(c: ConfigDict, batch: int) -> Maker:
     autoencoder, and as `latent_metadata`.
     """
     told = latent_metadata(c)
-    size = DecoderSize.of(c.model.to_dict())
+    model_config = DecoderConfig.of(c.model.to_dict())
     directory = checkpoint_with_tower(c, "latents")
     mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), devices=jax.local_devices())
     params = checkpoint.restore_params(
-        directory, {"vae": diffusion_decoder.abstract_params(size, mesh, c.frozen_dtype)["vae"]}
+        directory,
+        {"vae": diffusion_decoder.abstract_params(model_config, mesh, c.frozen_dtype)["vae"]},
     )["vae"]
-    encode = jax.jit(lambda params, images: moments(size, emu.bind(Vae, size.vae, params), images))
+    encode = jax.jit(
+        lambda params, images: moments(
+            model_config, module.bind(Vae, model_config.vae, params), images
+        )
+    )
     rows = batch * mesh.size
 
     def arrays(images: list[np.ndarray]) -> Float[np.ndarray, "n y x m"]:
@@ -168,7 +175,7 @@ def latents(c: ConfigDict, batch: int) -> Maker:
 
     return Maker(
         told | _by(directory, "latents"),
-        size.loaded,
+        model_config.loaded,
         lambda document: next(images_of(document), None),
         arrays,
     )
@@ -179,13 +186,13 @@ def latent_metadata(c: ConfigDict) -> dict[str, Any]:
     are loaded and as they are drawn, how they become square; and their shape. Raises UserError for
     a config without an autoencoder, and for one whose images are other ones in every epoch.
     """
-    size = DecoderSize.of(c.model.to_dict()) if c.stage == "decoder" else None
-    if size is None or size.vae is None:
+    model_config = DecoderConfig.of(c.model.to_dict()) if c.stage == "decoder" else None
+    if model_config is None or model_config.vae is None:
         raise UserError(
             "only a decoder with an autoencoder has latents (data.latents): "
             + (
                 f"stage={c.stage!r} has none"
-                if size is None
+                if model_config is None
                 else "model.decoder.vae is empty, and the U-Net draws pixels"
             )
         )
@@ -194,10 +201,10 @@ def latent_metadata(c: ConfigDict) -> dict[str, Any]:
             f"data.fit={c.data.fit!r}: latents are made once, of images that never change; set data.fit to squash or centre"
         )
     return {
-        "loaded": size.loaded,
-        "image": size.image,
+        "loaded": model_config.loaded,
+        "image": model_config.image,
         "fit": c.data.fit,
-        "shape": list(size.moments),
+        "shape": list(model_config.moments),
     }
 
 

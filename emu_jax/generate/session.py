@@ -10,7 +10,6 @@ log2(batch) x log2(context / 16)^2 times, in practice once or twice. Read next: 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.logits_process import SamplingMetadata
 from emu_jax.generate.processor import Part, Processor, Prompt
 from emu_jax.generate.stream import TextStream, truncate_at_stop
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.processes import to_host
 
 # ids that a prompt or an answer is compiled for
@@ -66,7 +65,7 @@ class Session:
 
     def __init__(
         self,
-        size: emu.EmuSize,
+        model_config: emu.EmuConfig,
         params: tree.Tree,
         tokenizer: Tokenizer,
         *,
@@ -83,7 +82,7 @@ class Session:
         that are too long, else they are refused. max_images: images that a streamed answer may hold,
         unless it is said otherwise. system: what chats begin with, data.system.
         """
-        self.size = size
+        self.model_config = model_config
         self.params = params
         self.tokenizer = tokenizer
         self.context = context
@@ -93,13 +92,13 @@ class Session:
         self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch = max(batch, self.shards)
         self.max_images = max_images
-        self.vocab = size.llama.vocab + size.llama.added
+        self.vocab = model_config.llama.vocab + model_config.llama.added
         self.processor = Processor(
             tokenizer,
-            size.resampler.tokens,
-            size.vision.image,
-            size.llama.width,
-            size.llama.added,
+            model_config.resampler.tokens,
+            model_config.vision.image,
+            model_config.llama.width,
+            model_config.llama.added,
             system,
         )
 
@@ -125,12 +124,12 @@ class Session:
             raise UserError(
                 f"the checkpoint in '{directory}' is of the stage {config['stage']!r}: it has no language model to generate with"
             )
-        size = emu.EmuSize.of(from_dict(config["model"]).to_dict())
-        tokens = tokenizers.load(tokenizer or config["data"]["tokenizer"], size.llama.vocab)
-        params = checkpoint.restore_params(directory, abstract_params(size, mesh), ema=ema)
+        model_config = emu.EmuConfig.of(from_dict(config["model"]).to_dict())
+        tokens = tokenizers.load(tokenizer or config["data"]["tokenizer"], model_config.llama.vocab)
+        params = checkpoint.restore_params(directory, abstract_params(model_config, mesh), ema=ema)
         max_images = MAX_STREAMED_IMAGES if "[IMG]" in config["data"]["labels"] else 0
         return cls(
-            size,
+            model_config,
             params,
             tokens,
             context=config["data"]["tokens"],
@@ -207,7 +206,7 @@ class Session:
                 context = decode_state.expand(context, options.beams, context.cache.capacity)
                 found = to_host(
                     text_decoding.beam_search(
-                        self.size, self.params, context, options.beams, room, metadata
+                        self.model_config, self.params, context, options.beams, room, metadata
                     )
                 )
             else:
@@ -216,7 +215,9 @@ class Session:
                     jax.random.key(options.seed), jnp.array(numbers)
                 )
                 found = self._write(
-                    text_decoding.start(self.size, self.params, context, keys, room, metadata),
+                    text_decoding.start(
+                        self.model_config, self.params, context, keys, room, metadata
+                    ),
                     metadata,
                     options,
                 )
@@ -237,10 +238,12 @@ class Session:
         start = Prompt([self.tokenizer.img])
 
         def generate(some: list[Prompt], _: list[int]) -> list[np.ndarray]:
-            state = image_decoding.start(self.size, self._read(some, prefix, N))
+            state = image_decoding.start(self.model_config, self._read(some, prefix, N))
             return list(
                 to_host(
-                    image_decoding.regress(self.size, self.params, state, np.int32(N)).visual
+                    image_decoding.regress(
+                        self.model_config, self.params, state, np.int32(N)
+                    ).visual
                 ).astype(np.float32)
             )
 
@@ -284,7 +287,7 @@ class Session:
                 prefix.state, len(tokens) // len(prefix.state.lengths), slots
             )
             return (
-                to_host(text_decoding.nll(self.size, self.params, context, tokens, lengths))
+                to_host(text_decoding.nll(self.model_config, self.params, context, tokens, lengths))
                 / lengths
             ).tolist()
 
@@ -323,7 +326,7 @@ class Session:
 
     def _allowed(self) -> Bool[np.ndarray, "V"]:
         """What an answer is made of: the vocabulary, not the added tokens."""
-        return np.arange(self.vocab) < self.size.llama.vocab
+        return np.arange(self.vocab) < self.model_config.llama.vocab
 
     def _after(self, parts: Parts | Prompt) -> Prompt:
         """What follows a prefix: no `<s>`."""
@@ -386,13 +389,13 @@ class Session:
         prompts = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
         x, lengths = self._embedded(prompts)
         if prefix is None:
-            context = decode_state.init(self.size, self.params, rows, x.shape[1] + room)
+            context = decode_state.init(self.model_config, self.params, rows, x.shape[1] + room)
         else:
             old = prefix.state
             context = decode_state.expand(
                 old, rows // len(old.lengths), old.cache.capacity + x.shape[1] + room
             )
-        return decode_state.prefill(self.size, self.params, context, x, lengths)
+        return decode_state.prefill(self.model_config, self.params, context, x, lengths)
 
     def _embedded(self, prompts: Sequence[Prompt]) -> tuple[Float[Array, "B T D"], np.ndarray]:
         """The LLM's input for prompts, and their lengths."""
@@ -407,7 +410,12 @@ class Session:
             images[row, : len(given.images)] = [place[id(pixels)] for pixels in given.images]
             slots[row, : len(given.images)] = given.slots
         return decode_state.embed(
-            self.size, self.params, tokens, self._visual(list(every.values())), images, slots
+            self.model_config,
+            self.params,
+            tokens,
+            self._visual(list(every.values())),
+            images,
+            slots,
         ), lengths
 
     def _visual(self, images: list[np.ndarray]) -> Float[np.ndarray, "M N D"]:
@@ -419,14 +427,15 @@ class Session:
             self._encoded([given for given, is_pixels in zip(images, pixels) if is_pixels], "")
         )
         bank = np.zeros(
-            (_bucket(len(images), 1), self.processor.n_visual, self.size.llama.width), np.float32
+            (_bucket(len(images), 1), self.processor.n_visual, self.model_config.llama.width),
+            np.float32,
         )
         for row, given, is_pixels in zip(bank, images, pixels, strict=False):
             row[:] = next(encoded) if is_pixels else given
-        return bank.astype(self.size.compute)
+        return bank.astype(self.model_config.compute)
 
     def _encoded(self, pixels: list[np.ndarray], progress: str) -> Float[np.ndarray, "M N D"]:
-        found = [np.zeros((0, self.processor.n_visual, self.size.llama.width), np.float32)]
+        found = [np.zeros((0, self.processor.n_visual, self.model_config.llama.width), np.float32)]
         for start in tqdm(
             range(0, len(pixels), self.batch),
             progress,
@@ -436,7 +445,7 @@ class Session:
             some = pixels[start : start + self.batch]
             stacked = np.stack(some + [some[-1]] * (self._rows(len(some)) - len(some)))
             found.append(
-                to_host(decode_state.encode_images(self.size, self.params, stacked))[
+                to_host(decode_state.encode_images(self.model_config, self.params, stacked))[
                     : len(some)
                 ].astype(np.float32)
             )
@@ -483,13 +492,19 @@ class Session:
         if not options.stop:
             return to_host(
                 text_decoding.decode(
-                    self.size, self.params, state, np.int32(options.max_new_tokens), metadata
+                    self.model_config,
+                    self.params,
+                    state,
+                    np.int32(options.max_new_tokens),
+                    metadata,
                 ).ids
             )
         count = 1
         while count < options.max_new_tokens and not to_host(state.done).all():
             count = min(count + STOP_CHECK_EVERY, options.max_new_tokens)
-            state = text_decoding.decode(self.size, self.params, state, np.int32(count), metadata)
+            state = text_decoding.decode(
+                self.model_config, self.params, state, np.int32(count), metadata
+            )
             ids = to_host(state.ids)
             stopped = [
                 any(stop in self.tokenizer.decode(row[:count].tolist()) for stop in options.stop)
@@ -607,7 +622,7 @@ class Conversation:
         keys = jnp.stack([jax.random.fold_in(jax.random.key(options.seed), 0)] * rows)
         with s._mesh():
             state = text_decoding.start(
-                s.size,
+                s.model_config,
                 s.params,
                 self._state,
                 keys,
@@ -624,7 +639,7 @@ class Conversation:
                     break
                 with s._mesh():
                     state = text_decoding.decode(
-                        s.size, s.params, state, np.int32(len(ids) + 1), metadata
+                        s.model_config, s.params, state, np.int32(len(ids) + 1), metadata
                     )
             if new := out.finish():
                 yield new
@@ -637,14 +652,14 @@ class Conversation:
 
     def _drawn(self, progress: bool) -> GeneratedImage:
         s = self._session
-        state = image_decoding.start(s.size, self._state)
+        state = image_decoding.start(s.model_config, self._state)
         N = s.processor.n_visual
         for count in (
             tqdm(range(1, N + 1), "drawing", unit=" visual tokens", disable=None)
             if progress
             else [N]
         ):
-            state = image_decoding.regress(s.size, s.params, state, np.int32(count))
+            state = image_decoding.regress(s.model_config, s.params, state, np.int32(count))
             state.visual.block_until_ready()
         self._state = state.llm
         self._said = processor.concatenate(self._said, Prompt([s.tokenizer.image] * N))
@@ -663,22 +678,22 @@ class Conversation:
             self._state = decode_state.expand(
                 self._state, 1, max(slots, self._state.cache.capacity)
             )
-            self._state = decode_state.prefill(s.size, s.params, self._state, x, lengths)
+            self._state = decode_state.prefill(s.model_config, s.params, self._state, x, lengths)
         self._said = processor.concatenate(self._said, given)
         self._unread = Prompt()
 
 
-def abstract_params(size: emu.EmuSize, mesh: jax.sharding.Mesh | None) -> tree.Tree:
+def abstract_params(model_config: emu.EmuConfig, mesh: jax.sharding.Mesh | None) -> tree.Tree:
     """Shapes of the parameters as a session holds them: laid out by the table of training, matrices
     in the dtype of the arithmetic.
     """
-    shapes = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
+    shapes = module.abstract(emu.Emu, model_config)
     if mesh:
         sharding.check_divides(mesh, shapes)
     places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
 
     def dtype(path, leaf):
-        return size.compute if sharding.is_matrix(path) else leaf.dtype
+        return model_config.compute if sharding.is_matrix(path) else leaf.dtype
 
     return tree.unflatten(
         {

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from emu_jax.generate import decode_state, logits_process
 from emu_jax.generate.decode_state import DecodeState
 from emu_jax.generate.logits_process import SamplingMetadata
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.tree import Tree
 
 BOS = 1
@@ -46,7 +46,7 @@ class TextDecodeState:
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def start(
-    size: emu.EmuSize,
+    config: emu.EmuConfig,
     params: Tree,
     llm: DecodeState,
     keys: Key[Array, "B"],
@@ -61,23 +61,23 @@ def start(
     state = TextDecodeState(
         llm, jnp.full((rows, room), EOS), jnp.int32(0), jnp.zeros(rows, bool), zeros, keys
     )
-    return _choose(emu.bind(emu.Emu, size, params), state, metadata)
+    return _choose(module.bind(emu.Emu, config, params), state, metadata)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
-    size: emu.EmuSize,
+    config: emu.EmuConfig,
     params: Tree,
     state: TextDecodeState,
     until: Int[Array, ""],
     metadata: SamplingMetadata,
 ) -> TextDecodeState:
     """The state with `until` ids a row, or fewer if all rows are done before."""
-    model = emu.bind(emu.Emu, size, params)
+    model = module.bind(emu.Emu, config, params)
 
     def step(state: TextDecodeState) -> TextDecodeState:
         token = jax.lax.dynamic_index_in_dim(state.ids, state.count - 1, 1)
-        x = model.llama.embeddings(token, size.compute)
+        x = model.llama.embeddings(token, config.compute)
         return _choose(
             model,
             state.replace(
@@ -126,7 +126,7 @@ def _previous_ids(
 
 @partial(jax.jit, static_argnums=0)
 def nll(
-    size: emu.EmuSize,
+    config: emu.EmuConfig,
     params: Tree,
     llm: DecodeState,
     tokens: Int[Array, "B T"],
@@ -135,9 +135,9 @@ def nll(
     """Summed cross-entropy of the first `lengths` tokens of each row, as what follows the
     llm.
     """
-    model = emu.bind(emu.Emu, size, params)
+    model = module.bind(emu.Emu, config, params)
     hidden, _ = decode_state.forward(
-        model, llm, model.llama.embeddings(tokens, size.compute), lengths
+        model, llm, model.llama.embeddings(tokens, config.compute), lengths
     )
     before = jnp.concatenate([llm.hidden[:, None], hidden[:, :-1]], 1)
 
@@ -181,7 +181,7 @@ class BeamSearchState:
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def beam_search(
-    size: emu.EmuSize,
+    config: emu.EmuConfig,
     params: Tree,
     llm: DecodeState,
     beams: int,
@@ -196,7 +196,7 @@ def beam_search(
     counted; the first K that do not end run on. A row is done when its worst kept hypothesis scores
     at least what the best continuation would, were it to end now; or at its limit.
     """
-    model = emu.bind(emu.Emu, size, params)
+    model = module.bind(emu.Emu, config, params)
     K = beams
     rows = llm.lengths.shape[0] // K
     nobody = jnp.full((rows, K, room), EOS)
@@ -214,7 +214,7 @@ def beam_search(
 
     def step(state: BeamSearchState) -> BeamSearchState:
         token = jax.lax.dynamic_index_in_dim(state.ids.reshape(rows * K, room), state.count - 1, 1)
-        x = model.llama.embeddings(token, size.compute)
+        x = model.llama.embeddings(token, config.compute)
         return _extend(
             model,
             state.replace(

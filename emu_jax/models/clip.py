@@ -25,7 +25,7 @@ OLD_EOS = 2
 
 
 @dataclass(frozen=True)
-class TowerSize:
+class TowerConfig:
     # E
     width: int
     depth: int
@@ -37,7 +37,7 @@ class TowerSize:
 
 
 @dataclass(frozen=True)
-class ClipSize:
+class ClipConfig:
     # C, width of what both towers give
     features: int
     # pixels a side
@@ -48,30 +48,30 @@ class ClipSize:
     context: int
     # id of the token at which a text is read; see OLD_EOS
     eos: int
-    text: TowerSize
-    vision: TowerSize
+    text: TowerConfig
+    vision: TowerConfig
 
     @classmethod
-    def of(cls, model: dict) -> "ClipSize":
+    def of(cls, model: dict) -> "ClipConfig":
         """From `config.model` with its group `clip`."""
-        towers = {name: TowerSize(**model["clip"][name]) for name in ("text", "vision")}
+        towers = {name: TowerConfig(**model["clip"][name]) for name in ("text", "vision")}
         return cls(**{**model["clip"], **towers})
 
 
 class Block(nnx.Module):
-    def __init__(self, size: TowerSize, rngs: nnx.Rngs):
-        E = size.width
-        H = size.heads
-        d = size.width // size.heads
-        F = size.ffn
-        self.activation = size.activation
-        self.norm1 = layers.LayerNorm(E, eps=size.eps)
+    def __init__(self, config: TowerConfig, rngs: nnx.Rngs):
+        E = config.width
+        H = config.heads
+        d = config.width // config.heads
+        F = config.ffn
+        self.activation = config.activation
+        self.norm1 = layers.LayerNorm(E, eps=config.eps)
         self.q, self.k, self.v = (
             layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs)
             for _ in "qkv"
         )
         self.o = layers.Linear("bthd,hde->bte", (H, d, E), bias=(E,), std=0.02, rngs=rngs)
-        self.norm2 = layers.LayerNorm(E, eps=size.eps)
+        self.norm2 = layers.LayerNorm(E, eps=config.eps)
         self.up = layers.Linear("bte,ef->btf", (E, F), bias=(F,), std=0.02, rngs=rngs)
         self.down = layers.Linear("btf,fe->bte", (F, E), bias=(E,), std=0.02, rngs=rngs)
 
@@ -85,17 +85,19 @@ class Block(nnx.Module):
 
 
 class Text(nnx.Module):
-    def __init__(self, size: ClipSize, rngs: nnx.Rngs):
-        tower = size.text
-        self.eos = size.eos
-        self.tokens = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.vocab, tower.width)))
+    def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
+        tower = config.text
+        self.eos = config.eos
+        self.tokens = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (config.vocab, tower.width))
+        )
         self.positions = nnx.Param(
-            0.01 * jax.random.normal(rngs.params(), (size.context, tower.width))
+            0.01 * jax.random.normal(rngs.params(), (config.context, tower.width))
         )
         self.blocks = layers.stack(lambda rngs: Block(tower, rngs), tower.depth, rngs)
         self.norm = layers.LayerNorm(tower.width, eps=tower.eps)
         self.project = layers.Linear(
-            "be,ec->bc", (tower.width, size.features), std=tower.width**-0.5, rngs=rngs
+            "be,ec->bc", (tower.width, config.features), std=tower.width**-0.5, rngs=rngs
         )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B C"]:
@@ -113,20 +115,20 @@ class Text(nnx.Module):
 
 
 class Vision(nnx.Module):
-    def __init__(self, size: ClipSize, rngs: nnx.Rngs):
-        tower = size.vision
-        p = size.patch
-        self.side = size.patch
+    def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
+        tower = config.vision
+        p = config.patch
+        self.side = config.patch
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tower.width,)))
         self.patch = layers.Linear("bxyijc,ijce->bxye", (p, p, 3, tower.width), std=0.02, rngs=rngs)
         self.positions = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (1 + (size.image // p) ** 2, tower.width))
+            0.02 * jax.random.normal(rngs.params(), (1 + (config.image // p) ** 2, tower.width))
         )
         self.before = layers.LayerNorm(tower.width, eps=tower.eps)
         self.blocks = layers.stack(lambda rngs: Block(tower, rngs), tower.depth, rngs)
         self.after = layers.LayerNorm(tower.width, eps=tower.eps)
         self.project = layers.Linear(
-            "be,ec->bc", (tower.width, size.features), std=tower.width**-0.5, rngs=rngs
+            "be,ec->bc", (tower.width, config.features), std=tower.width**-0.5, rngs=rngs
         )
 
     def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B C"]:
@@ -146,8 +148,8 @@ class Vision(nnx.Module):
 
 
 class Clip(nnx.Module):
-    def __init__(self, size: ClipSize, rngs: nnx.Rngs):
-        self.text = Text(size, rngs)
-        self.vision = Vision(size, rngs)
+    def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
+        self.text = Text(config, rngs)
+        self.vision = Vision(config, rngs)
         # of training: no feature knows it
         self.logit_scale = nnx.Param(jnp.zeros(()))

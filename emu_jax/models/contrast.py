@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from emu_jax.models import layers
-from emu_jax.models.emu import EmuSize, Encoder
+from emu_jax.models.emu import EmuConfig, Encoder
 from emu_jax.types import Batch
 
 # pixels a side of the linear reading
@@ -25,9 +25,9 @@ class Trigrams(nnx.Module):
     + c[t-2]).
     """
 
-    def __init__(self, size: EmuSize, rngs: nnx.Rngs):
-        V = size.llama.vocab + size.llama.added
-        D = size.llama.width
+    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+        V = config.llama.vocab + config.llama.added
+        D = config.llama.width
         self.tables = nnx.Param(0.5 * jax.random.normal(rngs.params(), (3, V, D)))
         self.project = layers.Linear("btD,DE->btE", (D, D), std=D**-0.5, rngs=rngs)
 
@@ -56,10 +56,10 @@ class Trigrams(nnx.Module):
 class Contrast(nnx.Module):
     """Heads of the warm-up on visual tokens [M, N, D]."""
 
-    def __init__(self, size: EmuSize, rngs: nnx.Rngs):
-        N = size.resampler.tokens
-        D = size.llama.width
-        self.text = Trigrams(size, rngs)
+    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+        N = config.resampler.tokens
+        D = config.llama.width
+        self.text = Trigrams(config, rngs)
         self.image = layers.Linear(
             "mnD,nDE->mE", (N, D, D), bias=(D,), std=(N * D) ** -0.5, rngs=rngs
         )
@@ -80,6 +80,6 @@ class Warmup(Encoder):
     thrown away.
     """
 
-    def __init__(self, size: EmuSize, rngs: nnx.Rngs):
-        super().__init__(size, rngs)
-        self.contrast = Contrast(size, rngs)
+    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.contrast = Contrast(config, rngs)

@@ -17,21 +17,21 @@ from jaxtyping import Array, Float, UInt8
 
 from emu_jax.config import UserError
 from emu_jax.models.diffusion import Diffusion
-from emu_jax.models.emu import Emu, EmuSize
-from emu_jax.models.lora import LoraSize
-from emu_jax.models.unet import UNet, UNetSize
-from emu_jax.models.vae import Vae, VaeSize
+from emu_jax.models.emu import Emu, EmuConfig
+from emu_jax.models.lora import LoraConfig
+from emu_jax.models.unet import UNet, UNetConfig
+from emu_jax.models.vae import Vae, VaeConfig
 from emu_jax.types import Batch, DecoderBatch
 
 SOURCES = ("generated", "teacher_forced", "encoded")
 
 
 @dataclass(frozen=True)
-class DecoderSize:
-    emu: EmuSize
-    unet: UNetSize
+class DecoderConfig:
+    emu: EmuConfig
+    unet: UNetConfig
     # None: the U-Net works on pixels
-    vae: VaeSize | None
+    vae: VaeConfig | None
     diffusion: Diffusion
     # pixels a side of what is drawn
     image: int
@@ -39,7 +39,7 @@ class DecoderSize:
     condition: str
 
     @classmethod
-    def of(cls, model: dict) -> "DecoderSize":
+    def of(cls, model: dict) -> "DecoderConfig":
         """From `config.model` with its group `decoder`. Raises UserError for parts that do not fit
         one another.
         """
@@ -48,46 +48,46 @@ class DecoderSize:
             diffusion = Diffusion(**d["diffusion"])
         except ValueError as error:
             raise UserError(f"model.decoder: {error}") from error
-        size = cls(
-            EmuSize.of(model),
-            UNetSize(**d["unet"]),
-            VaeSize(**d["vae"]) if d["vae"] else None,
+        config = cls(
+            EmuConfig.of(model),
+            UNetConfig(**d["unet"]),
+            VaeConfig(**d["vae"]) if d["vae"] else None,
             diffusion,
             d["image"],
             d["condition"],
         )
-        factor = size.vae.factor if size.vae else 1
-        channels = size.vae.latent if size.vae else 3
-        if size.condition not in SOURCES:
+        factor = config.vae.factor if config.vae else 1
+        channels = config.vae.latent if config.vae else 3
+        if config.condition not in SOURCES:
             raise UserError(
-                f"model.decoder.condition={size.condition!r} is not one of {', '.join(SOURCES)}"
+                f"model.decoder.condition={config.condition!r} is not one of {', '.join(SOURCES)}"
             )
-        if size.unet.condition != size.emu.llama.width:
+        if config.unet.condition != config.emu.llama.width:
             raise UserError(
-                f"model.decoder.unet.condition={size.unet.condition}: the model's visual tokens have the width {size.emu.llama.width}"
+                f"model.decoder.unet.condition={config.unet.condition}: the model's visual tokens have the width {config.emu.llama.width}"
             )
-        if size.unet.pooled not in (0, size.emu.resampler.tokens):
+        if config.unet.pooled not in (0, config.emu.resampler.tokens):
             raise UserError(
-                f"model.decoder.unet.pooled={size.unet.pooled} must be 0 or the number of visual tokens, {size.emu.resampler.tokens}"
+                f"model.decoder.unet.pooled={config.unet.pooled} must be 0 or the number of visual tokens, {config.emu.resampler.tokens}"
             )
-        if size.unet.side not in (0, size.image // (factor * size.unet.patch)):
+        if config.unet.side not in (0, config.image // (factor * config.unet.patch)):
             raise UserError(
-                f"model.decoder.unet.side={size.unet.side} must be 0 or {size.image // (factor * size.unet.patch)}, the places a side"
+                f"model.decoder.unet.side={config.unet.side} must be 0 or {config.image // (factor * config.unet.patch)}, the places a side"
             )
-        if size.image % (factor * size.unet.divisor):
+        if config.image % (factor * config.unet.divisor):
             raise UserError(
-                f"model.decoder.image={size.image} must be divisible by {factor * size.unet.divisor} "
-                f"({f'{factor} pixels a latent, ' if size.vae else ''}{size.unet.divisor} in the U-Net)"
+                f"model.decoder.image={config.image} must be divisible by {factor * config.unet.divisor} "
+                f"({f'{factor} pixels a latent, ' if config.vae else ''}{config.unet.divisor} in the U-Net)"
             )
-        if (size.unet.channels_in, size.unet.channels_out) != (channels, channels):
+        if (config.unet.channels_in, config.unet.channels_out) != (channels, channels):
             raise UserError(
-                f"model.decoder.unet has {size.unet.channels_in} channels in and {size.unet.channels_out} out; "
-                f"{'the latents' if size.vae else 'pixels'} have {channels}"
+                f"model.decoder.unet has {config.unet.channels_in} channels in and {config.unet.channels_out} out; "
+                f"{'the latents' if config.vae else 'pixels'} have {channels}"
             )
-        return size
+        return config
 
     @property
-    def lora(self) -> LoraSize:
+    def lora(self) -> LoraConfig:
         return self.emu.lora
 
     @property
@@ -113,11 +113,11 @@ class DecoderSize:
 class Canvas(nnx.Module):
     """The U-Net and its autoencoder: all that drawing needs of a decoder."""
 
-    def __init__(self, size: DecoderSize, rngs: nnx.Rngs):
-        self.decoder = size
-        if size.vae:
-            self.vae = Vae(size.vae, rngs)
-        self.unet = UNet(size.unet, rngs)
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.decoder = config
+        if config.vae:
+            self.vae = Vae(config.vae, rngs)
+        self.unet = UNet(config.unet, rngs)
 
     def targets(
         self, images: UInt8[Array, "M h w 3"], key: Array | None = None
@@ -159,11 +159,11 @@ class Decoder(Emu, Canvas):
     say), and what draws.
     """
 
-    def __init__(self, size: DecoderSize, rngs: nnx.Rngs):
-        Emu.__init__(self, size.emu, rngs)
-        if size.condition != "teacher_forced":
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        Emu.__init__(self, config.emu, rngs)
+        if config.condition != "teacher_forced":
             del self.llama, self.regress_head
-        Canvas.__init__(self, size, rngs)
+        Canvas.__init__(self, config, rngs)
 
     def drawn(self, batch: Batch, key: Array) -> Float[Array, "M y x c"]:
         """`targets` of every image of the batch, M = B * I, from the moments that came with it if
@@ -183,16 +183,16 @@ class Decoder(Emu, Canvas):
 
     def conditions(self, batch: Batch) -> Float[Array, "M N D"]:
         """The condition of every image of the batch, M = B * I."""
-        size = self.decoder
+        config = self.decoder
         (B, I) = batch.images.shape[:2]
-        if size.condition == "generated":
-            return rearrange(batch.conditions, "B I N D -> (B I) N D").astype(size.emu.compute)
+        if config.condition == "generated":
+            return rearrange(batch.conditions, "B I N D -> (B I) N D").astype(config.emu.compute)
         z = self.encoded(batch)
-        if size.condition == "encoded":
+        if config.condition == "encoded":
             return z
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
-        hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=size.emu.attention)
+        hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=config.emu.attention)
         places = rearrange(
             batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2]), "B I N -> B (I N)"
         )
@@ -203,13 +203,15 @@ class Decoder(Emu, Canvas):
 
 
 def moments(
-    size: DecoderSize, vae: Vae, images: UInt8[Array, "M h w 3"]
+    config: DecoderConfig, vae: Vae, images: UInt8[Array, "M h w 3"]
 ) -> Float[Array, "M y x m"]:
     """What the autoencoder's encoder makes of images: the means of their latents, unscaled, and
     beside them the log variances, m = 2 c.
     """
     return jnp.concatenate(
-        vae.encode(signed(images, size.image).astype(size.emu.compute), kernel=size.emu.attention),
+        vae.encode(
+            signed(images, config.image).astype(config.emu.compute), kernel=config.emu.attention
+        ),
         -1,
     )
 

@@ -5,13 +5,10 @@ predicts the next element.
     ----------------------------------------------┴-> Llama -> hidden -> lm_head, regress_head
     (losses.py)
 
-Outside this package a model is a plain nested dict of parameters: `init` makes it, `bind` gives it
-arithmetic.
+Outside this package a model is a plain nested dict of parameters: module.py. Read next: llama.py.
 """
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,37 +17,37 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from emu_jax import sharding
-from emu_jax.models import layers, lora
-from emu_jax.models.llama import Llama, LlamaSize
-from emu_jax.models.lora import NO_LORA, LoraSize
-from emu_jax.models.resampler import Resampler, ResamplerSize
-from emu_jax.models.vision import Vision, VisionSize, normalise
+from emu_jax.models import layers
+from emu_jax.models.llama import Llama, LlamaConfig
+from emu_jax.models.lora import NO_LORA, LoraConfig
+from emu_jax.models.resampler import Resampler, ResamplerConfig
+from emu_jax.models.vision import Vision, VisionConfig, normalise
 from emu_jax.types import Batch
 
 
 @dataclass(frozen=True)
-class EmuSize:
-    vision: VisionSize
-    resampler: ResamplerSize
-    llama: LlamaSize
+class EmuConfig:
+    vision: VisionConfig
+    resampler: ResamplerConfig
+    llama: LlamaConfig
     # dtype of the arithmetic
     compute: str
     # kernel of the three towers' attention
     attention: str
     # visual tokens standardised by constants measured once (visual_stats)
     standardise: bool
-    lora: LoraSize = NO_LORA
+    lora: LoraConfig = NO_LORA
 
     @classmethod
-    def of(cls, model: dict) -> "EmuSize":
+    def of(cls, model: dict) -> "EmuConfig":
         """From `config.model`, whose fields are these; what may stand beside them there (a decoder)
         is passed over.
         """
         towers = dict(
-            vision=VisionSize(**model["vision"]),
-            resampler=ResamplerSize(**model["resampler"]),
-            llama=LlamaSize(**model["llama"]),
-            lora=LoraSize(**model.get("lora", {})),
+            vision=VisionConfig(**model["vision"]),
+            resampler=ResamplerConfig(**model["resampler"]),
+            llama=LlamaConfig(**model["llama"]),
+            lora=LoraConfig(**model.get("lora", {})),
         )
         return cls(
             **towers, **{name: model[name] for name in ("compute", "attention", "standardise")}
@@ -62,8 +59,8 @@ class VisualStats(nnx.Module):
     trained.
     """
 
-    def __init__(self, size: EmuSize):
-        shape = (size.resampler.tokens, size.llama.width)
+    def __init__(self, config: EmuConfig):
+        shape = (config.resampler.tokens, config.llama.width)
         self.mean = nnx.Param(jnp.zeros(shape))
         self.std = nnx.Param(jnp.ones(shape))
 
@@ -74,34 +71,34 @@ class VisualStats(nnx.Module):
 class Encoder(nnx.Module):
     """The half of Emu that reads images; the contrastive warm-up trains it alone."""
 
-    def __init__(self, size: EmuSize, rngs: nnx.Rngs):
-        self.size = size
-        self.vision = Vision(size.vision, rngs)
-        self.ln_visual = layers.LayerNorm(size.vision.width, eps=1e-6)
-        self.resampler = Resampler(size.resampler, size.vision.width, size.llama.width, rngs)
+    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = Vision(config.vision, rngs)
+        self.ln_visual = layers.LayerNorm(config.vision.width, eps=1e-6)
+        self.resampler = Resampler(config.resampler, config.vision.width, config.llama.width, rngs)
 
     def encode(
         self, images: UInt8[Array, "M h w 3"], key: Array | None = None
     ) -> Float[Array, "M N D"]:
         """The visual tokens of each image."""
-        x = normalise(sharding.constrain_images(images), self.size.vision, self.size.compute)
-        features = self.ln_visual(self.vision(x, kernel=self.size.attention))
-        return self.resampler(features, key, kernel=self.size.attention)
+        x = normalise(sharding.constrain_images(images), self.config.vision, self.config.compute)
+        features = self.ln_visual(self.vision(x, kernel=self.config.attention))
+        return self.resampler(features, key, kernel=self.config.attention)
 
 
 class Emu(Encoder):
-    def __init__(self, size: EmuSize, rngs: nnx.Rngs):
-        super().__init__(size, rngs)
-        if size.standardise:
-            self.visual_stats = VisualStats(size)
-        self.llama = Llama(size.llama, rngs)
+    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        if config.standardise:
+            self.visual_stats = VisualStats(config)
+        self.llama = Llama(config.llama, rngs)
         self.regress_head = layers.Linear(
-            "bkD,DE->bkE", (size.llama.width, size.llama.width), std=0.02, rngs=rngs
+            "bkD,DE->bkE", (config.llama.width, config.llama.width), std=0.02, rngs=rngs
         )
 
     def encode(self, images, key=None):
         z = super().encode(images, key)
-        return self.visual_stats(z) if self.size.standardise else z
+        return self.visual_stats(z) if self.config.standardise else z
 
     def __call__(
         self, batch: Batch, key: Array | None = None
@@ -113,7 +110,9 @@ class Emu(Encoder):
         )
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
-        return self.llama(x, batch.positions, batch.segments, kernel=self.size.attention)[0], visual
+        return self.llama(x, batch.positions, batch.segments, kernel=self.config.attention)[
+            0
+        ], visual
 
     def interleave(
         self, tokens: Int[Array, "B T"], visual: Float[Array, "B I N D"], slots: Int[Array, "B I"]
@@ -126,35 +125,3 @@ class Emu(Encoder):
         return jax.vmap(lambda row, at, z: row.at[at].set(z, mode="drop"))(
             x, places, rearrange(visual, "B I N D -> B (I N) D")
         )
-
-
-def init(module: type[nnx.Module], size: Any, key: Array) -> dict:
-    """Fresh parameters of `module(size, rngs)` as a nested dict, with its LoRA; under
-    jax.eval_shape, their shapes.
-    """
-    made = module(size, nnx.Rngs(params=key))
-    linear = {
-        "/".join(map(str, path)) + "/w": part.inputs
-        for path, part in nnx.iter_modules(made)
-        if isinstance(part, layers.Linear)
-    }
-    inputs = {path: axes for path, axes in linear.items() if "/blocks/" in path}
-    return lora.extended(_lora(size), nnx.to_pure_dict(nnx.state(made)), inputs, key)
-
-
-def bind(module: type[nnx.Module], size: Any, params: dict, key: Array | None = None) -> nnx.Module:
-    """The module whose parameters are `params`: for use inside a jitted function. `key` turns the
-    dropout of LoRA on.
-    """
-    return nnx.merge(_graphdef(module, size), lora.bound(_lora(size), params, key))
-
-
-# a second or two each time that something is traced
-@cache
-def _graphdef(module: type[nnx.Module], size: Any) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda: module(size, nnx.Rngs(params=0))))
-
-
-def _lora(size: Any) -> LoraSize | None:
-    """None for what has no Emu in it: a U-Net alone."""
-    return getattr(size, "lora", None)

@@ -7,24 +7,30 @@ Recomputation, padding, norms and softmax count nothing, as in the definition of
 
 from collections.abc import Iterable
 
-from emu_jax.models.decoder import DecoderSize
-from emu_jax.models.emu import EmuSize
-from emu_jax.models.unet import UNetSize
-from emu_jax.models.vae import VaeSize
+from emu_jax.models.decoder import DecoderConfig
+from emu_jax.models.emu import EmuConfig
+from emu_jax.models.unet import UNetConfig
+from emu_jax.models.vae import VaeConfig
 
 Count = int | float
 
 
 def forward(
-    size: EmuSize, *, images: Count, tokens: Count, pairs: Count, labels: Count, regressed: Count
+    config: EmuConfig,
+    *,
+    images: Count,
+    tokens: Count,
+    pairs: Count,
+    labels: Count,
+    regressed: Count,
 ) -> dict[str, Count]:
     """Forward FLOPs by tower of `images` images and `tokens` tokens, of which `labels` are
     predicted and `regressed` are visual targets; `pairs` is the number of (query, key) pairs that
     the causal mask allows, the sum of n (n + 1) / 2 over documents.
     """
-    v = size.vision
-    r = size.resampler
-    m = size.llama
+    v = config.vision
+    r = config.resampler
+    m = config.llama
     P = 1 + v.patches
     E = v.width
     N = r.tokens
@@ -49,7 +55,7 @@ def forward(
     }
 
 
-def train(size: EmuSize, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
+def train(config: EmuConfig, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
     """FLOPs of a step by tower, from the counts of `forward`: three times the forward where the
     tower trains, twice where gradients only pass through it to an earlier one (or to LoRA in it,
     whose own few count nothing), once otherwise.
@@ -61,7 +67,7 @@ def train(size: EmuSize, trained: dict[str, bool], **counts: Count) -> dict[str,
     }
     return {
         tower: (3 if trained.get(tower) else 2 if passes[tower] else 1) * value
-        for tower, value in forward(size, **counts).items()
+        for tower, value in forward(config, **counts).items()
     }
 
 
@@ -78,74 +84,80 @@ def trained(paths: Iterable[str]) -> dict[str, bool]:
     return found | {"heads": found.get("regress_head", False)}
 
 
-def unet(size: UNetSize, side: int, tokens: int) -> int:
+def unet(config: UNetConfig, side: int, tokens: int) -> int:
     """Forward FLOPs of one input of `side` x `side` with a condition of `tokens`."""
-    places = [(side // size.patch // 2**level) ** 2 for level in range(len(size.widths))]
+    places = [(side // config.patch // 2**level) ** 2 for level in range(len(config.widths))]
     last = len(places) - 1
 
     def transformer(level):
-        C = size.widths[level]
+        C = config.widths[level]
         P = places[level]
         N = tokens
         # self, cross, ffn
         block = (
             P * (8 * C * C + 4 * P * C)
             + P * (4 * C * C + 4 * N * C)
-            + 4 * N * size.condition * C
+            + 4 * N * config.condition * C
             + 24 * P * C * C
         )
-        return 4 * P * C * C + size.depths[level] * block
+        return 4 * P * C * C + config.depths[level] * block
 
     def resnet(width_in, level):
         return (
-            _resnet(width_in, size.widths[level], places[level])
-            + 2 * size.time * size.widths[level]
+            _resnet(width_in, config.widths[level], places[level])
+            + 2 * config.time * config.widths[level]
         )
 
-    ends = 18 * places[0] * size.patch**2 * (size.channels_in + size.channels_out) * size.widths[0]
+    ends = (
+        18
+        * places[0]
+        * config.patch**2
+        * (config.channels_in + config.channels_out)
+        * config.widths[0]
+    )
     time = (
         2
-        * size.time
+        * config.time
         * (
-            size.widths[0]
-            + size.time
-            + size.pooled * size.condition
-            + size.side**2 * size.widths[0]
+            config.widths[0]
+            + config.time
+            + config.pooled * config.condition
+            + config.side**2 * config.widths[0]
         )
     )
-    total = ends + time + 2 * resnet(size.widths[last], last) + transformer(last)
-    skips = [size.widths[0]]
-    for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):
+    total = ends + time + 2 * resnet(config.widths[last], last) + transformer(last)
+    skips = [config.widths[0]]
+    for level, (C, count) in enumerate(zip(config.widths, config.resnets, strict=True)):
         total += (
             resnet(skips[-1], level)
             + (count - 1) * resnet(C, level)
-            + count * size.attends_down[level] * transformer(level)
+            + count * config.attends_down[level] * transformer(level)
         )
         total += 18 * C * C * places[level + 1] if level < last else 0
         skips += [C] * (count + (level < last))
-    width = size.widths[last]
+    width = config.widths[last]
     for level in range(last, -1, -1):
-        C = size.widths[level]
-        count = size.resnets[level] + 1
+        C = config.widths[level]
+        count = config.resnets[level] + 1
         total += sum(resnet(before + skips.pop(), level) for before in [width] + [C] * (count - 1))
-        total += count * size.attends_up[level] * transformer(level)
+        total += count * config.attends_up[level] * transformer(level)
         total += 18 * C * C * places[level - 1] if level else 0
         width = C
     return total
 
 
-def vae_encoder(size: VaeSize, side: int) -> int:
+def vae_encoder(config: VaeConfig, side: int) -> int:
     """Forward FLOPs of encoding one image of `side` x `side`."""
-    places = [(side // 2**level) ** 2 for level in range(len(size.widths))]
-    C = size.widths[-1]
+    places = [(side // 2**level) ** 2 for level in range(len(config.widths))]
+    C = config.widths[-1]
     P = places[-1]
     last = len(places) - 1
-    c = 2 * size.latent
-    total = 18 * places[0] * size.channels * size.widths[0] + 18 * P * C * c + 2 * P * c * c
+    c = 2 * config.latent
+    total = 18 * places[0] * config.channels * config.widths[0] + 18 * P * C * c + 2 * P * c * c
     total += 2 * _resnet(C, C, P) + P * (8 * C * C + 4 * P * C)
-    before = size.widths[0]
-    for level, width in enumerate(size.widths):
-        total += _resnet(before, width, places[level]) + (size.resnets - 1) * _resnet(
+    before = config.widths[0]
+    for level, width in enumerate(config.widths):
+        total += _resnet(before, width, places[level]) + (config.resnets - 1) * _resnet(
             width, width, places[level]
         )
         total += 18 * width * width * places[level + 1] if level < last else 0
@@ -154,7 +166,7 @@ def vae_encoder(size: VaeSize, side: int) -> int:
 
 
 def train_decoder(
-    size: DecoderSize,
+    config: DecoderConfig,
     trained: dict[str, bool],
     *,
     images: Count,
@@ -166,18 +178,19 @@ def train_decoder(
     drawn.
     """
     text = {
-        name: value if size.condition == "teacher_forced" else 0.0 for name, value in counts.items()
+        name: value if config.condition == "teacher_forced" else 0.0
+        for name, value in counts.items()
     } | {"labels": 0.0}
-    read = 0.0 if size.condition == "generated" else images
+    read = 0.0 if config.condition == "generated" else images
     work = {
-        tower: value for tower, value in forward(size.emu, images=read, **text).items() if value
+        tower: value for tower, value in forward(config.emu, images=read, **text).items() if value
     }
-    if size.vae and encodes:
-        work["vae"] = images * vae_encoder(size.vae, size.image)
+    if config.vae and encodes:
+        work["vae"] = images * vae_encoder(config.vae, config.image)
     return work | {
         "unet": (3 if trained.get("unet") else 1)
         * images
-        * unet(size.unet, size.latents[0], size.emu.resampler.tokens)
+        * unet(config.unet, config.latents[0], config.emu.resampler.tokens)
     }
 
 

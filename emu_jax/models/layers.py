@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from emu_jax import sharding
-from emu_jax.models.lora import Lora, Quantised, equations
+from emu_jax.models.lora import Lora, Quantized, equations
 
 # How a block is rematerialised. Its backward pass finds saved all that it needs, nothing but what
 # entered it, or the outputs of its matrix products.
@@ -32,7 +32,7 @@ REMAT = {
 SHORT = 8
 
 
-def einsum(equation: str, x: Array, w: Array | Quantised | Lora) -> Array:
+def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
     """The one matrix product: in x's dtype (float32 means float32, on every platform), with
     whatever kind of weight.
     """
@@ -41,8 +41,8 @@ def einsum(equation: str, x: Array, w: Array | Quantised | Lora) -> Array:
         return einsum(equation, x, w.w) + w.scale * einsum(
             up, einsum(down, dropout(x, w.dropout, w.keys), w.a), w.b
         )
-    if isinstance(w, Quantised):
-        w = w.plain(x.dtype)
+    if isinstance(w, Quantized):
+        w = w.dequantize(x.dtype)
     return jnp.einsum(
         equation, x, w.astype(x.dtype), precision="highest" if x.dtype == jnp.float32 else None
     )

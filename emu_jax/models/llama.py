@@ -23,7 +23,7 @@ from emu_jax.types import KVCache
 
 
 @dataclass(frozen=True)
-class LlamaSize:
+class LlamaConfig:
     # rows of LLaMA's own vocabulary
     vocab: int
     # and Emu's: [PAD] [IMG] [/IMG] <image>, in the chat model [USER] [ASSISTANT]
@@ -53,6 +53,11 @@ class LlamaSize:
         """Heads of keys and values."""
         return self.kv_heads or self.heads
 
+    @property
+    def chats(self) -> bool:
+        """Whether the added tokens include the chat model's [USER] and [ASSISTANT]."""
+        return self.added >= 6
+
     def __post_init__(self):
         if self.width % self.heads or self.heads % self.kv:
             raise UserError(
@@ -61,11 +66,11 @@ class LlamaSize:
 
 
 class Attention(nnx.Module):
-    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
-        D = size.width
-        H = size.heads
-        G = size.kv
-        d = size.width // size.heads
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        D = config.width
+        H = config.heads
+        G = config.kv
+        d = config.width // config.heads
         self.q = layers.Linear("btD,Dhd->bthd", (D, H, d), std=0.02, rngs=rngs)
         self.k = layers.Linear("btD,Dhd->bthd", (D, G, d), std=0.02, rngs=rngs)
         self.v = layers.Linear("btD,Dhd->bthd", (D, G, d), std=0.02, rngs=rngs)
@@ -79,21 +84,21 @@ class Attention(nnx.Module):
 
 
 class Ffn(nnx.Module):
-    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
-        self.gate = layers.Linear("btD,Df->btf", (size.width, size.ffn), std=0.02, rngs=rngs)
-        self.up = layers.Linear("btD,Df->btf", (size.width, size.ffn), std=0.02, rngs=rngs)
-        self.down = layers.Linear("btf,fD->btD", (size.ffn, size.width), std=0.02, rngs=rngs)
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.gate = layers.Linear("btD,Df->btf", (config.width, config.ffn), std=0.02, rngs=rngs)
+        self.up = layers.Linear("btD,Df->btf", (config.width, config.ffn), std=0.02, rngs=rngs)
+        self.down = layers.Linear("btf,fD->btD", (config.ffn, config.width), std=0.02, rngs=rngs)
 
     def __call__(self, x):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
-        self.norm1 = layers.RMSNorm(size.width, eps=size.eps)
-        self.attn = Attention(size, rngs)
-        self.norm2 = layers.RMSNorm(size.width, eps=size.eps)
-        self.ffn = Ffn(size, rngs)
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.norm1 = layers.RMSNorm(config.width, eps=config.eps)
+        self.attn = Attention(config, rngs)
+        self.norm2 = layers.RMSNorm(config.width, eps=config.eps)
+        self.ffn = Ffn(config, rngs)
 
     def __call__(self, x, mask, rotation, kernel: str, remember=lambda k, v: (k, v)):
         """`remember` gives the keys and values to look at for those of x."""
@@ -106,28 +111,30 @@ class Vocabulary(nnx.Module):
     imports as it is.
     """
 
-    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
-        self.base = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.vocab, size.width)))
-        self.added = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.added, size.width)))
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.base = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab, config.width)))
+        self.added = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (config.added, config.width))
+        )
 
     def arrays(self) -> dict[str, Array]:
         return {"base": self.base.get_value(), "added": self.added.get_value()}
 
 
 class Llama(nnx.Module):
-    def __init__(self, size: LlamaSize, rngs: nnx.Rngs):
-        self.size = size
-        self.embed = Vocabulary(size, rngs)
-        self.blocks = layers.stack(lambda rngs: Block(size, rngs), size.depth, rngs)
-        self.norm = layers.RMSNorm(size.width, eps=size.eps)
-        if not size.tied:
-            self.lm_head = Vocabulary(size, rngs)
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Vocabulary(config, rngs)
+        self.blocks = layers.stack(lambda rngs: Block(config, rngs), config.depth, rngs)
+        self.norm = layers.RMSNorm(config.width, eps=config.eps)
+        if not config.tied:
+            self.lm_head = Vocabulary(config, rngs)
 
     def head(self) -> dict[str, Array]:
         """The output head's rows, {"base": [V, D], "added": [n, D]}: what losses and generation
         multiply by.
         """
-        return (self.embed if self.size.tied else self.lm_head).arrays()
+        return (self.embed if self.config.tied else self.lm_head).arrays()
 
     def embeddings(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Input embeddings of ids; ids from V on are the added tokens."""
@@ -147,9 +154,9 @@ class Llama(nnx.Module):
 
     def empty_cache(self, rows: int, slots: int, dtype) -> KVCache:
         """A cache with room for `slots` tokens a row."""
-        L = self.size.depth
-        G = self.size.kv
-        d = self.size.width // self.size.heads
+        L = self.config.depth
+        G = self.config.kv
+        d = self.config.width // self.config.heads
 
         def zeros():
             return sharding.constrain_cache(jnp.zeros((L, rows, slots, G, d), dtype))
@@ -173,11 +180,15 @@ class Llama(nnx.Module):
         must have T slots free; where x is the first that a cache reads, padding (segment 0) stands
         at the ends of the rows.
         """
-        size = self.size
+        config = self.config
         rotation = rotary(
-            positions, size.width // size.heads, size.rope_base, size.rope_dtype, size.rope_scaling
+            positions,
+            config.width // config.heads,
+            config.rope_base,
+            config.rope_dtype,
+            config.rope_scaling,
         )
-        run = partial(layers.run, self.blocks, where="llama/blocks", remat=size.remat)
+        run = partial(layers.run, self.blocks, where="llama/blocks", remat=config.remat)
         if cache is None:
             mask = self_mask(segments)
             return self.norm(

@@ -2,7 +2,7 @@
 or 4 bits (QLoRA, arXiv 2305.14314).
 
 Beside a matrix `q/w` lie the leaves `q/a` and `q/b`; in its place, codes `q/int8` or `q/nf4` and
-their scales `q/absmax`. `bound` makes of them what layers.einsum multiplies by, so no module knows
+their scales `q/absmax`. `apply` makes of them what layers.einsum multiplies by, so no module knows
 of it. Read next: layers.py, emu.py.
 """
 
@@ -35,7 +35,7 @@ Numbers = Array | np.ndarray
 
 
 @dataclass(frozen=True)
-class LoraSize:
+class LoraConfig:
     """`config.model.lora`. The product with w becomes that with w + alpha / rank * a b."""
 
     # 0: no LoRA
@@ -59,14 +59,14 @@ class LoraSize:
             )
 
 
-NO_LORA = LoraSize()
+NO_LORA = LoraConfig()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "absmax"], meta_fields=[])
 @dataclass(frozen=True)
 # JAX rebuilds it with what are no arrays
 @no_type_check
-class Quantised:
+class Quantized:
     """A matrix whose numbers are codes times the scale of their block; blocks lie along the last
     axis. int8: -127 to 127 stand for -1 to 1; uint8: two of the 16 levels of NF4.
     """
@@ -74,13 +74,13 @@ class Quantised:
     codes: Array
     absmax: Array
 
-    def map(self, change: Callable[[str, Array], Array]) -> "Quantised":
+    def map(self, change: Callable[[str, Array], Array]) -> "Quantized":
         """Of every array, by its name."""
-        return Quantised(change(_name(self.codes), self.codes), change("absmax", self.absmax))
+        return Quantized(change(_name(self.codes), self.codes), change("absmax", self.absmax))
 
-    def plain(self, dtype) -> Array:
+    def dequantize(self, dtype) -> Array:
         """The matrix."""
-        return dequantised(self.codes, self.absmax).astype(dtype)
+        return dequantize(self.codes, self.absmax).astype(dtype)
 
 
 @partial(
@@ -96,7 +96,7 @@ class Lora:
     keys: of the dropout, a layer each; None: none.
     """
 
-    w: Array | Quantised
+    w: Array | Quantized
     a: Array
     b: Array
     keys: Array | None
@@ -105,7 +105,7 @@ class Lora:
 
     def map(self, change: Callable[[str, Array], Array]) -> "Lora":
         """Of every array of numbers, by its name."""
-        w = self.w.map(change) if isinstance(self.w, Quantised) else change("w", self.w)
+        w = self.w.map(change) if isinstance(self.w, Quantized) else change("w", self.w)
         return replace(self, w=w, a=change("a", self.a), b=change("b", self.b))
 
 
@@ -120,43 +120,43 @@ def equations(equation: str) -> tuple[str, str]:
     return f"{x},{summed}R->{rows}R", f"{rows}R,R{kept}->{y}"
 
 
-def bound(
-    size: LoraSize | None, params: tree.Tree, key: Array | None = None, path: str = ""
+def apply(
+    config: LoraConfig | None, params: tree.Tree, key: Array | None = None, path: str = ""
 ) -> tree.Tree:
     """Parameters in which each matrix stands as one value under the name `w`. key: of the dropout;
     None: none.
     """
     found = {
-        name: bound(size, part, key, f"{path}/{name}") if isinstance(part, dict) else part
+        name: apply(config, part, key, f"{path}/{name}") if isinstance(part, dict) else part
         for name, part in params.items()
     }
     for name in QUANTIZED:
         if name in found:
-            found["w"] = Quantised(found.pop(name), found.pop("absmax"))
+            found["w"] = Quantized(found.pop(name), found.pop("absmax"))
     if "a" in found and "b" in found:
         w, a, b = (found.pop(name) for name in ("w", "a", "b"))
         keys = (
             jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), len(a))
-            if key is not None and size.dropout
+            if key is not None and config.dropout
             else None
         )
-        found["w"] = Lora(w, a, b, keys, size.alpha / a.shape[-1], size.dropout)
+        found["w"] = Lora(w, a, b, keys, config.alpha / a.shape[-1], config.dropout)
     return found
 
 
-def extended(
-    size: LoraSize | None, params: tree.Tree, inputs: dict[str, int], key: Array
+def init(
+    config: LoraConfig | None, params: tree.Tree, inputs: dict[str, int], key: Array
 ) -> tree.Tree:
-    """Fresh parameters with what `size` adds to them: a as PEFT makes it, b zero; and the stored
+    """Fresh parameters with what `config` adds to them: a as PEFT makes it, b zero; and the stored
     matrices as codes.
 
     inputs: how many axes the matrices of blocks, by path, are multiplied over. Raises UserError for
     a target that is none of them.
     """
     leaves = dict(tree.leaves(params))
-    if size is not None and size.rank:
+    if config is not None and config.rank:
         try:
-            targets = dict(tree.leaves(tree.by_rule(size.targets, params, "model.lora.targets")))
+            targets = dict(tree.leaves(tree.by_rule(config.targets, params, "model.lora.targets")))
         except ValueError as error:
             raise UserError(str(error)) from error
         for path in [path for path, chosen in targets.items() if chosen]:
@@ -168,42 +168,44 @@ def extended(
             reach = math.prod(shape[1:cut]) ** -0.5
             a = jax.random.uniform(
                 jax.random.fold_in(key, zlib.crc32(path.encode())),
-                (*shape[:cut], size.rank),
+                (*shape[:cut], config.rank),
                 minval=-reach,
                 maxval=reach,
             )
             leaves |= {
                 f"{where}/a": a,
-                f"{where}/b": jnp.zeros((shape[0], size.rank, *shape[cut:])),
+                f"{where}/b": jnp.zeros((shape[0], config.rank, *shape[cut:])),
             }
-    if size is not None and size.storage:
+    if config is not None and config.storage:
         for path in [path for path in leaves if re.fullmatch(STORED, path)]:
-            leaves |= stored(path, leaves.pop(path), size.storage)
+            leaves |= quantize_leaf(path, leaves.pop(path), config.storage)
     return tree.unflatten(leaves)
 
 
 @partial(jax.jit, static_argnums=0)
-def baked(size: LoraSize, w: Numbers | Quantised, a: Numbers, b: Numbers) -> Float[Array, "..."]:
+def merge(
+    config: LoraConfig, w: Numbers | Quantized, a: Numbers, b: Numbers
+) -> Float[Array, "..."]:
     """w + alpha / rank * a b in float32, of one layer."""
-    w = w.plain(jnp.float32) if isinstance(w, Quantised) else jnp.asarray(w, jnp.float32)
+    w = w.dequantize(jnp.float32) if isinstance(w, Quantized) else jnp.asarray(w, jnp.float32)
     product = jnp.tensordot(
         jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), 1, precision="highest"
     )
-    return w + size.alpha / a.shape[-1] * product
+    return w + config.alpha / a.shape[-1] * product
 
 
 # Storage
 
 
-def stored(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str, Array]:
+def quantize_leaf(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str, Array]:
     """The leaves that stand for the matrix at `path`."""
     where = path.removesuffix("/w")
-    codes, absmax = quantised(w, storage)
+    codes, absmax = quantize(w, storage)
     return {f"{where}/{storage}": codes, f"{where}/absmax": absmax}
 
 
 @partial(jax.jit, static_argnums=1)
-def quantised(
+def quantize(
     w: Float[Numbers, "..."], storage: str
 ) -> tuple[Int8[Array, "..."] | UInt8[Array, "..."], Float[Array, "..."]]:
     """(codes, scales) of a matrix by blocks of its last axis, each scaled to -1..1."""
@@ -224,10 +226,10 @@ def quantised(
 
 
 @jax.jit
-def dequantised(
+def dequantize(
     codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Float[Numbers, "..."]
 ) -> Float[Array, "..."]:
-    """Inverse of `quantised`, but for what it rounded; float32."""
+    """Inverse of `quantize`, but for what it rounded; float32."""
     codes = jnp.asarray(codes)
     absmax = jnp.asarray(absmax)
     if _name(codes) == "int8":

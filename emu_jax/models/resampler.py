@@ -21,7 +21,7 @@ from emu_jax.models.attention import Mask, attention
 
 
 @dataclass(frozen=True)
-class ResamplerSize:
+class ResamplerConfig:
     # N
     tokens: int
     # C
@@ -38,10 +38,10 @@ class ResamplerSize:
 
 
 class Attention(nnx.Module):
-    def __init__(self, size: ResamplerSize, keys_width: int, rngs: nnx.Rngs):
-        C = size.width
-        H = size.heads
-        d = size.head_width
+    def __init__(self, config: ResamplerConfig, keys_width: int, rngs: nnx.Rngs):
+        C = config.width
+        H = config.heads
+        d = config.head_width
         self.q = layers.Linear("btc,chd->bthd", (C, H, d), std=(C * d) ** -0.5, rngs=rngs)
         self.k = layers.Linear("bse,ehd->bshd", (keys_width, H, d), std=C**-0.5, rngs=rngs)
         self.v = layers.Linear("bse,ehd->bshd", (keys_width, H, d), std=C**-0.5, rngs=rngs)
@@ -64,12 +64,12 @@ class Attention(nnx.Module):
 
 
 class Ffn(nnx.Module):
-    def __init__(self, size: ResamplerSize, rngs: nnx.Rngs):
+    def __init__(self, config: ResamplerConfig, rngs: nnx.Rngs):
         self.up = layers.Linear(
-            "btc,cf->btf", (size.width, size.ffn), std=size.width**-0.5, rngs=rngs
+            "btc,cf->btf", (config.width, config.ffn), std=config.width**-0.5, rngs=rngs
         )
         self.down = layers.Linear(
-            "btf,fc->btc", (size.ffn, size.width), std=size.ffn**-0.5, rngs=rngs
+            "btf,fc->btc", (config.ffn, config.width), std=config.ffn**-0.5, rngs=rngs
         )
 
     def __call__(self, x, dropout: float, key):
@@ -77,14 +77,14 @@ class Ffn(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, size: ResamplerSize, vision_width: int, rngs: nnx.Rngs):
-        self.dropout = size.dropout
-        self.norm1 = layers.RMSNorm(size.width, eps=1e-6)
-        self.self = Attention(size, size.width, rngs)
-        self.norm2 = layers.RMSNorm(size.width, eps=1e-6)
-        self.cross = Attention(size, vision_width, rngs)
-        self.norm3 = layers.RMSNorm(size.width, eps=1e-6)
-        self.ffn = Ffn(size, rngs)
+    def __init__(self, config: ResamplerConfig, vision_width: int, rngs: nnx.Rngs):
+        self.dropout = config.dropout
+        self.norm1 = layers.RMSNorm(config.width, eps=1e-6)
+        self.self = Attention(config, config.width, rngs)
+        self.norm2 = layers.RMSNorm(config.width, eps=1e-6)
+        self.cross = Attention(config, vision_width, rngs)
+        self.norm3 = layers.RMSNorm(config.width, eps=1e-6)
+        self.ffn = Ffn(config, rngs)
 
     def __call__(self, x, features, bias, key, kernel: str):
         keys = [None] * 6 if key is None else jax.random.split(key, 6)
@@ -100,41 +100,45 @@ class Block(nnx.Module):
 
 
 class Resampler(nnx.Module):
-    def __init__(self, size: ResamplerSize, vision_width: int, llm_width: int, rngs: nnx.Rngs):
-        self.size = size
-        self.queries = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.tokens, size.width)))
-        self.relative = nnx.Param(
-            size.width**-0.5 * jax.random.normal(rngs.params(), (size.buckets, size.heads))
+    def __init__(self, config: ResamplerConfig, vision_width: int, llm_width: int, rngs: nnx.Rngs):
+        self.config = config
+        self.queries = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (config.tokens, config.width))
         )
-        self.blocks = layers.stack(lambda rngs: Block(size, vision_width, rngs), size.depth, rngs)
-        self.norm = layers.RMSNorm(size.width, eps=1e-6)
+        self.relative = nnx.Param(
+            config.width**-0.5 * jax.random.normal(rngs.params(), (config.buckets, config.heads))
+        )
+        self.blocks = layers.stack(
+            lambda rngs: Block(config, vision_width, rngs), config.depth, rngs
+        )
+        self.norm = layers.RMSNorm(config.width, eps=1e-6)
         self.project = layers.Linear(
-            "bnc,cd->bnd", (size.width, llm_width), bias=(llm_width,), std=0.02, rngs=rngs
+            "bnc,cd->bnd", (config.width, llm_width), bias=(llm_width,), std=0.02, rngs=rngs
         )
 
     def __call__(
         self, features: Float[Array, "M S E"], key: Array | None = None, *, kernel: str = "auto"
     ) -> Float[Array, "M N D"]:
         """The N visual tokens of each image; `key` turns dropout on."""
-        size = self.size
+        config = self.config
         key_in, key_blocks, key_out = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = jnp.broadcast_to(
             self.queries.get_value().astype(features.dtype),
-            (features.shape[0], size.tokens, size.width),
+            (features.shape[0], config.tokens, config.width),
         )
-        x = layers.dropout(sharding.constrain_images(x), size.dropout, key_in)
-        buckets = relative_buckets(size.tokens, size.buckets, size.max_distance)
+        x = layers.dropout(sharding.constrain_images(x), config.dropout, key_in)
+        buckets = relative_buckets(config.tokens, config.buckets, config.max_distance)
         bias = jnp.moveaxis(self.relative.get_value()[buckets], -1, 0)
         x = layers.run(
             self.blocks,
             x,
             lambda block, x, key: block(x, features, bias, key, kernel),
             where="resampler/blocks",
-            remat=size.remat,
+            remat=config.remat,
             key=key_blocks,
         )
         return sharding.constrain_images(
-            self.project(layers.dropout(self.norm(x), size.dropout, key_out))
+            self.project(layers.dropout(self.norm(x), config.dropout, key_out))
         )
 
 

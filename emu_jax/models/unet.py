@@ -35,7 +35,7 @@ CONDITIONED = "unet/.*/cross/(k|v)/w"
 
 
 @dataclass(frozen=True)
-class UNetSize:
+class UNetConfig:
     """Tuples have an entry a level, the finest first."""
 
     # of what is denoised: latents, or pixels
@@ -131,12 +131,13 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Blocks over all places of a level, beside a shortcut."""
 
-    def __init__(self, size: UNetSize, level: int, rngs: nnx.Rngs):
-        C = size.widths[level]
-        self.norm = GroupNorm(C, size.groups, eps=1e-6)
+    def __init__(self, config: UNetConfig, level: int, rngs: nnx.Rngs):
+        C = config.widths[level]
+        self.norm = GroupNorm(C, config.groups, eps=1e-6)
         self.into = pointwise(C, C, rngs=rngs)
         self.blocks = numbered(
-            Block(C, size.heads[level], size.condition, rngs) for _ in range(size.depths[level])
+            Block(C, config.heads[level], config.condition, rngs)
+            for _ in range(config.depths[level])
         )
         self.out = pointwise(C, C, rngs=rngs, std=0.0)
 
@@ -156,7 +157,7 @@ class Level(nnx.Module):
 
     def __init__(
         self,
-        size: UNetSize,
+        config: UNetConfig,
         level: int,
         widths_in: list[int],
         rngs: nnx.Rngs,
@@ -164,12 +165,12 @@ class Level(nnx.Module):
         attentions: int,
         resample: bool = False,
     ):
-        C = size.widths[level]
+        C = config.widths[level]
         self.resnets = numbered(
-            Resnet(width, C, size.groups, eps=size.eps, time_width=size.time, rngs=rngs)
+            Resnet(width, C, config.groups, eps=config.eps, time_width=config.time, rngs=rngs)
             for width in widths_in
         )
-        self.attentions = numbered(Transformer(size, level, rngs) for _ in range(attentions))
+        self.attentions = numbered(Transformer(config, level, rngs) for _ in range(attentions))
         if resample:
             self.resample = Conv(C, C, rngs=rngs)
 
@@ -177,9 +178,9 @@ class Level(nnx.Module):
 class Time(nnx.Module):
     """The embedding of the time from its sinusoids."""
 
-    def __init__(self, size: UNetSize, rngs: nnx.Rngs):
-        C = size.widths[0]
-        t = size.time
+    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+        C = config.widths[0]
+        t = config.time
         self.up = layers.Linear("bc,ct->bt", (C, t), bias=(t,), std=C**-0.5, rngs=rngs)
         self.down = layers.Linear("bt,tu->bu", (t, t), bias=(t,), std=t**-0.5, rngs=rngs)
 
@@ -188,61 +189,61 @@ class Time(nnx.Module):
 
 
 class UNet(nnx.Module):
-    def __init__(self, size: UNetSize, rngs: nnx.Rngs):
-        self.size = size
-        C = size.widths
-        last = len(size.widths) - 1
-        places = size.patch**2
-        self.time = Time(size, rngs)
-        if size.pooled:
-            side_by_side = size.pooled * size.condition
+    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+        self.config = config
+        C = config.widths
+        last = len(config.widths) - 1
+        places = config.patch**2
+        self.time = Time(config, rngs)
+        if config.pooled:
+            side_by_side = config.pooled * config.condition
             self.pooled = layers.Linear(
-                "bk,kt->bt", (side_by_side, size.time), std=side_by_side**-0.5, rngs=rngs
+                "bk,kt->bt", (side_by_side, config.time), std=side_by_side**-0.5, rngs=rngs
             )
-        self.conv_in = Conv(places * size.channels_in, C[0], rngs=rngs)
-        if size.side:
+        self.conv_in = Conv(places * config.channels_in, C[0], rngs=rngs)
+        if config.side:
             self.places = layers.Linear(
                 "bt,hwct->bhwc",
-                (size.side, size.side, C[0], size.time),
-                std=size.time**-0.5,
+                (config.side, config.side, C[0], config.time),
+                std=config.time**-0.5,
                 rngs=rngs,
             )
         down = []
         skips = [C[0]]
-        for level, count in enumerate(size.resnets):
+        for level, count in enumerate(config.resnets):
             widths_in = [skips[-1]] + [C[level]] * (count - 1)
             down.append(
                 Level(
-                    size,
+                    config,
                     level,
                     widths_in,
                     rngs,
-                    attentions=count * size.attends_down[level],
+                    attentions=count * config.attends_down[level],
                     resample=level < last,
                 )
             )
             skips += [C[level]] * (count + (level < last))
         self.down = numbered(down)
-        self.mid = Level(size, last, [C[last]] * 2, rngs, attentions=1)
+        self.mid = Level(config, last, [C[last]] * 2, rngs, attentions=1)
         up = []
         width = C[last]
-        for level, count in reversed(list(enumerate(size.resnets))):
+        for level, count in reversed(list(enumerate(config.resnets))):
             widths_in = [before + skips.pop() for before in [width] + [C[level]] * count]
             up.append(
                 Level(
-                    size,
+                    config,
                     level,
                     widths_in,
                     rngs,
-                    attentions=(count + 1) * size.attends_up[level],
+                    attentions=(count + 1) * config.attends_up[level],
                     resample=level > 0,
                 )
             )
             width = C[level]
         # up/0 is the finest, as down/0 is
         self.up = numbered(reversed(up))
-        self.norm_out = GroupNorm(C[0], size.groups, eps=size.eps)
-        self.conv_out = Conv(C[0], places * size.channels_out, rngs=rngs, std=0.0)
+        self.norm_out = GroupNorm(C[0], config.groups, eps=config.eps)
+        self.conv_out = Conv(C[0], places * config.channels_out, rngs=rngs, std=0.0)
 
     def __call__(
         self,
@@ -255,16 +256,16 @@ class UNet(nnx.Module):
         """The prediction for what is noised at `times` (0 to 1000), in x's dtype. Raises UserError
         where h or w does not divide.
         """
-        size = self.size
-        p = self.size.patch
-        if x.shape[1] % size.divisor or x.shape[2] % size.divisor:
+        config = self.config
+        p = self.config.patch
+        if x.shape[1] % config.divisor or x.shape[2] % config.divisor:
             raise UserError(
-                f"the U-Net takes heights and widths that {size.divisor} divides (patches of {p}, halved {len(size.widths) - 1} "
+                f"the U-Net takes heights and widths that {config.divisor} divides (patches of {p}, halved {len(config.widths) - 1} "
                 f"times), not {x.shape[1]} x {x.shape[2]}"
             )
 
         def once(module, call, x, *inputs, where):
-            return layers.once(module, call, x, *inputs, where=f"unet/{where}", remat=size.remat)
+            return layers.once(module, call, x, *inputs, where=f"unet/{where}", remat=config.remat)
 
         def plain(module, *inputs):
             return module(*inputs)
@@ -273,11 +274,11 @@ class UNet(nnx.Module):
             return module(*inputs, kernel)
 
         waves = sinusoids(
-            times, size.widths[0], size.frequency_shift, cosine_first=size.cosine_first
+            times, config.widths[0], config.frequency_shift, cosine_first=config.cosine_first
         ).astype(x.dtype)
         time = once(self.time, plain, waves, where="time")
         condition = condition.astype(x.dtype)
-        if size.pooled:
+        if config.pooled:
             time = time + once(
                 self.pooled, plain, rearrange(condition, "b n D -> b (n D)"), where="pooled"
             )
@@ -296,7 +297,7 @@ class UNet(nnx.Module):
 
         x = rearrange(sharding.constrain_images(x), "b (h i) (w j) c -> b h w (i j c)", i=p, j=p)
         x = once(self.conv_in, plain, x, where="conv_in")
-        if size.side:
+        if config.side:
             x = x + once(self.places, plain, jax.nn.silu(time), where="places")
         skips = [x]
         for number, level in enumerate(in_order(self.down)):

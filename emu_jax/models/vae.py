@@ -31,7 +31,7 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class VaeSize:
+class VaeConfig:
     # of the images
     channels: int
     # c, channels of the latents
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
 class Level(nnx.Module):
     def __init__(
         self,
-        size: VaeSize,
+        config: VaeConfig,
         width_in: int,
         width: int,
         count: int,
@@ -80,7 +80,7 @@ class Level(nnx.Module):
         resample: bool,
     ):
         self.resnets = numbered(
-            Resnet(width_in if n == 0 else width, width, size.groups, eps=EPS, rngs=rngs)
+            Resnet(width_in if n == 0 else width, width, config.groups, eps=EPS, rngs=rngs)
             for n in range(count)
         )
         if resample:
@@ -88,21 +88,23 @@ class Level(nnx.Module):
 
 
 class Middle(nnx.Module):
-    def __init__(self, size: VaeSize, rngs: nnx.Rngs):
-        C = size.widths[-1]
-        self.resnets = numbered(Resnet(C, C, size.groups, eps=EPS, rngs=rngs) for _ in range(2))
-        self.attn = Attention(C, size.groups, rngs)
+    def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
+        C = config.widths[-1]
+        self.resnets = numbered(Resnet(C, C, config.groups, eps=EPS, rngs=rngs) for _ in range(2))
+        self.attn = Attention(C, config.groups, rngs)
 
 
 class Half(nnx.Module):
     """The encoder or the decoder; levels/0 is the finest in both."""
 
-    def __init__(self, size: VaeSize, rngs: nnx.Rngs, *, encodes: bool):
-        self.size = size
+    def __init__(self, config: VaeConfig, rngs: nnx.Rngs, *, encodes: bool):
+        self.config = config
         self.encodes = encodes
-        widths = size.widths
-        last = len(size.widths) - 1
-        first, end = (size.channels, 2 * size.latent) if encodes else (size.latent, size.channels)
+        widths = config.widths
+        last = len(config.widths) - 1
+        first, end = (
+            (config.channels, 2 * config.latent) if encodes else (config.latent, config.channels)
+        )
         outer, inner = (widths[0], widths[last]) if encodes else (widths[last], widths[0])
         self.conv_in = Conv(first, outer, rngs=rngs)
 
@@ -111,24 +113,24 @@ class Half(nnx.Module):
 
         self.levels = numbered(
             Level(
-                size,
+                config,
                 before(level),
                 C,
-                size.resnets + (not encodes),
+                config.resnets + (not encodes),
                 rngs,
                 resample=level < last if encodes else level > 0,
             )
             for level, C in enumerate(widths)
         )
-        self.mid = Middle(size, rngs)
-        self.norm_out = GroupNorm(inner, size.groups, eps=EPS)
+        self.mid = Middle(config, rngs)
+        self.norm_out = GroupNorm(inner, config.groups, eps=EPS)
         self.conv_out = Conv(inner, end, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B h w i"], kernel: str) -> Float[Array, "B y x o"]:
         root = "vae/encoder" if self.encodes else "vae/decoder"
 
         def once(module, call, x, where):
-            return layers.once(module, call, x, where=f"{root}/{where}", remat=self.size.remat)
+            return layers.once(module, call, x, where=f"{root}/{where}", remat=self.config.remat)
 
         def plain(module, x):
             return module(x)
@@ -158,12 +160,12 @@ class Half(nnx.Module):
 
 
 class Vae(nnx.Module):
-    def __init__(self, size: VaeSize, rngs: nnx.Rngs):
-        self.size = size
-        self.encoder = Half(size, rngs, encodes=True)
-        self.quant = pointwise(2 * size.latent, 2 * size.latent, rngs=rngs)
-        self.post_quant = pointwise(size.latent, size.latent, rngs=rngs)
-        self.decoder = Half(size, rngs, encodes=False)
+    def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Half(config, rngs, encodes=True)
+        self.quant = pointwise(2 * config.latent, 2 * config.latent, rngs=rngs)
+        self.post_quant = pointwise(config.latent, config.latent, rngs=rngs)
+        self.decoder = Half(config, rngs, encodes=False)
 
     def encode(
         self, images: Float[Array, "B h w 3"], *, kernel: str = "auto"
@@ -171,9 +173,9 @@ class Vae(nnx.Module):
         """(mean, log variance) of the latents, unscaled, of images in -1..1. Raises UserError where
         a side does not divide.
         """
-        if images.shape[1] % self.size.factor or images.shape[2] % self.size.factor:
+        if images.shape[1] % self.config.factor or images.shape[2] % self.config.factor:
             raise UserError(
-                f"the autoencoder takes images whose sides {self.size.factor} divides, not {images.shape[1]} x {images.shape[2]}"
+                f"the autoencoder takes images whose sides {self.config.factor} divides, not {images.shape[1]} x {images.shape[2]}"
             )
         mean, log_variance = jnp.split(self.quant(self.encoder(images, kernel)), 2, -1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
@@ -195,4 +197,4 @@ class Vae(nnx.Module):
         """
         if key is not None:
             mean = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
-        return self.size.scale * mean
+        return self.config.scale * mean

@@ -21,7 +21,7 @@ from emu_jax.models.attention import attention
 
 
 @dataclass(frozen=True)
-class VisionSize:
+class VisionConfig:
     # pixels a side
     image: int
     patch: int
@@ -41,10 +41,10 @@ class VisionSize:
 
 
 class Attention(nnx.Module):
-    def __init__(self, size: VisionSize, rngs: nnx.Rngs):
-        E = size.width
-        H = size.heads
-        d = size.width // size.heads
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        E = config.width
+        H = config.heads
+        d = config.width // config.heads
         self.q = layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs)
         self.k = layers.Linear("bte,ehd->bthd", (E, H, d), std=0.02, rngs=rngs)
         self.v = layers.Linear("bte,ehd->bthd", (E, H, d), bias=(H, d), std=0.02, rngs=rngs)
@@ -58,12 +58,12 @@ class Attention(nnx.Module):
 
 
 class Ffn(nnx.Module):
-    def __init__(self, size: VisionSize, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         self.up = layers.Linear(
-            "bte,ef->btf", (size.width, size.ffn), bias=(size.ffn,), std=0.02, rngs=rngs
+            "bte,ef->btf", (config.width, config.ffn), bias=(config.ffn,), std=0.02, rngs=rngs
         )
         self.down = layers.Linear(
-            "btf,fe->bte", (size.ffn, size.width), bias=(size.width,), std=0.02, rngs=rngs
+            "btf,fe->bte", (config.ffn, config.width), bias=(config.width,), std=0.02, rngs=rngs
         )
 
     def __call__(self, x):
@@ -71,11 +71,11 @@ class Ffn(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, size: VisionSize, rngs: nnx.Rngs):
-        self.norm1 = layers.LayerNorm(size.width, eps=1e-6)
-        self.attn = Attention(size, rngs)
-        self.norm2 = layers.LayerNorm(size.width, eps=1e-6)
-        self.ffn = Ffn(size, rngs)
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        self.norm1 = layers.LayerNorm(config.width, eps=1e-6)
+        self.attn = Attention(config, rngs)
+        self.norm2 = layers.LayerNorm(config.width, eps=1e-6)
+        self.ffn = Ffn(config, rngs)
 
     def __call__(self, x, kernel: str):
         x = x + self.attn(self.norm1(x), kernel)
@@ -83,23 +83,23 @@ class Block(nnx.Module):
 
 
 class Vision(nnx.Module):
-    def __init__(self, size: VisionSize, rngs: nnx.Rngs):
-        self.size = size
-        E = size.width
-        p = size.patch
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        self.config = config
+        E = config.width
+        p = config.patch
         self.patch = layers.Linear(
             "bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs
         )
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (E,)))
         # learned from there: patches know their place from the start
-        self.pos = nnx.Param(jnp.asarray(sincos(size.image // p, E)))
-        self.blocks = layers.stack(lambda rngs: Block(size, rngs), size.depth, rngs)
+        self.pos = nnx.Param(jnp.asarray(sincos(config.image // p, E)))
+        self.blocks = layers.stack(lambda rngs: Block(config, rngs), config.depth, rngs)
 
     def __call__(
         self, images: Float[Array, "M h w 3"], *, kernel: str = "auto"
     ) -> Float[Array, "M S E"]:
         """Raw features of normalised images (see `normalise`): S is CLS and then the P patches."""
-        p = self.size.patch
+        p = self.config.patch
         x = self.patch(rearrange(images, "m (x i) (y j) c -> m x y i j c", i=p, j=p))
         x = rearrange(x, "m x y e -> m (x y) e")
         cls = jnp.broadcast_to(self.cls.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
@@ -111,7 +111,7 @@ class Vision(nnx.Module):
             x,
             lambda block, x, _: block(x, kernel),
             where="vision/blocks",
-            remat=self.size.remat,
+            remat=self.config.remat,
         )
 
 
@@ -126,7 +126,7 @@ def sincos(side: int, width: int) -> np.ndarray:
     ).astype(np.float32)
 
 
-def normalise(images: Array, size: VisionSize, dtype) -> Array:
+def normalise(images: Array, config: VisionConfig, dtype) -> Array:
     """uint8 RGB [..., h, w, 3] in 0..255 -> the encoder's input: (x / 255 - mean) / std."""
     x = images.astype(jnp.float32) / 255
-    return ((x - jnp.array(size.mean)) / jnp.array(size.std)).astype(dtype)
+    return ((x - jnp.array(config.mean)) / jnp.array(config.std)).astype(dtype)

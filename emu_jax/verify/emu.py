@@ -18,11 +18,11 @@ from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
-from emu_jax.models import emu
-from emu_jax.models.llama import LlamaSize
-from emu_jax.models.lora import LoraSize
-from emu_jax.models.resampler import ResamplerSize
-from emu_jax.models.vision import VisionSize
+from emu_jax.models import emu, module
+from emu_jax.models.llama import LlamaConfig
+from emu_jax.models.lora import LoraConfig
+from emu_jax.models.resampler import ResamplerConfig
+from emu_jax.models.vision import VisionConfig
 from emu_jax.types import Batch
 from emu_jax.verify.golden import Quantity, compare, weights
 from emu_jax.weights import convert, emu1, peft
@@ -72,7 +72,7 @@ INPUTS = {
 }
 
 
-def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
+def size_of(file: dict[str, np.ndarray]) -> emu.EmuConfig:
     """The model of a file's `config` and vocabulary."""
     try:
         c = json.loads(str(file["config"]))
@@ -82,8 +82,8 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
             for name, shape in zip(file["parameter_names"], file["parameter_shapes"], strict=True)
             if str(name).endswith("embed_tokens.weight") and "cformer" not in str(name)
         )
-        return emu.EmuSize(
-            VisionSize(
+        return emu.EmuConfig(
+            VisionConfig(
                 c["image_size"],
                 c["patch"],
                 c["vit_width"],
@@ -94,7 +94,7 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
                 (1.0,) * 3,
                 "none",
             ),
-            ResamplerSize(
+            ResamplerConfig(
                 c["n_causal"],
                 c["t5_d_model"],
                 c["t5_layers"],
@@ -106,7 +106,7 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
                 0.1,
                 "none",
             ),
-            LlamaSize(
+            LlamaConfig(
                 special["pad"],
                 rows - special["pad"],
                 c["llm_width"],
@@ -130,16 +130,16 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuSize:
         raise UserError(f"golden file: its config or special_ids lack {error}") from error
 
 
-def _lora(file: dict[str, np.ndarray]) -> LoraSize:
+def _lora(file: dict[str, np.ndarray]) -> LoraConfig:
     """Of the file's adapter, whose alpha is its rank, without dropout; rank 0 where it has none."""
     names = map(str, file["parameter_names"])
     shapes = map(json.loads, map(str, file["parameter_shapes"]))
     _, adapter = emu1.parted(dict(zip(names, map(tuple, shapes), strict=False)))
     rank = peft.infer_config(adapter, {})["lora.rank"]
     return (
-        LoraSize(rank, float(rank), 0.0, peft.default_config(adapter, {})["lora.targets"])
+        LoraConfig(rank, float(rank), 0.0, peft.default_config(adapter, {})["lora.targets"])
         if rank
-        else LoraSize()
+        else LoraConfig()
     )
 
 
@@ -149,15 +149,15 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     """
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
-    size = size_of(file)
-    table = emu1.table(size)
+    config = size_of(file)
+    table = emu1.table(config)
     foreign = weights(file)
     plain, adapter = emu1.parted(foreign)
     params = tree.merge(
-        convert.from_theirs(table, plain), convert.from_theirs(peft.table(size), adapter)
+        convert.from_theirs(table, plain), convert.from_theirs(peft.table(config), adapter)
     )
-    batch, images = make_batch(file, size)
-    ours = _run(size, params, batch, images)
+    batch, images = make_batch(file, config)
+    ours = _run(config, params, batch, images)
 
     seen = file["attention_mask"].astype(bool)
     reference = {name: np.asarray(file[name]) for name in ours}
@@ -167,10 +167,10 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         reference[name] = reference[name][seen]
     yield from (compare(name, reference[name], ours[name], 1e-4) for name in file if name in ours)
 
-    yield from _generated(file, size, params, ours["visual_tokens"])
+    yield from _generated(file, config, params, ours["visual_tokens"])
 
-    gradient = _gradient(size, params, batch, images)
-    theirs = _theirs(table, gradient) | _theirs(peft.table(size), gradient)
+    gradient = _gradient(config, params, batch, images)
+    theirs = _theirs(table, gradient) | _theirs(peft.table(config), gradient)
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
         own = next(key for part in emu1.parted({name: None}) for key in part)
         if own not in theirs:
@@ -190,12 +190,12 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
 
 def _generated(
-    file: dict[str, np.ndarray], size: emu.EmuSize, params: dict, visual: np.ndarray
+    file: dict[str, np.ndarray], config: emu.EmuConfig, params: dict, visual: np.ndarray
 ) -> Iterator[Quantity]:
     """The image loop and decoding, by the session that a user has, from the file's ids and its
     images' visual tokens.
     """
-    session = Session(size, params, Tokenizer(size.llama.vocab, list, str), context=1 << 20)
+    session = Session(config, params, Tokenizer(config.llama.vocab, list, str), context=1 << 20)
     special = json.loads(str(file["special_ids"]))
 
     def prompts(name: str) -> list[Prompt]:
@@ -235,7 +235,7 @@ def _generated(
         yield Quantity(name, 0.0 if same else float("inf"), 0.0)
 
 
-def make_batch(file: dict[str, np.ndarray], size: emu.EmuSize) -> tuple[Batch, jax.Array]:
+def make_batch(file: dict[str, np.ndarray], config: emu.EmuConfig) -> tuple[Batch, jax.Array]:
     """The file's right-padded rows as a Batch (without pictures), and its already normalised images
     [M, h, w, 3].
     """
@@ -298,18 +298,18 @@ def _losses(model, out, batch, *, regress_end: bool):
     )
 
 
-def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.ndarray]:
+def _run(config: emu.EmuConfig, params: dict, batch: Batch, images) -> dict[str, np.ndarray]:
     """Our forward quantities, under the file's names."""
 
     def run(params):
-        model = emu.bind(emu.Emu, size, params)
+        model = module.bind(emu.Emu, config, params)
         out = _forward(model, batch, images)
         (_, metrics), (_, with_end) = (
             _losses(model, out, batch, regress_end=end) for end in (False, True)
         )
         head = jnp.concatenate(list(model.llama.head().values()))
         logits = jnp.einsum("btD,vD->btv", out["hidden"], head, precision="highest")
-        N = size.resampler.tokens
+        N = config.resampler.tokens
         places = (batch.image_slots[..., None] - 1 + jnp.arange(N + 1)).reshape(
             len(batch.tokens), -1
         )
@@ -317,10 +317,13 @@ def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.
             jnp.take_along_axis(out["hidden"], places[..., None], 1, mode="clip")
         )
         end = model.llama.embeddings(
-            jnp.full((1, 1), size.llama.vocab + stages.END_IMG), jnp.float32
+            jnp.full((1, 1), config.llama.vocab + stages.END_IMG), jnp.float32
         )[None]
         targets = jnp.concatenate(
-            [out["visual"], jnp.broadcast_to(end, (*batch.image_slots.shape, 1, size.llama.width))],
+            [
+                out["visual"],
+                jnp.broadcast_to(end, (*batch.image_slots.shape, 1, config.llama.width)),
+            ],
             2,
         )
 
@@ -344,10 +347,10 @@ def _run(size: emu.EmuSize, params: dict, batch: Batch, images) -> dict[str, np.
     ours = {name: np.asarray(value) for name, value in jax.jit(run)(params).items()}
     held = np.asarray(batch.image_slots) < batch.tokens.shape[1]
     ours["regress_predictions"] = ours["regress_predictions"].reshape(
-        *held.shape, -1, size.llama.width
+        *held.shape, -1, config.llama.width
     )
     for name in ("regress_predictions", "regress_targets"):
-        ours[name] = ours[name][held].reshape(-1, size.llama.width)
+        ours[name] = ours[name][held].reshape(-1, config.llama.width)
     # the files count <s> too: nothing predicts it
     counts = np.asarray(batch.text_weights, bool) | (np.arange(batch.tokens.shape[1]) == 0)
     ours["text_targets"] = np.where(counts, np.asarray(batch.tokens), -100)
@@ -361,12 +364,12 @@ def _theirs(table: convert.Table, gradient: tree.Tree) -> dict[str, np.ndarray]:
     return dict(convert.to_theirs(table._replace(rows=rows), convert.reader(gradient)))
 
 
-def _gradient(size: emu.EmuSize, params: tree.Tree, batch: Batch, images) -> tree.Tree:
+def _gradient(config: emu.EmuConfig, params: tree.Tree, batch: Batch, images) -> tree.Tree:
     """Of everything; where there is LoRA, of its matrices and what comes before the LLM: the rest
     is frozen.
     """
     trains = {
-        path: not size.lora.rank
+        path: not config.lora.rank
         or path.endswith(("/a", "/b"))
         or not path.startswith(("llama/", "regress_head/"))
         for path, _ in tree.leaves(params)
@@ -374,7 +377,7 @@ def _gradient(size: emu.EmuSize, params: tree.Tree, batch: Batch, images) -> tre
     trainable, frozen = tree.split(params, tree.unflatten(trains))
 
     def loss(trainable):
-        model = emu.bind(emu.Emu, size, tree.merge(trainable, frozen))
+        model = module.bind(emu.Emu, config, tree.merge(trainable, frozen))
         return _losses(model, _forward(model, batch, images), batch, regress_end=False)[0]
 
     return jax.jit(jax.grad(loss))(trainable)

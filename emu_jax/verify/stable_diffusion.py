@@ -4,7 +4,6 @@ samplers on a golden file's inputs.
 
 import json
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,9 @@ from emu_jax import tree
 from emu_jax.config import UserError
 from emu_jax.generate import samplers
 from emu_jax.models.diffusion import Diffusion, add_noise, alphas_cumprod, target
-from emu_jax.models.emu import bind, init
-from emu_jax.models.unet import UNet, UNetSize
-from emu_jax.models.vae import Vae, VaeSize
+from emu_jax.models.module import abstract, bind
+from emu_jax.models.unet import UNet, UNetConfig
+from emu_jax.models.vae import Vae, VaeConfig
 from emu_jax.verify.golden import Quantity, compare, weights
 from emu_jax.weights import convert
 from emu_jax.weights import stable_diffusion as family
@@ -72,8 +71,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     table = family.table(unet, vae)
     params = jax.tree.map(jnp.asarray, convert.from_theirs(table, family.canonical(weights(file))))
     made = {
-        "unet": jax.eval_shape(partial(init, UNet, unet), jax.random.key(0)),
-        "vae": jax.eval_shape(partial(init, Vae, vae), jax.random.key(0)),
+        "unet": abstract(UNet, unet),
+        "vae": abstract(Vae, vae),
     }
     for (path, here), (_, there) in zip(tree.leaves(made), tree.leaves(params), strict=True):
         if here.shape != there.shape:
@@ -118,7 +117,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     )
 
 
-def _check(file: dict[str, np.ndarray], unet: UNetSize, vae: VaeSize) -> None:
+def _check(file: dict[str, np.ndarray], unet: UNetConfig, vae: VaeConfig) -> None:
     """The file's inputs against its own configs."""
     for name, axis, wanted, of in (
         ("latents", 1, unet.channels_in, "unet_config's in_channels"),
@@ -139,9 +138,9 @@ def _first(x: jax.Array) -> np.ndarray:
     return rearrange(np.asarray(x), "b h w c -> b c h w")
 
 
-def _vae(size: VaeSize, params: dict, file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _vae(config: VaeConfig, params: dict, file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     def run(params, image):
-        model = bind(Vae, size, params)
+        model = bind(Vae, config, params)
         mean, log_variance = model.encode(image)
         return dict(vae_mean=mean, vae_logvar=log_variance, vae_decoded=model.decode(mean))
 
@@ -162,7 +161,7 @@ def _noised(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _trained(
-    size: UNetSize, params: dict, file: dict[str, np.ndarray]
+    config: UNetConfig, params: dict, file: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, dict, np.ndarray]:
     """The training loss, its gradient, and the U-Net's prediction for the latents as they are."""
     x0 = _last(file["latents"])
@@ -171,16 +170,16 @@ def _trained(
     times = jnp.asarray(file["timesteps"], jnp.float32)
 
     def loss(params):
-        predicted = bind(UNet, size, params)(add_noise(SCHEDULE, x0, e, times), times, condition)
+        predicted = bind(UNet, config, params)(add_noise(SCHEDULE, x0, e, times), times, condition)
         return jnp.square(predicted - target(SCHEDULE, x0, e, times)).mean()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    plain = jax.jit(lambda params: bind(UNet, size, params)(x0, times, condition))(params)
+    plain = jax.jit(lambda params: bind(UNet, config, params)(x0, times, condition))(params)
     return np.asarray(value), gradient, _first(plain)
 
 
 def _sampled(
-    size: UNetSize, params: dict, sampler: str, file: dict[str, np.ndarray]
+    config: UNetConfig, params: dict, sampler: str, file: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(times at which the network is asked, sample) of as many steps as the file's sampler took."""
     theirs = next(theirs for theirs, ours in SAMPLED.items() if ours == sampler)
@@ -190,7 +189,7 @@ def _sampled(
 
     def run(params, x, condition, negative):
         denoise = samplers.guided_denoiser(
-            SCHEDULE, bind(UNet, size, params), condition, negative, guidance=GUIDANCE
+            SCHEDULE, bind(UNet, config, params), condition, negative, guidance=GUIDANCE
         )
         return samplers.SAMPLERS[sampler].run(denoise, x, schedule)
 

@@ -5,16 +5,13 @@ No part of an Emu: config.model has the group `clip` for it alone. The files bes
 say how texts and pictures become numbers go into the checkpoint as they are.
 """
 
-from functools import partial
 from math import isqrt
 from typing import Any
 
-import jax
-
 from emu_jax import tree
 from emu_jax.config import UserError
-from emu_jax.models import clip, emu
-from emu_jax.models.clip import ACTIVATIONS, ClipSize
+from emu_jax.models import clip, module
+from emu_jax.models.clip import ACTIVATIONS, ClipConfig
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.eva_clip import linear, norm
 from emu_jax.weights.family import Family, Shapes, layers
@@ -28,7 +25,7 @@ WHERE = (
 )
 
 
-def table(size: ClipSize) -> Table:
+def table(model_config: ClipConfig) -> Table:
     """Rows in the model's reading order."""
     return Table(
         (
@@ -50,9 +47,9 @@ def table(size: ClipSize) -> Table:
             Row("visual_projection.weight", "vision/project/w", "o i -> i o"),
             Row("logit_scale", "logit_scale"),
         ),
-        axes=dict(th=size.text.heads, vh=size.vision.heads),
+        axes=dict(th=model_config.text.heads, vh=model_config.vision.heads),
         unused=(r"(text|vision)_model\.embeddings\.position_ids",),
-        depth=dict(text=size.text.depth, vision=size.vision.depth),
+        depth=dict(text=model_config.text.depth, vision=model_config.vision.depth),
     )
 
 
@@ -141,7 +138,7 @@ def _tower(shapes: Shapes, config: dict[str, Any], name: str, heads: int) -> dic
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """As CLIPConfig has it."""
-    size = ClipSize.of(model)
+    model_config = ClipConfig.of(model)
 
     def tower(one):
         return {
@@ -151,40 +148,38 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
             "intermediate_size": one.ffn,
             "layer_norm_eps": one.eps,
             "hidden_act": one.activation,
-            "projection_dim": size.features,
+            "projection_dim": model_config.features,
         }
 
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
-        "projection_dim": size.features,
-        "text_config": tower(size.text)
+        "projection_dim": model_config.features,
+        "text_config": tower(model_config.text)
         | {
-            "vocab_size": size.vocab,
-            "max_position_embeddings": size.context,
-            "eos_token_id": size.eos,
+            "vocab_size": model_config.vocab,
+            "max_position_embeddings": model_config.context,
+            "eos_token_id": model_config.eos,
         },
-        "vision_config": tower(size.vision) | {"image_size": size.image, "patch_size": size.patch},
+        "vision_config": tower(model_config.vision)
+        | {"image_size": model_config.image, "patch_size": model_config.patch},
     }
 
 
-def model_config(model: dict[str, Any]) -> ClipSize:
+def model_config(model: dict[str, Any]) -> ClipConfig:
     """Of config.model. Raises UserError where it has no CLIP."""
     if "clip" not in model:
         raise UserError("its config has no model.clip")
-    return ClipSize.of(model)
+    return ClipConfig.of(model)
 
 
-def shapes(size: ClipSize) -> dict[str, tuple[int, ...]]:
+def shapes(model_config: ClipConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf."""
-    for tower in (size.text, size.vision):
+    for tower in (model_config.text, model_config.vision):
         if tower.heads < 1 or tower.width % tower.heads:
             raise UserError(f"{tower.heads} heads do not divide a width of {tower.width}")
     return {
-        path: leaf.shape
-        for path, leaf in tree.leaves(
-            jax.eval_shape(partial(emu.init, clip.Clip, size), jax.random.key(0))
-        )
+        path: leaf.shape for path, leaf in tree.leaves(module.abstract(clip.Clip, model_config))
     }
 
 

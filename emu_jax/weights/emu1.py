@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from emu_jax.config import UserError
-from emu_jax.models.emu import EmuSize
-from emu_jax.models.vision import VisionSize
+from emu_jax.models.emu import EmuConfig
+from emu_jax.models.vision import VisionConfig
 from emu_jax.weights import eva_clip, llama, t5
 from emu_jax.weights.convert import Row, Table, Tensors
 from emu_jax.weights.family import Family, Shapes
@@ -25,29 +25,33 @@ T5 = "cformer.cformer."
 VOCAB = 32000
 
 
-def table(size: EmuSize) -> Table:
-    """Rows in the model's reading order, for a model of `size`."""
-    base, added = llama.vocabulary(size.llama, LM)
+def table(model_config: EmuConfig) -> Table:
+    """Rows in the model's reading order, for a model of `model_config`."""
+    base, added = llama.vocabulary(model_config.llama, LM)
     rows = (
-        *eva_clip.rows(size.vision),
+        *eva_clip.rows(model_config.vision),
         *eva_clip.norm("ln_visual", "ln_visual"),
         Row("cformer.causal_tokens", "resampler/queries", "1 n c -> n c"),
-        *t5.rows(size.resampler, T5, "qkv"),
+        *t5.rows(model_config.resampler, T5, "qkv"),
         *eva_clip.linear("cformer.projection", "resampler/project"),
         *(row for pair in zip(base, added) for row in pair),
-        *llama.blocks(size.llama, LM),
+        *llama.blocks(model_config.llama, LM),
         Row(LM + "stu_regress_head.weight", "regress_head/w", "o i -> i o"),
     )
     return Table(
         rows,
-        axes=eva_clip.axes(size.vision) | t5.axes(size.resampler) | llama.axes(size.llama),
+        axes=eva_clip.axes(model_config.vision)
+        | t5.axes(model_config.resampler)
+        | llama.axes(model_config.llama),
         unused=(
             *eva_clip.UNUSED,
             r"cformer\.cformer\.embed_tokens\.weight",
-            *llama.unused(size.llama, LM),
+            *llama.unused(model_config.llama, LM),
         ),
         depth=dict(
-            vision=size.vision.depth, resampler=size.resampler.depth, llama=size.llama.depth
+            vision=model_config.vision.depth,
+            resampler=model_config.resampler.depth,
+            llama=model_config.llama.depth,
         ),
     )
 
@@ -127,7 +131,7 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     N = model["resampler"]["tokens"]
     return {
         "embed_dim": 1024,
-        "vision_cfg": eva_clip.vision_cfg(VisionSize(**model["vision"])) | {"freeze": False},
+        "vision_cfg": eva_clip.vision_cfg(VisionConfig(**model["vision"])) | {"freeze": False},
         "multimodal_cfg": {"name": "llama-13B", "xattn": True, "n_causal": N, "freeze": False},
         "vladapter_cfg": {"name": "cformer", "n_causal": N},
         "llama": llama.config_json(model, tokens),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from emu_jax.models.vision import VisionSize
+from emu_jax.models.vision import VisionConfig
 from emu_jax.weights.convert import Row, Table, Tensors
 from emu_jax.weights.family import Family, Shapes, layers
 from emu_jax.weights.files import Tensor
@@ -19,9 +19,9 @@ HEAD = 88
 POSITIONS = "visual.pos_embed"
 
 
-def rows(size: VisionSize) -> tuple[Row, ...]:
+def rows(model_config: VisionConfig) -> tuple[Row, ...]:
     """Rows in the model's reading order."""
-    E = size.width
+    E = model_config.width
     block = "visual.blocks.{l}."
     return (
         Row("visual.cls_token", "vision/cls", "1 1 e -> e"),
@@ -56,8 +56,8 @@ def linear(theirs: str, ours: str) -> tuple[Row, Row]:
     return Row(f"{theirs}.weight", f"{ours}/w", "o i -> i o"), Row(f"{theirs}.bias", f"{ours}/bias")
 
 
-def axes(size: VisionSize) -> dict[str, int]:
-    return dict(vh=size.heads)
+def axes(model_config: VisionConfig) -> dict[str, int]:
+    return dict(vh=model_config.heads)
 
 
 UNUSED = (r"visual\.(norm|head|fc_norm)\..*", r"visual\.rope\..*", r"text\..*", r"logit_scale")
@@ -84,17 +84,19 @@ def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """As in EVA-CLIP's own configs."""
-    return {"vision_cfg": vision_cfg(VisionSize(**model["vision"]))}
+    return {"vision_cfg": vision_cfg(VisionConfig(**model["vision"]))}
 
 
-def vision_cfg(size: VisionSize) -> dict[str, Any]:
+def vision_cfg(model_config: VisionConfig) -> dict[str, Any]:
     return {
-        "image_size": size.image,
-        "layers": size.depth,
-        "width": size.width,
-        "head_width": size.width // size.heads,
-        "mlp_ratio": 4.3637 if int(size.width * 4.3637) == size.ffn else size.ffn / size.width,
-        "patch_size": size.patch,
+        "image_size": model_config.image,
+        "layers": model_config.depth,
+        "width": model_config.width,
+        "head_width": model_config.width // model_config.heads,
+        "mlp_ratio": 4.3637
+        if int(model_config.width * 4.3637) == model_config.ffn
+        else model_config.ffn / model_config.width,
+        "patch_size": model_config.patch,
         "eva_model_name": "eva-clip-g-14-x",
         "drop_path_rate": 0,
         "xattn": True,
@@ -145,8 +147,13 @@ def bicubic(old: int, new: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def table(size: Any) -> Table:
-    return Table(rows(size.vision), axes(size.vision), UNUSED, dict(vision=size.vision.depth))
+def table(model_config: Any) -> Table:
+    return Table(
+        rows(model_config.vision),
+        axes(model_config.vision),
+        UNUSED,
+        dict(vision=model_config.vision.depth),
+    )
 
 
 def canonical(tensors: Tensors) -> dict[str, Any]:

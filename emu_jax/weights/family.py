@@ -7,28 +7,20 @@ Read next: emu1.py, which is made of the others; families.py.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-
-import jax
 
 from emu_jax import tree
 from emu_jax.config import UserError
-from emu_jax.models import emu
-from emu_jax.models.emu import EmuSize
+from emu_jax.models import emu, module
+from emu_jax.models.emu import EmuConfig
 from emu_jax.weights.convert import Table, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def emu_shapes(size: EmuSize) -> dict[str, tuple[int, ...]]:
+def emu_shapes(model_config: EmuConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of an Emu."""
-    return {
-        path: leaf.shape
-        for path, leaf in tree.leaves(
-            jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
-        )
-    }
+    return {path: leaf.shape for path, leaf in tree.leaves(module.abstract(emu.Emu, model_config))}
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class Family:
     config_json: Callable[[dict[str, Any], int], dict[str, Any]]
     default_config: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = lambda shapes, config: {}
     canonical: Callable[[Tensors], dict[str, Any]] = dict
-    model_config: Callable[[dict[str, Any]], Any] = EmuSize.of
+    model_config: Callable[[dict[str, Any]], Any] = EmuConfig.of
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
     components: tuple[str, ...] = ()
     stem: str = "model"

@@ -7,7 +7,7 @@ vocabulary's; an export leaves them out, and is a LLaMA again.
 from typing import Any
 
 from emu_jax.config import UserError
-from emu_jax.models.llama import LlamaSize
+from emu_jax.models.llama import LlamaConfig
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.family import Family, Shapes, layers
 
@@ -19,7 +19,7 @@ SCALED = {
 }
 
 
-def blocks(size: LlamaSize, prefix: str) -> tuple[Row, ...]:
+def blocks(model_config: LlamaConfig, prefix: str) -> tuple[Row, ...]:
     """The rows of everything but the vocabulary."""
     block = prefix + "model.layers.{l}."
     return (
@@ -43,13 +43,13 @@ def blocks(size: LlamaSize, prefix: str) -> tuple[Row, ...]:
     )
 
 
-def vocabulary(size: LlamaSize, prefix: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+def vocabulary(model_config: LlamaConfig, prefix: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """The rows of the vocabulary's tables, LLaMA's own and Emu's added."""
-    V = size.vocab
-    end = size.vocab + size.added
+    V = model_config.vocab
+    end = model_config.vocab + model_config.added
     tables = (
         (prefix + "model.embed_tokens.weight", "llama/embed"),
-        *(() if size.tied else ((prefix + "lm_head.weight", "llama/lm_head"),)),
+        *(() if model_config.tied else ((prefix + "lm_head.weight", "llama/lm_head"),)),
     )
     return (
         tuple(Row(theirs, f"{ours}/base", cut=(0, V)) for theirs, ours in tables),
@@ -57,22 +57,25 @@ def vocabulary(size: LlamaSize, prefix: str) -> tuple[tuple[Row, ...], tuple[Row
     )
 
 
-def axes(size: LlamaSize) -> dict[str, int]:
-    return dict(lh=size.heads, lg=size.kv)
+def axes(model_config: LlamaConfig) -> dict[str, int]:
+    return dict(lh=model_config.heads, lg=model_config.kv)
 
 
-def unused(size: LlamaSize, prefix: str) -> tuple[str, ...]:
+def unused(model_config: LlamaConfig, prefix: str) -> tuple[str, ...]:
     """Frequencies that old files hold; and the head where it is the input table again."""
-    return (r".*rotary_emb\.inv_freq", *((rf"{prefix}lm_head\.weight",) if size.tied else ()))
+    return (
+        r".*rotary_emb\.inv_freq",
+        *((rf"{prefix}lm_head\.weight",) if model_config.tied else ()),
+    )
 
 
-def table(size: Any) -> Table:
-    base, added = vocabulary(size.llama, "")
+def table(model_config: Any) -> Table:
+    base, added = vocabulary(model_config.llama, "")
     return Table(
-        (*base, *blocks(size.llama, "")),
-        axes(size.llama),
-        unused(size.llama, ""),
-        dict(llama=size.llama.depth),
+        (*base, *blocks(model_config.llama, "")),
+        axes(model_config.llama),
+        unused(model_config.llama, ""),
+        dict(llama=model_config.llama.depth),
         import_only=added,
     )
 
@@ -136,7 +139,7 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """The config.json of LlamaForCausalLM; its longest row is the one trained on, or the one that
     rope_scaling stretches to.
     """
-    m = LlamaSize(**model["llama"])
+    m = LlamaConfig(**model["llama"])
     scaling = dict(zip(("rope_type", *SCALED), m.rope_scaling)) or None
     if scaling and m.rope_scaling[0] == "llama3":
         scaling["original_max_position_embeddings"] = int(

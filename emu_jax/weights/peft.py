@@ -10,8 +10,8 @@ import re
 from typing import Any
 
 from emu_jax.config import UserError
-from emu_jax.models.emu import EmuSize
-from emu_jax.models.lora import LoraSize
+from emu_jax.models.emu import EmuConfig
+from emu_jax.models.lora import LoraConfig
 from emu_jax.weights import llama
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.family import Family, Shapes, emu_shapes, layers
@@ -42,9 +42,11 @@ PLAIN = dict(
 )
 
 
-def table(size: EmuSize) -> Table:
+def table(model_config: EmuConfig) -> Table:
     """Rows of the matrices that have LoRA. Raises UserError where some are not the LLM's."""
-    with_lora = {path.removesuffix("/a") for path in emu_shapes(size) if path.endswith("/a")}
+    with_lora = {
+        path.removesuffix("/a") for path in emu_shapes(model_config) if path.endswith("/a")
+    }
     if strange := with_lora - {f"llama/blocks/{ours}" for ours in MODULES.values()}:
         raise UserError(
             f"PEFT's adapter is of a LLaMA: there is no place in it for the LoRA of {min(strange)}"
@@ -61,7 +63,10 @@ def table(size: EmuSize) -> Table:
                     )
                 )
     return Table(
-        tuple(rows), axes=llama.axes(size.llama), unused=(), depth=dict(llama=size.llama.depth)
+        tuple(rows),
+        axes=llama.axes(model_config.llama),
+        unused=(),
+        depth=dict(llama=model_config.llama.depth),
     )
 
 
@@ -99,9 +104,11 @@ def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """adapter_config.json, by its name."""
-    size = EmuSize.of(model)
-    modules = sorted({row.theirs.split(".lora_")[0].rpartition(".")[2] for row in table(size).rows})
-    lora: LoraSize = size.lora
+    model_config = EmuConfig.of(model)
+    modules = sorted(
+        {row.theirs.split(".lora_")[0].rpartition(".")[2] for row in table(model_config).rows}
+    )
+    lora: LoraConfig = model_config.lora
     # older versions of PEFT know no such field
     plain = {name: value for name, value in PLAIN.items() if name != "trainable_token_indices"}
     said = {

@@ -11,15 +11,14 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from emu_jax import tree
 from emu_jax.config import UserError
-from emu_jax.models import emu
+from emu_jax.models import module
 from emu_jax.models.diffusion import Diffusion
-from emu_jax.models.unet import CONDITIONED, UNet, UNetSize
-from emu_jax.models.vae import Vae, VaeSize
+from emu_jax.models.unet import CONDITIONED, UNet, UNetConfig
+from emu_jax.models.vae import Vae, VaeConfig
 from emu_jax.weights.convert import Row, Table, Tensors
 from emu_jax.weights.family import Family, Shapes
 from emu_jax.weights.files import Tensor
@@ -70,8 +69,8 @@ TARGETS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 class StableDiffusionConfig(NamedTuple):
-    unet: UNetSize
-    vae: VaeSize
+    unet: UNetConfig
+    vae: VaeConfig
 
 
 def model_config(model: Mapping[str, Any]) -> StableDiffusionConfig:
@@ -87,15 +86,15 @@ def model_config(model: Mapping[str, Any]) -> StableDiffusionConfig:
             f"its U-Net works on patches of {patch} (model.decoder.unet.patch), as no Stable Diffusion does"
         )
     return StableDiffusionConfig(
-        UNetSize(**model["decoder"]["unet"]), VaeSize(**model["decoder"]["vae"])
+        UNetConfig(**model["decoder"]["unet"]), VaeConfig(**model["decoder"]["vae"])
     )
 
 
 def shapes(size: StableDiffusionConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of the two towers."""
     made = {
-        tower: jax.eval_shape(partial(emu.init, module, part), jax.random.key(0))
-        for tower, module, part in (("unet", UNet, size.unet), ("vae", Vae, size.vae))
+        tower: module.abstract(model, part)
+        for tower, model, part in (("unet", UNet, size.unet), ("vae", Vae, size.vae))
     }
     return {path: leaf.shape for path, leaf in tree.leaves(made)}
 
@@ -263,7 +262,7 @@ def _scheduler(d: Diffusion) -> dict[str, Any]:
     }
 
 
-def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
+def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetConfig:
     """The size of a U-Net's config.json. Raises UserError for what it asks that is not built, and
     for what it lacks.
     """
@@ -304,7 +303,7 @@ def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
         raise UserError(
             f"the U-Net's config asks for {heads[bad[0]]} heads at level {bad[0]}, which do not divide its width {widths[bad[0]]}"
         )
-    return UNetSize(
+    return UNetConfig(
         channels_in=need("in_channels", 4),
         channels_out=need("out_channels", 4),
         patch=1,
@@ -327,8 +326,8 @@ def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetSize:
     )
 
 
-def vae_config(config: Mapping[str, Any], *, remat: str = "full") -> VaeSize:
-    """The size of an autoencoder's config.json. Raises UserError as `unet_config`."""
+def vae_config(config: Mapping[str, Any], *, remat: str = "full") -> VaeConfig:
+    """The config of an autoencoder's config.json. Raises UserError as `unet_config`."""
     need = partial(_need, "autoencoder", config)
     _fixed("autoencoder", config, VAE_FIXED)
     widths = tuple(need("block_out_channels"))
@@ -342,7 +341,7 @@ def vae_config(config: Mapping[str, Any], *, remat: str = "full") -> VaeSize:
             f"the autoencoder's config asks for out_channels={need('out_channels', 3)} and in_channels={need('in_channels', 3)}: "
             "they must be the same"
         )
-    return VaeSize(
+    return VaeConfig(
         channels=need("in_channels", 3),
         latent=need("latent_channels", 4),
         widths=widths,
@@ -353,7 +352,7 @@ def vae_config(config: Mapping[str, Any], *, remat: str = "full") -> VaeSize:
     )
 
 
-def table(unet: UNetSize | None, vae: VaeSize | None) -> Table:
+def table(unet: UNetConfig | None, vae: VaeConfig | None) -> Table:
     """Rows of a U-Net, an autoencoder, or both."""
     rows = (*(_unet(unet) if unet else ()), *(_vae(vae) if vae else ()))
     return Table(
@@ -393,7 +392,7 @@ def canonical(foreign: Tensors) -> dict[str, Any]:
     return {rename(name): square(rename(name), x) for name, x in foreign.items()}
 
 
-def _unet(size: UNetSize) -> list[Row]:
+def _unet(size: UNetConfig) -> list[Row]:
     last = len(size.widths) - 1
     flat = "o i -> i o" if size.linear else "o i 1 1 -> i o"
 
@@ -457,7 +456,7 @@ def _unet(size: UNetSize) -> list[Row]:
     ]
 
 
-def _vae(size: VaeSize) -> list[Row]:
+def _vae(size: VaeConfig) -> list[Row]:
     last = len(size.widths) - 1
     widths = size.widths
     rows = [

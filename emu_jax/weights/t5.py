@@ -8,12 +8,12 @@ come is fresh where training starts.
 
 from typing import Any
 
-from emu_jax.models.resampler import ResamplerSize
+from emu_jax.models.resampler import ResamplerConfig
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.family import Family, Shapes, layers
 
 
-def rows(size: ResamplerSize, prefix: str, cross: str) -> tuple[Row, ...]:
+def rows(model_config: ResamplerConfig, prefix: str, cross: str) -> tuple[Row, ...]:
     """Rows of the blocks, their shared position bias and the final norm; `cross`: which of the
     cross-attention's "qkv" come.
     """
@@ -55,12 +55,12 @@ def rows(size: ResamplerSize, prefix: str, cross: str) -> tuple[Row, ...]:
     )
 
 
-def axes(size: ResamplerSize) -> dict[str, int]:
-    return dict(rh=size.heads)
+def axes(model_config: ResamplerConfig) -> dict[str, int]:
+    return dict(rh=model_config.heads)
 
 
-def table(size: Any) -> Table:
-    alike = size.vision.width == size.resampler.width
+def table(model_config: Any) -> Table:
+    alike = model_config.vision.width == model_config.resampler.width
     unused = (
         r"shared\.weight",
         r"encoder\..*",
@@ -70,10 +70,10 @@ def table(size: Any) -> Table:
         *(() if alike else (r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.[kv]\.weight",)),
     )
     return Table(
-        rows(size.resampler, "decoder.", "qkv" if alike else "q"),
-        axes(size.resampler),
+        rows(model_config.resampler, "decoder.", "qkv" if alike else "q"),
+        axes(model_config.resampler),
         unused,
-        dict(resampler=size.resampler.depth),
+        dict(resampler=model_config.resampler.depth),
     )
 
 
@@ -105,7 +105,7 @@ def infer_config(
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """As T5Config has it; the decoder's part of a T5."""
-    r = ResamplerSize(**model["resampler"])
+    r = ResamplerConfig(**model["resampler"])
     return {
         "model_type": "t5",
         "d_model": r.width,

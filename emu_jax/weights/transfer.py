@@ -23,7 +23,7 @@ from tqdm import tqdm
 from emu_jax import checkpoint, config, sharding
 from emu_jax.config import UserError
 from emu_jax.models import lora
-from emu_jax.models.lora import LoraSize
+from emu_jax.models.lora import LoraConfig
 from emu_jax.weights import convert, emu1, eva_clip, files, peft
 from emu_jax.weights.convert import Table
 from emu_jax.weights.families import FAMILIES, guess
@@ -269,7 +269,7 @@ class Merged:
     def __init__(self, directory: str, *, ema: bool = False):
         self._source = checkpoint.ParamReader(directory, ema=ema)
         self.config = copy.deepcopy(self._source.config)
-        self._size = LoraSize(**config.from_dict(self.config["model"].get("lora", {})).to_dict())
+        self._size = LoraConfig(**config.from_dict(self.config["model"].get("lora", {})).to_dict())
         self.config["model"]["lora"] = self.config["model"].get("lora", {}) | {
             "rank": 0,
             "storage": "",
@@ -292,13 +292,13 @@ class Merged:
         where = path.removesuffix("/w")
         read = self._source.read
         w = (
-            lora.Quantised(read(self._codes[path], layer), read(f"{where}/absmax", layer))
+            lora.Quantized(read(self._codes[path], layer), read(f"{where}/absmax", layer))
             if path in self._codes
             else read(path, layer)
         )
         if path.endswith("/w") and f"{where}/a" in self._source.shapes:
             return np.asarray(
-                lora.baked(self._size, w, read(f"{where}/a", layer), read(f"{where}/b", layer))
+                lora.merge(self._size, w, read(f"{where}/a", layer), read(f"{where}/b", layer))
             ).astype(self.shapes[path][0])
         return np.asarray(w.plain(self.shapes[path][0])) if path in self._codes else w
 

@@ -37,7 +37,7 @@ class Paint(DiffusionDecoder):
 
     def __init__(self):
         self.asked = []
-        self.size = SimpleNamespace(image=2)
+        self.model_config = SimpleNamespace(image=2)
 
     def __call__(self, visual):
         self.asked.append(len(visual))

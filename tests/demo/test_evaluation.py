@@ -23,7 +23,7 @@ from emu_jax.demo import __main__ as command
 from emu_jax.demo import evaluation as demo
 from emu_jax.demo import openmoji, scenes
 from emu_jax.evaluate import history
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from tests.support import make
 
 # one process: what its tests share is made once
@@ -155,7 +155,7 @@ def model():
         lambda text: [3 + ord(letter) - 97 for letter in text],
         lambda ids: " ".join(map(str, ids)),
     )
-    return demo.Model(emu.EmuSize.of(c.model.to_dict()), params, letters)
+    return demo.Model(emu.EmuConfig.of(c.model.to_dict()), params, letters)
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ class State:
 
 def save(workdir, c):
     stage = stages.STAGES[c.stage]
-    params = emu.init(stage.module, stage.size(c.model.to_dict()), jax.random.key(0))
+    params = module.init(stage.module, stage.size(c.model.to_dict()), jax.random.key(0))
     CheckpointManager(str(workdir), keep=1, keep_every=0).save(
         7, State(params, {}, None, jnp.int32(7)), {}, config.to_dict(c), wait=True
     )

@@ -17,7 +17,11 @@ from tests.support import make
 def session():
     p = make.program(make.cfg())
     return Session(
-        p.size, make.params(p), Tokenizer(p.size.llama.vocab, list, str), context=64, batch=2
+        p.model_config,
+        make.params(p),
+        Tokenizer(p.model_config.llama.vocab, list, str),
+        context=64,
+        batch=2,
     )
 
 
@@ -58,7 +62,7 @@ def test_an_index_is_made_once_and_again_for_another_model_or_other_pictures(ses
         assert (
             len(made) == count
             and index.names == names
-            and index.features.shape == (2, session.size.vision.width)
+            and index.features.shape == (2, session.model_config.vision.width)
         )
     (tmp_path / "i.npz").write_bytes(b"no index")
     with pytest.raises(UserError, match="no index of examples; remove it"):

@@ -23,7 +23,7 @@ LLAMA3 = (
 
 def read(session, context, prompt):
     x, lengths = session._embedded([prompt])
-    return decode_state.prefill(session.size, session.params, context, x, lengths)
+    return decode_state.prefill(session.model_config, session.params, context, x, lengths)
 
 
 def same(a, b):
@@ -75,7 +75,11 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
             uncached.logits(x)[-1], table @ np.asarray(context.hidden[0]), atol=2e-4
         )
         context = decode_state.prefill(
-            session.size, session.params, context, uncached.embedding(token)[None], jnp.array([1])
+            session.model_config,
+            session.params,
+            context,
+            uncached.embedding(token)[None],
+            jnp.array([1]),
         )
         x = np.concatenate([x, uncached.embedding(token)])
     answer = session.generate_texts([["a dog", images[0]]])
@@ -87,7 +91,7 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
 def test_any_split_of_a_prompt(session, images, at):
     prompt = session.prompt(["a dog", images[0], "is here."])
     assert len(prompt) == 20
-    empty = decode_state.init(session.size, session.params, 1, 64)
+    empty = decode_state.init(session.model_config, session.params, 1, 64)
     twice = read(session, read(session, empty, part(prompt, 0, at)), part(prompt, at, 20))
     same(twice, session._read([prompt], None, 0))
 
@@ -96,7 +100,7 @@ def test_nothing_more_changes_nothing(session):
     context = session._read([session.prompt(["a dog"])], None, 16)
     hidden = np.asarray(context.hidden)
     after = decode_state.prefill(
-        session.size, session.params, context, jnp.zeros((1, 16, 32)), jnp.array([0])
+        session.model_config, session.params, context, jnp.zeros((1, 16, 32)), jnp.array([0])
     )
     np.testing.assert_array_equal(after.hidden, hidden)
     assert after.lengths.tolist() == [6]
@@ -130,6 +134,6 @@ def test_a_prefix_is_shared(session, images):
 
 
 def test_bfloat16_is_cached_in_bfloat16(session):
-    size = dataclasses.replace(session.size, compute="bfloat16")
-    cache = decode_state.init(size, session.params, 2, 16).cache
+    model_config = dataclasses.replace(session.model_config, compute="bfloat16")
+    cache = decode_state.init(model_config, session.params, 2, 16).cache
     assert cache.k.dtype == cache.v.dtype == jnp.bfloat16 and cache.k.shape == (2, 2, 16, 4, 8)

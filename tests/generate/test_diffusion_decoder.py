@@ -82,7 +82,7 @@ def call(run, *arguments):
 
 
 def painter(run, session, **options):
-    return diffusion_decoder.load(str(run / "decoder"), session.size, **options)
+    return diffusion_decoder.load(str(run / "decoder"), session.model_config, **options)
 
 
 # Pictures
@@ -149,7 +149,7 @@ def test_what_a_checker_rejects_is_black(run, session, visual):
 )
 def test_what_cannot_draw_is_one_line(run, session, decoder, given, told):
     with pytest.raises(UserError, match=told):
-        diffusion_decoder.load(str(run / decoder), session.size, overrides=given)
+        diffusion_decoder.load(str(run / decoder), session.model_config, overrides=given)
 
 
 # The command

@@ -17,7 +17,7 @@ from emu_jax.checkpoint import CheckpointManager
 from emu_jax.data import tokenizer
 from emu_jax.generate import __main__ as command
 from emu_jax.generate.session import Session
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from tests.support import make
 
 WORDS = ["a dog", "a cat", "red and blue", "one two three four"] * 9
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
     )
     params = jax.tree.map(
         lambda x: 4 * x if x.ndim > 1 else x,
-        emu.init(emu.Emu, emu.EmuSize.of(c.model.to_dict()), jax.random.key(0)),
+        module.init(emu.Emu, emu.EmuConfig.of(c.model.to_dict()), jax.random.key(0)),
     )
     state = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))(
         params, {}, None, jax.numpy.int32(7)

@@ -151,7 +151,7 @@ def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
         "llama": drawing.params["llama"]
         | {"lm_head": head | {"added": head["added"].at[1].mul(20)}}
     }
-    eager = Session(drawing.size, loud, drawing.tokenizer, context=128, max_images=1)
+    eager = Session(drawing.model_config, loud, drawing.tokenizer, context=128, max_images=1)
     prompt = next(
         word
         for word in ("dog", "cat", "a", "xyz", "no", "what")
@@ -170,7 +170,7 @@ def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
 
 def test_pixels_come_from_decode(session):
     other = Session(
-        session.size,
+        session.model_config,
         session.params,
         session.tokenizer,
         context=128,
@@ -182,7 +182,7 @@ def test_pixels_come_from_decode(session):
 
 
 def test_a_chat_goes_on(session, images):
-    session = Session(session.size, session.params, session.tokenizer, context=512)
+    session = Session(session.model_config, session.params, session.tokenizer, context=512)
     talk = Conversation(session, chat=True)
     t = session.tokenizer
     first = list(talk.reply([images[0], "what is this?"], EIGHT))
@@ -209,14 +209,14 @@ def test_a_chat_survives_who_stops_listening(session):
 )
 def test_sharded_is_as_alone(session, prompts, sizes):
     mesh = sharding.make_mesh(sizes)
-    places = dict(tree.leaves(abstract_params(session.size, mesh)))
+    places = dict(tree.leaves(abstract_params(session.model_config, mesh)))
     params = tree.unflatten(
         {
             path: jax.device_put(leaf, places[path].sharding)
             for path, leaf in tree.leaves(session.params)
         }
     )
-    sharded = Session(session.size, params, session.tokenizer, context=128, mesh=mesh)
+    sharded = Session(session.model_config, params, session.tokenizer, context=128, mesh=mesh)
     np.testing.assert_allclose(
         sharded.generate_images(prompts[:2]), session.generate_images(prompts[:2]), atol=2e-4
     )
@@ -268,4 +268,7 @@ def test_a_model_without_roles_does_not_chat():
 def test_nothing_to_rank(session):
     with pytest.raises(UserError, match="no candidates"):
         session.losses(["dog"], [])
-    assert VOCAB == session.size.llama.vocab and jnp.isfinite(session.losses(["dog"], ["cat"]))[0]
+    assert (
+        VOCAB == session.model_config.llama.vocab
+        and jnp.isfinite(session.losses(["dog"], ["cat"]))[0]
+    )

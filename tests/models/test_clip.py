@@ -9,24 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax.models import emu
-from emu_jax.models.clip import OLD_EOS, Clip, ClipSize, Text, TowerSize, Vision
+from emu_jax.models import module
+from emu_jax.models.clip import OLD_EOS, Clip, ClipConfig, Text, TowerConfig, Vision
 
-TEXT = TowerSize(16, 2, 2, 24, 1e-5, "quick_gelu")
-VISION = TowerSize(24, 2, 3, 32, 1e-5, "gelu")
-SIZE, OLD = (ClipSize(12, 16, 4, 40, 10, eos, TEXT, VISION) for eos in (37, OLD_EOS))
+TEXT = TowerConfig(16, 2, 2, 24, 1e-5, "quick_gelu")
+VISION = TowerConfig(24, 2, 3, 32, 1e-5, "gelu")
+SIZE, OLD = (ClipConfig(12, 16, 4, 40, 10, eos, TEXT, VISION) for eos in (37, OLD_EOS))
 # 39 is the largest id
 IDS = jnp.array([[38, 5, 6, 7, 37, 37, 37, 37, 37, 37], [38, 9, 2, 3, 1, 4, 8, 9, 37, 37]])
 
 
 @pytest.fixture(scope="module")
 def params():
-    fresh = jax.jit(partial(emu.init, Clip, SIZE))(jax.random.key(0))
+    fresh = jax.jit(partial(module.init, Clip, SIZE))(jax.random.key(0))
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), fresh)
 
 
-def read(params, ids, size=SIZE):
-    return np.asarray(emu.bind(Text, size, params["text"])(ids))
+def read(params, ids, config=SIZE):
+    return np.asarray(module.bind(Text, config, params["text"])(ids))
 
 
 def test_a_text_does_not_depend_on_its_padding_nor_on_the_batch(params):
@@ -41,7 +41,7 @@ def test_a_text_does_not_depend_on_its_padding_nor_on_the_batch(params):
 
 def test_old_texts_end_at_their_largest_id(params):
     new = jnp.where(IDS == 37, 39, IDS)
-    want = read(params, new, ClipSize(12, 16, 4, 40, 10, 39, TEXT, VISION))
+    want = read(params, new, ClipConfig(12, 16, 4, 40, 10, 39, TEXT, VISION))
     np.testing.assert_array_equal(read(params, new, OLD), want)
     # 38, the start, is the largest there
     assert np.abs(read(params, IDS, OLD)[0] - read(params, IDS)[0]).max() > 0.01
@@ -54,7 +54,7 @@ def test_text_is_causal_and_reads_all_that_is_before_its_end(params):
     positions = params["text"]["positions"]
 
     def value(positions):
-        return emu.bind(Text, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
+        return module.bind(Text, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
 
     slope = np.abs(jax.grad(value)(positions)).max(1)
     assert (slope[:5] > 0).all() and (slope[5:] == 0).all()
@@ -64,7 +64,7 @@ def test_a_picture_does_not_depend_on_the_batch_and_all_of_it_counts(params):
     images = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
 
     def see(images):
-        return emu.bind(Vision, SIZE, params["vision"])(images)
+        return module.bind(Vision, SIZE, params["vision"])(images)
 
     np.testing.assert_allclose(see(images)[1], see(images[1:2])[0], atol=1e-6)
     assert (np.abs(jax.grad(lambda images: see(images)[0, 0])(images)[0]) > 0).mean() > 0.99

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax.models import emu
+from emu_jax.models import module
 from emu_jax.models.contrast import READOUT, Warmup
 from tests.support import make
 
@@ -61,7 +61,7 @@ def batch(*rows):
 
 @pytest.fixture(scope="module")
 def features():
-    return jax.jit(lambda batch: emu.bind(Warmup, P.size, PARAMS).contrast.text(batch))
+    return jax.jit(lambda batch: module.bind(Warmup, P.model_config, PARAMS).contrast.text(batch))
 
 
 def test_an_images_text_is_that_of_its_own_document(features):
@@ -85,5 +85,10 @@ def test_the_order_of_words_matters(features):
 
 
 def test_the_readout_is_as_large_as_it_says():
-    z = jnp.ones((3, P.size.resampler.tokens, P.size.llama.width))
-    assert emu.bind(Warmup, P.size, PARAMS).contrast.pixels(z).shape == (3, READOUT, READOUT, 3)
+    z = jnp.ones((3, P.model_config.resampler.tokens, P.model_config.llama.width))
+    assert module.bind(Warmup, P.model_config, PARAMS).contrast.pixels(z).shape == (
+        3,
+        READOUT,
+        READOUT,
+        3,
+    )

@@ -12,8 +12,8 @@ import pytest
 from emu_jax import config, loop, sharding, train, tree
 from emu_jax.config import UserError
 from emu_jax.generate import samplers
-from emu_jax.models import emu, flops
-from emu_jax.models.decoder import Decoder, DecoderSize, moments, resized
+from emu_jax.models import emu, flops, module
+from emu_jax.models.decoder import Decoder, DecoderConfig, moments, resized
 from emu_jax.types import DecoderBatch
 from tests.support import make
 
@@ -29,8 +29,8 @@ BATCH = jax.tree.map(jnp.asarray, make.batch(C))
 BATCH = BATCH.replace(image_slots=BATCH.image_slots.at[2].set(C.data.tokens))
 
 
-def model(params, size=P.size):
-    return emu.bind(Decoder, size, params)
+def model(params, model_config=P.model_config):
+    return module.bind(Decoder, model_config, params)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def conditions(c, batch=BATCH):
         for tower, part in PARAMS.items()
         if tower in jax.eval_shape(partial(make.params, p))
     }
-    return jax.jit(lambda batch: model(params, p.size).conditions(batch))(batch)
+    return jax.jit(lambda batch: model(params, p.model_config).conditions(batch))(batch)
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,9 @@ def test_encoded_conditions_are_the_visual_tokens_and_need_no_llm():
         "resampler",
         "unet",
     }
-    plain = emu.bind(
+    plain = module.bind(
         emu.Encoder,
-        P.size.emu,
+        P.model_config.emu,
         {tower: PARAMS[tower] for tower in ("vision", "ln_visual", "resampler")},
     )
     np.testing.assert_allclose(conditions(c), jax.jit(plain.encode)(BATCH.images[:, 0]), atol=1e-4)
@@ -154,8 +154,10 @@ def test_encoded_conditions_are_the_visual_tokens_and_need_no_llm():
 
 
 def test_teacher_forced_conditions_are_the_llms_predictions(predicted):
-    full = emu.bind(
-        emu.Emu, P.size.emu, {tower: part for tower, part in PARAMS.items() if tower != "unet"}
+    full = module.bind(
+        emu.Emu,
+        P.model_config.emu,
+        {tower: part for tower, part in PARAMS.items() if tower != "unet"},
     )
     hidden = jax.jit(lambda batch: full.regress_head(full(batch)[0]))(BATCH)
     held = 0
@@ -201,14 +203,20 @@ def test_resized_keeps_what_fits_and_flat_colours():
 
 
 def test_sampling_is_a_function_of_the_seed_on_any_mesh(predicted):
-    schedule = samplers.schedule_for(P.size.diffusion, "ddim", 2)
+    schedule = samplers.schedule_for(P.model_config.diffusion, "ddim", 2)
 
     def draw(params, condition, seeds):
         bound = model(params)
         denoise = samplers.guided_denoiser(
-            P.size.diffusion, bound.predict, condition, jnp.zeros_like(condition), guidance=2.0
+            P.model_config.diffusion,
+            bound.predict,
+            condition,
+            jnp.zeros_like(condition),
+            guidance=2.0,
         )
-        return samplers.ddim(denoise, samplers.initial_noise(seeds, P.size.latents), schedule)
+        return samplers.ddim(
+            denoise, samplers.initial_noise(seeds, P.model_config.latents), schedule
+        )
 
     seeds = jnp.arange(8)
     alone = jax.jit(draw)(PARAMS, predicted, seeds)
@@ -230,8 +238,8 @@ def test_latents_that_come_with_the_batch_are_those_of_its_images():
     params = make.random_params(p)
 
     def both(images, keys):
-        bound = model(params, p.size)
-        stored = moments(p.size, bound.vae, images[:, 0]).astype(jnp.float16)
+        bound = model(params, p.model_config)
+        stored = moments(p.model_config, bound.vae, images[:, 0]).astype(jnp.float16)
         batch = DecoderBatch(
             **vars(BATCH.replace(images=jnp.zeros_like(images))), latents=stored[:, None]
         )
@@ -243,8 +251,8 @@ def test_latents_that_come_with_the_batch_are_those_of_its_images():
 
     stored, step, once = jax.jit(both)(BATCH.images, jax.random.split(jax.random.key(0)))
     assert (
-        stored.shape[1:] == p.size.moments == (4, 4, 8)
-        and step[0].shape[1:] == p.size.latents
+        stored.shape[1:] == p.model_config.moments == (4, 4, 8)
+        and step[0].shape[1:] == p.model_config.latents
         and jnp.abs(step[0] - step[1]).max() > 0.1
     )
     for a, b in zip(step, once):
@@ -259,8 +267,8 @@ def test_the_papers_decoder():
     transformers.
     """
     c = config.load(["--config=configs/decoder.py"])
-    size = DecoderSize.of(c.model.to_dict())
-    abstract = jax.eval_shape(partial(emu.init, Decoder, size), jax.random.key(0))
+    model_config = DecoderConfig.of(c.model.to_dict())
+    abstract = module.abstract(Decoder, model_config)
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract["unet"]))
     widths = 5 * 320 + 5 * 640 + 6 * 1280
     assert count == 859_520_964 + 2 * (5120 - 768) * widths
@@ -272,7 +280,7 @@ def test_the_papers_decoder():
                 leaf.shape,
             )
     # about 0.4 T multiply-adds, as is often said of SD 1.5
-    assert flops.unet(size.unet, 64, 77) == pytest.approx(8.0e11, rel=0.05)
+    assert flops.unet(model_config.unet, 64, 77) == pytest.approx(8.0e11, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -293,4 +301,4 @@ def test_the_papers_decoder():
 )
 def test_parts_that_do_not_fit_are_one_line(override, message):
     with pytest.raises(UserError, match=message):
-        DecoderSize.of(make.decoder_cfg(override).model.to_dict())
+        DecoderConfig.of(make.decoder_cfg(override).model.to_dict())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from emu_jax import tree
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.models.contrast import Warmup
 from tests.support import make
 
@@ -21,8 +21,8 @@ PARAMS = make.random_params(P)
 N = C.model.resampler.tokens
 
 
-def model(params=PARAMS, size=P.size):
-    return emu.bind(emu.Emu, size, params)
+def model(params=PARAMS, config=P.model_config):
+    return module.bind(emu.Emu, config, params)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,9 @@ def test_standardised_visual_tokens_are_the_raw_ones_in_other_units():
     c = make.cfg("model.standardise=true")
     p = make.program(c)
     params = make.random_params(p)
-    encode = jax.jit(lambda params, images: emu.bind(emu.Emu, p.size, params).encode(images))
+    encode = jax.jit(
+        lambda params, images: module.bind(emu.Emu, p.model_config, params).encode(images)
+    )
     images = make.batch(c).images[:, 0]
     stats = params["visual_stats"]
     still = params | {
@@ -122,12 +124,13 @@ def test_standardised_visual_tokens_are_the_raw_ones_in_other_units():
 
 def gradients(policy):
     towers = {
-        tower: dataclasses.replace(getattr(P.size, tower), remat=policy)
+        tower: dataclasses.replace(getattr(P.model_config, tower), remat=policy)
         for tower in ("vision", "resampler", "llama")
     }
-    size = dataclasses.replace(P.size, **towers)
+    config = dataclasses.replace(P.model_config, **towers)
     return partial(
-        lambda size, params, batch: sum((x**2).sum() for x in model(params, size)(batch)), size
+        lambda config, params, batch: sum((x**2).sum() for x in model(params, config)(batch)),
+        config,
     )
 
 
@@ -153,12 +156,12 @@ def test_remat_saves_what_it_says():
 
     def saved(**policies):
         towers = {
-            tower: dataclasses.replace(getattr(P.size, tower), remat=policy)
+            tower: dataclasses.replace(getattr(P.model_config, tower), remat=policy)
             for tower, policy in policies.items()
         }
 
         def f(params):
-            return model(params, dataclasses.replace(P.size, **towers))(batch)[0]
+            return model(params, dataclasses.replace(P.model_config, **towers))(batch)[0]
 
         return sum(
             leaf.size * leaf.dtype.itemsize
@@ -175,7 +178,9 @@ def test_remat_saves_what_it_says():
 
 
 def test_a_fresh_model_starts_as_published():
-    fresh = dict(make.flat(jax.jit(partial(emu.init, emu.Emu, P.size))(jax.random.key(0))))
+    fresh = dict(
+        make.flat(jax.jit(partial(module.init, emu.Emu, P.model_config))(jax.random.key(0)))
+    )
     C_ = 32
     d = 8
     F = 64
@@ -207,10 +212,8 @@ def test_a_fresh_model_starts_as_published():
 
 
 def test_the_warm_ups_encoder_is_emus():
-    def shapes(module):
-        return jax.tree.map(
-            lambda x: x.shape, jax.eval_shape(partial(emu.init, module, P.size), jax.random.key(0))
-        )
+    def shapes(model):
+        return jax.tree.map(lambda x: x.shape, module.abstract(model, P.model_config))
 
     ours = shapes(emu.Emu)
     warm = shapes(Warmup)

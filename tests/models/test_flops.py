@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax.models import emu, flops
+from emu_jax.models import emu, flops, module
 from tests.support import make
 
 P = make.program(make.cfg())
@@ -46,26 +46,28 @@ def traced(function, *shapes):
 def test_it_is_what_the_model_multiplies(kv_heads):
     P = make.program(make.cfg(f"model.llama.kv_heads={kv_heads}"))
     params = make.random_params(P)
-    model = emu.bind(emu.Emu, P.size, params)
+    model = module.bind(emu.Emu, P.model_config, params)
     B = 2
     T = 10
     M = 3
-    N = P.size.resampler.tokens
-    counts = flops.forward(P.size, images=M, tokens=B * T, pairs=B * T * T, labels=0, regressed=0)
+    N = P.model_config.resampler.tokens
+    counts = flops.forward(
+        P.model_config, images=M, tokens=B * T, pairs=B * T * T, labels=0, regressed=0
+    )
     positions = jnp.tile(jnp.arange(T), (B, 1))
     assert counts["vision"] == traced(model.vision, ((M, 28, 28, 3), jnp.float32))
     # dense: all pairs
     assert counts["llama"] == traced(
         lambda x: model.llama(x, positions, positions)[0], ((B, T, 32), jnp.float32)
     )
-    r = P.size.resampler
+    r = P.model_config.resampler
     # pairs that dense attention computes and the mask forbids
     upper = M * r.depth * 4 * (N * (N - 1) // 2) * r.heads * r.head_width
     assert counts["resampler"] + upper == traced(model.resampler, ((M, 5, 32), jnp.float32))
 
 
 def test_the_heads_by_hand():
-    got = flops.forward(P.size, images=0, tokens=0, pairs=0, labels=7, regressed=3)
+    got = flops.forward(P.model_config, images=0, tokens=0, pairs=0, labels=7, regressed=3)
     assert got == {
         "vision": 0,
         "resampler": 0,
@@ -78,18 +80,18 @@ def test_llama_by_hand():
     """Per token and block: q k v o 8 D D, gate up down 6 D F; two documents of 3 and 2 tokens allow
     6 + 3 pairs of 4 D each.
     """
-    got = flops.forward(P.size, images=0, tokens=5, pairs=9, labels=0, regressed=0)["llama"]
+    got = flops.forward(P.model_config, images=0, tokens=5, pairs=9, labels=0, regressed=0)["llama"]
     assert got == 2 * (5 * (8 * 32 * 32 + 6 * 32 * 64) + 9 * 4 * 32)
 
 
 def test_an_emu_14b_step_is_about_six_times_its_parameters():
     p = make.program(make.cfg(size="emu-14b"))
-    work = flops.forward(p.size, images=0, tokens=1, pairs=0, labels=1, regressed=0)
+    work = flops.forward(p.model_config, images=0, tokens=1, pairs=0, labels=1, regressed=0)
     # the input table is looked up, not multiplied
     assert sum(work.values()) == pytest.approx(2 * (13.0e9 - 32000 * 5120), rel=0.01)
     assert (
         flops.train(
-            p.size,
+            p.model_config,
             {"llama": True, "heads": True},
             images=0,
             tokens=1,
@@ -125,8 +127,8 @@ def test_an_emu_14b_step_is_about_six_times_its_parameters():
 )
 def test_gradients_cost_where_they_go(trained, times):
     counts = dict(images=2, tokens=20, pairs=90, labels=9, regressed=8)
-    once = flops.forward(P.size, **counts)
-    step = flops.train(P.size, trained, **counts)
+    once = flops.forward(P.model_config, **counts)
+    step = flops.train(P.model_config, trained, **counts)
     assert (
         tuple(step[tower] / once[tower] for tower in ("vision", "resampler", "llama", "heads"))
         == times

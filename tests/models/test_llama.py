@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from emu_jax.config import UserError
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.models.llama import frequencies, rotary, rotate
 from tests.support import make
 
@@ -19,7 +19,7 @@ SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0]])
 
 
 def run(x, positions, segments):
-    return emu.bind(emu.Emu, P.size, PARAMS).llama(x, positions, segments)[0]
+    return module.bind(emu.Emu, P.model_config, PARAMS).llama(x, positions, segments)[0]
 
 
 hidden = jax.jit(run)
@@ -104,7 +104,7 @@ def test_rotary_frequencies_are_rounded_and_angles_are_not():
 
 def test_embeddings_are_rows_of_both_tables():
     embed = PARAMS["llama"]["embed"]
-    got = emu.bind(emu.Emu, P.size, PARAMS).llama.embeddings(
+    got = module.bind(emu.Emu, P.model_config, PARAMS).llama.embeddings(
         jnp.array([[0, 511, 512, 515]]), jnp.float32
     )
     np.testing.assert_array_equal(
@@ -131,7 +131,7 @@ def test_grouped_heads_are_repeated_heads():
     }
     at = jnp.arange(6)[None]
     one, two = (
-        emu.bind(emu.Emu, p.size, tree).llama(X, at, SEGMENTS)[0]
+        module.bind(emu.Emu, p.model_config, tree).llama(X, at, SEGMENTS)[0]
         for p, tree in ((grouped, params), (make.program(make.cfg()), full))
     )
     np.testing.assert_allclose(one, two, atol=1e-5)
@@ -141,10 +141,11 @@ def test_a_tied_head_is_the_input_table():
     tied = make.program(make.cfg("model.llama.tied=true"))
     params = make.random_params(tied)
     assert "lm_head" not in params["llama"]
-    head = emu.bind(emu.Emu, tied.size, params).llama.head()
+    head = module.bind(emu.Emu, tied.model_config, params).llama.head()
     np.testing.assert_array_equal(head["base"], params["llama"]["embed"]["base"])
     np.testing.assert_array_equal(
-        emu.bind(emu.Emu, P.size, PARAMS).llama.head()["added"], PARAMS["llama"]["lm_head"]["added"]
+        module.bind(emu.Emu, P.model_config, PARAMS).llama.head()["added"],
+        PARAMS["llama"]["lm_head"]["added"],
     )
 
 

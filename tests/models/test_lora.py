@@ -13,7 +13,7 @@ import pytest
 
 from emu_jax import loop, sharding, train, tree
 from emu_jax.config import UserError
-from emu_jax.models import emu, layers, lora
+from emu_jax.models import emu, layers, lora, module
 from tests.support import make
 
 ROWS = "rules.train=(('.*/(a|b)', True), ('llama/(embed|lm_head)/added', (4, 6)), ('.*', False))"
@@ -39,7 +39,9 @@ def plain(params):
     for path in [path for path in flat if path.endswith("/a")]:
         where = path.removesuffix("/a")
         w, a, b = (flat.pop(f"{where}/{name}") for name in "wab")
-        flat[f"{where}/w"] = jnp.stack([lora.baked(P.size.lora, *layer) for layer in zip(w, a, b)])
+        flat[f"{where}/w"] = jnp.stack(
+            [lora.merge(P.model_config.lora, *layer) for layer in zip(w, a, b)]
+        )
     return tree.unflatten(flat)
 
 
@@ -48,13 +50,13 @@ def without_b(params):
 
 
 @functools.cache
-def compiled(size):
+def compiled(config):
     """(parameters, key of the dropout) -> (hidden states of the LLM over X, gradients of their
     product with X by the matrices of attention: by a and b, or where there is no LoRA by w).
     """
 
     def loss(trains, frozen, key):
-        hidden = emu.bind(emu.Emu, size, tree.merge(trains, frozen), key).llama(
+        hidden = module.bind(emu.Emu, config, tree.merge(trains, frozen), key).llama(
             X, AT, jnp.ones_like(AT)
         )[0]
         return (hidden * X).sum(), hidden
@@ -62,7 +64,7 @@ def compiled(size):
     def both(params, key):
         trains = {
             path: bool(
-                re.fullmatch("llama/blocks/attn/./" + ("[ab]" if size.lora.rank else "w"), path)
+                re.fullmatch("llama/blocks/attn/./" + ("[ab]" if config.lora.rank else "w"), path)
             )
             for path, _ in tree.leaves(params)
         }
@@ -75,7 +77,7 @@ def compiled(size):
 
 
 def hidden(program, params, key=None):
-    return compiled(program.size)(params, key)[0]
+    return compiled(program.model_config)(params, key)[0]
 
 
 @pytest.mark.parametrize(
@@ -123,8 +125,8 @@ def test_its_leaves_are_beside_the_targets_and_start_as_nothing():
 
 def test_wrapped_equals_baked():
     """Outputs, and the gradient of a by the chain rule from that of the merged matrix."""
-    (ours, grads) = compiled(P.size)(PARAMS, None)
-    (theirs, merged) = compiled(PLAIN.size)(plain(PARAMS), None)
+    (ours, grads) = compiled(P.model_config)(PARAMS, None)
+    (theirs, merged) = compiled(PLAIN.model_config)(plain(PARAMS), None)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
     assert np.abs(ours - hidden(P, without_b(PARAMS))).max() > 0.01
     for name, by_chain in (("q", "LDhd,Lrhd->LDr"), ("o", "Lhde,Lre->Lhdr")):
@@ -145,7 +147,8 @@ def test_dropout_is_of_lora_alone_differs_by_layer_and_needs_a_key():
         hidden(p, without_b(PARAMS), keys[0]), hidden(P, without_b(PARAMS))
     )
     bound, without = (
-        lora.bound(p.size.lora, PARAMS, key)["llama"]["blocks"]["attn"] for key in (keys[0], None)
+        lora.apply(p.model_config.lora, PARAMS, key)["llama"]["blocks"]["attn"]
+        for key in (keys[0], None)
     )
     drawn = np.concatenate([jax.random.key_data(bound[name]["w"].keys) for name in "qkvo"])
     assert len(np.unique(drawn, axis=0)) == 4 * 2 and without["q"]["w"].keys is None
@@ -179,7 +182,7 @@ def stored():
     """PARAMS with the matrices of the LLM's blocks as codes of NF4."""
     flat = dict(make.flat(PARAMS))
     for path in [path for path in flat if path.startswith("llama/blocks") and path.endswith("/w")]:
-        flat |= jax.jit(lora.stored, static_argnums=(0, 2))(path, flat.pop(path), "nf4")
+        flat |= jax.jit(lora.quantize_leaf, static_argnums=(0, 2))(path, flat.pop(path), "nf4")
     return tree.unflatten(flat)
 
 
@@ -189,17 +192,17 @@ def stored():
 )
 def test_stored_matrices(storage, bytes_each, worst, typical):
     w = np.random.default_rng(0).standard_normal((3, 8, 4, 128)).astype(np.float32)
-    codes, absmax = lora.quantised(w, storage)
+    codes, absmax = lora.quantize(w, storage)
     assert codes.nbytes == w.size * bytes_each and absmax.shape == (3, 8, 4, 2)
-    again = np.asarray(lora.dequantised(codes, absmax))
+    again = np.asarray(lora.dequantize(codes, absmax))
     error = np.abs(again - w).reshape(*absmax.shape, 64)
     assert (error <= 0.5 * 2 * worst * np.asarray(absmax)[..., None] + 1e-6).all()
     assert np.sqrt(np.square(again - w).mean() / np.square(w).mean()) < typical
-    twice = lora.dequantised(*lora.quantised(again, storage))
+    twice = lora.dequantize(*lora.quantize(again, storage))
     # what it can say, it says again
     np.testing.assert_allclose(twice, again, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(lora.dequantised(*lora.quantised(0 * w, storage)), 0 * w)
-    by_layer = lora.quantised(w[1], storage)
+    np.testing.assert_array_equal(lora.dequantize(*lora.quantize(0 * w, storage)), 0 * w)
+    by_layer = lora.quantize(w[1], storage)
     np.testing.assert_array_equal(by_layer[0], codes[1])
 
 
@@ -217,7 +220,7 @@ def test_a_stored_model_is_the_model_of_what_the_codes_say():
     said = {path: leaf for path, leaf in flat.items() if not path.endswith(("/absmax", "/nf4"))}
     codes = [path for path in flat if path.endswith("/nf4")]
     said |= {
-        sharding.matrix_path(path): jax.jit(lora.dequantised)(
+        sharding.matrix_path(path): jax.jit(lora.dequantize)(
             flat[path], flat[path.replace("nf4", "absmax")]
         )
         for path in codes
@@ -235,12 +238,12 @@ def test_a_stored_model_is_the_model_of_what_the_codes_say():
 
 def test_a_sharded_stored_model_equals_a_single_one():
     params = stored()
-    want, grads = compiled(STORED.size)(params, None)
+    want, grads = compiled(STORED.model_config)(params, None)
     with jax.set_mesh(mesh := sharding.make_mesh(dict(data=1, fsdp=4, tensor=2))):
         at = jax.device_put(params, sharding.shardings(mesh, sharding.specs(params)))
         codes = at["llama"]["blocks"]["attn"]["q"]["nf4"]
         assert codes.addressable_shards[0].data.size == codes.size // 8
-        got, sharded = compiled(STORED.size)(at, None)
+        got, sharded = compiled(STORED.model_config)(at, None)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
     for name in "qkvo":
         for half in "ab":
@@ -299,9 +302,9 @@ def test_products_of_layers():
         x @ (w + 0.5 * a @ b),
         rtol=1e-5,
     )
-    codes, absmax = lora.quantised(w, "int8")
+    codes, absmax = lora.quantize(w, "int8")
     np.testing.assert_allclose(
-        product(lora.Quantised(codes, absmax)),
-        x @ np.asarray(lora.dequantised(codes, absmax)),
+        product(lora.Quantized(codes, absmax)),
+        x @ np.asarray(lora.dequantize(codes, absmax)),
         rtol=1e-5,
     )

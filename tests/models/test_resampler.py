@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.models.resampler import relative_buckets
 from tests.support import make
 
@@ -19,13 +19,13 @@ FEATURES = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 32)), jnp
 def tokens(
     queries, features=FEATURES, key=None, dropout=0.0, relative=PARAMS["resampler"]["relative"]
 ):
-    size = dataclasses.replace(
-        P.size, resampler=dataclasses.replace(P.size.resampler, dropout=dropout)
+    config = dataclasses.replace(
+        P.model_config, resampler=dataclasses.replace(P.model_config.resampler, dropout=dropout)
     )
     params = PARAMS | {
         "resampler": PARAMS["resampler"] | {"queries": queries, "relative": relative}
     }
-    return emu.bind(emu.Emu, size, params).resampler(features, key)
+    return module.bind(emu.Emu, config, params).resampler(features, key)
 
 
 QUERIES = PARAMS["resampler"]["queries"]

@@ -13,12 +13,12 @@ from test_flops import traced
 
 from emu_jax import sharding, tree
 from emu_jax.config import UserError
-from emu_jax.models import emu, flops
-from emu_jax.models.unet import UNet, UNetSize
-from emu_jax.models.vae import Vae, VaeSize
+from emu_jax.models import flops, module
+from emu_jax.models.unet import UNet, UNetConfig
+from emu_jax.models.vae import Vae, VaeConfig
 from tests.support import make
 
-SIZE = UNetSize(
+SIZE = UNetConfig(
     channels_in=3,
     channels_out=2,
     patch=1,
@@ -39,7 +39,7 @@ SIZE = UNetSize(
     linear=False,
     remat="none",
 )
-VAE = VaeSize(channels=3, latent=2, widths=(8, 16), resnets=1, groups=4, scale=0.5, remat="none")
+VAE = VaeConfig(channels=3, latent=2, widths=(8, 16), resnets=1, groups=4, scale=0.5, remat="none")
 rng = np.random.default_rng(0)
 X, CONDITION = (
     jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 4, 4, 3), (8, 3, 12))
@@ -47,9 +47,9 @@ X, CONDITION = (
 TIMES = jnp.arange(8) * 100.0
 
 
-def random(module, size):
+def random(tower, config):
     """Every leaf random: fresh layers that are zero would hide mistakes."""
-    shapes = jax.eval_shape(lambda: emu.init(module, size, jax.random.key(0)))
+    shapes = module.abstract(tower, config)
 
     def noise(path, x):
         return jnp.asarray(rng.standard_normal(x.shape) * 0.3 + path.endswith("scale"), jnp.float32)
@@ -60,8 +60,8 @@ def random(module, size):
 PARAMS = random(UNet, SIZE)
 
 
-def forward(params, x, times, condition, size=SIZE):
-    return emu.bind(UNet, size, params)(x, times, condition)
+def forward(params, x, times, condition, config=SIZE):
+    return module.bind(UNet, config, params)(x, times, condition)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_fresh_unet_predicts_nothing_yet():
         depths=(1,),
         heads=(2,),
     )
-    params = emu.init(UNet, flat, jax.random.key(0))
+    params = module.init(UNet, flat, jax.random.key(0))
     assert (
         jnp.abs(params["conv_out"]["w"]).max() == 0
         and jnp.abs(params["mid"]["resnets"]["0"]["conv2"]["w"]).max() == 0
@@ -109,9 +109,9 @@ def test_the_order_of_the_conditions_tokens_says_nothing(run):
 
 
 def test_pooled_the_order_says_something_and_its_map_is_counted(run):
-    size = dataclasses.replace(SIZE, pooled=3)
-    params = random(UNet, size)
-    call = jax.jit(partial(forward, size=size))
+    config = dataclasses.replace(SIZE, pooled=3)
+    params = random(UNet, config)
+    call = jax.jit(partial(forward, config=config))
     assert (
         jnp.abs(
             call(params, X, TIMES, CONDITION[:, ::-1]) - call(params, X, TIMES, CONDITION)
@@ -124,8 +124,8 @@ def test_pooled_the_order_says_something_and_its_map_is_counted(run):
         call(params | none, X, TIMES, CONDITION), run(plain, X, TIMES, CONDITION), atol=1e-4
     )
     f32 = jnp.float32
-    assert flops.unet(size, 4, 3) == traced(
-        lambda x, t, c: forward(params, x, t, c, size),
+    assert flops.unet(config, 4, 3) == traced(
+        lambda x, t, c: forward(params, x, t, c, config),
         ((1, 4, 4, 3), f32),
         ((1,), f32),
         ((1, 3, 12), f32),
@@ -136,15 +136,15 @@ def test_each_place_is_told_by_a_map_of_its_own(run):
     """Where that map is zero nothing changes; where it is not, at one place, that place feels
     it.
     """
-    size = dataclasses.replace(SIZE, pooled=3, side=4)
-    params = random(UNet, size)
+    config = dataclasses.replace(SIZE, pooled=3, side=4)
+    params = random(UNet, config)
     none = dataclasses.replace(SIZE, pooled=3)
-    call = jax.jit(partial(forward, size=size))
+    call = jax.jit(partial(forward, config=config))
     alone = params | {"places": {"w": jnp.zeros_like(params["places"]["w"])}}
     before = call(alone, X, TIMES, CONDITION)
     plain = {name: part for name, part in params.items() if name != "places"}
     np.testing.assert_allclose(
-        before, jax.jit(partial(forward, size=none))(plain, X, TIMES, CONDITION), atol=1e-4
+        before, jax.jit(partial(forward, config=none))(plain, X, TIMES, CONDITION), atol=1e-4
     )
     one = params | {
         "places": {"w": alone["places"]["w"].at[:, 1, 2].set(params["places"]["w"][:, 1, 2])}
@@ -152,8 +152,8 @@ def test_each_place_is_told_by_a_map_of_its_own(run):
     moved = jnp.abs(call(one, X, TIMES, CONDITION) - before).max((0, 3))
     assert moved[1, 2] > 0.1
     f32 = jnp.float32
-    assert flops.unet(size, 4, 3) == traced(
-        lambda x, t, c: forward(params, x, t, c, size),
+    assert flops.unet(config, 4, 3) == traced(
+        lambda x, t, c: forward(params, x, t, c, config),
         ((1, 4, 4, 3), f32),
         ((1,), f32),
         ((1, 3, 12), f32),
@@ -196,10 +196,10 @@ def test_remat_changes_nothing():
     )
     params = random(UNet, small)
 
-    def loss(size):
+    def loss(config):
         return jax.jit(
             jax.grad(
-                lambda params: (forward(params, X[:2], TIMES[:2], CONDITION[:2], size) ** 2).sum()
+                lambda params: (forward(params, X[:2], TIMES[:2], CONDITION[:2], config) ** 2).sum()
             )
         )(params)
 
@@ -218,7 +218,7 @@ def test_sides_that_do_not_divide_are_one_line():
         jax.eval_shape(lambda: forward(PARAMS, jnp.zeros((1, 5, 4, 3)), TIMES[:1], CONDITION[:1]))
     with pytest.raises(UserError, match="sides 2 divides, not 5 x 4"):
         jax.eval_shape(
-            lambda: emu.bind(Vae, VAE, emu.init(Vae, VAE, jax.random.key(0))).encode(
+            lambda: module.bind(Vae, VAE, module.init(Vae, VAE, jax.random.key(0))).encode(
                 jnp.zeros((1, 5, 4, 3))
             )
         )
@@ -242,7 +242,7 @@ def test_flops_are_what_is_multiplied():
     )
     params = random(Vae, VAE)
     assert flops.vae_encoder(VAE, 8) == traced(
-        lambda x: emu.bind(Vae, VAE, params).encode(x), ((1, 8, 8, 3), f32)
+        lambda x: module.bind(Vae, VAE, params).encode(x), ((1, 8, 8, 3), f32)
     )
 
 
@@ -254,7 +254,7 @@ def test_latents_are_scaled_and_drawn_around_their_mean():
     images = jnp.asarray(rng.standard_normal((2, 4, 4, 3)), jnp.float32)
 
     def everything(params, images):
-        model = emu.bind(Vae, VAE, params)
+        model = module.bind(Vae, VAE, params)
         mean, log_variance = model.encode(images)
         draws = jax.vmap(partial(model.sample, mean, log_variance))(
             jax.random.split(jax.random.key(0), 400)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.models.vision import normalise
 from tests.support import make
 
@@ -19,7 +19,7 @@ PARAMS = make.random_params(P)
 @pytest.fixture(scope="module")
 def features():
     """Of normalised images [3, 28, 28, 3]."""
-    return jax.jit(lambda images: emu.bind(emu.Emu, P.size, PARAMS).vision(images))
+    return jax.jit(lambda images: module.bind(emu.Emu, P.model_config, PARAMS).vision(images))
 
 
 def images(count=3):
@@ -44,7 +44,7 @@ def test_patches_are_in_reading_order():
     jacobian = jax.jit(
         jax.jacfwd(
             lambda scale: (
-                emu.bind(emu.Emu, P.size, params)
+                module.bind(emu.Emu, P.model_config, params)
                 .vision(images(1) * jnp.kron(scale, jnp.ones((14, 14)))[None, :, :, None])
                 .sum(-1)[0]
             )
@@ -71,10 +71,10 @@ def test_queries_and_values_have_a_bias_and_keys_have_none():
 def test_normalise_by_hand():
     x = np.zeros((1, 28, 28, 3), np.uint8)
     x[0, 0, 0] = [255, 0, 51]
-    got = normalise(jnp.asarray(x), P.size.vision, "float32")
+    got = normalise(jnp.asarray(x), P.model_config.vision, "float32")
     np.testing.assert_allclose(
         got[0, 0, 0],
         [(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, (0.2 - 0.40821073) / 0.27577711],
         rtol=1e-5,
     )
-    assert normalise(jnp.asarray(x), P.size.vision, "bfloat16").dtype == jnp.bfloat16
+    assert normalise(jnp.asarray(x), P.model_config.vision, "bfloat16").dtype == jnp.bfloat16

@@ -5,14 +5,12 @@ by hand.
 import json
 import struct
 import zipfile
-from functools import partial
 
-import jax
 import ml_dtypes
 import numpy as np
 
 from emu_jax import checkpoint, config, tree
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.weights import convert, files, stable_diffusion
 from emu_jax.weights.families import FAMILIES
 from tests.support import make
@@ -29,9 +27,7 @@ LLAMA3 = (
 
 def random(c, seed=0):
     """Random parameters of a config's Emu, as NumPy arrays."""
-    shapes = jax.eval_shape(
-        partial(emu.init, emu.Emu, emu.EmuSize.of(c.model.to_dict())), jax.random.key(0)
-    )
+    shapes = module.abstract(emu.Emu, emu.EmuConfig.of(c.model.to_dict()))
     rng = np.random.default_rng(seed)
     return tree.unflatten(
         {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in tree.leaves(shapes)}
@@ -40,7 +36,7 @@ def random(c, seed=0):
 
 def tensors(c, family, dtype=np.float32, seed=0):
     """A checkpoint of `family` for a config's model: {name: array}."""
-    table = FAMILIES[family].table(emu.EmuSize.of(c.model.to_dict()))
+    table = FAMILIES[family].table(emu.EmuConfig.of(c.model.to_dict()))
     return {
         name: array.astype(dtype)
         for name, array in convert.to_theirs(table, convert.reader(random(c, seed)))
@@ -150,7 +146,7 @@ def small(*overrides):
 
 def size_of(directory):
     """The model of a checkpoint of ours."""
-    return emu.EmuSize.of(
+    return emu.EmuConfig.of(
         config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict()
     )
 

@@ -11,7 +11,7 @@ from emu_jax import checkpoint, config, stages, train, tree
 from emu_jax.data.packing import empty_batch, write_row
 from emu_jax.data.sequence import Document, make_sequence
 from emu_jax.data.tokenizer import Tokenizer
-from emu_jax.models import emu
+from emu_jax.models import module
 
 
 def cfg(*overrides: str, size: str = "debug"):
@@ -178,14 +178,14 @@ def batch(c, seed: int = 0):
 def program(c):
     """The loop's Program of a config, for two sources."""
     stage = stages.STAGES[c.stage]
-    size = stage.size(c.model.to_dict())
-    abstract = jax.eval_shape(partial(emu.init, stage.module, size), jax.random.key(0))
-    made = train.make_program(c, stage, size, abstract)
+    model_config = stage.size(c.model.to_dict())
+    abstract = module.abstract(stage.module, model_config)
+    made = train.make_program(c, stage, model_config, abstract)
     return dataclasses.replace(made, objective=made.objective | {"sources": 2})
 
 
 def params(p, seed: int = 0):
-    return emu.init(p.stage.module, p.size, jax.random.key(seed))
+    return module.init(p.stage.module, p.model_config, jax.random.key(seed))
 
 
 def flat(params) -> list[tuple[str, np.ndarray]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate.session import Session
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from tests.support import make
 
 VOCAB = 140
@@ -22,10 +22,10 @@ class Uncached:
     def __init__(self, session, length=64):
         self.session = session
         self.length = length
-        size = session.size
+        config = session.model_config
 
         def bound(params):
-            return emu.bind(emu.Emu, size, params)
+            return module.bind(emu.Emu, config, params)
 
         self._hidden = jax.jit(
             lambda params, x: bound(params).llama(
@@ -34,7 +34,7 @@ class Uncached:
         )
         self._logits = jax.jit(lambda params, hidden: bound(params).llama.logits(hidden))
         self._embed = jax.jit(
-            lambda params, tokens: bound(params).llama.embeddings(tokens, size.compute)
+            lambda params, tokens: bound(params).llama.embeddings(tokens, config.compute)
         )
         self._regress = jax.jit(
             lambda params, hidden: bound(params).regress_head(hidden[None, None])[0, 0]
@@ -89,4 +89,4 @@ def make_session(*overrides, scale=4, **options):
         lambda text: [3 + ord(letter) - 32 for letter in text],
         lambda ids: "".join(chr(32 + i - 3) for i in ids),
     )
-    return Session(p.size, params, letters, **{"context": 128} | options)
+    return Session(p.model_config, params, letters, **{"context": 128} | options)

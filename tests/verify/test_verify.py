@@ -93,7 +93,7 @@ def test_a_number_that_was_tampered_with_fails(tmp_path, capsys, monkeypatch):
     it, for time.
     """
     file = golden.load(FILES["emu1_instruct"])
-    monkeypatch.setattr(emu, "_gradient", lambda size, params, batch, images: params)
+    monkeypatch.setattr(emu, "_gradient", lambda model_config, params, batch, images: params)
     gradient = next(
         f"grad_norm {name}" for name in map(str, file["grad_names"]) if ".lora_" not in name
     )

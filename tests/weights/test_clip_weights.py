@@ -11,8 +11,8 @@ import pytest
 
 from emu_jax import checkpoint, config
 from emu_jax.evaluate.metrics import clip_score
-from emu_jax.models import emu
-from emu_jax.models.clip import ClipSize, Text, Vision
+from emu_jax.models import module
+from emu_jax.models.clip import ClipConfig, Text, Vision
 from emu_jax.weights import families, files
 from emu_jax.weights.__main__ import main
 from tests.support.clips import CLIP1, CLIP2, folder
@@ -35,7 +35,9 @@ TEXTS = [
 
 
 def size_of(directory):
-    return ClipSize.of(config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict())
+    return ClipConfig.of(
+        config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict()
+    )
 
 
 def imported(path, to, capsys=None):
@@ -92,7 +94,7 @@ def test_older_files_and_sizes_of_the_first_release(tmp_path, capsys):
     assert (
         sum(
             int(np.prod(shape))
-            for shape in families.FAMILIES["clip"].shapes(ClipSize.of(large)).values()
+            for shape in families.FAMILIES["clip"].shapes(ClipConfig.of(large)).values()
         )
         == 427_616_513
     )
@@ -152,18 +154,18 @@ def test_features_are_those_of_the_transformers_library(tmp_path, said):
             pixel_values=torch.tensor(images.transpose(0, 3, 1, 2).copy()),
         )
     params = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(tmp_path / "ours")))
-    size = size_of(tmp_path / "ours")
+    model_config = size_of(tmp_path / "ours")
 
     def unit(x):
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     np.testing.assert_allclose(
-        unit(emu.bind(Text, size, params["text"])(jnp.asarray(ids))),
+        unit(module.bind(Text, model_config, params["text"])(jnp.asarray(ids))),
         out.text_embeds.numpy(),
         atol=1e-5,
     )
     np.testing.assert_allclose(
-        unit(emu.bind(Vision, size, params["vision"])(jnp.asarray(images))),
+        unit(module.bind(Vision, model_config, params["vision"])(jnp.asarray(images))),
         out.image_embeds.numpy(),
         atol=1e-5,
     )
@@ -172,7 +174,7 @@ def test_features_are_those_of_the_transformers_library(tmp_path, said):
     theirs.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     again = clip_score.load(str(imported(tmp_path / "saved", tmp_path / "again")))
-    assert (tmp_path / "again/tokenizer.json").is_file() and again.size == size
+    assert (tmp_path / "again/tokenizer.json").is_file() and again.config == model_config
     np.testing.assert_array_equal(np.stack([clip_score.tokens(again, text) for text in TEXTS]), ids)
 
 

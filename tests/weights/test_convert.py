@@ -4,16 +4,14 @@ release's, and what does not fit is said.
 
 import json
 import re
-from functools import partial
 from math import prod
 
-import jax
 import numpy as np
 import pytest
 
 from emu_jax import train, tree
 from emu_jax.config import UserError, load
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.verify import golden
 from emu_jax.verify.emu import size_of
 from emu_jax.weights import convert, emu1
@@ -25,7 +23,7 @@ def theirs_of(table, params):
 
 
 P = make.program(make.cfg())
-TABLE = emu1.table(P.size)
+TABLE = emu1.table(P.model_config)
 PARAMS = {path: np.asarray(leaf) for path, leaf in make.flat(make.random_params(P))}
 FOREIGN = theirs_of(TABLE, PARAMS)
 
@@ -85,9 +83,9 @@ def test_names_and_shapes_are_those_of_the_release(name):
         emu1.rename(str(name)): tuple(json.loads(str(shape)))
         for name, shape in zip(file["parameter_names"], file["parameter_shapes"])
     }
-    size = size_of(file)
-    abstract = jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
-    table = emu1.table(size)
+    config = size_of(file)
+    abstract = module.abstract(emu.Emu, config)
+    table = emu1.table(config)
     ours = theirs_of(
         table,
         {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in tree.leaves(abstract)},
@@ -103,7 +101,7 @@ def test_the_14b_has_the_releases_tensors_and_parameters():
     """Names and shapes of the released 14B, written down from the model's description; train.py's
     table counts as many, tower by tower.
     """
-    size = emu.EmuSize.of(load(["--config=configs/pretrain.py"]).model.to_dict())
+    config = emu.EmuConfig.of(load(["--config=configs/pretrain.py"]).model.to_dict())
     E = 1408
     C = 768
     D = 5120
@@ -171,7 +169,7 @@ def test_the_14b_has_the_releases_tensors_and_parameters():
             f"cformer.cformer.block.{layer}.layer.{name}.weight": shape
             for name, shape in block.items()
         }
-    assert set(convert.uses(emu1.table(size), importing=False)) == set(want)
+    assert set(convert.uses(emu1.table(config), importing=False)) == set(want)
     prefix = {
         "vision": "visual.",
         "ln_visual": "ln_visual.",
@@ -185,9 +183,7 @@ def test_the_14b_has_the_releases_tensors_and_parameters():
             "total",
         ):
             counts[tower] += prod(shape)
-    printed = train.parameter_table(
-        jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0))
-    ).splitlines()
+    printed = train.parameter_table(module.abstract(emu.Emu, config)).splitlines()
     assert {line.split()[0]: int(line.split()[1].replace(",", "")) for line in printed} == counts
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from emu_jax import checkpoint, config
 from emu_jax.generate import samplers
 from emu_jax.models.diffusion import Diffusion
-from emu_jax.models.emu import bind
+from emu_jax.models.module import bind
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import Vae
 from emu_jax.weights import files, stable_diffusion
@@ -43,15 +43,15 @@ def last(x):
 
 def ours(directory, unet):
     """(prediction, mean of the latents, decoded) of a checkpoint."""
-    size = stable_diffusion.model_config(
+    model_config = stable_diffusion.model_config(
         config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict()
     )
     params = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float32), checkpoint.restore_params(str(directory))
     )
-    vae = bind(Vae, size.vae, params["vae"])
+    vae = bind(Vae, model_config.vae, params["vae"])
     return (
-        bind(UNet, size.unet, params["unet"])(
+        bind(UNet, model_config.unet, params["unet"])(
             jnp.asarray(LATENTS), jnp.asarray(TIMES), jnp.asarray(condition(unet))
         ),
         vae.encode(jnp.asarray(IMAGES))[0],
@@ -136,7 +136,7 @@ def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
         guidance_scale=3.0,
         output_type="latent",
     ).images
-    size = stable_diffusion.model_config(
+    model_config = stable_diffusion.model_config(
         config.from_dict(checkpoint.read_config(str(tmp_path / "ours"))["model"]).to_dict()
     )
     said = Diffusion(
@@ -144,7 +144,7 @@ def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
     )
     network = bind(
         UNet,
-        size.unet,
+        model_config.unet,
         jax.tree.map(jnp.asarray, checkpoint.restore_params(str(tmp_path / "ours")))["unet"],
     )
     denoise = samplers.guided_denoiser(

@@ -25,9 +25,10 @@ LINEAR = ("--config.model.llama.rope_scaling=('linear',4.0)", "--config.model.ll
 def ours(directory):
     """Logits of our LLaMA in a checkpoint."""
     params = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(directory)))
-    size = size_of(directory).llama
+    model_config = size_of(directory).llama
     model = nnx.merge(
-        nnx.graphdef(nnx.eval_shape(lambda: Llama(size, nnx.Rngs(params=0)))), params["llama"]
+        nnx.graphdef(nnx.eval_shape(lambda: Llama(model_config, nnx.Rngs(params=0)))),
+        params["llama"],
     )
     at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
     hidden = model(

@@ -15,7 +15,7 @@ import pytest
 from emu_jax import checkpoint, tree
 from emu_jax.config import UserError
 from emu_jax.initial import load_weights
-from emu_jax.models import emu, lora
+from emu_jax.models import emu, lora, module
 from emu_jax.weights import files
 from emu_jax.weights.__main__ import main
 from tests.support import make
@@ -29,11 +29,11 @@ IDS = np.random.default_rng(0).integers(3, 500, (2, 40))
 
 def blank(c):
     """Parameters of a config's Emu, of nothing but zeros."""
-    return zeros(emu.EmuSize.of(c.model.to_dict()))
+    return zeros(emu.EmuConfig.of(c.model.to_dict()))
 
 
-def zeros(size):
-    shapes = jax.eval_shape(lambda: emu.init(emu.Emu, size, jax.random.key(0)))
+def zeros(config):
+    shapes = module.abstract(emu.Emu, config)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
@@ -55,16 +55,16 @@ def logits(directory):
     """Of our LLaMA in a checkpoint, which may lack the other towers, over its own vocabulary."""
 
     def run(params):
-        model = emu.bind(emu.Emu, size, params).llama
+        model = module.bind(emu.Emu, config, params).llama
         at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
         hidden = model(
             model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense"
         )[0]
         return jnp.einsum("btD,vD->btv", hidden, model.head()["base"], precision="highest")
 
-    size = size_of(directory)
+    config = size_of(directory)
     return np.asarray(
-        jax.jit(run)(tree.unflatten(dict(tree.leaves(zeros(size))) | read(directory)))
+        jax.jit(run)(tree.unflatten(dict(tree.leaves(zeros(config))) | read(directory)))
     )
 
 
@@ -111,8 +111,8 @@ def test_adapters_are_pefts_and_come_back(tmp_path, targets):
     assert len(found.tensors) == 2 * 2 * len(modules)
     for name, ours in (("self_attn.q_proj", "attn/q"), ("self_attn.o_proj", "attn/o")):
         a, b = (np.asarray(found.tensors[f"{block}{name}.lora_{half}.weight"]) for half in "AB")
-        mine = lora.baked(
-            lora.LoraSize(3, 6.0), *(params[f"llama/blocks/{ours}/{leaf}"][1] for leaf in "wab")
+        mine = lora.merge(
+            lora.LoraConfig(3, 6.0), *(params[f"llama/blocks/{ours}/{leaf}"][1] for leaf in "wab")
         )
         delta = np.asarray(mine) - params[f"llama/blocks/{ours}/w"][1]
         np.testing.assert_allclose(delta.reshape(32, 32), (6 / 3 * b @ a).T, rtol=1e-4, atol=1e-5)
@@ -136,8 +136,8 @@ def test_adapters_are_pefts_and_come_back(tmp_path, targets):
         {path: leaf for path, leaf in again.items() if path.endswith(("/a", "/b"))},
         {path: leaf for path, leaf in params.items() if path.endswith(("/a", "/b"))},
     )
-    size = size_of(tmp_path / "again").lora
-    assert (size.rank, size.alpha) == (3, 6.0) and again[
+    config = size_of(tmp_path / "again").lora
+    assert (config.rank, config.alpha) == (3, 6.0) and again[
         "llama/blocks/attn/q/w"
     ].tobytes() == params["llama/blocks/attn/q/w"].tobytes()
 
@@ -244,11 +244,9 @@ def test_a_run_that_stores_in_few_bits_starts_from_plain_matrices_and_is_baked_t
         record.getMessage() for record in caplog.records if "stored as" in record.getMessage()
     )
     w = plain["llama"]["blocks"]["attn"]["q"]["w"]
-    codes, absmax = lora.quantised(w, "nf4")
+    codes, absmax = lora.quantize(w, "nf4")
     np.testing.assert_array_equal(params["llama/blocks/attn/q/nf4"], codes)
-    off = float(
-        np.sqrt(np.square(lora.dequantised(codes, absmax) - w).mean() / np.square(w).mean())
-    )
+    off = float(np.sqrt(np.square(lora.dequantize(codes, absmax) - w).mean() / np.square(w).mean()))
     assert 0 < off < 0.12 and "7 matrices stored as nf4, off by " in told
     table = np.concatenate([plain["llama"]["embed"][part] for part in ("base", "added")])
     np.testing.assert_allclose(
@@ -266,7 +264,7 @@ def test_a_run_that_stores_in_few_bits_starts_from_plain_matrices_and_is_baked_t
     baked = read(tmp_path / "baked")
     a, b = (params[f"llama/blocks/attn/q/{half}"] for half in "ab")
     want = [
-        lora.baked(lora.LoraSize(3, 6.0), lora.Quantised(codes[k], absmax[k]), a[k], b[k])
+        lora.merge(lora.LoraConfig(3, 6.0), lora.Quantized(codes[k], absmax[k]), a[k], b[k])
         for k in range(2)
     ]
     np.testing.assert_allclose(baked["llama/blocks/attn/q/w"], want, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,6 @@ decoder that starts from one; what is not built.
 import json
 import logging
 from dataclasses import asdict
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ import pytest
 from emu_jax import checkpoint, config, sharding, train, tree
 from emu_jax.config import UserError
 from emu_jax.initial import initial
-from emu_jax.models import emu
-from emu_jax.models.decoder import Decoder, DecoderSize
+from emu_jax.models import module
+from emu_jax.models.decoder import Decoder, DecoderConfig
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import Vae
 from emu_jax.weights import convert, files
@@ -64,8 +63,8 @@ SMALL_VAE = VAE | dict(
 
 
 def shapes(unet, vae):
-    def of(module, size):
-        return jax.eval_shape(partial(emu.init, module, size), jax.random.key(0))
+    def of(tower, model_config):
+        return module.abstract(tower, model_config)
 
     return {"unet": of(UNet, unet), "vae": of(Vae, vae)}
 
@@ -339,9 +338,9 @@ def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
     c = config.load(
         [*overrides(condition=32), f"--config.init={tmp_path / 'from-emu'},{tmp_path / 'from-sd'}"]
     )
-    size = DecoderSize.of(c.model.to_dict())
+    model_config = DecoderConfig.of(c.model.to_dict())
     rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(partial(emu.init, Decoder, size), jax.random.key(1))
+    shapes = module.abstract(Decoder, model_config)
     start = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), shapes)
     trains = train.what_trains(c, start)
     with caplog.at_level(logging.WARNING):

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import weakref
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from emu_jax import checkpoint, config, sharding, tree
 from emu_jax.config import UserError
 from emu_jax.initial import load_weights
 from emu_jax.loop import State
-from emu_jax.models import emu
+from emu_jax.models import emu, module
 from emu_jax.weights import convert, files, transfer
 from emu_jax.weights.__main__ import main
 from emu_jax.weights.families import FAMILIES
@@ -191,7 +190,7 @@ def test_eva_clip_and_llama_make_the_papers_start(tmp_path, capsys):
         eva["visual.blocks.0.attn.qkv.weight"][32 + 11],
     )
 
-    fresh = emu.init(emu.Emu, size_of(tmp_path / "ours"), jax.random.key(0))
+    fresh = module.init(emu.Emu, size_of(tmp_path / "ours"), jax.random.key(0))
     # what config.init does
     params = load_weights(str(tmp_path / "ours"), fresh)
     same(
@@ -263,8 +262,8 @@ def test_sharded_over_eight_devices_equals_unsharded(tmp_path, family):
     folder(tmp_path / "source", c, family)
     made = transfer.make_plan([(family, [str(tmp_path / "source")])], c, given=True)
     mesh = sharding.make_mesh(dict(data=1, fsdp=4, tensor=2))
-    size = emu.EmuSize.of(c.model.to_dict())
-    specs = sharding.specs(jax.eval_shape(partial(emu.init, emu.Emu, size), jax.random.key(0)))
+    model_config = emu.EmuConfig.of(c.model.to_dict())
+    specs = sharding.specs(module.abstract(emu.Emu, model_config))
     placed = dict(tree.leaves(sharding.shardings(mesh, specs)))
     sharded, whole = (
         {
@@ -301,7 +300,7 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
 
     c = small()
     arrays = tensors(c, "emu1")
-    table = FAMILIES["emu1"].table(emu.EmuSize.of(c.model.to_dict()))
+    table = FAMILIES["emu1"].table(emu.EmuConfig.of(c.model.to_dict()))
     for _, _, piece in convert.pieces(
         table, {name: tensor(array, name) for name, array in arrays.items()}
     ):

@@ -23,8 +23,8 @@ from emu_jax import checkpoint
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import images
 from emu_jax.evaluate import annotations, history
-from emu_jax.models import clip, emu
-from emu_jax.models.clip import ClipSize
+from emu_jax.models import clip, module
+from emu_jax.models.clip import ClipConfig
 from emu_jax.weights.clip import PREPROCESSOR, TOKENIZER, WHERE
 
 BATCH = 32
@@ -50,7 +50,7 @@ class Preprocessor(NamedTuple):
 
 
 class Clip(NamedTuple):
-    size: ClipSize
+    config: ClipConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
     preprocessor: Preprocessor
@@ -84,9 +84,9 @@ def check(directory: str) -> None:
     """Raises UserError where `directory` holds no CLIP with its tokenizer."""
     if "text/tokens" not in checkpoint.param_shapes(directory):
         raise UserError(f"the checkpoint in '{directory}' is not a CLIP; {WHERE}")
-    folder, size = _folder_and_size(directory)
-    _tokenizer(folder, size)
-    _preprocessor(folder, size)
+    folder, config = _folder_and_config(directory)
+    _tokenizer(folder, config)
+    _preprocessor(folder, config)
 
 
 def load(directory: str) -> Clip:
@@ -94,28 +94,28 @@ def load(directory: str) -> Clip:
     lacks its tokenizer.
     """
     check(directory)
-    folder, size = _folder_and_size(directory)
+    folder, config = _folder_and_config(directory)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.restore_params(directory)
     )
-    return Clip(size, params, _tokenizer(folder, size), _preprocessor(folder, size))
+    return Clip(config, params, _tokenizer(folder, config), _preprocessor(folder, config))
 
 
 def picture_features(model: Clip, paths: Iterable[Path]) -> Float[np.ndarray, "n C"]:
-    run = jax.jit(lambda params, x: emu.bind(clip.Vision, model.size, params)(x))
+    run = jax.jit(lambda params, x: module.bind(clip.Vision, model.config, params)(x))
     return _batched(
         partial(run, model.params["vision"]),
         (prepare(model, path) for path in paths),
-        model.size.features,
+        model.config.features,
     )
 
 
 def text_features(model: Clip, texts: Sequence[str]) -> Float[np.ndarray, "n C"]:
-    run = jax.jit(lambda params, ids: emu.bind(clip.Text, model.size, params)(ids))
+    run = jax.jit(lambda params, ids: module.bind(clip.Text, model.config, params)(ids))
     return _batched(
         partial(run, model.params["text"]),
         (tokens(model, text) for text in texts),
-        model.size.features,
+        model.config.features,
     )
 
 
@@ -124,8 +124,8 @@ def tokens(model: Clip, text: str) -> Int[np.ndarray, "T"]:
     there.
     """
     ids = model.tokenizer.encode(text).ids
-    ids = ids[: min(len(ids), model.size.context) - 1] + ids[-1:]
-    return np.array(ids + ids[-1:] * (model.size.context - len(ids)), np.int32)
+    ids = ids[: min(len(ids), model.config.context) - 1] + ids[-1:]
+    return np.array(ids + ids[-1:] * (model.config.context - len(ids)), np.int32)
 
 
 def prepare(model: Clip, path: Path) -> Float[np.ndarray, "h w 3"]:
@@ -142,8 +142,8 @@ def prepare(model: Clip, path: Path) -> Float[np.ndarray, "h w 3"]:
         [int(size * side / short) for side in image.size] if isinstance(size, int) else size[::-1]
     )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = ((side - model.size.image) // 2 for side in image.size)
-    image = image.crop((left, top, left + model.size.image, top + model.size.image))
+    left, top = ((side - model.config.image) // 2 for side in image.size)
+    image = image.crop((left, top, left + model.config.image, top + model.config.image))
     return ((np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)).astype(
         np.float32
     )
@@ -168,13 +168,13 @@ def _batched(run, rows, width: int) -> Float[np.ndarray, "n C"]:
     return np.concatenate(found)
 
 
-def _folder_and_size(directory: str) -> tuple[Path, ClipSize]:
-    return history.workdir(directory)[0], ClipSize.of(
+def _folder_and_config(directory: str) -> tuple[Path, ClipConfig]:
+    return history.workdir(directory)[0], ClipConfig.of(
         from_dict(checkpoint.read_config(directory)["model"]).to_dict()
     )
 
 
-def _tokenizer(folder: Path, size: ClipSize) -> Tokenizer:
+def _tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
     whole, vocab, merges = (folder / name for name in TOKENIZER)
     if not (whole.is_file() or (vocab.is_file() and merges.is_file())):
         raise UserError(
@@ -193,12 +193,12 @@ def _tokenizer(folder: Path, size: ClipSize) -> Tokenizer:
         ) from error
     if (
         len(ends) != 2
-        or tokenizer.get_vocab_size() > size.vocab
-        or size.eos not in (clip.OLD_EOS, ends[1])
+        or tokenizer.get_vocab_size() > config.vocab
+        or config.eos not in (clip.OLD_EOS, ends[1])
     ):
         raise UserError(
             f"{folder}: its tokenizer is not this CLIP's: it has {tokenizer.get_vocab_size()} tokens and puts {ends} around a text; the "
-            f"model has {size.vocab} tokens and reads a text at {size.eos}"
+            f"model has {config.vocab} tokens and reads a text at {config.eos}"
         )
     return tokenizer
 
@@ -225,13 +225,13 @@ def _bpe(vocab: Path, merges: Path) -> Tokenizer:
     return tokenizer
 
 
-def _preprocessor(folder: Path, size: ClipSize) -> Preprocessor:
+def _preprocessor(folder: Path, config: ClipConfig) -> Preprocessor:
     path = next((path for name in PREPROCESSOR if (path := folder / name).is_file()), None)
     said = annotations.load(path) if path else {}
     try:
         said = said.get("image_processor", said)
-        to = said.get("size", size.image)
-        crop = said.get("crop_size", size.image)
+        to = said.get("size", config.image)
+        crop = said.get("crop_size", config.image)
         if isinstance(to, dict):
             to = to["shortest_edge"] if "shortest_edge" in to else (to["height"], to["width"])
         crop = {*crop.values()} if isinstance(crop, dict) else {crop}
@@ -240,8 +240,8 @@ def _preprocessor(folder: Path, size: ClipSize) -> Preprocessor:
             for name, default in (("image_mean", MEAN), ("image_std", STD))
         )
         fits = (
-            min(to if isinstance(to, tuple) else (to,)) >= size.image
-            and crop == {size.image}
+            min(to if isinstance(to, tuple) else (to,)) >= config.image
+            and crop == {config.image}
             and len(mean) == len(std) == 3
             and min(std) > 0
         )
@@ -249,6 +249,6 @@ def _preprocessor(folder: Path, size: ClipSize) -> Preprocessor:
         raise UserError(f"{path}: no preprocessor of a CLIP") from error
     if not fits:
         raise UserError(
-            f"{path}: pictures of size {to}, cut to {said.get('crop_size')}, are not for a CLIP of {size.image} pixels a side"
+            f"{path}: pictures of size {to}, cut to {said.get('crop_size')}, are not for a CLIP of {config.image} pixels a side"
         )
     return Preprocessor(to, mean, std)

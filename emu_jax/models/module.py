@@ -1,0 +1,54 @@
+"""Modules and plain trees: outside this package a model is a nested dict of parameters.
+
+`init` makes the parameters, `abstract` only their shapes, and `bind` turns parameters back into a
+module inside a jitted function. LoRA and quantised storage (lora.py) are added and resolved here, so
+that no module knows of them. Read next: layers.py.
+"""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from emu_jax.models import layers, lora
+from emu_jax.models.lora import LoraConfig
+
+
+def init(module: type[nnx.Module], config: Any, key: Array) -> dict:
+    """Make fresh parameters of `module(config, rngs)` as a nested dict, LoRA's included."""
+    made = module(config, nnx.Rngs(params=key))
+    linear = {
+        "/".join(map(str, path)) + "/w": part.inputs
+        for path, part in nnx.iter_modules(made)
+        if isinstance(part, layers.Linear)
+    }
+    inputs = {path: axes for path, axes in linear.items() if "/blocks/" in path}
+    return lora.init(_lora(config), nnx.to_pure_dict(nnx.state(made)), inputs, key)
+
+
+def abstract(module: type[nnx.Module], config: Any) -> dict:
+    """Shapes and dtypes of the parameters that `init` makes; allocates nothing."""
+    return jax.eval_shape(partial(init, module, config), jax.random.key(0))
+
+
+def bind(
+    module: type[nnx.Module], config: Any, params: dict, key: Array | None = None
+) -> nnx.Module:
+    """Make the module whose parameters are `params`, for use inside a jitted function.
+
+    key: turns LoRA's dropout on.
+    """
+    return nnx.merge(_graphdef(module, config), lora.apply(_lora(config), params, key))
+
+
+# Cached, since making one takes a second or two and every trace needs it.
+@cache
+def _graphdef(module: type[nnx.Module], config: Any) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0))))
+
+
+def _lora(config: Any) -> LoraConfig | None:
+    """The LoRA of a config that contains an Emu; None for other modules, such as a U-Net alone."""
+    return getattr(config, "lora", None)
