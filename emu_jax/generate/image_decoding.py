@@ -31,22 +31,22 @@ class ImageDecodeState:
     count: Int[Array, ""]
 
 
-def start(size: emu.EmuConfig, llm: DecodeState) -> ImageDecodeState:
+def start(config: emu.EmuConfig, llm: DecodeState) -> ImageDecodeState:
     """From a context whose rows have read `[IMG]` last, and that has room for N."""
     rows = llm.lengths.shape[0]
     return ImageDecodeState(
         llm,
-        jnp.zeros((rows, size.resampler.tokens, size.llama.width), size.compute),
+        jnp.zeros((rows, config.resampler.tokens, config.llama.width), config.compute),
         jnp.int32(0),
     )
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def regress(
-    size: emu.EmuConfig, params: Tree, state: ImageDecodeState, until: Int[Array, ""]
+    config: emu.EmuConfig, params: Tree, state: ImageDecodeState, until: Int[Array, ""]
 ) -> ImageDecodeState:
     """The state with its first `until` visual tokens (N at most)."""
-    model = module.bind(emu.Emu, size, params)
+    model = module.bind(emu.Emu, config, params)
     one_each = jnp.ones_like(state.llm.lengths)
 
     def step(state: ImageDecodeState) -> ImageDecodeState:
