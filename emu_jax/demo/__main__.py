@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from emu_jax import cli
-from emu_jax.evaluate import history
+from emu_jax import checkpoint, cli
 from emu_jax.files import atomic_write
 
 
@@ -88,7 +87,8 @@ def chat(flags: argparse.Namespace) -> None:
 
 def _write(flags: argparse.Namespace, results: dict[str, Any], page: str) -> None:
     """results.json and report.html in --out, or in the run's workdir; prints the page's path."""
-    folder = Path(flags.out) if flags.out else history.workdir(flags.checkpoint)[0]
+    workdir, _ = checkpoint.split_step(Path(flags.checkpoint).resolve())
+    folder = Path(flags.out) if flags.out else workdir
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "results.json") as file:
         file.write(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -22,10 +22,10 @@ from emu_jax.data import chat_format, sources
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.documents import Document, Picture
 from emu_jax.data.sources import Source
+from emu_jax.demo import history
 from emu_jax.demo.evaluation import plain
+from emu_jax.demo.history import Number
 from emu_jax.demo.report import LICENCE
-from emu_jax.evaluate import history
-from emu_jax.evaluate.history import Number
 from emu_jax.generate import processor
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.processor import Prompt

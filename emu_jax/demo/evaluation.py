@@ -26,9 +26,8 @@ from emu_jax.data import sources
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.sequence import Pair
 from emu_jax.data.sources import Source
-from emu_jax.demo import drawings
-from emu_jax.evaluate import history
-from emu_jax.evaluate.history import Number
+from emu_jax.demo import drawings, history
+from emu_jax.demo.history import Number
 from emu_jax.generate import diffusion_decoder
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.session import Parts, Session

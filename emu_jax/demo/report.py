@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from emu_jax import html
+from emu_jax.demo import history
 from emu_jax.demo.drawings import Blend
 from emu_jax.demo.evaluation import Drawn, Result, Target, Told
-from emu_jax.evaluate import history
-from emu_jax.evaluate.history import Number
+from emu_jax.demo.history import Number
 from emu_jax.html import Curve, chart, escape, percent
 
 SHOWN = {"scenes_held_out": 24, "names_held_out": 12, "names_train": 24}

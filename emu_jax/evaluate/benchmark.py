@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from emu_jax import checkpoint
 from emu_jax.config import UserError
-from emu_jax.evaluate import annotations, gallery, history, prompts, retrieval, score
+from emu_jax.evaluate import annotations, gallery, prompts, retrieval, score
 from emu_jax.evaluate.annotations import Example
 from emu_jax.evaluate.metrics import clip_score, fid, lemmas
 from emu_jax.evaluate.metrics.wordnet import WHERE, WordNet
@@ -425,7 +425,7 @@ def where(settings: Settings) -> Path:
         f"-{settings.shots}{'-text' if settings.text_only else ''}-shot" if settings.shots else ""
     )
     return (
-        history.workdir(settings.checkpoint)[0]
+        checkpoint.split_step(Path(settings.checkpoint).resolve())[0]
         / "evaluate"
         / f"{settings.task}-{settings.split}{shots}-step{settings.step}"
     )

@@ -21,8 +21,7 @@ from emu_jax.data import sources, tokenizer
 from emu_jax.data.sequence import Document, Pair
 from emu_jax.demo import __main__ as command
 from emu_jax.demo import evaluation as demo
-from emu_jax.demo import openmoji, scenes
-from emu_jax.evaluate import history
+from emu_jax.demo import history, openmoji, scenes
 from emu_jax.models import emu, module
 from tests.support import make
 

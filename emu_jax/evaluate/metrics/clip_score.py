@@ -22,7 +22,7 @@ from tqdm import tqdm
 from emu_jax import checkpoint
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import images
-from emu_jax.evaluate import annotations, history
+from emu_jax.evaluate import annotations
 from emu_jax.models import clip, module
 from emu_jax.models.clip import ClipConfig
 from emu_jax.weights.clip import PREPROCESSOR, TOKENIZER, WHERE
@@ -169,9 +169,9 @@ def _batched(run, rows, width: int) -> Float[np.ndarray, "n C"]:
 
 
 def _folder_and_config(directory: str) -> tuple[Path, ClipConfig]:
-    return history.workdir(directory)[0], ClipConfig.of(
-        from_dict(checkpoint.read_config(directory)["model"]).to_dict()
-    )
+    workdir, _ = checkpoint.split_step(Path(directory).resolve())
+    config = from_dict(checkpoint.read_config(directory)["model"])
+    return workdir, ClipConfig.of(config.to_dict())
 
 
 def _tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
