@@ -54,7 +54,7 @@ def make(folder: Path, c) -> tuple[int, int]:
         **{f"llama/blocks/ffn/{name}/w": (L, D, m.ffn) for name in ("gate", "up")},
         "llama/blocks/ffn/down/w": (L, m.ffn, D),
     }
-    shapes = convert.shapes(llama.table(model_config), ours)
+    shapes = convert.foreign_shapes(llama.table(model_config), ours)
     arrays = (
         (name, rng.standard_normal(shape, np.float32).astype(dtype))
         for name, shape in shapes.items()

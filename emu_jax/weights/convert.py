@@ -1,9 +1,9 @@
-"""One table per foreign checkpoint, read both ways, so that import and export cannot drift; and one
-tensor at a time, so that no checkpoint is ever held whole.
+"""Conversion tables: one per foreign checkpoint, read in both directions.
 
-A `Row` says where one of our leaves lies in a foreign checkpoint. A foreign tensor is anything with
-a shape and a dtype that np.asarray reads: files.Tensor, or an array. Read next: families.py for the
-tables, transfer.py for what uses them.
+Import and export cannot drift apart, because both read the same rows. Tensors are converted one at
+a time, so a checkpoint never has to fit in memory. A foreign tensor is anything with a shape and a
+dtype that np.asarray accepts: files.Tensor or an array. Read next: families.py for the tables,
+transfer.py for import and export.
 """
 
 import re
@@ -21,172 +21,179 @@ from jax.sharding import PartitionSpec as P
 from emu_jax import tree
 from emu_jax.config import UserError
 
-# of arrays, or of what np.asarray reads
+# Name -> array, or anything that np.asarray accepts.
 Tensors = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """Foreign tensor `theirs` (with "{l}" for a layer, stacked into our leading L) laid out as
-    `pattern`, an einops expression "theirs -> ours"; `cut` is the (start, stop) of its first axis
-    where the foreign tensor holds several leaves. `grows`: the foreign tensor may end before
-    `stop`; the rows that it lacks are made as the mean of those that it has.
-    """
+    """Where one of our leaves lies in a foreign checkpoint."""
 
+    # Name of the foreign tensor; "{l}" is a layer, and all layers are stacked into our leading L.
     theirs: str
+    # Path of our leaf.
     ours: str
+    # Einops pattern "theirs -> ours"; empty: same layout.
     pattern: str = ""
+    # (start, stop) on the first axis, where one foreign tensor holds several leaves.
     cut: tuple[int, int] | None = None
+    # The foreign tensor may end before `stop`: missing rows become the mean of its rows.
     grows: bool = False
 
 
 class Table(NamedTuple):
+    """All rows of a foreign checkpoint."""
+
     rows: tuple[Row, ...]
-    # lengths of the axes that the patterns split
+    # Lengths of the axes that patterns split.
     axes: dict[str, int]
-    # regexes of foreign names that have no place with us
+    # Regexes of foreign names that we do not need.
     unused: tuple[str, ...]
-    # our tower -> layers
+    # Tower -> number of layers.
     depth: dict[str, int]
-    # leaves that an import makes and an export leaves out
+    # Leaves that an import creates and an export omits.
     import_only: tuple[Row, ...] = ()
 
 
 class Use(NamedTuple):
-    """One leaf, or one layer of it, in a foreign tensor."""
+    """One leaf, or one layer of it, inside a foreign tensor."""
 
     row: Row
     layer: int | None
 
 
 def uses(table: Table, *, importing: bool) -> dict[str, list[Use]]:
-    """Every foreign name that the table needs, with what of ours is in it; `importing`: with what an
-    import makes of it.
+    """Foreign names that the table needs, each with the leaves inside it.
+
+    importing: include the leaves that only an import creates.
     """
     found: dict[str, list[Use]] = {}
     for row in (*table.rows, *(table.import_only if importing else ())):
-        for layer in range(table.depth[row.ours.split("/")[0]]) if "{l}" in row.theirs else [None]:
-            found.setdefault(row.theirs.replace("{l}", str(layer)), []).append(Use(row, layer))
+        layers = range(table.depth[_tower(row.ours)]) if "{l}" in row.theirs else [None]
+        for layer in layers:
+            name = row.theirs.replace("{l}", str(layer))
+            found.setdefault(name, []).append(Use(row, layer))
     return found
 
 
 def stacked(table: Table) -> set[str]:
-    """The leaves whose first axis is layers."""
+    """Leaves whose first axis is the layer."""
     return {row.ours for row in table.rows if "{l}" in row.theirs}
 
 
-def shapes(table: Table, ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shape of every foreign tensor, from the shapes of our leaves. Raises UserError for a leaf
-    that is not there.
+def foreign_shapes(table: Table, ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all foreign tensors, from the shapes of our leaves.
+
+    Raises UserError where a leaf is missing.
     """
     found = {}
     for name, parts in uses(table, importing=False).items():
-        if absent := [use.row.ours for use in parts if use.row.ours not in ours]:
-            raise UserError(f"there is no {absent[0]!r}, which {name!r} is made of")
-        pieces = [_shape(table, use, ours[use.row.ours]) for use in parts]
-        found[name] = (
-            (sum(piece[0] for piece in pieces), *pieces[0][1:]) if parts[0].row.cut else pieces[0]
-        )
+        if missing := [use.row.ours for use in parts if use.row.ours not in ours]:
+            raise UserError(f"no parameter {missing[0]!r}, which {name!r} needs")
+        pieces = [_foreign_shape(table, use, ours[use.row.ours]) for use in parts]
+        found[name] = pieces[0]
+        if parts[0].row.cut:
+            found[name] = (sum(piece[0] for piece in pieces), *pieces[0][1:])
     return found
 
 
 def problems(table: Table, foreign: Tensors, ours: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """A line for each tensor that is missing, misshapen, no floating-point number, or
-    unexpected.
-    """
-    expected = shapes(table, ours)
+    """Describe each tensor that is missing, misshapen, not floating point, or unexpected."""
+    expected = foreign_shapes(table, ours)
     found = []
     for name, parts in uses(table, importing=False).items():
         want = expected[name]
-        least = max((use.row.cut[0] for use in parts if use.row.grows), default=None)
         if name not in foreign:
             found.append(f"missing     {name} {list(want)}")
-        elif not jnp.issubdtype(foreign[name].dtype, jnp.floating):
-            found.append(f"not a float {name} {foreign[name].dtype}{list(foreign[name].shape)}")
-        elif (got := tuple(foreign[name].shape)) != want and not (
-            least and got[1:] == want[1:] and least <= got[0] < want[0]
-        ):
-            found.append(f"misshapen   {name} {list(got)}, {list(want)} is needed")
-    return found + [
-        f"unexpected  {name} {list(foreign[name].shape)}" for name in unexpected(table, foreign)
-    ]
+            continue
+        dtype = foreign[name].dtype
+        got = tuple(foreign[name].shape)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            found.append(f"not a float {name} {dtype}{list(got)}")
+        elif got != want and not _can_grow(parts, got, want):
+            found.append(f"misshapen   {name} {list(got)}, expected {list(want)}")
+    for name in unexpected(table, foreign):
+        found.append(f"unexpected  {name} {list(foreign[name].shape)}")
+    return found
+
+
+def _can_grow(parts: list[Use], got: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    """Whether the tensor lacks only rows that are filled with the mean of the others."""
+    starts = [use.row.cut[0] for use in parts if use.row.grows and use.row.cut]
+    return bool(starts) and got[1:] == want[1:] and max(starts) <= got[0] < want[0]
 
 
 def unexpected(table: Table, foreign: Tensors) -> list[str]:
-    """Foreign names that the table neither needs nor knows as unused."""
+    """Foreign names that the table neither needs nor lists as unused."""
     needed = uses(table, importing=False)
-    return [
-        name
-        for name in foreign
-        if name not in needed and not any(re.fullmatch(unused, name) for unused in table.unused)
-    ]
+
+    def known(name: str) -> bool:
+        return name in needed or any(re.fullmatch(unused, name) for unused in table.unused)
+
+    return [name for name in foreign if not known(name)]
 
 
 def dtypes(table: Table, foreign: Tensors) -> dict[str, np.dtype]:
-    """The dtype of each of our leaves: that of the tensors it lies in, the widest if they differ;
-    float64 becomes float32.
-    """
+    """Dtype of each of our leaves: the widest of its foreign tensors, float32 at most."""
+    float32 = np.dtype(np.float32)
     found: dict[str, np.dtype] = {}
     for name, parts in uses(table, importing=True).items():
+        dtype = np.dtype(foreign[name].dtype)
         for use in parts:
-            dtype = np.dtype(foreign[name].dtype)
-            found[use.row.ours] = min(
-                np.promote_types(found.get(use.row.ours, dtype), dtype),
-                np.dtype(np.float32),
-                key=lambda d: d.itemsize,
-            )
+            widest = np.promote_types(found.get(use.row.ours, dtype), dtype)
+            found[use.row.ours] = widest if widest.itemsize <= float32.itemsize else float32
     return found
 
 
 def pieces(table: Table, foreign: Tensors) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    """(leaf, layer or None, array) of everything that the table needs, each foreign tensor read
-    once, in the order of `foreign`.
+    """Yield (leaf, layer or None, array) for everything that the table needs.
+
+    Foreign tensors are read once each, in the order of `foreign`.
     """
     needed = uses(table, importing=True)
     for name in foreign:
-        if name in needed:
-            array = np.asarray(foreign[name])
-            for row, layer in needed[name]:
-                yield row.ours, layer, _rearrange(table, row, _cut(array, row), row.pattern)
-            del array
+        if name not in needed:
+            continue
+        array = np.asarray(foreign[name])
+        for row, layer in needed[name]:
+            yield row.ours, layer, _rearrange(table, row, _cut(array, row), row.pattern)
+        # Free it before the next one is read.
+        del array
 
 
 def from_theirs(
     table: Table, foreign: Tensors, shardings: Mapping[str, NamedSharding] | None = None
 ) -> tree.Tree:
-    """Our parameters from foreign tensors, straight onto the devices, each leaf where `shardings`
-    has it (all on one without): the host holds one foreign tensor at a time. Raises UserError that
-    lists names missing and unexpected.
+    """Our parameters from foreign tensors, placed on devices as they are read.
+
+    shardings: by leaf; None places everything on one device. The host holds one foreign tensor at
+    a time. Raises UserError that lists missing and unexpected names.
     """
     missing = [name for name in uses(table, importing=False) if name not in foreign]
-    extra = unexpected(table, foreign)
-    if missing or extra:
-        raise UserError(
-            "; ".join(
-                f"{len(found)} tensors {what}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
-                for what, found in (("missing", missing), ("unexpected", extra))
-                if found
-            )
-        )
+    lines = [
+        f"{len(names)} tensors {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected(table, foreign)))
+        if names
+    ]
+    if lines:
+        raise UserError("; ".join(lines))
     leaves: dict[str, jax.Array] = {}
     types = dtypes(table, foreign)
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for path, layer, piece in pieces(table, foreign):
-        whole = (
-            shardings[path]
-            if shardings
-            else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        )
+        sharding = shardings[path] if shardings else one_device
         piece = piece.astype(types[path], copy=False)
         if layer is None:
-            leaves[path] = _placed(piece, whole)
-        else:
-            if path not in leaves:
-                shape = (table.depth[path.split("/")[0]], *piece.shape)
-                leaves[path] = jax.jit(
-                    partial(jnp.zeros, shape, piece.dtype), out_shardings=whole
-                )()
-            one = NamedSharding(whole.mesh, P(*whole.spec[1:])) if shardings else whole
-            leaves[path] = _set_layer(whole)(leaves[path], _placed(piece, one), layer)
-        # before the next is read
+            leaves[path] = _placed(piece, sharding)
+            continue
+        if path not in leaves:
+            shape = (table.depth[_tower(path)], *piece.shape)
+            zeros = jax.jit(partial(jnp.zeros, shape, piece.dtype), out_shardings=sharding)
+            leaves[path] = zeros()
+        layer_sharding = sharding
+        if isinstance(sharding, NamedSharding):
+            layer_sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+        leaves[path] = _set_layer(sharding)(leaves[path], _placed(piece, layer_sharding), layer)
+        # Free it before the next one is read.
         del piece
     return tree.unflatten(leaves)
 
@@ -194,65 +201,70 @@ def from_theirs(
 def to_theirs(
     table: Table, read: Callable[[str, int | None], Any], prefix: str = ""
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(foreign name, tensor) of everything in the table whose name starts with `prefix`: the
-    inverse of `pieces`; `read(leaf, layer or None)` gives our arrays.
+    """Yield (foreign name, tensor) of all names in the table that start with `prefix`.
+
+    The inverse of `pieces`. read: (leaf, layer or None) -> our array.
     """
     for name, parts in uses(table, importing=False).items():
         if not name.startswith(prefix):
             continue
         arrays = [
-            _rearrange(
-                table,
-                row,
-                np.asarray(read(row.ours, layer)),
-                " -> ".join(reversed(row.pattern.split(" -> "))),
-            )
+            _rearrange(table, row, np.asarray(read(row.ours, layer)), _inverse(row.pattern))
             for row, layer in parts
         ]
         yield name, np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
 
 def reader(params: tree.Tree) -> Callable[[str, int | None], Any]:
-    """What `to_theirs` reads, of parameters in memory."""
+    """A `read` for `to_theirs`, from parameters in memory."""
     flat = dict(tree.leaves(params))
-    return lambda path, layer: flat[path] if layer is None else flat[path][layer]
+
+    def read(path: str, layer: int | None) -> Any:
+        return flat[path] if layer is None else flat[path][layer]
+
+    return read
 
 
-def _shape(table: Table, use: Use, shape: tuple[int, ...]) -> tuple[int, ...]:
-    # of any shape, in one byte
-    nothing = np.broadcast_to(np.zeros((), np.int8), shape if use.layer is None else shape[1:])
-    return _rearrange(
-        table, use.row, nothing, " -> ".join(reversed(use.row.pattern.split(" -> ")))
-    ).shape
+def _tower(path: str) -> str:
+    return path.split("/")[0]
+
+
+def _foreign_shape(table: Table, use: Use, shape: tuple[int, ...]) -> tuple[int, ...]:
+    # One byte, broadcast to our shape: rearranging it costs no memory.
+    array = np.broadcast_to(np.zeros((), np.int8), shape if use.layer is None else shape[1:])
+    return _rearrange(table, use.row, array, _inverse(use.row.pattern)).shape
+
+
+def _inverse(pattern: str) -> str:
+    return " -> ".join(reversed(pattern.split(" -> ")))
 
 
 def _cut(array: np.ndarray, row: Row) -> np.ndarray:
     if row.cut is None:
         return array
-    part = array[slice(*row.cut)]
-    lacking = row.cut[1] - row.cut[0] - len(part) if row.grows else 0
-    return np.concatenate([part, np.tile(mean_row(array), (lacking, 1))]) if lacking else part
+    start, stop = row.cut
+    part = array[start:stop]
+    lacking = stop - start - len(part) if row.grows else 0
+    if not lacking:
+        return part
+    return np.concatenate([part, np.tile(mean_row(array), (lacking, 1))])
 
 
 def mean_row(array: np.ndarray) -> np.ndarray:
-    """The mean over the first axis [1, D], summed in float64, a block of rows at a time."""
-    total = sum(
-        array[start : start + 4096].astype(np.float64).sum(0, keepdims=True)
-        for start in range(0, len(array), 4096)
-    )
+    """Mean of the rows [1, D]; the sum is float64, a block of rows at a time."""
+    total = np.zeros((1, *array.shape[1:]), np.float64)
+    for start in range(0, len(array), 4096):
+        total += array[start : start + 4096].astype(np.float64).sum(0, keepdims=True)
     return (total / len(array)).astype(array.dtype)
 
 
 def _rearrange(table: Table, row: Row, array: np.ndarray, pattern: str) -> np.ndarray:
     if not pattern:
         return array
+    axes = {axis: n for axis, n in table.axes.items() if re.search(rf"\b{axis}\b", pattern)}
     try:
-        return rearrange(
-            array,
-            pattern,
-            **{axis: n for axis, n in table.axes.items() if re.search(rf"\b{axis}\b", pattern)},
-        )
-    # einops raises its own kinds
+        return rearrange(array, pattern, **axes)
+    # Einops has error classes of its own.
     except Exception as error:
         raise UserError(
             f"tensor {row.theirs!r} of shape {array.shape} does not fit {row.ours!r} ({pattern})"
@@ -260,14 +272,13 @@ def _rearrange(table: Table, row: Row, array: np.ndarray, pattern: str) -> np.nd
 
 
 def _placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """On every process the same array; each device takes its own part of it."""
+    """The array on devices: every process passes all of it, each device copies its shard."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @cache
 def _set_layer(sharding: jax.sharding.Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    return jax.jit(
-        lambda leaf, piece, layer: jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, 0),
-        donate_argnums=0,
-        out_shardings=sharding,
-    )
+    def update(leaf, piece, layer):
+        return jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, 0)
+
+    return jax.jit(update, donate_argnums=0, out_shardings=sharding)

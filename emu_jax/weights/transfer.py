@@ -209,7 +209,7 @@ def export(
     model = config.from_dict(source.config["model"]).to_dict()
     try:
         table = family.table(family.model_config(model))
-        shapes = convert.shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
+        shapes = convert.foreign_shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
     except UserError as error:
         raise UserError(f"{directory} holds no whole {name}: {error}") from error
     # of an adapter

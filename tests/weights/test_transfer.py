@@ -335,7 +335,7 @@ def test_every_tensor_that_does_not_fit_is_listed_and_nothing_is_written(tmp_pat
         )
         assert "2 missing, 1 unexpected, 1 misshapen, 1 not a float" in error
         assert sorted(" ".join(line.split()).split(": ", 1)[1] for line in lines) == [
-            "misshapen model.norm.weight [5], [32] is needed",
+            "misshapen model.norm.weight [5], expected [32]",
             "missing model.layers.0.mlp.up_proj.weight [64, 32]",
             "missing model.layers.1.mlp.down_proj.weight [32, 64]",
             "not a float model.layers.0.input_layernorm.weight int64[32]",
@@ -485,7 +485,7 @@ def test_a_directory_in_use_is_left_alone(tmp_path, capsys):
         == 2
     )
     assert (
-        "holds no whole llama: there is no 'llama/" in capsys.readouterr().err
+        "holds no whole llama: no parameter 'llama/" in capsys.readouterr().err
         and not (tmp_path / "theirs").exists()
     )
 
