@@ -1,56 +1,61 @@
-"""Foreign checkpoints on disk: names and shapes at once, each tensor's bytes when it is asked for,
-and never by mapping a file into memory. Reads safetensors and PyTorch's .bin and .pt, one file or
-many with an index; writes safetensors.
+"""Foreign checkpoint files: names and shapes are read first, tensor data on demand.
 
-Our own parser of safetensors: the library's maps whole files, has no bfloat16 in NumPy, and writes
-only what it holds in memory. Read next: pickles.py, convert.py.
+Reads safetensors and PyTorch's .bin and .pt, one file or many with an index; writes safetensors.
+Files are never mapped into memory. The safetensors parser is our own, because the library maps
+whole files, has no bfloat16 in NumPy, and writes only from memory. Read next: pickles.py,
+convert.py.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from emu_jax.config import UserError
+from emu_jax.files import one_line
 from emu_jax.weights import pickles
 
-DTYPES = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F64": np.float64,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "U16": np.uint16,
-    "U32": np.uint32,
-    "U64": np.uint64,
-    "BOOL": np.bool_,
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
+    "U64": np.dtype(np.uint64),
+    "BOOL": np.dtype(np.bool_),
 }
-DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
-# as the format has it
+# The format's own limit, in bytes.
 LONGEST_HEADER = 100_000_000
-# names of a checkpoint in one file
-WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")
-# of such a name, the better first
+# File names, without suffix, of checkpoints in a single file.
+SINGLE_FILE = ("model", "pytorch_model", "diffusion_pytorch_model")
+# Endings of such a name, the preferred one first.
 VARIANTS = ("", ".fp16")
-# bytes of one file of an export, as Hugging Face's
+# Diffusers puts a variant's name before ".json".
+INDEX = re.compile(r".*\.index(\.\w+)?\.json")
+# Bytes of one file of an export, Hugging Face's default.
 SHARD = 5_000_000_000
+
+# Name -> (shape, dtype).
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is read when NumPy asks for it: np.asarray(tensor)."""
+    """A tensor on disk, read by np.asarray(tensor)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -62,108 +67,108 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Foreign:
-    """Tensors by name, in the order in which they lie in their files, and the config.json beside
-    them ({} for none), in `folder`.
-    """
+    """A foreign checkpoint."""
 
+    # By name, in the order of their files.
     tensors: dict[str, Tensor]
+    # Its config.json, or {}; of a model in components, one a component.
     config: dict[str, Any]
+    # What the user named, for messages.
     where: str
     folder: Path
 
 
+class Entry(NamedTuple):
+    """A tensor in a safetensors header; bytes are counted from the header's end."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
 def read(sources: list[str]) -> Foreign:
-    """One checkpoint: a folder, a file, an index, or several files. Raises UserError for what is
-    missing, damaged or no checkpoint.
+    """Open one checkpoint: a folder, a file, an index, or several files.
+
+    Raises UserError for what is missing, damaged or not a checkpoint.
     """
     files: list[Path] = []
-    # tensor -> the file in which the index has it
-    promised: dict[str, str] = {}
+    # Tensor -> the file that has it according to an index.
+    indexed: dict[str, str] = {}
     for source in map(Path, sources):
         if not source.exists():
             raise UserError(f"no file or folder {str(source)!r}")
         found, index = _files(source)
         files += found
-        promised |= index
+        indexed |= index
     tensors: dict[str, Tensor] = {}
     homes: dict[str, Path] = {}
     for path in files:
-        for name, tensor in (
-            _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
-        ).items():
-            if name in homes:
-                raise UserError(
-                    f"{name} is in {homes[name]} and in {path}: name the files that belong together"
-                )
-            tensors[name] = tensor
-            homes[name] = path
-    if lacking := [f"{name} ({file})" for name, file in promised.items() if name not in tensors]:
+        part = _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
+        if twice := [name for name in part if name in homes]:
+            raise UserError(
+                f"{twice[0]} is in {homes[twice[0]]} and in {path}: "
+                "name only files of one checkpoint"
+            )
+        tensors |= part
+        homes |= dict.fromkeys(part, path)
+    if missing := [f"{name} ({file})" for name, file in indexed.items() if name not in tensors]:
         raise UserError(
-            f"{sources[0]}: its index promises {len(lacking)} tensors that are not there: {', '.join(lacking[:4])}"
+            f"{sources[0]}: its index lists {len(missing)} tensors that its files lack: "
+            f"{', '.join(missing[:4])}"
         )
-    folder = Path(sources[0]) if Path(sources[0]).is_dir() else Path(sources[0]).parent
-    config = next(
-        (
-            path
-            for name in ("config.json", "adapter_config.json")
-            if (path := folder / name).is_file()
-        ),
-        None,
-    )
-    return Foreign(tensors, _json(config) if config else {}, " ".join(sources), folder)
+    first = Path(sources[0])
+    folder = first if first.is_dir() else first.parent
+    configs = (folder / "config.json", folder / "adapter_config.json")
+    config = next((_json(path) for path in configs if path.is_file()), {})
+    return Foreign(tensors, config, " ".join(sources), folder)
 
 
 def read_components(folder: str, names: tuple[str, ...]) -> Foreign:
-    """The checkpoints in subfolders of a folder, as one: tensors under "name....", configs by name,
-    and that of the scheduler ({} for none).
+    """Open the checkpoints in subfolders of a folder as one.
+
+    Tensor names get the prefix "component.". The config holds each component's config.json by name,
+    and the scheduler's, {} without one.
     """
-    parts = {name: read([str(Path(folder) / name)]) for name in names}
-    tensors = {
-        f"{name}.{tensor}": lazy
-        for name, part in parts.items()
-        for tensor, lazy in part.tensors.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, Any] = {}
+    for name in names:
+        part = read([str(Path(folder) / name)])
+        tensors |= {f"{name}.{tensor}": lazy for tensor, lazy in part.tensors.items()}
+        configs[name] = part.config
     scheduler = Path(folder) / "scheduler" / "scheduler_config.json"
-    configs = {name: part.config for name, part in parts.items()} | {
-        "scheduler": _json(scheduler) if scheduler.is_file() else {}
-    }
+    configs["scheduler"] = _json(scheduler) if scheduler.is_file() else {}
     return Foreign(tensors, configs, folder, Path(folder))
 
 
 def write(
     folder: Path,
     stem: str,
-    layout: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    arrays: Iterator[tuple[str, np.ndarray]],
+    layout: Layout,
+    arrays: Iterable[tuple[str, np.ndarray]],
     shard: int = SHARD,
     *,
     bare: bool = False,
 ) -> None:
-    """{stem}-0000n-of-0000m.safetensors of at most `shard` bytes (or one tensor) each, and their
-    index; `bare`: {stem}.safetensors without an index where that holds all. `layout` says what is
-    to come; `arrays` brings it, in that order, and is held one tensor at a time.
+    """Write {stem}-0000n-of-0000m.safetensors and their index into `folder`.
+
+    layout: what follows in `arrays`, which yields the tensors in that order and is held one tensor
+    at a time. shard: bytes of a file, which holds at least one tensor. bare: write
+    {stem}.safetensors without an index where one file is enough.
     """
-    shards: list[list[str]] = [[]]
     sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
-    for name, size in sizes.items():
-        if shard and shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard:
-            shards.append([])
-        shards[-1].append(name)
+    shards = _shards(sizes, shard)
     bare = bare and len(shards) == 1
-    files = {
-        f"{stem}{'' if bare else f'-{number:05}-of-{len(shards):05}'}.safetensors": names
-        for number, names in enumerate(shards, 1)
-    }
+    files = {}
+    for number, names in enumerate(shards, 1):
+        suffix = "" if bare else f"-{number:05}-of-{len(shards):05}"
+        files[f"{stem}{suffix}.safetensors"] = names
+    arrays = iter(arrays)
     for file, names in files.items():
         with (folder / file).open("wb") as out:
             out.write(_header({name: layout[name] for name in names}))
             for name, (got, array) in zip(names, arrays):
-                assert got == name and (array.shape, array.dtype) == layout[name], (
-                    name,
-                    got,
-                    array.shape,
-                    array.dtype,
-                )
+                assert got == name and (array.shape, array.dtype) == layout[name], (name, got)
                 np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(out)
     if not bare:
         index = {
@@ -173,59 +178,75 @@ def write(
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
+def _shards(sizes: dict[str, int], shard: int) -> list[list[str]]:
+    """Names in files of at most `shard` bytes, or one tensor, each; 0: one file."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shard and shards[-1] and filled + size > shard:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
 def _files(source: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of a source, and the promises of its index."""
-    # diffusers puts a variant's name before ".json"
-    of_index = re.compile(r".*\.index(\.\w+)?\.json")
-    indices = (
-        [path for path in source.iterdir() if of_index.fullmatch(path.name)]
-        if source.is_dir()
-        else []
-    )
-    indices.sort(
-        key=lambda path: (
-            "safetensors" not in path.name,
-            not path.name.endswith(".index.json"),
-            path.name,
-        )
-    )
-    if of_index.fullmatch(source.name) or indices:
-        index = indices[0] if indices else source
-        promised = _json(index).get("weight_map")
-        if not isinstance(promised, dict) or not all(
-            isinstance(file, str) and file == os.path.basename(file) for file in promised.values()
-        ):
-            raise UserError(f"{index} has no weight_map of tensors to files")
-        files = [index.parent / file for file in dict.fromkeys(promised.values())]
-        if absent := [path.name for path in files if not path.is_file()]:
-            raise UserError(f"{index} names files that are not there: {', '.join(absent)}")
-        return files, promised
+    """Files of a source, and {tensor: file} of its index, {} without one."""
     if not source.is_dir():
-        return [source], {}
-    for kinds in ((".safetensors",), (".bin", ".pt", ".pth")):
-        if files := sorted(path for path in source.iterdir() if path.suffix in kinds):
-            chosen = [
-                [path for path in files if path.stem.removesuffix(variant) in WHOLE]
-                for variant in VARIANTS
-            ]
-            # model.safetensors, not its model.fp16.safetensors too
-            return next(filter(None, chosen), files), {}
+        return _indexed(source) if INDEX.fullmatch(source.name) else ([source], {})
+    indices = [path for path in source.iterdir() if INDEX.fullmatch(path.name)]
+    if indices:
+        return _indexed(min(indices, key=_index_order))
+    for suffixes in ((".safetensors",), (".bin", ".pt", ".pth")):
+        files = sorted(path for path in source.iterdir() if path.suffix in suffixes)
+        if files:
+            return _one_variant(files), {}
     raise UserError(f"{source} holds no .safetensors, .bin, .pt or .pth file")
+
+
+def _index_order(path: Path) -> tuple[bool, bool, str]:
+    """Sort key of indices: safetensors before pickles, no variant before a variant."""
+    return "safetensors" not in path.name, not path.name.endswith(".index.json"), path.name
+
+
+def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise UserError(f"{index} has no weight_map of tensors to files")
+    files = [index.parent / file for file in dict.fromkeys(weight_map.values())]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise UserError(f"{index} lists files that do not exist: {', '.join(missing)}")
+    return files, weight_map
+
+
+def _is_file_name(file: Any) -> bool:
+    return isinstance(file, str) and file == os.path.basename(file)
+
+
+def _one_variant(files: list[Path]) -> list[Path]:
+    """Files of one variant: model.safetensors without model.fp16.safetensors."""
+    for variant in VARIANTS:
+        chosen = [path for path in files if path.stem.removesuffix(variant) in SINGLE_FILE]
+        if chosen:
+            return chosen
+    return files
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error})") from error
+        raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     return value
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file. Raises UserError for a header that does not describe exactly the bytes
-    that follow it.
+    """Tensors of a file, in the order of their bytes.
+
+    Raises UserError where the header does not describe exactly the bytes that follow it.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -233,20 +254,43 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
             raise UserError(
-                f"{path}: wrong header: it claims {length} bytes, and the file has {size}; no safetensors file, or truncated"
+                f"{path}: wrong header: it claims {length} bytes, and the file has {size}; "
+                "not a safetensors file, or truncated"
             )
         header = file.read(length)
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        found = {
-            name: (
-                DTYPES[entry["dtype"]],
-                tuple(map(int, entry["shape"])),
-                *map(int, entry["data_offsets"]),
+    entries = _entries(path, header)
+    end = 0
+    for name, (dtype, shape, start, stop) in entries.items():
+        right_size = stop - start == prod(shape) * dtype.itemsize
+        if start != end or min(shape, default=0) < 0 or not right_size:
+            raise UserError(
+                f"{path}: wrong header: {name} is {dtype}{list(shape)} "
+                f"at bytes {start} to {stop}, after {end}"
             )
-            for name, entry in entries.items()
-        }
+        end = stop
+    first = 8 + length
+    if first + end != size:
+        raise UserError(
+            f"{path}: its header describes {end} bytes of tensors and {size - first} follow: "
+            "truncated or damaged"
+        )
+    return {
+        name: Tensor(shape, dtype, partial(_bytes, path, first + start, shape, dtype))
+        for name, (dtype, shape, start, _) in entries.items()
+    }
+
+
+def _entries(path: Path, header: bytes) -> dict[str, Entry]:
+    """Tensors in a safetensors header, sorted by their place. Raises UserError if malformed."""
+    found = {}
+    try:
+        fields = json.loads(header)
+        fields.pop("__metadata__", None)
+        for name, field in fields.items():
+            dtype = DTYPES[field["dtype"]]
+            shape = tuple(map(int, field["shape"]))
+            start, stop = map(int, field["data_offsets"])
+            found[name] = Entry(dtype, shape, start, stop)
     except (
         ValueError,
         KeyError,
@@ -255,28 +299,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         OverflowError,
         RecursionError,
     ) as error:
-        raise UserError(
-            f"{path}: wrong header: {type(error).__name__} {str(error).splitlines()[0]}"
-        ) from error
-    end = 0
-    for name, (dtype, shape, start, stop) in sorted(found.items(), key=lambda item: item[1][2:]):
-        if (
-            start != end
-            or min(shape, default=0) < 0
-            or stop - start != prod(shape) * dtype.itemsize
-        ):
-            raise UserError(
-                f"{path}: wrong header: {name} is {dtype}{list(shape)} at bytes {start} to {stop}, after {end}"
-            )
-        end = stop
-    if 8 + length + end != size:
-        raise UserError(
-            f"{path}: its header describes {end} bytes of tensors and {size - 8 - length} follow: truncated or damaged"
-        )
-    return {
-        name: Tensor(shape, dtype, partial(_bytes, path, 8 + length + start, shape, dtype))
-        for name, (dtype, shape, start, _) in sorted(found.items(), key=lambda item: item[1][2:])
-    }
+        raise UserError(f"{path}: wrong header: {one_line(error)}") from error
+    return dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
 
 
 def _bytes(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
