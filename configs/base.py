@@ -1,7 +1,9 @@
-"""Every field of a run, its default and its reason. The stages' files say only what differs.
+"""Every field of a run, with its default and the reason for it.
 
-A value here is the paper's (arXiv 2307.05222) unless a comment says otherwise; "unpublished" marks
-what nobody has said, so that it is a field. Override on the command line: --config.optim.steps=100.
+The other files change only what differs. A value is the paper's (arXiv 2307.05222) unless its comment says otherwise; "unpublished" marks
+what neither the paper nor the release states. The comment above a field is its reference
+documentation (emu_jax/config.py, `fields`). Override on the command line: --config.optim.steps=100.
+Read next: sizes.py.
 """
 
 from ml_collections import ConfigDict
@@ -11,90 +13,104 @@ from configs.sizes import model
 
 def get_config(size: str = "emu-14b") -> ConfigDict:
     c = ConfigDict()
-    # the loss: "emu" (next element), "contrastive" (warm-up of an encoder of your own) or "decoder"
-    # (pixels)
+    # Objective: "emu" (predict the next element), "contrastive" (warm up a vision encoder that
+    # starts from scratch) or "decoder" (train the U-Net that turns visual tokens into pixels).
     c.stage = "emu"
-    # checkpoints, metrics.jsonl, TensorBoard; where a run resumes from
+    # Folder for checkpoints, metrics.jsonl and TensorBoard; a run resumes from the last checkpoint
+    # in it. Required for training.
     c.workdir = ""
-    # of the initial weights, the data's order and dropout
+    # Random seed for the initial weights, the order of the data and dropout.
     c.seed = 0
-    # directory of a checkpoint whose weights start this run (or several: "EMU,SD"); "" is from
-    # scratch
+    # Checkpoint folder whose weights start the run, or several separated by commas ("EMU,SD"); "":
+    # random weights.
     c.init = ""
-    # of the matrices that do not train; "bfloat16" halves their memory
+    # Dtype in which matrices that do not train are stored; "bfloat16" halves their memory.
     c.frozen_dtype = "float32"
-    # configs/sizes.py: pretrain.py:emu-7b chooses another
+    # Sizes of the model's towers (configs/sizes.py); --config=FILE:emu-7b chooses another row.
     c.model = model(size)
+    # What trains, at which learning rate and weight decay, by parameter path.
     c.rules = rules()
+    # Weights and options of the loss.
     c.objective = objective()
+    # Optimizer (AdamW) and learning-rate schedule.
     c.optim = optim()
+    # Sources, packing and loading of the training data.
     c.data = data()
-    # the devices; -1 in one of them: what is left
+    # Devices along each mesh axis; one axis may be -1: all remaining devices.
     c.mesh = ConfigDict(
         dict(
-            # copies of the parameters
+            # Data-parallel copies of the parameters. More than 1 trades memory for less gathering.
             data=1,
-            # parameters, gradients and optimizer state sharded
+            # Shards of the parameters, gradients and optimizer state (FSDP).
             fsdp=-1,
-            # heads, ffn and vocabulary split
+            # Shards of the heads, the feed-forward layers and the vocabulary (tensor parallel).
             tensor=1,
         )
     )
-    # compiled programs, which the next start loads: a folder, or gs://...; "": none
+    # Folder or gs:// bucket for compiled programs, which later starts reuse; "": no cache.
     c.compile_cache = "~/.cache/emu_jax"
+    # Where and how often the training state is saved.
     c.checkpoint = ConfigDict(
         dict(
-            # a folder or bucket (gs://...) in the place of workdir, for what is large
+            # Folder or bucket (gs://...) for checkpoints in place of workdir; "": workdir.
             to="",
-            # steps between saves
+            # Steps between checkpoints.
             every=1000,
-            # the last n are kept
+            # Number of most recent checkpoints to keep.
             keep=3,
-            # and every n-th step for good; 0: none
+            # Keep every checkpoint whose step is a multiple of this, too; 0: only the recent ones.
             keep_every=0,
         )
     )
+    # Metrics and monitoring during training.
     c.log = ConfigDict(
         dict(
-            # steps between lines of metrics.jsonl (a line is free: it is fetched a step late)
+            # Steps between lines of metrics.jsonl. 1 costs nothing: metrics are fetched one step
+            # late.
             every=1,
-            # seconds in one phase of a step after which a process says where it hangs; 0: never
+            # Seconds in one phase of a step (input, step, save, ...) after which the process
+            # prints where it hangs; 0: never.
             hang=600.0,
-            # steps between images and captions in TensorBoard; 0: never
+            # Steps between sample images and captions in TensorBoard; 0: never.
             pictures_every=500,
-            # stop after so many non-finite or spiking steps in all
+            # Stop the run after this many non-finite or spiking steps in total.
             max_bad_steps=10,
         )
     )
+    # Profiling of a few steps.
     c.profile = ConfigDict(
         dict(
-            # "10:13": an XLA trace of the steps 10, 11 and 12, in workdir/profile
-            steps=""
+            # Steps to trace with the XLA profiler, as FIRST:END: "10:13" writes steps 10, 11 and
+            # 12 to workdir/profile; "": none.
+            steps="",
         )
     )
-    # decoder stage: how pictures are drawn, of log.pictures_every and by generate
+    # Decoder stage: how images are sampled, by `generate` and for log.pictures_every.
     c.drawing = ConfigDict(
         dict(
-            # or "ddim", "euler", "dpm++", "flow"
+            # Sampler: "pndm" (the release's), "ddim", "euler", "dpm++" or "flow".
             sampler="pndm",
-            # the release's
+            # Denoising steps an image; the release's value.
             steps=50,
+            # Scale of classifier-free guidance; 1.0: off. The release's value.
             guidance=7.5,
-            # takes guidance's contrast back (arXiv 2305.08891); there: 0.7
+            # Share of guidance rescaling, which undoes its excess contrast (arXiv 2305.08891, where
+            # it is 0.7); 0.0: off, as in the release.
             rescale=0.0,
-            # guidance leads away from what the model makes of the empty prompt (the release), or
-            # from "zeros"
+            # Negative condition of guidance: "empty" (visual tokens of the empty prompt; the
+            # release's) or "zeros".
             negative="empty",
         )
     )
+    # Evaluation during training.
     c.eval = ConfigDict(
         dict(
-            # steps between evaluations on the held-out split; 0: never
+            # Steps between evaluations on data.eval_mixture and eval.tasks; 0: never.
             every=0,
-            # how many global batches of it
+            # Global batches of data.eval_mixture an evaluation.
             batches=8,
-            # and benchmarks, scored as emu_jax.evaluate does: (task, "FOLDER", its first N
-            # examples) rows
+            # Benchmarks to score as `emu_jax.evaluate` does: (task, "FOLDER", n) rows, of which the
+            # first n examples count.
             tasks=(),
         )
     )
@@ -102,142 +118,165 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
 
 
 def rules() -> ConfigDict:
-    """(regex over parameter paths, value) rows: the first full match wins. emu_jax/tree.py."""
+    """(regex, value) rows over parameter paths; the first full match wins (emu_jax/tree.py)."""
     return ConfigDict(
         dict(
-            # everything end to end; ("vision/.*", False) freezes the encoder
+            # Which parameters train. Default: everything, end to end; a row ("vision/.*", False)
+            # in front would freeze the vision encoder.
             train=((".*", True),),
-            # visual encoder
+            # Peak learning rates. The paper's for the vision encoder, LLaMA and the causal
+            # transformer; the other new layers get the last (unpublished).
             peak_lr=(
                 ("vision/.*", 4e-5),
                 ("llama/.*", 3e-5),
-                # causal transformer; the other new layers as it (unpublished)
                 (".*", 1e-4),
             ),
-            # unpublished; the usual exceptions
+            # Weight decay: the paper's 0.05, and none for norms, biases, positions, queries and
+            # added vocabulary rows (the exceptions are unpublished; these are the usual ones).
             decay=(
                 (".*(norm[^/]*|bias|cls|pos|queries|relative|added|ln_visual)(/.*)?", 0.0),
                 (".*", 0.05),
             ),
-            # Towers whose gradient norms are logged apart.
+            # Groups of parameters whose gradient norms are logged separately; the value is the name
+            # of the group.
             groups=(("vision/.*", "vision"), ("llama/.*", "llama"), (".*", "resampler")),
         )
     )
 
 
 def objective() -> ConfigDict:
+    """Weights and options of the loss."""
     return ConfigDict(
         dict(
-            # of the cross-entropy (unpublished)
+            # Weight of the text loss, the mean cross-entropy (unpublished).
             text_weight=1.0,
-            # of the regression (unpublished)
+            # Weight of the image loss, the mean squared error of visual tokens (unpublished).
             image_weight=1.0,
-            # is the embedding of [/IMG] a 33rd target of an image? The release's mask: yes; the
-            # paper: unclear
+            # Whether an image has one more regression target, the embedding of [/IMG] after its
+            # last visual token. The release's mask includes it; the paper does not say.
             regress_end=True,
-            # tokens of a row whose logits exist at one time
+            # Tokens of a row whose logits exist at one time: smaller needs less memory. The result
+            # does not depend on it.
             chunk=256,
-            # pixels by which training images are moved at random; the paper: no
+            # Random shift of training images in each direction, in pixels. The paper uses none.
             shift=0,
-            # contrastive stage: of the softmax over the batch
+            # Contrastive stage: temperature of the softmax over the batch; 0.07 is where CLIP's
+            # starts.
             temperature=0.07,
-            # contrastive stage: of the linear reading of the pixels, whose squared error is soon
-            # some hundredths
+            # Contrastive stage: weight of the pixel read-out loss, a mean squared error that soon
+            # falls to some hundredths. Our choice.
             readout_weight=100.0,
-            # contrastive stage: of what the deviation of a visual token's dimension lacks of 1
+            # Contrastive stage: weight of the variance hinge max(0, 1 - std) over each dimension of
+            # a visual token (VICReg, arXiv 2105.04906). Our choice.
             spread=10.0,
-            # contrastive stage: of the correlations between a visual token's dimensions
+            # Contrastive stage: weight of the squared correlations between the dimensions of a
+            # visual token (VICReg's covariance term). Our choice.
             decorrelate=0.5,
-            # decoder stage: share of the images whose condition is dropped (for zeros: unpublished)
+            # Decoder stage: share of images whose condition is replaced by zeros, for
+            # classifier-free guidance (the paper: 10 %; the zeros are unpublished).
             condition_drop=0.1,
-            # decoder stage, condition="generated": share of the images that have their own encoded
-            # tokens instead
+            # Decoder stage with condition="generated": share of images conditioned on their own
+            # encoded visual tokens instead. The paper uses none.
             encoded_share=0.0,
         )
     )
 
 
 def optim() -> ConfigDict:
+    """AdamW and its learning-rate schedule."""
     return ConfigDict(
         dict(
+            # Training steps; the schedule spans all of them.
             steps=10_000,
-            # "cosine", "linear", "constant" or "stepped", after the warm-up; times the peaks of
-            # rules.peak_lr
+            # Shape of the learning rate after the warm-up, as a share of rules.peak_lr: "cosine",
+            # "linear", "constant" or "stepped" (see boundaries).
             schedule="cosine",
-            # share of the steps
+            # Length of the linear warm-up, as a share of all steps.
             warmup=0.2,
-            # share of the peak that is left at the end
+            # Share of the peak learning rate that is left after the last step.
             final=0.0,
-            # "stepped": (step, share of the peak) pairs
+            # Schedule "stepped": (step, share of the peak) pairs, each valid from its step on.
             boundaries=(),
+            # AdamW's decay of the first moment.
             b1=0.9,
+            # AdamW's decay of the second moment.
             b2=0.98,
+            # AdamW's epsilon.
             eps=1e-6,
-            # global norm; unpublished, the follow-up's value; 0: none
+            # Clip the gradient to this global norm; 0: no clipping. Unpublished: the follow-up's
+            # (Emu2's) value.
             clip=5.0,
-            # micro-batches a step; the gradient is exactly that of the whole batch
+            # Micro-batches a step. More need less memory; the gradient is exactly that of the whole
+            # batch.
             accumulate=1,
-            # decay of an average of the parameters; 0: none
+            # Decay of an exponential moving average of the trained parameters; 0: no average.
             ema=0.0,
-            # skip a step whose gradient norm is over this many times its running mean; 0: never
+            # Skip a step whose gradient norm exceeds this many times its running mean; 0: never.
             spike=0.0,
         )
     )
 
 
 def data() -> ConfigDict:
+    """Sources, packing and loading of the training data."""
     return ConfigDict(
         dict(
-            # rows of a global batch
+            # Rows of the global batch, over all devices.
             batch=256,
-            # T, tokens a row: LLaMA's context
+            # T, tokens a row. LLaMA's context length.
             tokens=2048,
-            # I, images a row
+            # I, images a row at most. With 32, pretraining leaves 9 % of the image slots empty and
+            # pads 3 % of the tokens (benchmarks/results/fit.md).
             images=32,
-            # logical streams of the data: divides batch, and is divided by every number of hosts to
-            # come
+            # Logical data streams. They divide batch, and every number of hosts that the run may
+            # use must divide them: a resumed run reads the same order on other hosts.
             num_streams=256,
-            # or "best_fit": of those that wait, the one that uses tokens and images most evenly
+            # How documents are packed into rows: "first_fit", or "best_fit", which picks the
+            # waiting document that uses tokens and images most evenly.
             packing="first_fit",
-            # documents of a stream that wait to fill a row
+            # Documents a stream holds back to fill rows from.
             pack_lookahead=16,
-            # batches made ahead
+            # Batches prepared ahead of the step.
             prefetch=2,
-            # threads that fill rows, a host, and that read and decode where no processes do
+            # Threads a host that fill rows. With readers=0 they also read and decode records.
             workers=4,
-            # processes that read and decode for them: one may crash or hang, and no Python waits
-            # for another; 0: none
+            # Processes a host that read and decode records: they use more cores than threads can,
+            # and survive a crash or hang of a decoder; 0: threads read.
             readers=0,
-            # above this share of corrupt records the run stops
+            # Stop the run when more than this share of a source's records is corrupt.
             max_bad_share=0.01,
-            # seconds that a record may take to come from the file system; 0: for ever
+            # Seconds to wait for a record from the file system before it is requested again; 0: no
+            # limit.
             patience=120.0,
-            # how often it is asked for again, if it does not come or the disk fails
+            # Further attempts to read a record after a timeout or a disk error.
             retries=2,
-            # and then: "skip" it as corrupt, or "stop"
+            # What to do when these attempts fail, too: "skip" the record as corrupt, or "stop" the
+            # run.
             unreadable="skip",
-            # decoder stage: directory of conditions that `generate precompute` made
+            # Decoder stage: folder of conditions written by `generate precompute`, which
+            # model.decoder.condition="generated" needs; "": the other conditions.
             conditions="",
-            # decoder stage: directory that `generate precompute --latents` made; "": images are
-            # encoded in every step
+            # Decoder stage: folder of VAE latents written by `generate precompute --latents`; "":
+            # images are encoded in every step.
             latents="",
-            # tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json
+            # Tokenizer file: tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json.
             tokenizer="",
-            # what counts as a label; with "[IMG]" the model decides when to draw. The release:
-            # these two
+            # Tokens that count as labels: "text", "</s>", "[IMG]" and "[/IMG]". The release's two;
+            # with "[IMG]" the model learns when to generate an image.
             labels=("text", "</s>"),
-            # conversations: begin with the release's system messages, which say what is coming, or
-            # with "none"
+            # System message in front of conversations: "release" (the release's, which announces an
+            # image or a video) or "none".
             system="release",
-            # of an image and its text, how often the image comes first
+            # Probability that the image of an image-text pair comes before its text.
             image_first=0.5,
-            # images to the model's square: "squash" (the release), "centre" or "random" cut of the
-            # shorter side
+            # How images become square: "squash" (the release's), "centre" or "random" (crops along
+            # the longer side).
             fit="squash",
-            # (name, weight, "FOLDER:SPLIT"[, rule]) a source: a tensorflow-datasets dataset; rule:
-            # data/sequence.py, SourceRule
+            # Sources to train on: (name, weight, "FOLDER:SPLIT"[, rule]) rows, each a
+            # tensorflow-datasets folder; rule: a dict with fields of emu_jax/data/sequence.py's
+            # SourceRule.
             mixture=(),
-            # the same, held out
+            # Sources to evaluate on, rows like those of mixture.
             eval_mixture=(),
         )
     )

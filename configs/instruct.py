@@ -1,11 +1,13 @@
-"""Instruction tuning (section 2.4 of the paper): LoRA on the LLM's self-attention learns to answer;
-all else is frozen.
+"""Instruction tuning (section 2.4 of the paper).
 
-python -m emu_jax.train --config=configs/instruct.py[:emu-7b] --config.workdir=DIR --config.init=EMU
---config.data.tokenizer=tokenizer.model
-    --config.model.lora.storage=nf4                 the frozen LLM in 4 bits (QLoRA), or int8
-    --config.model.lora.rank=0 --config.rules.train="(('(vision|ln_visual|resampler)/.*', False),
-    ('.*', True))"     the whole LLM instead
+LoRA on the LLM's self-attention trains; everything else is frozen.
+
+python -m emu_jax.train --config=configs/instruct.py[:emu-7b] --config.workdir=DIR \\
+    --config.init=EMU --config.data.tokenizer=tokenizer.model
+
+To hold the frozen LLM in 4 bits (QLoRA) or 8, add --config.model.lora.storage=nf4 or =int8.
+To train the complete LLM instead of LoRA, add --config.model.lora.rank=0 and
+    --config.rules.train="(('(vision|ln_visual|resampler)/.*', False), ('.*', True))"
 """
 
 from configs.base import get_config as base
@@ -14,25 +16,26 @@ from configs.base import get_config as base
 def get_config(size: str = "emu-14b"):
     c = base(size)
     c.frozen_dtype = "bfloat16"
-    # [PAD] [IMG] [/IMG] <image>, and [USER] [ASSISTANT]
+    # [PAD], [IMG], [/IMG], <image>, [USER] and [ASSISTANT].
     c.model.llama.added = 6
-    # it is frozen
+    # The resampler is frozen, so its dropout would only add noise.
     c.model.resampler.dropout = 0.0
-    # q, k, v and o; alpha and dropout: configs/sizes.py
+    # On q, k, v and o; alpha, dropout and targets are the defaults of configs/sizes.py.
     c.model.lora.rank = 16
-    # The new tokens' rows learn too (whether the paper's did is unpublished); without their row
-    # here they stay the mean of the others.
+    # The rows of [USER] and [ASSISTANT] (4 and 5 of the added ones) train, too; without this rule
+    # they stay at the mean of the other rows. Whether they train in the paper is unpublished.
     c.rules.train = ((".*/(a|b)", True), ("llama/(embed|lm_head)/added", (4, 6)), (".*", False))
-    # Steps, warm-up, peak and batch are from memory of the paper; weight decay is unpublished.
+    # Learning rate, steps, warm-up and batch were written down from memory of the paper and are to
+    # be checked against it; weight decay is unpublished.
     c.rules.peak_lr = ((".*", 1e-5),)
     c.rules.decay = ((".*", 0.0),)
     c.optim.steps = 10_000
     c.optim.warmup = 0.05
-    # rows of 2048 tokens: some 128 conversations
+    # 32 rows of 2048 tokens hold about 128 conversations.
     c.data.batch = 32
     c.data.num_streams = 32
-    # Weights are the sets' sizes, in thousands (how they were mixed is unpublished). `python -m
-    # emu_jax.data build --kind=NAME` writes them.
+    # Weights are the sizes of the sets in thousands (how the paper mixed them is unpublished).
+    # Build each with `python -m emu_jax.data build --kind=NAME`.
     c.data.mixture = (
         ("sharegpt", 90.0, "data/sharegpt:train"),
         ("alpaca", 52.0, "data/alpaca:train"),

@@ -1,8 +1,9 @@
-"""Emu's pretraining (section 3 of the paper): 14B, end to end, next element of interleaved
-sequences.
+"""Emu's pretraining (section 3 of the paper).
 
-python -m emu_jax.train --config=configs/pretrain.py[:emu-7b] --config.workdir=DIR
---config.data.tokenizer=tokenizer.model
+The 14B model trains end to end to predict the next element of interleaved sequences.
+
+python -m emu_jax.train --config=configs/pretrain.py[:emu-7b] --config.workdir=DIR \\
+    --config.data.tokenizer=tokenizer.model
 """
 
 from configs.base import get_config as base
@@ -10,15 +11,17 @@ from configs.base import get_config as base
 
 def get_config(size: str = "emu-14b"):
     c = base(size)
-    # The paper's batch of each set is its weight here: one mixture, packed, in place of one set a
-    # step (unpublished). 256 rows of 2048 tokens hold about 3,450 documents
-    # (benchmarks/images_a_row.py). Paths are FOLDER:SPLIT of what `python -m emu_jax.data build`
-    # writes. Of MMC4 half is subsequences with at most 5 images, half is 5 images with their
-    # sentences (how they were mixed is unpublished). --kind=pairs
+    # The paper gives a batch size for each set; here it is the set's weight in one packed mixture
+    # (whether the paper mixes sets within a step is unpublished). 256 rows of 2048 tokens hold
+    # about 3,450 documents (benchmarks/images_a_row.py). `python -m emu_jax.data build` with the
+    # --kind in the comment writes each folder.
     c.data.mixture = (
+        # --kind=pairs
         ("laion-2b", 128.0, "data/laion-2b:train"),
         # --kind=pairs
         ("laion-coco", 128.0, "data/laion-coco:train"),
+        # --kind=mmc4. Half are subsequences with at most 5 images, half are 5 images with their
+        # sentences (the shares are unpublished).
         ("mmc4", 32.0, "data/mmc4:train", dict(tokens=1024, images=5, start="random")),
         ("mmc4-pairs", 32.0, "data/mmc4:train", dict(tokens=512, pairs=5)),
         # --kind=videos
@@ -26,11 +29,11 @@ def get_config(size: str = "emu-14b"):
         # --kind=storyboards
         ("yt-storyboard", 16.0, "data/yt-storyboard:train"),
     )
-    # padding and empty image slots: benchmarks/data.py
+    # Keeps padding under 3 % and empty image slots under 10 % (benchmarks/data.py).
     c.data.packing = "best_fit"
     c.data.pack_lookahead = 32
     c.checkpoint.every = 500
-    # Over a part of the devices the TPU's compiler reduce-scatters gradients, over all of them it
-    # sums them whole (benchmarks/results/fit.md).
+    # With fsdp over only a part of the devices, the TPU compiler reduce-scatters gradients; over
+    # all devices it uses all-reduce, at twice the traffic (benchmarks/results/fit.md).
     c.mesh.data = 4
     return c

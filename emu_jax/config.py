@@ -1,7 +1,6 @@
-"""Configs are values: a file, loaded by path, that returns a locked ConfigDict; overrides on the
-command line.
+"""Configs: a Python file returns a ConfigDict, the command line overrides its fields.
 
-Every key is known: a wrong one is an error that names the nearest right one. Read next:
+The result is locked: an unknown field is an error that names the nearest known one. Read next:
 configs/base.py.
 """
 
@@ -9,24 +8,40 @@ import ast
 import difflib
 import importlib.util
 import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+# The configs of this project: inside the package where a wheel is installed, else the checkout's.
+_INSTALLED = Path(__file__).parent / "configs"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parent.parent / "configs"
+
 
 class UserError(Exception):
-    """Something the user can put right. Its message is one line: what is wrong, where, and what
-    would be right.
-    """
+    """A mistake that the user can correct. One line: what is wrong, where, and what to do."""
+
+
+class Field(NamedTuple):
+    """A documented field or group of a config."""
+
+    # "optim.steps"
+    path: str
+    # A group's is the ConfigDict of its fields.
+    default: Any
+    # The comment above it, in one line.
+    comment: str
 
 
 def load(arguments: list[str]) -> ConfigDict:
-    """The locked config of `--config=FILE[:ARGUMENT]` and its overrides `--config.a.b=value` (or
-    `--config.a.b value`).
+    """The locked config of `--config=FILE[:ARGUMENT]` and `--config.a.b=value` overrides.
 
-    Raises UserError for a missing file, an unknown key (naming the nearest right one) and a value
-    of another type.
+    FILE is looked for in the current folder, then, if it begins with "configs/", among this
+    project's configs. `--config.a.b value` works, too. Raises UserError for a missing file, an
+    unknown field (naming the nearest known one) and a value of the wrong type.
     """
     pairs = list(_pairs(arguments))
     files = [value for key, value in pairs if key == "config"]
@@ -44,25 +59,24 @@ def load(arguments: list[str]) -> ConfigDict:
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets config's field `a.b.c` from the text of a command line, in place."""
-    node, *rest = key.split(".")
-    parent = config
-    path = []
-    for name in (node, *rest):
-        if not isinstance(parent, ConfigDict) or name not in parent:
-            known = sorted(_fields(config))
-            near = (
-                difflib.get_close_matches(key, known, 1, 0.5)
-                or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-            )
-            raise UserError(
-                f"the config has no field {key!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        path.append((parent, name))
-        parent = parent[name]
-    owner, name = path[-1]
-    owner[name] = _value(key, text, owner[name])
+    """Set the field `key` ("a.b.c") of config, in place, from the text of a command line."""
+    *groups, name = key.split(".")
+    owner = config
+    for group in groups:
+        owner = _member(config, key, owner, group)
+    owner[name] = _value(key, text, _member(config, key, owner, name))
+
+
+def _member(config: ConfigDict, key: str, owner: Any, name: str) -> Any:
+    """owner[name]. Raises UserError, with the field nearest to `key`, where there is none."""
+    if isinstance(owner, ConfigDict) and name in owner:
+        return owner[name]
+    known = sorted(_paths(config))
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    # A field given without its group.
+    near += [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"the config has no field {key!r}{hint}")
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -87,7 +101,92 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     return ConfigDict(rich(values)).lock()
 
 
-def _pairs(arguments: list[str]):
+def fields(file: str = "configs/base.py") -> list[Field]:
+    """Every group and field that a config file defines, in order, with its comment.
+
+    For a file other than base.py: those that it adds to base.py's. The comments are read from the
+    source, and "" where there is none.
+    """
+    path = _find(file)
+    config = load([f"--config={file}"])
+    known = set(_paths(load(["--config=configs/base.py"])))
+    found = []
+    for name, comment in _Source(path).function("get_config"):
+        default = config
+        for part in name.split("."):
+            default = default[part]
+        if path.name == "base.py" or name not in known:
+            found.append(Field(name, default, comment))
+    return found
+
+
+class _Source:
+    """The source of a config file, searched for fields and the comments above them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines = path.read_text().splitlines()
+        # What the names of the module stand for: a function, or the value of a constant.
+        self.functions = {}
+        self.constants = {}
+        self.imports = {}
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                self.functions[node.name] = node
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self.constants[node.targets[0].id] = node.value
+            elif isinstance(node, ast.ImportFrom) and node.module and "configs." in node.module:
+                source = path.with_name(f"{node.module.removeprefix('configs.')}.py")
+                for alias in node.names:
+                    self.imports[alias.asname or alias.name] = (source, alias.name)
+
+    def function(self, name: str) -> Iterator[tuple[str, str]]:
+        """(path, comment) of the fields of what a function of the module returns."""
+        if name in self.imports:
+            source, original = self.imports[name]
+            yield from _Source(source).function(original)
+        for node in self.functions[name].body if name in self.functions else ():
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+                # c.GROUP.FIELD = value
+                path = ast.unparse(node.targets[0]).partition(".")[2]
+                yield from self.field(path, node.lineno, node.value)
+            elif isinstance(node, ast.Return) and node.value:
+                yield from self.expression(node.value)
+
+    def expression(self, node: ast.expr) -> Iterator[tuple[str, str]]:
+        """(path, comment) of the fields of a group that an expression makes; none for a value."""
+        if isinstance(node, ast.Name) and node.id in self.constants:
+            yield from self.expression(self.constants[node.id])
+        # DEFAULTS | changes
+        elif isinstance(node, ast.BinOp):
+            yield from self.expression(node.left)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id == "ConfigDict":
+                for argument in node.args:
+                    yield from self.expression(argument)
+            elif node.func.id == "dict":
+                for keyword in node.keywords:
+                    if keyword.arg:
+                        yield from self.field(keyword.arg, keyword.lineno, keyword.value)
+                    else:
+                        # **defaults
+                        yield from self.expression(keyword.value)
+            else:
+                yield from self.function(node.func.id)
+
+    def field(self, path: str, line: int, value: ast.expr) -> Iterator[tuple[str, str]]:
+        """(path, comment) of the field bound on a line, and of the fields in it."""
+        first = line - 1
+        while self.lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        block = self.lines[first : line - 1]
+        yield path, " ".join(text.strip().lstrip("# ") for text in block)
+        for inner, comment in self.expression(value):
+            yield f"{path}.{inner}", comment
+
+
+def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """(key, value) of each `--key=value` and `--key value`."""
     rest = iter(arguments)
     for argument in rest:
         if not argument.startswith("--"):
@@ -103,50 +202,101 @@ def _pairs(arguments: list[str]):
 
 
 def _from_file(text: str) -> ConfigDict:
+    """The locked config of FILE[:ARGUMENT]."""
     name, _, argument = text.partition(":")
+    path = _find(name)
+    with _importable_configs(path.resolve().parent):
+        try:
+            module = _run_module(path)
+            return module.get_config(*([argument] if argument else [])).lock()
+        # A config is a program: anything may be wrong with it.
+        except Exception as error:
+            raise UserError(f"config {text!r}: {error}".splitlines()[0]) from error
+
+
+def _find(name: str) -> Path:
+    """Path of a config file. Raises UserError, with those that exist, for a missing one."""
     path = Path(name)
-    if not path.is_file():
-        raise UserError(
-            f"no config file {name!r}; there are configs/pretrain.py, configs/demo.py, ..."
-        )
-    # so that a config may say `from configs.base import ...`
-    root = str(path.resolve().parent.parent)
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if path.is_file():
+        return path
+    if path.parts[:1] == ("configs",) and (ours := CONFIGS.joinpath(*path.parts[1:])).is_file():
+        return ours
+    there = {
+        file.name
+        for folder in (Path("configs"), CONFIGS)
+        for file in folder.glob("*.py")
+        if "def get_config" in file.read_text()
+    }
+    names = ", ".join(f"configs/{file}" for file in sorted(there))
+    raise UserError(f"no config file {name!r}; there are {names}")
+
+
+def _run_module(path: Path) -> ModuleType:
+    """The module of a config file, run under the name `configs.NAME`."""
+    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+    # Of a name that ends with .py there is always one.
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, root)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _importable_configs(folder: Path) -> Generator[None]:
+    """Let a config in `folder` say `from configs.base import ...`; undone at the end.
+
+    The package `configs` has the files of `folder` if that is its name, then those of ./configs,
+    then this project's. Files next to a config are also found under the name of its folder.
+    """
+    before = dict(sys.modules)
+    own = [folder] if folder.name == "configs" else []
+    packages = {"configs": [*own, Path("configs").resolve(), CONFIGS]}
+    if folder.name not in before:
+        packages.setdefault(folder.name, [folder])
+
+    def forget() -> None:
+        for name in list(sys.modules):
+            if name.split(".")[0] in packages:
+                del sys.modules[name]
+
+    forget()
+    for name, folders in packages.items():
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = [str(each) for each in folders]
     try:
-        spec.loader.exec_module(module)
-        return module.get_config(*([argument] if argument else [])).lock()
-    # a config is a program: anything may be wrong with it
-    except Exception as error:
-        raise UserError(f"config {text!r}: {error}".splitlines()[0]) from error
+        yield
     finally:
-        sys.path.remove(root)
+        forget()
+        sys.modules.update(
+            {name: module for name, module in before.items() if name.split(".")[0] in packages}
+        )
 
 
-def _fields(config: ConfigDict, prefix: str = ""):
+def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Paths of all groups and fields."""
     for key, value in config.items():
         yield prefix + key
         if isinstance(value, ConfigDict):
-            yield from _fields(value, f"{prefix}{key}.")
+            yield from _paths(value, f"{prefix}{key}.")
 
 
 def _value(key: str, text: str, old: Any) -> Any:
+    """`text` as a value of the type of `old`, the field's default. Raises UserError."""
     if isinstance(old, ConfigDict):
         raise UserError(
-            f"{key!r} is a group of fields ({', '.join(old)}); set one of them: --config.{key}.{next(iter(old))}=..."
+            f"{key!r} is a group of fields ({', '.join(old)}); "
+            f"set one of them: --config.{key}.{next(iter(old))}=..."
         )
     if isinstance(old, str):
         return text
     kind = type(old)
-    try:
-        new = (
-            {"true": True, "false": False}.get(text.lower(), None)
-            if kind is bool
-            else ast.literal_eval(text)
-        )
-    except (ValueError, SyntaxError):
-        new = None
+    if kind is bool:
+        new = {"true": True, "false": False}.get(text.lower())
+    else:
+        try:
+            new = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            new = None
     if kind is float and type(new) is int:
         new = float(new)
     if kind is tuple and type(new) is list:

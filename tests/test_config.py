@@ -1,8 +1,7 @@
-"""Every field is known and has a type; what is wrong is said in one line that names what would be
-right.
-"""
+"""Every field is known, typed and documented; a mistake is one line that names the remedy."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,7 +96,8 @@ def test_an_unknown_field_names_the_nearest(key, nearest):
         ([BASE, "--config.=1"], "the config has no field ''"),
         (
             [BASE, "--config.optim=1"],
-            r"'optim' is a group of fields \(.*, clip, .*\); set one of them: --config.optim.accumulate=",
+            r"'optim' is a group of fields \(.*, clip, .*\); "
+            "set one of them: --config.optim.accumulate=",
         ),
         (
             [BASE, "--optim.steps=1"],
@@ -112,7 +112,7 @@ def test_an_unknown_field_names_the_nearest(key, nearest):
         ([BASE, BASE], "give one config file"),
         (
             ["--config=configs/nothing.py"],
-            "no config file 'configs/nothing.py'; there are configs/pretrain.py",
+            "no config file 'configs/nothing.py'; there are configs/base.py, configs/clip.py, .*",
         ),
         (["--config=configs"], "no config file 'configs'"),
         (
@@ -147,12 +147,68 @@ def test_a_config_file_that_fails_is_one_line(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
-def test_a_config_of_ones_own_may_import_ours(tmp_path):
+OWN = """from configs.base import get_config as base
+def get_config():
+    c = base('debug')
+    c.seed = 5
+    return c
+"""
+
+
+def test_a_config_elsewhere_may_import_ours(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
-    path.write_text(
-        "from configs.base import get_config as base\ndef get_config():\n    c = base('debug')\n    c.seed = 5\n    return c\n"
-    )
+    path.write_text(OWN)
     assert config.load([f"--config={path}"]).seed == 5
+    monkeypatch.chdir(tmp_path)
+    assert config.load(["--config=mine.py"]).seed == 5
+
+
+def test_files_next_to_a_config_come_first(tmp_path):
+    """A project's own `configs` folder is searched before ours; others go by their own name."""
+    for folder in ("configs", "experiments"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "shared.py").write_text(OWN.replace("configs.base", "configs.decoder"))
+        (tmp_path / folder / "mine.py").write_text(
+            f"from {folder}.shared import get_config as base\ndef get_config(): return base()"
+        )
+        assert config.load([f"--config={tmp_path}/{folder}/mine.py"]).stage == "decoder"
+
+
+def test_our_configs_are_found_from_anywhere(tmp_path, monkeypatch):
+    here = config.load([BASE])
+    monkeypatch.chdir(tmp_path)
+    assert config.load([BASE]) == here
+    with pytest.raises(UserError, match="there are configs/base.py, .*, configs/pretrain.py$"):
+        config.load(["--config=configs/nothing.py"])
+
+
+def test_loading_leaves_nothing_behind():
+    path = list(sys.path)
+    modules = {name: sys.modules[name] for name in sys.modules if name.startswith("configs")}
+    config.load(["--config=configs/decoder.py:debug"])
+    assert sys.path == path
+    assert modules == {n: sys.modules[n] for n in sys.modules if n.startswith("configs")}
+
+
+@pytest.mark.parametrize("name", ["base", "decoder", "clip"])
+def test_every_field_is_documented(name):
+    file = f"configs/{name}.py"
+    fields = config.fields(file)
+    assert all(field.comment for field in fields), [f.path for f in fields if not f.comment]
+    assert len({field.path for field in fields}) == len(fields)
+    documented = {field.path for field in fields}
+    assert documented | set(config._paths(load())) >= set(
+        config._paths(config.load([f"--config={file}"]))
+    )
+
+
+def test_fields_are_in_reading_order_with_their_defaults():
+    fields = {field.path: field for field in config.fields()}
+    names = list(fields)
+    assert names[0] == "stage" and names.index("optim") + 1 == names.index("optim.steps")
+    assert fields["optim.warmup"].default == 0.2
+    assert fields["optim.warmup"].comment.startswith("Length of the linear warm-up")
+    assert fields["model.vision.image"].default == 224
 
 
 def test_a_config_is_locked():
