@@ -11,7 +11,6 @@ import sys
 
 from emu_jax import config, verify
 from emu_jax.config import UserError
-from emu_jax.verify import golden
 from emu_jax.weights import transfer
 from emu_jax.weights.families import FAMILIES
 
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{flags.to}: one model of plain matrices; start from it with --config.init={flags.to}"
             )
             return 0
-        return export(flags) if flags.command == "export" else verify_(flags.files)
+        return export(flags) if flags.command == "export" else verify.verify_files(flags.files)
     except transfer.Misfit as error:
         print(*error.lines, sep="\n", file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
@@ -110,24 +109,6 @@ def export(flags: argparse.Namespace) -> int:
     ).items():
         print(f"{size:>16,} bytes  {flags.to}/{name}")
     return 0
-
-
-def verify_(paths: list[str]) -> int:
-    found = []
-    for path in paths:
-        rows = list(verify.quantities(golden.load(path)))
-        width = max(len(row.name) for row in rows)
-        print(f"{path}\n{'quantity':{width}}  error     tolerance  ok")
-        for row in rows:
-            error = "-        " if row.error is None else f"{row.error:9.2e}"
-            print(
-                f"{row.name:{width}}  {error} {row.tolerance:9.0e}  {'not covered' if row.error is None else 'ok' if row.ok else 'FAILED'}"
-            )
-        found += rows
-    failed = sum(row.error is not None and not row.ok for row in found)
-    uncovered = sum(row.error is None for row in found)
-    print(f"{len(found) - failed - uncovered} ok, {failed} failed, {uncovered} not covered")
-    return 1 if failed else 3 if uncovered else 0
 
 
 def _sources(arguments: list[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:

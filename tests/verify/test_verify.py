@@ -8,8 +8,8 @@ import pytest
 from emu_jax import verify
 from emu_jax.config import UserError
 from emu_jax.verify import emu, golden
+from emu_jax.verify.__main__ import main
 from emu_jax.verify.golden import Quantity
-from emu_jax.weights.__main__ import main
 
 FILES = {name: f"tests/golden/{name}.npz" for name in ("emu1_pretrained", "emu1_instruct")}
 FORWARD = {
@@ -34,7 +34,7 @@ def test_the_released_numbers_are_ours(name, capsys):
     """Forward, losses and generated images within 1e-4, gradient norms within 5e-4, ids exactly, as
     the tolerances say.
     """
-    code = main(["verify", FILES[name]])
+    code = main([FILES[name]])
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[2:-1]]
     told = {row[0].strip(): row[-1].strip() for row in rows}
     file = golden.load(FILES[name])
@@ -84,7 +84,7 @@ def test_tolerances_are_the_issues():
 )
 def test_exit_codes(monkeypatch, capsys, quantities, code, last):
     monkeypatch.setattr(verify, "quantities", lambda file: iter(quantities))
-    assert main(["verify", FILES["emu1_instruct"]]) == code
+    assert main([FILES["emu1_instruct"]]) == code
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
@@ -102,7 +102,7 @@ def test_a_number_that_was_tampered_with_fails(tmp_path, capsys, monkeypatch):
     file["decode_greedy"] = file["decode_greedy"] + (np.arange(12) == 5)
     file["decode_beam5_lp1"] = file["decode_beam5_lp1"][:, :-1]
     np.savez(tmp_path / "tampered.npz", **file)
-    assert main(["verify", str(tmp_path / "tampered.npz")]) == 1
+    assert main([str(tmp_path / "tampered.npz")]) == 1
     told = {line.split("  ")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert all(
         "FAILED" in told[name]
@@ -160,7 +160,7 @@ def rewritten(change):
 )
 def test_what_is_no_golden_file_is_one_line(tmp_path, capsys, write, told):
     write(tmp_path / "file.npz")
-    assert main(["verify", str(tmp_path / "file.npz")]) == 2
+    assert main([str(tmp_path / "file.npz")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and told in error
 
@@ -169,5 +169,5 @@ def test_other_kinds_of_files_are_not_covered(tmp_path, capsys):
     np.savez(
         tmp_path / "other.npz", parameter_names=np.array(["a"]), one=np.ones(2), another=np.ones(2)
     )
-    assert main(["verify", str(tmp_path / "other.npz")]) == 3
+    assert main([str(tmp_path / "other.npz")]) == 3
     assert "0 ok, 0 failed, 2 not covered" in capsys.readouterr().out
