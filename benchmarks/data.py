@@ -34,7 +34,7 @@ from emu_jax.data.documents import Document, Pair
 from emu_jax.data.loader import Loader
 from emu_jax.data.mixture import Mixture, Stream
 from emu_jax.data.packing import best_fit, first_fit
-from emu_jax.data.sequence import SourceRule, make_sequence
+from emu_jax.data.sequence import SequenceBuilder, SourceRule
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.tokenizer import Tokenizer
 
@@ -172,8 +172,7 @@ def packing(lookahead: int, fit: Callable) -> dict[str, float]:
     one stream.
     """
     names, weights, sources, rules = zip(*paper())
-    to_sequence = partial(
-        make_sequence,
+    to_sequence = SequenceBuilder(
         tokenizer=letters(),
         n_visual=N,
         max_tokens=T,

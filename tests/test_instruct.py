@@ -198,7 +198,7 @@ def test_a_model_without_the_tokens_is_told(data, base):
         closing(loader),
         pytest.raises(
             UserError,
-            match=r"is a conversation, and this model has no \[USER\] and \[ASSISTANT\]: model.llama.added=6",
+            match=r"is a conversation, and this model has no \[USER\] and \[ASSISTANT\] tokens",
         ),
     ):
         next(iter(loader))

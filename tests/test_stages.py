@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from emu_jax import stages
-from emu_jax.data.sequence import Document, make_sequence
+from emu_jax.data.sequence import Document, SequenceBuilder
 from emu_jax.data.tokenizer import Tokenizer
 from tests.support import make
 
@@ -52,17 +52,11 @@ def assert_close(grads, want):
 def sequences(documents, labels=C.data.labels):
     """Documents, parts alone, as sequences: "a" is id 3."""
     letters = Tokenizer(V, lambda text: [3 + ord(letter) - 97 for letter in text], lambda ids: "")
+    build = SequenceBuilder(
+        letters, n_visual=N, max_tokens=T, max_images=3, image_first=1.0, labels=labels
+    )
     return [
-        make_sequence(
-            Document(f"d{k}", parts),
-            letters,
-            n_visual=N,
-            max_tokens=T,
-            max_images=3,
-            image_first=1.0,
-            labels=labels,
-            rng=np.random.default_rng(0),
-        )
+        build(Document(f"d{k}", parts), rng=np.random.default_rng(0))
         for k, parts in enumerate(documents)
     ]
 

@@ -1,10 +1,11 @@
-"""Conversations as sequences, in the release's chat format: `<s>` system, then turns `[USER]:
-question [ASSISTANT]: answer</s>`.
+"""Conversations in the release's chat format: `<s>` system message, then turns `[USER]: question
+[ASSISTANT]: answer</s>`.
 
-What is trained on here and what a chat reads (../generate/processor.py) is written by the same
-functions, so that they cannot drift. Read next: sequence.py.
+Training sequences and chat prompts (../generate/processor.py) are written by the same functions, so
+that they cannot drift apart. Read next: sequence.py.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,29 +16,29 @@ from emu_jax.data.documents import Document, Image, Picture, Text
 from emu_jax.data.sources import CorruptRecord
 from emu_jax.data.tokenizer import Tokenizer
 
-# a text, a special id, an image
+# What a sequence is written from: a text, a special id or an image.
 Piece = str | int | np.ndarray
-# data.system
+# A part of a document that is not a pair.
+Part = str | Text | Image | Picture
+# choices of data.system
 SYSTEM_CHOICES = ("release", "none")
 
-# The release's system messages by what the first question holds; "[IMG]" in them are the added
-# tokens, as its tokenizer reads them.
+# The release's system messages, by what the first question holds. "[IMG]" and "[/IMG]" in them are
+# the added tokens: the release's tokenizer reads them so.
+_PLACEHOLDER = ("[IMG]", "ImageContent", "[/IMG]")
 SYSTEM_MESSAGES: dict[str, tuple[str, ...]] = {
     "image": (
         "You will be presented with an image: ",
-        "[IMG]",
-        "ImageContent",
-        "[/IMG]",
+        *_PLACEHOLDER,
         ". You will be able to see the image after I provide it "
         "to you. Please answer my questions based on the given image.",
     ),
     "video": (
-        "You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: ",
-        "[IMG]",
-        "ImageContent",
-        "[/IMG]",
-        ". You will be able to see the video after I provide it to you. Please answer my questions based on the "
-        "given video.",
+        "You are a helpful assistant and you will be presented with a video consisting of multiple "
+        "chronological images: ",
+        *_PLACEHOLDER,
+        ". You will be able to see the video after I provide it to you. Please answer my questions "
+        "based on the given video.",
     ),
     "": (),
 }
@@ -50,28 +51,31 @@ class Turn(NamedTuple):
     answer: list[Text | Picture]
 
 
-def opening_pieces(t: Tokenizer, said: Ordered[str]) -> list[Piece]:
-    """What a conversation begins with: `<s>`, and the pieces of a system message if there is
-    one.
-    """
-    special = {"[IMG]": t.img, "[/IMG]": t.end_img}
-    return [t.bos, *(special.get(piece, piece) for piece in said), *([" "] if said else [])]
+def opening_pieces(tokenizer: Tokenizer, system: Ordered[str]) -> list[Piece]:
+    """The start of a conversation: `<s>` and the pieces of its system message, if it has one."""
+    special = {"[IMG]": tokenizer.img, "[/IMG]": tokenizer.end_img}
+    pieces: list[Piece] = [tokenizer.bos]
+    pieces += [special.get(piece, piece) for piece in system]
+    if system:
+        pieces.append(" ")
+    return pieces
 
 
-def question_pieces(t: Tokenizer, question: Ordered[str | Image]) -> list[Piece]:
-    """A question, up to where its answer begins."""
-    return [t.user, ": ", *question, " ", t.assistant, ":"]
+def question_pieces(tokenizer: Tokenizer, question: Ordered[str | Image]) -> list[Piece]:
+    """A question, up to where its answer starts."""
+    return [tokenizer.user, ": ", *question, " ", tokenizer.assistant, ":"]
 
 
-def join_texts(pieces: Ordered[Piece]) -> list[Piece]:
-    """Texts side by side as one, for they are encoded as one."""
-    found: list[Piece] = []
+def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
+    """The pieces with neighbouring texts joined, because they are encoded as one."""
+    joined: list[Piece] = []
     for piece in pieces:
-        if isinstance(piece, str) and found and isinstance(found[-1], str):
-            found[-1] += piece
+        last = joined[-1] if joined else None
+        if isinstance(piece, str) and isinstance(last, str):
+            joined[-1] = last + piece
         else:
-            found.append(piece)
-    return found
+            joined.append(piece)
+    return joined
 
 
 def is_conversation(document: Document) -> bool:
@@ -79,43 +83,46 @@ def is_conversation(document: Document) -> bool:
 
 
 def split_turns(document: Document) -> tuple[list[str], list[Turn]]:
-    """(its own system messages, its turns). Neighbours of one role are one question or answer; a
-    last question without an answer is left out.
+    """The document's own system messages and its turns.
 
-    Raises CorruptRecord, in one line, for roles out of order and for a conversation without an answer.
+    Neighbouring parts of one role are one question or answer; a last question without an answer is
+    left out. Raises CorruptRecord for roles out of order and for a conversation without an answer.
     """
-    system = []
-    found = []
+    system: list[str] = []
+    turns: list[Turn] = []
     before = "system"
     for part in document.parts:
-        role = part.role if isinstance(part, (Text, Picture)) else ""
-        if role == "system" and before == "system" and isinstance(part, Text):
+        if not isinstance(part, (Text, Picture)):
+            raise _out_of_order(document.id, "", before, turns)
+        if part.role == "system" and before == "system" and isinstance(part, Text):
             system.append(part.text)
-        elif role == "user":
+        elif part.role == "user":
             if before != "user":
-                found.append(Turn([], []))
-            found[-1].question.append(part)
-        elif role == "assistant" and found:
-            found[-1].answer.append(part)
+                turns.append(Turn([], []))
+            turns[-1].question.append(part)
+        elif part.role == "assistant" and turns:
+            turns[-1].answer.append(part)
         else:
-            raise CorruptRecord(
-                document.id,
-                f"roles out of order: {role or 'a part without a role'} "
-                + ("first" if before == "system" and not found else f"after {before}"),
-            )
-        before = role
-    if found and not found[-1].answer:
-        found.pop()
-    if not found:
+            raise _out_of_order(document.id, part.role, before, turns)
+        before = part.role
+    if turns and not turns[-1].answer:
+        turns.pop()
+    if not turns:
         raise CorruptRecord(document.id, "a conversation without an answer")
-    return system, found
+    return system, turns
 
 
-def question_kind(pictures: Ordered[Picture]) -> str:
-    """What a question holds: "image" for one, "video" for frames in the order of their times, or ""
-    for all else.
+def _out_of_order(id: str, role: str, before: str, turns: list[Turn]) -> CorruptRecord:
+    position = "first" if before == "system" and not turns else f"after {before}"
+    return CorruptRecord(id, f"roles out of order: {role or 'a part without a role'} {position}")
+
+
+def question_kind(images: Ordered[Picture]) -> str:
+    """The key in SYSTEM_MESSAGES: "image" for one image, "video" for frames with ascending times.
+
+    It is "" for anything else.
     """
-    times = [picture.time for picture in pictures]
-    if len(times) > 1 and None not in times and all(a < b for a, b in pairwise(times)):
+    times = [image.time for image in images if image.time is not None]
+    if len(times) == len(images) > 1 and all(a < b for a, b in pairwise(times)):
         return "video"
-    return "image" if len(times) == 1 else ""
+    return "image" if len(images) == 1 else ""

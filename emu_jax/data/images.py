@@ -1,10 +1,9 @@
-"""Encoded bytes to upright RGB, and to the pixels a model sees: squashed (not cropped) to a square,
-bicubic, as Emu's release does it.
+"""Encoded bytes to upright RGB, and to the pixels a model sees: squashed, not cropped, to a square
+with a bicubic filter, as in Emu's release.
 
-JPEGs go through libjpeg-turbo (simplejpeg: bit-equal to Pillow's full decoding, and scaled by 1/2,
-1/4 or 1/8 where what is left is still large), everything else through Pillow. Both give up the
-interpreter lock: threads decode side by side. Mean and standard deviation are the model's business
-(models/vision.py). Read next: sources/.
+JPEGs are decoded by libjpeg-turbo (simplejpeg: bit-equal to Pillow at full size, and scaled by 1/2,
+1/4 or 1/8 if the result is still large enough), everything else by Pillow. Both release the
+interpreter lock, so threads decode in parallel. models/vision.py normalises. Read next: sources/.
 """
 
 import io
@@ -15,15 +14,11 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-# Beyond this a file of a few kilobytes could fill the memory ("decompression bomb"). 64 megapixels
-# are 192 MB of RGB.
+# A file of a few kilobytes could otherwise fill the memory ("decompression bomb"). 64 megapixels
+# are 192 MB of RGB. Pillow's own limit is wider, and applies as well.
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_BYTES = 64 * 1024 * 1024
-# Pillow's own limit is wider and warns on the way
-Image.MAX_IMAGE_PIXELS = None
-# of odd tags in files whose pixels are good
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-# not EPS, whose reader starts a program
+# no EPS: its reader starts a program
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
 FITS = ("squash", "centre", "random")
 
@@ -39,15 +34,24 @@ _UPRIGHT = {
 }
 
 
-def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels for a model of side `size`; transparency shows white, and a photo stands as its
-    EXIF says.
+def silence_pillow() -> None:
+    """Hide Pillow's warnings about odd metadata in images whose pixels are good.
 
-    `fit`: "squash" to size x size; "centre" scales the shorter side to `size` and cuts the middle
-    out; "random" only scales the shorter side: where the square is cut is drawn later, by
-    `make_sequence`. Raises ValueError, in one line, for what `decode_full` refuses.
+    It changes the process's warning filters, so only commands call it. What cannot be decoded is
+    still an error.
     """
-    # twice the size: scaled decoding does not show after the bicubic filter
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels for a model with images of side `size`, over white and turned as EXIF says.
+
+    fit: "squash" to size x size; "centre" scales the shorter side to `size` and crops the middle;
+    "random" only scales the shorter side, and sequence.py draws the crop later. Raises ValueError,
+    in one line, for what `decode_full` refuses.
+    """
+    # At twice the size, scaled JPEG decoding is invisible after the bicubic filter.
     image = _upright(data, 2 * size)
     if fit == "squash":
         width = height = size
@@ -64,47 +68,47 @@ def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h 
 
 
 def decode_full(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """The whole picture, upright: JPEG, PNG, WebP, GIF (first frame), BMP, TIFF; 16-bit, palette,
-    CMYK, grey; transparency over white.
+    """The upright image at full size, transparency over white.
 
-    Raises ValueError, in one line, for what is no image, is cut short, or has more than MAX_BYTES
-    or MAX_PIXELS.
+    Reads JPEG, PNG, WebP, GIF (its first frame), BMP and TIFF, in 16 bits, with a palette, CMYK or
+    grey. Raises ValueError, in one line, for data that is not an image or is truncated, and for
+    more than MAX_BYTES or MAX_PIXELS.
     """
     return np.array(_upright(data, 0))
 
 
 def header_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the header, as stored; None for what is no image."""
+    """Width and height in the header, before any rotation; None if it is not an image."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS).size
-    # as in _upright
+    # Pillow raises nearly anything for broken files.
     except Exception:
         return None
 
 
 def encode(image: UInt8[np.ndarray, "h w 3"], quality: int = 90) -> bytes:
-    """A JPEG with full chroma: how frames of videos are stored. The same bytes for the same
-    pixels.
-    """
+    """A JPEG without chroma subsampling, as video frames are stored. Deterministic."""
     return simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444"
     )
 
 
 def _upright(data: bytes, least: int) -> Image.Image:
-    """RGB; a JPEG may come at a half, a quarter or an eighth of its size, its sides at least
-    `least` (0: only whole).
+    """The upright RGB image.
+
+    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if its sides stay at least `least` pixels
+    (0: at full size only).
     """
     try:
         if len(data) > MAX_BYTES:
             raise ValueError(f"{len(data)} bytes are over the limit of {MAX_BYTES}")
-        # reads the header only
+        # reads only the header
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(
                 f"{image.width} x {image.height} pixels are over the limit of {MAX_PIXELS}"
             )
-        # Pillow turns those itself
+        # Pillow rotates TIFFs itself.
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))
         image = (
             _jpeg(data, image, least)
@@ -112,10 +116,10 @@ def _upright(data: bytes, least: int) -> Image.Image:
             else _rgb(image)
         )
         return image if turn is None else image.transpose(turn)
-    # whose text is an address in memory
+    # Its message holds an address in memory, and reasons must be reproducible.
     except UnidentifiedImageError as error:
         raise ValueError("not a usable image: cannot identify its format") from error
-    # on broken files Pillow's readers raise nearly anything
+    # Pillow raises nearly anything for broken files.
     except Exception as error:
         raise ValueError(" ".join(f"not a usable image: {error}".split())) from error
 
@@ -123,7 +127,7 @@ def _upright(data: bytes, least: int) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    # the pixels may be good though the EXIF is not
+    # The pixels may be good even if the EXIF data is not.
     except Exception:
         return 1
 
@@ -133,24 +137,28 @@ def _jpeg(data: bytes, image: Image.Image, least: int) -> Image.Image:
         return Image.fromarray(
             simplejpeg.decode_jpeg(data, min_height=least, min_width=least, min_factor=2)
         )
-    # it refuses what libjpeg only warns of; Pillow does not
+    # It refuses files that libjpeg only warns about; Pillow reads them.
     except ValueError:
         return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    # Pillow would clip 16-bit grey to white
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        clear = image.info.get("transparency")
-        image = Image.fromarray(
-            (values >> 8 if values.max(initial=0) > 255 or image.mode != "I" else values)
-            .clip(0, 255)
-            .astype(np.uint8)
-        )
-        if clear is not None:
-            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        image = _from_integers(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_integers(image: Image.Image) -> Image.Image:
+    """16-bit or 32-bit grey as 8-bit grey: Pillow's own conversion would clip it to white."""
+    values = np.asarray(image)
+    is_16_bit = image.mode != "I" or values.max(initial=0) > 255
+    grey = (values >> 8 if is_16_bit else values).clip(0, 255)
+    converted = Image.fromarray(grey.astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        alpha = np.where(values == transparent, 0, 255)
+        converted.putalpha(Image.fromarray(alpha.astype(np.uint8)))
+    return converted

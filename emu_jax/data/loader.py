@@ -1,10 +1,9 @@
-"""The loader: streams are filled by threads, for which processes may read, into batches ahead of
-the step, and a batch travels with its state.
+"""The loader: threads prefetch packed batches, through reader processes if configured, and each
+batch carries the state after it.
 
-Rows b of the global batch belong to stream b // (B / S), and a host owns neighbouring streams: so
-the n-th global batch is the same for any number of hosts. The state of a batch is the one *after*
-it: save that of the last batch you consumed, and what was made ahead is simply made again. Read
-next: ../loop.py.
+The rows b of the global batch belong to stream b // (B / S), and a host owns neighbouring streams,
+so the n-th global batch is the same for any number of hosts. Save the state of the last batch you
+consumed: after a restore, prefetched batches are made again. Read next: ../loop.py.
 """
 
 import logging
@@ -25,43 +24,45 @@ from emu_jax.data.mixture import COUNTS, Mixture, Stream
 from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
 from emu_jax.data.precomputed import KINDS, Precomputed, attach
 from emu_jax.data.reader_pool import ReaderPool, RetryingSource
-from emu_jax.data.sequence import LABELS, SourceRule, make_sequence
+from emu_jax.data.sequence import LABELS, SequenceBuilder, SourceRule
 from emu_jax.data.sources import CACHE_BYTES, CachedSource, Source
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
-# records of a source (or all, if it has fewer) that are read before its share of corrupt ones is
-# judged
-JUDGED = 100
+# Records of a source (all, if it has fewer) to read before its share of corrupt ones is checked.
+MIN_RECORDS_JUDGED = 100
+PACKINGS = ("first_fit", "best_fit")
+# what happens to records that cannot be read
+UNREADABLE_CHOICES = ("skip", "stop")
+STARTS = ("first", "random")
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A host's rows of a global batch, as NumPy arrays, and what travels with them."""
+    """One host's rows of a global batch, as NumPy arrays, with their ids and the state after it."""
 
     batch: Batch
     # "source/document" of each row
     ids: list[list[str]]
-    # JSON-able: of this host's streams after this batch; {} in an evaluation
+    # JSON-able state of this host's streams after this batch; {} in an evaluation
     state: dict
-    # of this host's streams since the run began, resumed runs included: `statistics`
+    # `statistics` of this host's streams since the run began, before it was resumed too
     stats: dict
 
 
 class Loader:
-    """Batches of `data.mixture` for ever; or, with `eval`, of `data.eval_mixture` once, in a fixed
-    order, each time it is iterated.
+    """Endless batches of `data.mixture`, or with `eval` one pass over `data.eval_mixture`.
 
-    `data` is the config's group of that name. This is process `process` of `processes`; the batch's
-    rows are B / processes. Iterating continues after the last item that was handed out (or from
-    `restore`). One iteration at a time. The rows after an evaluation's last document are empty:
-    segments and weights 0. In an evaluation every process reads all streams, for none may end
-    before the others.
+    `data` is the config group of that name, and this is process `process` of `processes`, which
+    gets B / processes rows of each batch. Iterating continues after the last batch that was handed
+    out, or from `restore`; only one iteration at a time. An evaluation has a fixed order each time,
+    ends with empty rows (segments and weights 0), and every process reads all of its streams, so
+    that all of them stop at the same batch.
 
-    With data.conditions or data.latents batches are DecoderBatches. chats: has the model tokens for
-    conversations? Raises UserError for settings that do not fit one another and for more corrupt
+    With data.conditions or data.latents it yields DecoderBatches. chats: whether the model has
+    tokens for conversations. Raises UserError for inconsistent settings, and for more corrupt
     records than `data.max_bad_share`.
     """
 
@@ -77,30 +78,32 @@ class Loader:
         eval: bool = False,
         chats: bool = True,
     ):
-        rows = data.eval_mixture if eval else data.mixture
-        _check(data, rows, "eval_mixture" if eval else "mixture", n_visual, processes)
+        field = "eval_mixture" if eval else "mixture"
+        rows = data[field]
+        check_config(data, field, n_visual, processes)
         self.data = data
         self.eval = eval
         self.image_size = image_size
         self.pad = tokenizer.pad
-        self.source_names = tuple(row[0] for row in rows)
-        opened = [sources.open_source(row[2], image_size, data.fit) for row in rows]
+        self.source_names = tuple(name for name, *_ in rows)
         self.readers = ReaderPool(
-            opened, data.readers or data.workers, data.patience, data.readers > 0
+            [sources.open_source(path, image_size, data.fit) for _, _, path, *_ in rows],
+            count=data.readers or data.workers,
+            seconds=data.patience,
+            processes=data.readers > 0,
         )
         self.mixture = Mixture(
-            self.source_names,
-            tuple(float(row[1]) for row in rows),
-            tuple(map(self._retrying, range(len(rows)))),
-            data.num_streams,
-            seed,
-            tuple(SourceRule(**(row[3] if len(row) > 3 else {})) for row in rows),
+            names=self.source_names,
+            weights=tuple(float(weight) for _, weight, *_ in rows),
+            sources=tuple(self._source(number) for number in range(len(rows))),
+            streams=data.num_streams,
+            seed=seed,
+            rules=tuple(SourceRule(**(rule[0] if rule else {})) for _, _, _, *rule in rows),
         )
-        self.owned = range(
-            process * data.num_streams // processes, (process + 1) * data.num_streams // processes
-        )
-        self.to_sequence = partial(
-            make_sequence,
+        first = process * data.num_streams // processes
+        last = (process + 1) * data.num_streams // processes
+        self.owned = range(first, last)
+        self.to_sequence = SequenceBuilder(
             tokenizer=tokenizer,
             n_visual=n_visual,
             max_tokens=data.tokens,
@@ -110,37 +113,70 @@ class Loader:
             chats=chats,
             system=data.system,
         )
-        self.fit = {
-            "first_fit": first_fit,
-            "best_fit": partial(best_fit, row_tokens=data.tokens, row_images=data.images),
-        }[data.packing]
+        if data.packing == "best_fit":
+            self.fit = partial(best_fit, row_tokens=data.tokens, row_images=data.images)
+        else:
+            self.fit = first_fit
         self.precomputed = {
-            kind: Precomputed(
-                data[kind], kind, "eval_mixture" if eval else "mixture", self._documents
-            )
+            kind: Precomputed(data[kind], kind, field, self._documents)
             for kind in KINDS
             if data[kind]
         }
         self.state: dict = {}
         self.warned_of_cuts = False
         self.pool: ThreadPoolExecutor | None = None
-        for name, source in zip(self.source_names, self.mixture.sources):
-            log.info("source %s: %d documents", name, len(source))
-        ahead = (2 + data.prefetch) * len(self.owned) * self._rows * data.images * 3 * image_size**2
+        self._log_sizes()
+
+    def _log_sizes(self) -> None:
+        for name, documents in self._documents.items():
+            log.info("source %s: %d documents", name, documents)
+        images = (2 + self.data.prefetch) * len(self.owned) * self._rows * self.data.images
         log.info(
-            "memory: %d MiB of batches made ahead, at most %d MiB of documents in the caches of the sources, %d documents that wait, "
-            "%d processes that hold one each",
-            ahead >> 20,
-            len(rows) * CACHE_BYTES >> 20,
-            len(self.owned) * data.pack_lookahead,
-            data.readers,
+            "memory: %d MiB of prefetched batches, at most %d MiB of cached documents, "
+            "%d documents waiting to be packed, %d reader processes with one document each",
+            3 * images * self.image_size**2 >> 20,
+            len(self.source_names) * CACHE_BYTES >> 20,
+            len(self.owned) * self.data.pack_lookahead,
+            self.data.readers,
         )
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         self.close()
-        pool = self.pool = ThreadPoolExecutor(max(self.data.workers, self.data.readers), "data")
+        pool = ThreadPoolExecutor(max(self.data.workers, self.data.readers), "data")
+        self.pool = pool
+        streams = self._streams()
+        # the last task of each stream
+        tasks: list[Future | None] = [None] * len(streams)
+        ahead: deque[tuple[Batch, list[Future]]] = deque()
+        try:
+            while True:
+                while len(ahead) <= self.data.prefetch:
+                    batch = self._empty_batch()
+                    # A stream's task waits for its previous one: the only order threads must keep.
+                    submitted = [
+                        pool.submit(self._fill, stream, batch, previous)
+                        for stream, previous in zip(streams, tasks)
+                    ]
+                    ahead.append((batch, submitted))
+                    tasks = [*submitted]
+                batch, submitted = ahead.popleft()
+                loaded = self._loaded_batch(batch, streams, [task.result() for task in submitted])
+                if loaded is None:
+                    return
+                if not self.eval:
+                    self.state = loaded.state
+                yield loaded
+                # The consumer may have closed the loader or started another iteration.
+                if self.pool is not pool:
+                    return
+        finally:
+            if self.pool is pool:
+                self.close()
+
+    def _streams(self) -> list[Stream]:
         states = self.state.get("streams", {})
-        streams = [
+        numbers = range(self.data.num_streams) if self.eval else self.owned
+        return [
             Stream(
                 self.mixture,
                 number,
@@ -150,65 +186,41 @@ class Loader:
                 self.eval,
                 self.fit,
             )
-            for number in (range(self.data.num_streams) if self.eval else self.owned)
+            for number in numbers
         ]
-        tasks: list[Future | None] = [None] * len(streams)
-        ahead: deque[tuple[Batch, list[Future]]] = deque()
-        try:
-            while True:
-                while len(ahead) <= self.data.prefetch:
-                    batch = empty_batch(
-                        len(self.owned) * self._rows,
-                        self.data.tokens,
-                        self.data.images,
-                        self.image_size,
-                        self.pad,
-                    )
-                    # A stream's task starts after its task of the batch before: the only order that
-                    # threads have to keep.
-                    tasks = [
-                        pool.submit(self._fill, stream, batch, task)
-                        for stream, task in zip(streams, tasks)
-                    ]
-                    ahead.append((batch, tasks))
-                batch, done = ahead.popleft()
-                item = self._loaded_batch(batch, streams, [task.result() for task in done])
-                if item is None:
-                    return
-                if not self.eval:
-                    self.state = item.state
-                yield item
-                # closed meanwhile
-                if self.pool is not pool:
-                    return
-        finally:
-            if self.pool is pool:
-                self.close()
+
+    def _empty_batch(self) -> Batch:
+        rows = len(self.owned) * self._rows
+        return empty_batch(rows, self.data.tokens, self.data.images, self.image_size, self.pad)
 
     def restore(self, state: dict) -> None:
-        """Continues after the batch whose state this is; one of several processes needs only its
-        own streams in it (`merge_states`).
+        """Continue after the batch that had this state, which must hold this process's streams.
+
+        Raises UserError if the data or the number of streams changed.
         """
         self.close()
-        for what, saved, here in (
-            ("data.num_streams", state["num_streams"], self.data.num_streams),
-            ("sources with their numbers of documents", state["documents"], self._documents),
-        ):
-            if saved != here:
-                raise UserError(
-                    f"the saved state of the data is of other {what}: {saved}, and this run has {here}"
-                )
+        if state["num_streams"] != self.data.num_streams:
+            raise UserError(
+                f"the saved data state has data.num_streams={state['num_streams']}, "
+                f"but this run has {self.data.num_streams}"
+            )
+        if state["documents"] != self._documents:
+            raise UserError(
+                f"the saved data state has other sources or numbers of documents: "
+                f"{state['documents']}, but this run has {self._documents}"
+            )
         missing = [number for number in self.owned if str(number) not in state["streams"]]
         if missing:
             raise UserError(
-                f"the saved state of the data lacks stream {missing[0]} of {self.data.num_streams}; "
-                "the states of all processes that saved it are needed"
+                f"the saved data state lacks stream {missing[0]} of {self.data.num_streams}; "
+                "merge the states of all processes that saved it"
             )
         self.state = state
 
     def close(self) -> None:
-        """Ends an iteration that is under way and waits for its threads and processes; the loader
-        can be iterated again.
+        """Stop the current iteration and wait for its threads and processes.
+
+        The loader can be iterated again.
         """
         pool = self.pool
         self.pool = None
@@ -216,20 +228,16 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
             self.readers.close()
 
-    def _retrying(self, number: int) -> Source:
-        return CachedSource(
-            RetryingSource(
-                self.readers,
-                number,
-                self.source_names[number],
-                self.data.retries,
-                self.data.unreadable,
-            )
+    def _source(self, number: int) -> Source:
+        name = self.source_names[number]
+        retrying = RetryingSource(
+            self.readers, number, name, self.data.retries, self.data.unreadable
         )
+        return CachedSource(retrying)
 
     @property
-    # of a stream in a batch
     def _rows(self) -> int:
+        """Rows of a stream in a batch."""
         return self.data.batch // self.data.num_streams
 
     @property
@@ -239,8 +247,9 @@ class Loader:
     def _fill(
         self, stream: Stream, batch: Batch, previous: Future | None
     ) -> tuple[list[list[str]], dict]:
-        """A thread's task: the stream's rows of the batch, written in place -> (ids by row, the
-        stream's state).
+        """Write a stream's rows of the batch in place: the task of a thread.
+
+        Returns the ids of each row and the stream's state after it.
         """
         if previous is not None:
             previous.result()
@@ -261,23 +270,8 @@ class Loader:
     ) -> LoadedBatch | None:
         states = {str(stream.number): state for stream, (_, state) in zip(streams, results)}
         stats = statistics(states, self.data.tokens, self._documents, self.data.num_streams)
-        for name, documents in self._documents.items():
-            read = stats["read"][name]
-            bad = stats["bad"][name]
-            if read >= min(JUDGED, documents) and bad > self.data.max_bad_share * read:
-                raise UserError(
-                    f"source {name!r}: {bad} of {read} records are corrupt (each is named in the log), more than "
-                    f"data.max_bad_share={self.data.max_bad_share} allows; mend the data or raise the share"
-                )
-        if stats["cut_turns"] and not self.warned_of_cuts:
-            self.warned_of_cuts = True
-            log.warning(
-                "conversations are longer than data.tokens=%d and data.images=%d allow: their last turns are left out, %d so far; "
-                "metrics.jsonl goes on counting (cut_turns, cut_documents)",
-                self.data.tokens,
-                self.data.images,
-                stats["cut_turns"],
-            )
+        self._check_corrupt(stats)
+        self._warn_of_cuts(stats["cut_turns"])
         if not any(row for rows, _ in results for row in rows):
             return None
         ids = [
@@ -286,24 +280,42 @@ class Loader:
             if stream.number in self.owned
             for row in rows
         ]
-        state = (
-            {}
-            if self.eval
-            else {
-                "num_streams": self.data.num_streams,
-                "documents": self._documents,
-                "streams": states,
-            }
-        )
-        return LoadedBatch(
-            attach(batch, ids, self.precomputed) if self.precomputed else batch, ids, state, stats
-        )
+        state = {
+            "num_streams": self.data.num_streams,
+            "documents": self._documents,
+            "streams": states,
+        }
+        if self.precomputed:
+            batch = attach(batch, ids, self.precomputed)
+        return LoadedBatch(batch, ids, {} if self.eval else state, stats)
+
+    def _check_corrupt(self, stats: dict) -> None:
+        for name, documents in self._documents.items():
+            read = stats["read"][name]
+            bad = stats["bad"][name]
+            if read < min(MIN_RECORDS_JUDGED, documents):
+                continue
+            if bad > self.data.max_bad_share * read:
+                raise UserError(
+                    f"source {name!r}: {bad} of {read} records are corrupt (the log names each), "
+                    f"more than data.max_bad_share={self.data.max_bad_share} allows; "
+                    "repair the data or raise the share"
+                )
+
+    def _warn_of_cuts(self, cut_turns: int) -> None:
+        if cut_turns and not self.warned_of_cuts:
+            self.warned_of_cuts = True
+            log.warning(
+                "some conversations are longer than data.tokens=%d and data.images=%d allow; "
+                "their last turns are left out, %d so far (metrics cut_turns, cut_documents)",
+                self.data.tokens,
+                self.data.images,
+                cut_turns,
+            )
 
 
 def merge_states(states: list[dict]) -> dict:
-    """One state of those that the processes have after one and the same batch, for `restore` on any
-    number of processes.
-    """
+    """The states that all processes had after one batch, as one for `Loader.restore`."""
     if len(states) == 1:
         return states[0]
     return {
@@ -317,11 +329,12 @@ def merge_states(states: list[dict]) -> dict:
 def statistics(
     streams: dict[str, dict], tokens: int, documents: dict[str, int], num_streams: int
 ) -> dict[str, Any]:
-    """Sums over streams' states, rows being `tokens` long: packed rows, documents, tokens, images,
-    cut_documents, cut_tokens and cut_turns; records `read` and `bad` by source (those that wait
-    included); `epochs` by source: how often its `documents` were read, by all of the `num_streams`
-    streams if these are not all (below 1 it is the share of the source that was seen, for an epoch
-    repeats nothing); `padding`, the share of positions that hold nothing.
+    """Counts of all streams, summed.
+
+    "read" and "bad" count records by source, with those still waiting. "epochs" by source is how
+    often all `num_streams` streams read its `documents`, extrapolated from the streams given; below
+    1 it is the share of the source seen so far. "padding" is the share of empty positions in rows
+    of `tokens` tokens. All other keys are COUNTS.
     """
     stats: dict[str, Any] = {
         name: sum(stream["counts"][name] for stream in streams.values()) for name in COUNTS
@@ -340,105 +353,118 @@ def statistics(
     return stats
 
 
-def _check(data: ConfigDict, mixture: tuple, field: str, n_visual: int, processes: int) -> None:
-    for name, least in (
-        ("batch", 1),
-        ("num_streams", 1),
-        ("images", 1),
-        ("pack_lookahead", 1),
-        ("workers", 1),
-        ("readers", 0),
-        ("prefetch", 0),
-        ("patience", 0),
-        ("retries", 0),
-        # <s> and one image
-        ("tokens", n_visual + 3),
-    ):
+def check_config(data: ConfigDict, field: str, n_visual: int, processes: int) -> None:
+    """Raise UserError for settings that are wrong or contradict one another.
+
+    field: "mixture" or "eval_mixture", the one that is read.
+    """
+    minimum = {
+        "batch": 1,
+        "num_streams": 1,
+        "images": 1,
+        "pack_lookahead": 1,
+        "workers": 1,
+        "readers": 0,
+        "prefetch": 0,
+        "patience": 0,
+        "retries": 0,
+    }
+    choices = {
+        "fit": FITS,
+        "packing": PACKINGS,
+        "unreadable": UNREADABLE_CHOICES,
+        "system": SYSTEM_CHOICES,
+    }
+    for name, least in minimum.items():
         if data[name] < least:
-            raise UserError(
-                f"data.{name} is {data[name]}; it must be at least {least}"
-                + (
-                    f", to hold <s> and an image of {n_visual} visual tokens"
-                    if name == "tokens"
-                    else ""
-                )
-            )
+            raise UserError(f"data.{name} is {data[name]}; it must be at least {least}")
+    if data.tokens < _min_tokens(n_visual):
+        raise UserError(
+            f"data.tokens is {data.tokens}; it must be at least {_min_tokens(n_visual)}, "
+            f"to hold <s> and an image of {n_visual} visual tokens"
+        )
     for name in ("image_first", "max_bad_share"):
         if not 0 <= data[name] <= 1:
-            raise UserError(f"data.{name} is {data[name]}; it must lie between 0 and 1")
-    if strange := set(data.labels) - set(LABELS):
-        raise UserError(f"data.labels holds {min(strange)!r}; there are {', '.join(LABELS)}")
+            raise UserError(f"data.{name} is {data[name]}; it must be between 0 and 1")
+    for name, known in choices.items():
+        if data[name] not in known:
+            raise UserError(f"data.{name} is {data[name]!r}; choose from {', '.join(known)}")
+    if unknown := set(data.labels) - set(LABELS):
+        raise UserError(f"data.labels holds {min(unknown)!r}; choose from {', '.join(LABELS)}")
     if data.batch % data.num_streams:
         raise UserError(
             f"data.batch={data.batch} must be a multiple of data.num_streams={data.num_streams}"
         )
     if data.num_streams % processes:
         raise UserError(
-            f"data.num_streams={data.num_streams} must be a multiple of the number of hosts, {processes}"
+            f"data.num_streams={data.num_streams} must be a multiple of the number of hosts, "
+            f"{processes}"
         )
+    _check_mixture(data[field], field, n_visual)
+    if data.conditions or data.latents:
+        _check_first_images(data, field)
+
+
+def _check_mixture(mixture: tuple, field: str, n_visual: int) -> None:
     if not mixture:
-        raise UserError(
-            f"data.{field} is empty; give it a (name, weight, path) row for every source"
-        )
-    for name, known in (
-        ("fit", FITS),
-        ("packing", ("first_fit", "best_fit")),
-        ("unreadable", ("skip", "stop")),
-        ("system", SYSTEM_CHOICES),
-    ):
-        if data[name] not in known:
-            raise UserError(f"data.{name} is {data[name]!r}; there are {', '.join(known)}")
+        raise UserError(f"data.{field} is empty; add a (name, weight, path) row for each source")
     for row in mixture:
         if not isinstance(row, (tuple, list)) or len(row) not in (3, 4):
             raise UserError(
-                f"data.{field}: {row!r} is not a (name, weight, path) row, nor a (name, weight, path, rule) row"
+                f"data.{field}: {row!r} is not a row (name, weight, path) or "
+                "(name, weight, path, rule)"
             )
-        _check_rule(
-            row[3] if len(row) > 3 else {}, f"data.{field}: the rule of {row[0]!r}", n_visual
-        )
-        if not isinstance(row[1], (int, float)) or not 0 < row[1] < float("inf"):
+        name, weight, _, *rule = row
+        if rule:
+            _check_rule(rule[0], f"data.{field}: the rule of {name!r}", n_visual)
+        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
             raise UserError(
-                f"data.{field}: the weight of {row[0]!r} is {row[1]!r}; it must be a positive number"
+                f"data.{field}: the weight of {name!r} is {weight!r}; it must be a positive number"
             )
     names = [row[0] for row in mixture]
     if len(set(names)) < len(names):
         raise UserError(
-            f"data.{field}: the names of the sources must differ; they are {', '.join(map(str, names))}"
+            f"data.{field}: the names of sources must differ; they are {', '.join(map(str, names))}"
         )
-    if data.conditions or data.latents:
-        _check_first_images(data, mixture, field)
 
 
-def _check_first_images(data: ConfigDict, mixture: tuple, field: str) -> None:
-    """Raises UserError where a row may hold another image than a document's first."""
-    only = "data.conditions and data.latents are made for the first image of a document only"
+def _check_first_images(data: ConfigDict, field: str) -> None:
+    """Raise UserError if a row may hold an image other than the first of its document."""
+    only = "data.conditions and data.latents exist only for the first image of each document"
     if data.images != 1:
         raise UserError(f"data.images={data.images}: {only}; set data.images=1")
-    for name, _, _, *rule in mixture:
+    for name, _, _, *rule in data[field]:
         if rule and (rule[0].get("start") == "random" or rule[0].get("pairs")):
             raise UserError(
-                f"data.{field}: the rule of {name!r} may leave that out: {only}; set neither start nor pairs"
+                f"data.{field}: the rule of {name!r} may leave that image out: {only}; "
+                "remove its start and pairs"
             )
 
 
-def _check_rule(rule: Any, what: str, n_visual: int) -> None:
-    known = {field.name: field for field in fields(SourceRule)}
-    if not isinstance(rule, dict) or set(rule) - set(known):
-        raise UserError(f"{what} is {rule!r}; it is a dict of {', '.join(known)}")
+def _check_rule(rule: Any, where: str, n_visual: int) -> None:
+    defaults = {field.name: field.default for field in fields(SourceRule)}
+    if not isinstance(rule, dict) or set(rule) - set(defaults):
+        raise UserError(f"{where} is {rule!r}; it must be a dict of {', '.join(defaults)}")
     for name, value in rule.items():
-        default = known[name].default
-        if type(value) is not type(default) and not (
-            isinstance(default, float) and type(value) is int
-        ):
-            raise UserError(f"{what}: {name} is {value!r}; it must be like {default!r}")
-    rule = SourceRule(**rule)
-    if rule.start not in ("first", "random"):
-        raise UserError(f"{what}: start is {rule.start!r}; there are first and random")
-    if (
-        0 < rule.tokens < n_visual + 3
-        or min(rule.tokens, rule.images, rule.pairs) < 0
-        or rule.image_first > 1
-    ):
+        default = defaults[name]
+        is_int_for_float = isinstance(default, float) and type(value) is int
+        if type(value) is not type(default) and not is_int_for_float:
+            kind = type(default).__name__
+            raise UserError(f"{where}: {name} is {value!r}; it must be of type {kind}")
+    checked = SourceRule(**rule)
+    if checked.start not in STARTS:
+        raise UserError(f"{where}: start is {checked.start!r}; choose from {', '.join(STARTS)}")
+    for name in ("tokens", "images", "pairs"):
+        if getattr(checked, name) < 0:
+            raise UserError(f"{where}: {name} is {getattr(checked, name)}; it must be at least 0")
+    if 0 < checked.tokens < _min_tokens(n_visual):
         raise UserError(
-            f"{what}: tokens is 0 or at least {n_visual + 3}, images and pairs are not negative, image_first is at most 1"
+            f"{where}: tokens is {checked.tokens}; it must be 0 or at least {_min_tokens(n_visual)}"
         )
+    if checked.image_first > 1:
+        raise UserError(f"{where}: image_first is {checked.image_first}; it must be at most 1")
+
+
+def _min_tokens(n_visual: int) -> int:
+    """`<s>` and one image with its two marks."""
+    return n_visual + 3

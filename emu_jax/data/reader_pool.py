@@ -1,9 +1,9 @@
-"""Sources that are waited for: what a hung file system, a failing disk or a crashing decoder does
-to the loader is said, tried again, and then skipped or an error.
+"""Retrying sources: when a read hangs, the disk fails or a decoder crashes, log it, retry, then
+skip the record or stop the run.
 
-The loader's threads read through readers: threads, which can only be left alone where they hang, or
-processes, which can be ended and which may die of what they read. Whoever reads, the documents are
-the same. Read next: reader_process.py, the process, then loader.py.
+The loader's threads read through readers: threads, which can only be abandoned when they hang, or
+processes, which can be killed and may crash on what they read. The documents are the same either
+way. Read next: reader_process.py, then loader.py.
 """
 
 import contextlib
@@ -25,21 +25,22 @@ from emu_jax.data.sources import CorruptRecord, Source
 
 log = logging.getLogger(__name__)
 
-# seconds that a process may take to start: its imports come from a file system, too
-START = 300.0
-# how often one is started that does not live to its first question
-STARTS = 3
+# Seconds that a process may take to start: its imports may come from a slow file system.
+START_TIMEOUT = 300.0
+# Attempts to start a process that dies before its first request.
+START_ATTEMPTS = 3
 
 
 class ReaderDied(Exception):
-    """A reader did not answer, and why, in one line."""
+    """A reader hung or died; the message says why, in one line."""
 
 
 class RetryingSource:
-    """Source `number` of `readers`, each record of which is asked for `retries` times more if its
-    reader is lost, or if the disk fails.
+    """Source `number` of `readers`, which retries a read up to `retries` times when the reader dies
+    or the disk fails.
 
-    Then, with `unreadable="skip"`, it counts as corrupt; with "stop" it ends the run (UserError).
+    After that, `unreadable` decides: with "skip" the record counts as corrupt (CorruptRecord), with
+    "stop" the run ends (UserError).
     """
 
     def __init__(
@@ -55,14 +56,14 @@ class RetryingSource:
         return len(self.readers.sources[self.number])
 
     def __getitem__(self, index: int) -> Document:
-        """As that of the source."""
+        """Document `index` of the source. Raises CorruptRecord and UserError."""
         for attempt in range(1 + self.retries):
             try:
-                return self.readers.ask(self.number, index)
+                return self.readers.read(self.number, index)
             except ReaderDied as error:
                 reason = str(error)
             except CorruptRecord as error:
-                # what is read is bad, and will be again
+                # A retry helps only if the disk failed: bad data stays bad.
                 if not error.disk:
                     raise
                 reason = error.reason
@@ -76,117 +77,129 @@ class RetryingSource:
             )
         if self.unreadable == "stop":
             raise UserError(
-                f"source {self.name!r}: record {index} cannot be read: {reason}; is the file system well? "
-                "data.unreadable=skip goes on without it"
+                f"source {self.name!r}: record {index} cannot be read: {reason}; check the file "
+                "system, or skip such records with data.unreadable=skip"
             )
         raise CorruptRecord(f"record {index}", reason)
 
 
 class ReaderPool:
-    """`count` readers of `sources`, threads or `processes`, started when they are needed: so many
-    questions are asked at a time, and a record each is all that they hold. One that does not answer
-    within `seconds` (0: it is waited for), or dies, is replaced. Thread-safe.
+    """`count` readers of `sources`, threads or `processes`, started when first needed.
+
+    They serve `count` requests at once and hold one record each. A reader that dies, or does not
+    answer within `seconds` (0: no limit), is replaced. Thread-safe.
     """
 
     def __init__(self, sources: Sequence[Source], count: int, seconds: float, processes: bool):
         self.sources = sources
         self.seconds = seconds
-        # None: one that is not started
-        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._make = _Process if processes else _Thread
+        # None stands for a reader that is not started
+        self._idle: queue.SimpleQueue[_Thread | _Process | None] = queue.SimpleQueue()
+        self._reader_type = _Process if processes else _Thread
         for _ in range(count):
             self._idle.put(None)
 
-    def ask(self, number: int, index: int) -> Document:
-        """Document `index` of source `number`. Raises what that raises, ReaderDied, and UserError where
-        no process can be started.
+    def read(self, number: int, index: int) -> Document:
+        """Document `index` of source `number`.
+
+        Raises what the source raises, ReaderDied, and UserError if no process can be started.
         """
         reader = self._idle.get()
         try:
-            reader = reader or self._start()
+            if reader is None:
+                reader = self._start()
             document, error = reader.ask(number, index)
-        # whatever it was: what it answers next may be to this question
         except BaseException:
-            # None: the next question starts another
-            reader = reader and reader.end()
+            # Its next answer may belong to this request, so the next request starts another reader.
+            if reader is not None:
+                reader.end()
+            reader = None
             raise
         finally:
             self._idle.put(reader)
         if error is not None:
             raise error
+        assert document is not None, "a reader answers with a document or an error"
         return document
 
     def _start(self) -> "_Thread | _Process":
-        for attempt in range(STARTS):
+        for attempt in range(START_ATTEMPTS):
             try:
-                return self._make(self.sources, self.seconds)
+                return self._reader_type(self.sources, self.seconds)
             except ReaderDied as error:
                 reason = str(error)
                 log.warning(
-                    "a process that reads for the loader does not start: %s (attempt %d of %d)",
+                    "a reader process does not start: %s (attempt %d of %d)",
                     reason,
                     attempt + 1,
-                    STARTS,
+                    START_ATTEMPTS,
                 )
         raise UserError(
-            f"a process that reads for the loader does not start: {reason}; data.readers=0 does without"
+            f"a reader process does not start: {reason}; data.readers=0 reads without processes"
         )
 
     def close(self) -> None:
-        """Ends the readers that are idle; `ask` starts new ones."""
+        """End the idle readers; `read` starts new ones."""
         idle = []
         with contextlib.suppress(queue.Empty):
             while True:
                 idle.append(self._idle.get_nowait())
         for reader in idle:
-            self._idle.put(reader.end() if reader else None)
+            if reader is not None:
+                reader.end()
+            self._idle.put(None)
 
 
 class _Thread:
-    """Ends when it is told to, if it ever comes back from what it reads."""
+    """A reader thread. It stops on request, once its current read returns."""
 
     def __init__(self, sources: Sequence[Source], seconds: float):
         self.seconds = seconds or None
-        self.questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(
-            target=_serve, args=(sources, self.questions, self.answers), name="reader", daemon=True
+            target=_serve, args=(sources, self.requests, self.answers), name="reader", daemon=True
         ).start()
 
     def ask(self, number: int, index: int) -> tuple[Document | None, Exception | None]:
-        self.questions.put((number, index))
+        self.requests.put((number, index))
         try:
             return self.answers.get(timeout=self.seconds)
         except queue.Empty:
             raise ReaderDied(f"no answer within {self.seconds:g} seconds") from None
 
     def end(self) -> None:
-        self.questions.put(None)
+        self.requests.put(None)
 
 
 def _serve(
-    sources: Sequence[Source], questions: queue.SimpleQueue, answers: queue.SimpleQueue
+    sources: Sequence[Source], requests: queue.SimpleQueue, answers: queue.SimpleQueue
 ) -> None:
-    while (question := questions.get()) is not None:
-        number, index = question
+    while (request := requests.get()) is not None:
+        number, index = request
         try:
             answers.put((sources[number][index], None))
-        # handed on, whatever it is
+        # The thread that asked raises it.
         except Exception as error:
             answers.put((None, error))
 
 
 class _Process:
-    """A Python of its own that knows reader_process.py and the sources, and no accelerator. Not forked, for
-    JAX's threads hold locks, and not multiprocessing's, which would import the program that trains.
-    Raises ReaderDied where it does not start.
+    """A reader process: a new Python that runs reader_process.py, without an accelerator.
+
+    It is not forked, because JAX's threads hold locks, and does not use multiprocessing, which
+    would import the training program. Raises ReaderDied if it does not start.
     """
 
     def __init__(self, sources: Sequence[Source], seconds: float):
         self.seconds = seconds
         self.link, theirs = socket.socketpair()
         with theirs:
-            program = f"import sys; sys.path[:] = {sys.path!r}; from emu_jax.data import reader_process; reader_process.main({theirs.fileno()})"
+            program = (
+                f"import sys; sys.path[:] = {sys.path!r}; "
+                "from emu_jax.data import reader_process; "
+                f"reader_process.main({theirs.fileno()})"
+            )
             self.process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 pass_fds=[theirs.fileno()],
@@ -194,7 +207,7 @@ class _Process:
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
             )
         self.file = self.link.makefile("rwb")
-        self.link.settimeout(START)
+        self.link.settimeout(START_TIMEOUT)
         try:
             self._exchange(list(sources))
         except ReaderDied:
@@ -206,25 +219,26 @@ class _Process:
         return self._exchange((number, index))
 
     def end(self) -> None:
-        """It holds nothing that could be lost. One that hangs in the kernel ends when that lets
-        it.
+        """Kill the process, which holds nothing that could be lost.
+
+        One that is blocked in the kernel ends as soon as the kernel returns.
         """
         self.process.kill()
-        # half a question may be left in it
+        # Closing flushes, and the other end may be gone.
         with contextlib.suppress(OSError):
             self.file.close()
         self.link.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
 
-    def _exchange(self, question: Any) -> Any:
+    def _exchange(self, request: Any) -> Any:
         try:
-            pickle.dump(question, self.file, pickle.HIGHEST_PROTOCOL)
+            pickle.dump(request, self.file, pickle.HIGHEST_PROTOCOL)
             self.file.flush()
             return pickle.load(self.file)
         except TimeoutError:
             raise ReaderDied(f"no answer within {self.link.gettimeout():g} seconds") from None
-        # a broken pipe, or half an answer
+        # The pipe is broken, or the answer incomplete.
         except (EOFError, OSError, pickle.UnpicklingError):
             raise ReaderDied(f"its process died ({self._fate()})") from None
 
@@ -232,4 +246,4 @@ class _Process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self.process.wait(1)
             return signal.Signals(-code).name if code < 0 else f"exit {code}"
-        return "it hung up"
+        return "it closed its socket"

@@ -1,22 +1,25 @@
-"""A process that reads for the loader: it is sent the sources, then (source, index) after (source,
-index), and answers each with its document.
+"""A process that reads for the loader: it receives the sources, then requests (source, index), and
+answers each with the document.
 
-reader_pool.py starts it, and ends it too: signals of the terminal or of a scheduler, which go to all
-processes, are for the one that trains. It also ends when that one is gone. JAX comes into it with
-Grain, and sees no accelerator. Read next: sources/records.py.
+reader_pool.py starts and ends it. It ignores the signals of a terminal or a scheduler, which go to
+all processes but are meant for the trainer, and exits when the trainer is gone. Grain imports JAX,
+which finds no accelerator here. Read next: sources/records.py.
 """
 
 import pickle
 import signal
 import socket
 import traceback
+from typing import IO, Any
 
+from emu_jax.data import images
 from emu_jax.data.documents import Document
 from emu_jax.data.sources import CorruptRecord, Source
 
 
 def main(descriptor: int) -> None:
-    """Answers at the socket `descriptor` until its other end is closed."""
+    """Answer requests at the socket `descriptor` until its other end is closed."""
+    images.silence_pillow()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as link, link.makefile("rwb") as file:
@@ -30,7 +33,7 @@ def main(descriptor: int) -> None:
             return
 
 
-def _send(answer, file) -> None:
+def _send(answer: Any, file: IO[bytes]) -> None:
     pickle.dump(answer, file, pickle.HIGHEST_PROTOCOL)
     file.flush()
 
@@ -40,6 +43,6 @@ def _answer(source: Source, index: int) -> tuple[Document | None, Exception | No
         return source[index], None
     except CorruptRecord as error:
         return None, error
-    # a fault of ours: where it was must not be lost on the way
+    # A bug: tracebacks cannot be pickled, so send the text of this one.
     except Exception:
-        return None, RuntimeError(f"in a process that reads:\n{traceback.format_exc()}")
+        return None, RuntimeError(f"in a reader process:\n{traceback.format_exc()}")

@@ -1,21 +1,22 @@
 """A document becomes one sequence: `<s>` parts `</s>`, where an image is `[IMG]`, N slots and
 `[/IMG]`.
 
-The grammar of Emu (arXiv 2307.05222, section 2; the release's ids and labels). Everything that
-differs between the data sets of the paper is said by the order of a document's parts; the random
-order of a Pair is drawn here. A conversation is written by chat_format.py, and only its answers count.
+This is Emu's grammar (arXiv 2307.05222, section 2), with the ids and labels of its release. The
+order of a document's parts expresses what differs between the paper's data sets; the order of a
+Pair is drawn here. Conversations follow chat_format.py, and only their answers are trained on.
 Read next: packing.py.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from emu_jax.config import UserError
 from emu_jax.data import chat_format
-from emu_jax.data.documents import Document, Pair, Picture, Text
+from emu_jax.data.documents import Document, Image, Pair, Picture, Text
 from emu_jax.data.tokenizer import Tokenizer
 
 LABELS = ("text", "</s>", "[IMG]", "[/IMG]")
@@ -23,8 +24,9 @@ LABELS = ("text", "</s>", "[IMG]", "[/IMG]")
 
 @dataclass(frozen=True)
 class Sequence:
-    """One tokenised document; t tokens and i images of it. With no image, `images` has shape [0, 0,
-    0, 3].
+    """One tokenised document of t tokens and i images.
+
+    Without images, `images` has shape [0, 0, 0, 3].
     """
 
     id: str
@@ -37,267 +39,269 @@ class Sequence:
     image_slots: Int[np.ndarray, " i"]
     # float32; 1 where the image is regressed
     image_weights: Float[np.ndarray, " i"]
-    # tokens that truncation dropped
+    # number of tokens that truncation dropped
     cut: int
-    # and turns of a conversation
+    # number of turns of a conversation that truncation dropped
     cut_turns: int = 0
 
 
 @dataclass(frozen=True)
 class SourceRule:
-    """How the documents of one source become sequences, where that is not how all do: the fourth
-    field of a row of data.mixture.
+    """Overrides of the data settings for one source: the fourth field of a row of data.mixture."""
 
-    `pairs` draws so many of a document's pairs (all, if it has fewer), in their order, and leaves
-    everything else out. `start="random"` begins what is longer than `tokens` at a part drawn at
-    random, in place of its first.
-    """
-
-    # of a sequence, at most; 0: data.tokens
+    # most tokens of a sequence; 0: data.tokens
     tokens: int = 0
-    # the first so many are kept, the others left out and the text goes on; 0: all that data.images
-    # allows
+    # images to keep, later ones are left out but their text stays; 0: as many as data.images
     images: int = 0
-    # or "random"
+    # "first": truncate the end of a long document; "random": start it at a random part
     start: str = "first"
-    # 0: the whole document
+    # number of the document's pairs to draw, kept in order without anything else; 0: the document
     pairs: int = 0
-    # of an image and its text, how often the image comes first; -1: data.image_first
+    # probability that the image of a pair comes before its text; -1: data.image_first
     image_first: float = -1.0
 
 
 NO_RULE = SourceRule()
 
 
-def make_sequence(
-    document: Document,
-    tokenizer: Tokenizer,
-    *,
-    n_visual: int,
-    max_tokens: int,
-    max_images: int,
-    image_first: float,
-    labels: Collection[str],
-    rng: np.random.Generator,
-    rule: SourceRule = NO_RULE,
-    chats: bool = True,
-    system: str = "release",
-) -> Sequence:
-    """The sequence of `document`, of at most `max_tokens` tokens and `max_images` images, made by
-    `rule`.
+@dataclass(frozen=True)
+class _Encoded:
+    """Ids and label weights of one piece, and the image whose slots are among the ids, if any."""
 
-    `labels` says which of LABELS count as labels; `<s>` and the slots never do. Every part that is
-    text is encoded on its own, so the tokenizer's dummy prefix stands between neighbours. What is
-    too long loses its end, `</s>` included, and never a part of an image. `image_first` is the
-    probability that a Pair's image comes first. `rng` is asked once a Pair, once more for an image
-    that is not square (its place of the cut: images.decode, "random"), and by a rule that draws.
-
-    A conversation is cut after a whole turn instead; one whose first turn is too long has no
-    tokens. Its questions and their images count nothing. system: "release" begins it with the
-    release's message, if it has none of its own. Raises CorruptRecord for roles out of order, and
-    UserError for a conversation where the model has no tokens for it (`chats`).
-    """
-    max_tokens = min(max_tokens, rule.tokens or max_tokens)
-    if chat_format.is_conversation(document):
-        if not chats:
-            raise UserError(
-                f"{document.id} is a conversation, and this model has no [USER] and [ASSISTANT]: model.llama.added=6"
-            )
-        return _conversation(
-            document,
-            tokenizer,
-            n_visual,
-            max_tokens,
-            min(max_images, rule.images or max_images),
-            labels,
-            rng,
-            system,
-        )
-    block = [tokenizer.img, *[tokenizer.image] * n_visual, tokenizer.end_img]
-    counts = {label: float(label in labels) for label in LABELS}
-    block_weights = [counts["[IMG]"], *[0.0] * n_visual, counts["[/IMG]"]]
-    pieces: list[tuple[list[int], list[float], np.ndarray | None]] = []
-    for part in _ordered(
-        _chosen(document.parts, rule.pairs, rng),
-        image_first if rule.image_first < 0 else rule.image_first,
-        rng,
-    ):
-        if isinstance(part, np.ndarray):
-            pieces.append((block, block_weights, _square(part, rng)))
-        else:
-            text, weight = (part.text, part.weight) if isinstance(part, Text) else (part, 1.0)
-            ids = tokenizer.encode(text)
-            pieces.append((ids, [weight * counts["text"]] * len(ids), None))
-    before, pieces = _begun(pieces, max_tokens, rule.start, rng)
-
-    tokens = [tokenizer.bos]
-    weights = [0.0]
-    images = []
-    slots = []
-    for ids, counted, image in pieces:
-        if image is not None:
-            if rule.images and len(images) == rule.images:
-                before += len(ids)
-                continue
-            images.append(image)
-            slots.append(len(tokens) + 1)
-        tokens += ids
-        weights += counted
-    tokens.append(tokenizer.eos)
-    weights.append(counts["</s>"])
-
-    keep = min(len(tokens), max_tokens)
-    # images whose [/IMG], at slot + N, is still there
-    kept = min(max_images, sum(slot + n_visual < keep for slot in slots))
-    if kept < len(slots):
-        # before the [IMG] of the first that is not
-        keep = min(keep, slots[kept] - 1)
-    return Sequence(
-        id=document.id,
-        tokens=np.array(tokens[:keep], np.int32),
-        text_weights=np.array(weights[:keep], np.float32),
-        images=np.stack(images[:kept]) if kept else np.zeros((0, 0, 0, 3), np.uint8),
-        image_slots=np.array(slots[:kept], np.int32),
-        image_weights=np.ones(kept, np.float32),
-        cut=before + len(tokens) - keep,
-    )
+    ids: list[int]
+    weights: list[float]
+    image: Image | None = None
+    image_weight: float = 0.0
 
 
-def _conversation(
-    document, tokenizer, n_visual, max_tokens, max_images, labels, rng, system
-) -> Sequence:
-    own, turns = chat_format.split_turns(document)
-    counts = {label: float(label in labels) for label in LABELS}
-    said = own or (
-        chat_format.SYSTEM_MESSAGES[
-            chat_format.question_kind(
-                [part for part in turns[0].question if isinstance(part, Picture)]
-            )
-        ]
-        if system == "release"
-        else ()
-    )
-    written = _Written(tokenizer, n_visual, counts)
-    ends = [written.end]
-    for number, (question, answer) in enumerate(turns):
-        asked = [
-            _square(part.data, rng) if isinstance(part, Picture) else part.text for part in question
-        ]
-        for piece in chat_format.join_texts(
-            [
-                *(chat_format.opening_pieces(tokenizer, said) if number == 0 else ()),
-                *chat_format.question_pieces(tokenizer, asked),
-            ]
-        ):
-            written.add(piece, 0.0)
-        for part in answer:
-            written.add(
-                *(
-                    (_square(part.data, rng), 1.0)
-                    if isinstance(part, Picture)
-                    else (part.text, part.weight)
-                )
-            )
-        written.add(tokenizer.eos, counts["</s>"])
-        ends.append(written.end)
-    kept = max(
-        number
-        for number, (tokens, images) in enumerate(ends)
-        if tokens <= max_tokens and images <= max_images
-    )
-    return written.until(document.id, ends[kept], cut_turns=len(turns) - kept)
+@dataclass
+class _Writer:
+    """A sequence under construction."""
 
+    tokens: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    image_weights: list[float] = field(default_factory=list)
 
-class _Written:
-    """A sequence that grows by pieces."""
-
-    def __init__(self, tokenizer: Tokenizer, n_visual: int, counts: dict[str, float]):
-        self.t = tokenizer
-        self.n = n_visual
-        self.counts = counts
-        self.tokens = []
-        self.weights = []
-        self.images = []
-        self.slots = []
-        self.regressed = []
-
-    @property
-    def end(self) -> tuple[int, int]:
-        """(tokens, images) so far."""
-        return len(self.tokens), len(self.images)
-
-    def add(self, piece: chat_format.Piece, weight: float) -> None:
-        """weight: of a special id as a label; of a text, and of an image as a target, beside what
-        `labels` says.
-        """
-        if isinstance(piece, int):
-            ids = [piece]
-            weights = [weight]
-        elif isinstance(piece, str):
-            ids = self.t.encode(piece)
-            weights = [weight * self.counts["text"]] * len(ids)
-        else:
-            self.images.append(piece)
+    def append(self, piece: _Encoded) -> None:
+        if piece.image is not None:
+            self.images.append(piece.image)
             self.slots.append(len(self.tokens) + 1)
-            self.regressed.append(weight)
-            ids = [self.t.img, *[self.t.image] * self.n, self.t.end_img]
-            weights = [
-                weight * self.counts["[IMG]"],
-                *[0.0] * self.n,
-                weight * self.counts["[/IMG]"],
-            ]
-        self.tokens += ids
-        self.weights += weights
+            self.image_weights.append(piece.image_weight)
+        self.tokens += piece.ids
+        self.weights += piece.weights
 
-    def until(self, id: str, end: tuple[int, int], cut_turns: int) -> Sequence:
-        tokens, images = end
+    def finish(
+        self, id: str, tokens: int, images: int, dropped: int = 0, cut_turns: int = 0
+    ) -> Sequence:
+        """The first `tokens` tokens and `images` images. dropped: tokens that were left out before."""
+        kept = self.images[:images]
         return Sequence(
             id=id,
             tokens=np.array(self.tokens[:tokens], np.int32),
             text_weights=np.array(self.weights[:tokens], np.float32),
-            images=np.stack(self.images[:images]) if images else np.zeros((0, 0, 0, 3), np.uint8),
+            images=np.stack(kept) if kept else np.zeros((0, 0, 0, 3), np.uint8),
             image_slots=np.array(self.slots[:images], np.int32),
-            image_weights=np.array(self.regressed[:images], np.float32),
-            cut=len(self.tokens) - tokens,
+            image_weights=np.array(self.image_weights[:images], np.float32),
+            cut=dropped + len(self.tokens) - tokens,
             cut_turns=cut_turns,
         )
 
 
-def _chosen(parts, pairs, rng):
-    found = [part for part in parts if isinstance(part, Pair)]
-    if not pairs or not found:
+@dataclass(frozen=True)
+class SequenceBuilder:
+    """Turns documents into sequences of at most `max_tokens` tokens and `max_images` images.
+
+    Every text part is encoded on its own, so each starts with the tokenizer's dummy prefix. A
+    document that is too long loses its end, `</s>` included, but never a part of an image. A
+    conversation is cut after a complete turn; if even its first turn is too long, the sequence has
+    no tokens.
+    """
+
+    tokenizer: Tokenizer
+    # N
+    n_visual: int
+    max_tokens: int
+    max_images: int
+    # probability that the image of a pair comes before its text
+    image_first: float
+    # those of LABELS that count as labels; `<s>` and the image slots never do
+    labels: Collection[str]
+    # whether the model has tokens for conversations
+    chats: bool = True
+    # "release": start conversations without a system message with the release's; "none": do not
+    system: str = "release"
+
+    def __call__(
+        self, document: Document, *, rng: np.random.Generator, rule: SourceRule = NO_RULE
+    ) -> Sequence:
+        """The sequence of `document`.
+
+        Draws from `rng`: the choice of pairs if the rule asks for one, the order of each pair, the
+        crop of each image that is not square (images.decode, "random"), and the rule's random
+        start. Raises CorruptRecord for roles out of order, and UserError for a conversation if the
+        model has no tokens for it.
+        """
+        if not chat_format.is_conversation(document):
+            return self._interleaved(document, rng, rule)
+        if not self.chats:
+            raise UserError(
+                f"{document.id} is a conversation, and this model has no [USER] and [ASSISTANT] "
+                "tokens; set model.llama.added=6"
+            )
+        return self._conversation(document, rng, rule)
+
+    def _interleaved(
+        self, document: Document, rng: np.random.Generator, rule: SourceRule
+    ) -> Sequence:
+        max_tokens = self._max_tokens(rule)
+        image_first = self.image_first if rule.image_first < 0 else rule.image_first
+        parts = _in_order(_choose_pairs(document.parts, rule.pairs, rng), image_first, rng)
+        pieces = [self._encode_part(part, rng) for part in parts]
+        first = 0
+        if rule.start == "random":
+            first = _random_start([len(piece.ids) for piece in pieces], max_tokens, rng)
+        dropped = sum(len(piece.ids) for piece in pieces[:first])
+
+        writer = _Writer()
+        writer.append(self._encode(self.tokenizer.bos))
+        for piece in pieces[first:]:
+            if piece.image is not None and rule.images and len(writer.images) == rule.images:
+                dropped += len(piece.ids)
+            else:
+                writer.append(piece)
+        writer.append(self._encode(self.tokenizer.eos, self._label("</s>")))
+
+        tokens, images = self._fitting(writer, max_tokens)
+        return writer.finish(document.id, tokens, images, dropped)
+
+    def _fitting(self, writer: _Writer, max_tokens: int) -> tuple[int, int]:
+        """Tokens and images of the longest beginning that fits and has complete images only."""
+        tokens = min(len(writer.tokens), max_tokens)
+        # an image is complete if its [/IMG], at slot + N, is kept
+        complete = sum(slot + self.n_visual < tokens for slot in writer.slots)
+        images = min(self.max_images, complete)
+        if images < len(writer.slots):
+            first_dropped = writer.slots[images]
+            # end before its [IMG]
+            tokens = min(tokens, first_dropped - 1)
+        return tokens, images
+
+    def _conversation(
+        self, document: Document, rng: np.random.Generator, rule: SourceRule
+    ) -> Sequence:
+        system, turns = chat_format.split_turns(document)
+        if not system and self.system == "release":
+            images = [part for part in turns[0].question if isinstance(part, Picture)]
+            system = chat_format.SYSTEM_MESSAGES[chat_format.question_kind(images)]
+        writer = _Writer()
+        # (tokens, images) after each turn
+        ends = [(0, 0)]
+        for number, turn in enumerate(turns):
+            opening = chat_format.opening_pieces(self.tokenizer, system) if number == 0 else []
+            question = [_content(part, rng) for part in turn.question]
+            asked = chat_format.question_pieces(self.tokenizer, question)
+            for piece in chat_format.join_texts([*opening, *asked]):
+                writer.append(self._encode(piece))
+            for part in turn.answer:
+                writer.append(self._encode_part(part, rng))
+            writer.append(self._encode(self.tokenizer.eos, self._label("</s>")))
+            ends.append((len(writer.tokens), len(writer.images)))
+
+        max_tokens = self._max_tokens(rule)
+        max_images = min(self.max_images, rule.images or self.max_images)
+        kept = max(
+            turns_kept
+            for turns_kept, (tokens, images) in enumerate(ends)
+            if tokens <= max_tokens and images <= max_images
+        )
+        tokens, images = ends[kept]
+        return writer.finish(document.id, tokens, images, cut_turns=len(turns) - kept)
+
+    def _encode_part(self, part: chat_format.Part, rng: np.random.Generator) -> _Encoded:
+        weight = part.weight if isinstance(part, Text) else 1.0
+        return self._encode(_content(part, rng), weight)
+
+    def _encode(self, piece: chat_format.Piece, weight: float = 0.0) -> _Encoded:
+        """A text, an image or a special id.
+
+        weight: of a special id as a label; of a text as labels, and of an image as a target and its
+        marks as labels, where `labels` has these.
+        """
+        if isinstance(piece, int):
+            return _Encoded([piece], [weight])
+        if isinstance(piece, str):
+            ids = self.tokenizer.encode(piece)
+            return _Encoded(ids, [weight * self._label("text")] * len(ids))
+        weights = [
+            weight * self._label("[IMG]"),
+            *[0.0] * self.n_visual,
+            weight * self._label("[/IMG]"),
+        ]
+        return _Encoded(self.tokenizer.image_block(self.n_visual), weights, piece, weight)
+
+    def _label(self, name: str) -> float:
+        return float(name in self.labels)
+
+    def _max_tokens(self, rule: SourceRule) -> int:
+        return min(self.max_tokens, rule.tokens or self.max_tokens)
+
+
+def _choose_pairs(
+    parts: Ordered[chat_format.Part | Pair], count: int, rng: np.random.Generator
+) -> Ordered[chat_format.Part | Pair]:
+    """Only `count` of the pairs, drawn at random and in order; all parts for 0 or without pairs."""
+    pairs = [part for part in parts if isinstance(part, Pair)]
+    if not count or not pairs:
         return parts
-    return [found[place] for place in sorted(rng.permutation(len(found))[:pairs])]
+    return [pairs[number] for number in sorted(rng.permutation(len(pairs))[:count])]
 
 
-def _ordered(parts, image_first, rng):
+def _in_order(
+    parts: Iterable[chat_format.Part | Pair], image_first: float, rng: np.random.Generator
+) -> Iterator[chat_format.Part]:
+    """The parts, with each pair as its image and its text in an order drawn at random."""
     for part in parts:
         if not isinstance(part, Pair):
             yield part
         elif rng.random() < image_first:
-            yield from (part.image, part.text)
+            yield part.image
+            yield part.text
         else:
-            yield from (part.text, part.image)
+            yield part.text
+            yield part.image
 
 
-def _begun(pieces, max_tokens, start, rng):
-    """(tokens left out, the pieces from where the subsequence begins)."""
-    starts = np.cumsum([0, *(len(ids) for ids, _, _ in pieces)])
-    # <s> and </s>
-    spare = int(starts[-1]) + 2 - max_tokens
-    if start == "first" or spare <= 0:
-        return 0, pieces
-    # the first piece that begins there or after
-    first = int(np.searchsorted(starts[:-1], rng.integers(spare + 1)))
-    first = min(first, len(pieces) - 1)
-    return int(starts[first]), pieces[first:]
+def _random_start(lengths: list[int], max_tokens: int, rng: np.random.Generator) -> int:
+    """Number of the piece to start at, so that what follows still fills the sequence."""
+    starts = np.cumsum([0, *lengths])
+    # with <s> and </s>
+    excess = int(starts[-1]) + 2 - max_tokens
+    if excess <= 0:
+        return 0
+    first = int(np.searchsorted(starts[:-1], rng.integers(excess + 1)))
+    return min(first, len(lengths) - 1)
 
 
-def _square(image, rng):
-    """The square of an image's shorter side, its place drawn along the longer one."""
+def _content(part: chat_format.Part, rng: np.random.Generator) -> str | np.ndarray:
+    """The text of a part, or the pixels of its image cropped to a square."""
+    if isinstance(part, Text):
+        return part.text
+    if isinstance(part, str):
+        return part
+    image = part.data if isinstance(part, Picture) else part
+    assert not isinstance(image, bytes), "records.py decodes images before they get here"
+    return _crop_square(image, rng)
+
+
+def _crop_square(image: Image, rng: np.random.Generator) -> UInt8[np.ndarray, "side side 3"]:
+    """A square of the image's shorter side, at a random position along the longer one."""
     height, width = image.shape[:2]
-    side = min(height, width)
     if height == width:
         return image
-    place = int(rng.integers(max(height, width) - side + 1))
-    return image[place : place + side] if height > width else image[:, place : place + side]
+    side = min(height, width)
+    start = int(rng.integers(max(height, width) - side + 1))
+    if height > width:
+        return image[start : start + side]
+    return image[:, start : start + side]

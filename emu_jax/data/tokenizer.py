@@ -1,37 +1,53 @@
 """Text to ids and back: LLaMA's SentencePiece file, or a tokenizer.json of the `tokenizers`
 library.
 
-The base vocabulary has V ids, with <unk> 0, <s> 1 and </s> 2 as LLaMA has them; Emu's added ids
-follow it: [PAD] V, [IMG] V + 1, [/IMG] V + 2, <image> V + 3, [USER] V + 4, [ASSISTANT] V + 5. No
-text ever encodes to one of them, nor to <s> or </s>: a caption that says "[IMG]" is a caption. Read
-next: sequence.py.
+The base vocabulary has V ids, with <unk> 0, <s> 1 and </s> 2 as in LLaMA; Emu's added tokens follow
+it. Text never encodes to one of them, nor to <s> or </s>: a caption may contain the characters
+"[IMG]". Read next: sequence.py.
 """
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from emu_jax.config import UserError
+from emu_jax.files import commit, part_of
 
 SPECIAL = ("<unk>", "<s>", "</s>")
+BOS = SPECIAL.index("<s>")
+EOS = SPECIAL.index("</s>")
+
+# Ids of the added tokens, counted from the end of the base vocabulary.
+PAD = 0
+IMG = 1
+END_IMG = 2
+IMAGE = 3
+USER = 4
+ASSISTANT = 5
 
 
 class Tokenizer:
-    """Encodes and decodes plain text, and knows the special ids. Safe to use from several
-    threads.
-    """
+    """Encodes and decodes plain text, and knows the special ids. Thread-safe."""
 
-    bos = 1
-    eos = 2
+    bos = BOS
+    eos = EOS
 
     def __init__(
         self, vocab: int, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]
     ):
+        """vocab: size V of the base vocabulary."""
         self.vocab = vocab
-        self.pad, self.img, self.end_img, self.image, self.user, self.assistant = range(
-            vocab, vocab + 6
-        )
+        self.pad = vocab + PAD
+        self.img = vocab + IMG
+        self.end_img = vocab + END_IMG
+        self.image = vocab + IMAGE
+        self.user = vocab + USER
+        self.assistant = vocab + ASSISTANT
         self._encode = encode
         self._decode = decode
+
+    def image_block(self, n_visual: int) -> list[int]:
+        """The ids of one image: [IMG], n_visual slots and [/IMG]."""
+        return [self.img, *[self.image] * n_visual, self.end_img]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, all below `vocab`, without <s> and </s>."""
@@ -45,38 +61,38 @@ class Tokenizer:
 
 
 def load(path: str | Path, vocab: int) -> Tokenizer:
-    """The tokenizer in `path`: tokenizer.json, or else a SentencePiece model.
+    """Load a tokenizer.json, or for any other suffix a SentencePiece model.
 
-    Raises UserError where there is none, where its size is not `vocab` (a wrong or half-loaded
-    tokenizer encodes without complaint and trains nonsense), and where <s> and </s> are not 1 and
-    2.
+    Raises UserError for a missing or damaged file, for a size other than `vocab` (a wrong tokenizer
+    would encode without complaint and train nonsense), and if <s> and </s> are not 1 and 2.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"no tokenizer at '{path}'; data.tokenizer names a tokenizer.model (SentencePiece) or a tokenizer.json"
+            f"no tokenizer at '{path}'; data.tokenizer is the path of a tokenizer.model "
+            "(SentencePiece) or a tokenizer.json"
         )
-    size, ends, encode, decode = (_load_json if path.suffix == ".json" else _load_sentencepiece)(
-        path
-    )
+    load_file = _load_json if path.suffix == ".json" else _load_sentencepiece
+    size, ends, encode, decode = load_file(path)
     if size != vocab:
         raise UserError(
-            f"the tokenizer '{path}' has {size} pieces, and model.llama.vocab is {vocab}; they must be equal"
+            f"the tokenizer '{path}' has {size} pieces, but model.llama.vocab is {vocab}; "
+            "they must be equal"
         )
     if ends != (Tokenizer.bos, Tokenizer.eos):
         raise UserError(
-            f"the tokenizer '{path}' has <s> and </s> at {ends[0]} and {ends[1]}; Emu, like LLaMA, has them at 1 and 2"
+            f"the tokenizer '{path}' has <s> and </s> at {ends[0]} and {ends[1]}; "
+            "Emu, like LLaMA, needs them at 1 and 2"
         )
     return Tokenizer(vocab, encode, decode)
 
 
 def train(texts: Iterable[str], vocab: int, path: str | Path) -> None:
-    """Writes to `path` a byte-pair tokenizer.json of exactly `vocab` pieces learnt from `texts`;
-    the same bytes for the same texts.
+    """Train a byte-pair tokenizer.json of exactly `vocab` pieces on `texts`, and write it to `path`.
 
-    It divides text at spaces only and marks them as SentencePiece does, so that a word which is
-    frequent in a small set becomes one piece. Raises UserError if `texts` are too few for so many
-    pieces.
+    The same texts give the same bytes. Text is split at spaces only, which are marked as
+    SentencePiece does, so a word that is frequent in a small data set becomes one piece. Raises
+    UserError if `texts` are too few for that many pieces.
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -85,7 +101,7 @@ def train(texts: Iterable[str], vocab: int, path: str | Path) -> None:
     model.normalizer = normalizers.NFC()
     model.pre_tokenizer = pre_tokenizers.Metaspace()
     model.decoder = decoders.Metaspace()
-    # so that whatever is typed in ASCII has its pieces
+    # all of printable ASCII, so that anything typed in it can be encoded
     printable = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
@@ -97,15 +113,18 @@ def train(texts: Iterable[str], vocab: int, path: str | Path) -> None:
     if model.get_vocab_size() != vocab:
         raise UserError(
             f"these texts give a tokenizer of {model.get_vocab_size()} pieces, not {vocab}; "
-            "take more text or a vocabulary of that size"
+            "use more text or that vocabulary size"
         )
-    new = Path(f"{path}.new")
-    model.save(str(new))
-    # whole or not at all
-    new.replace(path)
+    part = part_of(Path(path))
+    model.save(str(part))
+    commit(part, Path(path))
 
 
-def _load_json(path: Path):
+# size, ids of <s> and </s>, encode, decode
+Loaded = tuple[int, tuple[int | None, ...], Callable[[str], list[int]], Callable[[list[int]], str]]
+
+
+def _load_json(path: Path) -> Loaded:
     from tokenizers import Tokenizer as Model
 
     try:
@@ -113,7 +132,7 @@ def _load_json(path: Path):
     # the library raises plain Exception
     except Exception as error:
         raise UserError(f"'{path}' is not a tokenizer.json: {error}") from error
-    # "<s>" in a text is three characters, not an id
+    # "<s>" in a text must encode as three characters, not as the special id
     model.encode_special_tokens = True
     return (
         model.get_vocab_size(),
@@ -123,7 +142,7 @@ def _load_json(path: Path):
     )
 
 
-def _load_sentencepiece(path: Path):
+def _load_sentencepiece(path: Path) -> Loaded:
     import sentencepiece
 
     try:

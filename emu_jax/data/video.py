@@ -1,10 +1,11 @@
-"""Frames of videos, through FFmpeg's libraries (PyAV): chosen by number or by time, upright RGB.
+"""Frames of videos, through FFmpeg's libraries (PyAV): by number or by time, as upright RGB.
 
 Read next: sources/videos.py and sources/subtitled.py.
 """
 
 import io
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import av
 import numpy as np
@@ -12,10 +13,8 @@ from jaxtyping import UInt8
 
 from emu_jax.data.images import MAX_PIXELS
 
-# broken files are reported by us, once
-av.logging.set_level(av.logging.PANIC)
-
-SUFFIXES = (
+# Suffixes of files that are always videos. A .gif is one in a data set, and an image in a prompt.
+VIDEO_SUFFIXES = (
     ".mp4",
     ".webm",
     ".mkv",
@@ -25,11 +24,16 @@ SUFFIXES = (
     ".mpg",
     ".mpeg",
     ".ogv",
-    ".gif",
     ".yuv4mpeg",
     ".y4m",
+    ".ts",
+    ".flv",
+    ".wmv",
 )
-# FFmpeg's containers of one file: its playlists (concat, HLS, DASH) name other files, which it
+SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
+# Frames of a video that Emu reads.
+FRAMES = 8
+# Containers that consist of one file. Playlists (concat, HLS, DASH) name other files, which FFmpeg
 # would read.
 OPTIONS = {
     "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,ogg,gif,yuv4mpegpipe,flv,asf",
@@ -39,48 +43,61 @@ OPTIONS = {
 Frame = UInt8[np.ndarray, "h w 3"]
 
 
-def segment_centres(count: int, frames: int = 8) -> list[int]:
-    """The numbers of `frames` frames of a video of `count`, at the centres of equal segments, as
-    Emu's release takes them.
+def silence_ffmpeg() -> None:
+    """Keep FFmpeg's own log off the terminal: broken files are reported once, by us.
+
+    It holds for the whole process, so only commands call it.
     """
+    av.logging.set_level(av.logging.PANIC)
+
+
+def segment_centres(count: int, frames: int = FRAMES) -> list[int]:
+    """Numbers of `frames` of `count` frames, at the centres of equal segments, as in the release."""
     segment = (count - 1) / frames
-    # the last may round to one too many
+    # the last may round up to one too many
     return [min(count - 1, int(segment / 2) + round(segment * k)) for k in range(frames)]
 
 
 def frames_by_number(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float, Frame]]:
-    """(time, frame) of the frames `numbers(count)` of a video that has `count`, in the order asked
-    for.
+    """(seconds, frame) of the frames `numbers(count)` of a video of `count` frames, in that order.
 
-    Packets are counted without decoding them; where fewer decode than there are, it is asked again
-    with what does. Raises ValueError, in one line, for what cannot be decoded.
+    Frames are counted by packets, without decoding. If fewer can be decoded, `numbers` is called
+    again with that count. Raises ValueError, in one line, for what cannot be decoded.
     """
     try:
-        count = _count(data)
+        count = _count_packets(data)
         for _ in range(2):
             wanted = numbers(count)
-            last = max(wanted)
-            kept = {}
-            seen = 0
-            for number, (time, frame) in enumerate(_frames(data)):
-                seen = number + 1
-                if number in wanted:
-                    kept[number] = time, upright(frame)
-                if number == last:
-                    return [kept[number] for number in wanted]
-            if not seen:
+            kept, decoded = _decode_some(data, wanted)
+            if len(kept) == len(set(wanted)):
+                return [kept[number] for number in wanted]
+            if not decoded:
                 break
-            count = seen
-    # FFmpeg's errors and those of its wrapper
+            count = decoded
+    # FFmpeg and its wrapper raise many kinds of errors.
     except Exception as error:
         raise _unusable(error) from error
     raise ValueError("not a usable video: no frame can be decoded")
 
 
+def _decode_some(data: bytes, wanted: list[int]) -> tuple[dict[int, tuple[float, Frame]], int]:
+    """The frames with the numbers `wanted`, and how many were decoded up to the last of them."""
+    kept = {}
+    decoded = 0
+    for number, (time, frame) in enumerate(_frames(data)):
+        decoded = number + 1
+        if number in wanted:
+            kept[number] = time, upright(frame)
+        if number == max(wanted):
+            break
+    return kept, decoded
+
+
 def frames_by_time(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
-    """(k * every, frame): the frame that is shown at that time, for k = 0, 1, ... until the video
-    ends, or is damaged. One at a time: hours of frames would not fit. Raises ValueError, as
-    `frames_by_number`, if there is not one.
+    """(k * every, the frame shown at that time) for k = 0, 1, ... until the video ends.
+
+    It also ends at damage. Frames come one at a time, because hours of them would not fit into
+    memory. Raises ValueError, in one line, if there is not even one.
     """
     due = 0
     shown = None
@@ -98,7 +115,7 @@ def frames_by_time(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
             yield due * every, upright(shown)
             due += 1
     except Exception as error:
-        # what decoded before the damage is good
+        # The frames before the damage are good.
         if not due:
             raise _unusable(error) from error
     if not due:
@@ -106,21 +123,22 @@ def frames_by_time(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
 
 
 def _unusable(error: Exception) -> ValueError:
-    """Says the same of the same file: the text of FFmpeg's own errors holds what it logged last, of
-    whichever file that was.
+    """The same message for the same file.
+
+    The text of FFmpeg's errors also holds the last line it logged, about whichever file.
     """
-    return ValueError(
-        " ".join(
-            f"not a usable video: {error.strerror if isinstance(error, av.FFmpegError) else error}".split()
-        )
-    )
+    reason = error.strerror if isinstance(error, av.FFmpegError) else error
+    return ValueError(" ".join(f"not a usable video: {reason}".split()))
 
 
 def _open(data: bytes) -> "av.container.InputContainer":
-    container = av.open(io.BytesIO(data), metadata_errors="ignore", options=OPTIONS)
+    container = cast(
+        av.container.InputContainer,
+        av.open(io.BytesIO(data), metadata_errors="ignore", options=OPTIONS),
+    )
     stream = next(iter(container.streams.video), None)
     if stream is None or stream.codec_context is None:
-        raise ValueError("it holds no pictures, or of an unknown kind")
+        raise ValueError("no video stream, or one of an unknown codec")
     if stream.width * stream.height > MAX_PIXELS:
         raise ValueError(
             f"{stream.width} x {stream.height} pixels are over the limit of {MAX_PIXELS}"
@@ -128,23 +146,22 @@ def _open(data: bytes) -> "av.container.InputContainer":
     return container
 
 
-def _count(data: bytes) -> int:
+def _count_packets(data: bytes) -> int:
     with _open(data) as container:
-        return max(
-            1, sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
-        )
+        packets = container.demux(container.streams.video[0])
+        return max(1, sum(packet.size > 0 for packet in packets))
 
 
 def _frames(data: bytes) -> Iterator[tuple[float, "av.VideoFrame"]]:
     with _open(data) as container:
         rate = container.streams.video[0].average_rate
         for number, frame in enumerate(container.decode(video=0)):
-            yield (frame.time if frame.time is not None else number / float(rate or 25)), frame
+            time = number / float(rate or 25) if frame.time is None else frame.time
+            yield time, frame
 
 
 def upright(frame: "av.VideoFrame") -> Frame:
-    """Its pixels, turned as the file says that it was filmed."""
+    """The pixels of a frame, rotated as its metadata says."""
     image = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(
-        np.rot90(image, round((getattr(frame, "rotation", 0) or 0) / 90) % 4)
-    )
+    degrees = getattr(frame, "rotation", 0) or 0
+    return np.ascontiguousarray(np.rot90(image, round(degrees / 90) % 4))

@@ -3,7 +3,6 @@ read later is what was learnt.
 """
 
 import logging
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from emu_jax.config import UserError
 from emu_jax.data import chat_format
 from emu_jax.data.documents import Document, Picture, Text
 from emu_jax.data.mixture import STREAK, Mixture, Stream
-from emu_jax.data.sequence import SourceRule, make_sequence
+from emu_jax.data.sequence import NO_RULE, SequenceBuilder, SourceRule
 from emu_jax.data.sources import CorruptRecord
 from emu_jax.generate.processor import Processor, concatenate
 
@@ -51,9 +50,9 @@ def make(letters):
             )
             | settings
         )
-        return make_sequence(
-            Document("d", said(*parts)), letters, rng=np.random.default_rng(0), **settings
-        )
+        rule = settings.pop("rule", NO_RULE)
+        build = SequenceBuilder(letters, **settings)
+        return build(Document("d", said(*parts)), rng=np.random.default_rng(0), rule=rule)
 
     return call
 
@@ -242,7 +241,7 @@ def test_bad_conversations_are_one_line(make, parts, told):
 def test_a_model_without_the_tokens_cannot_learn_one(make):
     with pytest.raises(
         UserError,
-        match=r"d is a conversation, and this model has no \[USER\] and \[ASSISTANT\]: model\.llama\.added=6",
+        match=r"d is a conversation, and this model has no \[USER\] and \[ASSISTANT\] tokens; set",
     ):
         make("u:q", "a:a", chats=False)
 
@@ -264,8 +263,7 @@ class Docs:
 
 
 def stream(letters, docs, tokens=30):
-    to_sequence = partial(
-        make_sequence,
+    to_sequence = SequenceBuilder(
         tokenizer=letters,
         n_visual=2,
         max_tokens=tokens,

@@ -188,7 +188,7 @@ def test_restore_on_other_numbers_of_hosts(loader):
 
 def test_restore_refuses_another_data_set(loader, memory):
     state = next(iter(loader())).state
-    with pytest.raises(UserError, match="data.num_streams: 4, and this run has 8"):
+    with pytest.raises(UserError, match="data.num_streams=4, but this run has 8"):
         loader(num_streams=8).restore(state)
     with pytest.raises(UserError, match="numbers of documents: .*'t': 40.*'t': 41"):
         loader(extra=dict(texts=memory(41))).restore(state)
@@ -416,24 +416,24 @@ def test_an_evaluation_is_one_pass_in_fixed_order(loader):
             dict(tokens=4),
             "data.tokens is 4; it must be at least 5, to hold <s> and an image of 2 visual tokens",
         ),
-        (dict(image_first=1.5), "data.image_first is 1.5; it must lie between 0 and 1"),
+        (dict(image_first=1.5), "data.image_first is 1.5; it must be between 0 and 1"),
         (dict(max_bad_share=-0.1), "data.max_bad_share is -0.1"),
-        (dict(mixture=()), r"data.mixture is empty; give it a \(name, weight, path\) row"),
+        (dict(mixture=()), r"data.mixture is empty; add a \(name, weight, path\) row"),
         (dict(eval_mixture=(), eval=True), "data.eval_mixture is empty"),
-        (dict(mixture=("texts",)), "'texts' is not a .name, weight, path. row"),
+        (dict(mixture=("texts",)), "'texts' is not a row .name, weight, path."),
         (
             dict(mixture=(("t", 0.0, "texts"),)),
             "the weight of 't' is 0.0; it must be a positive number",
         ),
         (dict(mixture=(("t", float("nan"), "texts"),)), "the weight of 't' is nan"),
-        (dict(latents="x"), "data.images=2: .* first image of a document only"),
+        (dict(latents="x"), "data.images=2: .* only for the first image of each document"),
         (
             dict(latents="x", images=1, mixture=(("t", 1.0, "texts", {"start": "random"}),)),
-            "the rule of 't' may leave that out",
+            "the rule of 't' may leave that image out",
         ),
         (
             dict(mixture=(("t", 1.0, "texts"), ("t", 1.0, "pairs"))),
-            "the names of the sources must differ; they are t, t",
+            "the names of sources must differ; they are t, t",
         ),
     ],
 )
@@ -477,14 +477,14 @@ def test_a_rule_of_a_source_is_its_own(loader, memory, picture):
 @pytest.mark.parametrize(
     "row, message",
     [
-        (("t", 1.0), "is not a (name, weight, path) row"),
+        (("t", 1.0), "is not a row (name, weight, path) or"),
         (
             ("t", 1.0, "texts", {"token": 3}),
-            "it is a dict of tokens, images, start, pairs, image_first",
+            "it must be a dict of tokens, images, start, pairs, image_first",
         ),
-        (("t", 1.0, "texts", {"start": "last"}), "there are first and random"),
-        (("t", 1.0, "texts", {"tokens": 2}), "tokens is 0 or at least 5"),
-        (("t", 1.0, "texts", {"pairs": 1.5}), "pairs is 1.5; it must be like 0"),
+        (("t", 1.0, "texts", {"start": "last"}), "choose from first, random"),
+        (("t", 1.0, "texts", {"tokens": 2}), "tokens is 2; it must be 0 or at least 5"),
+        (("t", 1.0, "texts", {"pairs": 1.5}), "pairs is 1.5; it must be of type int"),
     ],
 )
 def test_a_wrong_row_is_one_line(loader, row, message):

@@ -1,7 +1,6 @@
 import json
 import logging
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document
 from emu_jax.data.mixture import Mixture, Stream, rng_for, shuffled_index, stable_hash
-from emu_jax.data.sequence import make_sequence
+from emu_jax.data.sequence import SequenceBuilder
 
 T = 24
 I = 2
@@ -17,8 +16,7 @@ I = 2
 
 @pytest.fixture
 def to_sequence(letters):
-    return partial(
-        make_sequence,
+    return SequenceBuilder(
         tokenizer=letters,
         n_visual=2,
         max_tokens=T,

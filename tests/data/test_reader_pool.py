@@ -86,7 +86,7 @@ def test_threads_end_when_they_are_told_to(tmp_path):
     # of which some may be other tests', and end meanwhile
     before = set(threading.enumerate())
     readers = ReaderPool([Disk(tmp_path, {})], 3, 0.0, False)
-    assert [readers.ask(0, index).id for index in (0, 1, 2)] == ["d0", "d1", "d2"]
+    assert [readers.read(0, index).id for index in (0, 1, 2)] == ["d0", "d1", "d2"]
     mine = set(threading.enumerate()) - before
     assert len(mine) == 3
     readers.close()
@@ -147,7 +147,7 @@ def test_signals_to_all_are_not_for_readers(processes):
 
 def test_faults_of_ours_say_where_they_were(processes):
     with pytest.raises(
-        RuntimeError, match="(?s)in a process that reads:.*memory.py.*ZeroDivisionError"
+        RuntimeError, match="(?s)in a reader process:.*memory.py.*ZeroDivisionError"
     ):
         processes({0: "wrong"})[0]
 
@@ -159,7 +159,7 @@ from pathlib import Path
 from emu_jax.data.reader_pool import ReaderPool
 from tests.support.memory import Disk
 readers = ReaderPool([Disk(Path({str(tmp_path)!r}), {{}})], 2, 0.0, True)
-readers.ask(0, 0), readers.ask(0, 1)
+readers.read(0, 0), readers.read(0, 1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert (
@@ -188,7 +188,7 @@ def test_a_process_that_does_not_start_is_started_again_and_then_said(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(
         UserError,
-        match=r"^a process that reads for the loader does not start: its process died \(exit 1\); data.readers=0",
+        match=r"^a reader process does not start: its process died \(exit 1\); data.readers=0",
     ):
         each[0]
 

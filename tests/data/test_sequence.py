@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emu_jax.data.documents import Document, Pair, Text
-from emu_jax.data.sequence import SourceRule, make_sequence
+from emu_jax.data.sequence import NO_RULE, SequenceBuilder, SourceRule
 from emu_jax.data.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "emu1_pretrained.npz"
@@ -28,9 +28,9 @@ def make(letters):
             )
             | settings
         )
-        return make_sequence(
-            Document("d", parts), letters, rng=np.random.default_rng(seed), **settings
-        )
+        rule = settings.pop("rule", NO_RULE)
+        build = SequenceBuilder(letters, **settings)
+        return build(Document("d", parts), rng=np.random.default_rng(seed), rule=rule)
 
     return call
 
@@ -78,16 +78,15 @@ def test_ids_and_labels_of_the_release(picture):
             if part
         ]
         tokenizer = Tokenizer(32000, lambda _, runs=runs: [int(i) for i in next(runs).split()], str)
-        sequence = make_sequence(
-            Document("d", tuple(parts)),
+        build = SequenceBuilder(
             tokenizer,
             n_visual=4,
             max_tokens=100,
             max_images=5,
             image_first=0.5,
             labels=("text", "</s>"),
-            rng=np.random.default_rng(0),
         )
+        sequence = build(Document("d", tuple(parts)), rng=np.random.default_rng(0))
         assert sequence.tokens[:-1].tolist() == ids[keep == 1].tolist()
         assert sequence.text_weights[1:-1].tolist() == (targets != -100)[keep == 1][1:].tolist()
 

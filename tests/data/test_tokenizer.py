@@ -78,7 +78,7 @@ def test_decode_drops_special_ids(model):
 
 def test_another_size_is_refused(model):
     path, vocab = model
-    with pytest.raises(UserError, match=f"has {vocab} pieces, and model.llama.vocab is 32000"):
+    with pytest.raises(UserError, match=f"has {vocab} pieces, but model.llama.vocab is 32000"):
         tokenizer.load(path, 32000)
 
 

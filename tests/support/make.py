@@ -9,7 +9,7 @@ import numpy as np
 
 from emu_jax import checkpoint, config, stages, train, tree
 from emu_jax.data.packing import empty_batch, write_row
-from emu_jax.data.sequence import Document, make_sequence
+from emu_jax.data.sequence import Document, SequenceBuilder
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.models import module
 
@@ -132,8 +132,7 @@ def sequences(c, count: int, seed: int = 0):
         lambda text: [3 + ord(letter) - 97 for letter in text],
         lambda ids: "".join(chr(94 + k) for k in ids),
     )
-    to_sequence = partial(
-        make_sequence,
+    to_sequence = SequenceBuilder(
         tokenizer=letters,
         n_visual=c.model.resampler.tokens,
         max_tokens=c.data.tokens,
