@@ -1,9 +1,9 @@
 """Every field of a run, with its default and the reason for it.
 
-The other files change only what differs. A value is the paper's (arXiv 2307.05222) unless its comment says otherwise; "unpublished" marks
-what neither the paper nor the release states. The comment above a field is its reference
-documentation (emu_jax/config.py, `fields`). Override on the command line: --config.optim.steps=100.
-Read next: sizes.py.
+The other files change only what differs. A value is the paper's (arXiv 2307.05222) unless its
+comment says otherwise; "unpublished" marks what neither the paper nor the release states. The
+comment above a field is its reference documentation (emu_jax/config.py, `fields`). Override on the
+command line: --config.optim.steps=100. Read next: sizes.py.
 """
 
 from ml_collections import ConfigDict

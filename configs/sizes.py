@@ -1,7 +1,8 @@
 """The models by name.
 
-Every number of emu-14b is the paper's (arXiv 2307.05222) or its release's. The comment above a field of VISION, RESAMPLER, LLAMA, LORA and COMMON is its reference
-documentation; SIZES says what other models change. Read next: decoder.py.
+Every number of emu-14b is the paper's (arXiv 2307.05222) or its release's. The comment above a
+field of VISION, RESAMPLER, LLAMA, LORA and COMMON is its reference documentation; SIZES has what
+other models change. Read next: decoder.py.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,4 @@
-"""The table of accelerators, and what is said of one that is not in it or whose compiler is not
-installed.
-"""
+"""The table of accelerators, and the messages for unknown ones and missing compilers."""
 
 import pytest
 
@@ -30,14 +28,12 @@ def test_kinds(kind, name):
     )
 
 
-def test_a_cpu_is_not_in_it():
+def test_a_cpu_has_no_figures():
     assert hardware.accelerator_of("cpu") is None and hardware.peak_flops("cpu") is None
 
 
-def test_figures_are_of_one_order():
-    """A unit mixed up would show: every accelerator needs 70 to 400 FLOPs a byte of its memory, and
-    its memory is faster than its links.
-    """
+def test_figures_have_plausible_units():
+    """A wrong unit would show: FLOPs a byte of memory traffic, and memory faster than links."""
     for name, row in hardware.ACCELERATORS.items():
         assert (
             70 < row.flops / row.bandwidth < 700
@@ -46,7 +42,7 @@ def test_figures_are_of_one_order():
         ), name
 
 
-def test_cpus_are_at_hand():
+def test_cpu_devices_are_the_simulated_ones():
     row, devices = hardware.topology_devices("cpu:8")
     assert row is None and len(devices) == 8
 
@@ -54,12 +50,12 @@ def test_cpus_are_at_hand():
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v5e", "is not one: KIND:SHAPE"),
+        ("v5e", "is not KIND:SHAPE or"),
         ("v9:4x4", "kinds are v4, v5e, v5p, v6e, tpu7x, a100-40g, a100, h100, h200 and cpu"),
-        ("v5e:4by4", "is not one"),
-        ("2xh100:8x8", "is not one"),
-        ("h100:2x8x8", "is not one"),
-        ("2xcpu:4", "is not one"),
+        ("v5e:4by4", "is not KIND:SHAPE"),
+        ("2xh100:8x8", "is not KIND:SHAPE"),
+        ("h100:2x8x8", "is not KIND:SHAPE"),
+        ("2xcpu:4", "is not KIND:SHAPE"),
         (
             "cpu:9",
             "there are 8 CPU devices here; XLA_FLAGS=--xla_force_host_platform_device_count=9 makes more",
@@ -67,7 +63,7 @@ def test_cpus_are_at_hand():
         ("cpu:2x2", "there are 8 CPU"),
     ],
 )
-def test_what_is_no_topology_is_one_line(topology, message):
+def test_an_invalid_topology_is_one_line(topology, message):
     with pytest.raises(UserError, match=message) as error:
         hardware.topology_devices(topology)
     assert "\n" not in str(error.value)
@@ -90,7 +86,7 @@ def test_a_missing_compiler_is_one_line(topology, needs, monkeypatch):
         hardware.topology_devices(topology)
 
 
-def test_a_shape_that_the_compiler_refuses_is_its_word_in_one_line(monkeypatch):
+def test_the_compilers_refusal_of_a_shape_is_one_line(monkeypatch):
     def refuse(*_, **__):
         raise ValueError("Invalid topology:\n 3x5 is not supported")
 
