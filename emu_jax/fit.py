@@ -389,9 +389,9 @@ def roofline(
     bytes that must come over the network between slices or nodes, and the others over the links.
     """
     place = [_neighbourhood(device) for device in p.mesh.devices.flat]
-    received = sum(c.times * c.received for c in collectives)
-    crossing = sum(c.times * c.crossing(place) for c in collectives)
-    gathered = sum(c.times * c.bytes for c in collectives if c.kind == "all-gather")
+    received = sum(c.runs * c.bytes_received for c in collectives)
+    crossing = sum(c.runs * c.bytes_between(place) for c in collectives)
+    gathered = sum(c.runs * c.bytes for c in collectives if c.kind == "all-gather")
     state = 2 * (held.parameters + held.optimizer) - per_device(p.state.frozen)
     return Roofline(
         compute=work / (row.flops * p.mesh.size),
@@ -417,10 +417,10 @@ def by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str, float]]:
     found = {}
     for kind in sorted({c.kind for c in collectives}):
         some = [c for c in collectives if c.kind == kind]
-        received = [c.times * c.received for c in some]
+        received = [c.runs * c.bytes_received for c in some]
         found[kind] = {
             "count": len(some),
-            "runs": sum(c.times for c in some),
+            "runs": sum(c.runs for c in some),
             "bytes": sum(received),
             "asynchronous": sum(b for c, b in zip(some, received) if c.asynchronous)
             / max(sum(received), 1),
@@ -442,7 +442,7 @@ def padded_gathers(p: Plan, collectives: list[hlo.Collective]) -> list[dict[str,
         return np.unravel_index(device, p.mesh.devices.shape)[sharding.AXES.index("fsdp")]
 
     return [
-        {"name": c.name, "bytes": c.bytes, "runs": c.times, "source": c.source}
+        {"name": c.name, "bytes": c.bytes, "runs": c.runs, "source": c.source}
         for c in collectives
         if c.kind == "all-reduce"
         and c.bytes >= least

@@ -1,8 +1,8 @@
-"""What a compiled program says to the other devices, read from its HLO text: every collective, its
-bytes, how often it runs.
+"""The communication of a compiled program, read from its HLO text.
 
-XLA's own cost analysis counts a loop's body once; here a collective inside loops counts as often as
-they turn. Read next: fit.py.
+Lists every collective with its bytes, the devices it joins and how often it runs. XLA's own cost
+analysis counts the body of a loop once; here a collective in a loop counts once a turn. Read next:
+fit, which reports it.
 """
 
 import re
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,54 +22,65 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-# of TPU slices: what a device receives from the runtime that sums for them (Megascale), over their
-# hosts' network
+# A reduction between TPU slices. The runtime (Megascale) does it over the hosts' network; in the
+# program a device only receives the sum.
 BETWEEN_SLICES = "between-slices"
-# bits; of the other types the name ends with them: f32, s8, u64, f8e4m3fn
-WIDTHS = {"pred": 8, "bf16": 16}
-_COLLECTIVE = re.compile(rf"%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_BETWEEN = re.compile(r"%?([\w.\-]+) = (.*?) recv\(.*_xla_megascale_target")
+# Bits of the types whose name does not end with their width, as f32, s8 and f8e4m3fn do.
+_WIDTHS = {"pred": 8, "bf16": 16}
+
+_NAME = r"%?([\w.\-]+)"
+_COLLECTIVE = re.compile(rf"{_NAME} = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_BETWEEN_SLICES = re.compile(rf"{_NAME} = (.*?) recv\(.*_xla_megascale_target")
+_CALLED = re.compile(rf"(?:body|condition|calls|to_apply|_computation)={_NAME}")
+_CALLED_LIST = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a program. `bytes` is the whole array on one device once: of the result of
-    a gather, of the operand of a reduction. `groups` lists the devices that it joins; `times`
-    counts its runs a step.
-    """
+    """One collective of a program, as one device sees it."""
 
+    # One of KINDS, or BETWEEN_SLICES.
     kind: str
     name: str
+    # Bytes of the complete array, once: the result of a gather, the operand of a reduction.
     bytes: int
+    # Devices that exchange data with each other; the pairs of a permutation.
     groups: tuple[tuple[int, ...], ...]
-    times: int
+    # How often it runs when the program runs once.
+    runs: int
     in_loop: bool
-    # computing goes on meanwhile
+    # Whether it may overlap with computation.
     asynchronous: bool
-    # the operation in the program's source, "jit(train_step)/..."
+    # The operation in the program's source, "jit(train_step)/..."; "" where it is not known.
     source: str
 
     @property
-    def received(self) -> float:
-        """Bytes that reach one device a run, by the best algorithm there is (a ring's)."""
-        return self._share(len(self.groups[0]) if self.groups else 1) * self.bytes
+    def bytes_received(self) -> float:
+        """Bytes that reach one device in a run, by the best algorithm (a ring)."""
+        members = len(self.groups[0]) if self.groups else 1
+        return self._share(members) * self.bytes
 
-    def crossing(self, place: Sequence[int]) -> float:
-        """Those of `received` that come from devices of another place (a slice, a node), where each
-        place first reduces, or in the end spreads, among its own; `place` is each device's. Of a
-        permutation, the mean over its pairs.
+    def bytes_between(self, place: Sequence[int]) -> float:
+        """The part of `bytes_received` that comes from another slice or node.
+
+        place: the slice or node of each device. The best algorithm first reduces within each place,
+        or finally spreads what arrived within it. A permutation's is the mean over its pairs.
         """
         if self.kind == BETWEEN_SLICES:
             return self.bytes
-        places = [len({place[device] for device in group}) for group in self.groups]
+        # Number of places in each group.
+        places = []
+        for group in self.groups:
+            places.append(len({place[device] for device in group}))
         if self.kind == "collective-permute":
-            return self.bytes * sum(count > 1 for count in places) / len(places)
-        # devices of a place share the bytes out
-        alike = 1 if self.kind == "all-to-all" else len(self.groups[0]) // places[0]
-        return self._share(places[0]) * self.bytes / alike
+            crossing = sum(count > 1 for count in places)
+            return self.bytes * crossing / len(places)
+        # The devices of one place divide the transfer among themselves.
+        sharing = 1 if self.kind == "all-to-all" else len(self.groups[0]) // places[0]
+        return self._share(places[0]) * self.bytes / sharing
 
     def _share(self, n: int) -> float:
-        """Of the bytes, among n devices."""
+        """Share of the bytes that reaches each of n members."""
         share = {
             "all-reduce": 2 * (n - 1) / n,
             "collective-permute": 1.0,
@@ -76,6 +88,16 @@ class Collective:
             BETWEEN_SLICES: 1.0,
         }
         return share.get(self.kind, (n - 1) / n)
+
+
+class Call(NamedTuple):
+    """A place that calls a computation."""
+
+    caller: str
+    # How often one run of the caller makes the call.
+    runs: int
+    # Whether the computation is the body of a loop there.
+    loop: bool
 
 
 @dataclass(frozen=True)
@@ -87,7 +109,7 @@ class Module:
     @cached_property
     def computations(self) -> dict[str, list[str]]:
         """{name: its lines}."""
-        found = {}
+        found: dict[str, list[str]] = {}
         name = None
         for line in self.text.splitlines():
             if line and not line[0].isspace() and line.endswith("{"):
@@ -99,73 +121,59 @@ class Module:
 
     @cached_property
     def devices(self) -> int:
-        """Devices that run it."""
-        header = self.text[: self.text.find("\n")]
-        sizes = [
-            int(found[1])
-            for what in ("num_partitions", "replica_count")
-            if (found := re.search(rf"{what}=(\d+)", header))
-        ]
-        return prod(sizes)
+        """Number of devices that run the module."""
+        header = self.text.partition("\n")[0]
+        return prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header))
 
     @cached_property
-    def calls(self) -> dict[str, list[tuple[str, int, bool]]]:
-        """{computation: (caller, how often one run of the caller runs it, as the body of a
-        loop?)}.
-        """
-        found: dict[str, list[tuple[str, int, bool]]] = {name: [] for name in self.computations}
+    def calls(self) -> dict[str, list[Call]]:
+        """{computation: the places that call it}."""
+        found: dict[str, list[Call]] = {name: [] for name in self.computations}
         for caller, lines in self.computations.items():
             for line in lines:
-                body = re.search(r"body=%?([\w.\-]+)", line)
-                for name in dict.fromkeys(
-                    re.findall(r"(?:body|condition|calls|to_apply|_computation)=%?([\w.\-]+)", line)
-                    + _listed(line)
-                ):
+                body = re.search(rf"body={_NAME}", line)
+                for name in _called(line):
+                    loop = body is not None and name == body[1]
                     if name in found:
-                        loop = bool(body) and name == body[1]
-                        found[name].append((caller, self._trips(line) if loop else 1, loop))
+                        found[name].append(
+                            Call(caller, self._trip_count(line) if loop else 1, loop)
+                        )
         return found
 
-    def times(self, computation: str) -> int:
-        """How often a computation runs when the program runs once."""
-        return self._times[computation]
-
     @cached_property
-    def _times(self) -> dict[str, int]:
+    def runs(self) -> dict[str, int]:
+        """{computation: how often it runs when the program runs once}."""
         known: dict[str, int] = {}
 
-        def of(name: str) -> int:
+        def count(name: str) -> int:
             if name not in known:
-                callers = self.calls[name]
-                known[name] = (
-                    sum(of(caller) * trips for caller, trips, _ in callers) if callers else 1
-                )
+                calls = self.calls[name]
+                known[name] = sum(count(call.caller) * call.runs for call in calls) if calls else 1
             return known[name]
 
-        return {name: of(name) for name in self.computations}
+        return {name: count(name) for name in self.computations}
 
     @cached_property
-    def looped(self) -> set[str]:
-        """Computations that run inside the body of some loop."""
-        inside = {
-            name for name, callers in self.calls.items() if any(loop for _, _, loop in callers)
-        }
-        while more := {
-            name
-            for name, callers in self.calls.items()
-            if name not in inside and any(caller in inside for caller, _, _ in callers)
-        }:
-            inside |= more
+    def in_loops(self) -> set[str]:
+        """Computations that run in the body of a loop, at any depth."""
+        inside: set[str] = set()
+        size = -1
+        while size != len(inside):
+            size = len(inside)
+            for name, calls in self.calls.items():
+                if any(call.loop or call.caller in inside for call in calls):
+                    inside.add(name)
         return inside
 
-    def _trips(self, line: str) -> int:
-        """How often a `while` turns: what the compiler noted, else the number that its condition
-        compares with (loops count up from 0).
+    def _trip_count(self, line: str) -> int:
+        """How often a `while` turns.
+
+        The compiler notes it, or else the condition compares with it: loops count up from 0.
         """
         noted = re.search(r"known_trip_count[^\d}]*(\d+)", line)
         if noted:
             return int(noted[1])
-        waiting = re.findall(r"condition=%?([\w.\-]+)", line)
+        waiting = re.findall(rf"condition={_NAME}", line)
         seen = set()
         numbers = []
         while waiting:
@@ -175,126 +183,140 @@ class Module:
             seen.add(name)
             for inner in self.computations[name]:
                 numbers += [int(n) for n in re.findall(r"[su]\d+\[\]\S* constant\((\d+)\)", inner)]
-                waiting += re.findall(r"calls=%?([\w.\-]+)", inner)
+                waiting += re.findall(rf"calls={_NAME}", inner)
         return max(numbers, default=1)
 
     def collectives(self) -> list[Collective]:
-        """Every collective, each once: one that the TPU's compiler spread over several fusions (a
-        chain), too.
-        """
+        """Every collective once, even one that the TPU compiler spreads over a chain of fusions."""
         found: dict[str, Collective] = {}
-        for name, lines in self.computations.items():
+        for computation, lines in self.computations.items():
             for line in lines:
-                if match := _BETWEEN.search(line):
-                    found[match[1]] = Collective(
-                        BETWEEN_SLICES,
-                        match[1],
-                        _bytes(match[2]),
-                        (),
-                        self.times(name),
-                        name in self.looped,
-                        True,
-                        "",
-                    )
+                if match := _BETWEEN_SLICES.search(line):
+                    found[match[1]] = self._between_slices(match, computation)
                 match = _COLLECTIVE.search(line)
                 if not match:
                     continue
                 chain = re.search(r'chain_id="([^"]*)"', line)
                 key = f"chain {chain[1]}" if chain else match[1]
-                one = self._collective(match, line, name, bool(chain))
-                if key not in found or found[key].times < one.times:
+                one = self._collective(match, line, computation, chained=chain is not None)
+                if key not in found or found[key].runs < one.runs:
                     found[key] = one
         return list(found.values())
 
+    def _between_slices(self, match: re.Match, computation: str) -> Collective:
+        return Collective(
+            kind=BETWEEN_SLICES,
+            name=match[1],
+            bytes=_bytes(match[2]),
+            groups=(),
+            runs=self.runs[computation],
+            in_loop=computation in self.in_loops,
+            asynchronous=True,
+            source="",
+        )
+
     def _collective(
-        self, match: re.Match, line: str, computation: str, chained: bool
+        self, match: re.Match, line: str, computation: str, *, chained: bool
     ) -> Collective:
-        kind = match[3]
-        started = bool(match[4])
+        name, shape, kind, start = match.groups()
         joined = tuple(map(tuple, groups(line))) or (tuple(range(self.devices)),)
         n = len(joined[0])
-        size = _bytes(match[2])
-        # (operand, result, two counters)
-        if kind == "collective-permute" and started:
+        size = _bytes(shape)
+        if kind == "collective-permute" and start:
+            # The shape is (operand, result, two counters).
             size //= 2
-        # (operands, results), one n times the other
-        elif kind in ("all-gather", "reduce-scatter") and started:
+        elif kind in ("all-gather", "reduce-scatter") and start:
+            # The shape is (operands, results), and one is n times the other.
             size = size * n // (n + 1)
         elif kind == "reduce-scatter":
             size *= n
-        # the TPU's fusion of it with the slice that follows
+        # The TPU compiler fuses an all-reduce with the slice that follows.
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         source = re.search(r'op_name="([^"]*)"', line)
-        behind = started or chained or "async_collective_name" in line or "async" in computation
+        overlaps = chained or "async_collective_name" in line or "async" in computation
         return Collective(
-            kind,
-            match[1],
-            size,
-            joined,
-            self.times(computation),
-            computation in self.looped,
-            behind,
-            source[1] if source else "",
+            kind=kind,
+            name=name,
+            bytes=size,
+            groups=joined,
+            runs=self.runs[computation],
+            in_loop=computation in self.in_loops,
+            asynchronous=bool(start) or overlaps,
+            source=source[1] if source else "",
         )
 
 
 def groups(line: str) -> list[list[int]]:
-    """The devices that a collective joins, a list of sorted lists; [] for all of them, and where
-    the notation is not one of these: replica_groups={{0,1},{2,3}}, =[2,2]<=[4] (or <=[2,2]T(1,0)),
-    and =mesh['data'=2,'tensor'=2] {'tensor'}, where device_ids=([2,2]T(1,0)) before the brace says
-    which device is where; for a permutation, source_target_pairs={{0,1},{1,0}}, the pairs.
+    """Sorted device numbers of each group that a collective joins; [] where the line names none.
+
+    Notations: replica_groups={{0,1},{2,3}}; replica_groups=[2,2]<=[4], with an optional T(1,0);
+    replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}, with an optional device order
+    device_ids=([2,2]T(1,0)) before the brace. A permutation's are its pairs:
+    source_target_pairs={{0,1},{1,0}}.
     """
-    named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\]"
+        r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
         line,
     )
-    if named:
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        joined = re.findall(r"'(\w+)'", named[4])
-        dims, order = (
-            [int(n) for n in part.split(",")] if part else None for part in (named[2], named[3])
-        )
-        places = np.arange(np.prod(list(sizes.values())))
-        places = (places.reshape(dims).transpose(order) if dims else places).reshape(
-            list(sizes.values())
-        )
-        places = places.transpose(
-            sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in joined)
-        )
-        return np.sort(places.reshape(-1, int(np.prod([sizes[name] for name in joined])))).tolist()
+    if mesh:
+        return _mesh_groups(*mesh.groups())
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if iota:
-        shape, dims, order = (
-            [int(n) for n in part.split(",")] if part else None for part in iota.groups()
-        )
-        return np.sort(
-            np.arange(np.prod(dims)).reshape(dims).transpose(order).reshape(shape)
-        ).tolist()
+        shape, dims, order = map(_numbers, iota.groups())
+        return np.sort(_iota(dims, order).reshape(shape)).tolist()
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
-    return (
-        [sorted(int(n) for n in part.split(",")) for part in re.findall(r"\{([\d,]+)\}", listed[1])]
-        if listed
-        else []
-    )
+    if listed:
+        return [sorted(_numbers(part)) for part in re.findall(r"\{([\d,]+)\}", listed[1])]
+    return []
 
 
-def _listed(line: str) -> list[str]:
-    """Computations in braces: the branches of a conditional, the computations that a call names."""
-    return [
-        name.lstrip("%")
-        for part in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line)
-        for name in part.split(", ")
-    ]
+def _mesh_groups(axes: str, dims: str | None, order: str | None, joined: str) -> list[list[int]]:
+    """Groups of devices that differ only along the `joined` axes of a mesh.
+
+    axes: "'data'=2,'tensor'=2"; dims and order: the device order, "2,2" and "1,0"; joined:
+    "'tensor'".
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    names = list(sizes)
+    inner = re.findall(r"'(\w+)'", joined)
+    shape = list(sizes.values())
+    devices = _iota(_numbers(dims) if dims else shape, _numbers(order)).reshape(shape)
+    # The joined axes last.
+    outer_first = sorted(range(len(names)), key=lambda axis: names[axis] in inner)
+    members = prod(sizes[name] for name in inner)
+    return np.sort(devices.transpose(outer_first).reshape(-1, members)).tolist()
+
+
+def _iota(dims: list[int], order: list[int]) -> np.ndarray:
+    """0, 1, ... in the shape `dims`, transposed by `order` where there is one."""
+    numbers = np.arange(prod(dims)).reshape(dims)
+    return numbers.transpose(order) if order else numbers
+
+
+def _numbers(text: str | None) -> list[int]:
+    """The numbers of "1,2"; [] for None."""
+    return [int(n) for n in text.split(",")] if text else []
+
+
+def _called(line: str) -> list[str]:
+    """Names of the computations that an instruction calls, each once."""
+    names = _CALLED.findall(line)
+    for part in _CALLED_LIST.findall(line):
+        names += [name.lstrip("%") for name in part.split(", ")]
+    return list(dict.fromkeys(names))
 
 
 def _bytes(shape: str) -> int:
-    """Bytes of "f32[2,3]{1,0}" or of a tuple of such; counters and tokens, which go nowhere, are
-    nothing.
+    """Bytes of "f32[2,3]{1,0}", or of a tuple of such.
+
+    Scalar u32, the counters of asynchronous operations, and tokens are not transferred: 0.
     """
     total = 0
     for name, dims in re.findall(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]", shape):
-        if name != "u32" or dims:
-            width = WIDTHS[name] if name in WIDTHS else int(re.search(r"\d+", name)[0])
-            total += prod(int(n) for n in dims.split(",") if n) * width // 8
+        if name == "u32" and not dims:
+            continue
+        width = _WIDTHS.get(name) or int(re.findall(r"\d+", name)[0])
+        total += prod(_numbers(dims)) * width // 8
     return total

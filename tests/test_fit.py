@@ -93,7 +93,7 @@ def test_weights_are_gathered_in_the_loop_over_depth(compiled):
     gathers = [c for c in found if c.kind == "all-gather" and c.in_loop]
     assert (
         gathers
-        and {c.times for c in gathers} <= {2, 4, 6, 8}
+        and {c.runs for c in gathers} <= {2, 4, 6, 8}
         and all(len(c.groups[0]) in (2, 4, 8) for c in gathers)
     )
 
@@ -385,7 +385,7 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
     quickly = hlo.Module(quick.as_text()).collectives()
 
     def received(some, kind):
-        return sum(c.times * c.received for c in some if c.kind == kind)
+        return sum(c.runs * c.bytes_received for c in some if c.kind == kind)
 
     # what is said with little effort holds for a run
     assert fit.memory(p, quick).peak == pytest.approx(fit.memory(p, done).peak, rel=fit.CLOSE)

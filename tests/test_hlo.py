@@ -1,6 +1,4 @@
-"""What HLO text says of collectives: by hand-written modules, and by small programs that are
-compiled here.
-"""
+"""Collectives read from HLO text: of hand-written modules, and of small compiled programs."""
 
 from functools import partial
 
@@ -65,14 +63,14 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 def test_loops_multiply_and_every_collective_counts_once():
     found = {c.name: c for c in hlo.Module(LOOPS).collectives()}
     table = {
-        name: (c.kind, c.bytes, c.times, c.in_loop, c.asynchronous) for name, c in found.items()
+        name: (c.kind, c.bytes, c.runs, c.in_loop, c.asynchronous) for name, c in found.items()
     }
     assert table == {
-        # 3 turns, in a loop of 5
+        # 3 turns, inside a loop of 5.
         "gather": ("all-gather", 8 * 16 * 2, 15, True, False),
         "sum": ("all-reduce", 40 + 40, 5, True, False),
         "all-reduce.9": ("reduce-scatter", 256, 1, False, False),
-        # a chain over two fusions
+        # A chain of two fusions.
         "all-gather.1": ("all-gather", 64, 1, False, True),
         "ag": ("all-gather", 64, 1, False, True),
         "cp": ("collective-permute", 24, 1, False, True),
@@ -86,8 +84,8 @@ def test_loops_multiply_and_every_collective_counts_once():
     assert found["rs"].groups == ((0, 2), (1, 3)) and found["cp"].groups == ((0, 1), (0, 1))
 
 
-def test_bytes_that_arrive():
-    found = {c.name: c.received for c in hlo.Module(LOOPS).collectives()}
+def test_bytes_received():
+    found = {c.name: c.bytes_received for c in hlo.Module(LOOPS).collectives()}
     assert found == {
         "gather": 128,
         "sum": 2 * 0.75 * 80,
@@ -102,7 +100,7 @@ def test_bytes_that_arrive():
 @pytest.mark.parametrize(
     ("kind", "groups", "received", "crossing"),
     [
-        # half of it comes from the other slice, and two devices share that out
+        # Half of the array comes from the other slice, divided between two devices.
         ("all-gather", ((0, 1, 2, 3),), 75, 25),
         ("reduce-scatter", ((0, 1, 2, 3),), 75, 25),
         ("all-reduce", ((0, 1, 2, 3),), 150, 50),
@@ -112,18 +110,16 @@ def test_bytes_that_arrive():
         ("collective-permute", ((0, 1), (1, 2), (2, 3), (0, 3)), 100, 50),
     ],
 )
-def test_what_crosses_between_two_slices_of_two(kind, groups, received, crossing):
+def test_bytes_between_two_slices_of_two(kind, groups, received, crossing):
     one = hlo.Collective(kind, "c", 100, groups, 1, False, False, "")
-    assert one.received == pytest.approx(received) and one.crossing((0, 0, 1, 1)) == pytest.approx(
-        crossing
-    )
-    assert one.crossing((0, 0, 0, 0)) == 0
+    assert one.bytes_received == pytest.approx(received) and one.bytes_between(
+        (0, 0, 1, 1)
+    ) == pytest.approx(crossing)
+    assert one.bytes_between((0, 0, 0, 0)) == 0
 
 
-def test_what_slices_sum_is_received_from_their_runtime():
-    """As libtpu writes it for 2xv5e:4x4: 512 KiB to each device, and to the host no less, which is
-    not counted twice.
-    """
+def test_a_reduction_between_slices_counts_once():
+    """As libtpu writes it for 2xv5e:4x4: 512 KiB to the host and from it; what is received counts."""
     handler = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0"'
     line = (
         "  %recv = (f32[128,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, "
@@ -133,14 +129,15 @@ def test_what_slices_sum_is_received_from_their_runtime():
         f"HloModule m, num_partitions=4\n\nENTRY %main (a: f32[1]) -> f32[1] {{\n{line}{line.replace('recv', 'send')}}}\n"
     )
     (one,) = module.collectives()
-    assert (one.kind, one.times) == (hlo.BETWEEN_SLICES, 1) and one.received == one.crossing(
-        (0, 0, 1, 1)
-    ) == pytest.approx(2**19, abs=8)
+    assert (one.kind, one.runs) == (
+        hlo.BETWEEN_SLICES,
+        1,
+    ) and one.bytes_received == one.bytes_between((0, 0, 1, 1)) == pytest.approx(2**19, abs=8)
 
 
-def test_a_condition_without_a_note_is_read():
+def test_an_unknown_trip_count_is_read_from_the_condition():
     module = hlo.Module(LOOPS.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
-    assert module.times("inner_body") == 3 * 99
+    assert module.runs["inner_body"] == 3 * 99
 
 
 @pytest.mark.parametrize(
@@ -187,9 +184,7 @@ def test_bytes_of_a_shape(shape, size):
 
 
 def test_a_compiled_scan():
-    """Seven gathers of 4 shards, seven sums over 2, one exchange of the whole; XLA may fuse
-    arithmetic, not these.
-    """
+    """Seven gathers of 4 shards, seven sums over 2, and one sum over 4 after the loop."""
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P("fsdp"), P()), out_specs=P(), check_vma=False)
@@ -203,11 +198,9 @@ def test_a_compiled_scan():
     w = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P()))
     found = hlo.Module(jax.jit(run).lower(w, x).compile().as_text()).collectives()
-    seen = sorted(
-        (c.kind, c.bytes, c.times * c.in_loop or c.times, len(c.groups[0])) for c in found
-    )
+    seen = sorted((c.kind, c.bytes, c.runs * c.in_loop or c.runs, len(c.groups[0])) for c in found)
     gathers = [row for row in seen if row[0] == "all-gather"]
-    # a compiler may lift it out of the loop
+    # XLA may lift it out of the loop.
     assert gathers in ([("all-gather", 2048, 7, 4)], [("all-gather", 2048, 1, 4)])
     assert [row for row in seen if row[0] == "all-reduce"] == [
         ("all-reduce", 2048, 1, 4),
