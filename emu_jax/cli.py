@@ -10,7 +10,7 @@ from emu_jax.config import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of exiting, and accepts no abbreviations."""
+    """An ArgumentParser that raises UserError instead of exiting; no abbreviations."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
-    """Exit status of command(arguments): its own or 0, 2 for a user's mistake, 130 for Ctrl-C.
+    """Run a command; its exit status, or 2 for a user's mistake and 130 for Ctrl-C.
 
     arguments: None takes those of the process. A UserError or OSError is printed as one line.
     """

@@ -1,7 +1,7 @@
-"""What a run tells: metrics.jsonl (one object a line), TensorBoard, pictures/STEP.png, and how long
-it still takes: a bar on a terminal, else a line of the log a minute. On process 0 only.
+"""Metrics of a run: metrics.jsonl, TensorBoard, pictures/STEP.png and the time left.
 
-Read next: loop.py, which calls it a step late, so that it never waits for the device.
+Only process 0 writes. The time left is a progress bar on a terminal, otherwise a log line a minute.
+Read next: loop.py, which writes one step late, so that it never waits for the device.
 """
 
 import json
@@ -20,104 +20,90 @@ from jaxtyping import Float
 from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]
 from tqdm import tqdm
 
 from emu_jax.config import UserError
+from emu_jax.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-# seconds between lines of the log that say how far the run is, and after which TensorBoard sees
-# what is new
-EVERY = 60.0
+# Seconds between log lines with the time left, and between flushes of TensorBoard's file.
+INTERVAL = 60.0
 
 
 def means(
     metrics: dict[str, tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]],
     sources: tuple[str, ...],
 ) -> dict[str, float]:
-    """sum / weight of each metric (types.Metrics, on the host); `x_by_source` becomes x/SOURCE for
-    the sources that were there.
+    """The mean, sum / weight, of each metric (types.Metrics, on the host).
+
+    A metric NAME_by_source becomes NAME/SOURCE for every source with a weight.
     """
     out: dict[str, float] = {}
     for name, (total, weight) in metrics.items():
         total = np.asarray(total, np.float64)
         weight = np.asarray(weight, np.float64)
         if name.endswith("_by_source"):
-            out |= {
-                f"{name.removesuffix('_by_source')}/{source}": float(t / w)
-                for source, t, w in zip(sources, total, weight, strict=True)
-                if w
-            }
+            base = name.removesuffix("_by_source")
+            for source, t, w in zip(sources, total, weight, strict=True):
+                if w:
+                    out[f"{base}/{source}"] = float(t / w)
         elif weight:
             out[name] = float(total / weight)
     return out
 
 
 class MetricWriter:
-    """Lines of a run in `workdir`; those after step `start`, of a run that was cut off there, are
-    taken out.
+    """Writes the metrics of a run into `workdir`.
 
-    All of it raises UserError where the disk does not take it.
+    Lines after step `start`, from a run that was killed, are removed first. Every method raises
+    UserError if the disk is full or cannot be written.
     """
 
     def __init__(self, workdir: Path, *, start: int, steps: int):
+        """start: the step from which the run resumes. steps: of the complete run."""
         self.active = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl"
         if not self.active:
             return
-        with self._writing():
+        with self._disk_errors():
             if self.path.exists():
-                lines = [
-                    line for line in self.path.read_text().splitlines() if _step(line) <= start
-                ]
-                part = self.path.with_suffix(".part")
-                part.write_text("".join(line + "\n" for line in lines))
-                part.replace(self.path)
+                lines = self.path.read_text().splitlines()
+                with atomic_write(self.path) as file:
+                    file.writelines(f"{line}\n" for line in lines if _step_of(line) <= start)
             self.file = self.path.open("a", buffering=1)
             self.board = Board(workdir / "tensorboard", start)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
         self.steps = steps
-        # the first step told, which was compiled for, and when
+        # The first step written and when: speed counts from there, since compiling came before.
         self.first: tuple[int, float] | None = None
-        self.told = 0.0
+        self.logged = 0.0
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line, for `step` batches consumed. Numbers that are not finite are null in the line
-        (JSON has none).
-        """
+        """Write the metrics after `step` steps; numbers that are not finite become null in JSON."""
         if not self.active:
             return
-        line = {"step": step} | {
-            name: value if math.isfinite(value) else None for name, value in values.items()
-        }
-        with self._writing():
+        line: dict[str, float | None] = {"step": step}
+        for name, value in values.items():
+            line[name] = value if math.isfinite(value) else None
+        scalars = [summary.scalar(name, value).value[0] for name, value in values.items()]
+        with self._disk_errors():
             self.file.write(json.dumps(line) + "\n")
-            self.board.add(
-                step,
-                summary.Summary(
-                    value=[summary.scalar(name, value).value[0] for name, value in values.items()]
-                ),
-            )
-        self.bar.set_postfix(
-            {
-                name: f"{values[name]:.3g}"
-                for name in ("loss", "text_loss", "image_loss")
-                if name in values
-            },
-            refresh=False,
-        )
+            self.board.add(step, summary.Summary(value=scalars))
+        shown = [name for name in ("loss", "text_loss", "image_loss") if name in values]
+        self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown}, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and "loss" in values:
-            self._tell(step, values["loss"], time.monotonic())
+            self._log_progress(step, values["loss"], time.monotonic())
 
-    def _tell(self, step: int, loss: float, now: float) -> None:
+    def _log_progress(self, step: int, loss: float, now: float) -> None:
         if self.first is None:
             self.first = (step, now)
-            self.told = now
-        elif now - self.told >= EVERY:
-            first, began = self.first
-            left = (now - began) / (step - first) * (self.steps - step)
+            self.logged = now
+        elif now - self.logged >= INTERVAL:
+            first_step, began = self.first
+            left = (now - began) / (step - first_step) * (self.steps - step)
             log.info(
                 "step %d of %d, loss %.4g, about %d minutes left",
                 step,
@@ -125,89 +111,88 @@ class MetricWriter:
                 loss,
                 math.ceil(left / 60),
             )
-            self.told = now
+            self.logged = now
 
     def write_images(self, step: int, images: np.ndarray, captions: list[str]) -> None:
-        """Images [M, h, w, 3], if there are any, and what was said of them, to TensorBoard; the
-        images also to disk, one below the other.
+        """Write images [M, h, w, 3] and their captions to TensorBoard.
+
+        The images also go to pictures/STEP.png, one below the other; if that fails, it is logged.
         """
-        if self.active and len(images):
-            try:
-                self.path.with_name("pictures").mkdir(exist_ok=True)
-                Image.fromarray(np.concatenate(images)).save(
-                    self.path.with_name("pictures") / f"{step}.png"
-                )
-            except OSError as error:
-                log.warning(
-                    "the pictures of step %d are not on disk: %s", step, error.strerror or error
-                )
-            with self._writing():
-                self.board.add(step, summary.image("images", images, dataformats="NHWC"))
-                self.board.add(
-                    step,
-                    summary.text(
-                        "captions",
-                        "\n\n".join(f"{number}. {text}" for number, text in enumerate(captions)),
-                    ),
-                )
+        if not (self.active and len(images)):
+            return
+        folder = self.path.with_name("pictures")
+        try:
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(np.concatenate(images)).save(folder / f"{step}.png")
+        except OSError as error:
+            log.warning("cannot save the pictures of step %d: %s", step, error.strerror or error)
+        text = "\n\n".join(f"{number}. {caption}" for number, caption in enumerate(captions))
+        with self._disk_errors():
+            self.board.add(step, summary.image("images", images, dataformats="NHWC"))
+            self.board.add(step, summary.text("captions", text))
 
     def flush(self) -> None:
-        """All of it is on the disk, or in the bucket that is mounted as one: for a checkpoint,
-        after which nobody tells it again.
+        """Bring everything to disk, or to the bucket that is mounted there.
+
+        Called before a checkpoint, since a run resumed from it will not write these steps again.
         """
         if self.active:
-            with self._writing():
+            with self._disk_errors():
                 os.fsync(self.file.fileno())
                 self.board.events.flush()
 
     def close(self) -> None:
+        """Close the files; call this last. Raises nothing: `write` has reported a full disk."""
         if self.active:
             self.bar.close()
             for file in (self.board, self.file):
-                # what does not fit on the disk has been said
                 with suppress(OSError):
                     file.close()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn an OSError into a UserError."""
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot write what is told of the run into {self.path.parent}: {error.strerror or error}; "
-                "once it can be, the same command goes on from the last checkpoint"
+                f"cannot write metrics to {self.path.parent}: {error.strerror or error}; once "
+                "that is fixed, the same command resumes from the last checkpoint"
             ) from error
 
 
 class Board:
-    """TensorBoard's file. Written by whom it is told: the thread of tensorboardX's own
-    SummaryWriter ends with the first error of the disk, and all who tell it more wait for ever.
+    """TensorBoard's file, written synchronously.
+
+    The thread of tensorboardX's SummaryWriter dies at the first disk error, after which calls block
+    forever.
     """
 
     def __init__(self, folder: Path, start: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.events = EventsWriter(str(folder / "events"))
         self.flushed = 0.0
-        # hides what was told of later steps
         if start:
-            self.events.write_event(
-                Event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
-            )
+            # Makes TensorBoard hide what a killed run wrote about later steps.
+            restart = SessionLog(status=SessionLog.START)
+            self.events.write_event(Event(step=start + 1, session_log=restart))
 
-    def add(self, step: int, what: summary.Summary) -> None:
-        self.events.write_event(Event(wall_time=time.time(), step=step, summary=what))
-        if time.monotonic() - self.flushed >= EVERY:
+    def add(self, step: int, content: summary.Summary) -> None:
+        """Write an event, and flush the file if INTERVAL seconds have passed."""
+        self.events.write_event(Event(wall_time=time.time(), step=step, summary=content))
+        if time.monotonic() - self.flushed >= INTERVAL:
             self.events.flush()
             self.flushed = time.monotonic()
 
     def close(self) -> None:
+        """Close the file."""
         self.events.close()
 
 
-def _step(line: str) -> int | float:
+def _step_of(line: str) -> int | float:
+    """The step of a line of metrics.jsonl; infinity for a line that a kill has truncated."""
     try:
         return int(json.loads(line)["step"])
-    # half a line, of a run that was killed while writing
     except (ValueError, KeyError, TypeError):
-        log.warning("metrics.jsonl: left out a line that is not whole")
+        log.warning("metrics.jsonl: removed an incomplete line")
         return math.inf

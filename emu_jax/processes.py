@@ -1,6 +1,6 @@
-"""The processes of a run: how they find one another, and what they tell each other beside arrays.
+"""How the processes of a run find one another, and what they exchange besides arrays.
 
-One process a host of TPUs, and on GPUs one a node or one a GPU; each feeds and sees its own
+There is one process per host of TPUs, and one per node or per GPU on GPUs. Each feeds its own
 devices, and all run the same program. Read next: loop.py.
 """
 
@@ -23,141 +23,141 @@ from emu_jax import sharding
 from emu_jax.config import UserError
 
 COORDINATOR_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# seconds for the others to end as well
+# Seconds that `exit_process` waits for the other processes.
 SHUTDOWN_TIMEOUT = 5.0
 
 
 def initialize() -> None:
-    """Joins the processes of the run, if this is one of several: those that the COORDINATOR_VARIABLES variables
-    name (launch/local.sh, launch/gke.yaml), else what JAX finds out on SLURM, on a TPU pod or under
-    Open MPI. Comes before anything touches a device. Raises UserError.
+    """Join the other processes of the run, if there are any, before touching a device.
+
+    COORDINATOR_VARIABLES name them (launch/local.sh, launch/gke.yaml); otherwise JAX detects SLURM,
+    a TPU pod or Open MPI. Raises UserError for variables that are incomplete or wrong.
     """
     given = [name for name in COORDINATOR_VARIABLES if name in os.environ]
     if len(given) > 1 and len(given) < len(COORDINATOR_VARIABLES):
         raise UserError(
-            f"{' and '.join(given)} are set: of several processes each needs {', '.join(COORDINATOR_VARIABLES)}"
+            f"{' and '.join(given)} are set, but each of several processes needs "
+            f"{', '.join(COORDINATOR_VARIABLES)}"
         )
     try:
         if len(given) == len(COORDINATOR_VARIABLES):
-            address, *numbers = (os.environ[name] for name in COORDINATOR_VARIABLES)
-            count, number = map(int, numbers)
+            address, count, number = (os.environ[name] for name in COORDINATOR_VARIABLES)
             jax.distributed.initialize(
-                address, count, number, cluster_detection_method="deactivate"
+                address, int(count), int(number), cluster_detection_method="deactivate"
             )
         else:
+            gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
             jax.distributed.initialize(
-                local_device_ids=slurm_local_gpus(
-                    dict(os.environ), len(list(Path("/dev").glob("nvidia[0-9]*")))
-                )
+                local_device_ids=slurm_local_gpus(dict(os.environ), present=gpus)
             )
     except ValueError as error:
         if given:
-            raise UserError(
-                f"{', '.join(f'{name}={os.environ[name]}' for name in given)}: {error}"
-            ) from error
+            values = ", ".join(f"{name}={os.environ[name]}" for name in given)
+            raise UserError(f"{values}: {error}") from error
+        # JAX found no cluster: this is the only process.
         if "coordinator_address" not in str(error):
-            # no cluster was found: alone
             raise
 
 
 def exit_process(status: int) -> None:
-    """Ends this process of several within SHUTDOWN_TIMEOUT seconds: by itself it would wait for the others
-    to end, and they perhaps for it in a step. Does nothing where it is alone.
+    """Exit within SHUTDOWN_TIMEOUT seconds if this is one of several processes.
+
+    A normal exit waits for the others, which may be blocked in a collective with this one. Returns
+    if there is only one process.
     """
-    if jax.distributed.is_initialized():
-        farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        farewell.start()
-        farewell.join(SHUTDOWN_TIMEOUT)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if not jax.distributed.is_initialized():
+        return
+    shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(SHUTDOWN_TIMEOUT)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def data_shard(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
-    """(number, of how many): which share of a global batch of `rows` rows is this process's.
-    Processes whose devices differ along `tensor` only have the same one. (On TPUs the rows of a
-    share may lie apart: they are the share's in order.) Raises UserError where shares overlap in
-    part.
+    """(index, count): this process reads shard `index` of `count` of a batch of `rows` rows.
+
+    Processes whose devices differ only along `tensor` read the same shard. On TPUs the rows of a
+    shard may not be contiguous; they are read in order. Raises UserError if shards overlap partly.
     """
-    held: dict[int, set[int]] = {}
-    for device, (where, *_) in sharding.batch_sharding(mesh).devices_indices_map((rows,)).items():
-        held.setdefault(device.process_index, set()).add(where.start or 0)
-    shares = sorted({tuple(sorted(starts)) for starts in held.values()})
-    if sum(map(len, shares)) > len(set().union(*shares)):
+    starts_of: dict[int, set[int]] = {}
+    indices = sharding.batch_sharding(mesh).devices_indices_map((rows,))
+    for device, (where, *_) in indices.items():
+        starts_of.setdefault(device.process_index, set()).add(where.start or 0)
+    shards = sorted({tuple(sorted(starts)) for starts in starts_of.values()})
+    if sum(len(shard) for shard in shards) > len(set().union(*shards)):
         raise UserError(
-            f"mesh {dict(mesh.shape)}: some processes have a part of their rows in common; let mesh.tensor divide the "
-            f"{mesh.local_mesh.size} devices of a process, or be a multiple of them"
+            f"mesh {dict(mesh.shape)}: some processes share only part of their rows; let "
+            f"mesh.tensor divide the {mesh.local_mesh.size} devices of a process, "
+            "or be a multiple of them"
         )
-    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+    mine = tuple(sorted(starts_of[jax.process_index()]))
+    return shards.index(mine), len(shards)
 
 
 def slurm_local_gpus(environ: dict[str, str], present: int) -> list[int] | None:
-    """Which of the GPUs that it sees are those of a process under SLURM, on a node where `present`
-    are; None where there is nothing to say. (JAX gives the n-th process of a node the n-th GPU:
-    wrong for a process a node, and where SLURM shows each process its own alone.)
+    """The GPUs of this process under SLURM, among those that it sees; None: leave it to JAX.
+
+    JAX assigns the n-th GPU to the n-th process of a node, which is wrong for one process per node
+    and where SLURM shows each process only its own GPU. present: GPUs of the node.
     """
     if "SLURM_STEP_TASKS_PER_NODE" not in environ or not present:
         return None
-    tasks = max(
-        int(count) for count in re.findall(r"(?:^|,)(\d+)", environ["SLURM_STEP_TASKS_PER_NODE"])
-    )
+    # "8(x2),4": two nodes of 8 tasks and one of 4
+    counts = re.findall(r"(?:^|,)(\d+)", environ["SLURM_STEP_TASKS_PER_NODE"])
+    tasks = max(int(count) for count in counts)
     on_node = int(environ.get("SLURM_GPUS_ON_NODE", present))
-    seen = (
-        len(environ["CUDA_VISIBLE_DEVICES"].split(","))
-        if environ.get("CUDA_VISIBLE_DEVICES")
-        else on_node
-    )
-    # its own alone
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    seen = len(visible.split(",")) if visible else on_node
     if seen < on_node:
+        # SLURM shows this process only its own.
         return list(range(seen))
     if seen % tasks:
         raise UserError(
-            f"{tasks} processes on a node of {seen} GPUs: start one a node (--ntasks-per-node=1), or one a GPU"
+            f"{tasks} processes on a node of {seen} GPUs: start one per node "
+            "(--ntasks-per-node=1), or one per GPU"
         )
     first = int(environ["SLURM_LOCALID"]) * (seen // tasks)
     return list(range(first, first + seen // tasks))
 
 
 def allgather_json(value: Any) -> list[Any]:
-    """The JSON-able `value` of every process, in order. Every process calls it."""
+    """The JSON-able `value` of every process, in order. Every process must call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    rows = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    padded = np.pad(text, (0, int(sizes.max()) - len(text)))
+    rows = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The whole of an array, also where other processes hold a part of it: then every process calls
-    it.
-    """
-    return (
-        np.asarray(x)
-        if x.is_fully_addressable
-        else multihost_utils.process_allgather(x, tiled=True)
-    )
+    """All of an array. If other processes hold a part of it, every process must call this."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 class StopConsensus:
-    """Whether any process wants something: the same answer in all processes at the same step, so
-    that none goes on alone.
+    """Agreement on stopping: all processes get the same answer at the same step.
 
-    Several processes are told the outcome of their call before, which is there by then: nobody
-    waits for the device.
+    A call returns whether any process wanted to stop at the call before, since that result is
+    already there: nobody waits for the device. A single process gets its own answer at once.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
-        self.place = NamedSharding(mesh, P(sharding.AXES))
-        self.any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
-        self.last: jax.Array | None = None
+        self._sharding = NamedSharding(mesh, P(sharding.AXES))
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+        self._previous: jax.Array | None = None
 
     def __call__(self, mine: bool) -> bool:
         if jax.process_count() == 1:
             return mine
-        votes = jax.make_array_from_process_local_data(
-            self.place, np.full(jax.local_device_count(), mine)
+        wishes = jax.make_array_from_process_local_data(
+            self._sharding, np.full(jax.local_device_count(), mine)
         )
-        before = self.last
-        self.last = self.any(votes)
-        return before is not None and bool(before)
+        previous = self._previous
+        self._previous = self._any(wishes)
+        return previous is not None and bool(previous)

@@ -1,4 +1,4 @@
-"""XLA traces of some steps of a run. Read next: loop.py."""
+"""XLA traces of some steps of a run, for TensorBoard and Perfetto. Read next: loop.py."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def parse_steps(text: str) -> range:
-    """ "10:13", the steps 10, 11 and 12; "" is none. Raises UserError."""
-    first, colon, end = text.partition(":")
+    """The steps 10, 11 and 12 for "10:13", none for "". Raises UserError."""
     if not text:
         return range(0)
+    first, colon, end = text.partition(":")
     if not (colon and first.isdigit() and end.isdigit() and 0 < int(first) < int(end)):
         raise UserError(
             f"profile.steps={text!r} is not FIRST:END, like 10:13 for the steps 10, 11 and 12"
@@ -26,31 +26,32 @@ def parse_steps(text: str) -> range:
 
 
 @contextmanager
-def trace_steps(steps: range, to: Path) -> Iterator[Callable[[int, Any], None]]:
-    """before(step, state): to be called before each step. An XLA trace of `steps` is written to
-    `to`, for TensorBoard and Perfetto.
+def trace_steps(steps: range, folder: Path) -> Iterator[Callable[[int, Any], None]]:
+    """Write a trace of `steps` to `folder`.
+
+    Yields before(step, state), to be called before each step. The trace ends with the context if
+    the run stops earlier.
     """
-    under_way = False
+    tracing = False
 
     def before(step: int, state: Any) -> None:
-        nonlocal under_way
+        nonlocal tracing
         if step in (steps.start, steps.stop):
             jax.block_until_ready(state)
-        if step in steps and not under_way:
-            jax.profiler.start_trace(to)
-            under_way = True
-        if step == steps.stop and under_way:
+        if step in steps and not tracing:
+            jax.profiler.start_trace(folder)
+            tracing = True
+        if step == steps.stop and tracing:
             end()
 
     def end() -> None:
-        nonlocal under_way
-        under_way = False
+        nonlocal tracing
+        tracing = False
         jax.profiler.stop_trace()
-        log.info("a trace of the steps %d to %d is in %s", steps.start, steps.stop - 1, to)
+        log.info("wrote a trace of steps %d to %d to %s", steps.start, steps.stop - 1, folder)
 
     try:
         yield before
     finally:
-        # the run ended within
-        if under_way:
+        if tracing:
             end()

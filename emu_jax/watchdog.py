@@ -1,7 +1,6 @@
-"""Watching over a run: where its time goes, whether a step hangs, whether it dies in the same batch
-again and again, and a trace of some steps.
+"""Watching a run: goodput, steps that hang, and runs that keep dying in the same step.
 
-Each process watches itself and says in its log what it sees; only process 0 writes. Read next:
+Each process watches itself and logs what it finds; only process 0 writes a file. Read next:
 loop.py.
 """
 
@@ -9,7 +8,6 @@ import faulthandler
 import json
 import logging
 import platform
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,85 +22,90 @@ from emu_jax.config import UserError
 
 log = logging.getLogger(__name__)
 
-# "restart": all before the first batch
+# "restart" is everything before the first batch.
 PHASES = ("steps", "input wait", "compile", "checkpoint", "evaluation", "restart")
-# deaths of runs
-REMEMBERED = 5
+# Deaths of earlier runs that running.json remembers.
+MAX_DEATHS = 5
 
 
 class Watchdog:
-    """What this process does, a phase at a time. A context: left without an error, or with a
-    UserError, the run has not died.
+    """Accounts for the time of this process by phase, and reports hangs and repeated deaths.
 
-    hang: seconds in one phase after which it is said, with the place of every thread; again
-    whenever the time has doubled. 0: never. began: `perf_counter` when it began; None: now.
+    A context: a run that leaves it without an error, or with a UserError or a KeyboardInterrupt,
+    has not died. The file running.json in the workdir exists while a run is under way or has died.
     """
 
     def __init__(self, workdir: Path, hang: float, began: float | None = None):
+        """hang: seconds in one phase after which it is logged with the stack of every thread, and
+        again whenever the time has doubled; 0: never. began: `perf_counter` at the start of the
+        process; None: now.
+        """
         self.step = 0
-        self.now = "restart"
+        self.current_phase = "restart"
         self.since = time.perf_counter() if began is None else began
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.ended = threading.Event()
-        # there while a run is under way, or has died
-        self.path = workdir / "running.json"
-        found = processes.allgather_json(_read(self.path))[0]
-        self.deaths: list[int | None] = (
-            [*found["deaths"], found["step"]][-REMEMBERED:] if found else []
-        )
-        self.file = self.path.open("w") if jax.process_index() == 0 else None
-        self._note(None)
-        died = self.deaths[-1] if self.deaths else None
-        self.times = next(
-            (n for n, at in enumerate(reversed(self.deaths)) if at != died), len(self.deaths)
-        )
-        self.suspect = died if self.times > 1 else None
+        self._ended = threading.Event()
+        self._path = workdir / "running.json"
+        found = processes.allgather_json(_read_json(self._path))[0]
+        # The steps in which the last runs died, oldest first; None: before the first step.
+        self.deaths: list[int | None] = []
+        if found:
+            self.deaths = [*found["deaths"], found["step"]][-MAX_DEATHS:]
+        self._file = self._path.open("w") if jax.process_index() == 0 else None
+        self._write_step(None)
+        self._same_deaths = 0
+        for step in reversed(self.deaths):
+            if step != self.deaths[-1]:
+                break
+            self._same_deaths += 1
+        self.suspect = self.deaths[-1] if self._same_deaths > 1 else None
         if self.suspect is not None:
             log.error(
-                "the last %d runs died in step %d: its documents will be named; a process that was killed for its memory, or a record that "
-                "crashes a decoder, look like this",
-                self.times,
+                "the last %d runs died in step %d: its documents will be named; "
+                "running out of memory or a record that crashes a decoder look like this",
+                self._same_deaths,
                 self.suspect,
             )
         if hang:
-            threading.Thread(target=self._watch, args=(hang,), name="watchdog", daemon=True).start()
+            watch = threading.Thread(
+                target=self._report_hangs, args=(hang,), name="watchdog", daemon=True
+            )
+            watch.start()
 
     def __enter__(self) -> "Watchdog":
         return self
 
     def __exit__(self, kind: type | None, _error: Any, _traceback: Any) -> None:
-        self.ended.set()
-        if self.file:
+        self._ended.set()
+        if self._file:
             with suppress(OSError):
-                self.file.close()
+                self._file.close()
             if kind is None or issubclass(kind, (UserError, KeyboardInterrupt)):
-                self.path.unlink(missing_ok=True)
+                self._path.unlink(missing_ok=True)
 
     def begin_step(self, step: int, documents: list[list[str]]) -> None:
-        """The batch that makes step `step` is about to be trained on; `documents`: this process's,
-        a row each.
-        """
+        """Note that `step` begins. documents: ids of this process's batch, by row."""
         self.step = step
-        self._note(step)
+        self._write_step(step)
         if step == self.suspect:
             log.error(
                 "step %d, in which the last %d runs died, holds the documents %s",
                 step,
-                self.times,
+                self._same_deaths,
                 ", ".join(document for row in documents for document in row),
             )
 
     def enter_phase(self, phase: str) -> None:
-        """From now on, until the next."""
+        """Switch to one of PHASES."""
         now = time.perf_counter()
-        self.seconds[self.now] += now - self.since
-        self.now = phase
+        self.seconds[self.current_phase] += now - self.since
+        self.current_phase = phase
         self.since = now
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """`enter_phase`, and back to the phase before."""
-        before = self.now
+        """Enter a phase, and return to the current one when the context exits."""
+        before = self.current_phase
         self.enter_phase(name)
         try:
             yield
@@ -110,49 +113,50 @@ class Watchdog:
             self.enter_phase(before)
 
     def goodput(self) -> str:
-        """One line: the shares of this process's time since it began."""
-        self.enter_phase(self.now)
+        """One line with each phase's share of the time since this process began."""
+        self.enter_phase(self.current_phase)
         total = sum(self.seconds.values())
         shares = ", ".join(
             f"{name} {seconds / total:.1%}" for name, seconds in self.seconds.items()
         )
         return f"goodput of {total:.0f} s: {shares}"
 
-    def _note(self, step: int | None) -> None:
-        # of one length, and in one write: it is whole whenever the process is killed
-        if self.file:
-            # a full disk: no reason to end here
-            with suppress(OSError):
-                self.file.seek(0)
-                self.file.write(
-                    json.dumps({"step": step, "deaths": self.deaths}).ljust(32 + 16 * REMEMBERED)
-                    + "\n"
-                )
-                self.file.flush()
+    def _write_step(self, step: int | None) -> None:
+        if not self._file:
+            return
+        # One write of constant length: a kill at any moment leaves a complete line.
+        line = json.dumps({"step": step, "deaths": self.deaths}).ljust(32 + 16 * MAX_DEATHS)
+        # A full disk does not stop the run here.
+        with suppress(OSError):
+            self._file.seek(0)
+            self._file.write(line + "\n")
+            self._file.flush()
 
-    def _watch(self, hang: float) -> None:
-        who = f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
+    def _report_hangs(self, hang: float) -> None:
+        process = f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
         since = self.since
-        told = hang
-        while not self.ended.wait(hang / 8):
+        limit = hang
+        while not self._ended.wait(hang / 8):
             if self.since != since:
                 since = self.since
-                told = hang
-            if (late := time.perf_counter() - since) >= told:
-                told = 2 * late
+                limit = hang
+            elapsed = time.perf_counter() - since
+            if elapsed >= limit:
+                limit = 2 * elapsed
                 log.error(
                     "%s hangs: %s of step %d has taken %.0f s so far; its threads are at:",
-                    who,
-                    self.now,
+                    process,
+                    self.current_phase,
                     self.step,
-                    late,
+                    elapsed,
                 )
-                faulthandler.dump_traceback(sys.__stderr__)
+                # The file descriptor: sys.stderr may be redirected to something that has none.
+                faulthandler.dump_traceback(2)
 
 
-def _read(path: Path) -> dict | None:
+def _read_json(path: Path) -> dict | None:
+    """The content of a file; None if it is missing, or truncated by a kill."""
     try:
         return json.loads(path.read_text())
-    # none, or cut off at its very start
     except (OSError, ValueError):
         return None

@@ -15,7 +15,7 @@ from pathlib import Path
 FOLDERS = ("emu_jax", "configs", "benchmarks", "tests")
 SUMMARY = 88
 # Comments that tools read stay behind the code.
-MARKERS = re.compile(r"#\s*(noqa|type:|pragma|pyright|fmt)")
+MARKERS = re.compile(r"#\s*(noqa|type:|ty:|pragma|pyright|fmt)")
 # Phrases that a reader has to translate, and what to write instead.
 PHRASES = {
     r"\bwhence\b": "where ... from",

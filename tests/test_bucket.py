@@ -1,9 +1,9 @@
-"""Checkpoints in a bucket, against an emulator of Google's storage (make test-bucket): a run that
-is killed goes on from there, in two processes, and a save that did not end is passed over.
+"""Checkpoints in a bucket, on an emulator of Google Cloud Storage (make test-bucket).
+
+A killed run resumes from there, with two processes, and skips an unfinished save.
 """
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -12,10 +12,18 @@ import sys
 
 import numpy as np
 import pytest
-from test_processes import SHALLOW, assert_same_losses, command, data, environ, trained  # noqa: F401
 from test_train import KILLED, arguments
 
 from emu_jax import checkpoint, tree
+from tests.support import fixtures
+from tests.support.processes import (
+    SHALLOW,
+    assert_same_losses,
+    command,
+    environ,
+    metrics,
+    train_here,
+)
 
 pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")
@@ -24,11 +32,16 @@ NotFound = pytest.importorskip("gcp_storage_emulator.exceptions").NotFound
 pytestmark = pytest.mark.long
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    to = tmp_path_factory.mktemp("data")
+    fixtures.write_tiny(to)
+    return to
+
+
 @pytest.fixture
 def bucket(monkeypatch):
-    """The name of a bucket that Orbax, TensorStore and gcsfs find, here and in the processes that a
-    test starts.
-    """
+    """The URL of a bucket that this process and those that it starts can reach."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -36,7 +49,8 @@ def bucket(monkeypatch):
         monkeypatch.setenv(name, f"http://localhost:{port}")
     download = objects.download
 
-    # as Google's does; TensorStore overwrites what it read, nothing newer
+    # Google sends the generation of an object. TensorStore needs it, to overwrite only the version
+    # that it has read.
     def with_generation(request, response, storage, *rest, **named):
         with contextlib.suppress(NotFound):
             response["x-goog-generation"] = storage.get_file_obj(
@@ -51,9 +65,11 @@ def bucket(monkeypatch):
     server.stop()
 
 
-def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F811
+def test_a_killed_run_resumes_from_a_bucket(bucket, data, tmp_path):
     more = ("optim.steps=6", "checkpoint.every=2", "checkpoint.keep=2")
-    whole, there = trained(data, tmp_path / "whole", 1, 8, *more)
+    undisturbed = tmp_path / "undisturbed"
+    lines = train_here(data, undisturbed, 8, *more)
+    data_state = checkpoint.read_metadata(str(undisturbed)).data
 
     to = f"checkpoint.to={bucket}/run"
     steps = checkpoint.paths.resolve(f"{bucket}/run/checkpoints")
@@ -76,7 +92,7 @@ def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F8
     assert {path.name for path in steps.iterdir()} == {"2", "4"} and not (
         tmp_path / "run/checkpoints"
     ).exists()
-    # as if it had been killed a moment before
+    # As if it had been killed just before the save was complete.
     ended.unlink()
     assert checkpoint.latest_step(f"{bucket}/run") == 2
 
@@ -89,22 +105,18 @@ def test_a_killed_run_goes_on_from_a_bucket(bucket, data, tmp_path):  # noqa: F8
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert {path.name for path in steps.iterdir()} == {"4", "6"}
-    assert_same_losses(
-        [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()],
-        whole,
-        rtol=1e-4,
-    )
-    assert checkpoint.read_metadata(f"{bucket}/run").data == there
+    assert_same_losses(metrics(tmp_path / "run"), lines, rtol=1e-4)
+    assert checkpoint.read_metadata(f"{bucket}/run").data == data_state
     restored, want = (
         list(tree.leaves(checkpoint.restore_params(path)))
-        for path in (f"{bucket}/run", str(tmp_path / "whole"))
+        for path in (f"{bucket}/run", str(undisturbed))
     )
     for (name, here), (other, leaf) in zip(restored, want, strict=True):
         assert name == other
         np.testing.assert_allclose(here, leaf, atol=1e-4, err_msg=name)
 
 
-def test_a_bucket_that_is_not_there_is_one_line(bucket, data, tmp_path):  # noqa: F811
+def test_a_missing_bucket_is_an_error_of_one_line(bucket, data, tmp_path):
     done = subprocess.run(
         [
             sys.executable,

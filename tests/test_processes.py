@@ -1,8 +1,5 @@
-"""Several processes of one run: launch/local.sh starts two, over Gloo, and they train as one
-does.
-"""
+"""Several processes of one run, started by launch/local.sh, train like a single process."""
 
-import json
 import os
 import re
 import signal
@@ -14,70 +11,22 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from test_train import arguments
 
-from emu_jax import checkpoint, processes, sharding, train
+from emu_jax import checkpoint, processes, sharding
 from emu_jax.config import UserError
 from tests.support import fixtures, layouts
-
-# one process of pytest: what two processes compile, others of two load
-pytestmark = pytest.mark.xdist_group("processes")
-
-# A model of one block a tower, whose program does not depend on the number of steps: the compiler's
-# time is the tests'.
-SHALLOW = (
-    "model.vision.depth=1",
-    "model.resampler.depth=1",
-    "model.llama.depth=1",
-    "objective.chunk=64",
-    "optim.schedule=constant",
-    "mesh.data=-1",
-    "mesh.fsdp=1",
+from tests.support.processes import (
+    assert_same_losses,
+    command,
+    environ,
+    metrics,
+    train_here,
 )
 
+# One pytest worker: the programs that the first run compiles are loaded by the next ones.
+pytestmark = pytest.mark.xdist_group("processes")
 
-def command(data, workdir, count, *overrides):
-    return [
-        "launch/local.sh",
-        str(count),
-        sys.executable,
-        "-m",
-        "emu_jax.train",
-        *arguments(data, workdir, *SHALLOW, *overrides),
-    ]
-
-
-def environ(devices):
-    """For a process with so many devices."""
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    return os.environ | {
-        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
-    }
-
-
-def trained(data, workdir, count, devices, *overrides):
-    """(lines of metrics.jsonl, saved state of the data) of a run on `count` processes of `devices`
-    devices; the only one is this process.
-    """
-    if count > 1:
-        done = subprocess.run(
-            command(data, workdir, count, *overrides),
-            env=environ(devices),
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    else:
-        with pytest.MonkeyPatch.context() as patch:
-            make = sharding.make_mesh
-            few = jax.devices()[:devices]
-            patch.setattr(
-                sharding, "make_mesh", lambda sizes, devices=None: make(sizes, devices or few)
-            )
-            assert train.main(arguments(data, workdir, *SHALLOW, *overrides)) == 0
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return lines, checkpoint.read_metadata(str(workdir)).data
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -87,88 +36,88 @@ def data(tmp_path_factory):
     return to
 
 
-LOSSES = (
-    "loss",
-    "text_loss",
-    "image_loss",
-    "grad_norm",
-    "eval/text_loss",
-    "eval/image_loss",
-    "eval/visdial/mrr",
-    "eval/visdial/ndcg",
-)
-
-
-def assert_same_losses(lines, others, rtol):
-    assert [line["step"] for line in lines] == [line["step"] for line in others]
-    for line, other in zip(lines, others, strict=True):
-        here, there = ({key: line[key] for key in LOSSES if key in line} for line in (line, other))
-        assert len(here) > 1 and here == pytest.approx(there, rel=rtol)
-
-
-def said(workdir):
-    """Of the first pictures, as TensorBoard holds it."""
+def captions(workdir):
+    """The captions of the images that a run has logged to TensorBoard."""
     board = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
-    return re.search(rb"\D0\. (.*)\n\n7\. ", board, re.DOTALL)[1]
+    found = re.search(rb"\D0\. (.*?)\n\n7\. ", board, re.DOTALL)
+    assert found
+    return found[1]
 
 
-def shown(workdir):
-    return (workdir / "pictures/20.png").read_bytes()
-
-
-def test_two_processes_are_one(data, tmp_path):
-    """Packed, mixed, interleaved documents on 2 x 4 (and two readers of each process), 1 x 8 and 1
-    x 1 devices: the same of them in every batch (the state of the streams says how far each is),
-    the same losses, held out too, a benchmark's numbers, pictures, and what is said of them.
-    """
-    layouts.visdial(tmp_path / "visdial", count=8, rounds=1)
-    more = (
-        "optim.steps=20",
-        "eval.every=20",
+def evaluated(data, tmp_path):
+    """Overrides of a run that evaluates, draws and saves after STEPS steps."""
+    visdial = tmp_path / "visdial"
+    if not visdial.exists():
+        layouts.visdial(visdial, count=8, rounds=1)
+    return (
+        f"eval.every={STEPS}",
         "eval.batches=2",
         f"data.eval_mixture={fixtures.mixture(data, 'held_out')!r}",
-        f"eval.tasks=(('visdial', '{tmp_path}/visdial', 8),)",
-        "log.pictures_every=20",
-    )
-
-    def run(name, *of):
-        return trained(data, tmp_path / name, *of, *more)
-
-    (two, there) = run("two", 2, 4, "data.readers=2")
-    (one, here) = run("one", 1, 8)
-    (single, alone) = run("single", 1, 1)
-    assert there == here == alone and there["streams"].keys() == {"0", "1", "2", "3"}
-    assert [line["step"] for line in two] == [*range(1, 21), 20]
-    for other in (one, single):
-        assert_same_losses(two, other, rtol=1e-4)
-    assert said(tmp_path / "two") == said(tmp_path / "one") and shown(tmp_path / "two") == shown(
-        tmp_path / "one"
+        f"eval.tasks=(('visdial', '{visdial}', 8),)",
+        f"log.pictures_every={STEPS}",
+        f"checkpoint.every={STEPS}",
+        "checkpoint.keep=9",
     )
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(data, tmp_path):
-    pid = 'echo $$ > "$0-$JAX_PROCESS_ID"; exec "$@"'
-    launch = command(data, tmp_path / "run", 2, "optim.steps=10000")
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """(workdir, standard error) of two processes of four devices and two readers each.
+
+    One of them gets a SIGTERM once step STEPS is saved.
+    """
+    folder = tmp_path_factory.mktemp("stopped")
+    workdir = folder / "run"
+    overrides = evaluated(data, folder)
+    launch = command(data, workdir, 2, *overrides, "optim.steps=10000", "data.readers=2")
+    note_pid = 'echo $$ > "$0-$JAX_PROCESS_ID"; exec "$@"'
     run = subprocess.Popen(
-        [*launch[:2], "bash", "-c", pid, str(tmp_path / "pid"), *launch[2:]],
+        [*launch[:2], "bash", "-c", note_pid, str(folder / "pid"), *launch[2:]],
         env=environ(4),
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = tmp_path / "run/metrics.jsonl"
-    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        time.sleep(0.1)
-    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
+    while run.poll() is None and not (workdir / f"checkpoints/{STEPS}").exists():
+        time.sleep(0.02)
+    os.kill(int((folder / "pid-1").read_text()), signal.SIGTERM)
     _, err = run.communicate(timeout=300)
     assert run.returncode == 0 and "Traceback" not in err, err[-3000:]
-    stop = r"stopped by (.*) at step (\d+) of 10000; the checkpoint is saved"
-    told = [re.search(rf"\[{process}\] .*{stop}", err).groups() for process in (0, 1)]
-    assert told[0][0] == "another process" and told[1][0] == "SIGTERM" and told[0][1] == told[1][1]
-    assert checkpoint.latest_step(str(tmp_path / "run")) == int(told[0][1])
+    return workdir, err
+
+
+def test_two_processes_are_one(data, stopped, tmp_path):
+    """Runs on 2 x 4 (with two readers per process), 1 x 8 and 1 x 1 devices are the same.
+
+    Documents are packed, mixed and interleaved. Every batch holds the same ones (the state of the
+    streams counts them), and losses, held-out losses and benchmark scores are equal; images and
+    captions are compared on equal numbers of devices.
+    """
+    workdir, _ = stopped
+    lines = [line for line in metrics(workdir) if line["step"] <= STEPS]
+    assert [line["step"] for line in lines] == [*range(1, STEPS + 1), STEPS]
+    streams = checkpoint.read_metadata(str(workdir), STEPS).data
+    assert streams["streams"].keys() == {"0", "1", "2", "3"}
+    for devices in (8, 1):
+        other = tmp_path / f"{devices}"
+        overrides = evaluated(data, tmp_path)
+        others = train_here(data, other, devices, f"optim.steps={STEPS}", *overrides)
+        assert_same_losses(lines, others, rtol=1e-4)
+        assert checkpoint.read_metadata(str(other)).data == streams
+    images = f"pictures/{STEPS}.png"
+    assert (workdir / images).read_bytes() == (tmp_path / "8" / images).read_bytes()
+    assert captions(workdir) == captions(tmp_path / "8")
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_with_everything_saved(stopped):
+    workdir, err = stopped
+    message = r"\[(\d)\] .*stopped by (.*) at step (\d+) of 10000; the checkpoint is saved"
+    step = checkpoint.latest_step(str(workdir))
+    logged = sorted(re.findall(message, err))
+    assert logged == [("0", "another process", f"{step}"), ("1", "SIGTERM", f"{step}")]
     assert re.search(r"data's state in \d+ bytes; goodput of \d+ s: steps ", err)
 
 
-def test_one_that_leaves_after_an_error_ends_all_of_them():
+def test_a_process_that_exits_after_an_error_ends_all_of_them():
     script = (
         "import os, time; from emu_jax import processes; processes.initialize(); "
         "processes.exit_process(2) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(600)"
@@ -185,16 +134,15 @@ def test_one_that_leaves_after_an_error_ends_all_of_them():
 Device = namedtuple("Device", ("process_index", "id"))
 
 
-def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
-    """(process of each device in the mesh's order) -> share of each process."""
-
-    def shares(processes_of, data, tensor):
+def test_processes_along_tensor_read_the_same_rows(monkeypatch):
+    def shards(processes_of, data, tensor):
+        """Shard of each process; processes_of: the process of each device in the mesh's order."""
         mesh = sharding.make_mesh({"data": data, "fsdp": 1, "tensor": tensor}, jax.devices())
         layout = sharding.batch_sharding(mesh).devices_indices_map((16,))
-        stands_for = dict(zip(mesh.devices.flat, processes_of, strict=True))
+        process_of = dict(zip(mesh.devices.flat, processes_of, strict=True))
         faked = SimpleNamespace(
             devices_indices_map=lambda _: {
-                Device(stands_for[device], device.id): at for device, at in layout.items()
+                Device(process_of[device], device.id): at for device, at in layout.items()
             }
         )
         monkeypatch.setattr(sharding, "batch_sharding", lambda _: faked)
@@ -207,30 +155,30 @@ def test_processes_along_tensor_have_their_rows_in_common(monkeypatch):
         finally:
             monkeypatch.undo()
 
-    assert shares([0, 0, 0, 0, 1, 1, 1, 1], data=8, tensor=1) == [(0, 2), (1, 2)]
-    assert shares([0, 0, 1, 1, 2, 2, 3, 3], data=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert shares([0, 0, 1, 1, 2, 2, 3, 3], data=1, tensor=8) == [(0, 1)] * 4
-    # as a TPU's axes may fall
-    assert shares([0, 1, 0, 1, 2, 3, 2, 3], data=8, tensor=1) == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    with pytest.raises(UserError, match="a part of their rows in common"):
-        shares([0, 0, 0, 1, 1, 1, 1, 1], data=4, tensor=2)
+    assert shards([0, 0, 0, 0, 1, 1, 1, 1], data=8, tensor=1) == [(0, 2), (1, 2)]
+    assert shards([0, 0, 1, 1, 2, 2, 3, 3], data=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert shards([0, 0, 1, 1, 2, 2, 3, 3], data=1, tensor=8) == [(0, 1)] * 4
+    # The order in which a TPU's axes may arrive.
+    assert shards([0, 1, 0, 1, 2, 3, 2, 3], data=8, tensor=1) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    with pytest.raises(UserError, match="some processes share only part of their rows"):
+        shards([0, 0, 0, 1, 1, 1, 1, 1], data=4, tensor=2)
 
 
 @pytest.mark.parametrize(
     ("given", "gpus"),
     [
         ({}, None),
-        # a process a node
+        # One process per node.
         (
             {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "8"},
             [0, 1, 2, 3, 4, 5, 6, 7],
         ),
-        # a process a GPU
+        # One process per GPU.
         (
             {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "8"},
             [3],
         ),
-        # and sees no other
+        # One process per GPU, which sees only its own.
         (
             {
                 "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
@@ -255,25 +203,25 @@ def test_gpus_under_slurm(given, gpus):
     assert processes.slurm_local_gpus(given, present=0) is None
 
 
-def test_gpus_that_do_not_share_out_are_one_line():
-    with pytest.raises(UserError, match="3 processes on a node of 8 GPUs: start one a node"):
+def test_processes_that_do_not_divide_the_gpus_of_a_node_are_an_error():
+    with pytest.raises(UserError, match="3 processes on a node of 8 GPUs: start one per node"):
         processes.slurm_local_gpus(
             {"SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_LOCALID": "0"}, present=8
         )
 
 
-def test_half_of_the_variables_are_one_line(monkeypatch):
+def test_an_incomplete_set_of_coordinator_variables_is_an_error(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     with pytest.raises(
         UserError,
-        match="JAX_NUM_PROCESSES and JAX_PROCESS_ID are set: of several processes each needs JAX_COORDINATOR_ADDRESS",
+        match="JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, but each of several processes needs",
     ):
         processes.initialize()
 
 
-def test_alone_a_vote_counts_at_once():
+def test_a_single_process_needs_no_consensus():
     should_stop = processes.StopConsensus(
         sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, jax.devices())
     )

@@ -1,9 +1,10 @@
+"""Files that appear when they are complete, and errors in one line."""
+
 import os
 
 import pytest
 
-from emu_jax import cli, files
-from emu_jax.config import UserError
+from emu_jax import files
 
 
 @pytest.mark.parametrize(("mode", "content"), [("w", "now"), ("wb", b"now")])
@@ -43,26 +44,3 @@ def test_the_bytes_are_on_disk_before_the_name(tmp_path, monkeypatch):
 def test_an_error_is_one_line():
     assert files.one_line(ValueError("a\n  b")) == "ValueError: a b"
     assert len(files.one_line(ValueError("x" * 1000))) == 300
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "message"),
-    [
-        (UserError("no such thing"), 2, "error: no such thing\n"),
-        (FileNotFoundError(2, "No such file", "a"), 2, "error: [Errno 2] No such file: 'a'\n"),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
-    ],
-)
-def test_a_command_ends_in_one_line(capsys, error, status, message):
-    def command(_):
-        raise error
-
-    assert cli.run(command, []) == status
-    assert capsys.readouterr().err == message
-
-
-def test_a_parser_raises_and_knows_no_abbreviations():
-    parser = cli.Parser()
-    parser.add_argument("--limit")
-    with pytest.raises(UserError, match="unrecognized arguments: --lim=3"):
-        parser.parse_args(["--lim=3"])
