@@ -1,8 +1,8 @@
-"""Makes data sets, and shows what they are made of:
+"""Build datasets, and inspect what they are built from.
 
-python -m emu_jax.data inspect PATH --kind=K [--jsonl]              what becomes of every record,
-and why some are left out python -m emu_jax.data build --kind=K --from=PATH... --to=DIR
-documents as ArrayRecord, and a data card
+inspect PATH --kind=KIND         what becomes of every record, and why some are left out
+build --kind=KIND --from=PATH... --to=DIR
+                                 documents as ArrayRecord files, and a data card
 
 Read next: sources/kinds.py.
 """
@@ -10,19 +10,29 @@ Read next: sources/kinds.py.
 import argparse
 import json
 import logging
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+from emu_jax import cli
 from emu_jax.config import UserError
 from emu_jax.data.sources.options import SourceOptions
+from emu_jax.files import atomic_write
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status of the command line `arguments` (None: the process's)."""
+    return cli.run(command, arguments)
+
+
+def command(arguments: list[str]) -> None:
     flags = _parse(arguments)
-    # tfds warns of every config that is not its own
+    # tfds warns about every config that is not its own
     logging.getLogger("absl").setLevel(logging.ERROR)
+    from emu_jax.data import images, video
+
+    images.silence_pillow()
+    video.silence_ffmpeg()
     if flags.command == "inspect":
         _inspect(flags)
     else:
@@ -36,17 +46,13 @@ def _inspect(flags: argparse.Namespace) -> None:
     documents = inspection.inspect_documents(flags.kind, Path(flags.path), _options(flags))
     if flags.jsonl:
         for document in documents:
-            # ASCII: whatever the terminal takes, and a line is a line
+            # ASCII suits every terminal and holds no line separators.
             print(json.dumps(inspection.describe(document)), flush=True)
         return
-    page = Path(flags.page or f"inspect-{Path(flags.path).name.split('.')[0] or flags.kind}.html")
-    new = page.with_suffix(".new")
-    try:
-        with new.open("w", encoding="utf-8") as file:
-            file.writelines(card.inspection_page(f"{flags.path}, read as {flags.kind}", documents))
-        new.replace(page)
-    finally:
-        new.unlink(missing_ok=True)
+    name = Path(flags.path).name.split(".")[0] or flags.kind
+    page = Path(flags.page or f"inspect-{name}.html")
+    with atomic_write(page) as file:
+        file.writelines(card.inspection_page(f"{flags.path}, read as {flags.kind}", documents))
     print(page)
 
 
@@ -64,41 +70,47 @@ def _build(flags: argparse.Namespace) -> None:
         flags.runner,
         flags.rest,
     )
-    print(", ".join(f"{number:,} {what.replace('_', ' ')}" for what, number in counts.items()))
+    print(", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()))
     print(f"{flags.to}/card.html")
 
 
 def _options(flags: argparse.Namespace) -> SourceOptions:
-    return SourceOptions(
-        **{field.name: getattr(flags, field.name) for field in fields(SourceOptions)}
-    )
+    chosen = {field.name: getattr(flags, field.name) for field in fields(SourceOptions)}
+    return SourceOptions(**chosen)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from emu_jax.data.sources.kinds import KINDS
 
-    parser = argparse.ArgumentParser(
-        prog="python -m emu_jax.data", description=__doc__.splitlines()[0], allow_abbrev=False
+    kinds = "\n".join(f"  {name:14}{kind.help}" for name, kind in KINDS.items())
+    parser = cli.Parser(
+        prog="python -m emu_jax.data",
+        description="Build datasets, and inspect what they are built from.",
     )
     commands = parser.add_subparsers(required=True, metavar="build | inspect", dest="command")
-    kinds = "; ".join(f"{name}: {kind.help}" for name, kind in KINDS.items())
     inspect = commands.add_parser(
-        "inspect", help="show what becomes of every record", allow_abbrev=False
+        "inspect",
+        help="show what becomes of every record",
+        description="Show what becomes of every record, and why some are left out.",
+        epilog=f"kinds:\n{kinds}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspect.add_argument("path", help="a file or folder")
-    inspect.add_argument("--kind", required=True, choices=[*KINDS], help=kinds)
     inspect.add_argument(
         "--jsonl",
         action="store_true",
-        help="print a line of JSON a document, instead of writing a page",
+        help="print one line of JSON per document instead of writing a page",
     )
-    inspect.add_argument("--page", default="", help="where to write the page; inspect-NAME.html")
-    build = commands.add_parser("build", help="write a data set", allow_abbrev=False)
-    build.add_argument(
-        "--kind",
-        required=True,
-        choices=[*KINDS],
-        help=kinds,
+    inspect.add_argument(
+        "--page", default="", help="where to write the page (default: inspect-NAME.html)"
+    )
+    build = commands.add_parser(
+        "build",
+        help="write a dataset",
+        description="Write a dataset as ArrayRecord files, with a data card. If it is stopped, "
+        "the same command continues it.",
+        epilog=f"kinds:\n{kinds}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     build.add_argument(
         "--from",
@@ -109,31 +121,42 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="files and folders to read",
     )
     build.add_argument("--to", required=True, help="directory to write into")
-    build.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
+    build.add_argument(
+        "--workers", type=int, default=0, help="number of processes (default: one per core)"
+    )
     build.add_argument(
         "--runner",
         default="",
-        help="a runner of Apache Beam in place of processes here: DirectRunner, "
-        "DataflowRunner, ...; what follows -- is passed on to it",
+        help="an Apache Beam runner instead of local processes (DirectRunner, DataflowRunner, "
+        "...); arguments after -- are passed to it",
     )
-    for command in (inspect, build):
-        for field in fields(SourceOptions):
-            kind = (
-                {"type": _yes_or_no, "metavar": "yes|no"}
-                if isinstance(field.default, bool)
-                else {"type": type(field.default)}
-            )
-            help = f"{field.metadata['help']} ({field.default})"
-            command.add_argument(
-                f"--{field.name.replace('_', '-')}", default=field.default, help=help, **kind
-            )
-    for one in (parser, inspect, build):
-        # one line, as everywhere
-        one.error = _fail
+    for subparser in (inspect, build):
+        subparser.add_argument(
+            "--kind", required=True, choices=[*KINDS], metavar="KIND", help="format of the input"
+        )
+        _add_source_options(subparser)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     flags = parser.parse_args(arguments[:split])
     flags.rest = arguments[split + 1 :]
     return flags
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    for field in fields(SourceOptions):
+        flag = f"--{field.name.replace('_', '-')}"
+        help = f"{field.metadata['help']} (default: {_shown(field.default)})"
+        if isinstance(field.default, bool):
+            parser.add_argument(
+                flag, type=_yes_or_no, metavar="yes|no", default=field.default, help=help
+            )
+        else:
+            parser.add_argument(flag, type=type(field.default), default=field.default, help=help)
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return str(default) or "none"
 
 
 def _yes_or_no(text: str) -> bool:
@@ -142,16 +165,5 @@ def _yes_or_no(text: str) -> bool:
     return text.lower() in ("yes", "true")
 
 
-def _fail(message: str) -> None:
-    raise UserError(message)
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    # of `| head`, which has seen enough
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

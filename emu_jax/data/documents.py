@@ -1,9 +1,8 @@
-"""What a source yields: a document, an ordered list of parts, before anything about it is random or
-tokenised.
+"""What a source yields: a document, an ordered list of parts, before tokenisation and randomness.
 
-A picture is the bytes of its file (or pixels, where it is a frame of a video) until
-sources/records.py decodes it for the model; then it is a plain array, but where it has a role. Read
-next: sources/kinds.py, which makes documents of the world's formats, or sequence.py.
+An image is an encoded file, or pixels if it is a frame of a video, until sources/records.py decodes
+it for the model. Then it is a plain array, or a Picture if it has a role. Read next:
+sources/kinds.py, which reads others' formats, or sequence.py.
 """
 
 from collections.abc import Iterator
@@ -19,21 +18,19 @@ Image = UInt8[np.ndarray, "h w 3"]
 
 @dataclass(frozen=True)
 class Text:
-    """A text and its weight in the loss; a part that is a plain str weighs 1. `role` is that of a
-    turn in a conversation: "system", "user", "assistant" or ""; `time` is in seconds.
-    """
+    """A text and its weight in the loss. A part that is a plain str has weight 1."""
 
     text: str
     weight: float = 1.0
+    # of a turn in a conversation: "system", "user" or "assistant"
     role: str = ""
+    # seconds
     time: float | None = None
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a source holds it: an encoded file, or upright RGB pixels. `role` and `time` as
-    in Text.
-    """
+    """An image with its role and time, as in Text: an encoded file, or upright RGB pixels."""
 
     data: bytes | Image
     role: str = ""
@@ -42,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its text, in an order drawn anew in every epoch."""
+    """An image and its text, whose order is drawn again in every epoch."""
 
     image: Picture | Image
     text: str | Text
@@ -50,25 +47,36 @@ class Pair:
 
 @dataclass(frozen=True)
 class Document:
-    """Parts in reading order, and an id that is unique in its source and never changes.
-
-    `source` is the file it comes from; `provenance` is JSON-able: where that file says it found it.
-    `dropped` says, a reason each, which parts were left out of it.
-    """
+    """Parts in reading order, and an id that is unique in its source and never changes."""
 
     id: str
     parts: tuple[str | Text | Image | Picture | Pair, ...]
+    # the file it was read from
     source: str = ""
+    # JSON-able: what the file says about where it comes from
     provenance: dict[str, Any] = field(default_factory=dict)
+    # a reason for each part that was left out
     dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that becomes no document, and why, in one line."""
+    """A record that does not become a document, and the reason in one line."""
 
     id: str
     reason: str
+
+
+def flat_parts(document: Document) -> Iterator[Text | Picture]:
+    """The texts and images in reading order; a pair is its image, then its text."""
+    for part in document.parts:
+        for half in (part.image, part.text) if isinstance(part, Pair) else (part,):
+            if isinstance(half, str):
+                yield Text(half)
+            elif isinstance(half, (Text, Picture)):
+                yield half
+            else:
+                yield Picture(half)
 
 
 def images_of(document: Document) -> Iterator[Picture | Image]:
@@ -81,13 +89,13 @@ def images_of(document: Document) -> Iterator[Picture | Image]:
 
 
 def pixels_of(document: Document) -> Iterator[Image]:
-    """The same of a document whose images are decoded."""
-    return (image.data if isinstance(image, Picture) else image for image in images_of(document))
+    """The images of a document whose images are decoded."""
+    for image in images_of(document):
+        pixels = image.data if isinstance(image, Picture) else image
+        assert not isinstance(pixels, bytes), "the images are not decoded"
+        yield pixels
 
 
 def texts_of(document: Document) -> Iterator[Text]:
     """The texts of a document, in the order of its parts."""
-    for part in document.parts:
-        part = part.text if isinstance(part, Pair) else part
-        if isinstance(part, (str, Text)):
-            yield Text(part) if isinstance(part, str) else part
+    return (part for part in flat_parts(document) if isinstance(part, Text))

@@ -1,9 +1,9 @@
-"""What `python -m emu_jax.data inspect` shows: every document of a source, as JSON lines or as a
-page, and what was left out and why.
+"""What `python -m emu_jax.data inspect` shows: every document of a source, or why a record was left
+out, as JSON lines or as a page.
 
-Nothing is random and nothing resized: a picture is said by its size, the SHA-256 of its upright RGB
-bytes (alpha over white) and the mean colours of 4 x 4 cells, which other decoders come near to.
-Read next: builders/card.py.
+Nothing is random and nothing is resized. An image is described by its size, the SHA-256 of its
+upright RGB bytes (alpha over white) and the mean colours of 4 x 4 cells, which other decoders
+approximate. Read next: builders/card.py.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from emu_jax.data import images
-from emu_jax.data.documents import Document, Image, Pair, Picture, Skipped, Text
+from emu_jax.data.documents import Document, Image, Picture, Skipped, Text, flat_parts
 from emu_jax.data.sources import kinds
 from emu_jax.data.sources.options import SourceOptions
 
@@ -24,42 +24,33 @@ CELLS = 4
 def inspect_documents(
     kind: str, path: Path, options: SourceOptions
 ) -> Iterator[Document | Skipped]:
-    """All of `path`, shard after shard."""
+    """All documents and skipped records below `path`, in order."""
     for shard in kinds.KINDS[kind].list_shards(path):
         yield from kinds.read_documents(kind, shard, options)
 
 
 def describe(document: Document | Skipped) -> dict[str, Any]:
-    """{"id", "parts": [{"text"} | {"image": {"width", "height", "sha256", "grid"}}]} or {"id",
-    "skipped"}; a `Pair` is its image, then its text; parts of conversations have a "role".
+    """{"id", "parts": [{"text"} | {"image": {"width", "height", "sha256", "grid"}}]} of a document.
+
+    A pair is its image, then its text; parts of conversations also have a "role". A skipped record
+    is {"id", "skipped": reason}.
     """
     if isinstance(document, Skipped):
         return {"id": document.id, "skipped": document.reason}
-    parts = [
-        half
-        for part in document.parts
-        for half in ((part.image, part.text) if isinstance(part, Pair) else (part,))
-    ]
-    return {"id": document.id, "parts": [_part(part) for part in parts]}
+    return {"id": document.id, "parts": [_part(part) for part in flat_parts(document)]}
 
 
-def _part(part: Any) -> dict[str, Any]:
-    part = (
-        Text(part)
-        if isinstance(part, str)
-        else Picture(part)
-        if isinstance(part, np.ndarray)
-        else part
-    )
-    return ({"text": part.text} if isinstance(part, Text) else {"image": _image(part)}) | (
-        {"role": part.role} if part.role else {}
-    )
+def _part(part: Text | Picture) -> dict[str, Any]:
+    described: dict[str, Any]
+    described = {"text": part.text} if isinstance(part, Text) else {"image": _image(part)}
+    if part.role:
+        described["role"] = part.role
+    return described
 
 
 def _image(picture: Picture) -> dict[str, Any]:
-    pixels = (
-        picture.data if isinstance(picture.data, np.ndarray) else images.decode_full(picture.data)
-    )
+    data = picture.data
+    pixels = images.decode_full(data) if isinstance(data, bytes) else data
     return {
         "width": pixels.shape[1],
         "height": pixels.shape[0],
@@ -69,8 +60,9 @@ def _image(picture: Picture) -> dict[str, Any]:
 
 
 def grid(pixels: Image) -> list[list[float]]:
-    """Mean [red, green, blue] of CELLS x CELLS cells in reading order, to two decimals; cell k of a
-    side of n pixels is [k n // 4, (k + 1) n // 4), and at least one pixel.
+    """Mean [red, green, blue] of CELLS x CELLS cells in reading order, rounded to two decimals.
+
+    Cell k of a side of n pixels is [k n // 4, (k + 1) n // 4), and at least one pixel.
     """
 
     def edges(side: int) -> list[tuple[int, int]]:

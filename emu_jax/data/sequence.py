@@ -95,7 +95,7 @@ class _Writer:
     def finish(
         self, id: str, tokens: int, images: int, dropped: int = 0, cut_turns: int = 0
     ) -> Sequence:
-        """The first `tokens` tokens and `images` images. dropped: tokens that were left out before."""
+        """The first `tokens` tokens and `images` images. dropped: tokens left out before."""
         kept = self.images[:images]
         return Sequence(
             id=id,

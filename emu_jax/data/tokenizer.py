@@ -16,6 +16,12 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 BOS = SPECIAL.index("<s>")
 EOS = SPECIAL.index("</s>")
 
+# Estimates of a document's tokens: LLaMA's tokenizer makes one of 3 to 4 bytes of English, and an
+# image is [IMG], 32 slots and [/IMG].
+BYTES_PER_TOKEN = 4
+MIN_BYTES_PER_TOKEN = 3
+TOKENS_PER_IMAGE = 34
+
 # Ids of the added tokens, counted from the end of the base vocabulary.
 PAD = 0
 IMG = 1
@@ -88,7 +94,7 @@ def load(path: str | Path, vocab: int) -> Tokenizer:
 
 
 def train(texts: Iterable[str], vocab: int, path: str | Path) -> None:
-    """Train a byte-pair tokenizer.json of exactly `vocab` pieces on `texts`, and write it to `path`.
+    """Train a byte-pair tokenizer.json of exactly `vocab` pieces, and write it to `path`.
 
     The same texts give the same bytes. Text is split at spaces only, which are marked as
     SentencePiece does, so a word that is frequent in a small data set becomes one piece. Raises

@@ -52,7 +52,7 @@ def silence_ffmpeg() -> None:
 
 
 def segment_centres(count: int, frames: int = FRAMES) -> list[int]:
-    """Numbers of `frames` of `count` frames, at the centres of equal segments, as in the release."""
+    """Numbers of `frames` of `count` frames, at the centres of equal segments (the release)."""
     segment = (count - 1) / frames
     # the last may round up to one too many
     return [min(count - 1, int(segment / 2) + round(segment * k)) for k in range(frames)]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from emu_jax.config import UserError
-from emu_jax.data import __main__ as command
 from emu_jax.data import sources
+from emu_jax.data.__main__ import command
 from emu_jax.data.builders import build
 from emu_jax.data.documents import Document, Pair, Picture, Text
 from emu_jax.data.sources import records
@@ -109,7 +109,7 @@ def test_a_build_killed_at_random_ends_byte_equal(shards, tmp_path):
 
             with patch.context() as inner:
                 inner.setattr(build, "_serialized", counted(build._serialized))
-                inner.setattr(build, "_whole", counted(build._whole))
+                inner.setattr(build, "_write_text", counted(build._write_text))
                 try:
                     build.build(
                         "pairs", [shards], tmp_path / "killed" / "whole", SourceOptions(), workers=1
@@ -219,7 +219,7 @@ def test_another_build_is_not_mixed_in(shards, tmp_path):
         build.build("pairs", [shards], tmp_path, SourceOptions(min_side=10), workers=1)
     (tmp_path / "begun").mkdir()
     # killed before it was a plan
-    (tmp_path / "begun" / "plan.json.0.new").write_text("")
+    (tmp_path / "begun" / "plan.json.0.part").write_text("")
     assert build.plan_tasks("pairs", [shards], tmp_path / "begun", SourceOptions())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
@@ -321,22 +321,20 @@ def test_times_of_frames_are_read(tmp_path):
 
 def test_an_unknown_runner_is_one_line(shards, tmp_path):
     with pytest.raises(UserError) as caught:
-        command.main(
+        command(
             ["build", "--kind=pairs", f"--from={shards}", f"--to={tmp_path}", "--runner=NoRunner"]
         )
     assert "\n" not in str(caught.value) and "--runner" in str(caught.value)
 
 
 def test_inspect_shows_a_page_or_leaves_nothing(shards, tmp_path, capsys):
-    command.main(
-        ["inspect", str(shards / "00000.tar"), "--kind=pairs", f"--page={tmp_path}/page.html"]
-    )
+    command(["inspect", str(shards / "00000.tar"), "--kind=pairs", f"--page={tmp_path}/page.html"])
     assert (
         "6 documents, 2 left out" in (tmp_path / "page.html").read_text()
         and capsys.readouterr().out == f"{tmp_path}/page.html\n"
     )
     with pytest.raises(UserError):
-        command.main(["inspect", "/nope", "--kind=pairs", f"--page={tmp_path}/other.html"])
+        command(["inspect", "/nope", "--kind=pairs", f"--page={tmp_path}/other.html"])
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
@@ -354,5 +352,5 @@ def test_inspect_shows_a_page_or_leaves_nothing(shards, tmp_path, capsys):
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError) as caught:
-        command.main(arguments)
+        command(arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)

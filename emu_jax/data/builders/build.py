@@ -1,10 +1,9 @@
 """Documents of any kind, written as a tensorflow-datasets dataset in ArrayRecord files, with a data
-card. No TensorFlow.
+card, without TensorFlow.
 
-One unit of the input is one task and one output shard, written beside its place and renamed when
-whole; metadata comes last. So a build that was killed is called again: it skips what is whole, and
-the result is the same, byte by byte. Tasks run in processes here, or under any runner of Apache
-Beam. Read next: card.py.
+One input shard is one task and one output shard, written atomically; metadata comes last. To
+continue a build that was killed, start it again: it skips finished shards, and the result is equal
+byte by byte. Tasks run in local processes, or under any runner of Apache Beam. Read next: card.py.
 """
 
 import contextlib
@@ -16,7 +15,6 @@ import os
 import re
 import shutil
 import threading
-import uuid
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -32,32 +30,31 @@ from tensorflow_datasets.core.registered import skip_registration
 from tqdm import tqdm
 
 from emu_jax.config import UserError
-from emu_jax.data import images
+from emu_jax.data import images, video
 from emu_jax.data.builders import card
-from emu_jax.data.documents import Document, Picture, Skipped, images_of, texts_of
+from emu_jax.data.documents import Document, Skipped, Text, flat_parts
 from emu_jax.data.sources import kinds, records
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
+from emu_jax.data.tokenizer import BYTES_PER_TOKEN, TOKENS_PER_IMAGE
+from emu_jax.files import PART, atomic_write, commit, one_line, part_of
 
 VERSION = "1.0.0"
-# shards that give documents to the card
-SAMPLED = 24
-# how many each
-SAMPLES = 2
+# Shards whose first documents are shown on the card, how many documents each, and in all.
+SAMPLED_SHARDS = 24
+SAMPLES_PER_SHARD = 2
+MAX_SAMPLES = 48
 COUNTS = ("documents", "skipped", "dropped", "images", "texts", "text_bytes", "bytes")
-# of the card's estimate of tokens
-BYTES_A_TOKEN = 4
-IMAGE_TOKENS = 34
+HISTOGRAMS = ("tokens", "images", "side")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard: `unit` read as `kind`, written to `to`. `label` makes the ids of its documents
-    unique in the set.
-    """
+    """Output shard `number` of `of` in the folder `to`, read from `source` as `kind`."""
 
     kind: str
-    unit: InputShard
+    source: InputShard
+    # makes the ids of its documents unique in the dataset
     label: str
     options: SourceOptions
     to: Path
@@ -65,12 +62,12 @@ class Task:
     of: int
 
     @property
-    def shard(self) -> Path:
+    def output(self) -> Path:
         return self.to / f"{self.kind}-train.array_record-{self.number:05}-of-{self.of:05}"
 
     @property
-    def part(self) -> Path:
-        """What the shard counted, for the card; written before the shard has its name."""
+    def counts(self) -> Path:
+        """The shard's numbers for the card, written before the shard itself appears."""
         return self.to / "parts" / f"{self.number:05}.json"
 
 
@@ -83,88 +80,99 @@ def build(
     runner: str = "",
     rest: list[str] | None = None,
 ) -> dict[str, int]:
-    """Writes the dataset into `to` and returns its counts. `workers` processes (0: one a core; 1:
-    this one), or a Beam `runner` with its options `rest`.
+    """Write the dataset into `to` and return its counts.
 
-    Raises UserError if `to` holds another build, if there is nothing to read, and if a task's
-    process dies twice.
+    It takes `workers` processes (0: one per core; 1: only this one), or a Beam `runner` with its
+    options `rest`. Raises UserError if `to` holds another build, if there is nothing to read, and
+    if the process of a task dies twice.
     """
     tasks = plan_tasks(kind, sources, to, options)
     (to / "parts").mkdir(exist_ok=True)
-    # of a build that was killed
-    for half in [*to.glob("*.new"), *(to / "parts").glob("*.new")]:
-        shutil.rmtree(half) if half.is_dir() else half.unlink()
-    todo = [task for task in tasks if not task.shard.exists()]
+    _remove_unfinished(to)
+    todo = [task for task in tasks if not task.output.exists()]
     if runner:
-        _under_beam(todo, runner, rest or [])
+        _run_beam(todo, runner, rest or [])
     else:
-        _here(todo, len(tasks), workers or len(os.sched_getaffinity(0)))
+        _run_local(todo, len(tasks), workers or len(os.sched_getaffinity(0)))
     return _finish(kind, sources, to, options, tasks)
 
 
+def _remove_unfinished(to: Path) -> None:
+    """Delete what a killed build left half written."""
+    for path in [*to.glob(f"*{PART}"), *(to / "parts").glob(f"*{PART}")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def plan_tasks(kind: str, sources: list[Path], to: Path, options: SourceOptions) -> list[Task]:
-    """The tasks of a build, the same whenever it is called again; `to`/plan.json holds them."""
-    found = [(unit, root) for root in sources for unit in kinds.KINDS[kind].list_shards(root)]
+    """The tasks of a build, recorded in `to`/plan.json: the same every time a build is continued.
+
+    Raises UserError if `to` holds something else, or if two inputs would give equal ids.
+    """
+    shards = [(shard, root) for root in sources for shard in kinds.KINDS[kind].list_shards(root)]
+    labels = [_label(shard, root) for shard, root in shards]
+    paths: dict[str, Path] = {}
+    for label, (shard, _) in zip(labels, shards):
+        if paths.setdefault(label, shard.path) != shard.path:
+            raise UserError(
+                f"two inputs have the name '{label}', so their documents would have equal ids; "
+                "give the folder that holds both to --from"
+            )
     rows = [
         {
-            "label": _label(unit, root),
-            "path": str(unit.path),
-            "names": len(unit.names),
-            "first": unit.first,
-            "bytes": unit.path.stat().st_size if unit.path.is_file() else 0,
+            "label": label,
+            "path": str(shard.path),
+            "names": len(shard.names),
+            "first": shard.first,
+            "bytes": shard.path.stat().st_size if shard.path.is_file() else 0,
         }
-        for unit, root in found
+        for label, (shard, _) in zip(labels, shards)
     ]
-    paths: dict[str, str] = {}
-    for row in rows:
-        if paths.setdefault(row["label"], row["path"]) != row["path"]:
-            raise UserError(
-                f"two inputs have the name '{row['label']}', and so would their documents; give the folder that holds both to --from"
-            )
-    wanted = json.dumps({"kind": kind, "options": asdict(options), "units": rows}, indent=1) + "\n"
+    _claim(to, json.dumps({"kind": kind, "options": asdict(options), "units": rows}, indent=1))
+    return [
+        Task(kind, shard, label, options, to, number, len(shards))
+        for number, (label, (shard, _)) in enumerate(zip(labels, shards))
+    ]
+
+
+def _claim(to: Path, plan: str) -> None:
+    """Write plan.json into a new or empty folder, or check that it is there and the same."""
     to.mkdir(parents=True, exist_ok=True)
     file = to / "plan.json"
-    if file.exists() and file.read_text() != wanted:
-        raise UserError(
-            f"'{to}' holds a build of other input or with other settings ({file}); name another directory, or delete that one"
-        )
-    if not file.exists():
-        # but for what a build killed right here has left
-        if any(path.suffix != ".new" for path in to.iterdir()):
+    if file.exists():
+        if file.read_text() != plan + "\n":
             raise UserError(
-                f"'{to}' is not empty and holds no build of ours; name another directory"
+                f"'{to}' holds a build of other input or with other settings ({file}); "
+                "choose another directory, or delete that one"
             )
-        _whole(file, wanted)
-    return [
-        Task(kind, unit, row["label"], options, to, number, len(found))
-        for number, ((unit, _), row) in enumerate(zip(found, rows))
-    ]
+        return
+    if any(path.suffix != PART for path in to.iterdir()):
+        raise UserError(f"'{to}' is not empty and does not hold a build; choose another directory")
+    _write_text(file, plan + "\n")
 
 
-def _label(unit: InputShard, root: Path) -> str:
-    """The first half of the ids of a unit's documents: the path of its file below `root`, without
-    suffixes.
-    """
-    name = (
-        unit.path.relative_to(root).as_posix()
-        if unit.path != root and unit.path.is_relative_to(root)
-        else unit.path.name
-    )
+def _label(shard: InputShard, root: Path) -> str:
+    """The path of a shard's file below `root`, without suffixes: the first half of its ids."""
+    name = shard.path.name
+    if shard.path != root and shard.path.is_relative_to(root):
+        name = shard.path.relative_to(root).as_posix()
     return name.split(".")[0] or name
 
 
-def write(task: Task) -> None:
-    """The whole of a task: the shard of its unit. What it writes depends on the task alone."""
-    new = _beside(task.shard)
+def write_shard(task: Task) -> None:
+    """Write the output shard and the counts of a task. Both depend on the task alone."""
+    part = part_of(task.output)
     features = records.features()
     serializer = ExampleSerializer(features.get_serialized_info())
     counts = Counter(dict.fromkeys(COUNTS, 0))
-    skipped = Counter()
-    dropped = Counter()
+    skipped: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
     samples = []
-    histograms = {name: Counter() for name in ("tokens", "images", "side")}
-    writer = ArrayRecordWriter(str(new), "group_size:1")
-    for document in kinds.read_documents(task.kind, task.unit, task.options):
+    histograms: dict[str, Counter] = {name: Counter() for name in HISTOGRAMS}
+    writer = ArrayRecordWriter(str(part), "group_size:1")
+    for document in kinds.read_documents(task.kind, task.source, task.options):
         if isinstance(document, Skipped):
             counts["skipped"] += 1
             skipped[general_reason(document.reason)] += 1
@@ -173,24 +181,25 @@ def write(task: Task) -> None:
         writer.write(raw)
         _count(document, len(raw), counts, histograms)
         dropped.update(map(general_reason, document.dropped))
-        if task.number < SAMPLED and len(samples) < SAMPLES:
+        if task.number < SAMPLED_SHARDS and len(samples) < SAMPLES_PER_SHARD:
             samples.append(card.document_card(document, 400))
     writer.close()
     counts["dropped"] = dropped.total()
-    part = {
+    numbers = {
         "counts": counts,
         "skipped": skipped,
         "dropped": dropped,
         "histograms": histograms,
         "samples": samples,
     }
-    _whole(task.part, json.dumps(part, sort_keys=True))
-    new.replace(task.shard)
+    _write_text(task.counts, json.dumps(numbers, sort_keys=True))
+    commit(part, task.output)
 
 
 def general_reason(reason: str) -> str:
-    """A reason without what differs from record to record: names and numbers."""
-    return re.sub(r"\d+(?:\.\d+)?", "#", re.sub(r"'[^']*'", "'…'", reason))
+    """A reason without the names and numbers that differ from record to record."""
+    without_names = re.sub(r"'[^']*'", "'…'", reason)
+    return re.sub(r"\d+(?:\.\d+)?", "#", without_names)
 
 
 def _serialized(
@@ -206,93 +215,103 @@ def _serialized(
 
 
 def _count(document: Document, size: int, counts: Counter, histograms: dict[str, Counter]) -> None:
-    said = sum(len(text.text.encode()) for text in texts_of(document))
-    shown = list(images_of(document))
+    parts = list(flat_parts(document))
+    texts = [part.text.encode() for part in parts if isinstance(part, Text)]
+    pictures = [part.data for part in parts if not isinstance(part, Text)]
+    text_bytes = sum(map(len, texts))
     counts.update(
-        documents=1,
-        images=len(shown),
-        texts=sum(1 for _ in texts_of(document)),
-        text_bytes=said,
-        bytes=size,
+        documents=1, images=len(pictures), texts=len(texts), text_bytes=text_bytes, bytes=size
     )
-    histograms["tokens"][_floor(said // BYTES_A_TOKEN + IMAGE_TOKENS * len(shown) + 2)] += 1
-    histograms["images"][_floor(len(shown))] += 1
-    for picture in shown:
-        data = picture.data if isinstance(picture, Picture) else picture
-        histograms["side"][
-            _floor(min(images.header_size(data) if isinstance(data, bytes) else data.shape[:2]))
-        ] += 1
+    # with <s> and </s>
+    tokens = text_bytes // BYTES_PER_TOKEN + TOKENS_PER_IMAGE * len(pictures) + 2
+    histograms["tokens"][_power_of_two(tokens)] += 1
+    histograms["images"][_power_of_two(len(pictures))] += 1
+    for data in pictures:
+        sides = images.header_size(data) if isinstance(data, bytes) else data.shape[:2]
+        assert sides is not None, "kinds.py has decoded every image"
+        histograms["side"][_power_of_two(min(sides))] += 1
 
 
-def _floor(value: int) -> int:
+def _power_of_two(value: int) -> int:
     """The power of two at or below `value`; 0 for 0."""
     return 1 << value.bit_length() - 1 if value else 0
 
 
-def _here(todo: list[Task], total: int, workers: int) -> None:
-    """The tasks in processes of this machine; a shard whose process dies is tried once more,
-    alone.
+def _run_local(todo: list[Task], total: int, workers: int) -> None:
+    """Run the tasks in processes of this machine.
+
+    If a process dies, its pool dies with it; each unfinished task is then tried again, alone.
     """
     with tqdm(
         total=total, initial=total - len(todo), desc="shards", unit=" shards", disable=None
     ) as bar:
         if workers == 1:
             for task in todo:
-                write(task)
+                write_shard(task)
                 bar.update()
             return
-        # a fork would copy the locks of our threads
-        context = multiprocessing.get_context("spawn")
-        for again in (False, True):
-            for batch in [todo] if not again else [[task] for task in todo]:
-                with (
-                    contextlib.suppress(BrokenProcessPool),
-                    ProcessPoolExecutor(
-                        min(workers, len(batch) or 1), context, _end_with_parent
-                    ) as pool,
-                ):
-                    for done in as_completed([pool.submit(write, task) for task in batch]):
-                        done.result()
-                        bar.update()
-            todo = [task for task in todo if not task.shard.exists()]
-            if not todo:
-                return
-    raise UserError(
-        f"the process that reads '{todo[0].unit.path}' dies (of {todo[0].label}; a decoder crashes, or the memory is too small); "
-        "the other shards are whole: mend or remove it and call again"
-    )
+        _run_pool(todo, workers, bar)
+        for task in todo:
+            if not task.output.exists():
+                _run_pool([task], 1, bar)
+    dead = [task for task in todo if not task.output.exists()]
+    if dead:
+        raise UserError(
+            f"the process that reads '{dead[0].source.path}' dies (shard {dead[0].label}: a decoder "
+            "crashes, or memory runs out); the other shards are written: repair or remove that "
+            "input and start again"
+        )
+
+
+def _run_pool(tasks: list[Task], workers: int, bar: tqdm) -> None:
+    """Run tasks in new processes until all are done or one of the processes dies."""
+    if not tasks:
+        return
+    # A fork would copy the locks of our threads.
+    context = multiprocessing.get_context("spawn")
+    with (
+        contextlib.suppress(BrokenProcessPool),
+        ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker) as pool,
+    ):
+        for done in as_completed([pool.submit(write_shard, task) for task in tasks]):
+            done.result()
+            bar.update()
+
+
+def _start_worker() -> None:
+    images.silence_pillow()
+    video.silence_ffmpeg()
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:
-    """A process of the pool whose parent was killed would wait for it for ever: it ends instead."""
+    """End this process of a pool when its parent is killed; it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a process of a pool"
 
-    def watch(parent: int) -> None:
-        wait([parent])
+    def watch(sentinel: int) -> None:
+        wait([sentinel])
         os._exit(1)
 
-    threading.Thread(
-        target=watch, args=(multiprocessing.parent_process().sentinel,), daemon=True
-    ).start()
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
-def _under_beam(todo: list[Task], runner: str, rest: list[str]) -> None:
+def _run_beam(todo: list[Task], runner: str, rest: list[str]) -> None:
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise UserError(
-            "--runner needs Apache Beam: pip install -r requirements-beam.txt"
-        ) from error
+        raise UserError("--runner needs Apache Beam: pip install apache-beam") from error
     try:
         with beam.Pipeline(runner=runner, options=PipelineOptions(rest)) as pipeline:
-            _ = pipeline | beam.Create(todo) | beam.Reshuffle() | beam.Map(write)
-    # an unknown runner, a missing option of it
+            _ = pipeline | beam.Create(todo) | beam.Reshuffle() | beam.Map(write_shard)
+    # Beam raises it for an unknown runner or a missing option.
     except ValueError as error:
-        raise UserError(f"--runner={runner}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--runner={runner}: {one_line(error)}") from error
 
 
 class _Documents(tfds.core.GeneratorBasedBuilder):
-    """What tensorflow-datasets knows of the set: the features and who wrote them."""
+    """The dataset as tensorflow-datasets describes it: its features and metadata."""
 
     VERSION = tfds.core.Version(VERSION)
 
@@ -314,32 +333,25 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
 def _finish(
     kind: str, sources: list[Path], to: Path, options: SourceOptions, tasks: list[Task]
 ) -> dict[str, int]:
-    """Card, features and, last of all, dataset_info.json, by which a dataset is known to be
-    whole.
-    """
-    parts = [json.loads(task.part.read_text()) for task in tasks]
-    summary = summed(kind, [str(path) for path in sources], to.name, options, parts)
+    """Write the card, the features and, last, dataset_info.json, which marks a complete dataset."""
+    parts = [json.loads(task.counts.read_text()) for task in tasks]
+    summary = summarise(kind, [str(path) for path in sources], to.name, options, parts)
     if not summary["counts"]["documents"]:
-        raise UserError(
-            f"no record became a document: {'; '.join(f'{count} x {reason}' for reason, count in list(summary['skipped'].items())[:3])}"
-        )
-    _whole(to / "card.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    _whole(
-        to / "card.html",
-        card.page(
-            summary,
-            list(itertools.chain.from_iterable(part["samples"] for part in parts))[: 2 * SAMPLED],
-        ),
-    )
+        most_common = list(summary["skipped"].items())[:3]
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in most_common)
+        raise UserError(f"no record became a document: {reasons}")
+    samples = list(itertools.chain.from_iterable(part["samples"] for part in parts))
+    _write_text(to / "card.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    _write_text(to / "card.html", card.card_page(summary, samples[:MAX_SAMPLES]))
     if not (to / "dataset_info.json").exists():
-        _describe(kind, to, tasks, [part["counts"] for part in parts])
+        _describe(kind, to, [part["counts"] for part in parts])
     return summary["counts"]
 
 
-def summed(
+def summarise(
     kind: str, sources: list[str], name: str, options: SourceOptions, parts: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The card's numbers: the sums of what the shards counted."""
+    """The card's numbers: sums over the counts of all shards."""
 
     def total(*path: str) -> Counter:
         sums: Counter = Counter()
@@ -355,7 +367,7 @@ def summed(
     counts = {name: total("counts")[name] for name in COUNTS} | {"shards": len(parts)}
     histograms = {
         name: dict(sorted(total("histograms", name).items(), key=lambda item: int(item[0])))
-        for name in ("tokens", "images", "side")
+        for name in HISTOGRAMS
     }
     return {
         "name": name,
@@ -369,14 +381,14 @@ def summed(
     }
 
 
-def _describe(kind: str, to: Path, tasks: list[Task], counts: list[dict[str, int]]) -> None:
-    new = to / "metadata.new"
-    new.mkdir(exist_ok=True)
-    # its name is the kind's, and a process may build two of a kind
+def _describe(kind: str, to: Path, counts: list[dict[str, int]]) -> None:
+    """Write the metadata files of tensorflow-datasets into `to`, dataset_info.json last."""
+    part = to / f"metadata{PART}"
+    part.mkdir(exist_ok=True)
+    # The builder's name is the kind's, and a process may build two datasets of one kind.
     with skip_registration():
-        builder = type(kind.capitalize(), (_Documents,), {"name": kind})(
-            data_dir=str(new / "of"), file_format="array_record"
-        )
+        builder_type = type(kind.capitalize(), (_Documents,), {"name": kind})
+        builder = builder_type(data_dir=str(part / "of"), file_format="array_record")
     template = tfds.core.ShardedFileTemplate(
         data_dir=to, dataset_name=kind, split="train", filetype_suffix="array_record"
     )
@@ -388,25 +400,14 @@ def _describe(kind: str, to: Path, tasks: list[Task], counts: list[dict[str, int
     )
     builder.info.set_splits(tfds.core.splits.SplitDict([split]))
     with contextlib.redirect_stdout(io.StringIO()):
-        builder.info.write_to_directory(new)
-    for file in sorted(
-        new.iterdir(), key=lambda file: (file.name == "dataset_info.json", file.name)
-    ):
-        if file.is_file():
-            file.replace(to / file.name)
+        builder.info.write_to_directory(part)
+    files = [file for file in part.iterdir() if file.is_file()]
+    for file in sorted(files, key=lambda file: (file.name == "dataset_info.json", file.name)):
+        commit(file, to / file.name)
     with contextlib.suppress(OSError):
-        new.rmdir()
+        part.rmdir()
 
 
-def _beside(file: Path) -> Path:
-    """Where a file is written before it has its name: no two processes write the same, for one may
-    have outlived a build that was killed.
-    """
-    return file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")
-
-
-def _whole(file: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    new = _beside(file)
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)
+def _write_text(file: Path, text: str) -> None:
+    with atomic_write(file) as opened:
+        opened.write(text)
