@@ -248,7 +248,7 @@ class Module:
 
 
 def groups(line: str) -> list[list[int]]:
-    """Sorted device numbers of each group that a collective joins; [] where the line names none.
+    """Sorted device numbers of each group that a collective joins; [] where none is named.
 
     Notations: replica_groups={{0,1},{2,3}}; replica_groups=[2,2]<=[4], with an optional T(1,0);
     replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}, with an optional device order

@@ -1,13 +1,14 @@
-"""The mesh and the one table that says where every parameter lives. Axes: data, fsdp, tensor.
+"""The mesh, and the one table of where every parameter lives. Axes: data, fsdp, tensor.
 
-`data` holds copies, `fsdp` shards parameters, gradients and optimizer state, `tensor` splits heads,
-ffn and vocabulary. Rows of a batch lie over (data, fsdp). Models never name a mesh axis: they call
-the helpers at the end. Read next: models/layers.py, which gathers a block's weights with
-`gather_weights`.
+`data` holds copies of the parameters; `fsdp` shards parameters, gradients and optimizer state;
+`tensor` splits heads, feed-forward layers and vocabulary. Rows of a batch lie over (data, fsdp).
+Models never name a mesh axis: they call the helpers at the end. Read next: models/layers.py, which
+gathers a block's weights with `gather_weights`.
 """
 
 import re
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -22,14 +23,16 @@ from emu_jax.config import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-# how the paths of those end that are cast for arithmetic
+# How the paths of matrices end (`is_matrix`): layers, vocabularies, and the factors of LoRA.
 MATRIX_SUFFIXES = ("/w", "/base", "/added", "/a", "/b")
-# names of what a matrix is stored as in its place, beside the scales `absmax` (models/lora.py)
+# Leaves that hold a quantised matrix in place of `w`, next to its scales `absmax` (models/lora.py).
 QUANTIZED = ("int8", "nf4")
 
-# Tower -> rows in reading order; beside each the weight's shape. Under blocks/ a leading L is
-# scanned and never sharded.
-PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
+Row = tuple[str, P]
+
+# Tower -> (regex over paths, spec) rows in reading order, each under the shape of the weight in the
+# letters of types.py. Under blocks/ the leading L is the scanned depth and is never sharded.
+PARAMS: dict[str, tuple[Row, ...]] = {
     "vision": (
         # p p 3 E
         ("vision/patch/w", P(None, None, None, "fsdp")),
@@ -73,11 +76,11 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     # N D
     "visual_stats": (("visual_stats/(mean|std)", P(None, "fsdp")),),
     "llama": (
-        # V D; no lm_head where it is tied
+        # V D; no lm_head where the embedding is tied
         ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),
         # n D
         ("llama/(embed|lm_head)/added", P(None, "fsdp")),
-        # L D H d; fewer heads in k and v where they are grouped
+        # L D H d; k and v may have fewer heads (grouped-query attention)
         ("llama/blocks/attn/(q|k|v)/w", P(None, "fsdp", "tensor", None)),
         # L H d D
         ("llama/blocks/attn/o/w", P(None, "tensor", None, "fsdp")),
@@ -90,12 +93,10 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     ),
     # D D
     "regress_head": (("regress_head/w", P("fsdp", "tensor")),),
-    "contrast": (
-        # small, of the warm-up only
-        ("contrast/.*", P()),
-    ),
-    # The decoder's towers: images lie over all axes (`constrain_images`), so nothing is split over tensor.
-    # What has few channels is split on the other side.
+    # Small, and only in the warm-up.
+    "contrast": (("contrast/.*", P()),),
+    # The decoder's towers. Their images lie over all axes (`constrain_images`), so no weight is
+    # split over tensor. Where the output channels are few, the input channels are sharded.
     "unet": (
         # C|t|ND t
         ("unet/(time/(up|down)|pooled)/w", P(None, "fsdp")),
@@ -136,9 +137,9 @@ PARAMS: dict[str, tuple[tuple[str, P], ...]] = {
     ),
 }
 
-# What lies beside a matrix of any tower's blocks, where it has LoRA; codes and scales of a stored
-# matrix lie where it would (models/lora.py).
-LORA_PARAMS: tuple[tuple[str, P], ...] = (
+# LoRA's factors a and b, next to any matrix of a tower's blocks. They follow the matrix; the rank r
+# is never split.
+LORA_PARAMS: tuple[Row, ...] = (
     # L D r
     (".*/blocks/.*/(q|k|v|gate|up)/a", P(None, "fsdp", None)),
     # L r H d
@@ -155,82 +156,93 @@ LORA_PARAMS: tuple[tuple[str, P], ...] = (
 
 
 def is_matrix(path: str) -> bool:
-    """Whether a parameter is a matrix: arithmetic and `frozen_dtype` cast it; norms and biases stay
-    float32.
+    """Whether a parameter is a matrix, which `frozen_dtype` and arithmetic cast.
+
+    The others, norms and biases, stay float32.
     """
     return path.endswith(MATRIX_SUFFIXES)
 
 
 def matrix_path(path: str) -> str:
-    """The path of the matrix that a leaf is, or is stored for."""
+    """The path of the matrix that a leaf is part of: ".../q/w" for ".../q/nf4" or its scales."""
     return re.sub(rf"/({'|'.join(QUANTIZED)}|absmax)$", "/w", path)
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of {axis: size}; one -1 is what is left. Several TPU slices are neighbours along
-    `data`, which alone crosses the data-centre network. Raises UserError where it does not match
-    the devices.
+    """The mesh of {axis: size}, where one size may be -1: all remaining devices.
+
+    devices: None takes all. Several TPU slices lie along `data`, the only axis that crosses the
+    data-centre network. Raises UserError where the sizes do not match the devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
-    known = int(np.prod([size for size in shape if size != -1]))
+    known = prod(size for size in shape if size != -1)
     if shape.count(-1) > 1 or known < 1 or min(shape) < -1:
         raise UserError(
-            f"mesh {dict(sizes)}: sizes are positive, and at most one is -1 (what is left)"
+            f"mesh {dict(sizes)}: sizes are positive, and at most one is -1 (all that remain)"
         )
     if len(devices) % known or (-1 not in shape and known != len(devices)):
         raise UserError(
-            f"mesh {dict(sizes)} does not match {len(devices)} devices: the product of its axes must be {len(devices)}"
+            f"mesh {dict(sizes)} does not match {len(devices)} devices: "
+            f"the product of its axes must be {len(devices)}"
         )
     shape = [len(devices) // known if size == -1 else size for size in shape]
-    # GPUs of a node are neighbours already
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform != "tpu":
+        # GPUs of a node are neighbours in this order.
         placed = np.array(devices).reshape(shape)
-    elif (slices := len({getattr(device, "slice_index", 0) for device in devices})) == 1:
+    elif slices == 1:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif shape[0] % slices:
         raise UserError(
             f"mesh {dict(sizes)} lies on {slices} slices: data must be a multiple of {slices}"
         )
     else:
+        inside = [shape[0] // slices, *shape[1:]]
         placed = mesh_utils.create_hybrid_device_mesh(
-            [shape[0] // slices, *shape[1:]],
-            [slices, 1, 1],
-            devices,
-            allow_split_physical_axes=True,
+            inside, [slices, 1, 1], devices, allow_split_physical_axes=True
         )
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def specs(params: tree.Tree) -> tree.Tree:
-    """The PartitionSpec of every parameter. Raises ValueError for a parameter without a row, or a
-    row without one.
+    """The PartitionSpec of every parameter.
+
+    Raises ValueError for a parameter without a row, and for a row of its tower without a parameter.
     """
-    roles = {path: matrix_path(path) for path, _ in tree.leaves(params)}
-    rows = [row for row in LORA_PARAMS if any(re.fullmatch(row[0], path) for path in roles)]
-    rows += [row for tower in params for row in PARAMS.get(tower, ())]
-    found = dict(
-        tree.leaves(
-            tree.by_rule(rows, tree.unflatten(dict.fromkeys(roles.values())), what="sharding table")
-        )
+    matrices = {path: matrix_path(path) for path, _ in tree.leaves(params)}
+    lora = []
+    for pattern, spec in LORA_PARAMS:
+        if any(re.fullmatch(pattern, path) for path in matrices):
+            lora.append((pattern, spec))
+    towers = [row for tower in params for row in PARAMS.get(tower, ())]
+    by_matrix = tree.by_rule(
+        [*lora, *towers],
+        tree.unflatten(dict.fromkeys(matrices.values())),
+        what="sharding table",
     )
-    return tree.unflatten({path: _whole_scales(path, found[role]) for path, role in roles.items()})
+    found = dict(tree.leaves(by_matrix))
+    return tree.unflatten(
+        {path: _stored_spec(path, found[matrix]) for path, matrix in matrices.items()}
+    )
 
 
 def check_divides(mesh: Mesh, params: tree.Tree) -> None:
-    """Raises UserError for a parameter that the mesh does not divide, naming the largest sizes of
-    that axis which would.
-    """
+    """Raise UserError for a parameter that the mesh does not divide, naming a size that would."""
     table = dict(tree.leaves(specs(params)))
     for path, leaf in tree.leaves(params):
-        for size, over in zip(leaf.shape, table[path]):
-            axes = (over,) if isinstance(over, str) else over or ()
-            if size % (shares := int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))):
-                fit = [n for n in range(1, shares) if size % n == 0 and mesh.size % n == 0]
-                raise UserError(
-                    f"mesh {dict(mesh.shape)}: {path} {list(leaf.shape)} does not divide by {' x '.join(axes)} = {shares}; "
-                    f"{fit[-1]} would do, with the rest in data (mesh.data={mesh.shape['data'] * shares // fit[-1]})"
-                )
+        for size, axis in zip(leaf.shape, table[path]):
+            names = _names(axis)
+            shards = prod(mesh.shape[name] for name in names)
+            if size % shards == 0:
+                continue
+            largest = max(n for n in range(1, shards) if size % n == 0 and mesh.size % n == 0)
+            data = mesh.shape["data"] * shards // largest
+            raise UserError(
+                f"mesh {dict(mesh.shape)}: {path} {list(leaf.shape)} does not divide by "
+                f"{' x '.join(names)} = {shards}; {largest} would do, with the rest in data "
+                f"(mesh.data={data})"
+            )
 
 
 def shardings(mesh: Mesh, spec_tree: Any) -> Any:
@@ -241,18 +253,20 @@ def shardings(mesh: Mesh, spec_tree: Any) -> Any:
 
 
 def state_shardings(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
-    """NamedShardings of a whole training state: a leaf whose path ends with a parameter's path (the
-    parameter itself, an optimizer moment, an average) lies where that parameter does; everything
-    else (steps, counters) is replicated.
+    """NamedShardings of a training state.
+
+    A leaf whose path ends with a parameter's path (the parameter itself, an optimizer moment, an
+    average) lies where that parameter does; all others (steps, counters) are replicated.
     """
     table = dict(tree.leaves(specs(params)))
 
     def place(path, _leaf):
-        names = [
-            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path
-        ]
-        tails = ("/".join(names[start:]) for start in range(len(names)))
-        return NamedSharding(mesh, next((table[tail] for tail in tails if tail in table), P()))
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        for start in range(len(names)):
+            tail = "/".join(names[start:])
+            if tail in table:
+                return NamedSharding(mesh, table[tail])
+        return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -262,118 +276,130 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
-# The helpers that models call: no-ops without a mesh (`jax.set_mesh`).
+# Helpers for models. Without a mesh (`jax.set_mesh`) they do nothing.
 
 
 def _constrain(x: jax.Array, spec: P) -> jax.Array:
-    return (
-        x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
-    )
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def constrain(values: Any, spec_tree: Any) -> Any:
-    """A tree of arrays laid out by a tree of PartitionSpecs: gradients like their parameters."""
+    """Lay out a tree of arrays by a tree of PartitionSpecs: gradients like their parameters."""
     return jax.tree.map(_constrain, values, spec_tree)
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Leading axis over (data, fsdp): activations of the language model, [B, T, D]."""
+    """Lay the leading axis over (data, fsdp): the language model's activations, [B, T, D]."""
     return _constrain(x, P(ROWS))
 
 
 def constrain_cache(x: jax.Array) -> jax.Array:
-    """Rows over (data, fsdp) and heads over tensor, as the projections leave them, where they
-    divide: a cache, [L, B, S, G, d].
+    """Lay out a cache [L, B, S, G, d]: rows over (data, fsdp), heads over tensor.
+
+    So the projections leave it. An axis that does not divide is replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
 
-    def fitting(size, axes):
-        return axes if size % int(np.prod([mesh.shape[axis] for axis in axes])) == 0 else None
+    def where_it_divides(size, names):
+        return names if size % prod(mesh.shape[name] for name in names) == 0 else None
 
-    return _constrain(x, P(None, fitting(x.shape[1], ROWS), None, fitting(x.shape[3], ("tensor",))))
+    rows = where_it_divides(x.shape[1], ROWS)
+    heads = where_it_divides(x.shape[3], ("tensor",))
+    return _constrain(x, P(None, rows, None, heads))
 
 
 def constrain_images(x: jax.Array) -> jax.Array:
-    """Leading axis over all devices where it divides, else over (data, fsdp): activations of the
-    encoder, [B*I, P, E].
+    """Lay the leading axis over all devices: the vision encoder's activations, [B*I, P, E].
+
+    Where it does not divide: over (data, fsdp).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return _constrain(x, P(AXES) if not mesh.empty and x.shape[0] % mesh.size == 0 else P(ROWS))
+    divides = not mesh.empty and x.shape[0] % mesh.size == 0
+    return _constrain(x, P(AXES) if divides else P(ROWS))
 
 
 def gather_weights(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 0) -> tree.Tree:
-    """A subtree of parameters at path `where`, ready for arithmetic: matrices cast to `dtype`
-    *before* they are gathered over fsdp, still split over tensor; `sliced` leading axes (the
-    scanned L) are gone. The gradient is reduce-scattered back. Of a weight that is more than one
-    array (models/lora.py), each is gathered: codes, not the matrix that they stand for.
+    """Make the parameters at path `where` ready for arithmetic.
+
+    Matrices are cast to `dtype` *before* they are gathered over fsdp, and stay split over tensor;
+    gradients are reduce-scattered. sliced: how many leading axes (the scanned L) are already gone.
+    Of a quantised matrix or one with LoRA (models/lora.py), each array is gathered: codes, not the
+    matrix that they stand for.
     """
     mesh = jax.sharding.get_abstract_mesh()
 
     def ready(path: str, w: Any) -> Any:
         if hasattr(w, "map"):
-            return w.map(lambda name, part: ready(f"{path.rpartition('/')[0]}/{name}", part))
+            folder = path.rpartition("/")[0]
+            return w.map(lambda name, part: ready(f"{folder}/{name}", part))
         w = w.astype(dtype) if is_matrix(path) else w
         if mesh.empty or mesh.size == 1:
             return w
-        rows = (*LORA_PARAMS, *PARAMS[where.split("/")[0]])
-        spec = _whole_scales(
-            path, next(spec for pattern, spec in rows if re.fullmatch(pattern, matrix_path(path)))
-        )[sliced:]
-        return _gather(w, P(*spec), P(*map(_without_fsdp, spec)))
+        stored = _spec(path)[sliced:]
+        return _gather(w, P(*stored), P(*map(_without_fsdp, stored)))
 
     return tree.unflatten({path: ready(f"{where}/{path}", w) for path, w in tree.leaves(weights)})
 
 
 def embedding_lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of a vocabulary `base` [V, D] and `added` [n, D] by ids [B, T] -> [B, T, D]; ids from V
-    on are added rows.
+    """Rows of a vocabulary `base` [V, D] and `added` [n, D] by ids [B, T] -> [B, T, D].
 
-    By hand under a mesh: each tensor shard looks its own rows up in the table that was cast, then
-    gathered over fsdp, and the sum over tensor puts them together. (The compiler's own way was to
-    replicate the activations.)
+    Ids from V on are added rows. Under a mesh, each tensor shard looks up the ids of its own rows,
+    in the table that was cast and then gathered over fsdp, and a sum over tensor combines them.
+    (Left to the compiler, the activations were replicated.)
     """
-
-    def look(fsdp, tensor, base, added, tokens):
-        base, added = (
-            jax.lax.all_gather(w.astype(dtype), fsdp, axis=1, tiled=True) for w in (base, added)
-        )
-        at = tokens - jax.lax.axis_index(tensor) * base.shape[0]
-        mine = (at >= 0) & (at < base.shape[0])
-        x = jax.lax.psum(
-            jnp.where(mine[..., None], base[jnp.clip(at, 0, base.shape[0] - 1)], 0), tensor
-        )
-        return jnp.where(
-            (tokens >= V)[..., None], added[jnp.clip(tokens - V, 0, added.shape[0] - 1)], x
-        )
-
     V = base.shape[0]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return look((), (), base, added, tokens)
-    # a few rows are everybody's
+        return _lookup(V, dtype, (), (), base, added, tokens)
+    # Too few rows to shard: replicate.
     rows = P() if tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else P(ROWS)
     return jax.shard_map(
-        partial(look, "fsdp", "tensor"),
+        partial(_lookup, V, dtype, "fsdp", "tensor"),
         in_specs=(P("tensor", "fsdp"), P(None, "fsdp"), rows),
         out_specs=rows,
         check_vma=False,
     )(base, added, tokens)
 
 
-def _whole_scales(path: str, spec: P) -> P:
-    """The spec of a matrix for what is stored in its place: the few scales along the last axis are
-    not split.
-    """
-    return P(*spec[:-1], None) if path.endswith("/absmax") else spec
+def _lookup(V, dtype, fsdp, tensor, base, added, tokens):
+    """`embedding_lookup` in one shard; fsdp and tensor name mesh axes, () for none."""
+    base = jax.lax.all_gather(base.astype(dtype), fsdp, axis=1, tiled=True)
+    added = jax.lax.all_gather(added.astype(dtype), fsdp, axis=1, tiled=True)
+    shard = base.shape[0]
+    index = tokens - jax.lax.axis_index(tensor) * shard
+    here = (index >= 0) & (index < shard)
+    x = jnp.where(here[..., None], base[jnp.clip(index, 0, shard - 1)], 0)
+    x = jax.lax.psum(x, tensor)
+    from_added = added[jnp.clip(tokens - V, 0, added.shape[0] - 1)]
+    return jnp.where((tokens >= V)[..., None], from_added, x)
 
 
-def _without_fsdp(axis):
-    kept = tuple(
-        name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name != "fsdp"
-    )
-    return kept or None
+def _spec(path: str) -> P:
+    """The PartitionSpec of one parameter that the table is known to cover."""
+    matrix = matrix_path(path)
+    for pattern, spec in (*LORA_PARAMS, *PARAMS[path.split("/")[0]]):
+        if re.fullmatch(pattern, matrix):
+            return _stored_spec(path, spec)
+    raise KeyError(path)
+
+
+def _stored_spec(path: str, matrix: P) -> P:
+    """The spec of a leaf, from its matrix's. Scales are not split along the last axis."""
+    return P(*matrix[:-1], None) if path.endswith("/absmax") else matrix
+
+
+def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (axis,) if isinstance(axis, str) else axis or ()
+
+
+def _without_fsdp(axis: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    return tuple(name for name in _names(axis) if name != "fsdp") or None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -386,7 +412,7 @@ def _gather_fwd(w, stored, used):
 
 
 def _gather_bwd(stored, _used, _residual, g):
-    # partial sums -> reduce-scatter, never all-reduce
+    # Partial sums are reduce-scattered, never all-reduced.
     return (jax.lax.with_sharding_constraint(g, stored),)
 
 

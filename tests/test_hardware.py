@@ -58,7 +58,8 @@ def test_cpu_devices_are_the_simulated_ones():
         ("2xcpu:4", "is not KIND:SHAPE"),
         (
             "cpu:9",
-            "there are 8 CPU devices here; XLA_FLAGS=--xla_force_host_platform_device_count=9 makes more",
+            "there are 8 CPU devices here; "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=9 makes more",
         ),
         ("cpu:2x2", "there are 8 CPU"),
     ],

@@ -57,7 +57,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %cp = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=7, source_target_pairs={{0,1},{1,0}}
   %rs = f32[5]{0} reduce-scatter(%y), channel_id=8, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}, to_apply=%add
 }
-"""
+"""  # noqa: E501
 
 
 def test_loops_multiply_and_every_collective_counts_once():
@@ -119,20 +119,26 @@ def test_bytes_between_two_slices_of_two(kind, groups, received, crossing):
 
 
 def test_a_reduction_between_slices_counts_once():
-    """As libtpu writes it for 2xv5e:4x4: 512 KiB to the host and from it; what is received counts."""
-    handler = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0"'
+    """libtpu writes it for 2xv5e:4x4 as 512 KiB to the host and back: what is received counts."""
+    attributes = (
+        '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_host_transfer_rendezvous="all-reduce.1_0",'
+        '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:15}"'
+    )
     line = (
-        "  %recv = (f32[128,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, "
-        f'frontend_attributes={{{handler},_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{{1,2}}x{{0:15}}"}}\n'
+        "  %recv = (f32[128,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), "
+        f"channel_id=1, is_host_transfer=true, frontend_attributes={{{attributes}}}\n"
     )
     module = hlo.Module(
-        f"HloModule m, num_partitions=4\n\nENTRY %main (a: f32[1]) -> f32[1] {{\n{line}{line.replace('recv', 'send')}}}\n"
+        "HloModule m, num_partitions=4\n\nENTRY %main (a: f32[1]) -> f32[1] {\n"
+        + line
+        + line.replace("recv", "send")
+        + "}\n"
     )
     (one,) = module.collectives()
-    assert (one.kind, one.runs) == (
-        hlo.BETWEEN_SLICES,
-        1,
-    ) and one.bytes_received == one.bytes_between((0, 0, 1, 1)) == pytest.approx(2**19, abs=8)
+    assert (one.kind, one.runs) == (hlo.BETWEEN_SLICES, 1)
+    assert one.bytes_received == one.bytes_between((0, 0, 1, 1))
+    assert one.bytes_received == pytest.approx(2**19, abs=8)
 
 
 def test_an_unknown_trip_count_is_read_from_the_condition():
@@ -197,7 +203,7 @@ def test_a_compiled_scan():
 
     w = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=NamedSharding(mesh, P()))
-    found = hlo.Module(jax.jit(run).lower(w, x).compile().as_text()).collectives()
+    found = hlo.Module(_text(jax.jit(run).lower(w, x))).collectives()
     seen = sorted((c.kind, c.bytes, c.runs * c.in_loop or c.runs, len(c.groups[0])) for c in found)
     gathers = [row for row in seen if row[0] == "all-gather"]
     # XLA may lift it out of the loop.
@@ -206,3 +212,9 @@ def test_a_compiled_scan():
         ("all-reduce", 2048, 1, 4),
         ("all-reduce", 2048, 7, 2),
     ]
+
+
+def _text(lowered):
+    text = lowered.compile().as_text()
+    assert text
+    return text
