@@ -18,7 +18,8 @@ LOOPS = """HloModule step, num_partitions=4
 }
 
 %inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %gather = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={1}, op_name="jit(step)/up"
+  %gather = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=1, \
+replica_groups={{0,1},{2,3}}, dimensions={1}, op_name="jit(step)/up"
 }
 
 %outer_cond (p: (s32[])) -> pred[] {
@@ -31,7 +32,8 @@ LOOPS = """HloModule step, num_partitions=4
 
 %outer_body (p: (s32[])) -> (s32[]) {
   %while.1 = (s32[], f32[8]{0}) while(%tuple), condition=%inner_cond, body=%inner_body
-  %sum = (f32[10]{0}, bf16[4,5]{1,0}) all-reduce(%a, %b), channel_id=2, replica_groups={}, to_apply=%add
+  %sum = (f32[10]{0}, bf16[4,5]{1,0}) all-reduce(%a, %b), channel_id=2, replica_groups={}, \
+to_apply=%add
 }
 
 %all-reduce-scatter.7 (p: f32[64]) -> f32[16] {
@@ -40,24 +42,30 @@ LOOPS = """HloModule step, num_partitions=4
 }
 
 %start_fusion (p: f32[4]) -> f32[16] {
-  %all-gather.1 = f32[16]{0} all-gather(%p), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="0"}
+  %all-gather.1 = f32[16]{0} all-gather(%p), channel_id=5, replica_groups=[1,4]<=[4], \
+dimensions={0}, frontend_attributes={chain_id="0"}
 }
 
 %done_fusion (p: f32[4]) -> f32[16] {
-  %all-gather.2 = f32[16]{0} all-gather(%p), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="0"}
+  %all-gather.2 = f32[16]{0} all-gather(%p), channel_id=5, replica_groups=[1,4]<=[4], \
+dimensions={0}, frontend_attributes={chain_id="0"}
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
-  %while.2 = (s32[]) while(%tuple), condition=%outer_cond, body=%outer_body, backend_config={"known_trip_count":{"n":"5"}}
+  %while.2 = (s32[]) while(%tuple), condition=%outer_cond, body=%outer_body, \
+backend_config={"known_trip_count":{"n":"5"}}
   %scattered = f32[16]{0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.7
   %started = f32[16]{0} fusion(%w), kind=kCustom, calls=%start_fusion
   %done = f32[16]{0} fusion(%started), kind=kCustom, calls=%done_fusion
-  %ag = (f32[4]{0}, f32[16]{0}) all-gather-start(%w), channel_id=6, replica_groups=[1,4]<=[4], dimensions={0}
+  %ag = (f32[4]{0}, f32[16]{0}) all-gather-start(%w), channel_id=6, replica_groups=[1,4]<=[4], \
+dimensions={0}
   %agd = f32[16]{0} all-gather-done(%ag)
-  %cp = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=7, source_target_pairs={{0,1},{1,0}}
-  %rs = f32[5]{0} reduce-scatter(%y), channel_id=8, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}, to_apply=%add
+  %cp = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=7, \
+source_target_pairs={{0,1},{1,0}}
+  %rs = f32[5]{0} reduce-scatter(%y), channel_id=8, replica_groups=[2,2]<=[2,2]T(1,0), \
+dimensions={0}, to_apply=%add
 }
-"""  # noqa: E501
+"""
 
 
 def test_loops_multiply_and_every_collective_counts_once():
