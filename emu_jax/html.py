@@ -1,4 +1,4 @@
-"""HTML pages that stand alone: one stylesheet, line charts as SVG, pictures embedded, no script.
+"""HTML pages that stand alone: one stylesheet, SVG charts, embedded images, no script.
 
 Colours are CSS variables, so a page follows the reader's light or dark setting. Texts that a page
 quotes must go through `escape`. Who writes pages: data/builders/card.py, evaluate/gallery.py, and
@@ -8,7 +8,7 @@ the demo's report.
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import pairwise
 from typing import NamedTuple
@@ -43,6 +43,7 @@ body { margin: 0 auto; max-width: 1080px; padding: 28px 18px 48px; background: v
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 8px; letter-spacing: -.015em; }
 h2 { font-size: 1.25rem; margin: 44px 0 6px; letter-spacing: -.01em; }
+h3 { font-size: 1rem; margin: 26px 0 4px; }
 p { margin: 0 0 14px; max-width: 74ch; }
 a { color: var(--c0); }
 .soft, figcaption, th { color: var(--soft); }
@@ -76,20 +77,22 @@ td.big { font-weight: 650; font-size: 1.1rem; }
 img { border-radius: 6px; background: #fff; flex: none; }
 img.thumbnail { max-width: 112px; max-height: 112px; vertical-align: top;
   margin: 3px 6px 3px 0; }
-.told { display: flex; gap: 12px; align-items: center; font-size: .9rem; line-height: 1.35; }
-.told img { width: 80px; height: 80px; }
-.told.right { border-color: color-mix(in srgb, var(--good) 45%, var(--line)); }
-.told.wrong { border-color: color-mix(in srgb, var(--bad) 45%, var(--line)); }
-.told div > div { margin-top: 3px; }
-.told small { color: var(--soft); }
-.said { font-weight: 600; }
-.right .said { color: var(--good); }
-.wrong .said { color: var(--bad); }
+.example { display: flex; gap: 12px; align-items: center; font-size: .9rem; line-height: 1.35; }
+.example img { width: 80px; height: 80px; }
+.example.right { border-color: color-mix(in srgb, var(--good) 45%, var(--line)); }
+.example.wrong { border-color: color-mix(in srgb, var(--bad) 45%, var(--line)); }
+.example div > div { margin-top: 3px; }
+.example small { color: var(--soft); }
+.answer { font-weight: 600; }
+.right .answer { color: var(--good); }
+.wrong .answer { color: var(--bad); }
 .story { display: grid; gap: 10px; align-content: start; }
-.story .told { border: 0; padding: 0; }
-.row { display: flex; gap: 4px; }
-.row img { flex: 1; width: 0; height: auto; }
-.row + div { font-size: .82rem; line-height: 1.3; margin-top: 6px; }
+.story .example { border: 0; padding: 0; }
+.row { display: flex; gap: 6px; }
+.row > div { flex: 1; min-width: 0; text-align: center; }
+.row img { width: 100%; height: auto; display: block; image-rendering: pixelated; }
+.row small { font-size: .7rem; color: var(--soft); white-space: nowrap; }
+.row + div { font-size: .86rem; line-height: 1.3; margin-top: 4px; }
 .found { white-space: nowrap; font-size: 0; }
 .found img { width: 64px; height: 64px; outline: 1px solid var(--line); margin-right: 9px; }
 .found img.hit { outline: 4px solid var(--good); outline-offset: -1px; }
@@ -156,6 +159,19 @@ def image(
     css = f' class="{kind}"' if kind else ""
     source = f"data:image/{encoding.lower()};base64,{data}"
     return f'<img{css} src="{source}" alt="{label}" title="{label}">'
+
+
+def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """A table in a card; rows hold cells made by `td`, the header plain texts."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = [f"<tr>{head}</tr>"] if header else []
+    lines += [f"<tr>{''.join(row)}</tr>" for row in rows]
+    return f'<div class="card scroll"><table>{"".join(lines)}</table></div>'
+
+
+def td(content: str, kind: str = "") -> str:
+    """A cell of a table; `content` is HTML, `kind` its CSS class."""
+    return f'<td class="{kind}">{content}</td>' if kind else f"<td>{content}</td>"
 
 
 def percent(value: Number, digits: int = 1) -> str:
@@ -264,8 +280,9 @@ def linear_ticks(low: Number, high: Number) -> list[Number]:
 
 
 def log_ticks(low: Number, high: Number) -> list[Number]:
-    """1, 2 and 5 times powers of ten around both values, or where those would be many, powers of
-    ten alone, or some of them.
+    """1, 2 and 5 times powers of ten around both values.
+
+    Where those would be more than seven: powers of ten alone, or every second, third, ... of them.
     """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
     ticks: list[Number] = []

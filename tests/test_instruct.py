@@ -16,7 +16,7 @@ from emu_jax.config import UserError
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Loader
 from emu_jax.demo import __main__ as command
-from emu_jax.demo import chat
+from emu_jax.demo import chat, chat_report
 from emu_jax.generate.session import Session
 from tests.support import fixtures, make
 
@@ -141,7 +141,7 @@ def test_its_answers_before_and_after_are_told_by_a_command(data, tuned, capsys,
         and 0 < numbers["all_most_common"] < 1
     )
     page = (tuned / "report.html").read_text()
-    assert page.count("<img") >= chat.SHOWN and "<script" not in page and "CC BY-SA" in page
+    assert page.count("<img") >= chat_report.SHOWN and "<script" not in page and "CC BY-SA" in page
 
 
 def test_it_goes_on_from_its_checkpoint(data, base, tuned, capsys):

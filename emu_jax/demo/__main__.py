@@ -56,14 +56,12 @@ def evaluate(flags: argparse.Namespace) -> None:
     for target in result.targets:
         value = "-" if target.value is None else f"{target.value:.1%}"
         print(f"{target.what:{width}}  {value:>8}  {target.bound:13} {verdict[target.reached]}")
-    captions = {
-        group: [
-            {"id": told.id, "true": told.true, "said": told.said, "nearest": told.nearest}
-            for told in some
+    captions = {}
+    for group in ("names_held_out", "scenes_held_out"):
+        captions[group] = [
+            {"id": one.id, "true": one.true, "said": one.predicted, "nearest": one.nearest}
+            for one in result.captions[group]
         ]
-        for group, some in result.captions.items()
-        if group.endswith("held_out")
-    }
     results = {
         "checkpoint": flags.checkpoint,
         "numbers": result.numbers,
@@ -75,14 +73,16 @@ def evaluate(flags: argparse.Namespace) -> None:
 
 def chat(flags: argparse.Namespace) -> None:
     """Print the accuracies before and after tuning; write results.json and report.html."""
-    from emu_jax.demo import chat
+    from emu_jax.demo import chat, chat_report
 
     result = chat.evaluate(flags.checkpoint, flags.data)
     print(chat.table(result))
     names = ("id", "kind", "question", "true", "before", "after")
-    answers = [{name: getattr(told, name) for name in names} for told in result.told]
+    answers = []
+    for answered in result.answers:
+        answers.append({name: getattr(answered, name) for name in names})
     results = {"checkpoint": flags.checkpoint, "numbers": result.numbers, "answers": answers}
-    _write(flags, results, chat.page(result, flags.checkpoint))
+    _write(flags, results, chat_report.page(result, flags.checkpoint))
 
 
 def _write(flags: argparse.Namespace, results: dict[str, Any], page: str) -> None:

@@ -1,14 +1,13 @@
-"""What instruction tuning taught the demo's model: questions on held-out scenes, answered before
-and after, and a page that shows them.
+"""What instruction tuning taught the demo's model: answers about held-out scenes.
 
-Before is the Emu that tuning started from, in the same chat format, with the new tokens' rows as
-tuning found them. Beside both stands the answer that training gives most often to questions of a
-kind. A later turn is asked after the right answers to the turns before it.
+Before: the Emu that tuning started from, in the same chat format, with the rows of the new tokens
+as tuning found them. After: the tuned one. The baseline is the most frequent answer in training to
+questions of a kind. A later turn is asked after the right answers to the turns before it. Read
+next: chat_report.py.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,28 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from emu_jax import checkpoint, html, tree
+from emu_jax import checkpoint, tree
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import chat_format, sources
 from emu_jax.data import tokenizer as tokenizers
-from emu_jax.data.documents import Document, Picture
+from emu_jax.data.documents import Document, Text
 from emu_jax.data.sources import Source
 from emu_jax.demo import history
-from emu_jax.demo.evaluation import plain
 from emu_jax.demo.history import Number
-from emu_jax.demo.report import LICENCE
+from emu_jax.demo.scores import plain
 from emu_jax.generate import processor
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
-from emu_jax.html import Curve, chart, escape, percent
 from emu_jax.initial import initial
 from emu_jax.models import emu
 
+# Questions in a batch.
 BATCH = 128
 NEW_TOKENS = 24
-# conversations on the page
-SHOWN = 12
+# Kinds of questions, as the table shows them.
 KINDS = {
     "what": "what is this?",
     "number": "how many … are there?",
@@ -46,11 +43,13 @@ KINDS = {
     "colour": "which colour is behind?",
     "there": "is there a …?",
 }
+Pixels = UInt8[np.ndarray, "h w 3"]
 
 
-class Told(NamedTuple):
-    """A question of a conversation, by its place there, and what is answered; `images` are those
-    that it shows.
+class Answered(NamedTuple):
+    """A question with its true answer and those before and after tuning.
+
+    id: of the conversation. turn: its place there, from 0. images: those that it shows.
     """
 
     id: str
@@ -60,41 +59,55 @@ class Told(NamedTuple):
     true: str
     before: str
     after: str
-    images: tuple[UInt8[np.ndarray, "h w 3"], ...]
+    images: tuple[Pixels, ...]
+
+
+class Accuracy(NamedTuple):
+    """A row of the table: shares of exactly right answers to some questions."""
+
+    label: str
+    count: int
+    before: float
+    after: float
+    most_common: float
 
 
 class Result(NamedTuple):
+    """Everything the report shows; lines: the run's metrics.jsonl."""
+
     config: dict[str, Any]
     numbers: dict[str, Number]
-    told: list[Told]
+    answers: list[Answered]
     lines: list[history.Line]
 
 
 def evaluate(directory: str, data: str) -> Result:
-    """Of the run in `directory` (a workdir or one of its checkpoints) on the questions in `data`.
-    Raises UserError for a run that was not tuned on conversations, or started from nothing.
+    """Ask the questions in `data` of the run in `directory` (a workdir or a checkpoint).
+
+    Raises UserError for a run that was not tuned on conversations, or did not start from another.
     """
     config = checkpoint.read_config(directory)
     model_config = emu.EmuConfig.of(from_dict(config["model"]).to_dict())
     if not model_config.llama.chats or not config["init"]:
         raise UserError(
-            f"the checkpoint in '{directory}' was not tuned to chat from another (model.llama.added={model_config.llama.added}, "
-            f"init={config['init']!r}); configs/demo.py:instruct is"
+            f"the checkpoint in '{directory}' was not tuned to chat from another "
+            f"(model.llama.added={model_config.llama.added}, init={config['init']!r}); "
+            "configs/demo.py:instruct is"
         )
-    asked, learnt = (
-        sources.open_source(f"{data}/questions:{split}", model_config.vision.image)
-        for split in ("held_out", "train")
-    )
+    image = model_config.vision.image
+    held_out = sources.open_source(f"{data}/questions:held_out", image)
+    train = sources.open_source(f"{data}/questions:train", image)
     tokenizer = tokenizers.load(f"{data}/tokenizer.json", model_config.llama.vocab)
     after = jax.tree.map(jnp.asarray, checkpoint.restore_params(directory))
-    # LoRA starts as nothing
+    # Where B is zero, LoRA adds nothing.
     untuned = {
         path: jnp.zeros_like(leaf) if path.endswith("/b") else leaf
         for path, leaf in tree.leaves(after)
     }
     before, _ = initial(config["init"], tree.unflatten(untuned))
-    sessions = [
-        Session(
+
+    def session(params: tree.Tree) -> Session:
+        return Session(
             model_config,
             params,
             tokenizer,
@@ -102,161 +115,112 @@ def evaluate(directory: str, data: str) -> Result:
             batch=BATCH,
             system=config["data"]["system"],
         )
-        for params in (before, after)
-    ]
-    told = _asked(sessions, asked)
-    return Result(config, _numbers(told, _common(learnt)), told, history.read(directory))
+
+    answers = ask(session(before), session(after), held_out)
+    numbers = accuracies(answers, most_common_answers(train))
+    return Result(config, numbers, answers, history.read(directory))
 
 
-def _asked(sessions: Sequence[Session], source: Source) -> list[Told]:
-    """Every question of a source, answered by the sessions of before and after."""
-    open_ = []
-    prompts = []
+def ask(before: Session, after: Session, source: Source) -> list[Answered]:
+    """Ask both sessions every question of a source."""
+    questions: list[Answered] = []
+    prompts: list[Prompt] = []
     for document in (source[i] for i in range(len(source))):
         read = Prompt()
         for number, (turn, kind) in enumerate(_turns(document)):
-            parts = [
-                part.data if isinstance(part, Picture) else part.text for part in turn.question
-            ]
-            read = processor.concatenate(
-                read, sessions[0].processor.chat_turn(parts, system=None, first=number == 0)
-            )
+            parts = _question(turn)
+            texts = [part for part in parts if isinstance(part, str)]
+            images = [part for part in parts if not isinstance(part, str)]
+            asked = after.processor.chat_turn(parts, system=None, first=number == 0)
+            read = processor.concatenate(read, asked)
             prompts.append(read)
-            question = " ".join(part for part in parts if isinstance(part, str))
-            open_.append(
-                Told(
-                    document.id,
-                    number,
-                    kind,
-                    question,
-                    _answer(turn),
-                    "",
-                    "",
-                    tuple(part for part in parts if not isinstance(part, str)),
-                )
+            true = _answer(turn)
+            question = Answered(
+                document.id, number, kind, " ".join(texts), true, "", "", tuple(images)
             )
-            t = sessions[0].tokenizer
-            read = processor.concatenate(read, Prompt([*t.encode(_answer(turn)), t.eos]))
-    said = [
-        session.generate_texts(prompts, GenerationConfig(max_new_tokens=NEW_TOKENS), progress=when)
-        for session, when in zip(sessions, ("before", "after"))
-    ]
+            questions.append(question)
+            answer = Prompt([*after.tokenizer.encode(true), after.tokenizer.eos])
+            read = processor.concatenate(read, answer)
+    options = GenerationConfig(max_new_tokens=NEW_TOKENS)
+    answers_before = before.generate_texts(prompts, options, progress="before")
+    answers_after = after.generate_texts(prompts, options, progress="after")
     return [
-        told._replace(before=plain(one), after=plain(other))
-        for told, one, other in zip(open_, *said, strict=True)
+        question._replace(before=plain(answer_before), after=plain(answer_after))
+        for question, answer_before, answer_after in zip(
+            questions, answers_before, answers_after, strict=True
+        )
     ]
 
 
 def _turns(document: Document) -> list[tuple[chat_format.Turn, str]]:
-    return list(
-        zip(chat_format.split_turns(document)[1], document.provenance["kinds"], strict=True)
-    )
+    """(turn, kind of its question) of a conversation."""
+    _, turns = chat_format.split_turns(document)
+    return list(zip(turns, document.provenance["kinds"], strict=True))
+
+
+def _question(turn: chat_format.Turn) -> list[str | Pixels]:
+    parts: list[str | Pixels] = []
+    for part in turn.question:
+        if isinstance(part, Text):
+            parts.append(part.text)
+        else:
+            # The source has decoded its images.
+            assert isinstance(part.data, np.ndarray)
+            parts.append(part.data)
+    return parts
 
 
 def _answer(turn: chat_format.Turn) -> str:
-    return plain(" ".join(part.text for part in turn.answer))
+    return plain(" ".join(part.text for part in turn.answer if isinstance(part, Text)))
 
 
-def _common(source: Source) -> dict[str, str]:
-    """The most frequent answer of each kind."""
+def most_common_answers(source: Source) -> dict[str, str]:
+    """The most frequent answer to each kind of question."""
     counts: dict[str, Counter] = {}
     for document in (source[i] for i in range(len(source))):
         for turn, kind in _turns(document):
             counts.setdefault(kind, Counter())[_answer(turn)] += 1
-    return {kind: some.most_common(1)[0][0] for kind, some in counts.items()}
+    return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
 
 
-def _numbers(told: list[Told], common: dict[str, str]) -> dict[str, Number]:
-    """Shares of exact answers: of all, by kind, and of the turns after the first."""
-    groups = {"all": told, "later_turns": [one for one in told if one.turn]} | {
-        kind: [one for one in told if one.kind == kind] for kind in KINDS
-    }
+def accuracies(answers: Sequence[Answered], most_common: dict[str, str]) -> dict[str, Number]:
+    """Shares of exactly right answers: of all, of turns after the first, and by kind."""
+    groups = {"all": answers, "later_turns": [one for one in answers if one.turn]}
+    for kind in KINDS:
+        groups[kind] = [one for one in answers if one.kind == kind]
     numbers: dict[str, Number] = {}
     for name, some in groups.items():
-        if some:
-
-            def share(said):
-                return float(np.mean([said(one) == one.true for one in some]))
-
-            numbers |= {
-                f"{name}_count": len(some),
-                f"{name}_before": share(lambda one: one.before),
-                f"{name}_after": share(lambda one: one.after),
-                f"{name}_most_common": share(lambda one: common.get(one.kind, "")),
-            }
+        if not some:
+            continue
+        numbers |= {
+            f"{name}_count": len(some),
+            f"{name}_before": float(np.mean([one.before == one.true for one in some])),
+            f"{name}_after": float(np.mean([one.after == one.true for one in some])),
+            f"{name}_most_common": float(
+                np.mean([most_common.get(one.kind, "") == one.true for one in some])
+            ),
+        }
     return numbers
 
 
-def _rows(numbers: dict[str, Number]) -> list[tuple[str, int, float, float, float]]:
-    """(what is asked, number, shares before, after, and of the most common answer)."""
-    names = {"all": "all"} | KINDS | {"later_turns": "second and third turns"}
-    return [
-        (
-            label,
-            *(numbers[f"{name}_{what}"] for what in ("count", "before", "after", "most_common")),
-        )
-        for name, label in names.items()
-        if f"{name}_count" in numbers
-    ]
+def rows(numbers: dict[str, Number]) -> list[Accuracy]:
+    """The accuracies as rows of a table."""
+    labels = {"all": "all"} | KINDS | {"later_turns": "second and third turns"}
+    fields = ("before", "after", "most_common")
+    found = []
+    for name, label in labels.items():
+        if f"{name}_count" in numbers:
+            count = int(numbers[f"{name}_count"])
+            shares = (numbers[f"{name}_{field}"] for field in fields)
+            found.append(Accuracy(label, count, *shares))
+    return found
 
 
 def table(result: Result) -> str:
     """The accuracies, for a terminal."""
-    head = f"{'held-out questions':32}{'number':>8}{'before':>10}{'after':>10}{'most common answer':>21}"
-    return "\n".join(
-        [
-            head,
-            *(
-                f"{label:32}{count:>8}{before:>10.1%}{after:>10.1%}{common:>21.1%}"
-                for label, count, before, after, common in _rows(result.numbers)
-            ),
-        ]
-    )
-
-
-def page(result: Result, checkpoint: str) -> str:
-    """One HTML page, with its pictures inside and no script; the conversations shown are the first,
-    nothing is chosen.
-    """
-    rows = "".join(
-        f'<tr><td>{escape(label)}</td><td class="number">{count}</td><td class="number">{percent(before)}</td>'
-        f'<td class="number big">{percent(after)}</td><td class="number">{percent(common)}</td></tr>'
-        for label, count, before, after, common in _rows(result.numbers)
-    )
-    head = "<tr><th>held-out questions</th><th>number</th><th>before</th><th>after</th><th>most common answer</th></tr>"
-    ids = list(dict.fromkeys(told.id for told in result.told))[:SHOWN]
-
-    def lines(name):
-        return history.curve(result.lines, name)
-
-    loss = chart(
-        "Loss of the answers, nats a token (log)",
-        [Curve("training", lines("text_loss")), Curve("held out", lines("eval/text_loss"), True)],
-        log=True,
-    )
-    lora = result.config["model"]["lora"]
-    return html.page(
-        "A small Emu learns to answer",
-        f"""<p>Instruction tuning of the demo's model: LoRA of rank {lora["rank"]} and the rows of [USER] and [ASSISTANT] learn from conversations about scenes;
-all else is as <code>{escape(Path(result.config["init"]).name)}</code> left it. Asked here are questions on scenes of held-out combinations, greedily;
-an answer counts if it is exactly right. Checkpoint <code>{escape(checkpoint)}</code>.</p>
-<div class="card scroll"><table>{head}{rows}</table></div>
-<h2>Conversations</h2>
-<p>The first {len(ids)} of the split. A later turn was asked after the right answers to those before it.</p>
-<div class="grid">{"".join(_shown([told for told in result.told if told.id == id]) for id in ids)}</div>
-<h2>Curve</h2>
-<div class="grid">{loss}</div>
-<footer>{LICENCE}</footer>""",
-    )
-
-
-def _shown(turns: list[Told]) -> str:
-    def one(told: Told) -> str:
-        mark = "right" if told.after == told.true else "wrong"
-        true = "" if mark == "right" else f" <small>({escape(told.true)})</small>"
-        return (
-            f'<div class="told {mark}">{"".join(html.image(image, told.true) for image in told.images)}<div>{escape(told.question)}'
-            f'<div class="said">{escape(told.after)}{true}</div><small>before: {escape(told.before or "nothing")}</small></div></div>'
-        )
-
-    return f'<div class="card story">{"".join(map(one, turns))}</div>'
+    header = f"{'held-out questions':32}{'number':>8}{'before':>10}{'after':>10}"
+    lines = [f"{header}{'most common answer':>21}"]
+    for row in rows(result.numbers):
+        shares = f"{row.before:>10.1%}{row.after:>10.1%}{row.most_common:>21.1%}"
+        lines.append(f"{row.label:32}{row.count:>8}{shares}")
+    return "\n".join(lines)

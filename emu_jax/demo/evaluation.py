@@ -1,13 +1,10 @@
-"""What the demo's model has learnt, in numbers: does it name drawings, draw from names, and
-describe scenes it has never seen?
+"""What the demo's model has learnt: to name drawings, to draw, and to describe new scenes.
 
-Single names test memory: a name that was held out cannot be guessed. Scenes of held-out
-combinations test understanding; beside them stands what needs none, the caption of the nearest
-training scene in pixels. Read next: drawings.py, report.py.
+Single names test memory: a held-out name cannot be guessed. Scenes of held-out combinations test
+understanding; their baseline is the caption of the nearest training scene in pixels. Read next:
+scores.py, decoding.py, report.py.
 """
 
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,61 +14,70 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from emu_jax import checkpoint, tree
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import sources
 from emu_jax.data import tokenizer as tokenizers
-from emu_jax.data.sequence import Pair
+from emu_jax.data.documents import pixels_of, texts_of
 from emu_jax.data.sources import Source
-from emu_jax.demo import drawings, history
+from emu_jax.demo import decoding, history, scores
 from emu_jax.demo.history import Number
+from emu_jax.demo.scores import plain
 from emu_jax.generate import diffusion_decoder
+from emu_jax.generate.diffusion_decoder import DiffusionDecoder
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.session import Parts, Session
 from emu_jax.models import emu, module
 
-# images or prompts at once
+# Images or prompts in a batch.
 BATCH = 128
-# of a caption; the longest name has 15
+# Of a caption; the longest name has 15.
 NEW_TOKENS = 24
-# drawings of the examples in context
+# Training drawings that the examples in context are taken from.
 IN_CONTEXT = 400
-# elements of a prompt and its answer: more than any has here
-LONGEST = 1024
+# Elements of a prompt and its answer: more than any has here.
+CONTEXT = 1024
+# Drawings retrieved for a name.
 TOP = 5
 ENCODER = ("vision", "ln_visual", "resampler")
 
+Pixels = UInt8[np.ndarray, "h w 3"]
+Images = UInt8[np.ndarray, "M h w 3"]
+Visual = Float[np.ndarray, "M N D"]
 
-class Told(NamedTuple):
-    """An image, its true caption, the model's, and that of the nearest training image (None where
-    that is not asked).
+
+class Captioned(NamedTuple):
+    """An image with its true and its predicted caption.
+
+    nearest: the caption of the nearest training image in pixels, where that is the baseline.
     """
 
     id: str
-    image: UInt8[np.ndarray, "h w 3"]
+    image: Pixels
     true: str
-    said: str
+    predicted: str
     nearest: str | None = None
 
 
-class Drawn(NamedTuple):
-    """A name, and the drawings whose visual tokens are nearest to those regressed from it: (name,
-    image), the nearest first.
+class Retrieved(NamedTuple):
+    """The drawings whose visual tokens are nearest to those regressed from a name.
+
+    rank: of the right drawing; 0 is the nearest. found: (name, image) of the nearest TOP.
     """
 
     name: str
     held_out: bool
-    # of the right drawing; 0 is the nearest
     rank: int
-    found: list[tuple[str, UInt8[np.ndarray, "h w 3"]]]
+    found: list[tuple[str, Pixels]]
 
 
 class Target(NamedTuple):
+    """A number that the demo should reach; value and reached are None if it was not measured."""
+
     what: str
-    # None: not measured
     value: Number | None
     bound: str
     reached: bool | None
@@ -79,28 +85,30 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
+    """Everything the report shows; shares are between 0 and 1.
+
+    captions, decoded: by group (names_train, names_held_out, scenes_held_out); decoded and blends
+    are empty without a decoder. stories: held-out stories in which an image comes before its
+    sentence. in_context: three drawings with their names, and a fourth that the model names.
+    lines, warmup_lines, decoder_lines: metrics.jsonl of the runs.
+    """
+
     config: dict[str, Any]
-    # shares are 0 to 1
     numbers: dict[str, Number]
     targets: list[Target]
-    # by group: names_train, names_held_out, scenes_held_out
-    captions: dict[str, list[Told]]
-    drawn: list[Drawn]
-    # the images of each held-out story that is told image by image
-    stories: list[list[Told]]
-    # training drawings: some with their names, and one that the model names after them
-    in_context: list[list[Told]]
-    # by group, as captions; {} without a decoder
-    pictures: dict[str, list[drawings.Picture]]
-    blends: list[drawings.Blend]
-    # metrics.jsonl of the run, of its warm-up, and of the decoder
+    captions: dict[str, list[Captioned]]
+    retrieved: list[Retrieved]
+    stories: list[list[Captioned]]
+    in_context: list[list[Captioned]]
+    decoded: dict[str, list[decoding.Decoded]]
+    blends: list[decoding.Blend]
     lines: list[history.Line]
     warmup_lines: list[history.Line]
     decoder_lines: list[history.Line]
 
 
 class Model:
-    """A trained Emu, asked many things of one kind at once."""
+    """A trained Emu that answers many prompts of one kind in batches."""
 
     def __init__(
         self, model_config: emu.EmuConfig, params: tree.Tree, tokenizer: tokenizers.Tokenizer
@@ -108,506 +116,360 @@ class Model:
         self.model_config = model_config
         self.params = jax.tree.map(jax.numpy.asarray, params)
         self.tokenizer = tokenizer
-        self.session = Session(model_config, self.params, tokenizer, context=LONGEST, batch=BATCH)
+        self.session = Session(model_config, self.params, tokenizer, context=CONTEXT, batch=BATCH)
 
-    def encode(self, images: UInt8[np.ndarray, "M h w 3"]) -> Float[np.ndarray, "M N D"]:
+    def encode(self, images: Images) -> Visual:
         """Visual tokens as the LLM gets them."""
         return self.session.encode_images(images, "encoding")
 
-    def caption(self, images: UInt8[np.ndarray, "M h w 3"]) -> list[str]:
-        return self.continue_([(image,) for image in images], "captions")
+    def caption(self, images: Images) -> list[str]:
+        return self.complete([(image,) for image in images], "captions")
 
-    def draw(self, names: list[str]) -> Float[np.ndarray, "M N D"]:
+    def regress(self, names: list[str]) -> Visual:
         """The visual tokens regressed from `<s> name [IMG]`, each fed back."""
-        return self.session.generate_images([[name] for name in names], progress="drawing")
+        return self.session.generate_images([[name] for name in names], progress="regressing")
 
-    def continue_(self, prompts: Sequence[Parts], progress: str = "stories") -> list[str]:
-        """What follows texts and images, greedily."""
-        return [
-            plain(said)
-            for said in self.session.generate_texts(
-                prompts, GenerationConfig(max_new_tokens=NEW_TOKENS), progress=progress
-            )
-        ]
+    def complete(self, prompts: Sequence[Parts], progress: str = "stories") -> list[str]:
+        """Continue texts and images greedily."""
+        config = GenerationConfig(max_new_tokens=NEW_TOKENS)
+        texts = self.session.generate_texts(prompts, config, progress=progress)
+        return [plain(text) for text in texts]
 
 
 def evaluate(
     directory: str, data: str, warmup: str | None = None, decoder: str | None = None
 ) -> Result:
-    """All numbers of the run in `directory` (a workdir or one of its checkpoints) on the demo's
-    data in `data`.
+    """All numbers of the run in `directory` (a workdir or one of its checkpoints).
 
-    warmup: the run its encoder comes from; None: where the run's config says it started, if that is
-    still there. decoder: the run that learnt to draw its visual tokens; None: no pictures are
-    drawn. Raises UserError for a checkpoint or data that is missing or of another kind.
+    data: the folder that `build` wrote. warmup: the run that the encoder comes from; None: where
+    the run's config says it started, if that is still there. decoder: the run that learnt to draw
+    its visual tokens; None: nothing is decoded. Raises UserError for a checkpoint or data that is
+    missing or of another kind.
     """
     config = checkpoint.read_config(directory)
     if config["stage"] != "emu":
         raise UserError(
-            f"the checkpoint in '{directory}' is of the stage {config['stage']!r}; the demo is evaluated on one of 'emu'"
+            f"the checkpoint in '{directory}' is of the stage {config['stage']!r}; "
+            "the demo is evaluated on one of 'emu'"
         )
     model_config = emu.EmuConfig.of(from_dict(config["model"]).to_dict())
-    names, held_out, seen, scenes, stories = (
-        sources.open_source(f"{data}/{split}", model_config.vision.image)
-        for split in (
-            "names:train",
-            "names:held_out",
-            "scenes:train",
-            "scenes:held_out",
-            "stories:held_out",
-        )
-    )
+
+    def source(split: str) -> Source:
+        return sources.open_source(f"{data}/{split}", model_config.vision.image)
+
+    names = source("names:train")
+    names_held_out = source("names:held_out")
+    scenes = source("scenes:train")
+    scenes_held_out = source("scenes:held_out")
+    stories_held_out = source("stories:held_out")
     tokenizer = tokenizers.load(f"{data}/tokenizer.json", model_config.llama.vocab)
     if warmup is None and config["init"] and Path(config["init"], "checkpoints").is_dir():
         warmup = config["init"]
     params = checkpoint.restore_params(directory, ema=config["optim"]["ema"] > 0)
     model = Model(model_config, params, tokenizer)
-    before = (
-        checkpoint.restore_params(warmup, {tower: params[tower] for tower in ENCODER})
-        if warmup
-        else None
-    )
-    lines, warmup_lines, decoder_lines = (
-        history.read(run) if run else [] for run in (directory, warmup, decoder)
-    )
-    paint = (
-        diffusion_decoder.load(
+    warmup_params = None
+    if warmup:
+        like = {tower: params[tower] for tower in ENCODER}
+        warmup_params = checkpoint.restore_params(warmup, like)
+    diffusion = None
+    if decoder:
+        diffusion = diffusion_decoder.load(
             decoder, model_config, empty_prompt=lambda: model.session.generate_images([[]])[0]
         )
-        if decoder
-        else None
-    )
+    lines = history.read(directory)
+    warmup_lines = history.read(warmup) if warmup else []
+    decoder_lines = history.read(decoder) if decoder else []
 
-    captions = _captions(
+    captions = caption_groups(
         model,
         {
             "names_train": (names, None),
-            "names_held_out": (held_out, names),
-            "scenes_held_out": (scenes, seen),
+            "names_held_out": (names_held_out, names),
+            "scenes_held_out": (scenes_held_out, scenes),
         },
     )
-    named = captions["names_train"] + captions["names_held_out"]
-    visual = model.encode(np.stack([told.image for told in named]))
-    drawn, numbers = _retrieval(
-        named, len(names), visual, model.draw([told.true for told in named])
-    )
-    told = _stories(model, stories)
-    in_context = _in_context(model, captions["names_train"])
-    numbers |= (
-        _numbers(captions)
-        | _story_numbers(told)
-        | _in_context_numbers(in_context)
-        | history.variance(lines)
-    )
-    numbers |= {"visual_rank": effective_rank(visual)} | _raw_variance(
-        model, before, visual, np.stack([told.image for told in named])
-    )
-    pictures, blends = _pictures(model, paint, captions) if paint else ({}, [])
-    for group, some in pictures.items():
-        numbers |= drawings.numbers(group, some)
-    numbers |= {f"speed/{name}": value for name, value in history.speed(lines).items()}
-    numbers |= {
-        f"warmup_speed/{name}": value for name, value in history.speed(warmup_lines).items()
-    }
-    numbers |= {
-        f"decoder_speed/{name}": value for name, value in history.speed(decoder_lines).items()
-    }
+    drawings = captions["names_train"] + captions["names_held_out"]
+    images = np.stack([drawing.image for drawing in drawings])
+    visual = model.encode(images)
+    regressed = model.regress([drawing.true for drawing in drawings])
+    retrieved, numbers = retrieve(drawings, len(names), visual, regressed)
+    stories = caption_stories(model, stories_held_out)
+    in_context = name_in_context(model, captions["names_train"])
+    numbers |= caption_numbers(captions)
+    sentences = [sentence for story in stories for sentence in story]
+    numbers |= _exact("stories_held_out", sentences)
+    numbers |= _exact("in_context", [four[3] for four in in_context])
+    numbers |= history.variance(lines)
+    numbers["visual_rank"] = scores.effective_rank(visual)
+    numbers |= raw_variance(model, warmup_params, visual, images)
+    decoded = {}
+    blends = []
+    if diffusion:
+        decoded, blends = _decode(model, diffusion, captions)
+    for group, some in decoded.items():
+        numbers |= decoding.retrieval_numbers(group, some)
+    stages = {"speed": lines, "warmup_speed": warmup_lines, "decoder_speed": decoder_lines}
+    for prefix, some in stages.items():
+        numbers |= {f"{prefix}/{name}": value for name, value in history.speed(some).items()}
     return Result(
-        config,
-        numbers,
-        targets(numbers),
-        captions,
-        drawn,
-        told,
-        in_context,
-        pictures,
-        blends,
-        lines,
-        warmup_lines,
-        decoder_lines,
+        config=config,
+        numbers=numbers,
+        targets=targets(numbers),
+        captions=captions,
+        retrieved=retrieved,
+        stories=stories,
+        in_context=in_context,
+        decoded=decoded,
+        blends=blends,
+        lines=lines,
+        warmup_lines=warmup_lines,
+        decoder_lines=decoder_lines,
     )
 
 
 def targets(numbers: dict[str, Number]) -> list[Target]:
-    """What the demo is to reach, and whether it did."""
-
-    def target(what, name, bound, reached):
-        value = numbers.get(name)
-        return Target(what, value, bound, None if value is None else bool(reached(value)))
-
+    """What the demo should reach, and whether it did."""
     nearest = numbers["scenes_held_out_nearest_exact"]
+    exact = numbers["scenes_held_out_exact"]
+
+    def at_least(what: str, name: str, share: float) -> Target:
+        value = numbers.get(name)
+        reached = None if value is None else value >= share
+        return Target(what, value, f"≥ {100 * share:.0f} %", reached)
+
+    waiting = numbers.get("speed/input_wait_share")
     return [
-        target("training names told exactly", "names_train_exact", "≥ 80 %", lambda x: x >= 0.8),
-        target(
-            "name → its drawing among the five nearest",
-            "retrieval_top5",
-            "≥ 60 %",
-            lambda x: x >= 0.6,
-        ),
-        target(
-            "scenes of held-out combinations told exactly",
-            "scenes_held_out_exact",
-            "≥ 50 %",
-            lambda x: x >= 0.5,
-        ),
-        target(
-            "… and against the nearest training scene's caption",
-            "scenes_held_out_exact",
+        at_least("training names predicted exactly", "names_train_exact", 0.8),
+        at_least("name → its drawing among the five nearest", "retrieval_top5", 0.6),
+        at_least("scenes of held-out combinations described exactly", "scenes_held_out_exact", 0.5),
+        Target(
+            "… and compared with the caption of the nearest training scene",
+            exact,
             f"≥ 2 × {100 * nearest:.1f} %",
-            lambda x: x >= 2 * nearest and x > 0,
+            exact >= 2 * nearest and exact > 0,
         ),
-        target(
-            "picture of a drawing's visual tokens → the drawing among the five nearest of 200",
+        at_least(
+            "decoded from a drawing's visual tokens → the drawing among the five nearest of 200",
             "pictures_names_train_encoded_top5",
-            "≥ 75 %",
-            lambda x: x >= 0.75,
+            0.75,
         ),
-        target(
-            "picture of a drawing's name → the drawing among the five nearest of 200",
+        at_least(
+            "decoded from a drawing's name → the drawing among the five nearest of 200",
             "pictures_names_train_regressed_top5",
-            "≥ 55 %",
-            lambda x: x >= 0.55,
+            0.55,
         ),
-        target(
-            "least variance of the visual tokens in the run, of the first step's",
+        at_least(
+            "least variance of the visual tokens during the run, over the first step's",
             "visual_variance_ratio",
-            "≥ 10 %",
-            lambda x: x >= 0.1,
+            0.1,
         ),
-        target(
-            "… before standardising, at the end, of the warm-up's",
-            "raw_variance_ratio",
-            "≥ 10 %",
-            lambda x: x >= 0.1,
+        at_least(
+            "… before standardising, at the end, over the warm-up's", "raw_variance_ratio", 0.1
         ),
-        target(
-            "share of the time that waits for data",
-            "speed/input_wait_share",
+        Target(
+            "share of the time spent waiting for data",
+            waiting,
             "< 2 %",
-            lambda x: x < 0.02,
+            None if waiting is None else waiting < 0.02,
         ),
     ]
 
 
-# --- scores of texts ---
+# --- captions ---
 
 
-def plain(caption: str) -> str:
-    """With single spaces."""
-    return " ".join(caption.split())
-
-
-def f1(true: str, said: str) -> float:
-    """Harmonic mean of precision and recall of the words, each counted as often as it occurs; their
-    order does not matter.
-    """
-    a = Counter(true.split())
-    b = Counter(said.split())
-    return 2 * (a & b).total() / (a.total() + b.total()) if a or b else 1.0
-
-
-def facts(caption: str) -> dict[str, str]:
-    """What a scene's caption says by role: number, or relation and second drawing; first drawing,
-    background. {} for another text.
-    """
-    drawing = r"an? (?P<{}>\w+)"
-    for pattern in (
-        r"(?P<number>one|two|three|four) (?P<first>\w+?)s? on (?P<background>\w+)",
-        drawing.format("first")
-        + r" (?P<relation>left of|above) "
-        + drawing.format("second")
-        + r" on (?P<background>\w+)",
-    ):
-        if match := re.fullmatch(pattern, caption):
-            return match.groupdict()
-    return {}
-
-
-def facts_right(true: str, said: str) -> float:
-    """Share of the facts of a scene's true caption that the other caption has too, each in its
-    role.
-    """
-    right = facts(true)
-    given = facts(said)
-    return sum(given.get(role) == word for role, word in right.items()) / len(right)
-
-
-def swapped(true: str, said: str) -> bool:
-    """Does a spatial caption name the right two drawings in each other's place?"""
-    a = facts(true)
-    b = facts(said)
-    return "second" in a and (a["first"], a["second"]) == (b.get("second"), b.get("first"))
-
-
-# --- scores of visual tokens ---
-
-
-def ranks(distances: Float[np.ndarray, "Q K"], right: Int[np.ndarray, "Q"]) -> Int[np.ndarray, "Q"]:
-    """How many others are as near as, or nearer than, the right one: tokens that have collapsed to
-    one point are found last, not first.
-    """
-    return (distances <= distances[np.arange(len(right)), right][:, None]).sum(1) - 1
-
-
-def squared_distances(
-    a: Float[np.ndarray, "Q n"], b: Float[np.ndarray, "K n"]
-) -> Float[np.ndarray, "Q K"]:
-    # a small number is not the difference of two large ones then
-    centre = b.mean(0)
-    a = a - centre
-    b = b - centre
-    return np.square(a).sum(1)[:, None] - 2 * a @ b.T + np.square(b).sum(1)
-
-
-def r2(true: Float[np.ndarray, "M N D"], given: Float[np.ndarray, "M N D"]) -> float:
-    """1 - squared error / squared distance to the mean: 1 is perfect, 0 no better than the mean of
-    all, and it may be below. 0 where all are the same: then there is nothing to foretell.
-    """
-    total = np.square(true - true.mean(0)).sum()
-    return float(1 - np.square(true - given).sum() / total) if total else 0.0
-
-
-def effective_rank(z: Float[np.ndarray, "M N D"]) -> float:
-    """(sum of the covariance's eigenvalues)^2 / sum of their squares: about how many directions the
-    visual tokens use.
-    """
-    z = rearrange(z, "M N D -> M (N D)").astype(np.float64)
-    values = np.linalg.eigvalsh(np.cov(z, rowvar=False))
-    return float(values.sum() ** 2 / np.maximum(np.square(values).sum(), 1e-30))
-
-
-def nearest(
-    images: UInt8[np.ndarray, "Q h w 3"], among: UInt8[np.ndarray, "K h w 3"]
-) -> Int[np.ndarray, "Q"]:
-    """Of each image, the one among `among` with the least squared difference of the pixels."""
-
-    def flat(x):
-        return rearrange(x, "M h w c -> M (h w c)").astype(np.float32) / 255
-
-    return squared_distances(flat(images), flat(among)).argmin(1)
-
-
-# --- the parts ---
-
-
-def _captions(
+def caption_groups(
     model: Model, groups: dict[str, tuple[Source, Source | None]]
-) -> dict[str, list[Told]]:
-    """Each group's images told by the model and, where a second source is given, by the nearest
-    image of it.
+) -> dict[str, list[Captioned]]:
+    """Caption every image of each group's source.
+
+    Where a group has a second source, the caption of its nearest image in pixels comes with it.
     """
     pairs = {name: _pairs(source) for name, (source, _) in groups.items()}
-    every = [(pair.image, pair.text) for some in pairs.values() for _, pair in some]
-    # A batch ends with its longest caption: those of about one length go together. Results do not
-    # depend on it.
-    order = sorted(range(len(every)), key=lambda i: len(model.tokenizer.encode(every[i][1])))
-    said = dict(zip(order, model.caption(np.stack([every[i][0] for i in order])), strict=True))
-    said = iter([said[i] for i in range(len(every))])
+    every = [pair for some in pairs.values() for pair in some]
+    # A batch ends with its longest caption, so captions of about one length share a batch. The
+    # results do not depend on it.
+    order = sorted(range(len(every)), key=lambda i: len(model.tokenizer.encode(every[i].caption)))
+    texts = model.caption(np.stack([every[i].image for i in order]))
+    by_index = dict(zip(order, texts, strict=True))
+    predicted = iter([by_index[i] for i in range(len(every))])
     captions = {}
-    for name, (_, other) in groups.items():
-        images = np.stack([pair.image for _, pair in pairs[name]])
-        near: list[str | None] = [None] * len(images)
-        if other is not None:
-            known = _pairs(other)
-            near = [
-                plain(known[i][1].text)
-                for i in nearest(images, np.stack([pair.image for _, pair in known]))
-            ]
+    for name, (_, baseline) in groups.items():
+        nearest: list[str | None] = [None] * len(pairs[name])
+        if baseline is not None:
+            known = _pairs(baseline)
+            images = np.stack([pair.image for pair in pairs[name]])
+            found = scores.nearest(images, np.stack([pair.image for pair in known]))
+            nearest = [known[i].caption for i in found]
         captions[name] = [
-            Told(id, pair.image, plain(pair.text), next(said), n)
-            for (id, pair), n in zip(pairs[name], near, strict=True)
+            Captioned(pair.id, pair.image, pair.caption, next(predicted), near)
+            for pair, near in zip(pairs[name], nearest, strict=True)
         ]
     return captions
 
 
-def _pairs(source: Source) -> list[tuple[str, Pair]]:
-    return [
-        (document.id, document.parts[0]) for document in (source[i] for i in range(len(source)))
-    ]
+class _Pair(NamedTuple):
+    id: str
+    image: Pixels
+    caption: str
 
 
-def _numbers(captions: dict[str, list[Told]]) -> dict[str, Number]:
-    """Exact share and mean F1 of each group, for scenes also the right facts, and by kind; the same
-    of the nearest images' captions.
+def _pairs(source: Source) -> list[_Pair]:
+    """The documents of a source in which each holds one image with its caption."""
+    pairs = []
+    for document in (source[i] for i in range(len(source))):
+        (image,) = pixels_of(document)
+        (text,) = texts_of(document)
+        pairs.append(_Pair(document.id, image, plain(text.text)))
+    return pairs
+
+
+def caption_numbers(captions: dict[str, list[Captioned]]) -> dict[str, Number]:
+    """Exact match and mean F1 of each group; for scenes the right facts too, and by kind.
+
+    The same of the nearest images' captions, where there are some.
     """
     scenes = captions["scenes_held_out"]
-    kinds = {
-        f"scenes_held_out_{kind}": [told for told in scenes if told.id.startswith(f"{kind}/")]
-        for kind in ("counts", "spatial")
-    }
+    groups = dict(captions)
+    for kind in ("counts", "spatial"):
+        of_kind = [one for one in scenes if one.id.startswith(f"{kind}/")]
+        groups[f"scenes_held_out_{kind}"] = of_kind
     numbers: dict[str, Number] = {}
-    for group, some in (captions | kinds).items():
+    for group, some in groups.items():
         numbers[f"{group}_count"] = len(some)
-        for who, said in (("", lambda told: told.said), ("nearest_", lambda told: told.nearest)):
-            if not some or said(some[0]) is None:
-                continue
-
-            def mean(score):
-                return float(np.mean([score(told.true, said(told)) for told in some]))
-
-            numbers |= {f"{group}_{who}exact": mean(str.__eq__), f"{group}_{who}f1": mean(f1)}
-            if group.startswith("scenes"):
-                numbers[f"{group}_{who}facts"] = mean(facts_right)
-    if spatial := kinds["scenes_held_out_spatial"]:
-        numbers["scenes_held_out_spatial_swapped"] = float(
-            np.mean([swapped(told.true, told.said) for told in spatial])
-        )
+        if not some:
+            continue
+        true = [one.true for one in some]
+        numbers |= _scores(group, true, [one.predicted for one in some])
+        nearest = [one.nearest for one in some if one.nearest is not None]
+        if nearest:
+            numbers |= _scores(f"{group}_nearest", true, nearest)
+    if spatial := groups["scenes_held_out_spatial"]:
+        swapped = [scores.swapped(one.true, one.predicted) for one in spatial]
+        numbers["scenes_held_out_spatial_swapped"] = float(np.mean(swapped))
     return numbers
 
 
-def _retrieval(
-    drawings: list[Told],
-    trained: int,
-    visual: Float[np.ndarray, "M N D"],
-    regressed: Float[np.ndarray, "M N D"],
-) -> tuple[list[Drawn], dict[str, Number]]:
-    """Names to drawings by their visual tokens, among all; the first `trained` drawings were seen
-    in training.
+def _scores(prefix: str, true: list[str], predicted: list[str]) -> dict[str, Number]:
+    metrics = {"exact": str.__eq__, "f1": scores.f1}
+    if prefix.startswith("scenes"):
+        metrics["facts"] = scores.facts_right
+    return {
+        f"{prefix}_{name}": float(np.mean(list(map(metric, true, predicted))))
+        for name, metric in metrics.items()
+    }
+
+
+def _exact(prefix: str, captions: list[Captioned]) -> dict[str, Number]:
+    """Number and exact match of some captions; {} for none."""
+    if not captions:
+        return {}
+    exact = float(np.mean([one.true == one.predicted for one in captions]))
+    return {f"{prefix}_count": len(captions), f"{prefix}_exact": exact}
+
+
+def caption_stories(model: Model, source: Source) -> list[list[Captioned]]:
+    """Predict each sentence of the stories in which an image comes before its sentence.
+
+    The prompt is everything before it. What the model writes after the sentence is cut off:
+    nothing teaches it where a sentence inside a story ends.
+    """
+    prompts: list[Parts] = []
+    sentences: list[Captioned] = []
+    for story in (source[i] for i in range(len(source))):
+        if not isinstance(story.parts[0], np.ndarray):
+            continue
+        prompt: list[str | np.ndarray] = []
+        for image, text in zip(pixels_of(story), texts_of(story), strict=True):
+            prompts.append([*prompt, image])
+            sentences.append(Captioned(story.id, image, plain(text.text), ""))
+            prompt += [image, text.text]
+    if not prompts:
+        return []
+    stories: dict[str, list[Captioned]] = {}
+    for sentence, text in zip(sentences, model.complete(prompts), strict=True):
+        cut = " ".join(text.split()[: len(sentence.true.split())])
+        stories.setdefault(sentence.id, []).append(sentence._replace(predicted=cut))
+    return list(stories.values())
+
+
+def name_in_context(model: Model, drawings: list[Captioned]) -> list[list[Captioned]]:
+    """Drawings in fours: three with their names, and a fourth that the model names after them."""
+    count = min(len(drawings), IN_CONTEXT)
+    fours = [drawings[start : start + 4] for start in range(0, count - 3, 4)]
+    prompts = []
+    for four in fours:
+        given = [part for one in four[:3] for part in (one.image, one.true)]
+        prompts.append([*given, four[3].image])
+    names = model.complete(prompts, "in context")
+    return [
+        [*four[:3], four[3]._replace(predicted=name)]
+        for four, name in zip(fours, names, strict=True)
+    ]
+
+
+# --- visual tokens ---
+
+
+def retrieve(
+    drawings: list[Captioned], trained: int, visual: Visual, regressed: Visual
+) -> tuple[list[Retrieved], dict[str, Number]]:
+    """Find drawings by the visual tokens regressed from their names, among all drawings.
+
+    The first `trained` drawings were seen in training.
     """
 
-    def flat(z):
-        return rearrange(z, "M N D -> M (N D)")
+    def flat(tokens):
+        return rearrange(tokens, "M N D -> M (N D)")
 
-    distances = squared_distances(flat(regressed), flat(visual))
-    rank = ranks(distances, np.arange(len(drawings)))
-    best = np.argsort(distances, 1)[:, :TOP]
-    drawn = [
-        Drawn(
-            told.true,
-            i >= trained,
-            int(rank[i]),
-            [(drawings[j].true, drawings[j].image) for j in best[i]],
-        )
-        for i, told in enumerate(drawings)
-    ]
+    distances = scores.squared_distances(flat(regressed), flat(visual))
+    ranks = scores.ranks(distances, np.arange(len(drawings)))
+    nearest = np.argsort(distances, 1)[:, :TOP]
+    retrieved = []
+    for number, drawing in enumerate(drawings):
+        found = [(drawings[other].true, drawings[other].image) for other in nearest[number]]
+        retrieved.append(Retrieved(drawing.true, number >= trained, int(ranks[number]), found))
     numbers: dict[str, Number] = {"retrieval_among": len(drawings)}
     for suffix, part in (("", slice(trained)), ("_held_out", slice(trained, None))):
         numbers |= {
-            f"retrieval{suffix}_top1": float((rank[part] < 1).mean()),
-            f"retrieval{suffix}_top5": float((rank[part] < TOP).mean()),
-            f"free_run_r2{suffix}": r2(visual[part], regressed[part]),
+            f"retrieval{suffix}_top1": float((ranks[part] < 1).mean()),
+            f"retrieval{suffix}_top5": float((ranks[part] < TOP).mean()),
+            f"free_run_r2{suffix}": scores.r2(visual[part], regressed[part]),
         }
-    return drawn, numbers
+    return retrieved, numbers
 
 
-def _stories(model: Model, source: Source) -> list[list[Told]]:
-    """Of the stories in which an image comes before its sentence: each sentence, told from all that
-    is before it.
-
-    What follows the sentence is not judged, and cut off: nothing teaches the model where a sentence
-    inside a story ends.
-    """
-    stories = [
-        story
-        for story in (source[i] for i in range(len(source)))
-        if isinstance(story.parts[0], np.ndarray)
-    ]
-    places = [(story, at) for story in stories for at in range(1, len(story.parts), 2)]
-    if not places:
-        return []
-    said = model.continue_([story.parts[:at] for story, at in places])
-    told = [
-        Told(
-            story.id,
-            story.parts[at - 1],
-            plain(story.parts[at]),
-            " ".join(words.split()[: len(story.parts[at].split())]),
-        )
-        for (story, at), words in zip(places, said, strict=True)
-    ]
-    return [[sentence for sentence in told if sentence.id == story.id] for story in stories]
-
-
-def _story_numbers(stories: list[list[Told]]) -> dict[str, Number]:
-    sentences = [told for story in stories for told in story]
-    return (
-        {
-            "stories_held_out_count": len(sentences),
-            "stories_held_out_exact": float(
-                np.mean([told.true == told.said for told in sentences])
-            ),
-        }
-        if sentences
-        else {}
-    )
-
-
-def _in_context(model: Model, drawings: list[Told]) -> list[list[Told]]:
-    """Drawings by fours: three with their names, and a fourth that the model names after having
-    read them.
-    """
-    fours = [
-        drawings[start : start + 4] for start in range(0, min(len(drawings), IN_CONTEXT) - 3, 4)
-    ]
-    said = model.continue_(
-        [
-            [*(part for told in four[:3] for part in (told.image, told.true)), four[3].image]
-            for four in fours
-        ],
-        "in context",
-    )
-    return [
-        [*four[:3], four[3]._replace(said=words)] for four, words in zip(fours, said, strict=True)
-    ]
-
-
-def _in_context_numbers(fours: list[list[Told]]) -> dict[str, Number]:
-    return (
-        {
-            "in_context_count": len(fours),
-            "in_context_exact": float(np.mean([four[3].true == four[3].said for four in fours])),
-        }
-        if fours
-        else {}
-    )
-
-
-def _pictures(
-    model: Model, paint: diffusion_decoder.DiffusionDecoder, captions: dict[str, list[Told]]
-) -> tuple[dict[str, list[drawings.Picture]], list[drawings.Blend]]:
-    """Of each group's first images, and blends of the training drawings'."""
-    parts = {
-        group: ([told.true for told in some], np.stack([told.image for told in some]))
-        for group, some in captions.items()
-    }
-    return (
-        {group: drawings.pictures(model.session, paint, *part) for group, part in parts.items()},
-        drawings.blends(model.session, paint, *parts["names_train"]),
-    )
-
-
-def _raw_variance(
-    model: Model,
-    before: tree.Tree | None,
-    visual: Float[np.ndarray, "M N D"],
-    images: UInt8[np.ndarray, "M h w 3"],
+def raw_variance(
+    model: Model, warmup_params: tree.Tree | None, visual: Visual, images: Images
 ) -> dict[str, Number]:
-    """Variance of the drawings' visual tokens before they are standardised, and its share of what
-    the encoder `before` gives them.
+    """Variance of the visual tokens before they are standardised, across images.
+
+    And its ratio to the variance under the warm-up's encoder, if that is still there.
     """
-    std = np.asarray(model.params["visual_stats"]["std"]) if model.model_config.standardise else 1.0
+    std = 1.0
+    if model.model_config.standardise:
+        std = np.asarray(model.params["visual_stats"]["std"])
 
-    def spread(z):
-        return float(z.var(0, dtype=np.float64).mean())
+    def variance(tokens):
+        return float(tokens.var(0, dtype=np.float64).mean())
 
-    numbers = {"raw_variance": spread(visual * std)}
-    if before is None:
+    numbers = {"raw_variance": variance(visual * std)}
+    if warmup_params is None:
         return numbers
-    call = jax.jit(
-        lambda params, images: (
-            module.bind(emu.Encoder, model.model_config, params).encode(images).astype(np.float32)
-        )
-    )
-    numbers["raw_variance_warmup"] = spread(
-        _batched("the warm-up's encoder", partial(call, before), images)
-    )
-    return numbers | {
-        "raw_variance_ratio": numbers["raw_variance"] / numbers["raw_variance_warmup"]
-    }
+
+    @jax.jit
+    def encode(params, images):
+        encoder = module.bind(emu.Encoder, model.model_config, params)
+        return encoder.encode(images).astype(np.float32)
+
+    before = in_batches("the warm-up's encoder", partial(encode, warmup_params), images)
+    numbers["raw_variance_warmup"] = variance(before)
+    numbers["raw_variance_ratio"] = numbers["raw_variance"] / numbers["raw_variance_warmup"]
+    return numbers
 
 
-def _batched(what: str, call: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
-    """call(*rows) in batches of one shape, the last filled up with copies of its last row."""
+def in_batches(what: str, call: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
+    """call(*rows) in batches of one shape; copies of the last row fill the last batch."""
     count = len(arrays[0])
     size = min(BATCH, count)
     parts = []
@@ -615,3 +477,21 @@ def _batched(what: str, call: Callable[..., Array], *arrays: np.ndarray) -> np.n
         rows = np.minimum(np.arange(start, start + size), count - 1)
         parts.append(np.asarray(call(*(array[rows] for array in arrays))))
     return np.concatenate(parts)[:count]
+
+
+def _decode(
+    model: Model, diffusion: DiffusionDecoder, captions: dict[str, list[Captioned]]
+) -> tuple[dict[str, list[decoding.Decoded]], list[decoding.Blend]]:
+    """Decode each group's first images, and blends of training drawings.
+
+    The order decides the seeds.
+    """
+    decoded = {}
+    for group, some in captions.items():
+        images = np.stack([one.image for one in some])
+        texts = [one.true for one in some]
+        decoded[group] = decoding.decode_images(model.session, diffusion, texts, images)
+    drawings = captions["names_train"]
+    images = np.stack([one.image for one in drawings])
+    texts = [one.true for one in drawings]
+    return decoded, decoding.blend_images(model.session, diffusion, texts, images)

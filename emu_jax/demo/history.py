@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says afterwards: curves, speed, and the visual tokens' variance.
+"""A run's metrics.jsonl, read afterwards: curves, speed, variance of the visual tokens.
 
 metric_writer.py writes the lines. Read next: evaluation.py.
 """
@@ -6,11 +6,12 @@ metric_writer.py writes the lines. Read next: evaluation.py.
 import json
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from emu_jax import checkpoint
 
 Number = int | float
-Line = dict[str, Number | None]
+Line = dict[str, Any]
 # (step, value)
 Curve = list[tuple[Number, Number]]
 
@@ -18,7 +19,7 @@ Curve = list[tuple[Number, Number]]
 def read(directory: str) -> list[Line]:
     """The lines of a run's metrics.jsonl; up to the checkpoint, if `directory` is one.
 
-    Empty if there is no metrics.jsonl.
+    Empty if the file does not exist.
     """
     workdir, last = checkpoint.split_step(Path(directory).resolve())
     path = workdir / "metrics.jsonl"

@@ -101,7 +101,7 @@ def effective_rank(tokens: Float[np.ndarray, "M N D"]) -> float:
 def nearest(
     images: UInt8[np.ndarray, "Q h w 3"], among: UInt8[np.ndarray, "K h w 3"]
 ) -> Int[np.ndarray, "Q"]:
-    """Index of the image in `among` with the least squared difference of pixels, for each image."""
+    """Index in `among` of the nearest image in pixels, by squared distance, for each image."""
 
     def flat(pixels):
         return rearrange(pixels, "M h w c -> M (h w c)").astype(np.float32) / 255

@@ -57,8 +57,8 @@ def _card(shown: Shown) -> str:
     )
     answers = " · ".join(dict.fromkeys(map(escape, shown.answers))) or "(withheld)"
     return (
-        f'<div class="card told">{html.image(shown.image, shown.question or shown.said)}<div>{question}'
-        f'<div class="said">{escape(shown.said) or "(nothing)"}</div><div><small>true:</small> {answers}</div>{score}</div></div>'
+        f'<div class="card example">{html.image(shown.image, shown.question or shown.said)}<div>{question}'
+        f'<div class="answer">{escape(shown.said) or "(nothing)"}</div><div><small>true:</small> {answers}</div>{score}</div></div>'
     )
 
 

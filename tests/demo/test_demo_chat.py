@@ -12,11 +12,11 @@ from tests.support import make
 
 def test_shares_by_hand():
     told = [
-        chat.Told("1", 0, "what", "what is this?", "a cat", "a dog", "a cat", ()),
-        chat.Told("1", 1, "there", "is there a cat?", "yes", "no", "no", ()),
-        chat.Told("2", 0, "what", "what is this?", "a pig", "", "a cat", ()),
+        chat.Answered("1", 0, "what", "what is this?", "a cat", "a dog", "a cat", ()),
+        chat.Answered("1", 1, "there", "is there a cat?", "yes", "no", "no", ()),
+        chat.Answered("2", 0, "what", "what is this?", "a pig", "", "a cat", ()),
     ]
-    numbers = chat._numbers(told, {"what": "a pig", "there": "yes"})
+    numbers = chat.accuracies(told, {"what": "a pig", "there": "yes"})
     assert (
         numbers["all_count"] == 3
         and numbers["all_before"] == 0

@@ -20,8 +20,7 @@ from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
 from emu_jax.data.sequence import Document, Pair
 from emu_jax.demo import __main__ as command
-from emu_jax.demo import evaluation as demo
-from emu_jax.demo import history, openmoji, scenes
+from emu_jax.demo import evaluation, history, openmoji, scenes, scores
 from emu_jax.models import emu, module
 from tests.support import make
 
@@ -32,20 +31,20 @@ pytestmark = pytest.mark.xdist_group("demo")
 
 
 def test_f1():
-    assert demo.f1("red heart", "red heart") == 1
+    assert scores.f1("red heart", "red heart") == 1
     # order is not its business
-    assert demo.f1("red heart", "heart red") == 1
-    assert demo.f1("red heart", "") == demo.f1("red heart", "cat") == 0
-    assert demo.f1("a cat and a pig", "a pig") == pytest.approx(2 * 1 * 0.4 / 1.4)
+    assert scores.f1("red heart", "heart red") == 1
+    assert scores.f1("red heart", "") == scores.f1("red heart", "cat") == 0
+    assert scores.f1("a cat and a pig", "a pig") == pytest.approx(2 * 1 * 0.4 / 1.4)
     # a word counts as often as it is there
-    assert demo.f1("cat", "cat cat cat") == pytest.approx(0.5)
+    assert scores.f1("cat", "cat cat cat") == pytest.approx(0.5)
 
 
 def test_every_caption_of_the_scenes_is_understood():
     flat = np.zeros((4, 4, 4), np.uint8)
     for kind in ("counts", "spatial"):
         for scene in scenes.scenes(kind, True, 0, 64, lambda _: flat):
-            found = demo.facts(scene.texts[0])
+            found = scores.facts(scene.texts[0])
             names = (
                 ("number", "first", "background")
                 if kind == "counts"
@@ -57,18 +56,18 @@ def test_every_caption_of_the_scenes_is_understood():
 
 def test_facts_count_in_their_roles():
     true = "a cat left of a pig on green"
-    assert demo.facts_right(true, true) == 1
-    assert demo.facts_right(true, "a pig left of a cat on green") == 0.5
-    assert demo.facts_right(true, "a cat above an umbrella on green") == 0.5
-    assert demo.facts_right(true, "two cats on green") == 0.5
-    assert demo.facts_right("two cats on green", "one cat on green") == pytest.approx(2 / 3)
-    assert demo.facts_right(true, "grinning cat") == demo.facts_right(true, "") == 0
+    assert scores.facts_right(true, true) == 1
+    assert scores.facts_right(true, "a pig left of a cat on green") == 0.5
+    assert scores.facts_right(true, "a cat above an umbrella on green") == 0.5
+    assert scores.facts_right(true, "two cats on green") == 0.5
+    assert scores.facts_right("two cats on green", "one cat on green") == pytest.approx(2 / 3)
+    assert scores.facts_right(true, "grinning cat") == scores.facts_right(true, "") == 0
 
 
 def test_swapped():
     true = "a cat left of a pig on green"
-    assert demo.swapped(true, "a pig above a cat on blue") and not demo.swapped(true, true)
-    assert not demo.swapped(true, "two cats on green") and not demo.swapped(
+    assert scores.swapped(true, "a pig above a cat on blue") and not scores.swapped(true, true)
+    assert not scores.swapped(true, "two cats on green") and not scores.swapped(
         "two cats on green", "two cats on green"
     )
 
@@ -81,29 +80,29 @@ def test_ranks_against_sorting():
     distances = rng.random((20, 9))
     right = rng.integers(0, 9, 20)
     assert (
-        demo.ranks(distances, right)
+        scores.ranks(distances, right)
         == [sorted(row).index(row[r]) for row, r in zip(distances, right)]
     ).all()
 
 
 def test_collapsed_tokens_are_found_last():
-    assert (demo.ranks(np.zeros((3, 7)), np.arange(3)) == 6).all()
+    assert (scores.ranks(np.zeros((3, 7)), np.arange(3)) == 6).all()
 
 
 def test_squared_distances_far_from_the_origin():
     rng = np.random.default_rng(0)
     a, b = (1000 + rng.normal(size=(n, 5)).astype(np.float32) for n in (4, 6))
     want = np.square(a[:, None].astype(np.float64) - b[None]).sum(-1)
-    np.testing.assert_allclose(demo.squared_distances(a, b), want, rtol=1e-3)
+    np.testing.assert_allclose(scores.squared_distances(a, b), want, rtol=1e-3)
 
 
 def test_r2():
     true = np.random.default_rng(0).normal(size=(50, 3, 4))
-    assert demo.r2(true, true) == 1
-    assert demo.r2(true, np.broadcast_to(true.mean(0), true.shape)) == pytest.approx(0)
-    assert demo.r2(true, -true) < -1
+    assert scores.r2(true, true) == 1
+    assert scores.r2(true, np.broadcast_to(true.mean(0), true.shape)) == pytest.approx(0)
+    assert scores.r2(true, -true) < -1
     # collapse is not success
-    assert demo.r2(np.ones((3, 2, 2)), np.ones((3, 2, 2))) == 0
+    assert scores.r2(np.ones((3, 2, 2)), np.ones((3, 2, 2))) == 0
 
 
 @pytest.mark.parametrize("directions", [1, 3, 8])
@@ -111,8 +110,8 @@ def test_effective_rank(directions):
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(8, 8)))[0][:directions]
     z = rng.normal(size=(4000, directions)) @ basis
-    assert demo.effective_rank(z.reshape(-1, 2, 4)) == pytest.approx(directions, rel=0.02)
-    assert demo.effective_rank(np.zeros((10, 2, 4))) == 0
+    assert scores.effective_rank(z.reshape(-1, 2, 4)) == pytest.approx(directions, rel=0.02)
+    assert scores.effective_rank(np.zeros((10, 2, 4))) == 0
 
 
 def test_nearest():
@@ -122,7 +121,7 @@ def test_nearest():
     noisy = np.clip(among[order].astype(int) + rng.integers(-9, 9, among.shape), 0, 255).astype(
         np.uint8
     )
-    assert (demo.nearest(noisy, among) == order).all()
+    assert (scores.nearest(noisy, among) == order).all()
 
 
 def test_batches_have_one_shape_and_lose_nothing():
@@ -134,8 +133,8 @@ def test_batches_have_one_shape_and_lose_nothing():
 
     x = np.arange(2 * 300).reshape(300, 2)
     y = np.arange(300)
-    assert (demo._batched("", double, x, y) == 2 * x + y[:, None]).all()
-    assert set(shapes) == {(demo.BATCH, 2)}
+    assert (evaluation.in_batches("", double, x, y) == 2 * x + y[:, None]).all()
+    assert set(shapes) == {(evaluation.BATCH, 2)}
 
 
 # --- the model ---
@@ -154,7 +153,7 @@ def model():
         lambda text: [3 + ord(letter) - 97 for letter in text],
         lambda ids: " ".join(map(str, ids)),
     )
-    return demo.Model(emu.EmuConfig.of(c.model.to_dict()), params, letters)
+    return evaluation.Model(emu.EmuConfig.of(c.model.to_dict()), params, letters)
 
 
 @pytest.fixture(scope="module")
@@ -164,41 +163,38 @@ def images():
 
 def test_a_name_is_drawn_the_same_beside_longer_ones(model):
     names = ["cat", "a", "umbrella"]
-    together = model.draw(names)
+    together = model.regress(names)
     assert np.abs(together[0] - together[1]).max() > 0.1
     for name, tokens in zip(names, together):
-        np.testing.assert_allclose(model.draw([name])[0], tokens, atol=1e-4)
+        np.testing.assert_allclose(model.regress([name])[0], tokens, atol=1e-4)
 
 
 def test_continuing_an_image_is_captioning_it(model, images):
     captions = model.caption(images)
     assert len(set(captions)) > 1
-    assert model.continue_([(image,) for image in images]) == captions
+    assert model.complete([(image,) for image in images]) == captions
     # Beside a longer prompt of two images.
-    assert model.continue_([(images[0],), (images[1], "pig", images[2])])[0] == captions[0]
+    assert model.complete([(images[0],), (images[1], "pig", images[2])])[0] == captions[0]
 
 
 def test_the_second_image_is_seen(model, images):
-    said = model.continue_([(images[0], "pig", image) for image in images[1:]])
+    said = model.complete([(images[0], "pig", image) for image in images[1:]])
     assert len(set(said)) > 1
 
 
 def test_the_fourth_is_told_after_three(model, images):
     drawings = [
-        demo.Told(str(k), images[k % 5], name, "")
+        evaluation.Captioned(str(k), images[k % 5], name, "")
         for k, name in enumerate(("pig", "owl", "cat", "dog", "fox"))
     ]
-    (four,) = demo._in_context(model, drawings)
+    (four,) = evaluation.name_in_context(model, drawings)
     assert four[:3] == drawings[:3] and four[3].true == "dog"
     assert (
-        four[3].said
-        == model.continue_([(images[0], "pig", images[1], "owl", images[2], "cat", images[3])])[0]
+        four[3].predicted
+        == model.complete([(images[0], "pig", images[1], "owl", images[2], "cat", images[3])])[0]
         != model.caption(images)[3]
     )
-    assert demo._in_context_numbers([four]) == {
-        "in_context_count": 1,
-        "in_context_exact": 0.0,
-    } and not demo._in_context(model, drawings[:3])
+    assert not evaluation.name_in_context(model, drawings[:3])
 
 
 def test_captions_come_back_to_their_images():
@@ -216,21 +212,21 @@ def test_captions_come_back_to_their_images():
     unseen = source(["two cats on blue", "one pig on pink"], 100)
     texts = {0: "aaaaaa", 1: "b", 2: "cccc", 100: "two cats on  blue ", 101: "one cat on pink"}
 
-    class Right(demo.Model):
+    class Right(evaluation.Model):
         def __init__(self):
             self.tokenizer = tokenizer.Tokenizer(
                 256, lambda text: [ord(letter) for letter in text], str
             )
 
         def caption(self, images):
-            return [demo.plain(texts[image[0, 0, 0]]) for image in images]
+            return [scores.plain(texts[image[0, 0, 0]]) for image in images]
 
-    captions = demo._captions(
+    captions = evaluation.caption_groups(
         Right(), {"names_train": (learnt, None), "scenes_held_out": (unseen, learnt)}
     )
-    assert [told.said for told in captions["names_train"]] == ["aaaaaa", "b", "cccc"]
+    assert [told.predicted for told in captions["names_train"]] == ["aaaaaa", "b", "cccc"]
     assert [told.nearest for told in captions["scenes_held_out"]] == ["cccc", "cccc"]
-    numbers = demo._numbers(captions)
+    numbers = evaluation.caption_numbers(captions)
     assert numbers["names_train_exact"] == 1 and "names_train_nearest_exact" not in numbers
     assert numbers["scenes_held_out_exact"] == numbers["scenes_held_out_counts_exact"] == 0.5
     assert (
@@ -241,13 +237,15 @@ def test_captions_come_back_to_their_images():
 
 
 def test_retrieval_counts_trained_and_held_out_apart():
-    drawings = [demo.Told(str(k), np.zeros((2, 2, 3), np.uint8), str(k), "") for k in range(8)]
+    drawings = [
+        evaluation.Captioned(str(k), np.zeros((2, 2, 3), np.uint8), str(k), "") for k in range(8)
+    ]
     visual = np.arange(8.0).reshape(8, 1, 1)
     regressed = visual.copy()
     # found second; and last, held out
     regressed[0] = 1.1
     regressed[7] = 0
-    drawn, numbers = demo._retrieval(drawings, 6, visual, regressed)
+    drawn, numbers = evaluation.retrieve(drawings, 6, visual, regressed)
     assert [query.rank for query in drawn] == [2, 0, 0, 0, 0, 0, 0, 7]
     assert [name for name, _ in drawn[0].found][:2] == ["1", "2"] and [
         query.held_out for query in drawn
@@ -328,7 +326,7 @@ def test_targets():
         "visual_variance_ratio": 0.09,
         "speed/input_wait_share": 0.02,
     }
-    assert [target.reached for target in demo.targets(numbers)] == [
+    assert [target.reached for target in evaluation.targets(numbers)] == [
         True,
         False,
         True,
@@ -339,7 +337,7 @@ def test_targets():
         None,
         False,
     ]
-    nothing = demo.targets(
+    nothing = evaluation.targets(
         numbers | {"scenes_held_out_exact": 0.0, "scenes_held_out_nearest_exact": 0.0}
     )
     # twice nothing is not a success
@@ -442,8 +440,8 @@ def test_the_command_with_a_decoder(data, runs, tmp_path):
         for group in ("names_train", "names_held_out", "scenes_held_out")
     ] == [4, 4, 8]
     for source, target in (
-        ("encoded", "picture of a drawing's visual tokens"),
-        ("regressed", "picture of a drawing's name"),
+        ("encoded", "decoded from a drawing's visual tokens"),
+        ("regressed", "decoded from a drawing's name"),
     ):
         (found,) = (value for what, value in targets.items() if what.startswith(target))
         # among four
@@ -485,7 +483,7 @@ def test_bad_input_is_one_line(arguments, told, data, runs, capsys):
 def test_another_tokenizer_is_refused(data, runs):
     save(runs / "large", make.cfg("model.llama.vocab=500"))
     with pytest.raises(UserError, match=re.escape("has 120 pieces")):
-        demo.evaluate(str(runs / "large"), str(data))
+        evaluation.evaluate(str(runs / "large"), str(data))
 
 
 def test_as_a_program():

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_jax.demo import drawings, report
-from emu_jax.demo import evaluation as demo
+from emu_jax.demo import decoding, evaluation, report
 from tests.support.pages import Page
 
 
@@ -20,7 +19,7 @@ def picture(k):
 @pytest.fixture(scope="module")
 def result():
     def told(true, said, nearest=None, id="counts/x"):
-        return demo.Told(id, picture(len(true)), true, said, nearest)
+        return evaluation.Captioned(id, picture(len(true)), true, said, nearest)
 
     captions = {
         "names_train": [told("cat", "cat"), told("<b>pig</b>", "dog & <script>")] * 30,
@@ -36,8 +35,8 @@ def result():
         ],
     }
     drawn = [
-        demo.Drawn("cat", False, 1, [("pig", picture(1)), ("cat", picture(2))]),
-        demo.Drawn("fox", True, 40, [("pig", picture(1))]),
+        evaluation.Retrieved("cat", False, 1, [("pig", picture(1)), ("cat", picture(2))]),
+        evaluation.Retrieved("fox", True, 40, [("pig", picture(1))]),
     ]
     lines = [
         {"step": k, "text_loss": 9 / k, "image_loss": 1 / k, "visual_variance": 1 + k % 2}
@@ -45,8 +44,8 @@ def result():
     ]
     lines.append({"step": 899, "eval/text_loss": 2.0, "eval/text_loss/names": 2.0})
     numbers = (
-        demo._numbers(captions)
-        | demo._retrieval(
+        evaluation.caption_numbers(captions)
+        | evaluation.retrieve(
             [told(name, "") for name in "abc"],
             2,
             np.arange(3.0).reshape(3, 1, 1),
@@ -66,7 +65,7 @@ def result():
     }
 
     def drawn_as(caption, k):
-        return drawings.Picture(caption, picture(k), picture(k + 1), picture(k + 100))
+        return decoding.Decoded(caption, picture(k), picture(k + 1), picture(k + 100))
 
     pictures = {
         "names_train": [drawn_as("<b>pig</b>", 2 * k) for k in range(50)],
@@ -74,13 +73,13 @@ def result():
         "scenes_held_out": [drawn_as("one cat on blue", 3)],
     }
     for group, some in pictures.items():
-        numbers |= drawings.numbers(group, some)
-    blends = [drawings.Blend(("cat", "<pig>"), (picture(1), picture(2)), picture(3), picture(4))]
+        numbers |= decoding.retrieval_numbers(group, some)
+    blends = [decoding.Blend(("cat", "<pig>"), (picture(1), picture(2)), picture(3), picture(4))]
     c = {"stage": "emu", "model": {"resampler": {"tokens": 4}}}
-    return demo.Result(
+    return evaluation.Result(
         c,
         numbers,
-        demo.targets(numbers),
+        evaluation.targets(numbers),
         captions,
         drawn,
         [[told("a cat comes", "a dog comes")]],
@@ -118,12 +117,12 @@ def test_pictures_are_the_images(page, result):
     assert (
         len(decoded)
         == 2
-        + report.SHOWN["names_train"]
+        + report.CAPTIONS["names_train"]
         + 1
         + 1
         + 4
         + 3
-        + 3 * (report.PICTURES["names_train"] + 1 + 1)
+        + 3 * (report.DECODED["names_train"] + 1 + 1)
         + 4
     )
     # scenes, names, held out, story, in context, retrieved, drawn, blended
@@ -133,9 +132,9 @@ def test_right_and_wrong_are_marked(page):
     cards = [
         attributes["class"]
         for tag, attributes in page.elements
-        if "told" in attributes.get("class", "").split()
+        if "example" in attributes.get("class", "").split()
     ]
-    half = report.SHOWN["names_train"] // 2
+    half = report.CAPTIONS["names_train"] // 2
     assert sum("right" in card.split() for card in cards) == 1 + half
     assert sum("wrong" in card.split() for card in cards) == 1 + half + 1 + 1 + 1
     hits = [
@@ -153,11 +152,11 @@ def test_texts_are_escaped_and_said(page):
         "after 899 steps",
         "OpenMoji",
         "CC BY-SA 4.0",
-        "nearest in pixels: one pig on blue",
+        "baseline: one pig on blue",
         '"stage": "emu"',
         "52 G",
         "1.5 min",
-        "100.0 % name the right two drawings in each other's place",
+        "100.0 % swap the right two drawings",
         "8 × 8 pixels",
         "cat + <pig>",
     ):
@@ -181,13 +180,13 @@ def test_targets_are_told_as_they_are(page, result):
 
 def test_without_metrics_there_are_no_charts(result):
     bare = report.page(
-        dataclasses.replace(result, lines=[], decoder_lines=[], stories=[], pictures={}), "x"
+        dataclasses.replace(result, lines=[], decoder_lines=[], stories=[], decoded={}), "x"
     )
-    assert "<svg" not in bare and "Stories" not in bare and "Drawn" not in bare
+    assert "<svg" not in bare and "Stories" not in bare and "Images it draws" not in bare
 
 
 def test_si():
-    assert [report._si(value) for value in (0.5, 12, 1234, 5.2e10, 1.3e15)] == [
+    assert [report.si(value) for value in (0.5, 12, 1234, 5.2e10, 1.3e15)] == [
         "0.5",
         "12",
         "1.23 k",

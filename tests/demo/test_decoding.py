@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from emu_jax.demo import drawings
+from emu_jax.demo import decoding
 from emu_jax.generate.diffusion_decoder import DiffusionDecoder
 from emu_jax.generate.session import Session
 
@@ -47,26 +47,28 @@ class Paint(DiffusionDecoder):
 
 
 def test_a_picture_finds_its_own():
-    assert not drawings.places(IMAGES, IMAGES).any()
+    assert not decoding.pixel_ranks(IMAGES, IMAGES).any()
     noisy = np.clip(
         IMAGES.astype(int) + np.random.default_rng(1).integers(-30, 31, IMAGES.shape), 0, 255
     ).astype(np.uint8)
-    assert not drawings.places(noisy, IMAGES).any()
-    assert (drawings.places(IMAGES[::-1].copy(), IMAGES) > 0).all()
+    assert not decoding.pixel_ranks(noisy, IMAGES).any()
+    assert (decoding.pixel_ranks(IMAGES[::-1].copy(), IMAGES) > 0).all()
 
 
 def test_places_count_what_is_nearer():
     grey = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (0, 100, 200)])
     # 0 and 200 are as far from 100
     np.testing.assert_array_equal(
-        drawings.places(np.stack([grey[1], grey[1], grey[0]]), grey), [1 + 1, 0, 2]
+        decoding.pixel_ranks(np.stack([grey[1], grey[1], grey[0]]), grey), [1 + 1, 0, 2]
     )
 
 
 def test_pictures_that_are_all_the_same_find_nothing():
     same = np.zeros((60, 4, 4, 3), np.uint8)
-    assert drawings.places(same, same).min() == 59
-    found = drawings.numbers("x", [drawings.Picture("", image, image, same[0]) for image in IMAGES])
+    assert decoding.pixel_ranks(same, same).min() == 59
+    found = decoding.retrieval_numbers(
+        "x", [decoding.Decoded("", image, image, same[0]) for image in IMAGES]
+    )
     assert found == {
         "pictures_x_count": 60,
         "pictures_x_encoded_top1": 1,
@@ -79,7 +81,7 @@ def test_pictures_that_are_all_the_same_find_nothing():
 def test_each_image_is_drawn_of_its_tokens_and_of_its_caption():
     paint = Paint()
     captions = [str(k) for k in range(60)]
-    drawn = drawings.pictures(Colours(), paint, captions, IMAGES)
+    drawn = decoding.decode_images(Colours(), paint, captions, IMAGES)
     assert paint.asked == 2 * [40, 20] and [picture.caption for picture in drawn] == captions
     for k, picture in enumerate(drawn):
         assert picture.image.shape == (2, 2, 3) and (picture.regressed == np.round(k / 2)).all()
@@ -87,7 +89,7 @@ def test_each_image_is_drawn_of_its_tokens_and_of_its_caption():
 
 
 def test_blends_are_of_both():
-    blends = drawings.blends(Colours(), Paint(), [str(k) for k in range(5)], IMAGES[:5])
+    blends = decoding.blend_images(Colours(), Paint(), [str(k) for k in range(5)], IMAGES[:5])
     assert [blend.captions for blend in blends] == [("0", "1"), ("2", "3")]
     for k, blend in enumerate(blends):
         mean = IMAGES[2 * k : 2 * k + 2].mean((0, 1, 2))
