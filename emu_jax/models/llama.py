@@ -1,14 +1,15 @@
-"""LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783): RMSNorm, rotary positions, SwiGLU.
-Emu's multimodal modelling block.
+"""LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783), the LLM of Emu.
 
-It takes embeddings, since an image's slots hold visual tokens and not ids, and returns the hidden
-state after the final norm: in training the vocabulary head belongs to the loss (losses.py), which
-never forms all logits. Read next: emu.py.
+RMSNorm, rotary positions, SwiGLU. It takes embeddings, because an image's slots hold visual tokens
+instead of ids, and returns the hidden states after the final norm: in training the vocabulary head
+belongs to the loss (losses.py), which never holds all logits. Read next: emu.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import no_type_check
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,27 +25,26 @@ from emu_jax.types import KVCache
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    # rows of LLaMA's own vocabulary
+    # Rows of LLaMA's own vocabulary.
     vocab: int
-    # and Emu's: [PAD] [IMG] [/IMG] <image>, in the chat model [USER] [ASSISTANT]
+    # Emu's tokens after them: [PAD] [IMG] [/IMG] <image>, and [USER] [ASSISTANT] in the chat model.
     added: int
     # D
     width: int
     depth: int
     heads: int
-    # heads of keys and values, each serving heads / kv_heads queries' (grouped-query attention); 0:
-    # as many as heads
+    # Heads of keys and values (grouped-query attention); 0: as many as `heads`.
     kv_heads: int
     ffn: int
-    # of the RMSNorms
+    # Epsilon of the RMSNorms.
     eps: float
     rope_base: float
-    # (), ("linear", factor) or ("llama3", factor, low, high, context): see `frequencies`
+    # (), ("linear", factor) or ("llama3", factor, low, high, context): see `frequencies`.
     rope_scaling: tuple
-    # to which the frequencies are rounded: the release holds them in bfloat16, also when it
-    # computes in float32
+    # Dtype that the frequencies are rounded to. The release keeps them in bfloat16, even when it
+    # computes in float32.
     rope_dtype: str
-    # the output head is the input table
+    # Whether the output head is the input embedding.
     tied: bool
     remat: str
 
@@ -61,11 +61,30 @@ class LlamaConfig:
     def __post_init__(self):
         if self.width % self.heads or self.heads % self.kv:
             raise UserError(
-                f"model.llama: width {self.width} must be a multiple of heads {self.heads}, and that of kv_heads {self.kv}"
+                f"model.llama: width {self.width} must be a multiple of heads {self.heads}, "
+                f"and heads a multiple of kv_heads {self.kv}"
             )
 
 
-class Attention(nnx.Module):
+@flax.struct.dataclass
+# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+@no_type_check
+class LayerCache:
+    """The cache of all layers, as the scan over depth carries it into layer `layer`."""
+
+    k: Float[Array, "L B S G d"]
+    v: Float[Array, "L B S G d"]
+    layer: Int[Array, ""]
+    # Slots in use before this call.
+    length: Int[Array, ""]
+
+    def update(self, k: Float[Array, "B T G d"], v: Float[Array, "B T G d"]) -> "LayerCache":
+        """Write keys and values of T new tokens into this layer's next slots."""
+        start = (self.layer, 0, self.length, 0, 0)
+        return replace(self, k=_write(self.k, k[None], start), v=_write(self.v, v[None], start))
+
+
+class LlamaAttention(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         D = config.width
         H = config.heads
@@ -76,14 +95,24 @@ class Attention(nnx.Module):
         self.v = layers.Linear("btD,Dhd->bthd", (D, G, d), std=0.02, rngs=rngs)
         self.o = layers.Linear("bthd,hdD->btD", (H, d, D), std=0.02, rngs=rngs)
 
-    def __call__(self, x, mask, rotation, kernel: str, remember):
+    def __call__(self, x, mask, rotation, kernel: str, cache: LayerCache | None, use_cache: bool):
+        """The output, and the cache with the keys and values of x.
+
+        use_cache: attend to all that the cache holds; otherwise to x alone.
+        """
         q = rotate(self.q(x), rotation)
         k = rotate(self.k(x), rotation)
         v = self.v(x)
-        return self.o(attention(q, *remember(k, v), mask, scale=q.shape[-1] ** -0.5, kernel=kernel))
+        if cache is not None:
+            cache = cache.update(k, v)
+            if use_cache:
+                k = cache.k[cache.layer]
+                v = cache.v[cache.layer]
+        out = attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, kernel=kernel)
+        return self.o(out), cache
 
 
-class Ffn(nnx.Module):
+class LlamaFfn(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.gate = layers.Linear("btD,Df->btf", (config.width, config.ffn), std=0.02, rngs=rngs)
         self.up = layers.Linear("btD,Df->btf", (config.width, config.ffn), std=0.02, rngs=rngs)
@@ -93,22 +122,31 @@ class Ffn(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-class Block(nnx.Module):
+class LlamaBlock(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.norm1 = layers.RMSNorm(config.width, eps=config.eps)
-        self.attn = Attention(config, rngs)
+        self.attn = LlamaAttention(config, rngs)
         self.norm2 = layers.RMSNorm(config.width, eps=config.eps)
-        self.ffn = Ffn(config, rngs)
+        self.ffn = LlamaFfn(config, rngs)
 
-    def __call__(self, x, mask, rotation, kernel: str, remember=lambda k, v: (k, v)):
-        """`remember` gives the keys and values to look at for those of x."""
-        x = x + self.attn(self.norm1(x), mask, rotation, kernel, remember)
-        return sharding.constrain_rows(x + self.ffn(self.norm2(x)))
+    def __call__(
+        self,
+        x,
+        mask,
+        rotation,
+        kernel: str,
+        cache: LayerCache | None = None,
+        use_cache: bool = False,
+    ):
+        y, cache = self.attn(self.norm1(x), mask, rotation, kernel, cache, use_cache)
+        x = x + y
+        return sharding.constrain_rows(x + self.ffn(self.norm2(x))), cache
 
 
 class Vocabulary(nnx.Module):
-    """Rows of LLaMA's vocabulary `base` [V, D] and Emu's `added` [n, D], apart: V shards well and
-    imports as it is.
+    """Rows of LLaMA's vocabulary, `base` [V, D], and of Emu's tokens, `added` [n, D].
+
+    They are separate because V divides well over devices, and so that LLaMA's rows import as is.
     """
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
@@ -125,26 +163,25 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
         self.embed = Vocabulary(config, rngs)
-        self.blocks = layers.stack(lambda rngs: Block(config, rngs), config.depth, rngs)
+        self.blocks = layers.stack(lambda rngs: LlamaBlock(config, rngs), config.depth, rngs)
         self.norm = layers.RMSNorm(config.width, eps=config.eps)
         if not config.tied:
             self.lm_head = Vocabulary(config, rngs)
 
     def head(self) -> dict[str, Array]:
-        """The output head's rows, {"base": [V, D], "added": [n, D]}: what losses and generation
-        multiply by.
-        """
+        """Rows of the output head, {"base": [V, D], "added": [n, D]}, for losses and generation."""
         return (self.embed if self.config.tied else self.lm_head).arrays()
 
     def embeddings(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        """Input embeddings of ids; ids from V on are the added tokens."""
+        """Look up the input embeddings of ids; ids from V on are the added tokens."""
         return sharding.embedding_lookup(
             self.embed.base.get_value(), self.embed.added.get_value(), tokens, dtype
         )
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Of the next token, in float32: LLaMA's vocabulary and then the added tokens. For a few
-        positions: never for a batch in training.
+        """Logits of the next token in float32: LLaMA's vocabulary, then the added tokens.
+
+        For few positions only: a training batch would need all logits at once (see losses.py).
         """
         head = sharding.gather_weights("llama/lm_head", self.head(), hidden.dtype)
         product = partial(
@@ -173,12 +210,11 @@ class Llama(nnx.Module):
         *,
         kernel: str = "auto",
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """(hidden states after the final norm, the cache with x in its next T slots); position t
-        sees its own segment up to itself.
+        """Hidden states after the final norm, and the cache with x in its next T slots.
 
-        Without a cache, x is all there is. With one, x goes on from what the cache holds, which
-        must have T slots free; where x is the first that a cache reads, padding (segment 0) stands
-        at the ends of the rows.
+        Position t sees its own segment up to itself. Without a cache, x is the whole sequence; with
+        one, x continues what the cache holds, which must have T free slots. Padding (segment 0) of
+        the first x that a cache reads must be at the ends of the rows.
         """
         config = self.config
         rotation = rotary(
@@ -189,63 +225,59 @@ class Llama(nnx.Module):
             config.rope_scaling,
         )
         run = partial(layers.run, self.blocks, where="llama/blocks", remat=config.remat)
+        x = sharding.constrain_rows(x)
         if cache is None:
             mask = self_mask(segments)
-            return self.norm(
-                run(
-                    sharding.constrain_rows(x), lambda block, x, _: block(x, mask, rotation, kernel)
-                )
-            ), None
+            x = run(x, lambda block, x, _: block(x, mask, rotation, kernel)[0])
+            return self.norm(x), None
 
-        def put(old, new, *place):
-            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
+        kv_segments = _write(cache.segments, segments, (0, cache.length))
+        kv_positions = _write(cache.positions, positions, (0, cache.length))
+        # The first x of a cache sees itself alone, which every kernel supports.
+        use_cache = not cache.empty
+        if use_cache:
+            mask = Mask(segments, kv_segments, positions, kv_positions, causal=True)
+        else:
+            mask = self_mask(segments)
 
-        seen = (
-            put(cache.segments, segments, 0, cache.length),
-            put(cache.positions, positions, 0, cache.length),
+        def step(block, carry, _):
+            x, state = block(carry[0], mask, rotation, kernel, carry[1], use_cache)
+            state = state.replace(
+                k=sharding.constrain_cache(state.k),
+                v=sharding.constrain_cache(state.v),
+                layer=state.layer + 1,
+            )
+            return x, state
+
+        x, state = run((x, LayerCache(cache.k, cache.v, jnp.int32(0), cache.length)), step)
+        length = cache.length + x.shape[1]
+        return self.norm(x), KVCache(
+            state.k, state.v, kv_positions, kv_segments, length, empty=False
         )
-        mask = (
-            self_mask(segments)
-            if cache.empty
-            else Mask(segments, seen[0], positions, seen[1], causal=True)
-        )
 
-        def layer(block, carry, _):
-            x, k, v, number = carry
 
-            def remember(new_k, new_v):
-                nonlocal k, v
-                k, v = (
-                    put(old, new[None], number, 0, cache.length, 0, 0)
-                    for old, new in ((k, new_k), (v, new_v))
-                )
-                return (new_k, new_v) if cache.empty else (k[number], v[number])
-
-            x = block(x, mask, rotation, kernel, remember)
-            return x, sharding.constrain_cache(k), sharding.constrain_cache(v), number + 1
-
-        x, k, v, _ = run((sharding.constrain_rows(x), cache.k, cache.v, jnp.int32(0)), layer)
-        return self.norm(x), KVCache(k, v, seen[1], seen[0], cache.length + x.shape[1], empty=False)
+def _write(cached: Array, new: Array, start: tuple) -> Array:
+    return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), start)
 
 
 def rotary(
     positions: Int[Array, "B T"], width: int, base: float, dtype: str, scaling: tuple = ()
 ) -> tuple[Array, Array]:
-    """cos and sin [B, T, 1, d/2] of rotary position embeddings (arXiv 2104.09864), in float32;
-    frequencies rounded to `dtype`.
+    """Rotary position embeddings (arXiv 2104.09864): cos and sin [B, T, 1, d/2] in float32.
+
+    dtype: rounds the frequencies.
     """
-    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(
-        frequencies(width, base, scaling), dtype
-    ).astype(jnp.float32)
+    rounded = jnp.asarray(frequencies(width, base, scaling), dtype).astype(jnp.float32)
+    angles = positions[:, :, None, None].astype(jnp.float32) * rounded
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def frequencies(width: int, base: float, scaling: tuple) -> np.ndarray:
-    """Radians a token of each pair of dimensions [d/2], stretched to a longer context by `scaling`.
+    """Radians per token of each pair of dimensions [d/2], for a context extended by `scaling`.
+
     ("linear", factor): all are divided by factor (arXiv 2306.15595). ("llama3", factor, low, high,
-    context): those that turn less than `low` times within `context` tokens are, those that turn
-    more than `high` times are not, and between the two it is interpolated (LLaMA 3.1's model
-    card).
+    context): frequencies with less than `low` turns in `context` tokens are divided, those with
+    more than `high` are kept, and in between it is interpolated (LLaMA 3.1's model card).
     """
     plain = base ** (-np.arange(0, width, 2) / width)
     match scaling:
@@ -257,12 +289,13 @@ def frequencies(width: int, base: float, scaling: tuple) -> np.ndarray:
             kept = np.clip((context * plain / (2 * np.pi) - low) / (high - low), 0, 1)
             return kept * plain + (1 - kept) * plain / factor
     raise UserError(
-        f"model.llama.rope_scaling={scaling!r} is none of (), ('linear', factor), ('llama3', factor, low, high, context)"
+        f"model.llama.rope_scaling={scaling!r} must be (), ('linear', factor) or "
+        "('llama3', factor, low, high, context)"
     )
 
 
 def rotate(x: Float[Array, "B T H d"], rotation: tuple[Array, Array]) -> Float[Array, "B T H d"]:
-    """x turned by its position; pairs are (i, i + d/2), as in Hugging Face's checkpoints."""
+    """Rotate x by its position; pairs are (i, i + d/2), as in Hugging Face's checkpoints."""
     cos, sin = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

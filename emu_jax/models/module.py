@@ -5,8 +5,9 @@ module inside a jitted function. LoRA and quantised storage (lora.py) are added 
 that no module knows of them. Read next: layers.py.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -15,27 +16,27 @@ from jaxtyping import Array
 from emu_jax.models import layers, lora
 from emu_jax.models.lora import LoraConfig
 
+M = TypeVar("M", bound=nnx.Module)
 
-def init(module: type[nnx.Module], config: Any, key: Array) -> dict:
+
+def init(module: Callable[..., nnx.Module], config: Any, key: Array) -> dict:
     """Make fresh parameters of `module(config, rngs)` as a nested dict, LoRA's included."""
     made = module(config, nnx.Rngs(params=key))
-    linear = {
-        "/".join(map(str, path)) + "/w": part.inputs
-        for path, part in nnx.iter_modules(made)
-        if isinstance(part, layers.Linear)
-    }
-    inputs = {path: axes for path, axes in linear.items() if "/blocks/" in path}
+    # Axes that the matrix at each path is summed over: LoRA splits there.
+    inputs = {}
+    for path, part in nnx.iter_modules(made):
+        name = "/".join(map(str, path))
+        if isinstance(part, layers.Linear) and "/blocks/" in f"{name}/":
+            inputs[f"{name}/w"] = part.inputs
     return lora.init(_lora(config), nnx.to_pure_dict(nnx.state(made)), inputs, key)
 
 
-def abstract(module: type[nnx.Module], config: Any) -> dict:
+def abstract(module: Callable[..., nnx.Module], config: Any) -> dict:
     """Shapes and dtypes of the parameters that `init` makes; allocates nothing."""
     return jax.eval_shape(partial(init, module, config), jax.random.key(0))
 
 
-def bind(
-    module: type[nnx.Module], config: Any, params: dict, key: Array | None = None
-) -> nnx.Module:
+def bind(module: type[M], config: Any, params: dict, key: Array | None = None) -> M:
     """Make the module whose parameters are `params`, for use inside a jitted function.
 
     key: turns LoRA's dropout on.
@@ -45,10 +46,10 @@ def bind(
 
 # Cached, since making one takes a second or two and every trace needs it.
 @cache
-def _graphdef(module: type[nnx.Module], config: Any) -> nnx.GraphDef:
+def _graphdef(module: Callable[..., nnx.Module], config: Any) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0))))
 
 
 def _lora(config: Any) -> LoraConfig | None:
-    """The LoRA of a config that contains an Emu; None for other modules, such as a U-Net alone."""
+    """The LoRA of a config that contains an Emu; None for others, such as a U-Net alone."""
     return getattr(config, "lora", None)

@@ -256,7 +256,7 @@ def test_kernels_lower_for_accelerators_that_are_not_here(platform, target, kern
         ("splash", dict(dropout=0.1, key=jax.random.key(0)), "dropout"),
         ("pallas", dict(mask=Mask(*np.zeros((4, 2, 8), int), causal=True)), "self_mask"),
         ("cudnn", dict(), "not on cpu"),
-        ("flash", dict(), "there are dense"),
+        ("flash", dict(), "the kernels are dense"),
     ],
 )
 @on_cpu
@@ -279,7 +279,7 @@ def test_cudnn_refuses_segments():
 
 @pytest.mark.parametrize(
     "kernel, width, why",
-    [("cudnn", 160, "at most 128"), ("cudnn", 36, "8 divides"), ("pallas", 160, "at most 128")],
+    [("cudnn", 160, "at most 128"), ("cudnn", 36, "multiple of 8"), ("pallas", 160, "at most 128")],
 )
 @on_cpu
 def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, why):

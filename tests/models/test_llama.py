@@ -163,7 +163,7 @@ def test_scaled_frequencies_by_hand():
     np.testing.assert_allclose(scaled(0.2, 0.4), [1, 0.1])
     # half, and a twentieth of the way
     np.testing.assert_allclose(scaled(0.0, 8.0), [0.5 + 0.5 / 8, 0.1 * (0.05 + 0.95 / 8)])
-    with pytest.raises(UserError, match=r"rope_scaling=\('yarn', 2.0\) is none of"):
+    with pytest.raises(UserError, match=r"rope_scaling=\('yarn', 2.0\) must be"):
         frequencies(4, 100.0, ("yarn", 2.0))
 
 
