@@ -75,6 +75,7 @@ lint: .venv/ready
 
 docs: .venv/ready
 	$(python) -m pip install -q "mkdocs-material>=9.6,<10"
+	PYTHONPATH=. $(python) docs/reference.py
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build -q --strict
 
 .venv/ready: requirements.txt

@@ -44,14 +44,34 @@ def draw():
     """The whole figure as SVG text."""
     parts = [
         box(20, 40, 160, 80, "data", "Documents", "pairs, web pages,", "videos, conversations"),
-        box(20, 180, 160, 70, "data", "Packed rows", "text and image slots,", "segments, positions"),
+        box(
+            20, 180, 160, 70, "data", "Packed rows", "text and image slots,", "segments, positions"
+        ),
         box(250, 40, 150, 80, "tower", "EVA-CLIP", "257 patch features", "of each image"),
         box(460, 40, 170, 80, "tower", "Causal resampler", "N = 32 visual tokens", "of each image"),
         box(460, 180, 170, 90, "tower", "LLaMA", "text and visual tokens,", "interleaved, causal"),
         box(250, 180, 150, 70, "tower", "Embedding", "of text tokens"),
         box(700, 40, 270, 80, "loss", "Next visual token", "L2 to the detached embedding"),
-        box(700, 185, 270, 80, "loss", "Next word", "cross-entropy, in chunks:", "no full-vocabulary logits"),
-        box(460, 330, 170, 80, "decoder", "U-Net and VAE", "trained apart, on", "regressed embeddings"),
+        box(
+            700,
+            185,
+            270,
+            80,
+            "loss",
+            "Next word",
+            "cross-entropy, in chunks:",
+            "no full-vocabulary logits",
+        ),
+        box(
+            460,
+            330,
+            170,
+            80,
+            "decoder",
+            "U-Net and VAE",
+            "trained apart, on",
+            "regressed embeddings",
+        ),
         box(700, 330, 270, 80, "decoder", "Pixels", "a picture of what", "the LLaMA imagined"),
         arrow((100, 120), (100, 178)),
         arrow((180, 80), (248, 80)),
