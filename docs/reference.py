@@ -10,8 +10,8 @@ HEAD = """# Config fields
 
 Written by `docs/reference.py` from the comments in `configs/base.py`, `configs/sizes.py` and
 `configs/decoder.py`. Set a field on the command line with `--config.` in front of its name, as in
-`--config.optim.steps=100`. Defaults are those of `configs/pretrain.py` (the 14B); "unpublished" marks
-values that neither the paper nor the release gives.
+`--config.optim.steps=100`. Defaults are those of `configs/pretrain.py` (the 14B); "unpublished"
+marks values that neither the paper nor the release gives.
 """
 DECODER = """
 # Decoder stage

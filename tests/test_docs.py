@@ -1,4 +1,4 @@
-"""What is generated in docs/ is up to date, and the documentation names nothing that is gone."""
+"""Generated pages are up to date, and the documentation names what exists."""
 
 import re
 import runpy
