@@ -70,23 +70,14 @@ def main() -> int:
 def half(what: str, folder: str, arguments: list[str]) -> None:
     import jax
 
-    from emu_jax import config, sharding, stages, train
+    from emu_jax import config
     from emu_jax.checkpoint import CheckpointManager
-    from emu_jax.models import module
+    from emu_jax.plan import make_plan
 
     c = config.load([*arguments, "--config.mesh.data=1"])
-    stage = stages.STAGES[c.stage]
-    model_config = stage.size(c.model.to_dict())
-    abstract = module.abstract(stage.module, model_config)
-    mesh = sharding.make_mesh(c.mesh.to_dict())
-    with jax.set_mesh(mesh):
-        like = train.abstract_state(
-            c,
-            train.make_program(c, stage, model_config, abstract),
-            mesh,
-            abstract,
-            train.what_trains(c, abstract),
-        )
+    plan = make_plan(c)
+    like = plan.state
+    with jax.set_mesh(plan.mesh):
         state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
         run = CheckpointManager(folder, keep=1, keep_every=0)
         state = jax.tree.map(random, like) if what == "save" else None

@@ -26,9 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from train_step import matmul_peak
 
-from emu_jax import config, loop, sharding, stages, train, tree
+from emu_jax import config, sharding
 from emu_jax.generate import diffusion_decoder, samplers
-from emu_jax.models import flops, module
+from emu_jax.models import flops
+from emu_jax.plan import make_program
+from emu_jax.step import init_params, init_state, jit_train_step
 from emu_jax.types import DecoderBatch
 
 # of the places; of the condition: a quarter of the 14B's width
@@ -101,18 +103,15 @@ def compiled(function, *arguments):
 
 def measure(steps: int, sampling: int) -> dict[str, float]:
     c = quarter()
-    stage = stages.STAGES[c.stage]
-    model_config = stage.size(c.model.to_dict())
-    params = jax.jit(partial(module.init, stage.module, model_config))(jax.random.key(0))
-    program = train.make_program(c, stage, model_config, jax.eval_shape(lambda: params))
-    state = loop.init_state(program, *tree.split(params, train.what_trains(c, params)))
+    program = make_program(c)
+    model_config = program.model_config
+    params = jax.jit(init_params, static_argnums=0)(program, jax.random.key(0))
+    state = init_state(program, params)
     peak = matmul_peak()
     once = flops.unet(model_config.unet, SIDE, TOKENS)
     rows = batch(c)
 
-    train_compile, step = compiled(
-        jax.jit(partial(loop.train_step, program), donate_argnums=0), state, rows
-    )
+    train_compile, step = compiled(jit_train_step(state), program, state, rows)
     seconds = []
     for _ in range(steps + 1):
         took, (state, _) = timed(lambda: step(state, rows))

@@ -14,7 +14,6 @@ import json
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,10 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 
-from emu_jax import config, loop, sharding, stages, train, tree
+from emu_jax import config, sharding
 from emu_jax.data import tokenizer
 from emu_jax.data.loader import Loader
-from emu_jax.models import emu, module
+from emu_jax.plan import make_program
+from emu_jax.step import init_params, init_state, jit_train_step
+from emu_jax.throughput import Throughput
 
 MIXTURE = "--config.data.mixture=(('names',0.5,'data/demo/names:train'),('scenes',0.5,'data/demo/scenes:train'))"
 # name -> arguments of the config; everything trains, as in pretraining
@@ -61,12 +62,11 @@ def matmul_peak(size: int = 2048) -> float:
 def measure(arguments: list[str], steps: int) -> dict[str, float]:
     """Medians over `steps` steps of the train step as the loop runs it, on one device."""
     c = config.load(arguments)
-    stage = stages.STAGES[c.stage]
-    model_config = emu.EmuConfig.of(c.model.to_dict())
-    params = jax.jit(partial(module.init, stage.module, model_config))(jax.random.key(0))
-    program = train.make_program(c, stage, model_config, jax.eval_shape(lambda: params))
-    state = loop.init_state(program, *tree.split(params, train.what_trains(c, params)))
-    step = jax.jit(partial(loop.train_step, program), donate_argnums=0)
+    program = make_program(c)
+    model_config = program.model_config
+    params = jax.jit(init_params, static_argnums=0)(program, jax.random.key(0))
+    state = init_state(program, params)
+    step = jit_train_step(state)
     loader = Loader(
         c.data,
         0,
@@ -74,20 +74,20 @@ def measure(arguments: list[str], steps: int) -> dict[str, float]:
         model_config.resampler.tokens,
         model_config.vision.image,
     )
-    counts = loop.Counts(program, c, state)
+    throughput = Throughput(program, state, c.data.batch)
     rows = []
     batches = iter(loader)
     for number in range(steps + 3):
         began = time.perf_counter()
         item = next(batches)
         waited = time.perf_counter() - began
-        state, metrics = step(state, item.batch)
+        state, metrics = step(program, state, item.batch)
         jax.block_until_ready(metrics)
         if number >= 2:
-            rows.append(counts.of(item, waited))
+            rows.append(throughput.measure(item, waited))
             rows[-1]["images"] = item.batch.image_weights.sum()
         else:
-            counts.of(item, waited)
+            throughput.measure(item, waited)
     loader.close()
     assert step._cache_size() == 1, f"train_step was compiled {step._cache_size()} times"
 

@@ -24,13 +24,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from emu_jax import config, hardware, hlo, loop, sharding, stages, train, tree
+from emu_jax import config, hardware, hlo, sharding, stages, tree
 from emu_jax.config import UserError
-from emu_jax.data.packing import empty_batch
-from emu_jax.generate.precompute import latent_metadata
 from emu_jax.hardware import GIB
-from emu_jax.models import flops, module
-from emu_jax.types import Batch, DecoderBatch
+from emu_jax.models import flops
+from emu_jax.plan import RunPlan, batch_shards, bytes_per_device, make_plan, parameter_table
+from emu_jax.step import jit_train_step
 
 # The TPU compiler's effort for a fast program, from -1 to 1. A run's is 0 and takes two to four
 # times as long. Of four programs the peaks were up to 12 % apart (benchmarks/results/fit.md): where
@@ -45,21 +44,6 @@ POLICIES = ("full", "dots", "none")
 TRIES = 4
 # groups of config.model that have a remat
 TOWERS = ("vision", "resampler", "llama", "decoder.vae", "decoder.unet")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All of a run but its numbers: the program, and its arguments as shapes with their
-    shardings.
-    """
-
-    c: ConfigDict
-    program: loop.Program
-    mesh: jax.sharding.Mesh
-    # the parameters
-    abstract: tree.Tree
-    state: loop.State
-    batch: Batch
 
 
 @dataclass(frozen=True)
@@ -122,16 +106,16 @@ def fit(
     c: ConfigDict, row: hardware.Accelerator | None, devices: list[jax.Device]
 ) -> dict[str, Any]:
     """The report on `c`, printed as it comes; where it does not fit, also what would."""
-    p = plan(c, devices)
-    print(train.parameter_table(p.abstract))
+    p = make_plan(c, devices)
+    print(parameter_table(p.params))
     parts = f", in {c.optim.accumulate} micro-batches" if c.optim.accumulate > 1 else ""
     print(
         f"{len(devices)} x {devices[0].device_kind}, mesh {dict(p.mesh.shape)}; {c.data.batch} rows of {c.data.tokens} tokens and "
-        f"{c.data.images} images, {c.data.batch // rows_of(p.mesh)} a device{parts}\n",
+        f"{c.data.images} images, {c.data.batch // batch_shards(p.mesh)} a device{parts}\n",
         flush=True,
     )
     limit = row.memory if row else None
-    least = per_device(p.state)
+    least = bytes_per_device(p.state)
     if limit and least > limit:
         raise UserError(
             f"the parameters and the optimizer alone need {least / GIB:.1f} GiB a device and a device has {limit / GIB:.1f} GiB: "
@@ -142,7 +126,7 @@ def fit(
     if not found["fits"]:
         found["changes"] = []
         for change in changes(c, p.mesh):
-            tried = quick_attempt(plan(changed(c, change), devices), row)
+            tried = quick_attempt(make_plan(changed(c, change), devices), row)
             found["changes"].append(
                 {"change": change, "peak": tried.get("peak"), "fits": tried["fits"]}
             )
@@ -158,56 +142,16 @@ def fit(
 # What is compiled
 
 
-def plan(c: ConfigDict, devices: list[jax.Device]) -> Plan:
-    """The run that `c` describes on `devices`. Raises UserError where they do not match."""
-    if c.stage not in stages.STAGES:
-        raise UserError(f"stage={c.stage!r} is not one of {', '.join(stages.STAGES)}")
-    stage = stages.STAGES[c.stage]
-    model_config = stage.size(c.model.to_dict())
-    abstract = module.abstract(stage.module, model_config)
-    mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
-    train.check_rows(c, mesh)
-    sharding.check_divides(mesh, abstract)
-    program = train.make_program(c, stage, model_config, abstract)
-    state = train.abstract_state(c, program, mesh, abstract, train.what_trains(c, abstract))
-    return Plan(c, program, mesh, abstract, state, batch_shapes(c, program, mesh))
-
-
-def batch_shapes(c: ConfigDict, program: loop.Program, mesh: jax.sharding.Mesh) -> Batch:
-    """The global batch of a config, as shapes."""
-    at = sharding.batch_sharding(mesh)
-    stage = program.stage
-    model_config = program.model_config
-    one = empty_batch(1, c.data.tokens, c.data.images, stage.image(model_config), pad=0)
-    shapes = {}
-    if "decoder" in c.model and c.model.decoder.condition == "generated":
-        towers = stage.emu(model_config)
-        shapes["conditions"] = (towers.resampler.tokens, towers.llama.width)
-    if c.data.latents:
-        shapes["latents"] = latent_metadata(c)["shape"]
-    if shapes:
-        one = DecoderBatch(
-            **vars(one),
-            **{
-                kind: np.zeros((1, c.data.images, *shape), np.float16)
-                for kind, shape in shapes.items()
-            },
-        )
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype, sharding=at), one
-    )
-
-
-def compiled(p: Plan, effort: float = 0.0) -> jax.stages.Compiled:
+def compiled(p: RunPlan, effort: float = 0.0) -> jax.stages.Compiled:
     """The train step, as the loop would run it; with another effort of the compiler's than a run's,
     if asked.
     """
     with jax.set_mesh(p.mesh):
-        lowered = loop.jitted(p.program, p.state).lower(p.state, p.batch)
+        lowered = jit_train_step(p.state).lower(p.program, p.state, p.batch)
         return lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
 
 
-def quick_attempt(p: Plan, row: hardware.Accelerator | None) -> dict[str, Any]:
+def quick_attempt(p: RunPlan, row: hardware.Accelerator | None) -> dict[str, Any]:
     """`attempt`; for TPUs with little of the compiler's effort, where that is enough to say what
     fits.
     """
@@ -226,7 +170,7 @@ def quick_attempt(p: Plan, row: hardware.Accelerator | None) -> dict[str, Any]:
     return attempt(p, row)
 
 
-def attempt(p: Plan, row: hardware.Accelerator | None, effort: float = 0.0) -> dict[str, Any]:
+def attempt(p: RunPlan, row: hardware.Accelerator | None, effort: float = 0.0) -> dict[str, Any]:
     """Compiles, and says {"fits", "effort", "peak", "compiled"}; the last only where the compiler
     could.
     """
@@ -258,19 +202,19 @@ def attempt(p: Plan, row: hardware.Accelerator | None, effort: float = 0.0) -> d
 # What is said of it
 
 
-def report(p: Plan, row: hardware.Accelerator | None) -> dict[str, Any]:
+def report(p: RunPlan, row: hardware.Accelerator | None) -> dict[str, Any]:
     """Everything that is known of the compiled step, JSON-able."""
     began = time.perf_counter()
     tried = quick_attempt(p, row)
     work, again = step_flops(p)
     found = {
-        "config": config.to_dict(p.c),
+        "config": config.to_dict(p.config),
         "devices": p.mesh.size,
         "kind": p.mesh.devices.flat[0].device_kind,
         "mesh": dict(p.mesh.shape),
         "parameters": {
             tower: sum(leaf.size for leaf in jax.tree.leaves(part))
-            for tower, part in p.abstract.items()
+            for tower, part in p.params.items()
         },
         "flops": work,
         "recomputed_flops": again,
@@ -306,18 +250,10 @@ def report(p: Plan, row: hardware.Accelerator | None) -> dict[str, Any]:
     return found
 
 
-def per_device(values: Any) -> int:
-    """Bytes of a tree of shapes with shardings that one device holds."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
-        for x in jax.tree.leaves(values)
-    )
-
-
-def memory(p: Plan, done: jax.stages.Compiled) -> Memory:
+def memory(p: RunPlan, done: jax.stages.Compiled) -> Memory:
     """What a device holds: the arguments from their shapes, the rest from the compiler."""
     stats = done.memory_analysis()
-    parameters = per_device((p.state.trainable, p.state.frozen))
+    parameters = bytes_per_device((p.state.trainable, p.state.frozen))
     code = stats.generated_code_size_in_bytes
     peak = (
         stats.argument_size_in_bytes
@@ -328,43 +264,43 @@ def memory(p: Plan, done: jax.stages.Compiled) -> Memory:
     )
     return Memory(
         parameters=parameters,
-        optimizer=per_device(p.state) - parameters,
-        batch=per_device(p.batch),
-        gradients=per_device(p.state.trainable),
+        optimizer=bytes_per_device(p.state) - parameters,
+        batch=bytes_per_device(p.batch),
+        gradients=bytes_per_device(p.state.trainable),
         temporaries=stats.temp_size_in_bytes,
         code=code,
         peak=peak,
     )
 
 
-def step_flops(p: Plan) -> tuple[dict[str, float], dict[str, float]]:
+def step_flops(p: RunPlan) -> tuple[dict[str, float], dict[str, float]]:
     """(model FLOPs, FLOPs of what is computed again for the backward pass) of a step by tower,
     every row one document full of tokens and images.
     """
-    data = p.c.data
-    model_config = p.program.model_config
+    data = p.config.data
+    size = p.program.model_config
     stage = p.program.stage
     rows = data.batch
     images = data.batch * data.images
-    N = stage.emu(model_config).resampler.tokens
+    N = stage.emu_config(size).resampler.tokens
     counts = dict(
         images=images,
         tokens=rows * data.tokens,
         pairs=rows * data.tokens * (data.tokens + 1) / 2,
         labels=rows * max(data.tokens - data.images * (N + 2), 0),
-        regressed=images * (N + p.c.objective.regress_end),
+        regressed=images * (N + p.config.objective.regress_end),
     )
     trained = flops.trained(path for path, _ in tree.leaves(p.state.trainable))
-    towers = set(p.abstract) | ({"heads"} if "llama" in p.abstract else set())
+    towers = stages.flops_towers(p.params)
     once, work = (
         {
             tower: value
-            for tower, value in stage.work(model_config, trains, **counts).items()
+            for tower, value in stage.step_flops(size, trains, **counts).items()
             if tower in towers
         }
         for trains in ({}, trained)
     )
-    full = {field.split(".")[-2] for field, policy in remats(p.c).items() if policy == "full"}
+    full = {field.split(".")[-2] for field, policy in remats(p.config).items() if policy == "full"}
     return work, {
         tower: value for tower, value in once.items() if tower in full and work[tower] > value
     }
@@ -382,7 +318,7 @@ def remats(c: ConfigDict) -> dict[str, str]:
 
 
 def roofline(
-    p: Plan, row: hardware.Accelerator, held: Memory, collectives: list[hlo.Collective], work: float
+    p: RunPlan, row: hardware.Accelerator, held: Memory, collectives: list[hlo.Collective], work: float
 ) -> Roofline:
     """Each time a lower bound: all FLOPs at the peak rate; the state read and, but for what is
     frozen, written once, and the gathered weights of a layer written and read in each pass; the
@@ -392,7 +328,7 @@ def roofline(
     received = sum(c.runs * c.bytes_received for c in collectives)
     crossing = sum(c.runs * c.bytes_between(place) for c in collectives)
     gathered = sum(c.runs * c.bytes for c in collectives if c.kind == "all-gather")
-    state = 2 * (held.parameters + held.optimizer) - per_device(p.state.frozen)
+    state = 2 * (held.parameters + held.optimizer) - bytes_per_device(p.state.frozen)
     return Roofline(
         compute=work / (row.flops * p.mesh.size),
         memory=(state + 2 * gathered) / row.bandwidth,
@@ -428,13 +364,13 @@ def by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str, float]]:
     return found
 
 
-def padded_gathers(p: Plan, collectives: list[hlo.Collective]) -> list[dict[str, Any]]:
+def padded_gathers(p: RunPlan, collectives: list[hlo.Collective]) -> list[dict[str, Any]]:
     """All-reduces over the shards of parameters that are as large as a block's matrix: weights
     gathered as zeros and a sum, or gradients summed whole. There should be none.
     """
     least = min(
         2 * leaf.size // leaf.shape[0]
-        for path, leaf in tree.leaves(p.abstract)
+        for path, leaf in tree.leaves(p.params)
         if re.fullmatch(r"\w+/blocks/.*/w", path)
     )
 
@@ -503,7 +439,7 @@ def table(found: dict[str, Any], row: hardware.Accelerator | None) -> str:
 
 def changes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
     """Changes that save memory, cheapest first, each with all before it; {field: value}."""
-    local = c.data.batch // rows_of(mesh)
+    local = c.data.batch // batch_shards(mesh)
     parts = c.optim.accumulate
     images = c.data.images
     # a forward pass more
@@ -548,12 +484,12 @@ def search(
         raise UserError(
             "a search needs a topology whose devices have a memory to fill, like v5e:16x16"
         )
-    shares = rows_of(sharding.make_mesh(c.mesh.to_dict(), devices))
+    shares = batch_shards(sharding.make_mesh(c.mesh.to_dict(), devices))
 
     def measure(policy: str, local: int) -> int | None:
         remat = dict.fromkeys(remats(c), policy)
         tried = attempt(
-            plan(
+            make_plan(
                 changed(c, remat | {"data.batch": local * shares, "optim.accumulate": 1}), devices
             ),
             row,
@@ -629,11 +565,6 @@ def _next(peaks: dict[int, int], refused: int | None, limit: int) -> int | None:
 
 
 # Small things
-
-
-def rows_of(mesh: jax.sharding.Mesh) -> int:
-    """Devices between which the rows of a batch are shared out."""
-    return int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
 
 
 def _of(found: dict[str, Any]) -> str:

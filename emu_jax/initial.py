@@ -12,18 +12,24 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from emu_jax import checkpoint, sharding, tree
 from emu_jax.config import UserError
+from emu_jax.data.loader import Loader
 from emu_jax.models import lora
 from emu_jax.models.unet import CONDITIONED
+from emu_jax.step import Program
 
 log = logging.getLogger(__name__)
+
+# images behind the constants that standardise visual tokens
+STATS_IMAGES = 2048
 
 ADDED = "llama/(embed|lm_head)/added"
 
 
-def initial(init: str, params: tree.Tree) -> tuple[tree.Tree, set[str]]:
+def init_from_checkpoint(init: str, params: tree.Tree) -> tuple[tree.Tree, set[str]]:
     """Fresh parameters with what the checkpoints of config.init hold in their place, and the paths
     of that; of two that hold a leaf the later counts.
     """
@@ -122,6 +128,43 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
         towers(idle),
     )
     return tree.unflatten(loaded)
+
+
+def measure_visual_stats(
+    program: Program, params: tree.Tree, loader: Loader, layout: tree.Tree
+) -> tree.Tree:
+    """Mean and deviation of each dimension of each visual token over STATS_IMAGES training images, for
+    models that standardise them. Several processes all read the same images: `loader` is that of
+    one process.
+    """
+    encode = jax.jit(
+        lambda params, images: sharding.constrain(
+            program.bind(params).encode(images).astype(jnp.float32), PartitionSpec()
+        )
+    )
+    found: list[np.ndarray] = []
+    for item in loader:
+        images = item.batch.images[item.batch.has_image]
+        # one shape for every batch
+        rows = len(item.batch.images) * item.batch.images.shape[1]
+        padded = np.concatenate(
+            [images, np.zeros((rows - len(images), *images.shape[1:]), np.uint8)]
+        )
+        found.append(np.asarray(encode(params, padded))[: len(images)])
+        if sum(map(len, found)) >= STATS_IMAGES:
+            break
+    loader.close()
+    tokens = np.concatenate(found)[:STATS_IMAGES].astype(np.float64)
+    stats = {"mean": tokens.mean(0), "std": np.maximum(tokens.std(0), 1e-4)}
+    log.info(
+        "visual tokens standardised by the mean and deviation of %d images; mean deviation %.3g",
+        len(tokens),
+        stats["std"].mean(),
+    )
+    return {
+        name: jax.device_put(value.astype(np.float32), layout[name])
+        for name, value in stats.items()
+    }
 
 
 def _like(leaf: jax.Array | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -5,10 +5,13 @@ Learning rate of a leaf at a step = its peak (rules.peak_lr) times the schedule'
 Read next: loop.py.
 """
 
+from functools import lru_cache
 from itertools import pairwise
 
 import jax
 import optax
+from flax.core import FrozenDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from emu_jax.config import UserError
 from emu_jax.tree import Tree
@@ -55,20 +58,36 @@ def _rise(first: int, boundaries: tuple) -> bool:
     return all(a < b for a, b in pairwise(steps))
 
 
-def make(c, peaks: Tree, decays: Tree) -> optax.GradientTransformation:
-    """AdamW of `config.optim`; `peaks` and `decays` are trees like the trainable parameters, a
-    number at each leaf.
-    """
+def make_optimizer(c: ConfigDict, peak_lr: Tree, decay: Tree) -> optax.GradientTransformation:
+    """AdamW of `config.optim`. peak_lr, decay: a number for each parameter that trains.
 
-    def decay(updates, params):
+    Equal arguments give the same object, so that programs that hold it compare equal.
+    """
+    return _make_optimizer(FrozenConfigDict(c), FrozenDict(peak_lr), FrozenDict(decay))
+
+
+@lru_cache(maxsize=64)
+def _make_optimizer(
+    c: FrozenConfigDict, peak_lr: FrozenDict, decay: FrozenDict
+) -> optax.GradientTransformation:
+    peaks = peak_lr.unfreeze()
+    decays = decay.unfreeze()
+
+    def add_decay(updates, params):
         return jax.tree.map(
-            lambda u, p, share: u + share * p if share else u, updates, params, decays
+            lambda update, param, share: update + share * param if share else update,
+            updates,
+            params,
+            decays,
         )
+
+    def scale_by_peak(updates, _params):
+        return jax.tree.map(lambda update, peak: -peak * update, updates, peaks)
 
     return optax.chain(
         optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
         optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps),
-        optax.stateless(decay),
+        optax.stateless(add_decay),
         optax.scale_by_schedule(schedule(c)),
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u, peak: -peak * u, updates, peaks)),
+        optax.stateless(scale_by_peak),
     )

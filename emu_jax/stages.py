@@ -7,15 +7,19 @@ own. `decoder`: the U-Net that draws what visual tokens say. Metrics are (sum, w
 loop.py.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
+from emu_jax.config import UserError
 from emu_jax.losses import fused
 from emu_jax.models import diffusion, flops
 from emu_jax.models.contrast import READOUT, Warmup
@@ -27,29 +31,74 @@ from emu_jax.types import Batch, Metrics
 END_IMG = 2
 
 
-class Stage(NamedTuple):
-    """`size(config.model as a dict)`: what `module` is made of; `emu(size)`: the Emu in it, and
-    `image(size)`: pixels a side of its images; `weights(batch)`: the sums that normalise the loss,
-    taken over the whole batch before it is cut into micro-batches; `loss(module, batch, key,
-    totals, objective)` -> (this micro-batch's share of the loss, metrics); `work(size, trained,
-    counts)`: FLOPs of a step by tower (flops.train).
-    """
+def itself(config: EmuConfig) -> EmuConfig:
+    """The Emu in a config that is one."""
+    return config
+
+
+def encoder_side(config: EmuConfig) -> int:
+    """Pixels a side of the images that the encoder reads."""
+    return config.vision.image
+
+
+def anything(config: Any) -> None:
+    """The check of a stage that trains every model."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All that is particular to a stage."""
 
     module: type[nnx.Module]
-    weights: Callable[[Batch], dict[str, Float[Array, ""]]]
+    # batch -> the sums that normalise the loss, over the batch before it is cut into micro-batches
+    loss_weights: Callable[[Batch], dict[str, Float[Array, ""]]]
+    # (module, micro-batch, key, sums, objective) -> (this micro-batch's share of the loss, metrics)
     loss: Callable[..., tuple[Float[Array, ""], Metrics]]
-    size: Callable[[dict], Any] = EmuConfig.of
-    emu: Callable[[Any], EmuConfig] = lambda size: size
-    image: Callable[[Any], int] = lambda size: size.vision.image
-    work: Callable[..., dict[str, float]] = flops.train
+    # config.model as a dict -> the module's config
+    make_config: Callable[[dict], Any] = EmuConfig.of
+    # the module's config -> that of the Emu in it
+    emu_config: Callable[[Any], EmuConfig] = itself
+    # the module's config -> pixels a side of the images in a batch
+    image_side: Callable[[Any], int] = encoder_side
+    # (the module's config, what trains, counts) -> FLOPs of a step by tower
+    step_flops: Callable[..., dict[str, flops.Count]] = flops.train
+    # raises UserError for a config of the module that the stage cannot train
+    check: Callable[[Any], None] = anything
+    # it trains an LLM, which answers and captions
+    answers: bool = False
+    # it trains a decoder, which draws
+    draws: bool = False
 
 
-def emu_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
+def get_stage(c: ConfigDict) -> Stage:
+    """The stage of a config. Raises UserError for an unknown one."""
+    if c.stage not in STAGES:
+        raise UserError(f"stage={c.stage!r} is not one of {', '.join(STAGES)}")
+    stage = STAGES[c.stage]
+    if c.data.latents:
+        stage = replace(stage, step_flops=decoder_flops_from_latents)
+    return stage
+
+
+def decoder_flops_from_latents(
+    config: DecoderConfig, trained: dict[str, bool], **counts: flops.Count
+) -> dict[str, flops.Count]:
+    """flops.train_decoder for data that holds the latents, which nothing encodes."""
+    return flops.train_decoder(config, trained, encodes=False, **counts)
+
+
+def flops_towers(params: dict[str, Any]) -> set[str]:
+    """Entries of flops.forward that a model with these parameters needs."""
+    heads = {"heads"} if "llama" in params else set()
+    return set(params) | heads
+
+
+def emu_sums(batch: Batch) -> dict[str, Float[Array, ""]]:
     return {"text": label_weights(batch).sum(), "image": image_weights(batch).sum()}
 
 
 def emu(
-    model: Emu, batch: Batch, key, totals: dict, objective: dict
+    model: Emu, batch: Batch, key, totals: dict, objective: Mapping[str, Any]
 ) -> tuple[Float[Array, ""], Metrics]:
     """text_weight * mean cross-entropy + image_weight * mean squared error, means over what counts
     in the whole batch.
@@ -65,7 +114,7 @@ def next_element(
     visual: Float[Array, "B I N D"],
     batch: Batch,
     totals: dict,
-    objective: dict,
+    objective: Mapping[str, Any],
 ) -> tuple[Float[Array, ""], Metrics]:
     """The objective on hidden states that are there. An image counts once, whether it has N targets
     or N + 1.
@@ -122,12 +171,12 @@ def next_element(
     }
 
 
-def picture_weights(batch: Batch) -> dict[str, Float[Array, ""]]:
+def image_sums(batch: Batch) -> dict[str, Float[Array, ""]]:
     return {"image": image_weights(batch).sum()}
 
 
 def contrastive(
-    model: Warmup, batch: Batch, key, totals: dict, objective: dict
+    model: Warmup, batch: Batch, key, totals: dict, objective: Mapping[str, Any]
 ) -> tuple[Float[Array, ""], Metrics]:
     """Symmetric InfoNCE between each image's visual tokens and its document's text over the
     (micro-)batch, plus
@@ -196,7 +245,7 @@ def contrastive(
 
 
 def decoder(
-    model: Decoder, batch: Batch, key, totals: dict, objective: dict
+    model: Decoder, batch: Batch, key, totals: dict, objective: Mapping[str, Any]
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean squared error of the U-Net's prediction at a random time for each image, weighted
     (models/diffusion.py). The condition is zero for a share `condition_drop` of the images; it and
@@ -227,17 +276,29 @@ def decoder(
     }
 
 
+def check_readout(config: EmuConfig) -> None:
+    """Raise UserError for images that the read-out of the pixels does not divide."""
+    if config.vision.image % READOUT:
+        raise UserError(
+            f"model.vision.image={config.vision.image} must be a multiple of {READOUT}: "
+            "the contrastive stage reads that many pixels a side from the visual tokens"
+        )
+
+
 STAGES = {
-    "emu": Stage(Emu, emu_weights, emu),
-    "contrastive": Stage(Warmup, picture_weights, contrastive),
+    "emu": Stage(module=Emu, loss_weights=emu_sums, loss=emu, answers=True),
+    "contrastive": Stage(
+        module=Warmup, loss_weights=image_sums, loss=contrastive, check=check_readout
+    ),
     "decoder": Stage(
-        Decoder,
-        picture_weights,
-        decoder,
-        DecoderConfig.of,
-        lambda size: size.emu,
-        lambda size: size.loaded,
-        flops.train_decoder,
+        module=Decoder,
+        loss_weights=image_sums,
+        loss=decoder,
+        make_config=DecoderConfig.of,
+        emu_config=attrgetter("emu"),
+        image_side=attrgetter("loaded"),
+        step_flops=flops.train_decoder,
+        draws=True,
     ),
 }
 
@@ -248,7 +309,7 @@ def label_weights(batch: Batch) -> Float[Array, "B T"]:
 
 
 def image_weights(batch: Batch) -> Float[Array, "B I"]:
-    return batch.image_weights * (batch.image_slots < batch.tokens.shape[1])
+    return batch.image_weights * batch.has_image
 
 
 def variance(visual: Float[Array, "... N D"], counts: Float[Array, "..."]) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ Read next: tree.py, then models/emu.py.
 """
 
 import flax.struct
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 # A loss or a metric is (sum, weight) until the host divides: never a mean of means.
 Metrics = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
@@ -40,6 +40,11 @@ class Batch:
     image_weights: Float[Array, "B I"]
     # index of the document's source in the mixture, for losses per source
     sources: Int[Array, "B T"]
+
+    @property
+    def has_image(self) -> Bool[Array, "B I"]:
+        """Whether a row has an i-th image."""
+        return self.image_slots < self.tokens.shape[1]
 
 
 @flax.struct.dataclass

@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 import pytest
-from test_train import KILLED, arguments
 
 from emu_jax import checkpoint, tree
 from tests.support import fixtures
@@ -24,6 +23,7 @@ from tests.support.processes import (
     metrics,
     train_here,
 )
+from tests.support.runs import KILLED, arguments
 
 pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")

@@ -12,17 +12,19 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_train import assert_same_run, lines, run
 
 from emu_jax import checkpoint, config, sharding, train, tree
 from emu_jax.checkpoint import CheckpointManager
+from emu_jax.checks import check_precomputed
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer
 from emu_jax.data.loader import Loader
 from emu_jax.data.precomputed import metadata_path, read_metadata
 from emu_jax.generate import __main__ as generate
 from emu_jax.generate import precompute
+from emu_jax.stages import STAGES
 from tests.support import fixtures, make
+from tests.support.runs import assert_same_run, lines, run
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("decoder_stage")
@@ -204,7 +206,7 @@ def test_two_steps_a_cut_and_two_more_are_four(made, whole, copy):
         (["model.resampler.tokens=3"], "are visual tokens [4, 32], and the model's are [3, 32]"),
         (
             ["model.decoder.condition=encoded"],
-            "nothing draws from them but model.decoder.condition='generated'",
+            "only model.decoder.condition='generated' reads them",
         ),
         (
             ["data.conditions="],
@@ -262,17 +264,17 @@ def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
         0,
         tokenizer.load(c.data.tokenizer, c.model.llama.vocab),
         c.model.resampler.tokens,
-        program.stage.image(program.model_config),
+        program.stage.image_side(program.model_config),
     )
     batch = next(iter(loader)).batch
     loader.close()
     loss = partial(
         jax.jit(
             lambda params, batch: program.stage.loss(
-                program.module(params),
+                program.bind(params),
                 batch,
                 jax.random.key(0),
-                program.stage.weights(batch),
+                program.stage.loss_weights(batch),
                 program.objective,
             )[0]
         ),
@@ -314,7 +316,7 @@ def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
 )
 def test_latents_of_other_images_are_one_line(made, overrides, told):
     with pytest.raises(UserError, match=re.escape(told)):
-        train.check_precomputed(config.load(made("", *overrides)), {"unet": {}})
+        check_precomputed(config.load(made("", *overrides)), STAGES["decoder"])
 
 
 @pytest.mark.parametrize(("kind", "directory"), [("conditions", "emu"), ("latents", "sd")])
@@ -336,7 +338,7 @@ def test_a_decoder_of_pixels_has_no_latents(made):
         c.model.decoder.vae = {}
         c.model.decoder.unet.update(channels_in=3, channels_out=3)
     with pytest.raises(UserError, match="model.decoder.vae is empty, and the U-Net draws pixels"):
-        train.check_precomputed(c, {"unet": {}})
+        check_precomputed(c, STAGES["decoder"])
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from emu_jax import config, fit, hardware, hlo, loop, train, tree
+from emu_jax import config, fit, hardware, hlo, tree
 from emu_jax.config import UserError
+from emu_jax.plan import bytes_per_device, make_plan
+from emu_jax.step import init_state
 from tests.support import make
 
 # one process: what its tests share is made once
@@ -34,7 +36,7 @@ ROW = hardware.Accelerator(
 
 
 def plan(*overrides, devices=8):
-    return fit.plan(make.cfg(*SHARDED, *overrides), jax.devices()[:devices])
+    return make_plan(make.cfg(*SHARDED, *overrides), jax.devices()[:devices])
 
 
 def live_bytes(values):
@@ -58,9 +60,9 @@ def test_the_bytes_it_foretells_are_those_of_live_arrays(compiled):
     p, step = compiled
     with jax.set_mesh(p.mesh):
         params = make.params(p.program)
-        state = loop.init_state(p.program, *tree.split(params, train.what_trains(p.c, params)))
+        state = init_state(p.program, params)
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, p.state))
-        batch = jax.device_put(make.batch(p.c), jax.tree.map(lambda x: x.sharding, p.batch))
+        batch = jax.device_put(make.batch(p.config), jax.tree.map(lambda x: x.sharding, p.batch))
     held = fit.memory(p, step)
     assert held.parameters == live_bytes(
         (state.trainable, state.frozen)
@@ -82,7 +84,7 @@ def test_the_bytes_it_foretells_are_those_of_live_arrays(compiled):
 def test_the_batch_is_the_loaders():
     p = plan()
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), p.batch)
-    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), make.batch(p.c))
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), make.batch(p.config))
 
 
 def test_weights_are_gathered_in_the_loop_over_depth(compiled):
@@ -104,13 +106,13 @@ def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
     found = json.loads(json.dumps(fit.report(p, ROW)))
     assert found["devices"] == 8 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert found["parameters"]["llama"] == sum(
-        leaf.size for leaf in jax.tree.leaves(p.abstract["llama"])
+        leaf.size for leaf in jax.tree.leaves(p.params["llama"])
     )
     assert (
         not found["fits"]
         and found["peak"] == found["memory"]["peak"] > ROW.memory == found["limit"]
     )
-    c = p.c.data
+    c = p.config.data
     # 4 visual tokens and [/IMG]; 2 around them
     head = 3 * 2 * 32 * (516 * c.batch * (c.tokens - 6 * c.images) + 32 * c.batch * c.images * 5)
     assert found["flops"]["heads"] == head and set(found["flops"]) == {
@@ -160,7 +162,7 @@ def test_recomputation_counts_beside_the_model():
 
 
 def decoder_plan(*overrides, vae=False):
-    return fit.plan(
+    return make_plan(
         make.decoder_cfg("mesh.fsdp=4", "mesh.data=2", *overrides, vae=vae), jax.devices()
     )
 
@@ -174,20 +176,20 @@ def test_the_decoder_stage_is_planned_with_its_frozen_towers():
         for path, leaf in tree.leaves(p.state.frozen)
         if path.endswith("/w")
     )
-    unet = fit.per_device(p.state.trainable)
+    unet = bytes_per_device(p.state.trainable)
     # itself, two moments, an average
-    assert fit.per_device(p.state) == pytest.approx(
-        4 * unet + fit.per_device(p.state.frozen), rel=0.01
+    assert bytes_per_device(p.state) == pytest.approx(
+        4 * unet + bytes_per_device(p.state.frozen), rel=0.01
     )
     work, again = fit.step_flops(p)
     assert set(work) == {"vision", "resampler", "llama", "heads", "unet"} and again == {}
     remat = decoder_plan("model.decoder.unet.remat=full", "model.llama.remat=full")
     # the frozen LLM goes back no more
     assert fit.step_flops(remat) == (work, {"unet": work["unet"] / 3})
-    assert fit.remats(p.c) == {
+    assert fit.remats(p.config) == {
         f"model.{name}.remat": "none" for name in ("vision", "resampler", "llama", "decoder.unet")
     }
-    assert next(fit.changes(p.c, p.mesh)) == {
+    assert next(fit.changes(p.config, p.mesh)) == {
         f"model.{name}.remat": "full" for name in ("vision", "resampler", "llama", "decoder.unet")
     }
 
@@ -234,7 +236,7 @@ def test_a_search_survives_a_line_that_bends():
 def test_changes_grow_and_stay_runnable(monkeypatch):
     p = plan("data.batch=16", "data.images=4", "model.llama.remat=none")
     monkeypatch.setattr(fit, "TRIES", 9)
-    found = list(fit.changes(p.c, p.mesh))
+    found = list(fit.changes(p.config, p.mesh))
     assert found[0] == {
         f"model.{tower}.remat": "full" for tower in ("vision", "resampler", "llama")
     }
@@ -243,8 +245,10 @@ def test_changes_grow_and_stay_runnable(monkeypatch):
     for before, after in pairwise(found):
         assert before.keys() <= after.keys() and before != after
     for change in found:
-        assert fit.plan(fit.changed(p.c, change), jax.devices()).c != p.c
-    assert p.c == make.cfg(*SHARDED, "data.batch=16", "data.images=4", "model.llama.remat=none")
+        assert make_plan(fit.changed(p.config, change), jax.devices()).config != p.c
+    assert p.config == make.cfg(
+        *SHARDED, "data.batch=16", "data.images=4", "model.llama.remat=none"
+    )
 
 
 def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
@@ -255,7 +259,7 @@ def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
         return {"fits": peak <= row.memory, "effort": 0.0, "peak": peak, "limit": row.memory}
 
     monkeypatch.setattr(fit, "attempt", attempt)
-    monkeypatch.setattr(fit, "per_device", lambda values: 10)
+    monkeypatch.setattr(fit, "bytes_per_device", lambda values: 10)
     found = fit.fit(make.cfg(*SHARDED, "data.batch=16"), ROW, jax.devices())
     assert not found["fits"] and [change["fits"] for change in found["changes"]] == [False, True]
     assert "fits with --config.model.vision.remat=full" in capsys.readouterr().out
@@ -368,7 +372,7 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
         ):
             patch.setenv(name, value)
         _, devices = hardware.topology_devices("v5e:4x4")
-        p = fit.plan(
+        p = make_plan(
             make.cfg(
                 "mesh.data=2",
                 "mesh.fsdp=8",
@@ -397,7 +401,7 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
     }
     a_block = sum(
         2 * leaf.size // leaf.shape[0]
-        for path, leaf in tree.leaves(p.abstract)
+        for path, leaf in tree.leaves(p.params)
         if path.startswith("llama/blocks") and path.endswith("/w")
     )
     # forward, and again for the backward pass
@@ -443,8 +447,8 @@ def test_gpus_attend_in_kernels(tmp_path):
 
 def test_the_14b_is_planned_on_a_pod_without_a_byte():
     c = config.load(["--config=configs/pretrain.py", "--config.mesh.data=1"])
-    p = fit.plan(c, jax.devices())
-    assert fit.per_device(p.state) == pytest.approx(
+    p = make_plan(c, jax.devices())
+    assert bytes_per_device(p.state) == pytest.approx(
         12 * 14.2e9 / 8, rel=0.02
     ) and p.batch.images.shape == (256, 32, 224, 224, 3)
     assert (

@@ -18,6 +18,7 @@ from emu_jax.data.loader import Loader
 from emu_jax.demo import __main__ as command
 from emu_jax.demo import chat, chat_report
 from emu_jax.generate.session import Session
+from emu_jax.plan import make_plan
 from tests.support import fixtures, make
 
 # one process: what its tests share is made once
@@ -164,8 +165,7 @@ def test_a_chat_begins_as_it_was_tuned(tuned):
 def test_the_paper_trains_26_million_of_14_billion_and_another_rule_the_whole_llm():
     """Rank 16 at q, k, v and o of 40 layers of width 5120; and four rows."""
     c = config.load(["--config=configs/instruct.py"])
-    abstract = jax.eval_shape(lambda: make.params(make.program(c)))
-    trainable = tree.split(abstract, train.what_trains(c, abstract))[0]
+    trainable = make_plan(c).state.trainable
     sizes = {path: leaf.size for path, leaf in tree.leaves(trainable)}
     assert (
         sum(size for path, size in sizes.items() if path.endswith(("/a", "/b")))
@@ -182,8 +182,7 @@ def test_the_paper_trains_26_million_of_14_billion_and_another_rule_the_whole_ll
             "--config.rules.train=(('(vision|ln_visual|resampler)/.*', False), ('.*', True))",
         ]
     )
-    abstract = jax.eval_shape(lambda: make.params(make.program(c)))
-    assert tree.split(abstract, train.what_trains(c, abstract))[0].keys() == {
+    assert make_plan(c).state.trainable.keys() == {
         "llama",
         "regress_head",
     }

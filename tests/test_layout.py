@@ -33,10 +33,12 @@ ORDER = (
         "weights/families",
     ),
     ("stages",),
-    ("checkpoint/*",),
-    ("metric_writer", "watchdog", "profiler", "initial"),
-    ("loop", "generate/*", "weights/transfer"),
-    ("evaluate/*",),
+    ("step", "checkpoint/*"),
+    ("metric_writer", "watchdog", "profiler", "initial", "throughput", "workdir"),
+    ("generate/*", "weights/transfer"),
+    ("plan",),
+    ("loop", "checks", "evaluate/*"),
+    ("hooks",),
     # A guest: nothing imports it but its own command.
     ("demo/*",),
     ("verify/*",),
@@ -44,7 +46,7 @@ ORDER = (
     ("fit", "*/__main__"),
 )
 # Modules that serve every stage alike, and so name none.
-LOOP = ("loop.py",)
+LOOP = ("step.py", "throughput.py", "loop.py")
 # Packages that nothing imports.
 ABSENT = {"torch", "tensorflow", "keras", "haiku"}
 # Packages that functions import when they are called, never a module when it is.

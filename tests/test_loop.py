@@ -16,14 +16,17 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import FrozenDict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from emu_jax import loop, sharding, stages, train, tree
+from emu_jax import loop, sharding, stages, throughput, tree
 from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data.loader import LoadedBatch
 from emu_jax.metric_writer import MetricWriter
 from emu_jax.models import emu, flops, layers, module
+from emu_jax.plan import RunPlan
+from emu_jax.step import Program, State, init_state, train_step
 from emu_jax.watchdog import Watchdog
 from tests.support import make
 
@@ -54,23 +57,28 @@ def line_loss(model, batch, key, totals, objective):
     return error.sum() / totals["rows"], {"error": (error.sum(), jnp.float32(len(error)))}
 
 
-LINE = stages.Stage(Line, lambda batch: {"rows": jnp.float32(len(batch.tokens))}, line_loss)
+LINE = stages.Stage(
+    module=Line,
+    loss_weights=lambda batch: {"rows": jnp.float32(len(batch.tokens))},
+    loss=line_loss,
+)
 SIZE = emu.EmuConfig.of(C.model.to_dict())
 PARAMS = module.init(Line, SIZE, jax.random.key(0))
+ADAM = optax.adam(0.1)
+# as the loop's, but without donation: the laws compare states before and after
+STEP = jax.jit(train_step, static_argnums=0)
 
 
 def program(*, trains=("slope", "shift"), dropout=0.0, accumulate=1, ema=0.0, spike=0.0):
-    def leaves(value):
-        return {tower: {"w": value(tower)} for tower in trains}
-
-    return loop.Program(
+    return Program(
         stage=LINE,
         model_config=SIZE,
-        objective={"dropout": dropout},
-        optimizer=optax.adam(0.1),
-        groups=leaves(str),
-        specs=leaves(lambda _: PartitionSpec()),
-        rows=leaves(lambda _: True),
+        objective=FrozenDict({"dropout": dropout}),
+        optimizer=ADAM,
+        trains=FrozenDict({tower: {"w": tower in trains} for tower in PARAMS}),
+        groups=FrozenDict({tower: {"w": tower} for tower in trains}),
+        specs=FrozenDict({tower: {"w": PartitionSpec()} for tower in trains}),
+        frozen_dtype="float32",
         seed=3,
         accumulate=accumulate,
         ema=ema,
@@ -79,8 +87,7 @@ def program(*, trains=("slope", "shift"), dropout=0.0, accumulate=1, ema=0.0, sp
 
 
 def start(p):
-    chosen = {tower: {"w": tower in p.groups} for tower in PARAMS}
-    return loop.init_state(p, *tree.split(PARAMS, chosen))
+    return init_state(p, PARAMS)
 
 
 def rows(seed, scale=1.0):
@@ -98,7 +105,7 @@ def rows(seed, scale=1.0):
 
 
 def jitted(p):
-    return jax.jit(partial(loop.train_step, p))
+    return partial(STEP, p)
 
 
 def assert_same(got, want):
@@ -190,9 +197,7 @@ def test_the_optimizers_tree_is_the_trainable_tree(rule):
     c = make.cfg(f"rules.train={rule}")
     p = make.program(c)
     params = jax.eval_shape(lambda: make.params(p))
-    state = jax.eval_shape(
-        partial(loop.init_state, p), *tree.split(params, tree.by_rule(c.rules.train, params))
-    )
+    state = jax.eval_shape(partial(init_state, p), params)
 
     def shapes(part):
         return {path: leaf.shape for path, leaf in tree.leaves(part)}
@@ -239,7 +244,7 @@ def one_step(accumulate=1, mesh=None, c=None):
     c = c or make.cfg(f"optim.accumulate={accumulate}")
     p = dataclasses.replace(make.program(c), optimizer=optax.sgd(1.0))
     params = make.random_params(p)
-    before = loop.init_state(p, *tree.split(params, train.what_trains(c, params)))
+    before = init_state(p, params)
     batch = make.batch(c)
     if mesh is None:
         return before, *jitted(p)(before, batch)
@@ -247,8 +252,8 @@ def one_step(accumulate=1, mesh=None, c=None):
         layout = sharding.state_shardings(mesh, tree.merge(before.trainable, before.frozen), before)
         placed = jax.device_put(before, layout)
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        after, metrics = jax.jit(partial(loop.train_step, p), out_shardings=(layout, None))(
-            placed, batch
+        after, metrics = jax.jit(train_step, static_argnums=0, out_shardings=(layout, None))(
+            p, placed, batch
         )
     assert all(
         leaf.sharding == at
@@ -351,7 +356,7 @@ class Feed:
 
 
 def run(
-    workdir, batches, *overrides, p=None, before=lambda number: None, evaluate=None, pictures=None
+    workdir, batches, *overrides, p=None, before=lambda number: None, evaluators=(), sampler=None
 ):
     """loop.run on a line; (state, its Checkpoints)."""
     c = make.cfg(f"workdir={workdir}", f"optim.steps={len(batches)}", *overrides)
@@ -366,9 +371,9 @@ def run(
             state = jax.device_put(
                 jax.tree.map(jnp.copy, start(p)), NamedSharding(mesh, PartitionSpec())
             )
-            return loop.run(
-                c, p, state, mesh, feed, checkpoints, writer, watchdog, evaluate, pictures
-            ), checkpoints
+            plan = RunPlan(c, p, mesh, PARAMS, state)
+            end = loop.run(plan, state, feed, checkpoints, writer, watchdog, evaluators, sampler)
+            return end, checkpoints
     finally:
         assert feed.closed
         writer.close()
@@ -454,7 +459,7 @@ def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
         [rows(seed) for seed in range(3)],
         "checkpoint.every=2",
         "eval.every=2",
-        evaluate=lambda params: {"a": 0.0},
+        evaluators=[lambda params: {"a": 0.0}],
     )
     told = [event.replace("bad_steps", "tell") for event in events]
     assert told == ["tell 1", "eval/a 2", "tell 2", "save 2", "eval/a 3", "tell 3", "save 3"]
@@ -484,8 +489,8 @@ def test_saves_evaluations_and_pictures_come_when_due(tmp_path):
         "eval.every=3",
         "log.every=2",
         "log.pictures_every=4",
-        evaluate=lambda params: {"shift": shift(params)},
-        pictures=lambda params, item: (
+        evaluators=[lambda params: {"shift": shift(params)}],
+        sampler=lambda params, item: (
             shown.append((shift(params), item.state)),
             (np.zeros((1, 8, 8, 3), np.uint8), ["a"]),
         )[1],
@@ -580,15 +585,10 @@ def test_speed_by_hand(monkeypatch):
     p = make.program(C)
     batch = make.batch(C)
     abstract = jax.eval_shape(lambda: make.params(p))
-    train, freeze = tree.split(
-        abstract,
-        {
-            tower: jax.tree.map(lambda _: tower != "vision", part)
-            for tower, part in abstract.items()
-        },
-    )
+    trainable = {tower: part for tower, part in abstract.items() if tower != "vision"}
+    frozen = {"vision": abstract["vision"]}
     clock = iter([10.0, 12.0, 15.0, 16.0])
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     lengths = [
         (batch.segments[row] == number).sum()
         for row in range(8)
@@ -598,7 +598,7 @@ def test_speed_by_hand(monkeypatch):
         float(x)
         for x in (
             sum(lengths),
-            (batch.image_slots < T).sum(),
+            batch.has_image.sum(),
             sum(n * (n + 1) // 2 for n in lengths),
         )
     )
@@ -614,10 +614,10 @@ def test_speed_by_hand(monkeypatch):
     )
 
     item = LoadedBatch(batch, [], {}, {"epochs": {"pairs": 0.25}})
-    counts = loop.Counts(p, C, loop.State(0, train, freeze, None, None, 0, 0.0))
+    speed = throughput.Throughput(p, State(0, trainable, frozen, None, None, 0, 0.0), C.data.batch)
     still = {"padding": 1 - tokens / (8 * T), "input_wait": 0.5, "epochs/pairs": 0.25}
     # step 1 compiles
-    assert counts.of(item, 0.5) == pytest.approx(still)
+    assert speed.measure(item, 0.5) == pytest.approx(still)
     want = still | {
         "step_time": 2.0,
         "tokens_per_second": tokens / 2,
@@ -625,14 +625,16 @@ def test_speed_by_hand(monkeypatch):
         "flops_per_second": sum(work.values()) / 2,
     }
     want |= {f"flops_per_second/{tower}": value / 2 for tower, value in work.items()}
-    assert counts.of(item, 0.5) == pytest.approx(want, rel=1e-6)
-    counts.pause()
+    assert speed.measure(item, 0.5) == pytest.approx(want, rel=1e-6)
+    speed.pause()
     # an evaluation is no part of the step after it
-    assert counts.of(item, 0.5) == pytest.approx(still)
+    assert speed.measure(item, 0.5) == pytest.approx(still)
     # of each of eight devices
-    counts.peak = 1e9
+    speed.peak = 1e9
     # one of two processes
-    half = counts.of(dataclasses.replace(item, batch=jax.tree.map(lambda x: x[::2], batch)), 0.5)
+    half = speed.measure(
+        dataclasses.replace(item, batch=jax.tree.map(lambda x: x[::2], batch)), 0.5
+    )
     assert (
         half["mfu"] == pytest.approx(half["flops_per_second"] / 8e9)
         and half["tokens_per_second"] == 2 * (batch.segments[::2] > 0).sum()

@@ -125,7 +125,7 @@ def by_the_book(c, share):
 )
 def test_it_is_adamw_with_a_rate_and_a_decay_for_every_leaf(overrides):
     c = settings(*overrides)
-    optimizer = optim.make(c, PEAKS, DECAYS)
+    optimizer = optim.make_optimizer(c, PEAKS, DECAYS)
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = optimizer.init(params)
     for grads in GRADS:

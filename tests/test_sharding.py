@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from emu_jax import loop, sharding, tree
+from emu_jax import sharding, tree
 from emu_jax.config import UserError, load
 from emu_jax.models import emu, module
 from emu_jax.models.contrast import Warmup
+from emu_jax.step import init_state
 from tests.support import make
 
 
@@ -132,8 +133,7 @@ def test_moments_lie_where_their_parameters_do_and_counters_everywhere():
     c = make.cfg("optim.ema=0.9", "rules.train=(('(vision|ln_visual)/.*', False), ('.*', True))")
     p = make.program(c)
     params = jax.eval_shape(lambda: make.params(p))
-    trains = tree.by_rule(c.rules.train, params)
-    state = jax.eval_shape(partial(loop.init_state, p), *tree.split(params, trains))
+    state = jax.eval_shape(partial(init_state, p), params)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     table = dict(tree.leaves(sharding.specs(params)))
     found = []
@@ -146,7 +146,7 @@ def test_moments_lie_where_their_parameters_do_and_counters_everywhere():
         assert at.spec == (table[own] if own else P()) and (own or leaf.shape == ()), name
         found.append(own)
     trained, frozen = (
-        sum(value == yes for _, value in tree.leaves(trains)) for yes in (True, False)
+        sum(value == yes for _, value in tree.leaves(p.trains.unfreeze())) for yes in (True, False)
     )
     # itself, two moments, an average
     assert len([own for own in found if own]) == 4 * trained + frozen

@@ -24,7 +24,7 @@ T = C.data.tokens
 
 
 def loss(params, batch, objective=P.objective):
-    return P.stage.loss(P.module(params), batch, None, P.stage.weights(batch), objective)
+    return P.stage.loss(P.bind(params), batch, None, P.stage.loss_weights(batch), objective)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def value_and_grad():
 @pytest.fixture(scope="module")
 def forward():
     """(hidden, visual tokens) of BATCH."""
-    return jax.jit(lambda: P.module(PARAMS)(BATCH))()
+    return jax.jit(lambda: P.bind(PARAMS)(BATCH))()
 
 
 def assert_close(grads, want):
@@ -111,10 +111,12 @@ def by_hand(hidden, visual, batch, regress_end):
 @pytest.mark.parametrize("regress_end", [True, False])
 def test_loss_and_metrics_by_hand(forward, value_and_grad, regress_end):
     words, images = by_hand(*forward, BATCH, regress_end)
-    objective = P.objective | {"regress_end": regress_end, "text_weight": 0.3, "image_weight": 2.0}
+    objective = P.objective.copy(
+        {"regress_end": regress_end, "text_weight": 0.3, "image_weight": 2.0}
+    )
     value, metrics = jax.jit(
         lambda hidden, visual: stages.next_element(
-            P.module(PARAMS), hidden, visual, BATCH, P.stage.weights(BATCH), objective
+            P.bind(PARAMS), hidden, visual, BATCH, P.stage.loss_weights(BATCH), objective
         )
     )(*forward)
 
@@ -154,7 +156,7 @@ def test_loss_and_metrics_by_hand(forward, value_and_grad, regress_end):
 def test_what_counts_as_a_label_is_the_grammars(labels, count):
     """Five letters, two documents, two images."""
     image = np.zeros((28, 28, 3), np.uint8)
-    totals = P.stage.weights(
+    totals = P.stage.loss_weights(
         jax.tree.map(
             jnp.asarray, make.pack(C, [sequences([("ab", image, "c"), (image, "de")], labels)])
         )
@@ -166,7 +168,7 @@ def test_an_images_weight_and_a_texts_count(value_and_grad):
     """A weight of 0 takes an image or a word out of the means; where there is no image its weight
     is nothing.
     """
-    images = jnp.where(BATCH.image_slots < T, BATCH.image_weights, 5.0).at[:4].set(0)
+    images = jnp.where(BATCH.has_image, BATCH.image_weights, 5.0).at[:4].set(0)
     text = BATCH.text_weights.at[4:].multiply(0.0)
     (value, metrics), _ = value_and_grad(BATCH.replace(image_weights=images, text_weights=text))
     whole = [make.pack(C, [[]] * 8)] * 2
@@ -196,11 +198,11 @@ def test_targets_are_detached(forward):
     gradient; the head has.
     """
     hidden, visual = forward
-    objective = P.objective | {"regress_end": True, "text_weight": 0.0}
+    objective = P.objective.copy({"regress_end": True, "text_weight": 0.0})
 
     def image_loss(params, visual):
         return stages.next_element(
-            P.module(params), hidden, visual, BATCH, P.stage.weights(BATCH), objective
+            P.bind(params), hidden, visual, BATCH, P.stage.loss_weights(BATCH), objective
         )[0]
 
     by_params, by_visual = jax.jit(jax.grad(image_loss, argnums=(0, 1)))(PARAMS, visual)
@@ -217,7 +219,7 @@ def test_the_encoder_learns_through_the_inputs_alone(forward):
 
     def image_loss(bias, constants):
         project = PARAMS["resampler"]["project"] | {"bias": bias}
-        model = P.module(PARAMS | {"resampler": PARAMS["resampler"] | {"project": project}})
+        model = P.bind(PARAMS | {"resampler": PARAMS["resampler"] | {"project": project}})
         hidden, visual = model(BATCH)
         targets = forward[1] if constants else visual
         return stages.next_element(
@@ -225,8 +227,8 @@ def test_the_encoder_learns_through_the_inputs_alone(forward):
             hidden,
             targets,
             BATCH,
-            P.stage.weights(BATCH),
-            P.objective | {"text_weight": 0.0},
+            P.stage.loss_weights(BATCH),
+            P.objective.copy({"text_weight": 0.0}),
         )[0]
 
     bias = PARAMS["resampler"]["project"]["bias"]
@@ -270,11 +272,11 @@ def warm_batch():
 
 def warm_loss(params, batch, key=None, **objective):
     return stages.contrastive(
-        WARM_P.module(params),
+        WARM_P.bind(params),
         batch,
         key,
         stages.picture_weights(batch),
-        WARM_P.objective | objective,
+        WARM_P.objective.copy(objective),
     )
 
 
@@ -286,7 +288,7 @@ def warm():
 
 def features(batch):
     """(visual tokens, unit image features, unit text features) of the images there."""
-    model = WARM_P.module(WARM_PARAMS)
+    model = WARM_P.bind(WARM_PARAMS)
     there = np.asarray(batch.image_slots).ravel() < T
     both = jax.jit(
         lambda: (
@@ -415,9 +417,9 @@ def test_images_do_not_move_without_a_key_or_pixels(key, pixels):
 )
 def test_a_stage_moves_its_images(program, params, batch):
     """Without dropout the key has no other use."""
-    totals = program.stage.weights(batch)
-    objective = program.objective | {"shift": 2}
+    totals = program.stage.loss_weights(batch)
+    objective = program.objective.copy({"shift": 2})
     value = jax.jit(
-        lambda key: program.stage.loss(program.module(params), batch, key, totals, objective)[0]
+        lambda key: program.stage.loss(program.bind(params), batch, key, totals, objective)[0]
     )
     assert value(jax.random.key(0)) == value(jax.random.key(0)) != value(jax.random.key(1))

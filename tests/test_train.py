@@ -2,8 +2,6 @@
 what is wrong is one line.
 """
 
-import contextlib
-import io
 import json
 import logging
 import math
@@ -19,32 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax import checkpoint, config, metric_writer, train, tree
+from emu_jax import checkpoint, config, initial, metric_writer, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.loader import LoadedBatch, Loader
 from emu_jax.initial import load_weights
 from emu_jax.models import emu, module
+from emu_jax.workdir import check_same_config
 from tests.support import fixtures, make
+from tests.support.runs import (
+    KILLED,
+    STATS_IMAGES,
+    arguments,
+    assert_same_run,
+    lines,
+    run,
+    saved,
+    untimed,
+)
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("train")
-
-MEASURED = 64
-TIMES = (
-    "step_time",
-    "input_wait",
-    "tokens_per_second",
-    "images_per_second",
-    "flops_per_second",
-    "mfu",
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_images():
     """Behind the constants that standardise visual tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "MEASURED", MEASURED)
+        patch.setattr(initial, "STATS_IMAGES", STATS_IMAGES)
         yield
 
 
@@ -53,34 +52,6 @@ def data(tmp_path_factory):
     to = tmp_path_factory.mktemp("data")
     fixtures.write_tiny(to)
     return to
-
-
-def arguments(data, workdir, *overrides):
-    """A run of four small steps, over eight devices."""
-    small = (
-        f"workdir={workdir}",
-        f"data.tokenizer={data}/tokenizer.json",
-        f"data.mixture={fixtures.mixture(data, 'train')!r}",
-        "optim.steps=4",
-        "optim.warmup=0.0",
-        "data.batch=8",
-        "data.tokens=64",
-        "data.images=4",
-        "data.num_streams=4",
-        "data.pack_lookahead=2",
-        "data.workers=2",
-        "objective.chunk=32",
-        "model.vision.image=32",
-        "model.vision.patch=16",
-        "model.vision.remat=none",
-        "model.resampler.remat=none",
-        "model.llama.remat=none",
-        "log.pictures_every=0",
-    )
-    return [
-        "--config=configs/base.py:debug",
-        *(f"--config.{override}" for override in (*small, *overrides)),
-    ]
 
 
 def warm_arguments(data, workdir):
@@ -116,13 +87,6 @@ def emu_arguments(data, workdir, warm, *overrides):
     )
 
 
-def run(arguments):
-    """(exit status, standard output)."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        return train.main(arguments), out.getvalue()
-
-
 @pytest.fixture(scope="module")
 def warm(data, tmp_path_factory):
     """The workdir of two contrastive steps."""
@@ -146,27 +110,6 @@ def whole(data, warm, tmp_path_factory):
         "total",
     ]
     return workdir
-
-
-# The command: it is killed in a step, once a path exists.
-KILLED = f"""
-import os, signal, sys, time
-from etils import epath
-from emu_jax import metric_writer, train
-
-train.MEASURED = {MEASURED}
-at, saved, write = int(sys.argv[1]), epath.Path(sys.argv[2]), metric_writer.MetricWriter.write
-
-def told(self, step, values):
-    write(self, step, values)
-    while step == at:
-        if saved.exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.01)
-
-metric_writer.MetricWriter.write = told
-sys.exit(train.main(sys.argv[3:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -196,42 +139,6 @@ def killed(data, warm, tmp_path_factory):
 @pytest.fixture
 def copy(killed, tmp_path):
     return shutil.copytree(killed, tmp_path / "run")
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(workdir):
-    return [
-        {name: value for name, value in line.items() if not name.startswith(TIMES)}
-        for line in lines(workdir)
-    ]
-
-
-def saved(workdir):
-    """(parameters, what the newest checkpoint's manifest says of the bits of every array, the
-    data's state).
-    """
-    metadata = checkpoint.read_metadata(str(workdir))
-    return (
-        checkpoint.restore_params(str(workdir)),
-        {"step": metadata.step, **metadata.arrays},
-        metadata.data,
-    )
-
-
-def assert_same_run(workdir, other):
-    (params, arrays, data) = saved(workdir)
-    (want, arrays_wanted, data_wanted) = saved(other)
-    assert (
-        arrays == arrays_wanted
-        and set(arrays) == {"step", "params", "optimizer", "ema"}
-        and data == data_wanted
-    )
-    for (path, got), (_, leaf) in zip(tree.leaves(params), tree.leaves(want), strict=True):
-        assert got.tobytes() == leaf.tobytes(), path
-    assert untimed(workdir) == untimed(other)
 
 
 # What a run leaves behind
@@ -447,9 +354,9 @@ def test_visual_tokens_are_standardised_by_the_images_that_are_there():
             return (LoadedBatch(batch, [], {}, {}) for batch in batches)
 
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    stats = train.measure_visual_stats(p, params, Feed(), {"mean": where, "std": where})
-    images = np.concatenate([batch.images[batch.image_slots < c.data.tokens] for batch in batches])
-    tokens = np.asarray(jax.jit(lambda images: p.module(params).encode(images))(images), np.float64)
+    stats = initial.measure_visual_stats(p, params, Feed(), {"mean": where, "std": where})
+    images = np.concatenate([batch.images[batch.has_image] for batch in batches])
+    tokens = np.asarray(jax.jit(lambda images: p.bind(params).encode(images))(images), np.float64)
     np.testing.assert_allclose(stats["mean"], tokens.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(stats["std"], tokens.std(0), rtol=1e-4)
 
@@ -549,7 +456,7 @@ def test_a_workdir_of_another_config_is_refused(whole, data, warm, capsys):
     error = capsys.readouterr().err
     assert (
         error
-        == f"error: workdir {whole} is of another config: optim.b1 was 0.9 and is 0.5, seed was 0 and is 1; choose another workdir\n"
+        == f"error: workdir {whole} has a different config: optim.b1 was 0.9 and is 0.5, seed was 0 and is 1; choose another workdir\n"
     )
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
@@ -559,7 +466,7 @@ def test_a_checkpoint_of_another_config_is_refused(whole, data, warm, capsys, tm
     place = f"checkpoint.to={whole}"
     assert train.main(emu_arguments(data, tmp_path, warm, place, "optim.b1=0.5")) == 2
     assert capsys.readouterr().err.endswith(
-        "the checkpoint of step 4 is of another config: optim.b1 was 0.9 and is 0.5; choose another workdir\n"
+        "the checkpoint of step 4 has a different config: optim.b1 was 0.9 and is 0.5; choose another workdir\n"
     )
     assert not (tmp_path / "config.json").exists()
     assert train.main(emu_arguments(data, tmp_path, warm, place)) == 0
@@ -569,7 +476,8 @@ def test_checkpoints_are_not_looked_for_elsewhere(whole, data, warm, capsys, tmp
     """The run would begin anew, and take out the lines of the old one."""
     assert train.main(emu_arguments(data, whole, warm, f"checkpoint.to={tmp_path}")) == 2
     assert (
-        f"is of another config: checkpoint.to was '' and is '{tmp_path}'" in capsys.readouterr().err
+        f"has a different config: checkpoint.to was '' and is '{tmp_path}'"
+        in capsys.readouterr().err
     )
 
 
@@ -587,10 +495,15 @@ def test_what_the_program_advises_is_allowed(whole, data, warm, tmp_path):
 
 
 def test_fields_that_are_newer_than_a_run_are_said_and_no_reason_to_refuse_it(caplog):
-    train.same("it", {"seed": 0, "data": {"batch": 8}}, {"seed": 0, "data": {"batch": 8, "new": 1}})
-    assert "it has no data.new: it is older" in caplog.text
-    with pytest.raises(UserError, match="it is of another config: data.old was 1 and is None"):
-        train.same("it", {"data": {"old": 1}}, {"data": {}})
+    check_same_config(
+        "it", {"seed": 0, "data": {"batch": 8}}, {"seed": 0, "data": {"batch": 8, "new": 1}}
+    )
+    assert (
+        "it was written before these fields existed, which are as this config has them: data.new"
+        in caplog.text
+    )
+    with pytest.raises(UserError, match="it has a different config: data.old was 1 and is None"):
+        check_same_config("it", {"data": {"old": 1}}, {"data": {}})
 
 
 def test_compiled_programs_are_kept_by_default():

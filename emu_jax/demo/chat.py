@@ -28,7 +28,7 @@ from emu_jax.generate import processor
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
-from emu_jax.initial import initial
+from emu_jax.initial import init_from_checkpoint
 from emu_jax.models import emu
 
 # Questions in a batch.
@@ -104,7 +104,7 @@ def evaluate(directory: str, data: str) -> Result:
         path: jnp.zeros_like(leaf) if path.endswith("/b") else leaf
         for path, leaf in tree.leaves(after)
     }
-    before, _ = initial(config["init"], tree.unflatten(untuned))
+    before, _ = init_from_checkpoint(config["init"], tree.unflatten(untuned))
 
     def session(params: tree.Tree) -> Session:
         return Session(

@@ -294,7 +294,7 @@ def _losses(model, out, batch, *, regress_end: bool):
         text_weight=1.0, image_weight=1.0, regress_end=regress_end, chunk=16, sources=1
     )
     return stages.next_element(
-        model, out["hidden"], out["visual"], batch, stages.emu_weights(batch), objective
+        model, out["hidden"], out["visual"], batch, stages.emu_sums(batch), objective
     )
 
 

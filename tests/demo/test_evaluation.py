@@ -357,7 +357,7 @@ class State:
 
 def save(workdir, c):
     stage = stages.STAGES[c.stage]
-    params = module.init(stage.module, stage.size(c.model.to_dict()), jax.random.key(0))
+    params = module.init(stage.module, stage.make_config(c.model.to_dict()), jax.random.key(0))
     CheckpointManager(str(workdir), keep=1, keep_every=0).save(
         7, State(params, {}, None, jnp.int32(7)), {}, config.to_dict(c), wait=True
     )

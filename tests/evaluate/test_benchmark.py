@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax import checkpoint, config, sharding, train
+from emu_jax import checkpoint, config
 from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer
@@ -21,6 +21,8 @@ from emu_jax.evaluate import benchmark, prompts, retrieval
 from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate.session import Session
+from emu_jax.hooks import benchmark_evaluator
+from emu_jax.plan import make_plan
 from emu_jax.weights import __main__ as weights
 from tests.support import clips, dictionary, layouts, make
 
@@ -384,14 +386,8 @@ def test_during_training_the_numbers_are_the_commands(root, data, tmp_path, monk
     )
     c = config.from_dict(checkpoint.read_config(str(root / "emu")))
     c.eval.tasks = (("vqav2", str(data("vqav2")), 2),)
-    program = make.program(c)
     session = Session.load(str(root / "emu"))
-    evaluate = train.benchmarks(
-        program,
-        sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1]),
-        session.tokenizer,
-        c,
-    )
+    evaluate = benchmark_evaluator(make_plan(c, jax.devices()[:1]), session.tokenizer)
     expected = {
         f"vqav2/{name}": value
         for name, value in read(tmp_path)["scores.json"].items()
@@ -403,18 +399,15 @@ def test_during_training_the_numbers_are_the_commands(root, data, tmp_path, monk
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (("mmvet", "x", 3), "eval.tasks: 'mmvet' is none of coco-caption, flickr30k"),
+        (("mmvet", "x", 3), "eval.tasks: 'mmvet' is not one of coco-caption, flickr30k"),
         (("vqav2", "/nowhere", 3), "no folder '/nowhere'"),
-        (("vqav2", "x"), r"eval.tasks: \('vqav2', 'x'\) is no \(task"),
+        (("vqav2", "x"), r"eval.tasks: \('vqav2', 'x'\) is not a \(task"),
     ],
 )
 def test_a_task_that_cannot_be_asked_is_told_before_training(root, row, told):
     c = config.from_dict(checkpoint.read_config(str(root / "emu")))
     c.eval.tasks = (row,)
     with pytest.raises(UserError, match=told):
-        train.benchmarks(
-            make.program(c),
-            sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1]),
-            Session.load(str(root / "emu")).tokenizer,
-            c,
+        benchmark_evaluator(
+            make_plan(c, jax.devices()[:1]), Session.load(str(root / "emu")).tokenizer
         )

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax import config, loop, sharding, train, tree
+from emu_jax import config, sharding, tree
 from emu_jax.config import UserError
 from emu_jax.generate import samplers
 from emu_jax.models import emu, flops, module
 from emu_jax.models.decoder import Decoder, DecoderConfig, moments, resized
+from emu_jax.step import cast_frozen, init_state, train_step
 from emu_jax.types import DecoderBatch
 from tests.support import make
 
@@ -22,8 +23,7 @@ pytestmark = pytest.mark.xdist_group("decoder")
 
 C = make.decoder_cfg("optim.ema=0.9")
 P = make.program(C)
-TRAINS = train.what_trains(C, jax.eval_shape(partial(make.params, P)))
-PARAMS = train.at_rest(C, TRAINS, make.random_params(P))
+PARAMS = cast_frozen(P, make.random_params(P))
 BATCH = jax.tree.map(jnp.asarray, make.batch(C))
 # a row without an image
 BATCH = BATCH.replace(image_slots=BATCH.image_slots.at[2].set(C.data.tokens))
@@ -36,9 +36,9 @@ def model(params, model_config=P.model_config):
 @pytest.fixture(scope="module")
 def trained():
     """The states before and after two steps, and the metrics of each step."""
-    states = [loop.init_state(P, *tree.split(PARAMS, TRAINS))]
+    states = [init_state(P, PARAMS)]
     told = []
-    step = jax.jit(partial(loop.train_step, P))
+    step = jax.jit(partial(train_step, P))
     for _ in range(2):
         state, metrics = step(states[-1], BATCH)
         states.append(state)
@@ -106,12 +106,12 @@ def test_the_average_follows_by_its_decay(trained):
 def test_the_loss_is_a_mean_over_images_and_micro_batches_change_nothing_of_it(trained):
     """Without images the loss is 0; the sums over micro-batches are the sums over the batch."""
     empty = BATCH.replace(image_weights=jnp.zeros_like(BATCH.image_weights))
-    totals = P.stage.weights(empty)
+    totals = P.stage.loss_weights(empty)
     loss, metrics = jax.jit(
         lambda batch: P.stage.loss(model(PARAMS), batch, None, totals, P.objective)
     )(empty)
     assert loss == 0 and metrics["diffusion_loss"][1] == 0
-    held = float((BATCH.image_slots < C.data.tokens).sum())
+    held = float(BATCH.has_image.sum())
     assert 0 < held < BATCH.image_slots.size and trained[1][0]["diffusion_loss"][1] == held
 
 
@@ -180,8 +180,8 @@ def test_a_dropped_condition_is_zero_and_the_share_is_the_configs(trained):
             spy,
             BATCH,
             jax.random.key(0),
-            P.stage.weights(BATCH),
-            P.objective | {"condition_drop": share},
+            P.stage.loss_weights(BATCH),
+            P.objective.copy({"condition_drop": share}),
         )
     assert seen[0].min() == 1 and seen[1].max() == 0
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax import loop, sharding, train, tree
+from emu_jax import sharding, tree
 from emu_jax.config import UserError
 from emu_jax.models import emu, layers, lora, module
+from emu_jax.step import cast_frozen, init_state
 from tests.support import make
 
 ROWS = "rules.train=(('.*/(a|b)', True), ('llama/(embed|lm_head)/added', (4, 6)), ('.*', False))"
@@ -156,18 +157,14 @@ def test_dropout_is_of_lora_alone_differs_by_layer_and_needs_a_key():
 
 def test_the_optimizer_knows_what_trains_alone():
     """What moves of it, and that other rows do not: tests/test_instruct.py."""
-    trains = train.what_trains(C, PARAMS)
-    state = jax.eval_shape(
-        lambda params: loop.init_state(P, *tree.split(train.at_rest(C, trains, params), trains)),
-        PARAMS,
-    )
+    state = jax.eval_shape(lambda params: init_state(P, cast_frozen(P, params)), PARAMS)
     moments = {
         path for part in state.opt_state if hasattr(part, "mu") for path, _ in make.flat(part.mu)
     }
     assert (
         moments
         == {path for path, _ in make.flat(state.trainable)}
-        == {path for path, chosen in make.flat(trains) if chosen}
+        == {path for path, chosen in make.flat(P.trains.unfreeze()) if chosen}
     )
     assert len(moments) == 10
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emu_jax import checkpoint, config, stages, train, tree
+from emu_jax import checkpoint, config, tree
 from emu_jax.data.packing import empty_batch, write_row
 from emu_jax.data.sequence import Document, SequenceBuilder
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.models import module
+from emu_jax.plan import make_program
 
 
 def cfg(*overrides: str, size: str = "debug"):
@@ -176,11 +177,8 @@ def batch(c, seed: int = 0):
 
 def program(c):
     """The loop's Program of a config, for two sources."""
-    stage = stages.STAGES[c.stage]
-    model_config = stage.size(c.model.to_dict())
-    abstract = module.abstract(stage.module, model_config)
-    made = train.make_program(c, stage, model_config, abstract)
-    return dataclasses.replace(made, objective=made.objective | {"sources": 2})
+    made = make_program(c)
+    return dataclasses.replace(made, objective=made.objective.copy({"sources": 2}))
 
 
 def params(p, seed: int = 0):

@@ -6,9 +6,9 @@ import sys
 
 import jax
 import pytest
-from test_train import arguments
 
 from emu_jax import sharding, train
+from tests.support.runs import arguments
 
 # One block per tower, since compiling takes most of the time, and a constant schedule, so that the
 # compiled step does not depend on the number of steps.

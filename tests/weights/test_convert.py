@@ -9,9 +9,10 @@ from math import prod
 import numpy as np
 import pytest
 
-from emu_jax import train, tree
+from emu_jax import tree
 from emu_jax.config import UserError, load
 from emu_jax.models import emu, module
+from emu_jax.plan import parameter_table
 from emu_jax.verify import golden
 from emu_jax.verify.emu import size_of
 from emu_jax.weights import convert, emu1
@@ -183,7 +184,7 @@ def test_the_14b_has_the_releases_tensors_and_parameters():
             "total",
         ):
             counts[tower] += prod(shape)
-    printed = train.parameter_table(module.abstract(emu.Emu, config)).splitlines()
+    printed = parameter_table(module.abstract(emu.Emu, config)).splitlines()
     assert {line.split()[0]: int(line.split()[1].replace(",", "")) for line in printed} == counts
 
 

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax import checkpoint, config, sharding, train, tree
+from emu_jax import checkpoint, config, sharding, tree
 from emu_jax.config import UserError
-from emu_jax.initial import initial
+from emu_jax.initial import init_from_checkpoint
 from emu_jax.models import module
 from emu_jax.models.decoder import Decoder, DecoderConfig
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import Vae
+from emu_jax.plan import make_program
+from emu_jax.step import cast_frozen
 from emu_jax.weights import convert, files
 from emu_jax.weights import stable_diffusion as family
 from emu_jax.weights.__main__ import main
@@ -342,16 +344,16 @@ def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
     rng = np.random.default_rng(1)
     shapes = module.abstract(Decoder, model_config)
     start = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), shapes)
-    trains = train.what_trains(c, start)
+    program = make_program(c, start)
     with caplog.at_level(logging.WARNING):
-        params, loaded = initial(c.init, train.at_rest(c, trains, start))
+        params, loaded = init_from_checkpoint(c.init, cast_frozen(program, start))
     assert (
         f"8 maps of the condition stay fresh, for it has the width 12 there and 32 here: {', '.join(fresh)}"
         in caplog.text
     )
     begun = dict(tree.leaves(start))
     got = dict(tree.leaves(params))
-    held = train.at_rest(c, trains, start)
+    held = cast_frozen(program, start)
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in got.items()} == {
         path: (leaf.shape, leaf.dtype) for path, leaf in tree.leaves(held)
     }

@@ -1,0 +1,112 @@
+"""What must be right before a run starts: files, what was precomputed for a decoder, and memory.
+
+Every failure is a UserError of one line. Read next: plan.py, which checks the config itself.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from emu_jax import profiler
+from emu_jax.config import UserError
+from emu_jax.data import precomputed
+from emu_jax.generate import diffusion_decoder, precompute
+from emu_jax.hardware import GIB
+from emu_jax.plan import RunPlan
+from emu_jax.stages import Stage
+
+
+def check_run(plan: RunPlan) -> None:
+    """Raise UserError for anything that a run needs and does not have."""
+    c = plan.config
+    stage = plan.program.stage
+    check_paths(c)
+    profiler.parse_steps(c.profile.steps)
+    check_precomputed(c, stage)
+    if stage.draws:
+        diffusion_decoder.check_sampling(plan.program.model_config.diffusion, c.drawing.to_dict())
+    check_memory(plan)
+
+
+def check_paths(c: ConfigDict) -> None:
+    """Raise UserError, naming all of them, for missing folders and files."""
+    sources = [(name, path) for name, _, path, *_ in (*c.data.mixture, *c.data.eval_mixture)]
+    missing = []
+    if not c.workdir:
+        missing.append("a workdir (--config.workdir=DIR)")
+    if not Path(c.data.tokenizer).is_file():
+        missing.append(
+            f"the tokenizer {c.data.tokenizer!r} "
+            "(--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"
+        )
+    if not sources:
+        missing.append("data (--config.data.mixture=\"(('NAME', WEIGHT, 'FOLDER:SPLIT'), ...)\")")
+    for name, path in sources:
+        folder, _, _ = path.rpartition(":")
+        if not Path(folder).is_dir():
+            missing.append(f"the source {name!r} at {path!r}")
+    if missing:
+        raise UserError(f"missing: {'; '.join(missing)}")
+    if "://" in c.workdir:
+        raise UserError(
+            f"workdir={c.workdir!r} is a bucket, but metrics are written to a folder: set "
+            f"--config.workdir=DIR, and --config.checkpoint.to={c.workdir} for the checkpoints"
+        )
+
+
+def check_precomputed(c: ConfigDict, stage: Stage) -> None:
+    """Raise UserError for conditions or latents that are missing, unused or of another model."""
+    wanted = stage.draws and c.model.decoder.condition == "generated"
+    if wanted and not c.data.conditions:
+        raise UserError(
+            "model.decoder.condition='generated' needs data.conditions=DIR, made by: "
+            "python -m emu_jax.generate precompute --config=FILE --to=DIR"
+        )
+    if c.data.conditions and not wanted:
+        raise UserError(
+            f"data.conditions={c.data.conditions!r}: only model.decoder.condition='generated' "
+            "reads them"
+        )
+    if wanted:
+        found = tuple(precomputed.read_metadata(Path(c.data.conditions), "conditions")["shape"])
+        needed = (c.model.resampler.tokens, c.model.llama.width)
+        if found != needed:
+            raise UserError(
+                f"data.conditions={c.data.conditions!r} are visual tokens {list(found)}, and the "
+                f"model's are {list(needed)}"
+            )
+    if c.data.latents:
+        notes = precomputed.read_metadata(Path(c.data.latents), "latents")
+        differ = [
+            f"{name} {notes.get(name)}, not {value}"
+            for name, value in precompute.latent_metadata(c).items()
+            if notes.get(name) != value
+        ]
+        if differ:
+            raise UserError(
+                f"data.latents={c.data.latents!r} were made for other images than this config's: "
+                f"{'; '.join(differ)}"
+            )
+
+
+def check_memory(plan: RunPlan) -> None:
+    """Raise UserError for a state, with its gradient, that the devices cannot hold."""
+    needed = plan.state_bytes + plan.gradient_bytes
+    memory = device_memory()
+    if needed > memory:
+        raise UserError(
+            f"the model's state needs {needed / GIB:.1f} GiB a device and a device has "
+            f"{memory / GIB:.1f} GiB: use more devices (mesh.fsdp), or a smaller model "
+            "(--config=configs/pretrain.py:emu-1b)"
+        )
+
+
+def device_memory() -> int:
+    """Bytes of memory of a device here; CPU devices share the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if limit := stats.get("bytes_limit"):
+        return limit
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // jax.local_device_count()

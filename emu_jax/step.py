@@ -1,0 +1,222 @@
+"""One training step, pure and jitted once: the state, the program it runs, train_step, eval_step.
+
+Nothing here depends on a stage: losses come from stages.py. Read next: loop.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax.core import FrozenDict
+from jaxtyping import Array, Float, Int
+
+from emu_jax import hardware, sharding, tree
+from emu_jax.models import module
+from emu_jax.stages import Stage
+from emu_jax.types import Batch, Metrics
+
+
+@flax.struct.dataclass
+class State:
+    """All arrays of a run."""
+
+    # batches consumed
+    step: Int[Array, ""]
+    trainable: tree.Tree
+    frozen: tree.Tree
+    opt_state: Any
+    # moving average of the trainable leaves
+    ema: tree.Tree | None
+    # skipped steps: not finite, or a spike of the gradient
+    bad: Int[Array, ""]
+    # running mean of the gradient's norm, which spikes are compared to
+    typical_norm: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class Program:
+    """All that a step needs besides its arrays.
+
+    Hashable, so that it is a static argument: equal programs are traced and compiled once.
+    """
+
+    stage: Stage
+    # config of the stage's module
+    model_config: Any
+    # config.objective, and "sources": how many the mixture has
+    objective: FrozenDict
+    optimizer: optax.GradientTransformation
+    # parameter -> True, False, or (start, stop): only these rows of it train
+    trains: FrozenDict
+    # trainable parameter -> name under which its gradient's norm is logged
+    groups: FrozenDict
+    # trainable parameter -> PartitionSpec
+    specs: FrozenDict
+    # dtype of the matrices that do not train
+    frozen_dtype: str
+    seed: int
+    accumulate: int
+    ema: float
+    spike: float
+
+    def bind(self, params: tree.Tree, key: Array | None = None):
+        """The module with `params`, for use in a jitted function. key: turns LoRA's dropout on."""
+        return module.bind(self.stage.module, self.model_config, params, key)
+
+    def split(self, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+        """(parameters that train, parameters that do not)."""
+        return tree.split(params, self.trains.unfreeze())
+
+
+def init_params(program: Program, key: Array) -> tree.Tree:
+    """Fresh parameters in the dtypes in which a run holds them."""
+    return cast_frozen(program, module.init(program.stage.module, program.model_config, key))
+
+
+def cast_frozen(program: Program, params: tree.Tree) -> tree.Tree:
+    """Cast the matrices that do not train to the program's frozen_dtype."""
+    trains = dict(tree.leaves(program.trains.unfreeze()))
+
+    def cast(path, leaf):
+        frozen = sharding.is_matrix(path) and not trains[path]
+        return leaf.astype(program.frozen_dtype) if frozen else leaf
+
+    return tree.unflatten({path: cast(path, leaf) for path, leaf in tree.leaves(params)})
+
+
+def init_state(program: Program, params: tree.Tree) -> State:
+    """The state at step 0."""
+    trainable, frozen = program.split(params)
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        frozen=frozen,
+        opt_state=program.optimizer.init(trainable),
+        ema=jax.tree.map(jnp.copy, trainable) if program.ema else None,
+        bad=jnp.zeros((), jnp.int32),
+        typical_norm=jnp.zeros(()),
+    )
+
+
+def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Metrics]:
+    """One step on a global batch.
+
+    A step whose loss or gradient is not finite, or whose gradient spikes, changes only the
+    counters.
+    """
+    loss, grads, metrics = _accumulate(program, state, batch)
+
+    # Skip the update if something is not finite, or far above its running mean.
+    trained_rows, _ = program.split(program.trains.unfreeze())
+    grads = mask_rows(grads, trained_rows)
+    norm = optax.global_norm(grads)
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if program.spike:
+        ok &= (state.typical_norm == 0) | (norm < program.spike * state.typical_norm)
+
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, mask_rows(updates, trained_rows))
+    ema = state.ema and jax.tree.map(
+        lambda old, new: old + (1 - program.ema) * (new - old), state.ema, trainable
+    )
+    running_mean = 0.98 * state.typical_norm + 0.02 * norm
+    typical = jnp.where(state.typical_norm == 0, norm, running_mean)
+
+    new = state.replace(trainable=trainable, opt_state=opt_state, ema=ema, typical_norm=typical)
+    new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
+    new = new.replace(step=state.step + 1, bad=state.bad + ~ok)
+
+    one = jnp.ones(())
+    metrics = metrics | {
+        f"grad_norm/{name}": (group_norm, one)
+        for name, group_norm in _group_norms(grads, program.groups.unfreeze()).items()
+    }
+    metrics["loss"] = (loss, one)
+    metrics["grad_norm"] = (norm, one)
+    metrics["bad_steps"] = (new.bad.astype(jnp.float32), one)
+    return new, metrics
+
+
+def _accumulate(
+    program: Program, state: State, batch: Batch
+) -> tuple[Float[Array, ""], tree.Tree, Metrics]:
+    """(loss, gradients, metrics), summed over the micro-batches of a batch."""
+    key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+    totals = program.stage.loss_weights(batch)
+    specs = program.specs.unfreeze()
+
+    def loss_fn(trainable, micro_batch, key):
+        model = program.bind(tree.merge(trainable, state.frozen), key)
+        return program.stage.loss(model, micro_batch, key, totals, program.objective)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def loss_and_grads(micro_batch, number):
+        micro_key = jax.random.fold_in(key, number)
+        (loss, metrics), grads = grad_fn(state.trainable, micro_batch, micro_key)
+        return loss, sharding.constrain(grads, specs), metrics
+
+    def add(sums, micro):
+        return jax.tree.map(jnp.add, sums, loss_and_grads(*micro)), None
+
+    # Micro-batch a holds rows a, a + A, a + 2 A, ...: every device keeps the rows it has.
+    micro_batches = jax.tree.map(
+        lambda x: rearrange(x, "(b a) ... -> a b ...", a=program.accumulate), batch
+    )
+    micros = (micro_batches, jnp.arange(program.accumulate))
+    shapes = jax.eval_shape(loss_and_grads, *jax.tree.map(lambda x: x[0], micros))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, _ = jax.lax.scan(add, zeros, micros)
+    return sums
+
+
+def mask_rows(values: tree.Tree, rows: tree.Tree) -> tree.Tree:
+    """`values`, with zeros in the rows that do not train; rows: True or (start, stop) a leaf."""
+
+    def mask(x, rows):
+        if rows is True:
+            return x
+        start, stop = rows
+        row = jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where((start <= row) & (row < stop), x, 0)
+
+    return jax.tree.map(mask, values, rows)
+
+
+def _group_norms(grads: tree.Tree, groups: tree.Tree) -> dict[str, Array]:
+    squares: dict[str, Array] = {}
+    for (_, grad), (_, name) in zip(tree.leaves(grads), tree.leaves(groups), strict=True):
+        squares[name] = squares.get(name, 0.0) + jnp.sum(jnp.square(grad.astype(jnp.float32)))
+    return {name: jnp.sqrt(square) for name, square in squares.items()}
+
+
+def eval_step(program: Program, params: tree.Tree, batch: Batch) -> Metrics:
+    """Metrics of a batch, without dropout and gradient."""
+    totals = program.stage.loss_weights(batch)
+    _, metrics = program.stage.loss(program.bind(params), batch, None, totals, program.objective)
+    return metrics
+
+
+def jit_train_step(state: State) -> Callable[[Program, State, Batch], tuple[State, Metrics]]:
+    """`train_step` as the loop runs it: donates the state, and keeps its layout.
+
+    state: arrays, or shapes with shardings. JAX caches by function and options, so a second run
+    with an equal program and layout traces nothing.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
+    return jax.jit(
+        train_step,
+        static_argnums=0,
+        donate_argnums=1,
+        out_shardings=(shardings, None),
+        compiler_options=hardware.compiler_options(device),
+    )
+
+
+jit_eval_step = jax.jit(eval_step, static_argnums=0)

@@ -1,0 +1,117 @@
+"""A run's folder belongs to one config: config.json in it says which, and a resumed run must match.
+
+Read next: train.py.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from emu_jax import config
+from emu_jax.config import UserError
+from emu_jax.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+# Fields in which a resumed run may differ from the one that wrote the checkpoint: hosts and
+# devices, cadence, logging, what to do about bad data.
+MAY_DIFFER = (
+    "workdir",
+    "mesh.",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.",
+    "profile.",
+    "compile_cache",
+    "drawing.",
+    "eval.every",
+    "eval.batches",
+    "eval.tasks",
+    "data.prefetch",
+    "data.workers",
+    "data.readers",
+    "data.patience",
+    "data.retries",
+    "data.max_bad_share",
+    "data.unreadable",
+)
+# differing fields that an error message names
+NAMED = 4
+
+
+def check_workdir(workdir: Path, c: ConfigDict) -> None:
+    """Create the workdir if needed, and check that it may be used for `c`.
+
+    Raises UserError if it belongs to a different config, naming the fields, or is not writable.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged: {error}; every checkpoint in {workdir} holds the config too"
+            ) from error
+        check_same_config(f"workdir {workdir}", old, config.to_dict(c))
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            probe = workdir / "config.part"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise _not_writable(workdir, error) from error
+
+
+def write_config(workdir: Path, values: dict[str, Any]) -> None:
+    """Record the config of a run, once everything that it names was found."""
+    try:
+        with atomic_write(workdir / "config.json") as file:
+            file.write(json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise _not_writable(workdir, error) from error
+
+
+def check_same_config(owner: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise UserError, naming the fields, if `new` differs from `old` outside MAY_DIFFER.
+
+    Fields added since `old` was written are only warned about: their defaults keep a run as it was.
+    owner: what has the old config, for the message.
+    """
+    old = _flatten(old)
+    new = _flatten(new)
+    added = [key for key in sorted(new.keys() - old.keys()) if not key.startswith(MAY_DIFFER)]
+    if added:
+        log.warning(
+            "%s was written before these fields existed, which are as this config has them: %s",
+            owner,
+            ", ".join(added),
+        )
+    differ = [
+        key for key in sorted(old) if old[key] != new.get(key) and not key.startswith(MAY_DIFFER)
+    ]
+    if differ:
+        changes = [f"{key} was {old[key]!r} and is {new.get(key)!r}" for key in differ[:NAMED]]
+        more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
+        raise UserError(
+            f"{owner} has a different config: {', '.join(changes)}{more}; choose another workdir"
+        )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": leaf} of a nested dict."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _not_writable(workdir: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write into the workdir {workdir}: {error.strerror}")
