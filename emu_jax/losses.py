@@ -1,9 +1,9 @@
-"""The objective: predict the next element of the sequence, a word or an image's embedding (arXiv
-2307.05222, section 2.2).
+"""The objective: predict the next element of a sequence, a word or an image's embedding.
 
-`fused` is cross-entropy over the vocabulary and L2 regression in one pass over the hidden states.
-It goes in chunks, with a gradient written by hand and computed in the same forward sweep, so the
-logits of a chunk are all that ever exists. Read next: loop.py, which differentiates it.
+Section 2.2 of arXiv 2307.05222. `fused` computes cross-entropy over the vocabulary and L2
+regression in one pass over the hidden states. It works in chunks, and computes a gradient written
+by hand in the same forward sweep, so at any time only the logits of one chunk exist. Read next:
+stages.py, which calls it.
 """
 
 from functools import partial
@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from emu_jax.sharding import AXES, ROWS
 from emu_jax.tree import Tree
 
-# How the heads lie on a mesh, as in sharding.PARAMS: the collectives below are written for it.
+# How the heads lie on a mesh. The collectives below are written for this layout; a test holds it to
+# that of sharding.PARAMS.
 # V D, n D
 HEAD_SPECS = {"base": P("tensor", "fsdp"), "added": P(None, "fsdp")}
 # D D
@@ -38,21 +39,24 @@ def fused(
     *,
     chunk: int,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"], Float[Array, "B K"]]:
-    """(text_scale * sum(w * nll) + image_scale * sum(w * error), nll [B T], error [B K]); all
-    float32, the last two detached.
+    """(text_scale * sum(w * nll) + image_scale * sum(w * error), nll, error), all float32.
 
-    hidden  after the final norm, in the compute dtype, which the matrix products use (they
-    accumulate in float32). head    {"base": [V D], "added": [n D]}, llama/lm_head; regress {"w": [D
-    D]}, from hidden state to embedding. labels  labels[b, t] is the id to predict *from* position
-    t: below V a base row, from V on an added one. nll in nats. predictors  the position whose
-    hidden state predicts targets[b, k]; clipped, so that a target of weight 0 may name any. error
-    mean square over D. A scale is the term's weight over the global sum of its `w`: value and
-    gradient come normalised. chunk   at most so many tokens of a row have logits at one time; T
-    need not be a multiple of it.
+    Only hidden, head and regress have gradients; nll [B, T] and error [B, K] are detached, for
+    metrics. Under a mesh (`jax.set_mesh`) rows lie over (data, fsdp), which must divide B, and
+    weights as in sharding.PARAMS.
 
-    Only hidden, head and regress have gradients. Under a mesh (`jax.set_mesh`) the rows lie over
-    (data, fsdp), which must divide B, and the weights as in sharding.PARAMS. `nll` and `error` are
-    there for metrics: per source, per document.
+    hidden: states after the final norm, in the compute dtype. Matrix products use it and accumulate
+        in float32.
+    head: {"base": [V, D], "added": [n, D]}, the rows of llama/lm_head.
+    regress: {"w": [D, D]}, from a hidden state to an embedding.
+    labels: the id to predict *from* each position; below V a base row, from V on an added one. nll
+        is in nats.
+    label_weights, target_weights: the `w` of the two sums.
+    predictors: the position whose hidden state predicts targets[b, k]. It is clipped to the row, so
+        a target of weight 0 may name any. error is the mean square over D.
+    text_scale, image_scale: a term's weight over the global sum of its `w`, so that value and
+        gradient are normalised.
+    chunk: most tokens of a row whose logits exist at one time. T need not be a multiple of it.
     """
     given = labels, label_weights * text_scale, predictors, targets, target_weights * image_scale
     return _fused(chunk, (hidden, head, regress), lax.stop_gradient(given))
@@ -64,7 +68,7 @@ def _fused(chunk, learnt, given):
 
 
 def _fused_fwd(chunk, learnt, given):
-    # the residuals are the finished gradients
+    # The residuals of the backward pass are the finished gradients.
     return _values(chunk, learnt, given, gradient=True)
 
 
@@ -76,9 +80,7 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
 def _values(chunk, learnt, given, gradient):
-    """((loss, nll, error), gradients of the loss or None), on one device or on the mesh that is
-    set.
-    """
+    """((loss, nll, error), gradients of the loss or None), on the mesh if there is one."""
     sweep = partial(_sweep, chunk, gradient, learnt[1]["base"].shape[0])
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -100,9 +102,10 @@ def _values(chunk, learnt, given, gradient):
 
 
 def _sweep(chunk, gradient, vocab, data, fsdp, tensor, learnt, given):
-    """((nll, error), gradients of this device's shards or None). `data`, `fsdp` and `tensor` name
-    the axes of the mesh, () for one of size 1 or none: a collective over no axis does nothing.
-    Weights are cast, then gathered over fsdp, once.
+    """((nll, error), gradients of this device's shards or None).
+
+    data, fsdp and tensor name the axes of the mesh, or are () for an axis of size 1 and without a
+    mesh: a collective over () does nothing. Weights are cast, then gathered over fsdp, once.
     """
     hidden, head, regress = learnt
     labels, label_scales, predictors, targets, target_scales = given
@@ -123,99 +126,102 @@ def _sweep(chunk, gradient, vocab, data, fsdp, tensor, learnt, given):
         return (nll, error), None
 
     def scatter(d_w, like, axis):
-        return lax.psum(
-            lax.psum_scatter(d_w, fsdp, scatter_dimension=axis, tiled=True), data
-        ).astype(like.dtype)
+        d_shard = lax.psum_scatter(d_w, fsdp, scatter_dimension=axis, tiled=True)
+        return lax.psum(d_shard, data).astype(like.dtype)
 
     d_hidden, d_base, d_added = from_text
-    places, d_places, d_project = from_images
-    d_hidden = d_hidden.at[jnp.arange(len(hidden))[:, None], places].add(d_places).astype(dtype)
+    positions, d_positions, d_project = from_images
+    rows = jnp.arange(len(hidden))[:, None]
+    d_hidden = d_hidden.at[rows, positions].add(d_positions).astype(dtype)
     d_head = {"base": scatter(d_base, head["base"], 1), "added": scatter(d_added, head["added"], 1)}
     return (nll, error), (d_hidden, d_head, {"w": scatter(d_project, regress["w"], 0)})
 
 
 def _text(hidden, base, added, labels, scales, chunk, gradient, vocab, tensor):
-    """(nll [B T], (d_hidden [B T D], d_base, d_added) or None), float32. `base` holds this tensor
-    shard's rows of the vocabulary, `added` is whole on every shard: what comes from `base` is
-    summed over tensor, what comes from `added` is not.
+    """(nll [B, T], (d_hidden [B, T, D], d_base, d_added) or None), float32.
+
+    `base` holds this tensor shard's rows of the vocabulary, `added` is complete on every shard: the
+    contributions of `base` are summed over tensor, those of `added` are not.
     """
     B, T = labels.shape
     count = -(-T // chunk)
-    # chunks as equal as can be: fewer than `count` tokens are padding
+    # Chunks as equal as possible: padding is less than `count` tokens.
     size = -(-T // count)
     pad = count * size - T
-    # the id of this shard's first row
+    # Id of this shard's first row.
     first = lax.axis_index(tensor) * base.shape[0]
 
-    # B T ... -> count B size ...
     def chunked(x):
+        """[B, T, ...] -> [count, B, size, ...]"""
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
 
-    def whole(x):
+    def joined(x):
+        """[count, B, size, ...] -> [B, T, ...]"""
         return jnp.moveaxis(x, 0, 1).reshape(B, count * size, *x.shape[3:])[:, :T]
 
     def step(d_weights, inputs):
         h, label, scale = inputs
-        own = _einsum("BtD,VD->BtV", h, base)
-        more = _einsum("BtD,VD->BtV", h, added)
-        own_hit = (label - first)[..., None] == jnp.arange(base.shape[0])
-        more_hit = (label - vocab)[..., None] == jnp.arange(added.shape[0])
-        top = lax.pmax(jnp.maximum(own.max(-1), more.max(-1)), tensor)[..., None]
-        own = own - top
-        more = more - top
+        base_logits = _einsum("BtD,VD->BtV", h, base)
+        added_logits = _einsum("BtD,VD->BtV", h, added)
+        is_base = (label - first)[..., None] == jnp.arange(base.shape[0])
+        is_added = (label - vocab)[..., None] == jnp.arange(added.shape[0])
+        top = lax.pmax(jnp.maximum(base_logits.max(-1), added_logits.max(-1)), tensor)[..., None]
+        base_logits = base_logits - top
+        added_logits = added_logits - top
         total, at_label = lax.psum(
-            (jnp.exp(own).sum(-1), jnp.where(own_hit, own, 0).sum(-1)), tensor
+            (jnp.exp(base_logits).sum(-1), jnp.where(is_base, base_logits, 0).sum(-1)), tensor
         )
-        total = total + jnp.exp(more).sum(-1)
-        nll = jnp.log(total) - at_label - jnp.where(more_hit, more, 0).sum(-1)
+        total = total + jnp.exp(added_logits).sum(-1)
+        nll = jnp.log(total) - at_label - jnp.where(is_added, added_logits, 0).sum(-1)
         if not gradient:
             return None, (nll, None)
-        down = (scale / total)[..., None]
+        share = (scale / total)[..., None]
         scale = scale[..., None]
-        # scale * (softmax - one hot)
-        d_own = (jnp.exp(own) * down - jnp.where(own_hit, scale, 0)).astype(h.dtype)
-        d_more = (jnp.exp(more) * down - jnp.where(more_hit, scale, 0)).astype(h.dtype)
-        d_h = lax.psum(_einsum("BtV,VD->BtD", d_own, base), tensor) + _einsum(
-            "BtV,VD->BtD", d_more, added
-        )
+        # The gradient of the logits is scale * (softmax - one hot).
+        d_base_logits = jnp.exp(base_logits) * share - jnp.where(is_base, scale, 0)
+        d_base_logits = d_base_logits.astype(h.dtype)
+        d_added_logits = jnp.exp(added_logits) * share - jnp.where(is_added, scale, 0)
+        d_added_logits = d_added_logits.astype(h.dtype)
+        d_h = lax.psum(_einsum("BtV,VD->BtD", d_base_logits, base), tensor)
+        d_h = d_h + _einsum("BtV,VD->BtD", d_added_logits, added)
         d_base, d_added = d_weights
         d_weights = (
-            d_base + _einsum("BtV,BtD->VD", d_own, h),
-            d_added + _einsum("BtV,BtD->VD", d_more, h),
+            d_base + _einsum("BtV,BtD->VD", d_base_logits, h),
+            d_added + _einsum("BtV,BtD->VD", d_added_logits, h),
         )
         return d_weights, (nll, d_h)
 
-    zeros = (
-        (jnp.zeros(base.shape, jnp.float32), jnp.zeros(added.shape, jnp.float32))
-        if gradient
-        else None
-    )
+    zeros = None
+    if gradient:
+        zeros = (jnp.zeros(base.shape, jnp.float32), jnp.zeros(added.shape, jnp.float32))
     d_weights, (nll, d_hidden) = lax.scan(
         step, zeros, (chunked(hidden), chunked(labels), chunked(scales))
     )
-    return whole(nll), (whole(d_hidden), *d_weights) if gradient else None
+    return joined(nll), (joined(d_hidden), *d_weights) if gradient else None
 
 
 def _images(hidden, project, predictors, targets, scales, gradient, tensor):
-    """(error [B K], (places [B K], gradient there [B K D], d_project) or None), float32. `project`
-    holds this tensor shard's columns, `targets` those of the embeddings.
+    """(error [B, K], (positions [B, K], d_hidden there, d_project) or None), float32.
+
+    `project` and `targets` are this tensor shard's columns.
     """
     D = hidden.shape[-1]
-    places = jnp.clip(predictors, 0, hidden.shape[1] - 1)
-    h = jnp.take_along_axis(hidden, places[..., None], axis=1)
-    miss = _einsum("BKD,DE->BKE", h, project) - targets.astype(jnp.float32)
-    error = lax.psum(jnp.square(miss).sum(-1), tensor) / D
+    positions = jnp.clip(predictors, 0, hidden.shape[1] - 1)
+    h = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+    residual = _einsum("BKD,DE->BKE", h, project) - targets.astype(jnp.float32)
+    error = lax.psum(jnp.square(residual).sum(-1), tensor) / D
     if not gradient:
         return error, None
-    d_miss = (miss * (2 / D * scales)[..., None]).astype(h.dtype)
-    d_h = lax.psum(_einsum("BKE,DE->BKD", d_miss, project), tensor)
-    return error, (places, d_h, _einsum("BKD,BKE->DE", h, d_miss))
+    d_residual = (residual * (2 / D * scales)[..., None]).astype(h.dtype)
+    d_h = lax.psum(_einsum("BKE,DE->BKD", d_residual, project), tensor)
+    return error, (positions, d_h, _einsum("BKD,BKE->DE", h, d_residual))
 
 
 def _einsum(equation, x, y):
-    """In the operands' dtype, accumulated and returned in float32 (float32 means float32, on every
-    platform).
+    """A product in the operands' dtype, accumulated and returned in float32.
+
+    float32 operands are multiplied at full precision on every platform.
     """
     precision = "highest" if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)

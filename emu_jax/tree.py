@@ -1,10 +1,9 @@
-"""The one rule language: ordered (regex, value) rows over parameter paths such as
-"llama/blocks/q/w".
+"""Nested dicts of parameters, and the one rule language over their paths.
 
-Shardings, what trains, learning rates, weight decay and LoRA targets are all said with it
-(big_vision's habit). A row must match a whole path; the first that does wins. A leaf that no row
-covers, and a row that no leaf needs, are errors: a rule that silently did nothing is how a month of
-compute is lost.
+A rule is an ordered list of (regex, value) rows over paths such as "llama/blocks/attn/q/w": the
+first row that matches a complete path wins (big_vision's habit). Shardings, what trains, learning
+rates, weight decay and LoRA's targets are rules. A leaf that no row covers, and a row that no leaf
+needs, are errors: a rule that silently did nothing can cost a month of compute.
 """
 
 import re
@@ -15,7 +14,7 @@ Tree = dict[str, Any]
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("a/b/c", leaf) pairs of a nested dict in sorted order, which is jax.tree's order too."""
+    """("a/b/c", leaf) pairs of a nested dict, sorted by name at each level as jax.tree does."""
     for name in sorted(tree):
         path = f"{prefix}/{name}" if prefix else name
         if isinstance(tree[name], dict):
@@ -25,7 +24,7 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unflatten(pairs: dict[str, Any]) -> Tree:
-    """The nested dict of a flat {"a/b/c": leaf}; inverse of `dict(leaves(tree))`."""
+    """The nested dict of a flat {"a/b/c": leaf}: the inverse of `dict(leaves(tree))`."""
     tree: Tree = {}
     for path, leaf in pairs.items():
         *parents, name = path.split("/")
@@ -37,11 +36,10 @@ def unflatten(pairs: dict[str, Any]) -> Tree:
 
 
 def by_rule(rules: Sequence[Any], tree: Tree, what: str = "rules") -> Tree:
-    """A tree like `tree` with, at every leaf, the value of the first row whose regex matches its
-    whole path.
+    """A tree like `tree`, with the value of the first row that matches the path of each leaf.
 
-    Raises ValueError, naming `what`, for a leaf without a row, for a row that no leaf needed, and
-    for what is no row.
+    Raises ValueError, naming `what`, for a leaf without a row, for a row that no leaf needs, and
+    for an entry that is not a (regex, value) row.
     """
     used: set[int] = set()
     for row in rules:
@@ -61,12 +59,14 @@ def by_rule(rules: Sequence[Any], tree: Tree, what: str = "rules") -> Tree:
     idle = [pattern for number, (pattern, _) in enumerate(rules) if number not in used]
     if idle:
         raise ValueError(
-            f"{what}: no parameter needs the row {idle[0]!r}; the parameters are under {sorted(tree)}"
+            f"{what}: no parameter needs the row {idle[0]!r}; "
+            f"the parameters are under {sorted(tree)}"
         )
     return unflatten(values)
 
 
 def _is_row(row: Any) -> bool:
+    """Whether it is a pair that begins with a valid regular expression."""
     try:
         pattern, _ = row
         return bool(re.compile(pattern))
@@ -83,5 +83,5 @@ def split(tree: Tree, chosen: Tree) -> tuple[Tree, Tree]:
 
 
 def merge(*trees: Tree) -> Tree:
-    """One nested dict of disjoint ones; inverse of `split`."""
+    """One nested dict of several disjoint ones: the inverse of `split`."""
     return unflatten({path: leaf for tree in trees for path, leaf in leaves(tree)})

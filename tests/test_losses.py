@@ -1,6 +1,4 @@
-"""Laws of the fused objective: it is the plain one, in value and gradient, on any mesh, without its
-memory.
-"""
+"""Laws of the fused objective: the plain one's value and gradient, without its memory."""
 
 import re
 from functools import partial
@@ -38,9 +36,10 @@ def learnt(dtype=jnp.float32):
 
 
 def given():
-    """Labels in both tables; weights that are fractions, and 0 in a whole row and elsewhere;
-    predictors that share a position, and fall off both ends of the row where they count for
-    nothing.
+    """Arguments with every special case.
+
+    Labels in both tables; fractional weights, 0 in one complete row and elsewhere; predictors that
+    share a position, and that lie beyond both ends of the row where their weight is 0.
     """
     rng = np.random.default_rng(0)
     labels = rng.integers(0, V + n, (B, T))
@@ -69,7 +68,7 @@ def given():
 def plain(
     learnt, labels, label_weights, predictors, targets, target_weights, text_scale, image_scale
 ):
-    """The objective as one would write it down."""
+    """The objective written directly, with all logits."""
     hidden, head, regress = jax.tree.map(lambda x: x.astype(jnp.float32), learnt)
     logits = jnp.einsum("BTD,VD->BTV", hidden, jnp.concatenate([head["base"], head["added"]]))
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
@@ -85,7 +84,7 @@ def ours(learnt, *given, chunk=4):
 
 
 value_and_grad = partial(jax.value_and_grad, has_aux=True)
-# compiled once for all tests
+# Compiled once for all tests.
 fused_once = jax.jit(value_and_grad(ours))
 plain_once = jax.jit(value_and_grad(plain))
 
@@ -113,7 +112,7 @@ def test_equals_plain(chunk):
 def test_large_logits_do_not_overflow():
     (hidden, *heads) = learnt()
     y = given()
-    # logits of some hundreds
+    # Logits of several hundred.
     x = (50 * hidden, *heads)
     got = fused_once(x, *y)
     want = plain_once(x, *y)
@@ -126,7 +125,7 @@ def test_what_does_not_count_has_no_gradient():
     _, (d_hidden, _, _) = fused_once(learnt(), *y)
     counts = np.asarray(y[1]) != 0
     for b, k in zip(*np.nonzero(y[4]), strict=True):
-        # predicts a target that counts
+        # This position predicts a target that counts.
         counts[b, y[2][b, k]] = True
     np.testing.assert_array_equal(np.any(d_hidden, -1), counts)
 
@@ -164,7 +163,7 @@ def test_gradient_by_finite_differences(part):
     x = learnt()
     y = given()
     gradient = fused_once(x, *y)[1][part]
-    # every element counts, none cancels another
+    # Every element adds to the derivative; none cancels another.
     direction = jax.tree.map(lambda g: jnp.where(g < 0, -1.0, 1.0), gradient)
     at = jax.jit(
         lambda step: ours(
@@ -247,12 +246,12 @@ def arrays(function, *arguments):
     }
 
 
-# T is 11: chunks of 4, 4, 3 and, evenly, of 6 and 5
+# T is 11: chunks of 4, 4 and 3, or of 6 and 5.
 @pytest.mark.parametrize("chunk, largest_chunk", [(4, 4), (8, 6)])
 @pytest.mark.parametrize("wrap", [partial, value_and_grad])
 def test_logits_never_exist_beyond_a_chunk(wrap, chunk, largest_chunk):
-    # of the arrays over the vocabulary that are no weights
     def largest(function):
+        """Size of the largest array over the vocabulary that is not a weight."""
         found = arrays(function, learnt(), *given())
         return max(
             np.prod(shape)
@@ -265,7 +264,7 @@ def test_logits_never_exist_beyond_a_chunk(wrap, chunk, largest_chunk):
 
 
 def test_evaluating_makes_no_gradient():
-    # so that the weights' copies are bfloat16
+    # In bfloat16 the casted copies of the weights cannot be mistaken for a gradient.
     x = learnt(jnp.bfloat16)
     y = given()
     buffer = ((V, D), "float32")
@@ -274,7 +273,7 @@ def test_evaluating_makes_no_gradient():
 
 
 def test_a_frozen_head_costs_no_gradient_buffer():
-    # one row: a chunk of one token is far smaller than the head
+    # One row: a chunk of one token is far smaller than the head.
     y = [part[:1] if part.ndim else part for part in given()]
     x = (
         normal(1, 1, T, D),
@@ -282,13 +281,15 @@ def test_a_frozen_head_costs_no_gradient_buffer():
         {"w": normal(4, D, D)},
     )
 
-    # of the gradient of the first `trained` parts: temporaries and results
     def memory(trained):
+        """Bytes of temporaries and results of the gradient of the first `trained` parts."""
+
         def loss(parts):
             return ours((*parts, *x[trained:]), *y, chunk=1)[0]
 
-        memory = jax.jit(jax.grad(loss)).lower(x[:trained]).compile().memory_analysis()
-        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+        stats = jax.jit(jax.grad(loss)).lower(x[:trained]).compile().memory_analysis()
+        assert stats
+        return stats.temp_size_in_bytes + stats.output_size_in_bytes
 
     assert memory(1) < 4096 * D * 4 / 2 < 4096 * D * 4 < memory(2)
 

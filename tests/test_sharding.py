@@ -1,6 +1,4 @@
-"""One table places every parameter, evenly; and the helpers change where things are, never what
-they are.
-"""
+"""One table places every parameter evenly; helpers change where arrays lie, not their values."""
 
 import inspect
 import re
@@ -8,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +41,9 @@ def test_the_14b_divides(shape, overrides):
     whole = 0
     shard = 0
     for path, leaf in tree.leaves(params):
-        over = [prod(mesh[name] for name in names(axis)) for axis in specs[path]]
+        over = []
+        for axis in specs[path]:
+            over.append(prod(mesh[name] for name in names(axis)))
         assert len(over) <= leaf.ndim and "data" not in sum(map(names, specs[path]), ()), path
         assert all(n % k == 0 for n, k in zip(leaf.shape, over)), (
             f"{path} {leaf.shape} {specs[path]}"
@@ -77,7 +78,7 @@ def test_a_parameter_without_a_row_and_a_row_without_one_are_errors():
 
 
 def test_rows_do_not_overlap():
-    """The first row wins: were a leaf under two, the table would not be readable by row."""
+    """A leaf matches one row only, so each row of the table can be read alone."""
     for path, _ in tree.leaves(
         abstract("debug", emu.Emu, "model.standardise=true") | abstract("debug", Warmup)
     ):
@@ -129,7 +130,7 @@ def test_a_mesh_that_does_not_match_is_one_line(sizes, message):
 # State
 
 
-def test_moments_lie_where_their_parameters_do_and_counters_everywhere():
+def test_moments_lie_with_their_parameters_and_counters_are_replicated():
     c = make.cfg("optim.ema=0.9", "rules.train=(('(vision|ln_visual)/.*', False), ('.*', True))")
     p = make.program(c)
     params = jax.eval_shape(lambda: make.params(p))
@@ -148,7 +149,7 @@ def test_moments_lie_where_their_parameters_do_and_counters_everywhere():
     trained, frozen = (
         sum(value == yes for _, value in tree.leaves(p.trains.unfreeze())) for yes in (True, False)
     )
-    # itself, two moments, an average
+    # A parameter, two moments and an average.
     assert len([own for own in found if own]) == 4 * trained + frozen
 
 
@@ -166,7 +167,7 @@ def test_helpers_do_nothing_without_a_mesh():
 
 @pytest.mark.parametrize("count", [16, 8, 4, 3, 1])
 def test_helpers_take_any_number_of_rows(count):
-    """Pictures during training and captions are few; a large mesh is no reason to fail."""
+    """Few images, as sampled during training, must run on a large mesh too."""
     with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
         x = jnp.arange(2.0 * count).reshape(count, 2)
         for helper in (sharding.constrain_rows, sharding.constrain_images):
@@ -206,7 +207,7 @@ def test_lookup_is_a_row_of_the_tables(shape, B):
             for w, spec in ((base, P("tensor", "fsdp")), (added, P(None, "fsdp")))
         ]
         got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(*placed)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_block_is_gathered_in_the_compute_dtype_and_its_gradient_scattered():
@@ -230,7 +231,7 @@ def test_a_block_is_gathered_in_the_compute_dtype_and_its_gradient_scattered():
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip of a v5e:4x4 that is not here."""
+    """A fake chip of a v5e:4x4."""
 
     id: int
     slice_index: int
@@ -248,10 +249,11 @@ def test_slices_are_neighbours_along_data_alone():
         for y in range(4)
         for x in range(4)
     ]
-    # no annotation is checked: they are no devices
+    # Without the annotations, which the fake chips would fail.
     make_mesh = inspect.unwrap(sharding.make_mesh)
     placed = make_mesh({"data": 4, "fsdp": 4, "tensor": 2}, chips).devices
-    assert [{chip.slice_index for chip in row.flat} for row in placed] == [{0}, {0}, {1}, {1}]
+    slices = np.vectorize(lambda chip: chip.slice_index)(placed)
+    assert [set(row.flat) for row in slices] == [{0}, {0}, {1}, {1}]
     assert len(set(placed.flat)) == 32
     with pytest.raises(UserError, match="lies on 2 slices: data must be a multiple of 2"):
         make_mesh({"data": 1, "fsdp": 32, "tensor": 1}, chips)

@@ -1,4 +1,4 @@
-"""The rule language: the first full match wins, and no rule does nothing without a word."""
+"""The rule language: the first full match wins, and no rule is silently without effect."""
 
 import jax
 import pytest
@@ -45,16 +45,17 @@ def test_a_leaf_without_a_row_is_named():
         tree.by_rule((("vision/.*", 1), ("a.*", 2)), PARAMS, "rules.decay")
 
 
-def test_a_row_behind_one_that_takes_all_its_leaves_is_named():
+def test_a_row_that_earlier_rows_leave_nothing_is_named():
     with pytest.raises(
         ValueError,
-        match=r"no parameter needs the row 'vision/pos'; the parameters are under \['a', 'a-b', 'llama', 'vision'\]",
+        match=r"no parameter needs the row 'vision/pos'; "
+        r"the parameters are under \['a', 'a-b', 'llama', 'vision'\]",
     ):
         tree.by_rule(((".*", 1), ("vision/pos", 2)), PARAMS)
 
 
 @pytest.mark.parametrize("rules", [(("(vision", 1),), (("vision/.*",),), ("vision",), (1,)])
-def test_a_row_that_is_none_is_named(rules):
+def test_an_invalid_row_is_named(rules):
     with pytest.raises(
         ValueError, match=r"rules\.train: .* is not a \(regular expression, value\) row"
     ):
