@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# N processes of one run on this machine, as on N hosts: launch/local.sh N python -m emu_jax.train --config=...
-# Needs bash, sed and python3. Process K has GPU K, where there are GPUs; on a CPU it has the devices that XLA_FLAGS or JAX_NUM_CPU_DEVICES say.
-# Its lines begin with "[K] ". Ctrl-C and SIGTERM reach all. Where one fails, the others have GRACE seconds (5) to end before they are killed; the
-# exit status is the first failure's.
+# Several processes of one run on this machine, as if on several hosts:
+#
+#   launch/local.sh N python -m emu_jax.train --config=...
+#
+# Needs bash, sed and python3. Process K uses GPU K if there are GPUs, otherwise the CPU devices
+# that XLA_FLAGS or JAX_NUM_CPU_DEVICES set. Its lines are prefixed with "[K] ". Ctrl-C and SIGTERM reach
+# all processes. When one fails, the others have GRACE seconds (5) to exit before they are killed;
+# the exit status is that of the first failure.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
-  echo "error: usage: launch/local.sh N COMMAND...: N processes of a command, like 2 python -m emu_jax.train --config=configs/demo.py" >&2
+  echo "error: usage: launch/local.sh N COMMAND..., like 2 python -m emu_jax.train --config=..." >&2
   exit 2
 fi
 count=$1
@@ -20,7 +24,9 @@ JAX_COORDINATOR_ADDRESS="127.0.0.1:$(free_port)"
 JAX_NUM_PROCESSES=$count
 export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES
 
-named() {                               # outlives what it reads from: a signal to the whole group ends that first
+# prefix K: mark the lines of process K. It ignores signals, which may reach the whole group, since
+# it must outlive the process that it reads from.
+prefix() {
   trap '' TERM INT
   exec sed -u "s/^/[$1] /"
 }
@@ -29,7 +35,8 @@ pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
 for ((number = 0; number < count; number++)); do
-  JAX_PROCESS_ID=$number JAX_LOCAL_DEVICE_IDS=$number "$@" > >(named "$number") 2> >(named "$number" >&2) &
+  JAX_PROCESS_ID=$number JAX_LOCAL_DEVICE_IDS=$number "$@" \
+    > >(prefix "$number") 2> >(prefix "$number" >&2) &
   pids+=("$!")
 done
 
@@ -37,7 +44,8 @@ status=0
 deadline=
 running=("${pids[@]}")
 while ((${#running[@]})); do
-  sleep 0.2                             # no `wait -n`: a signal would end it
+  # Not `wait -n`: a signal would end it.
+  sleep 0.2
   still=()
   for pid in "${running[@]}"; do
     code=0
@@ -53,7 +61,8 @@ while ((${#running[@]})); do
   done
   running=("${still[@]}")
   if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#running[@]})); then
-    kill -KILL "${running[@]}" 2>/dev/null || true      # they wait for the one that is gone
+    # They are blocked in a collective with the process that failed.
+    kill -KILL "${running[@]}" 2>/dev/null || true
   fi
 done
 exit "$status"

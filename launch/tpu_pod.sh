@@ -1,26 +1,36 @@
 #!/usr/bin/env bash
-# One run on a TPU pod slice, or several: asks Google Cloud for it as a queued resource, waits, installs, trains on every host, and asks again when it
-# is preempted: launch/tpu_pod.sh NAME --config=configs/pretrain.py --config.checkpoint.to=gs://BUCKET/RUN ...
+# One run on a TPU pod slice, or on several:
 #
-# Needs the gcloud command, logged in, with these set: PROJECT, ZONE (like us-east5-a), TYPE (like v5p-128), and RUNTIME (the TPU software, like
-# v2-alpha-tpuv5). May be set: NODES (slices, 1), SPOT=1 (cheaper, preempted), REPO (a git URL that the hosts can clone; else this checkout's origin)
-# and REF (its commit; else HEAD, which must be pushed). The data must be in the config at paths that every host sees (a mounted bucket or a Filestore).
-# Metrics are in ~/run of the first host, for as long as the slice lives. It is given back at the end, and on Ctrl-C.
+#   launch/tpu_pod.sh NAME --config=configs/pretrain.py --config.checkpoint.to=gs://BUCKET/RUN ...
+#
+# Requests the slice from Google Cloud as a queued resource, waits for it, installs, trains on every
+# host, and requests another one after a preemption. The slice is released at the end and on Ctrl-C.
+#
+# Needs the gcloud command, logged in, and these variables:
+#   PROJECT, ZONE      of Google Cloud; a zone is like us-east5-a
+#   TYPE, RUNTIME      the slice, like v5p-128, and the TPU software, like v2-alpha-tpuv5
+# Optional:
+#   NODES              number of slices (1)
+#   SPOT               1: cheaper, may be preempted
+#   REPO, REF          a git URL that the hosts can clone (origin) and a commit (HEAD, pushed)
+# The config must name data at paths that every host sees, in a mounted bucket or on Filestore.
+# Metrics are in ~/run of the first host for as long as the slice exists.
 set -euo pipefail
 
 name=${1:-}
 for needed in PROJECT ZONE TYPE RUNTIME; do
   if [[ -z ${!needed:-} ]]; then
-    echo "error: set $needed; what it is stands at the top of launch/tpu_pod.sh" >&2
+    echo "error: set $needed; the top of launch/tpu_pod.sh explains it" >&2
     exit 2
   fi
 done
 if [[ ! $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ || $# -lt 2 ]]; then
-  echo "error: usage: launch/tpu_pod.sh NAME --config=FILE --config.checkpoint.to=gs://BUCKET/RUN [...]; NAME is of a-z, 0-9 and -" >&2
+  echo "error: usage: launch/tpu_pod.sh NAME --config=FILE --config.checkpoint.to=gs://BUCKET/RUN" \
+    "[...]; NAME has only a-z, 0-9 and -" >&2
   exit 2
 fi
 if ! command -v gcloud >/dev/null; then
-  echo "error: there is no gcloud command: https://cloud.google.com/sdk/docs/install" >&2
+  echo "error: gcloud is not installed: https://cloud.google.com/sdk/docs/install" >&2
   exit 2
 fi
 shift
@@ -29,7 +39,7 @@ ref=${REF:-$(git rev-parse HEAD)}
 nodes=${NODES:-1}
 where=(--project="$PROJECT" --zone="$ZONE")
 
-ask() {
+request() {
   local how=(--node-id="$name")
   if ((nodes > 1)); then
     how=(--node-count="$nodes" --node-prefix="$name")
@@ -37,18 +47,21 @@ ask() {
   if [[ -n ${SPOT:-} ]]; then
     how+=(--spot)
   fi
-  gcloud compute tpus queued-resources create "$name" "${where[@]}" "${how[@]}" --accelerator-type="$TYPE" --runtime-version="$RUNTIME"
+  gcloud compute tpus queued-resources create "$name" "${where[@]}" "${how[@]}" \
+    --accelerator-type="$TYPE" --runtime-version="$RUNTIME"
 }
 
 state() {
-  gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo NONE
+  gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
+    --format='value(state.state)' 2>/dev/null || echo NONE
 }
 
-give_back() {
+release() {
   gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet || true
 }
 
-everywhere() {                          # a command on every host of every slice at once: they are one run
+# everywhere COMMAND: run it on every host of every slice at once, since they are one run.
+everywhere() {
   local hosts=() slice
   if ((nodes == 1)); then
     hosts=("$name")
@@ -69,10 +82,12 @@ everywhere() {                          # a command on every host of every slice
 }
 
 install="set -e; rm -rf emu && git clone -q '$repo' emu && cd emu && git checkout -q '$ref'
-  python3 -m venv .venv && .venv/bin/python -m pip install -q -r requirements-tpu.txt -r requirements-gcs.txt"
-train="cd emu && exec .venv/bin/python -m emu_jax.train --config.workdir=../run $(printf '%q ' "$@")"
+  python3 -m venv .venv
+  .venv/bin/python -m pip install -q -r requirements-tpu.txt -r requirements-gcs.txt"
+command=".venv/bin/python -m emu_jax.train --config.workdir=../run $(printf '%q ' "$@")"
+train="cd emu && exec $command"
 
-trap give_back EXIT
+trap release EXIT
 trap 'exit 130' INT TERM
 failures=0
 while true; do
@@ -82,19 +97,20 @@ while true; do
       status=0
       began=$SECONDS
       everywhere "$train" || status=$?
-      sleep 60                          # a preemption shows late, and lets the run save and end with 0
+      # A preempted run saves and exits with 0, and its slice changes its state only later.
+      sleep 60
       if ((status == 0)) && [[ $(state) == ACTIVE ]]; then
         exit 0
       fi
       failures=$((status && SECONDS - began < 900 ? failures + 1 : 0))
       if ((failures == 3)); then
-        echo "error: the run failed three times within its first minutes; what it said stands above" >&2
+        echo "error: the run failed three times within its first minutes; see its output above" >&2
         exit 1
       fi
-      echo "the run ended with status $status; it goes on from its last checkpoint" >&2
+      echo "the run ended with status $status; it resumes from its last checkpoint" >&2
       ;;
-    NONE) ask ;;
-    FAILED | SUSPENDED) give_back ;;
+    NONE) request ;;
+    FAILED | SUSPENDED) release ;;
     *) sleep 30 ;;
   esac
 done

@@ -1,6 +1,4 @@
-"""The scripts of launch/: they are clean, what they start is started rightly, and what fails or is
-stopped ends all of it.
-"""
+"""The scripts of launch/: what they start, and that a failure or a signal ends all of it."""
 
 import os
 import signal
@@ -37,15 +35,16 @@ def test_shellcheck_finds_nothing():
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, Path("launch/gke.yaml")], ids=lambda path: path.name)
-def test_each_says_at_the_top_what_it_needs(path):
+def test_each_states_its_needs_at_the_top(path):
     head = path.read_text().split("set -euo")[0].split("apiVersion")[0]
     assert "\n# Needs" in head
 
 
-def test_each_process_is_told_which_it_is_and_its_lines_say_so():
+def test_each_process_knows_its_number_and_its_lines_are_marked():
     run = local(
         3,
-        'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at ${JAX_COORDINATOR_ADDRESS%:*}"; echo bad >&2',
+        'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at ${JAX_COORDINATOR_ADDRESS%:*}"\n'
+        "echo bad >&2",
     )
     out, err = run.communicate(timeout=60)
     assert run.returncode == 0 and sorted(out.splitlines()) == [
@@ -54,14 +53,14 @@ def test_each_process_is_told_which_it_is_and_its_lines_say_so():
     assert sorted(err.splitlines()) == [f"[{k}] bad" for k in range(3)]
 
 
-def test_one_that_fails_ends_the_others():
+def test_a_failed_process_ends_the_others():
     began = time.time()
     run = local(2, 'trap "" TERM; if [ $JAX_PROCESS_ID = 1 ]; then exit 3; fi; exec sleep 100')
     run.wait(60)
     assert run.returncode == 3 and time.time() - began < 30
 
 
-def test_a_signal_reaches_all():
+def test_a_signal_reaches_all_processes():
     run = local(2, 'sleep 100 & trap "echo stopped; kill $!; exit 0" TERM; echo ready; wait')
     assert {run.stdout.readline(), run.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
     run.send_signal(signal.SIGTERM)
@@ -70,7 +69,7 @@ def test_a_signal_reaches_all():
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["launch/local.sh"], "usage: launch/local.sh N COMMAND"),
         (["launch/local.sh", "0", "true"], "usage: "),
@@ -80,9 +79,9 @@ def test_a_signal_reaches_all():
         (["launch/tpu_pod.sh", "emu", "--config=a"], "set PROJECT"),
     ],
 )
-def test_what_is_missing_is_one_line(argv, told):
+def test_a_missing_argument_is_an_error_of_one_line(argv, message):
     done = subprocess.run(argv, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
 
 
 ARGUMENTS = """#!/usr/bin/env bash
@@ -93,13 +92,13 @@ done
 """
 
 
-def test_the_whole_story_is_told_in_order_and_each_stage_finds_what_it_needs(tmp_path):
+def test_the_pipeline_runs_in_order_and_each_stage_finds_its_inputs(tmp_path):
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(ARGUMENTS)
     python.chmod(0o755)
     (tmp_path / "raw").mkdir()
-    # what is done already is passed over, but for what passes over it by itself
+    # The second time, only commands run that skip finished work themselves.
     for _ in range(2):
         subprocess.run(
             [Path("launch/pipeline.sh").resolve(), "paper"],
@@ -133,11 +132,12 @@ def test_the_whole_story_is_told_in_order_and_each_stage_finds_what_it_needs(tmp
             assert c.data.conditions in ("", *made)
 
 
-# What `srun` tells its tasks, on one machine.
+# The variables that `srun` sets for its tasks, on one machine.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 for k in 0 1; do
-  SLURM_JOB_ID=$$ SLURM_NTASKS=2 SLURM_PROCID=$k SLURM_LOCALID=$LOCAL SLURM_STEP_NODELIST=localhost SLURM_STEP_TASKS_PER_NODE=$PER_NODE "$@" &
+  SLURM_JOB_ID=$$ SLURM_NTASKS=2 SLURM_PROCID=$k SLURM_LOCALID=$LOCAL \\
+  SLURM_STEP_NODELIST=localhost SLURM_STEP_TASKS_PER_NODE=$PER_NODE "$@" &
   LOCAL=$((LOCAL + STEP))
 done
 wait
@@ -146,19 +146,19 @@ TASK = """#!/usr/bin/env bash
 exec PYTHON -c 'import sys, jax
 from emu_jax import processes
 processes.initialize()
-told = f"{jax.process_count()} {processes.allgather_json(sys.argv[2])} {sys.argv[1:3]}"
-open(f"TOLD{jax.process_index()}", "w").write(told)' "$@"
+found = f"{jax.process_count()} {processes.allgather_json(sys.argv[2])} {sys.argv[1:3]}"
+open(f"FOUND{jax.process_index()}", "w").write(found)' "$@"
 """
 
 
 @pytest.mark.parametrize(("tasks", "step"), [("1(x2)", 0), ("2", 1)])
 def test_tasks_of_slurm_find_one_another(tmp_path, tasks, step):
-    """A process a node, and several on one: with nothing to set but srun's own variables."""
+    """One process per node, or several on one, with srun's own variables only."""
     for path, text in (
         ("bin/srun", SRUN),
         (
             ".venv/bin/python",
-            TASK.replace("PYTHON", sys.executable).replace("TOLD", f"{tmp_path}/told"),
+            TASK.replace("PYTHON", sys.executable).replace("FOUND", f"{tmp_path}/found"),
         ),
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -182,11 +182,11 @@ def test_tasks_of_slurm_find_one_another(tmp_path, tasks, step):
     assert done.returncode == 0, done.stderr[-2000:]
     for process in range(2):
         assert (
-            tmp_path / f"told{process}"
+            tmp_path / f"found{process}"
         ).read_text() == "2 ['emu_jax.train', 'emu_jax.train'] ['-m', 'emu_jax.train']"
 
 
-def test_the_jobset_starts_a_run_that_there_is():
+def test_the_jobset_starts_an_existing_config():
     jobset = yaml.safe_load(Path("launch/gke.yaml").read_text())
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]
@@ -201,7 +201,7 @@ def test_the_jobset_starts_a_run_that_there_is():
     )
 
 
-def test_a_pod_that_was_stopped_has_not_done_its_work():
+def test_a_stopped_pod_fails_so_that_the_set_restarts():
     pod = yaml.safe_load(Path("launch/gke.yaml").read_text())["spec"]["replicatedJobs"][0][
         "template"
     ]["spec"]["template"]["spec"]["containers"][0]
@@ -219,12 +219,13 @@ def test_a_pod_that_was_stopped_has_not_done_its_work():
     assert run.communicate(timeout=60)[0] == "saved\n" and run.returncode == 143
 
 
-def test_a_job_of_slurm_that_was_stopped_is_queued_again(tmp_path):
+def test_a_stopped_slurm_job_is_queued_again(tmp_path):
     fakes = {
         "bin/srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
         "bin/scontrol": 'echo "$@"',
         "bin/scancel": "kill -TERM $(cat pid)",
-        ".venv/bin/python": 'echo $$ > pid; sleep 100 & trap "sleep 0.2; echo saved; kill $!; exit 0" TERM; echo ready; wait',
+        ".venv/bin/python": "echo $$ > pid\nsleep 100 &\n"
+        'trap "sleep 0.2; echo saved; kill $!; exit 0" TERM\necho ready\nwait',
     }
     for path, text in fakes.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -254,12 +255,15 @@ case $3 in
     esac ;;
   tpu-vm)
     echo "${@: -1}" >> commands
-    if [[ ${@: -1} == *emu_jax.train* && ! -e again ]]; then touch again; echo SUSPENDED > state; fi ;;     # preempted: it saves and ends with 0
+    # Preempted: it saves and exits with 0.
+    if [[ ${@: -1} == *emu_jax.train* && ! -e again ]]; then
+      touch again; echo SUSPENDED > state
+    fi ;;
 esac
 """
 
 
-def test_a_pod_of_tpus_is_asked_for_again_when_it_is_preempted(tmp_path):
+def test_a_preempted_tpu_pod_is_requested_again(tmp_path):
     for name, text in (("gcloud", GCLOUD), ("sleep", "")):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -286,14 +290,14 @@ def test_a_pod_of_tpus_is_asked_for_again_when_it_is_preempted(tmp_path):
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0 and "goes on from its last checkpoint" in done.stderr
+    assert done.returncode == 0 and "resumes from its last checkpoint" in done.stderr
     calls = [
         call for call in (tmp_path / "calls").read_text().splitlines() if "describe" not in call
     ]
-    asked = "queued-resources create emu"
+    requested = "queued-resources create emu"
     trained = ["tpu-vm ssh emu-0", "tpu-vm ssh emu-1"]
     assert (
-        calls[0] == calls[6] == asked
+        calls[0] == calls[6] == requested
         and calls[5] == calls[-1] == "queued-resources delete emu"
         and len(calls) == 12
     )

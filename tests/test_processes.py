@@ -79,7 +79,8 @@ def stopped(data, tmp_path_factory):
     )
     while run.poll() is None and not (workdir / f"checkpoints/{STEPS}").exists():
         time.sleep(0.02)
-    os.kill(int((folder / "pid-1").read_text()), signal.SIGTERM)
+    if run.poll() is None:
+        os.kill(int((folder / "pid-1").read_text()), signal.SIGTERM)
     _, err = run.communicate(timeout=300)
     assert run.returncode == 0 and "Traceback" not in err, err[-3000:]
     return workdir, err
