@@ -134,7 +134,7 @@ def _lora(file: dict[str, np.ndarray]) -> LoraConfig:
     """Of the file's adapter, whose alpha is its rank, without dropout; rank 0 where it has none."""
     names = map(str, file["parameter_names"])
     shapes = map(json.loads, map(str, file["parameter_shapes"]))
-    _, adapter = emu1.parted(dict(zip(names, map(tuple, shapes), strict=False)))
+    _, adapter = emu1.split_lora(dict(zip(names, map(tuple, shapes), strict=False)))
     rank = peft.infer_config(adapter, {})["lora.rank"]
     return (
         LoraConfig(rank, float(rank), 0.0, peft.default_config(adapter, {})["lora.targets"])
@@ -152,7 +152,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     config = size_of(file)
     table = emu1.table(config)
     foreign = weights(file)
-    plain, adapter = emu1.parted(foreign)
+    plain, adapter = emu1.split_lora(foreign)
     params = tree.merge(
         convert.from_theirs(table, plain), convert.from_theirs(peft.table(config), adapter)
     )
@@ -172,7 +172,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     gradient = _gradient(config, params, batch, images)
     theirs = _theirs(table, gradient) | _theirs(peft.table(config), gradient)
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
-        own = next(key for part in emu1.parted({name: None}) for key in part)
+        own = next(key for part in emu1.split_lora({name: None}) for key in part)
         if own not in theirs:
             raise UserError(
                 f"golden file: grad_names has {name!r}, which is no parameter that trains"

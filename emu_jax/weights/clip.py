@@ -1,10 +1,10 @@
-"""CLIP as Hugging Face's CLIPModel keeps it (openai/clip-vit-large-patch14 and others): its names
-and ours.
+"""CLIP in the format of transformers' CLIPModel, such as openai/clip-vit-large-patch14.
 
-No part of an Emu: config.model has the group `clip` for it alone. The files beside its tensors that
-say how texts and pictures become numbers go into the checkpoint as they are.
+Not part of an Emu: it has its own group, config.model.clip. The tokenizer's and the preprocessor's
+files are copied into the checkpoint unchanged.
 """
 
+import re
 from math import isqrt
 from typing import Any
 
@@ -14,14 +14,16 @@ from emu_jax.models import clip, module
 from emu_jax.models.clip import ACTIVATIONS, ClipConfig
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.eva_clip import linear, norm
-from emu_jax.weights.family import Family, Shapes, layers
+from emu_jax.weights.family import Family, Shapes, count_layers
 
-# the first, or else the other two
+# Files of the tokenizer: the first, or else the other two.
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
 WHERE = (
-    "--clip=DIR: a CLIP, made of a folder of Hugging Face's with config.json, model.safetensors or pytorch_model.bin, tokenizer.json and "
-    "preprocessor_config.json (as openai/clip-vit-large-patch14 has them) by: python -m emu_jax.weights import --family=clip FOLDER --to=DIR"
+    "--clip=DIR, a CLIP. Download a folder with config.json, model.safetensors or "
+    "pytorch_model.bin, tokenizer.json and preprocessor_config.json, such as "
+    "openai/clip-vit-large-patch14, and run: "
+    "python -m emu_jax.weights import --family=clip FOLDER --to=DIR"
 )
 
 
@@ -41,6 +43,7 @@ def table(model_config: ClipConfig) -> Table:
                 "e c i j -> i j c e",
             ),
             Row("vision_model.embeddings.position_embedding.weight", "vision/positions"),
+            # The misspelling is the library's.
             *norm("vision_model.pre_layrnorm", "vision/before"),
             *_blocks("vision_model.", "vision", "vh"),
             *norm("vision_model.post_layernorm", "vision/after"),
@@ -56,24 +59,16 @@ def table(model_config: ClipConfig) -> Table:
 def _blocks(theirs: str, ours: str, heads: str) -> tuple[Row, ...]:
     block = theirs + "encoder.layers.{l}."
     ours = f"{ours}/blocks"
+    weight = f"({heads} d) e -> e {heads} d"
+    bias = f"({heads} d) -> {heads} d"
     return (
         *norm(block + "layer_norm1", f"{ours}/norm1"),
-        *(
-            row
-            for name in "qkv"
-            for row in (
-                Row(
-                    f"{block}self_attn.{name}_proj.weight",
-                    f"{ours}/{name}/w",
-                    f"({heads} d) e -> e {heads} d",
-                ),
-                Row(
-                    f"{block}self_attn.{name}_proj.bias",
-                    f"{ours}/{name}/bias",
-                    f"({heads} d) -> {heads} d",
-                ),
-            )
-        ),
+        Row(block + "self_attn.q_proj.weight", f"{ours}/q/w", weight),
+        Row(block + "self_attn.q_proj.bias", f"{ours}/q/bias", bias),
+        Row(block + "self_attn.k_proj.weight", f"{ours}/k/w", weight),
+        Row(block + "self_attn.k_proj.bias", f"{ours}/k/bias", bias),
+        Row(block + "self_attn.v_proj.weight", f"{ours}/v/w", weight),
+        Row(block + "self_attn.v_proj.bias", f"{ours}/v/bias", bias),
         Row(block + "self_attn.out_proj.weight", f"{ours}/o/w", f"e ({heads} d) -> {heads} d e"),
         Row(block + "self_attn.out_proj.bias", f"{ours}/o/bias"),
         *norm(block + "layer_norm2", f"{ours}/norm2"),
@@ -83,61 +78,55 @@ def _blocks(theirs: str, ours: str, heads: str) -> tuple[Row, ...]:
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of model.clip; None where neither tensors nor config.json say. What config.json leaves
-    out is as in the library.
+    """Infer config.model.clip; None for fields that neither tensors nor config.json determine.
+
+    A field that config.json omits has the library's default.
     """
-    tokens, text, patch, vision, out = (
-        shapes.get(name)
-        for name in (
-            "text_model.embeddings.token_embedding.weight",
-            "text_model.embeddings.position_embedding.weight",
-            "vision_model.embeddings.patch_embedding.weight",
-            "vision_model.embeddings.position_embedding.weight",
-            "visual_projection.weight",
-        )
-    )
-    eos = config.get("text_config", {}).get("eos_token_id", 49407) if config else None
+    tokens = shapes.get("text_model.embeddings.token_embedding.weight")
+    text = shapes.get("text_model.embeddings.position_embedding.weight")
+    patch = shapes.get("vision_model.embeddings.patch_embedding.weight")
+    vision = shapes.get("vision_model.embeddings.position_embedding.weight")
+    out = shapes.get("visual_projection.weight")
     found = {
         "features": out and out[0],
         "image": vision and patch and isqrt(vision[0] - 1) * patch[-1],
         "patch": patch and patch[-1],
         "vocab": tokens and tokens[0],
         "context": text and text[0],
-        "eos": eos,
+        "eos": config.get("text_config", {}).get("eos_token_id", 49407) if config else None,
     }
     for name, heads in (("text", 8), ("vision", 12)):
-        found |= {
-            f"{name}.{field}": value for field, value in _tower(shapes, config, name, heads).items()
-        }
+        tower = _infer_tower(shapes, config, name, heads)
+        found |= {f"{name}.{field}": value for field, value in tower.items()}
     return {f"clip.{field}": value for field, value in found.items()}
 
 
-def _tower(shapes: Shapes, config: dict[str, Any], name: str, heads: int) -> dict[str, Any]:
-    block = rf"{name}_model.encoder.layers."
-    q, up = (shapes.get(f"{block}0.{matrix}.weight") for matrix in ("self_attn.q_proj", "mlp.fc1"))
-    said = (
-        {"num_attention_heads": heads, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
-        | config.get(f"{name}_config", {})
-        if config
-        else {}
-    )
-    activation = said.get("hidden_act")
+def _infer_tower(shapes: Shapes, config: dict[str, Any], name: str, heads: int) -> dict[str, Any]:
+    block = f"{name}_model.encoder.layers."
+    q = shapes.get(f"{block}0.self_attn.q_proj.weight")
+    up = shapes.get(f"{block}0.mlp.fc1.weight")
+    fields = {}
+    if config:
+        defaults = dict(num_attention_heads=heads, layer_norm_eps=1e-5, hidden_act="quick_gelu")
+        fields = defaults | config.get(f"{name}_config", {})
+    activation = fields.get("hidden_act")
     if activation not in (None, *ACTIVATIONS):
         raise UserError(
-            f"its config.json asks for hidden_act={activation!r}, which is not built; there are {', '.join(ACTIVATIONS)}"
+            f"config.json has hidden_act={activation!r}, which is not supported; "
+            f"choose from {', '.join(ACTIVATIONS)}"
         )
     return {
         "width": q and q[0],
-        "depth": layers(shapes, block.replace(".", r"\.") + r"(\d+)\..*"),
-        "heads": said.get("num_attention_heads"),
+        "depth": count_layers(shapes, re.escape(block) + r"(\d+)\..*"),
+        "heads": fields.get("num_attention_heads"),
         "ffn": up and up[0],
-        "eps": said.get("layer_norm_eps"),
+        "eps": fields.get("layer_norm_eps"),
         "activation": activation,
     }
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """As CLIPConfig has it."""
+    """Write the config.json of CLIPModel."""
     model_config = ClipConfig.of(model)
 
     def tower(one):
@@ -166,15 +155,15 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     }
 
 
-def model_config(model: dict[str, Any]) -> ClipConfig:
-    """Of config.model. Raises UserError where it has no CLIP."""
+def make_config(model: dict[str, Any]) -> ClipConfig:
+    """Make the config of a CLIP. Raises UserError where config.model has none."""
     if "clip" not in model:
-        raise UserError("its config has no model.clip")
+        raise UserError("the config has no model.clip")
     return ClipConfig.of(model)
 
 
 def shapes(model_config: ClipConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf."""
+    """Shapes of all leaves."""
     for tower in (model_config.text, model_config.vision):
         if tower.heads < 1 or tower.width % tower.heads:
             raise UserError(f"{tower.heads} heads do not divide a width of {tower.width}")
@@ -184,14 +173,15 @@ def shapes(model_config: ClipConfig) -> dict[str, tuple[int, ...]]:
 
 
 FAMILY = Family(
-    "clip",
+    name="clip",
+    about="CLIP for the CLIP score: transformers' CLIPModel, with its tokenizer",
     signature=r"vision_model\.pre_layrnorm\.weight",
     table=table,
     infer_config=infer_config,
     config_json=config_json,
-    model_config=model_config,
+    make_config=make_config,
     shapes=shapes,
     config_file="clip",
     extra_files=(*TOKENIZER, *PREPROCESSOR),
-    hint="score pictures with --clip={to}",
+    hint="the network of the CLIP score: --clip={to}",
 )

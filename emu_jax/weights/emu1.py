@@ -1,9 +1,9 @@
-"""The released Emu checkpoint, pretrained or chat: EVA-CLIP's, T5's and LLaMA's tables under its
-prefixes, and its own few names.
+"""The released Emu checkpoint, pretrained or chat.
 
-A chat model's LoRA is merged into its weights, or becomes PEFT's adapter (`parted`); exports have
-none. A model with more added tokens than the file ([USER] [ASSISTANT]) gets their rows as the mean
-of the others.
+Its table is EVA-CLIP's, T5's and LLaMA's under its prefixes, plus a few names of its own. A chat
+model's LoRA is merged into its weights, or split off as a PEFT adapter; exports have none. Where
+our model has more added tokens than the file ([USER] [ASSISTANT]), their rows are the mean of the
+others.
 """
 
 import re
@@ -21,21 +21,21 @@ from emu_jax.weights.files import Tensor
 
 LM = "decoder.lm."
 T5 = "cformer.cformer."
-# rows of LLaMA-1's vocabulary; those after it are Emu's
+# Rows of LLaMA-1's vocabulary; later ones are Emu's.
 VOCAB = 32000
 
 
 def table(model_config: EmuConfig) -> Table:
-    """Rows in the model's reading order, for a model of `model_config`."""
+    """Rows in the model's reading order."""
     base, added = llama.vocabulary(model_config.llama, LM)
     rows = (
         *eva_clip.rows(model_config.vision),
         *eva_clip.norm("ln_visual", "ln_visual"),
         Row("cformer.causal_tokens", "resampler/queries", "1 n c -> n c"),
-        *t5.rows(model_config.resampler, T5, "qkv"),
+        *t5.rows(T5, "qkv"),
         *eva_clip.linear("cformer.projection", "resampler/project"),
         *(row for pair in zip(base, added) for row in pair),
-        *llama.blocks(model_config.llama, LM),
+        *llama.blocks(LM),
         Row(LM + "stu_regress_head.weight", "regress_head/w", "o i -> i o"),
     )
     return Table(
@@ -57,7 +57,7 @@ def table(model_config: EmuConfig) -> Table:
 
 
 def rename(name: str) -> str:
-    """A released name without its optional leading `module.` and without PEFT's wrapping."""
+    """Remove the optional prefix `module.` and PEFT's wrappers from a released name."""
     return (
         re.sub(r"^module\.", "", name)
         .replace("decoder.lm.base_model.model.", LM)
@@ -66,47 +66,51 @@ def rename(name: str) -> str:
 
 
 def canonical(foreign: Tensors, *, lora_scale: float = 1.0) -> dict[str, Any]:
-    """The tensors under their plain names, LoRA merged into its weights when they are read: w +
-    lora_scale * B A, with lora_scale = alpha / rank. Raises UserError for half a LoRA.
+    """Rename tensors to the table's names, and merge LoRA into its weights.
+
+    A merged weight is w + lora_scale * B A, computed when it is read. lora_scale: alpha / rank.
+    Raises UserError where half of a LoRA is missing.
     """
     named = {rename(name): tensor for name, tensor in foreign.items()}
     merged = {name: tensor for name, tensor in named.items() if ".lora_" not in name}
     for name in named:
-        if ".lora_" in name:
-            pair = [re.sub(r"\.lora_[AB]\.", f".lora_{half}.", name) for half in "AB"]
-            weight = re.sub(r"\.lora_[AB]\..*", ".weight", name)
-            if lacking := [other for other in (weight, *pair) if other not in named]:
-                raise UserError(f"{name} is there without {lacking[0]}")
-            merged[weight] = _merged(named[weight], *(named[half] for half in pair), lora_scale)
+        if ".lora_" not in name:
+            continue
+        a = re.sub(r"\.lora_[AB]\.", ".lora_A.", name)
+        b = re.sub(r"\.lora_[AB]\.", ".lora_B.", name)
+        weight = re.sub(r"\.lora_[AB]\..*", ".weight", name)
+        if missing := [other for other in (weight, a, b) if other not in named]:
+            raise UserError(f"{name} needs {missing[0]}, which is missing")
+        merged[weight] = _merged(named[weight], named[a], named[b], lora_scale)
     return merged
 
 
-def parted(foreign: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the tensors under their plain names without LoRA, its A and B as PEFT's adapter files name
-    them).
-    """
-    named = {rename(name): tensor for name, tensor in foreign.items()}
-    adapter = {
-        re.sub(r"(\.lora_[AB])\..*", r"\1.weight", name).replace(LM, "base_model.model.", 1): tensor
-        for name, tensor in named.items()
-        if ".lora_" in name
-    }
-    return {name: tensor for name, tensor in named.items() if ".lora_" not in name}, adapter
+def split_lora(foreign: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split into (tensors under the table's names, LoRA under the names of a PEFT adapter)."""
+    plain = {}
+    adapter = {}
+    for name, tensor in foreign.items():
+        name = rename(name)
+        if ".lora_" in name:
+            name = re.sub(r"(\.lora_[AB])\..*", r"\1.weight", name)
+            adapter[name.replace(LM, "base_model.model.", 1)] = tensor
+        else:
+            plain[name] = tensor
+    return plain, adapter
 
 
 def _merged(w: Any, a: Any, b: Any, scale: float) -> Tensor:
     dtype = np.promote_types(w.dtype, np.promote_types(a.dtype, b.dtype))
 
-    def read():
-        return np.asarray(w).astype(np.float32) + np.float32(scale) * (
-            np.asarray(b).astype(np.float32) @ np.asarray(a).astype(np.float32)
-        )
+    def read() -> np.ndarray:
+        w32, a32, b32 = (np.asarray(x).astype(np.float32) for x in (w, a, b))
+        return (w32 + np.float32(scale) * (b32 @ a32)).astype(dtype)
 
-    return Tensor(tuple(w.shape), dtype, lambda: read().astype(dtype))
+    return Tensor(tuple(w.shape), dtype, read)
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of config.model that the tensors, and the config.json of an export of ours, fix."""
+    """Infer config.model from the tensors, and from config.json if it is one of our exports."""
     queries = shapes.get("cformer.causal_tokens")
     return {
         **eva_clip.infer_config(shapes, config),
@@ -118,16 +122,15 @@ def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+    """Take rows after LLaMA's vocabulary as added tokens."""
     embed = shapes.get(LM + "model.embed_tokens.weight")
-    return (
-        {"llama.added": embed[0] - config.get("llama", {}).get("vocab_size", VOCAB)}
-        if embed
-        else {}
-    )
+    if not embed:
+        return {}
+    return {"llama.added": embed[0] - config.get("llama", {}).get("vocab_size", VOCAB)}
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """As the release's, and beside it LLaMA's own config, whose heads no tensor shows."""
+    """Write the release's config, and LLaMA's too, because no tensor shows its number of heads."""
     N = model["resampler"]["tokens"]
     return {
         "embed_dim": 1024,
@@ -139,7 +142,8 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "emu1",
+    name="emu1",
+    about="the released Emu, pretrained or chat (BAAI/Emu)",
     signature=r"decoder\.lm\.model\.layers\.\d+\.self_attn\.q_proj\.weight",
     table=table,
     infer_config=infer_config,

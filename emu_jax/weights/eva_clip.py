@@ -1,7 +1,7 @@
-"""EVA-01-CLIP's visual tower, under its own names, with or without their leading "visual.".
+"""The visual tower of EVA-01-CLIP, with or without the prefix "visual." in its names.
 
-PyTorch's linear weights are [out, in]; its qkv holds three of our leaves. The final norm, the head
-and the text tower are not Emu's.
+PyTorch's linear weights are [out, in]; its qkv holds three of our leaves. Emu does not use the
+final norm, the head and the text tower.
 """
 
 from math import isqrt
@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from emu_jax.models.emu import EmuConfig
 from emu_jax.models.vision import VisionConfig
 from emu_jax.weights.convert import Row, Table, Tensors
-from emu_jax.weights.family import Family, Shapes, layers
+from emu_jax.weights.family import Family, Shapes, count_layers
 from emu_jax.weights.files import Tensor
 
-# width of a head in g/14, whose files do not say it
-HEAD = 88
+# Width of a head in g/14, which its files do not state.
+HEAD_WIDTH = 88
 POSITIONS = "visual.pos_embed"
 
 
@@ -23,21 +24,16 @@ def rows(model_config: VisionConfig) -> tuple[Row, ...]:
     """Rows in the model's reading order."""
     E = model_config.width
     block = "visual.blocks.{l}."
+    heads = "(vh d) e -> e vh d"
     return (
         Row("visual.cls_token", "vision/cls", "1 1 e -> e"),
         Row(POSITIONS, "vision/pos", "1 t e -> t e"),
         Row("visual.patch_embed.proj.weight", "vision/patch/w", "e c i j -> i j c e"),
         Row("visual.patch_embed.proj.bias", "vision/patch/bias"),
         *norm(block + "norm1", "vision/blocks/norm1"),
-        *(
-            Row(
-                block + "attn.qkv.weight",
-                f"vision/blocks/attn/{name}/w",
-                "(vh d) e -> e vh d",
-                (i * E, (i + 1) * E),
-            )
-            for i, name in enumerate("qkv")
-        ),
+        Row(block + "attn.qkv.weight", "vision/blocks/attn/q/w", heads, (0, E)),
+        Row(block + "attn.qkv.weight", "vision/blocks/attn/k/w", heads, (E, 2 * E)),
+        Row(block + "attn.qkv.weight", "vision/blocks/attn/v/w", heads, (2 * E, 3 * E)),
         Row(block + "attn.q_bias", "vision/blocks/attn/q/bias", "(vh d) -> vh d"),
         Row(block + "attn.v_bias", "vision/blocks/attn/v/bias", "(vh d) -> vh d"),
         Row(block + "attn.proj.weight", "vision/blocks/attn/o/w", "e (vh d) -> vh d e"),
@@ -49,14 +45,17 @@ def rows(model_config: VisionConfig) -> tuple[Row, ...]:
 
 
 def norm(theirs: str, ours: str) -> tuple[Row, Row]:
+    """Rows of a LayerNorm."""
     return Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias")
 
 
 def linear(theirs: str, ours: str) -> tuple[Row, Row]:
+    """Rows of a linear layer with a bias."""
     return Row(f"{theirs}.weight", f"{ours}/w", "o i -> i o"), Row(f"{theirs}.bias", f"{ours}/bias")
 
 
 def axes(model_config: VisionConfig) -> dict[str, int]:
+    """Axes that the patterns split: vh heads."""
     return dict(vh=model_config.heads)
 
 
@@ -64,38 +63,43 @@ UNUSED = (r"visual\.(norm|head|fc_norm)\..*", r"visual\.rope\..*", r"text\..*", 
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of model.vision; None where neither tensors nor config.json say."""
-    cls, pos, patch, ffn = (
-        shapes.get(f"visual.{name}")
-        for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-    )
-    head = config.get("vision_cfg", {}).get("head_width") or (
-        HEAD if cls and cls[-1] % HEAD == 0 else None
-    )
+    """Infer config.model.vision; None for fields that tensors and config.json do not determine."""
+    cls = shapes.get("visual.cls_token")
+    pos = shapes.get(POSITIONS)
+    patch = shapes.get("visual.patch_embed.proj.weight")
+    ffn = shapes.get("visual.blocks.0.mlp.fc1.weight")
+    head = config.get("vision_cfg", {}).get("head_width")
+    if not head and cls and cls[-1] % HEAD_WIDTH == 0:
+        head = HEAD_WIDTH
     return {
         "vision.width": cls and cls[-1],
         "vision.patch": patch and patch[-1],
         "vision.image": pos and patch and isqrt(pos[1] - 1) * patch[-1],
-        "vision.depth": layers(shapes, r"visual\.blocks\.(\d+)\..*"),
+        "vision.depth": count_layers(shapes, r"visual\.blocks\.(\d+)\..*"),
         "vision.ffn": ffn and ffn[0],
         "vision.heads": cls and head and cls[-1] // head,
     }
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """As in EVA-CLIP's own configs."""
+    """Write a config in the format of EVA-CLIP's repository."""
     return {"vision_cfg": vision_cfg(VisionConfig(**model["vision"]))}
 
 
 def vision_cfg(model_config: VisionConfig) -> dict[str, Any]:
+    """Fields of EVA-CLIP's vision_cfg."""
+    # g/14's ratio is rounded there: 1408 * 4.3637 is 6144 after truncation.
+    g14_ratio = 4.3637
+    if int(model_config.width * g14_ratio) == model_config.ffn:
+        ratio = g14_ratio
+    else:
+        ratio = model_config.ffn / model_config.width
     return {
         "image_size": model_config.image,
         "layers": model_config.depth,
         "width": model_config.width,
         "head_width": model_config.width // model_config.heads,
-        "mlp_ratio": 4.3637
-        if int(model_config.width * 4.3637) == model_config.ffn
-        else model_config.ffn / model_config.width,
+        "mlp_ratio": ratio,
         "patch_size": model_config.patch,
         "eva_model_name": "eva-clip-g-14-x",
         "drop_path_rate": 0,
@@ -104,20 +108,17 @@ def vision_cfg(model_config: VisionConfig) -> dict[str, Any]:
 
 
 def resized(tensors: Tensors, side: int) -> dict[str, Any]:
-    """The tensors, with position embeddings for side x side patches."""
+    """Replace the position embeddings by interpolated ones for side x side patches."""
     old = tensors[POSITIONS]
-    return dict(tensors) | {
-        POSITIONS: Tensor(
-            (1, 1 + side * side, old.shape[2]),
-            old.dtype,
-            lambda: interpolate(np.asarray(old), side),
-        )
-    }
+    shape = (1, 1 + side * side, old.shape[2])
+    new = Tensor(shape, old.dtype, lambda: interpolate(np.asarray(old), side))
+    return dict(tensors) | {POSITIONS: new}
 
 
 def interpolate(positions: np.ndarray, side: int) -> np.ndarray:
-    """Position embeddings [1, 1 + P, E] of a square of patches on a square of `side`, bicubic as
-    PyTorch's (a = -0.75, edges repeated); that of CLS stays.
+    """Resize position embeddings [1, 1 + P, E] to side x side patches.
+
+    Bicubic as in PyTorch (a = -0.75, edges repeated); the embedding of CLS is kept.
     """
     old = isqrt(positions.shape[1] - 1)
     square = positions[0, 1:].astype(np.float32).reshape(old, old, -1)
@@ -129,25 +130,21 @@ def interpolate(positions: np.ndarray, side: int) -> np.ndarray:
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of cubic convolution (Keys 1981) with a = -0.75 between the centres of
-    cells.
-    """
+    """Weights [new, old] of cubic convolution (Keys 1981) with a = -0.75, between cell centres."""
     a = -0.75
-    places = (np.arange(new) + 0.5) * old / new - 0.5
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old), np.float64)
     for tap in range(-1, 3):
-        x = np.abs(places - np.floor(places) - tap)
+        x = np.abs(centres - np.floor(centres) - tap)
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
-        np.add.at(
-            weights,
-            (np.arange(new), np.clip(np.floor(places).astype(int) + tap, 0, old - 1)),
-            np.where(x <= 1, near, far),
-        )
+        sources = np.clip(np.floor(centres).astype(int) + tap, 0, old - 1)
+        np.add.at(weights, (np.arange(new), sources), np.where(x <= 1, near, far))
     return weights.astype(np.float32)
 
 
-def table(model_config: Any) -> Table:
+def table(model_config: EmuConfig) -> Table:
+    """Rows of the visual tower."""
     return Table(
         rows(model_config.vision),
         axes(model_config.vision),
@@ -157,13 +154,14 @@ def table(model_config: Any) -> Table:
 
 
 def canonical(tensors: Tensors) -> dict[str, Any]:
-    """All under "visual.": a file of the tower alone has its names without."""
-    bare = "cls_token" in tensors
-    return {f"visual.{name}" if bare else name: tensor for name, tensor in tensors.items()}
+    """Add the prefix "visual." where a file of the tower alone has none."""
+    prefix = "visual." if "cls_token" in tensors else ""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 FAMILY = Family(
-    "eva-clip",
+    name="eva-clip",
+    about="EVA-01-CLIP g/14, the start of the visual encoder",
     signature=r"(visual\.)?blocks\.\d+\.attn\.q_bias",
     table=table,
     infer_config=infer_config,

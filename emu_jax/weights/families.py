@@ -1,6 +1,4 @@
-"""The families by the name that --family gives them, the most telling first: an Emu holds an
-EVA-CLIP.
-"""
+"""The foreign families, by the name that --family gives them."""
 
 import re
 from collections.abc import Iterable
@@ -8,6 +6,7 @@ from collections.abc import Iterable
 from emu_jax.weights import clip, emu1, eva_clip, inception, llama, peft, stable_diffusion, t5
 from emu_jax.weights.family import Family
 
+# The most specific signature first: an Emu contains an EVA-CLIP.
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -24,12 +23,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def guess(names: Iterable[str]) -> Family | None:
-    """The family that these names look like."""
-    return next(
-        (
-            family
-            for family in FAMILIES.values()
-            if any(re.fullmatch(family.signature, name) for name in names)
-        ),
-        None,
-    )
+    """Guess the family from tensor names."""
+    names = list(names)
+    for family in FAMILIES.values():
+        if any(re.fullmatch(family.signature, name) for name in names):
+            return family
+    return None

@@ -1,7 +1,7 @@
-"""What a foreign family of checkpoints is: its table, what its files say of the model's size, and
-the config.json of its library.
+"""The description of one foreign family of checkpoints.
 
-Read next: emu1.py, which is made of the others; families.py.
+Its conversion table, how its files determine our config, and the config.json of its own library.
+Read next: emu1.py, which is composed of the others; families.py.
 """
 
 import re
@@ -15,56 +15,70 @@ from emu_jax.models import emu, module
 from emu_jax.models.emu import EmuConfig
 from emu_jax.weights.convert import Table, Tensors
 
+# Foreign name -> shape.
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def emu_shapes(model_config: EmuConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf of an Emu."""
+    """Shapes of all leaves of an Emu."""
     return {path: leaf.shape for path, leaf in tree.leaves(module.abstract(emu.Emu, model_config))}
 
 
-@dataclass(frozen=True)
+def no_fields(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+    """An `infer_config` or `default_config` that sets no field of config.model."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """`sign`: regex of a tensor's name by which a file of the family is known. `says(shapes,
-    config.json)`: fields of config.model that the files fix, None where they do not say; `assumes`:
-    fields that they suggest where no config is given. `config_json(model, tokens)`: of
-    config.model. `tensors`: their tensors under the table's names. `size` of config.model, and the
-    `shapes` of our leaves.
+    """A kind of foreign checkpoint; `model` is our config.model, `config` their config.json."""
 
-    `components`: the subfolders, each with a config.json, in which some libraries keep the parts of
-    a model; names in the table start with "component.", config.json are by component. `stem`: of
-    the files that an export writes. Under another one than Hugging Face's "model" they are without
-    an index where one holds all, and `config_json` makes all the files of JSON by their paths.
-    `adapts`: a field of config.model of which the files may have another value than a given config,
-    and a regex of the leaves that have other shapes then: the import keeps theirs, and training
-    starts those leaves fresh. `config`: of configs/, where none is given. `carries`: files beside
-    the tensors that an import copies into the new directory.
-    """
-
+    # The value of --family.
     name: str
+    # One line of help: which checkpoints these are.
+    about: str
+    # Regex of a tensor's name by which files of the family are recognised.
     signature: str
+    # (our model's config) -> conversion table.
     table: Callable[[Any], Table]
+    # (shapes, config) -> fields of config.model that the files determine; None: they do not.
     infer_config: Callable[[Shapes, dict[str, Any]], dict[str, Any]]
+    # (model, tokens a row) -> config.json of an export; if `stem` is not "model", {path: JSON}.
     config_json: Callable[[dict[str, Any], int], dict[str, Any]]
-    default_config: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = lambda shapes, config: {}
+    # (shapes, config) -> fields of config.model to use where the user gives no config.
+    default_config: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = no_fields
+    # Foreign tensors -> the same under the names of the table.
     canonical: Callable[[Tensors], dict[str, Any]] = dict
-    model_config: Callable[[dict[str, Any]], Any] = EmuConfig.of
+    # (model) -> our model's config, the argument of `table` and `shapes`.
+    make_config: Callable[[dict[str, Any]], Any] = EmuConfig.of
+    # (our model's config) -> shapes of our leaves.
     shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
+    # Subfolders, each with a config.json, that hold the parts of a model. Names in the table start
+    # with "component.", and `config` has one entry a component.
     components: tuple[str, ...] = ()
+    # Stem of an export's files. Any other than Hugging Face's "model" gets no index for one file.
     stem: str = "model"
+    # (field of config.model, regex of leaves): the files may differ from a given config in this
+    # field. The import keeps their value, and training initialises those leaves.
     may_override: tuple[str, str] | None = None
+    # The config, by name, where the user gives none.
     config_file: str = "pretrain"
+    # Files next to the tensors that an import copies.
     extra_files: tuple[str, ...] = ()
+    # What to do with an import; {to} is its directory.
     hint: str = "start from it with --config.init={to}"
 
 
-def layers(shapes: Shapes, pattern: str) -> int | None:
-    """One more than the largest number that `pattern` finds in a name. Raises UserError for one
-    that so few tensors cannot reach.
+def count_layers(shapes: Shapes, pattern: str) -> int | None:
+    """One more than the largest number that `pattern` matches in a name; None without a match.
+
+    Raises UserError where there are fewer tensors than that number, so a hostile name cannot make
+    us allocate.
     """
-    found = [int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))]
-    if max(found, default=0) > len(shapes):
-        raise UserError(
-            f"a tensor is of layer {max(found)}, and there are only {len(shapes)} tensors"
-        )
-    return max(found) + 1 if found else None
+    matches = [re.fullmatch(pattern, name) for name in shapes]
+    numbers = [int(match[1]) for match in matches if match]
+    if not numbers:
+        return None
+    if max(numbers) > len(shapes):
+        raise UserError(f"a tensor names layer {max(numbers)}, but there are {len(shapes)} tensors")
+    return max(numbers) + 1

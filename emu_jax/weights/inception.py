@@ -1,9 +1,10 @@
-"""FID's Inception as torch-fidelity and pytorch-fid keep it (pt_inception-2015-12-05-6726825d.pth):
-its names and ours.
+"""FID's Inception, from the file of torch-fidelity and pytorch-fid.
 
-Convolutions are [out, in, h, w] there; `num_batches_tracked` counts for nothing. No part of an Emu:
-a config says nothing of it.
+The file is pt_inception-2015-12-05-6726825d.pth. Its convolutions are [out, in, h, w];
+`num_batches_tracked` is unused. Not part of an Emu, so no config describes it.
 """
+
+from typing import Any
 
 import jax
 from flax import nnx
@@ -11,58 +12,69 @@ from flax import nnx
 from emu_jax import tree
 from emu_jax.models import inception
 from emu_jax.weights.convert import Row, Table
-from emu_jax.weights.family import Family
+from emu_jax.weights.family import Family, no_fields
 
 WHERE = (
-    "--inception=DIR: FID's Inception, made of pt_inception-2015-12-05-6726825d.pth (github.com/mseitzer/pytorch-fid, releases, fid_weights) "
-    "by: python -m emu_jax.weights import --family=inception FILE --to=DIR"
+    "--inception=DIR, FID's Inception. Download pt_inception-2015-12-05-6726825d.pth "
+    "(github.com/mseitzer/pytorch-fid, releases, fid_weights) and run: "
+    "python -m emu_jax.weights import --family=inception FILE --to=DIR"
 )
 
 
-def table() -> Table:
+def table(model_config: None = None) -> Table:
     """Rows in the model's reading order."""
-    stem = [(conv.name, conv.name) for conv in inception.STEM]
-    mixed = [
-        (f"{block.name}.{conv.name}", f"{block.name}/{conv.name}")
-        for block in inception.BLOCKS
-        for conv in (
-            *(conv for branch in block.branches for step in branch for conv in step),
-            *([block.project] if block.project else []),
-        )
-    ]
-    leaves = (
-        ("conv.weight", "w", "o i h w -> h w i o"),
-        ("bn.weight", "scale", ""),
-        ("bn.bias", "bias", ""),
-        ("bn.running_mean", "mean", ""),
-        ("bn.running_var", "var", ""),
-    )
-    rows = [
-        Row(f"{theirs}.{name}", f"{ours}/{leaf}", pattern)
-        for theirs, ours in (*stem, *mixed)
-        for name, leaf, pattern in leaves
-    ]
+    rows: list[Row] = []
+    for conv in inception.STEM:
+        rows += _conv(conv.name, conv.name)
+    for block in inception.BLOCKS:
+        convs = [conv for branch in block.branches for step in branch for conv in step]
+        if block.project:
+            convs.append(block.project)
+        for conv in convs:
+            rows += _conv(f"{block.name}.{conv.name}", f"{block.name}/{conv.name}")
+    rows += [Row("fc.weight", "fc/w", "k c -> c k"), Row("fc.bias", "fc/bias")]
     return Table(
-        (*rows, Row("fc.weight", "fc/w", "k c -> c k"), Row("fc.bias", "fc/bias")),
+        tuple(rows),
         axes={},
         unused=(r".*\.num_batches_tracked",),
         depth={},
     )
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf."""
+def _conv(theirs: str, ours: str) -> list[Row]:
+    """Rows of a convolution and its batch norm."""
+    return [
+        Row(f"{theirs}.conv.weight", f"{ours}/w", "o i h w -> h w i o"),
+        Row(f"{theirs}.bn.weight", f"{ours}/scale"),
+        Row(f"{theirs}.bn.bias", f"{ours}/bias"),
+        Row(f"{theirs}.bn.running_mean", f"{ours}/mean"),
+        Row(f"{theirs}.bn.running_var", f"{ours}/var"),
+    ]
+
+
+def shapes(model_config: None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of all leaves."""
     fresh = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(inception.Inception(nnx.Rngs(0)))))
     return {path: leaf.shape for path, leaf in tree.leaves(fresh)}
 
 
+def make_config(model: dict[str, Any]) -> None:
+    """None: there is one Inception."""
+
+
+def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Write a config.json that names the network."""
+    return {"model_type": "inception-2015-12-05"}
+
+
 FAMILY = Family(
-    "inception",
+    name="inception",
+    about="FID's Inception: pt_inception-2015-12-05-6726825d.pth",
     signature=r"Mixed_7c\.branch_pool\.conv\.weight",
-    table=lambda size: table(),
-    infer_config=lambda shapes, config: {},
-    config_json=lambda model, tokens: {"model_type": "inception-2015-12-05"},
-    model_config=lambda model: None,
-    shapes=lambda size: shapes(),
-    hint="score pictures with --inception={to}",
+    table=table,
+    infer_config=no_fields,
+    config_json=config_json,
+    make_config=make_config,
+    shapes=shapes,
+    hint="the network of FID: --inception={to}",
 )

@@ -1,17 +1,19 @@
-"""Hugging Face's LLaMA 1, 2 and 3: LlamaForCausalLM's names and config.json.
+"""LLaMA 1, 2 and 3 in the format of transformers' LlamaForCausalLM.
 
-An import makes the rows of Emu's added tokens ([PAD] [IMG] [/IMG] <image>) as the mean of the
-vocabulary's; an export leaves them out, and is a LLaMA again.
+An import initialises the rows of Emu's added tokens ([PAD] [IMG] [/IMG] <image>) with the mean row
+of the vocabulary. An export omits them, so it is a plain LLaMA again.
 """
 
 from typing import Any
 
 from emu_jax.config import UserError
+from emu_jax.models.emu import EmuConfig
 from emu_jax.models.llama import LlamaConfig
 from emu_jax.weights.convert import Row, Table
-from emu_jax.weights.family import Family, Shapes, layers
+from emu_jax.weights.family import Family, Shapes, count_layers
 
-SCALED = {
+# Fields of Llama 3's rope_scaling in their config.json -> ours, in our order.
+ROPE_SCALING = {
     "factor": "factor",
     "low_freq_factor": "low",
     "high_freq_factor": "high",
@@ -19,60 +21,55 @@ SCALED = {
 }
 
 
-def blocks(model_config: LlamaConfig, prefix: str) -> tuple[Row, ...]:
-    """The rows of everything but the vocabulary."""
+def blocks(prefix: str) -> tuple[Row, ...]:
+    """Rows of everything but the vocabulary."""
     block = prefix + "model.layers.{l}."
     return (
         Row(block + "input_layernorm.weight", "llama/blocks/norm1/scale"),
         Row(block + "self_attn.q_proj.weight", "llama/blocks/attn/q/w", "(lh d) D -> D lh d"),
-        *(
-            Row(
-                f"{block}self_attn.{name}_proj.weight",
-                f"llama/blocks/attn/{name}/w",
-                "(lg d) D -> D lg d",
-            )
-            for name in "kv"
-        ),
+        Row(block + "self_attn.k_proj.weight", "llama/blocks/attn/k/w", "(lg d) D -> D lg d"),
+        Row(block + "self_attn.v_proj.weight", "llama/blocks/attn/v/w", "(lg d) D -> D lg d"),
         Row(block + "self_attn.o_proj.weight", "llama/blocks/attn/o/w", "D (lh d) -> lh d D"),
         Row(block + "post_attention_layernorm.weight", "llama/blocks/norm2/scale"),
-        *(
-            Row(f"{block}mlp.{name}_proj.weight", f"llama/blocks/ffn/{name}/w", "o i -> i o")
-            for name in ("gate", "up", "down")
-        ),
+        Row(block + "mlp.gate_proj.weight", "llama/blocks/ffn/gate/w", "o i -> i o"),
+        Row(block + "mlp.up_proj.weight", "llama/blocks/ffn/up/w", "o i -> i o"),
+        Row(block + "mlp.down_proj.weight", "llama/blocks/ffn/down/w", "o i -> i o"),
         Row(prefix + "model.norm.weight", "llama/norm/scale"),
     )
 
 
 def vocabulary(model_config: LlamaConfig, prefix: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """The rows of the vocabulary's tables, LLaMA's own and Emu's added."""
+    """Rows of the embedding and the head: (LLaMA's vocabulary, Emu's added tokens)."""
     V = model_config.vocab
     end = model_config.vocab + model_config.added
-    tables = (
-        (prefix + "model.embed_tokens.weight", "llama/embed"),
-        *(() if model_config.tied else ((prefix + "lm_head.weight", "llama/lm_head"),)),
-    )
-    return (
-        tuple(Row(theirs, f"{ours}/base", cut=(0, V)) for theirs, ours in tables),
-        tuple(Row(theirs, f"{ours}/added", cut=(V, end), grows=True) for theirs, ours in tables),
-    )
+    embed = prefix + "model.embed_tokens.weight"
+    head = prefix + "lm_head.weight"
+    base = [Row(embed, "llama/embed/base", cut=(0, V))]
+    added = [Row(embed, "llama/embed/added", cut=(V, end), grows=True)]
+    if not model_config.tied:
+        base.append(Row(head, "llama/lm_head/base", cut=(0, V)))
+        added.append(Row(head, "llama/lm_head/added", cut=(V, end), grows=True))
+    return tuple(base), tuple(added)
 
 
 def axes(model_config: LlamaConfig) -> dict[str, int]:
+    """Axes that the patterns split: lh query heads, lg key-value heads."""
     return dict(lh=model_config.heads, lg=model_config.kv)
 
 
 def unused(model_config: LlamaConfig, prefix: str) -> tuple[str, ...]:
-    """Frequencies that old files hold; and the head where it is the input table again."""
+    """Names to ignore: rotary frequencies in old files, and a tied head."""
     return (
         r".*rotary_emb\.inv_freq",
         *((rf"{prefix}lm_head\.weight",) if model_config.tied else ()),
     )
 
 
-def table(model_config: Any) -> Table:
+def table(model_config: EmuConfig) -> Table:
+    """Rows in the model's reading order."""
     base, added = vocabulary(model_config.llama, "")
     return Table(
-        (*base, *blocks(model_config.llama, "")),
+        (*base, *blocks("")),
         axes(model_config.llama),
         unused(model_config.llama, ""),
         dict(llama=model_config.llama.depth),
@@ -81,71 +78,78 @@ def table(model_config: Any) -> Table:
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields of model.llama, without the vocabulary's; None where neither tensors nor config.json
-    say.
+    """Infer config.model.llama but for the vocabulary; None for fields left undetermined.
+
+    Raises UserError where config.json describes a model that our LLaMA cannot be.
     """
-    if config.get("model_type", "llama") != "llama":
-        raise UserError(f"its config.json is of a {config['model_type']!r}, not of a 'llama'")
-    if (act := config.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"its config.json says hidden_act={act!r}; a LLaMA has 'silu'")
-    width, heads = (config.get(name) for name in ("hidden_size", "num_attention_heads"))
-    if width and heads and config.get("head_dim") not in (None, width // heads):
-        raise UserError(
-            f"its config.json says head_dim={config['head_dim']}; ours is hidden_size / num_attention_heads = {width // heads}"
-        )
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise UserError("its config.json says that there are biases; a LLaMA has none")
-    embed, gate = (
-        shapes.get(f"{prefix}model.{name}")
-        for name in ("embed_tokens.weight", "layers.0.mlp.gate_proj.weight")
-    )
+    _check(config)
+    embed = shapes.get(f"{prefix}model.embed_tokens.weight")
+    gate = shapes.get(f"{prefix}model.layers.0.mlp.gate_proj.weight")
     base, scaling = rope(config)
+    heads = config.get("num_attention_heads")
     kv = config.get("num_key_value_heads", heads)
+    has_head = f"{prefix}lm_head.weight" in shapes
     return {
         "llama.width": embed and embed[1],
-        "llama.depth": layers(shapes, prefix + r"model\.layers\.(\d+)\..*"),
+        "llama.depth": count_layers(shapes, prefix + r"model\.layers\.(\d+)\..*"),
         "llama.heads": heads,
         "llama.kv_heads": 0 if kv == heads and heads else kv,
         "llama.ffn": gate and gate[0],
         "llama.eps": config.get("rms_norm_eps"),
         "llama.rope_base": base,
         "llama.rope_scaling": scaling,
-        "llama.tied": config.get(
-            "tie_word_embeddings", f"{prefix}lm_head.weight" not in shapes if embed else None
-        ),
+        "llama.tied": config.get("tie_word_embeddings", not has_head if embed else None),
     }
 
 
+def _check(config: dict[str, Any]) -> None:
+    """Raise UserError for a config.json that our LLaMA does not support."""
+    if config.get("model_type", "llama") != "llama":
+        raise UserError(f"config.json has model_type={config['model_type']!r}; expected 'llama'")
+    if (act := config.get("hidden_act", "silu")) != "silu":
+        raise UserError(f"config.json has hidden_act={act!r}; only 'silu' is supported")
+    width = config.get("hidden_size")
+    heads = config.get("num_attention_heads")
+    if width and heads and config.get("head_dim") not in (None, width // heads):
+        raise UserError(
+            f"config.json has head_dim={config['head_dim']}; "
+            f"expected hidden_size / num_attention_heads = {width // heads}"
+        )
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        raise UserError("config.json has attention or MLP biases, which are not supported")
+
+
 def rope(config: dict[str, Any]) -> tuple[float | None, tuple | None]:
-    """(base, our rope_scaling) of a config.json, old (rope_theta, rope_scaling) or new
-    (rope_parameters); None without one.
+    """Read (base, our rope_scaling) from a config.json; (None, None) from an empty one.
+
+    Older files have rope_theta and rope_scaling, newer ones rope_parameters.
     """
     if not config:
         return None, None
-    scaled = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = float(scaled.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = scaled.get("rope_type", scaled.get("type", "default"))
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return base, ()
-    fields = {"linear": ("factor",), "llama3": tuple(SCALED)}.get(kind)
-    if fields is None or any(field not in scaled for field in fields):
+    fields = {"linear": ("factor",), "llama3": tuple(ROPE_SCALING)}.get(kind)
+    if fields is None or any(field not in scaling for field in fields):
         raise UserError(
-            f"its config.json scales rotary positions by {scaled}; 'linear' and 'llama3' are known"
+            f"config.json has the rotary scaling {scaling}; 'linear' and 'llama3' are supported"
         )
-    return base, (kind, *(float(scaled[field]) for field in fields))
+    return base, (kind, *(float(scaling[field]) for field in fields))
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The config.json of LlamaForCausalLM; its longest row is the one trained on, or the one that
-    rope_scaling stretches to.
+    """Write the config.json of LlamaForCausalLM.
+
+    Its context is the trained one, or the length that Llama 3's scaling extends to.
     """
     m = LlamaConfig(**model["llama"])
-    scaling = dict(zip(("rope_type", *SCALED), m.rope_scaling)) or None
+    scaling = dict(zip(("rope_type", *ROPE_SCALING), m.rope_scaling)) or None
     if scaling and m.rope_scaling[0] == "llama3":
-        scaling["original_max_position_embeddings"] = int(
-            scaling["original_max_position_embeddings"]
-        )
-        tokens = max(tokens, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+        context = int(scaling["original_max_position_embeddings"])
+        scaling["original_max_position_embeddings"] = context
+        tokens = max(tokens, int(context * scaling["factor"]))
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -174,11 +178,17 @@ def _infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     return infer_config(shapes, config) | {"llama.vocab": embed and embed[0]}
 
 
+def _default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+    """Compute rotary angles in float32, as transformers does."""
+    return {"llama.rope_dtype": "float32"}
+
+
 FAMILY = Family(
-    "llama",
+    name="llama",
+    about="LLaMA 1, 2 and 3: transformers' LlamaForCausalLM",
     signature=r"model\.layers\.\d+\.self_attn\.q_proj\.weight",
     table=table,
     infer_config=_infer_config,
     config_json=config_json,
-    default_config=lambda shapes, config: {"llama.rope_dtype": "float32"},
+    default_config=_default_config,
 )

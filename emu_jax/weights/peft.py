@@ -1,9 +1,8 @@
-"""PEFT's adapters of a LlamaForCausalLM: adapter_model.safetensors with the A and B of LoRA, and
-adapter_config.json.
+"""PEFT's LoRA adapter of a LlamaForCausalLM.
 
-The rows of [USER] and [ASSISTANT], where they train too, are in no adapter: LLaMA's own vocabulary
-has no place for them. Read next: emu1.py, whose chat model holds the same tensors;
-../models/lora.py.
+A folder with adapter_model.safetensors, which holds LoRA's A and B, and adapter_config.json. An
+adapter lacks the rows of [USER] and [ASSISTANT], because LLaMA's vocabulary has no such tokens.
+Read next: emu1.py, whose chat model holds the same tensors; ../models/lora.py.
 """
 
 import re
@@ -11,16 +10,15 @@ from typing import Any
 
 from emu_jax.config import UserError
 from emu_jax.models.emu import EmuConfig
-from emu_jax.models.lora import LoraConfig
 from emu_jax.weights import llama
 from emu_jax.weights.convert import Row, Table
-from emu_jax.weights.family import Family, Shapes, emu_shapes, layers
+from emu_jax.weights.family import Family, Shapes, count_layers, emu_shapes
 
 BLOCK = "base_model.model.model.layers.{l}."
 MODULES = {f"self_attn.{name}_proj": f"attn/{name}" for name in "qkvo"} | {
     f"mlp.{name}_proj": f"ffn/{name}" for name in ("gate", "up", "down")
 }
-# Patterns of A [r, in] and B [out, r].
+# Patterns of A [r, in] and B [out, r] of the attention; those of the MLP need no heads.
 ATTENTION = {
     "q": ("r D -> D r", "(lh d) r -> r lh d"),
     "k": ("r D -> D r", "(lg d) r -> r lg d"),
@@ -28,6 +26,7 @@ ATTENTION = {
     "o": ("r (lh d) -> lh d r", "D r -> r D"),
 }
 NAME = re.compile(r"base_model\.model\.model\.layers\.\d+\.(?P<module>\w+\.\w+)\.lora_[AB]\.weight")
+# Fields of adapter_config.json that we support with one value only.
 PLAIN = dict(
     use_rslora=False,
     use_dora=False,
@@ -36,7 +35,6 @@ PLAIN = dict(
     rank_pattern={},
     alpha_pattern={},
     modules_to_save=None,
-    # what of PEFT's LoRA there is with us
     layers_to_transform=None,
     trainable_token_indices=None,
 )
@@ -44,24 +42,20 @@ PLAIN = dict(
 
 def table(model_config: EmuConfig) -> Table:
     """Rows of the matrices that have LoRA. Raises UserError where some are not the LLM's."""
-    with_lora = {
-        path.removesuffix("/a") for path in emu_shapes(model_config) if path.endswith("/a")
-    }
-    if strange := with_lora - {f"llama/blocks/{ours}" for ours in MODULES.values()}:
+    leaves = emu_shapes(model_config)
+    with_lora = {path.removesuffix("/a") for path in leaves if path.endswith("/a")}
+    if other := with_lora - {f"llama/blocks/{ours}" for ours in MODULES.values()}:
         raise UserError(
-            f"PEFT's adapter is of a LLaMA: there is no place in it for the LoRA of {min(strange)}"
+            f"a PEFT adapter holds the LoRA of a LLaMA only; this model has it on {min(other)} too"
         )
     rows = []
     for theirs, ours in MODULES.items():
-        if f"llama/blocks/{ours}" in with_lora:
-            for half, pattern in zip("ab", ATTENTION.get(ours[-1], ("r i -> i r", "o r -> r o"))):
-                rows.append(
-                    Row(
-                        f"{BLOCK}{theirs}.lora_{half.upper()}.weight",
-                        f"llama/blocks/{ours}/{half}",
-                        pattern,
-                    )
-                )
+        matrix = f"llama/blocks/{ours}"
+        if matrix not in with_lora:
+            continue
+        a, b = ATTENTION.get(ours[-1], ("r i -> i r", "o r -> r o"))
+        rows.append(Row(f"{BLOCK}{theirs}.lora_A.weight", f"{matrix}/a", a))
+        rows.append(Row(f"{BLOCK}{theirs}.lora_B.weight", f"{matrix}/b", b))
     return Table(
         tuple(rows),
         axes=llama.axes(model_config.llama),
@@ -71,47 +65,45 @@ def table(model_config: EmuConfig) -> Table:
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of config.model that an adapter fixes. Raises UserError for a kind of adapter that is
-    not ours.
-    """
+    """Infer config.model from an adapter. Raises UserError for adapters that are not plain LoRA."""
     if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise UserError(f"its adapter_config.json is of a {kind!r}; only 'LORA' is known here")
-    if strange := [name for name, value in PLAIN.items() if (config.get(name) or value) != value]:
-        raise UserError(
-            f"its adapter_config.json says {strange[0]}={config[strange[0]]!r}, which is not known here"
-        )
+        raise UserError(f"adapter_config.json has peft_type={kind!r}; only 'LORA' is supported")
+    for name, value in PLAIN.items():
+        if (config.get(name) or value) != value:
+            raise UserError(
+                f"adapter_config.json has {name}={config[name]!r}, which is not supported"
+            )
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
     if len(ranks) > 1:
-        raise UserError(f"its matrices are of several ranks: {', '.join(map(str, sorted(ranks)))}")
+        raise UserError(
+            f"the adapter's ranks differ: {', '.join(map(str, sorted(ranks)))}; "
+            "one rank for all matrices is supported"
+        )
     alpha = config.get("lora_alpha")
     return {
         "lora.rank": min(ranks, default=None),
         "lora.alpha": None if alpha is None else float(alpha),
-        "llama.depth": layers(shapes, r"base_model\.model\.model\.layers\.(\d+)\..*"),
+        "llama.depth": count_layers(shapes, r"base_model\.model\.model\.layers\.(\d+)\..*"),
     }
 
 
 def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    modules = sorted(
-        {
-            MODULES[match["module"]]
-            for name in shapes
-            if (match := NAME.fullmatch(name)) and match["module"] in MODULES
-        }
-    )
+    """Put LoRA on the matrices that the adapter has."""
+    matches = [NAME.fullmatch(name) for name in shapes]
+    named = {match["module"] for match in matches if match}
+    modules = sorted(MODULES[module] for module in named & MODULES.keys())
     return {"lora.targets": ((f"llama/blocks/({'|'.join(modules)})/w", True), (".*", False))}
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """adapter_config.json, by its name."""
+    """Write adapter_config.json."""
     model_config = EmuConfig.of(model)
-    modules = sorted(
-        {row.theirs.split(".lora_")[0].rpartition(".")[2] for row in table(model_config).rows}
-    )
-    lora: LoraConfig = model_config.lora
-    # older versions of PEFT know no such field
+    # "q_proj" of "base_model....self_attn.q_proj.lora_A.weight".
+    modules = {row.theirs.split(".lora_")[0].rpartition(".")[2] for row in table(model_config).rows}
+    lora = model_config.lora
+    # Older versions of PEFT do not accept this field.
     plain = {name: value for name, value in PLAIN.items() if name != "trainable_token_indices"}
-    said = {
+    fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
@@ -119,13 +111,14 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": modules,
+        "target_modules": sorted(modules),
     }
-    return {"adapter_config.json": said | plain}
+    return {"adapter_config.json": fields | plain}
 
 
 FAMILY = Family(
-    "peft",
+    name="peft",
+    about="a PEFT LoRA adapter of a LlamaForCausalLM; give --family=llama too",
     signature=NAME.pattern,
     table=table,
     infer_config=infer_config,

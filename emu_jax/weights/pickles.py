@@ -1,9 +1,8 @@
-"""PyTorch's .bin and .pt files, read without unpickling: nothing that they name is ever imported or
-called.
+"""PyTorch's .bin and .pt files, read without unpickling: no code in them is imported or run.
 
-Such a file is a zip of one pickle, which says names, shapes and places, and of storages, which are
-plain bytes. A machine that knows dictionaries, lists, tuples, numbers, strings and tensors
-interprets the pickle here; everything else is refused by its name. Read next: files.py.
+Such a file is a zip of one pickle, which has names, shapes and offsets, and of storages, which are
+plain bytes. The pickle is interpreted by a small stack machine that supports dictionaries, lists,
+tuples, numbers, strings and tensors; anything else is refused by name. Read next: files.py.
 """
 
 import io
@@ -12,14 +11,16 @@ import pickletools
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
 
 from emu_jax.config import UserError
+from emu_jax.files import one_line
 
 STORAGES = {
     "Float": np.float32,
@@ -39,30 +40,33 @@ PARAMETER = "torch._utils._rebuild_parameter"
 MAKES_DICT = "collections.OrderedDict"
 MAKES_TUPLE = "torch.Size"
 KNOWN = {*DTYPES, TENSOR, PARAMETER, MAKES_DICT, MAKES_TUPLE}
-# under which a training run's file keeps the tensors
+# Keys under which files of a training run keep the tensors.
 WRAPPERS = ("state_dict", "module", "model")
+# Budgets: bytes of a pickle, and depth of nested dictionaries.
 LARGEST_PICKLE = 2**27
 DEEPEST = 16
 
 
 class Refused(UserError):
-    """The pickle is more than tensors."""
+    """The pickle holds something other than tensors."""
 
 
 class Global(NamedTuple):
-    """A class or function that the pickle names: only ever compared with those that are known."""
+    """A class or function that the pickle names; only ever compared with the known ones."""
 
     name: str
 
 
 class Storage(NamedTuple):
+    """A flat array in the zip."""
+
     key: str
     dtype: np.dtype
     count: int
 
 
 class Strided(NamedTuple):
-    """A tensor: a window of a storage, offset and strides in elements."""
+    """A tensor as a view of a storage; offset and strides count elements."""
 
     storage: Storage
     offset: int
@@ -71,7 +75,7 @@ class Strided(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A tensor's bytes in the file, from the window's first element to its last."""
+    """Where a tensor lies in the file: `count` elements from byte `start`; strides in elements."""
 
     start: int
     count: int
@@ -81,44 +85,29 @@ class Place(NamedTuple):
 
 
 def places(path: Path) -> dict[str, Place]:
-    """Where each tensor of a .bin or .pt file lies. Raises UserError for whatever is not tensors,
-    or not whole.
+    """Find each tensor of a .bin or .pt file.
+
+    Raises Refused for a pickle with anything but tensors, UserError for a damaged or other file.
     """
     with path.open("rb") as file:
-        start = io.BytesIO(
-            file.read(LARGEST_PICKLE) if file.read(1) == b"\x80" and not file.seek(0) else b""
-        )
-    if start.getbuffer():
-        try:
-            # a magic number, a version, the machine's kind, and what was saved
-            for _ in range(4):
-                interpret(start, str(path))
-        # code in it is the worse news
-        except Refused:
-            raise
-        except UserError:
-            pass
-        raise UserError(
-            f"{path} is in the format that PyTorch wrote before version 1.6; load it there and torch.save it again"
-        )
+        first = file.read(1)
+    if first == b"\x80":
+        _refuse_old_format(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             if len(entries) != len(archive.infolist()):
                 raise UserError(f"{path}: two entries of the zip have the same name")
-            root = next(
-                (name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")),
-                None,
-            )
-            if root is None or f"{root}constants.pkl" in entries:
-                raise UserError(f"{path} is a zip but no torch.save file of tensors")
-            if entries[f"{root}data.pkl"].file_size > LARGEST_PICKLE:
+            root = _root(path, entries)
+            pickle = f"{root}data.pkl"
+            size = entries[pickle].file_size
+            if size > LARGEST_PICKLE:
                 raise UserError(
-                    f"{path}: its pickle has {entries[f'{root}data.pkl'].file_size} bytes, which no list of tensors needs"
+                    f"{path}: its pickle has {size} bytes, too many for a list of tensors"
                 )
             if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
                 raise UserError(f"{path} was saved on a big-endian machine")
-            value = interpret(io.BytesIO(archive.read(f"{root}data.pkl")), str(path))
+            value = interpret(io.BytesIO(archive.read(pickle)), str(path))
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -130,134 +119,74 @@ def places(path: Path) -> dict[str, Place]:
         struct.error,
     ) as error:
         raise UserError(
-            f"{path}: truncated or damaged, or no PyTorch file ({_line(error)})"
+            f"{path}: truncated or damaged, or not a PyTorch file ({one_line(error)})"
         ) from error
     tensors = _tensors(str(path), value)
-    starts = _starts(
-        path,
-        entries,
-        {f"{root}data/{tensor.storage.key}": tensor.storage for tensor in tensors.values()},
-    )
+    storages = {f"{root}data/{tensor.storage.key}": tensor.storage for tensor in tensors.values()}
+    starts = _starts(path, entries, storages)
     return {
         name: _place(f"{path}: {name}", tensor, starts[f"{root}data/{tensor.storage.key}"])
         for name, tensor in tensors.items()
     }
 
 
-def read(path: Path, place: Place) -> np.ndarray:
-    """The tensor, from its own bytes alone."""
-    flat = np.fromfile(path, np.uint8, place.count * place.dtype.itemsize, offset=place.start)
-    if flat.size < place.count * place.dtype.itemsize:
-        raise UserError(f"{path} ends within a tensor")
-    strides = [stride * place.dtype.itemsize for stride in place.strides]
-    return np.asarray(
-        np.lib.stride_tricks.as_strided(
-            flat.view(place.dtype), place.shape, strides, writeable=False
-        ),
-        order="C",
+def _refuse_old_format(path: Path) -> None:
+    """Raise UserError for a bare pickle, the format before PyTorch 1.6; Refused if it has code."""
+    with path.open("rb") as file:
+        stream = io.BytesIO(file.read(LARGEST_PICKLE))
+    try:
+        # Four pickles: a magic number, a version, the machine's kind, and what was saved.
+        for _ in range(4):
+            interpret(stream, str(path))
+    # Code is the worse news, so it is reported first.
+    except Refused:
+        raise
+    except UserError:
+        pass
+    raise UserError(
+        f"{path} has the format of PyTorch before version 1.6; "
+        "load it there and torch.save it again"
     )
 
 
+def _root(path: Path, entries: dict[str, zipfile.ZipInfo]) -> str:
+    """Prefix of all entries of the zip. Raises UserError for a zip without tensors."""
+    for name in entries:
+        if name.endswith("/data.pkl"):
+            root = name.removesuffix("data.pkl")
+            # TorchScript archives hold constants too.
+            if f"{root}constants.pkl" not in entries:
+                return root
+            break
+    raise UserError(f"{path} is a zip, but not a torch.save file of tensors")
+
+
+def read(path: Path, place: Place) -> np.ndarray:
+    """Read a tensor; no other bytes are read."""
+    size = place.count * place.dtype.itemsize
+    flat = np.fromfile(path, np.uint8, size, offset=place.start)
+    if flat.size < size:
+        raise UserError(f"{path} ends within a tensor")
+    strides = [stride * place.dtype.itemsize for stride in place.strides]
+    view = np.lib.stride_tricks.as_strided(
+        flat.view(place.dtype), place.shape, strides, writeable=False
+    )
+    return np.asarray(view, order="C")
+
+
 def interpret(stream: io.BytesIO, where: str) -> Any:
-    """What the next pickle of a stream holds: dicts, lists, tuples, numbers, strings and `Strided`.
-    Raises Refused, naming `where` and the first thing that is none of these, and UserError for a
-    damaged one.
+    """Value of the next pickle in a stream: dicts, lists, tuples, numbers, strings and `Strided`.
+
+    Raises Refused, with `where` and the first other thing, and UserError for a damaged pickle.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def refuse(what: str):
-        raise Refused(
-            f"{where}: its pickle {what}, which is no part of a tensor; refused, and nothing of it was run"
-        )
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    def named(name: str) -> Global:
-        return Global(name) if name in KNOWN else refuse(f"names {name}")
-
+    machine = Machine(where)
     try:
         for op, argument, _ in pickletools.genops(stream):
-            match op.name:
-                case "PROTO" | "FRAME":
-                    pass
-                case "EMPTY_DICT" | "EMPTY_LIST":
-                    stack.append({} if op.name == "EMPTY_DICT" else [])
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op.name])
-                case (
-                    "BININT"
-                    | "BININT1"
-                    | "BININT2"
-                    | "LONG1"
-                    | "LONG4"
-                    | "INT"
-                    | "BINFLOAT"
-                    | "BINUNICODE"
-                    | "SHORT_BINUNICODE"
-                    | "BINUNICODE8"
-                    | "UNICODE"
-                    | "BINSTRING"
-                    | "SHORT_BINSTRING"
-                ):
-                    stack.append(argument)
-                case "MARK":
-                    marks.append(len(stack))
-                case "TUPLE":
-                    stack.append(tuple(since_mark()))
-                case "LIST":
-                    stack.append(since_mark())
-                case "DICT":
-                    stack.append(_dict(since_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    size = int(op.name[-1])
-                    stack[-size:] = [tuple(stack[-size:])]
-                case "APPEND":
-                    stack[-2].append(stack.pop())
-                case "APPENDS":
-                    items = since_mark()
-                    stack[-1].extend(items)
-                case "SETITEM":
-                    item = stack.pop()
-                    key = stack.pop()
-                    stack[-1][key] = item
-                case "SETITEMS":
-                    items = since_mark()
-                    stack[-1].update(_dict(items))
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    memo[int(argument)] = stack[-1]
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "GET" | "BINGET" | "LONG_BINGET":
-                    stack.append(memo[int(argument)])
-                case "GLOBAL":
-                    stack.append(named(argument.replace(" ", ".")))
-                case "STACK_GLOBAL":
-                    name = stack.pop()
-                    module = stack.pop()
-                    stack.append(named(f"{module}.{name}"))
-                case "BINPERSID":
-                    stack.append(_storage(stack.pop()))
-                case "REDUCE":
-                    arguments = stack.pop()
-                    function = stack.pop()
-                    stack.append(_made(function, arguments))
-                case "BUILD":
-                    stack.pop()
-                    # a dict's attributes (its _metadata) are nothing to us
-                    if not isinstance(stack[-1], dict):
-                        refuse("sets the attributes of an object")
-                case "STOP":
-                    return stack.pop()
-                case _:
-                    refuse(f"has the opcode {op.name}")
+            if op.name == "STOP":
+                return machine.pop()
+            if op.name not in OPCODES:
+                machine.refuse(f"has the opcode {op.name}")
+            OPCODES[op.name](machine, argument)
     except (
         ValueError,
         TypeError,
@@ -268,13 +197,183 @@ def interpret(stream: io.BytesIO, where: str) -> Any:
         OverflowError,
     ) as error:
         raise UserError(
-            f"{where}: its pickle is damaged, or no list of tensors ({_line(error)})"
+            f"{where}: its pickle is damaged, or not a list of tensors ({one_line(error)})"
         ) from error
     raise UserError(f"{where}: its pickle has no end")
 
 
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+class Machine:
+    """The pickle's stack machine: a method for each kind of opcode, with the opcode's argument."""
+
+    def __init__(self, where: str):
+        self.where = where
+        self.stack: list[Any] = []
+        # Heights of the stack at each MARK.
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def refuse(self, what: str) -> NoReturn:
+        raise Refused(
+            f"{self.where}: its pickle {what}, which is not part of a tensor; "
+            "refused, and nothing in it was run"
+        )
+
+    def pop(self) -> Any:
+        return self.stack.pop()
+
+    def pop_mark(self) -> list[Any]:
+        """Pop everything above the last mark."""
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def skip(self, _) -> None:
+        pass
+
+    def push(self, argument: Any) -> None:
+        self.stack.append(argument)
+
+    def push_none(self, _) -> None:
+        self.stack.append(None)
+
+    def push_true(self, _) -> None:
+        self.stack.append(True)
+
+    def push_false(self, _) -> None:
+        self.stack.append(False)
+
+    def empty_dict(self, _) -> None:
+        self.stack.append({})
+
+    def empty_list(self, _) -> None:
+        self.stack.append([])
+
+    def empty_tuple(self, _) -> None:
+        self.stack.append(())
+
+    def mark(self, _) -> None:
+        self.marks.append(len(self.stack))
+
+    def make_tuple(self, _) -> None:
+        self.stack.append(tuple(self.pop_mark()))
+
+    def make_list(self, _) -> None:
+        self.stack.append(self.pop_mark())
+
+    def make_dict(self, _) -> None:
+        self.stack.append(_dict(self.pop_mark()))
+
+    def tuple1(self, _) -> None:
+        self.stack[-1:] = [tuple(self.stack[-1:])]
+
+    def tuple2(self, _) -> None:
+        self.stack[-2:] = [tuple(self.stack[-2:])]
+
+    def tuple3(self, _) -> None:
+        self.stack[-3:] = [tuple(self.stack[-3:])]
+
+    def append(self, _) -> None:
+        item = self.pop()
+        self.stack[-1].append(item)
+
+    def appends(self, _) -> None:
+        items = self.pop_mark()
+        self.stack[-1].extend(items)
+
+    def set_item(self, _) -> None:
+        item = self.pop()
+        key = self.pop()
+        self.stack[-1][key] = item
+
+    def set_items(self, _) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(_dict(items))
+
+    def put(self, argument: Any) -> None:
+        self.memo[int(argument)] = self.stack[-1]
+
+    def memoize(self, _) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def get(self, argument: Any) -> None:
+        self.stack.append(self.memo[int(argument)])
+
+    def name(self, argument: Any) -> None:
+        self.push_global(argument.replace(" ", "."))
+
+    def stack_name(self, _) -> None:
+        name = self.pop()
+        module = self.pop()
+        self.push_global(f"{module}.{name}")
+
+    def push_global(self, name: str) -> None:
+        if name not in KNOWN:
+            self.refuse(f"names {name}")
+        self.stack.append(Global(name))
+
+    def storage(self, _) -> None:
+        self.stack.append(_storage(self.pop()))
+
+    def call(self, _) -> None:
+        arguments = self.pop()
+        function = self.pop()
+        self.stack.append(_call(function, arguments))
+
+    def set_state(self, _) -> None:
+        """Ignore the attributes of a dict, such as a state dict's _metadata; refuse any other."""
+        self.pop()
+        if not isinstance(self.stack[-1], dict):
+            self.refuse("sets the attributes of an object")
+
+
+# What each opcode of pickletools does. All others are refused.
+OPCODES: dict[str, Callable[[Machine, Any], None]] = {
+    "PROTO": Machine.skip,
+    "FRAME": Machine.skip,
+    "NONE": Machine.push_none,
+    "NEWTRUE": Machine.push_true,
+    "NEWFALSE": Machine.push_false,
+    "INT": Machine.push,
+    "BININT": Machine.push,
+    "BININT1": Machine.push,
+    "BININT2": Machine.push,
+    "LONG1": Machine.push,
+    "LONG4": Machine.push,
+    "BINFLOAT": Machine.push,
+    "UNICODE": Machine.push,
+    "BINUNICODE": Machine.push,
+    "BINUNICODE8": Machine.push,
+    "SHORT_BINUNICODE": Machine.push,
+    "BINSTRING": Machine.push,
+    "SHORT_BINSTRING": Machine.push,
+    "EMPTY_DICT": Machine.empty_dict,
+    "EMPTY_LIST": Machine.empty_list,
+    "EMPTY_TUPLE": Machine.empty_tuple,
+    "MARK": Machine.mark,
+    "DICT": Machine.make_dict,
+    "LIST": Machine.make_list,
+    "TUPLE": Machine.make_tuple,
+    "TUPLE1": Machine.tuple1,
+    "TUPLE2": Machine.tuple2,
+    "TUPLE3": Machine.tuple3,
+    "APPEND": Machine.append,
+    "APPENDS": Machine.appends,
+    "SETITEM": Machine.set_item,
+    "SETITEMS": Machine.set_items,
+    "PUT": Machine.put,
+    "BINPUT": Machine.put,
+    "LONG_BINPUT": Machine.put,
+    "MEMOIZE": Machine.memoize,
+    "GET": Machine.get,
+    "BINGET": Machine.get,
+    "LONG_BINGET": Machine.get,
+    "GLOBAL": Machine.name,
+    "STACK_GLOBAL": Machine.stack_name,
+    "BINPERSID": Machine.storage,
+    "REDUCE": Machine.call,
+    "BUILD": Machine.set_state,
+}
 
 
 def _dict(items: list[Any]) -> dict[Any, Any]:
@@ -284,41 +383,36 @@ def _dict(items: list[Any]) -> dict[Any, Any]:
 def _storage(identity: Any) -> Storage:
     kind, dtype, key, _location, count = identity
     if kind != "storage" or not isinstance(dtype, Global) or not isinstance(key, str):
-        raise ValueError("a storage is described in an unknown way")
-    return Storage(key, DTYPES[dtype.name], _natural(count))
+        raise ValueError("unknown description of a storage")
+    return Storage(key, DTYPES[dtype.name], _size(count))
 
 
-def _made(function: Any, arguments: tuple) -> Any:
-    """What a call of one of the known functions would make."""
+def _call(function: Any, arguments: tuple) -> Any:
+    """Value that a call of a known function would return; nothing is called."""
     if function == Global(TENSOR):
         storage, offset, shape, strides = arguments[:4]
         if not isinstance(storage, Storage) or len(shape) != len(strides):
-            raise ValueError("a tensor is described in an unknown way")
-        return Strided(
-            storage, _natural(offset), tuple(map(_natural, shape)), tuple(map(_natural, strides))
-        )
+            raise ValueError("unknown description of a tensor")
+        sizes = tuple(map(_size, shape))
+        return Strided(storage, _size(offset), sizes, tuple(map(_size, strides)))
     if function == Global(PARAMETER):
         return arguments[0]
     if function == Global(MAKES_TUPLE):
         return tuple(arguments[0])
     if function == Global(MAKES_DICT):
         return dict(*arguments)
-    raise ValueError(f"{function} is called")
+    raise ValueError(f"{function} is called, which is not a function")
 
 
-def _natural(number: Any) -> int:
+def _size(number: Any) -> int:
     if type(number) is not int or number < 0:
-        raise ValueError(f"{number!r} in the place of a size")
+        raise ValueError(f"expected a size, got {number!r}")
     return number
 
 
 def _tensors(where: str, value: Any) -> dict[str, Strided]:
-    """Every tensor under its dotted name, without the wrappers of a training run's file."""
-    while isinstance(value, dict) and (
-        inner := next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)
-    ):
-        # popped: were it to hold itself, this would end
-        value = value.pop(inner)
+    """Tensors by dotted name, without the wrappers of a training run's file."""
+    value = _unwrapped(value)
     found: dict[str, Strided] = {}
     seen: set[int] = set()
 
@@ -328,7 +422,7 @@ def _tensors(where: str, value: Any) -> dict[str, Strided]:
         elif isinstance(node, dict):
             if id(node) in seen or depth > DEEPEST:
                 raise UserError(
-                    f"{where}: its dictionaries hold one another, or lie more than {DEEPEST} deep"
+                    f"{where}: its dictionaries contain each other, or nest deeper than {DEEPEST}"
                 )
             seen.add(id(node))
             for key, item in node.items():
@@ -340,58 +434,81 @@ def _tensors(where: str, value: Any) -> dict[str, Strided]:
     return found
 
 
+def _unwrapped(value: Any) -> Any:
+    while isinstance(value, dict):
+        inner = next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)
+        if inner is None:
+            return value
+        # Popped, so that a dict that contains itself ends too.
+        value = value.pop(inner)
+    return value
+
+
 def _starts(
     path: Path, entries: dict[str, zipfile.ZipInfo], wanted: dict[str, Storage]
 ) -> dict[str, int]:
-    """Where each storage's bytes start. Raises UserError for one that is missing, compressed, of
-    another size, or within another.
+    """First byte of each storage in the file.
+
+    Raises UserError for a storage that is missing, compressed, of the wrong size, or overlapping.
     """
     starts = {}
-    ends = []
+    # (first byte of the header, end of the data, name)
+    spans = []
     with path.open("rb") as file:
         for name, storage in wanted.items():
-            entry = entries.get(name)
-            if entry is None:
+            if name not in entries:
                 raise UserError(f"{path}: the storage {name} is missing")
-            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise UserError(
-                    f"{path}: the storage {name} is compressed or encrypted, which torch.save does not do"
-                )
-            if (
-                entry.file_size != storage.count * storage.dtype.itemsize
-                or entry.compress_size != entry.file_size
-            ):
-                raise UserError(
-                    f"{path}: the storage {name} has {entry.file_size} bytes, not {storage.count} x {storage.dtype.itemsize}"
-                )
+            entry = entries[name]
+            _check_entry(path, entry, storage)
             file.seek(entry.header_offset)
             header = file.read(30)
             if len(header) < 30 or header[:4] != b"PK\x03\x04":
-                raise UserError(f"{path}: the storage {name} is not where the zip says")
+                raise UserError(f"{path}: the storage {name} is not where the zip's index has it")
+            # The header's last fields are the lengths of the name and of extra data.
             starts[name] = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-            ends.append((entry.header_offset, starts[name] + entry.file_size, name))
+            spans.append((entry.header_offset, starts[name] + entry.file_size, name))
         size = file.seek(0, 2)
-    ends.sort()
-    for (_, end, name), (following, _, _) in zip(ends, [*ends[1:], (size, 0, "")]):
+    spans.sort()
+    for (_, end, name), (following, _, _) in zip(spans, [*spans[1:], (size, 0, "")]):
         if end > following:
             raise UserError(f"{path}: the storage {name} overlaps what follows it")
     return starts
 
 
+def _check_entry(path: Path, entry: zipfile.ZipInfo, storage: Storage) -> None:
+    """Raise UserError where an entry of the zip cannot be the storage's plain bytes."""
+    name = entry.filename
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        raise UserError(
+            f"{path}: the storage {name} is compressed or encrypted; torch.save does neither"
+        )
+    size = storage.count * storage.dtype.itemsize
+    if entry.file_size != size or entry.compress_size != size:
+        raise UserError(
+            f"{path}: the storage {name} has {entry.file_size} bytes, "
+            f"not {storage.count} x {storage.dtype.itemsize}"
+        )
+
+
 def _place(what: str, tensor: Strided, start: int) -> Place:
-    """Raises UserError where the window leaves its storage, or shows one element twice."""
+    """Place of a tensor in a storage that starts at byte `start`.
+
+    Raises UserError where the view leaves its storage, or shows an element twice.
+    """
     storage, offset, shape, strides = tensor
     size = prod(shape)
     last = sum((n - 1) * stride for n, stride in zip(shape, strides)) if size else -1
-    if offset + last >= storage.count and size:
+    if size and offset + last >= storage.count:
         raise UserError(
             f"{what} reaches to element {offset + last} of a storage of {storage.count}"
         )
-    reach = 0
+    # Each stride must exceed the extent of all smaller ones.
+    extent = 0
     for stride, n in sorted((stride, n) for n, stride in zip(shape, strides) if n > 1):
-        if stride <= reach and size:
+        if size and stride <= extent:
             raise UserError(
-                f"{what} shows elements of its storage more than once (shape {shape}, strides {strides})"
+                f"{what} shows elements of its storage more than once "
+                f"(shape {shape}, strides {strides})"
             )
-        reach += (n - 1) * stride
+        extent += (n - 1) * stride
     return Place(start + offset * storage.dtype.itemsize, last + 1, storage.dtype, shape, strides)

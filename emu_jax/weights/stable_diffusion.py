@@ -1,8 +1,8 @@
-"""Stable Diffusion 1 and 2 in diffusers' layout: its configs as our sizes, its names and ours.
+"""Stable Diffusion 1 and 2 in the format of diffusers.
 
-A folder holds unet/ and vae/, each with a config.json and its tensors; here the names carry `unet.`
-and `vae.` in front. What a config asks that models/unet.py and models/vae.py do not do is said,
-never skipped.
+A folder has unet/ and vae/, each with a config.json and its tensors; names in the table have the
+prefixes `unet.` and `vae.`. A config that models/unet.py or models/vae.py does not support is an
+error, never ignored.
 """
 
 import re
@@ -64,84 +64,81 @@ VAE_FIXED = dict(
     use_quant_conv=(True,),
 )
 SCHEDULE_FIXED = dict(beta_schedule=("scaled_linear",), trained_betas=(None,))
-# their names of what is predicted, and ours
+# Their names of the prediction target -> ours.
 TARGETS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 class StableDiffusionConfig(NamedTuple):
+    """Configs of the two networks."""
+
     unet: UNetConfig
     vae: VaeConfig
 
 
-def model_config(model: Mapping[str, Any]) -> StableDiffusionConfig:
-    """Of config.model. Raises UserError for one that draws otherwise."""
+def make_config(model: Mapping[str, Any]) -> StableDiffusionConfig:
+    """Configs of the networks in config.model. Raises UserError for other image decoders."""
     if "decoder" not in model:
-        raise UserError("its model has no decoder, as that of configs/decoder.py has")
-    if not model["decoder"]["vae"]:
+        raise UserError("the model has no image decoder; configs/decoder.py has one")
+    decoder = model["decoder"]
+    if not decoder["vae"]:
         raise UserError(
-            "its decoder draws pixels, without an autoencoder (model.decoder.vae), and is no Stable Diffusion"
+            "the image decoder works on pixels, without an autoencoder (model.decoder.vae); "
+            "Stable Diffusion needs one"
         )
-    if (patch := model["decoder"]["unet"]["patch"]) != 1:
+    if (patch := decoder["unet"]["patch"]) != 1:
         raise UserError(
-            f"its U-Net works on patches of {patch} (model.decoder.unet.patch), as no Stable Diffusion does"
+            f"the U-Net works on patches of {patch} (model.decoder.unet.patch); "
+            "Stable Diffusion has patches of 1"
         )
-    return StableDiffusionConfig(
-        UNetConfig(**model["decoder"]["unet"]), VaeConfig(**model["decoder"]["vae"])
-    )
+    return StableDiffusionConfig(UNetConfig(**decoder["unet"]), VaeConfig(**decoder["vae"]))
 
 
 def shapes(size: StableDiffusionConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf of the two towers."""
-    made = {
-        tower: module.abstract(model, part)
-        for tower, model, part in (("unet", UNet, size.unet), ("vae", Vae, size.vae))
-    }
-    return {path: leaf.shape for path, leaf in tree.leaves(made)}
+    """Shapes of all leaves of the two networks."""
+    params = {"unet": module.abstract(UNet, size.unet), "vae": module.abstract(Vae, size.vae)}
+    return {path: leaf.shape for path, leaf in tree.leaves(params)}
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of model.decoder, from the configs of a folder; those of the diffusion are None where
-    there is no scheduler's.
+    """Infer config.model.decoder from the configs of a folder.
+
+    Fields of the diffusion are None if the folder has no scheduler.
     """
-    parts = {"unet": unet_config(config["unet"]), "vae": vae_config(config["vae"])}
-    found = {
-        f"decoder.{tower}.{name}": value
-        for tower, part in parts.items()
-        for name, value in asdict(part).items()
-        if name != "remat"
+    parts = {
+        "unet": asdict(unet_config(config["unet"])),
+        "vae": asdict(vae_config(config["vae"])),
+        "diffusion": schedule(config["scheduler"]),
     }
-    return found | {
-        f"decoder.diffusion.{name}": value for name, value in schedule(config["scheduler"]).items()
+    return {
+        f"decoder.{part}.{name}": value
+        for part, fields in parts.items()
+        for name, value in fields.items()
+        if name != "remat"
     }
 
 
 def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
+    """Take the size of images from the U-Net's config."""
     side = config["unet"].get("sample_size")
-    return (
-        {"decoder.image": side * vae_config(config["vae"]).factor} if isinstance(side, int) else {}
-    )
+    if not isinstance(side, int):
+        return {}
+    return {"decoder.image": side * vae_config(config["vae"]).factor}
 
 
 def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of model.decoder.diffusion that a scheduler's config fixes; None for all where there
-    is none.
-    """
+    """Infer config.model.decoder.diffusion from a scheduler's config."""
     if not config:
         return dict.fromkeys(("steps", "beta_start", "beta_end", "zero_snr", "target"))
     steps = config.get("num_train_timesteps", 1000)
     if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
         _fixed("scheduler", config, dict(shift=(1.0,), use_dynamic_shifting=(False,)))
-        return {
-            "steps": steps,
-            "beta_start": None,
-            "beta_end": None,
-            "zero_snr": None,
-            "target": "flow",
-        }
-    _fixed("scheduler", {"beta_schedule": "linear"} | config, SCHEDULE_FIXED)
+        betas = dict.fromkeys(("beta_start", "beta_end", "zero_snr"))
+        return {"steps": steps, **betas, "target": "flow"}
+    _fixed("scheduler", {"beta_schedule": "linear", **config}, SCHEDULE_FIXED)
     if (target := config.get("prediction_type", "epsilon")) not in TARGETS:
         raise UserError(
-            f"the scheduler's config asks for prediction_type={target!r}, which is not built; {' and '.join(TARGETS)} are"
+            f"the scheduler's config has prediction_type={target!r}, which is not supported; "
+            f"choose from {', '.join(TARGETS)}"
         )
     found = {
         "steps": steps,
@@ -158,10 +155,11 @@ def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """By file, as StableDiffusionPipeline has them; it gets no text encoder, for ours is
-    conditioned on an Emu.
+    """Write the JSON files of a StableDiffusionPipeline, by path.
+
+    It has no text encoder, because our decoder is conditioned on an Emu.
     """
-    unet, vae = model_config(model)
+    unet, vae = make_config(model)
     side = model["decoder"]["image"] // vae.factor
 
     def one_of(values):
@@ -233,8 +231,10 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def _scheduler(d: Diffusion) -> dict[str, Any]:
-    """PNDM, as Stable Diffusion 1.5's; DDIM where the schedule ends in noise alone, which PNDM
-    cannot; Euler's of a flow.
+    """Config of a scheduler that can sample from the diffusion.
+
+    PNDM as in Stable Diffusion 1.5; DDIM where the schedule ends in pure noise, which PNDM does not
+    support; Euler for a flow.
     """
     if d.target == "flow":
         return {
@@ -263,46 +263,37 @@ def _scheduler(d: Diffusion) -> dict[str, Any]:
 
 
 def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetConfig:
-    """The size of a U-Net's config.json. Raises UserError for what it asks that is not built, and
-    for what it lacks.
+    """Our config from a U-Net's config.json.
+
+    Raises UserError for unsupported values and missing fields.
     """
     need = partial(_need, "U-Net", config)
     _fixed("U-Net", config, UNET_FIXED)
     widths = tuple(need("block_out_channels"))
 
     def each(field, default=None):
-        return _each(f"the U-Net's config asks for {field}", need(field, default), len(widths))
+        return _each(f"the U-Net's config has {field}", need(field, default), len(widths))
 
     condition = set(each("cross_attention_dim"))
     if len(condition) > 1:
         raise UserError(
-            f"the U-Net's config asks for cross_attention_dim={config['cross_attention_dim']}: one width for all levels is what there is"
+            f"the U-Net's config has cross_attention_dim={config['cross_attention_dim']}; "
+            "one width for all levels is supported"
         )
-    down = _kinds(
-        "U-Net",
-        config,
-        "down_block_types",
-        len(widths),
-        {"CrossAttnDownBlock2D": True, "DownBlock2D": False},
-    )
-    up = _kinds(
-        "U-Net",
-        config,
-        "up_block_types",
-        len(widths),
-        {"CrossAttnUpBlock2D": True, "UpBlock2D": False},
-    )[::-1]
-    # a number of heads, whatever its name says
+    down_kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+    down = _kinds("U-Net", config, "down_block_types", len(widths), down_kinds)
+    up_kinds = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+    up = _kinds("U-Net", config, "up_block_types", len(widths), up_kinds)[::-1]
+    # Despite its name this is the number of heads.
     heads = each("attention_head_dim", 8)
-    attending = [
-        level
-        for level in range(len(widths))
-        if down[level] or up[level] or level == len(widths) - 1
-    ]
-    if bad := [level for level in attending if widths[level] % heads[level]]:
-        raise UserError(
-            f"the U-Net's config asks for {heads[bad[0]]} heads at level {bad[0]}, which do not divide its width {widths[bad[0]]}"
-        )
+    last = len(widths) - 1
+    for level, width in enumerate(widths):
+        attends = down[level] or up[level] or level == last
+        if attends and width % heads[level]:
+            raise UserError(
+                f"the U-Net's config has {heads[level]} heads at level {level}, "
+                f"which do not divide its width {width}"
+            )
     return UNetConfig(
         channels_in=need("in_channels", 4),
         channels_out=need("out_channels", 4),
@@ -327,7 +318,7 @@ def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetConfig
 
 
 def vae_config(config: Mapping[str, Any], *, remat: str = "full") -> VaeConfig:
-    """The config of an autoencoder's config.json. Raises UserError as `unet_config`."""
+    """Our config from an autoencoder's config.json. Raises UserError like `unet_config`."""
     need = partial(_need, "autoencoder", config)
     _fixed("autoencoder", config, VAE_FIXED)
     widths = tuple(need("block_out_channels"))
@@ -338,8 +329,8 @@ def vae_config(config: Mapping[str, Any], *, remat: str = "full") -> VaeConfig:
         _kinds("autoencoder", config, field, len(widths), {kind: True})
     if need("out_channels", 3) != need("in_channels", 3):
         raise UserError(
-            f"the autoencoder's config asks for out_channels={need('out_channels', 3)} and in_channels={need('in_channels', 3)}: "
-            "they must be the same"
+            f"the autoencoder's config has in_channels={need('in_channels', 3)} and "
+            f"out_channels={need('out_channels', 3)}; they must be the same"
         )
     return VaeConfig(
         channels=need("in_channels", 3),
@@ -354,19 +345,18 @@ def vae_config(config: Mapping[str, Any], *, remat: str = "full") -> VaeConfig:
 
 def table(unet: UNetConfig | None, vae: VaeConfig | None) -> Table:
     """Rows of a U-Net, an autoencoder, or both."""
-    rows = (*(_unet(unet) if unet else ()), *(_vae(vae) if vae else ()))
-    return Table(
-        rows,
-        axes={f"h{number}": number for number in set(unet.heads if unet else ())},
-        unused=(),
-        depth={},
-    )
+    rows: list[Row] = []
+    axes: dict[str, int] = {}
+    if unet:
+        rows += _unet(unet)
+        axes = {f"h{heads}": heads for heads in set(unet.heads)}
+    if vae:
+        rows += _vae(vae)
+    return Table(tuple(rows), axes, unused=(), depth={})
 
 
 def rename(name: str) -> str:
-    """A name as diffusers writes it today: older autoencoders call their attention's maps
-    otherwise.
-    """
+    """Replace names of the attention in older autoencoders by today's."""
     for old, new in (
         ("query", "to_q"),
         ("key", "to_k"),
@@ -378,18 +368,16 @@ def rename(name: str) -> str:
 
 
 def canonical(foreign: Tensors) -> dict[str, Any]:
-    """The tensors under today's names; the autoencoder's attention as matrices where it was stored
-    as 1 x 1 convolutions.
-    """
+    """Rename tensors, and turn 1 x 1 convolutions in the autoencoder's attention into matrices."""
+    attention = re.compile(r"vae\..*mid_block\.attentions\.0\.to_.*weight")
 
-    def square(name: str, x: Any) -> Any:
-        if len(x.shape) == 2 or not re.fullmatch(
-            r"vae\..*mid_block\.attentions\.0\.to_.*weight", name
-        ):
+    def as_matrix(name: str, x: Any) -> Any:
+        if len(x.shape) == 2 or not attention.fullmatch(name):
             return x
         return Tensor(tuple(x.shape[:2]), x.dtype, lambda: np.asarray(x)[:, :, 0, 0])
 
-    return {rename(name): square(rename(name), x) for name, x in foreign.items()}
+    renamed = {rename(name): x for name, x in foreign.items()}
+    return {name: as_matrix(name, x) for name, x in renamed.items()}
 
 
 def _unet(size: UNetConfig) -> list[Row]:
@@ -548,7 +536,8 @@ def _fixed(what: str, config: Mapping[str, Any], fixed: dict[str, tuple]) -> Non
     for field, values in fixed.items():
         if config.get(field, values[0]) not in values:
             raise UserError(
-                f"the {what}'s config asks for {field}={config[field]!r}, which is not built; {field}={values[0]!r} is"
+                f"the {what}'s config has {field}={config[field]!r}, which is not supported; "
+                f"{field}={values[0]!r} is"
             )
 
 
@@ -558,12 +547,12 @@ def _need(what: str, config: Mapping[str, Any], field: str, default: Any = None)
     return value
 
 
-def _each(asks: str, value: Any, levels: int) -> tuple[int, ...]:
-    """A value for each level, of one or of a list."""
+def _each(what: str, value: Any, levels: int) -> tuple[int, ...]:
+    """One value a level, from one value for all or a list."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
     if len(values) != levels or not all(isinstance(item, int) and item > 0 for item in values):
         raise UserError(
-            f"{asks}={value!r}; it must be a positive whole number, or {levels} of them, one a level"
+            f"{what}={value!r}; it must be a positive integer, or {levels} of them, one a level"
         )
     return values
 
@@ -571,11 +560,14 @@ def _each(asks: str, value: Any, levels: int) -> tuple[int, ...]:
 def _kinds(
     what: str, config: Mapping[str, Any], field: str, levels: int, known: dict[str, bool]
 ) -> tuple[bool, ...]:
+    """`known` of the block type at each level. Raises UserError for other types."""
     kinds = _need(what, config, field)
-    if strange := [kind for kind in kinds if kind not in known]:
-        raise UserError(
-            f"the {what}'s config asks for {field} with {strange[0]!r}, which is not built; {' and '.join(known)} are"
-        )
+    for kind in kinds:
+        if kind not in known:
+            raise UserError(
+                f"the {what}'s config has {field} with {kind!r}, which is not supported; "
+                f"choose from {', '.join(known)}"
+            )
     if len(kinds) != levels:
         raise UserError(
             f"the {what}'s config has {len(kinds)} {field} and {levels} block_out_channels"
@@ -587,20 +579,25 @@ def _groups(what: str, config: Mapping[str, Any], widths: tuple[int, ...]) -> in
     groups = _need(what, config, "norm_num_groups", 32)
     if bad := [width for width in widths if width % groups]:
         raise UserError(
-            f"the {what}'s config asks for {groups} norm groups, which do not divide its width {bad[0]}"
+            f"the {what}'s config has {groups} norm groups, which do not divide its width {bad[0]}"
         )
     return groups
 
 
+def _table(model_config: StableDiffusionConfig) -> Table:
+    return table(*model_config)
+
+
 FAMILY = Family(
-    "stable-diffusion",
+    name="stable-diffusion",
+    about="Stable Diffusion 1 and 2: a folder of diffusers', the start of the image decoder",
     signature=r"unet\.down_blocks\.\d+\.resnets\.\d+\.conv1\.weight",
-    table=lambda size: table(*size),
+    table=_table,
     infer_config=infer_config,
     default_config=default_config,
     config_json=config_json,
     canonical=canonical,
-    model_config=model_config,
+    make_config=make_config,
     shapes=shapes,
     components=("unet", "vae"),
     stem="diffusion_pytorch_model",

@@ -1,53 +1,30 @@
-"""T5's decoder, for the resampler: its self-attention, queries' and outputs' side of the
-cross-attention, ffn, norms and position bias.
+"""T5's decoder, the start of the resampler.
 
-The learned queries and `project` are not T5's. The cross-attention's keys and values read the
-encoder's width, which is not EVA's: they come only where the two widths are equal. What does not
-come is fresh where training starts.
+The learned queries and the projection are not T5's. Keys and values of the cross-attention are
+imported only if T5's encoder is as wide as our visual encoder. Training initialises the rest.
 """
 
 from typing import Any
 
+from emu_jax.models.emu import EmuConfig
 from emu_jax.models.resampler import ResamplerConfig
 from emu_jax.weights.convert import Row, Table
-from emu_jax.weights.family import Family, Shapes, layers
+from emu_jax.weights.family import Family, Shapes, count_layers
 
 
-def rows(model_config: ResamplerConfig, prefix: str, cross: str) -> tuple[Row, ...]:
-    """Rows of the blocks, their shared position bias and the final norm; `cross`: which of the
-    cross-attention's "qkv" come.
+def rows(prefix: str, cross: str) -> tuple[Row, ...]:
+    """Rows of the blocks, their shared position bias and the final norm.
+
+    cross: which of the cross-attention's "qkv" to include.
     """
     block = prefix + "block.{l}.layer."
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     return (
-        Row(
-            prefix + "block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            "resampler/relative",
-        ),
-        *(
-            row
-            for number, theirs, ours, names in (
-                (0, "SelfAttention", "self", "qkv"),
-                (1, "EncDecAttention", "cross", cross),
-            )
-            for row in (
-                Row(
-                    f"{block}{number}.layer_norm.weight", f"resampler/blocks/norm{number + 1}/scale"
-                ),
-                *(
-                    Row(
-                        f"{block}{number}.{theirs}.{name}.weight",
-                        f"resampler/blocks/{ours}/{name}/w",
-                        "(rh d) c -> c rh d",
-                    )
-                    for name in names
-                ),
-                Row(
-                    f"{block}{number}.{theirs}.o.weight",
-                    f"resampler/blocks/{ours}/o/w",
-                    "c (rh d) -> rh d c",
-                ),
-            )
-        ),
+        Row(prefix + bias, "resampler/relative"),
+        Row(block + "0.layer_norm.weight", "resampler/blocks/norm1/scale"),
+        *_attention(block + "0.SelfAttention", "resampler/blocks/self", "qkv"),
+        Row(block + "1.layer_norm.weight", "resampler/blocks/norm2/scale"),
+        *_attention(block + "1.EncDecAttention", "resampler/blocks/cross", cross),
         Row(block + "2.layer_norm.weight", "resampler/blocks/norm3/scale"),
         Row(block + "2.DenseReluDense.wi.weight", "resampler/blocks/ffn/up/w", "f c -> c f"),
         Row(block + "2.DenseReluDense.wo.weight", "resampler/blocks/ffn/down/w", "c f -> f c"),
@@ -55,22 +32,32 @@ def rows(model_config: ResamplerConfig, prefix: str, cross: str) -> tuple[Row, .
     )
 
 
+def _attention(theirs: str, ours: str, names: str) -> tuple[Row, ...]:
+    heads = "(rh d) c -> c rh d"
+    return (
+        *(Row(f"{theirs}.{name}.weight", f"{ours}/{name}/w", heads) for name in names),
+        Row(f"{theirs}.o.weight", f"{ours}/o/w", "c (rh d) -> rh d c"),
+    )
+
+
 def axes(model_config: ResamplerConfig) -> dict[str, int]:
+    """Axes that the patterns split: rh heads."""
     return dict(rh=model_config.heads)
 
 
-def table(model_config: Any) -> Table:
-    alike = model_config.vision.width == model_config.resampler.width
+def table(model_config: EmuConfig) -> Table:
+    """Rows in the model's reading order."""
+    same_width = model_config.vision.width == model_config.resampler.width
     unused = (
         r"shared\.weight",
         r"encoder\..*",
         r"lm_head\.weight",
         r"decoder\.embed_tokens\.weight",
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
-        *(() if alike else (r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.[kv]\.weight",)),
+        *(() if same_width else (r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.[kv]\.weight",)),
     )
     return Table(
-        rows(model_config.resampler, "decoder.", "qkv" if alike else "q"),
+        rows("decoder.", "qkv" if same_width else "q"),
         axes(model_config.resampler),
         unused,
         dict(resampler=model_config.resampler.depth),
@@ -80,31 +67,27 @@ def table(model_config: Any) -> Table:
 def infer_config(
     shapes: Shapes, config: dict[str, Any], prefix: str = "decoder."
 ) -> dict[str, Any]:
-    """Fields of model.resampler that T5's tensors fix."""
-    bias, q, ffn, norm = (
-        shapes.get(f"{prefix}{name}")
-        for name in (
-            "block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            "block.0.layer.0.SelfAttention.q.weight",
-            "block.0.layer.2.DenseReluDense.wi.weight",
-            "final_layer_norm.weight",
-        )
-    )
+    """Infer config.model.resampler; None for fields that the files do not determine."""
+    attention = f"{prefix}block.0.layer.0.SelfAttention"
+    bias = shapes.get(f"{attention}.relative_attention_bias.weight")
+    q = shapes.get(f"{attention}.q.weight")
+    ffn = shapes.get(f"{prefix}block.0.layer.2.DenseReluDense.wi.weight")
+    norm = shapes.get(f"{prefix}final_layer_norm.weight")
+    # The library's default where config.json has no such field.
+    distance = config.get("relative_attention_max_distance", 128 if config else None)
     return {
         "resampler.width": norm and norm[0],
-        "resampler.depth": layers(shapes, prefix + r"block\.(\d+)\..*"),
+        "resampler.depth": count_layers(shapes, prefix + r"block\.(\d+)\..*"),
         "resampler.heads": bias and bias[1],
         "resampler.head_width": bias and q and q[0] // bias[1],
         "resampler.ffn": ffn and ffn[0],
         "resampler.buckets": bias and bias[0],
-        "resampler.max_distance": config.get(
-            "relative_attention_max_distance", 128 if config else None
-        ),
+        "resampler.max_distance": distance,
     }
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """As T5Config has it; the decoder's part of a T5."""
+    """Write the config.json of a T5 from its decoder."""
     r = ResamplerConfig(**model["resampler"])
     return {
         "model_type": "t5",
@@ -124,7 +107,8 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "t5-decoder",
+    name="t5-decoder",
+    about="the decoder of a T5, the start of the resampler",
     signature=r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.q\.weight",
     table=table,
     infer_config=infer_config,

@@ -103,7 +103,7 @@ def make_plan(
     problems = []
     for family, tensors, foreign in found:
         try:
-            size = family.model_config(c.model.to_dict())
+            size = family.make_config(c.model.to_dict())
             ours |= family.shapes(size)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise UserError(
@@ -208,8 +208,10 @@ def export(
     )
     model = config.from_dict(source.config["model"]).to_dict()
     try:
-        table = family.table(family.model_config(model))
-        shapes = convert.foreign_shapes(table, {path: shape for path, (_, shape) in source.shapes.items()})
+        table = family.table(family.make_config(model))
+        shapes = convert.foreign_shapes(
+            table, {path: shape for path, (_, shape) in source.shapes.items()}
+        )
     except UserError as error:
         raise UserError(f"{directory} holds no whole {name}: {error}") from error
     # of an adapter
@@ -300,7 +302,7 @@ class Merged:
             return np.asarray(
                 lora.merge(self._size, w, read(f"{where}/a", layer), read(f"{where}/b", layer))
             ).astype(self.shapes[path][0])
-        return np.asarray(w.plain(self.shapes[path][0])) if path in self._codes else w
+        return np.asarray(w.dequantize(self.shapes[path][0])) if path in self._codes else w
 
     def check(self) -> None:
         self._source.check()
@@ -398,7 +400,7 @@ def _read(
         )
         raise UserError(f"{foreign.where} is not of the family {name}{layout}; {like}")
     if family is emu1.FAMILY and keep_lora:
-        plain, adapter = emu1.parted(foreign.tensors)
+        plain, adapter = emu1.split_lora(foreign.tensors)
         return [
             (family, plain, foreign),
             *(

@@ -63,7 +63,7 @@ def folder(path, said=CLIP1, dtype=np.float32, seed=0):
             activation=of["hidden_act"],
         )
 
-    size = clip.model_config(
+    size = clip.make_config(
         {
             "clip": dict(
                 features=said["projection_dim"],

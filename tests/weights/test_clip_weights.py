@@ -105,7 +105,7 @@ def test_older_files_and_sizes_of_the_first_release(tmp_path, capsys):
     [
         (
             dict(hidden_act="swish"),
-            "asks for hidden_act='swish', which is not built; there are quick_gelu, gelu",
+            "has hidden_act='swish', which is not supported; choose from quick_gelu, gelu",
         ),
         (dict(num_attention_heads=5), "5 heads do not divide a width of 16"),
         (None, "does not say clip.eos, clip.text.heads"),

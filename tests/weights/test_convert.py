@@ -229,6 +229,6 @@ def test_lora_is_merged_into_its_weight():
     np.testing.assert_allclose(merged[plain], w + 0.5 * b @ a, rtol=1e-5)
     with pytest.raises(
         UserError,
-        match=r"q_proj\.lora_A\.default\.weight is there without .*lora_B\.default\.weight",
+        match=r"q_proj\.lora_A\.default\.weight needs .*lora_B\.default\.weight, which is missing",
     ):
         emu1.canonical(half)

@@ -43,7 +43,7 @@ def last(x):
 
 def ours(directory, unet):
     """(prediction, mean of the latents, decoded) of a checkpoint."""
-    model_config = stable_diffusion.model_config(
+    model_config = stable_diffusion.make_config(
         config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict()
     )
     params = jax.tree.map(
@@ -136,7 +136,7 @@ def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
         guidance_scale=3.0,
         output_type="latent",
     ).images
-    model_config = stable_diffusion.model_config(
+    model_config = stable_diffusion.make_config(
         config.from_dict(checkpoint.read_config(str(tmp_path / "ours"))["model"]).to_dict()
     )
     said = Diffusion(

@@ -312,8 +312,8 @@ def test_another_rank_another_kind_and_lora_without_a_place(tmp_path, capsys):
         load_weights(str(tmp_path / "ours"), blank(small()))
     path = tmp_path / "adapter/adapter_config.json"
     for change, told in (
-        (dict(peft_type="IA3"), "is of a 'IA3'; only 'LORA' is known"),
-        (dict(use_dora=True), "says use_dora=True, which is not "),
+        (dict(peft_type="IA3"), "has peft_type='IA3'; only 'LORA' is supported"),
+        (dict(use_dora=True), "has use_dora=True, which is not "),
     ):
         said = json.loads(path.read_text())
         path.write_text(json.dumps(said | change))

@@ -117,7 +117,7 @@ def test_code_in_a_zip_is_refused_by_name_and_not_run(path, protocol, tmp_path, 
     torch_file(path, None, {"0": NUMBERS}, pickle=pickle.dumps({"w": Evil()}, protocol=protocol))
     with pytest.raises(
         UserError,
-        match=r"its pickle names (posix|os)\.system, which is no part of a tensor; refused, and nothing of it was run",
+        match=r"its pickle names (posix|os)\.system, which is not part of a tensor; refused, and nothing in it was run",
     ):
         pickles.places(path)
     path.write_bytes(pickle.dumps({"w": Evil()}, protocol=max(protocol, 2)))
@@ -199,7 +199,7 @@ def test_storages_that_overlap_are_refused(path):
 def test_a_truncated_file_is_one_line(path, share):
     saved(path, {"a": RNG.random((40, 40))})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match="truncated or damaged, or no PyTorch file") as error:
+    with pytest.raises(UserError, match="truncated or damaged, or not a PyTorch file") as error:
         pickles.places(path)
     assert "\n" not in str(error.value)
 
@@ -225,12 +225,12 @@ def test_other_files_are_named(path):
         pickles.places(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "text")
-    with pytest.raises(UserError, match="a zip but no torch.save file"):
+    with pytest.raises(UserError, match="a zip, but not a torch.save file"):
         pickles.places(path)
     torch_file(path, {"epoch": 3}, {})
     with pytest.raises(UserError, match="holds no tensors"):
         pickles.places(path)
     # {"a": itself}
     torch_file(path, None, {}, pickle=b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.")
-    with pytest.raises(UserError, match="hold one another"):
+    with pytest.raises(UserError, match="contain each other"):
         pickles.places(path)

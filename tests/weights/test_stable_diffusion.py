@@ -133,10 +133,10 @@ def test_old_autoencoders_names_and_shapes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_embed_type": "timestep"}, "class_embed_type='timestep', which is not built"),
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep', which is not supported"),
         (
             {"down_block_types": ["AttnDownBlock2D"] * 3},
-            "down_block_types with 'AttnDownBlock2D', which is not built",
+            "down_block_types with 'AttnDownBlock2D', which is not supported",
         ),
         ({"up_block_types": ["UpBlock2D"]}, "has 1 up_block_types and 3 block_out_channels"),
         ({"cross_attention_dim": [8, 8, 16]}, "one width for all levels"),
@@ -144,7 +144,7 @@ def test_old_autoencoders_names_and_shapes():
         ({"attention_head_dim": [2, 3]}, "or 3 of them, one a level"),
         ({"norm_num_groups": 16}, "16 norm groups, which do not divide its width 24"),
         ({"block_out_channels": None}, "lacks block_out_channels"),
-        ({"mid_block_type": None}, "mid_block_type=None, which is not built"),
+        ({"mid_block_type": None}, "mid_block_type=None, which is not supported"),
     ],
 )
 def test_what_a_unet_config_asks_in_vain(changes, message):
@@ -155,7 +155,7 @@ def test_what_a_unet_config_asks_in_vain(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_quant_conv": False}, "use_quant_conv=False, which is not built"),
+        ({"use_quant_conv": False}, "use_quant_conv=False, which is not supported"),
         ({"out_channels": 4}, "must be the same"),
         ({"up_block_types": ["UpBlock2D"] * 2}, "up_block_types with 'UpBlock2D'"),
     ],
@@ -406,8 +406,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, capsys):
     path.write_text(json.dumps(PNDM | {"prediction_type": "v_prediction"}))
     assert "decoder.diffusion.target is 'v', not 'epsilon'" in says(sd, *overrides())
     for change, message in (
-        ({"beta_schedule": "linear"}, "beta_schedule='linear', which is not built"),
-        ({"prediction_type": "sample"}, "prediction_type='sample', which is not built"),
+        ({"beta_schedule": "linear"}, "beta_schedule='linear', which is not supported"),
+        ({"prediction_type": "sample"}, "prediction_type='sample', which is not supported"),
         (
             {"rescale_betas_zero_snr": True},
             "the scheduler's config: diffusion.zero_snr=True leaves nothing",
@@ -418,9 +418,9 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, capsys):
     path.write_text(json.dumps(PNDM))
     unet = sd / "unet/config.json"
     for config_, message in (
-        ({"act_fn": "gelu"}, "act_fn='gelu', which is not built"),
+        ({"act_fn": "gelu"}, "act_fn='gelu', which is not supported"),
         ({"block_out_channels": "wide"}, "sd: "),
-        ({"num_class_embeds": 7}, "num_class_embeds=7, which is not built"),
+        ({"num_class_embeds": 7}, "num_class_embeds=7, which is not supported"),
     ):
         unet.write_text(json.dumps(UNET1 | config_))
         assert message in says(sd)
@@ -456,11 +456,11 @@ def test_tensors_of_another_size_are_listed(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("decoder", "message"),
     [
-        ({}, "has no decoder, as that of configs/decoder.py"),
-        ({"decoder": {"vae": {}}}, "draws pixels, without an autoencoder"),
+        ({}, "has no image decoder; configs/decoder.py"),
+        ({"decoder": {"vae": {}}}, "works on pixels, without an autoencoder"),
         ({"decoder": {"vae": {"latent": 4}, "unet": {"patch": 2}}}, "works on patches of 2"),
     ],
 )
 def test_what_is_no_stable_diffusion(decoder, message):
     with pytest.raises(UserError, match=message):
-        family.model_config(decoder)
+        family.make_config(decoder)

@@ -423,9 +423,12 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     path = source / "config.json"
     said = json.loads(path.read_text())
     for change, message in (
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'linear' and 'llama3' are known"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2}},
+            "'linear' and 'llama3' are supported",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"model_type": "mistral"}, "of a 'mistral'"),
+        ({"model_type": "mistral"}, "model_type='mistral'"),
         ({"head_dim": 5}, "head_dim=5"),
         ({"attention_bias": True}, "biases"),
         ({"num_attention_heads": "four"}, "source: "),
@@ -442,7 +445,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         tmp_path / "tall.bin",
         {"model.layers.999999999.self_attn.q_proj.weight": np.zeros((2, 2), np.float32)},
     )
-    assert "a tensor is of layer 999999999, and there are only 1 tensors" in says(
+    assert "a tensor names layer 999999999, but there are 1 tensors" in says(
         "--family=llama", tmp_path / "tall.bin", CONFIG, to
     )
     path.write_text(json.dumps(said | {"num_key_value_heads": 3}))

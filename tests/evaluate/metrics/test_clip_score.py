@@ -83,7 +83,7 @@ def test_a_text_is_cut_to_the_context_and_keeps_its_end(root):
 
 
 def test_bad_input_is_one_line(root, capsys, tmp_path):
-    assert "of pictures needs --clip=DIR: a CLIP, made of a folder of Hugging Face's" in told(
+    assert "of pictures needs --clip=DIR, a CLIP. Download a folder" in told(
         root, capsys, clip=None
     )
     assert "no directory" in told(root, capsys, clip="nowhere")
