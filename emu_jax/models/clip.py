@@ -58,7 +58,7 @@ class ClipConfig:
         return cls(**{**model["clip"], **towers})
 
 
-class Block(nnx.Module):
+class ClipBlock(nnx.Module):
     def __init__(self, config: TowerConfig, rngs: nnx.Rngs):
         E = config.width
         H = config.heads
@@ -84,7 +84,7 @@ class Block(nnx.Module):
         return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
 
 
-class Text(nnx.Module):
+class ClipText(nnx.Module):
     def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
         tower = config.text
         self.eos = config.eos
@@ -94,7 +94,7 @@ class Text(nnx.Module):
         self.positions = nnx.Param(
             0.01 * jax.random.normal(rngs.params(), (config.context, tower.width))
         )
-        self.blocks = layers.stack(lambda rngs: Block(tower, rngs), tower.depth, rngs)
+        self.blocks = layers.stack(lambda rngs: ClipBlock(tower, rngs), tower.depth, rngs)
         self.norm = layers.LayerNorm(tower.width, eps=tower.eps)
         self.project = layers.Linear(
             "be,ec->bc", (tower.width, config.features), std=tower.width**-0.5, rngs=rngs
@@ -114,7 +114,7 @@ class Text(nnx.Module):
         return self.project(self.norm(x[jnp.arange(len(ids)), end]))
 
 
-class Vision(nnx.Module):
+class ClipVision(nnx.Module):
     def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
         tower = config.vision
         p = config.patch
@@ -125,7 +125,7 @@ class Vision(nnx.Module):
             0.02 * jax.random.normal(rngs.params(), (1 + (config.image // p) ** 2, tower.width))
         )
         self.before = layers.LayerNorm(tower.width, eps=tower.eps)
-        self.blocks = layers.stack(lambda rngs: Block(tower, rngs), tower.depth, rngs)
+        self.blocks = layers.stack(lambda rngs: ClipBlock(tower, rngs), tower.depth, rngs)
         self.after = layers.LayerNorm(tower.width, eps=tower.eps)
         self.project = layers.Linear(
             "be,ec->bc", (tower.width, config.features), std=tower.width**-0.5, rngs=rngs
@@ -149,7 +149,7 @@ class Vision(nnx.Module):
 
 class Clip(nnx.Module):
     def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
-        self.text = Text(config, rngs)
-        self.vision = Vision(config, rngs)
+        self.text = ClipText(config, rngs)
+        self.vision = ClipVision(config, rngs)
         # of training: no feature knows it
         self.logit_scale = nnx.Param(jnp.zeros(()))

@@ -1,9 +1,8 @@
-"""What every tower is made of: a linear map, two norms, dropout, and depth as a scan over
-rematerialised blocks.
+"""Layers of every tower: linear maps, norms, dropout, and depth as a scan over blocks.
 
 Parameters are float32; arithmetic is in the dtype of the activations, norms in float32. Modules
-only hold parameters and say their arithmetic: dropout takes its key, no module has random state.
-Read next: vision.py, resampler.py, llama.py.
+only hold parameters and define arithmetic: dropout takes its key, no module has random state. Read
+next: vision.py, resampler.py, llama.py.
 """
 
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from emu_jax import sharding
-from emu_jax.models.lora import Lora, Quantized, equations
+from emu_jax.models.lora import Lora, Quantized, equations, split_axes
 
-# How a block is rematerialised. Its backward pass finds saved all that it needs, nothing but what
-# entered it, or the outputs of its matrix products.
+# Rematerialisation of a block: "none" saves everything that its backward pass needs, "full" only
+# the block's inputs, "dots" the outputs of matrix products.
 REMAT = {
     "none": lambda block, **_: block,
     "full": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
@@ -27,30 +26,27 @@ REMAT = {
         jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
 }
-# blocks of a stack that is unrolled where all is saved: a scan would copy it into stacks and out of
-# them
+# Stacks of up to this many blocks are unrolled if everything is saved: a scan would copy what it
+# saves into stacks and out of them.
 SHORT = 8
 
 
 def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
-    """The one matrix product: in x's dtype (float32 means float32, on every platform), with
-    whatever kind of weight.
-    """
+    """Multiply x by any kind of weight, in x's dtype; float32 is exact on every platform."""
     if isinstance(w, Lora):
-        down, up = equations(equation)
-        return einsum(equation, x, w.w) + w.scale * einsum(
-            up, einsum(down, dropout(x, w.dropout, w.keys), w.a), w.b
-        )
+        to_rank, from_rank = equations(equation)
+        low_rank = einsum(to_rank, dropout(x, w.dropout, w.keys), w.a)
+        return einsum(equation, x, w.w) + w.scale * einsum(from_rank, low_rank, w.b)
     if isinstance(w, Quantized):
         w = w.dequantize(x.dtype)
-    return jnp.einsum(
-        equation, x, w.astype(x.dtype), precision="highest" if x.dtype == jnp.float32 else None
-    )
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, w.astype(x.dtype), precision=precision)
 
 
 class Linear(nnx.Module):
-    """einsum with a weight `w` of `shape` and, if asked, a `bias` [...] over the output's last
-    axes.
+    """`einsum` with a weight `w` of `shape`, plus a `bias` of the output's last axes if given.
+
+    equation: "x,w->y", with the axes of w that are summed over first (see lora.split_axes).
     """
 
     def __init__(
@@ -63,11 +59,8 @@ class Linear(nnx.Module):
         bias: tuple[int, ...] | None = None,
     ):
         self.equation = equation
-        # axes of w summed over
-        self.inputs = sum(
-            axis not in equation.partition("->")[2]
-            for axis in equation.partition(",")[2].partition("->")[0]
-        )
+        # Number of w's axes that are summed over.
+        self.inputs = len(split_axes(equation)[0])
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         if bias is not None:
             self.bias = nnx.Param(jnp.zeros(bias))
@@ -93,7 +86,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x), scaled, over the last axis, in float32: LLaMA's and T5's norm."""
+    """scale * x / rms(x) over the last axis, in float32: the norm of LLaMA and T5."""
 
     def __init__(self, width: int, *, eps: float):
         self.eps = eps
@@ -109,13 +102,12 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Inverted dropout; the identity without a key."""
     if key is None or rate == 0.0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(
-        x.dtype
-    )
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` modules as one, with a leading L axis on every parameter."""
+    """Make `depth` modules as one, with a leading L axis on every parameter."""
     made = nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
     return nnx.split_rngs(splits=depth)(made)(rngs)
 
@@ -129,12 +121,11 @@ def run(
     remat: str,
     key: Array | None = None,
 ) -> Any:
-    """x through all L blocks of a stack, `call(block, x, key)` each: a scan over rematerialised
-    blocks, compiled once; a SHORT stack without remat is unrolled.
+    """Run x through all L blocks of a stack: `x = call(block, x, key)` for each.
 
-    x is the activations, or a tuple that begins with them. `where` is the stack's parameter path,
-    by which each block's weights are gathered just before their use; `key`, if given, is split over
-    depth.
+    A scan over rematerialised blocks, compiled once; a SHORT stack without remat is unrolled. x:
+    the activations, or a tuple that begins with them. where: the stack's parameter path, which
+    decides how each block's weights are gathered just before use. key: split over depth.
     """
     graphdef, state = nnx.split(blocks)
     weights = nnx.to_pure_dict(state)
@@ -143,25 +134,23 @@ def run(
 
     def block(x, layer):
         weights, key = layer
-        return call(
-            nnx.merge(graphdef, sharding.gather_weights(where, weights, dtype, sliced=1)), x, key
-        ), None
+        weights = sharding.gather_weights(where, weights, dtype, sliced=1)
+        return call(nnx.merge(graphdef, weights), x, key), None
 
     keys = None if key is None else jax.random.split(key, depth)
-    return jax.lax.scan(
+    x, _ = jax.lax.scan(
         REMAT[remat](block, prevent_cse=False),
         x,
         (weights, keys),
         unroll=remat == "none" and depth <= SHORT,
-    )[0]
+    )
+    return x
 
 
 def once(
     block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str
 ) -> Array:
-    """`call(block, x, *inputs)` as `run` does it for each block of a stack: for towers whose blocks
-    differ in shape.
-    """
+    """Run one block as `run` runs each of a stack, for towers whose blocks differ in shape."""
     graphdef, state = nnx.split(block)
 
     def one(weights, x, *inputs):

@@ -1,9 +1,9 @@
-"""Kinds of weight that are more than one array: LoRA (arXiv 2106.09685), and matrices stored in 8
-or 4 bits (QLoRA, arXiv 2305.14314).
+"""Weights that are more than one array: LoRA (arXiv 2106.09685) and quantized matrices.
 
-Beside a matrix `q/w` lie the leaves `q/a` and `q/b`; in its place, codes `q/int8` or `q/nf4` and
-their scales `q/absmax`. `apply` makes of them what layers.einsum multiplies by, so no module knows
-of it. Read next: layers.py, emu.py.
+Next to a matrix `q/w` are LoRA's leaves `q/a` and `q/b`; a matrix stored in 8 or 4 bits (QLoRA,
+arXiv 2305.14314) is the codes `q/int8` or `q/nf4` and their scales `q/absmax` instead of `q/w`.
+`apply` folds them into what layers.einsum multiplies by, so that no module knows of them. Read
+next: layers.py, module.py.
 """
 
 import math
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import NormalDist
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -25,27 +25,28 @@ from emu_jax import tree
 from emu_jax.config import UserError
 from emu_jax.sharding import QUANTIZED
 
-# the matrices that `storage` is about: nearly all of the LLM
+# Matrices that `storage` quantizes: nearly all of the LLM.
 STORED = "llama/blocks/.*/w"
-# numbers that share a scale, at most
+# Numbers that share a scale, at most.
 BLOCK = 64
 
-# on a device, or as a checkpoint is read
+# On a device, or as read from a checkpoint.
 Numbers = Array | np.ndarray
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """`config.model.lora`. The product with w becomes that with w + alpha / rank * a b."""
+    """`config.model.lora`: a matrix w becomes w + alpha / rank * a b."""
 
-    # 0: no LoRA
+    # 0: no LoRA.
     rank: int = 0
     alpha: float = 16.0
-    # of the input of a
+    # Dropout on LoRA's input.
     dropout: float = 0.05
-    # (regex, bool) rows over parameter paths: beside which matrices of blocks
+    # (regex, bool) rows over parameter paths: which matrices of blocks get LoRA.
     targets: tuple = ()
-    # of the matrices of the LLM's blocks, which cannot train then: "int8" or "nf4"; "" as any other
+    # Storage of the matrices of the LLM's blocks, which then cannot train: "int8", "nf4", or "" for
+    # full precision.
     storage: str = ""
 
     def __post_init__(self):
@@ -55,7 +56,8 @@ class LoraConfig:
             )
         if self.rank < 0 or not 0 <= self.dropout < 1:
             raise UserError(
-                f"model.lora: rank={self.rank} is at least 0, and dropout={self.dropout} at least 0 and below 1"
+                f"model.lora: rank={self.rank} must be at least 0, "
+                f"and dropout={self.dropout} at least 0 and below 1"
             )
 
 
@@ -64,22 +66,23 @@ NO_LORA = LoraConfig()
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "absmax"], meta_fields=[])
 @dataclass(frozen=True)
-# JAX rebuilds it with what are no arrays
+# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
 @no_type_check
 class Quantized:
-    """A matrix whose numbers are codes times the scale of their block; blocks lie along the last
-    axis. int8: -127 to 127 stand for -1 to 1; uint8: two of the 16 levels of NF4.
+    """A matrix as codes times one scale per block of its last axis.
+
+    int8 codes: -127 to 127 stand for -1 to 1. uint8 codes: two of NF4's 16 levels each.
     """
 
     codes: Array
     absmax: Array
 
     def map(self, change: Callable[[str, Array], Array]) -> "Quantized":
-        """Of every array, by its name."""
+        """Apply `change(name, array)` to every array."""
         return Quantized(change(_name(self.codes), self.codes), change("absmax", self.absmax))
 
     def dequantize(self, dtype) -> Array:
-        """The matrix."""
+        """The matrix in full precision."""
         return dequantize(self.codes, self.absmax).astype(dtype)
 
 
@@ -89,11 +92,12 @@ class Quantized:
     meta_fields=["scale", "dropout"],
 )
 @dataclass(frozen=True)
-# JAX rebuilds it with what are no arrays
+# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
 @no_type_check
 class Lora:
-    """w + scale * a b: [in..., out...], [in..., r] and [r, out...], in a stack with a leading L.
-    keys: of the dropout, a layer each; None: none.
+    """w [in..., out...] + scale * a [in..., r] b [r, out...]; stacks have a leading L axis.
+
+    keys: a dropout key per layer, or None.
     """
 
     w: Array | Quantized
@@ -104,89 +108,114 @@ class Lora:
     dropout: float
 
     def map(self, change: Callable[[str, Array], Array]) -> "Lora":
-        """Of every array of numbers, by its name."""
+        """Apply `change(name, array)` to every array but the keys."""
         w = self.w.map(change) if isinstance(self.w, Quantized) else change("w", self.w)
         return replace(self, w=w, a=change("a", self.a), b=change("b", self.b))
 
 
-def equations(equation: str) -> tuple[str, str]:
-    """The two products through r that go beside a product with w: "btD,Dhd->bthd" is "btD,DR->btR"
-    and "btR,Rhd->bthd".
+def split_axes(equation: str) -> tuple[str, str]:
+    """Split w's axes in "x,w->y" into those summed over and those of the output.
+
+    Every equation of layers.Linear has this form, and w's summed axes come first, so that a LoRA of
+    w [in..., out...] can be a [in..., r] and b [r, out...]. Raises ValueError otherwise.
     """
-    x, w, y = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation).groups()
+    _, w, y = re.split(",|->", equation)
     summed = "".join(axis for axis in w if axis not in y)
     kept = "".join(axis for axis in w if axis in y)
+    if w != summed + kept:
+        raise ValueError(f"{equation}: the axes of w that are summed over must come first")
+    return summed, kept
+
+
+def equations(equation: str) -> tuple[str, str]:
+    """The two products through r that LoRA adds to "x,w->y": x with a, and that with b.
+
+    "btD,Dhd->bthd" gives "btD,DR->btR" and "btR,Rhd->bthd".
+    """
+    x, _, y = re.split(",|->", equation)
+    summed, kept = split_axes(equation)
     rows = "".join(axis for axis in x if axis not in summed)
     return f"{x},{summed}R->{rows}R", f"{rows}R,R{kept}->{y}"
 
 
 def apply(
-    config: LoraConfig | None, params: tree.Tree, key: Array | None = None, path: str = ""
-) -> tree.Tree:
-    """Parameters in which each matrix stands as one value under the name `w`. key: of the dropout;
-    None: none.
+    config: LoraConfig | None, params: dict[str, Any], key: Array | None = None, path: str = ""
+) -> dict[str, Any]:
+    """Fold each matrix and its LoRA or quantized parts into one value named `w`.
+
+    key: for dropout, or None. path: of `params` in the whole tree, from which each matrix's own
+    dropout key is derived.
     """
-    found = {
-        name: apply(config, part, key, f"{path}/{name}") if isinstance(part, dict) else part
-        for name, part in params.items()
-    }
+    leaves: dict[str, Any] = {}
+    for name, part in params.items():
+        is_leaf = not isinstance(part, dict)
+        leaves[name] = part if is_leaf else apply(config, part, key, f"{path}/{name}")
     for name in QUANTIZED:
-        if name in found:
-            found["w"] = Quantized(found.pop(name), found.pop("absmax"))
-    if "a" in found and "b" in found:
-        w, a, b = (found.pop(name) for name in ("w", "a", "b"))
-        keys = (
-            jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), len(a))
-            if key is not None and config.dropout
-            else None
-        )
-        found["w"] = Lora(w, a, b, keys, config.alpha / a.shape[-1], config.dropout)
-    return found
+        if name in leaves:
+            leaves["w"] = Quantized(leaves.pop(name), leaves.pop("absmax"))
+    if "a" in leaves and "b" in leaves:
+        assert config is not None, "parameters with LoRA need its config"
+        w = leaves.pop("w")
+        a = leaves.pop("a")
+        b = leaves.pop("b")
+        keys = None
+        if key is not None and config.dropout:
+            keys = jax.random.split(_key_of(path, key), len(a))
+        leaves["w"] = Lora(w, a, b, keys, config.alpha / a.shape[-1], config.dropout)
+    return leaves
 
 
 def init(
     config: LoraConfig | None, params: tree.Tree, inputs: dict[str, int], key: Array
 ) -> tree.Tree:
-    """Fresh parameters with what `config` adds to them: a as PEFT makes it, b zero; and the stored
-    matrices as codes.
+    """Add fresh LoRA leaves to `params` and quantize what `config` stores in few bits.
 
-    inputs: how many axes the matrices of blocks, by path, are multiplied over. Raises UserError for
-    a target that is none of them.
+    a is initialised as in PEFT, b is zero. inputs: the number of axes that each matrix of a block,
+    by path, is summed over. Raises UserError for a target that is not such a matrix.
     """
+    if config is None:
+        return params
     leaves = dict(tree.leaves(params))
-    if config is not None and config.rank:
-        try:
-            targets = dict(tree.leaves(tree.by_rule(config.targets, params, "model.lora.targets")))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        for path in [path for path, chosen in targets.items() if chosen]:
-            if path not in inputs:
-                raise UserError(f"model.lora.targets: {path} is no matrix of a tower's blocks")
-            shape = leaves[path].shape
-            cut = 1 + inputs[path]
-            where = path.removesuffix("/w")
-            reach = math.prod(shape[1:cut]) ** -0.5
-            a = jax.random.uniform(
-                jax.random.fold_in(key, zlib.crc32(path.encode())),
-                (*shape[:cut], config.rank),
-                minval=-reach,
-                maxval=reach,
-            )
-            leaves |= {
-                f"{where}/a": a,
-                f"{where}/b": jnp.zeros((shape[0], config.rank, *shape[cut:])),
-            }
-    if config is not None and config.storage:
+    for path in _targets(config, params):
+        if path not in inputs:
+            raise UserError(f"model.lora.targets: {path} is not a matrix of a tower's blocks")
+        shape = leaves[path].shape
+        # The axes before this one are L and w's inputs.
+        cut = 1 + inputs[path]
+        bound = math.prod(shape[1:cut]) ** -0.5
+        a_shape = (*shape[:cut], config.rank)
+        where = path.removesuffix("/w")
+        leaves[f"{where}/a"] = jax.random.uniform(
+            _key_of(path, key), a_shape, minval=-bound, maxval=bound
+        )
+        leaves[f"{where}/b"] = jnp.zeros((shape[0], config.rank, *shape[cut:]))
+    if config.storage:
         for path in [path for path in leaves if re.fullmatch(STORED, path)]:
             leaves |= quantize_leaf(path, leaves.pop(path), config.storage)
     return tree.unflatten(leaves)
+
+
+def _targets(config: LoraConfig, params: tree.Tree) -> list[str]:
+    """Paths of the matrices that get LoRA."""
+    if not config.rank:
+        return []
+    try:
+        chosen = tree.by_rule(config.targets, params, "model.lora.targets")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return [path for path, is_target in tree.leaves(chosen) if is_target]
+
+
+def _key_of(path: str, key: Array) -> Array:
+    """The random key of the parameter at `path`, whatever else the tree holds."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 @partial(jax.jit, static_argnums=0)
 def merge(
     config: LoraConfig, w: Numbers | Quantized, a: Numbers, b: Numbers
 ) -> Float[Array, "..."]:
-    """w + alpha / rank * a b in float32, of one layer."""
+    """Merge one layer's LoRA into its matrix: w + alpha / rank * a b, in float32."""
     w = w.dequantize(jnp.float32) if isinstance(w, Quantized) else jnp.asarray(w, jnp.float32)
     product = jnp.tensordot(
         jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), 1, precision="highest"
@@ -198,7 +227,7 @@ def merge(
 
 
 def quantize_leaf(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str, Array]:
-    """The leaves that stand for the matrix at `path`."""
+    """The leaves that replace the matrix at `path`."""
     where = path.removesuffix("/w")
     codes, absmax = quantize(w, storage)
     return {f"{where}/{storage}": codes, f"{where}/absmax": absmax}
@@ -208,7 +237,7 @@ def quantize_leaf(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str
 def quantize(
     w: Float[Numbers, "..."], storage: str
 ) -> tuple[Int8[Array, "..."] | UInt8[Array, "..."], Float[Array, "..."]]:
-    """(codes, scales) of a matrix by blocks of its last axis, each scaled to -1..1."""
+    """Quantize a matrix by blocks of its last axis, each scaled to -1..1: (codes, scales)."""
     blocks = rearrange(
         jnp.asarray(w, jnp.float32), "... (n k) -> ... n k", k=math.gcd(BLOCK, w.shape[-1])
     )
@@ -218,7 +247,8 @@ def quantize(
         return jnp.round(127 * scaled).astype(jnp.int8), absmax
     if w.shape[-1] % 2:
         raise UserError(
-            f"model.lora.storage={storage!r} holds two numbers a byte: a matrix {list(w.shape)} is odd"
+            f"model.lora.storage={storage!r} packs two numbers into a byte, "
+            f"but a matrix {list(w.shape)} has an odd last axis"
         )
     levels = jnp.asarray(nf4())
     codes = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, scaled).astype(jnp.uint8)
@@ -229,7 +259,7 @@ def quantize(
 def dequantize(
     codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Float[Numbers, "..."]
 ) -> Float[Array, "..."]:
-    """Inverse of `quantize`, but for what it rounded; float32."""
+    """Invert `quantize` up to its rounding; float32."""
     codes = jnp.asarray(codes)
     absmax = jnp.asarray(absmax)
     if _name(codes) == "int8":
@@ -237,15 +267,14 @@ def dequantize(
     else:
         scaled = jnp.asarray(nf4())[jnp.stack([codes & 15, codes >> 4], -1).astype(jnp.int32)]
         scaled = rearrange(scaled, "... m two -> ... (m two)")
-    return rearrange(
-        rearrange(scaled, "... (n k) -> ... n k", n=absmax.shape[-1]) * absmax[..., None],
-        "... n k -> ... (n k)",
-    )
+    blocks = rearrange(scaled, "... (n k) -> ... n k", n=absmax.shape[-1])
+    return rearrange(blocks * absmax[..., None], "... n k -> ... (n k)")
 
 
 def nf4() -> Float[np.ndarray, "16"]:
-    """NF4's levels: quantiles of a normal distribution, scaled to -1..1, eight of them above 0 and
-    seven below (QLoRA, section 3).
+    """NF4's 16 levels: quantiles of a normal distribution, scaled to -1..1 (QLoRA, section 3).
+
+    Eight are above 0 and seven below.
     """
 
     def quantiles(count):

@@ -1,10 +1,9 @@
-"""The causal transformer: a T5 decoder (arXiv 1910.10683) that turns an image's features into N
-causal visual tokens.
+"""The causal transformer (section 3.1): an image's features become N causal visual tokens.
 
-N learned queries pass blocks of causal self-attention, cross-attention to the features, and ffn
-(section 3.1). T5's ways: no 1/sqrt(d) in attention, a relative position bias shared by all blocks,
-RMSNorm before each sublayer, no biases, dropout. `project` takes the result to the LLM's width.
-Read next: llama.py.
+A T5 decoder (arXiv 1910.10683): N learned queries pass through blocks of causal self-attention,
+cross-attention to the features, and ffn. As in T5: no 1/sqrt(d) in attention, a relative position
+bias shared by all blocks, RMSNorm before each sublayer, no biases, dropout. `project` maps the result
+to the LLM's width. Read next: llama.py.
 """
 
 from dataclasses import dataclass
@@ -30,14 +29,14 @@ class ResamplerConfig:
     heads: int
     head_width: int
     ffn: int
-    # of the relative position bias
+    # Buckets of the relative position bias, and the distance from which all share the last one.
     buckets: int
     max_distance: int
     dropout: float
     remat: str
 
 
-class Attention(nnx.Module):
+class ResamplerAttention(nnx.Module):
     def __init__(self, config: ResamplerConfig, keys_width: int, rngs: nnx.Rngs):
         C = config.width
         H = config.heads
@@ -63,7 +62,7 @@ class Attention(nnx.Module):
         )
 
 
-class Ffn(nnx.Module):
+class ResamplerFfn(nnx.Module):
     def __init__(self, config: ResamplerConfig, rngs: nnx.Rngs):
         self.up = layers.Linear(
             "btc,cf->btf", (config.width, config.ffn), std=config.width**-0.5, rngs=rngs
@@ -76,27 +75,26 @@ class Ffn(nnx.Module):
         return self.down(layers.dropout(jax.nn.relu(self.up(x)), dropout, key))
 
 
-class Block(nnx.Module):
+class ResamplerBlock(nnx.Module):
     def __init__(self, config: ResamplerConfig, vision_width: int, rngs: nnx.Rngs):
         self.dropout = config.dropout
         self.norm1 = layers.RMSNorm(config.width, eps=1e-6)
-        self.self = Attention(config, config.width, rngs)
+        self.self = ResamplerAttention(config, config.width, rngs)
         self.norm2 = layers.RMSNorm(config.width, eps=1e-6)
-        self.cross = Attention(config, vision_width, rngs)
+        self.cross = ResamplerAttention(config, vision_width, rngs)
         self.norm3 = layers.RMSNorm(config.width, eps=1e-6)
-        self.ffn = Ffn(config, rngs)
+        self.ffn = ResamplerFfn(config, rngs)
 
     def __call__(self, x, features, bias, key, kernel: str):
         keys = [None] * 6 if key is None else jax.random.split(key, 6)
         y = self.norm1(x)
-        # with a bias: N x N is small
+        # The bias needs "dense", and N x N is small.
         y = self.self(y, y, Mask(causal=True), bias, self.dropout, keys[0], "dense")
         x = x + layers.dropout(y, self.dropout, keys[1])
         y = self.cross(self.norm2(x), features, None, None, self.dropout, keys[2], kernel)
         x = x + layers.dropout(y, self.dropout, keys[3])
-        return x + layers.dropout(
-            self.ffn(self.norm3(x), self.dropout, keys[4]), self.dropout, keys[5]
-        )
+        y = self.ffn(self.norm3(x), self.dropout, keys[4])
+        return x + layers.dropout(y, self.dropout, keys[5])
 
 
 class Resampler(nnx.Module):
@@ -109,7 +107,7 @@ class Resampler(nnx.Module):
             config.width**-0.5 * jax.random.normal(rngs.params(), (config.buckets, config.heads))
         )
         self.blocks = layers.stack(
-            lambda rngs: Block(config, vision_width, rngs), config.depth, rngs
+            lambda rngs: ResamplerBlock(config, vision_width, rngs), config.depth, rngs
         )
         self.norm = layers.RMSNorm(config.width, eps=1e-6)
         self.project = layers.Linear(
@@ -137,15 +135,15 @@ class Resampler(nnx.Module):
             remat=config.remat,
             key=key_blocks,
         )
-        return sharding.constrain_images(
-            self.project(layers.dropout(self.norm(x), config.dropout, key_out))
-        )
+        x = layers.dropout(self.norm(x), config.dropout, key_out)
+        return sharding.constrain_images(self.project(x))
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of each (query, key) pair [length, length], T5's unidirectional rule: exact up to
-    buckets / 2 tokens back, then logarithmic up to max_distance; keys that lie ahead share bucket 0
-    (and are masked).
+    """T5's bucket of each (query, key) pair [length, length], for causal attention.
+
+    Distances below buckets / 2 have a bucket each; longer ones share logarithmic buckets up to
+    max_distance. Keys ahead of the query are in bucket 0, and masked.
     """
     back = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
     exact = buckets // 2

@@ -1,9 +1,8 @@
-"""EVA-01-CLIP's vision transformer (arXiv 2211.07636), Emu's visual encoder: its raw last block,
-CLS included.
+"""EVA-01-CLIP's vision transformer (arXiv 2211.07636), Emu's visual encoder (section 3.1).
 
-Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and values only. The
-final norm, head and pooling of the original are not used by Emu (section 3.1; emu.md's table). Read
-next: resampler.py.
+Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and values only. Emu reads
+the raw output of the last block, CLS included; the original's final norm, head and pooling are not
+used. Read next: resampler.py.
 """
 
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from emu_jax.models.attention import attention
 
 @dataclass(frozen=True)
 class VisionConfig:
-    # pixels a side
+    # Pixels per side.
     image: int
     patch: int
     # E
@@ -30,7 +29,7 @@ class VisionConfig:
     depth: int
     heads: int
     ffn: int
-    # of the pixels in 0..1, subtracted
+    # Mean and standard deviation of pixels in 0..1, by channel.
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     remat: str
@@ -40,7 +39,7 @@ class VisionConfig:
         return (self.image // self.patch) ** 2
 
 
-class Attention(nnx.Module):
+class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         E = config.width
         H = config.heads
@@ -57,7 +56,7 @@ class Attention(nnx.Module):
         )
 
 
-class Ffn(nnx.Module):
+class VisionFfn(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         self.up = layers.Linear(
             "bte,ef->btf", (config.width, config.ffn), bias=(config.ffn,), std=0.02, rngs=rngs
@@ -70,12 +69,12 @@ class Ffn(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
 
 
-class Block(nnx.Module):
+class VisionBlock(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         self.norm1 = layers.LayerNorm(config.width, eps=1e-6)
-        self.attn = Attention(config, rngs)
+        self.attn = VisionAttention(config, rngs)
         self.norm2 = layers.LayerNorm(config.width, eps=1e-6)
-        self.ffn = Ffn(config, rngs)
+        self.ffn = VisionFfn(config, rngs)
 
     def __call__(self, x, kernel: str):
         x = x + self.attn(self.norm1(x), kernel)
@@ -91,21 +90,20 @@ class Vision(nnx.Module):
             "bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs
         )
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (E,)))
-        # learned from there: patches know their place from the start
+        # Learned, from sines and cosines, so that patches have distinct positions from the start.
         self.pos = nnx.Param(jnp.asarray(sincos(config.image // p, E)))
-        self.blocks = layers.stack(lambda rngs: Block(config, rngs), config.depth, rngs)
+        self.blocks = layers.stack(lambda rngs: VisionBlock(config, rngs), config.depth, rngs)
 
     def __call__(
         self, images: Float[Array, "M h w 3"], *, kernel: str = "auto"
     ) -> Float[Array, "M S E"]:
-        """Raw features of normalised images (see `normalise`): S is CLS and then the P patches."""
+        """Raw features of normalised images (see `normalise`): CLS, then the P patches."""
         p = self.config.patch
         x = self.patch(rearrange(images, "m (x i) (y j) c -> m x y i j c", i=p, j=p))
         x = rearrange(x, "m x y e -> m (x y) e")
         cls = jnp.broadcast_to(self.cls.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = sharding.constrain_images(
-            jnp.concatenate([cls, x], 1) + self.pos.get_value().astype(x.dtype)
-        )
+        x = jnp.concatenate([cls, x], 1) + self.pos.get_value().astype(x.dtype)
+        x = sharding.constrain_images(x)
         return layers.run(
             self.blocks,
             x,
@@ -116,17 +114,14 @@ class Vision(nnx.Module):
 
 
 def sincos(side: int, width: int) -> np.ndarray:
-    """Sines and cosines of each patch's row and column [1 + side * side, width], CLS zero
-    (big_vision's and MAE's initial values).
-    """
+    """Sine-cosine position embeddings [1 + side * side, width], as in MAE; zero for CLS."""
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
-    y, x = (place.reshape(-1, 1) * frequencies for place in np.mgrid[:side, :side])
-    return np.pad(
-        np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1), ((1, 0), (0, width % 4))
-    ).astype(np.float32)
+    y, x = (position.reshape(-1, 1) * frequencies for position in np.mgrid[:side, :side])
+    patches = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1)
+    return np.pad(patches, ((1, 0), (0, width % 4))).astype(np.float32)
 
 
 def normalise(images: Array, config: VisionConfig, dtype) -> Array:
-    """uint8 RGB [..., h, w, 3] in 0..255 -> the encoder's input: (x / 255 - mean) / std."""
+    """Normalise RGB [..., h, w, 3] in 0..255 for the encoder: (x / 255 - mean) / std."""
     x = images.astype(jnp.float32) / 255
     return ((x - jnp.array(config.mean)) / jnp.array(config.std)).astype(dtype)

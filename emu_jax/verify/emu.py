@@ -1,6 +1,4 @@
-"""Emu against its release: towers, objective, gradients and generation on a golden file's
-inputs.
-"""
+"""Emu against its release: towers, losses, gradients and generation on a golden file's inputs."""
 
 import json
 import re
@@ -72,8 +70,8 @@ INPUTS = {
 }
 
 
-def size_of(file: dict[str, np.ndarray]) -> emu.EmuConfig:
-    """The model of a file's `config` and vocabulary."""
+def config_of(file: dict[str, np.ndarray]) -> emu.EmuConfig:
+    """The model's config, from a file's `config` and vocabulary. Raises UserError."""
     try:
         c = json.loads(str(file["config"]))
         special = json.loads(str(file["special_ids"]))
@@ -82,45 +80,48 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuConfig:
             for name, shape in zip(file["parameter_names"], file["parameter_shapes"], strict=True)
             if str(name).endswith("embed_tokens.weight") and "cformer" not in str(name)
         )
+        vision = VisionConfig(
+            image=c["image_size"],
+            patch=c["patch"],
+            width=c["vit_width"],
+            depth=c["vit_layers"],
+            heads=c["vit_width"] // c["vit_head_width"],
+            ffn=int(c["vit_width"] * c["vit_mlp_ratio"]),
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+            remat="none",
+        )
+        resampler = ResamplerConfig(
+            tokens=c["n_causal"],
+            width=c["t5_d_model"],
+            depth=c["t5_layers"],
+            heads=c["t5_heads"],
+            head_width=c["t5_d_kv"],
+            ffn=c["t5_d_ff"],
+            buckets=32,
+            max_distance=128,
+            dropout=0.1,
+            remat="none",
+        )
+        llama = LlamaConfig(
+            vocab=special["pad"],
+            added=rows - special["pad"],
+            width=c["llm_width"],
+            depth=c["llm_layers"],
+            heads=c["llm_heads"],
+            kv_heads=0,
+            ffn=c["llm_ff"],
+            eps=1e-6,
+            rope_base=10000.0,
+            rope_scaling=(),
+            rope_dtype="bfloat16",
+            tied=False,
+            remat="none",
+        )
         return emu.EmuConfig(
-            VisionConfig(
-                c["image_size"],
-                c["patch"],
-                c["vit_width"],
-                c["vit_layers"],
-                c["vit_width"] // c["vit_head_width"],
-                int(c["vit_width"] * c["vit_mlp_ratio"]),
-                (0.0,) * 3,
-                (1.0,) * 3,
-                "none",
-            ),
-            ResamplerConfig(
-                c["n_causal"],
-                c["t5_d_model"],
-                c["t5_layers"],
-                c["t5_heads"],
-                c["t5_d_kv"],
-                c["t5_d_ff"],
-                32,
-                128,
-                0.1,
-                "none",
-            ),
-            LlamaConfig(
-                special["pad"],
-                rows - special["pad"],
-                c["llm_width"],
-                c["llm_layers"],
-                c["llm_heads"],
-                0,
-                c["llm_ff"],
-                1e-6,
-                10000.0,
-                (),
-                "bfloat16",
-                False,
-                "none",
-            ),
+            vision=vision,
+            resampler=resampler,
+            llama=llama,
             compute="float32",
             attention="dense",
             standardise=False,
@@ -131,25 +132,25 @@ def size_of(file: dict[str, np.ndarray]) -> emu.EmuConfig:
 
 
 def _lora(file: dict[str, np.ndarray]) -> LoraConfig:
-    """Of the file's adapter, whose alpha is its rank, without dropout; rank 0 where it has none."""
+    """The config of the file's adapter, whose alpha is its rank; rank 0 if it has none."""
     names = map(str, file["parameter_names"])
     shapes = map(json.loads, map(str, file["parameter_shapes"]))
     _, adapter = emu1.split_lora(dict(zip(names, map(tuple, shapes), strict=False)))
     rank = peft.infer_config(adapter, {})["lora.rank"]
-    return (
-        LoraConfig(rank, float(rank), 0.0, peft.default_config(adapter, {})["lora.targets"])
-        if rank
-        else LoraConfig()
-    )
+    if not rank:
+        return LoraConfig()
+    targets = peft.default_config(adapter, {})["lora.targets"]
+    return LoraConfig(rank=rank, alpha=float(rank), dropout=0.0, targets=targets)
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Every quantity of an Emu file: covered ones with their error, the others without. Raises
-    UserError for a file that lacks some.
+    """Every quantity of an Emu file: covered ones with their error, the others without.
+
+    Raises UserError for a file that lacks some.
     """
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
-    config = size_of(file)
+    config = config_of(file)
     table = emu1.table(config)
     foreign = weights(file)
     plain, adapter = emu1.split_lora(foreign)
@@ -161,7 +162,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
     seen = file["attention_mask"].astype(bool)
     reference = {name: np.asarray(file[name]) for name in ours}
-    # what padding computes is nobody's concern
+    # Outputs at padding have no meaning.
     for name in ("hidden", "logits_sum", "logits_first8", "logits_logsumexp"):
         ours[name] = ours[name][seen]
         reference[name] = reference[name][seen]
@@ -175,7 +176,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         own = next(key for part in emu1.split_lora({name: None}) for key in part)
         if own not in theirs:
             raise UserError(
-                f"golden file: grad_names has {name!r}, which is no parameter that trains"
+                f"golden file: grad_names has {name!r}, which is not a trainable parameter"
             )
         yield compare(
             f"grad_norm {name}", norm, np.linalg.norm(theirs[own].astype(np.float64)), 5e-4
@@ -192,9 +193,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 def _generated(
     file: dict[str, np.ndarray], config: emu.EmuConfig, params: dict, visual: np.ndarray
 ) -> Iterator[Quantity]:
-    """The image loop and decoding, by the session that a user has, from the file's ids and its
-    images' visual tokens.
-    """
+    """Image and text generation by a Session, from the file's ids and its images' visual tokens."""
     session = Session(config, params, Tokenizer(config.llama.vocab, list, str), context=1 << 20)
     special = json.loads(str(file["special_ids"]))
 
@@ -214,7 +213,7 @@ def _generated(
 
     for name in (name for name in file if name.startswith("generate_image_")):
         given = prompts(name.replace("generate_image", "prompt") + "_ids")
-        # [IMG] is appended
+        # Without [IMG], which generate_images appends.
         opened = [replace(prompt, tokens=prompt.tokens[:-1]) for prompt in given]
         yield compare(name, file[name], session.generate_images(opened), 1e-4)
     for name in (
@@ -236,9 +235,7 @@ def _generated(
 
 
 def make_batch(file: dict[str, np.ndarray], config: emu.EmuConfig) -> tuple[Batch, jax.Array]:
-    """The file's right-padded rows as a Batch (without pictures), and its already normalised images
-    [M, h, w, 3].
-    """
+    """The file's rows as a Batch without pixels, and its normalised images [M, h, w, 3]."""
     ids = np.asarray(file["input_ids"])
     seen = np.asarray(file["attention_mask"]).astype(np.int32)
     B, T = ids.shape
@@ -270,7 +267,7 @@ def _forward(model: emu.Emu, batch: Batch, images) -> dict[str, jax.Array]:
     features = model.vision(images, kernel="dense")
     normed = model.ln_visual(features)
     tokens = model.resampler(normed, kernel="dense")
-    # the images, in reading order
+    # Images in reading order.
     held = batch.image_slots < batch.tokens.shape[1]
     place = (jnp.cumsum(held.ravel()) - 1).reshape(held.shape)
     visual = jnp.where(held[..., None, None], tokens[jnp.maximum(place, 0)], 0)
@@ -351,22 +348,23 @@ def _run(config: emu.EmuConfig, params: dict, batch: Batch, images) -> dict[str,
     )
     for name in ("regress_predictions", "regress_targets"):
         ours[name] = ours[name][held].reshape(-1, config.llama.width)
-    # the files count <s> too: nothing predicts it
+    # The files also count <s>, although nothing predicts it.
     counts = np.asarray(batch.text_weights, bool) | (np.arange(batch.tokens.shape[1]) == 0)
     ours["text_targets"] = np.where(counts, np.asarray(batch.tokens), -100)
     return ours
 
 
 def _theirs(table: convert.Table, gradient: tree.Tree) -> dict[str, np.ndarray]:
-    """The gradients that there are, under the table's names."""
+    """The gradients of trained parameters, under the table's names."""
     there = {path for path, _ in tree.leaves(gradient)}
     rows = tuple(row for row in table.rows if row.ours in there)
     return dict(convert.to_theirs(table._replace(rows=rows), convert.reader(gradient)))
 
 
 def _gradient(config: emu.EmuConfig, params: tree.Tree, batch: Batch, images) -> tree.Tree:
-    """Of everything; where there is LoRA, of its matrices and what comes before the LLM: the rest
-    is frozen.
+    """The gradient of every parameter, or with LoRA, of LoRA and all before the LLM.
+
+    The release freezes the rest.
     """
     trains = {
         path: not config.lora.rank

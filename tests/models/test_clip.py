@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from emu_jax.models import module
-from emu_jax.models.clip import OLD_EOS, Clip, ClipConfig, Text, TowerConfig, Vision
+from emu_jax.models.clip import OLD_EOS, Clip, ClipConfig, ClipText, ClipVision, TowerConfig
 
 TEXT = TowerConfig(16, 2, 2, 24, 1e-5, "quick_gelu")
 VISION = TowerConfig(24, 2, 3, 32, 1e-5, "gelu")
@@ -26,7 +26,7 @@ def params():
 
 
 def read(params, ids, config=SIZE):
-    return np.asarray(module.bind(Text, config, params["text"])(ids))
+    return np.asarray(module.bind(ClipText, config, params["text"])(ids))
 
 
 def test_a_text_does_not_depend_on_its_padding_nor_on_the_batch(params):
@@ -54,7 +54,7 @@ def test_text_is_causal_and_reads_all_that_is_before_its_end(params):
     positions = params["text"]["positions"]
 
     def value(positions):
-        return module.bind(Text, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
+        return module.bind(ClipText, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
 
     slope = np.abs(jax.grad(value)(positions)).max(1)
     assert (slope[:5] > 0).all() and (slope[5:] == 0).all()
@@ -64,7 +64,7 @@ def test_a_picture_does_not_depend_on_the_batch_and_all_of_it_counts(params):
     images = jax.random.normal(jax.random.key(2), (3, 16, 16, 3))
 
     def see(images):
-        return module.bind(Vision, SIZE, params["vision"])(images)
+        return module.bind(ClipVision, SIZE, params["vision"])(images)
 
     np.testing.assert_allclose(see(images)[1], see(images[1:2])[0], atol=1e-6)
     assert (np.abs(jax.grad(lambda images: see(images)[0, 0])(images)[0]) > 0).mean() > 0.99

@@ -261,7 +261,7 @@ def test_a_sharded_stored_model_equals_a_single_one():
     [
         (
             ("model.lora.targets=(('llama/norm/scale', True), ('.*', False))",),
-            "model.lora.targets: llama/norm/scale is no matrix of a tower's blocks",
+            "model.lora.targets: llama/norm/scale is not a matrix of a tower's blocks",
         ),
         (
             ("model.lora.targets=(('llama/blocks/attn/x/w', True), ('.*', False))",),

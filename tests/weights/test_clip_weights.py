@@ -12,7 +12,7 @@ import pytest
 from emu_jax import checkpoint, config
 from emu_jax.evaluate.metrics import clip_score
 from emu_jax.models import module
-from emu_jax.models.clip import ClipConfig, Text, Vision
+from emu_jax.models.clip import ClipConfig, ClipText, ClipVision
 from emu_jax.weights import families, files
 from emu_jax.weights.__main__ import main
 from tests.support.clips import CLIP1, CLIP2, folder
@@ -160,12 +160,12 @@ def test_features_are_those_of_the_transformers_library(tmp_path, said):
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     np.testing.assert_allclose(
-        unit(module.bind(Text, model_config, params["text"])(jnp.asarray(ids))),
+        unit(module.bind(ClipText, model_config, params["text"])(jnp.asarray(ids))),
         out.text_embeds.numpy(),
         atol=1e-5,
     )
     np.testing.assert_allclose(
-        unit(module.bind(Vision, model_config, params["vision"])(jnp.asarray(images))),
+        unit(module.bind(ClipVision, model_config, params["vision"])(jnp.asarray(images))),
         out.image_embeds.numpy(),
         atol=1e-5,
     )

@@ -102,7 +102,7 @@ def load(directory: str) -> Clip:
 
 
 def picture_features(model: Clip, paths: Iterable[Path]) -> Float[np.ndarray, "n C"]:
-    run = jax.jit(lambda params, x: module.bind(clip.Vision, model.config, params)(x))
+    run = jax.jit(lambda params, x: module.bind(clip.ClipVision, model.config, params)(x))
     return _batched(
         partial(run, model.params["vision"]),
         (prepare(model, path) for path in paths),
@@ -111,7 +111,7 @@ def picture_features(model: Clip, paths: Iterable[Path]) -> Float[np.ndarray, "n
 
 
 def text_features(model: Clip, texts: Sequence[str]) -> Float[np.ndarray, "n C"]:
-    run = jax.jit(lambda params, ids: module.bind(clip.Text, model.config, params)(ids))
+    run = jax.jit(lambda params, ids: module.bind(clip.ClipText, model.config, params)(ids))
     return _batched(
         partial(run, model.params["text"]),
         (tokens(model, text) for text in texts),
