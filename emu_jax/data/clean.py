@@ -1,4 +1,4 @@
-"""Rules for texts, in no language in particular: what is a caption, what is junk, what is metadata.
+"""Rules for texts in any language: cleaning captions, and recognising junk and metadata.
 
 Read next: sources/pairs.py and sources/videos.py, which use them.
 """
@@ -6,25 +6,32 @@ Read next: sources/pairs.py and sources/videos.py, which use them.
 import re
 import unicodedata
 
-# The paper strips metadata from WebVid's captions "by rules" that it does not print; these are
-# ours. A caption there reads "London, UK - January 12, 2018: crowd on a bridge, aerial. 4k footage,
+# The paper strips metadata from WebVid's captions "by rules" that it does not list; these are ours.
+# A caption there reads "London, UK - January 12, 2018: crowd on a bridge, aerial. 4k footage,
 # 60 fps".
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
-_DATE = rf"(?:circa\s+)?(?:{_MONTH}\s*(?:\d{{1,2}}(?:st|nd|rd|th)?\s*,?\s*)?(?:19|20)\d\d|\d{{1,2}}(?:st|nd|rd|th)?\s+{_MONTH}\s*,?\s*(?:19|20)\d\d"
-_DATE += r"|(?:19|20)\d\d|\d{1,2}[./-]\d{1,2}[./-](?:19|20)?\d\d)"
+_DATE = (
+    rf"(?:circa\s+)?(?:{_MONTH}\s*(?:\d{{1,2}}(?:st|nd|rd|th)?\s*,?\s*)?(?:19|20)\d\d"
+    rf"|\d{{1,2}}(?:st|nd|rd|th)?\s+{_MONTH}\s*,?\s*(?:19|20)\d\d"
+    r"|(?:19|20)\d\d|\d{1,2}[./-]\d{1,2}[./-](?:19|20)?\d\d)"
+)
 # "City, Country - date: "
 _DATELINE = re.compile(rf"^[^:.!?]{{2,80}}?\s*[-–—,]\s*{_DATE}\s*[:.-]\s*", re.I)
 _BRACKETS = re.compile(
-    r"[\[(](?:[^\[\]()]*\b(?:\d+\s*fps|\d?\dk|u?hd|footage|slow motion|loop(?:able)?|alpha|pro\s?res)\b[^\[\]()]*)[\])]",
+    r"[\[(](?:[^\[\]()]*\b(?:\d+\s*fps|\d?\dk|u?hd|footage|slow motion|loop(?:able)?|alpha"
+    r"|pro\s?res)\b[^\[\]()]*)[\])]",
     re.I,
 )
 _TECHNICAL = re.compile(
-    r"\b(?:(?:ultra|full)\s+hd|u?hd\s+(?=(?:video|footage|clip)s?\b)|u?hd\b(?=\W*$|\W*[.,;])|[2468]\s?k\b|\d{3,4}\s?x\s?\d{3,4}\b|(?:720|1080|1440|2160)[pi]\b|"
-    r"\d{2,3}(?:[.,]\d+)?\s?fps\b|\d{2,3}\s?frames per second\b|pro\s?res(?:\s?\d{3,4}(?:\s?hq)?)?\b|royalty[- ]free\b|"
-    r"(?:stock|raw)\s+(?:footage|video|clip)s?\b|(?:no|without)\s+(?:audio|sound)\b|alpha\s+(?:channel|matte)\b|red\s+(?:epic|dragon)\b)",
+    r"\b(?:(?:ultra|full)\s+hd|u?hd\s+(?=(?:video|footage|clip)s?\b)|u?hd\b(?=\W*$|\W*[.,;])"
+    r"|[2468]\s?k\b|\d{3,4}\s?x\s?\d{3,4}\b|(?:720|1080|1440|2160)[pi]\b"
+    r"|\d{2,3}(?:[.,]\d+)?\s?fps\b|\d{2,3}\s?frames per second\b"
+    r"|pro\s?res(?:\s?\d{3,4}(?:\s?hq)?)?\b|royalty[- ]free\b"
+    r"|(?:stock|raw)\s+(?:footage|video|clip)s?\b|(?:no|without)\s+(?:audio|sound)\b"
+    r"|alpha\s+(?:channel|matte)\b|red\s+(?:epic|dragon)\b)",
     re.I,
 )
-# at the end
+# words that are dropped from the end of a caption
 _LEFT_OVER = frozenset(
     (
         "in",
@@ -42,56 +49,59 @@ _LEFT_OVER = frozenset(
     )
 )
 _ENDS = " .,;:|/–—-"
-# characters; longer captions hold no such metadata
+# characters; longer captions do not have this kind of metadata
 _LONG = 2000
 
 _URL = re.compile(r"^\s*(?:https?://|www\.)\S+\s*$", re.I)
 _FILE_NAME = re.compile(
-    r"^\s*[\w~()+-]+(?:[ .][\w~()+-]+)*\.(?:jpe?g|png|gif|webp|bmp|tiff?|pdf|html?|php|mp4|mov)\s*$",
+    r"^\s*[\w~()+-]+(?:[ .][\w~()+-]+)*"
+    r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|pdf|html?|php|mp4|mov)\s*$",
     re.I,
 )
 _CAMERA = re.compile(r"^\s*(?:dsc[nf]?|img|pict?|p)[ _-]?\d{4,}\s*$", re.I)
 
 
 def decode_text(data: bytes) -> str:
-    """Text of UTF-8 (a byte order mark is dropped) or of UTF-16 with one; line ends are "\\n".
-    Raises ValueError for other bytes.
+    """Decode UTF-8, with or without a byte order mark, or UTF-16 with one; lines end in "\\n".
+
+    Raises UnicodeError for other bytes.
     """
     coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = data.decode(coding)
     except UnicodeDecodeError:
-        raise ValueError("the text is not UTF-8") from None
+        raise UnicodeError("text is not UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def collapse_whitespace(text: str) -> str:
-    """Every run of white space and control characters becomes one space; none at the ends."""
+    """Replace runs of white space and control characters by one space, and strip the ends."""
     return " ".join(
         "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text).split()
     )
 
 
 def junk_reason(caption: str) -> str:
-    """Why a caption says nothing, in no matter which language, or ""."""
+    """Why a caption, in any language, has no content; "" if it has."""
     # letters, and symbols for emoji
     if not any(unicodedata.category(letter)[0] in "LS" for letter in caption):
-        return "the caption has no letter"
+        return "caption has no letters"
     if _URL.match(caption):
-        return "the caption is an address"
+        return "caption is a URL"
     if len(caption) < 300 and (_FILE_NAME.match(caption) or _CAMERA.match(caption)):
-        return "the caption is a file's name"
+        return "caption is a file name"
     if len(caption) >= 8 and len(set(caption.lower()) - {" "}) <= 2:
-        return "the caption repeats itself"
+        return "caption repeats itself"
     words = caption.lower().split()
     if len(words) >= 8 and len(set(words)) <= len(words) // 4:
-        return "the caption repeats itself"
+        return "caption repeats itself"
     return ""
 
 
 def clean_video_caption(text: str) -> str:
-    """A video's caption without place and date in front, without resolution, rate, codec and words
-    of the trade; "" if nothing is left.
+    """A video's caption without leading place and date, resolution, frame rate and stock-video terms.
+
+    "" if nothing is left.
     """
     text = collapse_whitespace(text)
     if len(text) > _LONG:
@@ -99,13 +109,9 @@ def clean_video_caption(text: str) -> str:
     text = _DATELINE.sub("", text)
     stripped = _TECHNICAL.sub("", _BRACKETS.sub("", text))
     if stripped != text:
-        words = (
-            collapse_whitespace(
-                re.sub(r"\s+([.,;:])", r"\1", re.sub(r"([.,;:])(?:\s*[.,;:])+", r"\1", stripped))
-            )
-            .rstrip(_ENDS)
-            .split()
-        )
+        stripped = re.sub(r"([.,;:])(?:\s*[.,;:])+", r"\1", stripped)
+        stripped = re.sub(r"\s+([.,;:])", r"\1", stripped)
+        words = collapse_whitespace(stripped).rstrip(_ENDS).split()
         while words and words[-1].strip(_ENDS).lower() in ("", *_LEFT_OVER):
             words.pop()
         stripped = " ".join(words).strip(_ENDS)

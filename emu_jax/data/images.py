@@ -7,6 +7,7 @@ interpreter lock, so threads decode in parallel. models/vision.py normalises. Re
 """
 
 import io
+import threading
 import warnings
 
 import numpy as np
@@ -15,13 +16,15 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 # A file of a few kilobytes could otherwise fill the memory ("decompression bomb"). 64 megapixels
-# are 192 MB of RGB. Pillow's own limit is wider, and applies as well.
+# are 192 MB of RGB.
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_BYTES = 64 * 1024 * 1024
 # no EPS: its reader starts a program
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
 FITS = ("squash", "centre", "random")
 
+# Held while Pillow's own limit of the whole process is changed.
+_PILLOW_LIMIT = threading.Lock()
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,7 +44,6 @@ def silence_pillow() -> None:
     still an error.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h w 3"]:
@@ -80,7 +82,7 @@ def decode_full(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
 def header_size(data: bytes) -> tuple[int, int] | None:
     """Width and height in the header, before any rotation; None if it is not an image."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS).size
+        return _open(data).size
     # Pillow raises nearly anything for broken files.
     except Exception:
         return None
@@ -93,6 +95,20 @@ def encode(image: UInt8[np.ndarray, "h w 3"], quality: int = 90) -> bytes:
     )
 
 
+def _open(data: bytes) -> Image.Image:
+    """Read the header only.
+
+    Pillow's limit is off meanwhile: MAX_PIXELS is lower, and its message names the size.
+    """
+    with _PILLOW_LIMIT:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
 def _upright(data: bytes, least: int) -> Image.Image:
     """The upright RGB image.
 
@@ -102,8 +118,7 @@ def _upright(data: bytes, least: int) -> Image.Image:
     try:
         if len(data) > MAX_BYTES:
             raise ValueError(f"{len(data)} bytes are over the limit of {MAX_BYTES}")
-        # reads only the header
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _open(data)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(
                 f"{image.width} x {image.height} pixels are over the limit of {MAX_PIXELS}"

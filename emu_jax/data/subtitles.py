@@ -1,21 +1,21 @@
-"""Subtitles: WebVTT (W3C) and SubRip (no standard: what its writers write), to cues of plain text.
+"""Subtitles in WebVTT (W3C) and SubRip (no standard: what its writers write), as cues of plain text.
 
-The common libraries were tried on files with byte order marks, CRLF, tags, entities and cue
-identifiers: each of three got some wrong, and both formats are a page. Read next:
-sources/subtitled.py.
+Three common libraries were tried on files with byte order marks, CRLF, tags, entities and cue
+identifiers, and each got some wrong; both formats are short. Read next: sources/subtitled.py.
 """
 
 import html
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _CLOCK = r"(?:(\d{1,3}):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,3}))?"
 _TIMES = re.compile(rf"^\s*{_CLOCK}\s*-->\s*{_CLOCK}(?:\s.*)?$")
-# of a cue that is none: negative, for one
+# Looks like the times of a cue but is invalid, for example negative.
 _LIKE_TIMES = re.compile(r"^\s*-?\d[\d:.,]*\s*-->\s*-?\d[\d:.,]*(?:\s.*)?$")
 # <i>, <v Bob>, <c.red>, <00:01.000>, and SubRip's {\an8}
 _TAG = re.compile(r"</?[a-zA-Z](?:[^<>]*)>|<\d[\d:.]*>|\{\\[^{}]*\}")
-# times within a cue: captions that roll
+# times inside a cue: rolling captions
 _KARAOKE = re.compile(r"<\d[\d:.]*>")
 
 
@@ -29,60 +29,61 @@ class Cue:
 
 
 def parse(text: str) -> list[Cue]:
-    """The cues of a file, by start (equal starts in the file's order), their lines joined by a
-    space, tags gone; cues without text are left out.
+    """The cues of a file, sorted by start, without tags and with their lines joined by a space.
 
-    A cue whose times are none (negative ones) is left out; one that ends before it starts is not.
-    In captions that roll (every cue shows the line before it again, as YouTube's do) a line counts
-    once. Raises ValueError for a file with no cue at all.
+    Cues without text or with invalid (negative) times are left out; a cue may end before it starts.
+    In rolling captions, where each cue repeats the line before it as on YouTube, a line counts
+    once. Raises ValueError for a file without cues.
     """
-    text = (
-        text.removeprefix("\ufeff")
-        .replace("\r\n", "\n")
-        .replace("\r", "\n")
-        .replace("\0", "\ufffd")
-    )
-    lines = text.split("\n")
-    vtt = lines[0].startswith("WEBVTT")
-    times = {
-        number: found.groups() for number, line in enumerate(lines) if (found := _TIMES.match(line))
-    }
-    places = [
-        number
-        for number, line in enumerate(lines)
-        if number in times or ("-->" in line if vtt else _LIKE_TIMES.match(line))
-    ]
-    if not times:
-        raise ValueError("no cue in the subtitles")
+    text = text.removeprefix("\ufeff").replace("\0", "\ufffd")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    is_vtt = lines[0].startswith("WEBVTT")
+    is_rolling = bool(_KARAOKE.search(text))
     cues = []
-    rolls = bool(_KARAOKE.search(text))
-    before = []
-    until = -1.0
-    for place, following in zip(places, [*places[1:], None]):
-        if place not in times:
+    before: list[str] = []
+    before_end = -1.0
+    for start, end, block in _blocks(lines, is_vtt):
+        shown = [plain for line in block if (plain := _plain(line))]
+        if not shown:
             continue
-        block = lines[place + 1 : following]
-        if vtt:
-            block = block[: next((n for n, line in enumerate(block) if not line), len(block))]
+        repeated = _overlap(before, shown) if is_rolling or start < before_end else 0
+        before = shown
+        before_end = end
+        if shown[repeated:]:
+            cues.append(Cue(start, end, " ".join(shown[repeated:])))
+    return sorted(cues, key=lambda cue: cue.start)
+
+
+def _blocks(lines: list[str], is_vtt: bool) -> Iterator[tuple[float, float, list[str]]]:
+    """(start, end, lines) of every cue with valid times."""
+    # {number of the line: match of its times, None if they are invalid}
+    headers: dict[int, re.Match | None] = {}
+    for number, line in enumerate(lines):
+        times = _TIMES.match(line)
+        looks_like_times = "-->" in line if is_vtt else _LIKE_TIMES.match(line)
+        if times or looks_like_times:
+            headers[number] = times
+    if not any(headers.values()):
+        raise ValueError("no cues in the subtitles")
+    for (number, times), following in zip(headers.items(), [*[*headers][1:], None]):
+        if times is None:
+            continue
+        block = lines[number + 1 : following]
+        if is_vtt:
+            end_of_cue = block.index("") if "" in block else len(block)
+            block = block[:end_of_cue]
         elif following is not None and block and block[-1].strip().isdigit():
             # the number of the next cue
             block = block[:-1]
-        start = _seconds(*times[place][:4])
-        end = _seconds(*times[place][4:])
-        shown = [plain for line in block if (plain := _plain(line))]
-        fresh = shown
-        if rolls or start < until:
-            again = next(
-                (n for n in range(min(len(before), len(shown)), 0, -1) if before[-n:] == shown[:n]),
-                0,
-            )
-            fresh = shown[again:]
-        if shown:
-            before = shown
-            until = end
-        if fresh:
-            cues.append(Cue(start, end, " ".join(fresh)))
-    return sorted(cues, key=lambda cue: cue.start)
+        yield _seconds(*times.groups()[:4]), _seconds(*times.groups()[4:]), block
+
+
+def _overlap(before: list[str], shown: list[str]) -> int:
+    """The largest number of lines that end `before` and start `shown`."""
+    for count in range(min(len(before), len(shown)), 0, -1):
+        if before[-count:] == shown[:count]:
+            return count
+    return 0
 
 
 def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:

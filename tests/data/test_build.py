@@ -229,7 +229,7 @@ def test_another_build_is_not_mixed_in(shards, tmp_path):
 
 def test_nothing_left_is_an_error(shards, tmp_path):
     with pytest.raises(
-        UserError, match="no record became a document: .* x a picture with a side under # pixels"
+        UserError, match="no record became a document: .* x image side under # pixels"
     ):
         build.build("pairs", [shards], tmp_path, SourceOptions(min_side=1000), workers=1)
     assert not (tmp_path / "dataset_info.json").exists()

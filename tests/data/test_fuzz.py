@@ -151,7 +151,7 @@ def test_subtitles():
             assert all("\n" not in cue.text and cue.text for cue in cues)
             good += 1
         except ValueError as error:
-            assert str(error) == "no cue in the subtitles"
+            assert str(error) == "no cues in the subtitles"
     assert 200 < good < 500
 
 

@@ -97,18 +97,18 @@ def test_pairs(tmp_path):
         "000000001": [(48, 36), "only in the json"],
         "000000002": [(48, 36), "as webp"],
         "000000003": "no caption",
-        "000000004": "caption: the text is not UTF-8",
+        "000000004": "caption: text is not UTF-8",
         "000000005": [(48, 36), "café"],
-        "000000007": "the image is empty",
+        "000000007": "image is empty",
         "000000008": [(48, 36), "for print"],
         "000000009": [(36, 48), "a phone held upright"],
         "000000010": [(48, 36), "sixteen bits"],
         "000000011": "not a usable image: 20000 x 20000 pixels are over the limit of 67108864",
         "000000012": "no image",
-        "000000013": "the caption is a file's name",
+        "000000013": "caption is a file name",
         "000000014": [(48, 36), "with a mark"],
         "000000015": "no caption",
-        "000000016": "the .json is broken",
+        "000000016": "the .json file is broken",
     }
 
 
@@ -138,8 +138,8 @@ def test_filters_of_pairs(tmp_path):
     )
     assert {key for key, line in kept.items() if isinstance(line, list)} == {"a", "f"}
     assert (
-        kept["b"] == "a picture with a side under 32 pixels"
-        and kept["e"] == "the CLIP score is under 0.28"
+        kept["b"] == "image side under 32 pixels"
+        and kept["e"] == "CLIP score under 0.28"
     )
 
 
@@ -170,7 +170,7 @@ def test_the_parquet_beside_a_tar_is_passed_over(tmp_path):
     assert told("pairs", tmp_path) == {"0": [(48, 36), "one"]}
     for path in (tmp_path, tmp_path / "00000.parquet"):
         (tmp_path / "00000.tar").unlink(missing_ok=True)
-        with pytest.raises(UserError, match="holds no pictures"):
+        with pytest.raises(UserError, match="contains no images"):
             told("pairs", path)
 
 
@@ -239,11 +239,11 @@ def test_mmc4(tmp_path, zipped):
             (tmp_path / "docs_shard_0_v2_images" / name).write_bytes(data)
     assert told("mmc4", tmp_path) == {
         "docs_shard_0_v2:0": [(48, 36), "First.", "Second.", (40, 40), "Third."],
-        "docs_shard_0_v2:1": "no picture is left: a picture whose similarity is under 0.32",
-        "docs_shard_0_v2:2": "no picture is left: a picture matched to no sentence; a picture whose file is not there",
-        "docs_shard_0_v2:3": "no text_list and image_info",
-        "docs_shard_0_v2:4": "the line is not JSON",
-        "docs_shard_0_v2:5": "the line: the text is not UTF-8",
+        "docs_shard_0_v2:1": "no image left: similarity under 0.32",
+        "docs_shard_0_v2:2": "no image left: image matched to no sentence; image file is missing",
+        "docs_shard_0_v2:3": "text_list or image_info is missing",
+        "docs_shard_0_v2:4": "line is not JSON",
+        "docs_shard_0_v2:5": "line: text is not UTF-8",
     }
 
 
@@ -268,8 +268,8 @@ def test_obelics(tmp_path):
     lines = told("obelics", tmp_path)
     assert lines == {
         "train-00000:0": [(48, 36), "A paragraph.\n\nAnother."],
-        "train-00000:1": "no picture",
-        "train-00000:2": "no picture is left: a picture that is empty",
+        "train-00000:1": "no image",
+        "train-00000:2": "no image left: image is empty",
     }
     document, *_ = inspection.inspect_documents("obelics", tmp_path, SourceOptions())
     assert document.provenance == {"url": "http://x/0"} and document.dropped[0].startswith(
@@ -297,7 +297,7 @@ def test_obelics_of_addresses(tmp_path):
         down / "00000.parquet",
     )
     assert told("obelics", tmp_path / "0.parquet") == {
-        "0:0": "no picture is left: a picture of which only the address is known"
+        "0:0": "no image left: only the URL of the image is known"
     }
     assert told("obelics", tmp_path / "0.parquet", images=str(down)) == {
         "0:0": [(48, 36), "Between."]
@@ -361,11 +361,11 @@ EXPECTED = [
 def test_html(site):
     lines = told("html", site)
     assert lines["index.html"] == EXPECTED
-    assert lines["bare.html"] == "no picture"
+    assert lines["bare.html"] == "no image"
     assert lines["two.htm"] == ["Café", (70, 71)]
-    assert lines["three.html"] == "no picture is left: a picture of several pages"
+    assert lines["three.html"] == "no image left: image repeated on several pages"
     assert (
-        lines["four.html"] == "no picture is left: a picture of several pages; an icon, by its size"
+        lines["four.html"] == "no image left: image repeated on several pages; icon, by its size"
     )
     # alone, it repeats nothing
     assert told("html", site / "three.html") == {"three.html": ["Of the article", (90, 91)]}
@@ -516,7 +516,7 @@ def test_storyboards(tmp_path):
         (48, 40),
         "the end",
     ]
-    assert lines["nothing"] == "no frame" and lines["half"] == ["still here", (48, 31)]
+    assert lines["nothing"] == "no frames" and lines["half"] == ["still here", (48, 31)]
     document, *_ = inspection.inspect_documents("storyboards", tmp_path, SourceOptions())
     assert [part.time for part in document.parts if isinstance(part, Picture)] == [
         10.0 * k for k in range(11)
@@ -553,7 +553,7 @@ def test_subtitled(tmp_path):
     assert lines["b.mp4"] == [frame, "at the start", frame]
     assert (
         lines["c.mp4"] == "no subtitles"
-        and lines["d.mp4"] == "the subtitles are not UTF-8"
+        and lines["d.mp4"] == "subtitles are not UTF-8"
         and lines["e.mp4"].startswith("not a usable video")
     )
     (tmp_path / "only").mkdir()
@@ -575,12 +575,12 @@ def test_text(tmp_path):
     )
     assert told("text", tmp_path) == {
         "a.txt": ["One document.\nTwo lines."],
-        "bad.txt": "the text is not UTF-8",
+        "bad.txt": "text is not UTF-8",
         "b:0": ["first"],
         "mine": ["second"],
-        "b:2": "the text is empty",
+        "b:2": "text is empty",
         "b:3": "no text",
-        "b:4": "the text holds half a character",
+        "b:4": "unpaired surrogate in the text",
     }
 
 
@@ -684,8 +684,8 @@ def test_llava(tmp_path):
             user("And <image>"),
             assistant("Too."),
         ],
-        "gone": "the file 'c.jpg' is not there",
-        "outside": "the file '../../secret.jpg' is not there",
+        "gone": "file 'c.jpg' is missing",
+        "outside": "file '../../secret.jpg' is missing",
     }
 
 
@@ -712,9 +712,9 @@ def test_sharegpt_and_alpaca(tmp_path):
         "a": [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")],
         "b": [("user", "Hi <image>"), ("assistant", "Hello")],
         "c": "no question and answer",
-        "d": "an unknown speaker: 'crow'",
+        "d": "unknown speaker 'crow'",
         "e": "no conversation",
-        "share:5": "the record is no object",
+        "share:5": "record is not an object",
     }
     write_json(
         tmp_path / "alpaca.json",
@@ -758,7 +758,7 @@ def test_conversations_on_videos(tmp_path):
             ("user", "And?"),
             ("assistant", "Greyer."),
         ],
-        "vc:1": "the file 'gone.mp4' is not there",
+        "vc:1": "file 'gone.mp4' is missing",
         "vc:2": "no QA",
     }
     write_json(

@@ -1,9 +1,8 @@
-"""Files in a folder, a zip or a tar, read by name, and the samples of a WebDataset tar, read in one
-pass.
+"""Files of a folder, zip or tar, read by name, and the samples of a WebDataset tar, read in one pass.
 
-The law: whatever a name says, nothing outside of the named folder or archive is ever read. Links
-are not followed out of a folder and not at all in archives; what is larger than a limit is not read
-either. Read next: kinds.py.
+Whatever a name says, nothing outside the named folder or archive is ever read: links are not
+followed out of a folder, nor at all in archives. Files larger than a limit are not read either.
+Read next: kinds.py.
 """
 
 import tarfile
@@ -13,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from emu_jax.config import UserError
+from emu_jax.data.images import MAX_BYTES
+from emu_jax.files import one_line
 
 # bytes of a video or a table
 MAX_FILE = 2 * 2**30
@@ -25,36 +26,37 @@ class Files:
 
     def __init__(self, root: Path):
         self.root = root
-        self._zip = self._tar = None
+        self._zip: zipfile.ZipFile | None = None
+        self._tar: tarfile.TarFile | None = None
+        self._zip_members: dict[str, zipfile.ZipInfo] = {}
+        self._tar_members: dict[str, tarfile.TarInfo] = {}
         try:
             if root.name.endswith(ZIPS):
                 self._zip = zipfile.ZipFile(root)
-                self._members = {
+                self._zip_members = {
                     member.filename: member
                     for member in self._zip.infolist()
                     if not member.is_dir()
                 }
             elif root.name.endswith(TARS):
                 self._tar = tarfile.open(root)
-                self._members = {
+                self._tar_members = {
                     member.name.removeprefix("./"): member for member in self._tar if member.isreg()
                 }
             elif not root.is_dir():
                 raise UserError(
                     f"'{root}' is neither a folder nor an archive ({', '.join(ZIPS + TARS)})"
                 )
-        # the readers of archives raise nearly anything
+        except UserError:
+            raise
+        # Readers of archives raise nearly anything for damaged files.
         except Exception as error:
-            raise (
-                error
-                if isinstance(error, UserError)
-                else UserError(f"the archive '{root}' cannot be read: {_line(error)}")
-            ) from error
+            raise UserError(f"the archive '{root}' cannot be read: {one_line(error)}") from error
 
     def names(self, suffixes: tuple[str, ...]) -> list[str]:
-        """The names that end with one of `suffixes`, in any case, sorted."""
+        """The names that end with one of `suffixes`, in upper or lower case, sorted."""
         if self._zip or self._tar:
-            names = list(self._members)
+            names = [*self._zip_members, *self._tar_members]
         else:
             names = [
                 path.relative_to(self.root).as_posix()
@@ -65,48 +67,67 @@ class Files:
 
     def __contains__(self, name: str) -> bool:
         try:
-            return (
-                (_plain(name) in self._members)
-                if self._zip or self._tar
-                else self._inside(name).is_file()
-            )
+            if self._zip:
+                return _normalise(name) in self._zip_members
+            if self._tar:
+                return _normalise(name) in self._tar_members
+            return self._inside(name).is_file()
         except (ValueError, OSError):
             return False
 
     def read(self, name: str, limit: int = MAX_FILE) -> bytes:
-        """The bytes of a file. Raises ValueError, in one line, for a name that leads outside, for
-        one that is not there, and for more than `limit` bytes.
+        """The bytes of a file.
+
+        Raises ValueError, in one line, for a missing file, a name that leads outside, and more than
+        `limit` bytes.
         """
         try:
-            if self._zip or self._tar:
-                member = self._members[_plain(name)]
-                size = member.file_size if self._zip else member.size
-            else:
-                path = self._inside(name)
-                size = path.stat().st_size
-            if size > limit:
-                raise ValueError(f"'{name}' has {size} bytes, over the limit of {limit}")
             if self._zip:
-                with self._zip.open(member) as file:
-                    return file.read(limit)
-            return self._tar.extractfile(member).read() if self._tar else path.read_bytes()
+                return self._read_zip(self._zip, name, limit)
+            if self._tar:
+                return self._read_tar(self._tar, name, limit)
+            path = self._inside(name)
+            _check_size(name, path.stat().st_size, limit)
+            return path.read_bytes()
         except (KeyError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise ValueError(f"no file '{name}'") from error
         except ValueError:
             raise
-        # a bad checksum, a cut archive, a name that no file system takes
+        # a wrong checksum, a truncated archive, a name the file system does not accept
         except Exception as error:
-            raise ValueError(f"'{name}' cannot be read: {_line(error)}") from error
+            raise ValueError(f"'{name}' cannot be read: {one_line(error)}") from error
+
+    def _read_zip(self, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+        member = self._zip_members[_normalise(name)]
+        _check_size(name, member.file_size, limit)
+        with archive.open(member) as file:
+            # the header may understate the size
+            return file.read(limit)
+
+    def _read_tar(self, archive: tarfile.TarFile, name: str, limit: int) -> bytes:
+        member = self._tar_members[_normalise(name)]
+        _check_size(name, member.size, limit)
+        file = archive.extractfile(member)
+        assert file is not None, "only regular files are listed"
+        return file.read()
 
     def _inside(self, name: str) -> Path:
-        path = (self.root / _plain(name)).resolve()
+        path = (self.root / _normalise(name)).resolve()
         if not path.is_relative_to(self.root.resolve()):
             raise ValueError(f"'{name}' leads outside of '{self.root.name}'")
         return path
 
 
-def _plain(name: str) -> str:
-    """`name` without ".": "a/./b/../c.png" is "a/c.png". Raises ValueError if it climbs out."""
+def _check_size(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(f"'{name}' has {size} bytes, over the limit of {limit}")
+
+
+def _normalise(name: str) -> str:
+    """`name` without "." and "..": "a/./b/../c.png" is "a/c.png".
+
+    Raises ValueError if it leads outside.
+    """
     parts: list[str] = []
     for part in PurePosixPath(name.replace("\\", "/")).parts:
         if part == "/" or "\0" in part:
@@ -122,17 +143,18 @@ def _plain(name: str) -> str:
 
 @lru_cache(8)
 def open_archive(root: Path) -> Files:
-    """`Files(root)`, kept open: a tar's table of contents is read once a process."""
+    """`Files(root)`, kept open, so that a tar is scanned once per process."""
     return Files(root)
 
 
 def media_archives(given: str, folder: Path, names: list[str]) -> list[Files]:
-    """Where pictures may be: in the folder or archive `given`, or if that is "", in those of
-    `names` that are in `folder`, in this order.
+    """Where media files are looked up: the folder or archive `given`, from --images.
+
+    If that is "", those of `names` that exist in `folder`, in this order.
     """
     if given:
         if not Path(given).exists():
-            raise UserError(f"--images: there is no '{given}'")
+            raise UserError(f"--images: '{given}' does not exist")
         return [open_archive(Path(given))]
     return [
         open_archive(folder / name)
@@ -141,72 +163,87 @@ def media_archives(given: str, folder: Path, names: list[str]) -> list[Files]:
     ]
 
 
-def fetch(name: str, places: list[Files], limit: int = MAX_FILE) -> bytes | str:
-    """The bytes of the file `name` of the first of `media_archives` that has it, or why there are none.
-    `zip -r a.zip a` puts a folder into an archive of its name: there it is looked for, too.
+def find_file(name: str, archives: list[Files]) -> tuple[Files, str] | None:
+    """The first archive that has the file `name`, and its name in there; None if none has it.
+
+    `zip -r a.zip a` puts a folder into an archive of its name, so it is looked up there as well.
     """
-    for place in places:
-        folded = (
-            f"{place.root.name.split('.')[0]}/{name}"
-            if place.root.is_file() and ".." not in name
-            else name
-        )
-        for inside in (name, folded):
-            if inside in place:
-                try:
-                    return place.read(inside, limit)
-                except ValueError as error:
-                    return f"a picture that cannot be read: {error}"
-    return "a picture whose file is not there"
+    for archive in archives:
+        if name in archive:
+            return archive, name
+        if archive.root.is_file() and ".." not in name:
+            in_folder = f"{archive.root.name.split('.')[0]}/{name}"
+            if in_folder in archive:
+                return archive, in_folder
+    return None
+
+
+def fetch_image(name: str, archives: list[Files]) -> bytes | str:
+    """The bytes of an image file, or the reason why there are none."""
+    found = find_file(name, archives)
+    if found is None:
+        return "image file is missing"
+    archive, inside = found
+    try:
+        return archive.read(inside, MAX_BYTES)
+    except ValueError as error:
+        return f"image file cannot be read: {error}"
 
 
 def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: bytes}) of a WebDataset tar, in its order: neighbouring files whose names
-    are equal up to the first dot of the last part are a sample; extensions are in lower case. A
-    file over `limit` bytes is as if it were not there.
+    """(key, {extension: bytes}) of the samples of a WebDataset tar, in its order.
 
-    Raises ValueError, in one line, where the archive is damaged; what came before is good.
+    Neighbouring files whose names agree up to the first dot of the last path component are a
+    sample; extensions are in lower case. Files over `limit` bytes are left out. Raises ValueError,
+    in one line, where the archive is damaged; the samples before are good.
     """
     key = None
-    files = {}
+    files: dict[str, bytes] = {}
     try:
-        # one pass, no table of contents: works at any size
+        # Streaming works for tars of any size.
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
-                folder, _, base = member.name.removeprefix("./").rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if (
-                    not member.isreg()
-                    or not dot
-                    or not stem
-                    or (stem.startswith("__") and stem.endswith("__"))
-                ):
+                name, extension = _sample_name(member)
+                if not name:
                     continue
-                name = f"{folder}/{stem}" if folder else stem
                 if name != key:
-                    if files:
+                    if key is not None and files:
                         yield key, files
                     key = name
                     files = {}
-                if member.size <= limit:
-                    files.setdefault(extension.lower(), tar.extractfile(member).read())
-    # tarfile and the decompressors raise nearly anything on broken files
+                if member.size <= limit and extension not in files:
+                    file = tar.extractfile(member)
+                    assert file is not None, "only regular files have a sample name"
+                    files[extension] = file.read()
+    # tarfile and the decompressors raise nearly anything for broken files.
     except Exception as error:
         raise ValueError(
-            f"the archive is damaged after the sample {key!r}: {_line(error)}"
+            f"the archive is damaged after the sample {key!r}: {one_line(error)}"
         ) from error
-    if files:
+    if key is not None and files:
         yield key, files
 
 
+def _sample_name(member: tarfile.TarInfo) -> tuple[str, str]:
+    """(key, extension) of a file of a WebDataset; ("", "") if it does not belong to a sample."""
+    folder, _, base = member.name.removeprefix("./").rpartition("/")
+    stem, dot, extension = base.partition(".")
+    is_special = stem.startswith("__") and stem.endswith("__")
+    if not member.isreg() or not dot or not stem or is_special:
+        return "", ""
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
 def list_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """`path` itself if it is a file, or the files below the folder `path` that end with one of
-    `suffixes`, sorted. None of them leads out.
+    """The files below the folder `path` that end with one of `suffixes`, sorted, without links that
+    lead outside; `path` itself if it is a file.
+
+    Raises UserError if there are none.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"there is no '{path}'")
+        raise UserError(f"'{path}' does not exist")
     root = path.resolve()
     files = [
         file
@@ -216,9 +253,5 @@ def list_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
         and file.resolve().is_relative_to(root)
     ]
     if not files:
-        raise UserError(f"'{path}' holds no file that ends with {' or '.join(suffixes)}")
+        raise UserError(f"'{path}' contains no file ending in {' or '.join(suffixes)}")
     return sorted(files)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,14 +1,16 @@
-"""Conversations, for instruction tuning: LLaVA, ShareGPT, Alpaca, VideoChat and Video-ChatGPT, each
-in its authors' JSON.
+"""Conversations for instruction tuning, each kind in its authors' JSON.
 
   llava         {id, image, conversations: [{from: human|gpt, value}]}; a line "<image>" of the
-  human stands for the picture sharegpt      {id, conversations (or items): [{from, value}]} alpaca
-  {instruction, input, output} videochat     {video (or image), QA: [{i, q, a}]}; i, of the first,
-  is the system's message videochatgpt  {q, a, video_id}, or LLaVA's form with `video` and "<video>"
-A placeholder is one only where a picture belongs to it: any other "<image>" is text. Parts carry
-roles. Read next: webpages.py.
+                human stands for the image
+  sharegpt      {id, conversations (or items): [{from, value}]}
+  alpaca        {instruction, input, output}
+  videochat     {video (or image), QA: [{i, q, a}]}; i of the first is the system message
+  videochatgpt  {q, a, video_id}, or LLaVA's form with `video` and "<video>"
+A placeholder counts only if an image belongs to it: any other "<image>" is text. Read next:
+webpages.py.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -33,22 +35,23 @@ ROLES = {
     "bard": "assistant",
     "system": "system",
 }
-# beside the JSON, where --images names none
+# next to the JSON file, without --images
 FOLDERS = ["images", "videos", "."]
 
 Turn = Text | Picture
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """A unit a file."""
+    """One shard per file."""
     return [InputShard(file) for file in archives.list_files(path, tables.JSONS)]
 
 
 def reader(
     parse: Callable[[dict, list[archives.Files], SourceOptions, str], list[Turn]],
 ) -> Callable[[InputShard, SourceOptions], Iterator[Document | Skipped]]:
-    """The reader of a kind whose records `parse` makes turns of; `parse` raises ValueError, in one
-    line, for a record that is none.
+    """A function that reads the records of a shard as conversations, by `parse`.
+
+    `parse` returns the turns of one record, or raises ValueError, in one line.
     """
 
     def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
@@ -60,10 +63,10 @@ def reader(
                 continue
             try:
                 if not isinstance(record, dict):
-                    raise ValueError("the record is no object")
+                    raise ValueError("record is not an object")
                 given = record.get("id")
                 id = str(given) if isinstance(given, (str, int)) and given != "" else id
-                parts = _checked(parse(record, places, options, id))
+                parts = _trim(parse(record, places, options, id))
             except ValueError as error:
                 yield Skipped(id, str(error))
             else:
@@ -75,10 +78,13 @@ def reader(
 def llava(
     record: dict, places: list[archives.Files], options: SourceOptions, id: str
 ) -> list[Turn]:
-    names = record.get("image")
-    names = [] if names is None else names if isinstance(names, list) else [names]
+    names = record.get("image", [])
+    if names is None:
+        names = []
+    elif not isinstance(names, list):
+        names = [names]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError("`image` is no name of a file")
+        raise ValueError("`image` is not a file name")
     media = [[Picture(_fetch(name, places, MAX_BYTES), "user")] for name in names]
     return _conversation(record.get("conversations"), media, "<image>")
 
@@ -94,7 +100,7 @@ def alpaca(
 ) -> list[Turn]:
     fields = [record.get(name, "") or "" for name in ("instruction", "input", "output")]
     if not all(isinstance(text, str) for text in fields):
-        raise ValueError("instruction, input and output are not texts")
+        raise ValueError("instruction, input and output must be text")
     instruction, given, output = (text.strip() for text in fields)
     return [
         Text(f"{instruction}\n{given}" if given else instruction, role="user"),
@@ -112,9 +118,9 @@ def videochat(
         or not all(isinstance(one, dict) for one in questions)
     ):
         raise ValueError("no QA")
-    turns: list[Turn] = (
-        [Text(questions[0]["i"], role="system")] if isinstance(questions[0].get("i"), str) else []
-    )
+    turns: list[Turn] = []
+    if isinstance(questions[0].get("i"), str):
+        turns.append(Text(questions[0]["i"], role="system"))
     if isinstance(record.get("video"), str):
         turns += _frames(record["video"], places, options, id)
     elif isinstance(record.get("image"), str):
@@ -132,7 +138,7 @@ def videochatgpt(
     name = record.get("video_id", record.get("video"))
     if not isinstance(name, str):
         raise ValueError("no video")
-    # the training form names files of features
+    # The training data names files of features instead of videos.
     media = _frames(name.removesuffix(".pkl"), places, options, id)
     if "conversations" in record:
         return _conversation(record["conversations"], [media], "<video>")
@@ -140,9 +146,10 @@ def videochatgpt(
 
 
 def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Turn]:
-    """The turns as parts; each of `media` stands where the user's texts say `mark` as a
-    placeholder, in order, and those that no placeholder asks for stand first. Where there are as
-    many marks, every mark is one.
+    """The turns as parts, with `media` in place of the placeholders `mark` in the user's texts.
+
+    Media without a placeholder come first. If there are as many marks as media, every mark is a
+    placeholder.
     """
     if (
         not isinstance(turns, list)
@@ -150,71 +157,86 @@ def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Tur
         or not all(isinstance(turn, dict) for turn in turns)
     ):
         raise ValueError("no conversation")
-    said: list[Text] = []
-    for turn in turns:
-        speaker = str(turn.get("from", turn.get("role")))
-        if speaker.lower() not in ROLES:
-            raise ValueError(f"an unknown speaker: {speaker[:40]!r}")
-        said.append(_text(turn.get("value", turn.get("content")), ROLES[speaker.lower()]))
-    anywhere = sum(text.text.count(mark) for text in said if text.role == "user") == len(media)
+    texts = [_turn_text(turn) for turn in turns]
+    marks = sum(text.text.count(mark) for text in texts if text.role == "user")
+    anywhere = marks == len(media)
     parts: list[Turn] = []
-    for text in said:
-        for piece in (
-            _pieces(text.text, mark, len(media), anywhere)
-            if media and text.role == "user"
-            else [text.text]
-        ):
-            parts += media.pop(0) if piece is None else [Text(piece.strip(), role=text.role)]
-    at = next((number for number, part in enumerate(parts) if part.role == "user"), 0)
-    return parts[:at] + [picture for pictures in media for picture in pictures] + parts[at:]
+    # media that have no place yet
+    left = list(media)
+    for text in texts:
+        if not left or text.role != "user":
+            parts.append(Text(text.text.strip(), role=text.role))
+            continue
+        for piece in _split_at_marks(text.text, mark, len(left), anywhere):
+            if piece is None:
+                parts += left.pop(0)
+            else:
+                parts.append(Text(piece.strip(), role=text.role))
+    first = next((number for number, part in enumerate(parts) if part.role == "user"), 0)
+    return [*parts[:first], *itertools.chain.from_iterable(left), *parts[first:]]
 
 
-def _pieces(text: str, mark: str, count: int, anywhere: bool) -> list[str | None]:
-    """`text` cut at its first `count` placeholders, which are None: a `mark` alone in its line, or
-    with which the text begins or ends; any, if `anywhere`.
+def _turn_text(turn: dict) -> Text:
+    speaker = str(turn.get("from", turn.get("role")))
+    if speaker.lower() not in ROLES:
+        raise ValueError(f"unknown speaker {speaker[:40]!r}")
+    return _text(turn.get("value", turn.get("content")), ROLES[speaker.lower()])
+
+
+def _split_at_marks(text: str, mark: str, count: int, anywhere: bool) -> list[str | None]:
+    """`text` split at its first `count` placeholders, which are None.
+
+    A placeholder is a `mark` alone in its line, or at the start or end of the text; any mark if
+    `anywhere`.
     """
     pieces: list[str | None] = []
     done = 0
     for found in re.finditer(re.escape(mark), text):
         before = text[: found.start()]
         after = text[found.end() :]
-        around = (before, after, before.rpartition("\n")[2] + after.partition("\n")[0])
-        if count and (anywhere or any(not piece.replace(mark, "").strip() for piece in around)):
+        line = before.rpartition("\n")[2] + after.partition("\n")[0]
+        stands_apart = any(not rest.replace(mark, "").strip() for rest in (before, after, line))
+        if count and (anywhere or stands_apart):
             pieces += [text[done : found.start()], None]
             done = found.end()
-            count = count - 1
-    return [piece for piece in (*pieces, text[done:]) if piece is None or piece.strip()]
+            count -= 1
+    pieces.append(text[done:])
+    return [piece for piece in pieces if piece is None or piece.strip()]
 
 
-def _checked(parts: list[Turn]) -> list[Turn]:
-    """Without empty texts; a first answer that nobody asked for and a last question that nobody
-    answers are cut off.
+def _trim(parts: list[Turn]) -> list[Turn]:
+    """Drop empty texts, an answer before the first question, and a last question without answer.
 
-    Raises ValueError where nothing is left, or where one speaker has two turns.
+    Raises ValueError if nothing is left, or for two assistant turns in a row.
     """
     parts = [part for part in parts if isinstance(part, Picture) or part.text.strip()]
     first = next((number for number, part in enumerate(parts) if part.role == "user"), len(parts))
-    parts = [part for part in parts[:first] if part.role == "system"] + parts[first:]
+    system = [part for part in parts[:first] if part.role == "system"]
+    parts = system + parts[first:]
     while parts and parts[-1].role != "assistant":
         parts.pop()
     if not any(part.role == "user" for part in parts):
         raise ValueError("no question and answer")
     if any(one.role == other.role == "assistant" for one, other in pairwise(parts)):
-        raise ValueError("the assistant speaks twice in a row")
+        raise ValueError("two assistant turns in a row")
     return parts
 
 
 def _text(value: Any, role: str) -> Text:
     if not isinstance(value, str):
-        raise ValueError("a turn without text")
+        raise ValueError("turn without text")
     return Text(value.strip(), role=role)
 
 
 def _fetch(name: str, places: list[archives.Files], limit: int) -> bytes:
-    data = archives.fetch(name, places, limit)
-    if isinstance(data, str):
-        raise ValueError(data.replace("a picture whose file", f"the file '{name}'"))
-    return data
+    found = archives.find_file(name, places)
+    if found is None:
+        raise ValueError(f"file '{name}' is missing")
+    archive, inside = found
+    try:
+        return archive.read(inside, limit)
+    except ValueError as error:
+        raise ValueError(f"file cannot be read: {error}") from error
 
 
 def _frames(

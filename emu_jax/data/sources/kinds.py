@@ -1,8 +1,8 @@
-"""The kinds of sources: for each, how its input is shared out to tasks, and the pure function from
+"""The kinds of sources: for each, how its input is divided into shards, and the pure function from
 records to documents.
 
-`read_documents` is the door: it reads one unit and checks every picture by decoding it, so that what is
-built decodes. Read next: ../builders/build.py.
+`read_documents` is the entry point: it reads one shard and decodes every image once, so that
+whatever is built can be decoded. Read next: ../builders/build.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,13 +30,13 @@ from emu_jax.data.sources.tables import InputShard
 
 @dataclass(frozen=True)
 class Kind:
-    """`pictures`: "all" must be good, or the record is skipped; of "some", bad ones are dropped and
-    one must be left; "none" has none.
+    """images: "all" must be good, or the record is skipped; with "some", bad ones are dropped and one
+    must remain; "none": the kind has no images.
     """
 
     list_shards: Callable[[Path], list[InputShard]]
     read_documents: Callable[[InputShard, SourceOptions], Iterator[Document | Skipped]]
-    pictures: str
+    images: str
     help: str
 
 
@@ -46,7 +46,7 @@ KINDS = {
         mmc4.list_shards,
         mmc4.read_documents,
         "some",
-        "Multimodal C4: JSONL and folders or zips of pictures",
+        "Multimodal C4: JSONL and folders or zips of images",
     ),
     "obelics": Kind(
         obelics.list_shards, obelics.read_documents, "some", "OBELICS: parquet of texts and images"
@@ -55,13 +55,13 @@ KINDS = {
         webpages.list_shards,
         webpages.read_documents,
         "some",
-        "a folder or archive of pages with their pictures",
+        "a folder or archive of web pages with their images",
     ),
     "videos": Kind(
         videos.list_shards,
         videos.read_documents,
         "all",
-        "video2dataset's tars, or videos with captions beside them",
+        "video2dataset's tars, or videos with caption files next to them",
     ),
     "storyboards": Kind(
         storyboards.list_shards,
@@ -73,14 +73,14 @@ KINDS = {
         subtitled.list_shards,
         subtitled.read_documents,
         "some",
-        "videos with .vtt or .srt beside them",
+        "videos with .vtt or .srt files next to them",
     ),
     "text": Kind(text.list_shards, text.read_documents, "none", "plain text, JSONL"),
     "llava": Kind(
         conversations.list_shards,
         conversations.reader(conversations.llava),
         "all",
-        "LLaVA's conversations on pictures",
+        "LLaVA's conversations about images",
     ),
     "sharegpt": Kind(
         conversations.list_shards,
@@ -98,13 +98,13 @@ KINDS = {
         conversations.list_shards,
         conversations.reader(conversations.videochat),
         "all",
-        "VideoChat's conversations on videos",
+        "VideoChat's conversations about videos",
     ),
     "videochatgpt": Kind(
         conversations.list_shards,
         conversations.reader(conversations.videochatgpt),
         "all",
-        "Video-ChatGPT's questions on videos",
+        "Video-ChatGPT's questions about videos",
     ),
 }
 
@@ -112,26 +112,29 @@ KINDS = {
 def read_documents(
     kind: str, shard: InputShard, options: SourceOptions
 ) -> Iterator[Document | Skipped]:
-    """What becomes of the records of `unit`, in their order; every picture has been decoded once
-    and is as large as `options` asks for.
+    """The documents and skipped records of `shard`, in order.
+
+    Every image has been decoded once and is as large as `options` ask for.
     """
-    needs = KINDS[kind].pictures
+    needs = KINDS[kind].images
     for document in KINDS[kind].read_documents(shard, options):
-        # names of files need not be Unicode
+        # File names need not be Unicode.
         document = replace(document, id=document.id.encode("utf-8", "replace").decode())
-        if isinstance(document, Document) and not all(
-            _is_unicode(text.text) for text in texts_of(document)
-        ):
-            document = Skipped(document.id, "the text holds half a character")
-        yield (
-            document
-            if isinstance(document, Skipped) or needs == "none"
-            else _checked(document, needs, options)
-        )
+        if isinstance(document, Document):
+            document = _check_document(document, needs, options)
+        yield document
+
+
+def _check_document(document: Document, needs: str, options: SourceOptions) -> Document | Skipped:
+    if not all(_is_unicode(text.text) for text in texts_of(document)):
+        return Skipped(document.id, "unpaired surrogate in the text")
+    if needs == "none":
+        return document
+    return _check_images(document, needs, options)
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON may hold "\\ud83d" alone, which nothing can store."""
+    """False for an unpaired surrogate: JSON may contain one, but it cannot be encoded."""
     try:
         text.encode()
         return True
@@ -139,40 +142,40 @@ def _is_unicode(text: str) -> bool:
         return False
 
 
-def _checked(document: Document, needs: str, options: SourceOptions) -> Document | Skipped:
+def _check_images(document: Document, needs: str, options: SourceOptions) -> Document | Skipped:
     parts = []
     dropped = list(document.dropped)
     for part in document.parts:
         picture = part.image if isinstance(part, Pair) else part
-        reason = _fault(picture, options) if isinstance(picture, Picture) else ""
+        reason = _image_fault(picture, options) if isinstance(picture, Picture) else ""
         if not reason:
             parts.append(part)
         elif needs == "all":
             return Skipped(document.id, reason)
         else:
             dropped.append(reason)
-            parts += [part.text] if isinstance(part, Pair) else []
-    if needs == "some" and not any(True for _ in images_of(replace(document, parts=tuple(parts)))):
-        return Skipped(
-            document.id,
-            "no picture" + (f" is left: {'; '.join(dict.fromkeys(dropped))}" if dropped else ""),
-        )
-    return replace(document, parts=tuple(parts), dropped=tuple(dropped))
+            if isinstance(part, Pair):
+                parts.append(part.text)
+    checked = replace(document, parts=tuple(parts), dropped=tuple(dropped))
+    if needs == "some" and not any(True for _ in images_of(checked)):
+        reasons = "; ".join(dict.fromkeys(dropped))
+        return Skipped(document.id, f"no image left: {reasons}" if reasons else "no image")
+    return checked
 
 
-def _fault(picture: Picture, options: SourceOptions) -> str:
-    """Why a picture cannot be taken, or ""."""
+def _image_fault(picture: Picture, options: SourceOptions) -> str:
+    """Why an image is not used; "" if it is."""
     if isinstance(picture.data, np.ndarray):
         height, width = picture.data.shape[:2]
     else:
         if not picture.data:
-            return "the image is empty"
+            return "image is empty"
         try:
             height, width = images.decode_full(picture.data).shape[:2]
         except ValueError as error:
             return str(error)
     if min(width, height) < options.min_side:
-        return f"a picture with a side under {options.min_side} pixels"
+        return f"image side under {options.min_side} pixels"
     if max(width, height) > options.max_aspect * min(width, height):
-        return f"a picture whose sides are further apart than {options.max_aspect:g}"
+        return f"aspect ratio over {options.max_aspect:g}"
     return ""

@@ -1,10 +1,10 @@
 """Multimodal C4 (github.com/allenai/mmc4): JSONL of `text_list` and `image_info`, plain or zipped,
-beside the folder its script downloads into.
+next to the folder of its download script.
 
-scripts/download_images.py of that project puts the picture `image_name` of SHARD.jsonl into
-SHARD_images/ (of SHARD.jsonl.zip into SHARD.jsonl_images/). A picture and the sentence that it was
-matched to become a `Pair`, in the sentence's place; what matches less than 0.32 is dropped, as the
-paper does. Read next: obelics.py.
+That script, scripts/download_images.py, writes the image `image_name` of SHARD.jsonl into
+SHARD_images/ (of SHARD.jsonl.zip into SHARD.jsonl_images/). An image and its matched sentence become
+a `Pair` in place of the sentence. Matches under 0.32 are dropped, as in the paper. Read next:
+obelics.py.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from emu_jax.data.documents import Document, Pair, Picture, Skipped, Text
-from emu_jax.data.images import MAX_BYTES
 from emu_jax.data.sources import archives, tables
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
@@ -21,7 +20,7 @@ SUFFIXES = (".jsonl", ".jsonl.zip", ".jsonl.gz")
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """A unit a shard."""
+    """One shard per file."""
     return [InputShard(file) for file in archives.list_files(path, SUFFIXES)]
 
 
@@ -57,10 +56,10 @@ def _document(
         or not isinstance(record.get("text_list"), list)
         or not isinstance(record.get("image_info"), list)
     ):
-        return Skipped(id, "no text_list and image_info")
+        return Skipped(id, "text_list or image_info is missing")
     sentences = record["text_list"]
     if not all(isinstance(sentence, str) for sentence in sentences):
-        return Skipped(id, "text_list holds what is no text")
+        return Skipped(id, "text_list contains something other than text")
     at: dict[int, list[Picture]] = {}
     dropped = []
     for info in record["image_info"]:
@@ -71,12 +70,15 @@ def _document(
             at.setdefault(info["matched_text_index"], []).append(picture)
     parts: list[Text | Picture | Pair] = []
     for number, sentence in enumerate(sentences):
-        *before, last = at.get(number, [None])
-        parts += before
-        if sentence.strip():
-            parts.append(Text(sentence) if last is None else Pair(last, Text(sentence)))
-        elif last is not None:
-            parts.append(last)
+        matched = at.get(number, [])
+        if not sentence.strip():
+            parts += matched
+        elif matched:
+            # the last of several images forms the pair
+            parts += matched[:-1]
+            parts.append(Pair(matched[-1], Text(sentence)))
+        else:
+            parts.append(Text(sentence))
     provenance = {"url": record["url"]} if isinstance(record.get("url"), str) else {}
     return Document(id, tuple(parts), shard.name, provenance, tuple(dropped))
 
@@ -84,20 +86,20 @@ def _document(
 def _picture(
     info: Any, sentences: int, places: list[archives.Files], options: SourceOptions
 ) -> Picture | str:
-    """The picture, or why it is dropped."""
+    """The image, or why it is dropped."""
     if (
         not isinstance(info, dict)
         or not isinstance(info.get("image_name"), str)
         or not isinstance(info.get("matched_sim"), (int, float))
     ):
-        return "an image_info without image_name and matched_sim"
-    # NaN is JSON to Python
+        return "image_info without image_name or matched_sim"
+    # Also true for NaN, which Python's JSON accepts.
     if not info["matched_sim"] >= options.min_similarity:
-        return f"a picture whose similarity is under {options.min_similarity}"
+        return f"similarity under {options.min_similarity}"
     if (
         type(info.get("matched_text_index")) is not int
         or not 0 <= info["matched_text_index"] < sentences
     ):
-        return "a picture matched to no sentence"
-    data = archives.fetch(info["image_name"], places, MAX_BYTES)
+        return "image matched to no sentence"
+    data = archives.fetch_image(info["image_name"], places)
     return data if isinstance(data, str) else Picture(data)

@@ -1,10 +1,10 @@
-"""OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of `texts` and `images`, lists
-of one length, one of the two None at each place.
+"""OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of `texts` and `images`, two lists
+of equal length in which each position has one None.
 
-The public release holds addresses in `images`; with --images=DIR they are looked up in what
-img2dataset made of them (NNNNN.parquet with url and key, beside NNNNN.tar or the folder NNNNN), and
-those that are not there are dropped and counted. Sets with pictures inside hold bytes, or structs
-of bytes and path. Read next: webpages.py.
+The public release has URLs in `images`. With --images=DIR they are looked up in the output of
+img2dataset (NNNNN.parquet with url and key, next to NNNNN.tar or the folder NNNNN); what is missing
+there is dropped and counted. Datasets with embedded images hold bytes, or structs of bytes and
+path. Read next: webpages.py.
 """
 
 import json
@@ -17,19 +17,19 @@ import pyarrow.parquet
 
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document, Picture, Skipped, Text
-from emu_jax.data.images import MAX_BYTES
 from emu_jax.data.sources import archives, tables
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.pairs import IMAGES
 from emu_jax.data.sources.tables import InputShard
+from emu_jax.files import one_line
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """A unit about 4096 rows."""
+    """One shard per 4096 rows, about."""
     return [
-        unit
+        shard
         for file in archives.list_files(path, (".parquet",))
-        for unit in tables.parquet_shards(file)
+        for shard in tables.parquet_shards(file)
     ]
 
 
@@ -49,13 +49,16 @@ def _document(
     texts = row.get("texts")
     images = row.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
-        return Skipped(id, "texts and images are not two lists of one length")
+        return Skipped(id, "texts and images are not lists of equal length")
     parts: list[Text | Picture] = []
     dropped = []
     for text, image in zip(texts, images):
         if image is not None:
             picture = _picture(image, options.images)
-            (dropped if isinstance(picture, str) else parts).append(picture)
+            if isinstance(picture, str):
+                dropped.append(picture)
+            else:
+                parts.append(picture)
         if isinstance(text, str) and text.strip():
             parts.append(Text(text))
     try:
@@ -70,28 +73,25 @@ def _picture(image: Any, folder: str) -> Picture | str:
     if isinstance(image, dict):
         image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
     if isinstance(image, bytes):
-        return Picture(image) if image else "a picture that is empty"
+        return Picture(image) if image else "image is empty"
     if not isinstance(image, str):
-        return "a picture that is neither bytes nor an address"
+        return "image is neither bytes nor a URL"
     if not folder:
-        return "a picture of which only the address is known"
+        return "only the URL of the image is known"
     place = _index(Path(folder)).get(image)
     if place is None:
-        return "a picture whose address was not downloaded"
+        return "image was not downloaded"
     shard, key = place
     files = archives.open_archive(shard)
-    name = next((f"{key}.{suffix}" for suffix in IMAGES if f"{key}.{suffix}" in files), "")
-    data = (
-        archives.fetch(name, [files], MAX_BYTES)
-        if name
-        else "a picture whose address was not downloaded"
-    )
+    names = [f"{key}.{suffix}" for suffix in IMAGES]
+    name = next((name for name in names if name in files), "")
+    data = archives.fetch_image(name, [files]) if name else "image was not downloaded"
     return data if isinstance(data, str) else Picture(data)
 
 
 @lru_cache(1)
 def _index(folder: Path) -> dict[str, tuple[Path, str]]:
-    """address -> (tar or folder, key) of all that img2dataset says it downloaded into `folder`."""
+    """URL -> (tar or folder, key) of everything img2dataset downloaded into `folder`."""
     index = {}
     for file in archives.list_files(folder, (".parquet",)):
         shard = next(
@@ -107,14 +107,13 @@ def _index(folder: Path) -> dict[str, tuple[Path, str]]:
                     if name in tables.parquet_columns(file)
                 ],
             ).to_pydict()
-        # pyarrow's errors have no common type
+        # Errors of pyarrow have no common type.
         except Exception as error:
-            raise UserError(
-                f"--images: '{file}' cannot be read: {' '.join(str(error).split())}"
-            ) from error
+            raise UserError(f"--images: '{file}' cannot be read: {one_line(error)}") from error
         if shard is None or not {"url", "key"} <= table.keys():
             raise UserError(
-                f"--images: '{file}' is not what img2dataset writes: it needs url and key, and {file.stem}.tar or {file.stem}/ beside it"
+                f"--images: '{file}' was not written by img2dataset: it needs the columns url and key, "
+                f"and {file.stem}.tar or {file.stem}/ next to it"
             )
         for url, key, status in zip(
             table["url"], table["key"], table.get("status", ["success"] * len(table["url"]))

@@ -1,7 +1,7 @@
-"""What a user may choose when documents are made: every field is a flag of `python -m emu_jax.data`
-(min_side: --min-side=64).
+"""Options of reading data: every field is a flag of `python -m emu_jax.data` (min_side:
+--min-side=64).
 
-The defaults keep all that is whole: filters are for sets of known size. Read next: kinds.py.
+The defaults keep every valid record: filtering is up to the user. Read next: kinds.py.
 """
 
 import math
@@ -17,43 +17,46 @@ def _flag(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The choices of all kinds; a kind looks at its own."""
+    """The options of all kinds; each kind reads its own."""
 
     images: str = _flag(
         "",
-        "folder or archive of the pictures and videos that records name (obelics: what img2dataset made of their addresses)",
+        "folder or archive of the images and videos named in the records (obelics: the output of "
+        "img2dataset for its URLs)",
     )
-    min_side: int = _flag(1, "pictures whose shorter side has fewer pixels are left out")
-    max_aspect: float = _flag(100.0, "... whose sides are further apart than this ratio")
-    min_chars: int = _flag(1, "captions that are shorter are left out")
-    max_chars: int = _flag(100_000, "... longer")
+    min_side: int = _flag(1, "leave out images whose shorter side has fewer pixels")
+    max_aspect: float = _flag(100.0, "leave out images with a larger aspect ratio")
+    min_chars: int = _flag(1, "leave out shorter captions")
+    max_chars: int = _flag(100_000, "leave out longer captions")
     min_score: float = _flag(
-        -1.0, "pairs: CLIP scores below are left out, where the set has such a column"
+        -1.0, "pairs: leave out lower CLIP scores, if the dataset has a column of them"
     )
     min_similarity: float = _flag(
-        0.32, "mmc4: pictures that match their sentence less are left out; the paper: 0.32"
+        0.32, "mmc4: leave out images that match their sentence less; the paper uses 0.32"
     )
     captions: bool = _flag(True, "html: keep the captions of figures")
-    alt: bool = _flag(False, "html: the alternative text of a picture follows it")
+    alt: bool = _flag(False, "html: add the alternative text of an image after it")
     icon: int = _flag(
         64,
-        "html: pictures with neither side as long as this, and strips under half of it, are icons",
+        "html: images with both sides shorter than this, or one side shorter than half of it, are "
+        "icons",
     )
-    frames: int = _flag(8, "videos: frames of a video")
+    frames: int = _flag(8, "videos: frames per video")
     choose: str = _flag(
-        "centres", "videos: 'centres' of equal segments, or 'random', by the video's id"
+        "centres", "videos: 'centres' of equal segments, or 'random' (fixed by the video's id)"
     )
     every: float = _flag(5.0, "subtitled: seconds between frames")
     max_images: int = _flag(
-        32, "subtitled, storyboards: pictures of a document; longer ones are cut into several"
+        32, "subtitled, storyboards: images per document; longer ones are split"
     )
     max_tokens: int = _flag(
         2048,
-        "subtitled, storyboards: tokens of a document, a picture counting as 34, and 3 bytes of text as one",
+        "subtitled, storyboards: tokens per document, estimated as 34 per image and one per 3 "
+        "bytes of text",
     )
 
     def __post_init__(self):
-        """Raises UserError for what no kind can work with."""
+        """Raise UserError for values that no kind can use."""
         for name, good, right in (
             ("choose", self.choose in ("centres", "random"), "centres or random"),
             ("frames", self.frames >= 1, "at least 1"),

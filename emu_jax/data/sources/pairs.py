@@ -1,9 +1,9 @@
-"""Image-text pairs as img2dataset writes them: WebDataset tars (NNNNN.tar: KEY.jpg, KEY.txt,
-KEY.json) and parquet (columns key, jpg, txt).
+"""Image-text pairs from img2dataset: WebDataset tars (NNNNN.tar: KEY.jpg, KEY.txt, KEY.json) and
+parquet (columns key, jpg, txt).
 
-The caption is that of the .txt, or else the "caption" of the .json; the parquet file that
-img2dataset puts beside a tar holds no pictures and is passed over. A pair becomes one `Pair`. Read
-next: mmc4.py.
+The caption comes from the .txt, or else from "caption" in the .json. The parquet file that
+img2dataset puts next to a tar has no images and is ignored. A record becomes one `Pair`. Read next:
+mmc4.py.
 """
 
 import json
@@ -32,18 +32,19 @@ PROVENANCE = ("url", "license", "sha256")
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """A unit a tar, and one a parquet file that holds pictures."""
+    """One shard per tar, and per parquet file that contains images."""
     found = archives.list_files(path, (*archives.TARS, ".parquet"))
-    with_pictures = [
+    with_images = [
         file
         for file in found
         if file.suffix != ".parquet" or set(tables.parquet_columns(file)) & set(IMAGES)
     ]
-    if not with_pictures:
+    if not with_images:
         raise UserError(
-            f"'{path}' holds no pictures: no tar, and no parquet with a column {' or '.join(IMAGES)}"
+            f"'{path}' contains no images: it has no tar, and no parquet file with a column "
+            f"{' or '.join(IMAGES)}"
         )
-    return [InputShard(file) for file in with_pictures]
+    return [InputShard(file) for file in with_images]
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
@@ -71,7 +72,7 @@ def _sample(
     try:
         meta = json.loads(clean.decode_text(files["json"])) if "json" in files else {}
     except (ValueError, RecursionError):
-        complaint = "the .json is broken"
+        complaint = "the .json file is broken"
     meta = meta if isinstance(meta, dict) else {}
     caption = ""
     if "txt" in files:
@@ -80,15 +81,9 @@ def _sample(
         except ValueError as error:
             complaint = f"caption: {error}"
     image = next((files[name] for name in IMAGES if name in files), None)
-    return _pair(
-        key,
-        image,
-        caption if caption.strip() else meta.get("caption"),
-        meta,
-        complaint,
-        shard,
-        options,
-    )
+    if not caption.strip():
+        caption = meta.get("caption")
+    return _pair(key, image, caption, meta, complaint, shard, options)
 
 
 def _row(
@@ -110,23 +105,18 @@ def _pair(
     options: SourceOptions,
 ) -> Document | Skipped:
     if image is None:
-        return Skipped(
-            key,
-            "no image"
-            + (
-                f": {clean.collapse_whitespace(str(meta['error_message']))}"
-                if meta.get("error_message")
-                else ""
-            ),
-        )
+        message = meta.get("error_message")
+        reason = f": {clean.collapse_whitespace(str(message))}" if message else ""
+        return Skipped(key, f"no image{reason}")
     if not isinstance(image, bytes) or not image:
-        return Skipped(key, "the image is empty")
+        return Skipped(key, "image is empty")
     caption = clean.collapse_whitespace(caption) if isinstance(caption, str) else ""
     if not caption:
         return Skipped(key, complaint)
     if not options.min_chars <= len(caption) <= options.max_chars:
         return Skipped(
-            key, f"the caption is not of {options.min_chars} to {options.max_chars} characters"
+            key,
+            f"caption length is not between {options.min_chars} and {options.max_chars} characters",
         )
     if reason := clean.junk_reason(caption):
         return Skipped(key, reason)
@@ -135,8 +125,8 @@ def _pair(
         for name, value in meta.items()
         if name.lower() in SCORES and isinstance(value, (int, float))
     ]
-    # NaN, where there was no picture to compare
+    # The score is NaN if there was no image to compare.
     if scores and not scores[0] >= options.min_score:
-        return Skipped(key, f"the CLIP score is under {options.min_score}")
+        return Skipped(key, f"CLIP score under {options.min_score}")
     provenance = {name: meta[name] for name in PROVENANCE if isinstance(meta.get(name), str)}
     return Document(key, (Pair(Picture(image), caption),), shard.name, provenance)

@@ -1,11 +1,10 @@
-"""The one record format, read and written: a document as a tensorflow-datasets example in an
-ArrayRecord file.
+"""The record format: a document as a tensorflow-datasets example in an ArrayRecord file.
 
-A record's `layout` says how its texts and images, each in order, become the parts of a document:
-"T" a text, "I" an image, "P" a pair of both whose order is drawn anew in every epoch. So "P" is a
-captioned picture, "TITI" a story. Conversations have a role and videos a time for each letter of
-it; `source` and `provenance` (JSON) say where it comes from. Builders yield `make_example(...)` under
-`features()`; `RecordSource` reads, through Grain, without TensorFlow. Read next: ../builders/.
+A record's `layout` has one letter per part: "T" for a text, "I" for an image, "P" for a pair of
+both, whose order is drawn in every epoch. A captioned image is "P", a story "TITI". Its `texts` and
+`images` fill the letters in order; `roles` and `times` have one entry per letter, or none. Builders
+write `make_example(...)`; `RecordSource` reads, with Grain, without TensorFlow. Read next:
+../builders/.
 """
 
 import io
@@ -26,12 +25,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from emu_jax.config import UserError
 from emu_jax.data import images
-from emu_jax.data.documents import Document, Image, Pair, Picture, Text
+from emu_jax.data.documents import Document, Image, Pair, Picture, Text, flat_parts, texts_of
 from emu_jax.data.sources import CorruptRecord
 
-# readers of a file that are kept open
-IDLE = 4
-# every builder's metadata has it: how `RecordSource` knows its own
+# open readers to keep per file
+MAX_IDLE = 4
+# Part of every builder's metadata: `RecordSource` recognises its datasets by it.
 METADATA = {"emu_jax": "documents"}
 
 
@@ -67,9 +66,10 @@ def make_example(
     roles: Sequence[str] = (),
     times: Sequence[float | None] = (),
 ) -> dict:
-    """What a builder yields: the id that is unique in the dataset, what sort of document it is, the
-    combination of factors that it shows (for what is held out), and its parts, the images as
-    encoded files. `roles` and `times` are empty, or one a part.
+    """The example of one document.
+
+    combination: factors shown, if some combinations are held out. encoded: image files. roles and
+    times: empty, or one entry per letter of `layout`. Raises ValueError if they do not match.
     """
     _check(layout, texts, encoded, roles, times)
     return dict(
@@ -87,38 +87,32 @@ def make_example(
 
 
 def document_example(document: Document, id: str, kind: str) -> dict:
-    """`make_example` of a document as sources yield it, under the id `id`: files stay as they are,
-    frames of videos become JPEGs.
+    """The example of a document from a source, under `id`.
+
+    Image files are stored as they are, frames of videos as JPEG.
     """
+    parts = list(document.parts)
     layout = ""
-    texts = []
-    encoded = []
     roles = []
     times = []
-    for part in document.parts:
-        pair = isinstance(part, Pair)
-        text = part.text if pair else part if isinstance(part, (str, Text)) else None
-        picture = part.image if pair else part if text is None else None
-        layout += "P" if pair else "I" if text is None else "T"
-        if text is not None:
-            text = Text(text) if isinstance(text, str) else text
-            texts.append(text.text)
-        if picture is not None:
-            picture = Picture(picture) if isinstance(picture, np.ndarray) else picture
-            encoded.append(
-                images.encode(picture.data)
-                if isinstance(picture.data, np.ndarray)
-                else picture.data
-            )
-        roles.append((picture or text).role)
-        times.append((picture or text).time)
+    for part in parts:
+        # a pair has the role and time of its image
+        labelled = part.image if isinstance(part, Pair) else part
+        roles.append(labelled.role if isinstance(labelled, (Text, Picture)) else "")
+        times.append(labelled.time if isinstance(labelled, (Text, Picture)) else None)
+        if isinstance(part, Pair):
+            layout += "P"
+        else:
+            layout += "T" if isinstance(part, (str, Text)) else "I"
+    texts = [text.text for text in texts_of(document)]
+    pictures = [part.data for part in flat_parts(document) if isinstance(part, Picture)]
     return make_example(
         id,
         kind,
         "",
         layout,
         texts,
-        encoded,
+        [data if isinstance(data, bytes) else images.encode(data) for data in pictures],
         source=document.source,
         provenance=document.provenance,
         roles=roles if any(roles) else (),
@@ -132,18 +126,20 @@ class RecordSource:
     def __init__(self, folder: Path, split: str, image_size: int, fit: str = "squash"):
         try:
             info = tfds.builder_from_directory(str(folder)).info
-        # whatever a damaged JSON makes tfds raise
+        # tfds raises many kinds of errors for damaged metadata.
         except Exception as error:
             raise UserError(
                 f"the dataset in '{folder}' cannot be opened: {' '.join(str(error).split())}"
             ) from error
         if not METADATA.items() <= dict(info.metadata or {}).items():
             raise UserError(
-                f"the dataset in '{folder}' was not written by emu_jax: its records are not documents"
+                f"the dataset in '{folder}' was not written by emu_jax.data; build it with "
+                "python -m emu_jax.data build"
             )
         if split not in info.splits or not info.splits[split].num_examples:
             raise UserError(
-                f"no records in split '{split}' of '{folder}'; it has {', '.join(info.splits) or 'none'}"
+                f"no records in split '{split}' of '{folder}'; "
+                f"it has {', '.join(info.splits) or 'none'}"
             )
         files = [str(file) for file in info.splits[split].filepaths]
         for file in files:
@@ -155,7 +151,7 @@ class RecordSource:
         self._length = info.splits[split].num_examples
         try:
             held = len(grain.sources.ArrayRecordDataSource(files))
-        # the reader's errors have no common type
+        # Errors of the reader have no common type.
         except Exception as error:
             raise UserError(
                 f"a file of '{folder}', split '{split}', is damaged: {' '.join(str(error).split())}"
@@ -180,56 +176,77 @@ class RecordSource:
         id = f"{self.name}[{index}]"
         try:
             raw = self._raw[index]
-        # a checksum that does not match, a disk that does not answer
+        # a wrong checksum, or a disk that fails
         except (RuntimeError, OSError) as error:
             raise CorruptRecord(
                 id, " ".join(str(error).split()), disk=isinstance(error, OSError)
             ) from error
         try:
             fields = tf_example_pb2.Example.FromString(raw).features.feature
-            texts = [text.decode() for text in fields["texts"].bytes_list.value]
-            id, layout = (fields[name].bytes_list.value[0].decode() for name in ("id", "layout"))
-            source, provenance = (
-                next((value.decode() for value in fields[name].bytes_list.value), "")
-                for name in ("source", "provenance")
-            )
-            roles = [role.decode() for role in fields["roles"].bytes_list.value]
+            texts = _strings(fields["texts"])
+            id = _strings(fields["id"])[0]
+            layout = _strings(fields["layout"])[0]
+            source = "".join(_strings(fields["source"])[:1])
+            provenance = json.loads("".join(_strings(fields["provenance"])[:1]) or "{}")
+            roles = _strings(fields["roles"])
             times = [
                 None if math.isnan(time) else time for time in fields["times"].float_list.value
             ]
-            _check(layout, texts, fields["images"].bytes_list.value, roles, times)
-            pixels = [
-                images.decode(data, self._size, self._fit)
-                for data in fields["images"].bytes_list.value
-            ]
-            provenance = json.loads(provenance or "{}")
+            encoded = fields["images"].bytes_list.value
+            _check(layout, texts, encoded, roles, times)
+            pixels = [images.decode(data, self._size, self._fit) for data in encoded]
         except IndexError:
             raise CorruptRecord(id, "the record has no id or no layout") from None
         except (DecodeError, ValueError) as error:
             raise CorruptRecord(id, " ".join(str(error).split())) from error
         for image in pixels:
             image.flags.writeable = False
-        told = iter(
-            _told(text, *about) for text, about in zip(texts, _of_texts(layout, roles, times))
-        )
-        image = iter(
-            _shown(array, *about) for array, about in zip(pixels, _of_images(layout, roles, times))
-        )
-        part = {
-            "T": lambda: next(told),
-            "I": lambda: next(image),
-            "P": lambda: Pair(next(image), next(told)),
-        }
-        return Document(id, tuple(part[letter]() for letter in layout), source, provenance)
+        return Document(id, _parts(layout, texts, pixels, roles, times), source, provenance)
+
+
+def _strings(feature: Any) -> list[str]:
+    return [value.decode() for value in feature.bytes_list.value]
+
+
+def _parts(
+    layout: str,
+    texts: Sequence[str],
+    pixels: Sequence[Image],
+    roles: Sequence[str],
+    times: Sequence[float | None],
+) -> tuple[str | Text | Image | Picture | Pair, ...]:
+    """The parts of a record: its texts and images in the order of the layout's letters."""
+    parts: list[str | Text | Image | Picture | Pair] = []
+    next_text = 0
+    next_image = 0
+    for number, letter in enumerate(layout):
+        role = roles[number] if roles else ""
+        time = times[number] if times else None
+        text: str | Text = ""
+        if letter != "I":
+            text = texts[next_text]
+            next_text += 1
+            if role or time is not None:
+                text = Text(text, role=role, time=time)
+        if letter == "T":
+            parts.append(text)
+            continue
+        image = pixels[next_image]
+        next_image += 1
+        if letter == "P":
+            parts.append(Pair(image, text))
+        else:
+            parts.append(Picture(image, role, time) if role else image)
+    return tuple(parts)
 
 
 class RecordReader:
-    """The bytes of the records of ArrayRecord files, one file after another; threads may share it.
-    `lengths`: records of each file.
+    """The bytes of the records of ArrayRecord files, in the order of the files. Thread-safe.
 
-    A reader seeks: what Grain asks of it, a list of records, takes time in proportion to all that
-    its file holds (array-record 0.8.6: 8 ms of a million, against microseconds). Each reader is one
-    thread's at a time, so that one that hangs holds nobody up; one that fails is dropped.
+    `lengths` are the numbers of records of the files. It seeks, because Grain's reading of a list
+    of records takes time in proportion to the whole file (array-record 0.8.6: 8 ms for a million
+    records, against microseconds). Each reader is used by one thread at a time, so a hung reader
+    blocks only that thread; a reader that raises is discarded.
     """
 
     def __init__(self, files: list[str], lengths: list[int]):
@@ -239,7 +256,7 @@ class RecordReader:
         self._idle: list[list[ArrayRecordReader]] = [[] for _ in files]
 
     def __reduce__(self) -> tuple:
-        # a process opens its own
+        # Readers cannot be pickled: another process opens its own.
         return RecordReader, (self._files, self._lengths)
 
     def __getitem__(self, index: int) -> bytes:
@@ -252,44 +269,18 @@ class RecordReader:
             )
         reader.seek(index - self._ends[file] + self._lengths[file])
         record = reader.read()
-        if len(self._idle[file]) < IDLE:
+        if len(self._idle[file]) < MAX_IDLE:
             self._idle[file].append(reader)
         return record
-
-
-def _told(text: str, role: str, time: float | None) -> str | Text:
-    return Text(text, role=role, time=time) if role or time is not None else text
-
-
-def _shown(image: Image, role: str, time: float | None) -> Image | Picture:
-    return Picture(image, role, time) if role else image
-
-
-def _of_images(
-    layout: str, roles: Sequence[str], times: Sequence[float | None]
-) -> list[tuple[str, float | None]]:
-    """(role, time) of the parts that have an image; that of a pair has none, its text has."""
-    about = zip(roles or [""] * len(layout), times or [None] * len(layout))
-    return [
-        pair if letter == "I" else ("", None)
-        for letter, pair in zip(layout, about)
-        if letter != "T"
-    ]
-
-
-def _of_texts(
-    layout: str, roles: Sequence[str], times: Sequence[float | None]
-) -> list[tuple[str, float | None]]:
-    """(role, time) of the parts that have a text."""
-    about = zip(roles or [""] * len(layout), times or [None] * len(layout))
-    return [pair for letter, pair in zip(layout, about) if letter != "I"]
 
 
 def _check(
     layout: str, texts: Sequence, encoded: Sequence, roles: Sequence = (), times: Sequence = ()
 ) -> None:
-    count = [sum(letter in kinds for letter in layout) for kinds in ("TP", "IP")]
-    if not layout or set(layout) - set("TIP") or count != [len(texts), len(encoded)]:
+    num_texts = sum(letter in "TP" for letter in layout)
+    num_images = sum(letter in "IP" for letter in layout)
+    lengths_match = (num_texts, num_images) == (len(texts), len(encoded))
+    if not layout or set(layout) - set("TIP") or not lengths_match:
         raise ValueError(
             f"the layout {layout!r} does not fit {len(texts)} texts and {len(encoded)} images"
         )

@@ -1,10 +1,9 @@
-"""Storyboards: the tars of Emu's released tool for YT-Storyboard-1B, a video a sample: KEY.0.txt,
-KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json.
+"""Storyboards from Emu's released tool for YT-Storyboard-1B: tars with one video per sample, as
+KEY.0.txt, KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json.
 
-Text i was said before frame i (it may be empty), and a last text has no frame; frame i is at i *
-round(duration / frames) seconds. The tool writes its names sorted as texts ("10.png" before
-"2.png"): numbers bring them in order. What is longer than a document may be is cut into several.
-Read next: subtitled.py.
+Text i, possibly empty, was spoken before frame i; a last text has no frame. Frame i is at i *
+round(duration / frames) seconds. The tool sorts names as strings ("10.png" before "2.png"), so they
+are sorted by number here. Longer videos are split into several documents. Read next: subtitled.py.
 """
 
 import json
@@ -18,24 +17,19 @@ from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.sources import archives
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
+from emu_jax.data.tokenizer import MIN_BYTES_PER_TOKEN, TOKENS_PER_IMAGE
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
-# [IMG], 32 slots, [/IMG]; LLaMA's tokenizer makes a token of 3 to 4 bytes of English
-IMAGE_TOKENS = 34
-BYTES_A_TOKEN = 3
-
 Part = Text | Picture
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """A unit a tar."""
+    """One shard per tar."""
     return [InputShard(file) for file in archives.list_files(path, archives.TARS)]
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The videos of one tar; ids are YouTube's, followed by "#1", "#2", ... for the later pieces of
-    a long one.
-    """
+    """The videos of one tar, with YouTube's ids, and "#1", "#2", ... for later pieces of a video."""
     try:
         for key, files in archives.webdataset_samples(shard.path):
             try:
@@ -43,7 +37,9 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
             except ValueError as error:
                 yield Skipped(key, str(error))
             else:
-                yield from pieces(parts, Document(key, (), shard.name, {"video": key}), options)
+                yield from split_document(
+                    parts, Document(key, (), shard.name, {"video": key}), options
+                )
     except ValueError as error:
         yield Skipped(shard.path.name, str(error))
 
@@ -58,7 +54,7 @@ def _parts(files: dict[str, bytes]) -> tuple[Part, ...]:
         elif re.fullmatch(r"\d{1,9}", number) and extension == "txt":
             texts[int(number)] = clean.collapse_whitespace(clean.decode_text(data))
     if not frames:
-        raise ValueError("no frame")
+        raise ValueError("no frames")
     step = _step(files.get("final_meta.json"), max(frames) + 1)
     parts: list[Part] = []
     for number in sorted(frames.keys() | texts.keys()):
@@ -71,7 +67,7 @@ def _parts(files: dict[str, bytes]) -> tuple[Part, ...]:
 
 
 def _step(meta: bytes | None, frames: int) -> int | None:
-    """Seconds between frames, if the file says how long the video is."""
+    """Seconds between frames; None if the metadata does not give the duration."""
     try:
         meta = json.loads(clean.decode_text(meta or b"{}"))
         return round(float(meta["duration"]) / int(meta.get("frame_num") or frames))
@@ -87,38 +83,41 @@ def _step(meta: bytes | None, frames: int) -> int | None:
         return None
 
 
-def pieces(
+def split_document(
     parts: Iterable[Part], document: Document, options: SourceOptions
 ) -> Iterator[Document | Skipped]:
-    """`document` with `parts`, cut where the next part would exceed options.max_images or
-    max_tokens (tokens are estimated from bytes); a piece without pictures is skipped. A text that
-    alone is too long stays whole: the sequence stage cuts it. Only one piece is held.
+    """`document` with `parts`, split where they would exceed options.max_images or max_tokens.
+
+    Tokens are estimated from bytes. Pieces without images are skipped. A text that is too long by
+    itself is kept, and sequence.py truncates it. Only one piece is in memory at a time.
     """
     held: list[Part] = []
-    tokens = images = number = 0
+    tokens = 0
+    images = 0
+    number = 0
 
-    def piece():
+    def piece() -> Document | Skipped:
         id = f"{document.id}#{number}" if number else document.id
-        return (
-            replace(document, id=id, parts=tuple(held))
-            if images
-            else Skipped(id, "no picture in this piece of a long document")
-        )
+        if not images:
+            return Skipped(id, "no image in this piece of a long document")
+        return replace(document, id=id, parts=tuple(held))
 
     for part in parts:
         is_image = isinstance(part, Picture)
-        cost = IMAGE_TOKENS if is_image else 1 + len(part.text.encode()) // BYTES_A_TOKEN
-        # <s> and </s>
-        if held and (
-            images + is_image > options.max_images or tokens + cost > options.max_tokens - 2
-        ):
+        if isinstance(part, Picture):
+            cost = TOKENS_PER_IMAGE
+        else:
+            cost = 1 + len(part.text.encode()) // MIN_BYTES_PER_TOKEN
+        # two tokens are for <s> and </s>
+        too_long = tokens + cost > options.max_tokens - 2
+        if held and (images + is_image > options.max_images or too_long):
             yield piece()
             held = []
             tokens = 0
             images = 0
-            number = number + 1
+            number += 1
         held.append(part)
-        tokens = tokens + cost
-        images = images + is_image
+        tokens += cost
+        images += is_image
     if held:
         yield piece()

@@ -1,93 +1,93 @@
-"""Videos with WebVTT or SubRip beside them (NAME.mp4 with NAME.vtt, NAME.en.vtt or NAME.srt), made
-into storyboards as Emu's are.
+"""Videos with WebVTT or SubRip files next to them (NAME.mp4 with NAME.vtt, NAME.en.vtt or NAME.srt),
+made into storyboards like Emu's.
 
-Frame k is at k times --every seconds; frames and cues are sorted by time, a frame before a cue of
-its time, and the cues between two frames are joined by a space and stand before the second. What is
-too long is cut. Read next: webpages.py.
+Frame k is at k times --every seconds. Frames and cues are sorted by time, a frame before a cue of
+the same time; the cues between two frames are joined by a space and stand before the second. Longer
+videos are split. Read next: webpages.py.
 """
 
 import heapq
-import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from emu_jax.data import clean, subtitles, video
 from emu_jax.data.documents import Document, Picture, Skipped, Text
-from emu_jax.data.sources import archives
+from emu_jax.data.sources import archives, videos
 from emu_jax.data.sources.options import SourceOptions
-from emu_jax.data.sources.storyboards import Part, pieces
+from emu_jax.data.sources.storyboards import Part, split_document
 from emu_jax.data.sources.tables import InputShard
 
 SUBTITLES = (".vtt", ".srt")
-# videos in a unit
+# loose video files in a shard
 FILES = 20
 MAX_SUBTITLES = 64 * 2**20
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """A unit a tar (KEY.mp4, KEY.vtt), and one for 20 videos of a folder."""
-    found = archives.list_files(path, (*archives.TARS, *video.SUFFIXES))
-    root = path if path.is_dir() else path.parent
-    loose = [
-        file.relative_to(root).as_posix() for file in found if not file.name.endswith(archives.TARS)
-    ]
-    return [InputShard(file) for file in found if file.name.endswith(archives.TARS)] + [
-        InputShard(root, tuple(loose[first : first + FILES]))
-        for first in range(0, len(loose), FILES)
-    ]
+    """One shard per tar (KEY.mp4, KEY.vtt), and one per FILES video files that are not in a tar."""
+    return videos.list_shards(path, FILES)
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The videos of one unit; ids are names of files, or the tar's keys, followed by "#1", "#2",
-    ... for later pieces.
+    """The videos of one shard; ids are file names or the tar's keys, with "#1", "#2", ... for later
+    pieces of a video.
     """
-    if shard.names:
-        folder = archives.open_archive(shard.path)
-        for name in shard.names:
-            try:
-                beside = _beside(name, shard.path)
-                yield from _documents(
-                    name,
-                    folder.read(name),
-                    folder.read(beside, MAX_SUBTITLES) if beside else None,
-                    shard,
-                    options,
-                )
-            except ValueError as error:
-                yield Skipped(name, str(error))
+    if not shard.names:
+        try:
+            for key, files in archives.webdataset_samples(shard.path):
+                yield from _video(key, *_sample_files(files), shard, options)
+        except ValueError as error:
+            yield Skipped(shard.path.name, str(error))
         return
+    folder = archives.open_archive(shard.path)
+    for name in shard.names:
+        try:
+            subtitles_name = _subtitles_name(name, shard.path)
+            film = folder.read(name)
+            cues = folder.read(subtitles_name, MAX_SUBTITLES) if subtitles_name else None
+        except ValueError as error:
+            yield Skipped(name, str(error))
+        else:
+            yield from _video(name, film, cues, shard, options)
+
+
+def _sample_files(files: dict[str, bytes]) -> tuple[bytes | None, bytes | None]:
+    """The video and the subtitles of a sample of a tar."""
+    extensions = [suffix[1:] for suffix in video.SUFFIXES]
+    film = next((files[name] for name in extensions if name in files), None)
+    subtitle_names = [name for name in sorted(files) if name.endswith(("vtt", "srt"))]
+    return film, files[subtitle_names[0]] if subtitle_names else None
+
+
+def _video(
+    id: str, film: bytes | None, cues: bytes | None, shard: InputShard, options: SourceOptions
+) -> Iterator[Document | Skipped]:
     try:
-        for key, files in archives.webdataset_samples(shard.path):
-            film = next(
-                (files[suffix[1:]] for suffix in video.SUFFIXES if suffix[1:] in files), None
-            )
-            said = next(
-                (files[name] for name in sorted(files) if name.endswith(("vtt", "srt"))), None
-            )
-            try:
-                yield from _documents(key, film, said, shard, options)
-            except ValueError as error:
-                yield Skipped(key, str(error))
+        yield from _documents(id, film, cues, shard, options)
     except ValueError as error:
-        yield Skipped(shard.path.name, str(error))
+        yield Skipped(id, str(error))
 
 
-def _beside(name: str, root: Path) -> str | None:
-    """The subtitles of the video `name`: its stem with .vtt or .srt, or with a language between,
-    the first in alphabetical order.
+def _subtitles_name(name: str, root: Path) -> str | None:
+    """The subtitles of the video `name`: its stem with .vtt or .srt.
+
+    A language may stand in between; the first in alphabetical order is taken.
     """
     folder = (root / name).parent
     stem = Path(name).stem
-    files = [
+    candidates = [
         file.name
         for file in folder.iterdir()
-        if file.name.startswith(f"{stem}.") and file.suffix.lower() in SUBTITLES
+        if file.name.startswith(f"{stem}.")
+        and file.suffix.lower() in SUBTITLES
+        and file.name.count(".") <= stem.count(".") + 2
     ]
-    files = sorted(
-        (file for file in files if file.count(".") <= stem.count(".") + 2),
-        key=lambda file: (file.count("."), Path(file).suffix != ".vtt", file),
-    )
-    return (Path(name).parent / files[0]).as_posix() if files else None
+    if not candidates:
+        return None
+    # without a language first, .vtt before .srt
+    first = min(candidates, key=lambda file: (file.count("."), Path(file).suffix != ".vtt", file))
+    return (Path(name).parent / first).as_posix()
 
 
 def _documents(
@@ -99,26 +99,28 @@ def _documents(
         raise ValueError("no subtitles")
     try:
         text = clean.decode_text(said)
-    except ValueError:
-        raise ValueError("the subtitles are not UTF-8") from None
+    except UnicodeError:
+        raise ValueError("subtitles are not UTF-8") from None
+    # frames come before texts of the same time
     cues = [(cue.start, 1, cue.text) for cue in subtitles.parse(text)]
     frames = ((time, 0, frame) for time, frame in video.frames_by_time(film, options.every))
-    yield from pieces(
-        _interleaved(heapq.merge(cues, frames, key=lambda item: item[:2])),
-        Document(id, (), shard.name),
-        options,
-    )
+    events = heapq.merge(cues, frames, key=lambda event: event[:2])
+    yield from split_document(_interleave(events), Document(id, (), shard.name), options)
 
 
-def _interleaved(line: Iterable[tuple]) -> Iterator[Part]:
-    """Parts of (time, is it text, text or frame), in order of time."""
-    waiting: list[tuple[float, str]] = []
-    for time, is_text, content in itertools.chain(line, [(None, 0, None)]):
+def _interleave(events: Iterable[tuple[float, int, Any]]) -> Iterator[Part]:
+    """Parts of (time, is it text, text or frame), sorted by time, with neighbouring texts joined."""
+    texts: list[str] = []
+    start = 0.0
+    for time, is_text, content in events:
         if is_text:
-            waiting.append((time, content))
+            if not texts:
+                start = time
+            texts.append(content)
             continue
-        if waiting:
-            yield Text(" ".join(text for _, text in waiting), time=waiting[0][0])
-            waiting = []
-        if content is not None:
-            yield Picture(content, time=time)
+        if texts:
+            yield Text(" ".join(texts), time=start)
+            texts = []
+        yield Picture(content, time=time)
+    if texts:
+        yield Text(" ".join(texts), time=start)

@@ -1,6 +1,7 @@
-"""Records of JSON, JSONL and parquet files, and the slices of input that one task of a build reads.
+"""Records of JSON, JSONL and parquet files, and the input shards that tasks of a build read.
 
-A broken line or row group becomes one `Skipped`; what is around it is read. Read next: pairs.py.
+A broken line or row group becomes one `Skipped`; the records around it are read. Read next:
+pairs.py.
 """
 
 import gzip
@@ -17,17 +18,20 @@ import pyarrow.parquet
 from emu_jax.config import UserError
 from emu_jax.data import clean
 from emu_jax.data.documents import Skipped
+from emu_jax.files import one_line
 
 JSONS = (".json", ".jsonl", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zip", ".json.zip")
-# of a parquet file in a shard, rounded up to whole row groups
+# rows of a parquet file in a shard, rounded up to complete row groups
 ROWS = 4096
+# bytes
 MAX_LINE = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class InputShard:
-    """What one task reads, and writes a shard of: a file, or `names` of the folder or archive
-    `path`, or its row groups [first, last).
+    """What one task reads, and writes as one output shard.
+
+    It is a file, `names` in the folder or archive `path`, or row groups [first, last) of it.
     """
 
     path: Path
@@ -37,39 +41,39 @@ class InputShard:
 
     @property
     def name(self) -> str:
-        """The file's name without its suffixes: unique among the shards of a set, and the first
-        half of its documents' full ids.
-        """
+        """The file's name without suffixes: the source of its documents."""
         return self.path.name.split(".")[0] or self.path.name
 
 
 def parquet_shards(file: Path) -> list[InputShard]:
-    """A parquet file as units of about ROWS rows. One that cannot be opened is one shard, whose
-    reader says why.
+    """A parquet file as shards of about ROWS rows.
+
+    A file that cannot be opened is one shard: reading it reports why.
     """
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             sizes = [
                 table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)
             ]
-    # pyarrow's errors have no common type; `parquet_rows` reports them
+    # Errors of pyarrow have no common type; `parquet_rows` reports them.
     except Exception:
         return [InputShard(file)]
-    units = []
+    shards = []
     first = 0
     rows = 0
     for number, size in enumerate(sizes):
         rows += size
         if rows >= ROWS or number == len(sizes) - 1:
-            units.append(InputShard(file, first=first, last=number + 1))
+            shards.append(InputShard(file, first=first, last=number + 1))
             first = number + 1
             rows = 0
-    return units or [InputShard(file)]
+    return shards or [InputShard(file)]
 
 
 def parquet_columns(file: Path) -> list[str]:
-    """The names of a parquet file's columns; those of images for one that cannot be opened, so that
-    its reader reports it.
+    """The names of a parquet file's columns.
+
+    A file that cannot be opened appears to have images, so that reading it reports why.
     """
     try:
         return pyarrow.parquet.read_schema(file).names
@@ -78,14 +82,14 @@ def parquet_columns(file: Path) -> list[str]:
 
 
 def parquet_rows(shard: InputShard) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
-    """(number in the file, row) of the unit's row groups, a batch in memory at a time."""
+    """(number in the file, row) of the shard's row groups, with one batch in memory at a time."""
     try:
         table = pyarrow.parquet.ParquetFile(shard.path)
         sizes = [
             table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)
         ]
     except Exception as error:
-        yield 0, Skipped(shard.path.name, f"not a readable parquet file: {_line(error)}")
+        yield 0, Skipped(shard.path.name, f"not a readable parquet file: {one_line(error)}")
         return
     with table:
         for group in range(shard.first, len(sizes) if shard.last is None else shard.last):
@@ -96,12 +100,14 @@ def parquet_rows(shard: InputShard) -> Iterator[tuple[int, dict[str, Any] | Skip
                         yield number, row
                         number += 1
             except Exception as error:
-                yield number, Skipped(f"{shard.name}:{number}", f"damaged rows: {_line(error)}")
+                yield number, Skipped(f"{shard.name}:{number}", f"damaged rows: {one_line(error)}")
 
 
 def json_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, record) of a JSON file: the items of one array, or a value a line; .gz and .zip are
-    unpacked on the way. A line that is no JSON or no UTF-8 comes as `Skipped`.
+    """(number, record) of a JSON file: the items of one array, or one value per line.
+
+    .gz and .zip are decompressed on the fly. A line that is not JSON or not UTF-8 comes as
+    `Skipped`.
     """
     try:
         with _opened(path) as file:
@@ -117,21 +123,18 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
                 number += 1
     except UserError:
         raise
-    # a cut .gz, a bad .zip, an array that is none
+    # a truncated .gz, a bad .zip, a broken array
     except Exception as error:
-        yield 0, Skipped(path.name, f"not readable JSON: {_line(error)}")
+        yield 0, Skipped(path.name, f"not readable JSON: {one_line(error)}")
 
 
 def _value(line: bytes, id: str) -> Any:
     try:
         return json.loads(clean.decode_text(line))
-    except (ValueError, RecursionError) as error:
-        return Skipped(
-            id,
-            "the line is not JSON"
-            if not str(error).startswith("the text")
-            else f"the line: {error}",
-        )
+    except UnicodeError as error:
+        return Skipped(id, f"line: {error}")
+    except (ValueError, RecursionError):
+        return Skipped(id, "line is not JSON")
 
 
 def _opened(path: Path) -> io.BufferedIOBase:
@@ -145,10 +148,6 @@ def _opened(path: Path) -> io.BufferedIOBase:
             if name.lower().endswith((".json", ".jsonl", ".ndjson"))
         ]
         if not names:
-            raise UserError(f"'{path}' holds no JSON")
+            raise UserError(f"'{path}' contains no JSON file")
         return io.BufferedReader(archive.open(names[0]))
     return path.open("rb")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,5 +1,5 @@
-"""Text alone: plain files, a document each, and JSONL (or JSON, or parquet) with a "text" column, a
-document a record.
+"""Text alone: plain files, one document each, and JSONL, JSON or parquet with a "text" column, one
+document per record.
 
 Read next: conversations.py.
 """
@@ -14,36 +14,34 @@ from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
 
 PLAIN = (".txt", ".md")
-# plain files in a unit
+# plain files in a shard
 FILES = 1000
 # bytes of a plain file
 MAX_TEXT = 64 * 2**20
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """A unit a table, about 4096 rows of a parquet file, 1000 plain files."""
+    """One shard per JSON file, per 4096 rows of parquet, about, and per FILES plain files."""
     found = archives.list_files(path, (*PLAIN, *tables.JSONS, ".parquet"))
     plain = [
         file.relative_to(path if path.is_dir() else path.parent).as_posix()
         for file in found
         if file.name.lower().endswith(PLAIN)
     ]
-    units = [
+    shards = [
         InputShard(path if path.is_dir() else path.parent, tuple(plain[first : first + FILES]))
         for first in range(0, len(plain), FILES)
     ]
     for file in found:
         if not file.name.lower().endswith(PLAIN):
-            units += (
+            shards += (
                 tables.parquet_shards(file) if file.suffix == ".parquet" else [InputShard(file)]
             )
-    return units
+    return shards
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The texts of one unit; ids are FILE for a plain file, else the record's "id" or
-    FILE:NUMBER.
-    """
+    """The texts of one shard; ids are FILE for a plain file, else "id" of the record or FILE:NUMBER."""
     if shard.names:
         files = archives.open_archive(shard.path)
         for name in shard.names:
@@ -71,5 +69,5 @@ def _document(id: str, text: str, shard: InputShard, provenance: dict) -> Docume
     return (
         Document(id, (Text(text.strip()),), shard.name, provenance)
         if text.strip()
-        else Skipped(id, "the text is empty")
+        else Skipped(id, "text is empty")
     )

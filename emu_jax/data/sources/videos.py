@@ -1,8 +1,7 @@
 """Videos with captions: video2dataset's WebDataset tars (KEY.mp4, KEY.txt, KEY.json), and plain
-video files with NAME.txt or NAME.json beside.
+video files with NAME.txt or NAME.json next to them.
 
-A document is 8 frames, one after another, then the caption without its metadata (clean.py). Read
-next: storyboards.py.
+A document is 8 frames, then the caption without its metadata (clean.py). Read next: storyboards.py.
 """
 
 import hashlib
@@ -19,44 +18,48 @@ from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
 
 EXTENSIONS = tuple(suffix[1:] for suffix in video.SUFFIXES)
-# video files in a unit
+# loose video files in a shard
 FILES = 100
 
 
-def list_shards(path: Path) -> list[InputShard]:
-    """A unit a tar, and one for 100 video files of a folder."""
+def list_shards(path: Path, files: int = FILES) -> list[InputShard]:
+    """One shard per tar, and one per `files` video files that are not in a tar."""
     found = archives.list_files(path, (*archives.TARS, *video.SUFFIXES))
     root = path if path.is_dir() else path.parent
-    loose = [
-        file.relative_to(root).as_posix() for file in found if not file.name.endswith(archives.TARS)
-    ]
-    return [InputShard(file) for file in found if file.name.endswith(archives.TARS)] + [
-        InputShard(root, tuple(loose[first : first + FILES]))
-        for first in range(0, len(loose), FILES)
-    ]
+    tars = [file for file in found if file.name.endswith(archives.TARS)]
+    loose = [file.relative_to(root).as_posix() for file in found if file not in set(tars)]
+    starts = range(0, len(loose), files)
+    shards = [InputShard(file) for file in tars]
+    return shards + [InputShard(root, tuple(loose[start : start + files])) for start in starts]
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The videos of one unit; ids are the tar's keys, or names of files."""
-    if shard.names:
-        folder = archives.open_archive(shard.path)
-        for name in shard.names:
-            stem = name[: name.rindex(".")]
-            files = {}
-            try:
-                for extension in (name[len(stem) + 1 :], "txt", "json"):
-                    if f"{stem}.{extension}" in folder:
-                        files[extension.lower()] = folder.read(f"{stem}.{extension}")
-            except ValueError as error:
-                yield Skipped(name, str(error))
-                continue
-            yield _document(name, files, shard, options)
+    """The videos of one shard; ids are the tar's keys, or file names."""
+    if not shard.names:
+        try:
+            for key, files in archives.webdataset_samples(shard.path):
+                yield _document(key, files, shard, options)
+        except ValueError as error:
+            yield Skipped(shard.path.name, str(error))
         return
-    try:
-        for key, files in archives.webdataset_samples(shard.path):
-            yield _document(key, files, shard, options)
-    except ValueError as error:
-        yield Skipped(shard.path.name, str(error))
+    folder = archives.open_archive(shard.path)
+    for name in shard.names:
+        try:
+            files = _loose_files(folder, name)
+        except ValueError as error:
+            yield Skipped(name, str(error))
+        else:
+            yield _document(name, files, shard, options)
+
+
+def _loose_files(folder: archives.Files, name: str) -> dict[str, bytes]:
+    """{extension: bytes} of a video and the caption files next to it, as in a tar."""
+    stem, _, extension = name.rpartition(".")
+    files = {}
+    for one in (extension, "txt", "json"):
+        if f"{stem}.{one}" in folder:
+            files[one.lower()] = folder.read(f"{stem}.{one}")
+    return files
 
 
 def _document(
@@ -73,18 +76,18 @@ def _document(
             if files.get("txt", b"").strip()
             else meta.get("caption") or meta.get("title") or ""
         )
-    except (ValueError, RecursionError) as error:
-        return Skipped(
-            id, f"caption: {error}" if str(error).startswith("the text") else "the .json is broken"
-        )
+    except UnicodeError as error:
+        return Skipped(id, f"caption: {error}")
+    except (ValueError, RecursionError):
+        return Skipped(id, "the .json file is broken")
     caption = clean.clean_video_caption(text) if isinstance(text, str) else ""
     if not caption:
-        return Skipped(
-            id, "no caption" if not str(text).strip() else "the caption is metadata only"
-        )
+        reason = "caption is only metadata" if str(text).strip() else "no caption"
+        return Skipped(id, reason)
     if not options.min_chars <= len(caption) <= options.max_chars:
         return Skipped(
-            id, f"the caption is not of {options.min_chars} to {options.max_chars} characters"
+            id,
+            f"caption length is not between {options.min_chars} and {options.max_chars} characters",
         )
     try:
         shown = frames(data, id, options)
@@ -95,14 +98,17 @@ def _document(
 
 
 def frames(data: bytes, id: str, options: SourceOptions) -> list[Picture]:
-    """`options.frames` frames of a video, by `options.choose`. Raises ValueError for what cannot be
-    decoded.
+    """`options.frames` frames of a video, selected by `options.choose`; random ones depend on `id`.
+
+    Raises ValueError for what cannot be decoded.
     """
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little"))
-    numbers = {
-        "centres": lambda count: video.segment_centres(count, options.frames),
-        "random": lambda count: sorted(rng.integers(0, count, options.frames).tolist()),
-    }[options.choose]
-    return [
-        Picture(frame, time=round(time, 3)) for time, frame in video.frames_by_number(data, numbers)
-    ]
+    seed = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little")
+    rng = np.random.default_rng(seed)
+
+    def numbers(count: int) -> list[int]:
+        if options.choose == "centres":
+            return video.segment_centres(count, options.frames)
+        return sorted(rng.integers(0, count, options.frames).tolist())
+
+    chosen = video.frames_by_number(data, numbers)
+    return [Picture(frame, time=round(time, 3)) for time, frame in chosen]

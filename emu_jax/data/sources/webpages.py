@@ -1,10 +1,10 @@
-"""A folder or archive of HTML pages with their pictures: a page becomes one document, text and
-pictures in reading order.
+"""A folder or archive of HTML pages with their images: a page becomes one document, text and images
+in reading order.
 
-Dropped: what is not content (navigation, headers and footers of the site, forms, scripts, hidden
-elements), icons, pictures that several pages show (logos) or that a page shows again, and pictures
-that are not in the folder: remote ones, and whatever leads outside. The parser is Lexbor, which
-reads broken pages as browsers do. Read next: kinds.py.
+Dropped are non-content (navigation, headers and footers of the site, forms, scripts, hidden
+elements), icons, images shown by several pages (logos) or again by the same page, and images
+outside the folder, remote ones included. The parser, Lexbor, reads broken pages as browsers do.
+Read next: kinds.py.
 """
 
 import base64
@@ -28,11 +28,11 @@ from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
 
 PAGES = (".html", ".htm", ".xhtml")
-# pages in a unit
+# pages in a shard
 FILES = 200
 MAX_PAGE = 32 * 2**20
-# GIMP's manual: its signs for notes are on 2 to 40 % of the pages, its pictures (but for one) on at
-# most 1 %
+# Share of a site's pages that makes an image a logo. In GIMP's manual, its signs for notes are on 2
+# to 40 % of the pages, and its images (but for one) on at most 1 %.
 REPEATED = 0.02
 
 NOT_CONTENT = frozenset(
@@ -77,11 +77,12 @@ ROLES = frozenset(
         "toolbar",
     )
 )
-# classes and ids of what is no content
+# classes and ids of non-content
 NAMES = re.compile(
-    r"(?:site-?|page-?|global-?)?(?:nav(?:bar|header|footer|igation|-.*)?|menu|breadcrumbs?|side-?bar|footer|masthead|cookies?(?:-.*)?|"
-    r"ad(?:s|vert.*)?|social(?:-.*)?|share(?:-.*)?|sharing|comments|related(?:-.*)?|newsletter|subscribe|popup|modal|paginat.*|pager|toc|"
-    r"skip-?link|copyright)",
+    r"(?:site-?|page-?|global-?)?(?:nav(?:bar|header|footer|igation|-.*)?|menu|breadcrumbs?"
+    r"|side-?bar|footer|masthead|cookies?(?:-.*)?|ad(?:s|vert.*)?|social(?:-.*)?|share(?:-.*)?"
+    r"|sharing|comments|related(?:-.*)?|newsletter|subscribe|popup|modal|paginat.*|pager|toc"
+    r"|skip-?link|copyright)",
     re.I,
 )
 BLOCKS = frozenset(
@@ -124,23 +125,24 @@ BLOCKS = frozenset(
     )
 )
 ICON = re.compile(
-    r"(?:^|[^a-z])(?:logo|button|icon|favicon|plugin|widget|sprite|spacer|avatar|bullet)s?(?:[^a-z]|$)",
+    r"(?:^|[^a-z])(?:logo|button|icon|favicon|plugin|widget|sprite|spacer|avatar|bullet)s?"
+    r"(?:[^a-z]|$)",
     re.I,
 )
 CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """A unit 200 pages. `path` is a folder, a zip, a tar, or one page, whose pictures are then
-    sought in its folder.
+    """One shard per FILES pages of a folder, zip or tar. A single page may be given, too: its images
+    are looked up in its folder.
     """
     if path.is_file() and path.name.lower().endswith(PAGES):
         return [InputShard(path)]
     if not path.exists():
-        raise UserError(f"there is no '{path}'")
+        raise UserError(f"'{path}' does not exist")
     names = archives.open_archive(path).names(PAGES)
     if not names:
-        raise UserError(f"'{path}' holds no file that ends with {' or '.join(PAGES)}")
+        raise UserError(f"'{path}' contains no file ending in {' or '.join(PAGES)}")
     return [
         InputShard(path, tuple(names[first : first + FILES]))
         for first in range(0, len(names), FILES)
@@ -148,7 +150,7 @@ def list_shards(path: Path) -> list[InputShard]:
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The pages of one unit; ids are their names in the folder or archive."""
+    """The pages of one shard; ids are their names in the folder or archive."""
     files = archives.open_archive(shard.path if shard.names else shard.path.parent)
     repeated = _repeated(files) if shard.names else frozenset()
     for name in shard.names or (shard.path.name,):
@@ -162,9 +164,10 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
 
 @lru_cache(2)
 def _repeated(files: archives.Files) -> frozenset[str]:
-    """Pictures of three pages of a site or more, which are REPEATED of all its pages, or of two
-    where it has two or three. A site is a folder of the root. A pass over all pages, once a
-    process.
+    """Images on three or more pages of a site that are REPEATED of its pages, or on two of up to
+    three pages.
+
+    A site is a folder in the root. It reads all pages, once per process.
     """
     shown: Counter[tuple[str, str]] = Counter()
     names = files.names(PAGES)
@@ -174,13 +177,8 @@ def _repeated(files: archives.Files) -> frozenset[str]:
         except ValueError:
             continue
         folder = _folder(tree, name)
-        shown.update(
-            {
-                (_site(name), target)
-                for node in tree.css("img")
-                if (target := _target(_source(node), folder))
-            }
-        )
+        targets = {_target(_source(node), folder) for node in tree.css("img")} - {""}
+        shown.update((_site(name), target) for target in targets)
     pages = Counter(map(_site, names))
     return frozenset(
         target
@@ -194,21 +192,26 @@ def _site(name: str) -> str:
 
 
 def _parse(page: bytes) -> LexborHTMLParser:
-    declared = CHARSET.search(page[:4096])
-    codings = ["utf-8-sig"] if page[:2] not in (b"\xff\xfe", b"\xfe\xff") else ["utf-16"]
-    for coding in [*codings, declared.group(1).decode() if declared else "cp1252", "cp1252"]:
-        try:
-            text = page.decode(coding)
-            break
-        except (UnicodeDecodeError, LookupError):
-            continue
-    else:
-        text = page.decode("latin-1")
+    text = _decode(page)
     try:
         return LexborHTMLParser(text.replace("\0", ""))
-    # of selectolax and of the C library below it
+    # selectolax and the C library below it raise many kinds of errors.
     except Exception as error:
         raise ValueError(f"not a readable page: {clean.collapse_whitespace(str(error))}") from error
+
+
+def _decode(page: bytes) -> str:
+    """The page's text, by its byte order mark, UTF-8, its <meta charset>, or else Windows-1252."""
+    declared = CHARSET.search(page[:4096])
+    encodings = ["utf-16" if page[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"]
+    if declared:
+        encodings.append(declared.group(1).decode())
+    for encoding in [*encodings, "cp1252"]:
+        try:
+            return page.decode(encoding)
+        except (UnicodeDecodeError, LookupError):
+            continue
+    return page.decode("latin-1")
 
 
 def _document(
@@ -218,96 +221,104 @@ def _document(
     repeated: frozenset[str],
     options: SourceOptions,
 ) -> Document | Skipped:
+    root = _content_root(tree)
+    if root is None:
+        return Skipped(name, "page is empty")
     parts: list[Text | Picture] = []
     dropped = []
-    seen = set()
-    text = []
+    seen: set[str] = set()
+    # events since the last image
+    pending: list[tuple[str, str]] = []
     folder = _folder(tree, name)
-    root = (
-        tree.css_first("main, [role=main]")
-        or (tree.css_first("article") if len(tree.css("article")) == 1 else None)
-        or tree.body
-    )
-    if root is None:
-        return Skipped(name, "the page is empty")
-
-    def flush():
-        lines = [
-            line
-            for line in (
-                clean.collapse_whitespace(line) if not kept else line.rstrip()
-                for line, kept in _lines(text)
-            )
-            if line.strip()
-        ]
-        if lines:
-            parts.append(Text("\n".join(lines)))
-        text.clear()
-
     for kind, value in _events(root, options.captions):
-        if kind != "image":
-            text.append((kind, value))
+        if isinstance(value, str):
+            pending.append((kind, value))
             continue
         picture = _picture(value, folder, files, repeated, seen, options)
         if isinstance(picture, str):
             dropped.append(picture)
             continue
-        flush()
+        parts += _text_parts(pending)
         parts.append(picture)
+        pending = []
         alt = clean.collapse_whitespace(value.attributes.get("alt") or "")
         if options.alt and alt:
-            text += [("break", ""), ("text", alt), ("break", "")]
-    flush()
+            pending = [("break", ""), ("text", alt), ("break", "")]
+    parts += _text_parts(pending)
     if not any(isinstance(part, Text) for part in parts):
         return Skipped(name, "no text")
     title = tree.css_first("title")
-    return Document(
-        name,
-        tuple(parts),
-        files.root.name,
-        {"title": clean.collapse_whitespace(title.text())} if title else {},
-        tuple(dropped),
-    )
+    provenance = {"title": clean.collapse_whitespace(title.text())} if title else {}
+    return Document(name, tuple(parts), files.root.name, provenance, tuple(dropped))
+
+
+def _content_root(tree: LexborHTMLParser) -> LexborNode | None:
+    """The element with the page's content: <main>, its only <article>, or <body>."""
+    main = tree.css_first("main, [role=main]")
+    if main:
+        return main
+    articles = tree.css("article")
+    return articles[0] if len(articles) == 1 else tree.body
+
+
+def _text_parts(events: list[tuple[str, str]]) -> list[Text]:
+    """The lines of the events as one text; nothing if all are blank."""
+    lines = []
+    for line, is_preformatted in _lines(events):
+        line = line.rstrip() if is_preformatted else clean.collapse_whitespace(line)
+        if line.strip():
+            lines.append(line)
+    return [Text("\n".join(lines))] if lines else []
 
 
 def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | LexborNode]]:
-    """("text", str), ("pre", str), ("break", "") and ("image", node), in reading order; no
-    recursion, for pages may be nested without end.
+    """("text", str), ("pre", str), ("break", "") and ("image", node), in reading order.
+
+    It does not recurse, because pages may be nested without limit.
     """
-    # node (None: a block ends), inside <pre>, inside the article
+    # (node, or None where a block ends; inside <pre>; inside the article)
     stack: list[tuple[LexborNode | None, bool, bool]] = [(root, False, False)]
     while stack:
         node, pre, inner = stack.pop()
         if node is None:
             yield "break", ""
-        elif node.tag == "-text":
+            continue
+        tag = node.tag or ""
+        if tag == "-text":
             yield "pre" if pre else "text", node.text_content or ""
-        elif node.tag == "img":
+        elif tag == "img":
             yield "image", node
-        elif node.tag == "br":
+        elif tag == "br":
             yield "break", ""
-        elif node.tag in ("td", "th"):
+        elif tag in ("td", "th"):
             yield "text", " "
-            stack += [(child, pre, inner) for child in reversed(list(node.iter(include_text=True)))]
-        elif (
-            not node.tag.startswith("-")
-            and (node is root or not _boilerplate(node, inner))
-            and (captions or node.tag != "figcaption")
-        ):
-            inner = (
-                inner or node.tag in ("main", "article") or (node is root and node.tag != "body")
-            )
-            if node.tag in BLOCKS:
+            stack += _children(node, pre, inner)
+        elif _is_content(node, tag, root, inner, captions):
+            inner = inner or tag in ("main", "article") or (node is root and tag != "body")
+            if tag in BLOCKS:
                 yield "break", ""
                 stack.append((None, pre, inner))
-            pre = pre or node.tag == "pre"
-            stack += [(child, pre, inner) for child in reversed(list(node.iter(include_text=True)))]
+            stack += _children(node, pre or tag == "pre", inner)
+
+
+def _children(
+    node: LexborNode, pre: bool, inner: bool
+) -> list[tuple[LexborNode | None, bool, bool]]:
+    """The children of a node for the stack: the last first."""
+    return [(child, pre, inner) for child in reversed(list(node.iter(include_text=True)))]
+
+
+def _is_content(node: LexborNode, tag: str, root: LexborNode, inner: bool, captions: bool) -> bool:
+    # comments and the like
+    if tag.startswith("-"):
+        return False
+    if tag == "figcaption" and not captions:
+        return False
+    return node is root or not _boilerplate(node, inner)
 
 
 def _boilerplate(node: LexborNode, inner: bool) -> bool:
-    """Is this element no content? `inner`: it is inside the page's article, where a header is one
-    of the article.
-    """
+    """Whether an element is not content. inner: inside the article, whose own header is content."""
     if node.tag in NOT_CONTENT or (node.tag == "header" and not inner):
         return True
     if node.tag in ("main", "article", "body", "html"):
@@ -327,27 +338,25 @@ def _boilerplate(node: LexborNode, inner: bool) -> bool:
 
 
 def _lines(events: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
-    """(line, is it of a <pre>) between breaks."""
+    """(line, whether it is preformatted), split at breaks, and at line ends inside <pre>."""
     line = ""
-    kept = False
+    is_preformatted = False
     for kind, value in [*events, ("break", "")]:
         if kind == "break":
-            yield line, kept
+            yield line, is_preformatted
             line = ""
-            kept = False
+            is_preformatted = False
         elif kind == "pre":
-            *whole, value = (line + value).split("\n")
-            yield from ((one, True) for one in whole)
-            line = value
-            kept = True
+            *complete, line = (line + value).split("\n")
+            for one in complete:
+                yield one, True
+            is_preformatted = True
         else:
             line += value
 
 
 def _source(node: LexborNode) -> str:
-    """What an <img> shows: src, unless that is a placeholder of a page that loads its pictures
-    late.
-    """
+    """The address of an <img>: src, unless that is a placeholder for lazy loading."""
     attributes = node.attributes
     late = attributes.get("data-src") or attributes.get("data-original") or ""
     source = (attributes.get("src") or "").strip()
@@ -357,39 +366,41 @@ def _source(node: LexborNode) -> str:
 
 
 def _folder(tree: LexborHTMLParser, page: str) -> str | None:
-    """Where the relative addresses of a page start: its folder, or what its first <base href> makes
-    of that; None for another place.
+    """The folder that relative addresses of a page start from, by its first <base href>.
+
+    None if that is not in the folder of pages.
     """
     base = tree.css_first("base[href]")
     return (
-        _joined(base.attributes["href"] or "", posixpath.dirname(page), whole=False)
+        _joined(base.attributes["href"] or "", posixpath.dirname(page), is_file=False)
         if base
         else posixpath.dirname(page)
     )
 
 
 def _target(source: str, folder: str | None) -> str:
-    """The name, in the folder of pages, of what `source` points to from `folder`: "" for what is
-    none of its files (remote, data, malformed).
+    """The name in the folder of pages that `source` points to, seen from `folder`.
 
-    It may still lead out: reading it is then refused.
+    "" for a remote, inline or malformed address. The name may still lead outside: `Files` refuses
+    to read it then.
     """
-    place = _joined(source, folder, whole=True)
+    place = _joined(source, folder, is_file=True)
     return posixpath.normpath(place.lstrip("/")) if place else ""
 
 
-def _joined(address: str, folder: str | None, *, whole: bool) -> str | None:
-    """`address` as seen from `folder`, `whole` or up to its last "/"; None for one that is not on
-    this site, or names nothing.
+def _joined(address: str, folder: str | None, *, is_file: bool) -> str | None:
+    """The path of `address` seen from `folder`; its folder unless `is_file`.
+
+    None for an address on another site, or without a path.
     """
     try:
         place = urlsplit(address.strip())
     except ValueError:
         return None
-    if place.scheme or place.netloc or folder is None or (whole and not place.path):
+    if place.scheme or place.netloc or folder is None or (is_file and not place.path):
         return None
     path = posixpath.join(folder, unquote(place.path))
-    return path if whole else posixpath.dirname(path)
+    return path if is_file else posixpath.dirname(path)
 
 
 def _picture(
@@ -400,52 +411,56 @@ def _picture(
     seen: set[str],
     options: SourceOptions,
 ) -> Picture | str:
-    """The picture of an <img>, or why it is dropped."""
+    """The image of an <img>, or why it is dropped."""
     source = _source(node)
     if source[:5].lower() == "data:":
         data = _inline(source)
         if data is None:
-            return "a picture inside the page that cannot be read"
+            return "inline image cannot be decoded"
         key = hashlib.sha256(data).hexdigest()
     else:
         key = _target(source, folder)
         if not key:
-            return "a picture that is not in the folder"
+            return "image is not in the folder"
         if ICON.search(PurePosixPath(key).stem):
-            return "an icon, by its name"
+            return "icon, by its name"
         if key not in files:
-            return "a picture whose file is not there"
+            return "image file is missing"
         if key in repeated:
-            return "a picture of several pages"
+            return "image repeated on several pages"
         try:
             data = files.read(key, images.MAX_BYTES)
         except ValueError:
-            return "a picture that cannot be read"
+            return "image file cannot be read"
     if key in seen:
-        return "a picture that the page shows again"
+        return "image repeated on the page"
     seen.add(key)
-    sides = images.header_size(data)
-    declared = [
-        int(value)
-        for name in ("width", "height")
-        if (value := (node.attributes.get(name) or "").removesuffix("px")).isdecimal()
-    ]
-    if (sides and _icon(sides, options)) or (len(declared) == 2 and _icon(declared, options)):
-        return "an icon, by its size"
+    if _is_icon(images.header_size(data), options) or _is_icon(_declared_size(node), options):
+        return "icon, by its size"
     return Picture(data)
 
 
-def _icon(sides, options: SourceOptions) -> bool:
+def _declared_size(node: LexborNode) -> tuple[int, int] | None:
+    """Width and height in an <img>'s attributes; None unless it has both."""
+    sides = [(node.attributes.get(name) or "").removesuffix("px") for name in ("width", "height")]
+    if not all(side.isdecimal() for side in sides):
+        return None
+    width, height = sides
+    return int(width), int(height)
+
+
+def _is_icon(sides: tuple[int, int] | None, options: SourceOptions) -> bool:
+    if sides is None:
+        return False
     return max(sides) < options.icon or 2 * min(sides) < options.icon
 
 
 def _inline(source: str) -> bytes | None:
     head, _, body = source.partition(",")
     try:
-        return (
-            base64.b64decode(unquote_to_bytes(body), validate=False)
-            if head.lower().endswith(";base64")
-            else unquote_to_bytes(body)
-        )
+        data = unquote_to_bytes(body)
+        if head.lower().endswith(";base64"):
+            return base64.b64decode(data, validate=False)
+        return data
     except (binascii.Error, ValueError):
         return None
