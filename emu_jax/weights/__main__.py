@@ -1,79 +1,111 @@
-"""Released weights in and out, and our code held to the released Emu's numbers.
+"""Import and export of checkpoints of other libraries; merging LoRA.
 
-import --family=llama LLAMA --family=eva-clip EVA --config=configs/pretrain.py --to=DIR
-several sources make one checkpoint export --family=llama --from=DIR --to=FOLDER merge --from=DIR
---to=DIR                                    LoRA into its matrices, and those that are stored in
-few bits made plain verify FILE.npz ...
+Each command has its own --help. Read next: transfer.py, families.py.
 """
 
 import argparse
 import sys
 
-from emu_jax import config, verify
+from emu_jax import cli, config
 from emu_jax.config import UserError
 from emu_jax.weights import transfer
 from emu_jax.weights.families import FAMILIES
 
 NAMES = ", ".join(FAMILIES)
-IMPORT = f"""
-SOURCE: a folder, a .safetensors, .bin or .pt file, an index, or all files of one checkpoint. Name a family before its sources; families: {NAMES}.
-Several families make one checkpoint together: EVA-CLIP and a LLaMA are the paper's start. What no source fills (the resampler,
-the heads) is left out, and is fresh where training starts from DIR (--config.init=DIR).
-The rows of new tokens are the mean of the old ones. Of T5's decoder: all but the learned queries, the projection, and keys and values of the
-cross-attention, which read another width. A chat model's LoRA is merged into its weights, or stays LoRA where the config's model
-has it (configs/instruct.py, model.lora.rank). A PEFT adapter (peft) goes beside its model: --family=llama LLAMA --family=peft ADAPTER.
-stable-diffusion: one folder of diffusers', of which unet, vae and the scheduler's config are read. Its condition may have another width than the
-model's: what reads it is fresh then where training starts from DIR (--config.init=EMU,DIR).
-inception: the network of FID, for python -m emu_jax.evaluate --inception=DIR; a checkpoint of its own.
-clip: Hugging Face's CLIPModel, for --clip=DIR there; a checkpoint of its own, with the tokenizer and the preprocessor of its folder.
-With --config=FILE the sources must fit its model; without, configs/pretrain.py (stable-diffusion: configs/decoder.py) takes their towers' sizes.
---config.FIELD=VALUE as in training.
+TABLE = "\n".join(f"  {name:17} {family.about}" for name, family in FAMILIES.items())
+DESCRIPTION = "Convert checkpoints of other libraries to ours and back, and merge LoRA."
+EPILOG = f"""\
+families:
+{TABLE}
+
+examples:
+  python -m emu_jax.weights import --family=llama LLAMA --family=eva-clip EVA.pt --to=DIR
+  python -m emu_jax.weights export --family=llama --from=DIR --to=FOLDER
 """
-EXPORT = """
-Writes safetensors, their index and config.json into a new folder, as the family's own library names them, in the dtype of the checkpoint.
-llama: LlamaForCausalLM, without Emu's added tokens; emu1: the release's names; LoRA is merged into their weights. peft: the LoRA alone, as an
-adapter of a LlamaForCausalLM, without the rows of [USER] and [ASSISTANT]. stable-diffusion: a folder for StableDiffusionPipeline, without a text
-encoder, for an Emu makes its conditions.
+IMPORT = """\
+Import one checkpoint of ours from one or several foreign ones.
+
+SOURCE is a folder, a .safetensors, .bin or .pt file, an index, or all files of one checkpoint.
+Parts of the model that no source fills are left out; training from DIR (--config.init=DIR)
+initialises them.
 """
+IMPORT_EPILOG = f"""\
+families:
+{TABLE}
+
+config:
+  With --config=FILE the sources must fit its model. Without it, configs/pretrain.py is used (for
+  stable-diffusion configs/decoder.py, for clip configs/clip.py), with the sizes of the sources.
+  --config.FIELD=VALUE works as in training.
+
+notes:
+  Rows of new tokens are the mean of the existing rows.
+  emu1: LoRA is merged into the weights, or kept if the config's model has LoRA
+    (configs/instruct.py, model.lora.rank).
+  peft: give the base model too: --family=llama LLAMA --family=peft ADAPTER.
+  t5-decoder: learned queries and projection are not part of a T5, nor are keys and values of the
+    cross-attention if its encoder's width differs from the visual encoder's.
+  stable-diffusion: unet, vae and the scheduler's config are read. Layers that read the condition
+    are initialised by training where its width differs from the config's.
+  clip, inception: checkpoints of their own, not parts of an Emu.
+
+examples:
+  python -m emu_jax.weights import --family=llama LLAMA --family=eva-clip EVA.pt --to=DIR
+  python -m emu_jax.weights import --family=stable-diffusion FOLDER --dry-run
+"""
+EXPORT = """\
+Export a checkpoint of ours to a new folder in the format of the family's own library.
+
+Writes safetensors, an index and config.json. llama: a LlamaForCausalLM without Emu's added tokens.
+emu1: the released names. LoRA is merged in both. peft: only the LoRA, as an adapter of a
+LlamaForCausalLM, without the rows of [USER] and [ASSISTANT]. stable-diffusion: a folder for
+StableDiffusionPipeline without a text encoder, because an Emu provides the condition.
+"""
+EXPORT_EPILOG = """\
+examples:
+  python -m emu_jax.weights export --family=llama --from=runs/pretrain --to=FOLDER
+  python -m emu_jax.weights export --family=emu1 --from=DIR --to=FOLDER --ema --dtype=bfloat16
+"""
+MERGE = "Merge LoRA into its matrices and dequantize stored ones: the same model, plain matrices."
+SOURCE = "workdir of a run, or one of its checkpoints"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 done; 2 for bad input, said in one line after the tensors that do not fit; `verify` 1 where
-    a quantity is not ok, and 3 where all covered ones are ok and some are not covered.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Exit status: 0, or 2 after a message for bad input; `verify` has its own."""
+    return cli.run(_run, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else ""
+    rest = arguments[1:]
     try:
-        if arguments[:1] == ["import"]:
-            return import_(arguments[1:])
-        # "bake" is the command's former name
-        if arguments[:1] == ["bake"]:
-            arguments = ["merge", *arguments[1:]]
+        if command == "import":
+            return import_(rest)
+        # The command's former place.
+        if command == "verify":
+            from emu_jax import verify
+
+            return verify.main(rest)
+        # The command's former name.
+        if command == "bake":
+            arguments = ["merge", *rest]
         flags = _parser().parse_args(arguments)
-        if flags.command == "merge":
-            transfer.merge(flags.source, flags.to)
-            print(
-                f"{flags.to}: one model of plain matrices; start from it with --config.init={flags.to}"
-            )
-            return 0
-        return export(flags) if flags.command == "export" else verify.verify_files(flags.files)
+        return merge(flags) if flags.command == "merge" else export(flags)
     except transfer.Misfit as error:
         print(*error.lines, sep="\n", file=sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    return 2
+        raise
 
 
 def import_(arguments: list[str]) -> int:
+    """Import a checkpoint, or print what an import would do."""
     sources, rest = _sources(arguments)
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m emu_jax.weights import",
         usage="%(prog)s --family=F SOURCE... [--family=F SOURCE...] --to=DIR [--config=FILE]",
         description=IMPORT,
+        epilog=IMPORT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.error = _fail
     parser.add_argument("--to", metavar="DIR", help="directory of the new checkpoint")
     parser.add_argument(
         "--image-size",
@@ -82,37 +114,44 @@ def import_(arguments: list[str]) -> int:
         help="interpolate position embeddings (bicubic) to images of this size",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be imported, and write nothing"
+        "--dry-run", action="store_true", help="print what would be imported, and write nothing"
     )
     flags, rest = parser.parse_known_args(rest)
     given = any(argument.startswith("--config=") for argument in rest)
-    default = next(
-        (name for family, _ in sources if (name := FAMILIES[family].config_file) != "pretrain"),
-        "pretrain",
-    )
-    c = config.load(([] if given else [f"--config=configs/{default}.py"]) + rest)
+    if not given:
+        files = [FAMILIES[family].config_file for family, _ in sources]
+        file = next((file for file in files if file != "pretrain"), "pretrain")
+        rest = [f"--config=configs/{file}.py", *rest]
+    c = config.load(rest)
     if not sources:
-        _fail(f"name a family and its sources: --family=F SOURCE...; families: {NAMES}")
+        raise UserError(f"name a family and its sources: --family=F SOURCE...; families: {NAMES}")
     if not flags.to and not flags.dry_run:
-        _fail("--to=DIR is missing: the directory of the new checkpoint")
-    made = transfer.make_plan(sources, c, given=given, image_size=flags.image_size)
-    print(*transfer.summary(made), sep="\n", flush=True)
+        raise UserError("--to=DIR is missing: the directory of the new checkpoint")
+    plan = transfer.make_plan(sources, c, given=given, image_size=flags.image_size)
+    print(*transfer.summary(plan), sep="\n", flush=True)
     if not flags.dry_run:
-        transfer.write(made, flags.to)
-        print(f"{flags.to}: {made.parts[0].family.hint.format(to=flags.to)}")
+        transfer.write(plan, flags.to)
+        print(f"{flags.to}: {plan.parts[0].family.hint.format(to=flags.to)}")
     return 0
 
 
 def export(flags: argparse.Namespace) -> int:
-    for name, size in transfer.export(
-        flags.family, flags.source, flags.to, ema=flags.ema, dtype=flags.dtype
-    ).items():
+    """Export a checkpoint, and print the files."""
+    sizes = transfer.export(flags.family, flags.source, flags.to, ema=flags.ema, dtype=flags.dtype)
+    for name, size in sizes.items():
         print(f"{size:>16,} bytes  {flags.to}/{name}")
     return 0
 
 
+def merge(flags: argparse.Namespace) -> int:
+    """Write a checkpoint without LoRA and with plain matrices."""
+    transfer.merge(flags.source, flags.to)
+    print(f"{flags.to}: a model of plain matrices; start from it with --config.init={flags.to}")
+    return 0
+
+
 def _sources(arguments: list[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """[(family, its sources)], a family and what is named after it, and the other arguments."""
+    """Split arguments into [(family, its sources)] and the others."""
     groups: list[tuple[str, list[str]]] = []
     rest: list[str] = []
     waiting = iter(arguments)
@@ -121,76 +160,56 @@ def _sources(arguments: list[str]) -> tuple[list[tuple[str, list[str]]], list[st
         if flag == "--family":
             name = value if equals else next(waiting, "")
             if name not in FAMILIES:
-                _fail(f"no family {name!r}; there are {NAMES}")
+                raise UserError(f"no family {name!r}; there are {NAMES}")
             groups.append((name, []))
         elif not equals and (flag in ("--to", "--image-size") or flag.startswith("--config")):
             rest.append(f"{flag}={next(waiting, '')}")
         elif argument.startswith("-"):
             rest.append(argument)
         elif not groups:
-            _fail(f"name the family of {argument!r} before it: --family=F {argument}")
+            raise UserError(f"name the family of {argument!r} before it: --family=F {argument}")
         else:
             groups[-1][1].append(argument)
-    if bare := [name for name, where in groups if not where]:
-        _fail(f"--family={bare[0]} is followed by no source")
+    for name, paths in groups:
+        if not paths:
+            raise UserError(f"--family={name} is followed by no source")
     return groups, rest
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> cli.Parser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(
         prog="python -m emu_jax.weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=raw,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
-        "import", help="a checkpoint of ours from others'; import --help", add_help=False
-    )
-    out = commands.add_parser(
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("import", help="make a checkpoint of ours from foreign ones")
+    command = commands.add_parser(
         "export",
-        help="theirs from ours",
+        help="write a checkpoint of ours in a foreign format",
         description=EXPORT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXPORT_EPILOG,
+        formatter_class=raw,
     )
-    out.add_argument("--family", required=True, choices=list(FAMILIES))
-    out.add_argument(
-        "--from",
-        dest="source",
-        required=True,
-        metavar="DIR",
-        help="a run's workdir, or one of its checkpoints",
+    command.add_argument("--family", required=True, choices=list(FAMILIES), metavar="F", help=NAMES)
+    command.add_argument("--from", dest="source", required=True, metavar="DIR", help=SOURCE)
+    command.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write")
+    command.add_argument(
+        "--ema", action="store_true", help="use the moving average of weights that have one"
     )
-    out.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write into")
-    out.add_argument(
-        "--ema", action="store_true", help="the moving average of the weights, where they have one"
-    )
-    out.add_argument(
+    command.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="cast to it; default: as the checkpoint has it",
+        help="cast to this dtype; default: the checkpoint's",
     )
-    flat = commands.add_parser(
-        "merge", help="a checkpoint without LoRA and with plain matrices, the same model"
+    command = commands.add_parser("merge", help="merge LoRA into plain matrices", description=MERGE)
+    command.add_argument("--from", dest="source", required=True, metavar="DIR", help=SOURCE)
+    command.add_argument(
+        "--to", required=True, metavar="DIR", help="directory of the new checkpoint"
     )
-    flat.add_argument(
-        "--from",
-        dest="source",
-        required=True,
-        metavar="DIR",
-        help="a run's workdir, or one of its checkpoints",
-    )
-    flat.add_argument("--to", required=True, metavar="DIR", help="directory of the new checkpoint")
-    check = commands.add_parser(
-        "verify", help="run our code on golden files and print its largest errors"
-    )
-    check.add_argument("files", nargs="+", metavar="FILE.npz")
-    for command in (parser, out, flat, check):
-        command.error = _fail
     return parser
-
-
-def _fail(message: str) -> None:
-    raise UserError(message)
 
 
 if __name__ == "__main__":

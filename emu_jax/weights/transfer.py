@@ -1,8 +1,8 @@
-"""Foreign checkpoints into ours and ours into theirs, one tensor at a time.
+"""Import and export of checkpoints, one tensor at a time.
 
-An import writes a checkpoint that `config.init=DIR` starts from; the towers that no source fills
-are left out of it, and are fresh there. An export writes what the family's own library loads. Read
-next: convert.py, ../checkpoint.py.
+An import writes a checkpoint for `config.init=DIR`. Towers that no source fills are left out, and
+training initialises them. An export writes what the family's own library loads. Read next:
+convert.py, ../checkpoint.
 """
 
 import copy
@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,32 +31,61 @@ from emu_jax.weights.families import FAMILIES, guess
 from emu_jax.weights.family import Family
 
 
-class Part(NamedTuple):
-    """One family's share of an import: its tensors under the table's names, and what they
-    become.
-    """
+class Source(NamedTuple):
+    """One family's tensors as the user named them."""
 
     family: Family
+    # Under the table's names.
+    tensors: dict[str, Any]
+    foreign: files.Foreign
+
+
+class Part(NamedTuple):
+    """One family's share of an import."""
+
+    family: Family
+    # What the user named, for messages.
     where: str
+    # Under the table's names.
     tensors: dict[str, Any]
     table: Table
-    # of our leaves
+    # Of our leaves.
     dtypes: dict[str, np.dtype]
-    # files that go along as they are
-    carried: list[Path]
+    # Files to copy unchanged.
+    extra_files: list[Path]
+
+
+# (field of config.model, its value in the files, its value in the config, regex of its leaves)
+Override = tuple[str, Any, Any, str]
 
 
 class ImportPlan(NamedTuple):
+    """What an import will write."""
+
     config: ConfigDict
     parts: list[Part]
-    # all that is written, flat
+    # All that is written, flat.
     leaves: dict[str, jax.ShapeDtypeStruct]
-    # leaves of the model that no source fills
+    # Leaves of the model that no source fills.
     left_out: list[str]
-    # fields of config.model that are the default config's, for the sources do not say
+    # Fields of config.model that the sources do not determine: the default config's values.
     assumed: list[str]
-    # (field of config.model, its value in the files, in the given config, regex of its leaves)
-    adapted: list[tuple[str, Any, Any, str]]
+    # Fields in which the files win over the given config.
+    overrides: list[Override]
+
+
+class Misfit(UserError):
+    """Tensors that do not fit, a line each in `lines`."""
+
+    def __init__(self, problems: list[tuple[str, str]]):
+        self.lines = [f"{where}: {line}" for where, line in problems]
+        counts = []
+        for kind in ("missing", "unexpected", "misshapen", "not a float"):
+            count = sum(line.startswith(kind) for _, line in problems)
+            if count:
+                counts.append(f"{count} {kind}")
+        first = " ".join(self.lines[0].split())
+        super().__init__(f"the tensors do not fit: {', '.join(counts)}; the first: {first}")
 
 
 def make_plan(
@@ -65,97 +95,97 @@ def make_plan(
     given: bool,
     image_size: int | None = None,
 ) -> ImportPlan:
-    """What an import of [(family, files or folders)] into the model of `c` would do. Where `c` was
-    `given`, the sources must agree with it; otherwise what they say of their towers is taken.
-    image_size: interpolate the position embeddings to it.
+    """Plan the import of [(family, files or folders)] into the model of `c`.
 
-    Raises Misfit, which lists every tensor that is missing, unexpected or misshapen, and UserError
-    for all else.
+    given: the user chose `c`, so the sources must agree with it; otherwise their sizes go into it.
+    image_size: interpolate position embeddings to images of this size. Raises Misfit, which lists
+    every tensor that does not fit, and UserError for all else.
     """
-    # what comes in is whole; a run that starts from it rounds it
+    # An import is not quantised and has no moving average.
     c.model.lora.storage = ""
-    found = [
-        part
-        for name, where in sources
-        for part in _read(name, where, keep_lora=c.model.lora.rank > 0)
-    ]
+    c.optim.ema = 0.0
+    keep_lora = c.model.lora.rank > 0
+    found: list[Source] = []
+    for name, paths in sources:
+        found += _open(name, paths, keep_lora=keep_lora)
     if image_size:
         c.model.vision.image = image_size
-    shapes = [
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()} for _, tensors, _ in found
-    ]
-    agreed = [
-        _agree(c, family, those, foreign, given, image_size)
-        for (family, _, foreign), those in zip(found, shapes)
-    ]
-    # what comes in has no average
-    c.optim.ema = 0.0
-    if image_size and (
-        image_size % c.model.vision.patch
-        or not any(eva_clip.POSITIONS in those for those in shapes)
-    ):
-        raise UserError(
-            f"--image-size={image_size} must be a multiple of the patch of {c.model.vision.patch}, and a source must have an encoder"
-        )
-    ours: dict[str, tuple[int, ...]] = {}
-    parts = []
-    homes = {}
-    problems = []
-    for family, tensors, foreign in found:
-        try:
-            size = family.make_config(c.model.to_dict())
-            ours |= family.shapes(size)
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(
-                f"{foreign.where}: a model of such sizes cannot be: {' '.join(str(error).split())}"
-            ) from error
-        if image_size and eva_clip.POSITIONS in tensors:
-            tensors = eva_clip.resized(tensors, image_size // c.model.vision.patch)
-        table = family.table(size)
-        if misfits := convert.problems(table, tensors, ours):
-            problems += [(foreign.where, line) for line in misfits]
-            continue
-        carried = [path for name in family.extra_files if (path := foreign.folder / name).is_file()]
-        part = Part(family, foreign.where, tensors, table, convert.dtypes(table, tensors), carried)
-        if twice := [path for path in part.dtypes if path in homes]:
-            raise UserError(
-                f"{twice[0].split('/')[0]} comes from {homes[twice[0]]} and from {foreign.where}; one of them must go"
-            )
-        homes |= dict.fromkeys(part.dtypes, foreign.where)
-        parts.append(part)
-    if problems:
-        raise Misfit(problems)
+    assumed: list[str] = []
+    overrides: list[Override] = []
+    for source in found:
+        fields = _infer(source)
+        if image_size:
+            fields.pop("vision.image", None)
+        if given:
+            overrides += _check_agreement(c, source, fields)
+        else:
+            assumed += _adopt(c, source, fields)
+    if image_size:
+        _check_image_size(c, found, image_size)
+    parts, shapes = _make_parts(c, found, image_size)
     leaves = {
-        path: jax.ShapeDtypeStruct(ours[path], dtype)
+        path: jax.ShapeDtypeStruct(shapes[path], dtype)
         for part in parts
         for path, dtype in part.dtypes.items()
     }
-    assumed, adapted = ([line for lines in column for line in lines] for column in zip(*agreed))
-    return ImportPlan(
-        c, parts, leaves, [path for path in ours if path not in leaves], assumed, adapted
-    )
+    left_out = [path for path in shapes if path not in leaves]
+    return ImportPlan(c, parts, leaves, left_out, assumed, overrides)
 
 
-class Misfit(UserError):
-    """Tensors that do not fit, a line each in `lines`."""
-
-    def __init__(self, problems: list[tuple[str, str]]):
-        counts = {
-            kind: sum(line.startswith(kind) for _, line in problems)
-            for kind in ("missing", "unexpected", "misshapen", "not a float")
-        }
-        self.lines = [f"{where}: {line}" for where, line in problems]
-        super().__init__(
-            f"the tensors do not fit: {', '.join(f'{count} {kind}' for kind, count in counts.items() if count)}; "
-            f"the first: {' '.join(self.lines[0].split())}"
+def _check_image_size(c: ConfigDict, found: list[Source], image_size: int) -> None:
+    has_encoder = any(eva_clip.POSITIONS in source.tensors for source in found)
+    if image_size % c.model.vision.patch or not has_encoder:
+        raise UserError(
+            f"--image-size={image_size} must be a multiple of the patch of "
+            f"{c.model.vision.patch}, and a source must have an encoder"
         )
 
 
-def write(made: ImportPlan, to: str) -> None:
-    """Carries a plan out: a checkpoint with the resolved config in `to`. Raises UserError, and then
-    nothing is left of it.
+def _make_parts(
+    c: ConfigDict, found: list[Source], image_size: int | None
+) -> tuple[list[Part], dict[str, tuple[int, ...]]]:
+    """Match each source with its table: (parts, shapes of all leaves of the model)."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts: list[Part] = []
+    # Leaf -> the source that fills it.
+    homes: dict[str, str] = {}
+    problems: list[tuple[str, str]] = []
+    for family, tensors, foreign in found:
+        try:
+            model_config = family.make_config(c.model.to_dict())
+            shapes |= family.shapes(model_config)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{foreign.where}: no model of these sizes is possible: {reason}"
+            ) from error
+        if image_size and eva_clip.POSITIONS in tensors:
+            tensors = eva_clip.resized(tensors, image_size // c.model.vision.patch)
+        table = family.table(model_config)
+        if misfits := convert.problems(table, tensors, shapes):
+            problems += [(foreign.where, line) for line in misfits]
+            continue
+        dtypes = convert.dtypes(table, tensors)
+        if twice := [path for path in dtypes if path in homes]:
+            raise UserError(
+                f"{twice[0].split('/')[0]} comes from {homes[twice[0]]} and from {foreign.where}; "
+                "remove one of them"
+            )
+        homes |= dict.fromkeys(dtypes, foreign.where)
+        extra = [foreign.folder / name for name in family.extra_files]
+        extra = [path for path in extra if path.is_file()]
+        parts.append(Part(family, foreign.where, tensors, table, dtypes, extra))
+    if problems:
+        raise Misfit(problems)
+    return parts, shapes
+
+
+def write(plan: ImportPlan, to: str) -> None:
+    """Write the checkpoint of a plan, with its config, to `to`.
+
+    Raises UserError, and then leaves nothing behind.
     """
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in made.leaves.values())
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in plan.leaves.values())
     folder = Path(to).absolute()
     free = shutil.disk_usage(
         next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -164,9 +194,9 @@ def write(made: ImportPlan, to: str) -> None:
         raise UserError(
             f"{to} needs {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB"
         )
-    stacked = set().union(*(convert.stacked(part.table) for part in made.parts))
-    with checkpoint.param_writer(to, made.leaves, stacked, config.to_dict(made.config)) as put:
-        for part in made.parts:
+    stacked = set().union(*(convert.stacked(part.table) for part in plan.parts))
+    with checkpoint.param_writer(to, plan.leaves, stacked, config.to_dict(plan.config)) as put:
+        for part in plan.parts:
             needs = convert.uses(part.table, importing=True)
             bar = tqdm(
                 desc=part.family.name,
@@ -177,10 +207,10 @@ def write(made: ImportPlan, to: str) -> None:
             for path, layer, piece in convert.pieces(part.table, part.tensors):
                 put(path, layer, piece.astype(part.dtypes[path], copy=False))
                 bar.update()
-                # before the next is read
+                # Free it before the next one is read.
                 del piece
             bar.close()
-            for path in part.carried:
+            for path in part.extra_files:
                 shutil.copyfile(path, folder / path.name)
 
 
@@ -193,14 +223,15 @@ def export(
     dtype: str | None = None,
     shard: int = files.SHARD,
 ) -> dict[str, int]:
-    """Writes the family's tensors in the checkpoint in `directory` into the new folder `to`; {file:
-    bytes}. ema: averaged. dtype: cast to it. Raises UserError for a checkpoint without them, or
-    damaged, and then nothing is left.
+    """Write a checkpoint in a family's format to the new folder `to`; returns {file: bytes}.
+
+    ema: use the moving averages. dtype: cast to it. Raises UserError for a damaged checkpoint or
+    one without the family's parameters, and then leaves nothing behind.
     """
     family = FAMILIES[name]
     folder = Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{to} is there and not empty; choose another directory")
+        raise UserError(f"{to} exists and is not empty; choose another directory")
     source = (
         checkpoint.ParamReader(directory, ema=ema)
         if family is peft.FAMILY
@@ -213,8 +244,8 @@ def export(
             table, {path: shape for path, (_, shape) in source.shapes.items()}
         )
     except UserError as error:
-        raise UserError(f"{directory} holds no whole {name}: {error}") from error
-    # of an adapter
+        raise UserError(f"{directory} does not hold a complete {name}: {error}") from error
+    # An adapter of a model without LoRA.
     if not shapes:
         raise UserError(f"{directory} holds no LoRA")
     kinds = _dtypes(table, source, dtype)
@@ -264,8 +295,9 @@ def export(
 
 
 class Merged:
-    """The parameters in a checkpoint as those of a model without LoRA and with plain matrices; read
-    like checkpoint.ParamReader.
+    """Parameters of a checkpoint with LoRA merged and matrices dequantized.
+
+    Read like checkpoint.ParamReader.
     """
 
     def __init__(self, directory: str, *, ema: bool = False):
@@ -276,7 +308,7 @@ class Merged:
             "rank": 0,
             "storage": "",
         }
-        # matrix -> its codes
+        # Matrix -> the path of its codes.
         self._codes: dict[str, str] = {}
         self.shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
         for path, (dtype, shape) in self._source.shapes.items():
@@ -309,8 +341,9 @@ class Merged:
 
 
 def merge(directory: str, to: str) -> None:
-    """A checkpoint in `to` of the same model without LoRA and with plain matrices. Raises
-    UserError, and then nothing is left of it.
+    """Write the same model without LoRA and with plain matrices to `to`.
+
+    Raises UserError, and then leaves nothing behind.
     """
     source = Merged(directory)
     leaves = {
@@ -321,7 +354,7 @@ def merge(directory: str, to: str) -> None:
         for path in leaves
         if path.split("/")[0] in ("vision", "resampler", "llama") and "/blocks/" in path
     }
-    # what is written has no average
+    # The merged checkpoint has no moving average.
     told = source.config | {"optim": source.config["optim"] | {"ema": 0.0}}
     with checkpoint.param_writer(to, leaves, stacked, told) as put:
         for path, leaf in tqdm(leaves.items(), "merge", unit="leaf", disable=None):
@@ -330,103 +363,110 @@ def merge(directory: str, to: str) -> None:
         source.check()
 
 
-def summary(made: ImportPlan) -> Iterator[str]:
-    """Lines that say what an import brings, tower by tower, and what it does not."""
-    for part in made.parts:
+def summary(plan: ImportPlan) -> Iterator[str]:
+    """Describe an import, tower by tower, and what it leaves out."""
+    for part in plan.parts:
         for tower in dict.fromkeys(path.split("/")[0] for path in part.dtypes):
-            mine = [made.leaves[path] for path in part.dtypes if path.split("/")[0] == tower]
-            kinds = ", ".join(sorted({str(leaf.dtype) for leaf in mine}))
-            yield f"{tower:14}{sum(leaf.size for leaf in mine):>16,} parameters  {kinds}  from {part.family.name} {part.where}"
-        needs = convert.uses(part.table, importing=True)
-        idle = [name for name in part.tensors if name not in needs]
-        if idle:
-            yield f"not used: {len(idle)} tensors of {part.where}: {', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''}"
-    for tower in dict.fromkeys(path.split("/")[0] for path in made.left_out):
-        mine = [path for path in made.left_out if path.startswith(f"{tower}/")]
-        whole = not any(path.startswith(f"{tower}/") for path in made.leaves)
-        yield f"left out, fresh where training starts from it: {tower if whole else ', '.join(mine)}"
-    for field, theirs, ours, leaves in made.adapted:
-        fresh = [path for path in made.leaves if re.fullmatch(leaves, path)]
+            leaves = [plan.leaves[path] for path in part.dtypes if path.split("/")[0] == tower]
+            size = sum(leaf.size for leaf in leaves)
+            dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+            origin = f"{part.family.name} {part.where}"
+            yield f"{tower:14}{size:>16,} parameters  {dtypes}  from {origin}"
+        needed = convert.uses(part.table, importing=True)
+        unused = [name for name in part.tensors if name not in needed]
+        if unused:
+            more = ", ..." if len(unused) > 4 else ""
+            yield (
+                f"not used: {len(unused)} tensors of {part.where}: {', '.join(unused[:4])}{more}"
+            )
+    for tower in dict.fromkeys(path.split("/")[0] for path in plan.left_out):
+        missing = [path for path in plan.left_out if path.startswith(f"{tower}/")]
+        complete = not any(path.startswith(f"{tower}/") for path in plan.leaves)
+        what = tower if complete else ", ".join(missing)
+        yield f"left out, initialised by training: {what}"
+    for field, theirs, ours, regex in plan.overrides:
+        fresh = [path for path in plan.leaves if re.fullmatch(regex, path)]
         yield (
-            f"{field} is {theirs} in the files and {ours} in the config: theirs is kept, and where training starts from it with {ours}, "
-            f"{len(fresh)} leaves are fresh: {', '.join(fresh)}"
+            f"{field} is {theirs} in the files and {ours} in the config: the files' value is kept, "
+            f"and training with {ours} initialises {len(fresh)} leaves: {', '.join(fresh)}"
         )
-    if made.assumed:
-        yield f"not said by the files, and as in the default config: {', '.join(made.assumed)}"
+    if plan.assumed:
+        yield f"not determined by the files, from the default config: {', '.join(plan.assumed)}"
 
 
-def _read(
-    name: str, where: list[str], *, keep_lora: bool
-) -> list[tuple[Family, dict[str, Any], files.Foreign]]:
-    """The sources of a family as its part; a chat model, of which LoRA is to be kept, as two.
-    Raises UserError, which guesses the right family, where they are another's.
+def _open(name: str, paths: list[str], *, keep_lora: bool) -> list[Source]:
+    """Open the sources of a family: one, or two for a chat model whose LoRA is kept.
+
+    Raises UserError, with a guess at the right family, if they belong to another one.
     """
     family = FAMILIES[name]
-    if family.components and len(where) > 1:
-        raise UserError(
-            f"--family={name} takes one folder, with {' and '.join(family.components)} in it, not {' '.join(where)}"
-        )
-
-    def there(components):
-        return [
-            component
-            for component in components
-            if len(where) == 1 and (Path(where[0]) / component).is_dir()
-        ]
-
-    if there(family.components) and (
-        lacking := [
-            component
-            for component in family.components
-            if component not in there(family.components)
-        ]
-    ):
-        raise UserError(
-            f"{where[0]} has no folder {lacking[0]}; a {name} needs {' and '.join(family.components)}"
-        )
-    apart = next((other.components for other in FAMILIES.values() if there(other.components)), ())
-    foreign = files.read_components(where[0], apart) if apart else files.read(where)
+    _check_components(family, paths)
+    foreign = _open_files(paths)
     likely = guess({emu1.rename(tensor) for tensor in foreign.tensors})
     if likely is not family:
-        like = (
-            f"it looks like {likely.name}: --family={likely.name}"
-            if likely
-            else f"it looks like none of {', '.join(FAMILIES)}; it holds {', '.join(list(foreign.tensors)[:3])}, ..."
-        )
-        layout = (
-            f", which is a folder of diffusers' with {' and '.join(family.components)} in it"
-            if family.components
-            else ""
-        )
-        raise UserError(f"{foreign.where} is not of the family {name}{layout}; {like}")
+        raise UserError(_wrong_family(family, likely, foreign))
     if family is emu1.FAMILY and keep_lora:
         plain, adapter = emu1.split_lora(foreign.tensors)
-        return [
-            (family, plain, foreign),
-            *(
-                [(peft.FAMILY, adapter, files.Foreign(adapter, {}, foreign.where, foreign.folder))]
-                if adapter
-                else []
-            ),
-        ]
-    return [(family, family.canonical(foreign.tensors), foreign)]
+        found = [Source(family, plain, foreign)]
+        if adapter:
+            part = files.Foreign(adapter, {}, foreign.where, foreign.folder)
+            found.append(Source(peft.FAMILY, adapter, part))
+        return found
+    return [Source(family, family.canonical(foreign.tensors), foreign)]
 
 
-def _agree(
-    c: ConfigDict,
-    family: Family,
-    shapes: dict[str, tuple[int, ...]],
-    foreign: files.Foreign,
-    given: bool,
-    image_size: int | None,
-) -> tuple[list[str], list[tuple[str, Any, Any, str]]]:
-    """What the files say of the model against the config, or into it where none was given: then,
-    the fields of which they say nothing; and what of a given config gives way (ImportPlan.adapted).
-    """
+def _has_component(paths: list[str], component: str) -> bool:
+    return len(paths) == 1 and (Path(paths[0]) / component).is_dir()
+
+
+def _check_components(family: Family, paths: list[str]) -> None:
+    """Raise UserError where a family of folders is not given one complete folder."""
+    names = " and ".join(family.components)
+    if family.components and len(paths) > 1:
+        raise UserError(
+            f"--family={family.name} takes one folder, with {names} in it, not {' '.join(paths)}"
+        )
+    missing = [name for name in family.components if not _has_component(paths, name)]
+    # A folder with none of them is of another family, which is reported later.
+    if missing and len(missing) < len(family.components):
+        raise UserError(f"{paths[0]} has no folder {missing[0]}; {family.name} needs {names}")
+
+
+def _open_files(paths: list[str]) -> files.Foreign:
+    for family in FAMILIES.values():
+        there = tuple(name for name in family.components if _has_component(paths, name))
+        if there:
+            return files.read_components(paths[0], there)
+    return files.read(paths)
+
+
+def _wrong_family(family: Family, likely: Family | None, foreign: files.Foreign) -> str:
+    layout = ""
+    if family.components:
+        layout = f", a folder of diffusers' with {' and '.join(family.components)} in it"
+    if likely:
+        hint = f"it looks like {likely.name}: --family={likely.name}"
+    else:
+        names = ", ".join(list(foreign.tensors)[:3])
+        hint = f"it looks like none of {', '.join(FAMILIES)}; it holds {names}, ..."
+    return f"{foreign.where} is not of the family {family.name}{layout}; {hint}"
+
+
+def _infer(source: Source) -> dict[str, Any]:
+    """Fields of config.model that the files should determine; None where they do not."""
+    with _config_errors(source):
+        return source.family.infer_config(_shapes(source), source.foreign.config)
+
+
+def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
+
+
+@contextmanager
+def _config_errors(source: Source) -> Iterator[None]:
+    """Report any error as one of the source's config.json, which may hold anything."""
     try:
-        said = family.infer_config(shapes, foreign.config)
-        guessed = family.default_config(shapes, foreign.config)
-    # a config.json may say anything
+        yield
     except (
         UserError,
         TypeError,
@@ -435,48 +475,64 @@ def _agree(
         LookupError,
         ArithmeticError,
     ) as error:
-        raise UserError(f"{foreign.where}: {error}") from error
-    if image_size:
-        said.pop("vision.image", None)
-    known = {field: value for field, value in said.items() if value is not None}
-    differ = {field: ours for field, value in known.items() if (ours := _field(c, field)) != value}
-    adapted = [
-        (field, known[field], differ.pop(field), leaves)
-        for field, leaves in filter(None, [family.may_override])
-        if given and field in differ
-    ]
-    for field, theirs, _, _ in adapted:
-        _set(c, field, theirs, foreign.where)
-    if given and differ:
-        differences = ", ".join(
-            f"{field} is {known[field]!r}, not {ours!r}" for field, ours in differ.items()
-        )
-        first = next(iter(differ))
-        raise UserError(
-            f"{foreign.where} is of another model than the config: {differences}"
-            + f" ({shlex.quote(f'--config.model.{first}={known[first]}')}, or another --config)"
-            + (
-                "; --image-size interpolates its position embeddings"
-                if "vision.image" in differ
-                else ""
+        raise UserError(f"{source.foreign.where}: {error}") from error
+
+
+def _differences(c: ConfigDict, fields: dict[str, Any]) -> dict[str, Any]:
+    """Our value of each field whose value in the files is known and different."""
+    ours = {field: _field(c, field) for field, value in fields.items() if value is not None}
+    return {field: value for field, value in ours.items() if value != fields[field]}
+
+
+def _check_agreement(c: ConfigDict, source: Source, fields: dict[str, Any]) -> list[Override]:
+    """Raise UserError where the files contradict a given config.
+
+    Puts the field that the family may override into the config, and returns it.
+    """
+    where = source.foreign.where
+    differ = _differences(c, fields)
+    overrides: list[Override] = []
+    if source.family.may_override:
+        field, leaves = source.family.may_override
+        if field in differ:
+            overrides.append((field, fields[field], differ.pop(field), leaves))
+            _set(c, field, fields[field], where)
+    if not differ:
+        return overrides
+    differences = ", ".join(
+        f"{field} is {fields[field]!r}, not {ours!r}" for field, ours in differ.items()
+    )
+    first = next(iter(differ))
+    flag = shlex.quote(f"--config.model.{first}={fields[first]}")
+    hint = ""
+    if "vision.image" in differ:
+        hint = "; --image-size interpolates its position embeddings"
+    raise UserError(
+        f"{where} does not match the config: {differences} ({flag}, or another --config){hint}"
+    )
+
+
+def _adopt(c: ConfigDict, source: Source, fields: dict[str, Any]) -> list[str]:
+    """Put what the files determine into a default config; returns the fields that they leave open.
+
+    Raises UserError if a tower has another width than the default's and its files leave fields
+    open, because the default's values would not fit it.
+    """
+    where = source.foreign.where
+    unknown = [field for field, value in fields.items() if value is None]
+    open_towers = {field.split(".")[0] for field in unknown}
+    for field in _differences(c, fields):
+        if field.endswith(".width") and field.split(".")[0] in open_towers:
+            raise UserError(
+                f"{where} does not determine {', '.join(unknown)}, and has no config.json that "
+                "does: give --config=FILE"
             )
-        )
-    if given:
-        return [], adapted
-    unknown = [field for field in said if field not in known]
-    other = [
-        field
-        for field in differ
-        if field.endswith(".width")
-        and any(lacking.split(".")[0] == field.split(".")[0] for lacking in unknown)
-    ]
-    if other:
-        raise UserError(
-            f"{foreign.where} does not say {', '.join(unknown)}, and has no config.json that does: give --config=FILE"
-        )
-    for field, value in (guessed | known).items():
-        _set(c, field, value, foreign.where)
-    return unknown, []
+    with _config_errors(source):
+        defaults = source.family.default_config(_shapes(source), source.foreign.config)
+    known = {field: value for field, value in fields.items() if value is not None}
+    for field, value in (defaults | known).items():
+        _set(c, field, value, where)
+    return unknown
 
 
 def _field(c: ConfigDict, field: str) -> Any:
@@ -484,7 +540,8 @@ def _field(c: ConfigDict, field: str) -> Any:
         return reduce(getattr, field.split("."), c.model)
     except AttributeError:
         raise UserError(
-            f"the config has no model.{field}, which these files fill (configs/decoder.py and configs/clip.py have more)"
+            f"the config has no model.{field}, which these files fill; "
+            "configs/decoder.py and configs/clip.py have more"
         ) from None
 
 
@@ -499,7 +556,7 @@ def _set(c: ConfigDict, field: str, value: Any, where: str) -> None:
 def _dtypes(
     table: Table, source: checkpoint.ParamReader | Merged, dtype: str | None
 ) -> dict[str, np.dtype]:
-    """The dtype of each foreign tensor: as our leaves have it, or `dtype`."""
+    """Dtype of each foreign tensor: `dtype`, or that of our leaves."""
     return {
         name: np.dtype(jax.numpy.dtype(dtype))
         if dtype

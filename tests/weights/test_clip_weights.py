@@ -108,7 +108,7 @@ def test_older_files_and_sizes_of_the_first_release(tmp_path, capsys):
             "has hidden_act='swish', which is not supported; choose from quick_gelu, gelu",
         ),
         (dict(num_attention_heads=5), "5 heads do not divide a width of 16"),
-        (None, "does not say clip.eos, clip.text.heads"),
+        (None, "does not determine clip.eos, clip.text.heads"),
     ],
 )
 def test_what_a_config_asks_in_vain(tmp_path, capsys, change, told):
@@ -131,7 +131,10 @@ def test_a_clip_is_no_emu(tmp_path, capsys):
             ["import", "--family=llama", str(tmp_path / "theirs")],
             "it looks like clip: --family=clip",
         ),
-        (["export", "--family=llama", f"--from={tmp_path / 'ours'}"], "holds no whole llama"),
+        (
+            ["export", "--family=llama", f"--from={tmp_path / 'ours'}"],
+            "does not hold a complete llama",
+        ),
     ):
         assert main([*arguments, f"--to={tmp_path}/x"]) == 2 and told in capsys.readouterr().err
 

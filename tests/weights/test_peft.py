@@ -297,7 +297,7 @@ def test_another_rank_another_kind_and_lora_without_a_place(tmp_path, capsys):
         f"--to={tmp_path / 'new'}",
     )
     assert (
-        "is of another model than the config: lora.rank is 3, not 8, lora.alpha is 6.0, not 16.0 (--config.model.lora.rank=3"
+        "does not match the config: lora.rank is 3, not 8, lora.alpha is 6.0, not 16.0 (--config.model.lora.rank=3"
         in told
     )
     with pytest.raises(

@@ -433,7 +433,7 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, capsys):
     weights.rename(sd / "elsewhere")
     assert "vae holds no .safetensors" in says(sd)
     (sd / "vae").rename(sd / "autoencoder")
-    assert "has no folder vae; a stable-diffusion needs unet and vae" in says(sd)
+    assert "has no folder vae; stable-diffusion needs unet and vae" in says(sd)
     assert not (tmp_path / "ours").exists()
 
 

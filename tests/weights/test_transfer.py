@@ -181,10 +181,7 @@ def test_eva_clip_and_llama_make_the_papers_start(tmp_path, capsys):
         leaves["vision/pos"].dtype == np.float16
         and leaves["llama/embed/base"].dtype == leaves["llama/embed/added"].dtype == BF16
     )
-    assert (
-        "left out, fresh where training starts from it: resampler" in out
-        and "not used: 3 tensors" in out
-    )
+    assert "left out, initialised by training: resampler" in out and "not used: 3 tensors" in out
     np.testing.assert_array_equal(
         leaves["vision/blocks/attn/k/w"][0, :, 1, 3],
         eva["visual.blocks.0.attn.qkv.weight"][32 + 11],
@@ -361,9 +358,7 @@ def test_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
     )
     out = capsys.readouterr().out
     assert (
-        "llama" in out
-        and "float32" in out
-        and "left out, fresh where training starts from it: vision" in out
+        "llama" in out and "float32" in out and "left out, initialised by training: vision" in out
     )
     assert not (tmp_path / "ours").exists()
 
@@ -440,7 +435,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     path.write_text(
         json.dumps(said | {"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": None})
     )
-    assert "source: a model of such sizes cannot be: " in says("--family=llama", source, to)
+    assert "source: no model of these sizes is possible: " in says("--family=llama", source, to)
     saved(
         tmp_path / "tall.bin",
         {"model.layers.999999999.self_attn.q_proj.weight": np.zeros((2, 2), np.float32)},
@@ -449,9 +444,11 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         "--family=llama", tmp_path / "tall.bin", CONFIG, to
     )
     path.write_text(json.dumps(said | {"num_key_value_heads": 3}))
-    assert "multiple of heads 4, and that of kv_heads 3" in says("--family=llama", source, to)
+    assert "multiple of heads 4, and heads a multiple of kv_heads 3" in says(
+        "--family=llama", source, to
+    )
     path.unlink()
-    assert "does not say llama.heads, llama.kv_heads" in says("--family=llama", source, to)
+    assert "does not determine llama.heads, llama.kv_heads" in says("--family=llama", source, to)
     shard = sorted(source.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-4])
     assert "truncated or damaged" in says("--family=llama", source, CONFIG, to)
@@ -475,7 +472,7 @@ def test_a_directory_in_use_is_left_alone(tmp_path, capsys):
         )
         == 2
     )
-    assert "is there and not empty" in capsys.readouterr().err
+    assert "exists and is not empty" in capsys.readouterr().err
     assert (
         main(
             [
@@ -488,7 +485,7 @@ def test_a_directory_in_use_is_left_alone(tmp_path, capsys):
         == 2
     )
     assert (
-        "holds no whole llama: no parameter 'llama/" in capsys.readouterr().err
+        "does not hold a complete llama: no parameter 'llama/" in capsys.readouterr().err
         and not (tmp_path / "theirs").exists()
     )
 
