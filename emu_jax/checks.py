@@ -1,4 +1,4 @@
-"""What must be right before a run starts: files, what was precomputed for a decoder, and memory.
+"""Checks before a run starts: of files, of precomputed arrays, and of memory.
 
 Every failure is a UserError of one line. Read next: plan.py, which checks the config itself.
 """

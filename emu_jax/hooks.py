@@ -1,4 +1,4 @@
-"""What a run does every so often besides training: evaluations, and samples for TensorBoard.
+"""Evaluations, and samples for TensorBoard, at intervals during a run.
 
 An evaluator maps parameters to numbers, a sampler maps parameters and a batch to images with
 captions; the loop calls both. Read next: train.py.
@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 from textwrap import shorten
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +168,7 @@ def _images_and_drawings(
     return images, diffusion_decoder.sample(config, params, condition, seeds, **dict(options))
 
 
-def _first_rows(batch: Batch) -> Batch:
+def _first_rows(batch: Batch) -> Any:
     """Rows enough for the samples, of the first process."""
     return multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: x[:SAMPLES], batch))
 

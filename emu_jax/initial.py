@@ -1,13 +1,14 @@
-"""The weights that a run starts from: those of other runs, or of imports (config.init), fitted to
-this run's model.
+"""The weights that a run starts from: those of config.init, made to fit the model.
 
-What the model has beyond those checkpoints stays fresh. Rows of new tokens are the mean of the old
-ones, as the release makes them; matrices that the model stores in few bits are rounded, and how far
-off that puts them is said. Read next: train.py.
+What the model has beyond those checkpoints stays fresh. Rows of new tokens become the mean of the
+old rows, as in the release; matrices that the model stores in few bits are quantized, and the error
+is logged. Read next: train.py.
 """
 
 import logging
 import re
+from collections.abc import Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,127 +31,136 @@ ADDED = "llama/(embed|lm_head)/added"
 
 
 def init_from_checkpoint(init: str, params: tree.Tree) -> tuple[tree.Tree, set[str]]:
-    """Fresh parameters with what the checkpoints of config.init hold in their place, and the paths
-    of that; of two that hold a leaf the later counts.
+    """Replace fresh parameters by those in the checkpoints of config.init.
+
+    Returns the parameters and the paths that were loaded. If two checkpoints hold a parameter, the
+    later one counts.
     """
-    loaded = {
-        path: leaf
-        for directory in filter(None, init.split(","))
-        for path, leaf in tree.leaves(load_weights(directory, params))
-    }
+    loaded: dict[str, jax.Array] = {}
+    for directory in filter(None, init.split(",")):
+        loaded |= dict(tree.leaves(load_weights(directory, params)))
     return tree.unflatten(dict(tree.leaves(params)) | loaded), set(loaded)
 
 
 def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
-    """The leaves of the checkpoint in `directory` that `params` (arrays, or shapes with shardings)
-    has too, laid out like those; says which towers came, which stay fresh and which are not used. A
-    decoder's maps of its condition stay fresh where that has another width. Raises UserError where
-    another shape differs or nothing is shared.
+    """The parameters that the checkpoint at `directory` and `params` share, laid out as here.
+
+    params: arrays, or shapes with shardings. Logs which towers were loaded, stay fresh or are not
+    used. Maps of a decoder's condition stay fresh if the condition has a different width. Raises
+    UserError if another shape differs or nothing is shared.
     """
     there = checkpoint.param_shapes(directory)
     here = dict(tree.leaves(params))
-    wider = [
-        path
-        for path, leaf in here.items()
-        if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape
-    ]
-    if wider:
-        log.warning(
-            "init %s: %d maps of the condition stay fresh, for it has the width %d there and %d here: %s",
-            directory,
-            len(wider),
-            there[wider[0]][0],
-            here[wider[0]].shape[0],
-            ", ".join(wider),
-        )
-    homeless = [
-        path
-        for path in there
-        if path not in here
-        and path.endswith(("/a", *sharding.QUANTIZED))
-        and path.rpartition("/")[0] + "/w" in here
-    ]
-    if homeless:
-        raise UserError(
-            f"init={directory!r} has {homeless[0]} and this model no place for it: set config.model.lora as that run did, or make plain "
-            f"matrices of it: python -m emu_jax.weights merge --from={directory} --to=DIR"
-        )
+    widened = _maps_of_other_widths(directory, here, there)
+    _check_adapters(directory, here, there)
     grown = [
         path
         for path, leaf in here.items()
         if re.fullmatch(ADDED, path) and path in there and there[path][0] < leaf.shape[0]
     ]
     wanted = {
-        path: _like(leaf, there[path] if path in grown else leaf.shape)
+        path: _shape_like(leaf, there[path] if path in grown else leaf.shape)
         for path, leaf in here.items()
-        if path in there and path not in wider
+        if path in there and path not in widened
     }
-
-    def towers(paths):
-        return ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
-
-    rounded = [
+    quantized = [
         path
         for path in here
         if path.endswith(sharding.QUANTIZED)
         and path not in there
         and sharding.matrix_path(path) in there
     ]
-    if not wanted and not rounded:
+    if not wanted and not quantized:
         raise UserError(
-            f"init={directory!r} has no parameter of this model; it holds {towers(there)}"
+            f"init={directory!r} has no parameter of this model; it holds {_towers(there)}"
         )
-    loaded = (
-        dict(tree.leaves(checkpoint.restore_params(directory, tree.unflatten(wanted))))
-        if wanted
-        else {}
-    )
+
+    loaded = {}
+    if wanted:
+        loaded = dict(tree.leaves(checkpoint.restore_params(directory, tree.unflatten(wanted))))
     for path in grown:
-        base = loaded.get(path.replace("/added", "/base"))
-        loaded[path] = jax.jit(
-            _with_mean_rows, static_argnums=2, out_shardings=here[path].sharding
-        )(loaded[path], base, here[path].shape[0])
-        log.info(
-            "init %s: %d new rows of %s are the mean of its %d old ones",
-            directory,
-            here[path].shape[0] - there[path][0],
-            path.split("/")[1],
-            len(base) + there[path][0],
-        )
-    loaded |= _rounded(directory, rounded, here, there)
-    fresh = here.keys() - loaded.keys()
-    idle = there.keys() - {sharding.matrix_path(path) for path in loaded} - loaded.keys()
+        loaded[path] = _add_mean_rows(directory, path, here[path], loaded)
+    loaded |= _quantize(directory, quantized, here, there)
+
+    used = {sharding.matrix_path(path) for path in loaded} | loaded.keys()
     log.info(
         "init %s: loaded %s; fresh: %s; not used: %s",
         directory,
-        towers(loaded),
-        towers(fresh),
-        towers(idle),
+        _towers(loaded),
+        _towers(here.keys() - loaded.keys()),
+        _towers(there.keys() - used),
     )
     return tree.unflatten(loaded)
+
+
+def _maps_of_other_widths(directory: str, here: dict, there: dict) -> list[str]:
+    """Maps of a decoder's condition that have a different width in the checkpoint."""
+    widened = [
+        path
+        for path, leaf in here.items()
+        if re.fullmatch(CONDITIONED, path) and there.get(path, leaf.shape) != leaf.shape
+    ]
+    if widened:
+        log.warning(
+            "init %s: %d maps of the condition stay fresh, because its width is %d there and %d "
+            "here: %s",
+            directory,
+            len(widened),
+            there[widened[0]][0],
+            here[widened[0]].shape[0],
+            ", ".join(widened),
+        )
+    return widened
+
+
+def _check_adapters(directory: str, here: dict, there: dict) -> None:
+    """Raise UserError for LoRA or quantized matrices where the model has plain ones."""
+    for path in there:
+        parent, _, name = path.rpartition("/")
+        if path not in here and name in ("a", *sharding.QUANTIZED) and f"{parent}/w" in here:
+            raise UserError(
+                f"init={directory!r} has {path}, which this model does not: set config.model.lora "
+                "as in that run, or merge it into plain matrices: python -m emu_jax.weights merge "
+                f"--from={directory} --to=DIR"
+            )
+
+
+def _towers(paths: Iterable[str]) -> str:
+    return ", ".join(sorted({path.split("/")[0] for path in paths})) or "nothing"
+
+
+def _add_mean_rows(directory: str, path: str, leaf: jax.Array, loaded: dict) -> jax.Array:
+    """Rows of added tokens; those that the checkpoint lacks are the mean of all others."""
+    added = loaded[path]
+    base = loaded[path.replace("/added", "/base")]
+    count = leaf.shape[0]
+    log.info(
+        "init %s: %d new rows of %s are the mean of its %d old ones",
+        directory,
+        count - len(added),
+        path.split("/")[1],
+        len(base) + len(added),
+    )
+    extend = jax.jit(_with_mean_rows, static_argnums=2, out_shardings=leaf.sharding)
+    return extend(added, base, count)
 
 
 def measure_visual_stats(
     program: Program, params: tree.Tree, loader: Loader, layout: tree.Tree
 ) -> tree.Tree:
-    """Mean and deviation of each dimension of each visual token over STATS_IMAGES training images, for
-    models that standardise them. Several processes all read the same images: `loader` is that of
-    one process.
+    """Mean and deviation of each dimension of each visual token, over STATS_IMAGES images.
+
+    For models that standardise their visual tokens. loader: the training data as one process alone
+    would read it, so that several processes all see the same images. layout: shardings.
     """
-    encode = jax.jit(
-        lambda params, images: sharding.constrain(
-            program.bind(params).encode(images).astype(jnp.float32), PartitionSpec()
-        )
-    )
     found: list[np.ndarray] = []
     for item in loader:
         images = item.batch.images[item.batch.has_image]
-        # one shape for every batch
-        rows = len(item.batch.images) * item.batch.images.shape[1]
-        padded = np.concatenate(
-            [images, np.zeros((rows - len(images), *images.shape[1:]), np.uint8)]
-        )
-        found.append(np.asarray(encode(params, padded))[: len(images)])
+        # One shape for every batch.
+        slots = item.batch.has_image.size
+        padding = np.zeros((slots - len(images), *images.shape[1:]), np.uint8)
+        tokens = _encode(program, params, np.concatenate([images, padding]))
+        found.append(np.asarray(tokens)[: len(images)])
         if sum(map(len, found)) >= STATS_IMAGES:
             break
     loader.close()
@@ -167,45 +177,56 @@ def measure_visual_stats(
     }
 
 
-def _like(leaf: jax.Array | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+@partial(jax.jit, static_argnums=0)
+def _encode(program: Program, params: tree.Tree, images: np.ndarray) -> jax.Array:
+    """Visual tokens in float32, replicated."""
+    tokens = program.bind(params).encode(images).astype(jnp.float32)
+    return sharding.constrain(tokens, PartitionSpec())
+
+
+def _shape_like(
+    leaf: jax.Array | jax.ShapeDtypeStruct, shape: tuple[int, ...]
+) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _with_mean_rows(added: jax.Array, base: jax.Array, count: int) -> jax.Array:
-    """The added rows, `count` of them: those that are lacking are the mean of all others."""
+    """`added`, filled up to `count` rows with the mean of all rows."""
     total = base.astype(jnp.float32).sum(0) + added.astype(jnp.float32).sum(0)
     mean = (total / (len(base) + len(added))).astype(added.dtype)
     return jnp.concatenate([added, jnp.tile(mean, (count - len(added), 1))])
 
 
-def _rounded(
+def _quantize(
     directory: str, paths: list[str], here: dict, there: dict[str, tuple[int, ...]]
 ) -> dict[str, jax.Array]:
-    """The codes at `paths` and their scales, of a checkpoint that holds the matrices; one matrix at
-    a time.
-    """
+    """Codes at `paths` and their scales, from the checkpoint's plain matrices, one at a time."""
     found: dict[str, jax.Array] = {}
-    errors = {}
+    errors: dict[str, float] = {}
+    storage = ""
     for path in paths:
-        matrix, where, storage = sharding.matrix_path(path), *path.rpartition("/")[::2]
-        at = {name: here[f"{where}/{name}"].sharding for name in (storage, "absmax")}
-        whole = jax.ShapeDtypeStruct(there[matrix], jnp.float32, sharding=at[storage])
-        w = dict(
-            tree.leaves(checkpoint.restore_params(directory, tree.unflatten({matrix: whole})))
-        )[matrix]
-        codes, absmax = jax.jit(
-            _quantised, static_argnums=1, out_shardings=(at[storage], at["absmax"])
-        )(w, storage)
+        matrix = sharding.matrix_path(path)
+        parent, _, storage = path.rpartition("/")
+        scales = f"{parent}/absmax"
+        shape = jax.ShapeDtypeStruct(there[matrix], jnp.float32, sharding=here[path].sharding)
+        restored = checkpoint.restore_params(directory, tree.unflatten({matrix: shape}))
+        w = dict(tree.leaves(restored))[matrix]
+        layout = (here[path].sharding, here[scales].sharding)
+        codes, absmax = jax.jit(_quantize_layers, static_argnums=1, out_shardings=layout)(
+            w, storage
+        )
         if codes.shape != here[path].shape:
             raise UserError(
-                f"init={directory!r}: {matrix} is {list(there[matrix])} there, which does not make {path} {list(here[path].shape)}"
+                f"init={directory!r}: {matrix} is {list(there[matrix])} there, which does not make "
+                f"{path} {list(here[path].shape)}"
             )
-        errors[matrix] = float(_error(w, codes, absmax))
-        found |= {path: codes, f"{where}/absmax": absmax}
+        errors[matrix] = float(_relative_error(w, codes, absmax))
+        found |= {path: codes, scales: absmax}
     if errors:
-        worst = max(errors, key=errors.get)
+        worst = max(errors, key=lambda matrix: errors[matrix])
         log.info(
-            "init %s: %d matrices stored as %s, off by %.2f %% of their root mean square, at most %.2f %% (%s)",
+            "init %s: %d matrices stored as %s, off by %.2f %% of their root mean square, at most "
+            "%.2f %% (%s)",
             directory,
             len(errors),
             storage,
@@ -216,19 +237,19 @@ def _rounded(
     return found
 
 
-def _quantised(w: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
-    """lora.quantize, a layer at a time: in one piece its steps would be held for the whole
-    stack.
-    """
+def _quantize_layers(w: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
+    """lora.quantize, one layer at a time: intermediates of the whole stack would not fit."""
     return jax.lax.map(lambda layer: lora.quantize(layer, storage), w)
 
 
 @jax.jit
-def _error(w: jax.Array, codes: jax.Array, absmax: jax.Array) -> jax.Array:
-    """Root mean square of what storing w changes, of that of w."""
+def _relative_error(w: jax.Array, codes: jax.Array, absmax: jax.Array) -> jax.Array:
+    """Root mean square of the quantization error of w, relative to that of w."""
 
-    def layer(one):
-        return (jnp.square(lora.dequantize(*one[1:]) - one[0]).mean(), jnp.square(one[0]).mean())
+    def squares(layer):
+        w, codes, absmax = layer
+        error = lora.dequantize(codes, absmax) - w
+        return jnp.square(error).mean(), jnp.square(w).mean()
 
-    off, whole = jax.lax.map(layer, (w, codes, absmax))
-    return jnp.sqrt(off.mean() / whole.mean())
+    error, size = jax.lax.map(squares, (w, codes, absmax))
+    return jnp.sqrt(error.mean() / size.mean())

@@ -8,7 +8,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 
@@ -88,7 +88,7 @@ def run(
                 batch = jax.tree.map(place, item.batch)
                 state, metrics = train_step(plan.program, state, batch)
             step += 1
-            programs = programs or train_step._cache_size()
+            programs = programs or count_compiled(train_step)
             metric_log.add(step, item, metrics, waited)
             if metric_log.bad >= c.log.max_bad_steps:
                 break
@@ -122,12 +122,17 @@ def run(
             step,
             c.optim.steps,
         )
-    if programs and (recompiled := train_step._cache_size() - programs):
+    if programs and (recompiled := count_compiled(train_step) - programs):
         log.warning(
             "train_step was compiled %d times: a shape or a dtype changes from step to step",
             recompiled + 1,
         )
     return state
+
+
+def count_compiled(jitted: jax.stages.Wrapped) -> int:
+    """How many programs were compiled of a jitted function, in this process."""
+    return jitted._cache_size()  # ty: ignore[missing-attribute]
 
 
 def evaluate(
@@ -158,7 +163,7 @@ class MetricLog:
     """Writes the metrics of each step one step late, while the device is busy with the next."""
 
     def __init__(
-        self, plan: RunPlan, state: State, writer: MetricWriter, source_names: Sequence[str]
+        self, plan: RunPlan, state: State, writer: MetricWriter, source_names: tuple[str, ...]
     ):
         self.writer = writer
         self.source_names = source_names
@@ -209,9 +214,10 @@ class MetricLog:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """A list that SIGINT and SIGTERM put their name into instead of ending the process; a second
-    one ends it.
+def stop_signals() -> Generator[list[str]]:
+    """Yield a list to which SIGINT and SIGTERM append their names, instead of an exit.
+
+    A second signal has its usual effect.
     """
     received: list[str] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,8 +1,7 @@
-"""The optimizer: AdamW whose learning rates and weight decays are rules over parameter paths
-(section 3 of the paper).
+"""The optimizer: AdamW with a learning rate and a weight decay for every parameter.
 
-Learning rate of a leaf at a step = its peak (rules.peak_lr) times the schedule's share of the peak.
-Read next: loop.py.
+Both are rules over parameter paths (section 3 of the paper). A parameter's learning rate at a step
+is its peak (rules.peak_lr) times the schedule's share of the peak. Read next: step.py.
 """
 
 from functools import lru_cache
@@ -16,41 +15,45 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from emu_jax.config import UserError
 from emu_jax.tree import Tree
 
+SCHEDULES = ("cosine", "linear", "constant", "stepped")
 
-def schedule(c) -> optax.Schedule:
-    """Share of the peak at a step, from `config.optim`: a linear warm-up, then its schedule. Raises
-    UserError for an unknown one.
+
+def schedule(c: ConfigDict) -> optax.Schedule:
+    """The learning rate's share of its peak by step: a linear warm-up, then optim.schedule.
+
+    c: config.optim. Raises UserError for settings that make no schedule.
     """
     warmup = round(c.warmup * c.steps)
-    rest = max(c.steps - warmup, 1)
-    after = {
-        "cosine": lambda: optax.cosine_decay_schedule(1.0, rest, alpha=c.final),
-        "linear": lambda: optax.linear_schedule(1.0, c.final, rest),
-        "constant": lambda: optax.constant_schedule(1.0),
-        "stepped": lambda: optax.join_schedules(
-            [
-                optax.constant_schedule(share)
-                for share in (1.0, *(share for _, share in c.boundaries))
-            ],
-            [step - warmup for step, _ in c.boundaries],
-        ),
-    }
-    if c.schedule not in after:
-        raise UserError(f"optim.schedule={c.schedule!r} is not one of {', '.join(after)}")
+    if c.schedule not in SCHEDULES:
+        raise UserError(f"optim.schedule={c.schedule!r} is not one of {', '.join(SCHEDULES)}")
     if not 0 <= c.warmup <= 1 or c.steps < 1:
         raise UserError(
-            f"optim.warmup={c.warmup} is a share of the steps, 0 to 1, and optim.steps={c.steps} at least 1"
+            f"optim.warmup={c.warmup} is a share of the steps, 0 to 1, and optim.steps={c.steps} "
+            "at least 1"
         )
-    if c.schedule == "stepped" and not _rise(warmup, c.boundaries):
+    if c.schedule == "stepped" and not _is_rising(warmup, c.boundaries):
         raise UserError(
-            f"optim.boundaries={c.boundaries!r} must be (step, share of the peak) pairs, steps rising from the warm-up's end, {warmup}"
+            f"optim.boundaries={c.boundaries!r} must be (step, share of the peak) pairs, steps "
+            f"rising from the warm-up's end, {warmup}"
         )
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, 1.0, max(warmup, 1)), after[c.schedule]()], [warmup]
-    )
+    rise = optax.linear_schedule(0.0, 1.0, max(warmup, 1))
+    return optax.join_schedules([rise, _after_warmup(c, warmup)], [warmup])
 
 
-def _rise(first: int, boundaries: tuple) -> bool:
+def _after_warmup(c: ConfigDict, warmup: int) -> optax.Schedule:
+    steps = max(c.steps - warmup, 1)
+    if c.schedule == "cosine":
+        return optax.cosine_decay_schedule(1.0, steps, alpha=c.final)
+    if c.schedule == "linear":
+        return optax.linear_schedule(1.0, c.final, steps)
+    if c.schedule == "constant":
+        return optax.constant_schedule(1.0)
+    shares = [1.0, *(share for _, share in c.boundaries)]
+    levels = [optax.constant_schedule(share) for share in shares]
+    return optax.join_schedules(levels, [step - warmup for step, _ in c.boundaries])
+
+
+def _is_rising(first: int, boundaries: tuple) -> bool:
     try:
         steps = [first, *(step for step, _ in boundaries)]
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""All of a run except its numbers: the program, the mesh, and the state and batch as shapes.
+"""A run without its numbers: the program, the mesh, and the state and batch as shapes.
 
 What train, fit, benchmarks and tests need of a config is computed here, without allocating
 anything: a 14B model is planned on a laptop. Read next: train.py, fit.py.
@@ -103,7 +103,7 @@ def make_program(c: ConfigDict, params: tree.Tree | None = None) -> Program:
 
 
 def which_train(c: ConfigDict, params: tree.Tree) -> tree.Tree:
-    """rules.train over the parameters: True, False, or (start, stop) for some rows of a matrix.
+    """rules.train applied to the parameters: True, False, or a (start, stop) of rows.
 
     The measured constants of the visual tokens never train. Raises UserError for parameters that
     cannot train.
@@ -114,8 +114,9 @@ def which_train(c: ConfigDict, params: tree.Tree) -> tree.Tree:
         if chosen and path.endswith(sharding.QUANTIZED):
             storage = path.rpartition("/")[2]
             raise UserError(
-                f"rules.train: {sharding.matrix_path(path)} is stored as {storage} and cannot train; "
-                "put this row first: ('llama/blocks/.*/(int8|nf4|absmax)', False)"
+                f"rules.train: {sharding.matrix_path(path)} is stored as {storage} and cannot "
+                "train; put this row first: "
+                "('llama/blocks/.*/(int8|nf4|absmax)', False)"
             )
         if not isinstance(chosen, bool) and not _is_row_range(chosen, shapes[path][0]):
             raise UserError(

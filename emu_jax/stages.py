@@ -1,10 +1,9 @@
-"""What each stage trains on: a module, the sums it divides by, and its loss. The loop knows nothing
-else of a stage.
+"""The stages: what each one trains, and its loss.
 
-`emu`: predict the next element (section 2 of the paper), cross-entropy for text and L2 for the
-embeddings of images, whose targets are detached. `contrastive`: the warm-up of an encoder of one's
-own. `decoder`: the U-Net that draws what visual tokens say. Metrics are (sum, weight). Read next:
-loop.py.
+`emu` predicts the next element (section 2 of the paper): cross-entropy for text, L2 for the
+embeddings of images, whose targets are detached. `contrastive` warms up a new image encoder.
+`decoder` trains the U-Net that draws images from visual tokens. Metrics are (sum, weight).
+Read next: step.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from emu_jax.config import UserError
@@ -41,8 +40,8 @@ def encoder_side(config: EmuConfig) -> int:
     return config.vision.image
 
 
-def anything(config: Any) -> None:
-    """The check of a stage that trains every model."""
+def accept(config: Any) -> None:
+    """The check of a stage that can train every config."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,10 @@ class Stage:
     # (the module's config, what trains, counts) -> FLOPs of a step by tower
     step_flops: Callable[..., dict[str, flops.Count]] = flops.train
     # raises UserError for a config of the module that the stage cannot train
-    check: Callable[[Any], None] = anything
-    # it trains an LLM, which answers and captions
+    check: Callable[[Any], None] = accept
+    # whether the model has an LLM that answers questions and captions images
     answers: bool = False
-    # it trains a decoder, which draws
+    # whether the model has a decoder that draws images, from the average of its weights
     draws: bool = False
 
 
@@ -94,14 +93,16 @@ def flops_towers(params: dict[str, Any]) -> set[str]:
 
 
 def emu_sums(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Weights of all labels and of all regressed images."""
     return {"text": label_weights(batch).sum(), "image": image_weights(batch).sum()}
 
 
 def emu(
     model: Emu, batch: Batch, key, totals: dict, objective: Mapping[str, Any]
 ) -> tuple[Float[Array, ""], Metrics]:
-    """text_weight * mean cross-entropy + image_weight * mean squared error, means over what counts
-    in the whole batch.
+    """text_weight * mean cross-entropy + image_weight * mean squared error.
+
+    totals: emu_sums of the batch that this micro-batch is part of; the means are over that batch.
     """
     batch = shifted(batch, key, objective["shift"])
     hidden, visual = model(batch, key)
@@ -116,14 +117,15 @@ def next_element(
     totals: dict,
     objective: Mapping[str, Any],
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The objective on hidden states that are there. An image counts once, whether it has N targets
-    or N + 1.
+    """The objective, given the LLM's hidden states and the visual tokens.
+
+    An image counts once, whether it has N targets or N + 1.
     """
     N = visual.shape[2]
     counts = image_weights(batch)
     predictors = batch.image_slots[:, :, None] - 1 + jnp.arange(N)
     targets = visual
-    # after the last visual token, the embedding of [/IMG]
+    # The embedding of [/IMG] may be regressed too, after the last visual token.
     if objective["regress_end"]:
         end = model.llama.embeddings(
             jnp.full((1, 1), model.config.llama.vocab + END_IMG), visual.dtype
@@ -172,64 +174,60 @@ def next_element(
 
 
 def image_sums(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Weight of all images that count."""
     return {"image": image_weights(batch).sum()}
 
 
 def contrastive(
     model: Warmup, batch: Batch, key, totals: dict, objective: Mapping[str, Any]
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Symmetric InfoNCE between each image's visual tokens and its document's text over the
-    (micro-)batch, plus
+    """Symmetric InfoNCE between images and their documents' texts, plus three regularisers.
 
-    readout_weight x the squared error of a linear reading of the pixels, spread x what the
-    deviation of each dimension of a visual token lacks of 1, and decorrelate x their squared
-    correlations: VICReg's two terms (arXiv 2105.04906), without which they end small and in a few
-    directions. Equal texts are no negatives of each other.
+    The negatives of an image are the texts of its micro-batch that differ from its own. The
+    regularisers are readout_weight x the squared error of a linear read-out of the pixels, and
+    VICReg's two terms (arXiv 2105.04906), without which visual tokens become small and span few
+    directions: spread x a hinge on the deviation of each dimension, decorrelate x the squared
+    correlations between dimensions.
     """
     batch = shifted(batch, key, objective["shift"])
-    pictures = rearrange(batch.images, "B I h w c -> (B I) h w c")
+    images = rearrange(batch.images, "B I h w c -> (B I) h w c")
     counts = image_weights(batch).ravel()
 
     def mean_over(equation, *values):
         return jnp.einsum(equation, *values, counts) / jnp.maximum(counts.sum(), 1)
 
-    visual = model.encode(pictures, key).astype(jnp.float32)
+    # Standardised visual tokens, and VICReg's two terms.
+    visual = model.encode(images, key).astype(jnp.float32)
     mean = mean_over("mnd,m->nd", visual)
-    spread = mean_over("mnd,m->nd", (visual - mean) ** 2)
-    z = (visual - mean) * jax.lax.rsqrt(spread + 1e-6)
-    lack = jax.nn.relu(1 - jnp.sqrt(spread + 1e-6)).mean()
+    squared_deviation = mean_over("mnd,m->nd", (visual - mean) ** 2)
+    z = (visual - mean) * jax.lax.rsqrt(squared_deviation + 1e-6)
+    variance_hinge = jax.nn.relu(1 - jnp.sqrt(squared_deviation + 1e-6)).mean()
     correlation = mean_over("mnd,mne,m->nde", z, z)
-    spill = (
-        jnp.square(correlation).sum((1, 2)) - jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)
-    ).mean() / z.shape[-1]
+    diagonal = jnp.square(jnp.einsum("ndd->nd", correlation)).sum(1)
+    off_diagonal = jnp.square(correlation).sum((1, 2)) - diagonal
+    covariance_penalty = off_diagonal.mean() / z.shape[-1]
 
-    def unit(x):
+    def normalize(x):
         return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
 
-    u = unit(model.contrast.image(visual))
-    w = unit(rearrange(model.contrast.text(batch), "B I D -> (B I) D"))
-    logits = (
-        jnp.einsum("md,nd->mn", u, w, preferred_element_type=jnp.float32) / objective["temperature"]
-    )
+    # InfoNCE; equal texts are not negatives of each other, and missing images match nothing.
+    u = normalize(model.contrast.image(visual))
+    w = normalize(rearrange(model.contrast.text(batch), "B I D -> (B I) D"))
+    similarity = jnp.einsum("md,nd->mn", u, w, preferred_element_type=jnp.float32)
+    logits = similarity / objective["temperature"]
     same = jax.lax.stop_gradient(w @ w.T > 1 - 1e-5) & ~jnp.eye(len(counts), dtype=bool)
     logits = jnp.where(same | (counts[None] == 0) | (counts[:, None] == 0), -1e9, logits)
     nll = (jax.nn.logsumexp(logits, 0) + jax.nn.logsumexp(logits, 1)) / 2 - jnp.diagonal(logits)
     top1 = jnp.argmax(logits, 1) == jnp.arange(len(counts))
 
-    small = (
-        pictures.astype(jnp.float32)
-        .reshape(len(counts), READOUT, pictures.shape[1] // READOUT, READOUT, -1, 3)
-        .mean((2, 4))
-        / 127.5
-        - 1
+    readout_error = jnp.mean(
+        (model.contrast.pixels(visual) - small_images(images)) ** 2, axis=(1, 2, 3)
     )
-    pixels = ((model.contrast.pixels(visual) - small) ** 2).mean((1, 2, 3))
-
     each = (
         nll
-        + objective["readout_weight"] * pixels
-        + objective["spread"] * lack
-        + objective["decorrelate"] * spill
+        + objective["readout_weight"] * readout_error
+        + objective["spread"] * variance_hinge
+        + objective["decorrelate"] * covariance_penalty
     )
 
     def per_image(values):
@@ -237,27 +235,36 @@ def contrastive(
 
     return (each * counts).sum() / jnp.maximum(totals["image"], 1), {
         "contrastive_loss": per_image(nll),
-        "readout_loss": per_image(pixels),
-        "correlation": per_image(spill),
+        "readout_loss": per_image(readout_error),
+        "correlation": per_image(covariance_penalty),
         "top1": per_image(top1),
         "visual_variance": variance(visual, counts),
     }
 
 
+def small_images(images: UInt8[Array, "m h w 3"]) -> Float[Array, "m y x 3"]:
+    """Images of READOUT x READOUT pixels, -1 to 1, each the mean of a patch."""
+    m, h, _, _ = images.shape
+    patches = images.astype(jnp.float32).reshape(m, READOUT, h // READOUT, READOUT, -1, 3)
+    return patches.mean((2, 4)) / 127.5 - 1
+
+
 def decoder(
     model: Decoder, batch: Batch, key, totals: dict, objective: Mapping[str, Any]
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Mean squared error of the U-Net's prediction at a random time for each image, weighted
-    (models/diffusion.py). The condition is zero for a share `condition_drop` of the images; it and
-    the target pass no gradient. Without a key the draws are always the same ones.
+    """Weighted mean squared error of the U-Net's prediction, at a random timestep per image.
+
+    Weights and targets: models/diffusion.py. The condition is zero for a share `condition_drop` of
+    the images; gradients stop at the condition and at the image. Without a key (evaluation), noise
+    and timesteps are always the same.
     """
     keys = jax.random.split(jax.random.key(0) if key is None else key, 5)
     d = model.decoder.diffusion
     counts = image_weights(batch).ravel()
     condition = model.conditions(batch)
     if key is not None and model.decoder.condition == "generated" and objective["encoded_share"]:
-        own = jax.random.bernoulli(keys[4], objective["encoded_share"], counts.shape)
-        condition = jnp.where(own[:, None, None], model.encoded(batch), condition)
+        encoded = jax.random.bernoulli(keys[4], objective["encoded_share"], counts.shape)
+        condition = jnp.where(encoded[:, None, None], model.encoded(batch), condition)
     condition = jax.lax.stop_gradient(condition)
     if key is not None:
         dropped = jax.random.bernoulli(keys[0], objective["condition_drop"], counts.shape)
@@ -309,12 +316,14 @@ def label_weights(batch: Batch) -> Float[Array, "B T"]:
 
 
 def image_weights(batch: Batch) -> Float[Array, "B I"]:
+    """Weight of each image, 0 where a row has no i-th image."""
     return batch.image_weights * batch.has_image
 
 
 def variance(visual: Float[Array, "... N D"], counts: Float[Array, "..."]) -> tuple[Array, Array]:
-    """(sum over images of the squared distance to the mean image a dimension, images): collapse
-    shows here.
+    """Variance of visual tokens across images, as (sum, images). Zero if they collapse.
+
+    The sum is over images, of the squared distance to the mean image per dimension.
     """
     z = visual.astype(jnp.float32).reshape(-1, *visual.shape[-2:])
     counts = counts.ravel()
@@ -323,8 +332,9 @@ def variance(visual: Float[Array, "... N D"], counts: Float[Array, "..."]) -> tu
 
 
 def shifted(batch: Batch, key, pixels: int) -> Batch:
-    """Each image moved by up to `pixels` in both directions (its edge rows are repeated); unmoved
-    without a key.
+    """Shift each image by up to `pixels` in both directions, repeating its edges.
+
+    Does nothing without a key.
     """
     if key is None or pixels == 0:
         return batch
@@ -338,4 +348,4 @@ def shifted(batch: Batch, key, pixels: int) -> Batch:
     def take(image, y, x):
         return image[y][:, x]
 
-    return batch.replace(images=jax.vmap(jax.vmap(take))(batch.images, y, x))
+    return replace(batch, images=jax.vmap(jax.vmap(take))(batch.images, y, x))

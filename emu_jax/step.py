@@ -1,10 +1,9 @@
-"""One training step, pure and jitted once: the state, the program it runs, train_step, eval_step.
+"""One training step: its state, the program that it runs, train_step and eval_step.
 
-Nothing here depends on a stage: losses come from stages.py. Read next: loop.py.
+A step is a pure function, jitted once; the loss comes from stages.py. Read next: loop.py.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -127,9 +126,9 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Met
     running_mean = 0.98 * state.typical_norm + 0.02 * norm
     typical = jnp.where(state.typical_norm == 0, norm, running_mean)
 
-    new = state.replace(trainable=trainable, opt_state=opt_state, ema=ema, typical_norm=typical)
+    new = replace(state, trainable=trainable, opt_state=opt_state, ema=ema, typical_norm=typical)
     new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
-    new = new.replace(step=state.step + 1, bad=state.bad + ~ok)
+    new = replace(new, step=state.step + 1, bad=state.bad + ~ok)
 
     one = jnp.ones(())
     metrics = metrics | {
@@ -175,7 +174,7 @@ def _accumulate(
     return sums
 
 
-def mask_rows(values: tree.Tree, rows: tree.Tree) -> tree.Tree:
+def mask_rows(values: Any, rows: tree.Tree) -> Any:
     """`values`, with zeros in the rows that do not train; rows: True or (start, stop) a leaf."""
 
     def mask(x, rows):
@@ -202,8 +201,8 @@ def eval_step(program: Program, params: tree.Tree, batch: Batch) -> Metrics:
     return metrics
 
 
-def jit_train_step(state: State) -> Callable[[Program, State, Batch], tuple[State, Metrics]]:
-    """`train_step` as the loop runs it: donates the state, and keeps its layout.
+def jit_train_step(state: State) -> jax.stages.Wrapped:
+    """Jit `train_step` as the loop runs it: it donates the state, and keeps its layout.
 
     state: arrays, or shapes with shardings. JAX caches by function and options, so a second run
     with an equal program and layout traces nothing.

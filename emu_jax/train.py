@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             # a process of its own, perhaps one of many
             processes.initialize()
         c = config.load(sys.argv[1:] if arguments is None else arguments)
-        if c.compile_cache and not jax.config.jax_compilation_cache_dir:
+        if c.compile_cache and not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
             # JAX_COMPILATION_CACHE_DIR takes precedence
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
         train(c, began)

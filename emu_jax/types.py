@@ -17,11 +17,11 @@ Metrics = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
 
 @flax.struct.dataclass
 class Batch:
-    """Packed rows of interleaved documents: what every language-model stage reads. Static shapes.
+    """Packed rows of interleaved documents, which every language-model stage reads.
 
-    Row b holds documents 1, 2, ... one after another; `image_slots[b, i]` is the place in the row
-    of the first of the N slots of its i-th image (so its `[IMG]` stands just before), and T where
-    there is no i-th image.
+    Shapes are static. Row b holds documents 1, 2, ... one after another. `image_slots[b, i]` is the
+    index in the row of the first of the N slots of its i-th image, just after its `[IMG]`; it is T
+    if the row has fewer images.
     """
 
     # ids; [PAD] where a row ends
@@ -49,8 +49,9 @@ class Batch:
 
 @flax.struct.dataclass
 class DecoderBatch(Batch):
-    """With what was made once for each image (data/precomputed.py); None for what each step makes
-    anew.
+    """A batch with arrays precomputed once per image (data/precomputed.py).
+
+    None: each step computes them itself.
     """
 
     # what the LLM regressed

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one config: config.json in it says which, and a resumed run must match.
+"""The folder of a run: it belongs to one config, which a resumed run must match.
 
 Read next: train.py.
 """

@@ -25,7 +25,7 @@ from emu_jax.config import UserError
 from emu_jax.data.loader import LoadedBatch
 from emu_jax.metric_writer import MetricWriter
 from emu_jax.models import emu, flops, layers, module
-from emu_jax.plan import RunPlan
+from emu_jax.plan import RunPlan, make_program
 from emu_jax.step import Program, State, init_state, train_step
 from emu_jax.watchdog import Watchdog
 from tests.support import make
@@ -49,7 +49,12 @@ class Line(nnx.Module):
         self.shift = Leaf(1, rngs)
 
 
+# one entry each time that a step or an evaluation is traced
+TRACES = []
+
+
 def line_loss(model, batch, key, totals, objective):
+    TRACES.append(1)
     x = layers.dropout(batch.text_weights, objective["dropout"], key)
     error = (
         x @ model.slope.w.get_value() + model.shift.w.get_value() - batch.image_weights[:, 0]
@@ -576,6 +581,28 @@ def test_it_is_compiled_once_and_says_so_if_not(tmp_path, caplog, images):
     with caplog.at_level(logging.WARNING):
         run(tmp_path, batches)
     assert ("train_step was compiled 2 times" in caplog.text) == (images == 14)
+
+
+def test_a_second_run_of_an_equal_program_traces_nothing(tmp_path):
+    """Programs are compared by value: a config read twice gives the same compiled step."""
+    traces = []
+    for number in range(2):
+        before = len(TRACES)
+        p = dataclasses.replace(program(ema=0.5), seed=77)
+        workdir = tmp_path / str(number)
+        workdir.mkdir()
+        run(workdir, [rows(seed) for seed in range(2)], p=p)
+        traces.append(len(TRACES) - before)
+    assert traces[0] > 0 and traces[1] == 0
+
+
+@pytest.mark.parametrize("make_config", [make.cfg, make.decoder_cfg])
+def test_programs_of_equal_configs_are_equal(make_config):
+    one = make_program(make_config())
+    two = make_program(make_config())
+    assert one == two and hash(one) == hash(two)
+    for override in ("optim.b1=0.5", "seed=1", "rules.decay=(('.*', 0.5),)", "objective.chunk=8"):
+        assert make_program(make_config(override)) != one, override
 
 
 # Speed

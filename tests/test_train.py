@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax import checkpoint, config, initial, metric_writer, train, tree
+from emu_jax import checkpoint, checks, config, initial, metric_writer, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.loader import LoadedBatch, Loader
 from emu_jax.initial import load_weights
 from emu_jax.models import emu, module
+from emu_jax.plan import make_plan
 from emu_jax.workdir import check_same_config
 from tests.support import fixtures, make
 from tests.support.runs import (
@@ -409,7 +410,7 @@ def test_visual_tokens_are_standardised_by_the_images_that_are_there():
         ),
         (
             ["model.llama.vocab=500"],
-            "has 512 pieces, and model.llama.vocab is 500; they must be equal",
+            "has 512 pieces, but model.llama.vocab is 500; they must be equal",
         ),
         (["optim.schedule=cosin"], "optim.schedule='cosin' is not one of"),
         (["rules.train=(('.*', False),)"], "rules.train: nothing trains"),
@@ -556,6 +557,16 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(
     small_disk()
     assert saved(copy)[1]["step"] == 2 and run(emu_arguments(data, copy, warm))[0] == 0
     assert_same_run(copy, whole)
+
+
+def test_the_memory_check_counts_the_average_of_the_weights(monkeypatch):
+    plain, averaged = (make_plan(make.cfg(f"optim.ema={ema}")) for ema in (0.0, 0.9))
+    assert averaged.state_bytes == plain.state_bytes + plain.gradient_bytes
+    needed = plain.state_bytes + plain.gradient_bytes
+    monkeypatch.setattr(checks, "device_memory", lambda: needed)
+    checks.check_memory(plain)
+    with pytest.raises(UserError, match=r"the model's state needs .* GiB a device"):
+        checks.check_memory(averaged)
 
 
 # The paper's model

@@ -307,7 +307,7 @@ def test_another_rank_another_kind_and_lora_without_a_place(tmp_path, capsys):
         load_weights(str(tmp_path / "ours"), blank(small("--config.model.lora.rank=8")))
     with pytest.raises(
         UserError,
-        match=r"has llama/blocks/attn/k/a and this model no place for it: .* python -m emu_jax\.weights merge --from=",
+        match=r"has llama/blocks/attn/k/a, which this model does not: .* python -m emu_jax\.weights merge --from=",
     ):
         load_weights(str(tmp_path / "ours"), blank(small()))
     path = tmp_path / "adapter/adapter_config.json"

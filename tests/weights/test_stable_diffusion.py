@@ -348,7 +348,7 @@ def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
     with caplog.at_level(logging.WARNING):
         params, loaded = init_from_checkpoint(c.init, cast_frozen(program, start))
     assert (
-        f"8 maps of the condition stay fresh, for it has the width 12 there and 32 here: {', '.join(fresh)}"
+        f"8 maps of the condition stay fresh, because its width is 12 there and 32 here: {', '.join(fresh)}"
         in caplog.text
     )
     begun = dict(tree.leaves(start))
