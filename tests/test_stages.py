@@ -275,7 +275,7 @@ def warm_loss(params, batch, key=None, **objective):
         WARM_P.bind(params),
         batch,
         key,
-        stages.picture_weights(batch),
+        stages.image_sums(batch),
         WARM_P.objective.copy(objective),
     )
 
