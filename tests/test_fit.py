@@ -1,6 +1,4 @@
-"""What fit foretells: the bytes of live arrays, a roofline by hand, a search in few steps, and one
-line for what cannot be.
-"""
+"""The report on a step: bytes of live arrays, a roofline by hand, searches, messages."""
 
 import json
 import subprocess
@@ -13,17 +11,21 @@ import jax
 import numpy as np
 import pytest
 
-from emu_jax import config, fit, hardware, hlo, tree
+from emu_jax import config, hardware, hlo, tree
 from emu_jax.config import UserError
+from emu_jax.fit import __main__ as command
+from emu_jax.fit import compile as compiling
+from emu_jax.fit import report, search
+from emu_jax.fit.compile import CLOSE, QUICK, Attempt, Memory, compile_step, measure_memory
 from emu_jax.plan import bytes_per_device, make_plan
 from emu_jax.step import init_state
 from tests.support import make
 
-# one process: what its tests share is made once
+# One process, so that the compiled step is shared.
 pytestmark = pytest.mark.xdist_group("fit")
 
 SHARDED = ("mesh.fsdp=4", "mesh.tensor=2")
-ROW = hardware.Accelerator(
+CHIP = hardware.Accelerator(
     "tpu",
     "TPU none",
     flops=1e12,
@@ -53,43 +55,44 @@ def live_bytes(values):
 @pytest.fixture(scope="module")
 def compiled():
     p = plan("optim.ema=0.9", "rules.train=(('vision/.*', False), ('.*', True))")
-    return p, fit.compiled(p)
+    return p, compile_step(p)
 
 
-def test_the_bytes_it_foretells_are_those_of_live_arrays(compiled):
+def test_reported_bytes_are_those_of_live_arrays(compiled):
     p, step = compiled
     with jax.set_mesh(p.mesh):
         params = make.params(p.program)
         state = init_state(p.program, params)
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, p.state))
         batch = jax.device_put(make.batch(p.config), jax.tree.map(lambda x: x.sharding, p.batch))
-    held = fit.memory(p, step)
+    held = measure_memory(p, step)
     assert held.parameters == live_bytes(
         (state.trainable, state.frozen)
     ) and held.batch == live_bytes(batch)
     assert held.parameters + held.optimizer == live_bytes(state)
-    # the encoder is frozen
+    # The encoder is frozen.
     assert held.gradients == live_bytes(state.trainable) < held.parameters
     assert (
         held.parameters + held.optimizer + held.batch
         == step.memory_analysis().argument_size_in_bytes
     )
-    # what was compiled is what runs
+    # The compiled program is the one that runs.
     new, _ = step(state, batch)
     assert int(new.step) == 1 and jax.tree.map(lambda x: x.sharding, new) == jax.tree.map(
         lambda x: x.sharding, p.state
     )
 
 
-def test_the_batch_is_the_loaders():
+def test_the_planned_batch_is_the_loaders():
     p = plan()
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), p.batch)
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), make.batch(p.config))
 
 
 def test_weights_are_gathered_in_the_loop_over_depth(compiled):
-    """Each block's once forward; remat gathers them again. What becomes of the gradients is each
-    compiler's own: below, that of TPUs.
+    """Once in the forward pass, and again where remat recomputes it.
+
+    How gradients are summed differs between compilers; for TPUs there is a test below.
     """
     found = hlo.Module(compiled[1].as_text()).collectives()
     gathers = [c for c in found if c.kind == "all-gather" and c.in_loop]
@@ -102,18 +105,18 @@ def test_weights_are_gathered_in_the_loop_over_depth(compiled):
 
 def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
     p, step = compiled
-    monkeypatch.setattr(fit, "compiled", lambda *_: step)
-    found = json.loads(json.dumps(fit.report(p, ROW)))
+    monkeypatch.setattr(compiling, "compile_step", lambda *_: step)
+    found = json.loads(json.dumps(report.make_report(p, CHIP)))
     assert found["devices"] == 8 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert found["parameters"]["llama"] == sum(
         leaf.size for leaf in jax.tree.leaves(p.params["llama"])
     )
     assert (
         not found["fits"]
-        and found["peak"] == found["memory"]["peak"] > ROW.memory == found["limit"]
+        and found["peak"] == found["memory"]["peak"] > CHIP.memory == found["limit"]
     )
     c = p.config.data
-    # 4 visual tokens and [/IMG]; 2 around them
+    # 4 visual tokens and [/IMG] are regressed; [IMG] and [/IMG] surround them.
     head = 3 * 2 * 32 * (516 * c.batch * (c.tokens - 6 * c.images) + 32 * c.batch * c.images * 5)
     assert found["flops"]["heads"] == head and set(found["flops"]) == {
         "vision",
@@ -121,13 +124,14 @@ def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
         "llama",
         "heads",
     }
-    # a forward pass; no other tower has remat
+    # One forward pass; no other tower has remat.
     assert found["recomputed_flops"] == {"llama": pytest.approx(found["flops"]["llama"] / 3)}
     assert found["mfu"] == pytest.approx(
         sum(found["flops"].values()) / (found["step_seconds"] * 8e12)
     )
     assert found["roofline"]["bound"] in ("compute", "memory", "links", "network")
-    assert "does not fit" in fit.table(found, ROW) and "nobody" in fit.table(found, ROW)
+    text = report.format_report(found, CHIP)
+    assert "does not fit" in text and "nobody" in text
 
 
 def test_a_roofline_by_hand():
@@ -136,12 +140,12 @@ def test_a_roofline_by_hand():
     def one(kind, size, groups, times):
         return hlo.Collective(kind, "c", size, groups, times, False, True, "")
 
-    held = fit.Memory(
+    held = Memory(
         parameters=300, optimizer=700, batch=0, gradients=0, temporaries=0, code=0, peak=1000
     )
-    line = fit.roofline(
+    line = report.roofline(
         p,
-        ROW,
+        CHIP,
         held,
         [
             one("all-gather", 400, ((0, 1, 2, 3), (4, 5, 6, 7)), 3),
@@ -154,11 +158,11 @@ def test_a_roofline_by_hand():
     assert line.bound == "compute" and line.seconds == 2.0
 
 
-def test_recomputation_counts_beside_the_model():
+def test_recomputation_is_counted_apart_from_the_model():
     with_remat = plan("model.llama.remat=full", "model.vision.remat=dots")
-    work, again = fit.step_flops(with_remat)
+    work, again = report.step_flops(with_remat)
     assert set(again) == {"llama"} and again["llama"] == work["llama"] / 3
-    assert work == fit.step_flops(plan())[0]
+    assert work == report.step_flops(plan())[0]
 
 
 def decoder_plan(*overrides, vae=False):
@@ -177,37 +181,35 @@ def test_the_decoder_stage_is_planned_with_its_frozen_towers():
         if path.endswith("/w")
     )
     unet = bytes_per_device(p.state.trainable)
-    # itself, two moments, an average
+    # A parameter, two moments and an average.
     assert bytes_per_device(p.state) == pytest.approx(
         4 * unet + bytes_per_device(p.state.frozen), rel=0.01
     )
-    work, again = fit.step_flops(p)
+    work, again = report.step_flops(p)
     assert set(work) == {"vision", "resampler", "llama", "heads", "unet"} and again == {}
     remat = decoder_plan("model.decoder.unet.remat=full", "model.llama.remat=full")
-    # the frozen LLM goes back no more
-    assert fit.step_flops(remat) == (work, {"unet": work["unet"] / 3})
-    assert fit.remats(p.config) == {
+    # The frozen LLM has no backward pass.
+    assert report.step_flops(remat) == (work, {"unet": work["unet"] / 3})
+    assert report.remat_policies(p.config) == {
         f"model.{name}.remat": "none" for name in ("vision", "resampler", "llama", "decoder.unet")
     }
-    assert next(fit.changes(p.config, p.mesh)) == {
+    assert next(search.changes(p.config, p.mesh)) == {
         f"model.{name}.remat": "full" for name in ("vision", "resampler", "llama", "decoder.unet")
     }
 
 
-def test_what_was_made_beforehand_is_part_of_the_batch_and_no_work():
+def test_precomputed_inputs_are_in_the_batch_and_cost_no_flops():
     p = decoder_plan("model.decoder.condition=generated", "data.latents=DIR", vae=True)
     assert (
         p.batch.conditions.shape == (8, 1, 4, 32)
         and p.batch.latents.shape == (8, 1, 4, 4, 8)
-        and set(fit.step_flops(p)[0]) == {"unet"}
+        and set(report.step_flops(p)[0]) == {"unet"}
     )
 
 
 @pytest.mark.parametrize("slope", [1, 7, 30, 90, 200])
 def test_a_search_finds_the_most_rows_in_few_steps(slope):
-    """Peaks of 100 + slope a row under full remat, three and nine times the slope under the others,
-    of 1000.
-    """
+    """Peaks of 100 + slope x rows under full remat, 3 and 9 times the slope under others."""
     asked = []
     cost = {"full": slope, "dots": 3 * slope, "none": 9 * slope}
 
@@ -216,27 +218,27 @@ def test_a_search_finds_the_most_rows_in_few_steps(slope):
         peak = 100 + cost[policy] * rows
         return peak if peak <= 1000 else None
 
-    best = fit.largest(measure, 1000, fit.COMPILATIONS)
-    assert len(asked) == len(set(asked)) <= fit.COMPILATIONS
+    best = search.largest_batches(measure, 1000, search.COMPILATIONS)
+    assert len(asked) == len(set(asked)) <= search.COMPILATIONS
     assert best["full"] == 900 // slope
     for policy, rows in best.items():
         assert rows == 0 or 100 + cost[policy] * rows <= 1000
     assert best.get("dots", 0) in (900 // cost["dots"], 1, 2)
 
 
-def test_a_search_survives_a_line_that_bends():
+def test_a_search_copes_with_peaks_that_are_not_linear():
     peaks = {1: 300, 2: 400, 3: 900, 4: 1300}
 
     def measure(policy, rows):
         return peaks.get(rows) if peaks.get(rows, 9999) <= 1000 else None
 
-    assert fit.largest(measure, 1000, 8, ("full",)) == {"full": 3}
+    assert search.largest_batches(measure, 1000, 8, ("full",)) == {"full": 3}
 
 
 def test_changes_grow_and_stay_runnable(monkeypatch):
     p = plan("data.batch=16", "data.images=4", "model.llama.remat=none")
-    monkeypatch.setattr(fit, "TRIES", 9)
-    found = list(fit.changes(p.config, p.mesh))
+    monkeypatch.setattr(search, "TRIES", 9)
+    found = list(search.changes(p.config, p.mesh))
     assert found[0] == {
         f"model.{tower}.remat": "full" for tower in ("vision", "resampler", "llama")
     }
@@ -245,24 +247,23 @@ def test_changes_grow_and_stay_runnable(monkeypatch):
     for before, after in pairwise(found):
         assert before.keys() <= after.keys() and before != after
     for change in found:
-        assert make_plan(fit.changed(p.config, change), jax.devices()).config != p.c
+        assert make_plan(search.with_change(p.config, change), jax.devices()).config != p.config
     assert p.config == make.cfg(
         *SHARDED, "data.batch=16", "data.images=4", "model.llama.remat=none"
     )
 
 
-def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
+def test_a_step_that_does_not_fit_reports_changes_that_do(monkeypatch, capsys):
     peaks = iter([1500, 1200, 900])
-
-    def attempt(p, row):
-        peak = next(peaks)
-        return {"fits": peak <= row.memory, "effort": 0.0, "peak": peak, "limit": row.memory}
-
-    monkeypatch.setattr(fit, "attempt", attempt)
-    monkeypatch.setattr(fit, "bytes_per_device", lambda values: 10)
-    found = fit.fit(make.cfg(*SHARDED, "data.batch=16"), ROW, jax.devices())
+    monkeypatch.setattr(command, "_check_state", lambda *_: None)
+    monkeypatch.setattr(compiling, "attempt", lambda p, chip: outcome(next(peaks), chip.memory))
+    found = command.fit(make.cfg(*SHARDED, "data.batch=16"), CHIP, jax.devices())
     assert not found["fits"] and [change["fits"] for change in found["changes"]] == [False, True]
-    assert "fits with --config.model.vision.remat=full" in capsys.readouterr().out
+    assert "with --config.model.vision.remat=full" in capsys.readouterr().out
+
+
+def outcome(peak, limit, effort=0.0):
+    return Attempt(peak is not None and peak <= limit, effort, peak, limit)
 
 
 @pytest.mark.parametrize(
@@ -270,50 +271,48 @@ def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
     [
         (
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.",
-            {"fits": False, "effort": -1.0, "peak": int(17.5 * 2**30), "limit": int(15.75 * 2**30)},
+            Attempt(False, -1.0, peak=int(17.5 * 2**30), limit=int(15.75 * 2**30)),
         ),
-        ("RESOURCE_EXHAUSTED: out of memory", {"fits": False, "effort": -1.0}),
+        ("RESOURCE_EXHAUSTED: out of memory", Attempt(False, -1.0, limit=CHIP.memory)),
     ],
 )
 def test_a_compiler_that_refuses(words, found, monkeypatch):
     def refuse(*_):
         raise jax.errors.JaxRuntimeError(words)
 
-    monkeypatch.setattr(fit, "compiled", refuse)
-    assert fit.attempt(None, ROW, -1.0) == found
+    monkeypatch.setattr(compiling, "compile_step", refuse)
+    assert compiling.attempt(plan(), CHIP, -1.0) == found
 
 
 @pytest.mark.parametrize(
     ("platform", "peak", "efforts"),
     [
-        ("tpu", 840, [fit.QUICK]),
-        ("tpu", 860, [fit.QUICK, 0.0]),
-        ("tpu", 1140, [fit.QUICK, 0.0]),
-        ("tpu", 1160, [fit.QUICK]),
+        ("tpu", 840, [QUICK]),
+        ("tpu", 860, [QUICK, 0.0]),
+        ("tpu", 1140, [QUICK, 0.0]),
+        ("tpu", 1160, [QUICK]),
         ("gpu", 500, [0.0]),
-        ("tpu", None, [fit.QUICK, 0.0]),
+        ("tpu", None, [QUICK, 0.0]),
     ],
 )
-def test_what_is_close_is_compiled_as_for_a_run(platform, peak, efforts, monkeypatch):
+def test_a_close_result_is_compiled_with_a_runs_effort(platform, peak, efforts, monkeypatch):
     tried = []
 
-    def attempt(p, row, effort=0.0):
+    def attempt(p, chip, effort=0.0):
         tried.append(effort)
-        return {"fits": False, "effort": effort} | ({"peak": peak} if peak else {})
+        return outcome(peak, chip.memory, effort)
 
-    monkeypatch.setattr(fit, "attempt", attempt)
+    monkeypatch.setattr(compiling, "attempt", attempt)
     devices = np.array([SimpleNamespace(platform=platform)])
-    assert (
-        fit.quick_attempt(SimpleNamespace(mesh=SimpleNamespace(devices=devices)), ROW)["effort"]
-        == efforts[-1]
-        and tried == efforts
-    )
+    p = SimpleNamespace(mesh=SimpleNamespace(devices=devices))
+    assert compiling.quick_attempt(p, CHIP).effort == efforts[-1]
+    assert tried == efforts
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v5q:4x4"], "topology 'v5q:4x4' is not one"),
+        (["--topology=v5q:4x4"], "topology 'v5q:4x4' is not KIND:SHAPE"),
         (["--topology=cpu:99"], "there are 8 CPU devices"),
         ([], "--topology"),
         (["--topology=cpu:8", "--serch"], "--serch"),
@@ -327,25 +326,27 @@ def test_what_is_close_is_compiled_as_for_a_run(platform, peak, efforts, monkeyp
         ),
     ],
 )
-def test_what_cannot_be_is_one_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(fit, "_without_devices", lambda: None)
-    assert fit.main(["--config=configs/base.py:debug", *arguments]) == 2
+def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_use_no_devices", lambda: None)
+    assert command.main(["--config=configs/base.py:debug", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_a_state_that_no_change_makes_fit_is_said_before_anything_is_compiled():
+def test_a_state_that_cannot_fit_is_an_error_before_compiling():
     with pytest.raises(
         UserError,
-        match=r"the parameters and the optimizer alone need 0.0 GiB a device .* take at least \d+ devices",
+        match=r"the parameters and the optimizer alone need 0.0 GiB a device .* "
+        r"take at least \d+ devices",
     ):
-        fit.fit(make.cfg(*SHARDED), ROW, jax.devices())
+        command.fit(make.cfg(*SHARDED), CHIP, jax.devices())
 
 
-def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
-    """The compiler's own words, where libtpu is: the weights of an LLM's block all-gathered and its
-    gradients reduce-scattered, none of them a sum over all of zeros and a shard (it sums the other
-    towers' smaller matrices whole); splash attention forward and backward.
+def test_tpus_gather_and_scatter_in_the_loop_and_use_attention_kernels():
+    """Needs libtpu. An LLM block's weights are all-gathered and its gradients reduce-scattered.
+
+    None of them is all-reduced (the smaller matrices of other towers are); splash attention runs
+    forward and backward.
     """
     pytest.importorskip("libtpu")
     sizes = (
@@ -382,8 +383,8 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
             ),
             devices,
         )
-        done = fit.compiled(p)
-        quick = fit.compiled(p, fit.QUICK)
+        done = compile_step(p)
+        quick = compile_step(p, QUICK)
     text = done.as_text()
     found = hlo.Module(text).collectives()
     quickly = hlo.Module(quick.as_text()).collectives()
@@ -391,8 +392,8 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
     def received(some, kind):
         return sum(c.runs * c.bytes_received for c in some if c.kind == kind)
 
-    # what is said with little effort holds for a run
-    assert fit.memory(p, quick).peak == pytest.approx(fit.memory(p, done).peak, rel=fit.CLOSE)
+    # Results with little compilation effort hold for a run.
+    assert measure_memory(p, quick).peak == pytest.approx(measure_memory(p, done).peak, rel=CLOSE)
     for kind in ("all-gather", "reduce-scatter"):
         assert received(quickly, kind) == pytest.approx(received(found, kind), rel=0.05)
     looped = {
@@ -404,19 +405,19 @@ def test_tpus_gather_and_scatter_weights_in_the_loop_and_attend_in_kernels():
         for path, leaf in tree.leaves(p.params)
         if path.startswith("llama/blocks") and path.endswith("/w")
     )
-    # forward, and again for the backward pass
+    # In the forward pass, and again for the backward pass.
     assert looped["all-gather"] >= 2 * a_block and looped["reduce-scatter"] >= a_block
-    # an LLM's matrix has 2^23 bytes
+    # A matrix of this LLM has 2^23 bytes.
     assert not [
-        c for c in fit.padded_gathers(p, found) if "hdD->btD" in c["source"] or c["bytes"] > 2**23
+        c
+        for c in report.padded_gathers(p, found)
+        if "hdD->btD" in c["source"] or c["bytes"] > 2**23
     ]
     assert text.count('custom_call_target="tpu_custom_call"') >= 3
 
 
-def test_gpus_attend_in_kernels(tmp_path):
-    """Where the CUDA plugin is: cuDNN's for images, of 257 places too, and Pallas's three for
-    packed rows; forward and backward.
-    """
+def test_gpus_use_attention_kernels(tmp_path):
+    """Needs the CUDA plugin. cuDNN for images, even of 257 positions, Pallas for packed rows."""
     pytest.importorskip("jax_cuda12_plugin")
     small = (
         "mesh.data=1",
@@ -445,7 +446,7 @@ def test_gpus_attend_in_kernels(tmp_path):
     assert found["kernels"] >= 5 and found["fits"]
 
 
-def test_the_14b_is_planned_on_a_pod_without_a_byte():
+def test_the_14b_is_planned_without_allocating_it():
     c = config.load(["--config=configs/pretrain.py", "--config.mesh.data=1"])
     p = make_plan(c, jax.devices())
     assert bytes_per_device(p.state) == pytest.approx(
