@@ -309,7 +309,7 @@ def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
         (["data.fit=random"], "set data.fit to squash or centre"),
         (
             ["data.latents=nowhere"],
-            "no latents in 'nowhere'; they are made by: python -m emu_jax.generate precompute --latents",
+            "no latents in 'nowhere'; make them with: python -m emu_jax.generate precompute --latents",
         ),
         (["stage=emu"], "stage='emu' has none"),
     ],

@@ -99,7 +99,7 @@ def junk_reason(caption: str) -> str:
 
 
 def clean_video_caption(text: str) -> str:
-    """A video's caption without leading place and date, resolution, frame rate and stock-video terms.
+    """A video's caption without leading place and date and without technical terms.
 
     "" if nothing is left.
     """

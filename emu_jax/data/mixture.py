@@ -1,8 +1,8 @@
-"""The mixture and its logical streams: what is read, in which order, and the rows that it fills.
+"""The mixture and its logical streams: what is read, in which order, and the rows it fills.
 
-Order is a pure function of (seed, stream, numbers that only count up), and a document's own
-randomness one of (seed, id, epoch). So S streams, each with a small JSON-able state, say all that
-will ever be read; hosts only share the streams out. Read next: loader.py.
+Order is a pure function of (seed, stream, counters), and the randomness of a document one of (seed,
+id, epoch). S streams, each with a small JSON-able state, therefore determine everything that will
+be read; hosts only divide the streams among them. Read next: loader.py.
 """
 
 import hashlib
@@ -23,19 +23,17 @@ from emu_jax.data.sources import CorruptRecord, Source
 
 log = logging.getLogger(__name__)
 
-# draws of a stream that share one generator: a generator a draw would cost more than the draw
+# Draws of a stream per random generator: making a generator costs more than a draw.
 BLOCK = 1024
-# corrupt records one after another that end a stream, which else might look for a good one for ever
-STREAK = 100
+# Consecutive unusable records after which a stream gives up, instead of searching forever.
+MAX_BAD_STREAK = 100
 
 COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens", "cut_turns")
 
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """A sequence in a row: `id` is "name of the source/id of the document", `source` its index in
-    the mixture.
-    """
+    """A sequence in a row, with "source name/document id" and its source's index in the mixture."""
 
     id: str
     source: int
@@ -43,24 +41,21 @@ class PackedSequence:
 
 
 def stable_hash(*key: Any) -> int:
-    """64 bits that belong to `key`, the same on every host and in every run (which those of
-    Python's hash are not).
-    """
+    """A 64-bit hash of `key`, the same on every host and in every run, unlike Python's hash()."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
 def rng_for(*key: Any) -> np.random.Generator:
-    """The generator that belongs to `key`."""
+    """The random generator seeded by `key`."""
     return np.random.default_rng(stable_hash(*key))
 
 
 def shuffled_index(place: int, size: int, key: int) -> int:
-    """The index, 0 <= index < size, at `place` of the permutation of `size` that belongs to the
-    64-bit `key`.
+    """The index at `place` of the permutation of range(size) that belongs to the 64-bit `key`.
 
-    Computed, not looked up: two billion documents cost no memory. A Feistel network permutes the
-    next even number of bits, and is applied again until it lands below `size` (cycle walking: Black
-    and Rogaway 2002); its rounds mix with splitmix64's finaliser.
+    It is computed, not looked up, so two billion documents cost no memory. A Feistel network, whose
+    rounds mix with the finaliser of splitmix64, permutes the next even number of bits. It is
+    applied until the result is below `size` (cycle walking: Black and Rogaway 2002).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
@@ -68,7 +63,7 @@ def shuffled_index(place: int, size: int, key: int) -> int:
     while True:
         left = place >> half
         right = place & low
-        # of 4 rounds, the orders of fewer than 20 documents were visibly uneven
+        # With 4 rounds, the orders of fewer than 20 documents were visibly uneven.
         for number in range(8):
             mixed = (key + (number << 32) + right) & whole
             mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & whole
@@ -81,12 +76,11 @@ def shuffled_index(place: int, size: int, key: int) -> int:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Named, weighted sources over `streams` logical streams. A *place* in a source counts records
-    through its epochs.
+    """Named, weighted sources over `streams` logical streams.
 
-    Epoch e is the places [e n, (e + 1) n) of a source of n documents, each epoch in an order of its
-    own. Stream s reads the places s, s + S, s + 2 S, ...: over all streams an epoch holds every
-    document once, however few they are.
+    A *place* in a source counts records over all epochs. Epoch e of a source of n documents is the
+    places [e n, (e + 1) n), in an order of its own. Stream s reads the places s, s + S, s + 2 S,
+    ..., so together the streams read every document once per epoch, however few there are.
     """
 
     names: tuple[str, ...]
@@ -94,7 +88,7 @@ class Mixture:
     sources: tuple[Source, ...]
     streams: int
     seed: int
-    # one a source; () is NO_RULE for all
+    # one per source; () means NO_RULE for all
     rules: tuple[SourceRule, ...] = ()
 
     def rule(self, source: int) -> SourceRule:
@@ -108,9 +102,7 @@ class Mixture:
         )
 
     def draws(self, stream: int, block: int) -> Int[np.ndarray, " n"]:
-        """Sources of the draws [block * BLOCK, (block + 1) * BLOCK) of a stream, as indices into
-        the mixture.
-        """
+        """Indices of the sources of draws [block * BLOCK, (block + 1) * BLOCK) of a stream."""
         edges = np.cumsum(self.weights)
         return np.searchsorted(
             edges / edges[-1],
@@ -120,8 +112,8 @@ class Mixture:
 
     @cached_property
     def eval_order(self) -> Int[np.ndarray, "n 2"]:
-        """(source, index) rows in the fixed order of an evaluation: a document of each source in
-        turn, once, weights ignored.
+        """(source, index) rows in the fixed order of an evaluation: one document of each source in
+        turn, each once, without weights.
         """
         sizes = [len(source) for source in self.sources]
         source = np.repeat(np.arange(len(sizes)), sizes)
@@ -133,10 +125,10 @@ class Stream:
     """Logical stream `number` of a mixture: draws documents, keeps `lookahead` of them waiting, and
     packs rows.
 
-    `to_sequence(document, rng=..., rule=...)` is `make_sequence` with its settings. `state`
-    continues a stream from what `state()` returned. `fit` is `packing.first_fit`, or `best_fit`
-    with its row's budgets. With `once` the stream is its share of one pass in fixed order, and rows
-    are empty when it has ended. Not thread-safe: one task at a time.
+    `to_sequence(document, rng=..., rule=...)` is a SequenceBuilder, and `fit` is
+    `packing.first_fit` or `best_fit` with the row's budgets. `state` continues a stream from what
+    `state()` returned. With `once`, the stream is its share of one pass in fixed order; its rows
+    are empty after the end. Not thread-safe.
     """
 
     def __init__(
@@ -164,21 +156,20 @@ class Stream:
         self.read = [state["sources"][name]["read"] for name in mixture.names]
         self.bad = [state["sources"][name]["bad"] for name in mixture.names]
         self.counts = dict.fromkeys(COUNTS, 0) | state["counts"]
-        # ((source, place), document)
+        # ((source, place), its sequence)
         self.waiting: list[tuple[tuple[int, int], PackedSequence]] = []
-        # of the restored state
+        # (source, place) of documents that waited in the restored state, to be read again
         self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])
         self.once = (
             map(tuple, mixture.eval_order[number :: mixture.streams].tolist()) if once else None
         )
-        # the draws at hand and their number
+        # (number of the block, its draws)
         self.block: tuple[int, np.ndarray] = (-1, np.zeros(0))
+        # consecutive unusable records
         self.streak = 0
 
     def state(self) -> dict:
-        """JSON-able: how far the stream is, the documents that wait (by place: they are read
-        again), and its counts so far.
-        """
+        """JSON-able: the stream's counters, and the places of the documents that wait."""
         names = self.mixture.names
         pending = [place for place, _ in self.waiting] + list(self.unread)
         return {
@@ -192,9 +183,7 @@ class Stream:
         }
 
     def row(self, tokens: int, images: int) -> list[PackedSequence]:
-        """The next row of at most `tokens` tokens and `images` images: always that waiting document
-        which `fit` chooses.
-        """
+        """The next row of at most `tokens` tokens and `images` images, filled by `fit`."""
         row: list[PackedSequence] = []
         while True:
             self._refill()
@@ -237,10 +226,9 @@ class Stream:
     def _read(self, source: int, place: int) -> PackedSequence | None:
         name = self.mixture.names[source]
         documents = self.mixture.sources[source]
+        index = place if self.once is not None else self.mixture.index(source, place)
         try:
-            document = documents[
-                place if self.once is not None else self.mixture.index(source, place)
-            ]
+            document = documents[index]
             full_id = f"{name}/{document.id}"
             rng = rng_for(self.mixture.seed, full_id, place // len(documents))
             sequence = self.to_sequence(document, rng=rng, rule=self.mixture.rule(source))
@@ -248,19 +236,21 @@ class Stream:
             log.warning("source %s: a corrupt record is skipped: %s", name, error)
             self.bad[source] += 1
             self.streak += 1
-            if self.streak == STREAK:
+            if self.streak == MAX_BAD_STREAK:
                 raise UserError(
-                    f"source {name!r}: {STREAK} corrupt records one after another in stream {self.number}, the last {error}; "
-                    "mend the data or take the source out of the mixture"
+                    f"source {name!r}: {MAX_BAD_STREAK} corrupt records in a row in stream "
+                    f"{self.number}, the last {error}; "
+                    "repair the data or remove the source from the mixture"
                 ) from error
             return None
         if not len(sequence.tokens):
             self._count_cut(sequence)
             self.streak += 1
-            if self.streak == STREAK:
+            if self.streak == MAX_BAD_STREAK:
                 raise UserError(
-                    f"source {name!r}: {STREAK} conversations one after another in stream {self.number} have a first turn that is too "
-                    f"long, the last {full_id}; raise data.tokens or data.images"
+                    f"source {name!r}: {MAX_BAD_STREAK} conversations in a row in stream "
+                    f"{self.number} have a first turn that is too long, the last {full_id}; "
+                    "raise data.tokens or data.images"
                 )
             return None
         self.streak = 0

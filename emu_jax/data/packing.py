@@ -1,8 +1,7 @@
 """Rows of several documents: first or best fit under two budgets, T tokens and I images.
 
-A row is dense: nothing but its end is padding, and segments keep its documents apart (attention is
-masked by them, positions restart in them). Read next: mixture.py, which says what waits to be
-packed.
+Rows are dense: only their end is padding. Segments keep the documents apart, because attention is
+masked by them and positions restart in them. Read next: mixture.py.
 """
 
 from collections.abc import Sequence as Ordered
@@ -14,9 +13,7 @@ from emu_jax.types import Batch
 
 
 def first_fit(waiting: Ordered[Sequence], tokens: int, images: int) -> int | None:
-    """Index of the first of `waiting` that needs at most `tokens` tokens and `images` images; None
-    if none does.
-    """
+    """Index of the first sequence that fits into `tokens` tokens and `images` images, or None."""
     for index, sequence in enumerate(waiting):
         if len(sequence.tokens) <= tokens and len(sequence.image_slots) <= images:
             return index
@@ -26,11 +23,11 @@ def first_fit(waiting: Ordered[Sequence], tokens: int, images: int) -> int | Non
 def best_fit(
     waiting: Ordered[Sequence], tokens: int, images: int, row_tokens: int, row_images: int
 ) -> int | None:
-    """Index of the one of `waiting` that fits into what is left of a row of `row_tokens` and
-    `row_images`, and that leaves both budgets most evenly used; None if none fits. An empty row
-    takes the first, so that none waits for ever.
+    """Index of the sequence that fits and leaves both budgets most evenly used, or None.
 
-    With one budget used up the rest of the other is lost, and that is most of what first fit loses.
+    `tokens` and `images` remain of a row of `row_tokens` and `row_images`. An empty row takes the
+    first sequence, so that none waits forever. Once one budget is used up, the rest of the other is
+    wasted, which is most of the waste of first fit.
     """
     if (tokens, images) == (row_tokens, row_images):
         return first_fit(waiting, tokens, images)
@@ -40,19 +37,16 @@ def best_fit(
         if len(sequence.tokens) <= tokens and len(sequence.image_slots) <= images
     ]
 
-    def uneven(index: int) -> float:
-        return abs(
-            (tokens - len(waiting[index].tokens)) / row_tokens
-            - (images - len(waiting[index].image_slots)) / row_images
-        )
+    def imbalance(index: int) -> float:
+        tokens_left = tokens - len(waiting[index].tokens)
+        images_left = images - len(waiting[index].image_slots)
+        return abs(tokens_left / row_tokens - images_left / row_images)
 
-    return min(fitting, key=uneven, default=None)
+    return min(fitting, key=imbalance, default=None)
 
 
 def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) -> Batch:
-    """A Batch of NumPy arrays that holds nothing: [PAD] everywhere, segments and weights 0, slots
-    T.
-    """
+    """A Batch of NumPy arrays without documents: [PAD] tokens, segments and weights 0, slots T."""
 
     def zeros(*shape, dtype=np.int32):
         return np.zeros(shape, dtype)
@@ -70,10 +64,10 @@ def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) 
 
 
 def write_row(batch: Batch, row: int, sequences: Ordered[Sequence], sources: Ordered[int]) -> None:
-    """Writes `sequences`, each of the source `sources[k]` of the mixture, one after another into
-    the empty row `row` of `batch`.
+    """Write `sequences` one after another into the empty row `row` of `batch`, in place.
 
-    In place, so that threads fill one batch without a copy. The sequences must fit (`first_fit`).
+    Sequence k is from the source `sources[k]` of the mixture. They must fit. Threads fill one batch
+    this way without a copy.
     """
     if not sequences:
         return

@@ -1,4 +1,4 @@
-"""Subtitles in WebVTT (W3C) and SubRip (no standard: what its writers write), as cues of plain text.
+"""Subtitles in WebVTT (W3C) and SubRip (no standard), as cues of plain text.
 
 Three common libraries were tried on files with byte order marks, CRLF, tags, entities and cue
 identifiers, and each got some wrong; both formats are short. Read next: sources/subtitled.py.

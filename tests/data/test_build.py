@@ -342,7 +342,10 @@ def test_inspect_shows_a_page_or_leaves_nothing(shards, tmp_path, capsys):
     "arguments, message",
     [
         (["build", "--kind=pairs", "--to=x"], "--from"),
-        (["build", "--kind=pairs", "--from=/nope", "--to=/tmp/never-made"], "there is no '/nope'"),
+        (
+            ["build", "--kind=pairs", "--from=/nope", "--to=/tmp/never-made"],
+            "'/nope' does not exist",
+        ),
         (["inspect", "x", "--kind=cats"], "invalid choice"),
         (["inspect", "x", "--kind=html", "--alt=maybe"], "neither yes nor no"),
         (["inspect", "x", "--kind=videos", "--frames=0"], "--frames is 0; it must be at least 1"),

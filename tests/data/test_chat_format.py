@@ -10,7 +10,7 @@ import pytest
 from emu_jax.config import UserError
 from emu_jax.data import chat_format
 from emu_jax.data.documents import Document, Picture, Text
-from emu_jax.data.mixture import STREAK, Mixture, Stream
+from emu_jax.data.mixture import MAX_BAD_STREAK, Mixture, Stream
 from emu_jax.data.sequence import NO_RULE, SequenceBuilder, SourceRule
 from emu_jax.data.sources import CorruptRecord
 from emu_jax.generate.processor import Processor, concatenate
@@ -301,10 +301,10 @@ def test_streams_skip_bad_ones_count_cut_ones_and_pack_the_rest(letters, caplog)
 
 
 def test_a_source_of_nothing_but_long_first_turns_ends_the_run(letters):
-    docs = Docs(*[("u:" + 40 * "x", "a:b")] * (STREAK + 1))
+    docs = Docs(*[("u:" + 40 * "x", "a:b")] * (MAX_BAD_STREAK + 1))
     with pytest.raises(
         UserError,
-        match=rf"source 'talk': {STREAK} conversations one after another .* raise data\.tokens or data\.images",
+        match=rf"source .talk.: {MAX_BAD_STREAK} conversations in a row .* raise data\.tokens",
     ):
         stream(letters, docs).row(30, 4)
 

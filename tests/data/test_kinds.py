@@ -137,10 +137,7 @@ def test_filters_of_pairs(tmp_path):
         "pairs", tmp_path, min_side=32, max_aspect=3.0, min_chars=3, max_chars=150, min_score=0.28
     )
     assert {key for key, line in kept.items() if isinstance(line, list)} == {"a", "f"}
-    assert (
-        kept["b"] == "image side under 32 pixels"
-        and kept["e"] == "CLIP score under 0.28"
-    )
+    assert kept["b"] == "image side under 32 pixels" and kept["e"] == "CLIP score under 0.28"
 
 
 def test_pairs_in_parquet(tmp_path):
@@ -364,9 +361,7 @@ def test_html(site):
     assert lines["bare.html"] == "no image"
     assert lines["two.htm"] == ["Café", (70, 71)]
     assert lines["three.html"] == "no image left: image repeated on several pages"
-    assert (
-        lines["four.html"] == "no image left: image repeated on several pages; icon, by its size"
-    )
+    assert lines["four.html"] == "no image left: image repeated on several pages; icon, by its size"
     # alone, it repeats nothing
     assert told("html", site / "three.html") == {"three.html": ["Of the article", (90, 91)]}
     told_again = told("html", site, captions=False, alt=True)["index.html"]

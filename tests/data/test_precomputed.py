@@ -71,11 +71,11 @@ def test_in_a_row_of_several_documents_the_images_own_counts(folder):
         ),
         (
             lambda folder: (folder / "mixture/a/00000.json").unlink(),
-            "source 'a' are not whole .* it makes what is missing",
+            "source 'a' are incomplete .* again to complete them",
         ),
         (
             lambda folder: (folder / "mixture/a/00000.npy").write_bytes(b"\x93NUMPY"),
-            "are not whole",
+            "are incomplete",
         ),
         (
             lambda folder: np.save(folder / "mixture/a/00000.npy", VISUAL[:3]),
@@ -92,7 +92,7 @@ def test_what_is_damaged_is_one_line(folder, spoil, told):
 def test_other_data_is_one_line(folder):
     with pytest.raises(UserError, match="lack the document 'a/d9'"):
         stored(folder).lookup("a/d9")
-    with pytest.raises(UserError, match="are not whole"):
+    with pytest.raises(UserError, match="are incomplete"):
         stored(folder, documents=2000)
     with pytest.raises(UserError, match="no latents in .* precompute --latents"):
         stored(folder, "latents")

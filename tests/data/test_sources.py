@@ -210,7 +210,7 @@ def test_a_layout_that_does_not_fit_is_not_written():
 
 def test_paths_that_lead_nowhere(tiny, tmp_path):
     for path, message in [
-        (f"{tiny}/names", "names no split"),
+        (f"{tiny}/names", "has no split"),
         (f"{tmp_path}/none:train", "no dataset in"),
         (f"{tiny}/names:validation", "no records in split 'validation' .* it has train, held_out"),
         (f"{tiny}:train", "no dataset in"),
@@ -220,9 +220,7 @@ def test_paths_that_lead_nowhere(tiny, tmp_path):
 
 
 def test_a_folder_of_several_datasets(copy):
-    with pytest.raises(
-        UserError, match="holds several datasets; name one of them: .*scenes.*stories"
-    ):
+    with pytest.raises(UserError, match="contains several datasets; choose one: .*scenes.*stories"):
         for name in ("scenes", "stories"):
             shutil.move(next((copy / name).iterdir()), copy / "names" / name)
         sources.open_source(f"{copy}/names:train", 28)

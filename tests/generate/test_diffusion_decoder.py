@@ -310,7 +310,7 @@ def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(
         f"--to={tmp_path}",
     ]
     assert command.main([*arguments, "--hosts=2", "--host=1"]) == 0
-    with pytest.raises(UserError, match="are not whole"):
+    with pytest.raises(UserError, match="are incomplete"):
         Precomputed(str(tmp_path), "conditions", "mixture", {"a": 5})
     made = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("0*")}
     assert command.main(arguments) == 0 and "2 shards made, 1 were there" in capsys.readouterr().out

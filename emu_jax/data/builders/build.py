@@ -257,8 +257,8 @@ def _run_local(todo: list[Task], total: int, workers: int) -> None:
     dead = [task for task in todo if not task.output.exists()]
     if dead:
         raise UserError(
-            f"the process that reads '{dead[0].source.path}' dies (shard {dead[0].label}: a decoder "
-            "crashes, or memory runs out); the other shards are written: repair or remove that "
+            f"the process that reads '{dead[0].source.path}' dies (shard {dead[0].label}: a "
+            "decoder crashes, or memory runs out); the other shards are written: repair or remove that "
             "input and start again"
         )
 

@@ -1,9 +1,8 @@
-"""Sources of documents, by random access. `open_source` is the door; records.py is the format; kinds.py
-knows the formats of others.
+"""Sources of documents by random access: `open_source` is the entry point, records.py the format.
 
-A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER holds one
-tensorflow-datasets dataset (itself, or below it as tfds lays them out: FOLDER/CONFIG/VERSION). Read
-next: records.py, then ../mixture.py.
+A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER contains one
+tensorflow-datasets dataset, directly or as FOLDER/CONFIG/VERSION. Read next: records.py, then
+../mixture.py.
 """
 
 import re
@@ -13,15 +12,16 @@ from typing import Protocol, runtime_checkable
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document, pixels_of, texts_of
 
-# of documents a source keeps: small sets are decoded once, large ones hardly notice
+# Cached documents per source: small datasets are decoded once, large ones hardly profit.
 CACHE_BYTES = 256 * 2**20
-# of a document beside its pixels and letters, about
+# rough size of a document without its pixels and letters
 RECORD_BYTES = 1000
 
 
 class CorruptRecord(Exception):
-    """Record `id` cannot be read: `reason`, in one line. `disk`: it is the disk that failed, and
-    may do better when asked again.
+    """Record `id` cannot be read, for `reason`, in one line.
+
+    disk: the disk failed, so a retry may succeed.
     """
 
     def __init__(self, id: str, reason: str, disk: bool = False):
@@ -36,9 +36,7 @@ class CorruptRecord(Exception):
 
 @runtime_checkable
 class Source(Protocol):
-    """What `open_source` gives. Thread-safe, and can be pickled; documents' ids are unique in it and do
-    not change.
-    """
+    """Documents by index. Thread-safe, picklable; ids are unique in it and never change."""
 
     def __len__(self) -> int: ...
 
@@ -47,7 +45,7 @@ class Source(Protocol):
 
 
 class CachedSource:
-    """`source`, of whose documents it keeps the first CACHE_BYTES. Their arrays are shared."""
+    """`source` with a cache of the first CACHE_BYTES of documents, whose arrays are shared."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -66,7 +64,7 @@ class CachedSource:
                 + sum(image.nbytes for image in pixels_of(document))
                 + sum(len(text.text) for text in texts_of(document))
             )
-            # two threads may both count one document: the limit is a rough one
+            # Two threads may both count one document: the limit is approximate.
             if size <= self._room:
                 self._room -= size
                 self._kept[index] = document
@@ -74,11 +72,10 @@ class CachedSource:
 
 
 def open_source(path: str, image_size: int, fit: str = "squash") -> Source:
-    """The documents of `path` = FOLDER:SPLIT, their images brought to image_size by `fit`
-    (images.decode).
+    """The documents of `path` = FOLDER:SPLIT, with images of image_size by `fit` (images.decode).
 
-    Raises UserError for a folder with no dataset, with several, or with one whose records are not
-    documents; for an unknown or empty split; for a missing file.
+    Raises UserError if the folder has no dataset, several, or one that is not from emu_jax.data,
+    for an unknown or empty split, and for a missing file.
     """
     # tfds takes a second to import
     from emu_jax.data.sources import records
@@ -86,7 +83,7 @@ def open_source(path: str, image_size: int, fit: str = "squash") -> Source:
     folder, colon, split = path.rpartition(":")
     if not (colon and re.fullmatch(r"\w+", split)):
         raise UserError(
-            f"the source '{path}' names no split; write it as FOLDER:SPLIT, for example '{path}:train'"
+            f"the source '{path}' has no split; write FOLDER:SPLIT, for example '{path}:train'"
         )
     return records.RecordSource(_dataset(Path(folder)), split, image_size, fit)
 
@@ -102,10 +99,11 @@ def _dataset(folder: Path) -> Path:
     )
     if not found:
         raise UserError(
-            f"no dataset in '{folder}'; the demo's is made by: python -m emu_jax.demo build --to=DIR"
+            f"no dataset in '{folder}'; build one with python -m emu_jax.data build, "
+            "or the demo's with python -m emu_jax.demo build"
         )
     if len(found) > 1:
         raise UserError(
-            f"'{folder}' holds several datasets; name one of them: {', '.join(map(str, found))}"
+            f"'{folder}' contains several datasets; choose one: {', '.join(map(str, found))}"
         )
     return found[0]

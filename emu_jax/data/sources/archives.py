@@ -1,4 +1,4 @@
-"""Files of a folder, zip or tar, read by name, and the samples of a WebDataset tar, read in one pass.
+"""Files of a folder, zip or tar by name, and the samples of a WebDataset tar in one pass.
 
 Whatever a name says, nothing outside the named folder or archive is ever read: links are not
 followed out of a folder, nor at all in archives. Files larger than a limit are not read either.

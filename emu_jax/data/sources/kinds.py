@@ -30,8 +30,10 @@ from emu_jax.data.sources.tables import InputShard
 
 @dataclass(frozen=True)
 class Kind:
-    """images: "all" must be good, or the record is skipped; with "some", bad ones are dropped and one
-    must remain; "none": the kind has no images.
+    """How one kind of input is read.
+
+    images: "all" must be good, or the record is skipped; "some" must be good, bad ones are dropped;
+    "none": the kind has no images.
     """
 
     list_shards: Callable[[Path], list[InputShard]]

@@ -2,8 +2,8 @@
 next to the folder of its download script.
 
 That script, scripts/download_images.py, writes the image `image_name` of SHARD.jsonl into
-SHARD_images/ (of SHARD.jsonl.zip into SHARD.jsonl_images/). An image and its matched sentence become
-a `Pair` in place of the sentence. Matches under 0.32 are dropped, as in the paper. Read next:
+SHARD_images/ (of SHARD.jsonl.zip into SHARD.jsonl_images/). An image and its matched sentence
+become a `Pair` in place of the sentence. Matches under 0.32 are dropped, as in the paper. Read next:
 obelics.py.
 """
 

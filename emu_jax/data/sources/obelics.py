@@ -1,5 +1,5 @@
-"""OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of `texts` and `images`, two lists
-of equal length in which each position has one None.
+"""OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of `texts` and `images`, two
+lists of equal length in which each position has one None.
 
 The public release has URLs in `images`. With --images=DIR they are looked up in the output of
 img2dataset (NNNNN.parquet with url and key, next to NNNNN.tar or the folder NNNNN); what is missing
@@ -112,8 +112,8 @@ def _index(folder: Path) -> dict[str, tuple[Path, str]]:
             raise UserError(f"--images: '{file}' cannot be read: {one_line(error)}") from error
         if shard is None or not {"url", "key"} <= table.keys():
             raise UserError(
-                f"--images: '{file}' was not written by img2dataset: it needs the columns url and key, "
-                f"and {file.stem}.tar or {file.stem}/ next to it"
+                f"--images: '{file}' was not written by img2dataset: it needs the columns url "
+                f"and key, and {file.stem}.tar or {file.stem}/ next to it"
             )
         for url, key, status in zip(
             table["url"], table["key"], table.get("status", ["success"] * len(table["url"]))

@@ -29,7 +29,7 @@ def list_shards(path: Path) -> list[InputShard]:
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The videos of one tar, with YouTube's ids, and "#1", "#2", ... for later pieces of a video."""
+    """The videos of one tar; ids are YouTube's, with "#1", "#2", ... for later pieces."""
     try:
         for key, files in archives.webdataset_samples(shard.path):
             try:

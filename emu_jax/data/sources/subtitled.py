@@ -1,5 +1,6 @@
-"""Videos with WebVTT or SubRip files next to them (NAME.mp4 with NAME.vtt, NAME.en.vtt or NAME.srt),
-made into storyboards like Emu's.
+"""Videos with WebVTT or SubRip files next to them, made into storyboards like Emu's.
+
+NAME.mp4 belongs to NAME.vtt, NAME.en.vtt or NAME.srt.
 
 Frame k is at k times --every seconds. Frames and cues are sorted by time, a frame before a cue of
 the same time; the cues between two frames are joined by a space and stand before the second. Longer

@@ -41,7 +41,7 @@ def list_shards(path: Path) -> list[InputShard]:
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The texts of one shard; ids are FILE for a plain file, else "id" of the record or FILE:NUMBER."""
+    """The texts of one shard; ids are FILE, or the record's "id", or FILE:NUMBER."""
     if shard.names:
         files = archives.open_archive(shard.path)
         for name in shard.names:

@@ -133,8 +133,9 @@ CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """One shard per FILES pages of a folder, zip or tar. A single page may be given, too: its images
-    are looked up in its folder.
+    """One shard per FILES pages of a folder, zip or tar.
+
+    A single page may be given, too: its images are looked up in its folder.
     """
     if path.is_file() and path.name.lower().endswith(PAGES):
         return [InputShard(path)]
