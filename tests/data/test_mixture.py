@@ -240,7 +240,7 @@ def test_corrupt_records_are_skipped_counted_and_named(memory, to_sequence, capl
 
 def test_a_source_with_nothing_to_read_ends_the_stream(memory, to_sequence):
     stream = Stream(mixture_of(memory(3, corrupt=(0, 1, 2))), 0, to_sequence, lookahead=1)
-    with pytest.raises(UserError, match="source 'a': 100 corrupt records one after another"):
+    with pytest.raises(UserError, match="source 'a': 100 corrupt records in a row"):
         stream.row(T, I)
 
 
