@@ -1,9 +1,8 @@
-"""Every test runs on eight fake CPU devices, so that what is sharded can be tried; set
-JAX_PLATFORMS for another platform.
+"""Settings of all tests: eight fake CPU devices, a compilation cache, and shape checks.
 
-The time of the tests is the compiler's: it optimises nothing here, and what one test compiled, the
-next ones (and the processes that they start) load from a folder that lives as long as the session.
-Shapes in annotations are checked.
+JAX_PLATFORMS chooses another platform. Compiling takes most of the tests' time: XLA optimises
+nothing here, and compiled programs are kept for later tests, processes and runs. Annotations of
+shapes are checked.
 """
 
 import gc
@@ -16,7 +15,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-# tracing makes much and little of it garbage: to look for it took a twelfth of the tests' time
+# Tracing allocates much that is not garbage; looking for garbage took a twelfth of the tests' time.
 gc.set_threshold(100_000, 20, 50)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -24,13 +23,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        # a test a core: what one compiles is not split among more
+        # One test per core: do not compile a program on several.
         "--xla_cpu_parallel_codegen_split_count=1",
-        # a busy machine is slow, not stuck: after 40 s XLA would abort
+        # By default XLA aborts after 40 s, which a busy machine may need.
         "--xla_cpu_collective_call_terminate_timeout_seconds=1800",
     )
 )
-# what it emits now takes twice as long to compile; later ones do not know the flag
+# The default emitters take twice as long to compile; later versions do not know the flag.
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Compiled programs are kept from run to run, under the compiler and the flags that made them.
@@ -39,7 +38,7 @@ cache = Path(__file__).parent.parent / f".cache/jax-tests/{version('jaxlib')}-{f
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# Not types.py and loop.py: JAX rebuilds their structs with what is no array.
+# Not types.py and loop.py: JAX rebuilds their structs with leaves that are not arrays.
 CHECKED = (
     "models",
     "data",

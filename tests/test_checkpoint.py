@@ -1,6 +1,4 @@
-"""What is saved comes back, bit for bit, on any mesh; and what is damaged is noticed and passed
-over.
-"""
+"""What is saved is restored bit for bit on any mesh, and damaged steps are skipped."""
 
 import json
 import logging
@@ -30,7 +28,7 @@ from emu_jax.checkpoint import (
 )
 from emu_jax.config import UserError
 
-# Orbax leaves coroutines of the other arrays behind when one cannot be read.
+# When one array cannot be read, Orbax never awaits the coroutines of the others.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning",
     "ignore:coroutine .* was never awaited:RuntimeWarning",
@@ -71,7 +69,7 @@ def make_state(step=1, rows=64, ema=True):
         "llama": {"ids": jnp.arange(6, dtype=jnp.int8)},
         "vision": {"w": jax.random.normal(keys[1], (rows, 8))},
     }
-    # masked nodes, empty states, None: whatever optax makes
+    # An optimizer state with masked nodes, empty states and None.
     labels = {"llama": {"w": "a", "norm": "b"}, "head": "b"}
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -108,9 +106,7 @@ def assert_same(got, expected):
 
 
 def mesh_sharding(shape, *axes):
-    """Leaves whose leading dimension divides are sharded over `axes`; the others are copied to all
-    devices.
-    """
+    """Shard leaves over `axes` if their leading dimension divides; replicate the others."""
     mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     count = int(np.prod([mesh.shape[axis] for axis in axes]))
     return lambda x: NamedSharding(
@@ -119,7 +115,7 @@ def mesh_sharding(shape, *axes):
 
 
 def steps(workdir):
-    # any other name is an error
+    # A name that is not a number is an error.
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
@@ -143,7 +139,7 @@ def copy(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
-# What is saved comes back
+# Save and restore
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -196,7 +192,7 @@ def test_arrays_may_be_donated_once_save_returns(tmp_path):
     np.testing.assert_array_equal(restore_params(str(tmp_path))["w"], expected)
 
 
-def test_another_split_of_the_parameters_finds_them_all(saved):
+def test_parameters_are_found_whatever_their_split(saved):
     state = make_state(2)
     everything = {
         **state.frozen,
@@ -216,7 +212,7 @@ def test_one_tower_is_restored_and_cast_without_the_rest(saved):
     assert_same(tower, {"vision": {"w": make_state(2).frozen["vision"]["w"].astype(jnp.bfloat16)}})
 
 
-def test_shapes_are_those_of_the_parameters(saved):
+def test_param_shapes_lists_every_parameter(saved):
     assert param_shapes(str(saved)) == {
         "head": (8,),
         "llama/ids": (6,),
@@ -226,17 +222,16 @@ def test_shapes_are_those_of_the_parameters(saved):
     }
 
 
-def test_a_tower_is_known_by_its_bits(saved):
-    def print_of(tower, step=2):
+def test_the_fingerprint_of_a_tower_depends_on_its_bits(saved):
+    def step_fingerprint(tower, step=2):
         return fingerprint(f"{saved}/checkpoints/{step}", tower)
 
-    assert print_of("llama") == fingerprint(str(saved), "llama") and print_of("llama") not in (
-        print_of("vision"),
-        print_of("llama", 1),
-    )
+    llama = fingerprint(str(saved), "llama")
+    assert llama == step_fingerprint("llama")
+    assert llama not in (step_fingerprint("vision"), step_fingerprint("llama", 1))
 
 
-def test_averaged_parameters_take_the_place_of_those_that_have_an_average(saved):
+def test_ema_replaces_the_parameters_that_have_an_average(saved):
     params = restore_params(str(saved), ema=True)
     state = make_state(2)
     np.testing.assert_array_equal(params["llama"]["w"], state.ema["llama"]["w"])
@@ -250,7 +245,7 @@ def test_parameters_are_read_without_the_optimizer(copy):
     )
 
 
-def test_a_path_and_nothing_else_gives_the_config(saved, monkeypatch):
+def test_a_path_is_enough_to_read_the_config(saved, monkeypatch):
     monkeypatch.chdir(saved)
     assert read_config(".")["seed"] == 2 and read_config(str(saved), step=1)["seed"] == 1
     assert read_config("checkpoints/1") == {**CONFIG, "seed": 1}
@@ -267,13 +262,13 @@ def test_a_given_step_is_restored(saved):
     assert_same(restored, make_state(1))
 
 
-def test_a_new_workdir_has_nothing(tmp_path):
+def test_a_new_workdir_has_no_checkpoints(tmp_path):
     run = CheckpointManager(str(tmp_path / "new"), keep=1, keep_every=0)
     assert run.restore(abstract(make_state())) is None
     assert not (tmp_path / "new").exists()
 
 
-# By slices
+# Slices
 
 
 def sliced(workdir, params, config=CONFIG):
@@ -288,9 +283,11 @@ def sliced(workdir, params, config=CONFIG):
                 write(path, None, np.asarray(x))
 
 
-def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_path, monkeypatch):
+def test_parameters_written_by_slices_are_restored_on_any_mesh_and_read_by_slices(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(checkpoint.slices, "MAX_CHUNK_BYTES", 64)
-    # zeros are written too
+    # Zeros must be written too.
     params = make_state().trainable | {
         "vision": {"pos": jnp.ones((3, 5), jnp.float16), "bias": jnp.zeros((70,))}
     }
@@ -305,14 +302,14 @@ def test_what_is_written_by_slices_is_read_whole_on_any_mesh_and_by_slices(tmp_p
     np.testing.assert_array_equal(reader.read("llama/w", 3), params["llama"]["w"][3])
     np.testing.assert_array_equal(reader.read("head", None), params["head"])
     with pytest.raises(UserError, match="'llama/w' has changed"):
-        # for the other slices were not read
+        # The other slices have not been read.
         reader.check()
     for layer in set(range(64)) - {3}:
         reader.read("llama/w", layer)
     reader.check()
 
 
-def test_what_is_not_written_whole_is_not_there(tmp_path, small_disk):
+def test_an_unfinished_write_leaves_nothing(tmp_path, small_disk):
     with pytest.raises(UserError, match=r"could not be written: .*\S.*; nothing is left of it"):
         sliced(tmp_path / "run", {"llama": {"w": make_state(rows=4096).trainable["llama"]["w"]}})
     assert not (tmp_path / "run").exists()
@@ -325,7 +322,7 @@ def test_what_is_not_written_whole_is_not_there(tmp_path, small_disk):
     )
 
 
-# Which steps stay
+# Which steps are kept
 
 
 def test_the_last_ones_and_every_fourth_are_kept(tmp_path):
@@ -347,7 +344,7 @@ def test_saving_a_step_again_does_nothing(copy):
     ) == [1, 2, 3]
 
 
-def test_a_damaged_step_does_not_crowd_out_whole_ones_and_is_replaced(copy):
+def test_a_damaged_step_does_not_displace_intact_ones_and_is_replaced(copy):
     CheckpointManager(str(copy), keep=5, keep_every=0).save(
         4, make_state(4), DATA, CONFIG, wait=True
     )
@@ -406,7 +403,7 @@ def change_a_digit(path):
         (shutil.rmtree, ".", "ema"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(
     copy, caplog, damage, part, file
 ):
     folder = copy / "checkpoints/2" / part
@@ -420,7 +417,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(
         run.restore(abstract(make_state()), step=2)
 
 
-def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(copy):
+def test_no_intact_checkpoint_is_an_error_and_not_a_new_start(copy):
     for step in (1, 2):
         truncate(copy / f"checkpoints/{step}/manifest/data.json")
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
@@ -450,7 +447,7 @@ def test_the_arrays_of_a_damaged_step_are_freed_before_the_next_is_read(copy, mo
     assert len(held) == 2 and held[0] == held[1]
 
 
-def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
+def test_a_killed_save_is_ignored_and_removed(copy, caplog):
     script = textwrap.dedent("""
         import os, signal, sys, jax.numpy as jnp, numpy as np
         sys.path.insert(0, "tests")
@@ -464,7 +461,7 @@ def test_a_killed_save_is_ignored_and_cleared_away(copy, caplog):
         [sys.executable, "-c", script, copy], cwd=Path(__file__).parent.parent, check=False
     )
     assert killed.returncode == -9
-    # should the kill have come too early for it
+    # In case the kill came before Orbax created it.
     (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
     assert latest_step(str(copy)) == 2 and not caplog.records
@@ -481,7 +478,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
         match=r"checkpoints/3 could not be saved: .*\S.*; the earlier ones are unchanged",
     ) as error:
         run.save(3, big, DATA, CONFIG)
-        # at the latest here
+        # Here at the latest.
         run.save(4, big, DATA, CONFIG)
     assert "\n" not in str(error.value) and steps(copy) == [1, 2]
     assert_same(run.restore(abstract(make_state()))[1], make_state(2))
@@ -528,7 +525,7 @@ def test_another_tree_or_dtype_names_the_leaf(saved):
         restore_params(str(saved), {"vision": {"other": jax.ShapeDtypeStruct((8,), jnp.float32)}})
 
 
-def test_an_average_that_was_not_saved_is_an_error(tmp_path):
+def test_a_missing_average_is_an_error(tmp_path):
     run = CheckpointManager(str(tmp_path), keep=1, keep_every=0)
     run.save(1, make_state(ema=False), DATA, CONFIG, wait=True)
     with pytest.raises(UserError, match="no moving average"):
@@ -558,7 +555,7 @@ def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("place", ["s3://bucket/run", "az://bucket/run"])
 def test_other_buckets_than_googles_are_refused(place):
-    """There a save ends with another file, and a whole one would be taken for half."""
+    """Orbax marks a finished save differently there: it would be taken for an unfinished one."""
     with pytest.raises(UserError, match=f"cannot keep checkpoints in '{place}': .* gs://NAME"):
         CheckpointManager(place, keep=1, keep_every=0)
 

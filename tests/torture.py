@@ -1,9 +1,10 @@
-"""python -m tests.torture [--kills=30] [--seed=0]: a small run that is killed again and again, at
-any moment, and loses nothing.
+"""A small run that is killed again and again loses nothing.
 
-Killed with SIGKILL in a step, inside a save or while it starts, all its processes at once or one of
-them, and started again on another mesh or number of processes: the batches are those of an
-undisturbed run, exactly, and so are the losses, bit for bit until the first change of layout.
+    python -m tests.torture [--kills=30] [--seed=0]
+
+SIGKILL hits all its processes or one of them in a step, inside a save or during the start, and the
+run restarts on another mesh or number of processes. Its batches are exactly those of an undisturbed
+run, and so are its losses, bit for bit until the first change of layout.
 """
 
 import argparse
@@ -15,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# processes, devices of each, overrides
+# (processes, devices of each, overrides)
 LAYOUTS = {
     "same": (1, 2, ()),
     "other mesh": (1, 2, ("mesh.data=2",)),
@@ -26,11 +29,12 @@ LAYOUTS = {
     "1 device": (1, 1, ()),
 }
 MOMENTS = ("step", "save", "start")
-# steps between saves
-EVERY = 3
-# so that no kill comes too late
-STEPS_A_KILL = 8
-NEAR = 1e-3
+# Steps between saves.
+SAVE_EVERY = 3
+# Enough that the run is not over before the last kill.
+STEPS_PER_KILL = 8
+# Relative difference of losses between layouts.
+TOLERANCE = 1e-3
 LOSSES = ("loss", "text_loss", "image_loss")
 FLAGS = (
     "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
@@ -39,18 +43,17 @@ FLAGS = (
 
 @dataclass
 class Start:
-    """One start of the run, and what its processes noted: {step: {first row: ids of rows}}."""
+    """One start of the run, and the batches that its processes consumed."""
 
     layout: str
-    # of its death
+    # When it is killed; None: it runs to the end.
     moment: str | None
+    # {step: {first row: ids of rows}}
     batches: dict[int, dict[int, list]] = field(default_factory=dict)
 
 
-# A process of the run: the training command, which notes every batch that it consumes.
-
-
 def worker(notes: str, arguments: list[str]) -> int:
+    """A process of the run: the training command, recording every batch that it consumes."""
     from emu_jax import train
     from emu_jax.data.loader import Loader
 
@@ -59,7 +62,7 @@ def worker(notes: str, arguments: list[str]) -> int:
     file = open(f"{notes}-{number}.jsonl", "w", buffering=1)
     batches = Loader.__iter__
 
-    def noted(self):
+    def recorded(self):
         for item in batches(self):
             rows = next(iter(item.state["streams"].values()))["counts"]["rows"]
             file.write(
@@ -74,7 +77,7 @@ def worker(notes: str, arguments: list[str]) -> int:
             )
             yield item
 
-    Loader.__iter__ = noted
+    Loader.__iter__ = recorded
     sys.argv = ["train", *arguments]
     return train.main()
 
@@ -82,7 +85,7 @@ def worker(notes: str, arguments: list[str]) -> int:
 def command(
     folder: Path, workdir: Path, layout: str, steps: int
 ) -> tuple[list[str], dict[str, str]]:
-    """A start without its notes' place, and its environment."""
+    """The command of a start, with NOTES for the path of its records, and its environment."""
     processes, devices, overrides = LAYOUTS[layout]
     mixture = tuple(
         (name, weight, f"{folder}/data/{name}:train")
@@ -107,7 +110,7 @@ def command(
         "model.resampler.remat=none",
         "model.llama.remat=none",
         "log.pictures_every=0",
-        f"checkpoint.every={EVERY}",
+        f"checkpoint.every={SAVE_EVERY}",
         "checkpoint.keep=2",
         "rules.peak_lr=(('.*', 1e-3),)",
         *overrides,
@@ -143,13 +146,10 @@ def command(
     ], environ
 
 
-# The run from outside.
-
-
 def start(
     folder: Path, workdir: Path, number: int, one: Start, steps: int, chance: random.Random
 ) -> None:
-    """Starts the run, and kills it at its moment."""
+    """Start the run, kill it at its moment, and read the batches that it consumed."""
     notes = folder / "notes" / f"{workdir.name}-{number}"
     notes.parent.mkdir(exist_ok=True)
     argv, environ = command(folder, workdir, one.layout, steps)
@@ -167,7 +167,8 @@ def start(
             kill(run, notes, chance)
     if run.returncode and one.moment is None:
         raise AssertionError(
-            f"start {number} on {one.layout} ended with {run.returncode}:\n{Path(f'{notes}.log').read_text()[-3000:]}"
+            f"start {number} on {one.layout} ended with {run.returncode}:\n"
+            f"{Path(f'{notes}.log').read_text()[-3000:]}"
         )
     if run.returncode == 0 and one.moment is not None:
         raise AssertionError(f"start {number} was not killed: the run was over")
@@ -181,8 +182,9 @@ def start(
 def moment_has_come(
     run: subprocess.Popen, notes: Path, workdir: Path, moment: str, chance: random.Random
 ) -> bool:
-    """Waits for the moment; whether the run still lives then. In some starts a save is over by
-    then, so that the run gets on.
+    """Wait for the moment; returns whether the run is still alive.
+
+    Some starts complete a save first, so that the run makes progress.
     """
 
     def consumed():
@@ -203,7 +205,7 @@ def moment_has_come(
         seen.update(now)
         return bool(now) and len(seen) >= saves
 
-    wanted = chance.randint(2, 3 * EVERY)
+    wanted = chance.randint(2, 3 * SAVE_EVERY)
     pause = {
         "step": chance.uniform(0, 0.5),
         "save": chance.uniform(0, 0.03),
@@ -219,13 +221,13 @@ def moment_has_come(
 def _changed(path: Path) -> float:
     try:
         return path.stat().st_ctime
-    # it has just got its name
+    # It has just been renamed.
     except FileNotFoundError:
         return 0.0
 
 
 def kill(run: subprocess.Popen, notes: Path, chance: random.Random) -> None:
-    """All processes at once, or one of them, whom the others cannot do without."""
+    """Kill all processes at once, or one of them, which the others need."""
     pids = [int(path.read_text() or 0) for path in sorted(notes.parent.glob(f"{notes.name}-*.pid"))]
     if pids and all(pids) and chance.random() < 0.5:
         try:
@@ -235,9 +237,6 @@ def kill(run: subprocess.Popen, notes: Path, chance: random.Random) -> None:
     else:
         os.killpg(run.pid, signal.SIGKILL)
     run.wait(120)
-
-
-# The verdict.
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -253,7 +252,7 @@ def data_state(workdir: Path) -> dict:
 
 
 def verdict(whole: Path, undisturbed: Start, workdir: Path, starts: list[Start], steps: int) -> str:
-    """One line. Raises AssertionError where the disturbed run is another."""
+    """Compare both runs; returns one line. Raises AssertionError where they differ."""
     rows = {
         step: [row for _, ids in sorted(parts.items()) for row in ids]
         for step, parts in undisturbed.batches.items()
@@ -276,10 +275,10 @@ def verdict(whole: Path, undisturbed: Start, workdir: Path, starts: list[Start],
     assert line == rows, "batches are missing"
     assert data_state(workdir) == data_state(whole)
 
-    told = metrics(workdir)
+    got = metrics(workdir)
     wanted = metrics(whole)
     assert (
-        [line["step"] for line in told]
+        [line["step"] for line in got]
         == [line["step"] for line in wanted]
         == list(range(1, steps + 1))
     )
@@ -288,18 +287,18 @@ def verdict(whole: Path, undisturbed: Start, workdir: Path, starts: list[Start],
         default=steps,
     )
     apart = 0.0
-    for line, want in zip(told, wanted, strict=True):
+    for line, want in zip(got, wanted, strict=True):
         for name in LOSSES:
             if line["step"] <= changed:
                 assert line[name] == want[name], (
                     f"step {line['step']}: {name} is {line[name]} and was {want[name]}"
                 )
             apart = max(apart, abs(line[name] - want[name]) / abs(want[name]))
-    assert apart < NEAR, f"losses are {apart:.1e} apart"
+    assert apart < TOLERANCE, f"losses are {apart:.1e} apart"
     again = sum(len(one.batches) for one in starts) - steps
     return (
-        f"{steps} batches, exactly those of the undisturbed run; {again} done again; losses equal bit for bit to step {changed}, "
-        f"after that within {apart:.1e}; metrics.jsonl has every step once"
+        f"{steps} batches, exactly those of the undisturbed run; {again} repeated; losses equal "
+        f"bit for bit to step {changed}, then within {apart:.1e}; metrics.jsonl has every step once"
     )
 
 
@@ -309,10 +308,11 @@ def torture(
     last: str,
     steps: int,
     seed: int = 0,
-    tell=lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """An undisturbed run, and one that is killed at the moments of `plan`, (layout, moment) pairs,
-    and ends on the layout `last`.
+    """Compare an undisturbed run with one that is killed, and return the verdict.
+
+    plan: (layout, moment) of each killed start. last: the layout on which the run ends.
     """
     from tests.support import fixtures
 
@@ -326,7 +326,7 @@ def torture(
     for number, one in enumerate(starts):
         start(folder, workdir, number, one, steps, chance)
         done = f"steps {min(one.batches)} to {max(one.batches)}" if one.batches else "no step"
-        tell(
+        log(
             f"start {number + 1} on {one.layout}: {done}"
             + (f", killed ({one.moment})" if one.moment else "")
         )
@@ -352,17 +352,18 @@ def main() -> int:
             Path(folder),
             plan,
             layouts[-1],
-            STEPS_A_KILL * flags.kills,
+            STEPS_PER_KILL * flags.kills,
             flags.seed,
             lambda line: print(line, flush=True),
         )
 
-    def count(what, of):
-        return ", ".join(f"{sum(pair[of] == name for pair in plan)} {name}" for name in what)
+    chosen = Counter(name for pair in plan for name in pair)
 
-    print(
-        f"{flags.kills} kills ({count(MOMENTS, 1)}) on {count(LAYOUTS, 0)}, in {time.time() - began:.0f} s: {line}"
-    )
+    def counts(names):
+        return ", ".join(f"{chosen[name]} {name}" for name in names)
+
+    kills = f"{flags.kills} kills ({counts(MOMENTS)}) on {counts(LAYOUTS)}"
+    print(f"{kills}, in {time.time() - began:.0f} s: {line}")
     return 0
 
 
