@@ -3,6 +3,7 @@
 python -m emu_jax.demo build --to=DIR            its data: drawings, scenes, stories and questions
 python -m emu_jax.demo evaluate --checkpoint=DIR [--decoder=DIR]    its numbers, and a page
 python -m emu_jax.demo chat --checkpoint=DIR     questions answered before and after tuning
+python -m emu_jax.demo strip --checkpoint=DIR --decoder=DIR --out=FILE.png    drawings for a README
 
 Training is `python -m emu_jax.train --config=configs/demo.py:STAGE`. Read next: configs/demo.py.
 """
@@ -27,7 +28,8 @@ def command(arguments: list[str]) -> None:
     flags = _parse(arguments)
     # tensorflow-datasets warns about every config that is not its own
     logging.getLogger("absl").setLevel(logging.ERROR)
-    {"build": build, "evaluate": evaluate, "chat": chat}[flags.command](flags)
+    commands = {"build": build, "evaluate": evaluate, "chat": chat, "strip": strip}
+    commands[flags.command](flags)
 
 
 def build(flags: argparse.Namespace) -> None:
@@ -85,6 +87,16 @@ def chat(flags: argparse.Namespace) -> None:
     _write(flags, results, chat_report.page(result, flags.checkpoint))
 
 
+def strip(flags: argparse.Namespace) -> None:
+    """Write a PNG of sampled drawings: originals, and what the decoder makes of them."""
+    from emu_jax.demo import strip
+
+    decoded = strip.sample(flags.checkpoint, flags.decoder, flags.data, flags.seed)
+    with atomic_write(flags.out, "wb") as file:
+        strip.draw(decoded).save(file, "PNG", optimize=True)
+    print(flags.out)
+
+
 def _write(flags: argparse.Namespace, results: dict[str, Any], page: str) -> None:
     """results.json and report.html in --out, or in the run's workdir; prints the page's path."""
     workdir, _ = checkpoint.split_step(Path(flags.checkpoint).resolve())
@@ -103,7 +115,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(
+        required=True, dest="command", metavar="build | evaluate | chat | strip"
+    )
     build = commands.add_parser("build", help="write the demo's data")
     build.add_argument("--to", required=True, metavar="DIR", help="folder to write into")
     build.add_argument(
@@ -111,17 +125,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     evaluate = commands.add_parser("evaluate", help="numbers and a page of a trained demo")
     chat = commands.add_parser("chat", help="questions, answered before and after tuning")
-    for parser_ in (evaluate, chat):
-        parser_.add_argument(
+    strip = commands.add_parser("strip", help="a PNG of a dozen drawings, sampled by a seed")
+    for subparser in (evaluate, chat, strip):
+        subparser.add_argument(
             "--checkpoint",
             required=True,
             metavar="DIR",
             help="workdir of a run, or one of its checkpoints",
         )
-        parser_.add_argument(
+        subparser.add_argument(
             "--data", default="data/demo", metavar="DIR", help="what `build` wrote (data/demo)"
         )
-        parser_.add_argument(
+    for subparser in (evaluate, chat):
+        subparser.add_argument(
             "--out", metavar="DIR", help="for results.json and report.html (the run's workdir)"
         )
     evaluate.add_argument(
@@ -130,6 +146,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     evaluate.add_argument(
         "--warmup", metavar="DIR", help="run that trained the encoder (config.init of the run)"
     )
+    strip.add_argument("--decoder", required=True, metavar="DIR", help="run of the decoder")
+    strip.add_argument("--out", required=True, metavar="FILE", help="PNG to write")
+    strip.add_argument("--seed", type=int, default=0, help="decides which drawings are shown (0)")
     return parser.parse_args(arguments)
 
 

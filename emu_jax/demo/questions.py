@@ -1,11 +1,9 @@
-"""Questions on the demo's scenes, as conversations of two or three turns, for `make demo-chat`.
-Read next: openmoji.py, which writes them.
+"""Questions about the demo's scenes, as conversations of two or three turns.
 
-  what       "what is this?"                        "a cat left of a key on green"; in a third turn
-  of some, of another picture number     "how many cats are there?"             "three" animal
-  "which of the two is an animal?"       "the cat" relation   "what is left of the key?"
-  "a cat" colour     "which colour is behind?"              "green" there      "is there an owl?"
-  "no"
+what, "what is this?": "a cat left of a key on green"; number, "how many cats are there?": "three";
+animal, "which of the two is an animal?": "the cat"; relation, "what is left of the key?": "a cat";
+colour, "which colour is behind?": "green"; there, "is there an owl?": "no". A third turn asks what
+another image shows. Read next: openmoji.py, which writes them.
 """
 
 import zlib
@@ -18,7 +16,7 @@ import numpy as np
 from emu_jax.demo.scenes import BACKGROUNDS, DRAWINGS, Scene, a
 
 ANIMALS = ("cat", "pig", "frog", "bear", "whale", "penguin", "bee", "owl", "snail")
-# of the conversations that go on with another picture
+# Share of the conversations that continue with another image.
 MORE = 1 / 3
 
 
@@ -29,8 +27,9 @@ class Question(NamedTuple):
 
 
 def conversations(scenes: Iterable[Scene], seed: int) -> Iterator[Scene]:
-    """A conversation about each scene, in their order; its randomness comes from the seed and the
-    scene's id.
+    """Yield a conversation about each scene, in their order.
+
+    Its randomness comes from the seed and the scene's id.
     """
     scenes = list(scenes)
     for scene in scenes:
@@ -59,21 +58,19 @@ def conversations(scenes: Iterable[Scene], seed: int) -> Iterator[Scene]:
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """All that can be asked of one scene; `rng` chooses what may not be there."""
+    """Everything to ask about one scene; `rng` chooses the drawing of "is there ...?"."""
     words = scene.combination.split()
     caption = scene.texts[0]
     background = scene.texts[0].rpartition(" ")[2]
     shown = [word for word in words if word in DRAWINGS]
     absent = [word for word in DRAWINGS if word not in shown]
-    asked, there = (
-        (shown[rng.integers(len(shown))], "yes")
-        if rng.random() < 0.5
-        else (absent[rng.integers(len(absent))], "no")
-    )
+    there = rng.random() < 0.5
+    among = shown if there else absent
+    asked = among[rng.integers(len(among))]
     found = [
         Question("what", "what is this?", caption),
         Question("colour", "which colour is behind?", background),
-        Question("there", f"is there {a(asked)}?", there),
+        Question("there", f"is there {a(asked)}?", "yes" if there else "no"),
     ]
     assert background in BACKGROUNDS
     if scene.kind == "counts":
@@ -88,8 +85,9 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def _roles(layout: str) -> tuple[str, ...]:
-    """Of its parts: questions and answers take turns, and a picture belongs to the question after
-    it.
+    """Roles of a conversation's parts.
+
+    Questions and answers take turns, and an image belongs to the question after it.
     """
     turns = cycle(("user", "assistant"))
     return tuple(next(turns) if letter == "T" else "user" for letter in layout)

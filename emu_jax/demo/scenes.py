@@ -1,12 +1,8 @@
-"""Scenes composed of a few drawings, with whole combinations held out: can a small Emu see, and not
-just remember?
+"""Scenes of a few drawings, with whole combinations held out to test understanding.
 
-An image is a grid of 2 x 2 cells on a plain background, a drawing in a cell with a little jitter,
-and has one right caption:
-  counts   "three cats on blue"              (number, drawing, background) held out spatial  "a cat
-  left of a pig on green"    (drawing, relation, drawing) held out, on every background stories
-  "one cat on blue", "a pig comes", "the cat leaves", each sentence with its image: (drawing,
-  drawing) held out
+An image is a grid of 2 x 2 cells on a plain background, with drawings slightly off their cells'
+centres, and has one right caption. Kinds: counts, "three cats on blue"; spatial, "a cat left of a
+pig on green"; stories, "one cat on blue", "a pig comes", "the cat leaves", each with its image.
 Every number, drawing, relation and background of a held-out scene is seen in training, in other
 combinations. Read next: openmoji.py, which draws and writes them.
 """
@@ -22,8 +18,8 @@ from jaxtyping import UInt8
 
 # Word of the captions -> the drawing's name. They differ in colour and outline even at 26 pixels,
 # and have regular plurals. With 28 of them there are 1,512 spatial triples: with 16 (480 triples) a
-# small Emu remembered who stands where with whom, and told unseen triples in the order it had seen,
-# the drawings right and swapped.
+# small Emu memorised who stands where with whom, and described unseen triples in the order it had
+# seen: the right drawings, swapped.
 DRAWINGS = {
     "cat": "cat face",
     "pig": "pig face",
@@ -55,7 +51,7 @@ DRAWINGS = {
     "snail": "snail",
 }
 # Pale, so that every drawing stands out; more than 30 levels apart in some channel, so that a
-# linear readout tells them.
+# linear readout can tell them apart.
 BACKGROUNDS = {
     "blue": (186, 220, 255),
     "green": (204, 240, 196),
@@ -65,16 +61,16 @@ BACKGROUNDS = {
 NUMBERS = ("one", "two", "three", "four")
 RELATIONS = ("left of", "above")
 
-# How often a combination is rendered for training (placement, jitter and, where free, background
-# differ) and for the held-out split, and how many combinations are held out. Spatial: 1416 x 2 and
-# 96 x 2; counts: 424 x 2 and 24 x 2; stories: 736 x 1 and 20 x 2. So some 3,700 captioned images
-# and 740 stories to train on: what the demo's minutes suffice for; tests show 280 held-out
-# documents.
+# How often each combination is rendered for training and for the held-out split (placement, jitter
+# and, where free, background differ); below, how many combinations are held out. Spatial: 1416 x 2
+# and 96 x 2; counts: 424 x 2 and 24 x 2; stories: 736 x 1 and 20 x 2. So there are some 3,700
+# captioned images and 740 stories to train on, as many as the demo's minutes allow, and 280
+# held-out documents.
 RENDERS = {"counts": (2, 2), "spatial": (2, 2), "stories": (1, 2)}
 HELD_OUT = {"counts": 24, "spatial": 96, "stories": 20}
 
 Pixels = UInt8[np.ndarray, "h w 3"]
-# RGBA, cropped to what is drawn, no larger than `drawing_size`
+# RGBA, cropped to what is drawn, no larger than `drawing_size`.
 Drawing = UInt8[np.ndarray, "h w 4"]
 # row, column
 Cell = tuple[int, int]
@@ -82,7 +78,11 @@ Cell = tuple[int, int]
 
 @dataclass(frozen=True)
 class Scene:
-    """Texts and images in order, and how they become a document's parts (sources/records.py)."""
+    """Texts and images in order; `layout` says how they become a document's parts.
+
+    The letters of `layout` are explained in data/sources/records.py. roles: of a conversation's
+    parts.
+    """
 
     id: str
     kind: str
@@ -90,14 +90,14 @@ class Scene:
     layout: str
     texts: tuple[str, ...]
     images: tuple[Pixels, ...]
-    # of a conversation's parts
     roles: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def drawing_size(image: int) -> int:
-    """Pixels of the square that a drawing fits in: 26 of a cell's 32, so that the jitter never
-    crosses into the next cell.
+    """Side of the square that a drawing fits in: 26 of a cell's 32 pixels.
+
+    The rest is room for the jitter, which never crosses into the next cell.
     """
     return image // 2 * 13 // 16
 
@@ -105,10 +105,10 @@ def drawing_size(image: int) -> int:
 def scenes(
     kind: str, held_out: bool, seed: int, image: int, draw: Callable[[str], Drawing]
 ) -> Iterator[Scene]:
-    """The scenes of one kind and split, in a fixed order; `draw` gives the drawing of a word of
-    DRAWINGS.
+    """Yield the scenes of one kind and split, in a fixed order.
 
-    A scene's randomness comes from the seed and its id: no scene depends on which others are made.
+    draw: gives the drawing of a word of DRAWINGS. A scene's randomness comes from the seed and its
+    id, so no scene depends on which others are made.
     """
     compose = {"counts": _count, "spatial": _spatial, "stories": _story}[kind]
     renders = RENDERS[kind][held_out]
@@ -122,34 +122,30 @@ def scenes(
 
 
 def combinations(kind: str, seed: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """(for training, held out): the words of each combination. Which are held out is drawn with
-    `seed`.
-    """
+    """(for training, held out): the words of each combination; `seed` decides the split."""
+    every: list[tuple[str, ...]]
     if kind == "counts":
         every = list(product(NUMBERS, DRAWINGS, BACKGROUNDS))
-        # a story begins with one drawing: it would give these away
+        # Stories begin with one drawing, which would give these combinations away.
         free = [words for words in every if words[0] != "one"]
     elif kind == "spatial":
-        every = free = [
-            (a, relation, b) for a, b in permutations(DRAWINGS, 2) for relation in RELATIONS
-        ]
+        pairs = permutations(DRAWINGS, 2)
+        every = free = [(a, relation, b) for a, b in pairs for relation in RELATIONS]
     else:
         every = free = list(permutations(DRAWINGS, 2))
     rng = np.random.default_rng([seed, zlib.crc32(kind.encode())])
     chosen = {free[i] for i in rng.permutation(len(free))[: HELD_OUT[kind]]}
-    return [words for words in every if words not in chosen], [
-        words for words in every if words in chosen
-    ]
+    train = [words for words in every if words not in chosen]
+    held_out = [words for words in every if words in chosen]
+    return train, held_out
 
 
 def _count(words, render, image, draw, rng):
     number, word, background = words
     cells = _cells(rng)[: NUMBERS.index(number) + 1]
-    return (
-        "P",
-        [_how_many(number, word, background)],
-        [_paint(image, background, [(word, cell) for cell in cells], draw, rng)],
-    )
+    placed = [(word, cell) for cell in cells]
+    caption = _how_many(number, word, background)
+    return "P", [caption], [_paint(image, background, placed, draw, rng)]
 
 
 def _spatial(words, render, image, draw, rng):
@@ -158,35 +154,37 @@ def _spatial(words, render, image, draw, rng):
     row, column = _cells(rng)[0]
     cells = [(row, 0), (row, 1)] if relation == "left of" else [(0, column), (1, column)]
     caption = f"{a(first)} {relation} {a(second)} on {background}"
-    return "P", [caption], [_paint(image, background, list(zip((first, second), cells)), draw, rng)]
+    placed = list(zip((first, second), cells, strict=True))
+    return "P", [caption], [_paint(image, background, placed, draw, rng)]
 
 
 def _story(words, render, image, draw, rng):
     first, second = words
     background = _turn(words, render)
     row, column = _cells(rng)[0]
-    # The two stand diagonally: beside or above each other they would show a spatial triple that may
-    # be held out.
+    # The two stand diagonally: next to or above each other they would show a spatial triple that
+    # may be held out.
     here = (first, (row, column))
     there = (second, (1 - row, 1 - column))
     texts = [_how_many("one", first, background), f"{a(second)} comes"]
     steps = [[here], [here, there]]
-    # the first, the second, or neither
+    # The first leaves, the second, or neither.
     leaving = rng.integers(3)
     if leaving < 2:
         texts.append(f"the {words[leaving]} leaves")
         steps.append([(there, here)[leaving]])
-    # what stays does not move
+    # What stays does not move.
     shift = {place: _shift(image, rng) for place in (here, there)}
     images = [_paint(image, background, step, draw, rng, shift) for step in steps]
-    # image first: to be told; text first: to be drawn
+    # Image first: the model describes it. Text first: the model imagines it.
     order = "IT" if (render + zlib.crc32(second.encode())) % 2 else "TI"
     return order * len(images), texts, images
 
 
 def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:
-    """The drawings `placed`, (word, cell) pairs, on a background; moved by `shift`, or each by its
-    own jitter.
+    """Paint the drawings `placed`, (word, cell) pairs, on a background.
+
+    shift: where each is moved to; None: a jitter of its own.
     """
     canvas = np.empty((image, image, 3), np.float32)
     canvas[:] = BACKGROUNDS[background]
@@ -199,28 +197,27 @@ def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:
         x = column * cell + (cell - w) // 2 + dx
         alpha = drawing[..., 3:] / np.float32(255)
         spot = canvas[y : y + h, x : x + w]
-        # in place: `spot` is a view
+        # In place: `spot` is a view.
         spot += alpha * (drawing[..., :3] - spot)
     return canvas.round().astype(np.uint8)
 
 
 def _shift(image, rng):
-    """A jitter in rows and columns, of at most the room between a drawing and its cell: 3 pixels in
-    the demo.
-    """
+    """A jitter in rows and columns, at most the room around a drawing: 3 pixels in the demo."""
     room = (image // 2 - drawing_size(image)) // 2
     return rng.integers(-room, room + 1, 2)
 
 
 def _cells(rng) -> list[Cell]:
-    return [[(0, 0), (0, 1), (1, 0), (1, 1)][i] for i in rng.permutation(4)]
+    """The four cells in random order."""
+    cells = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    return [cells[i] for i in rng.permutation(4)]
 
 
 def _turn(words, render) -> str:
-    """Backgrounds take turns over a combination's renders, so that every combination is seen on all
-    of them.
-    """
-    return list(BACKGROUNDS)[(zlib.crc32(" ".join(words).encode()) + render) % len(BACKGROUNDS)]
+    """The background of a render; a combination's renders take turns over them."""
+    first = zlib.crc32(" ".join(words).encode())
+    return list(BACKGROUNDS)[(first + render) % len(BACKGROUNDS)]
 
 
 def _how_many(number, word, background) -> str:
@@ -228,5 +225,5 @@ def _how_many(number, word, background) -> str:
 
 
 def a(word: str) -> str:
-    """ "a cat", "an owl"."""
+    """The word with its article: "a cat", "an owl"."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
