@@ -121,7 +121,7 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
 
     def _of_kind(self, kind: str, held_out: bool) -> Iterator[scenes.Scene]:
         config = self.builder_config
-        draw = functools.partial(_drawing, size=scenes.drawing_size(config.image))
+        draw = functools.partial(cropped_drawing, size=scenes.drawing_size(config.image))
         every = scenes.scenes(kind, held_out, config.seed, config.image, draw)
         return _first(every, config.first)
 
@@ -260,7 +260,7 @@ def _render(name: str, size: int) -> np.ndarray:
 
 
 @functools.cache
-def _drawing(word: str, size: int) -> scenes.Drawing:
+def cropped_drawing(word: str, size: int) -> scenes.Drawing:
     """The drawing of a scene's word without its margins, as large as fits into size x size.
 
     uint8 [h, w, 4].

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from emu_jax import config, stages
 from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
-from emu_jax.data.sequence import Document, Pair
+from emu_jax.data.documents import Document, Pair, texts_of
 from emu_jax.demo import __main__ as command
-from emu_jax.demo import evaluation, history, openmoji, scenes, scores
+from emu_jax.demo import evaluation, history, openmoji, scenes, scores, strip
 from emu_jax.models import emu, module
 from tests.support import make
 
@@ -368,9 +369,10 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     openmoji.write(folder, 0, 64, first=4)
     texts = [
-        document.parts[0].text
+        text.text
         for split in ("names:train", "scenes:train")
         for document in sources.open_source(f"{folder}/{split}", 64)
+        for text in texts_of(document)
     ]
     tokenizer.train(texts, 120, folder / "tokenizer.json")
     return folder
@@ -453,6 +455,17 @@ def test_the_command_with_a_decoder(data, runs, tmp_path):
             <= 1
         )
     assert "Blends" in (tmp_path / "report.html").read_text()
+
+
+def test_the_strip(data, runs, tmp_path, monkeypatch, capsys):
+    arguments = ["strip", f"--checkpoint={runs}/emu", f"--decoder={runs}/decoder"]
+    arguments += [f"--data={data}", f"--out={tmp_path}/strip.png"]
+    assert command.main(arguments) == 2
+    assert "has 4 training drawings; the strip shows 12" in capsys.readouterr().err
+    monkeypatch.setattr(strip, "COUNT", 3)
+    assert command.main(arguments) == 0
+    with Image.open(tmp_path / "strip.png") as image:
+        assert image.width == strip.LABELS + 3 * (strip.SIDE + strip.GAP)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
-from emu_jax.data.documents import pixels_of
+from emu_jax.data.documents import pixels_of, texts_of
 from emu_jax.data.sources import records
 from emu_jax.demo import __main__ as command
 from emu_jax.demo import openmoji, questions, scenes
@@ -175,7 +175,7 @@ def test_names_are_told_apart_by_their_drawings():
 
 def test_drawings_of_the_scenes_fill_their_square():
     for word in scenes.DRAWINGS:
-        drawing = openmoji._drawing(word, 26)
+        drawing = openmoji.cropped_drawing(word, 26)
         assert max(drawing.shape[:2]) == 26 and drawing.shape[2] == 4
         for side in (drawing[0], drawing[-1], drawing[:, 0], drawing[:, -1]):
             assert side[:, 3].max() > 0
@@ -200,7 +200,7 @@ def everything(to):
         split: [
             (
                 document.id,
-                openmoji._texts(document),
+                [text.text for text in texts_of(document)],
                 [image.tobytes() for image in pixels_of(document)],
             )
             for document in sources.open_source(f"{to}/{split}", 28)
