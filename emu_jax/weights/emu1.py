@@ -130,7 +130,7 @@ def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Write the release's config, and LLaMA's too, because no tensor shows its number of heads."""
+    """Write the release's config, and LLaMA's, whose number of heads no tensor shows."""
     N = model["resampler"]["tokens"]
     return {
         "embed_dim": 1024,

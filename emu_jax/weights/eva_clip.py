@@ -63,7 +63,7 @@ UNUSED = (r"visual\.(norm|head|fc_norm)\..*", r"visual\.rope\..*", r"text\..*", 
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Infer config.model.vision; None for fields that tensors and config.json do not determine."""
+    """Infer config.model.vision; None for fields that the files do not determine."""
     cls = shapes.get("visual.cls_token")
     pos = shapes.get(POSITIONS)
     patch = shapes.get("visual.patch_embed.proj.weight")
@@ -130,7 +130,7 @@ def interpolate(positions: np.ndarray, side: int) -> np.ndarray:
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of cubic convolution (Keys 1981) with a = -0.75, between cell centres."""
+    """Weights [new, old] of cubic convolution (Keys 1981), a = -0.75, at cell centres."""
     a = -0.75
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old), np.float64)

@@ -65,7 +65,7 @@ def table(model_config: EmuConfig) -> Table:
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Infer config.model from an adapter. Raises UserError for adapters that are not plain LoRA."""
+    """Infer config.model from an adapter. Raises UserError unless it is plain LoRA."""
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise UserError(f"adapter_config.json has peft_type={kind!r}; only 'LORA' is supported")
     for name, value in PLAIN.items():

@@ -1,4 +1,4 @@
-"""PyTorch's .bin and .pt files, read without unpickling: no code in them is imported or run.
+"""PyTorch's .bin and .pt files, read without unpickling: no code in them is run.
 
 Such a file is a zip of one pickle, which has names, shapes and offsets, and of storages, which are
 plain bytes. The pickle is interpreted by a small stack machine that supports dictionaries, lists,
@@ -75,7 +75,7 @@ class Strided(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in the file: `count` elements from byte `start`; strides in elements."""
+    """A tensor's place in the file: `count` elements from byte `start`."""
 
     start: int
     count: int
@@ -131,7 +131,7 @@ def places(path: Path) -> dict[str, Place]:
 
 
 def _refuse_old_format(path: Path) -> None:
-    """Raise UserError for a bare pickle, the format before PyTorch 1.6; Refused if it has code."""
+    """Raise UserError for the format before PyTorch 1.6; Refused if it has code."""
     with path.open("rb") as file:
         stream = io.BytesIO(file.read(LARGEST_PICKLE))
     try:
@@ -175,7 +175,7 @@ def read(path: Path, place: Place) -> np.ndarray:
 
 
 def interpret(stream: io.BytesIO, where: str) -> Any:
-    """Value of the next pickle in a stream: dicts, lists, tuples, numbers, strings and `Strided`.
+    """Value of the next pickle: dicts, lists, tuples, numbers, strings and `Strided`.
 
     Raises Refused, with `where` and the first other thing, and UserError for a damaged pickle.
     """
@@ -203,7 +203,7 @@ def interpret(stream: io.BytesIO, where: str) -> Any:
 
 
 class Machine:
-    """The pickle's stack machine: a method for each kind of opcode, with the opcode's argument."""
+    """The pickle's stack machine: a method for each kind of opcode."""
 
     def __init__(self, where: str):
         self.where = where

@@ -368,7 +368,7 @@ def rename(name: str) -> str:
 
 
 def canonical(foreign: Tensors) -> dict[str, Any]:
-    """Rename tensors, and turn 1 x 1 convolutions in the autoencoder's attention into matrices."""
+    """Rename tensors, and turn the autoencoder's 1 x 1 convolutions into matrices."""
     attention = re.compile(r"vae\..*mid_block\.attentions\.0\.to_.*weight")
 
     def as_matrix(name: str, x: Any) -> Any:

@@ -513,7 +513,7 @@ def _check_agreement(c: ConfigDict, source: Source, fields: dict[str, Any]) -> l
 
 
 def _adopt(c: ConfigDict, source: Source, fields: dict[str, Any]) -> list[str]:
-    """Put what the files determine into a default config; returns the fields that they leave open.
+    """Put what the files determine into a default config; returns the other fields.
 
     Raises UserError if a tower has another width than the default's and its files leave fields
     open, because the default's values would not fit it.
