@@ -148,7 +148,7 @@ def nll(
         )[:, 0]
 
     # the logits of one position at a time
-    found = jax.lax.map(one, (jnp.moveaxis(before, 1, 0), tokens.T))
+    found = jax.lax.map(step, (jnp.moveaxis(before, 1, 0), tokens.T))
     return -jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], found.T, 0).sum(1)
 
 
