@@ -77,7 +77,7 @@ def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[
     (prompt,) = prompts(session, 1, rng)
     # the session appends [IMG]
     opened = Prompt(prompt.tokens[:-1])
-    x, _ = session._embedded([Prompt([*opened.tokens, session.tokenizer.img])])
+    x, _ = session.embed([Prompt([*opened.tokens, session.tokenizer.img])])
     slow = partial(jax.jit(whole, static_argnums=0), session.model_config, session.params, x, None)
     ways = {"cached": lambda: session.generate_images([opened]), "whole": slow}
     found = {f"{name}_compile": timed(call) for name, call in ways.items()}
@@ -99,27 +99,27 @@ def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) 
     tokens.
     """
     some = prompts(session, rows, rng)
-    options = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW)
-    rules = session._rules(some, None, options, session._allowed(), None, rows)
+    config = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW)
+    metadata = session.sampling_metadata(some, config, rows=rows, allowed=session.text_ids())
     keys = jax.random.split(jax.random.key(0), rows)
 
     def once() -> tuple[float, float]:
-        first, draft = timed(
+        first, answers = timed(
             lambda: text_decoding.start(
                 session.model_config,
                 session.params,
-                session._read(some, None, NEW),
+                session.prefill_batch(some, room=NEW),
                 keys,
                 NEW,
-                rules,
+                metadata,
             )
         )
-        rest, draft = timed(
+        rest, answers = timed(
             lambda: text_decoding.decode(
-                session.model_config, session.params, draft, jnp.int32(NEW), rules
+                session.model_config, session.params, answers, jnp.int32(NEW), metadata
             )
         )
-        assert int(draft.count) == NEW
+        assert int(answers.count) == NEW
         return first, rest
 
     compiled = once()

@@ -1,12 +1,15 @@
-"""Shared by the commands: a parser whose errors are one line, and exit statuses."""
+"""Shared by the commands: a parser whose errors are one line, exit statuses, output files."""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NoReturn
 
 from emu_jax.config import UserError
+from emu_jax.files import atomic_write
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,3 +39,17 @@ def run(command: Callable[[list[str]], int | None], arguments: list[str] | None 
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def output_file(path: Path, mode: str = "w") -> Generator[IO[Any]]:
+    """Open a file for a user, as `atomic_write` does, and make its folder.
+
+    Raises UserError, which names the file, if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, mode) as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

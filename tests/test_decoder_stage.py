@@ -58,7 +58,7 @@ def one_device():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
-        patch.setattr(precompute, "mesh_of", lambda *_: None)
+        patch.setattr(precompute, "inference_mesh", lambda *_: None)
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         yield
 
@@ -214,7 +214,7 @@ def test_two_steps_a_cut_and_two_more_are_four(made, whole, copy):
         ),
         (["data.conditions=nowhere"], "no conditions in 'nowhere'"),
         (["data.images=2"], "set data.images=1"),
-        (["drawing.sampler=dim"], "no sampler 'dim'"),
+        (["drawing.sampler=dim"], "unknown sampler 'dim'"),
         (["model.decoder.diffusion.target=noise"], "is not one of epsilon, v, flow, x0"),
     ],
 )
@@ -327,7 +327,7 @@ def test_what_other_weights_made_is_one_line(folder, made, tmp_path, kind, direc
     metadata_path(tmp_path, kind).write_text(json.dumps(told | {"weights": told["weights"] ^ 1}))
     with pytest.raises(
         UserError,
-        match=f"were made by other weights .* than those of init, {folder}/{directory}; make them again",
+        match=f"were computed by weights .* that are not those of init, {folder}/{directory}; compute them again",
     ):
         precompute.check_weights(config.load(made("", f"data.{kind}={tmp_path}")), kind)
 
@@ -345,13 +345,13 @@ def test_a_decoder_of_pixels_has_no_latents(made):
     ("arguments", "told"),
     [
         (["--config.stage=emu"], "only a decoder with an autoencoder has latents"),
-        (["--config.data.fit=random"], "data.fit='random': latents are made once"),
+        (["--config.data.fit=random"], "data.fit='random': latents are computed once"),
         (["--config.init={folder}/emu"], "emu' names no checkpoint with an autoencoder"),
         (["--batch=0"], "--batch=0 must be at least 1"),
-        (["--to={folder}/conditions"], "holds conditions of another model or other data"),
+        (["--to={folder}/conditions"], "contains conditions of a different model or different data"),
         (
             ["--to={folder}/latents", "--config.data.fit=centre"],
-            "holds latents of another model or other data",
+            "contains latents of a different model or different data",
         ),
     ],
 )

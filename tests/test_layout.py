@@ -10,7 +10,7 @@ from emu_jax.stages import STAGES
 
 # From the bottom up. A module may import from lower rows, and from its own folder in its own row.
 ORDER = (
-    ("types", "tree", "config", "files", "hlo", "html"),
+    ("types", "tree", "config", "files", "hlo", "html", "batching"),
     ("cli",),
     ("hardware",),
     ("sharding",),

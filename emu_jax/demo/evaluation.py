@@ -29,7 +29,8 @@ from emu_jax.demo.scores import plain
 from emu_jax.generate import diffusion_decoder
 from emu_jax.generate.diffusion_decoder import DiffusionDecoder
 from emu_jax.generate.generation_config import GenerationConfig
-from emu_jax.generate.session import Parts, Session
+from emu_jax.generate.processor import Parts
+from emu_jax.generate.session import Session
 from emu_jax.models import emu, module
 
 # Images or prompts in a batch.

@@ -41,7 +41,8 @@ def benchmark(flags: argparse.Namespace) -> str:
     from emu_jax import checkpoint
     from emu_jax.evaluate import benchmark
     from emu_jax.evaluate.tasks import TASKS
-    from emu_jax.generate.session import Session, mesh_of
+    from emu_jax.generate.placement import inference_mesh
+    from emu_jax.generate.session import Session
 
     settings = benchmark.Settings(
         flags.task,
@@ -64,7 +65,7 @@ def benchmark(flags: argparse.Namespace) -> str:
         _fail(f"--host={host} must be from 0 to {hosts - 1}, for --hosts={hosts}")
 
     def mesh():
-        return mesh_of(flags.checkpoint, jax.local_devices())
+        return inference_mesh(flags.checkpoint, jax.local_devices())
 
     def load():
         return Session.load(

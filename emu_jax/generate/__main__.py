@@ -1,201 +1,190 @@
-"""python -m emu_jax.generate --checkpoint=DIR PART...: what a trained Emu makes of a prompt of
-texts, images and videos.
+"""python -m emu_jax.generate --checkpoint=DIR PART...: text and images from a trained Emu.
 
-Read next: session.py.
+Read next: session.py, which is the same as a Python API.
 """
 
 import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from emu_jax import cli
 from emu_jax.config import UserError
 from emu_jax.generate import media
 from emu_jax.generate.generation_config import GenerationConfig
 
-EPILOG = """
-a PART that names an image or video file that is there is that image or video (8 of its frames); any other PART is text. Examples:
+DESCRIPTION = """\
+Generate text and images with a trained Emu.
 
-  describe a picture              python -m emu_jax.generate --checkpoint=DIR photo.jpg
-  ask about it, in chat format    python -m emu_jax.generate --checkpoint=DIR --chat photo.jpg "what is this?"
-  talk (a line may name files)    python -m emu_jax.generate --checkpoint=DIR --chat
-  learn from examples             python -m emu_jax.generate --checkpoint=DIR dog.png "There are two dogs." cat.png "There is one cat." cow.png
-  draw                            python -m emu_jax.generate --checkpoint=DIR --decoder=DIR --image --out=dog.png "a photo of a dog"
-  blend two pictures              python -m emu_jax.generate --checkpoint=DIR --decoder=DIR --image --out=both.png cat.png tiger.png
-  what a picture's tokens hold    python -m emu_jax.generate --checkpoint=DIR --decoder=DIR --reconstruct --out=again.png cat.png
-  let chance choose               ... --temperature=0.7 --top-p=0.9 --seed=1
-  search for the likeliest        ... --beams=5 --length-penalty=-1
+Every PART is a piece of the prompt, in reading order: the path of an image, the path of a video (8
+of its frames), or else a text."""
+EPILOG = """\
+examples (each begins with: python -m emu_jax.generate --checkpoint=DIR):
 
-Text goes to standard output as it comes, all else to standard error. A drawing is saved in --out: its visual tokens as image-N.npy
-(float32 [N, D]), and with --decoder the picture as image-N.png; --out=FILE.png names the picture itself. A picture's metadata hold the prompt
-and the settings that drew it. No safety checker looks at pictures. Exit status: 0, or 2 for what you can put right, said in one line.
-"""
-SAMPLING = {
-    "max_new_tokens": "longest answer, in tokens; the end of the model's context ends it too",
-    "min_new_tokens": "no </s> before so many",
-    "temperature": "0: always the likeliest token; 1: as likely as the model says; below 1 more careful",
-    "top_k": "sample among the K likeliest tokens; 0: all",
-    "top_p": "sample among the likeliest that together have this probability",
-    "min_p": "sample among those at least this share as likely as the likeliest",
-    "repetition_penalty": "above 1: what was said before is less likely to be said again",
-    "beams": "keep so many answers in view, and print the best when it is complete",
-    "length_penalty": "of beams: log-probability / length ** this; below 0 favours short answers",
-    "stop": "end before this text; may be given several times",
-    "seed": "of what chance decides: the same seed, the same answer",
+  caption an image           photo.jpg
+  ask about it               --chat photo.jpg "What is this?"
+  chat in the terminal       --chat
+  learn from examples        dog.png "There are two dogs." cat.png "There is one cat." cow.png
+  generate an image          --image --decoder=DIR --out=dog.png "a photo of a dog"
+  blend two images           --image --decoder=DIR --out=both.png cat.png tiger.png
+  reconstruct an image       --reconstruct --decoder=DIR --out=again.png cat.png
+  sample                     --temperature=0.7 --top-p=0.9 --seed=1 photo.jpg
+  beam search                --beams=5 --length-penalty=-1 photo.jpg
+
+Text goes to standard output, everything else to standard error. A generated image is saved in --out
+as its visual tokens, image-1.npy (float32 [N, D]), and with --decoder also as image-1.png, whose
+metadata contain the prompt and the settings. Images are not checked for safety. Exit status: 0, 2
+for a user's mistake (explained in one line), 130 after Ctrl-C.
+
+python -m emu_jax.generate precompute --help: inputs of decoder training, made once."""
+# field of GenerationConfig -> help
+TEXT_OPTIONS = {
+    "max_new_tokens": "maximum length of the answer; the end of the context also ends it",
+    "min_new_tokens": "minimum length: no </s> before",
+    "temperature": "sampling temperature; 0: greedy",
+    "top_k": "sample among the K likeliest tokens; 0: off",
+    "top_p": "nucleus sampling: among the likeliest tokens with this total probability; 1: off",
+    "min_p": "sample among tokens at least this share as likely as the likeliest; 0: off",
+    "repetition_penalty": "above 1: tokens of the prompt and the answer become less likely",
+    "beams": "number of beams; with more than 1 the answer is printed when it is complete",
+    "length_penalty": "beams rank by log-probability / length^X; below 0 favours short answers",
+    "stop": "end the answer before this text; may be repeated",
+    "seed": "random seed of sampling and of the image decoder",
 }
 
 
 @dataclass
 class Output:
-    """Where drawings go: a folder, under the next free number, or a FILE.png; the second and later
-    ones of a file are FILE-2.png, ...
+    """Where generated images are saved: a folder, or a file name that ends in .png.
+
+    A folder gets image-1.npy, image-2.npy, ... from the first free number on; FILE.png is followed
+    by FILE-2.png, FILE-3.png, ...
     """
 
     path: Path
-    # what a picture's metadata say, but its seed: this is the first one's
-    told: dict[str, Any]
+    # of the first PNG; the seed of each further one is one higher
+    metadata: dict[str, Any]
     saved: int = 0
 
-    def save(self, drawing) -> Path:
-        """Writes it, whole or not at all; the path of the picture, or of the visual tokens where
-        there is none.
+    def save(self, image) -> Path:
+        """Write a GeneratedImage atomically; return the path of its pixels, if it has any.
+
+        Without pixels it is that of the visual tokens. Raises UserError if it cannot be written.
         """
         import numpy as np
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
 
         number = self.saved
-        self.saved = self.saved + 1
-        if self.path.suffix == ".png":
-            path = self.path.with_stem(f"{self.path.stem}-{number + 1}") if number else self.path
-        else:
-            taken = [
-                int(match[1])
-                for name in _names(self.path)
-                if (match := re.fullmatch(r"image-(\d+)\.npy", name))
-            ]
-            path = self.path / f"image-{max(taken, default=0) + 1}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.saved += 1
+        path = self._path(number)
         if path.suffix == ".npy":
-            _whole(path, lambda file: np.save(file, drawing.visual))
-        if drawing.pixels is None:
+            with cli.output_file(path, "wb") as file:
+                np.save(file, image.visual)
+        if image.pixels is None:
             return path
         info = PngInfo()
-        for name, value in (self.told | {"seed": self.told["seed"] + number}).items():
+        for name, value in (self.metadata | {"seed": self.metadata["seed"] + number}).items():
             info.add_itxt(name, str(value))
         path = path.with_suffix(".png")
-        _whole(path, lambda file: Image.fromarray(drawing.pixels).save(file, "png", pnginfo=info))
+        with cli.output_file(path, "wb") as file:
+            Image.fromarray(image.pixels).save(file, "png", pnginfo=info)
         return path
 
-
-def _names(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
-
-
-def _whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """A file, or none. Raises UserError where it cannot be written."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    def _path(self, number: int) -> Path:
+        """FILE.png or FILE-2.png, or the next image-N.npy of the folder."""
+        if self.path.suffix == ".png":
+            return self.path.with_stem(f"{self.path.stem}-{number + 1}") if number else self.path
+        names = os.listdir(self.path) if self.path.is_dir() else []
+        matches = [re.fullmatch(r"image-(\d+)\.npy", name) for name in names]
+        taken = [int(match[1]) for match in matches if match]
+        return self.path / f"image-{max(taken, default=0) + 1}.npy"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 for what the user can put right, said in one line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if arguments[:1] == ["precompute"]:
-            from emu_jax.generate import precompute
+    """Run the command and return its exit status."""
+    return cli.run(_command, arguments)
 
-            precompute.main(arguments[1:])
-            return 0
-        flags = _parse(arguments)
-        _run(flags)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+
+def _command(arguments: list[str]) -> None:
+    if arguments[:1] == ["precompute"]:
+        from emu_jax.generate import precompute
+
+        precompute.main(arguments[1:])
+    else:
+        _run(_parse(arguments))
 
 
 def _run(flags: argparse.Namespace) -> None:
-    # these take seconds to import: a wrong flag is answered at once
-    from emu_jax.generate import diffusion_decoder
-    from emu_jax.generate.session import Conversation, Session, mesh_of
+    # imported here, for they take seconds, and a wrong flag should fail at once
+    from emu_jax.generate.conversation import Conversation
+    from emu_jax.generate.placement import inference_mesh
+    from emu_jax.generate.session import Session
 
-    options = GenerationConfig(
-        **{
-            name: tuple(value) if isinstance(value := getattr(flags, name), list) else value
-            for name in SAMPLING
-        }
-    )
-    mesh = mesh_of(flags.checkpoint)
+    config = _generation_config(flags)
     session = Session.load(
         flags.checkpoint,
         ema=flags.ema,
         tokenizer=flags.tokenizer,
         truncate=flags.truncate,
-        mesh=mesh,
+        mesh=inference_mesh(flags.checkpoint),
     )
     parts = [_part(text) for text in flags.parts]
-    told = dict(prompt=" ".join(flags.parts), checkpoint=flags.checkpoint, software="emu_jax")
+    metadata = {
+        "prompt": " ".join(flags.parts),
+        "checkpoint": flags.checkpoint,
+        "software": "emu_jax",
+    }
     if flags.decoder:
-        given = {
-            name: value
-            for name in diffusion_decoder.SAMPLING_OPTIONS
-            if (value := getattr(flags, name)) is not None
-        }
-        session.image_decoder = diffusion_decoder.load(
-            flags.decoder,
-            session.model_config,
-            mesh=mesh,
-            overrides=given,
-            empty_prompt=lambda: session.generate_images([[]])[0],
-            seed=flags.seed,
-        )
-        told |= dict(decoder=flags.decoder, seed=flags.seed, **session.image_decoder.sampling)
-    out = Output(Path(flags.out), told)
+        session.image_decoder = _load_decoder(flags, session)
+        metadata |= {"decoder": flags.decoder, "seed": flags.seed}
+        metadata |= session.image_decoder.sampling
+    output = Output(Path(flags.out), metadata)
     conversation = Conversation(session, chat=flags.chat, system=flags.system)
     if not parts:
-        _talk(conversation, options, out)
+        _chat(conversation, config, output)
     elif flags.reconstruct:
-        _show(
-            session.decode_images(
-                session.encode_images(
-                    [media.load_image(part, session.processor.image_size) for part in parts]
-                )
-            ),
-            out,
-        )
+        size = session.processor.image_size
+        images = [media.load_image(Path(part), size) for part in flags.parts]
+        _show(session.decode_images(session.encode_images(images)), output)
     elif flags.image:
-        drawing = conversation.generate_image(parts, progress=True)
-        _show(
-            [drawing, *session.decode_images(drawing.visual[None].repeat(flags.count - 1, 0))], out
-        )
-    elif options.beams > 1:
-        print(
-            session.generate_texts(
-                [session.chat_prompt(parts, system=flags.system) if flags.chat else parts], options
-            )[0]
-        )
+        image = conversation.generate_image(parts, progress=True)
+        # the same visual tokens, decoded with further seeds
+        more = image.visual[None].repeat(flags.count - 1, 0)
+        _show([image, *session.decode_images(more)], output)
+    elif config.beams > 1:
+        prompt = session.chat_prompt(parts, system=flags.system) if flags.chat else parts
+        print(session.generate_texts([prompt], config)[0])
     else:
-        _show(conversation.reply(parts, options), out)
+        _show(conversation.reply(parts, config), output)
 
 
-def _talk(conversation, options, out: Output) -> None:
-    """Turns until the input ends. What is wrong with a turn is said, and the next one is
-    awaited.
-    """
+def _generation_config(flags: argparse.Namespace) -> GenerationConfig:
+    values: dict[str, Any] = {name: getattr(flags, name) for name in TEXT_OPTIONS}
+    values["stop"] = tuple(flags.stop)
+    return GenerationConfig(**values)
+
+
+def _load_decoder(flags: argparse.Namespace, session):
+    from emu_jax.generate import diffusion_decoder
+
+    options = {name: getattr(flags, name) for name in diffusion_decoder.SAMPLING_OPTIONS}
+    return diffusion_decoder.load(
+        flags.decoder,
+        session.model_config,
+        mesh=session.mesh,
+        overrides={name: value for name, value in options.items() if value is not None},
+        empty_prompt=lambda: session.generate_images([[]])[0],
+        seed=flags.seed,
+    )
+
+
+def _chat(conversation, config: GenerationConfig, output: Output) -> None:
+    """Reply to the lines of standard input; report a mistake and read the next line."""
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -205,103 +194,64 @@ def _talk(conversation, options, out: Output) -> None:
         if not line.strip():
             continue
         try:
-            _show(conversation.reply(_parts(line.strip()), options), out)
+            _show(conversation.reply(_split_line(line.strip()), config), output)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
-def _show(pieces: Iterable, out: Output) -> None:
-    """Text as it comes; drawings into `out`."""
-    said = ""
+def _show(pieces: Iterable, output: Output) -> None:
+    """Print texts as they come, and save images."""
+    line_is_open = False
     for piece in pieces:
         if isinstance(piece, str):
             print(piece, end="", flush=True)
-            said = piece
+            line_is_open = bool(piece)
         else:
-            print("\n" if said else "", end="", flush=True)
-            print(f"[image: {out.save(piece)}]", file=sys.stderr)
-            said = ""
-    print("\n" if said else "", end="", flush=True)
+            print("\n" if line_is_open else "", end="", flush=True)
+            print(f"[image: {output.save(piece)}]", file=sys.stderr)
+            line_is_open = False
+    print("\n" if line_is_open else "", end="", flush=True)
 
 
 def _part(text: str) -> str | Path:
     if media.is_media_file(text):
         return Path(text)
     if media.has_media_suffix(text) and " " not in text:
-        print(f"note: there is no file {text!r}: it is taken as text", file=sys.stderr)
+        print(f"note: file {text!r} not found, so it is part of the text", file=sys.stderr)
     return text
 
 
-def _parts(line: str) -> list[str | Path]:
-    """A line of a chat: words that name media files are those files."""
+def _split_line(line: str) -> list[str | Path]:
+    """Parts of a line of a chat: words that name media files, and the texts between them."""
     parts: list[str | Path] = []
+    text = ""
     for word in re.split(r"(\s+)", line):
         if media.is_media_file(word):
-            parts.append(Path(word))
-        elif parts and isinstance(parts[-1], str):
-            parts[-1] += word
+            parts += [text.strip(), Path(word)]
+            text = ""
         else:
-            parts.append(word)
-    return [
-        part for part in (part.strip() if isinstance(part, str) else part for part in parts) if part
-    ]
+            text += word
+    parts.append(text.strip())
+    return [part for part in parts if part]
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(
         prog="python -m emu_jax.generate",
-        description=__doc__.splitlines()[0].partition(": ")[2],
+        description=DESCRIPTION,
         epilog=EPILOG,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # one line, as everywhere
-    parser.error = _fail
     parser.add_argument(
-        "parts",
-        nargs="*",
-        metavar="PART",
-        help="a text, or the path of an image or video file; in reading order",
+        "parts", nargs="*", metavar="PART", help="text, or path of an image or video"
     )
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a run's workdir, or one of its checkpoints; it knows its tokenizer",
+        help="workdir of a training run, or one of its checkpoints",
     )
-    parser.add_argument(
-        "--image",
-        action="store_true",
-        help="draw: append [IMG] and regress an image's visual tokens",
-    )
-    parser.add_argument(
-        "--reconstruct",
-        action="store_true",
-        help="draw pictures from their own visual tokens, as the encoder makes them",
-    )
-    parser.add_argument(
-        "--decoder",
-        metavar="DIR",
-        help="a run of the stage decoder, or one of its checkpoints: drawings become pictures",
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="the chat format of a model tuned on instructions; without parts, a conversation",
-    )
-    parser.add_argument(
-        "--system",
-        metavar="TEXT",
-        help="chat: the system message; by default what the model was tuned with: "
-        "the release has one for an image, one for a video",
-    )
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    parser.add_argument(
-        "--out",
-        default="generated",
-        metavar="DIR",
-        help="where drawings are saved (generated), or with --decoder a FILE.png",
-    )
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights")
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
@@ -311,67 +261,94 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--truncate",
         choices=["never", "left"],
         default="never",
-        help="left: cut the beginning of a prompt longer than the context",
+        help="left: cut the beginning of a prompt that is too long; never: refuse it (default)",
     )
-    drawing = parser.add_argument_group("pictures (as the decoder's config says, unless given)")
-    drawing.add_argument("--sampler", metavar="NAME", help="pndm, ddim, euler, dpm++ or flow")
-    drawing.add_argument("--steps", type=int, metavar="N", help="of the sampler")
-    drawing.add_argument(
-        "--guidance",
-        type=float,
-        metavar="X",
-        help="how far away from the negative condition; 1: not at all",
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="use the chat format of an instruction-tuned model; without PART: in the terminal",
     )
-    drawing.add_argument(
-        "--rescale", type=float, metavar="X", help="takes guidance's contrast back, up to 1"
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help='system message of --chat, "" for none (default: what the model was tuned with)',
     )
-    drawing.add_argument(
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--image", action="store_true", help="generate an image instead of text: append [IMG]"
+    )
+    images.add_argument(
+        "--reconstruct",
+        action="store_true",
+        help="encode images to visual tokens and decode these again",
+    )
+    images.add_argument(
+        "--decoder",
+        metavar="DIR",
+        help="run or checkpoint of the stage decoder, which turns visual tokens into pixels",
+    )
+    images.add_argument(
+        "--out",
+        default="generated",
+        metavar="DIR",
+        help="folder for generated images, or with --decoder a FILE.png (default: generated)",
+    )
+    images.add_argument(
         "--count",
         type=int,
         default=1,
         metavar="N",
-        help="so many pictures, of --seed and the seeds after it (1)",
+        help="number of images, with the seeds --seed, --seed + 1, ... (default: 1)",
+    )
+    sampling = parser.add_argument_group("image sampling (default: the decoder's config.drawing)")
+    sampling.add_argument("--sampler", metavar="NAME", help="pndm, ddim, euler, dpm++ or flow")
+    sampling.add_argument("--steps", type=int, metavar="N", help="number of sampling steps")
+    sampling.add_argument("--guidance", type=float, metavar="X", help="guidance scale; 1: off")
+    sampling.add_argument(
+        "--rescale",
+        type=float,
+        metavar="X",
+        help="rescale of guidance, 0 (off) to 1: reduces overexposure",
     )
     text = parser.add_argument_group("text")
-    for name, meaning in SAMPLING.items():
+    for name, meaning in TEXT_OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
-        default = getattr(GenerationConfig, name)
         if name == "stop":
             text.add_argument(flag, help=meaning, action="append", default=[], metavar="TEXT")
-        else:
-            kind = type(default)
-            text.add_argument(
-                flag,
-                help=f"{meaning} ({default:g})",
-                type=kind,
-                default=default,
-                metavar="N" if kind is int else "X",
-            )
+            continue
+        default = getattr(GenerationConfig, name)
+        kind = type(default)
+        text.add_argument(
+            flag,
+            help=f"{meaning} (default: {default:g})",
+            type=kind,
+            default=default,
+            metavar="N" if kind is int else "X",
+        )
     flags = parser.parse_intermixed_args(arguments)
-    if not flags.parts and not flags.chat:
-        _fail("give a prompt: texts and files, in reading order; or --chat for a conversation")
-    if flags.image and not flags.parts:
-        _fail("--image needs a prompt: texts and files, in reading order")
-    if flags.parts and not any(part.strip() for part in flags.parts):
-        _fail("the prompt is empty")
-    if not flags.decoder and (flags.reconstruct or flags.out.endswith(".png") or flags.count != 1):
-        _fail(
-            "pictures, so --reconstruct, --count and --out=FILE.png, need a decoder: --decoder=DIR"
-        )
-    if flags.reconstruct and not (
-        flags.parts
-        and all(
-            media.is_media_file(part) and not media.is_video(Path(part)) for part in flags.parts
-        )
-    ):
-        _fail("--reconstruct takes image files that are there, and nothing else")
-    if flags.count < 1:
-        _fail(f"--count={flags.count} must be at least 1")
+    _check(flags)
     return flags
 
 
-def _fail(message: str) -> None:
-    raise UserError(message)
+def _check(flags: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together."""
+    if not flags.parts and not flags.chat:
+        raise UserError("give a prompt: texts and files in reading order; or --chat to chat")
+    if flags.image and not flags.parts:
+        raise UserError("--image needs a prompt: texts and files in reading order")
+    if flags.parts and not any(part.strip() for part in flags.parts):
+        raise UserError("the prompt is empty")
+    needs_decoder = flags.reconstruct or flags.out.endswith(".png") or flags.count != 1
+    if needs_decoder and not flags.decoder:
+        raise UserError("--reconstruct, --count and --out=FILE.png need a decoder: --decoder=DIR")
+    if flags.reconstruct:
+        are_images = [
+            media.is_media_file(part) and not media.is_video(Path(part)) for part in flags.parts
+        ]
+        if not are_images or not all(are_images):
+            raise UserError("--reconstruct takes existing image files and nothing else")
+    if flags.count < 1:
+        raise UserError(f"--count={flags.count} must be at least 1")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a model has read: the one thing that text and images are generated from, and that can be
-kept, shared and read on from.
+"""What the LLM has read so far: the state that text and images are generated from.
 
-Reading a then b is reading a + b: so a system message is read once for many prompts, a chat goes on
-from its last turn, and an image is 32 elements read one by one. Read next: text_decoding.py, image_decoding.py,
-session.py.
+Prefilling a and then b equals prefilling a + b. So a shared prefix is prefilled once for many
+prompts, a chat continues from its last turn, and an image is N embeddings fed back one by one. Read
+next: text_decoding.py, image_decoding.py, session.py.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import no_type_check
 
@@ -14,113 +14,124 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from emu_jax.models import emu, module
+from emu_jax.models import module
+from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.tree import Tree
 from emu_jax.types import KVCache
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with what are no arrays
+# JAX rebuilds it with leaves that are not arrays: no shape checks.
 @no_type_check
 class DecodeState:
-    """B rows, each a sequence of its own length."""
+    """The LLM after reading B rows, each of its own length."""
 
     cache: KVCache
-    # after the last element read, from which the next one is predicted
+    # of the last element read; the next element is predicted from it
     hidden: Float[Array, "B D"]
-    # elements read; the next one's position
+    # elements read, which is also the position of the next one
     lengths: Int[Array, "B"]
 
 
+def bind(config: EmuConfig, params: Tree) -> Emu:
+    """The Emu whose parameters are `params`, for use inside a jitted function."""
+    model = module.bind(Emu, config, params)
+    assert isinstance(model, Emu)
+    return model
+
+
 @partial(jax.jit, static_argnums=(0, 2, 3))
-def init(config: emu.EmuConfig, params: Tree, rows: int, capacity: int) -> DecodeState:
-    """Nothing read yet, and room for `capacity` elements a row."""
-    cache = module.bind(emu.Emu, config, params).llama.empty_cache(rows, capacity, config.compute)
-    return DecodeState(
-        cache, jnp.zeros((rows, config.llama.width), config.compute), jnp.zeros(rows, jnp.int32)
-    )
+def init(config: EmuConfig, params: Tree, rows: int, capacity: int) -> DecodeState:
+    """Make the state of `rows` rows that have read nothing, with room for `capacity` elements."""
+    cache = bind(config, params).llama.empty_cache(rows, capacity, config.compute)
+    hidden = jnp.zeros((rows, config.llama.width), config.compute)
+    return DecodeState(cache, hidden, jnp.zeros(rows, jnp.int32))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def expand(state: DecodeState, repeats: int, capacity: int) -> DecodeState:
-    """A copy with every row `repeats` over, next to each other, and room for `capacity` elements (as
-    many as there are, or more).
-    """
-    more = capacity - state.cache.capacity
+    """Copy a state, with every row repeated and the cache grown to `capacity` elements.
 
-    def each(x, axis):
+    Copies of a row are neighbours. capacity: at least the cache's own.
+    """
+    free = capacity - state.cache.capacity
+
+    def repeat(x, axis):
         return jnp.repeat(x, repeats, axis) if repeats > 1 else jnp.copy(x)
 
-    def room(x, axis):
-        return jnp.pad(each(x, axis), [(0, more if k == axis + 1 else 0) for k in range(x.ndim)])
+    def grow(x, rows_axis):
+        padding = [(0, free if axis == rows_axis + 1 else 0) for axis in range(x.ndim)]
+        return jnp.pad(repeat(x, rows_axis), padding)
 
     cache = state.cache
-    cache = cache.replace(
-        k=room(cache.k, 1),
-        v=room(cache.v, 1),
-        positions=room(cache.positions, 0),
-        segments=room(cache.segments, 0),
+    cache = replace(
+        cache,
+        k=grow(cache.k, 1),
+        v=grow(cache.v, 1),
+        positions=grow(cache.positions, 0),
+        segments=grow(cache.segments, 0),
     )
-    return DecodeState(cache, each(state.hidden, 0), each(state.lengths, 0))
+    return DecodeState(cache, repeat(state.hidden, 0), repeat(state.lengths, 0))
 
 
 @partial(jax.jit, static_argnums=0)
 def encode_images(
-    config: emu.EmuConfig, params: Tree, images: UInt8[Array, "M h w 3"]
+    config: EmuConfig, params: Tree, images: UInt8[Array, "M h w 3"]
 ) -> Float[Array, "M N D"]:
-    """The visual tokens of images."""
-    return module.bind(emu.Emu, config, params).encode(images)
+    """Encode images as visual tokens."""
+    return bind(config, params).encode(images)
 
 
 @partial(jax.jit, static_argnums=0)
 def embed(
-    config: emu.EmuConfig,
+    config: EmuConfig,
     params: Tree,
     tokens: Int[Array, "B T"],
     visual: Float[Array, "M N D"],
     images: Int[Array, "B I"],
     slots: Int[Array, "B I"],
 ) -> Float[Array, "B T D"]:
-    """The LLM's input for ids; the i-th image of row b is visual[images[b, i]], from slots[b, i] on
-    (T for no image).
+    """Make the LLM's input from ids and visual tokens.
+
+    The i-th image of row b is visual[images[b, i]] and starts at slots[b, i]; T for no image.
     """
-    return module.bind(emu.Emu, config, params).interleave(tokens, visual[images], slots)
+    return bind(config, params).interleave(tokens, visual[images], slots)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill(
-    config: emu.EmuConfig,
+    config: EmuConfig,
     params: Tree,
     state: DecodeState,
     x: Float[Array, "B T D"],
     lengths: Int[Array, "B"],
 ) -> DecodeState:
-    """The state after the first `lengths` elements of each row of x; it needs room for T."""
-    return extend(module.bind(emu.Emu, config, params), state, x, lengths)
+    """Read the first `lengths` elements of each row of x.
+
+    The cache needs T free slots. Donates `state`: it cannot be used again.
+    """
+    return extend(bind(config, params), state, x, lengths)
 
 
 def extend(
-    model: emu.Emu, state: DecodeState, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
+    model: Emu, state: DecodeState, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
 ) -> DecodeState:
-    """As `prefill`, inside a jitted function."""
-    return advance(state, *forward(model, state, x, lengths), lengths)
+    """Do what `prefill` does, inside a jitted function."""
+    hidden, cache = forward(model, state, x, lengths)
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
+    # a row that reads nothing keeps its hidden state
+    last = jnp.where(lengths[:, None] > 0, last, state.hidden)
+    return DecodeState(cache, last, state.lengths + lengths)
 
 
 def forward(
-    model: emu.Emu, state: DecodeState, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
+    model: Emu, state: DecodeState, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Hidden states of elements that go on from the state, and the cache with them."""
-    real = jnp.arange(x.shape[1]) < lengths[:, None]
-    positions = jnp.where(real, state.lengths[:, None] + jnp.arange(x.shape[1]), 0)
-    return model.llama(
-        x, positions, real.astype(jnp.int32), state.cache, kernel=model.config.attention
-    )
-
-
-def advance(
-    state: DecodeState, hidden: Float[Array, "B T D"], cache: KVCache, lengths: Int[Array, "B"]
-) -> DecodeState:
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
-    return DecodeState(
-        cache, jnp.where(lengths[:, None] > 0, last, state.hidden), state.lengths + lengths
-    )
+    """Hidden states of x as the continuation of the state, and the cache with x in it."""
+    steps = jnp.arange(x.shape[1])
+    real = steps < lengths[:, None]
+    positions = jnp.where(real, state.lengths[:, None] + steps, 0)
+    segments = real.astype(jnp.int32)
+    hidden, cache = model.llama(x, positions, segments, state.cache, kernel=model.config.attention)
+    assert cache is not None
+    return hidden, cache

@@ -1,29 +1,35 @@
-"""Pictures from visual tokens: the decoder's U-Net, sampled with guidance, and its autoencoder.
-Read next: samplers.py.
+"""Visual tokens to pixels: guided diffusion of latents, then the autoencoder.
+
+Section 2.1 of the paper: Stable Diffusion with visual tokens in place of text. Read next:
+samplers.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from emu_jax import checkpoint, sharding, tree
+from emu_jax import checkpoint
+from emu_jax.batching import pad_batch
 from emu_jax.config import UserError, from_dict
 from emu_jax.generate import samplers
+from emu_jax.generate.placement import abstract_params
 from emu_jax.models import module
 from emu_jax.models.decoder import Canvas, DecoderConfig
 from emu_jax.models.diffusion import Diffusion
 from emu_jax.models.emu import EmuConfig
 from emu_jax.tree import Tree
 
-# what `draw` is told of config.drawing
+# fields of config.drawing that `sample` takes
 SAMPLING_OPTIONS = ("sampler", "steps", "guidance", "rescale")
+# values of config.drawing.negative
 NEGATIVES = ("empty", "zeros")
-# images at once
+# images at once, on each device group of a mesh
 BATCH = 8
 
 
@@ -39,19 +45,19 @@ def sample(
     guidance: float,
     rescale: float = 0.0,
 ) -> UInt8[Array, "B h w 3"]:
-    """A picture of each condition, a function of its seed. `negative`: from what guidance leads
-    away: the visual tokens that the model makes of the empty prompt (Emu's way), or None for the
-    zeros of a dropped condition. Raises UserError for a sampler or steps that are not there.
+    """Sample one image for each condition, a function of the condition and its seed.
+
+    negative: the condition that guidance leads away from. Emu takes the visual tokens that the
+    model generates for the empty prompt; None means zeros, which training uses for a dropped
+    condition. sampler, steps, guidance, rescale: see samplers.py. Raises UserError for an unknown
+    sampler and an invalid number of steps.
     """
     schedule = samplers.schedule_for(model_config.diffusion, sampler, steps)
-    model = module.bind(
-        Canvas, model_config, {tower: params[tower] for tower in ("unet", "vae") if tower in params}
-    )
-    unconditional = (
-        jnp.zeros_like(condition)
-        if negative is None
-        else jnp.broadcast_to(negative, condition.shape)
-    )
+    towers = {tower: params[tower] for tower in ("unet", "vae") if tower in params}
+    model: Any = module.bind(Canvas, model_config, towers)
+    unconditional = jnp.zeros_like(condition)
+    if negative is not None:
+        unconditional = jnp.broadcast_to(negative, condition.shape)
     denoise = samplers.guided_denoiser(
         model_config.diffusion,
         model.predict,
@@ -60,32 +66,33 @@ def sample(
         guidance=guidance,
         rescale=rescale,
     )
-    return model.pixels(
-        samplers.SAMPLERS[sampler].run(
-            denoise, samplers.initial_noise(seeds, model_config.latents), schedule
-        )
-    )
+    noise = samplers.initial_noise(seeds, model_config.latents)
+    return model.pixels(samplers.SAMPLERS[sampler].run(denoise, noise, schedule))
 
 
-def check_sampling(diffusion: Diffusion, sampling: dict) -> None:
-    """Raises UserError for a config.drawing that says what is not there."""
-    samplers.schedule_for(diffusion, sampling["sampler"], sampling["steps"])
-    if sampling["negative"] not in NEGATIVES:
+def check_sampling(diffusion: Diffusion, drawing: Mapping[str, Any]) -> None:
+    """Raise UserError for an invalid sampler, number of steps or negative in config.drawing."""
+    samplers.schedule_for(diffusion, drawing["sampler"], drawing["steps"])
+    if drawing["negative"] not in NEGATIVES:
         raise UserError(
-            f"drawing.negative={sampling['negative']!r} is not one of {', '.join(NEGATIVES)}"
+            f"drawing.negative={drawing['negative']!r} is not one of {', '.join(NEGATIVES)}"
         )
 
 
 class DiffusionDecoder:
-    """A trained decoder in use: paint(visual) are images, the first with the seed `seed`, the
-    next with seed + 1, ...
+    """A trained image decoder: call it with visual tokens to get pixels.
+
+        decoder = diffusion_decoder.load("runs/decoder", session.model_config)
+        images = decoder(session.generate_images([["a photo of a dog"]]))   # uint8 [1, h, w, 3]
+
+    The first image has the seed `seed`, the next one seed + 1, and so on over all calls.
     """
 
     def __init__(
         self,
         model_config: DecoderConfig,
         params: Tree,
-        sampling: dict,
+        sampling: Mapping[str, Any],
         *,
         negative: Float[np.ndarray, "N D"] | None = None,
         seed: int = 0,
@@ -93,8 +100,9 @@ class DiffusionDecoder:
         safety_checker: Callable[[UInt8[np.ndarray, "B h w 3"]], Bool[np.ndarray, "B"]]
         | None = None,
     ):
-        """sampling: the fields SAMPLING_OPTIONS of config.drawing. check: says which images may be shown (a safety
-        checker); the others come out black.
+        """sampling: the fields SAMPLING_OPTIONS of config.drawing. negative: as in `sample`.
+
+        safety_checker: tells which images may be shown; the others come out black.
         """
         self.model_config = model_config
         self.params = params
@@ -103,34 +111,33 @@ class DiffusionDecoder:
         self.seed = seed
         self.mesh = mesh
         self.safety_checker = safety_checker
+        # rows of a batch, which the devices of a mesh must divide
         self.rows = BATCH if mesh is None else -(-BATCH // mesh.size) * mesh.size
         self._sample = jax.jit(partial(sample, model_config, **sampling))
 
     def __call__(
         self, visual: Float[np.ndarray, "M N D"], seeds: Int[np.ndarray, "M"] | None = None
     ) -> UInt8[np.ndarray, "M h w 3"]:
+        """Decode visual tokens. seeds: one for each image, in place of the decoder's own."""
         if seeds is None:
             seeds = self.seed + np.arange(len(visual))
             self.seed += len(visual)
-        found = [np.zeros((0, self.model_config.image, self.model_config.image, 3), np.uint8)]
-        for start in range(0, len(visual), self.rows):
-            rows = np.minimum(
-                np.arange(start, start + (self.rows if self.mesh or len(visual) > 1 else 1)),
-                len(visual) - 1,
-            )
+        # a single image on a single device is not padded to a batch
+        rows = self.rows if self.mesh or len(visual) > 1 else 1
+        side = self.model_config.image
+        found = [np.zeros((0, side, side, 3), np.uint8)]
+        for start in range(0, len(visual), rows):
+            condition = visual[start : start + rows]
+            padded = np.stack(pad_batch(condition, rows))
+            padded_seeds = np.array(pad_batch(seeds[start : start + rows], rows))
             with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-                images = np.asarray(
-                    self._sample(self.params, jnp.asarray(visual[rows]), seeds[rows], self.negative)
-                )
-            found.append(images[: len(visual) - start])
+                images = self._sample(self.params, jnp.asarray(padded), padded_seeds, self.negative)
+            found.append(np.asarray(images)[: len(condition)])
         images = np.concatenate(found)
-        return (
-            images
-            if self.safety_checker is None
-            else np.where(self.safety_checker(images)[:, None, None, None], images, 0).astype(
-                np.uint8
-            )
-        )
+        if self.safety_checker is None:
+            return images
+        shown = self.safety_checker(images)
+        return np.where(shown[:, None, None, None], images, 0).astype(np.uint8)
 
 
 def load(
@@ -138,16 +145,17 @@ def load(
     like: EmuConfig,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    overrides: dict | None = None,
+    overrides: Mapping[str, Any] | None = None,
     empty_prompt: Callable[[], Float[np.ndarray, "N D"]] | None = None,
     seed: int = 0,
 ) -> DiffusionDecoder:
-    """The painter of a run of the stage `decoder`, or of one of its checkpoints, with averaged
-    weights where it has them.
+    """Load a decoder from a run of the stage `decoder` or one of its checkpoints.
 
-    like: the model whose visual tokens it is to draw. overrides: fields of config.drawing that differ
-    from its config's. empty_prompt(): what that model makes of the empty prompt, asked where guidance
-    leads unconditional from it. Raises UserError for no decoder, or one for other visual tokens.
+    Takes the moving average of the weights if the run has one. like: config of the model whose
+    visual tokens are to be decoded. overrides: fields of config.drawing in place of the run's.
+    empty_prompt: returns the visual tokens that the model generates for the empty prompt; called
+    only if guidance leads away from them. Raises UserError for a checkpoint of a different stage,
+    or of a decoder for visual tokens of a different shape.
     """
     config = checkpoint.read_config(directory)
     if config["stage"] != "decoder":
@@ -155,48 +163,28 @@ def load(
             f"the checkpoint in '{directory}' is of the stage {config['stage']!r}, not a decoder's"
         )
     model_config = DecoderConfig.of(from_dict(config["model"]).to_dict())
-    takes, makes = ([each.resampler.tokens, each.llama.width] for each in (model_config.emu, like))
+    takes = [model_config.emu.resampler.tokens, model_config.emu.llama.width]
+    makes = [like.resampler.tokens, like.llama.width]
     if takes != makes:
         raise UserError(
-            f"the decoder in '{directory}' draws visual tokens {takes}, and the model makes {makes} (their number and width)"
+            f"the decoder in '{directory}' takes visual tokens {takes}, but the model makes "
+            f"{makes} (their number and width)"
         )
-    sampling = config["drawing"] | (overrides or {})
-    check_sampling(model_config.diffusion, sampling)
+    drawing = config["drawing"] | dict(overrides or {})
+    check_sampling(model_config.diffusion, drawing)
     params = checkpoint.restore_params(
         directory,
-        abstract_params(model_config, mesh, model_config.emu.compute),
+        abstract_params(module.abstract(Canvas, model_config), mesh, model_config.emu.compute),
         ema=config["optim"]["ema"] > 0,
     )
-    negative = (
-        empty_prompt()
-        if empty_prompt and sampling["negative"] == "empty" and sampling["guidance"] != 1
-        else None
-    )
+    negative = None
+    if empty_prompt and drawing["negative"] == "empty" and drawing["guidance"] != 1:
+        negative = empty_prompt()
     return DiffusionDecoder(
         model_config,
         params,
-        {name: sampling[name] for name in SAMPLING_OPTIONS},
+        {name: drawing[name] for name in SAMPLING_OPTIONS},
         negative=negative,
         seed=seed,
         mesh=mesh,
-    )
-
-
-def abstract_params(
-    model_config: DecoderConfig, mesh: jax.sharding.Mesh | None, matrices: str
-) -> Tree:
-    """Shapes of the towers that draw, laid out by the table of training, with matrices in the dtype
-    `matrices`.
-    """
-    shapes = module.abstract(Canvas, model_config)
-    places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
-
-    def dtype(path, leaf):
-        return matrices if sharding.is_matrix(path) else leaf.dtype
-
-    return tree.unflatten(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
-            for path, leaf in tree.leaves(shapes)
-        }
     )

@@ -1,4 +1,4 @@
-"""What a user may say about how text is generated. Read next: sampling.py."""
+"""Settings of text generation. Read next: logits_process.py."""
 
 from dataclasses import dataclass
 
@@ -7,31 +7,32 @@ from emu_jax.config import UserError
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How text is generated. Greedy unless there is a temperature or there are beams."""
+    """How text is generated: greedily, unless there is a temperature or more than one beam.
+
+    Raises UserError for values out of range or that exclude each other.
+    """
 
     max_new_tokens: int = 128
-    # before it, no </s>
+    # no </s> before
     min_new_tokens: int = 0
-    # 0: the likeliest token
+    # 0: greedy
     temperature: float = 0.0
-    # sample among the k likeliest; 0: all
+    # sample among the k likeliest; 0: among all
     top_k: int = 0
-    # among the likeliest that together have probability p
+    # sample among the likeliest that together have probability p (nucleus sampling)
     top_p: float = 1.0
-    # among those with at least this share of the likeliest's probability
+    # sample among those at least min_p times as likely as the likeliest
     min_p: float = 0.0
-    # scores of ids that were in the prompt or the answer: divided by it if positive, else
-    # multiplied
+    # ids of the prompt and the answer: positive scores are divided by it, negative ones multiplied
     repetition_penalty: float = 1.0
     beams: int = 1
-    # of beams: a hypothesis scores its log-probability / length ** length_penalty
+    # beam search ranks answers by log-probability / length ** length_penalty
     length_penalty: float = 1.0
-    # texts before which an answer ends
+    # strings that end the answer, and are not part of it
     stop: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self):
-        """Raises UserError for what is out of range, or does not go together."""
         for name, low, high in (
             ("max_new_tokens", 1, None),
             ("min_new_tokens", 0, self.max_new_tokens),
@@ -43,18 +44,19 @@ class GenerationConfig:
             ("beams", 1, 64),
         ):
             value = getattr(self, name)
+            # NaN fails every comparison
             if not value >= low or (high is not None and value > high):
-                raise UserError(
-                    f"{name}={value} must be at least {low}"
-                    + ("" if high is None else f" and at most {high}")
-                )
+                limits = f"at least {low}" + ("" if high is None else f" and at most {high}")
+                raise UserError(f"{name}={value} must be {limits}")
         if "" in self.stop:
             raise UserError("a stop string must not be empty")
         if self.beams > 1 and self.temperature:
             raise UserError(
-                f"beams={self.beams} seek the likeliest answer, temperature={self.temperature} draws one at random: choose one of them"
+                f"beams={self.beams} and temperature={self.temperature} exclude each other: "
+                "beam search does not sample; set one of them"
             )
         if not self.temperature and (self.top_k or self.top_p < 1 or self.min_p):
             raise UserError(
-                "top_k, top_p and min_p choose among samples: they need a temperature, for example temperature=1"
+                "top_k, top_p and min_p restrict sampling, so they need a temperature, "
+                "for example temperature=1"
             )

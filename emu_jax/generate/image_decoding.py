@@ -1,59 +1,63 @@
-"""An image: N embeddings, each regressed from the hidden state and read as the next input (section
-2.2 of the paper). No noise.
+"""Image generation: N visual tokens, each regressed and fed back as the next input.
 
-Read next: text_decoding.py.
+Section 2.2 of the paper. Deterministic: what turns visual tokens into pixels is the diffusion
+decoder. Read next: text_decoding.py, then diffusion_decoder.py.
 """
 
 from functools import partial
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
 
 from emu_jax.generate import decode_state
 from emu_jax.generate.decode_state import DecodeState
-from emu_jax.models import emu, module
+from emu_jax.models.emu import EmuConfig
 from emu_jax.tree import Tree
 
 
+class GeneratedImage(NamedTuple):
+    """An image that the model generated."""
+
+    # float32; also a part of later prompts, as it is
+    visual: Float[np.ndarray, "N D"]
+    # None without an image decoder
+    pixels: UInt8[np.ndarray, "h w 3"] | None
+
+
 @flax.struct.dataclass
-# JAX rebuilds it with what are no arrays
+# JAX rebuilds it with leaves that are not arrays: no shape checks.
 @no_type_check
 class ImageDecodeState:
-    """Images that are being drawn; of each row's N visual tokens the first `count` are there, and
-    read.
-    """
+    """One image a row: the first `count` of its N visual tokens exist and were read."""
 
     llm: DecodeState
     visual: Float[Array, "B N D"]
     count: Int[Array, ""]
 
 
-def start(config: emu.EmuConfig, llm: DecodeState) -> ImageDecodeState:
-    """From a context whose rows have read `[IMG]` last, and that has room for N."""
+def start(config: EmuConfig, llm: DecodeState) -> ImageDecodeState:
+    """Begin an image in each row; every row must have read `[IMG]` last and have N free slots."""
     rows = llm.lengths.shape[0]
-    return ImageDecodeState(
-        llm,
-        jnp.zeros((rows, config.resampler.tokens, config.llama.width), config.compute),
-        jnp.int32(0),
-    )
+    shape = (rows, config.resampler.tokens, config.llama.width)
+    return ImageDecodeState(llm, jnp.zeros(shape, config.compute), jnp.int32(0))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def regress(
-    config: emu.EmuConfig, params: Tree, state: ImageDecodeState, until: Int[Array, ""]
+    config: EmuConfig, params: Tree, state: ImageDecodeState, until: Int[Array, ""]
 ) -> ImageDecodeState:
-    """The state with its first `until` visual tokens (N at most)."""
-    model = module.bind(emu.Emu, config, params)
+    """Regress visual tokens until there are `until` of them, at most N. Donates `state`."""
+    model = decode_state.bind(config, params)
     one_each = jnp.ones_like(state.llm.lengths)
 
     def step(state: ImageDecodeState) -> ImageDecodeState:
-        z = model.regress_head(state.llm.hidden[:, None])
-        visual = jax.lax.dynamic_update_slice_in_dim(state.visual, z, state.count, 1)
-        return ImageDecodeState(
-            decode_state.extend(model, state.llm, z, one_each), visual, state.count + 1
-        )
+        token = model.regress_head(state.llm.hidden[:, None])
+        visual = jax.lax.dynamic_update_slice_in_dim(state.visual, token, state.count, 1)
+        llm = decode_state.extend(model, state.llm, token, one_each)
+        return ImageDecodeState(llm, visual, state.count + 1)
 
     return jax.lax.while_loop(lambda state: state.count < until, step, state)

@@ -1,8 +1,7 @@
-"""Scores of the next token to what may be chosen, with Hugging Face's definitions. What is
-forbidden scores -inf.
+"""Scores of the next token: penalties, masks and sampling, as Hugging Face defines them.
 
-Pure functions on [B, V]; the numbers may be traced, so that one compiled loop serves all of them.
-Read next: text_decoding.py.
+Pure functions on scores [B, V]; a forbidden id scores -inf. All settings may be traced, so that one
+compiled loop serves them all. Read next: text_decoding.py.
 """
 
 from typing import no_type_check
@@ -10,33 +9,37 @@ from typing import no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.generate.trie import Trie
 
+# What a compiled function takes: NumPy's arrays before the call, JAX's inside.
+AnyArray = Array | np.ndarray
+
 
 @flax.struct.dataclass
-# JAX rebuilds it with what are no arrays
+# JAX rebuilds it with leaves that are not arrays: no shape checks.
 @no_type_check
 class SamplingMetadata:
-    """`GenerationConfig` (generation_config.py) and what else bears on the choice of a token, for a compiled loop."""
+    """A `GenerationConfig`, limits and masks, as arrays for a compiled loop."""
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    min_p: Float[Array, ""]
-    repetition_penalty: Float[Array, ""]
-    length_penalty: Float[Array, ""]
-    min_new_tokens: Int[Array, ""]
-    # new tokens that a row may have
-    max_new_tokens: Int[Array, "B"]
+    temperature: Float[AnyArray, ""]
+    top_k: Int[AnyArray, ""]
+    top_p: Float[AnyArray, ""]
+    min_p: Float[AnyArray, ""]
+    repetition_penalty: Float[AnyArray, ""]
+    length_penalty: Float[AnyArray, ""]
+    min_new_tokens: Int[AnyArray, ""]
+    # of each row: the context may end before the config's limit
+    max_new_tokens: Int[AnyArray, "B"]
     # ids that may be chosen at all
-    allowed: Bool[Array, "V"]
+    allowed: Bool[AnyArray, "V"]
     # ids after which a row is done
-    stop_ids: Bool[Array, "V"]
-    # ids of the prompts; V or more for none
-    prompt_ids: Int[Array, "B T"]
-    # of the answers to choose from
+    stop_ids: Bool[AnyArray, "V"]
+    # ids of the prompts, for the repetition penalty; V for no id
+    prompt_ids: Int[AnyArray, "B T"]
+    # of the allowed answers; None if every answer is allowed
     trie: Trie | None
 
 
@@ -48,59 +51,62 @@ def process_logits(
     count: Int[Array, ""],
     eos: int,
 ) -> Float[Array, "B V"]:
-    """Repetition penalty, no early </s>, and the trie; before anything is drawn, or added up by
-    beams.
+    """Apply what holds for greedy decoding, sampling and beams alike.
+
+    That is the repetition penalty, no </s> before min_new_tokens, the allowed ids, and the trie.
+    previous_ids: of prompt and answer; V for no id. node: where each row is in the trie. count: ids
+    of the answer so far.
     """
     V = scores.shape[-1]
     scores = repetition_penalty(scores, previous_ids, metadata.repetition_penalty)
-    scores = jnp.where((jnp.arange(V) == eos) & (count < metadata.min_new_tokens), -jnp.inf, scores)
-    allowed = (
-        metadata.allowed
-        if metadata.trie is None
-        else metadata.allowed & metadata.trie.allowed(node, V)
-    )
+    too_early = (jnp.arange(V) == eos) & (count < metadata.min_new_tokens)
+    scores = jnp.where(too_early, -jnp.inf, scores)
+    allowed = metadata.allowed
+    if metadata.trie is not None:
+        allowed = allowed & metadata.trie.allowed(node, V)
     return jnp.where(allowed, scores, -jnp.inf)
 
 
 def sample(
     scores: Float[Array, "B V"], metadata: SamplingMetadata, keys: Key[Array, "B"]
 ) -> Int[Array, "B"]:
-    """One id a row, at random; `keys` has one of each row."""
+    """Sample one id a row from processed scores, with the row's own key."""
     scores = scores / metadata.temperature
-    for keep, value in ((top_k, metadata.top_k), (top_p, metadata.top_p), (min_p, metadata.min_p)):
-        scores = keep(scores, value)
+    scores = top_k(scores, metadata.top_k)
+    scores = top_p(scores, metadata.top_p)
+    scores = min_p(scores, metadata.min_p)
     return jax.vmap(jax.random.categorical)(keys, scores)
 
 
 def repetition_penalty(
-    scores: Float[Array, "B V"], previous_ids: Int[Array, "B T"], penalty: Float[Array, ""]
+    scores: Float[Array, "B V"], previous_ids: Int[Array, "B T"], penalty: Float[AnyArray, ""]
 ) -> Float[Array, "B V"]:
-    """Scores of ids in `previous_ids` (V or more: none), once each, divided by the penalty where positive,
-    else multiplied by it.
+    """Divide positive scores of previous ids by the penalty, and multiply negative ones by it.
+
+    An id counts once, however often it occurs. Ids of V or more are ignored.
     """
     rows = jnp.arange(scores.shape[0])[:, None]
     seen = jnp.zeros(scores.shape, bool).at[rows, previous_ids].set(True, mode="drop")
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def top_k(scores: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
-    """Without all that is below the k-th largest; 0 keeps all."""
+def top_k(scores: Float[Array, "B V"], k: Int[AnyArray, ""]) -> Float[Array, "B V"]:
+    """Keep the k highest scores, and ties with the k-th; 0 keeps all."""
     V = scores.shape[-1]
-    least = jnp.sort(scores, -1)[:, V - jnp.where(k > 0, jnp.minimum(k, V), V)]
-    return jnp.where(scores < least[:, None], -jnp.inf, scores)
+    kept = jnp.where(k > 0, jnp.minimum(k, V), V)
+    lowest = jnp.sort(scores, -1)[:, V - kept]
+    return jnp.where(scores < lowest[:, None], -jnp.inf, scores)
 
 
-def top_p(scores: Float[Array, "B V"], p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """Without the least likely whose probabilities add up to at most 1 - p; the likeliest always
-    stays.
-    """
+def top_p(scores: Float[Array, "B V"], p: Float[AnyArray, ""]) -> Float[Array, "B V"]:
+    """Drop the least likely ids of total probability 1 - p or less, never the likeliest."""
     ascending = jnp.sort(scores, -1)
     keep = (jnp.cumsum(jax.nn.softmax(ascending, -1), -1) > 1 - p).at[:, -1].set(True)
-    least = jnp.min(jnp.where(keep, ascending, jnp.inf), -1)
-    return jnp.where((scores < least[:, None]) & (p < 1), -jnp.inf, scores)
+    lowest = jnp.min(jnp.where(keep, ascending, jnp.inf), -1)
+    return jnp.where((scores < lowest[:, None]) & (p < 1), -jnp.inf, scores)
 
 
-def min_p(scores: Float[Array, "B V"], p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """Without those of a probability less than p times the likeliest's."""
+def min_p(scores: Float[Array, "B V"], p: Float[AnyArray, ""]) -> Float[Array, "B V"]:
+    """Drop ids less likely than p times the likeliest."""
     probs = jax.nn.softmax(scores, -1)
     return jnp.where(probs < p * probs.max(-1, keepdims=True), -jnp.inf, scores)

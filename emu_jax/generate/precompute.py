@@ -1,20 +1,16 @@
-"""python -m emu_jax.generate precompute --config=configs/decoder.py --to=DIR: what a decoder's
-training reads, made once for all epochs.
+"""python -m emu_jax.generate precompute: inputs of decoder training, computed once.
 
-For every document of data.mixture and data.eval_mixture: the conditions, which are the visual
-tokens of its first image that the LLM regresses from what stands before it (section 2.3 of the
-paper); or with --latents the moments that the autoencoder finds in that image. Shards that are
-there are kept, so the same command goes on; hosts take turns. The training reads them with
-data.conditions=DIR and model.decoder.condition=generated, or with data.latents=DIR. Read next:
-../data/precomputed.py.
+For the first image of every document of data.mixture and data.eval_mixture: the visual tokens that
+the LLM generates for what stands before it (section 2.3 of the paper), or with --latents the
+moments that the autoencoder encodes it to. Existing shards are kept, so the same command resumes;
+hosts share the work. Read next: ../data/precomputed.py.
 """
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +18,8 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from emu_jax import checkpoint, config, sharding
+from emu_jax import checkpoint, cli, config, sharding
+from emu_jax.batching import pad_batch
 from emu_jax.config import UserError
 from emu_jax.data import sources
 from emu_jax.data.documents import images_of
@@ -36,169 +33,193 @@ from emu_jax.data.precomputed import (
 )
 from emu_jax.data.sequence import Document, Pair, Text
 from emu_jax.data.sources import CorruptRecord, Source
-from emu_jax.generate import diffusion_decoder
-from emu_jax.generate.session import Parts, Session, mesh_of
+from emu_jax.generate.placement import abstract_params, inference_mesh
+from emu_jax.generate.processor import Parts
+from emu_jax.generate.session import Session
 from emu_jax.models import module
-from emu_jax.models.decoder import DecoderConfig, moments
+from emu_jax.models.decoder import Canvas, DecoderConfig, moments
 from emu_jax.models.vae import Vae
 
-# at once; images on each device
+# prompts at once
 PROMPTS = 64
+# images at once on each device
 IMAGES = 8
-# a tower, and what it is
-MADE_BY = {"conditions": ("llama", "a language model"), "latents": ("vae", "an autoencoder")}
+# kind -> (the tower that computes it, in words)
+COMPUTED_BY = {"conditions": ("llama", "a language model"), "latents": ("vae", "an autoencoder")}
 
 
-class Maker(NamedTuple):
-    """What makes arrays of one kind: `part(document)` is what a document's array is made of, None
-    where it has none; `arrays([part, ...])` are theirs; `told`, JSON-able, says by what; `side`:
-    pixels a side of the documents' images.
-    """
+class Recipe(NamedTuple):
+    """How the arrays of one kind are computed."""
 
-    told: dict[str, Any]
-    side: int
-    part: Callable[[Document], Any]
-    arrays: Callable[[list], Float[np.ndarray, "n ..."]]
+    # JSON of DIR/KIND.json: the weights, and the shape of an array
+    metadata: dict[str, Any]
+    # height and width to which the documents' images are resized
+    image_size: int
+    # what a document's array is computed from; None for a document without an image
+    input_of: Callable[[Document], Any]
+    # from any number of such inputs to their arrays
+    compute: Callable[[list], Float[np.ndarray, "n ..."]]
+
+
+class Shard(NamedTuple):
+    """One file of arrays that is to be made."""
+
+    source: Source
+    number: int
+    path: Path
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UserError for what the user can put right."""
+    """Run the command. Raises UserError for a user's mistake."""
     own = [argument for argument in arguments if not argument.startswith("--config")]
     flags = _parse(own)
     c = config.load([argument for argument in arguments if argument not in own])
-    processes, process = (
-        (jax.process_count(), jax.process_index())
-        if flags.hosts is None
-        else (flags.hosts, flags.host)
-    )
-    if not 0 <= process < processes:
-        raise UserError(
-            f"--host={process} must be from 0 to {processes - 1}, for --hosts={processes}"
-        )
-    if flags.batch is not None and flags.batch < 1:
-        raise UserError(f"--batch={flags.batch} must be at least 1")
-    kind, maker = (
-        ("latents", latents(c, flags.batch or IMAGES))
+    host, hosts = _host(flags)
+    kind = "latents" if flags.latents else "conditions"
+    recipe = (
+        latents(c, flags.batch or IMAGES)
         if flags.latents
-        else ("conditions", conditions(c, flags.batch or PROMPTS))
+        else conditions(c, flags.batch or PROMPTS)
     )
     found = {
-        (mixture, name): sources.open_source(path, maker.side, c.data.fit)
+        (mixture, name): sources.open_source(path, recipe.image_size, c.data.fit)
         for mixture in ("mixture", "eval_mixture")
         for name, _, path, *_ in c.data[mixture]
     }
     if not found:
-        raise UserError(
-            "data.mixture is empty; give it a (name, weight, path) row for every source"
-        )
-    told = maker.told | {
-        "documents": {f"{mixture}/{name}": len(source) for (mixture, name), source in found.items()}
-    }
+        raise UserError("data.mixture is empty; add a (name, weight, path) row for every source")
     directory = Path(flags.to)
+    documents = {f"{mixture}/{name}": len(source) for (mixture, name), source in found.items()}
+    _claim(directory, kind, recipe.metadata | {"documents": documents})
+    shards = [
+        Shard(source, number, shard_path(directory, mixture, name, number))
+        for (mixture, name), source in found.items()
+        for number in range(num_shards(len(source)))
+    ]
+    mine = shards[host::hosts]
+    # a shard's .json is written last
+    missing = [shard for shard in mine if not shard.path.with_suffix(".json").exists()]
+    for shard in tqdm(missing, kind, unit=" shards", disable=None):
+        write_shard(recipe, shard)
+    usage = f"--config.data.{kind}={directory}"
+    if kind == "conditions":
+        usage += " --config.model.decoder.condition=generated"
+    print(f"{len(missing)} shards computed, {len(mine) - len(missing)} existed; train with {usage}")
+
+
+def _host(flags: argparse.Namespace) -> tuple[int, int]:
+    """(this host, number of hosts) that share the work."""
+    if flags.batch is not None and flags.batch < 1:
+        raise UserError(f"--batch={flags.batch} must be at least 1")
+    if flags.hosts is None:
+        return jax.process_index(), jax.process_count()
+    if not 0 <= flags.host < flags.hosts:
+        raise UserError(
+            f"--host={flags.host} must be from 0 to {flags.hosts - 1}, for --hosts={flags.hosts}"
+        )
+    return flags.host, flags.hosts
+
+
+def _claim(directory: Path, kind: str, metadata: dict[str, Any]) -> None:
+    """Write DIR/KIND.json, unless it exists and is the same.
+
+    Raises UserError if the folder contains arrays of a different kind, model or data.
+    """
     for other in KINDS:
-        if metadata_path(directory, other).exists() and (
-            other != kind or read_metadata(directory, kind) != told
-        ):
+        if not metadata_path(directory, other).exists():
+            continue
+        existing = read_metadata(directory, other)
+        if other != kind or existing != metadata:
             raise UserError(
-                f"'{directory}' holds {other} of another model or other data ({read_metadata(directory, other)}); choose another --to"
+                f"'{directory}' contains {other} of a different model or different data "
+                f"({existing}); choose a different --to"
             )
     if not metadata_path(directory, kind).exists():
-        write(
-            metadata_path(directory, kind),
-            lambda file: file.write(json.dumps(told, indent=1).encode()),
-        )
-    work = [
-        (mixture, name, shard)
-        for (mixture, name), source in found.items()
-        for shard in range(num_shards(len(source)))
-    ]
-    todo = [
-        (*row, path)
-        for row in work[process::processes]
-        if not (path := shard_path(directory, *row)).with_suffix(".json").exists()
-    ]
-    for mixture, name, shard, path in tqdm(todo, kind, unit=" shards", disable=None):
-        make(maker, found[mixture, name], shard, path)
-    print(
-        f"{len(todo)} shards made, {len(work[process::processes]) - len(todo)} were there; train with --config.data.{kind}={directory}"
-        + (" --config.model.decoder.condition=generated" if kind == "conditions" else "")
-    )
+        with cli.output_file(metadata_path(directory, kind)) as file:
+            file.write(json.dumps(metadata, indent=1))
 
 
-def conditions(c: ConfigDict, batch: int) -> Maker:
-    """Of the visual tokens that the config's Emu regresses, `batch` prompts at once. Raises
-    UserError where c.init names no Emu.
+def conditions(c: ConfigDict, batch: int) -> Recipe:
+    """Recipe for the visual tokens that the config's Emu generates, `batch` prompts at once.
+
+    Raises UserError if c.init contains no language model.
     """
     directory = checkpoint_with_tower(c, "conditions")
     session = Session.load(
         directory,
         tokenizer=c.data.tokenizer,
-        mesh=mesh_of(directory, jax.local_devices()),
+        mesh=inference_mesh(directory, jax.local_devices()),
         batch=batch,
         truncate="left",
     )
     model_config = session.model_config
-    told = _by(directory, "conditions") | {
-        "shape": [model_config.resampler.tokens, model_config.llama.width]
-    }
-    return Maker(told, model_config.vision.image, parts_before_image, session.generate_images)
+    shape = [model_config.resampler.tokens, model_config.llama.width]
+    return Recipe(
+        metadata=_provenance(directory, "conditions") | {"shape": shape},
+        image_size=model_config.vision.image,
+        input_of=parts_before_image,
+        compute=session.generate_images,
+    )
 
 
-def latents(c: ConfigDict, batch: int) -> Maker:
-    """Of the moments that the config's autoencoder finds in images, `batch` at once on each of this
-    process's devices, held as the training would hold it. Raises UserError where c.init names no
+def latents(c: ConfigDict, batch: int) -> Recipe:
+    """Recipe for the autoencoder's moments, of `batch` images at once on each local device.
+
+    The autoencoder has the dtype that it has in training. Raises UserError if c.init contains no
     autoencoder, and as `latent_metadata`.
     """
-    told = latent_metadata(c)
+    metadata = latent_metadata(c)
     model_config = DecoderConfig.of(c.model.to_dict())
     directory = checkpoint_with_tower(c, "latents")
     mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), devices=jax.local_devices())
-    params = checkpoint.restore_params(
-        directory,
-        {"vae": diffusion_decoder.abstract_params(model_config, mesh, c.frozen_dtype)["vae"]},
-    )["vae"]
-    encode = jax.jit(
-        lambda params, images: moments(
-            model_config, module.bind(Vae, model_config.vae, params), images
-        )
-    )
+    shapes = abstract_params(module.abstract(Canvas, model_config), mesh, c.frozen_dtype)
+    params = checkpoint.restore_params(directory, {"vae": shapes["vae"]})["vae"]
+
+    @jax.jit
+    def encode(params, images):
+        vae: Any = module.bind(Vae, model_config.vae, params)
+        return moments(model_config, vae, images)
+
     rows = batch * mesh.size
 
-    def arrays(images: list[np.ndarray]) -> Float[np.ndarray, "n y x m"]:
+    def compute(images: list[np.ndarray]) -> Float[np.ndarray, "n y x m"]:
         found = []
         for start in range(0, len(images), rows):
-            # one shape for every batch
-            some = [*images[start : start + rows], *images[:1] * (start + rows - len(images))]
+            padded = np.stack(pad_batch(images[start : start + rows], rows))
             with jax.set_mesh(mesh):
-                found.append(np.asarray(encode(params, np.stack(some)), np.float32))
+                found.append(np.asarray(encode(params, padded), np.float32))
         return np.concatenate(found)[: len(images)]
 
-    return Maker(
-        told | _by(directory, "latents"),
-        model_config.loaded,
-        lambda document: next(images_of(document), None),
-        arrays,
+    return Recipe(
+        metadata=metadata | _provenance(directory, "latents"),
+        image_size=model_config.loaded,
+        input_of=lambda document: next(images_of(document), None),
+        compute=compute,
     )
 
 
 def latent_metadata(c: ConfigDict) -> dict[str, Any]:
-    """What the latents of a config's images depend on beside the autoencoder: pixels a side as they
-    are loaded and as they are drawn, how they become square; and their shape. Raises UserError for
-    a config without an autoencoder, and for one whose images are other ones in every epoch.
+    """What latents depend on besides the autoencoder's weights, and their shape.
+
+    {"loaded": size of the loaded images, "image": size in which they are drawn, "fit": how they
+    become square, "shape": [y, x, m]}. Raises UserError for a config without an autoencoder, and
+    for one whose images differ between epochs.
     """
-    model_config = DecoderConfig.of(c.model.to_dict()) if c.stage == "decoder" else None
-    if model_config is None or model_config.vae is None:
+    if c.stage != "decoder":
         raise UserError(
             "only a decoder with an autoencoder has latents (data.latents): "
-            + (
-                f"stage={c.stage!r} has none"
-                if model_config is None
-                else "model.decoder.vae is empty, and the U-Net draws pixels"
-            )
+            f"stage={c.stage!r} has none"
+        )
+    model_config = DecoderConfig.of(c.model.to_dict())
+    if model_config.vae is None:
+        raise UserError(
+            "only a decoder with an autoencoder has latents (data.latents): model.decoder.vae is "
+            "empty, and the U-Net draws pixels"
         )
     if c.data.fit not in ("squash", "centre"):
         raise UserError(
-            f"data.fit={c.data.fit!r}: latents are made once, of images that never change; set data.fit to squash or centre"
+            f"data.fit={c.data.fit!r}: latents are computed once, so images must be the same in "
+            "every epoch; set data.fit to squash or centre"
         )
     return {
         "loaded": model_config.loaded,
@@ -209,121 +230,107 @@ def latent_metadata(c: ConfigDict) -> dict[str, Any]:
 
 
 def checkpoint_with_tower(c: ConfigDict, kind: str) -> str:
-    """The checkpoint of c.init whose weights make arrays of a kind: of two the later counts, as in
-    the training. Raises UserError where none does.
+    """The checkpoint of c.init that computes arrays of a kind; the last one, as in training.
+
+    Raises UserError if no checkpoint of c.init contains the tower.
     """
-    tower, what = MADE_BY[kind]
+    tower, in_words = COMPUTED_BY[kind]
     found = [
         directory
         for directory in filter(None, c.init.split(","))
         if any(path.startswith(f"{tower}/") for path in checkpoint.param_shapes(directory))
     ]
     if not found:
-        raise UserError(f"init={c.init!r} names no checkpoint with {what}: --config.init=DIR")
+        raise UserError(f"init={c.init!r} names no checkpoint with {in_words}: --config.init=DIR")
     return found[-1]
 
 
 def check_weights(c: ConfigDict, kind: str) -> None:
-    """Raises UserError where a training that begins from c.init reads arrays that other weights
-    made.
-    """
+    """Raise UserError if data.KIND was computed by weights that are not in c.init."""
     directory = checkpoint_with_tower(c, kind)
-    there = read_metadata(Path(c.data[kind]), kind)
-    if _by(directory, kind)["weights"] != there.get("weights"):
+    existing = read_metadata(Path(c.data[kind]), kind)
+    if _provenance(directory, kind)["weights"] != existing.get("weights"):
         raise UserError(
-            f"data.{kind}={c.data[kind]!r} were made by other weights ({there.get('checkpoint')}) than those of init, {directory}; make "
-            f"them again: python -m emu_jax.generate precompute{KINDS[kind]} --config=FILE --to=ANOTHER"
+            f"data.{kind}={c.data[kind]!r} were computed by weights "
+            f"({existing.get('checkpoint')}) that are not those of init, {directory}; compute them "
+            f"again: python -m emu_jax.generate precompute{KINDS[kind]} --config=FILE --to=DIR"
         )
 
 
-def _by(directory: str, kind: str) -> dict[str, Any]:
+def _provenance(directory: str, kind: str) -> dict[str, Any]:
+    """Path and fingerprint of the weights that compute a kind."""
+    tower, _ = COMPUTED_BY[kind]
     return {
         "checkpoint": str(Path(directory).resolve()),
-        "weights": checkpoint.fingerprint(directory, MADE_BY[kind][0]),
+        "weights": checkpoint.fingerprint(directory, tower),
     }
 
 
-def make(maker: Maker, source: Source, shard: int, path: Path) -> None:
-    """One shard's files. A record that is corrupt, and a document without an image, have no array:
-    training does not see them.
+def write_shard(recipe: Recipe, shard: Shard) -> None:
+    """Compute and write the arrays of one shard (float16), then the ids of their documents.
+
+    Corrupt records and documents without an image have no array, and training skips them.
     """
     ids = []
-    parts = []
-    for index in range(shard * SHARD, min((shard + 1) * SHARD, len(source))):
+    inputs = []
+    first = shard.number * SHARD
+    for index in range(first, min(first + SHARD, len(shard.source))):
         try:
-            document = source[index]
+            document = shard.source[index]
         except CorruptRecord:
             continue
-        if (part := maker.part(document)) is not None:
+        value = recipe.input_of(document)
+        if value is not None:
             ids.append(document.id)
-            parts.append(part)
-    made = maker.arrays(parts) if parts else np.zeros((0, *maker.told["shape"]))
-    write(path, lambda file: np.save(file, made.astype(np.float16)))
-    write(path.with_suffix(".json"), lambda file: file.write(json.dumps(ids).encode()))
+            inputs.append(value)
+    arrays = recipe.compute(inputs) if inputs else np.zeros((0, *recipe.metadata["shape"]))
+    with cli.output_file(shard.path, "wb") as file:
+        np.save(file, arrays.astype(np.float16))
+    with cli.output_file(shard.path.with_suffix(".json")) as file:
+        file.write(json.dumps(ids))
 
 
 def parts_before_image(document: Document) -> Parts | None:
-    """The parts before its first image; of a pair of both, the text. None without an image."""
-    parts: list[str] = []
-
-    def said(part):
-        return part.text if isinstance(part, Text) else part
-
+    """The parts before the first image; the text of an image-text pair. None without an image."""
+    parts: list[Any] = []
     for part in document.parts:
         if isinstance(part, np.ndarray):
             return parts
-        parts.append(said(part.text if isinstance(part, Pair) else part))
+        text = part.text if isinstance(part, Pair) else part
+        parts.append(text.text if isinstance(text, Text) else text)
         if isinstance(part, Pair):
             return parts
     return None
 
 
-def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """A file, whole or not at all. Raises UserError where it cannot be written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            fill(file)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m emu_jax.generate precompute",
-        description=__doc__.splitlines()[0].partition(": ")[2],
-        allow_abbrev=False,
+        description="Compute inputs of decoder training once for all epochs: the visual tokens "
+        "that the LLM generates for each document's first image (then train with "
+        "data.conditions=DIR and model.decoder.condition=generated), or its latents (then train "
+        "with data.latents=DIR). Run the same command again to resume.",
+        epilog="--config=FILE and --config.FIELD=VALUE are those of python -m emu_jax.train.",
     )
-    # one line, as everywhere
-    parser.error = _fail
-    parser.add_argument(
-        "--to", required=True, metavar="DIR", help="where they are written, or go on being written"
-    )
+    parser.add_argument("--to", required=True, metavar="DIR", help="where the arrays are written")
     parser.add_argument(
         "--latents",
         action="store_true",
-        help="the autoencoder's latents of the images instead of the LLM's conditions",
+        help="compute the autoencoder's latents of the images instead of the LLM's visual tokens",
     )
     parser.add_argument(
         "--batch",
         type=int,
         metavar="N",
-        help=f"prompts at once ({PROMPTS}), or with --latents images on each device ({IMAGES})",
+        help=f"prompts at once ({PROMPTS}); with --latents, images on each device ({IMAGES})",
     )
     parser.add_argument(
-        "--host", type=int, default=0, metavar="K", help="which of --hosts this is, from 0 (0)"
+        "--host", type=int, default=0, metavar="K", help="index of this host, from 0 (0)"
     )
     parser.add_argument(
         "--hosts",
         type=int,
         metavar="N",
-        help="how many share the work; by default the processes that JAX knows of",
+        help="number of hosts that share the work (default: JAX's processes)",
     )
     return parser.parse_args(arguments)
-
-
-def _fail(message: str) -> None:
-    raise UserError(message)

@@ -1,13 +1,12 @@
-"""Prompts: parts in reading order become the ids, images and slots that a model was trained on
-(data/sequence.py's grammar).
+"""Prompts: interleaved parts become ids, images and slots, as in training.
 
-A part is a text, an image (pixels, or the visual tokens of one that a model drew), or the path of
-an image or video file; a video is its frames, each as an image. Chat: `<system> [USER]: <parts>
-[ASSISTANT]: <answer></s>`. Read next: session.py.
+The grammar is that of data/sequence.py: `<s>`, then texts and `[IMG] <image> x N [/IMG]` in reading
+order; in a chat `<system> [USER]: <parts> [ASSISTANT]: <answer></s>`. A video is its frames, each
+as an image. Read next: session.py.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,21 +17,22 @@ from emu_jax.data import chat_format
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate import media
 
+# A text; the path of an image or video; pixels, uint8 [h, w, 3]; or visual tokens, floats [N, D].
 Part = str | Path | np.ndarray
+Parts = Sequence[Part]
 
-# of `Processor.template`
-SPECIAL = re.compile(r"(\[USER\]|\[ASSISTANT\]|\[IMG\]|\[/IMG\]|</s>|\{image\})")
+# What `Processor.template` replaces.
+PLACEHOLDERS = re.compile(r"(\[USER\]|\[ASSISTANT\]|\[IMG\]|\[/IMG\]|</s>|\{image\})")
 
 
 @dataclass
 class Prompt:
-    """Ids, and the images whose visual tokens take the places of `<image>`: uint8 pixels [h w 3],
-    or the tokens themselves [N D].
-    """
+    """Ids, and the images whose visual tokens take the places of `<image>`."""
 
     tokens: list[int] = field(default_factory=list)
+    # each uint8 pixels [h, w, 3] or float visual tokens [N, D]
     images: list[np.ndarray] = field(default_factory=list)
-    # index in tokens of the first of each image's N slots
+    # index in `tokens` of the first of each image's N `<image>`
     slots: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -41,55 +41,52 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Processor:
-    """How parts are written for one model."""
+    """Turns parts into a `Prompt` for one model: tokenizer, image sizes and chat format."""
 
     tokenizer: Tokenizer
-    # N
+    # N, the visual tokens of an image
     n_visual: int
+    # height and width of the images that the vision encoder takes
     image_size: int
-    # D
+    # D, the width of visual tokens
     width: int
-    # tokens after the vocabulary; six are needed for chat
+    # number of tokens after the tokenizer's vocabulary; six with [USER] and [ASSISTANT]
     added: int
-    # what a chat begins with: data.system
+    # config.data.system: which system message a chat begins with
     system: str = "release"
 
-    def interleave(self, parts: Sequence[Part]) -> Prompt:
-        """`<s>` and the parts; each text is encoded on its own, as in training."""
-        return self._written(
-            [self.tokenizer.bos, *(piece for part in parts for piece in self._pieces(part))]
-        )
+    def interleave(self, parts: Parts) -> Prompt:
+        """`<s>` and the parts in reading order. Each text is tokenized by itself, as in training.
 
-    def chat_turn(self, parts: Sequence[Part], *, system: str | None, first: bool) -> Prompt:
-        """A user's turn of a chat, up to where the answer begins. system: None for the message it
-        was tuned with, "" for none.
+        Raises UserError for a file that cannot be read and for an array that is not an image.
+        """
+        return self._assemble([self.tokenizer.bos, *self._flatten(parts)])
+
+    def chat_turn(self, parts: Parts, *, system: str | None, first: bool) -> Prompt:
+        """A user's turn of a chat, up to where the answer begins.
+
+        system: None for the system message that the model was tuned with, "" for none. first:
+        whether this is the first turn, which begins with `<s>` and the system message.
+        Raises UserError as `interleave`, and for a model without [USER] and [ASSISTANT].
         """
         if self.added < 6:
             raise UserError(
-                "this model has no [USER] and [ASSISTANT]: only one that was tuned on instructions can chat (model.llama.added=6)"
+                "this model has no [USER] and [ASSISTANT] tokens: only an instruction-tuned model "
+                "can chat (model.llama.added=6)"
             )
-        said = () if self.system == "none" else chat_format.SYSTEM_MESSAGES[_kind(parts)]
-        said = said if system is None else (system,) if system else ()
-        beginning = chat_format.opening_pieces(self.tokenizer, said) if first else []
-        return self._written(
-            chat_format.join_texts(
-                [
-                    *beginning,
-                    *chat_format.question_pieces(
-                        self.tokenizer, [piece for part in parts for piece in self._pieces(part)]
-                    ),
-                ]
-            )
-        )
+        pieces = chat_format.question_pieces(self.tokenizer, self._flatten(parts))
+        if first:
+            message = self._system_message(parts, system)
+            pieces = [*chat_format.opening_pieces(self.tokenizer, message), *pieces]
+        return self._assemble(chat_format.join_texts(pieces))
 
     def template(self, text: str, images: Sequence[Sequence[np.ndarray]]) -> Prompt:
-        """`<s>` and a text in which "[USER]", "[ASSISTANT]", "[IMG]", "[/IMG]" and "</s>" are those
-        tokens, and each "{image}" the next of `images`: an image's pixels, or the frames of a
-        video.
+        """`<s>` and a text with placeholders.
+
+        "[USER]", "[ASSISTANT]", "[IMG]", "[/IMG]" and "</s>" become those tokens, and each
+        "{image}" the next of `images`: the pixels of an image, or the frames of a video.
         """
         t = self.tokenizer
-        waiting = iter(images)
-        pieces = [self.tokenizer.bos]
         special = {
             "[USER]": t.user,
             "[ASSISTANT]": t.assistant,
@@ -97,42 +94,60 @@ class Processor:
             "[/IMG]": t.end_img,
             "</s>": t.eos,
         }
-        for piece in SPECIAL.split(text):
+        remaining = iter(images)
+        pieces: list = [t.bos]
+        for piece in PLACEHOLDERS.split(text):
             if piece == "{image}":
-                pieces += next(waiting)
+                pieces += next(remaining)
             elif piece:
                 pieces.append(special.get(piece, piece))
-        return self._written(pieces)
+        return self._assemble(pieces)
 
     def frames(self, path: Path) -> list[np.ndarray]:
-        """The picture in a file, or the frames of a video, as the model sees them. Raises
-        UserError.
-        """
-        return self._pieces(path)
+        """Pixels of an image file or of a video's frames in the model's size.
 
-    def _pieces(self, part: Part) -> list:
-        """A part as texts and images."""
-        if isinstance(part, str):
-            return [part]
-        if isinstance(part, Path):
-            return (
-                media.load_video(part, self.image_size)
-                if media.is_video(part)
-                else [media.load_image(part, self.image_size)]
-            )
-        part = np.asarray(part)
-        if part.dtype == np.uint8 and part.ndim == 3 and part.shape[-1] == 3 and part.size:
-            return [media.resize(part, self.image_size)]
-        if part.dtype != np.uint8 and part.shape == (self.n_visual, self.width):
-            return [part.astype(np.float32)]
+        Raises UserError.
+        """
+        if media.is_video(path):
+            return media.load_video(path, self.image_size)
+        return [media.load_image(path, self.image_size)]
+
+    def _system_message(self, parts: Parts, system: str | None) -> Sequence[str]:
+        """Pieces of the system message of a chat that begins with these parts."""
+        if system is not None:
+            return (system,) if system else ()
+        if self.system == "none":
+            return ()
+        return chat_format.SYSTEM_MESSAGES[_media_kind(parts)]
+
+    def _flatten(self, parts: Iterable[Part]) -> list:
+        """Texts and images of the parts."""
+        pieces: list = []
+        for part in parts:
+            if isinstance(part, str):
+                pieces.append(part)
+            elif isinstance(part, Path):
+                pieces += self.frames(part)
+            else:
+                pieces.append(self._image(np.asarray(part)))
+        return pieces
+
+    def _image(self, array: np.ndarray) -> np.ndarray:
+        """Pixels in the model's size, or visual tokens in float32."""
+        is_pixels = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
+        if is_pixels and array.size:
+            return media.resize(array, self.image_size)
+        if array.dtype != np.uint8 and array.shape == (self.n_visual, self.width):
+            return array.astype(np.float32)
         raise UserError(
-            f"an image is an array uint8 [h, w, 3], or visual tokens [{self.n_visual}, {self.width}]; "
-            f"this is {part.dtype} {list(part.shape)}"
+            "an image must be an array uint8 [h, w, 3], or visual tokens "
+            f"[{self.n_visual}, {self.width}], not {array.dtype} {list(array.shape)}"
         )
 
-    def _written(self, pieces: list) -> Prompt:
-        prompt = Prompt()
+    def _assemble(self, pieces: Iterable) -> Prompt:
+        """The prompt of texts, ids and images."""
         t = self.tokenizer
+        prompt = Prompt()
         for piece in pieces:
             if isinstance(piece, str):
                 prompt.tokens += t.encode(piece)
@@ -145,29 +160,29 @@ class Processor:
         return prompt
 
 
-def _kind(parts: Sequence[Part]) -> str:
-    """One image, one video, or else nothing that the release has a system message for."""
-    pictures = [part for part in parts if not isinstance(part, str)]
-    if len(pictures) != 1:
+def _media_kind(parts: Parts) -> str:
+    """Which system message of the release fits: "image" or "video" for exactly one, else ""."""
+    found = [part for part in parts if not isinstance(part, str)]
+    if len(found) != 1:
         return ""
-    return "video" if isinstance(pictures[0], Path) and media.is_video(pictures[0]) else "image"
+    return "video" if isinstance(found[0], Path) and media.is_video(found[0]) else "image"
 
 
 def concatenate(*prompts: Prompt) -> Prompt:
-    """One prompt of several, one after another."""
-    whole = Prompt()
+    """Join prompts, one after another."""
+    joined = Prompt()
     for prompt in prompts:
-        whole.slots += [len(whole) + slot for slot in prompt.slots]
-        whole.images += prompt.images
-        whole.tokens += prompt.tokens
-    return whole
+        joined.slots += [len(joined) + slot for slot in prompt.slots]
+        joined.images += prompt.images
+        joined.tokens += prompt.tokens
+    return joined
 
 
 def truncate_left(prompt: Prompt, length: int, n_visual: int) -> Prompt:
-    """The prompt's end, of at most `length` ids, `<s>` before it, without parts of images."""
+    """Cut ids after `<s>` until at most `length` remain; an image goes as a whole or stays."""
     start = len(prompt) - length + 1
     for slot in prompt.slots:
-        # inside [IMG] ... [/IMG]
+        # a cut inside [IMG] ... [/IMG] moves behind the image
         if slot - 1 < start <= slot + n_visual:
             start = slot + n_visual + 1
     kept = [

@@ -1,9 +1,9 @@
-"""Samplers of diffusion models: functions (denoise, x, schedule) -> x, each citing the algorithm
-that it follows.
+"""Samplers of diffusion models, as functions (denoise, x, schedule) -> x.
 
-`x` is unit noise [B, h, w, c]; `denoise(x, t, a, s)` gives (x0, eps), the two of which x is made as a
-x0 + s eps at time t (see `Denoiser`); a `Schedule` says where to go. Each loop is one scan, compiled
-once whatever the number of steps, and all randomness is in x. Read next: ../models/diffusion.py.
+x is unit noise [B, h, w, c], and a noisy image is a x0 + s eps with the signal's weight a and the
+noise's s. `denoise(x, t, a, s)` estimates (x0, eps), and a `Schedule` lists the steps. Each sampler
+cites its algorithm and is one scan, compiled once whatever the number of steps; all randomness is
+in the first x. Read next: ../models/diffusion.py.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,10 @@ from emu_jax.models.diffusion import Diffusion, alphas_cumprod, split
 
 
 class Denoiser(NamedTuple):
-    """A network in use (see `guided_denoiser`, which guides): predict(x, t) -> prediction;
-    split(prediction, x, a, s) -> (x0, eps), x being a x0 + s eps.
+    """A network as samplers call it; `guided_denoiser` makes one.
+
+    predict(x, t) -> prediction, whatever the network was trained to predict; split(prediction, x,
+    a, s) -> (x0, eps) with x = a x0 + s eps.
     """
 
     predict: Callable[[Array, Array], Array]
@@ -32,8 +34,10 @@ class Denoiser(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """n steps between n + 1 points, from noise to the result, each point a x0 + s eps; `t` is what
-    the network is told at all but the last.
+    """n steps between n + 1 points, from noise to the result.
+
+    timesteps: what the network is given at every point except the last. alphas, sigmas: weights of
+    signal and noise at every point.
     """
 
     timesteps: Float[np.ndarray, "n"]
@@ -44,17 +48,17 @@ class Schedule(NamedTuple):
 def make_schedule(
     d: Diffusion, steps: int, *, spacing: str = "leading", offset: int = 1, last: str = "zero"
 ) -> Schedule:
-    """`steps` of the timesteps that were trained on, falling.
+    """Choose `steps` of the training timesteps, from noise to data.
 
-    spacing: "leading" (0, k, 2 k, ... plus `offset`: Stable Diffusion's), "inner" (k, 2 k, ... with
-    a smaller k, plus `offset`: diffusers' for DPM-Solver), "trailing" (the last time and back from
-    there: needed where that is noise alone). last: what follows the last step, "zero" noise or that
-    of the "first" time. Flow goes from noise to data in equal steps. Raises UserError for what is
-    none of these.
+    spacing: "leading" is 0, k, 2 k, ... plus `offset` (Stable Diffusion); "inner" is k, 2 k, ...
+    with a smaller k, plus `offset` (diffusers' DPM-Solver); "trailing" counts back from the last
+    timestep, which is needed where that is pure noise. last: noise after the last step, "zero" or
+    that of the "first" timestep. Flow takes equal steps and ignores all three. Raises UserError for
+    invalid values.
     """
     if not 1 <= steps <= d.steps:
         raise UserError(
-            f"a sampler takes 1 to {d.steps} steps (those that were trained on), not {steps}"
+            f"steps={steps}: a sampler takes 1 to {d.steps} steps, the number of training timesteps"
         )
     if d.target == "flow":
         t = np.linspace(d.steps, 0, steps + 1)
@@ -66,18 +70,18 @@ def make_schedule(
     }
     if spacing not in spaced or last not in ("zero", "first"):
         raise UserError(
-            f"a schedule's spacing is {', '.join(spaced)} and its last noise zero or first, not {spacing!r} and {last!r}"
+            f"spacing={spacing!r} must be one of {', '.join(spaced)}, "
+            f"and last={last!r} zero or first"
         )
     t = np.clip(spaced[spacing], 0, d.steps - 1).astype(int)[::-1]
-    a2 = alphas_cumprod(d)
-    a2 = np.append(a2[t], 1.0 if last == "zero" else a2[0])
-    return Schedule(t.astype(np.float64), np.sqrt(a2), np.sqrt(1 - a2))
+    alphas_squared = alphas_cumprod(d)
+    final = 1.0 if last == "zero" else alphas_squared[0]
+    alphas_squared = np.append(alphas_squared[t], final)
+    return Schedule(t.astype(np.float64), np.sqrt(alphas_squared), np.sqrt(1 - alphas_squared))
 
 
 def initial_noise(seeds: Int[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
-    """Unit noise; a row is a function of its own seed, whatever stands beside it and wherever it is
-    computed.
-    """
+    """Unit noise, each row a function of its own seed: independent of the batch and the mesh."""
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
 
 
@@ -90,40 +94,41 @@ def guided_denoiser(
     guidance: float,
     rescale: float = 0.0,
 ) -> Denoiser:
-    """That of network(x, timesteps, condition) -> prediction, with classifier-free guidance (arXiv
-    2207.12598): away from the condition `negative`, which guidance 1 does not ask. `rescale` takes
-    the result's deviation so far back to the conditional one's (arXiv 2305.08891, section 3.4).
+    """Make the denoiser of network(x, timesteps, condition) with classifier-free guidance.
+
+    prediction = unconditional + guidance * (conditional - unconditional) (arXiv 2207.12598), where
+    `negative` takes the place of the dropped condition. guidance: 1 turns it off, and then the
+    network runs once a step, not twice. rescale: how far the prediction's standard deviation is
+    moved back to the conditional one's, 0 to 1 (arXiv 2305.08891, section 3.4).
     """
 
     def predict(x, t):
         timesteps = jnp.full(len(x), t)
         if guidance == 1.0:
             return network(x, timesteps, condition)
-
-        def twice(y):
-            return jnp.concatenate([y, y])
-
-        without, conditional = jnp.split(
-            network(twice(x), twice(timesteps), jnp.concatenate([negative, condition])), 2
+        both = network(
+            jnp.concatenate([x, x]),
+            jnp.concatenate([timesteps, timesteps]),
+            jnp.concatenate([negative, condition]),
         )
-        guided = without + guidance * (conditional - without)
-
-        def deviation(y):
-            return y.std((1, 2, 3), keepdims=True)
-
-        return (
-            guided * (1 - rescale + rescale * deviation(conditional) / deviation(guided))
-            if rescale
-            else guided
-        )
+        unconditional, conditional = jnp.split(both, 2)
+        guided = unconditional + guidance * (conditional - unconditional)
+        if not rescale:
+            return guided
+        ratio = _deviation(conditional) / _deviation(guided)
+        return guided * (1 - rescale + rescale * ratio)
 
     return Denoiser(predict, partial(split, d))
+
+
+def _deviation(x: Float[Array, "B h w c"]) -> Float[Array, "B 1 1 1"]:
+    return x.std((1, 2, 3), keepdims=True)
 
 
 def ddim(
     denoise: Denoiser, x: Float[Array, "B h w c"], schedule: Schedule
 ) -> Float[Array, "B h w c"]:
-    """DDIM without noise (arXiv 2010.02502, equation 12 with sigma 0)."""
+    """Deterministic DDIM (arXiv 2010.02502, equation 12 with sigma = 0)."""
 
     def step(x, row):
         t, a, s, a_next, s_next = row
@@ -136,126 +141,123 @@ def ddim(
 def euler(
     denoise: Denoiser, x: Float[Array, "B h w c"], schedule: Schedule
 ) -> Float[Array, "B h w c"]:
-    """Euler's method on y = x / a, whose derivative by the noise level s / a is eps (arXiv
-    2206.00364, algorithm 1 without its second-order correction).
+    """Euler's method on y = x / a, whose derivative by s / a is eps.
+
+    Algorithm 1 of arXiv 2206.00364 without its second-order correction. Raises UserError for a
+    schedule that starts with pure noise.
     """
+    _check_start(schedule, "euler")
 
     def step(y, row):
         t, a, s, a_next, s_next = row
         _, eps = denoise(a * y, t, a, s)
         return y + (s_next / a_next - s / a) * eps, None
 
-    _regular(schedule, "euler")
-    return schedule.alphas[-1] * jax.lax.scan(step, x / schedule.alphas[0], _rows(schedule))[0]
+    y, _ = jax.lax.scan(step, x / schedule.alphas[0], _rows(schedule))
+    return schedule.alphas[-1] * y
 
 
 def pndm(
     denoise: Denoiser, x: Float[Array, "B h w c"], schedule: Schedule
 ) -> Float[Array, "B h w c"]:
-    """Pseudo linear multistep (PNDM, arXiv 2202.09778, equations 11 to 13): Adams-Bashforth on the
-    prediction, then DDIM's step with it.
+    """Pseudo linear multistep (PNDM, arXiv 2202.09778, equations 11 to 13).
 
-    The first step is done twice, the second time with the mean of the predictions at both its ends,
-    in place of the paper's three of Runge-Kutta (Stable Diffusion's choice): n + 1 evaluations.
-    What is extrapolated is the network's own target (as in diffusers; the paper's is eps).
+    Adams-Bashforth extrapolates the prediction, and DDIM takes the step with it. As in Stable
+    Diffusion, the first step is done twice, the second time with the mean of the predictions at
+    both of its ends, in place of the paper's three Runge-Kutta steps: n + 1 evaluations. As in
+    diffusers, what is extrapolated is the network's prediction, where the paper extrapolates eps.
+    Raises UserError for a schedule that starts with pure noise.
     """
-    # the places of the evaluations
+    _check_start(schedule, "pndm")
+    # points at which the network is evaluated, and from which the steps start
     at = pndm_evaluations(len(schedule.timesteps))
-    # and of the steps
     start = np.where(np.arange(len(at)) == 1, 0, at)
-    weights = (
-        np.array(
-            [
-                [24, 0, 0, 0],
-                [12, 12, 0, 0],
-                [36, -12, 0, 0],
-                [46, -32, 10, 0],
-                *[[55, -59, 37, -9]] * (len(at) - 4),
-            ]
-        )[: len(at)]
-        / 24
-    )
+    # of the newest prediction and the three before it
+    first_weights = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]
+    later_weights = [[55, -59, 37, -9]] * (len(at) - 4)
+    weights = np.array((first_weights + later_weights)[: len(at)]) / 24
 
     def step(carry, row):
-        # seen [4, ...]: the newest prediction's place, and the three before it
-        x, before, seen = carry
+        # x, x before the last step, and room for the newest prediction and the three before it
+        x, before, predictions = carry
         number, t, a_start, s_start, a_next, s_next, weight = row
-        seen = seen.at[0].set(denoise.predict(x, t))
+        predictions = predictions.at[0].set(denoise.predict(x, t))
         origin = jnp.where(number == 1, before, x)
-        x0, eps = denoise.split(jnp.tensordot(weight, seen, 1), origin, a_start, s_start)
+        x0, eps = denoise.split(jnp.tensordot(weight, predictions, 1), origin, a_start, s_start)
         moved = a_next * x0 + s_next * eps
-        # the prediction at the first step's end is made anew
-        kept = jnp.where(number == 1, seen, jnp.roll(seen, 1, 0))
+        # the repeated first step replaces the prediction at its end
+        kept = jnp.where(number == 1, predictions, jnp.roll(predictions, 1, 0))
         return (moved, x, kept), None
 
-    _regular(schedule, "pndm")
-    rows = tuple(
-        jnp.asarray(row, jnp.float32)
-        for row in (
-            np.arange(len(at)),
-            schedule.timesteps[at],
-            schedule.alphas[start],
-            schedule.sigmas[start],
-            schedule.alphas[start + 1],
-            schedule.sigmas[start + 1],
-            weights,
-        )
+    columns = (
+        np.arange(len(at)),
+        schedule.timesteps[at],
+        schedule.alphas[start],
+        schedule.sigmas[start],
+        schedule.alphas[start + 1],
+        schedule.sigmas[start + 1],
+        weights,
     )
-    return jax.lax.scan(step, (x, x, jnp.zeros((4, *x.shape))), rows)[0][0]
+    rows = tuple(jnp.asarray(column, jnp.float32) for column in columns)
+    (x, _, _), _ = jax.lax.scan(step, (x, x, jnp.zeros((4, *x.shape))), rows)
+    return x
 
 
 def pndm_evaluations(steps: int) -> Int[np.ndarray, "m"]:
-    """The points at which PNDM asks the network: the second one twice."""
+    """Points of the schedule at which PNDM evaluates the network: the second one twice."""
     return np.array([0, 1, *range(1, steps)][: steps + (steps > 1)])
 
 
 def dpm_solver(
     denoise: Denoiser, x: Float[Array, "B h w c"], schedule: Schedule
 ) -> Float[Array, "B h w c"]:
-    """DPM-Solver++ (2M) (arXiv 2211.01095, algorithm 2): x0 is extrapolated in the logarithm of a /
-    s from the last two.
+    """DPM-Solver++ (2M) (arXiv 2211.01095, algorithm 2).
 
-    First order at the first step, and at the last where it ends without noise or there are fewer
-    than 15, as its authors do.
+    Extrapolates x0 in the logarithm of a / s from the last two steps. As its authors do, the first
+    step is of first order, and so is the last if it ends without noise or there are fewer than 15.
     """
+    # infinite at pure noise and at no noise
     with np.errstate(divide="ignore", invalid="ignore"):
-        # infinite where a point is noise alone or has none
         h = np.diff(np.log(schedule.alphas) - np.log(schedule.sigmas))
-        more = np.append(0.0, h[1:] / (2 * h[:-1]))
+        extrapolation = np.append(0.0, h[1:] / (2 * h[:-1]))
     if schedule.sigmas[-1] == 0 or len(h) < 15:
-        more[-1] = 0.0
+        extrapolation[-1] = 0.0
 
     def step(carry, row):
         x, x0_before = carry
-        t, a, s, a_next, s_next, more = row
+        t, a, s, a_next, s_next, weight = row
         x0, _ = denoise(x, t, a, s)
-        extrapolated = x0 + more * (x0 - x0_before)
+        extrapolated = x0 + weight * (x0 - x0_before)
         return (s_next / s * x + (a_next - a * s_next / s) * extrapolated, x0), None
 
-    return jax.lax.scan(step, (x, x), (*_rows(schedule), jnp.asarray(more, jnp.float32)))[0][0]
+    rows = (*_rows(schedule), jnp.asarray(extrapolation, jnp.float32))
+    (x, _), _ = jax.lax.scan(step, (x, x), rows)
+    return x
 
 
 def flow_euler(
     denoise: Denoiser, x: Float[Array, "B h w c"], schedule: Schedule
 ) -> Float[Array, "B h w c"]:
-    """Euler's method on the straight path from noise to data (arXiv 2209.03003, section 2): the
-    velocity is eps - x0.
+    """Euler's method on the straight path from noise to data (arXiv 2209.03003, section 2).
+
+    The velocity is eps - x0. Raises UserError for a schedule that is not flow's.
     """
+    if not np.allclose(schedule.alphas + schedule.sigmas, 1):
+        raise UserError(
+            "the sampler 'flow' needs a model trained with diffusion.target='flow'; use ddim, "
+            "pndm, euler or dpm++ for this one"
+        )
 
     def step(x, row):
         t, a, s, _, s_next = row
         x0, eps = denoise(x, t, a, s)
         return x + (s_next - s) * (eps - x0), None
 
-    if not np.allclose(schedule.alphas + schedule.sigmas, 1):
-        raise UserError(
-            "the sampler 'flow' needs a model that was trained with diffusion.target='flow'; this one takes ddim, pndm, euler or dpm++"
-        )
     return jax.lax.scan(step, x, _rows(schedule))[0]
 
 
 class Sampler(NamedTuple):
-    """A sampler and the schedule that its golden numbers have."""
+    """A sampler, and the schedule with which it reproduces diffusers."""
 
     run: Callable[[Denoiser, Array, Schedule], Array]
     spacing: str
@@ -272,33 +274,28 @@ SAMPLERS = {
 
 
 def schedule_for(d: Diffusion, sampler: str, steps: int) -> Schedule:
-    """The sampler's own schedule; from the last time on where that is noise alone. Raises UserError
-    for an unknown sampler.
+    """The sampler's own schedule; "trailing" where the last timestep is pure noise.
+
+    Raises UserError for an unknown sampler and an invalid number of steps.
     """
     if sampler not in SAMPLERS:
-        raise UserError(f"no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        raise UserError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     chosen = SAMPLERS[sampler]
-    return make_schedule(
-        d, steps, spacing="trailing" if d.zero_snr else chosen.spacing, last=chosen.last
-    )
+    spacing = "trailing" if d.zero_snr else chosen.spacing
+    return make_schedule(d, steps, spacing=spacing, last=chosen.last)
 
 
 def _rows(schedule: Schedule) -> tuple[Array, ...]:
     """(t, a, s, next a, next s) of every step."""
-    return tuple(
-        jnp.asarray(row, jnp.float32)
-        for row in (
-            schedule.timesteps,
-            schedule.alphas[:-1],
-            schedule.sigmas[:-1],
-            schedule.alphas[1:],
-            schedule.sigmas[1:],
-        )
-    )
+    a = schedule.alphas
+    s = schedule.sigmas
+    columns = (schedule.timesteps, a[:-1], s[:-1], a[1:], s[1:])
+    return tuple(jnp.asarray(column, jnp.float32) for column in columns)
 
 
-def _regular(schedule: Schedule, sampler: str) -> None:
+def _check_start(schedule: Schedule, sampler: str) -> None:
     if schedule.alphas[0] == 0:
         raise UserError(
-            f"the sampler {sampler!r} cannot start where there is noise alone (flow, or diffusion.zero_snr); use ddim or dpm++"
+            f"the sampler {sampler!r} cannot start from pure noise (flow, or diffusion.zero_snr); "
+            "use ddim or dpm++"
         )

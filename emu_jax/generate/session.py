@@ -1,86 +1,101 @@
-"""A trained Emu in use: interleaved prompts in, text, images and rankings out; for the command
-line, evaluation and serving.
+"""The Python API of generation: a `Session` is a trained Emu that takes prompts.
 
 Many prompts at once are sorted by length and batched; results do not depend on it. Everything is
-compiled for powers of two: rows (up to `batch`), images encoded at once (up to `batch`), ids of a
-prompt and of an answer (from 16 up to the context). So a kind of generation is compiled at most
-log2(batch) x log2(context / 16)^2 times, in practice once or twice. Read next: processor.py.
+compiled for powers of two: rows and images up to `batch`, ids of a prompt and of an answer from 16
+up to the context. So a kind of generation is compiled at most log2(batch) x log2(context / 16)^2
+times, in practice once or twice. Read next: processor.py, conversation.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from tqdm import tqdm
 
-from emu_jax import checkpoint, sharding, tree
+from emu_jax import checkpoint, tree
+from emu_jax.batching import pad_batch, power_of_two
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.tokenizer import Tokenizer
-from emu_jax.generate import decode_state, image_decoding, processor, text_decoding, trie
+from emu_jax.generate import decode_state, image_decoding, text_decoding, trie
 from emu_jax.generate.decode_state import DecodeState
 from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.image_decoding import GeneratedImage
 from emu_jax.generate.logits_process import SamplingMetadata
-from emu_jax.generate.processor import Part, Processor, Prompt
-from emu_jax.generate.stream import TextStream, truncate_at_stop
-from emu_jax.models import emu, module
+from emu_jax.generate.placement import abstract_params
+from emu_jax.generate.processor import Parts, Processor, Prompt, concatenate, truncate_left
+from emu_jax.generate.stream import truncate_at_stop
+from emu_jax.generate.trie import Trie
+from emu_jax.models import module
+from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.processes import to_host
 
-# ids that a prompt or an answer is compiled for
+# the least number of ids that is compiled for
 MIN_LENGTH = 16
-# images in an answer of a model that decides when to draw
+# images in a streamed answer of a model that was trained to say `[IMG]`
 MAX_STREAMED_IMAGES = 4
-# ids between looks for a stop text
+# ids between two searches for a stop string
 STOP_CHECK_EVERY = 8
-Parts = Sequence[Part]
 
-
-class GeneratedImage(NamedTuple):
-    """An image that the model drew."""
-
-    # a part of later prompts as it is
-    visual: Float[np.ndarray, "N D"]
-    # None without a decoder
-    pixels: UInt8[np.ndarray, "h w 3"] | None
+ImageDecoder = Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What prompts have in common, read once."""
+    """The common beginning of several prompts, prefilled once."""
 
-    # of one row (or as many, all the same, as the mesh needs)
+    # one row, or as many equal ones as the mesh needs
     state: DecodeState
     prompt: Prompt
 
 
 class Session:
-    """A model, its tokenizer, and what turns visual tokens into pixels: decode([M, N, D]) -> [M, h,
-    w, 3], or None.
+    """A trained Emu that generates text and images from interleaved prompts.
+
+    A prompt is a sequence of parts in reading order: texts, paths of image or video files, pixels
+    (uint8 [h, w, 3]) and visual tokens (float [N, D], as `generate_images` returns them). In place
+    of parts every method takes a `Prompt`.
+
+        session = Session.load("runs/emu")
+        photo = Path("photo.jpg")
+        [caption] = session.generate_texts([[photo]])
+        visual = session.generate_images([["a photo of a dog"], [photo, "in the snow"]])
+        for piece in session.stream(["What is this?", photo], chat=True):
+            print(piece, end="", flush=True)
+
+    Methods raise UserError, with a message of one line, for a file that cannot be read, for an
+    array that is not an image, and for a prompt that does not fit the context. Shapes in docstrings
+    use the letters of types.py: M images of N visual tokens of width D.
     """
 
     def __init__(
         self,
-        model_config: emu.EmuConfig,
+        model_config: EmuConfig,
         params: tree.Tree,
         tokenizer: Tokenizer,
         *,
         context: int,
-        image_decoder: Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]]
-        | None = None,
+        image_decoder: ImageDecoder | None = None,
         mesh: jax.sharding.Mesh | None = None,
         batch: int = 32,
         truncate: str = "never",
         max_images: int = 0,
         system: str = "release",
     ):
-        """context: elements that a row may have. batch: rows at once. truncate: "left" cuts prompts
-        that are too long, else they are refused. max_images: images that a streamed answer may hold,
-        unless it is said otherwise. system: what chats begin with, data.system.
+        """Make a session from parameters in memory; `Session.load` reads a checkpoint.
+
+        params: of the module Emu, laid out as `placement.abstract_params` if there is a mesh.
+        context: the most elements (ids and visual tokens) of a prompt and its answer.
+        image_decoder: visual tokens to pixels, such as a `DiffusionDecoder`.
+        batch: the most prompts, and the most images to encode, at once.
+        truncate: "left" cuts the beginning of prompts that are too long, "never" refuses them.
+        max_images: images that a streamed answer may contain, if the call does not say.
+        system: config.data.system, which decides the default system message of chats.
         """
         self.model_config = model_config
         self.params = params
@@ -89,17 +104,18 @@ class Session:
         self.image_decoder = image_decoder
         self.truncate = truncate
         self.mesh = mesh
+        # batches must divide into so many
         self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch = max(batch, self.shards)
         self.max_images = max_images
         self.vocab = model_config.llama.vocab + model_config.llama.added
         self.processor = Processor(
             tokenizer,
-            model_config.resampler.tokens,
-            model_config.vision.image,
-            model_config.llama.width,
-            model_config.llama.added,
-            system,
+            n_visual=model_config.resampler.tokens,
+            image_size=model_config.vision.image,
+            width=model_config.llama.width,
+            added=model_config.llama.added,
+            system=system,
         )
 
     @classmethod
@@ -110,120 +126,121 @@ class Session:
         ema: bool = False,
         tokenizer: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        **options,
+        **options: Any,
     ) -> "Session":
-        """From a run's workdir or one of its checkpoints, which knows its model, its tokenizer's
-        path, its context, and whether the model was trained to say when it draws.
+        """Load a session from a run's workdir or one of its checkpoints.
 
-        Matrices are held in the dtype of the arithmetic. ema: the averaged weights. tokenizer:
-        another path. options: of `Session`. Raises UserError for no checkpoint, one of a model that
-        generates nothing, or no tokenizer.
+        The checkpoint contains the model's config, the tokenizer's path, the context length and
+        whether the model was trained to generate images by itself. Matrices are loaded in the
+        model's compute dtype.
+
+        ema: load the moving average of the weights. tokenizer: path of tokenizer.model or
+        tokenizer.json, if the one in the config has moved. mesh: None for one device; see
+        `placement.inference_mesh`. options: keyword arguments of `Session`.
+        Raises UserError for a missing checkpoint, one without a language model or without an
+        average, and a missing tokenizer.
         """
         config = checkpoint.read_config(directory)
         if not any(path.startswith("llama/") for path in checkpoint.param_shapes(directory)):
             raise UserError(
-                f"the checkpoint in '{directory}' is of the stage {config['stage']!r}: it has no language model to generate with"
+                f"the checkpoint in '{directory}' is of the stage {config['stage']!r}: "
+                "it has no language model to generate with"
             )
-        model_config = emu.EmuConfig.of(from_dict(config["model"]).to_dict())
+        model_config = EmuConfig.of(from_dict(config["model"]).to_dict())
         tokens = tokenizers.load(tokenizer or config["data"]["tokenizer"], model_config.llama.vocab)
-        params = checkpoint.restore_params(directory, abstract_params(model_config, mesh), ema=ema)
-        max_images = MAX_STREAMED_IMAGES if "[IMG]" in config["data"]["labels"] else 0
-        return cls(
-            model_config,
-            params,
-            tokens,
-            context=config["data"]["tokens"],
-            mesh=mesh,
-            **{"max_images": max_images, "system": config["data"].get("system", "release")}
-            | options,
-        )
+        shapes = abstract_params(module.abstract(Emu, model_config), mesh, model_config.compute)
+        params = checkpoint.restore_params(directory, shapes, ema=ema)
+        defaults: dict[str, Any] = {
+            "context": config["data"]["tokens"],
+            "max_images": MAX_STREAMED_IMAGES if "[IMG]" in config["data"]["labels"] else 0,
+            "system": config["data"].get("system", "release"),
+        }
+        keywords = defaults | options
+        return cls(model_config, params, tokens, mesh=mesh, **keywords)
 
-    # --- prompts ---
+    # Prompts
 
     def prompt(self, parts: Parts | Prompt) -> Prompt:
-        """`<s>` and the parts as ids and images. Raises UserError for files that cannot be read."""
+        """`<s>` and the parts as ids, images and slots; a Prompt is returned as it is."""
         return parts if isinstance(parts, Prompt) else self.processor.interleave(parts)
 
     def chat_prompt(self, parts: Parts, *, system: str | None = None) -> Prompt:
-        """The first turn of a chat, up to where the answer begins. system: None for the release's
-        message, "" for none.
+        """The first turn of a chat, up to where the answer begins.
+
+        system: None for the system message that the model was tuned with, "" for none. Raises
+        UserError for a model that was not tuned to chat.
         """
         return self.processor.chat_turn(parts, system=system, first=True)
 
     def prefill(self, parts: Parts | Prompt) -> Prefix:
-        """A prefix for many prompts: a system message, few-shot examples. What follows it is given
-        without `<s>`.
+        """Read the common beginning of many prompts once: a system prompt, few-shot examples.
+
+        The prompts that go with it are given without it, and do not begin with `<s>`.
         """
         prompt = self.prompt(parts)
-        with self._mesh():
-            return Prefix(self._read([prompt], None, 0), prompt)
+        with self.mesh_context():
+            return Prefix(self.prefill_batch([prompt]), prompt)
 
-    # --- many at once ---
+    # Many prompts at once
 
     def generate_texts(
         self,
         prompts: Sequence[Parts | Prompt],
-        options: GenerationConfig | None = None,
+        config: GenerationConfig | None = None,
         *,
         choices: Sequence[str] | None = None,
         prefix: Prefix | None = None,
         progress: str = "",
     ) -> list[str]:
-        """The answer to each prompt. choices: the answers allowed. progress: the name of a progress
-        bar.
+        """Generate the answer to each prompt, as text without special tokens.
+
+        config: greedy and at most 128 tokens by default. choices: the only answers allowed.
+        prefix: what all prompts begin with. progress: label of a progress bar.
         """
-        options = options or GenerationConfig()
-        ids = self.generate_ids(
-            prompts,
-            options,
-            choices=choices and [self.tokenizer.encode(choice) for choice in choices],
-            prefix=prefix,
-            progress=progress,
-        )
-        return [truncate_at_stop(self.tokenizer.decode(row), options.stop) for row in ids]
+        config = config or GenerationConfig()
+        answers = None
+        if choices is not None:
+            answers = [self.tokenizer.encode(choice) for choice in choices]
+        ids = self.generate_ids(prompts, config, choices=answers, prefix=prefix, progress=progress)
+        return [truncate_at_stop(self.tokenizer.decode(row), config.stop) for row in ids]
 
     def generate_ids(
         self,
         prompts: Sequence[Parts | Prompt],
-        options: GenerationConfig,
+        config: GenerationConfig,
         *,
         choices: Sequence[Sequence[int]] | None = None,
         prefix: Prefix | None = None,
         added: bool = False,
         progress: str = "",
     ) -> list[list[int]]:
-        """As `generate_texts`, in ids and not cut at stop texts, without `</s>`. added: the added tokens may
-        be said too.
-        """
-        allowed = self._allowed() | added
-        choice = None if choices is None else trie.build(choices, text_decoding.EOS)
+        """Generate the ids of each answer, without `</s>` and not cut at stop strings.
 
-        def generate(some: list[Prompt], numbers: list[int]) -> list[list[int]]:
-            room = _bucket(options.max_new_tokens, MIN_LENGTH)
-            context = self._read(some, prefix, room)
-            metadata = self._rules(some, prefix, options, allowed, choice, len(context.lengths))
-            if options.beams > 1:
-                context = decode_state.expand(context, options.beams, context.cache.capacity)
-                found = to_host(
-                    text_decoding.beam_search(
-                        self.model_config, self.params, context, options.beams, room, metadata
-                    )
-                )
+        choices: ids of the only answers allowed. added: allow the added tokens, such as `[IMG]`,
+        too. The rest is that of `generate_texts`. With a temperature, the answer to a prompt
+        depends on config.seed and on the prompt's place among `prompts`.
+        """
+        allowed = self.text_ids() | added
+        answers = None if choices is None else trie.build(choices, text_decoding.EOS)
+
+        def generate(some: list[Prompt], indices: list[int]) -> list[list[int]]:
+            room = power_of_two(config.max_new_tokens, MIN_LENGTH)
+            state = self.prefill_batch(some, prefix=prefix, room=room)
+            metadata = self.sampling_metadata(
+                some,
+                config,
+                rows=len(state.lengths),
+                prefix=prefix,
+                allowed=allowed,
+                choices=answers,
+            )
+            if config.beams > 1:
+                ids = self._beam_search(state, room, config, metadata)
             else:
-                numbers = numbers + [numbers[-1]] * (len(context.lengths) - len(numbers))
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(
-                    jax.random.key(options.seed), jnp.array(numbers)
-                )
-                found = self._write(
-                    text_decoding.start(
-                        self.model_config, self.params, context, keys, room, metadata
-                    ),
-                    metadata,
-                    options,
-                )
+                ids = self._decode(state, room, indices, config, metadata)
+            limits = metadata.max_new_tokens
             return [
-                text_decoding.until_end(row[:limit])
-                for row, limit in zip(found, metadata.max_new_tokens, strict=True)
+                text_decoding.until_end(row[:limit]) for row, limit in zip(ids, limits, strict=True)
             ]
 
         return self._batched(prompts, prefix, 1, generate, progress)
@@ -231,511 +248,308 @@ class Session:
     def generate_images(
         self, prompts: Sequence[Parts | Prompt], *, prefix: Prefix | None = None, progress: str = ""
     ) -> Float[np.ndarray, "M N D"]:
-        """The visual tokens of the image that follows each prompt (and `[IMG]`, which is
-        appended).
+        """Generate the visual tokens of the image that follows each prompt.
+
+        `[IMG]` is appended to the prompts. `decode_images` turns the result into pixels.
         """
         N = self.processor.n_visual
-        start = Prompt([self.tokenizer.img])
+        opening = Prompt([self.tokenizer.img])
 
         def generate(some: list[Prompt], _: list[int]) -> list[np.ndarray]:
-            state = image_decoding.start(self.model_config, self._read(some, prefix, N))
-            return list(
-                to_host(
-                    image_decoding.regress(
-                        self.model_config, self.params, state, np.int32(N)
-                    ).visual
-                ).astype(np.float32)
-            )
+            state = self.prefill_batch(some, prefix=prefix, room=N)
+            images = image_decoding.start(self.model_config, state)
+            images = image_decoding.regress(self.model_config, self.params, images, np.int32(N))
+            return list(to_host(images.visual).astype(np.float32))
 
-        opened = [
-            processor.concatenate(
-                self.prompt(parts) if prefix is None else self._after(parts), start
-            )
-            for parts in prompts
-        ]
+        opened = []
+        for parts in prompts:
+            prompt = self.prompt(parts) if prefix is None else self.continuation(parts)
+            opened.append(concatenate(prompt, opening))
         return np.stack(self._batched(opened, prefix, N + 1, generate, progress))
 
     def encode_images(
         self, images: Iterable[np.ndarray], progress: str = ""
     ) -> Float[np.ndarray, "M N D"]:
-        """The visual tokens of images, as the LLM gets them."""
-        pixels = [self.processor.interleave([given]).images[0] for given in images]
-        with self._mesh():
-            return self._encoded(pixels, progress)
+        """Encode images (uint8 [h, w, 3] of any size) as the visual tokens that the LLM reads."""
+        pixels = [self.processor.interleave([image]).images[0] for image in images]
+        with self.mesh_context():
+            return self._encode(pixels, progress)
+
+    def decode_images(self, visual: Float[np.ndarray, "M N D"]) -> list[GeneratedImage]:
+        """Pair visual tokens with their pixels; the pixels are None without an image decoder."""
+        pixels: Iterable = [None] * len(visual)
+        if self.image_decoder is not None:
+            pixels = self.image_decoder(visual)
+        return [GeneratedImage(*pair) for pair in zip(visual, pixels, strict=True)]
 
     def losses(
         self, parts: Parts | Prompt | Prefix, candidates: Sequence[str], *, end: bool = True
     ) -> Float[np.ndarray, "C"]:
-        """The mean cross-entropy of each candidate's tokens as the answer: the least is the
-        likeliest. end: its `</s>` counts too.
+        """Mean cross-entropy of each candidate's tokens as the answer to one prompt.
+
+        The candidate with the least loss is the likeliest. end: count its `</s>` too. Raises
+        UserError for no candidates or an empty one.
         """
         answers = [
             self.tokenizer.encode(candidate) + [text_decoding.EOS] * end for candidate in candidates
         ]
         if not answers or not all(answers):
-            raise UserError("there are no candidates to rank, or one is empty")
-        prefix = (
-            parts
-            if isinstance(parts, Prefix)
-            else self.prefill(self._fitting(self.prompt(parts), 0, max(map(len, answers))))
-        )
+            raise UserError("losses needs at least one candidate, and none may be empty")
+        if isinstance(parts, Prefix):
+            prefix = parts
+        else:
+            longest = max(map(len, answers))
+            prefix = self.prefill(self.fit_prompt(self.prompt(parts), 0, longest))
 
-        def nlls(some: list[Prompt], _: list[int]) -> list[float]:
-            tokens, lengths = _rows([answer.tokens for answer in some], self._rows(len(some)))
-            slots = prefix.state.cache.capacity + tokens.shape[1]
-            context = decode_state.expand(
-                prefix.state, len(tokens) // len(prefix.state.lengths), slots
-            )
-            return (
-                to_host(text_decoding.nll(self.model_config, self.params, context, tokens, lengths))
-                / lengths
-            ).tolist()
+        def mean_nll(some: list[Prompt], _: list[int]) -> list[float]:
+            rows = power_of_two(len(some), self.shards)
+            tokens, lengths = pad_ids([answer.tokens for answer in some], rows)
+            capacity = prefix.state.cache.capacity + tokens.shape[1]
+            repeats = rows // len(prefix.state.lengths)
+            state = decode_state.expand(prefix.state, repeats, capacity)
+            nll = text_decoding.nll(self.model_config, self.params, state, tokens, lengths)
+            return (to_host(nll) / lengths).tolist()
 
-        return np.array(
-            self._batched([Prompt(answer) for answer in answers], prefix, 0, nlls, ""), np.float32
-        )
+        prompts = [Prompt(answer) for answer in answers]
+        return np.array(self._batched(prompts, prefix, 0, mean_nll, ""), np.float32)
 
-    # --- one, as it comes ---
+    # One prompt, streamed
 
     def stream(
         self,
         parts: Parts,
-        options: GenerationConfig | None = None,
+        config: GenerationConfig | None = None,
         *,
         chat: bool = False,
         system: str | None = None,
         images: int | None = None,
     ) -> Iterator[str | GeneratedImage]:
-        """The answer to one prompt, piece by piece. images: so many may be drawn where the model
-        says `[IMG]`; None: `max_images` of the session.
+        """Yield the answer to one prompt piece by piece: texts, and images where `[IMG]` comes.
+
+        chat: use the chat format; for several turns use a `Conversation`. system: as in
+        `chat_prompt`. images: the most images in the answer; None for the session's `max_images`.
+        Raises UserError for beam search, which cannot be streamed.
         """
-        return Conversation(self, chat=chat, system=system).reply(parts, options, images=images)
+        # conversation.py is built on this module
+        from emu_jax.generate.conversation import Conversation
 
-    def decode_images(self, visual: Float[np.ndarray, "M N D"]) -> list[GeneratedImage]:
-        """With their pixels, where there is a decoder."""
-        pixels = [None] * len(visual) if self.image_decoder is None else self.image_decoder(visual)
-        return [GeneratedImage(*pair) for pair in zip(visual, pixels, strict=True)]
+        return Conversation(self, chat=chat, system=system).reply(parts, config, images=images)
 
-    # --- within ---
+    # Building blocks, for conversation.py and benchmarks. Those that compute run in mesh_context().
 
-    def _mesh(self):
+    def mesh_context(self) -> AbstractContextManager:
+        """The context in which the session's compiled functions are called."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _rows(self, count: int) -> int:
-        return _bucket(count, self.shards)
-
-    def _allowed(self) -> Bool[np.ndarray, "V"]:
-        """What an answer is made of: the vocabulary, not the added tokens."""
+    def text_ids(self) -> Bool[np.ndarray, "V"]:
+        """Mask of the ids that text consists of: the vocabulary without the added tokens."""
         return np.arange(self.vocab) < self.model_config.llama.vocab
 
-    def _after(self, parts: Parts | Prompt) -> Prompt:
-        """What follows a prefix: no `<s>`."""
+    def continuation(self, parts: Parts | Prompt) -> Prompt:
+        """The parts as the continuation of a prefix, so without `<s>`."""
         if isinstance(parts, Prompt):
             return parts
-        whole = self.prompt(parts)
-        return Prompt(whole.tokens[1:], whole.images, [slot - 1 for slot in whole.slots])
+        prompt = self.prompt(parts)
+        return Prompt(prompt.tokens[1:], prompt.images, [slot - 1 for slot in prompt.slots])
 
-    def _fitting(self, given: Prompt, before: int, room: int) -> Prompt:
-        """The prompt, cut if that is wanted, so that it leaves `room` in the context. Raises
-        UserError for one that is too long.
+    def fit_prompt(self, prompt: Prompt, before: int, room: int) -> Prompt:
+        """Return the prompt if the context holds `before` elements, the prompt and `room` more.
+
+        With truncate="left" a longer prompt is cut, unless something stands before it. Otherwise
+        raises UserError.
         """
-        if before + len(given) + room <= self.context:
-            return given
+        if before + len(prompt) + room <= self.context:
+            return prompt
         if self.truncate == "left" and before == 0 and room + 1 < self.context:
-            return processor.truncate_left(given, self.context - room, self.processor.n_visual)
+            return truncate_left(prompt, self.context - room, self.processor.n_visual)
         raise UserError(
-            f"the prompt has {before + len(given)} elements and its answer {room} or more, and the context holds {self.context}; "
-            "shorten it, or cut its beginning with --truncate=left"
+            f"the prompt has {before + len(prompt)} elements and its answer at least {room}, but "
+            f"the context holds {self.context}; shorten the prompt, or cut its beginning with "
+            "--truncate=left"
         )
+
+    def prefill_batch(
+        self, prompts: Sequence[Prompt], *, prefix: Prefix | None = None, room: int = 0
+    ) -> DecodeState:
+        """Read prompts, after a prefix if given, and leave exactly `room` slots of the cache free.
+
+        The rows are padded with copies of the last prompt to a power of two.
+        """
+        rows = power_of_two(len(prompts), self.shards)
+        x, lengths = self.embed(pad_batch(prompts, rows))
+        capacity = x.shape[1] + room
+        if prefix is None:
+            state = decode_state.init(self.model_config, self.params, rows, capacity)
+        else:
+            repeats = rows // len(prefix.state.lengths)
+            capacity += prefix.state.cache.capacity
+            state = decode_state.expand(prefix.state, repeats, capacity)
+        return decode_state.prefill(self.model_config, self.params, state, x, lengths)
+
+    def embed(
+        self, prompts: Sequence[Prompt]
+    ) -> tuple[Float[Array, "B T D"], Int[np.ndarray, "B"]]:
+        """The LLM's input for prompts, padded to a power of two, and their lengths."""
+        tokens, lengths = pad_ids([prompt.tokens for prompt in prompts], len(prompts))
+        # an image that several prompts share is encoded once
+        images = {id(image): image for prompt in prompts for image in prompt.images}
+        rows_of_visual = {key: row for row, key in enumerate(images)}
+        most = power_of_two(max(len(prompt.images) for prompt in prompts))
+        indices = np.zeros((len(prompts), most), np.int32)
+        slots = np.full((len(prompts), most), tokens.shape[1])
+        for row, prompt in enumerate(prompts):
+            count = len(prompt.images)
+            indices[row, :count] = [rows_of_visual[id(image)] for image in prompt.images]
+            slots[row, :count] = prompt.slots
+        visual = self.visual_tokens(list(images.values()))
+        x = decode_state.embed(self.model_config, self.params, tokens, visual, indices, slots)
+        return x, lengths
+
+    def visual_tokens(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, "M N D"]:
+        """Visual tokens of images that are pixels or visual tokens, padded to a power of two."""
+        are_pixels = [image.dtype == np.uint8 for image in images]
+        pixels = [image for image, is_pixels in zip(images, are_pixels) if is_pixels]
+        encoded = iter(self._encode(pixels, ""))
+        rows = power_of_two(len(images))
+        shape = (rows, self.processor.n_visual, self.model_config.llama.width)
+        visual = np.zeros(shape, np.float32)
+        for row, (image, is_pixels) in enumerate(zip(images, are_pixels)):
+            visual[row] = next(encoded) if is_pixels else image
+        return visual.astype(self.model_config.compute)
+
+    def sampling_metadata(
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig,
+        *,
+        rows: int,
+        allowed: Bool[np.ndarray, "V"],
+        prefix: Prefix | None = None,
+        choices: Trie | None = None,
+        stop_ids: Sequence[int] = (text_decoding.EOS,),
+    ) -> SamplingMetadata:
+        """The config, limits and masks for the answers to prompts, as arrays.
+
+        rows: of the batch, at least as many as prompts. allowed: mask of the ids that may be
+        chosen. choices: the only answers allowed. stop_ids: ids that end an answer.
+        """
+        before = prefix.prompt.tokens if prefix else []
+        prompt_ids, lengths = pad_ids(
+            [before + prompt.tokens for prompt in prompts], rows, fill=self.vocab
+        )
+        limits = np.minimum(config.max_new_tokens, self.context - lengths)
+        return SamplingMetadata(
+            temperature=np.array(config.temperature, np.float32),
+            top_k=np.array(config.top_k, np.int32),
+            top_p=np.array(config.top_p, np.float32),
+            min_p=np.array(config.min_p, np.float32),
+            repetition_penalty=np.array(config.repetition_penalty, np.float32),
+            length_penalty=np.array(config.length_penalty, np.float32),
+            min_new_tokens=np.array(config.min_new_tokens, np.int32),
+            max_new_tokens=limits.astype(np.int32),
+            allowed=allowed,
+            stop_ids=np.isin(np.arange(self.vocab), stop_ids),
+            prompt_ids=prompt_ids,
+            trie=choices,
+        )
+
+    # Helpers
 
     def _batched(
         self,
         prompts: Sequence[Parts | Prompt],
         prefix: Prefix | None,
         room: int,
-        generate: Callable,
+        generate: Callable[[list[Prompt], list[int]], Iterable],
         progress: str,
     ) -> list:
-        """generate(prompts, numbers) of prompts of about one length at a time; results in the order
-        of the prompts.
+        """Results of generate(prompts, their indices) for batches of prompts of similar length.
+
+        In the order of the prompts. room: elements that the answer needs at least. `generate` may
+        return more results than prompts; those of padding come last.
         """
         before = len(prefix.prompt) if prefix else 0
-        found = [
-            self._fitting(self._after(parts) if prefix else self.prompt(parts), before, room)
-            for parts in prompts
-        ]
-        order = sorted(range(len(found)), key=lambda number: len(found[number]))
-        results: list = [None] * len(found)
-        with self._mesh():
-            for start in tqdm(
-                range(0, len(order), self.batch),
-                progress,
-                unit=" batches",
-                disable=None if progress else True,
-            ):
-                some = order[start : start + self.batch]
-                # rows that fill up come last
-                for number, result in zip(
-                    some, generate([found[number] for number in some], some), strict=False
-                ):
-                    results[number] = result
+        fitted = []
+        for parts in prompts:
+            prompt = self.continuation(parts) if prefix else self.prompt(parts)
+            fitted.append(self.fit_prompt(prompt, before, room))
+        order = sorted(range(len(fitted)), key=lambda index: len(fitted[index]))
+        results: list = [None] * len(fitted)
+        with self.mesh_context():
+            for start in _progress(range(0, len(order), self.batch), progress):
+                indices = order[start : start + self.batch]
+                found = generate([fitted[index] for index in indices], indices)
+                for index, result in zip(indices, found, strict=False):
+                    results[index] = result
         return results
 
-    def _read(self, prompts: Sequence[Prompt], prefix: Prefix | None, room: int) -> DecodeState:
-        """The context after `prefix` and each prompt, with exactly `room` slots free; rows are
-        filled up with copies of the last.
-        """
-        rows = self._rows(len(prompts))
-        prompts = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
-        x, lengths = self._embedded(prompts)
-        if prefix is None:
-            context = decode_state.init(self.model_config, self.params, rows, x.shape[1] + room)
-        else:
-            old = prefix.state
-            context = decode_state.expand(
-                old, rows // len(old.lengths), old.cache.capacity + x.shape[1] + room
-            )
-        return decode_state.prefill(self.model_config, self.params, context, x, lengths)
-
-    def _embedded(self, prompts: Sequence[Prompt]) -> tuple[Float[Array, "B T D"], np.ndarray]:
-        """The LLM's input for prompts, and their lengths."""
-        tokens, lengths = _rows([given.tokens for given in prompts], len(prompts))
-        # one that many prompts share is encoded once
-        every = {id(pixels): pixels for given in prompts for pixels in given.images}
-        place = {key: number for number, key in enumerate(every)}
-        most = _bucket(max(len(given.images) for given in prompts), 1)
-        images = np.zeros((len(prompts), most), np.int32)
-        slots = np.full((len(prompts), most), tokens.shape[1])
-        for row, given in enumerate(prompts):
-            images[row, : len(given.images)] = [place[id(pixels)] for pixels in given.images]
-            slots[row, : len(given.images)] = given.slots
-        return decode_state.embed(
-            self.model_config,
-            self.params,
-            tokens,
-            self._visual(list(every.values())),
-            images,
-            slots,
-        ), lengths
-
-    def _visual(self, images: list[np.ndarray]) -> Float[np.ndarray, "M N D"]:
-        """Visual tokens of images, some of which are visual tokens already; padded to a power of
-        two.
-        """
-        pixels = [given.dtype == np.uint8 for given in images]
-        encoded = iter(
-            self._encoded([given for given, is_pixels in zip(images, pixels) if is_pixels], "")
-        )
-        bank = np.zeros(
-            (_bucket(len(images), 1), self.processor.n_visual, self.model_config.llama.width),
-            np.float32,
-        )
-        for row, given, is_pixels in zip(bank, images, pixels, strict=False):
-            row[:] = next(encoded) if is_pixels else given
-        return bank.astype(self.model_config.compute)
-
-    def _encoded(self, pixels: list[np.ndarray], progress: str) -> Float[np.ndarray, "M N D"]:
-        found = [np.zeros((0, self.processor.n_visual, self.model_config.llama.width), np.float32)]
-        for start in tqdm(
-            range(0, len(pixels), self.batch),
-            progress,
-            unit=" batches",
-            disable=None if progress else True,
-        ):
+    def _encode(self, pixels: Sequence[np.ndarray], progress: str) -> Float[np.ndarray, "M N D"]:
+        """Visual tokens of images in the model's size, in float32."""
+        shape = (0, self.processor.n_visual, self.model_config.llama.width)
+        found = [np.zeros(shape, np.float32)]
+        for start in _progress(range(0, len(pixels), self.batch), progress):
             some = pixels[start : start + self.batch]
-            stacked = np.stack(some + [some[-1]] * (self._rows(len(some)) - len(some)))
-            found.append(
-                to_host(decode_state.encode_images(self.model_config, self.params, stacked))[
-                    : len(some)
-                ].astype(np.float32)
-            )
+            images = np.stack(pad_batch(some, power_of_two(len(some), self.shards)))
+            visual = to_host(decode_state.encode_images(self.model_config, self.params, images))
+            found.append(visual[: len(some)].astype(np.float32))
         return np.concatenate(found)
 
-    def _rules(
-        self,
-        prompts: Sequence[Prompt],
-        prefix: Prefix | None,
-        options: GenerationConfig,
-        allowed: Bool[np.ndarray, "V"],
-        choice: trie.Trie | None,
-        rows: int,
-        ends: Sequence[int] = (text_decoding.EOS,),
-    ) -> SamplingMetadata:
-        before = prefix.prompt.tokens if prefix else []
-        said, lengths = _rows([before + given.tokens for given in prompts], rows, fill=self.vocab)
-        numbers = {
-            name: np.float32(getattr(options, name))
-            for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
-        }
-        return SamplingMetadata(
-            **numbers,
-            top_k=np.int32(options.top_k),
-            min_new_tokens=np.int32(options.min_new_tokens),
-            max_new_tokens=np.minimum(options.max_new_tokens, self.context - lengths).astype(
-                np.int32
-            ),
-            allowed=allowed,
-            stop_ids=np.isin(np.arange(self.vocab), ends),
-            prompt_ids=said,
-            trie=choice,
+    def _beam_search(
+        self, state: DecodeState, room: int, config: GenerationConfig, metadata: SamplingMetadata
+    ) -> Int[np.ndarray, "B n"]:
+        state = decode_state.expand(state, config.beams, state.cache.capacity)
+        ids = text_decoding.beam_search(
+            self.model_config, self.params, state, config.beams, room, metadata
         )
+        return to_host(ids)
 
-    def _write(
+    def _decode(
         self,
-        state: text_decoding.TextDecodeState,
+        state: DecodeState,
+        room: int,
+        indices: Sequence[int],
+        config: GenerationConfig,
         metadata: SamplingMetadata,
-        options: GenerationConfig,
-    ) -> np.ndarray:
-        """The ids of a state that is written to its end; with stop texts, a row ends soon after the
-        first of them.
-        """
-        if not options.stop:
-            return to_host(
-                text_decoding.decode(
-                    self.model_config,
-                    self.params,
-                    state,
-                    np.int32(options.max_new_tokens),
-                    metadata,
-                ).ids
+    ) -> Int[np.ndarray, "B n"]:
+        """Ids of answers; the key of a row comes from the seed and its index."""
+        indices = pad_batch(indices, len(state.lengths))
+        seed = jax.random.key(config.seed)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(seed, jnp.array(indices))
+        answers = text_decoding.start(self.model_config, self.params, state, keys, room, metadata)
+        limit = config.max_new_tokens
+        if not config.stop:
+            answers = text_decoding.decode(
+                self.model_config, self.params, answers, np.int32(limit), metadata
             )
+            return to_host(answers.ids)
+        # A stop string may span tokens: a row is done at the first check that finds one.
         count = 1
-        while count < options.max_new_tokens and not to_host(state.done).all():
-            count = min(count + STOP_CHECK_EVERY, options.max_new_tokens)
-            state = text_decoding.decode(
-                self.model_config, self.params, state, np.int32(count), metadata
+        while count < limit and not to_host(answers.done).all():
+            count = min(count + STOP_CHECK_EVERY, limit)
+            answers = text_decoding.decode(
+                self.model_config, self.params, answers, np.int32(count), metadata
             )
-            ids = to_host(state.ids)
-            stopped = [
-                any(stop in self.tokenizer.decode(row[:count].tolist()) for stop in options.stop)
-                for row in ids
-            ]
-            state = state.replace(done=state.done | np.array(stopped))
-        return to_host(state.ids)
+            texts = [self.tokenizer.decode(row[:count].tolist()) for row in to_host(answers.ids)]
+            stopped = [truncate_at_stop(text, config.stop) != text for text in texts]
+            answers = replace(answers, done=answers.done | np.array(stopped))
+        return to_host(answers.ids)
 
 
-class Conversation:
-    """Turns of a chat, or one prompt and its answer: what was read stays read. An answer may hold
-    text, images, and text again.
+def pad_ids(
+    ids: Sequence[Sequence[int]], rows: int, fill: int = 0
+) -> tuple[Int[np.ndarray, "rows T"], Int[np.ndarray, "rows"]]:
+    """Ids of different lengths as an array, and the lengths.
+
+    T is a power of two, at least MIN_LENGTH. Copies of the last row make up `rows`.
     """
-
-    def __init__(self, session: Session, *, chat: bool, system: str | None = None):
-        """system: None for the release's message, "" for none."""
-        self._session = session
-        self._chat = chat
-        self._system = system
-        self._state: DecodeState | None = None
-        # all that was read, and the last id of an answer, which was not
-        self._said = Prompt()
-        self._unread = Prompt()
-
-    def reply(
-        self, parts: Parts, options: GenerationConfig | None = None, *, images: int | None = None
-    ) -> Iterator[str | GeneratedImage]:
-        """The answer, piece by piece. images: so many may be drawn where the model says `[IMG]`;
-        None: the session's `max_images`.
-
-        Raises UserError, before anything else, for a turn that cannot be read or does not fit the
-        context.
-        """
-        options = options or GenerationConfig()
-        if options.beams > 1:
-            raise UserError("beams know the answer only when it is complete: it cannot be streamed")
-        return self._answer(
-            self._turn(parts, [], 1),
-            options,
-            self._session.max_images if images is None else images,
-        )
-
-    def generate_image(self, parts: Parts, *, progress: bool = False) -> GeneratedImage:
-        """The image that follows the parts (and `[IMG]`)."""
-        s = self._session
-        given = self._turn(parts, [s.tokenizer.img], s.processor.n_visual + 1)
-        with s._mesh():
-            self._read(given, s.processor.n_visual + 1)
-            drawing = self._drawn(progress)
-        self._unread = Prompt([s.tokenizer.end_img])
-        return drawing
-
-    def _turn(self, parts: Parts, end: list[int], room: int) -> Prompt:
-        """What is to be read: the turn, and before it the `</s>` of the answer before, if that
-        lacks it.
-        """
-        s = self._session
-        first = self._state is None
-        given = (
-            s.processor.chat_turn(parts, system=self._system, first=first)
-            if self._chat
-            else s.processor.interleave(parts)
-            if first
-            else s._after(parts)
-        )
-        lacks_end = self._chat and not first and self._unread.tokens[-1:] != [text_decoding.EOS]
-        given = processor.concatenate(Prompt([text_decoding.EOS] * lacks_end), given, Prompt(end))
-        return s._fitting(given, len(self._said) + len(self._unread), room)
-
-    def _answer(
-        self, given: Prompt, options: GenerationConfig, images: int
-    ) -> Iterator[str | GeneratedImage]:
-        s = self._session
-        t = self._session.tokenizer
-        N = self._session.processor.n_visual
-        written = turn = 0
-        while True:
-            room = s.context - len(self._said) - len(self._unread) - len(given)
-            left = min(options.max_new_tokens - written, room)
-            # the end of an image is all that fits
-            if left < 1:
-                self._unread = given
-                break
-            with s._mesh():
-                self._read(given, left)
-            allowed = s._allowed() | (np.arange(s.vocab) == t.img) & (images > 0) & (room > N + 2)
-            least = min(max(options.min_new_tokens - written, 0), left)
-            written += yield from self._text(
-                replace(
-                    options, max_new_tokens=left, min_new_tokens=least, seed=options.seed + turn
-                ),
-                allowed,
-            )
-            if self._unread.tokens != [t.img]:
-                break
-            with s._mesh():
-                self._read(Prompt(), N + 1)
-                drawing = self._drawn(False)
-            yield drawing
-            given = Prompt([t.end_img])
-            images = images - 1
-            turn = turn + 1
-
-    def _text(self, options: GenerationConfig, allowed: Bool[np.ndarray, "V"]) -> Iterator[str]:
-        """Text up to `</s>`, `[IMG]`, a stop text or the limit, the last of which is not read yet;
-        returns the number of ids.
-        """
-        s = self._session
-        t = self._session.tokenizer
-        rows = len(self._state.lengths)
-        out = TextStream(t.decode, options.stop)
-        metadata = s._rules(
-            [self._said] * rows, None, options, allowed, None, rows, ends=(text_decoding.EOS, t.img)
-        )
-        keys = jnp.stack([jax.random.fold_in(jax.random.key(options.seed), 0)] * rows)
-        with s._mesh():
-            state = text_decoding.start(
-                s.model_config,
-                s.params,
-                self._state,
-                keys,
-                _bucket(options.max_new_tokens, MIN_LENGTH),
-                metadata,
-            )
-        ids: list[int] = []
-        try:
-            while True:
-                ids.append(int(to_host(state.ids)[0, len(ids)]))
-                if new := out.push(ids[-1]):
-                    yield new
-                if to_host(state.done)[0] or out.stopped:
-                    break
-                with s._mesh():
-                    state = text_decoding.decode(
-                        s.model_config, s.params, state, np.int32(len(ids) + 1), metadata
-                    )
-            if new := out.finish():
-                yield new
-        # also where nobody wants to hear more
-        finally:
-            self._state = state.llm
-            self._said = processor.concatenate(self._said, Prompt(ids[:-1]))
-            self._unread = Prompt(ids[-1:])
-        return len(ids)
-
-    def _drawn(self, progress: bool) -> GeneratedImage:
-        s = self._session
-        state = image_decoding.start(s.model_config, self._state)
-        N = s.processor.n_visual
-        for count in (
-            tqdm(range(1, N + 1), "drawing", unit=" visual tokens", disable=None)
-            if progress
-            else [N]
-        ):
-            state = image_decoding.regress(s.model_config, s.params, state, np.int32(count))
-            state.visual.block_until_ready()
-        self._state = state.llm
-        self._said = processor.concatenate(self._said, Prompt([s.tokenizer.image] * N))
-        return s.decode_images(to_host(state.visual)[:1].astype(np.float32))[0]
-
-    def _read(self, given: Prompt, room: int) -> None:
-        """Reads what is unread and `given`, and makes `room` for what comes."""
-        s = self._session
-        given = processor.concatenate(self._unread, given)
-        if self._state is None:
-            self._state = s._read([given], None, _bucket(room, MIN_LENGTH))
-        else:
-            rows = len(self._state.lengths)
-            x, lengths = s._embedded([given] * rows)
-            slots = _bucket(int(self._state.cache.length) + x.shape[1] + room, MIN_LENGTH)
-            self._state = decode_state.expand(
-                self._state, 1, max(slots, self._state.cache.capacity)
-            )
-            self._state = decode_state.prefill(s.model_config, s.params, self._state, x, lengths)
-        self._said = processor.concatenate(self._said, given)
-        self._unread = Prompt()
-
-
-def abstract_params(model_config: emu.EmuConfig, mesh: jax.sharding.Mesh | None) -> tree.Tree:
-    """Shapes of the parameters as a session holds them: laid out by the table of training, matrices
-    in the dtype of the arithmetic.
-    """
-    shapes = module.abstract(emu.Emu, model_config)
-    if mesh:
-        sharding.check_divides(mesh, shapes)
-    places = dict(tree.leaves(sharding.shardings(mesh, sharding.specs(shapes)))) if mesh else {}
-
-    def dtype(path, leaf):
-        return model_config.compute if sharding.is_matrix(path) else leaf.dtype
-
-    return tree.unflatten(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf), sharding=places.get(path))
-            for path, leaf in tree.leaves(shapes)
-        }
-    )
-
-
-def mesh_of(directory: str, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh | None:
-    """All devices for a session of the checkpoint in `directory`: as many side by side in a layer
-    as divide its parameters, the others by rows. None for one device, and where nothing divides
-    them.
-    """
-    count = len(jax.devices() if devices is None else devices)
-    shapes = checkpoint.param_shapes(directory)
-    table = dict(tree.leaves(sharding.specs(tree.unflatten(shapes))))
-    for tensor in (n for n in range(count, 0, -1) if count % n == 0 and count > 1):
-        sizes = dict(data=1, fsdp=count // tensor, tensor=tensor)
-        if all(
-            length % sizes.get(axis, 1) == 0
-            for path, shape in shapes.items()
-            for length, axis in zip(shape, table[path])
-        ):
-            return sharding.make_mesh(sizes, devices)
-    return None
-
-
-def _bucket(n: int, least: int) -> int:
-    """`least` times a power of two, n or more."""
-    while least < n:
-        least *= 2
-    return least
-
-
-def _rows(ids: Sequence[Sequence[int]], rows: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(ids of different lengths as rows [rows, T], their lengths); T is a power of two, and the
-    last row is repeated.
-    """
-    ids = [*ids, *[ids[-1]] * (rows - len(ids))]
+    ids = pad_batch(ids, rows)
     lengths = np.array([len(row) for row in ids], np.int32)
-    out = np.full((rows, _bucket(int(lengths.max()), MIN_LENGTH)), fill, np.int32)
-    for row, some in zip(out, ids, strict=True):
-        row[: len(some)] = some
-    return out, lengths
+    padded = np.full((rows, power_of_two(int(lengths.max()), MIN_LENGTH)), fill, np.int32)
+    for row, values in zip(padded, ids, strict=True):
+        row[: len(values)] = values
+    return padded, lengths
+
+
+def _progress(starts: range, label: str) -> Iterable[int]:
+    """The starts of batches, with a progress bar on a terminal if there is a label."""
+    return tqdm(starts, label, unit=" batches", disable=None if label else True)

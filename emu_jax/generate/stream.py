@@ -1,45 +1,50 @@
-"""Text that grows: what can be shown of ids so far, when a character is several bytes and an end is
-a text of several tokens.
+"""Streaming: turns a growing list of ids into text that is never taken back.
+
+A character may be several bytes and thus several ids, and a stop string several tokens. Read next:
+conversation.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
-# bytes of a character that may still lack the last one
+# A UTF-8 character has at most four bytes, so at most three of an incomplete one are there.
 PARTIAL = 3
 
 
 class TextStream:
-    """Ids go in, text comes out that no later id takes back; it ends before the first of the `stop`
-    texts.
+    """Decode ids one at a time; the text ends before the first stop string.
+
+    `stopped` is True from the id on that completes a stop string.
     """
 
     def __init__(self, decode: Callable[[Iterable[int]], str], stop: Sequence[str] = ()):
+        """decode: from all ids so far to text. stop: strings that end the text."""
         self._decode = decode
         self._stop = stop
         self._ids: list[int] = []
-        # characters given out
+        # number of characters returned so far
         self._sent = 0
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that one more id makes certain; "" once a stop text has come."""
+        """Add an id and return the text that no later id can change; "" once stopped."""
         self._ids.append(token)
-        return "" if self.stopped else self._new(self._certain(self._decode(self._ids)))
+        return "" if self.stopped else self._unsent(self._stable(self._decode(self._ids)))
 
     def finish(self) -> str:
-        """What was held back, when no more ids come."""
-        return "" if self.stopped else self._new(self._decode(self._ids))
+        """Return the text held back, once there are no more ids."""
+        return "" if self.stopped else self._unsent(self._decode(self._ids))
 
-    def _new(self, text: str) -> str:
+    def _unsent(self, text: str) -> str:
         new = text[self._sent :]
         self._sent = max(self._sent, len(text))
         return new
 
-    def _certain(self, text: str) -> str:
-        ended = truncate_at_stop(text, self._stop)
-        if ended != text:
+    def _stable(self, text: str) -> str:
+        """The text without an incomplete character or the beginning of a stop string at its end."""
+        before_stop = truncate_at_stop(text, self._stop)
+        if before_stop != text:
             self.stopped = True
-            return ended
+            return before_stop
         for _ in range(PARTIAL):
             text = text.removesuffix("\ufffd")
         begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
@@ -47,5 +52,6 @@ class TextStream:
 
 
 def truncate_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop texts."""
-    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+    """The text before the first of the stop strings."""
+    found = (at for at in map(text.find, stop) if at >= 0)
+    return text[: min(found, default=len(text))]

@@ -1,11 +1,11 @@
-"""Text: the next token again and again, in one compiled loop over a cache; greedy, sampled, or by
-beams.
+"""Text generation: one compiled loop over a KV cache; greedy, sampled or by beam search.
 
-A `TextDecodeState` can be written on to any length, token by token for a reader who waits, or at once: the
-same loop, the same ids. BeamSearchState are Hugging Face's (transformers 4.44.2, early_stopping=False). Read
-next: session.py.
+A `TextDecodeState` can be extended token by token for streaming, or in one call: the same loop, the
+same ids. Beam search is that of Hugging Face (transformers 4.44.2, early_stopping=False). Read
+next: logits_process.py, session.py.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import no_type_check
 
@@ -18,78 +18,85 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from emu_jax.generate import decode_state, logits_process
 from emu_jax.generate.decode_state import DecodeState
 from emu_jax.generate.logits_process import SamplingMetadata
-from emu_jax.models import emu, module
+from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.tree import Tree
 
-BOS = 1
 EOS = 2
-# log-probability of a beam that is not there
+# log-probability of a beam that does not exist yet
 DEAD = -1e9
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with what are no arrays
+# JAX rebuilds it with leaves that are not arrays: no shape checks.
 @no_type_check
 class TextDecodeState:
-    """Answers that are being written: `count` ids a row, of which all but the last are read. A row
-    that is done repeats </s>.
+    """One answer a row: `count` ids, of which the LLM has read all but the last.
+
+    A row that is done repeats </s>.
     """
 
     llm: DecodeState
     ids: Int[Array, "B n"]
     count: Int[Array, ""]
     done: Bool[Array, "B"]
-    # in the trie
+    # node of the trie that the ids lead to; 0 without a trie
     node: Int[Array, "B"]
     keys: Key[Array, "B"]
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def start(
-    config: emu.EmuConfig,
+    config: EmuConfig,
     params: Tree,
     llm: DecodeState,
     keys: Key[Array, "B"],
     room: int,
     metadata: SamplingMetadata,
 ) -> TextDecodeState:
-    """The first id of each answer; there will be at most `room`, and the context needs room for
-    them.
+    """Choose the first id of each answer. Donates `llm`.
+
+    keys: one a row; unused if greedy. room: the largest number of ids, for which the cache needs
+    free slots.
     """
     rows = llm.lengths.shape[0]
-    zeros = jnp.zeros(rows, jnp.int32)
     state = TextDecodeState(
-        llm, jnp.full((rows, room), EOS), jnp.int32(0), jnp.zeros(rows, bool), zeros, keys
+        llm=llm,
+        ids=jnp.full((rows, room), EOS),
+        count=jnp.int32(0),
+        done=jnp.zeros(rows, bool),
+        node=jnp.zeros(rows, jnp.int32),
+        keys=keys,
     )
-    return _choose(module.bind(emu.Emu, config, params), state, metadata)
+    return _choose(decode_state.bind(config, params), state, metadata)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
-    config: emu.EmuConfig,
+    config: EmuConfig,
     params: Tree,
     state: TextDecodeState,
     until: Int[Array, ""],
     metadata: SamplingMetadata,
 ) -> TextDecodeState:
-    """The state with `until` ids a row, or fewer if all rows are done before."""
-    model = module.bind(emu.Emu, config, params)
+    """Extend the answers to `until` ids, or until all rows are done. Donates `state`."""
+    model = decode_state.bind(config, params)
+
+    def unfinished(state: TextDecodeState) -> Bool[Array, ""]:
+        return (state.count < until) & ~state.done.all()
 
     def step(state: TextDecodeState) -> TextDecodeState:
         token = jax.lax.dynamic_index_in_dim(state.ids, state.count - 1, 1)
         x = model.llama.embeddings(token, config.compute)
-        return _choose(
-            model,
-            state.replace(
-                llm=decode_state.extend(model, state.llm, x, (~state.done).astype(jnp.int32))
-            ),
-            metadata,
-        )
+        # rows that are done read nothing
+        lengths = (~state.done).astype(jnp.int32)
+        llm = decode_state.extend(model, state.llm, x, lengths)
+        return _choose(model, replace(state, llm=llm), metadata)
 
-    return jax.lax.while_loop(lambda state: (state.count < until) & ~state.done.all(), step, state)
+    return jax.lax.while_loop(unfinished, step, state)
 
 
-def _choose(model: emu.Emu, state: TextDecodeState, metadata: SamplingMetadata) -> TextDecodeState:
+def _choose(model: Emu, state: TextDecodeState, metadata: SamplingMetadata) -> TextDecodeState:
+    """Add the next id of every row, greedily or by sampling."""
     scores = logits_process.process_logits(
         model.llama.logits(state.llm.hidden),
         metadata,
@@ -106,213 +113,217 @@ def _choose(model: emu.Emu, state: TextDecodeState, metadata: SamplingMetadata) 
     )
     token = jnp.where(state.done, EOS, token)
     count = state.count + 1
-    return state.replace(
+    ends = metadata.stop_ids[token] | (count >= metadata.max_new_tokens)
+    return replace(
+        state,
         ids=state.ids.at[:, state.count].set(token),
         count=count,
-        done=state.done | metadata.stop_ids[token] | (count >= metadata.max_new_tokens),
-        node=state.node if metadata.trie is None else metadata.trie.follow(state.node, token),
+        done=state.done | ends,
+        node=_follow(metadata, state.node, token),
     )
+
+
+def _follow(
+    metadata: SamplingMetadata, node: Int[Array, "B"], token: Int[Array, "B"]
+) -> Int[Array, "B"]:
+    return node if metadata.trie is None else metadata.trie.follow(node, token)
 
 
 def _previous_ids(
     metadata: SamplingMetadata, ids: Int[Array, "B n"], count: Int[Array, ""]
 ) -> Int[Array, "B s"]:
-    """Ids of the prompts and of the answers so far."""
-    nothing = metadata.allowed.shape[0]
-    return jnp.concatenate(
-        [metadata.prompt_ids, jnp.where(jnp.arange(ids.shape[1]) < count, ids, nothing)], 1
-    )
+    """Ids of the prompts and of the answers so far; V for no id."""
+    vocab = metadata.allowed.shape[0]
+    answers = jnp.where(jnp.arange(ids.shape[1]) < count, ids, vocab)
+    return jnp.concatenate([metadata.prompt_ids, answers], 1)
 
 
 @partial(jax.jit, static_argnums=0)
 def nll(
-    config: emu.EmuConfig,
+    config: EmuConfig,
     params: Tree,
     llm: DecodeState,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
 ) -> Float[Array, "B"]:
-    """Summed cross-entropy of the first `lengths` tokens of each row, as what follows the
-    llm.
-    """
-    model = module.bind(emu.Emu, config, params)
-    hidden, _ = decode_state.forward(
-        model, llm, model.llama.embeddings(tokens, config.compute), lengths
-    )
+    """Summed cross-entropy in nats of each row's first `lengths` tokens."""
+    model = decode_state.bind(config, params)
+    x = model.llama.embeddings(tokens, config.compute)
+    hidden, _ = decode_state.forward(model, llm, x, lengths)
+    # token t is predicted from the element before it
     before = jnp.concatenate([llm.hidden[:, None], hidden[:, :-1]], 1)
 
-    def step(pair):
-        hidden, token = pair
-        return jnp.take_along_axis(
-            jax.nn.log_softmax(model.llama.logits(hidden), -1), token[:, None], 1
-        )[:, 0]
+    def log_probs(position: tuple[Float[Array, "B D"], Int[Array, "B"]]) -> Float[Array, "B"]:
+        hidden, token = position
+        log_softmax = jax.nn.log_softmax(model.llama.logits(hidden), -1)
+        return jnp.take_along_axis(log_softmax, token[:, None], 1)[:, 0]
 
-    # the logits of one position at a time
-    found = jax.lax.map(step, (jnp.moveaxis(before, 1, 0), tokens.T))
-    return -jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], found.T, 0).sum(1)
+    # one position at a time: the logits of all would not fit
+    found = jax.lax.map(log_probs, (jnp.moveaxis(before, 1, 0), tokens.T)).T
+    return -jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], found, 0).sum(1)
 
 
-def until_end(ids: np.ndarray) -> list[int]:
+def until_end(ids: Int[np.ndarray, "n"]) -> list[int]:
     """The ids before the first </s>."""
     end = np.flatnonzero(ids == EOS)
     return ids[: end[0] if len(end) else None].tolist()
 
 
-# --- beams: K running answers a row, and the K best that have ended ---
+# Beam search: K running answers a row, and the K best that have ended
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with what are no arrays
+# JAX rebuilds it with leaves that are not arrays: no shape checks.
 @no_type_check
 class BeamSearchState:
+    """K running answers a row (`ids`, `log_probs`, `node`) and the K best ended ones."""
+
     # B * K rows, beam after beam
     llm: DecodeState
     ids: Int[Array, "B K n"]
-    # log-probabilities
-    sums: Float[Array, "B K"]
+    log_probs: Float[Array, "B K"]
+    # node of the trie that the ids lead to; 0 without a trie
     node: Int[Array, "B K"]
     count: Int[Array, ""]
-    # without their </s>, which fills the rest
+    # ids before </s>, then </s> to the end
     ended: Int[Array, "B K n"]
-    # of the ended; -inf for none
+    # of the ended ones; -inf for none
     scores: Float[Array, "B K"]
     done: Bool[Array, "B"]
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def beam_search(
-    config: emu.EmuConfig,
+    config: EmuConfig,
     params: Tree,
     llm: DecodeState,
     beams: int,
     room: int,
     metadata: SamplingMetadata,
 ) -> Int[Array, "B n"]:
-    """The best answer of each row, filled up with </s>; the llm, already `beams` times over,
-    needs room for `room` ids.
+    """The best answer of each row, padded with </s>.
 
-    Every step takes the 2 K best continuations of the K running beams: of the first K, those that
-    end become hypotheses, which score sum of log-probabilities / length ** length_penalty, </s>
-    counted; the first K that do not end run on. A row is done when its worst kept hypothesis scores
-    at least what the best continuation would, were it to end now; or at its limit.
+    llm: every row `beams` times (`decode_state.expand`), with `room` free slots.
+
+    Every step takes the 2 K best continuations of the K running beams. Those among the first K that
+    end become hypotheses with the score (sum of log-probabilities) / length ** length_penalty,
+    where the length counts </s>; the first K that do not end keep running. A row is done at its
+    limit, or when its worst kept hypothesis scores at least what the best continuation would if it
+    ended now.
     """
-    model = module.bind(emu.Emu, config, params)
+    model = decode_state.bind(config, params)
     K = beams
     rows = llm.lengths.shape[0] // K
-    nobody = jnp.full((rows, K, room), EOS)
+    no_answers = jnp.full((rows, K, room), EOS)
+    # all beams are equal at first: only one of them counts
+    log_probs = jnp.array([0.0] + [DEAD] * (K - 1))
     state = BeamSearchState(
-        llm,
-        nobody,
-        jnp.tile(jnp.array([0.0] + [DEAD] * (K - 1)), (rows, 1)),
-        jnp.zeros((rows, K), jnp.int32),
-        jnp.int32(0),
-        nobody,
-        jnp.full((rows, K), -jnp.inf),
-        jnp.zeros(rows, bool),
+        llm=llm,
+        ids=no_answers,
+        log_probs=jnp.tile(log_probs, (rows, 1)),
+        node=jnp.zeros((rows, K), jnp.int32),
+        count=jnp.int32(0),
+        ended=no_answers,
+        scores=jnp.full((rows, K), -jnp.inf),
+        done=jnp.zeros(rows, bool),
     )
-    metadata = metadata.replace(prompt_ids=jnp.repeat(metadata.prompt_ids, K, 0))
+    metadata = replace(metadata, prompt_ids=jnp.repeat(metadata.prompt_ids, K, 0))
 
-    def step(state: BeamSearchState) -> BeamSearchState:
-        token = jax.lax.dynamic_index_in_dim(state.ids.reshape(rows * K, room), state.count - 1, 1)
-        x = model.llama.embeddings(token, config.compute)
-        return _extend(
-            model,
-            state.replace(
-                llm=decode_state.extend(model, state.llm, x, jnp.ones(rows * K, jnp.int32))
-            ),
-            metadata,
-        )
-
-    def unfinished(state):
+    def unfinished(state: BeamSearchState) -> Bool[Array, ""]:
         return ((state.count < metadata.max_new_tokens) & ~state.done).any()
 
-    state = jax.lax.while_loop(unfinished, step, _extend(model, state, metadata))
-    running = (
-        state.sums
-        / jnp.minimum(state.count, metadata.max_new_tokens).astype(jnp.float32)[:, None]
-        ** metadata.length_penalty
-    )
-    scores = jnp.concatenate([state.scores, jnp.where(state.done[:, None], -jnp.inf, running)], 1)
-    return jnp.take_along_axis(
-        jnp.concatenate([state.ended, state.ids], 1), jnp.argmax(scores, 1)[:, None, None], 1
-    )[:, 0]
+    def step(state: BeamSearchState) -> BeamSearchState:
+        ids = state.ids.reshape(rows * K, room)
+        token = jax.lax.dynamic_index_in_dim(ids, state.count - 1, 1)
+        x = model.llama.embeddings(token, config.compute)
+        llm = decode_state.extend(model, state.llm, x, jnp.ones(rows * K, jnp.int32))
+        return _extend_beams(model, replace(state, llm=llm), metadata)
+
+    state = jax.lax.while_loop(unfinished, step, _extend_beams(model, state, metadata))
+
+    # at the limit, running beams compete with the ended ones
+    lengths = jnp.minimum(state.count, metadata.max_new_tokens).astype(jnp.float32)[:, None]
+    running = state.log_probs / lengths**metadata.length_penalty
+    running = jnp.where(state.done[:, None], -jnp.inf, running)
+    best = jnp.argmax(jnp.concatenate([state.scores, running], 1), 1)
+    answers = jnp.concatenate([state.ended, state.ids], 1)
+    return _pick(answers, best[:, None])[:, 0]
 
 
-def _extend(model: emu.Emu, state: BeamSearchState, metadata: SamplingMetadata) -> BeamSearchState:
-    """One more id of every running beam."""
+def _extend_beams(
+    model: Emu, state: BeamSearchState, metadata: SamplingMetadata
+) -> BeamSearchState:
+    """Add one id to every running beam, and move the beams that end to the ended ones."""
     B, K, room = state.ids.shape
     V = metadata.allowed.shape[0]
-    logits = jax.nn.log_softmax(model.llama.logits(state.llm.hidden), -1)
+    log_softmax = jax.nn.log_softmax(model.llama.logits(state.llm.hidden), -1)
     scores = logits_process.process_logits(
-        logits,
+        log_softmax,
         metadata,
         _previous_ids(metadata, state.ids.reshape(B * K, room), state.count),
         state.node.ravel(),
         state.count,
         EOS,
     )
-    best, at = jax.lax.top_k(
-        (scores.reshape(B, K, V) + state.sums[..., None]).reshape(B, K * V), 2 * K
-    )
-    parent = at // V
-    token = at % V
-
-    def pick(values, index):
-        return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), 1)
-
+    totals = scores.reshape(B, K, V) + state.log_probs[..., None]
+    best, index = jax.lax.top_k(totals.reshape(B, K * V), 2 * K)
+    parent = index // V
+    token = index % V
+    # what each continuation would score if it ended here
     score = best / (state.count + 1).astype(jnp.float32) ** metadata.length_penalty
 
+    # continuations that end become hypotheses, if they are among the first K
     ends = token == EOS
-    hypotheses = jnp.concatenate(
-        [state.scores, jnp.where(ends & (jnp.arange(2 * K) < K), score, -jnp.inf)], 1
-    )
-    kept_scores, kept = jax.lax.top_k(hypotheses, K)
-    ended = pick(jnp.concatenate([state.ended, pick(state.ids, parent)], 1), kept)
+    new_scores = jnp.where(ends & (jnp.arange(2 * K) < K), score, -jnp.inf)
+    kept_scores, kept = jax.lax.top_k(jnp.concatenate([state.scores, new_scores], 1), K)
+    ended = _pick(jnp.concatenate([state.ended, _pick(state.ids, parent)], 1), kept)
 
-    # the first K that do not end
+    # the first K that do not end keep running
     order = jnp.argsort(ends, axis=1, stable=True)[:, :K]
-    parent = pick(parent, order)
-    token = pick(token, order)
-    sums = pick(best, order)
-    ids = pick(state.ids, parent).at[:, :, state.count].set(token)
-    node = pick(state.node, parent)
-    node = (
-        node
-        if metadata.trie is None
-        else metadata.trie.follow(node.ravel(), token.ravel()).reshape(B, K)
-    )
+    parent = _pick(parent, order)
+    token = _pick(token, order)
+    log_probs = _pick(best, order)
+    ids = _pick(state.ids, parent).at[:, :, state.count].set(token)
+    node = _pick(state.node, parent)
+    node = _follow(metadata, node.ravel(), token.ravel()).reshape(B, K)
 
-    # such a row stays as it is
+    hopeless = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0])
+    nothing_allowed = score[:, 0] == -jnp.inf
+
+    # a row that is over stays as it is
     over = state.done | (state.count >= metadata.max_new_tokens)
 
     def keep(old, new):
         return jnp.where(over.reshape(B, *[1] * (new.ndim - 1)), old, new)
 
-    # or nothing more is allowed
-    done = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0]) | (
-        score[:, 0] == -jnp.inf
-    )
-    came_from = (keep(jnp.arange(K)[None], parent) + K * jnp.arange(B)[:, None]).ravel()
+    first_beam = K * jnp.arange(B)[:, None]
+    came_from = keep(jnp.arange(K)[None], parent) + first_beam
     return BeamSearchState(
-        _reorder(state.llm, came_from, room),
-        keep(state.ids, ids),
-        keep(state.sums, sums),
-        keep(state.node, node),
-        state.count + 1,
-        keep(state.ended, ended),
-        keep(state.scores, kept_scores),
-        state.done | ~over & done,
+        llm=_reorder(state.llm, came_from.ravel(), room),
+        ids=keep(state.ids, ids),
+        log_probs=keep(state.log_probs, log_probs),
+        node=keep(state.node, node),
+        count=state.count + 1,
+        ended=keep(state.ended, ended),
+        scores=keep(state.scores, kept_scores),
+        done=state.done | ~over & (hopeless | nothing_allowed),
     )
+
+
+def _pick(values: Array, index: Int[Array, "B k"]) -> Array:
+    """values[b, index[b, i]] for every b and i; values is [B, n, ...]."""
+    return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), 1)
 
 
 def _reorder(llm: DecodeState, came_from: Int[Array, "B"], room: int) -> DecodeState:
-    """Each beam's own answer moves with it; what was read before the answers is the same for all
-    beams of a row.
+    """Move each beam's own answer, the last `room` slots of the cache, with the beam.
+
+    What was read before the answers is the same for all beams of a row.
     """
-    start = llm.cache.capacity - room
+    begin = llm.cache.capacity - room
 
     def move(x):
-        return jax.lax.dynamic_update_slice_in_dim(x, x[:, came_from, start:], start, 2)
+        return jax.lax.dynamic_update_slice_in_dim(x, x[:, came_from, begin:], begin, 2)
 
-    cache = llm.cache.replace(k=move(llm.cache.k), v=move(llm.cache.v))
-    return llm.replace(cache=cache, hidden=llm.hidden[came_from])
+    cache = replace(llm.cache, k=move(llm.cache.k), v=move(llm.cache.v))
+    return replace(llm, cache=cache, hidden=llm.hidden[came_from])

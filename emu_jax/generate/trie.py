@@ -1,5 +1,6 @@
-"""Which ids may follow when an answer must be one of given ones: a token trie as two arrays that a
-compiled loop can walk.
+"""Constrained decoding: a trie of the allowed answers, as arrays.
+
+Read next: logits_process.py.
 """
 
 from collections.abc import Sequence
@@ -10,40 +11,43 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from emu_jax.batching import power_of_two
 from emu_jax.config import UserError
+
+# where a node has no more edges; beyond every id, so that scatters drop it
+NO_EDGE = np.iinfo(np.int32).max
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with what are no arrays
+# JAX rebuilds it with leaves that are not arrays: no shape checks.
 @no_type_check
 class Trie:
-    """Node 0 is the start; the i-th edge of a node carries the id ids[node, i] to the node children[node,
-    i].
-    """
+    """Id ids[node, i] leads from a node to children[node, i]. Node 0 is the root."""
 
-    # a number beyond every id where there is no edge
     ids: Int[Array, "nodes edges"]
     children: Int[Array, "nodes edges"]
 
     def allowed(self, node: Int[Array, "B"], vocab: int) -> Bool[Array, "B V"]:
-        """Ids that may come next."""
+        """Mask of the ids that may follow each node."""
+        mask = jnp.zeros((node.shape[0], vocab), bool)
         rows = jnp.arange(node.shape[0])[:, None]
-        return (
-            jnp.zeros((node.shape[0], vocab), bool).at[rows, self.ids[node]].set(True, mode="drop")
-        )
+        return mask.at[rows, self.ids[node]].set(True, mode="drop")
 
     def follow(self, node: Int[Array, "B"], token: Int[Array, "B"]) -> Int[Array, "B"]:
-        """The node after `token`; the node itself where it has no such edge."""
+        """The node that `token` leads to; the same node if it has no such edge."""
         taken = self.ids[node] == token[:, None]
         return jnp.where(taken.any(-1), (taken * self.children[node]).sum(-1), node)
 
 
 def build(answers: Sequence[Sequence[int]], eos: int) -> Trie:
-    """The trie of answers as ids, each followed by </s>. Its shape is of powers of two, so that few
-    are compiled for.
+    """Build the trie of answers given as ids, each followed by `eos`.
+
+    Both dimensions are powers of two, so that few shapes are compiled for. Raises UserError for no
+    answers.
     """
     if not answers:
-        raise UserError("constrained decoding was given no answers to choose from")
+        raise UserError("constrained decoding needs at least one answer to choose from")
+    # of each node: id -> child
     edges: list[dict[int, int]] = [{}]
     for answer in answers:
         node = 0
@@ -52,8 +56,8 @@ def build(answers: Sequence[Sequence[int]], eos: int) -> Trie:
                 edges[node][token] = len(edges)
                 edges.append({})
             node = edges[node][token]
-    shape = [1 << (n - 1).bit_length() for n in (len(edges), max(map(len, edges)))]
-    ids = np.full(shape, np.iinfo(np.int32).max, np.int32)
+    shape = (power_of_two(len(edges)), power_of_two(max(map(len, edges))))
+    ids = np.full(shape, NO_EDGE, np.int32)
     children = np.zeros(shape, np.int32)
     for node, found in enumerate(edges):
         ids[node, : len(found)] = list(found)

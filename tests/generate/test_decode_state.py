@@ -21,9 +21,9 @@ LLAMA3 = (
 )
 
 
-def read(session, context, prompt):
-    x, lengths = session._embedded([prompt])
-    return decode_state.prefill(session.model_config, session.params, context, x, lengths)
+def read(session, state, prompt):
+    x, lengths = session.embed([prompt])
+    return decode_state.prefill(session.model_config, session.params, state, x, lengths)
 
 
 def same(a, b):
@@ -45,14 +45,12 @@ def part(prompt, start, stop):
 
 def test_cached_is_uncached(session, uncached, images):
     prompt = session.prompt(["a dog", images[0], "and", images[1], "!"])
-    context = session._read([prompt], None, 0)
-    np.testing.assert_allclose(
-        context.hidden[0], uncached.hidden(uncached.x(prompt))[-1], atol=2e-5
-    )
+    state = session.prefill_batch([prompt])
+    np.testing.assert_allclose(state.hidden[0], uncached.hidden(uncached.x(prompt))[-1], atol=2e-5)
     assert (
-        context.lengths.tolist() == [len(prompt)]
-        and context.cache.capacity == 32
-        and int(context.cache.length) == 32
+        state.lengths.tolist() == [len(prompt)]
+        and state.cache.capacity == 32
+        and int(state.cache.length) == 32
     )
 
 
@@ -63,21 +61,21 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
     session = make_session(*LLAMA3)
     uncached = Uncached(session)
     prompt = session.prompt(["a dog", images[0], "and"])
-    context = session._read([prompt], None, 8)
-    assert context.cache.k.shape[3] == 2 and "lm_head" not in session.params["llama"]
+    state = session.prefill_batch([prompt], room=8)
+    assert state.cache.k.shape[3] == 2 and "lm_head" not in session.params["llama"]
     x = uncached.x(prompt)
     for token in (7, 11, 13):
-        np.testing.assert_allclose(context.hidden[0], uncached.hidden(x)[-1], atol=2e-5)
+        np.testing.assert_allclose(state.hidden[0], uncached.hidden(x)[-1], atol=2e-5)
         table = np.concatenate(
             [session.params["llama"]["embed"][name] for name in ("base", "added")]
         )
         np.testing.assert_allclose(
-            uncached.logits(x)[-1], table @ np.asarray(context.hidden[0]), atol=2e-4
+            uncached.logits(x)[-1], table @ np.asarray(state.hidden[0]), atol=2e-4
         )
-        context = decode_state.prefill(
+        state = decode_state.prefill(
             session.model_config,
             session.params,
-            context,
+            state,
             uncached.embedding(token)[None],
             jnp.array([1]),
         )
@@ -93,14 +91,14 @@ def test_any_split_of_a_prompt(session, images, at):
     assert len(prompt) == 20
     empty = decode_state.init(session.model_config, session.params, 1, 64)
     twice = read(session, read(session, empty, part(prompt, 0, at)), part(prompt, at, 20))
-    same(twice, session._read([prompt], None, 0))
+    same(twice, session.prefill_batch([prompt]))
 
 
 def test_nothing_more_changes_nothing(session):
-    context = session._read([session.prompt(["a dog"])], None, 16)
-    hidden = np.asarray(context.hidden)
+    state = session.prefill_batch([session.prompt(["a dog"])], room=16)
+    hidden = np.asarray(state.hidden)
     after = decode_state.prefill(
-        session.model_config, session.params, context, jnp.zeros((1, 16, 32)), jnp.array([0])
+        session.model_config, session.params, state, jnp.zeros((1, 16, 32)), jnp.array([0])
     )
     np.testing.assert_array_equal(after.hidden, hidden)
     assert after.lengths.tolist() == [6]
@@ -111,23 +109,27 @@ def test_rows_do_not_see_each_other(session, images):
         session.prompt(parts)
         for parts in (["x"], ["a longer one", images[2], "of two"], [images[3]])
     ]
-    together = session._read(prompts, None, 0)
+    together = session.prefill_batch(prompts)
     # filled up to a power of two
     assert together.hidden.shape[0] == 4
     for row, prompt in enumerate(prompts):
-        alone = session._read([prompt], None, 0)
+        alone = session.prefill_batch([prompt])
         np.testing.assert_allclose(together.hidden[row], alone.hidden[0], atol=2e-5)
 
 
 def test_a_prefix_is_shared(session, images):
     prefix = session.prefill(["few ", images[0], "shots: "])
     prompts = [session.processor.interleave(["a"]), session.processor.interleave(["bb", images[1]])]
-    after = session._read([session._after(["a"]), session._after(["bb", images[1]])], prefix, 16)
+    after = session.prefill_batch(
+        [session.continuation(["a"]), session.continuation(["bb", images[1]])],
+        prefix=prefix,
+        room=16,
+    )
     for row, prompt in enumerate(prompts):
         whole = session.prompt(["few ", images[0], "shots: "])
         tokens = whole.tokens + prompt.tokens[1:]
         slots = whole.slots + [len(whole) + slot - 1 for slot in prompt.slots]
-        alone = session._read([Prompt(tokens, whole.images + prompt.images, slots)], None, 0)
+        alone = session.prefill_batch([Prompt(tokens, whole.images + prompt.images, slots)])
         np.testing.assert_allclose(after.hidden[row], alone.hidden[0], atol=2e-5)
     # it can be used again
     assert not prefix.state.hidden.is_deleted()

@@ -141,8 +141,8 @@ def test_what_a_checker_rejects_is_black(run, session, visual):
     ("decoder", "given", "told"),
     [
         ("emu", {}, "of the stage 'emu', not a decoder's"),
-        ("wide", {}, r"draws visual tokens \[4, 64\], and the model makes \[4, 32\]"),
-        ("decoder", {"sampler": "dim"}, "no sampler 'dim'; there are ddim"),
+        ("wide", {}, r"takes visual tokens \[4, 64\], but the model makes \[4, 32\]"),
+        ("decoder", {"sampler": "dim"}, "unknown sampler 'dim'; choose one of ddim"),
         ("decoder", {"steps": 0}, "a sampler takes 1 to 1000 steps"),
         ("decoder", {"negative": "nothing"}, "is not one of empty, zeros"),
     ],
@@ -241,9 +241,9 @@ def test_blends_and_reconstructions(run, capsys, tmp_path):
         (["--image", "a", "--count=0", "--decoder={run}/decoder"], "--count=0 must be at least 1"),
         (["--reconstruct", "a", "--decoder={run}/decoder"], "--reconstruct takes image files"),
         (["--image", "a", "--decoder={run}/none"], "no directory"),
-        (["--image", "a", "--decoder={run}/wide"], "draws visual tokens"),
+        (["--image", "a", "--decoder={run}/wide"], "takes visual tokens"),
         (["--image", "a", "--decoder={run}/decoder", "--out=/dev/full/x.png"], "/dev/full"),
-        (["--image", "a", "--decoder={run}/decoder", "--sampler=dim"], "no sampler 'dim'"),
+        (["--image", "a", "--decoder={run}/decoder", "--sampler=dim"], "unknown sampler 'dim'"),
     ],
 )
 def test_bad_input_is_one_line(run, capsys, arguments, told):
@@ -296,9 +296,11 @@ def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(
             ]
         )
     ]
-    monkeypatch.setattr(precompute.sources, "open", lambda path, size, fit: Memory(documents))
+    monkeypatch.setattr(
+        precompute.sources, "open_source", lambda path, size, fit: Memory(documents)
+    )
     # eight fake devices are slow, and the commands above have them
-    monkeypatch.setattr(precompute, "mesh_of", lambda *_: None)
+    monkeypatch.setattr(precompute, "inference_mesh", lambda *_: None)
     for module in (precompute, precomputed):
         monkeypatch.setattr(module, "SHARD", 2)
     arguments = [
@@ -313,7 +315,9 @@ def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(
     with pytest.raises(UserError, match="are incomplete"):
         Precomputed(str(tmp_path), "conditions", "mixture", {"a": 5})
     made = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("0*")}
-    assert command.main(arguments) == 0 and "2 shards made, 1 were there" in capsys.readouterr().out
+    assert (
+        command.main(arguments) == 0 and "2 shards computed, 1 existed" in capsys.readouterr().out
+    )
     assert all(
         path.stat().st_mtime_ns == made.get(path.name, path.stat().st_mtime_ns)
         for path in tmp_path.rglob("0*")
@@ -330,6 +334,7 @@ def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(
     assert "names no checkpoint with a language model" in capsys.readouterr().err
     (tmp_path / "conditions.json").write_text(json.dumps({"shape": [1, 1]}))
     assert (
-        command.main(arguments) == 2 and "of another model or other data" in capsys.readouterr().err
+        command.main(arguments) == 2
+        and "of a different model or different data" in capsys.readouterr().err
     )
     assert not list(tmp_path.rglob("*.part"))

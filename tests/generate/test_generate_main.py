@@ -103,7 +103,7 @@ def test_chat(run, capsys, monkeypatch):
 
 
 def test_words_of_a_line_that_are_files(run):
-    assert command._parts(f"what is {run}/x.png  and none.png ?") == [
+    assert command._split_line(f"what is {run}/x.png  and none.png ?") == [
         "what is",
         run / "x.png",
         "and none.png ?",
@@ -141,11 +141,11 @@ def test_bad_input_is_one_line(run, capsys, arguments, told):
 
 def test_a_file_that_is_not_there_is_said(run, capsys):
     assert call(run, "cat.png") == 0
-    assert "note: there is no file 'cat.png': it is taken as text" in capsys.readouterr().err
+    assert "note: file 'cat.png' not found, so it is part of the text" in capsys.readouterr().err
 
 
 def test_help_teaches():
     shown = subprocess.run(
         [sys.executable, "-m", "emu_jax.generate", "--help"], capture_output=True, text=True
     )
-    assert shown.returncode == 0 and "blend two pictures" in shown.stdout
+    assert shown.returncode == 0 and "blend two images" in shown.stdout

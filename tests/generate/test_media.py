@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from emu_jax.config import UserError
+from emu_jax.data import video
 from emu_jax.generate import media
 
 av = pytest.importorskip("av")
@@ -38,7 +39,7 @@ def write_video(path, count, size=(32, 48), codec="mpeg4", **options):
     ],
 )
 def test_the_releases_frames(count, frames):
-    assert media.centres(count) == frames
+    assert video.segment_centres(count) == frames
 
 
 def test_a_video(tmp_path):
@@ -46,7 +47,9 @@ def test_a_video(tmp_path):
     frames = media.load_video(tmp_path / "film.mp4", 28)
     assert [frame.shape for frame in frames] == [(28, 28, 3)] * 8
     np.testing.assert_allclose(
-        [frame.mean() for frame in frames], [255 * at / 40 for at in media.centres(41)], atol=8
+        [frame.mean() for frame in frames],
+        [255 * at / 40 for at in video.segment_centres(41)],
+        atol=8,
     )
 
 
@@ -123,13 +126,13 @@ def cut(path):
 @pytest.mark.parametrize(
     "make, told",
     [
-        (lambda path: path.write_text("hello"), "is no usable video"),
-        (lambda path: path.write_bytes(b""), "is no usable video"),
-        (sound, "has no video in it"),
-        (playlist, "no usable video"),
-        (claims, "2500000000|50000 x 50000|no usable video"),
-        (lambda path: write_video(path, 0), "no usable video|no frames|no video"),
-        (cut, "no usable video"),
+        (lambda path: path.write_text("hello"), "is not a usable video"),
+        (lambda path: path.write_bytes(b""), "is not a usable video"),
+        (sound, "has no video stream"),
+        (playlist, "not a usable video"),
+        (claims, "2500000000|50000 x 50000|not a usable video"),
+        (lambda path: write_video(path, 0), "not a usable video|no frames|no video"),
+        (cut, "not a usable video"),
         (lambda path: None, "No such file"),
     ],
     ids=["text", "empty", "sound", "playlist", "huge", "frameless", "truncated", "missing"],
@@ -154,7 +157,7 @@ def test_a_playlist_is_no_video(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "secret.mp4", 20)
     (tmp_path / "x.mp4").write_text(text)
-    with pytest.raises(UserError, match="is no usable video"):
+    with pytest.raises(UserError, match="is not a usable video"):
         media.load_video(tmp_path / "x.mp4", 28)
 
 
@@ -204,19 +207,3 @@ def test_what_names_a_file(tmp_path):
         "x" * 5000 + ".png"
     )
     assert media.is_video(Path("a.MP4")) and not media.is_video(Path("a.png"))
-
-
-def test_a_storyboard_goes_by_time():
-    frames = [np.full((2, 2, 3), number, np.uint8) for number in range(3)]
-    parts = media.storyboard(
-        frames, 31.0, [(12.0, "three"), (1.0, "one"), (9.5, "two"), (50.0, "last"), (10.0, "at")]
-    )
-    assert [part if isinstance(part, str) else int(part[0, 0, 0]) for part in parts] == [
-        0,
-        "one two",
-        1,
-        "at three",
-        2,
-        "last",
-    ]
-    assert media.storyboard([], 3.0, [(0.0, "a"), (1.0, "b")]) == ["a b"]

@@ -139,7 +139,7 @@ def test_images_of_any_size_and_visual_tokens(letters):
 )
 def test_what_is_no_image(letters, wrong):
     with pytest.raises(
-        UserError, match=r"an image is an array uint8 \[h, w, 3\], or visual tokens \[2, 16\]"
+        UserError, match=r"an image must be an array uint8 \[h, w, 3\], or visual tokens \[2, 16\]"
     ):
         letters.interleave([wrong])
 

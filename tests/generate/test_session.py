@@ -9,9 +9,13 @@ import pytest
 
 from emu_jax import sharding, tree
 from emu_jax.config import UserError
+from emu_jax.generate.conversation import Conversation
 from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.placement import abstract_params
 from emu_jax.generate.processor import Prompt
-from emu_jax.generate.session import Conversation, Session, abstract_params
+from emu_jax.generate.session import Session
+from emu_jax.models import module
+from emu_jax.models.emu import Emu
 from tests.support.small import VOCAB, make_session
 
 EIGHT = GenerationConfig(max_new_tokens=8)
@@ -70,7 +74,7 @@ def test_a_prefix_is_as_if_it_were_said_again(session, images):
 
 
 def test_visual_tokens_are_an_image_too(session, images):
-    drawn = np.asarray(session._visual([images[0]]))[0]
+    drawn = np.asarray(session.visual_tokens([images[0]]))[0]
     assert session.generate_texts([["a", drawn, "b"]], EIGHT) == session.generate_texts(
         [["a", images[0], "b"]], EIGHT
     )
@@ -209,7 +213,8 @@ def test_a_chat_survives_who_stops_listening(session):
 )
 def test_sharded_is_as_alone(session, prompts, sizes):
     mesh = sharding.make_mesh(sizes)
-    places = dict(tree.leaves(abstract_params(session.model_config, mesh)))
+    shapes = module.abstract(Emu, session.model_config)
+    places = dict(tree.leaves(abstract_params(shapes, mesh, session.model_config.compute)))
     params = tree.unflatten(
         {
             path: jax.device_put(leaf, places[path].sharding)
@@ -232,10 +237,10 @@ def test_a_prompt_longer_than_the_context(images):
     tight = make_session(context=20)
     with pytest.raises(
         UserError,
-        match=r"prompt has 31 elements and its answer 1 or more, and the context holds 20.*--truncate=left",
+        match=r"prompt has 31 elements and its answer at least 1, but the context holds 20.*--truncate=left",
     ):
         tight.generate_texts([["x" * 30]])
-    with pytest.raises(UserError, match="prompt has 18 elements and its answer 5 or more"):
+    with pytest.raises(UserError, match="prompt has 18 elements and its answer at least 5"):
         tight.generate_images([["x" * 16]])
     with pytest.raises(UserError, match="prompt has 33 elements"):
         Conversation(tight, chat=False).reply(["x" * 32])
@@ -266,7 +271,7 @@ def test_a_model_without_roles_does_not_chat():
 
 
 def test_nothing_to_rank(session):
-    with pytest.raises(UserError, match="no candidates"):
+    with pytest.raises(UserError, match="at least one candidate"):
         session.losses(["dog"], [])
     assert (
         VOCAB == session.model_config.llama.vocab
