@@ -6,7 +6,6 @@ samplers.py.
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import jax
@@ -70,6 +69,10 @@ def sample(
     return model.pixels(samplers.SAMPLERS[sampler].run(denoise, noise, schedule))
 
 
+# Decoders with the same config and options share one compiled program.
+_jitted_sample = jax.jit(sample, static_argnums=0, static_argnames=SAMPLING_OPTIONS)
+
+
 def check_sampling(diffusion: Diffusion, drawing: Mapping[str, Any]) -> None:
     """Raise UserError for an invalid sampler, number of steps or negative in config.drawing."""
     samplers.schedule_for(diffusion, drawing["sampler"], drawing["steps"])
@@ -113,7 +116,6 @@ class DiffusionDecoder:
         self.safety_checker = safety_checker
         # rows of a batch, which the devices of a mesh must divide
         self.rows = BATCH if mesh is None else -(-BATCH // mesh.size) * mesh.size
-        self._sample = jax.jit(partial(sample, model_config, **sampling))
 
     def __call__(
         self, visual: Float[np.ndarray, "M N D"], seeds: Int[np.ndarray, "M"] | None = None
@@ -131,7 +133,14 @@ class DiffusionDecoder:
             padded = np.stack(pad_batch(condition, rows))
             padded_seeds = np.array(pad_batch(seeds[start : start + rows], rows))
             with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-                images = self._sample(self.params, jnp.asarray(padded), padded_seeds, self.negative)
+                images = _jitted_sample(
+                    self.model_config,
+                    self.params,
+                    jnp.asarray(padded),
+                    padded_seeds,
+                    self.negative,
+                    **self.sampling,
+                )
             found.append(np.asarray(images)[: len(condition)])
         images = np.concatenate(found)
         if self.safety_checker is None:

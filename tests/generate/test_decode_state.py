@@ -1,5 +1,6 @@
-"""What was read does not depend on how: in one piece or in any two, alone or beside longer rows,
-from a shared prefix or not.
+"""The state does not depend on how it came about.
+
+One prefill equals any two; a row alone equals one among longer rows; a shared prefix equals none.
 """
 
 import dataclasses
@@ -94,7 +95,7 @@ def test_any_split_of_a_prompt(session, images, at):
     same(twice, session.prefill_batch([prompt]))
 
 
-def test_nothing_more_changes_nothing(session):
+def test_reading_nothing_changes_nothing(session):
     state = session.prefill_batch([session.prompt(["a dog"])], room=16)
     hidden = np.asarray(state.hidden)
     after = decode_state.prefill(

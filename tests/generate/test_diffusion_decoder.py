@@ -1,6 +1,4 @@
-"""Pictures: a trained decoder draws what a model said, by seed; the command that saves them;
-conditions made beforehand.
-"""
+"""The image decoder, the command that saves its images, and precomputed conditions."""
 
 import dataclasses
 import json
@@ -85,10 +83,10 @@ def painter(run, session, **options):
     return diffusion_decoder.load(str(run / "decoder"), session.model_config, **options)
 
 
-# Pictures
+# The decoder
 
 
-def test_a_picture_is_a_function_of_its_condition_and_its_seed(run, session, visual):
+def test_an_image_is_a_function_of_its_condition_and_its_seed(run, session, visual):
     paint = painter(run, session, seed=5)
     first = paint(visual)
     again = paint(visual)
@@ -102,7 +100,7 @@ def test_a_picture_is_a_function_of_its_condition_and_its_seed(run, session, vis
     assert painter(run, session)(visual[:0]).shape == (0, 8, 8, 3)
 
 
-def test_it_is_the_same_on_a_mesh(run, session, visual):
+def test_images_are_the_same_on_a_mesh(run, session, visual):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
     spread = painter(run, session, mesh=mesh)(visual).astype(int)
     assert np.abs(spread - painter(run, session)(visual)).max() <= 1
@@ -128,7 +126,7 @@ def test_guidance_leads_away_from_the_empty_prompt_or_from_zeros(run, session, v
     )
 
 
-def test_what_a_checker_rejects_is_black(run, session, visual):
+def test_images_that_the_safety_checker_rejects_are_black(run, session, visual):
     paint = painter(run, session)
     whole = paint(visual)
     paint.seed = 0
@@ -147,7 +145,7 @@ def test_what_a_checker_rejects_is_black(run, session, visual):
         ("decoder", {"negative": "nothing"}, "is not one of empty, zeros"),
     ],
 )
-def test_what_cannot_draw_is_one_line(run, session, decoder, given, told):
+def test_unusable_decoders_are_one_line(run, session, decoder, given, told):
     with pytest.raises(UserError, match=told):
         diffusion_decoder.load(str(run / decoder), session.model_config, overrides=given)
 
@@ -155,7 +153,7 @@ def test_what_cannot_draw_is_one_line(run, session, decoder, given, told):
 # The command
 
 
-def test_a_picture_from_a_prompt(run, session, capsys, tmp_path):
+def test_an_image_from_a_prompt(run, session, capsys, tmp_path):
     assert (
         call(
             run,
@@ -183,7 +181,8 @@ def test_a_picture_from_a_prompt(run, session, capsys, tmp_path):
         Image.open(tmp_path / "new/apple-2.png") as second,
     ):
         assert np.abs(np.asarray(picture).astype(int) - want).max() <= 1
-        assert picture.text == dict(
+        text = picture.text  # ty: ignore[missing-attribute]
+        assert text == dict(
             prompt="a red apple",
             seed="3",
             sampler="ddim",
@@ -194,7 +193,8 @@ def test_a_picture_from_a_prompt(run, session, capsys, tmp_path):
             checkpoint=f"{run}/emu",
             decoder=f"{run}/decoder",
         )
-        assert second.text["seed"] == "4" and (np.asarray(second) != np.asarray(picture)).any()
+        text = second.text  # ty: ignore[missing-attribute]
+        assert text["seed"] == "4" and (np.asarray(second) != np.asarray(picture)).any()
 
 
 def test_blends_and_reconstructions(run, capsys, tmp_path):
@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_nothing_behind(run, tmp_path, capsys, monkeypatch):
     )
 
 
-# Conditions made beforehand
+# Precomputed conditions
 
 
 class Memory:
@@ -279,7 +279,7 @@ class Memory:
         return self.documents[index]
 
 
-def test_conditions_are_what_the_model_draws_and_hosts_share_them_out(
+def test_conditions_are_generated_images_and_hosts_share_the_work(
     run, session, tmp_path, monkeypatch, capsys
 ):
     image = np.zeros((28, 28, 3), np.uint8)

@@ -1,6 +1,4 @@
-"""The command: text as it comes, drawings, chats, and one clear line for what the user can put
-right.
-"""
+"""The command: streamed text, images, chats, and one-line errors."""
 
 import dataclasses
 import io
@@ -102,7 +100,7 @@ def test_chat(run, capsys, monkeypatch):
     )
 
 
-def test_words_of_a_line_that_are_files(run):
+def test_a_line_of_a_chat_may_name_files(run):
     assert command._split_line(f"what is {run}/x.png  and none.png ?") == [
         "what is",
         run / "x.png",
@@ -139,7 +137,7 @@ def test_bad_input_is_one_line(run, capsys, arguments, told):
     )
 
 
-def test_a_file_that_is_not_there_is_said(run, capsys):
+def test_a_missing_file_is_noted(run, capsys):
     assert call(run, "cat.png") == 0
     assert "note: file 'cat.png' not found, so it is part of the text" in capsys.readouterr().err
 

@@ -1,5 +1,8 @@
 """Each rule on examples made by hand, and the trie."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,24 +63,18 @@ def test_repetition_penalty():
     )
 
 
-def test_what_is_drawn_is_as_likely_as_it_is_said():
+def test_samples_follow_the_probabilities():
+    unused: dict[str, Any] = dict.fromkeys(
+        field.name for field in dataclasses.fields(logits_process.SamplingMetadata)
+    )
     metadata = logits_process.SamplingMetadata(
-        temperature=jnp.float32(0.5),
-        top_k=jnp.int32(3),
-        top_p=jnp.float32(1),
-        min_p=jnp.float32(0),
-        **dict.fromkeys(
-            (
-                "repetition_penalty",
-                "length_penalty",
-                "min_new_tokens",
-                "max_new_tokens",
-                "allowed",
-                "stop_ids",
-                "prompt_ids",
-                "trie",
-            )
-        ),
+        **unused
+        | {
+            "temperature": jnp.float32(0.5),
+            "top_k": jnp.int32(3),
+            "top_p": jnp.float32(1),
+            "min_p": jnp.float32(0),
+        }
     )
     draws = logits_process.sample(
         jnp.tile(SCORES, (4000, 1)), metadata, jax.random.split(jax.random.key(0), 4000)
@@ -120,6 +117,6 @@ def test_a_trie_allows_its_answers_and_nothing_else():
         (dict(stop=("",)), "must not be empty"),
     ],
 )
-def test_options_that_make_no_sense(wrong, told):
+def test_invalid_configs(wrong, told):
     with pytest.raises(UserError, match=told):
         GenerationConfig(**wrong)

@@ -87,7 +87,7 @@ def truncated(path):
     ],
     ids=["text", "truncated", "huge", "empty", "missing", "folder"],
 )
-def test_images_that_are_none(tmp_path, make, told):
+def test_unusable_images(tmp_path, make, told):
     make(tmp_path / "x.png")
     with pytest.raises(UserError, match=rf"x\.png'.*{told}") as error:
         media.load_image(tmp_path / "x.png", 28)
@@ -137,7 +137,7 @@ def cut(path):
     ],
     ids=["text", "empty", "sound", "playlist", "huge", "frameless", "truncated", "missing"],
 )
-def test_videos_that_are_none(tmp_path, make, told):
+def test_unusable_videos(tmp_path, make, told):
     make(tmp_path / "x.mp4")
     with pytest.raises(UserError, match=rf"x\.mp4'.*({told})") as error:
         media.load_video(tmp_path / "x.mp4", 28)
@@ -152,7 +152,7 @@ def test_videos_that_are_none(tmp_path, make, told):
     ],
     ids=["concat", "hls"],
 )
-def test_a_playlist_is_no_video(tmp_path, monkeypatch, text):
+def test_a_playlist_is_not_a_video(tmp_path, monkeypatch, text):
     """It names other files, and FFmpeg would read them."""
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "secret.mp4", 20)
@@ -162,7 +162,7 @@ def test_a_playlist_is_no_video(tmp_path, monkeypatch, text):
 
 
 def test_a_film_shot_with_the_phone_upright_stands_upright(tmp_path):
-    """Its matrix says a quarter turn clockwise: what is stored at the left is shown at the top."""
+    """The file asks for a quarter turn clockwise: the stored left is shown at the top."""
     with av.open(str(tmp_path / "film.mp4"), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = 64
@@ -196,7 +196,7 @@ def test_without_av(monkeypatch):
         media.load_video(Path("x.mp4"), 28)
 
 
-def test_what_names_a_file(tmp_path):
+def test_which_texts_name_a_media_file(tmp_path):
     truncated(tmp_path / "x.PNG")
     assert (
         media.is_media_file(str(tmp_path / "x.PNG"))

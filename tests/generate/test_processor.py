@@ -1,6 +1,4 @@
-"""The grammar of prompts: the ids that the released code made, for the texts that it made them
-of.
-"""
+"""Prompts: the ids that the released code makes for the same texts."""
 
 from pathlib import Path
 
@@ -137,14 +135,14 @@ def test_images_of_any_size_and_visual_tokens(letters):
         np.zeros((0, 0, 3), np.uint8),
     ],
 )
-def test_what_is_no_image(letters, wrong):
+def test_an_array_that_is_not_an_image(letters, wrong):
     with pytest.raises(
         UserError, match=r"an image must be an array uint8 \[h, w, 3\], or visual tokens \[2, 16\]"
     ):
         letters.interleave([wrong])
 
 
-def test_cutting_takes_no_part_of_an_image():
+def test_truncation_never_splits_an_image():
     given = Prompt([1, 50, 257, 259, 259, 258, 51, 257, 259, 259, 258, 52], [FIRST, SECOND], [3, 8])
     for length, tokens, images, slots in (
         (12, given.tokens, [0, 1], [3, 8]),
@@ -162,7 +160,7 @@ def test_cutting_takes_no_part_of_an_image():
         ), length
 
 
-def test_joined():
+def test_concatenation():
     a = Prompt([1, 9], [], [])
     b = Prompt([257, 259, 259, 258], [FIRST], [1])
     assert processor.concatenate(a, b, b).slots == [3, 7] and processor.concatenate(
@@ -178,7 +176,7 @@ def test_joined():
 
 
 def test_a_template_is_what_a_turn_is(session, images):
-    """The evaluation's prompts are the chat's, and what looks like a token in one is that token."""
+    """The evaluation's prompts equal the chat's, with special tokens as placeholders."""
     asked = session.processor.template(prompts.ask("free", "why"), [[images[0]]])
     turn = session.chat_prompt([images[0], "why"])
     assert (

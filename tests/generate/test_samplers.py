@@ -1,5 +1,6 @@
-"""Samplers on a problem whose answer is known: where the data are one Gaussian, the path from each
-noise to its datum has a formula.
+"""Samplers on a problem with a known answer.
+
+Where the data are one Gaussian, the path from each noise to its datum has a formula.
 """
 
 import dataclasses
@@ -163,7 +164,7 @@ def test_the_end_of_a_schedule():
         ),
     ],
 )
-def test_what_does_not_fit_is_one_line(call, message):
+def test_invalid_settings_are_one_line(call, message):
     with pytest.raises(UserError, match=message):
         call()
 
@@ -196,7 +197,7 @@ def test_guidance_one_is_the_condition_alone():
     )
     # away from itself is nowhere
     np.testing.assert_allclose(sampled(1.0), alone, atol=1e-5)
-    # and it is no special case
+    # 1 is the limit of what is near 1
     np.testing.assert_allclose(sampled(1.0 + 1e-6), alone, atol=1e-4)
     np.testing.assert_array_equal(sampled(1.0, NEGATIVE + 1), sampled(1.0))
 
@@ -212,7 +213,7 @@ def test_guidance_zero_is_the_negative_condition_alone():
 
 
 def test_rescaled_guidance_has_the_conditional_deviation():
-    t = 500.0
+    t = jnp.float32(500.0)
 
     def prediction(guidance, rescale):
         return samplers.guided_denoiser(

@@ -1,6 +1,6 @@
-"""One session: many prompts as one by one, as it comes as at once, sharded as alone; images,
-answers that hold them, and chats.
-"""
+"""A session: batching, streaming, sharding, images, answers that contain them, and chats."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from emu_jax import sharding, tree
 from emu_jax.config import UserError
 from emu_jax.generate.conversation import Conversation
 from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.image_decoding import GeneratedImage
 from emu_jax.generate.placement import abstract_params
 from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
@@ -19,6 +20,11 @@ from emu_jax.models.emu import Emu
 from tests.support.small import VOCAB, make_session
 
 EIGHT = GenerationConfig(max_new_tokens=8)
+
+
+def text_of(pieces):
+    """The text of an answer without images."""
+    return "".join(pieces)
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +54,14 @@ def test_images_are_the_uncached_loops(session, uncached, prompts):
 @pytest.mark.parametrize(
     "options", [EIGHT, GenerationConfig(max_new_tokens=8, beams=3)], ids=["greedy", "beams"]
 )
-def test_many_are_as_one_by_one(session, prompts, options):
+def test_a_batch_equals_its_prompts_one_by_one(session, prompts, options):
     together = session.generate_texts(prompts, options)
     assert together == [session.generate_texts([parts], options)[0] for parts in prompts]
     small = make_session(batch=2)
     assert small.generate_texts(prompts, options) == together
 
 
-def test_a_prefix_is_as_if_it_were_said_again(session, images):
+def test_a_prefix_equals_repeating_it(session, images):
     examples = [images[3], "first", images[4], "second"]
     prefix = session.prefill(examples)
     asked = [[images[0]], ["x", images[1]]]
@@ -80,12 +86,12 @@ def test_visual_tokens_are_an_image_too(session, images):
     )
 
 
-def test_as_it_comes_is_as_at_once(session, prompts):
+def test_a_stream_equals_the_answer_at_once(session, prompts):
     for options in (EIGHT, GenerationConfig(max_new_tokens=8, temperature=1.0, top_p=0.9)):
         for parts in prompts[:2]:
             pieces = list(session.stream(parts, options))
             assert (
-                "".join(pieces) == session.generate_texts([parts], options)[0] and len(pieces) > 4
+                text_of(pieces) == session.generate_texts([parts], options)[0] and len(pieces) > 4
             )
 
 
@@ -107,13 +113,13 @@ def test_choices(session, prompts):
 
 
 def test_stop_texts(session):
-    long = dict(min_new_tokens=24, max_new_tokens=24)
+    long: dict[str, Any] = dict(min_new_tokens=24, max_new_tokens=24)
     whole = session.generate_texts([["dog"], ["a cat"]], GenerationConfig(**long))
     stop = whole[0][5:7]
     options = GenerationConfig(**long, stop=(stop, "not there"))
     cut = [text[: text.find(stop)] if stop in text else text for text in whole]
     assert session.generate_texts([["dog"], ["a cat"]], options) == cut and len(cut[0]) <= 5
-    assert "".join(session.stream(["dog"], options)) == cut[0]
+    assert text_of(session.stream(["dog"], options)) == cut[0]
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +141,12 @@ def test_an_answer_may_hold_images(drawing):
         assert len(drawn) <= 2
         if len(drawn) == 2 and 0 < drawn[0] and drawn[1] < len(pieces) - 1:
             break
-    # text goes on after it
+    # text follows the last image
     assert len(drawn) == 2 and drawn[1] < len(pieces) - 1
     # The answer is what one prompt after another would have brought.
     said = drawing.prompt(["dog"])
     parts = pieces[: drawn[0]]
-    first = Prompt(said.tokens + drawing.tokenizer.encode("".join(parts)))
+    first = Prompt(said.tokens + drawing.tokenizer.encode(text_of(parts)))
     np.testing.assert_allclose(
         pieces[drawn[0]].visual, drawing.generate_images([first])[0], atol=2e-5
     )
@@ -148,7 +154,7 @@ def test_an_answer_may_hold_images(drawing):
     assert all(isinstance(piece, str) for piece in drawing.stream(["dog"], options, images=0))
 
 
-def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
+def test_text_after_an_image_depends_on_it(drawing, monkeypatch):
     greedy = GenerationConfig(max_new_tokens=12)
     head = drawing.params["llama"]["lm_head"]
     loud = drawing.params | {
@@ -162,7 +168,8 @@ def test_the_text_after_an_image_knows_it(drawing, monkeypatch):
         if not isinstance(next(iter(eager.stream([word], greedy))), str)
     )
     pieces = list(eager.stream([prompt], greedy))
-    text = "".join(pieces[1:])
+    assert isinstance(pieces[0], GeneratedImage)
+    text = text_of(pieces[1:])
     # [IMG] was the first of the twelve
     assert (
         text
@@ -182,10 +189,11 @@ def test_pixels_come_from_decode(session):
     )
     drawn = Conversation(other, chat=False).generate_image(["dog"])
     np.testing.assert_allclose(drawn.visual, session.generate_images([["dog"]])[0], atol=1e-5)
-    assert drawn.pixels.shape == (8, 8, 3) and (drawn.pixels == 7).all()
+    assert drawn.pixels is not None and drawn.pixels.shape == (8, 8, 3)
+    assert (drawn.pixels == 7).all()
 
 
-def test_a_chat_goes_on(session, images):
+def test_turns_of_a_chat_build_on_one_another(session, images):
     session = Session(session.model_config, session.params, session.tokenizer, context=512)
     talk = Conversation(session, chat=True)
     t = session.tokenizer
@@ -193,25 +201,25 @@ def test_a_chat_goes_on(session, images):
     second = list(talk.reply(["and now?"], EIGHT))
     prompt = session.chat_prompt([images[0], "what is this?"])
     ids = session.generate_ids([prompt], EIGHT)[0]
-    assert "".join(first) == t.decode(ids)
+    assert text_of(first) == t.decode(ids)
     again = session.processor.chat_turn(["and now?"], system=None, first=False)
     # a turn ends with </s>
     whole = Prompt([*prompt.tokens, *ids, t.eos, *again.tokens], prompt.images, prompt.slots)
-    assert "".join(second) == session.generate_texts([whole], EIGHT)[0]
+    assert text_of(second) == session.generate_texts([whole], EIGHT)[0]
 
 
-def test_a_chat_survives_who_stops_listening(session):
+def test_a_chat_survives_an_abandoned_answer(session):
     talk = Conversation(session, chat=True)
     for number, _ in enumerate(talk.reply(["tell me"], EIGHT)):
         if number == 2:
             break
-    assert "".join(talk.reply(["go on"], EIGHT))
+    assert text_of(talk.reply(["continue"], EIGHT))
 
 
 @pytest.mark.parametrize(
     "sizes", [dict(data=1, fsdp=2, tensor=4), dict(data=2, fsdp=4, tensor=1)], ids=str
 )
-def test_sharded_is_as_alone(session, prompts, sizes):
+def test_sharded_equals_a_single_device(session, prompts, sizes):
     mesh = sharding.make_mesh(sizes)
     shapes = module.abstract(Emu, session.model_config)
     places = dict(tree.leaves(abstract_params(shapes, mesh, session.model_config.compute)))
@@ -230,7 +238,7 @@ def test_sharded_is_as_alone(session, prompts, sizes):
     assert cache.k.sharding.shard_shape(cache.k.shape)[3] == 4 // sizes["tensor"]
 
 
-# --- what is refused ---
+# Errors
 
 
 def test_a_prompt_longer_than_the_context(images):
@@ -256,7 +264,7 @@ def test_no_room_is_left_for_a_turn():
     with pytest.raises(UserError, match="the context holds 40"):
         talk.reply(["x" * 20])
     # a shorter one is welcome
-    assert "".join(talk.reply(["x"], GenerationConfig(max_new_tokens=2)))
+    assert text_of(talk.reply(["x"], GenerationConfig(max_new_tokens=2)))
 
 
 def test_beams_are_not_streamed(session):
@@ -270,7 +278,7 @@ def test_a_model_without_roles_does_not_chat():
         plain.chat_prompt(["dog"])
 
 
-def test_nothing_to_rank(session):
+def test_losses_need_candidates(session):
     with pytest.raises(UserError, match="at least one candidate"):
         session.losses(["dog"], [])
     assert (

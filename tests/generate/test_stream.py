@@ -1,6 +1,4 @@
-"""What is shown of growing ids is never taken back, and together it is the whole text, whatever
-bytes its characters are cut into.
-"""
+"""Streamed text is never taken back, whatever bytes its characters are cut into."""
 
 import pytest
 

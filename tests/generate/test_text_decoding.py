@@ -1,6 +1,4 @@
-"""Greedy and sampled text against the model without a cache; beams against a plain search over
-Python lists.
-"""
+"""Text decoding against the model without a cache, and beams against a plain search."""
 
 import numpy as np
 import pytest
@@ -26,8 +24,9 @@ def greedy(uncached, prompt, most, allowed):
 
 
 def plain_beams(uncached, prompt, most, beams, penalty, least=0):
-    """transformers 4.44.2's search, early_stopping=False, for one prompt; hypotheses are (score,
-    ids without </s>).
+    """The beam search of transformers 4.44.2 with early_stopping=False, for one prompt.
+
+    Hypotheses are (score, ids without </s>).
     """
     start = uncached.x(prompt)
     running = [(0.0, [])]

@@ -1,6 +1,7 @@
-"""A small model of random weights, strong enough that its answers differ, and a tokenizer of the
-letters.
-"""
+"""A small Emu with large random weights, so that its answers differ."""
+
+from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +15,43 @@ from tests.support import make
 VOCAB = 140
 
 
+@cache
+def _compiled(config, length):
+    """Jitted parts of a model without a cache, shared by all sessions of one config."""
+
+    def bound(params):
+        return module.bind(emu.Emu, config, params)
+
+    def hidden(params, x):
+        positions = jnp.arange(length)[None]
+        return bound(params).llama(x, positions, jnp.ones((1, length), int))[0][0]
+
+    def logits(params, hidden):
+        return bound(params).llama.logits(hidden)
+
+    def embed(params, tokens):
+        return bound(params).llama.embeddings(tokens, config.compute)
+
+    def regress(params, hidden):
+        return bound(params).regress_head(hidden[None, None])[0, 0]
+
+    def encode(params, images):
+        return bound(params).encode(images)
+
+    return tuple(map(jax.jit, (hidden, logits, embed, regress, encode)))
+
+
 class Uncached:
-    """The same model without a cache: the whole row again for every element. One shape, so that it
-    is compiled once.
+    """A session's model without a KV cache: the complete row again for every element.
+
+    length: to which every row is padded, so that one shape is compiled.
     """
 
     def __init__(self, session, length=64):
         self.session = session
         self.length = length
-        config = session.model_config
-
-        def bound(params):
-            return module.bind(emu.Emu, config, params)
-
-        self._hidden = jax.jit(
-            lambda params, x: bound(params).llama(
-                x, jnp.arange(length)[None], jnp.ones((1, length), int)
-            )[0][0]
-        )
-        self._logits = jax.jit(lambda params, hidden: bound(params).llama.logits(hidden))
-        self._embed = jax.jit(
-            lambda params, tokens: bound(params).llama.embeddings(tokens, config.compute)
-        )
-        self._regress = jax.jit(
-            lambda params, hidden: bound(params).regress_head(hidden[None, None])[0, 0]
-        )
-        self._encode = jax.jit(lambda params, images: bound(params).encode(images))
+        parts = _compiled(session.model_config, length)
+        self._hidden, self._logits, self._embed, self._regress, self._encode = parts
 
     def x(self, prompt):
         """The LLM's input for a prompt [t, D]."""
@@ -56,13 +68,13 @@ class Uncached:
         return np.asarray(self._embed(self.session.params, np.array([[token]]))[0])
 
     def hidden(self, x):
-        """Of every element of x [t, D]."""
+        """Hidden states of every element of x [t, D]."""
         return np.asarray(
             self._hidden(self.session.params, np.pad(x, ((0, self.length - len(x)), (0, 0)))[None])
         )[: len(x)]
 
     def logits(self, x):
-        """Of what comes after each element of x [t, D]."""
+        """Logits of what follows each element of x [t, D]."""
         return np.asarray(
             self._logits(
                 self.session.params,
@@ -89,4 +101,5 @@ def make_session(*overrides, scale=4, **options):
         lambda text: [3 + ord(letter) - 32 for letter in text],
         lambda ids: "".join(chr(32 + i - 3) for i in ids),
     )
-    return Session(p.model_config, params, letters, **{"context": 128} | options)
+    settings: dict[str, Any] = {"context": 128} | options
+    return Session(p.model_config, params, letters, **settings)
