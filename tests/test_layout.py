@@ -43,7 +43,7 @@ ORDER = (
     ("demo/*",),
     ("verify/*",),
     ("train",),
-    ("fit/*", "*/__main__"),
+    ("fit/*", "__init__", "*/__main__"),
 )
 # Modules that serve every stage alike, and so name none.
 LOOP = ("step.py", "throughput.py", "loop.py")

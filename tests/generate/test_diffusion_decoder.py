@@ -239,7 +239,10 @@ def test_blends_and_reconstructions(run, capsys, tmp_path):
         (["--image", "a", "--out=x.png"], "need a decoder"),
         (["--reconstruct", "a"], "need a decoder"),
         (["--image", "a", "--count=0", "--decoder={run}/decoder"], "--count=0 must be at least 1"),
-        (["--reconstruct", "a", "--decoder={run}/decoder"], "--reconstruct takes image files"),
+        (
+            ["--reconstruct", "a", "--decoder={run}/decoder"],
+            "--reconstruct takes existing image files",
+        ),
         (["--image", "a", "--decoder={run}/none"], "no directory"),
         (["--image", "a", "--decoder={run}/wide"], "takes visual tokens"),
         (["--image", "a", "--decoder={run}/decoder", "--out=/dev/full/x.png"], "/dev/full"),

@@ -84,7 +84,8 @@ def test_system_messages_are_the_releases(letters):
     video = [np.zeros((8, 8, 3), np.uint8)] * 8
     one = text(letters.chat_turn([picture, "what?"], system=None, first=True).tokens)
     assert one == (
-        "\x01You will be presented with an image: <1>ImageContent<2>. You will be able to see the image after I provide it to you. "
+        "\x01You will be presented with an image: <1>ImageContent<2>. You will be able "
+        "to see the image after I provide it to you. "
         "Please answer my questions based on the given image. <4>: <1><3><3><2>what? <5>:"
     )
     assert (
