@@ -1,15 +1,14 @@
-"""Model FLOPs, counted by hand and by tower: 2 a multiply-add of every matrix product, on real
-tokens and images only.
+"""Model FLOPs by tower: 2 per multiply-add of every matrix product.
 
-Recomputation, padding, norms and softmax count nothing, as in the definition of MFU (PaLM, arXiv
-2204.02311, appendix B).
+Only real tokens and images count; recomputation, padding, norms and softmax do not, as in the
+definition of MFU (PaLM, arXiv 2204.02311, appendix B).
 """
 
 from collections.abc import Iterable
 
 from emu_jax.models.decoder import DecoderConfig
 from emu_jax.models.emu import EmuConfig
-from emu_jax.models.unet import UNetConfig
+from emu_jax.models.unet import UNetConfig, level_specs
 from emu_jax.models.vae import VaeConfig
 
 Count = int | float
@@ -24,9 +23,10 @@ def forward(
     labels: Count,
     regressed: Count,
 ) -> dict[str, Count]:
-    """Forward FLOPs by tower of `images` images and `tokens` tokens, of which `labels` are
-    predicted and `regressed` are visual targets; `pairs` is the number of (query, key) pairs that
-    the causal mask allows, the sum of n (n + 1) / 2 over documents.
+    """Forward FLOPs by tower of `images` images and `tokens` tokens.
+
+    pairs: (query, key) pairs that the causal mask allows, n (n + 1) / 2 summed over documents.
+    labels: tokens that are predicted. regressed: visual tokens that are targets.
     """
     v = config.vision
     r = config.resampler
@@ -56,14 +56,15 @@ def forward(
 
 
 def train(config: EmuConfig, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
-    """FLOPs of a step by tower, from the counts of `forward`: three times the forward where the
-    tower trains, twice where gradients only pass through it to an earlier one (or to LoRA in it,
-    whose own few count nothing), once otherwise.
+    """FLOPs of a step by tower; `counts` are those of `forward`.
+
+    Three times the forward for a tower that trains, twice if gradients only pass through it to an
+    earlier one (or to LoRA, whose own few do not count), else once.
     """
     order = ("vision", "resampler", "inputs", "llama", "heads")
     passes = {
-        tower: any(trained.get(before) for before in order[:place])
-        for place, tower in enumerate(order)
+        tower: any(trained.get(before) for before in order[:index])
+        for index, tower in enumerate(order)
     }
     return {
         tower: (3 if trained.get(tower) else 2 if passes[tower] else 1) * value
@@ -72,26 +73,25 @@ def train(config: EmuConfig, trained: dict[str, bool], **counts: Count) -> dict[
 
 
 def trained(paths: Iterable[str]) -> dict[str, bool]:
-    """What `train` asks of the parameters that train: by tower, is it one, or more than LoRA and
-    single rows in it? "inputs": is it these?
+    """The `trained` argument of `train`, from the paths of trainable parameters.
+
+    A tower counts if more than LoRA and single rows of it train; if only these do, "inputs" does.
     """
     found: dict[str, bool] = {}
     for path in paths:
         tower = path.split("/")[0]
-        found["inputs" if tower == "llama" and path.endswith(("/a", "/b", "/added")) else tower] = (
-            True
-        )
+        few = tower == "llama" and path.endswith(("/a", "/b", "/added"))
+        found["inputs" if few else tower] = True
     return found | {"heads": found.get("regress_head", False)}
 
 
 def unet(config: UNetConfig, side: int, tokens: int) -> int:
     """Forward FLOPs of one input of `side` x `side` with a condition of `tokens`."""
-    places = [(side // config.patch // 2**level) ** 2 for level in range(len(config.widths))]
-    last = len(places) - 1
+    positions = [(side // config.patch // 2**level) ** 2 for level in range(len(config.widths))]
 
     def transformer(level):
         C = config.widths[level]
-        P = places[level]
+        P = positions[level]
         N = tokens
         # self, cross, ffn
         block = (
@@ -104,13 +104,13 @@ def unet(config: UNetConfig, side: int, tokens: int) -> int:
 
     def resnet(width_in, level):
         return (
-            _resnet(width_in, config.widths[level], places[level])
+            _resnet(width_in, config.widths[level], positions[level])
             + 2 * config.time * config.widths[level]
         )
 
     ends = (
         18
-        * places[0]
+        * positions[0]
         * config.patch**2
         * (config.channels_in + config.channels_out)
         * config.widths[0]
@@ -125,42 +125,36 @@ def unet(config: UNetConfig, side: int, tokens: int) -> int:
             + config.side**2 * config.widths[0]
         )
     )
-    total = ends + time + 2 * resnet(config.widths[last], last) + transformer(last)
-    skips = [config.widths[0]]
-    for level, (C, count) in enumerate(zip(config.widths, config.resnets, strict=True)):
-        total += (
-            resnet(skips[-1], level)
-            + (count - 1) * resnet(C, level)
-            + count * config.attends_down[level] * transformer(level)
-        )
-        total += 18 * C * C * places[level + 1] if level < last else 0
-        skips += [C] * (count + (level < last))
-    width = config.widths[last]
-    for level in range(last, -1, -1):
-        C = config.widths[level]
-        count = config.resnets[level] + 1
-        total += sum(resnet(before + skips.pop(), level) for before in [width] + [C] * (count - 1))
-        total += count * config.attends_up[level] * transformer(level)
-        total += 18 * C * C * places[level - 1] if level else 0
-        width = C
+
+    def level(spec):
+        residual = sum(resnet(width_in, spec.level) for width_in in spec.widths_in)
+        return residual + spec.attentions * transformer(spec.level)
+
+    def conv(level, resolution):
+        return 18 * config.widths[level] ** 2 * positions[resolution]
+
+    down, mid, up = level_specs(config)
+    total = ends + time + sum(level(spec) for spec in (*down, mid, *up))
+    total += sum(conv(spec.level, spec.level + 1) for spec in down if spec.resample)
+    total += sum(conv(spec.level, spec.level - 1) for spec in up if spec.resample)
     return total
 
 
 def vae_encoder(config: VaeConfig, side: int) -> int:
     """Forward FLOPs of encoding one image of `side` x `side`."""
-    places = [(side // 2**level) ** 2 for level in range(len(config.widths))]
+    positions = [(side // 2**level) ** 2 for level in range(len(config.widths))]
     C = config.widths[-1]
-    P = places[-1]
-    last = len(places) - 1
+    P = positions[-1]
+    last = len(positions) - 1
     c = 2 * config.latent
-    total = 18 * places[0] * config.channels * config.widths[0] + 18 * P * C * c + 2 * P * c * c
+    total = 18 * positions[0] * config.channels * config.widths[0] + 18 * P * C * c + 2 * P * c * c
     total += 2 * _resnet(C, C, P) + P * (8 * C * C + 4 * P * C)
     before = config.widths[0]
     for level, width in enumerate(config.widths):
-        total += _resnet(before, width, places[level]) + (config.resnets - 1) * _resnet(
-            width, width, places[level]
+        total += _resnet(before, width, positions[level]) + (config.resnets - 1) * _resnet(
+            width, width, positions[level]
         )
-        total += 18 * width * width * places[level + 1] if level < last else 0
+        total += 18 * width * width * positions[level + 1] if level < last else 0
         before = width
     return total
 
@@ -173,28 +167,25 @@ def train_decoder(
     encodes: bool = True,
     **counts: Count,
 ) -> dict[str, Count]:
-    """As `train`, of a step that draws every image once; the Emu's towers run as far as the
-    condition comes from them, and the autoencoder's encoder only where it `encodes` what is
-    drawn.
+    """FLOPs by tower of a step of the decoder stage, which denoises every image once.
+
+    Emu's towers count as far as the condition is computed from them; the autoencoder's encoder only
+    if it `encodes` the images, as opposed to stored latents.
     """
-    text = {
-        name: value if config.condition == "teacher_forced" else 0.0
-        for name, value in counts.items()
-    } | {"labels": 0.0}
+    reads_text = config.condition == "teacher_forced"
+    text = {name: value if reads_text else 0.0 for name, value in counts.items()}
+    text["labels"] = 0.0
     read = 0.0 if config.condition == "generated" else images
-    work = {
-        tower: value for tower, value in forward(config.emu, images=read, **text).items() if value
-    }
+    forwards = forward(config.emu, images=read, **text)
+    work = {tower: value for tower, value in forwards.items() if value}
     if config.vae and encodes:
         work["vae"] = images * vae_encoder(config.vae, config.image)
-    return work | {
-        "unet": (3 if trained.get("unet") else 1)
-        * images
-        * unet(config.unet, config.latents[0], config.emu.resampler.tokens)
-    }
+    passes = 3 if trained.get("unet") else 1
+    once = unet(config.unet, config.latents[0], config.emu.resampler.tokens)
+    return work | {"unet": passes * images * once}
 
 
-def _resnet(width_in: int, width_out: int, places: int) -> int:
-    return 18 * places * width_out * (width_in + width_out) + (
-        2 * places * width_in * width_out if width_in != width_out else 0
-    )
+def _resnet(width_in: int, width_out: int, positions: int) -> int:
+    convolutions = 18 * positions * width_out * (width_in + width_out)
+    shortcut = 2 * positions * width_in * width_out if width_in != width_out else 0
+    return convolutions + shortcut

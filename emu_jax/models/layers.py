@@ -46,7 +46,7 @@ def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
 class Linear(nnx.Module):
     """`einsum` with a weight `w` of `shape`, plus a `bias` of the output's last axes if given.
 
-    equation: "x,w->y", with the axes of w that are summed over first (see lora.split_axes).
+    equation: "x,w->y", one letter per axis.
     """
 
     def __init__(

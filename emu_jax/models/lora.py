@@ -114,26 +114,22 @@ class Lora:
 
 
 def split_axes(equation: str) -> tuple[str, str]:
-    """Split w's axes in "x,w->y" into those summed over and those of the output.
-
-    Every equation of layers.Linear has this form, and w's summed axes come first, so that a LoRA of
-    w [in..., out...] can be a [in..., r] and b [r, out...]. Raises ValueError otherwise.
-    """
+    """Split w's axes in "x,w->y" into those summed over and those of the output."""
     _, w, y = re.split(",|->", equation)
     summed = "".join(axis for axis in w if axis not in y)
     kept = "".join(axis for axis in w if axis in y)
-    if w != summed + kept:
-        raise ValueError(f"{equation}: the axes of w that are summed over must come first")
     return summed, kept
 
 
 def equations(equation: str) -> tuple[str, str]:
     """The two products through r that LoRA adds to "x,w->y": x with a, and that with b.
 
-    "btD,Dhd->bthd" gives "btD,DR->btR" and "btR,Rhd->bthd".
+    "btD,Dhd->bthd" gives "btD,DR->btR" and "btR,Rhd->bthd". In every matrix of a tower's blocks the
+    summed axes come first, so that LoRA of w [in..., out...] is a [in..., r] and b [r, out...].
     """
-    x, _, y = re.split(",|->", equation)
+    x, w, y = re.split(",|->", equation)
     summed, kept = split_axes(equation)
+    assert w == summed + kept, f"{equation}: LoRA needs the summed axes of w to come first"
     rows = "".join(axis for axis in x if axis not in summed)
     return f"{x},{summed}R->{rows}R", f"{rows}R,R{kept}->{y}"
 

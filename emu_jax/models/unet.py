@@ -1,13 +1,13 @@
-"""Stable Diffusion's U-Net (arXiv 2112.10752), versions 1 and 2, with a condition of any width:
-Emu's visual decoder.
+"""Stable Diffusion's U-Net (arXiv 2112.10752), versions 1 and 2: Emu's visual decoder.
 
 Residual blocks at falling, then rising resolution; at most levels each is followed by a transformer
-over the pixels that looks at the condition (for Emu: the N visual tokens). With `patch` > 1 it
-works on pixels, without an autoencoder. Read next: diffusion.py for what it predicts, vae.py for
-what it works on.
+over the pixels that attends to a condition of any width (for Emu: the N visual tokens). With
+`patch` > 1 it works on pixels, without an autoencoder. Read next: diffusion.py for what it
+predicts, vae.py for the latents.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,45 +30,44 @@ from emu_jax.models.convolution import (
     pointwise,
 )
 
-# the leaves that read the condition: [its width, heads, width of a head]
+# Parameters that read the condition: [its width, heads, head width].
 CONDITIONED = "unet/.*/cross/(k|v)/w"
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Tuples have an entry a level, the finest first."""
+    """Tuples have an entry per level, the finest first."""
 
-    # of what is denoised: latents, or pixels
+    # Channels of the latents or pixels that are denoised.
     channels_in: int
     channels_out: int
-    # so many pixels a side are one place; 1 for latents
+    # Pixels per side of one position; 1 for latents.
     patch: int
     # C
     widths: tuple[int, ...]
-    # on the way down; one more on the way up
+    # Residual blocks on the way down; there is one more on the way up.
     resnets: tuple[int, ...]
-    # is each followed by a transformer?
+    # Whether each is followed by a transformer.
     attends_down: tuple[bool, ...]
     attends_up: tuple[bool, ...]
-    # blocks of a transformer
+    # Blocks of a transformer.
     depths: tuple[int, ...]
     heads: tuple[int, ...]
-    # D, width of the condition
+    # D, width of the condition.
     condition: int
-    # N, if the condition's tokens, side by side, are added to the time's embedding too; 0: they are
-    # only looked at
+    # N: project the concatenated condition tokens into the time embedding; 0: cross-attention only.
     pooled: int
-    # places a side of the finest level, if each has a map of that embedding of its own; 0: all have
-    # the same ones
+    # Side of the finest level, if every position gets its own projection of the time embedding; 0:
+    # shared.
     side: int
-    # width of the time's embedding
+    # Width of the time embedding.
     time: int
-    # in the time's sinusoids; both releases: yes
+    # Order and frequencies of the time's sinusoids; both releases put the cosines first.
     cosine_first: bool
     frequency_shift: float
     groups: int
     eps: float
-    # stored as linear maps (SD 2), not as 1 x 1 convolutions (SD 1): the arithmetic is the same
+    # Whether checkpoints store linear maps (SD 2) or 1 x 1 convolutions (SD 1): same arithmetic.
     linear: bool
     remat: str
 
@@ -78,8 +77,45 @@ class UNetConfig:
         return self.patch * 2 ** (len(self.widths) - 1)
 
 
-class Attention(nnx.Module):
-    """Of C-wide places at keys of any width, without biases but the output's."""
+class LevelSpec(NamedTuple):
+    """The layers of one level: what UNet builds, flops.py counts and weights/ names."""
+
+    level: int
+    # Input channels of each residual block.
+    widths_in: list[int]
+    # How many of them are followed by a transformer: the first ones.
+    attentions: int
+    resample: bool
+
+
+def level_specs(config: UNetConfig) -> tuple[list[LevelSpec], LevelSpec, list[LevelSpec]]:
+    """The levels on the way down, in the middle and on the way up, in order of execution.
+
+    Each block on the way up also reads the output of its counterpart on the way down.
+    """
+    last = len(config.widths) - 1
+    down = []
+    skips = [config.widths[0]]
+    for level, (C, count) in enumerate(zip(config.widths, config.resnets, strict=True)):
+        widths_in = [skips[-1]] + [C] * (count - 1)
+        down.append(LevelSpec(level, widths_in, count * config.attends_down[level], level < last))
+        skips += [C] * (count + (level < last))
+
+    width = config.widths[last]
+    mid = LevelSpec(last, [width] * 2, 1, False)
+
+    up = []
+    for level in range(last, -1, -1):
+        C = config.widths[level]
+        count = config.resnets[level] + 1
+        widths_in = [below + skips.pop() for below in [width] + [C] * (count - 1)]
+        up.append(LevelSpec(level, widths_in, count * config.attends_up[level], level > 0))
+        width = C
+    return down, mid, up
+
+
+class UNetAttention(nnx.Module):
+    """Attention of C-wide positions to keys of any width; only the output has a bias."""
 
     def __init__(self, width: int, heads: int, keys_width: int, rngs: nnx.Rngs):
         H = heads
@@ -98,8 +134,8 @@ class Attention(nnx.Module):
         )
 
 
-class Ffn(nnx.Module):
-    """GEGLU (arXiv 2002.05202): a linear half times the exact GELU of the other."""
+class UNetFfn(nnx.Module):
+    """GEGLU (arXiv 2002.05202): one linear half times the exact GELU of the other."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         C = width
@@ -112,14 +148,14 @@ class Ffn(nnx.Module):
         return self.down(self.up(x) * jax.nn.gelu(self.gate(x), approximate=False))
 
 
-class Block(nnx.Module):
+class UNetBlock(nnx.Module):
     def __init__(self, width: int, heads: int, condition: int, rngs: nnx.Rngs):
         self.norm1 = layers.LayerNorm(width, eps=1e-5)
-        self.self = Attention(width, heads, width, rngs)
+        self.self = UNetAttention(width, heads, width, rngs)
         self.norm2 = layers.LayerNorm(width, eps=1e-5)
-        self.cross = Attention(width, heads, condition, rngs)
+        self.cross = UNetAttention(width, heads, condition, rngs)
         self.norm3 = layers.LayerNorm(width, eps=1e-5)
-        self.ffn = Ffn(width, rngs)
+        self.ffn = UNetFfn(width, rngs)
 
     def __call__(self, x, condition, kernel: str):
         y = self.norm1(x)
@@ -128,15 +164,15 @@ class Block(nnx.Module):
         return x + self.ffn(self.norm3(x))
 
 
-class Transformer(nnx.Module):
-    """Blocks over all places of a level, beside a shortcut."""
+class UNetTransformer(nnx.Module):
+    """A residual branch of transformer blocks over all positions of a level."""
 
     def __init__(self, config: UNetConfig, level: int, rngs: nnx.Rngs):
         C = config.widths[level]
         self.norm = GroupNorm(C, config.groups, eps=1e-6)
         self.into = pointwise(C, C, rngs=rngs)
         self.blocks = numbered(
-            Block(C, config.heads[level], config.condition, rngs)
+            UNetBlock(C, config.heads[level], config.condition, rngs)
             for _ in range(config.depths[level])
         )
         self.out = pointwise(C, C, rngs=rngs, std=0.0)
@@ -150,33 +186,24 @@ class Transformer(nnx.Module):
         return x + self.out(rearrange(y, "b (h w) c -> b h w c", h=x.shape[1]))
 
 
-class Level(nnx.Module):
-    """One resolution: residual blocks, of which the first `attentions` are each followed by a
-    transformer, and a change of resolution.
-    """
+class UNetLevel(nnx.Module):
+    """Residual blocks and transformers of one resolution, and the change of resolution."""
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        level: int,
-        widths_in: list[int],
-        rngs: nnx.Rngs,
-        *,
-        attentions: int,
-        resample: bool = False,
-    ):
-        C = config.widths[level]
+    def __init__(self, config: UNetConfig, spec: LevelSpec, rngs: nnx.Rngs):
+        C = config.widths[spec.level]
         self.resnets = numbered(
             Resnet(width, C, config.groups, eps=config.eps, time_width=config.time, rngs=rngs)
-            for width in widths_in
+            for width in spec.widths_in
         )
-        self.attentions = numbered(Transformer(config, level, rngs) for _ in range(attentions))
-        if resample:
+        self.attentions = numbered(
+            UNetTransformer(config, spec.level, rngs) for _ in range(spec.attentions)
+        )
+        if spec.resample:
             self.resample = Conv(C, C, rngs=rngs)
 
 
-class Time(nnx.Module):
-    """The embedding of the time from its sinusoids."""
+class TimeEmbedding(nnx.Module):
+    """Embed the time, given as sinusoids."""
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
         C = config.widths[0]
@@ -191,77 +218,48 @@ class Time(nnx.Module):
 class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
         self.config = config
-        C = config.widths
-        last = len(config.widths) - 1
-        places = config.patch**2
-        self.time = Time(config, rngs)
+        C = config.widths[0]
+        pixels = config.patch**2
+        self.time = TimeEmbedding(config, rngs)
         if config.pooled:
-            side_by_side = config.pooled * config.condition
-            self.pooled = layers.Linear(
-                "bk,kt->bt", (side_by_side, config.time), std=side_by_side**-0.5, rngs=rngs
-            )
-        self.conv_in = Conv(places * config.channels_in, C[0], rngs=rngs)
+            K = config.pooled * config.condition
+            self.pooled = layers.Linear("bk,kt->bt", (K, config.time), std=K**-0.5, rngs=rngs)
+        self.conv_in = Conv(pixels * config.channels_in, C, rngs=rngs)
         if config.side:
             self.places = layers.Linear(
                 "bt,hwct->bhwc",
-                (config.side, config.side, C[0], config.time),
+                (config.side, config.side, C, config.time),
                 std=config.time**-0.5,
                 rngs=rngs,
             )
-        down = []
-        skips = [C[0]]
-        for level, count in enumerate(config.resnets):
-            widths_in = [skips[-1]] + [C[level]] * (count - 1)
-            down.append(
-                Level(
-                    config,
-                    level,
-                    widths_in,
-                    rngs,
-                    attentions=count * config.attends_down[level],
-                    resample=level < last,
-                )
-            )
-            skips += [C[level]] * (count + (level < last))
-        self.down = numbered(down)
-        self.mid = Level(config, last, [C[last]] * 2, rngs, attentions=1)
-        up = []
-        width = C[last]
-        for level, count in reversed(list(enumerate(config.resnets))):
-            widths_in = [before + skips.pop() for before in [width] + [C[level]] * count]
-            up.append(
-                Level(
-                    config,
-                    level,
-                    widths_in,
-                    rngs,
-                    attentions=(count + 1) * config.attends_up[level],
-                    resample=level > 0,
-                )
-            )
-            width = C[level]
-        # up/0 is the finest, as down/0 is
-        self.up = numbered(reversed(up))
-        self.norm_out = GroupNorm(C[0], config.groups, eps=config.eps)
-        self.conv_out = Conv(C[0], places * config.channels_out, rngs=rngs, std=0.0)
+        down, mid, up = level_specs(config)
+        self.down = numbered(UNetLevel(config, spec, rngs) for spec in down)
+        self.mid = UNetLevel(config, mid, rngs)
+        rising = [UNetLevel(config, spec, rngs) for spec in up]
+        # up/0 is the finest level, as down/0 is.
+        self.up = numbered(reversed(rising))
+        self.norm_out = GroupNorm(C, config.groups, eps=config.eps)
+        self.conv_out = Conv(C, pixels * config.channels_out, rngs=rngs, std=0.0)
 
     def __call__(
         self,
         x: Float[Array, "B h w i"],
-        times: Float[Array, "B"],
+        timesteps: Float[Array, "B"],
         condition: Float[Array, "B N D"],
         *,
         kernel: str = "auto",
     ) -> Float[Array, "B h w o"]:
-        """The prediction for what is noised at `times` (0 to 1000), in x's dtype. Raises UserError
-        where h or w does not divide.
+        """Predict from x, noised at `timesteps` (0 to 1000); in x's dtype.
+
+        Raises UserError if h or w is not a multiple of `config.divisor`.
         """
         config = self.config
         p = self.config.patch
         if x.shape[1] % config.divisor or x.shape[2] % config.divisor:
             raise UserError(
-                f"the U-Net takes heights and widths that {config.divisor} divides (patches of {p}, halved {len(config.widths) - 1} "
-                f"times), not {x.shape[1]} x {x.shape[2]}"
+                f"the U-Net takes heights and widths that are multiples of {config.divisor} "
+                f"(patches of {p}, halved {len(config.widths) - 1} times), "
+                f"not {x.shape[1]} x {x.shape[2]}"
             )
 
         def once(module, call, x, *inputs, where):
@@ -270,30 +268,32 @@ class UNet(nnx.Module):
         def plain(module, *inputs):
             return module(*inputs)
 
-        def looking(module, *inputs):
+        def attending(module, *inputs):
             return module(*inputs, kernel)
 
-        waves = sinusoids(
-            times, config.widths[0], config.frequency_shift, cosine_first=config.cosine_first
-        ).astype(x.dtype)
-        time = once(self.time, plain, waves, where="time")
+        embedding = sinusoids(
+            timesteps, config.widths[0], config.frequency_shift, cosine_first=config.cosine_first
+        )
+        time = once(self.time, plain, embedding.astype(x.dtype), where="time")
         condition = condition.astype(x.dtype)
         if config.pooled:
-            time = time + once(
-                self.pooled, plain, rearrange(condition, "b n D -> b (n D)"), where="pooled"
-            )
+            flat = rearrange(condition, "b n D -> b (n D)")
+            time = time + once(self.pooled, plain, flat, where="pooled")
 
-        def step(level, place, x, where):
-            x = once(level.resnets[str(place)], plain, x, time, where=f"{where}/resnets/{place}")
-            if place < len(level.attentions):
-                x = once(
-                    level.attentions[str(place)],
-                    looking,
-                    x,
-                    condition,
-                    where=f"{where}/attentions/{place}",
-                )
+        def layer(level, index, x, where):
+            resnet = level.resnets[str(index)]
+            x = once(resnet, plain, x, time, where=f"{where}/resnets/{index}")
+            if index < len(level.attentions):
+                transformer = level.attentions[str(index)]
+                name = f"{where}/attentions/{index}"
+                x = once(transformer, attending, x, condition, where=name)
             return x
+
+        def halve(conv, x):
+            return conv(x, stride=2)
+
+        def double(conv, x):
+            return conv(doubled(x))
 
         x = rearrange(sharding.constrain_images(x), "b (h i) (w j) c -> b h w (i j c)", i=p, j=p)
         x = once(self.conv_in, plain, x, where="conv_in")
@@ -301,45 +301,35 @@ class UNet(nnx.Module):
             x = x + once(self.places, plain, jax.nn.silu(time), where="places")
         skips = [x]
         for number, level in enumerate(in_order(self.down)):
-            for place in range(len(level.resnets)):
-                skips.append(x := step(level, place, x, f"down/{number}"))
+            for index in range(len(level.resnets)):
+                x = layer(level, index, x, f"down/{number}")
+                skips.append(x)
             if hasattr(level, "resample"):
-                skips.append(
-                    x := once(
-                        level.resample,
-                        lambda conv, x: conv(x, stride=2),
-                        x,
-                        where=f"down/{number}/resample",
-                    )
-                )
-        for place in range(len(self.mid.resnets)):
-            x = step(self.mid, place, x, "mid")
+                x = once(level.resample, halve, x, where=f"down/{number}/resample")
+                skips.append(x)
+        for index in range(len(self.mid.resnets)):
+            x = layer(self.mid, index, x, "mid")
         for number, level in reversed(list(enumerate(in_order(self.up)))):
-            for place in range(len(level.resnets)):
-                x = step(level, place, jnp.concatenate([x, skips.pop()], -1), f"up/{number}")
+            for index in range(len(level.resnets)):
+                x = layer(level, index, jnp.concatenate([x, skips.pop()], -1), f"up/{number}")
             if hasattr(level, "resample"):
-                x = once(
-                    level.resample,
-                    lambda conv, x: conv(doubled(x)),
-                    x,
-                    where=f"up/{number}/resample",
-                )
+                x = once(level.resample, double, x, where=f"up/{number}/resample")
         x = once(self.conv_out, plain, jax.nn.silu(self.norm_out(x)), where="conv_out")
         return rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=p, j=p)
 
 
 def sinusoids(
-    times: Float[Array, "B"], width: int, shift: float, *, cosine_first: bool
+    timesteps: Float[Array, "B"], width: int, shift: float, *, cosine_first: bool
 ) -> Float[Array, "B C"]:
-    """Sines and cosines of the times at wavelengths from 2 pi to about 20000 pi (arXiv 1706.03762),
-    in float32.
+    """Sines and cosines of timesteps (arXiv 1706.03762), in float32.
+
+    Wavelengths are from 2 pi to about 20000 pi.
     """
     half = width // 2
-    angles = times.astype(jnp.float32)[:, None] * jnp.asarray(
-        10000.0 ** (-np.arange(half) / (half - shift)), jnp.float32
-    )
-    waves = jnp.concatenate(
-        [jnp.cos(angles), jnp.sin(angles)] if cosine_first else [jnp.sin(angles), jnp.cos(angles)],
-        -1,
-    )
-    return jnp.pad(waves, ((0, 0), (0, width % 2)))
+    frequencies = 10000.0 ** (-np.arange(half) / (half - shift))
+    angles = timesteps.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    if cosine_first:
+        parts.reverse()
+    embedding = jnp.concatenate(parts, -1)
+    return jnp.pad(embedding, ((0, 0), (0, width % 2)))

@@ -17,7 +17,7 @@ from emu_jax import tree
 from emu_jax.config import UserError
 from emu_jax.models import module
 from emu_jax.models.diffusion import Diffusion
-from emu_jax.models.unet import CONDITIONED, UNet, UNetConfig
+from emu_jax.models.unet import CONDITIONED, UNet, UNetConfig, level_specs
 from emu_jax.models.vae import Vae, VaeConfig
 from emu_jax.weights.convert import Row, Table, Tensors
 from emu_jax.weights.family import Family, Shapes
@@ -381,7 +381,6 @@ def canonical(foreign: Tensors) -> dict[str, Any]:
 
 
 def _unet(size: UNetConfig) -> list[Row]:
-    last = len(size.widths) - 1
     flat = "o i -> i o" if size.linear else "o i 1 1 -> i o"
 
     def resnets(theirs, ours, widths_in, width):
@@ -414,30 +413,25 @@ def _unet(size: UNetConfig) -> list[Row]:
         *_linear("unet.time_embedding.linear_2", "unet/time/down"),
         *_conv("unet.conv_in", "unet/conv_in"),
     ]
-    skips = [size.widths[0]]
-    for level, (C, count) in enumerate(zip(size.widths, size.resnets, strict=True)):
+    down, mid, up = level_specs(size)
+    for spec in down:
+        level = spec.level
         theirs = f"unet.down_blocks.{level}"
         ours = f"unet/down/{level}"
-        rows += resnets(theirs, ours, [skips[-1]] + [C] * (count - 1), C)
-        rows += attentions(theirs, ours, count * size.attends_down[level], level)
-        rows += _conv(f"{theirs}.downsamplers.0.conv", f"{ours}/resample") if level < last else []
-        skips += [C] * (count + (level < last))
-    rows += [
-        *resnets("unet.mid_block", "unet/mid", [0, 0], 0),
-        *attentions("unet.mid_block", "unet/mid", 1, last),
-    ]
-    width = size.widths[-1]
-    for level in reversed(range(last + 1)):
-        theirs = f"unet.up_blocks.{last - level}"
+        rows += resnets(theirs, ours, spec.widths_in, size.widths[level])
+        rows += attentions(theirs, ours, spec.attentions, level)
+        if spec.resample:
+            rows += _conv(f"{theirs}.downsamplers.0.conv", f"{ours}/resample")
+    rows += resnets("unet.mid_block", "unet/mid", mid.widths_in, size.widths[mid.level])
+    rows += attentions("unet.mid_block", "unet/mid", mid.attentions, mid.level)
+    for number, spec in enumerate(up):
+        level = spec.level
+        theirs = f"unet.up_blocks.{number}"
         ours = f"unet/up/{level}"
-        C = size.widths[level]
-        count = size.resnets[level] + 1
-        rows += resnets(
-            theirs, ours, [before + skips.pop() for before in [width] + [C] * (count - 1)], C
-        )
-        rows += attentions(theirs, ours, count * size.attends_up[level], level)
-        rows += _conv(f"{theirs}.upsamplers.0.conv", f"{ours}/resample") if level else []
-        width = C
+        rows += resnets(theirs, ours, spec.widths_in, size.widths[level])
+        rows += attentions(theirs, ours, spec.attentions, level)
+        if spec.resample:
+            rows += _conv(f"{theirs}.upsamplers.0.conv", f"{ours}/resample")
     return rows + [
         *_norm("unet.conv_norm_out", "unet/norm_out"),
         *_conv("unet.conv_out", "unet/conv_out"),
