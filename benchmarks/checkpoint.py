@@ -1,10 +1,12 @@
-"""python benchmarks/checkpoint.py [--devices=1] [--to=DIR] [--config=configs/pretrain.py:emu-1b
-...]: save and restore of a whole training state.
+"""Saving and restoring a complete training state: time, bytes and peak memory.
 
-Time, bytes, and the peak of the host's memory, of which on a CPU the state is itself a part: what
-counts is what comes on top, and more than 1.3 x the state is a failure (exit status 1). Each half
-is a process of its own. The state is random bits, which do not compress: trained weights hardly do.
---to: a folder on the disk to be measured.
+    python -m benchmarks.checkpoint [--devices=1] [--to=DIR] [--config=FILE ...]
+
+On a CPU the state is itself part of the host's memory: memory on top of it above 1.3 x the state is
+a failure (exit status 1). Saving and restoring run in a process each. The state is random bits,
+which do not compress; trained weights hardly do. --to: a folder on the disk to measure; --config:
+default configs/pretrain.py:emu-1b. Run from the repository's root. Results:
+benchmarks/results/checkpoint.md.
 """
 
 import argparse
@@ -30,7 +32,6 @@ def main() -> int:
     flags, rest = parser.parse_known_args()
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": ".",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={flags.devices}",
     }
     with tempfile.TemporaryDirectory(dir=flags.to) as folder:
@@ -39,7 +40,8 @@ def main() -> int:
             done = subprocess.run(
                 [
                     sys.executable,
-                    __file__,
+                    "-m",
+                    "benchmarks.checkpoint",
                     what,
                     folder,
                     *(rest or ["--config=configs/pretrain.py:emu-1b"]),

@@ -1,10 +1,11 @@
-"""The data path on this machine's CPU: decoding, the loader with threads and processes, sequences
-and packing, padding on a simulated paper mixture, iterator state, memory.
+"""The data path on this machine's CPU.
 
-    python benchmarks/data.py [--json=FILE] [--steps=20000]
+    python -m benchmarks.data [--json=FILE] [--steps=20000]
 
-Synthetic throughout: photographs are filtered noise, captions have the lengths of the sets that
-they stand for. Exits 1 if a bound is violated. Results of one machine: benchmarks/results/data.md.
+Decoding, the loader with threads and processes, sequences and packing, padding of the paper's
+mixture, state of the iterator, memory. All data is synthetic: photographs are filtered noise,
+captions have the lengths of the sets they stand for. Exits 1 if a bound is violated. Run from the
+repository's root. Results: benchmarks/results/data.md.
 """
 
 import argparse
@@ -22,8 +23,6 @@ from functools import partial
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 from PIL import Image
 

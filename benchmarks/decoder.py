@@ -1,14 +1,14 @@
-"""python benchmarks/decoder.py [--steps=5] [--sampling=50] [--json=FILE]: the visual decoder's
-training step and its sampling.
+"""The visual decoder's train step, and its sampling.
 
-Stable Diffusion 1.5's U-Net at a quarter of its width (its heads as wide as there, so a quarter as
-many), on 64 x 64 places, as its latents of 512 x 512 pixels have; of 3 channels here, for it works
-on pixels: no autoencoder in the way. Conditions of 32 visual tokens come with the batch. The
-training step is the whole one of the loop, of one image; sampling is PNDM with guidance, two inputs
-a step, of one picture. Compiling is timed apart. FLOP/s are counted by hand (models/flops.py), as a
-share of what this machine reaches in one large float32 matrix product, measured in the same run.
-Run it on an idle machine (some 10 minutes on two cores); results of one:
-benchmarks/results/decoder.md.
+    python -m benchmarks.decoder [--steps=5] [--sampling=50] [--json=FILE]
+
+Stable Diffusion 1.5's U-Net at a quarter of its width, with heads as wide as the original's and so a
+quarter as many, on 64 x 64 positions, the size of the latents of 512 x 512 pixels. It works on 3
+channels: pixels, without an autoencoder. Conditions of 32 visual tokens come with the batch. The
+train step is the loop's, for one image; sampling is PNDM with guidance, so two inputs a step, for
+one image. Compilation is timed separately. FLOP/s are counted by models/flops.py, as a share of
+what this machine reaches in one large float32 matrix product. Run from the repository's root, on an
+idle machine (about 10 minutes on two cores). Results: benchmarks/results/decoder.md.
 """
 
 import argparse
@@ -19,13 +19,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from train_step import matmul_peak
 
+from benchmarks.train_step import matmul_peak
 from emu_jax import config, sharding
 from emu_jax.generate import diffusion_decoder, samplers
 from emu_jax.models import flops

@@ -1,10 +1,9 @@
-"""Captions a second, as a benchmark asks for them (beam 5, 8 to 20 tokens): in batches, and one by
-one.
+"""Captions a second as in a benchmark (beam 5, 8 to 20 tokens): in batches and one by one.
 
-    python benchmarks/evaluate.py [--images=32] [--batch=32] [--size=emu-60m] [--json=FILE]
+    python -m benchmarks.evaluate [--images=32] [--batch=32] [--size=emu-60m] [--json=FILE]
 
-Random weights: what is said is nonsense, and takes as long. Pictures are decoded from files, as in
-an evaluation.
+Weights are random: the captions are nonsense, but take as long. Images are decoded from files, as
+in an evaluation. Run from the repository's root.
 """
 
 import argparse
@@ -14,8 +13,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np

@@ -1,12 +1,13 @@
-"""python benchmarks/generate.py [--rounds=3] [--json=FILE]: generation with a cache, beside the
-release's way without one.
+"""Generation with a KV cache, against the release's way without one.
 
-The release runs the whole prefix again for each of an image's visual tokens; `whole` below does so
-with the same arithmetic, padded to one shape so that it is compiled once (3 % more than it would
-need to). Both draw an image after the same 512-token prompt at the 60M size, by turns in one run,
-and must agree. Then text: time to the first token of a 512-token prompt, and tokens a second, for 1
-and 8 prompts at once. Compiling is timed apart. Exits 1 if the image loop is not 10 times as fast.
-Run it on an idle machine; results of one: benchmarks/results/generate.md.
+    python -m benchmarks.generate [--rounds=3] [--json=FILE]
+
+The release runs the complete prefix again for each visual token of an image. `without_cache` does
+so with the same arithmetic, padded to one shape so that it is compiled once (3 % more work than
+needed). Both generate an image after the same 512-token prompt at the 60M size, alternating, and
+must agree. Then text: time to the first token of a 512-token prompt, and tokens a second, for 1 and
+8 prompts at once. Compilation is timed separately. Exits 1 if the image loop is not 10 times as
+fast. Run from the repository's root, on an idle machine. Results: benchmarks/results/generate.md.
 """
 
 import argparse
@@ -17,32 +18,31 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from emu_jax import config
 from emu_jax.data.tokenizer import Tokenizer
-from emu_jax.generate import text_decoding
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
 from emu_jax.models import emu, module
 
-# tokens of the prompt, visual tokens of an image (as the release has), new tokens of an answer
+# Tokens of the prompt.
 PREFIX = 512
+# Visual tokens of an image, as in the release.
 N = 32
+# New tokens of an answer.
 NEW = 64
+# Least speed-up by the cache.
 WANTED = 10
 
 
-def whole(model_config, params, x, _):
-    """x [B, PREFIX, D] -> the N visual tokens [B, N, D], each from a run over all that is before
-    it.
-    """
+def without_cache(model_config, params, tokens):
+    """The N visual tokens [B, N, D] after tokens [B, PREFIX], each from a run over all before it."""
     model = module.bind(emu.Emu, model_config, params)
+    x = model.llama.embeddings(tokens, model_config.compute)
     positions = jnp.tile(jnp.arange(PREFIX + N), (len(x), 1))
 
     def one(x, n):
@@ -52,9 +52,9 @@ def whole(model_config, params, x, _):
         z = model.regress_head(jax.lax.dynamic_slice_in_dim(hidden, PREFIX - 1 + n, 1, 1))
         return jax.lax.dynamic_update_slice_in_dim(x, z, PREFIX + n, 1), z[:, 0]
 
-    return jnp.moveaxis(
-        jax.lax.scan(one, jnp.pad(x, ((0, 0), (0, N), (0, 0))), jnp.arange(N))[1], 0, 1
-    )
+    padded = jnp.pad(x, ((0, 0), (0, N), (0, 0)))
+    _, visual = jax.lax.scan(one, padded, jnp.arange(N))
+    return jnp.moveaxis(visual, 0, 1)
 
 
 def timed(call) -> tuple[float, np.ndarray]:
@@ -71,14 +71,14 @@ def prompts(session: Session, count: int, rng: np.random.Generator) -> list[Prom
 
 
 def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[str, float]:
-    """One image after PREFIX tokens, [IMG] among them: seconds of both ways (medians), taking
-    turns.
-    """
+    """Seconds of one image after PREFIX tokens, [IMG] among them: medians of both ways."""
     (prompt,) = prompts(session, 1, rng)
-    # the session appends [IMG]
+    # The session appends [IMG].
     opened = Prompt(prompt.tokens[:-1])
-    x, _ = session.embed([Prompt([*opened.tokens, session.tokenizer.img])])
-    slow = partial(jax.jit(whole, static_argnums=0), session.model_config, session.params, x, None)
+    tokens = jnp.array([[*opened.tokens, session.tokenizer.img]], jnp.int32)
+    slow = partial(
+        jax.jit(without_cache, static_argnums=0), session.model_config, session.params, tokens
+    )
     ways = {"cached": lambda: session.generate_images([opened]), "whole": slow}
     found = {f"{name}_compile": timed(call) for name, call in ways.items()}
     results = {name: seconds for name, (seconds, _) in found.items()}
@@ -95,40 +95,22 @@ def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[
 
 
 def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) -> dict[str, float]:
-    """Seconds to the first token, and tokens a second after it, of `rows` prompts of PREFIX
-    tokens.
-    """
+    """Seconds to the first token, and tokens a second after it, of `rows` prompts."""
     some = prompts(session, rows, rng)
-    config = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW)
-    metadata = session.sampling_metadata(some, config, rows=rows, allowed=session.text_ids())
-    keys = jax.random.split(jax.random.key(0), rows)
 
-    def once() -> tuple[float, float]:
-        first, answers = timed(
-            lambda: text_decoding.start(
-                session.model_config,
-                session.params,
-                session.prefill_batch(some, room=NEW),
-                keys,
-                NEW,
-                metadata,
-            )
-        )
-        rest, answers = timed(
-            lambda: text_decoding.decode(
-                session.model_config, session.params, answers, jnp.int32(NEW), metadata
-            )
-        )
-        assert int(answers.count) == NEW
-        return first, rest
+    def seconds(count: int) -> float:
+        options = GenerationConfig(max_new_tokens=count, min_new_tokens=count)
+        took, ids = timed(lambda: session.generate_ids(some, options))
+        assert [len(row) for row in ids] == [count] * rows
+        return took
 
-    compiled = once()
-    runs = [once() for _ in range(rounds)]
-    first, rest = (statistics.median(run[k] for run in runs) for k in (0, 1))
+    compiled = seconds(1) + seconds(NEW)
+    first = statistics.median(seconds(1) for _ in range(rounds))
+    complete = statistics.median(seconds(NEW) for _ in range(rounds))
     return {
         "first_token_s": first,
-        "tokens_per_second": rows * (NEW - 1) / rest,
-        "compile_s": sum(compiled) - first - rest,
+        "tokens_per_second": rows * (NEW - 1) / (complete - first),
+        "compile_s": compiled - first - complete,
     }
 
 

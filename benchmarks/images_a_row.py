@@ -1,21 +1,16 @@
-"""How many images a row of 2048 tokens needs a place for (data.images): the paper's mixture,
-simulated and packed.
+"""How many images a row of 2048 tokens needs (data.images), by simulating the paper's mixture.
 
-    python benchmarks/images_a_row.py [--rows=2000]
+    python -m benchmarks.images_a_row [--rows=2000]
 
-Documents are drawn by the mixture's weights with lengths like their sets' (LENGTHS, which says
-whence) and packed by the loader's own best fit, once without a limit on images and then with
-several: what a limit costs is padding. Results: benchmarks/results/fit.md.
+Documents are drawn by the mixture's weights with the lengths of their sets (LENGTHS has the
+sources), and packed by the loader's best fit: once without a limit on images and then with several,
+which cost padding. Run from the repository's root. Results: benchmarks/results/fit.md.
 """
 
 import argparse
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from emu_jax import config
 from emu_jax.data.packing import best_fit

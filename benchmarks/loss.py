@@ -1,11 +1,10 @@
-"""The fused objective against the plain one: memory, time, and what the devices of a mesh say to
-each other in the loop.
+"""The fused objective against the plain one: memory, time and communication.
 
-    python benchmarks/loss.py [--json=FILE]
+    python -m benchmarks.loss [--json=FILE]
 
-Value and gradient at T 2048 and V 32006, float32, on this machine's CPU; then the fused one is
-compiled for meshes of 8 fake devices and its HLO is read. Exits 1 if a bound is violated. Results
-of one machine: benchmarks/results/loss.md.
+Value and gradient at T 2048 and V 32006, float32, on this machine's CPU. Then the fused one is
+compiled for meshes of 8 fake devices, and the collectives in its loop are read from the HLO. Exits
+1 if a bound is violated. Run from the repository's root. Results: benchmarks/results/loss.md.
 """
 
 import argparse
@@ -19,8 +18,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 import jax.numpy as jnp
 import numpy as np

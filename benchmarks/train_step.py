@@ -1,12 +1,12 @@
-"""python benchmarks/train_step.py [--steps=30] [--json=FILE]: the whole train step, at the demo's
-size and at 60M parameters.
+"""The complete train step, at the demo's size and at 60M parameters.
 
-For each: step time, elements (text and visual tokens) a second, input wait, and model FLOP/s
-(counted by hand, models/flops.py) as a share of what this machine reaches in one large float32
-matrix product, measured in the same run. Asserts that nothing is compiled after step 1, and that
-the demo waits for its input under 2 % of the time. Needs the demo's data: python -m emu_jax.demo
-build --to=data/demo. Run it on an idle machine; results of one:
-benchmarks/results/train_step.md.
+    python -m benchmarks.train_step [--steps=30] [--json=FILE]
+
+Reports step time, elements (text and visual tokens) a second, input wait, and model FLOP/s (counted
+by models/flops.py) as a share of what this machine reaches in one large float32 matrix product.
+Asserts that nothing is compiled after step 1, and that the demo waits for input less than 2 % of
+the time. Needs the demo's data: python -m emu_jax.data build --kind=openmoji --to=data/demo. Run
+from the repository's root, on an idle machine. Results: benchmarks/results/train_step.md.
 """
 
 import argparse
@@ -14,9 +14,6 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp

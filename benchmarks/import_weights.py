@@ -1,10 +1,12 @@
-"""python benchmarks/import.py [--size=emu-1b] [--json=FILE]: a LLaMA of that size imported from
-sharded safetensors: time and peak memory.
+"""Import of a LLaMA from sharded safetensors: time and peak memory.
 
-Random bfloat16 shards go to a temporary folder (2.3 GB for emu-1b, and as much for the checkpoint).
-The import runs in a process of its own, whose peak resident memory is held to the bound of a stream
-to disk, where nothing stays on the host: 3 x the largest tensor + 1 GiB. Then the checkpoint is
-exported again, under the same bound, and compared with the source, tensor by tensor.
+    python -m benchmarks.import_weights [--size=emu-1b] [--json=FILE]
+
+Writes random bfloat16 shards to a temporary folder (2.3 GB for emu-1b, and as much for the
+checkpoint). The import runs in a process of its own; its peak resident memory must stay below 3 x
+the largest tensor + 1 GiB, the bound of streaming from disk to disk. The checkpoint is exported
+under the same bound and compared with the source, tensor by tensor. Run from the repository's root.
+Results: benchmarks/results/import_weights.md.
 """
 
 import argparse
@@ -18,8 +20,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from emu_jax import config
 from emu_jax.models import emu
