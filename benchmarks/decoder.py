@@ -2,8 +2,8 @@
 
     python -m benchmarks.decoder [--steps=5] [--sampling=50] [--json=FILE]
 
-Stable Diffusion 1.5's U-Net at a quarter of its width, with heads as wide as the original's and so a
-quarter as many, on 64 x 64 positions, the size of the latents of 512 x 512 pixels. It works on 3
+Stable Diffusion 1.5's U-Net at a quarter of its width, with heads as wide as the original's and so
+a quarter as many, on 64 x 64 positions, the size of the latents of 512 x 512 pixels. It works on 3
 channels: pixels, without an autoencoder. Conditions of 32 visual tokens come with the batch. The
 train step is the loop's, for one image; sampling is PNDM with guidance, so two inputs a step, for
 one image. Compilation is timed separately. FLOP/s are counted by models/flops.py, as a share of
@@ -40,8 +40,9 @@ GUIDANCE = 7.5
 
 
 def quarter() -> config.ConfigDict:
-    """configs/decoder.py at a quarter of the width; the Emu beside it is small, for its conditions
-    come with the batch.
+    """configs/decoder.py at a quarter of its width.
+
+    The Emu in it is small: conditions come with the batch.
     """
     c = config.load(
         [

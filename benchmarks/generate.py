@@ -40,7 +40,7 @@ WANTED = 10
 
 
 def without_cache(model_config, params, tokens):
-    """The N visual tokens [B, N, D] after tokens [B, PREFIX], each from a run over all before it."""
+    """N visual tokens [B, N, D] after tokens [B, PREFIX], each from a run over all before."""
     model = module.bind(emu.Emu, model_config, params)
     x = model.llama.embeddings(tokens, model_config.compute)
     positions = jnp.tile(jnp.arange(PREFIX + N), (len(x), 1))
