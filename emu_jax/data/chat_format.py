@@ -1,5 +1,6 @@
-"""Conversations in the release's chat format: `<s>` system message, then turns `[USER]: question
-[ASSISTANT]: answer</s>`.
+"""Conversations in the release's chat format.
+
+It is `<s>` system message, then turns `[USER]: question [ASSISTANT]: answer</s>`.
 
 Training sequences and chat prompts (../generate/processor.py) are written by the same functions, so
 that they cannot drift apart. Read next: sequence.py.
@@ -118,7 +119,7 @@ def _out_of_order(id: str, role: str, before: str, turns: list[Turn]) -> Corrupt
 
 
 def question_kind(images: Ordered[Picture]) -> str:
-    """The key in SYSTEM_MESSAGES: "image" for one image, "video" for frames with ascending times.
+    """The key in SYSTEM_MESSAGES: "image" for one image, "video" for frames in time order.
 
     It is "" for anything else.
     """

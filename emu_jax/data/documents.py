@@ -1,4 +1,4 @@
-"""What a source yields: a document, an ordered list of parts, before tokenisation and randomness.
+"""What a source yields: documents, ordered lists of parts, before tokenisation.
 
 An image is an encoded file, or pixels if it is a frame of a video, until sources/records.py decodes
 it for the model. Then it is a plain array, or a Picture if it has a role. Read next:

@@ -1,5 +1,6 @@
-"""Encoded bytes to upright RGB, and to the pixels a model sees: squashed, not cropped, to a square
-with a bicubic filter, as in Emu's release.
+"""Encoded bytes to upright RGB, and to the pixels that a model sees.
+
+Images are squashed, not cropped, to a square with a bicubic filter, as in Emu's release.
 
 JPEGs are decoded by libjpeg-turbo (simplejpeg: bit-equal to Pillow at full size, and scaled by 1/2,
 1/4 or 1/8 if the result is still large enough), everything else by Pillow. Both release the

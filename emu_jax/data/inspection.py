@@ -1,5 +1,4 @@
-"""What `python -m emu_jax.data inspect` shows: every document of a source, or why a record was left
-out, as JSON lines or as a page.
+"""Documents as `python -m emu_jax.data inspect` shows them, and why records were left out.
 
 Nothing is random and nothing is resized. An image is described by its size, the SHA-256 of its
 upright RGB bytes (alpha over white) and the mean colours of 4 x 4 cells, which other decoders
@@ -30,10 +29,10 @@ def inspect_documents(
 
 
 def describe(document: Document | Skipped) -> dict[str, Any]:
-    """{"id", "parts": [{"text"} | {"image": {"width", "height", "sha256", "grid"}}]} of a document.
+    """A document as {"id", "parts": [{"text"} | {"image"}]}.
 
-    A pair is its image, then its text; parts of conversations also have a "role". A skipped record
-    is {"id", "skipped": reason}.
+    An image is {"width", "height", "sha256", "grid"}. A pair is its image, then its text; parts of
+    conversations also have a "role". A skipped record is {"id", "skipped": reason}.
     """
     if isinstance(document, Skipped):
         return {"id": document.id, "skipped": document.reason}
@@ -60,7 +59,7 @@ def _image(picture: Picture) -> dict[str, Any]:
 
 
 def grid(pixels: Image) -> list[list[float]]:
-    """Mean [red, green, blue] of CELLS x CELLS cells in reading order, rounded to two decimals.
+    """Mean [red, green, blue] of CELLS x CELLS cells in reading order, to two decimals.
 
     Cell k of a side of n pixels is [k n // 4, (k + 1) n // 4), and at least one pixel.
     """

@@ -1,5 +1,4 @@
-"""The loader: threads prefetch packed batches, through reader processes if configured, and each
-batch carries the state after it.
+"""The loader: threads prefetch packed batches, and each carries the state after it.
 
 The rows b of the global batch belong to stream b // (B / S), and a host owns neighbouring streams,
 so the n-th global batch is the same for any number of hosts. Save the state of the last batch you
@@ -41,7 +40,7 @@ STARTS = ("first", "random")
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """One host's rows of a global batch, as NumPy arrays, with their ids and the state after it."""
+    """One host's rows of a global batch, as NumPy arrays, with ids and the state after it."""
 
     batch: Batch
     # "source/document" of each row
@@ -263,7 +262,10 @@ class Loader:
                     [packed.sequence for packed in row],
                     [packed.source for packed in row],
                 )
-        return [[packed.id for packed in row] for row in rows], stream.state()
+        ids = []
+        for row in rows:
+            ids.append([packed.id for packed in row])
+        return ids, stream.state()
 
     def _loaded_batch(
         self, batch: Batch, streams: list[Stream], results: list[tuple[list[list[str]], dict]]

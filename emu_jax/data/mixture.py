@@ -1,4 +1,4 @@
-"""The mixture and its logical streams: what is read, in which order, and the rows it fills.
+"""The mixture and its logical streams: what is read, in which order, and into which rows.
 
 Order is a pure function of (seed, stream, counters), and the randomness of a document one of (seed,
 id, epoch). S streams, each with a small JSON-able state, therefore determine everything that will
@@ -33,7 +33,7 @@ COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens"
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """A sequence in a row, with "source name/document id" and its source's index in the mixture."""
+    """A sequence with "source name/document id" and the index of its source."""
 
     id: str
     source: int
@@ -122,8 +122,9 @@ class Mixture:
 
 
 class Stream:
-    """Logical stream `number` of a mixture: draws documents, keeps `lookahead` of them waiting, and
-    packs rows.
+    """Logical stream `number` of a mixture: draws documents and packs them into rows.
+
+    It keeps `lookahead` documents waiting, to choose from.
 
     `to_sequence(document, rng=..., rule=...)` is a SequenceBuilder, and `fit` is
     `packing.first_fit` or `best_fit` with the row's budgets. `state` continues a stream from what

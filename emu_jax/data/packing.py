@@ -46,7 +46,7 @@ def best_fit(
 
 
 def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) -> Batch:
-    """A Batch of NumPy arrays without documents: [PAD] tokens, segments and weights 0, slots T."""
+    """A Batch of NumPy arrays without documents: [PAD], segments and weights 0, slots T."""
 
     def zeros(*shape, dtype=np.int32):
         return np.zeros(shape, dtype)

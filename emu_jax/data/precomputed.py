@@ -1,4 +1,4 @@
-"""Arrays that the decoder's training reads, made once for the first image of each document.
+"""Arrays for training the decoder, made once for the first image of each document.
 
 `conditions` are the visual tokens that an LLM regressed from what comes before the image, and
 `latents` the moments of the autoencoder's latents. DIR/KIND.json records what they were made with.
@@ -109,7 +109,7 @@ class Precomputed:
     def lookup_batch(
         self, batch: Batch, ids: Sequence[Sequence[str]]
     ) -> Float16[np.ndarray, "B I ..."]:
-        """The array for each image of a batch, zeros where there is no image.
+        """The array for each image of a batch, zeros for empty slots.
 
         ids: of the documents of each row.
         """

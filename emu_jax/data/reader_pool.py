@@ -1,6 +1,6 @@
-"""Retrying sources: when a read hangs, the disk fails or a decoder crashes, log it, retry, then
-skip the record or stop the run.
+"""Retrying sources, for reads that hang, disks that fail and decoders that crash.
 
+A failed read is logged and retried; then the record is skipped, or the run stops.
 The loader's threads read through readers: threads, which can only be abandoned when they hang, or
 processes, which can be killed and may crash on what they read. The documents are the same either
 way. Read next: reader_process.py, then loader.py.
@@ -36,11 +36,11 @@ class ReaderDied(Exception):
 
 
 class RetryingSource:
-    """Source `number` of `readers`, which retries a read up to `retries` times when the reader dies
-    or the disk fails.
+    """Source `number` of `readers`, which retries reads.
 
-    After that, `unreadable` decides: with "skip" the record counts as corrupt (CorruptRecord), with
-    "stop" the run ends (UserError).
+    It retries up to `retries` times if the reader dies or the disk fails. After that, `unreadable`
+    decides: with "skip" the record counts as corrupt (CorruptRecord), with "stop" the run ends
+    (UserError).
     """
 
     def __init__(

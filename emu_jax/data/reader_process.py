@@ -1,16 +1,17 @@
-"""A process that reads for the loader: it receives the sources, then requests (source, index), and
-answers each with the document.
+"""A process that reads for the loader.
 
+It receives the sources, then requests (source, index), and answers each with the document.
 reader_pool.py starts and ends it. It ignores the signals of a terminal or a scheduler, which go to
 all processes but are meant for the trainer, and exits when the trainer is gone. Grain imports JAX,
 which finds no accelerator here. Read next: sources/records.py.
 """
 
+import io
 import pickle
 import signal
 import socket
 import traceback
-from typing import IO, Any
+from typing import Any
 
 from emu_jax.data import images
 from emu_jax.data.documents import Document
@@ -33,7 +34,7 @@ def main(descriptor: int) -> None:
             return
 
 
-def _send(answer: Any, file: IO[bytes]) -> None:
+def _send(answer: Any, file: io.BufferedRWPair) -> None:
     pickle.dump(answer, file, pickle.HIGHEST_PROTOCOL)
     file.flush()
 

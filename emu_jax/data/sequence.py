@@ -1,10 +1,9 @@
-"""A document becomes one sequence: `<s>` parts `</s>`, where an image is `[IMG]`, N slots and
-`[/IMG]`.
+"""A document becomes one sequence: `<s>` parts `</s>`.
 
-This is Emu's grammar (arXiv 2307.05222, section 2), with the ids and labels of its release. The
-order of a document's parts expresses what differs between the paper's data sets; the order of a
-Pair is drawn here. Conversations follow chat_format.py, and only their answers are trained on.
-Read next: packing.py.
+An image in it is `[IMG]`, N slots and `[/IMG]`. This is Emu's grammar (arXiv 2307.05222, section
+2), with the ids and labels of its release. The order of a document's parts expresses what differs
+between the paper's data sets; the order of a Pair is drawn here. Conversations follow
+chat_format.py, and only their answers are trained on. Read next: packing.py.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -47,7 +46,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class SourceRule:
-    """Overrides of the data settings for one source: the fourth field of a row of data.mixture."""
+    """Overrides of data settings for one source: the fourth field of a row of data.mixture."""
 
     # most tokens of a sequence; 0: data.tokens
     tokens: int = 0
@@ -251,7 +250,7 @@ class SequenceBuilder:
 def _choose_pairs(
     parts: Ordered[chat_format.Part | Pair], count: int, rng: np.random.Generator
 ) -> Ordered[chat_format.Part | Pair]:
-    """Only `count` of the pairs, drawn at random and in order; all parts for 0 or without pairs."""
+    """Only `count` pairs, drawn at random, in order; all parts for 0 or without pairs."""
     pairs = [part for part in parts if isinstance(part, Pair)]
     if not count or not pairs:
         return parts

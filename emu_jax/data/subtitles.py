@@ -29,11 +29,11 @@ class Cue:
 
 
 def parse(text: str) -> list[Cue]:
-    """The cues of a file, sorted by start, without tags and with their lines joined by a space.
+    """The cues of a file, sorted by start, as plain text.
 
-    Cues without text or with invalid (negative) times are left out; a cue may end before it starts.
-    In rolling captions, where each cue repeats the line before it as on YouTube, a line counts
-    once. Raises ValueError for a file without cues.
+    The lines of a cue are joined by a space. Cues without text or with invalid (negative) times are
+    left out; a cue may end before it starts. In rolling captions, where each cue repeats the line
+    before it as on YouTube, a line counts once. Raises ValueError for a file without cues.
     """
     text = text.removeprefix("\ufeff").replace("\0", "\ufffd")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

@@ -1,5 +1,4 @@
-"""Text to ids and back: LLaMA's SentencePiece file, or a tokenizer.json of the `tokenizers`
-library.
+"""Text to ids and back: LLaMA's SentencePiece file, or a tokenizer.json.
 
 The base vocabulary has V ids, with <unk> 0, <s> 1 and </s> 2 as in LLaMA; Emu's added tokens follow
 it. Text never encodes to one of them, nor to <s> or </s>: a caption may contain the characters

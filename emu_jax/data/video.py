@@ -1,4 +1,4 @@
-"""Frames of videos, through FFmpeg's libraries (PyAV): by number or by time, as upright RGB.
+"""Frames of videos as upright RGB, by number or by time, through FFmpeg (PyAV).
 
 Read next: sources/videos.py and sources/subtitled.py.
 """
@@ -59,7 +59,7 @@ def segment_centres(count: int, frames: int = FRAMES) -> list[int]:
 
 
 def frames_by_number(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float, Frame]]:
-    """(seconds, frame) of the frames `numbers(count)` of a video of `count` frames, in that order.
+    """(seconds, frame) of the frames `numbers(count)`, where the video has `count` frames.
 
     Frames are counted by packets, without decoding. If fewer can be decoded, `numbers` is called
     again with that count. Raises ValueError, in one line, for what cannot be decoded.

@@ -1,5 +1,6 @@
-"""Documents of any kind, written as a tensorflow-datasets dataset in ArrayRecord files, with a data
-card, without TensorFlow.
+"""Documents of any kind, written as a dataset of ArrayRecord files with a data card.
+
+tensorflow-datasets can read it; TensorFlow is not needed.
 
 One input shard is one task and one output shard, written atomically; metadata comes last. To
 continue a build that was killed, start it again: it skips finished shards, and the result is equal
@@ -107,7 +108,7 @@ def _remove_unfinished(to: Path) -> None:
 
 
 def plan_tasks(kind: str, sources: list[Path], to: Path, options: SourceOptions) -> list[Task]:
-    """The tasks of a build, recorded in `to`/plan.json: the same every time a build is continued.
+    """The tasks of a build, recorded in `to`/plan.json so that it can be continued.
 
     Raises UserError if `to` holds something else, or if two inputs would give equal ids.
     """
@@ -258,8 +259,8 @@ def _run_local(todo: list[Task], total: int, workers: int) -> None:
     if dead:
         raise UserError(
             f"the process that reads '{dead[0].source.path}' dies (shard {dead[0].label}: a "
-            "decoder crashes, or memory runs out); the other shards are written: repair or remove that "
-            "input and start again"
+            "decoder crashes, or memory runs out); the other shards are written: repair or remove "
+            "that input and start again"
         )
 
 
@@ -333,7 +334,7 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
 def _finish(
     kind: str, sources: list[Path], to: Path, options: SourceOptions, tasks: list[Task]
 ) -> dict[str, int]:
-    """Write the card, the features and, last, dataset_info.json, which marks a complete dataset."""
+    """Write the card and the metadata; dataset_info.json, the last, marks it complete."""
     parts = [json.loads(task.counts.read_text()) for task in tasks]
     summary = summarise(kind, [str(path) for path in sources], to.name, options, parts)
     if not summary["counts"]["documents"]:

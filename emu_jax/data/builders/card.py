@@ -121,7 +121,7 @@ def _reasons(reasons: dict[str, int], total: int) -> str:
 
 
 def _bars(histogram: dict[str, int]) -> str:
-    """Bars of {"lower edge, a power of two": count}; edges in between without a count are empty."""
+    """Bars of {"lower edge, a power of two": count}, with empty ones in between."""
     edges = [int(edge) for edge in histogram]
     least = min((edge for edge in edges if edge), default=1)
     powers = range(least.bit_length() - 1, max(edges).bit_length())

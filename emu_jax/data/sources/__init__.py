@@ -1,4 +1,4 @@
-"""Sources of documents by random access: `open_source` is the entry point, records.py the format.
+"""Sources of documents by random access: `open_source`, and records.py for the format.
 
 A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER contains one
 tensorflow-datasets dataset, directly or as FOLDER/CONFIG/VERSION. Read next: records.py, then
@@ -72,7 +72,7 @@ class CachedSource:
 
 
 def open_source(path: str, image_size: int, fit: str = "squash") -> Source:
-    """The documents of `path` = FOLDER:SPLIT, with images of image_size by `fit` (images.decode).
+    """The documents of `path` = FOLDER:SPLIT, with images decoded to image_size by `fit`.
 
     Raises UserError if the folder has no dataset, several, or one that is not from emu_jax.data,
     for an unknown or empty split, and for a missing file.

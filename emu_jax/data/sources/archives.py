@@ -235,10 +235,10 @@ def _sample_name(member: tarfile.TarInfo) -> tuple[str, str]:
 
 
 def list_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files below the folder `path` that end with one of `suffixes`, sorted, without links that
-    lead outside; `path` itself if it is a file.
+    """The files below the folder `path` that end with one of `suffixes`, sorted.
 
-    Raises UserError if there are none.
+    Links that lead outside are left out. If `path` is a file, it is the only one. Raises UserError
+    if there are none.
     """
     if path.is_file():
         return [path]

@@ -146,7 +146,7 @@ def videochatgpt(
 
 
 def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Turn]:
-    """The turns as parts, with `media` in place of the placeholders `mark` in the user's texts.
+    """The turns as parts, with `media` in place of the marks in the user's texts.
 
     Media without a placeholder come first. If there are as many marks as media, every mark is a
     placeholder.
@@ -205,7 +205,7 @@ def _split_at_marks(text: str, mark: str, count: int, anywhere: bool) -> list[st
 
 
 def _trim(parts: list[Turn]) -> list[Turn]:
-    """Drop empty texts, an answer before the first question, and a last question without answer.
+    """Drop empty texts, answers before the first question, and an unanswered last question.
 
     Raises ValueError if nothing is left, or for two assistant turns in a row.
     """
@@ -244,7 +244,8 @@ def _frames(
 ) -> list[Picture]:
     known = name.lower().endswith(video.SUFFIXES)
     names = [name] if known else [name + suffix for suffix in video.SUFFIXES]
-    name = next((one for one in names if any(one in place for place in places)), names[0])
+    present = [one for place in places for one in names if one in place]
+    name = min(present, key=names.index, default=names[0])
     return [
         Picture(picture.data, "user", picture.time)
         for picture in frames(_fetch(name, places, archives.MAX_FILE), id, options)

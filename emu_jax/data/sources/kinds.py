@@ -1,5 +1,4 @@
-"""The kinds of sources: for each, how its input is divided into shards, and the pure function from
-records to documents.
+"""The kinds of sources: how their input is divided into shards and read as documents.
 
 `read_documents` is the entry point: it reads one shard and decodes every image once, so that
 whatever is built can be decoded. Read next: ../builders/build.py.

@@ -1,10 +1,9 @@
-"""Multimodal C4 (github.com/allenai/mmc4): JSONL of `text_list` and `image_info`, plain or zipped,
-next to the folder of its download script.
+"""Multimodal C4 (github.com/allenai/mmc4): JSONL of `text_list` and `image_info`.
 
-That script, scripts/download_images.py, writes the image `image_name` of SHARD.jsonl into
-SHARD_images/ (of SHARD.jsonl.zip into SHARD.jsonl_images/). An image and its matched sentence
-become a `Pair` in place of the sentence. Matches under 0.32 are dropped, as in the paper. Read next:
-obelics.py.
+The files, plain or zipped, are next to the folder of the download script. That script,
+scripts/download_images.py, writes the image `image_name` of SHARD.jsonl into SHARD_images/ (of
+SHARD.jsonl.zip into SHARD.jsonl_images/). An image and its matched sentence become a `Pair` in
+place of the sentence. Matches under 0.32 are dropped, as in the paper. Read next: obelics.py.
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,6 @@
-"""OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of `texts` and `images`, two
-lists of equal length in which each position has one None.
+"""OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of texts and images.
+
+`texts` and `images` are lists of equal length; one of the two is None at each position.
 
 The public release has URLs in `images`. With --images=DIR they are looked up in the output of
 img2dataset (NNNNN.parquet with url and key, next to NNNNN.tar or the folder NNNNN); what is missing

@@ -1,5 +1,6 @@
-"""Image-text pairs from img2dataset: WebDataset tars (NNNNN.tar: KEY.jpg, KEY.txt, KEY.json) and
-parquet (columns key, jpg, txt).
+"""Image-text pairs from img2dataset, as WebDataset tars or as parquet.
+
+NNNNN.tar holds KEY.jpg, KEY.txt and KEY.json; parquet has the columns key, jpg and txt.
 
 The caption comes from the .txt, or else from "caption" in the .json. The parquet file that
 img2dataset puts next to a tar has no images and is ignored. A record becomes one `Pair`. Read next:

@@ -166,12 +166,13 @@ class RecordSource:
         return self._length
 
     def __getitem__(self, index: int) -> Document:
-        """Document 0 <= index < len; its arrays are read-only. Raises CorruptRecord, and IndexError
-        beyond the end.
+        """Document 0 <= index < len; its arrays are read-only.
+
+        Raises CorruptRecord, and IndexError beyond the end.
         """
         if not 0 <= index < self._length:
             raise IndexError(
-                f"{self.name} has {self._length} documents; there is no number {index}"
+                f"{self.name} has {self._length} documents; index {index} is out of range"
             )
         id = f"{self.name}[{index}]"
         try:
@@ -182,7 +183,8 @@ class RecordSource:
                 id, " ".join(str(error).split()), disk=isinstance(error, OSError)
             ) from error
         try:
-            fields = tf_example_pb2.Example.FromString(raw).features.feature
+            example = tf_example_pb2.Example.FromString(raw)  # ty: ignore[missing-attribute]
+            fields = example.features.feature
             texts = _strings(fields["texts"])
             id = _strings(fields["id"])[0]
             layout = _strings(fields["layout"])[0]

@@ -1,6 +1,6 @@
-"""Storyboards from Emu's released tool for YT-Storyboard-1B: tars with one video per sample, as
-KEY.0.txt, KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json.
+"""Storyboards from Emu's released tool for YT-Storyboard-1B: tars of videos.
 
+A video is the sample KEY.0.txt, KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json.
 Text i, possibly empty, was spoken before frame i; a last text has no frame. Frame i is at i *
 round(duration / frames) seconds. The tool sorts names as strings ("10.png" before "2.png"), so they
 are sorted by number here. Longer videos are split into several documents. Read next: subtitled.py.

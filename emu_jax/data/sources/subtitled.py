@@ -26,13 +26,14 @@ MAX_SUBTITLES = 64 * 2**20
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """One shard per tar (KEY.mp4, KEY.vtt), and one per FILES video files that are not in a tar."""
+    """One shard per tar (KEY.mp4, KEY.vtt), and per FILES video files not in a tar."""
     return videos.list_shards(path, FILES)
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The videos of one shard; ids are file names or the tar's keys, with "#1", "#2", ... for later
-    pieces of a video.
+    """The videos of one shard, split into documents.
+
+    Ids are file names or the tar's keys, with "#1", "#2", ... for later pieces of a video.
     """
     if not shard.names:
         try:
@@ -110,7 +111,7 @@ def _documents(
 
 
 def _interleave(events: Iterable[tuple[float, int, Any]]) -> Iterator[Part]:
-    """Parts of (time, is it text, text or frame), sorted by time, with neighbouring texts joined."""
+    """Parts of sorted (time, is it text, text or frame); neighbouring texts are joined."""
     texts: list[str] = []
     start = 0.0
     for time, is_text, content in events:

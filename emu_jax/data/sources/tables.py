@@ -1,4 +1,4 @@
-"""Records of JSON, JSONL and parquet files, and the input shards that tasks of a build read.
+"""Records of JSON, JSONL and parquet files, and the input shards of a build.
 
 A broken line or row group becomes one `Skipped`; the records around it are read. Read next:
 pairs.py.

@@ -1,5 +1,6 @@
-"""Text alone: plain files, one document each, and JSONL, JSON or parquet with a "text" column, one
-document per record.
+"""Text alone: plain files, and JSONL, JSON or parquet with a "text" column.
+
+A file or a record is a document.
 
 Read next: conversations.py.
 """

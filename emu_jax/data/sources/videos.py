@@ -1,5 +1,6 @@
-"""Videos with captions: video2dataset's WebDataset tars (KEY.mp4, KEY.txt, KEY.json), and plain
-video files with NAME.txt or NAME.json next to them.
+"""Videos with captions: video2dataset's tars, or files with their captions next to them.
+
+A tar has KEY.mp4, KEY.txt and KEY.json; NAME.txt or NAME.json belong to NAME.mp4.
 
 A document is 8 frames, then the caption without its metadata (clean.py). Read next: storyboards.py.
 """
@@ -98,9 +99,9 @@ def _document(
 
 
 def frames(data: bytes, id: str, options: SourceOptions) -> list[Picture]:
-    """`options.frames` frames of a video, selected by `options.choose`; random ones depend on `id`.
+    """`options.frames` frames of a video, selected by `options.choose`.
 
-    Raises ValueError for what cannot be decoded.
+    Random ones depend on `id`. Raises ValueError for what cannot be decoded.
     """
     seed = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little")
     rng = np.random.default_rng(seed)

@@ -1,5 +1,4 @@
-"""A folder or archive of HTML pages with their images: a page becomes one document, text and images
-in reading order.
+"""HTML pages with their images: each becomes a document, in reading order.
 
 Dropped are non-content (navigation, headers and footers of the site, forms, scripts, hidden
 elements), icons, images shown by several pages (logos) or again by the same page, and images
@@ -165,10 +164,10 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
 
 @lru_cache(2)
 def _repeated(files: archives.Files) -> frozenset[str]:
-    """Images on three or more pages of a site that are REPEATED of its pages, or on two of up to
-    three pages.
+    """Images that several pages of a site show.
 
-    A site is a folder in the root. It reads all pages, once per process.
+    They are on three or more pages that are REPEATED of all, or on two of up to three. A site is a
+    folder in the root. It reads all pages, once per process.
     """
     shown: Counter[tuple[str, str]] = Counter()
     names = files.names(PAGES)
@@ -202,7 +201,7 @@ def _parse(page: bytes) -> LexborHTMLParser:
 
 
 def _decode(page: bytes) -> str:
-    """The page's text, by its byte order mark, UTF-8, its <meta charset>, or else Windows-1252."""
+    """Decode by the byte order mark, as UTF-8, by <meta charset>, or else as Windows-1252."""
     declared = CHARSET.search(page[:4096])
     encodings = ["utf-16" if page[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"]
     if declared:
@@ -319,7 +318,7 @@ def _is_content(node: LexborNode, tag: str, root: LexborNode, inner: bool, capti
 
 
 def _boilerplate(node: LexborNode, inner: bool) -> bool:
-    """Whether an element is not content. inner: inside the article, whose own header is content."""
+    """Whether an element is not content. inner: inside the article, whose header is content."""
     if node.tag in NOT_CONTENT or (node.tag == "header" and not inner):
         return True
     if node.tag in ("main", "article", "body", "html"):
