@@ -1,11 +1,9 @@
-"""The demo: a small Emu learns to tell, to imagine and to draw, on two CPU cores, in minutes: `make
-demo`.
+"""The demo: a small Emu that learns to caption and to draw on two CPU cores: `make demo`.
 
-python -m emu_jax.train --config=configs/demo.py:warmup     an encoder of our own: contrastive
+python -m emu_jax.train --config=configs/demo.py:warmup     contrastive pretraining of an encoder
 python -m emu_jax.train --config=configs/demo.py            Emu's objective, from that encoder
-python -m emu_jax.train --config=configs/demo.py:decoder    a U-Net on pixels, from that Emu's
-visual tokens python -m emu_jax.train --config=configs/demo.py:instruct   LoRA: that Emu answers
-questions on scenes; `make demo-chat`
+python -m emu_jax.train --config=configs/demo.py:decoder    a U-Net on pixels, from visual tokens
+python -m emu_jax.train --config=configs/demo.py:instruct   LoRA on questions: `make demo-chat`
 """
 
 from configs.base import get_config as base
@@ -35,17 +33,17 @@ def warmup(c):
         ("names", 0.5, "data/demo/names:train"),
         ("scenes", 0.5, "data/demo/scenes:train"),
     )
-    # some 128 images a step: each has that many rivals
+    # About 128 images per step: each is contrasted with all others.
     c.data.batch = 16
     c.data.tokens = 128
     c.data.images = 8
-    # five minutes. After 400 a probe of the tokens tells 54 to 65 % of held-out scenes, after 900
-    # 71 %
+    # A probe of the visual tokens gets 54 to 65 % of held-out scenes right after 400 steps, and
+    # 71 % after 900.
     c.optim.steps = 900
     c.optim.b2 = 0.98
-    # pixels: 1,881 drawings are few, and are learnt by heart unmoved
+    # In pixels: 1,881 drawings are few, and without shifts they are memorised.
     c.objective.shift = 3
-    # a small model from scratch: 20 to 50 times the paper's for its large, trained towers
+    # A small model from scratch: 20 to 50 times the paper's rate for its large, pretrained towers.
     c.rules.peak_lr = ((".*", 2e-3),)
     c.rules.groups = (("vision/.*", "vision"), ("contrast/.*", "contrast"), (".*", "resampler"))
 
@@ -62,22 +60,22 @@ def emu(c):
         ("scenes", 1.0, "data/demo/scenes:held_out"),
         ("stories", 1.0, "data/demo/stories:held_out"),
     )
-    # rows are full at ten images of 6 elements with their names
+    # Ten images of 6 elements with their names fill a row.
     c.data.batch = 8
     c.data.tokens = 128
     c.data.images = 10
-    # eight minutes: each name is met some thirty-four times, half of them before its drawing. A
-    # name found its own drawing among the nearest five in 61 % (1,700 steps), 71 % (1,800), 69 %
-    # (1,900), 78 % (2,000)
+    # Each name occurs about 34 times, half of them before its drawing. The share of names whose own
+    # drawing is among the nearest five: 61 % after 1,700 steps, 71 % (1,800), 69 % (1,900), 78 %
+    # (2,000).
     c.optim.steps = 1900
     c.eval.every = 500
-    # the whole row: logits of 1,024 tokens are small here
+    # The whole row: logits of 1,024 tokens are small here.
     c.objective.chunk = 128
-    # at 1, drawings are told as well, but a name finds its own among the nearest five in 31 %, not
-    # 79 %
+    # With a weight of 1, captions are as good, but a name finds its own drawing among the nearest
+    # five in 31 %, not 79 %.
     c.objective.image_weight = 4.0
-    # The encoder is frozen. End to end (5e-4) the tokens' variance held, at 0.36 to 0.48, but a
-    # step took 1.7 times as long for no better captions.
+    # The encoder is frozen. Trained end to end (learning rate 5e-4), the visual tokens' variance
+    # held at 0.36 to 0.48, but a step took 1.7 times as long and captions were no better.
     c.rules.train = (("(vision|ln_visual|resampler)/.*", False), (".*", True))
     c.rules.peak_lr = ((".*", 3e-3),)
 
@@ -91,7 +89,7 @@ def instruct(c):
     c.rules.decay = ((".*", 0.0),)
     c.data.mixture = (("questions", 1.0, "data/demo/questions:train"),)
     c.data.eval_mixture = (("questions", 1.0, "data/demo/questions:held_out"),)
-    # the release's would be two thirds of a conversation
+    # The release's system message would be two thirds of a conversation.
     c.data.system = "none"
     c.data.batch = 8
     c.data.tokens = 192
@@ -106,17 +104,18 @@ def decoder(c):
     c.stage = "decoder"
     c.init = "runs/demo/emu"
     c.model.decoder = sd15(c.model.llama.width)
-    # as the paper; make demo makes them first
+    # As in the paper. `make demo` precomputes the conditions first.
     c.model.decoder.update(dict(image=32, condition="generated"))
     c.data.conditions = "runs/demo/conditions"
-    # so that it draws what the encoder sees as well as what the model imagines
+    # So that it draws what the encoder sees as well as what the model imagines.
     c.objective.encoded_share = 0.5
-    # on pixels
+    # Diffusion on pixels, without a VAE.
     c.model.decoder.vae = {}
-    # Added to the time's embedding, side by side, the tokens are told apart from the first step on;
-    # attention over them begins as their mean. A map of that for each of the 8 x 8 places costs an
-    # eighth of the arithmetic and halves the steps: without, all is said to all places alike. One
-    # level: a second, of 4 x 4 places, was a fifth of the arithmetic and drew no better.
+    # `pooled` adds the concatenated visual tokens to the time embedding, so the tokens are
+    # distinguished from the first step on; attention over them starts as their mean. `side` gives
+    # each of the 8 x 8 positions its own projection of that embedding, which costs an eighth of the
+    # FLOPs and halves the steps needed: without it all positions get the same. One level: a second
+    # one, of 4 x 4 positions, cost a fifth of the FLOPs and drew no better.
     c.model.decoder.unet.update(
         dict(
             channels_in=3,
@@ -135,8 +134,8 @@ def decoder(c):
             remat="none",
         )
     )
-    # Of x0, for what is not learnt yet is then blurred. Of the velocity it is noise: after 300
-    # steps nothing else was to be seen.
+    # Predict x0: what is not learnt yet is then blurred. Predicting the velocity, nothing but noise
+    # was visible after 300 steps.
     c.model.decoder.diffusion.update(dict(target="x0", zero_snr=True))
     c.rules.train = (("unet/.*", True), (".*", False))
     c.rules.peak_lr = ((".*", 3e-3),)
@@ -155,11 +154,11 @@ def decoder(c):
     c.data.tokens = 32
     c.data.images = 1
     c.data.image_first = 0.0
-    # eight minutes: each drawing is met some twenty-six times
+    # Each drawing occurs about 26 times.
     c.optim.steps = 950
     c.eval.every = 950
     c.log.pictures_every = 0
-    # Few steps: what it has learnt in minutes is where the parts are, and each further step adds
-    # specks (mean error of a pixel, of 255: 18.4 with 2 steps and guidance 1.5, 18.8 with 4, 19.6
-    # with 8 and guidance 2).
+    # Few sampling steps: in minutes the decoder learns where the parts are, and each further step
+    # adds specks (mean error per pixel, of 255: 18.4 with 2 steps and guidance 1.5, 18.8 with 4,
+    # 19.6 with 8 steps and guidance 2).
     c.drawing.update(dict(sampler="ddim", steps=3, guidance=1.5, negative="zeros"))

@@ -1,4 +1,4 @@
-"""A picture is found by what it looks like; each is drawn of its own tokens, whatever the batch."""
+"""Decoded images find their originals, whatever batch they were decoded in."""
 
 from types import SimpleNamespace
 

