@@ -62,10 +62,10 @@ class DecoderBatch(Batch):
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values, of every layer, of what an LLM has read, and room for more.
+    """Keys and values, of every layer, of what an LLM has read, with free slots for more.
 
-    Its first `length` slots are in use, in every row; segments is 0 where a slot of a row holds
-    nothing: padding of a shorter prompt, or a slot that is still free.
+    The first `length` of the S slots are in use, in every row; `segments` is 0 where a slot of a
+    row holds nothing: the padding of a shorter prompt, or a free slot. G: heads of keys and values.
     """
 
     k: Float[Array, "L B S G d"]
@@ -73,7 +73,7 @@ class KVCache:
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
-    # nothing is in it yet: what is read first looks at itself alone, by any kernel
+    # nothing was read yet: the first elements attend to themselves alone, with any kernel
     empty: bool = flax.struct.field(pytree_node=False)
 
     @property
