@@ -57,7 +57,9 @@ def one_device():
     test_train.py).
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        make_mesh = sharding.make_mesh
+        one = jax.devices()[:1]
+        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, one))
         patch.setattr(precompute, "inference_mesh", lambda *_: None)
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         yield
