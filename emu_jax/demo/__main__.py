@@ -39,7 +39,7 @@ def build(flags: argparse.Namespace) -> None:
 
     counts = openmoji.build(Path(flags.to), flags.seed)
     for split, count in counts.items():
-        print(f"{split:18}" + ", ".join(f"{number} {what}" for what, number in count.items()))
+        print(f"{split:20}" + ", ".join(f"{number} {what}" for what, number in count.items()))
     print(f"to be seen in {flags.to}/sheet.png")
     print(f"licence: CC-BY-SA-4.0, OpenMoji ({flags.to}/LICENSE.txt)")
 
