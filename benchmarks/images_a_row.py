@@ -1,4 +1,4 @@
-"""How many images a row of 2048 tokens needs (data.images), by simulating the paper's mixture.
+"""How many images a row of 2048 tokens needs, by simulating the paper's mixture.
 
     python -m benchmarks.images_a_row [--rows=2000]
 

@@ -209,7 +209,7 @@ def test_precomputed_inputs_are_in_the_batch_and_cost_no_flops():
 
 @pytest.mark.parametrize("slope", [1, 7, 30, 90, 200])
 def test_a_search_finds_the_most_rows_in_few_steps(slope):
-    """Peaks of 100 + slope x rows under full remat, 3 and 9 times the slope under others."""
+    """Peaks of 100 + slope x rows; other policies have 3 and 9 times the slope."""
     asked = []
     cost = {"full": slope, "dots": 3 * slope, "none": 9 * slope}
 
@@ -417,7 +417,7 @@ def test_tpus_gather_and_scatter_in_the_loop_and_use_attention_kernels():
 
 
 def test_gpus_use_attention_kernels(tmp_path):
-    """Needs the CUDA plugin. cuDNN for images, even of 257 positions, Pallas for packed rows."""
+    """Needs the CUDA plugin. cuDNN for images, even of 257 positions; Pallas for text."""
     pytest.importorskip("jax_cuda12_plugin")
     small = (
         "mesh.data=1",

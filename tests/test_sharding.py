@@ -1,4 +1,4 @@
-"""One table places every parameter evenly; helpers change where arrays lie, not their values."""
+"""One table places every parameter evenly; helpers change layouts, not values."""
 
 import inspect
 import re

@@ -73,7 +73,7 @@ def compile_step(p: RunPlan, effort: float = 0.0) -> jax.stages.Compiled:
 
 
 def attempt(p: RunPlan, accelerator: Accelerator | None, effort: float = 0.0) -> Attempt:
-    """Compile the train step, and compare its peak with the accelerator's memory, if it is known.
+    """Compile the train step, and compare its peak with the accelerator's memory.
 
     Raises UserError where the compiler fails for another reason than memory.
     """
