@@ -1,6 +1,4 @@
-"""The decoder stage through its commands: conditions made once, a run that goes on where it was cut
-off, and what is wrong in one line.
-"""
+"""The decoder stage through its commands: precomputed arrays, resume, and one-line errors."""
 
 import dataclasses
 import json
@@ -24,7 +22,7 @@ from emu_jax.generate import __main__ as generate
 from emu_jax.generate import precompute
 from emu_jax.stages import STAGES
 from tests.support import fixtures, make
-from tests.support.runs import assert_same_run, lines, run
+from tests.support.runs import assert_same_run, lines, mesh_of_one_device, run
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("decoder_stage")
@@ -53,13 +51,9 @@ def get_config():
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Eight fake ones are slow, and the laws of meshes are held elsewhere (models/test_decoder.py,
-    test_train.py).
-    """
+    """Eight fake devices are slow; models/test_decoder.py and test_train.py test meshes."""
     with pytest.MonkeyPatch.context() as patch:
-        make_mesh = sharding.make_mesh
-        one = jax.devices()[:1]
-        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, one))
+        patch.setattr(sharding, "make_mesh", mesh_of_one_device)
         patch.setattr(precompute, "inference_mesh", lambda *_: None)
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         yield
@@ -323,7 +317,7 @@ def test_latents_of_other_images_are_one_line(made, overrides, told):
 
 @pytest.mark.parametrize(("kind", "directory"), [("conditions", "emu"), ("latents", "sd")])
 def test_what_other_weights_made_is_one_line(folder, made, tmp_path, kind, directory):
-    """As where the Emu was trained anew, and its old conditions still lie there."""
+    """The Emu was trained again, and conditions of the old one are still there."""
     precompute.check_weights(config.load(made("")), kind)
     told = read_metadata(folder / kind, kind)
     metadata_path(tmp_path, kind).write_text(json.dumps(told | {"weights": told["weights"] ^ 1}))

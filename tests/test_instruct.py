@@ -1,12 +1,8 @@
-"""A run of configs/instruct.py through its command: from a pretrained model in few bits to one that
-chats; and what is wrong is one line.
-"""
+"""Runs of configs/instruct.py: from a pretrained, quantized model to one that chats."""
 
 import json
 from contextlib import closing
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +16,7 @@ from emu_jax.demo import chat, chat_report
 from emu_jax.generate.session import Session
 from emu_jax.plan import make_plan
 from tests.support import fixtures, make
+from tests.support.runs import mesh_of_one_device
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("instruct")
@@ -80,7 +77,7 @@ def arguments(data, base, workdir, *overrides):
 def one_device():
     """Sharded, it is in tests/models/test_lora.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        patch.setattr(sharding, "make_mesh", mesh_of_one_device)
         yield
 
 
@@ -152,9 +149,7 @@ def test_it_goes_on_from_its_checkpoint(data, base, tuned, capsys):
 
 
 def test_a_chat_begins_as_it_was_tuned(tuned):
-    """Without the release's message. That a chat goes on in its cache:
-    tests/generate/test_session.py.
-    """
+    """Without the release's system message. Chats in a cache: tests/generate/test_session.py."""
     session = Session.load(str(tuned))
     prompt = session.processor.chat_turn(
         [np.zeros((28, 28, 3), np.uint8), "what is this?"], system=None, first=True

@@ -126,9 +126,7 @@ def assert_same(got, want):
     ("scale", "finite"), [(np.nan, False), (1e17, True), (1e3, True)], ids=["loss", "norm", "spike"]
 )
 def test_a_bad_step_changes_nothing_but_the_counters(scale, finite):
-    """A loss that is not finite; one that is, with a gradient whose norm is not; a norm that is
-    finite, and a spike.
-    """
+    """A loss that is not finite; a gradient whose norm is not; and a finite spike."""
     p = program(ema=0.9, spike=5.0)
     bad = rows(1, scale)
     step = jitted(p)
@@ -310,8 +308,9 @@ def test_norms_of_the_groups_are_parts_of_the_whole(whole):
 
 
 def test_accumulation_is_one_big_batch(whole):
-    """Four micro-batches of two rows, unevenly filled. (The variance across images is one within
-    each micro-batch.)
+    """Four micro-batches of two rows, unevenly filled.
+
+    The variance across images is within each micro-batch, so it differs.
     """
     assert_same_step(one_step(accumulate=4), whole, but={"visual_variance"})
 
@@ -439,7 +438,7 @@ def test_a_line_tells_of_its_own_step_and_is_told_a_step_late(tmp_path, monkeypa
 
 
 def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
-    """A run that is killed then and goes on from there would not tell it."""
+    """A run that is killed then, and resumes from there, would not log them."""
     events = []
     write = MetricWriter.write
     save = CheckpointManager.save
@@ -554,7 +553,7 @@ def test_bad_steps_are_named_with_their_documents(tmp_path, caplog):
         and "first3" not in caplog.text
     )
     told = [(line["step"], line["loss"] is None, line["bad_steps"]) for line in lines(tmp_path)]
-    # a bad step is told, due or not
+    # a bad step is logged, due or not
     assert told == [(2, True, 1), (4, False, 1)]
     assert_same(state.trainable, plain([rows(0), rows(2), rows(3)])[-1][0].trainable)
 
@@ -654,7 +653,7 @@ def test_speed_by_hand(monkeypatch):
     want |= {f"flops_per_second/{tower}": value / 2 for tower, value in work.items()}
     assert speed.measure(item, 0.5) == pytest.approx(want, rel=1e-6)
     speed.pause()
-    # an evaluation is no part of the step after it
+    # the time of an evaluation is not part of the next step's
     assert speed.measure(item, 0.5) == pytest.approx(still)
     # of each of eight devices
     speed.peak = 1e9

@@ -1,6 +1,4 @@
-"""The optimizer is AdamW by the book, with a learning rate and a decay for every leaf; schedules at
-steps worked out by hand.
-"""
+"""The optimizer is AdamW with a rate and a decay per parameter; schedules by hand."""
 
 import jax
 import jax.numpy as jnp

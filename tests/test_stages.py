@@ -1,6 +1,4 @@
-"""The losses by hand, over documents and in NumPy; what counts, what is detached, and what is no
-negative.
-"""
+"""The losses by hand, over documents and in NumPy: weights, gradients and negatives."""
 
 from functools import partial
 
@@ -65,9 +63,7 @@ def sequences(documents, labels=C.data.labels):
 
 
 def by_hand(hidden, visual, batch, regress_end):
-    """[(nll, source) of every label], [(error, source) of every image], from the grammar: ids alone
-    say what counts.
-    """
+    """[(nll, source) of every label], [(error, source) of every image], from the ids alone."""
     hidden, visual, batch = jax.tree.map(
         lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else None),
         (hidden, visual, batch),
@@ -127,10 +123,10 @@ def test_loss_and_metrics_by_hand(forward, value_and_grad, regress_end):
     for name, found in (("text_loss", words), ("image_loss", images)):
         assert len({source for _, source in found}) == 2
         np.testing.assert_allclose(metrics[name], (sum(x for x, _ in found), len(found)), rtol=1e-5)
-        want = [
-            [sum(of(x) for x, source in found if source == number) for number in range(2)]
-            for of in (float, lambda _: 1)
+        by_source = [
+            np.array([x for x, source in found if source == number]) for number in range(2)
         ]
+        want = [[values.sum() for values in by_source], [len(values) for values in by_source]]
         np.testing.assert_allclose(metrics[f"{name}_by_source"], want, rtol=1e-5)
     present = np.asarray(forward[1], np.float64)[np.asarray(BATCH.image_slots) < T]
     np.testing.assert_allclose(
@@ -165,9 +161,7 @@ def test_what_counts_as_a_label_is_the_grammars(labels, count):
 
 
 def test_an_images_weight_and_a_texts_count(value_and_grad):
-    """A weight of 0 takes an image or a word out of the means; where there is no image its weight
-    is nothing.
-    """
+    """A weight of 0 takes an image or a word out of the means; empty image slots never count."""
     images = jnp.where(BATCH.has_image, BATCH.image_weights, 5.0).at[:4].set(0)
     text = BATCH.text_weights.at[4:].multiply(0.0)
     (value, metrics), _ = value_and_grad(BATCH.replace(image_weights=images, text_weights=text))
@@ -213,9 +207,7 @@ def test_targets_are_detached(forward):
 
 
 def test_the_encoder_learns_through_the_inputs_alone(forward):
-    """The visual tokens are inputs and targets: their gradient is the one that they have beside
-    targets that are constants.
-    """
+    """Visual tokens are inputs and targets: their gradient is that with constant targets."""
 
     def image_loss(bias, constants):
         project = PARAMS["resampler"]["project"] | {"bias": bias}
@@ -313,7 +305,8 @@ def test_contrastive_by_hand_and_equal_texts_are_no_negatives(warm):
     (value, metrics), _ = warm(batch)
     visual, u, w = features(batch)
     logits = u @ w.T / 0.07
-    rival = np.array([[a != b or i == j for j, b in enumerate(TEXTS)] for i, a in enumerate(TEXTS)])
+    texts = np.array(TEXTS)
+    rival = (texts[:, None] != texts) | np.eye(len(texts), dtype=bool)
     assert rival.sum() == 25 - 2
 
     def lse(x):

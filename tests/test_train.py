@@ -1,5 +1,6 @@
-"""A run through its command: it trains, tells, saves, stops, and goes on exactly where it was; and
-what is wrong is one line.
+"""Training runs through the command: metrics, checkpoints, resume bit for bit, and errors.
+
+Every error of the user is one line.
 """
 
 import json
@@ -116,7 +117,7 @@ def whole(data, warm, tmp_path_factory):
 @pytest.fixture(scope="module")
 def killed(data, warm, tmp_path_factory):
     """The workdir of the same run, killed in its third step, once the second is saved (copy it
-    before going on).
+    before resuming).
     """
     workdir = tmp_path_factory.mktemp("runs") / "killed"
     done = subprocess.run(
@@ -248,12 +249,13 @@ def test_the_contrastive_stage_tells_its_own(warm):
         assert line["loss"] > 0 and 0 <= line["top1"] <= 1
 
 
-# Going on
+# Resuming
 
 
 def test_two_steps_a_kill_and_two_more_are_four(data, warm, whole, copy):
-    """Bit for bit: parameters, average, optimizer, the data's state and the metrics. Resuming is
-    what the same command does.
+    """Bit for bit: parameters, average, optimizer, data state and metrics.
+
+    The same command resumes.
     """
     assert run(emu_arguments(data, copy, warm))[0] == 0
     assert_same_run(copy, whole)
@@ -283,8 +285,7 @@ def test_two_steps_a_signal_and_two_more_are_four(data, warm, whole, tmp_path, c
     assert_same_run(workdir, whole)
 
 
-# what is saved goes onto any mesh in test_checkpoint.py, and a run goes on on other processes in
-# test_torture.py
+# test_checkpoint.py restores onto any mesh, and test_torture.py resumes on other processes.
 @pytest.mark.long
 def test_it_goes_on_on_another_mesh(data, warm, whole, copy, caplog):
     with caplog.at_level(logging.INFO):
@@ -474,7 +475,7 @@ def test_a_checkpoint_of_another_config_is_refused(whole, data, warm, capsys, tm
 
 
 def test_checkpoints_are_not_looked_for_elsewhere(whole, data, warm, capsys, tmp_path):
-    """The run would begin anew, and take out the lines of the old one."""
+    """The run would start again, and remove the old one's lines of metrics."""
     assert train.main(emu_arguments(data, whole, warm, f"checkpoint.to={tmp_path}")) == 2
     assert (
         f"has a different config: checkpoint.to was '' and is '{tmp_path}'"

@@ -1,4 +1,4 @@
-"""Small models and batches for the tests: real packed rows of random interleaved documents."""
+"""Small models and batches for tests: packed rows of random interleaved documents."""
 
 import dataclasses
 from functools import partial
@@ -16,8 +16,9 @@ from emu_jax.plan import make_program
 
 
 def cfg(*overrides: str, size: str = "debug"):
-    """configs/base.py at a small size, on one device, without dropout, with overrides "a.b=value".
-    Its encoder's blocks are unrolled, its LLaMA's are a scan, as the large ones are.
+    """configs/base.py at a small size, on one device, without dropout; overrides: "a.b=value".
+
+    The encoder's blocks are unrolled and LLaMA's are scanned, as in large models.
     """
     small = (
         "optim.steps=4",
@@ -44,8 +45,9 @@ VAE = dict(channels=3, latent=4, widths=(8, 8), resnets=1, groups=4, scale=0.5, 
 
 
 def decoder_cfg(*overrides: str, vae: bool = False):
-    """configs/decoder.py at a small size: pixels 8 x 8 from the encoder's 28 x 28, or 4 x 4 latents
-    of those, in documents of an image a row.
+    """configs/decoder.py at a small size, with one image per row.
+
+    The encoder reads 28 x 28 pixels; the U-Net draws 8 x 8 pixels, or 4 x 4 latents of them.
     """
     small = (
         "optim.steps=4",
@@ -94,9 +96,7 @@ def decoder_cfg(*overrides: str, vae: bool = False):
 
 
 def warm_cfg(*overrides: str):
-    """`cfg` of the contrastive stage, whose reading of the pixels wants images of a multiple of 16,
-    and whose model has no llama.
-    """
+    """`cfg` for the contrastive stage: image sides divide by 16, and there is no LLM."""
     return cfg(
         "stage=contrastive",
         "model.vision.image=32",
@@ -216,8 +216,9 @@ def written(path, c, params):
 
 
 def packed_and_separate(c):
-    """(batch of three full rows, batch of the same eight documents a row each, [(row, start, first
-    image)] of each in the former).
+    """(packed batch, the same documents one per row, their places in the packed batch).
+
+    Three packed rows hold eight documents. A place is (row, start, first image).
     """
     found = [
         s

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 
-from emu_jax import checkpoint, train, tree
+import jax
+
+from emu_jax import checkpoint, sharding, train, tree
 from tests.support import fixtures
 
 STATS_IMAGES = 64
@@ -16,6 +18,14 @@ TIMES = (
     "flops_per_second",
     "mfu",
 )
+
+
+make_mesh = sharding.make_mesh
+
+
+def mesh_of_one_device(sizes, devices=None):
+    """In place of sharding.make_mesh: the first device only, unless devices are named."""
+    return make_mesh(sizes, devices or jax.devices()[:1])
 
 
 def arguments(data, workdir, *overrides):
