@@ -64,11 +64,13 @@ class DecoderConfig:
             )
         if config.unet.condition != config.emu.llama.width:
             raise UserError(
-                f"model.decoder.unet.condition={config.unet.condition}: the model's visual tokens have the width {config.emu.llama.width}"
+                f"model.decoder.unet.condition={config.unet.condition}: "
+                f"the model's visual tokens have the width {config.emu.llama.width}"
             )
         if config.unet.pooled not in (0, config.emu.resampler.tokens):
             raise UserError(
-                f"model.decoder.unet.pooled={config.unet.pooled} must be 0 or the number of visual tokens, {config.emu.resampler.tokens}"
+                f"model.decoder.unet.pooled={config.unet.pooled} must be "
+                f"0 or the number of visual tokens, {config.emu.resampler.tokens}"
             )
         if config.unet.side not in (0, config.image // (factor * config.unet.patch)):
             raise UserError(

@@ -1,8 +1,8 @@
 """Modules and plain trees: outside this package a model is a nested dict of parameters.
 
 `init` makes the parameters, `abstract` only their shapes, and `bind` turns parameters back into a
-module inside a jitted function. LoRA and quantised storage (lora.py) are added and resolved here, so
-that no module knows of them. Read next: layers.py.
+module inside a jitted function. LoRA and quantized storage (lora.py) are added and resolved here,
+so that no module knows of them. Read next: layers.py.
 """
 
 from collections.abc import Callable

@@ -2,8 +2,8 @@
 
 A T5 decoder (arXiv 1910.10683): N learned queries pass through blocks of causal self-attention,
 cross-attention to the features, and ffn. As in T5: no 1/sqrt(d) in attention, a relative position
-bias shared by all blocks, RMSNorm before each sublayer, no biases, dropout. `project` maps the result
-to the LLM's width. Read next: llama.py.
+bias shared by all blocks, RMSNorm before each sublayer, no biases, dropout. `project` maps the
+result to the LLM's width. Read next: llama.py.
 """
 
 from dataclasses import dataclass

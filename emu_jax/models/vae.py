@@ -1,7 +1,7 @@
-"""Stable Diffusion's autoencoder (arXiv 2112.10752, KL-regularised): images to latents of an eighth
-of their side, and back.
+"""Stable Diffusion's autoencoder (arXiv 2112.10752, KL-regularised): images to latents and back.
 
-Read next: unet.py, which works on the latents; diffusion.py.
+The latents have an eighth of the images' side. Read next: unet.py, which works on them;
+diffusion.py.
 """
 
 from dataclasses import dataclass
@@ -26,22 +26,22 @@ from emu_jax.models.convolution import (
     pointwise,
 )
 
-# of every norm
+# Epsilon of every norm.
 EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class VaeConfig:
-    # of the images
+    # Channels of the images.
     channels: int
-    # c, channels of the latents
+    # c, channels of the latents.
     latent: int
-    # of each level, the finest first
+    # Channels of each level, the finest first.
     widths: tuple[int, ...]
-    # of a level on the way down; one more on the way up
+    # Residual blocks of a level on the way down; there is one more on the way up.
     resnets: int
     groups: int
-    # by which latents are multiplied before the U-Net sees them
+    # Factor that latents are multiplied by before the U-Net sees them.
     scale: float
     remat: str
 
@@ -51,8 +51,8 @@ class VaeConfig:
         return 2 ** (len(self.widths) - 1)
 
 
-class Attention(nnx.Module):
-    """One head over all places, beside a shortcut."""
+class VaeAttention(nnx.Module):
+    """A residual branch of attention over all positions, with one head."""
 
     def __init__(self, width: int, groups: int, rngs: nnx.Rngs):
         self.norm = GroupNorm(width, groups, eps=EPS)
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
         return x + self.o(rearrange(y, "b (h w) 1 c -> b h w c", h=x.shape[1]))
 
 
-class Level(nnx.Module):
+class VaeLevel(nnx.Module):
     def __init__(
         self,
         config: VaeConfig,
@@ -87,14 +87,14 @@ class Level(nnx.Module):
             self.resample = Conv(width, width, rngs=rngs)
 
 
-class Middle(nnx.Module):
+class VaeMiddle(nnx.Module):
     def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
         C = config.widths[-1]
         self.resnets = numbered(Resnet(C, C, config.groups, eps=EPS, rngs=rngs) for _ in range(2))
-        self.attn = Attention(C, config.groups, rngs)
+        self.attn = VaeAttention(C, config.groups, rngs)
 
 
-class Half(nnx.Module):
+class VaeHalf(nnx.Module):
     """The encoder or the decoder; levels/0 is the finest in both."""
 
     def __init__(self, config: VaeConfig, rngs: nnx.Rngs, *, encodes: bool):
@@ -112,7 +112,7 @@ class Half(nnx.Module):
             return widths[max(level - 1, 0)] if encodes else widths[min(level + 1, last)]
 
         self.levels = numbered(
-            Level(
+            VaeLevel(
                 config,
                 before(level),
                 C,
@@ -122,7 +122,7 @@ class Half(nnx.Module):
             )
             for level, C in enumerate(widths)
         )
-        self.mid = Middle(config, rngs)
+        self.mid = VaeMiddle(config, rngs)
         self.norm_out = GroupNorm(inner, config.groups, eps=EPS)
         self.conv_out = Conv(inner, end, rngs=rngs)
 
@@ -162,10 +162,10 @@ class Half(nnx.Module):
 class Vae(nnx.Module):
     def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
         self.config = config
-        self.encoder = Half(config, rngs, encodes=True)
+        self.encoder = VaeHalf(config, rngs, encodes=True)
         self.quant = pointwise(2 * config.latent, 2 * config.latent, rngs=rngs)
         self.post_quant = pointwise(config.latent, config.latent, rngs=rngs)
-        self.decoder = Half(config, rngs, encodes=False)
+        self.decoder = VaeHalf(config, rngs, encodes=False)
 
     def encode(
         self, images: Float[Array, "B h w 3"], *, kernel: str = "auto"
@@ -175,7 +175,8 @@ class Vae(nnx.Module):
         """
         if images.shape[1] % self.config.factor or images.shape[2] % self.config.factor:
             raise UserError(
-                f"the autoencoder takes images whose sides {self.config.factor} divides, not {images.shape[1]} x {images.shape[2]}"
+                f"the autoencoder takes images whose sides are multiples of {self.config.factor}, "
+                f"not {images.shape[1]} x {images.shape[2]}"
             )
         mean, log_variance = jnp.split(self.quant(self.encoder(images, kernel)), 2, -1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)

@@ -1,8 +1,8 @@
 """EVA-01-CLIP's vision transformer (arXiv 2211.07636), Emu's visual encoder (section 3.1).
 
-Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and values only. Emu reads
-the raw output of the last block, CLS included; the original's final norm, head and pooling are not
-used. Read next: resampler.py.
+Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and values only. Emu
+reads the raw output of the last block, CLS included; the original's final norm, head and pooling
+are not used. Read next: resampler.py.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Emu against its release: towers, losses, gradients and generation on a golden file's inputs."""
+"""Emu against its release: towers, losses, gradients and generation on golden inputs."""
 
 import json
 import re
@@ -193,7 +193,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 def _generated(
     file: dict[str, np.ndarray], config: emu.EmuConfig, params: dict, visual: np.ndarray
 ) -> Iterator[Quantity]:
-    """Image and text generation by a Session, from the file's ids and its images' visual tokens."""
+    """Generation by a Session from the file's ids and its images' visual tokens."""
     session = Session(config, params, Tokenizer(config.llama.vocab, list, str), context=1 << 20)
     special = json.loads(str(file["special_ids"]))
 

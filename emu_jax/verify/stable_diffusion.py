@@ -77,7 +77,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     for (path, here), (_, there) in zip(tree.leaves(made), tree.leaves(params), strict=True):
         if here.shape != there.shape:
             raise UserError(
-                f"golden file: {path} has the shape {there.shape}, and its config makes {here.shape}"
+                f"golden file: {path} has the shape {there.shape}, "
+                f"and its config makes {here.shape}"
             )
 
     ours = _vae(vae, params["vae"], file) | _noised(file)

@@ -216,7 +216,7 @@ def test_remat_changes_nothing():
 def test_sides_that_do_not_divide_are_one_line():
     with pytest.raises(UserError, match="multiples of 2 .* not 5 x 4"):
         jax.eval_shape(lambda: forward(PARAMS, jnp.zeros((1, 5, 4, 3)), TIMES[:1], CONDITION[:1]))
-    with pytest.raises(UserError, match="sides 2 divides, not 5 x 4"):
+    with pytest.raises(UserError, match="sides are multiples of 2, not 5 x 4"):
         jax.eval_shape(
             lambda: module.bind(Vae, VAE, module.init(Vae, VAE, jax.random.key(0))).encode(
                 jnp.zeros((1, 5, 4, 3))
