@@ -26,7 +26,7 @@ from emu_jax.generate import diffusion_decoder
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.session import Session
 from emu_jax.metric_writer import means
-from emu_jax.models.decoder import resized
+from emu_jax.models.decoder import resize
 from emu_jax.plan import RunPlan, batch_shards
 from emu_jax.step import Program, jit_eval_step
 from emu_jax.types import Batch
@@ -162,7 +162,7 @@ def _images_and_drawings(
     program: Program, options: tuple, params: tree.Tree, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     config = program.model_config
-    images = resized(batch.images.reshape(-1, *batch.images.shape[2:]), config.image)
+    images = resize(batch.images.reshape(-1, *batch.images.shape[2:]), config.image)
     condition = program.bind(params).conditions(batch)
     seeds = jnp.arange(len(condition))
     return images, diffusion_decoder.sample(config, params, condition, seeds, **dict(options))

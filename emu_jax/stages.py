@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from emu_jax.config import UserError
 from emu_jax.losses import fused
 from emu_jax.models import diffusion, flops
-from emu_jax.models.contrast import READOUT, Warmup
+from emu_jax.models.contrast import READOUT, ContrastiveModel
 from emu_jax.models.decoder import Decoder, DecoderConfig
 from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.types import Batch, Metrics
@@ -179,7 +179,7 @@ def image_sums(batch: Batch) -> dict[str, Float[Array, ""]]:
 
 
 def contrastive(
-    model: Warmup, batch: Batch, key, totals: dict, objective: Mapping[str, Any]
+    model: ContrastiveModel, batch: Batch, key, totals: dict, objective: Mapping[str, Any]
 ) -> tuple[Float[Array, ""], Metrics]:
     """Symmetric InfoNCE between images and their documents' texts, plus three regularisers.
 
@@ -264,14 +264,14 @@ def decoder(
     condition = model.conditions(batch)
     if key is not None and model.decoder.condition == "generated" and objective["encoded_share"]:
         encoded = jax.random.bernoulli(keys[4], objective["encoded_share"], counts.shape)
-        condition = jnp.where(encoded[:, None, None], model.encoded(batch), condition)
+        condition = jnp.where(encoded[:, None, None], model.encode_batch(batch), condition)
     condition = jax.lax.stop_gradient(condition)
     if key is not None:
         dropped = jax.random.bernoulli(keys[0], objective["condition_drop"], counts.shape)
         condition = jnp.where(dropped[:, None, None], 0, condition)
-    x0 = jax.lax.stop_gradient(model.drawn(batch, keys[1]))
+    x0 = jax.lax.stop_gradient(model.batch_latents(batch, keys[1]))
     e = jax.random.normal(keys[2], x0.shape)
-    times = diffusion.draw_times(d, keys[3], len(x0))
+    times = diffusion.sample_timesteps(d, keys[3], len(x0))
     predicted = model.predict(diffusion.add_noise(d, x0, e, times), times, condition)
     error = jnp.square(predicted - diffusion.target(d, x0, e, times)).mean((1, 2, 3))
     loss = (error * diffusion.loss_weights(d, times) * counts).sum() / jnp.maximum(
@@ -295,7 +295,7 @@ def check_readout(config: EmuConfig) -> None:
 STAGES = {
     "emu": Stage(module=Emu, loss_weights=emu_sums, loss=emu, answers=True),
     "contrastive": Stage(
-        module=Warmup, loss_weights=image_sums, loss=contrastive, check=check_readout
+        module=ContrastiveModel, loss_weights=image_sums, loss=contrastive, check=check_readout
     ),
     "decoder": Stage(
         module=Decoder,

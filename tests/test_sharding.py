@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from emu_jax import sharding, tree
 from emu_jax.config import UserError, load
 from emu_jax.models import emu, module
-from emu_jax.models.contrast import Warmup
+from emu_jax.models.contrast import ContrastiveModel
 from emu_jax.step import init_state
 from tests.support import make
 
@@ -53,7 +53,7 @@ def test_the_14b_divides(shape, overrides):
     assert whole > 13e9 and shard <= 1.05 * whole / (mesh["fsdp"] * mesh["tensor"])
 
 
-@pytest.mark.parametrize("module", [emu.Emu, Warmup])
+@pytest.mark.parametrize("module", [emu.Emu, ContrastiveModel])
 @pytest.mark.parametrize("size", ["emu-7b", "emu-1b", "demo"])
 def test_every_size_has_its_rows(size, module):
     params = abstract(size, module)
@@ -80,7 +80,7 @@ def test_a_parameter_without_a_row_and_a_row_without_one_are_errors():
 def test_rows_do_not_overlap():
     """A leaf matches one row only, so each row of the table can be read alone."""
     for path, _ in tree.leaves(
-        abstract("debug", emu.Emu, "model.standardise=true") | abstract("debug", Warmup)
+        abstract("debug", emu.Emu, "model.standardise=true") | abstract("debug", ContrastiveModel)
     ):
         assert (
             sum(

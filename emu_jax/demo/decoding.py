@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from emu_jax.generate.diffusion_decoder import DiffusionDecoder
 from emu_jax.generate.session import Session
-from emu_jax.models.decoder import resized
+from emu_jax.models.decoder import resize
 
 # Images of a group that are decoded; each is searched for among these.
 PER_GROUP = 200
@@ -110,4 +110,4 @@ def _resize(
     decoder: DiffusionDecoder, images: UInt8[np.ndarray, "M h w 3"]
 ) -> UInt8[np.ndarray, "M s s 3"]:
     """The images at the size that the decoder draws."""
-    return np.asarray(resized(jnp.asarray(images), decoder.model_config.image))
+    return np.asarray(resize(jnp.asarray(images), decoder.model_config.image))

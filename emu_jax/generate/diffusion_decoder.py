@@ -19,7 +19,7 @@ from emu_jax.config import UserError, from_dict
 from emu_jax.generate import samplers
 from emu_jax.generate.placement import abstract_params
 from emu_jax.models import module
-from emu_jax.models.decoder import Canvas, DecoderConfig
+from emu_jax.models.decoder import DecoderConfig, UNetWithVae
 from emu_jax.models.diffusion import Diffusion
 from emu_jax.models.emu import EmuConfig
 from emu_jax.tree import Tree
@@ -53,7 +53,7 @@ def sample(
     """
     schedule = samplers.schedule_for(model_config.diffusion, sampler, steps)
     towers = {tower: params[tower] for tower in ("unet", "vae") if tower in params}
-    model: Any = module.bind(Canvas, model_config, towers)
+    model: Any = module.bind(UNetWithVae, model_config, towers)
     unconditional = jnp.zeros_like(condition)
     if negative is not None:
         unconditional = jnp.broadcast_to(negative, condition.shape)
@@ -66,7 +66,7 @@ def sample(
         rescale=rescale,
     )
     noise = samplers.initial_noise(seeds, model_config.latents)
-    return model.pixels(samplers.SAMPLERS[sampler].run(denoise, noise, schedule))
+    return model.decode_images(samplers.SAMPLERS[sampler].run(denoise, noise, schedule))
 
 
 # Decoders with the same config and options share one compiled program.
@@ -183,7 +183,7 @@ def load(
     check_sampling(model_config.diffusion, drawing)
     params = checkpoint.restore_params(
         directory,
-        abstract_params(module.abstract(Canvas, model_config), mesh, model_config.emu.compute),
+        abstract_params(module.abstract(UNetWithVae, model_config), mesh, model_config.emu.compute),
         ema=config["optim"]["ema"] > 0,
     )
     negative = None

@@ -37,7 +37,7 @@ from emu_jax.generate.placement import abstract_params, inference_mesh
 from emu_jax.generate.processor import Parts
 from emu_jax.generate.session import Session
 from emu_jax.models import module
-from emu_jax.models.decoder import Canvas, DecoderConfig, moments
+from emu_jax.models.decoder import DecoderConfig, UNetWithVae, moments
 from emu_jax.models.vae import Vae
 
 # prompts at once
@@ -172,7 +172,7 @@ def latents(c: ConfigDict, batch: int) -> Recipe:
     model_config = DecoderConfig.of(c.model.to_dict())
     directory = checkpoint_with_tower(c, "latents")
     mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), devices=jax.local_devices())
-    shapes = abstract_params(module.abstract(Canvas, model_config), mesh, c.frozen_dtype)
+    shapes = abstract_params(module.abstract(UNetWithVae, model_config), mesh, c.frozen_dtype)
     params = checkpoint.restore_params(directory, {"vae": shapes["vae"]})["vae"]
 
     @jax.jit
@@ -192,7 +192,7 @@ def latents(c: ConfigDict, batch: int) -> Recipe:
 
     return Recipe(
         metadata=metadata | _provenance(directory, "latents"),
-        image_size=model_config.loaded,
+        image_size=model_config.loader_image,
         input_of=lambda document: next(images_of(document), None),
         compute=compute,
     )
@@ -222,7 +222,7 @@ def latent_metadata(c: ConfigDict) -> dict[str, Any]:
             "every epoch; set data.fit to squash or centre"
         )
     return {
-        "loaded": model_config.loaded,
+        "loaded": model_config.loader_image,
         "image": model_config.image,
         "fit": c.data.fit,
         "shape": list(model_config.moments),

@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from emu_jax.config import UserError
-from emu_jax.models.diffusion import Diffusion, alphas_cumprod, split
+from emu_jax.models.diffusion import Diffusion, alphas_cumprod, x0_and_eps
 
 
 class Denoiser(NamedTuple):
     """A network as samplers call it; `guided_denoiser` makes one.
 
-    predict(x, t) -> prediction, whatever the network was trained to predict; split(prediction, x,
+    predict(x, t) -> prediction, whatever the network was trained to predict; x0_and_eps(prediction, x,
     a, s) -> (x0, eps) with x = a x0 + s eps.
     """
 
@@ -118,7 +118,7 @@ def guided_denoiser(
         ratio = _deviation(conditional) / _deviation(guided)
         return guided * (1 - rescale + rescale * ratio)
 
-    return Denoiser(predict, partial(split, d))
+    return Denoiser(predict, partial(x0_and_eps, d))
 
 
 def _deviation(x: Float[Array, "B h w c"]) -> Float[Array, "B 1 1 1"]:

@@ -20,7 +20,7 @@ from emu_jax.types import Batch
 READOUT = 16
 
 
-class Trigrams(nnx.Module):
+class TrigramEncoder(nnx.Module):
     """A text encoder that sees the order of neighbours: the mean over tokens of gelu(a[t] + b[t-1]
     + c[t-2]).
     """
@@ -53,13 +53,13 @@ class Trigrams(nnx.Module):
         return self.project(mean)
 
 
-class Contrast(nnx.Module):
+class ContrastiveHeads(nnx.Module):
     """Heads of the warm-up on visual tokens [M, N, D]."""
 
     def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
         N = config.resampler.tokens
         D = config.llama.width
-        self.text = Trigrams(config, rngs)
+        self.text = TrigramEncoder(config, rngs)
         self.image = layers.Linear(
             "mnD,nDE->mE", (N, D, D), bias=(D,), std=(N * D) ** -0.5, rngs=rngs
         )
@@ -75,11 +75,11 @@ class Contrast(nnx.Module):
         return rearrange(self.readout(z), "m (x y c) -> m x y c", x=READOUT, y=READOUT)
 
 
-class Warmup(Encoder):
+class ContrastiveModel(Encoder):
     """Vision, ln_visual and resampler under the names they have in Emu, and the heads that are
     thrown away.
     """
 
     def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        self.contrast = Contrast(config, rngs)
+        self.contrast = ContrastiveHeads(config, rngs)

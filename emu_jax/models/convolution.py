@@ -119,7 +119,7 @@ class GroupNorm(nnx.Module):
         return repeat(means, "b g -> b 1 1 (g c)", c=x.shape[-1] // self.groups)
 
 
-class Resnet(nnx.Module):
+class ResnetBlock(nnx.Module):
     """Two convolutions beside a shortcut; the embedding of the time, where there is one, is added
     between them.
     """
@@ -160,6 +160,6 @@ class Resnet(nnx.Module):
         return h + (self.shortcut(x) if hasattr(self, "shortcut") else x)
 
 
-def doubled(x: Float[Array, "B h w C"]) -> Float[Array, "B y x C"]:
+def upsample(x: Float[Array, "B h w C"]) -> Float[Array, "B y x C"]:
     """Twice the resolution: each pixel four times."""
     return repeat(x, "b h w c -> b (h i) (w j) c", i=2, j=2)

@@ -23,7 +23,7 @@ from emu_jax.models.unet import UNet, UNetConfig
 from emu_jax.models.vae import Vae, VaeConfig
 from emu_jax.types import Batch, DecoderBatch
 
-SOURCES = ("generated", "teacher_forced", "encoded")
+CONDITIONS = ("generated", "teacher_forced", "encoded")
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class DecoderConfig:
         )
         factor = config.vae.factor if config.vae else 1
         channels = config.vae.latent if config.vae else 3
-        if config.condition not in SOURCES:
+        if config.condition not in CONDITIONS:
             raise UserError(
-                f"model.decoder.condition={config.condition!r} is not one of {', '.join(SOURCES)}"
+                f"model.decoder.condition={config.condition!r} is not one of {', '.join(CONDITIONS)}"
             )
         if config.unet.condition != config.emu.llama.width:
             raise UserError(
@@ -93,7 +93,7 @@ class DecoderConfig:
         return self.emu.lora
 
     @property
-    def loaded(self) -> int:
+    def loader_image(self) -> int:
         """Pixels a side of the images that the loader gives: the larger of what is drawn and what
         the encoder sees.
         """
@@ -112,7 +112,7 @@ class DecoderConfig:
         return y, x, 2 * c
 
 
-class Canvas(nnx.Module):
+class UNetWithVae(nnx.Module):
     """The U-Net and its autoencoder: all that drawing needs of a decoder."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -121,20 +121,20 @@ class Canvas(nnx.Module):
             self.vae = Vae(config.vae, rngs)
         self.unet = UNet(config.unet, rngs)
 
-    def targets(
+    def clean_latents(
         self, images: UInt8[Array, "M h w 3"], key: Array | None = None
     ) -> Float[Array, "M y x c"]:
         """What is to be drawn: pixels in -1..1, or their latents (drawn with `key`, else their
         mean), in float32.
         """
         if not self.decoder.vae:
-            return signed(images, self.decoder.image)
-        return self.sampled(moments(self.decoder, self.vae, images), key)
+            return resize_to_unit(images, self.decoder.image)
+        return self.sample_latents(moments(self.decoder, self.vae, images), key)
 
-    def sampled(
+    def sample_latents(
         self, moments: Float[Array, "M y x m"], key: Array | None = None
     ) -> Float[Array, "M y x c"]:
-        """As `targets`, of images of which `moments` said this."""
+        """As `clean_latents`, of images of which `moments` said this."""
         mean, log_variance = jnp.split(moments.astype(self.decoder.emu.compute), 2, -1)
         return self.vae.sample(mean, log_variance, key).astype(jnp.float32)
 
@@ -146,8 +146,8 @@ class Canvas(nnx.Module):
             x.astype(self.decoder.emu.compute), times, condition, kernel=self.decoder.emu.attention
         ).astype(jnp.float32)
 
-    def pixels(self, x: Float[Array, "M y x c"]) -> UInt8[Array, "M h w 3"]:
-        """Images of what was sampled: the inverse of `targets`."""
+    def decode_images(self, x: Float[Array, "M y x c"]) -> UInt8[Array, "M h w 3"]:
+        """Images of what was sampled: the inverse of `clean_latents`."""
         if self.decoder.vae:
             x = self.vae.decode(
                 (x / self.decoder.vae.scale).astype(self.decoder.emu.compute),
@@ -156,7 +156,7 @@ class Canvas(nnx.Module):
         return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-class Decoder(Emu, Canvas):
+class Decoder(Emu, UNetWithVae):
     """The towers of training: the Emu that makes the condition (without its LLM where that has no
     say), and what draws.
     """
@@ -165,20 +165,20 @@ class Decoder(Emu, Canvas):
         Emu.__init__(self, config.emu, rngs)
         if config.condition != "teacher_forced":
             del self.llama, self.regress_head
-        Canvas.__init__(self, config, rngs)
+        UNetWithVae.__init__(self, config, rngs)
 
-    def drawn(self, batch: Batch, key: Array) -> Float[Array, "M y x c"]:
-        """`targets` of every image of the batch, M = B * I, from the moments that came with it if
+    def batch_latents(self, batch: Batch, key: Array) -> Float[Array, "M y x c"]:
+        """`clean_latents` of every image of the batch, M = B * I, from the moments that came with it if
         some did: the same but for their rounding.
         """
         if isinstance(batch, DecoderBatch) and batch.latents is not None:
-            return self.sampled(rearrange(batch.latents, "B I y x m -> (B I) y x m"), key)
-        return self.targets(rearrange(batch.images, "B I h w c -> (B I) h w c"), key)
+            return self.sample_latents(rearrange(batch.latents, "B I y x m -> (B I) y x m"), key)
+        return self.clean_latents(rearrange(batch.images, "B I h w c -> (B I) h w c"), key)
 
-    def encoded(self, batch: Batch) -> Float[Array, "M N D"]:
+    def encode_batch(self, batch: Batch) -> Float[Array, "M N D"]:
         """The visual tokens of every image of the batch."""
         return self.encode(
-            resized(
+            resize(
                 rearrange(batch.images, "B I h w c -> (B I) h w c"), self.decoder.emu.vision.image
             )
         )
@@ -189,7 +189,7 @@ class Decoder(Emu, Canvas):
         (B, I) = batch.images.shape[:2]
         if config.condition == "generated":
             return rearrange(batch.conditions, "B I N D -> (B I) N D").astype(config.emu.compute)
-        z = self.encoded(batch)
+        z = self.encode_batch(batch)
         if config.condition == "encoded":
             return z
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
@@ -212,18 +212,19 @@ def moments(
     """
     return jnp.concatenate(
         vae.encode(
-            signed(images, config.image).astype(config.emu.compute), kernel=config.emu.attention
+            resize_to_unit(images, config.image).astype(config.emu.compute),
+            kernel=config.emu.attention,
         ),
         -1,
     )
 
 
-def signed(images: UInt8[Array, "M h w 3"], side: int) -> Float[Array, "M s s 3"]:
-    """`resized`, in -1..1."""
-    return resized(images, side).astype(jnp.float32) / 127.5 - 1
+def resize_to_unit(images: UInt8[Array, "M h w 3"], side: int) -> Float[Array, "M s s 3"]:
+    """`resize`, in -1..1."""
+    return resize(images, side).astype(jnp.float32) / 127.5 - 1
 
 
-def resized(images: UInt8[Array, "M h w 3"], side: int) -> UInt8[Array, "M s s 3"]:
+def resize(images: UInt8[Array, "M h w 3"], side: int) -> UInt8[Array, "M s s 3"]:
     """Bicubic, with the finer detail filtered out first; unchanged where it fits."""
     if images.shape[1:3] == (side, side):
         return images

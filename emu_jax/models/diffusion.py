@@ -63,7 +63,7 @@ def coefficients(d: Diffusion, times: Array) -> tuple[Float[Array, "B"], Float[A
     return tuple(jnp.asarray(np.sqrt(x), jnp.float32)[at] for x in (a2, 1 - a2))
 
 
-def draw_times(d: Diffusion, key: Array, count: int) -> Float[Array, "B"]:
+def sample_timesteps(d: Diffusion, key: Array, count: int) -> Float[Array, "B"]:
     """A time for each row, all equally likely: whole numbers from 0 on, or for flow anything up to
     `steps`, 0 excluded.
     """
@@ -71,7 +71,7 @@ def draw_times(d: Diffusion, key: Array, count: int) -> Float[Array, "B"]:
     return (1 - share) * d.steps if d.target == "flow" else jnp.floor(share * d.steps)
 
 
-def parts(d: Diffusion, a: Array, s: Array) -> tuple[Array, Array]:
+def target_coefficients(d: Diffusion, a: Array, s: Array) -> tuple[Array, Array]:
     """p and q: the target is p x0 + q e."""
     one = jnp.ones_like(a)
     return {"epsilon": (0 * one, one), "v": (-s, a), "flow": (-one, one), "x0": (one, 0 * one)}[
@@ -90,11 +90,11 @@ def target(
     d: Diffusion, x0: Float[Array, "B h w c"], e: Float[Array, "B h w c"], times: Float[Array, "B"]
 ) -> Float[Array, "B h w c"]:
     """What the network is to predict."""
-    p, q = (_per_row(x) for x in parts(d, *coefficients(d, times)))
+    p, q = (_per_row(x) for x in target_coefficients(d, *coefficients(d, times)))
     return p * x0 + q * e
 
 
-def split(
+def x0_and_eps(
     d: Diffusion,
     prediction: Float[Array, "B h w c"],
     x: Float[Array, "B h w c"],
@@ -104,7 +104,7 @@ def split(
     """(x0, e) of which `x` is a x0 + s e and `prediction` p x0 + q e: the inverse of `add_noise`
     and `target`.
     """
-    p, q = parts(d, a, s)
+    p, q = target_coefficients(d, a, s)
     a, s, p, q = (_per_row(value) for value in (a, s, p, q))
     determinant = a * q - s * p
     return (q * x - s * prediction) / determinant, (a * prediction - p * x) / determinant
@@ -117,7 +117,7 @@ def loss_weights(d: Diffusion, times: Float[Array, "B"]) -> Float[Array, "B"]:
     if not d.min_snr:
         return jnp.ones(times.shape)
     a, s = coefficients(d, times)
-    p, q = parts(d, a, s)
+    p, q = target_coefficients(d, a, s)
     x0_of_prediction = s / (a * q - s * p)
     return jnp.minimum((a / s) ** 2, d.min_snr) * x0_of_prediction**2
 

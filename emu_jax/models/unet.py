@@ -23,11 +23,11 @@ from emu_jax.models.attention import attention
 from emu_jax.models.convolution import (
     Conv,
     GroupNorm,
-    Resnet,
-    doubled,
+    ResnetBlock,
     in_order,
     numbered,
     pointwise,
+    upsample,
 )
 
 # Parameters that read the condition: [its width, heads, head width].
@@ -192,7 +192,7 @@ class UNetLevel(nnx.Module):
     def __init__(self, config: UNetConfig, spec: LevelSpec, rngs: nnx.Rngs):
         C = config.widths[spec.level]
         self.resnets = numbered(
-            Resnet(width, C, config.groups, eps=config.eps, time_width=config.time, rngs=rngs)
+            ResnetBlock(width, C, config.groups, eps=config.eps, time_width=config.time, rngs=rngs)
             for width in spec.widths_in
         )
         self.attentions = numbered(
@@ -293,7 +293,7 @@ class UNet(nnx.Module):
             return conv(x, stride=2)
 
         def double(conv, x):
-            return conv(doubled(x))
+            return conv(upsample(x))
 
         x = rearrange(sharding.constrain_images(x), "b (h i) (w j) c -> b h w (i j c)", i=p, j=p)
         x = once(self.conv_in, plain, x, where="conv_in")

@@ -19,11 +19,11 @@ from emu_jax.models.attention import attention
 from emu_jax.models.convolution import (
     Conv,
     GroupNorm,
-    Resnet,
-    doubled,
+    ResnetBlock,
     in_order,
     numbered,
     pointwise,
+    upsample,
 )
 
 # Epsilon of every norm.
@@ -80,7 +80,7 @@ class VaeLevel(nnx.Module):
         resample: bool,
     ):
         self.resnets = numbered(
-            Resnet(width_in if n == 0 else width, width, config.groups, eps=EPS, rngs=rngs)
+            ResnetBlock(width_in if n == 0 else width, width, config.groups, eps=EPS, rngs=rngs)
             for n in range(count)
         )
         if resample:
@@ -90,7 +90,9 @@ class VaeLevel(nnx.Module):
 class VaeMiddle(nnx.Module):
     def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
         C = config.widths[-1]
-        self.resnets = numbered(Resnet(C, C, config.groups, eps=EPS, rngs=rngs) for _ in range(2))
+        self.resnets = numbered(
+            ResnetBlock(C, C, config.groups, eps=EPS, rngs=rngs) for _ in range(2)
+        )
         self.attn = VaeAttention(C, config.groups, rngs)
 
 
@@ -151,7 +153,7 @@ class VaeHalf(nnx.Module):
                 change = (
                     (lambda conv, x: conv(x, stride=2, padding=(0, 1)))
                     if self.encodes
-                    else (lambda conv, x: conv(doubled(x)))
+                    else (lambda conv, x: conv(upsample(x)))
                 )
                 x = once(level.resample, change, x, f"levels/{number}/resample")
         if self.encodes:

@@ -70,7 +70,7 @@ INPUTS = {
 }
 
 
-def config_of(file: dict[str, np.ndarray]) -> emu.EmuConfig:
+def read_config(file: dict[str, np.ndarray]) -> emu.EmuConfig:
     """The model's config, from a file's `config` and vocabulary. Raises UserError."""
     try:
         c = json.loads(str(file["config"]))
@@ -150,7 +150,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     """
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
-    config = config_of(file)
+    config = read_config(file)
     table = emu1.table(config)
     foreign = weights(file)
     plain, adapter = emu1.split_lora(foreign)

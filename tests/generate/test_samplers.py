@@ -13,7 +13,7 @@ import pytest
 
 from emu_jax.config import UserError
 from emu_jax.generate import samplers
-from emu_jax.models.diffusion import Diffusion, coefficients, parts, split
+from emu_jax.models.diffusion import Diffusion, coefficients, target_coefficients, x0_and_eps
 
 SD = Diffusion(
     steps=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, target="epsilon", min_snr=0.0
@@ -33,10 +33,10 @@ def exact(d):
     def predict(x, t):
         a, s = (value[0] for value in coefficients(d, jnp.reshape(t, 1)))
         x0 = MEAN + a * DEVIATION**2 / (a * a * DEVIATION**2 + s * s) * (x - a * MEAN)
-        p, q = parts(d, a, s)
+        p, q = target_coefficients(d, a, s)
         return p * x0 + q * (x - a * x0) / s
 
-    return samplers.Denoiser(predict, partial(split, d))
+    return samplers.Denoiser(predict, partial(x0_and_eps, d))
 
 
 def error(name, d, steps, schedule=None):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from emu_jax.models import module
-from emu_jax.models.contrast import READOUT, Warmup
+from emu_jax.models.contrast import READOUT, ContrastiveModel
 from tests.support import make
 
 C = make.warm_cfg("data.batch=2", "data.tokens=16", "data.images=2")
@@ -61,7 +61,9 @@ def batch(*rows):
 
 @pytest.fixture(scope="module")
 def features():
-    return jax.jit(lambda batch: module.bind(Warmup, P.model_config, PARAMS).contrast.text(batch))
+    return jax.jit(
+        lambda batch: module.bind(ContrastiveModel, P.model_config, PARAMS).contrast.text(batch)
+    )
 
 
 def test_an_images_text_is_that_of_its_own_document(features):
@@ -86,7 +88,7 @@ def test_the_order_of_words_matters(features):
 
 def test_the_readout_is_as_large_as_it_says():
     z = jnp.ones((3, P.model_config.resampler.tokens, P.model_config.llama.width))
-    assert module.bind(Warmup, P.model_config, PARAMS).contrast.pixels(z).shape == (
+    assert module.bind(ContrastiveModel, P.model_config, PARAMS).contrast.pixels(z).shape == (
         3,
         READOUT,
         READOUT,

@@ -13,7 +13,7 @@ from emu_jax import config, sharding, tree
 from emu_jax.config import UserError
 from emu_jax.generate import samplers
 from emu_jax.models import emu, flops, module
-from emu_jax.models.decoder import Decoder, DecoderConfig, moments, resized
+from emu_jax.models.decoder import Decoder, DecoderConfig, moments, resize
 from emu_jax.step import cast_frozen, init_state, train_step
 from emu_jax.types import DecoderBatch
 from tests.support import make
@@ -192,14 +192,14 @@ def test_a_dropped_condition_is_zero_and_the_share_is_the_configs(trained):
 def test_pixels_are_the_inverse_of_targets():
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)), jnp.uint8)
     bound = model(PARAMS)
-    np.testing.assert_array_equal(bound.pixels(bound.targets(images)), images)
+    np.testing.assert_array_equal(bound.decode_images(bound.clean_latents(images)), images)
 
 
 def test_resized_keeps_what_fits_and_flat_colours():
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)), jnp.uint8)
-    assert resized(images, 8) is images
-    np.testing.assert_array_equal(resized(jnp.full((1, 28, 28, 3), 77, jnp.uint8), 8), 77)
-    np.testing.assert_array_equal(resized(images[:, :, ::-1], 4), resized(images, 4)[:, :, ::-1])
+    assert resize(images, 8) is images
+    np.testing.assert_array_equal(resize(jnp.full((1, 28, 28, 3), 77, jnp.uint8), 8), 77)
+    np.testing.assert_array_equal(resize(images[:, :, ::-1], 4), resize(images, 4)[:, :, ::-1])
 
 
 def test_sampling_is_a_function_of_the_seed_on_any_mesh(predicted):
@@ -245,8 +245,8 @@ def test_latents_that_come_with_the_batch_are_those_of_its_images():
         )
         return (
             stored,
-            [bound.targets(images[:, 0], key) for key in keys],
-            [bound.drawn(batch, key) for key in keys],
+            [bound.clean_latents(images[:, 0], key) for key in keys],
+            [bound.batch_latents(batch, key) for key in keys],
         )
 
     stored, step, once = jax.jit(both)(BATCH.images, jax.random.split(jax.random.key(0)))

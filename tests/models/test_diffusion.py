@@ -69,7 +69,7 @@ def test_noise_is_added_by_hand():
 def test_a_prediction_gives_back_what_it_was_made_of(d):
     x = diffusion.add_noise(d, X0, E, TIMES)
     prediction = diffusion.target(d, X0, E, TIMES)
-    x0, e = diffusion.split(d, prediction, x, *diffusion.coefficients(d, TIMES))
+    x0, e = diffusion.x0_and_eps(d, prediction, x, *diffusion.coefficients(d, TIMES))
     # of little signal, the noise says it only roughly
     np.testing.assert_allclose(x0, X0, atol=1e-3 if d.target == "epsilon" else 1e-5)
     np.testing.assert_allclose(e, E, atol=1e-4)
@@ -102,14 +102,14 @@ def test_min_snr_weights_are_the_papers():
 
 
 def test_times_cover_the_schedule_evenly():
-    whole = np.asarray(diffusion.draw_times(SD, jax.random.key(0), 20_000))
+    whole = np.asarray(diffusion.sample_timesteps(SD, jax.random.key(0), 20_000))
     assert (
         whole.min() == 0
         and whole.max() == 999
         and (whole == np.floor(whole)).all()
         and abs(whole.mean() - 499.5) < 10
     )
-    flow = np.asarray(diffusion.draw_times(KINDS[3], jax.random.key(0), 20_000))
+    flow = np.asarray(diffusion.sample_timesteps(KINDS[3], jax.random.key(0), 20_000))
     assert flow.min() > 0 and flow.max() <= 1000 and (flow != np.floor(flow)).any()
 
 

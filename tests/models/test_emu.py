@@ -12,7 +12,7 @@ import pytest
 
 from emu_jax import tree
 from emu_jax.models import emu, module
-from emu_jax.models.contrast import Warmup
+from emu_jax.models.contrast import ContrastiveModel
 from tests.support import make
 
 C = make.cfg()
@@ -216,7 +216,7 @@ def test_the_warm_ups_encoder_is_emus():
         return jax.tree.map(lambda x: x.shape, module.abstract(model, P.model_config))
 
     ours = shapes(emu.Emu)
-    warm = shapes(Warmup)
+    warm = shapes(ContrastiveModel)
     encoder = {"vision", "ln_visual", "resampler"}
     assert set(ours) == encoder | {"llama", "regress_head"} and set(warm) == encoder | {"contrast"}
     assert {tower: ours[tower] for tower in encoder} == {tower: warm[tower] for tower in encoder}

@@ -14,7 +14,7 @@ from emu_jax.config import UserError, load
 from emu_jax.models import emu, module
 from emu_jax.plan import parameter_table
 from emu_jax.verify import golden
-from emu_jax.verify.emu import config_of
+from emu_jax.verify.emu import read_config
 from emu_jax.weights import convert, emu1
 from tests.support import make
 
@@ -84,7 +84,7 @@ def test_names_and_shapes_are_those_of_the_release(name):
         emu1.rename(str(name)): tuple(json.loads(str(shape)))
         for name, shape in zip(file["parameter_names"], file["parameter_shapes"])
     }
-    config = config_of(file)
+    config = read_config(file)
     abstract = module.abstract(emu.Emu, config)
     table = emu1.table(config)
     ours = theirs_of(
