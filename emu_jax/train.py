@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from emu_jax import config, hooks, loop, processes, sharding
 from emu_jax.checkpoint import CheckpointManager
 from emu_jax.checks import check_run
+from emu_jax.cli import missing_extra
 from emu_jax.config import UserError
 from emu_jax.data import precomputed
 from emu_jax.data import tokenizer as tokenizers
@@ -60,7 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: stopped by SIGINT; the last checkpoint is as it was", file=sys.stderr)
         processes.exit_process(130)
         return 130
-    except Exception:
+    except Exception as error:
+        if message := missing_extra(error):
+            print(f"error: {message}", file=sys.stderr)
+            processes.exit_process(2)
+            return 2
         traceback.print_exc()
         processes.exit_process(1)
         return 1

@@ -9,6 +9,7 @@ Read next: tree.py, then models/emu.py.
 """
 
 import flax.struct
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 # A loss or a metric is (sum, weight) until the host divides: never a mean of means.
@@ -19,9 +20,9 @@ Metrics = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
 class Batch:
     """Packed rows of interleaved documents, which every language-model stage reads.
 
-    Shapes are static. Row b holds documents 1, 2, ... one after another. `image_slots[b, i]` is the
-    index in the row of the first of the N slots of its i-th image, just after its `[IMG]`; it is T
-    if the row has fewer images.
+    Shapes are static. Data code fills NumPy arrays; the loop puts them on devices. Row b holds
+    documents 1, 2, ... one after another. `image_slots[b, i]` is the index in the row of the first
+    of the N slots of its i-th image, just after its `[IMG]`; it is T if the row has fewer images.
     """
 
     # ids; [PAD] where a row ends
@@ -42,7 +43,7 @@ class Batch:
     sources: Int[Array, "B T"]
 
     @property
-    def has_image(self) -> Bool[Array, "B I"]:
+    def has_image(self) -> Bool[Array | np.ndarray, "B I"]:
         """Whether a row has an i-th image."""
         return self.image_slots < self.tokens.shape[1]
 

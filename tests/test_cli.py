@@ -1,9 +1,15 @@
 """What the commands share: the parser, and how a command ends."""
 
+import importlib
+import os
+import subprocess
+import sys
+
 import pytest
 
 from emu_jax import cli
 from emu_jax.config import UserError
+from emu_jax.data.__main__ import main as data_main
 
 
 @pytest.mark.parametrize(
@@ -27,3 +33,79 @@ def test_a_parser_raises_and_knows_no_abbreviations():
     parser.add_argument("--limit")
     with pytest.raises(UserError, match="unrecognized arguments: --lim=3"):
         parser.parse_args(["--lim=3"])
+
+
+@pytest.mark.parametrize("package", sorted(cli.EXTRAS))
+def test_a_missing_package_of_an_extra_ends_in_one_line(capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+
+    def command(_):
+        importlib.import_module(f"{package}.part")
+
+    assert cli.run(command, []) == 2
+    error = capsys.readouterr().err
+    assert f" needs the package {package}: pip install 'emu-jax[" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_missing_package_behind_another_error_ends_in_one_line(capsys):
+    def command(_):
+        try:
+            raise ModuleNotFoundError(name="gcsfs")
+        except ModuleNotFoundError as error:
+            raise ImportError("Please install gcsfs") from error
+
+    assert cli.run(command, []) == 2
+    assert capsys.readouterr().err == (
+        "error: reading and writing gs:// paths needs the package gcsfs: "
+        "pip install 'emu-jax[gcs]'\n"
+    )
+
+
+def test_other_missing_modules_are_bugs():
+    def command(_):
+        importlib.import_module("emu_jax.no_such_module")
+
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        cli.run(command, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "name"),
+    [
+        ("html", "selectolax", "page.html"),
+        ("obelics", "pyarrow", "rows.parquet"),
+        ("subtitled", "av", "clip.mp4"),
+    ],
+)
+def test_inspecting_without_the_extra_names_it(tmp_path, capsys, monkeypatch, kind, package, name):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(b"<p>a")
+    (tmp_path / "clip.vtt").write_text("WEBVTT\n\n00:00.000 --> 00:01.000\nHello.\n")
+    assert data_main(["inspect", str(tmp_path / name), f"--kind={kind}", "--jsonl"]) == 2
+    assert capsys.readouterr().err == (
+        "error: reading web pages, parquet files and videos needs the package "
+        f"{package}: pip install 'emu-jax[data]'\n"
+    )
+
+
+def test_commands_import_without_the_extras(tmp_path):
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({sorted(cli.EXTRAS)}))
+import emu_jax.data.builders.build, emu_jax.data.loader
+import emu_jax.evaluate.__main__, emu_jax.fit.__main__, emu_jax.generate.__main__
+import emu_jax.train, emu_jax.weights.__main__
+from emu_jax import Session
+from emu_jax.data.__main__ import main
+main(["--help"])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "usage: python -m emu_jax.data" in run.stdout

@@ -52,12 +52,12 @@ def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) 
         return np.zeros(shape, dtype)
 
     return Batch(
-        tokens=np.full((rows, tokens), pad, np.int32),
+        tokens=np.full((rows, tokens), pad, np.int32),  # ty: ignore[invalid-argument-type]
         segments=zeros(rows, tokens),
         positions=zeros(rows, tokens),
         text_weights=zeros(rows, tokens, dtype=np.float32),
         images=zeros(rows, images, image_size, image_size, 3, dtype=np.uint8),
-        image_slots=np.full((rows, images), tokens, np.int32),
+        image_slots=np.full((rows, images), tokens, np.int32),  # ty: ignore[invalid-argument-type]
         image_weights=zeros(rows, images, dtype=np.float32),
         sources=zeros(rows, tokens),
     )

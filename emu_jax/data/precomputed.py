@@ -114,9 +114,9 @@ class Precomputed:
         ids: of the documents of each row.
         """
         found = np.zeros((*batch.image_slots.shape, *self.shape), np.float16)
-        for row, slots in enumerate(batch.image_slots):
-            for place, slot in enumerate(slots[slots < batch.tokens.shape[1]]):
-                found[row, place] = self.lookup(ids[row][batch.segments[row, slot] - 1])
+        for row, place in np.argwhere(batch.has_image):
+            document = int(batch.segments[row, batch.image_slots[row, place]]) - 1
+            found[row, place] = self.lookup(ids[row][document])
         return found
 
 

@@ -5,13 +5,17 @@ Read next: sources/videos.py and sources/subtitled.py.
 
 import io
 from collections.abc import Callable, Iterator
-from typing import cast
+from contextlib import suppress
+from typing import TYPE_CHECKING, cast
 
-import av
 import numpy as np
 from jaxtyping import UInt8
 
 from emu_jax.data.images import MAX_PIXELS
+
+if TYPE_CHECKING:
+    # The extra `data` installs it.
+    import av
 
 # Suffixes of files that are always videos. A .gif is one in a data set, and an image in a prompt.
 VIDEO_SUFFIXES = (
@@ -46,15 +50,18 @@ Frame = UInt8[np.ndarray, "h w 3"]
 def silence_ffmpeg() -> None:
     """Keep FFmpeg's own log off the terminal: broken files are reported once, by us.
 
-    It holds for the whole process, so only commands call it.
+    It holds for the whole process, so only commands call it. Without PyAV there is no such log.
     """
-    av.logging.set_level(av.logging.PANIC)
+    with suppress(ModuleNotFoundError):
+        import av
+
+        av.logging.set_level(av.logging.PANIC)
 
 
 def segment_centres(count: int, frames: int = FRAMES) -> list[int]:
     """Numbers of `frames` of `count` frames, at the centres of equal segments (the release)."""
     segment = (count - 1) / frames
-    # the last may round up to one too many
+    # Rounding may take the last number past the end.
     return [min(count - 1, int(segment / 2) + round(segment * k)) for k in range(frames)]
 
 
@@ -125,15 +132,20 @@ def frames_by_time(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
 def _unusable(error: Exception) -> ValueError:
     """The same message for the same file.
 
-    The text of FFmpeg's errors also holds the last line it logged, about whichever file.
+    The text of FFmpeg's errors also holds the last line it logged, about whichever file. Without
+    PyAV this raises ModuleNotFoundError: then the file is not at fault.
     """
+    import av
+
     reason = error.strerror if isinstance(error, av.FFmpegError) else error
     return ValueError(" ".join(f"not a usable video: {reason}".split()))
 
 
 def _open(data: bytes) -> "av.container.InputContainer":
+    import av
+
     container = cast(
-        av.container.InputContainer,
+        "av.container.InputContainer",
         av.open(io.BytesIO(data), metadata_errors="ignore", options=OPTIONS),
     )
     stream = next(iter(container.streams.video), None)

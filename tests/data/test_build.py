@@ -213,12 +213,26 @@ def test_a_finished_build_is_left_alone(shards, tmp_path):
     assert len(before) == 3 and before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.parametrize("suffix", [".part", ".new"])
+def test_what_a_killed_build_left_is_deleted(shards, tmp_path, suffix):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / f"metadata{suffix}").mkdir()
+    for name in ("plan.json", "parts/00000.json", "metadata"):
+        path = tmp_path / f"{name}{suffix}"
+        (path / "features.json" if path.is_dir() else path).write_text("{")
+    tasks = build.plan_tasks("pairs", [shards], tmp_path / "plan", SourceOptions())
+    (tmp_path / "plan" / "plan.json").rename(tmp_path / "plan.json")
+    (tmp_path / "plan").rmdir()
+    build.build("pairs", [shards], tmp_path, SourceOptions(), workers=1)
+    assert len(tasks) == 3 and not list(tmp_path.rglob(f"*{suffix}"))
+
+
 def test_another_build_is_not_mixed_in(shards, tmp_path):
     build.build("pairs", [shards], tmp_path, SourceOptions(), workers=1)
     with pytest.raises(UserError, match="holds a build of other input or with other settings"):
         build.build("pairs", [shards], tmp_path, SourceOptions(min_side=10), workers=1)
     (tmp_path / "begun").mkdir()
-    # killed before it was a plan
+    # A build that was killed while it wrote its plan.
     (tmp_path / "begun" / "plan.json.0.part").write_text("")
     assert build.plan_tasks("pairs", [shards], tmp_path / "begun", SourceOptions())
     (tmp_path / "mine").mkdir()
@@ -320,6 +334,7 @@ def test_times_of_frames_are_read(tmp_path):
 
 
 def test_an_unknown_runner_is_one_line(shards, tmp_path):
+    pytest.importorskip("apache_beam")
     with pytest.raises(UserError) as caught:
         command(
             ["build", "--kind=pairs", f"--from={shards}", f"--to={tmp_path}", "--runner=NoRunner"]

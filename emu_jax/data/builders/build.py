@@ -41,6 +41,8 @@ from emu_jax.data.tokenizer import BYTES_PER_TOKEN, TOKENS_PER_IMAGE
 from emu_jax.files import PART, atomic_write, commit, one_line, part_of
 
 VERSION = "1.0.0"
+# Suffixes of half written files; version 0.1 of the package wrote .new.
+UNFINISHED = (PART, ".new")
 # Shards whose first documents are shown on the card, how many documents each, and in all.
 SAMPLED_SHARDS = 24
 SAMPLES_PER_SHARD = 2
@@ -100,7 +102,9 @@ def build(
 
 def _remove_unfinished(to: Path) -> None:
     """Delete what a killed build left half written."""
-    for path in [*to.glob(f"*{PART}"), *(to / "parts").glob(f"*{PART}")]:
+    for path in [*to.iterdir(), *(to / "parts").iterdir()]:
+        if path.suffix not in UNFINISHED:
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -149,7 +153,7 @@ def _claim(to: Path, plan: str) -> None:
                 "choose another directory, or delete that one"
             )
         return
-    if any(path.suffix != PART for path in to.iterdir()):
+    if any(path.suffix not in UNFINISHED for path in to.iterdir()):
         raise UserError(f"'{to}' is not empty and does not hold a build; choose another directory")
     _write_text(file, plan + "\n")
 
@@ -298,11 +302,9 @@ def _end_with_parent() -> None:
 
 
 def _run_beam(todo: list[Task], runner: str, rest: list[str]) -> None:
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError as error:
-        raise UserError("--runner needs Apache Beam: pip install apache-beam") from error
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+
     try:
         with beam.Pipeline(runner=runner, options=PipelineOptions(rest)) as pipeline:
             _ = pipeline | beam.Create(todo) | beam.Reshuffle() | beam.Map(write_shard)

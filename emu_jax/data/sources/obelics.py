@@ -14,8 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.sources import archives, tables
@@ -93,6 +91,8 @@ def _picture(image: Any, folder: str) -> Picture | str:
 @lru_cache(1)
 def _index(folder: Path) -> dict[str, tuple[Path, str]]:
     """URL -> (tar or folder, key) of everything img2dataset downloaded into `folder`."""
+    import pyarrow.parquet
+
     index = {}
     for file in archives.list_files(folder, (".parquet",)):
         shard = next(

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-
 from emu_jax.config import UserError
 from emu_jax.data import clean
 from emu_jax.data.documents import Skipped
@@ -50,6 +48,8 @@ def parquet_shards(file: Path) -> list[InputShard]:
 
     A file that cannot be opened is one shard: reading it reports why.
     """
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             sizes = [
@@ -75,6 +75,8 @@ def parquet_columns(file: Path) -> list[str]:
 
     A file that cannot be opened appears to have images, so that reading it reports why.
     """
+    import pyarrow.parquet
+
     try:
         return pyarrow.parquet.read_schema(file).names
     except Exception:
@@ -83,6 +85,8 @@ def parquet_columns(file: Path) -> list[str]:
 
 def parquet_rows(shard: InputShard) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
     """(number in the file, row) of the shard's row groups, with one batch in memory at a time."""
+    import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.ParquetFile(shard.path)
         sizes = [
@@ -111,7 +115,7 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
     """
     try:
         with _opened(path) as file:
-            head = file.peek(64)[:64] if hasattr(file, "peek") else b""
+            head = file.peek(64)[:64]
             if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
                 values = json.loads(clean.decode_text(file.read()))
                 yield from enumerate(values)
@@ -137,7 +141,7 @@ def _value(line: bytes, id: str) -> Any:
         return Skipped(id, "line is not JSON")
 
 
-def _opened(path: Path) -> io.BufferedIOBase:
+def _opened(path: Path) -> io.BufferedReader | gzip.GzipFile:
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".zip":
@@ -149,5 +153,5 @@ def _opened(path: Path) -> io.BufferedIOBase:
         ]
         if not names:
             raise UserError(f"'{path}' contains no JSON file")
-        return io.BufferedReader(archive.open(names[0]))
+        return io.BufferedReader(archive.open(names[0]))  # ty: ignore[invalid-argument-type]
     return path.open("rb")

@@ -15,9 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
-
-from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from emu_jax.config import UserError
 from emu_jax.data import clean, images
@@ -25,6 +24,10 @@ from emu_jax.data.documents import Document, Picture, Skipped, Text
 from emu_jax.data.sources import archives
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
+
+if TYPE_CHECKING:
+    # The extra `data` installs it.
+    from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 PAGES = (".html", ".htm", ".xhtml")
 # pages in a shard
@@ -191,7 +194,9 @@ def _site(name: str) -> str:
     return name.split("/")[0] if "/" in name else ""
 
 
-def _parse(page: bytes) -> LexborHTMLParser:
+def _parse(page: bytes) -> "LexborHTMLParser":
+    from selectolax.lexbor import LexborHTMLParser
+
     text = _decode(page)
     try:
         return LexborHTMLParser(text.replace("\0", ""))
@@ -216,7 +221,7 @@ def _decode(page: bytes) -> str:
 
 def _document(
     name: str,
-    tree: LexborHTMLParser,
+    tree: "LexborHTMLParser",
     files: archives.Files,
     repeated: frozenset[str],
     options: SourceOptions,
@@ -252,7 +257,7 @@ def _document(
     return Document(name, tuple(parts), files.root.name, provenance, tuple(dropped))
 
 
-def _content_root(tree: LexborHTMLParser) -> LexborNode | None:
+def _content_root(tree: "LexborHTMLParser") -> "LexborNode | None":
     """The element with the page's content: <main>, its only <article>, or <body>."""
     main = tree.css_first("main, [role=main]")
     if main:
@@ -271,7 +276,7 @@ def _text_parts(events: list[tuple[str, str]]) -> list[Text]:
     return [Text("\n".join(lines))] if lines else []
 
 
-def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | LexborNode]]:
+def _events(root: "LexborNode", captions: bool) -> "Iterator[tuple[str, str | LexborNode]]":
     """("text", str), ("pre", str), ("break", "") and ("image", node), in reading order.
 
     It does not recurse, because pages may be nested without limit.
@@ -302,13 +307,15 @@ def _events(root: LexborNode, captions: bool) -> Iterator[tuple[str, str | Lexbo
 
 
 def _children(
-    node: LexborNode, pre: bool, inner: bool
-) -> list[tuple[LexborNode | None, bool, bool]]:
+    node: "LexborNode", pre: bool, inner: bool
+) -> "list[tuple[LexborNode | None, bool, bool]]":
     """The children of a node for the stack: the last first."""
     return [(child, pre, inner) for child in reversed(list(node.iter(include_text=True)))]
 
 
-def _is_content(node: LexborNode, tag: str, root: LexborNode, inner: bool, captions: bool) -> bool:
+def _is_content(
+    node: "LexborNode", tag: str, root: "LexborNode", inner: bool, captions: bool
+) -> bool:
     # comments and the like
     if tag.startswith("-"):
         return False
@@ -317,7 +324,7 @@ def _is_content(node: LexborNode, tag: str, root: LexborNode, inner: bool, capti
     return node is root or not _boilerplate(node, inner)
 
 
-def _boilerplate(node: LexborNode, inner: bool) -> bool:
+def _boilerplate(node: "LexborNode", inner: bool) -> bool:
     """Whether an element is not content. inner: inside the article, whose header is content."""
     if node.tag in NOT_CONTENT or (node.tag == "header" and not inner):
         return True
@@ -355,7 +362,7 @@ def _lines(events: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
             line += value
 
 
-def _source(node: LexborNode) -> str:
+def _source(node: "LexborNode") -> str:
     """The address of an <img>: src, unless that is a placeholder for lazy loading."""
     attributes = node.attributes
     late = attributes.get("data-src") or attributes.get("data-original") or ""
@@ -365,7 +372,7 @@ def _source(node: LexborNode) -> str:
     return source or (attributes.get("srcset") or "").strip().split(" ")[0].rstrip(",")
 
 
-def _folder(tree: LexborHTMLParser, page: str) -> str | None:
+def _folder(tree: "LexborHTMLParser", page: str) -> str | None:
     """The folder that relative addresses of a page start from, by its first <base href>.
 
     None if that is not in the folder of pages.
@@ -404,7 +411,7 @@ def _joined(address: str, folder: str | None, *, is_file: bool) -> str | None:
 
 
 def _picture(
-    node: LexborNode,
+    node: "LexborNode",
     folder: str | None,
     files: archives.Files,
     repeated: frozenset[str],
@@ -440,7 +447,7 @@ def _picture(
     return Picture(data)
 
 
-def _declared_size(node: LexborNode) -> tuple[int, int] | None:
+def _declared_size(node: "LexborNode") -> tuple[int, int] | None:
     """Width and height in an <img>'s attributes; None unless it has both."""
     sides = [(node.attributes.get(name) or "").removesuffix("px") for name in ("width", "height")]
     if not all(side.isdecimal() for side in sides):
