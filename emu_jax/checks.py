@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from emu_jax import profiler
 from emu_jax.config import UserError
 from emu_jax.data import precomputed
-from emu_jax.generate import diffusion_decoder, precompute
+from emu_jax.generate import diffusion_decoder
 from emu_jax.hardware import GIB
-from emu_jax.plan import RunPlan
+from emu_jax.plan import RunPlan, latent_metadata
 from emu_jax.stages import Stage
 
 
@@ -81,7 +81,7 @@ def check_precomputed(c: ConfigDict, stage: Stage) -> None:
         notes = precomputed.read_metadata(Path(c.data.latents), "latents")
         differ = [
             f"{name} {notes.get(name)}, not {value}"
-            for name, value in precompute.latent_metadata(c).items()
+            for name, value in latent_metadata(c).items()
             if notes.get(name) != value
         ]
         if differ:

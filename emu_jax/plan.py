@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from emu_jax import optim, sharding, stages, tree
 from emu_jax.config import UserError
 from emu_jax.data.packing import empty_batch
-from emu_jax.generate.precompute import latent_metadata
 from emu_jax.models import module
+from emu_jax.models.decoder import DecoderConfig
 from emu_jax.step import Program, State, cast_frozen, init_state
 from emu_jax.types import Batch, DecoderBatch
 
@@ -178,6 +178,37 @@ def batch_shapes(c: ConfigDict, program: Program, mesh: jax.sharding.Mesh) -> Ba
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((c.data.batch, *x.shape[1:]), x.dtype, sharding=at), row
     )
+
+
+def latent_metadata(c: ConfigDict) -> dict[str, Any]:
+    """What latents depend on besides the autoencoder's weights, and their shape.
+
+    {"loaded": size of the loaded images, "image": size in which they are drawn, "fit": how they
+    become square, "shape": [y, x, m]}. Raises UserError for a config without an autoencoder, and
+    for one whose images differ between epochs.
+    """
+    if c.stage != "decoder":
+        raise UserError(
+            "only a decoder with an autoencoder has latents (data.latents): "
+            f"stage={c.stage!r} has none"
+        )
+    model_config = DecoderConfig.of(c.model.to_dict())
+    if model_config.vae is None:
+        raise UserError(
+            "only a decoder with an autoencoder has latents (data.latents): model.decoder.vae is "
+            "empty, and the U-Net draws pixels"
+        )
+    if c.data.fit not in ("squash", "centre"):
+        raise UserError(
+            f"data.fit={c.data.fit!r}: latents are computed once, so images must be the same in "
+            "every epoch; set data.fit to squash or centre"
+        )
+    return {
+        "loaded": model_config.loader_image,
+        "image": model_config.image,
+        "fit": c.data.fit,
+        "shape": list(model_config.moments),
+    }
 
 
 def check_batch(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:

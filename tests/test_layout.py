@@ -35,8 +35,8 @@ ORDER = (
     ("stages",),
     ("step", "checkpoint/*"),
     ("metric_writer", "watchdog", "profiler", "initial", "throughput", "workdir"),
-    ("generate/*", "weights/transfer"),
     ("plan",),
+    ("generate/*", "weights/transfer"),
     ("loop", "checks", "evaluate/*"),
     ("hooks",),
     # A guest: nothing imports it but its own command.

@@ -39,6 +39,7 @@ from emu_jax.generate.session import Session
 from emu_jax.models import module
 from emu_jax.models.decoder import DecoderConfig, UNetWithVae, moments
 from emu_jax.models.vae import Vae
+from emu_jax.plan import latent_metadata
 
 # prompts at once
 PROMPTS = 64
@@ -196,37 +197,6 @@ def latents(c: ConfigDict, batch: int) -> Recipe:
         input_of=lambda document: next(images_of(document), None),
         compute=compute,
     )
-
-
-def latent_metadata(c: ConfigDict) -> dict[str, Any]:
-    """What latents depend on besides the autoencoder's weights, and their shape.
-
-    {"loaded": size of the loaded images, "image": size in which they are drawn, "fit": how they
-    become square, "shape": [y, x, m]}. Raises UserError for a config without an autoencoder, and
-    for one whose images differ between epochs.
-    """
-    if c.stage != "decoder":
-        raise UserError(
-            "only a decoder with an autoencoder has latents (data.latents): "
-            f"stage={c.stage!r} has none"
-        )
-    model_config = DecoderConfig.of(c.model.to_dict())
-    if model_config.vae is None:
-        raise UserError(
-            "only a decoder with an autoencoder has latents (data.latents): model.decoder.vae is "
-            "empty, and the U-Net draws pixels"
-        )
-    if c.data.fit not in ("squash", "centre"):
-        raise UserError(
-            f"data.fit={c.data.fit!r}: latents are computed once, so images must be the same in "
-            "every epoch; set data.fit to squash or centre"
-        )
-    return {
-        "loaded": model_config.loader_image,
-        "image": model_config.image,
-        "fit": c.data.fit,
-        "shape": list(model_config.moments),
-    }
 
 
 def checkpoint_with_tower(c: ConfigDict, kind: str) -> str:
