@@ -344,7 +344,10 @@ def test_a_decoder_of_pixels_has_no_latents(made):
         (["--config.data.fit=random"], "data.fit='random': latents are computed once"),
         (["--config.init={folder}/emu"], "emu' names no checkpoint with an autoencoder"),
         (["--batch=0"], "--batch=0 must be at least 1"),
-        (["--to={folder}/conditions"], "contains conditions of a different model or different data"),
+        (
+            ["--to={folder}/conditions"],
+            "contains conditions of a different model or different data",
+        ),
         (
             ["--to={folder}/latents", "--config.data.fit=centre"],
             "contains latents of a different model or different data",

@@ -3,6 +3,7 @@ written down by hand.
 """
 
 import hashlib
+import io
 import json
 import tarfile
 import zipfile
@@ -169,6 +170,18 @@ def test_the_parquet_beside_a_tar_is_passed_over(tmp_path):
         (tmp_path / "00000.tar").unlink(missing_ok=True)
         with pytest.raises(UserError, match="contains no images"):
             told("pairs", path)
+
+
+def test_a_tar_in_the_order_of_its_folder_gives_every_pair(tmp_path):
+    path = tmp_path / "folder.tar"
+    with tarfile.open(path, "w") as archive:
+        for extension in ("jpg", "txt"):
+            for name in ("cat", "dog"):
+                data = encoded(picture()) if extension == "jpg" else name.encode()
+                member = tarfile.TarInfo(f"./{name}.{extension}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    assert told("pairs", path) == {"cat": [(48, 36), "cat"], "dog": [(48, 36), "dog"]}
 
 
 def test_a_tar_cut_short_gives_what_is_whole(tmp_path):

@@ -193,17 +193,21 @@ def fetch_image(name: str, archives: list[Files]) -> bytes | str:
 def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {extension: bytes}) of the samples of a WebDataset tar, in its order.
 
-    Neighbouring files whose names agree up to the first dot of the last path component are a
-    sample; extensions are in lower case. Files over `limit` bytes are left out. Raises ValueError,
-    in one line, where the archive is damaged; the samples before are good.
+    Files whose names agree up to the first dot of the last path component are a sample; extensions
+    are in lower case. Files over `limit` bytes are left out. Raises ValueError, in one line, where
+    the archive is damaged; the samples before are good.
     """
+    scattered = _scattered_samples(path)
+    if scattered:
+        yield from _read_scattered(path, scattered, limit)
+        return
     key = None
     files: dict[str, bytes] = {}
     try:
         # Streaming works for tars of any size.
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
-                name, extension = _sample_name(member)
+                name, _ = _sample_name(member)
                 if not name:
                     continue
                 if name != key:
@@ -211,10 +215,7 @@ def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str,
                         yield key, files
                     key = name
                     files = {}
-                if member.size <= limit and extension not in files:
-                    file = tar.extractfile(member)
-                    assert file is not None, "only regular files have a sample name"
-                    files[extension] = file.read()
+                _add_file(files, tar, member, limit)
     # tarfile and the decompressors raise nearly anything for broken files.
     except Exception as error:
         raise ValueError(
@@ -222,6 +223,55 @@ def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str,
         ) from error
     if key is not None and files:
         yield key, files
+
+
+def _scattered_samples(path: Path) -> dict[str, list[tarfile.TarInfo]]:
+    """Members by sample, in order of first appearance, of a tar whose samples are not together.
+
+    `tar -cf a.tar -C FOLDER .` writes files in the order of the folder, so a picture and its caption
+    may be far apart. Empty where all samples are together, and for a compressed or damaged tar,
+    which is read as a stream.
+    """
+    samples: dict[str, list[tarfile.TarInfo]] = {}
+    last = ""
+    is_scattered = False
+    try:
+        # Reads the headers and seeks over the files.
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name, _ = _sample_name(member)
+                if not name:
+                    continue
+                is_scattered |= name != last and name in samples
+                samples.setdefault(name, []).append(member)
+                last = name
+    # tarfile raises nearly anything for broken files.
+    except Exception:
+        return {}
+    return samples if is_scattered else {}
+
+
+def _read_scattered(
+    path: Path, samples: dict[str, list[tarfile.TarInfo]], limit: int
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    with tarfile.open(path, "r:") as tar:
+        for key, members in samples.items():
+            files: dict[str, bytes] = {}
+            for member in members:
+                _add_file(files, tar, member, limit)
+            if files:
+                yield key, files
+
+
+def _add_file(
+    files: dict[str, bytes], tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int
+) -> None:
+    """Read a member of a sample into `files`, unless it is too large or its extension is there."""
+    _, extension = _sample_name(member)
+    if member.size <= limit and extension not in files:
+        file = tar.extractfile(member)
+        assert file is not None, "only regular files have a sample name"
+        files[extension] = file.read()
 
 
 def _sample_name(member: tarfile.TarInfo) -> tuple[str, str]:
