@@ -2,11 +2,11 @@
 
     python -m benchmarks.checkpoint [--devices=1] [--to=DIR] [--config=FILE ...]
 
-On a CPU the state is itself part of the host's memory: memory on top of it above 1.3 x the state is
-a failure (exit status 1). Saving and restoring run in a process each. The state is random bits,
-which do not compress; trained weights hardly do. --to: a folder on the disk to measure; --config:
-default configs/pretrain.py:emu-1b. Run from the repository's root. Results:
-benchmarks/results/checkpoint.md.
+On a CPU the state itself is part of the host's memory: if saving or restoring needs more than
+1.3 x the state on top of it, the exit status is 1. Saving and restoring run in a process each. The
+state is random bits, which do not compress; trained weights hardly do. --to: a folder on the disk
+to measure; --config: configs/pretrain.py:emu-1b by default. Run from the repository's root.
+Results: benchmarks/results/checkpoint.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 GIB = 2**30
-# times the state, on top of it
+# Most memory on top of the state, as a multiple of it.
 MOST = 1.3
 
 
@@ -27,49 +27,50 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--to", metavar="DIR")
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices (1)")
+    parser.add_argument("--to", metavar="DIR", help="folder to write to (a temporary one)")
     flags, rest = parser.parse_known_args()
+    arguments = rest or ["--config=configs/pretrain.py:emu-1b"]
+    exceeded = False
+    with tempfile.TemporaryDirectory(dir=flags.to) as folder:
+        for action in ("save", "restore"):
+            found = in_process(action, folder, arguments, flags.devices)
+            state = found["state"]
+            on_top = (found["peak"] - max(found["before"], state)) / state
+            exceeded |= on_top > MOST
+            print(row(action, found, on_top), flush=True)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        on_disk = sum(path.stat().st_size for path in files)
+        print(f"on disk {on_disk / GIB:8.2f} GiB")
+    return int(exceeded)
+
+
+def in_process(action: str, folder: str, arguments: list[str], devices: int) -> dict[str, float]:
+    """What `measure` prints, run in a process of its own."""
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={flags.devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    with tempfile.TemporaryDirectory(dir=flags.to) as folder:
-        above = False
-        for what in ("save", "restore"):
-            done = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.checkpoint",
-                    what,
-                    folder,
-                    *(rest or ["--config=configs/pretrain.py:emu-1b"]),
-                ],
-                env=environ,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            if done.returncode:
-                return done.returncode
-            found = json.loads(done.stdout.splitlines()[-1])
-            state = found["state"]
-            seconds = found["seconds"]
-            on_top = (found["peak"] - max(found["before"], state)) / state
-            above |= on_top > MOST
-            print(
-                f"{what:8}{state / GIB:8.2f} GiB of state in {seconds:.1f} s, {state / GIB / seconds:.2f} GiB/s; memory: "
-                f"{found['before'] / state:.2f} x the state before, {found['peak'] / state:.2f} x at most, {on_top:.2f} x on top of it"
-                f"{f': more than {MOST}' if on_top > MOST else ''}",
-                flush=True,
-            )
-        print(
-            f"on disk {sum(path.stat().st_size for path in Path(folder).rglob('*') if path.is_file()) / GIB:8.2f} GiB"
-        )
-    return int(above)
+    command = [sys.executable, "-m", "benchmarks.checkpoint", action, folder, *arguments]
+    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def half(what: str, folder: str, arguments: list[str]) -> None:
+def row(action: str, found: dict[str, float], on_top: float) -> str:
+    state = found["state"]
+    rate = state / GIB / found["seconds"]
+    warning = f": more than {MOST}" if on_top > MOST else ""
+    return (
+        f"{action:8}{state / GIB:8.2f} GiB of state in {found['seconds']:.1f} s, {rate:.2f} GiB/s; "
+        f"memory: {found['before'] / state:.2f} x the state before, "
+        f"{found['peak'] / state:.2f} x at most, {on_top:.2f} x on top of it{warning}"
+    )
+
+
+def measure(action: str, folder: str, arguments: list[str]) -> None:
+    """Save or restore once, and print seconds and bytes as JSON."""
     import jax
 
     from emu_jax import config
@@ -80,54 +81,51 @@ def half(what: str, folder: str, arguments: list[str]) -> None:
     plan = make_plan(c)
     like = plan.state
     with jax.set_mesh(plan.mesh):
-        state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-        run = CheckpointManager(folder, keep=1, keep_every=0)
-        state = jax.tree.map(random, like) if what == "save" else None
+        checkpoints = CheckpointManager(folder, keep=1, keep_every=0)
+        state = jax.tree.map(random, like) if action == "save" else None
         jax.block_until_ready(state)
-        # the peak from here on
+        # Start a new peak from here.
         Path("/proc/self/clear_refs").write_text("5")
         before = memory("VmRSS")
         began = time.perf_counter()
-        if what == "save":
-            run.save(1, state, {}, config.to_dict(c), wait=True)
+        if action == "save":
+            checkpoints.save(1, state, {}, config.to_dict(c), wait=True)
         else:
-            jax.block_until_ready(run.restore(like)[1])
-        print(
-            json.dumps(
-                {
-                    "seconds": time.perf_counter() - began,
-                    "state": state_bytes,
-                    "before": before,
-                    "peak": memory("VmHWM"),
-                }
-            )
-        )
+            restored = checkpoints.restore(like)
+            assert restored, "nothing was saved"
+            jax.block_until_ready(restored[1])
+        found = {
+            "seconds": time.perf_counter() - began,
+            "state": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)),
+            "before": before,
+            "peak": memory("VmHWM"),
+        }
+        print(json.dumps(found))
 
 
 def random(leaf):
+    """Random bits with the shape, dtype and sharding of `leaf`."""
     import jax
     import jax.numpy as jnp
 
     word = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize]
 
     def make():
-        return jax.lax.bitcast_convert_type(
-            jax.random.bits(jax.random.key(1), leaf.shape, word), leaf.dtype
-        )
+        bits = jax.random.bits(jax.random.key(1), leaf.shape, word)
+        return jax.lax.bitcast_convert_type(bits, leaf.dtype)
 
     return jax.block_until_ready(jax.jit(make, out_shardings=leaf.sharding)())
 
 
-def memory(what: str) -> int:
-    """Bytes, as Linux counts them for this process: "VmRSS" now, "VmHWM" at most."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)
-    )
+def memory(name: str) -> int:
+    """Bytes of this process, as Linux counts them: "VmRSS" now, "VmHWM" at most."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in status if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["save"], ["restore"]):
-        half(sys.argv[1], sys.argv[2], sys.argv[3:])
+        measure(sys.argv[1], sys.argv[2], sys.argv[3:])
     else:
         sys.exit(main())

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 import numpy as np
@@ -37,16 +38,16 @@ from emu_jax.data.sequence import SequenceBuilder, SourceRule
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.tokenizer import Tokenizer
 
-# the bounds: tokens and image slots that hold nothing; memory over the steps
+# Bounds: shares of tokens and of image slots that are empty, and the growth of memory.
 PADDING = 0.03
 EMPTY_SLOTS = 0.10
 GROWTH = 0.05
-# visual tokens of an image, tokens and images of a row
+# Visual tokens of an image; tokens and images of a row; rows that are packed.
 N = 32
 T = 2048
 I = 32
 ROWS = 400
-# side of the synthetic images of the packing trials: their pixels are not the matter
+# Side of synthetic images, where pixels do not matter.
 SMALL = 4
 
 
@@ -54,37 +55,33 @@ def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
     """A JPEG with the spectrum of a photograph, roughly: noise at several scales."""
     rng = np.random.default_rng(seed)
 
-    def noise(step):
-        return Image.fromarray(
-            rng.integers(0, 256, (height // step + 1, width // step + 1, 3), np.uint8)
-        )
-
-    layers = [
-        np.asarray(noise(step).resize((width, height), Image.Resampling.BICUBIC), np.float32)
-        / weight
-        for step, weight in ((100, 2), (25, 4), (6, 8), (1, 16))
-    ]
+    total = np.zeros((height, width, 3), np.float32)
+    for step, weight in ((100, 2), (25, 4), (6, 8), (1, 16)):
+        coarse = (height // step + 1, width // step + 1, 3)
+        noise = Image.fromarray(rng.integers(0, 256, coarse, np.uint8))
+        layer = noise.resize((width, height), Image.Resampling.BICUBIC)
+        total += np.asarray(layer, np.float32) / weight
     file = io.BytesIO()
-    Image.fromarray(np.clip(sum(layers), 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    pixels = np.clip(total, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def plain_pillow(data: bytes) -> np.ndarray:
-    return np.asarray(
-        Image.open(io.BytesIO(data)).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
-    )
+    """A JPEG's pixels at 224 x 224, decoded at full size and then resized."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC))
 
 
 def pillow_draft(data: bytes) -> np.ndarray:
+    """A JPEG's pixels at 224 x 224, decoded at a lower resolution where JPEG can."""
     image = Image.open(io.BytesIO(data))
     image.draft("RGB", (448, 448))
     return np.asarray(image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC))
 
 
 def rate(work: Callable, items: list, threads: int = 1, seconds: float = 3.0) -> float:
-    """Items a second, the best of three rounds (on a busy machine the others tell of the
-    others).
-    """
+    """Items a second in the best of three rounds: other programs slow the rest."""
     with ThreadPoolExecutor(threads) as pool:
         rounds = []
         for _ in range(3):
@@ -98,8 +95,10 @@ def rate(work: Callable, items: list, threads: int = 1, seconds: float = 3.0) ->
 
 
 def decoding() -> dict[str, float]:
-    """Images a second a core, to 224: 500-px JPEGs (the common case of web sets) and 2000-px ones;
-    and by two threads.
+    """Images a second decoded to 224 x 224.
+
+    500-px JPEGs (the common case in web data) and 2000-px ones by one thread, the small ones also
+    by two.
     """
     small = [photo(seed) for seed in range(8)]
     large = [photo(seed, 2000, 1500) for seed in range(2)]
@@ -116,7 +115,7 @@ def decoding() -> dict[str, float]:
 
 
 class Synthetic:
-    """A source of documents with the shape of one of the paper's sets, made from their numbers."""
+    """A source of documents shaped like one of the paper's sets, made from their numbers."""
 
     def __init__(self, name: str, documents: int = 1_000_000):
         self.name = name
@@ -129,48 +128,54 @@ class Synthetic:
         rng = np.random.default_rng(index)
         image = np.full((SMALL, SMALL, 3), index % 256, np.uint8)
 
-        def text(mean):
+        def text(mean: int) -> str:
             return "x" * int(np.clip(rng.lognormal(np.log(mean), 0.6), 1, 1500))
 
-        parts = {
-            "laion": lambda: [Pair(image, text(14))],
-            "mmc4": lambda: [
-                part
-                for _ in range(rng.integers(2, 12))
-                for part in (text(22), text(22), Pair(image, text(22)))
-            ],
-            "webvid": lambda: [*[image] * 8, text(20)],
-            "yt-storyboard": lambda: [
-                part for _ in range(rng.integers(8, 33)) for part in (text(18), image)
-            ],
-            "text": lambda: [text(700)],
-        }[self.name]
-        return Document(f"{index}", tuple(parts()))
+        parts = []
+        if self.name == "laion":
+            parts = [Pair(image, text(14))]
+        elif self.name == "mmc4":
+            for _ in range(rng.integers(2, 12)):
+                parts += [text(22), text(22), Pair(image, text(22))]
+        elif self.name == "webvid":
+            parts = [*[image] * 8, text(20)]
+        elif self.name == "yt-storyboard":
+            for _ in range(rng.integers(8, 33)):
+                parts += [text(18), image]
+        elif self.name == "text":
+            parts = [text(700)]
+        return Document(f"{index}", tuple(parts))
 
 
 def letters() -> Tokenizer:
-    """A letter is a token: what is measured is ours, not a tokenizer's."""
-    return Tokenizer(32000, lambda text: [3 + ord(letter) for letter in text], lambda ids: "")
+    """A tokenizer with a token per letter, whose own time does not count."""
+
+    def encode(text: str) -> list[int]:
+        return [3 + ord(letter) for letter in text]
+
+    return Tokenizer(32000, encode, lambda ids: "")
 
 
-def paper() -> tuple[tuple, ...]:
-    """configs/pretrain.py's mixture over synthetic sources."""
-    return tuple(
-        (
-            name,
-            weight,
-            Synthetic("laion" if name.startswith("laion") else name.removesuffix("-pairs")),
-            SourceRule(**(rest[0] if rest else {})),
-        )
-        for name, weight, _, *rest in get_config().data.mixture
-    )
+def synthetic_mixture() -> Mixture:
+    """The mixture of configs/pretrain.py, over synthetic sources."""
+    names = []
+    weights = []
+    synthetic = []
+    rules = []
+    for name, weight, _, *rest in get_config().data.mixture:
+        names.append(name)
+        weights.append(weight)
+        kind = "laion" if name.startswith("laion") else name.removesuffix("-pairs")
+        synthetic.append(Synthetic(kind))
+        rules.append(SourceRule(**(rest[0] if rest else {})))
+    return Mixture(tuple(names), tuple(weights), tuple(synthetic), 1, 0, tuple(rules))
 
 
 def packing(lookahead: int, fit: Callable) -> dict[str, float]:
-    """Documents a second through sequence and packing, and what is left empty, over ROWS rows of
-    one stream.
+    """Documents a second through SequenceBuilder and packing, and the space left empty.
+
+    One stream makes ROWS rows.
     """
-    names, weights, sources, rules = zip(*paper())
     to_sequence = SequenceBuilder(
         tokenizer=letters(),
         n_visual=N,
@@ -179,9 +184,7 @@ def packing(lookahead: int, fit: Callable) -> dict[str, float]:
         image_first=0.5,
         labels=("text", "</s>"),
     )
-    stream = Stream(
-        Mixture(names, weights, sources, 1, 0, rules), 0, to_sequence, lookahead, fit=fit
-    )
+    stream = Stream(synthetic_mixture(), 0, to_sequence, lookahead, fit=fit)
     start = time.perf_counter()
     for _ in range(ROWS):
         stream.row(T, I)
@@ -196,21 +199,17 @@ def packing(lookahead: int, fit: Callable) -> dict[str, float]:
 
 
 def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
-    """Images a second of a loader that reads `photos` 500-px JPEGs from ArrayRecord, again and
-    again without keeping them, to 224, by who reads; the first step, in which processes start, is
-    not counted.
+    """Images a second of a loader, for several numbers of threads and reader processes.
+
+    It reads `photos` 500-px JPEGs from ArrayRecord over and over, and decodes them to 224 x 224
+    each time. The first step, in which processes start, does not count.
     """
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(f"{folder}/0.tar", "w") as tar:
             for number in range(photos):
-                for name, content in (
-                    (f"{number}.jpg", photo(number)),
-                    (f"{number}.txt", b"a photo of noise"),
-                ):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                add_file(tar, f"{number}.jpg", photo(number))
+                add_file(tar, f"{number}.txt", b"a photo of noise")
         build.build(
             "pairs", [Path(folder, "0.tar")], Path(folder, "set"), SourceOptions(), workers=1
         )
@@ -229,21 +228,28 @@ def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
                 )
             )
             loader = Loader(data, 0, letters(), N, 224)
+            batches = iter(loader)
+            next(batches)
+            start = time.perf_counter()
             count = 0
-            start = 0.0
-            for step, item in enumerate(loader):
-                start = start or time.perf_counter()
-                count += step and int((item.batch.image_slots < data.tokens).sum())
-                if step == steps:
-                    break
+            for _ in range(steps):
+                batch = next(batches).batch
+                count += int((batch.image_slots < data.tokens).sum())
             results[f"{workers} threads, {readers} readers"] = count / (time.perf_counter() - start)
             loader.close()
     return results
 
 
+def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
 def memory(steps: int) -> dict[str, float]:
-    """Resident memory of a loader of small batches, after a tenth of the steps and at their end,
-    and seconds a step.
+    """Resident memory of a loader of small batches, and milliseconds a step.
+
+    Memory is read after a tenth of the steps and at their end.
     """
     data = get_config().data
     data.unlock()
@@ -257,15 +263,18 @@ def memory(steps: int) -> dict[str, float]:
             mixture=(("web", 1.0, "laion"), ("pages", 0.2, "mmc4"), ("plain", 0.1, "text")),
         )
     )
-    sources.open_source = lambda path, image_size, fit: Synthetic(path)
-    loader = Loader(data, 0, letters(), N, SMALL)
+
+    def open_source(path: str, _image_size: int, _fit: str = "squash") -> Synthetic:
+        return Synthetic(path)
+
+    with mock.patch.object(sources, "open_source", open_source):
+        loader = Loader(data, 0, letters(), N, SMALL)
     resident = []
     start = time.perf_counter()
     for step, _ in enumerate(loader, 1):
         if step in (steps // 10, steps):
-            resident.append(
-                int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            )
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(pages * resource.getpagesize())
         if step == steps:
             break
     loader.close()
@@ -278,14 +287,18 @@ def memory(steps: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", default="")
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument(
+        "--steps", type=int, default=20_000, help="steps of the memory test (20000)"
+    )
     flags = parser.parse_args()
     results = {"decoding, images a second a core": decoding()}
-    # what is read is decoded, every time
-    sources.CACHE_BYTES = 0
-    results["loader, images a second"] = loading()
+    # Without a cache, everything that is read is decoded.
+    with mock.patch.object(sources, "CACHE_BYTES", 0):
+        results["loader, images a second"] = loading()
     evenly = partial(best_fit, row_tokens=T, row_images=I)
     for lookahead in (16, 32, 64):
         for name, fit in (("first", first_fit), ("best", evenly)):
@@ -294,29 +307,24 @@ def main() -> int:
     for title, numbers in results.items():
         print(title)
         for name, value in numbers.items():
-            print(f"  {name:24}{value:14,.4f}" if value < 1 else f"  {name:24}{value:14,.1f}")
+            decimals = 4 if value < 1 else 1
+            print(f"  {name:24}{value:14,.{decimals}f}")
     if flags.json:
         Path(flags.json).write_text(json.dumps(results, indent=1) + "\n")
+
+    violated = []
     packed = results[f"packing, best fit, {get_config().data.pack_lookahead} waiting"]
-    held = results["memory"]
-    broken = [
-        what
-        for wrong, what in (
-            (packed["padding"] > PADDING, f"padding {packed['padding']:.3f} of the tokens"),
-            (
-                packed["empty_slots"] > EMPTY_SLOTS,
-                f"{packed['empty_slots']:.3f} of the image slots are empty",
-            ),
-            (
-                held["mib_late"] > (1 + GROWTH) * held["mib_early"],
-                f"memory grew from {held['mib_early']:.0f} to {held['mib_late']:.0f} MiB",
-            ),
-        )
-        if wrong
-    ]
-    for what in broken:
+    if packed["padding"] > PADDING:
+        violated.append(f"padding is {packed['padding']:.3f} of the tokens")
+    if packed["empty_slots"] > EMPTY_SLOTS:
+        violated.append(f"{packed['empty_slots']:.3f} of the image slots are empty")
+    early = results["memory"]["mib_early"]
+    late = results["memory"]["mib_late"]
+    if late > (1 + GROWTH) * early:
+        violated.append(f"memory grew from {early:.0f} to {late:.0f} MiB")
+    for what in violated:
         print(f"bound violated: {what}", file=sys.stderr)
-    return 1 if broken else 0
+    return 1 if violated else 0
 
 
 if __name__ == "__main__":

@@ -27,28 +27,27 @@ from emu_jax.generate.session import Session
 from emu_jax.models import emu, module
 
 
-def pictures(folder: Path, count: int) -> benchmark.Plan:
-    """A benchmark of `count` photographs' size, of noise."""
+def noise_images(folder: Path, count: int) -> benchmark.Plan:
+    """A benchmark of `count` images of noise, as large as photographs."""
     rng = np.random.default_rng(0)
-    examples = [Example(str(k), f"{k}.jpg", answers=("a dog",)) for k in range(count)]
-    for example in examples:
-        Image.fromarray(rng.integers(0, 256, (480, 640, 3), np.uint8)).save(
-            folder / example.picture
-        )
-    return benchmark.Plan(
-        examples, {example.picture: folder / example.picture for example in examples}, [], []
-    )
+    examples = []
+    paths = {}
+    for number in range(count):
+        name = f"{number}.jpg"
+        paths[name] = folder / name
+        Image.fromarray(rng.integers(0, 256, (480, 640, 3), np.uint8)).save(paths[name])
+        examples.append(Example(str(number), name, answers=("a dog",)))
+    return benchmark.Plan(examples, paths, [], [])
 
 
 def captions(session: Session, planned: benchmark.Plan, batch: int) -> tuple[float, list[str]]:
-    """(seconds, what was said); everything is compiled before."""
+    """(seconds, captions) with `batch` images at once; everything is compiled before."""
     session.batch = batch
     settings = benchmark.Settings("coco-caption", "", 0, "", "test")
     asker = benchmark.Asker(session, settings, planned)
-    batches = [
-        planned.examples[start : start + batch] for start in range(0, len(planned.examples), batch)
-    ]
-    # which may be smaller
+    starts = range(0, len(planned.examples), batch)
+    batches = [planned.examples[start : start + batch] for start in starts]
+    # The last batch may be smaller, and so another program.
     for some in (batches[0], batches[-1]):
         asker.predict(some)
     asker.frames.cache_clear()
@@ -61,23 +60,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=32, help="pictures (32)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures at once (32)")
-    parser.add_argument("--size", default="emu-60m", help="of configs/sizes.py (emu-60m)")
-    parser.add_argument("--json", metavar="FILE", help="the numbers, as JSON")
+    parser.add_argument("--images", type=int, default=32, help="number of images (32)")
+    parser.add_argument("--batch", type=int, default=32, help="images at once (32)")
+    parser.add_argument("--size", default="emu-60m", help="a name in configs/sizes.py (emu-60m)")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     flags = parser.parse_args()
-    model_config = emu.EmuConfig.of(
-        config.load([f"--config=configs/base.py:{flags.size}"]).model.to_dict()
-    )
+    c = config.load([f"--config=configs/base.py:{flags.size}"])
+    model_config = emu.EmuConfig.of(c.model.to_dict())
     params = jax.jit(partial(module.init, emu.Emu, model_config))(jax.random.key(0))
-    letters = Tokenizer(
-        model_config.llama.vocab,
-        lambda text: [3 + ord(letter) for letter in text],
-        lambda ids: " ".join(map(str, ids)),
-    )
+
+    def encode(text: str) -> list[int]:
+        return [3 + ord(letter) for letter in text]
+
+    def decode(ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    letters = Tokenizer(model_config.llama.vocab, encode, decode)
     session = Session(model_config, params, letters, context=2048)
     with tempfile.TemporaryDirectory() as folder:
-        planned = pictures(Path(folder), flags.images)
+        planned = noise_images(Path(folder), flags.images)
         together, said = captions(session, planned, flags.batch)
         alone, said_alone = captions(session, planned, 1)
     numbers = {
@@ -93,8 +94,8 @@ def main() -> int:
     print(f"{flags.images} captions, {flags.size}, {model_config.compute}, {numbers['device']}")
     print(f"  {flags.batch} at once  {numbers['captions_per_second']:8.2f} a second")
     print(
-        f"  one by one  {numbers['captions_per_second_alone']:8.2f} a second; {numbers['ratio']:.1f} times as slow, "
-        f"{numbers['alike']:.0%} of the captions the same"
+        f"  one by one  {numbers['captions_per_second_alone']:8.2f} a second; "
+        f"{numbers['ratio']:.1f} times as slow, {numbers['alike']:.0%} of the captions the same"
     )
     if flags.json:
         Path(flags.json).write_text(json.dumps(numbers, indent=1) + "\n")

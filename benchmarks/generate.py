@@ -2,7 +2,7 @@
 
     python -m benchmarks.generate [--rounds=3] [--json=FILE]
 
-The release runs the complete prefix again for each visual token of an image. `whole` does
+The release runs the complete prefix again for each visual token of an image. `without_cache` does
 so with the same arithmetic, padded to one shape so that it is compiled once (3 % more work than
 needed). Both generate an image after the same 512-token prompt at the 60M size, alternating, and
 must agree. Then text: time to the first token of a 512-token prompt, and tokens a second, for 1 and
@@ -15,8 +15,10 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +42,12 @@ NEW = 64
 WANTED = 10
 
 
-def whole(model_config, params, x, _):
+def without_cache(model_config, params, x):
     """N visual tokens [B, N, D] after x [B, PREFIX, D], each from a run over all before it."""
     model = module.bind(emu.Emu, model_config, params)
     positions = jnp.tile(jnp.arange(PREFIX + N), (len(x), 1))
 
-    def one(x, n):
+    def next_token(x, n):
         hidden, _ = model.llama(
             x, positions, jnp.ones_like(positions), kernel=model_config.attention
         )
@@ -53,41 +55,50 @@ def whole(model_config, params, x, _):
         return jax.lax.dynamic_update_slice_in_dim(x, z, PREFIX + n, 1), z[:, 0]
 
     padded = jnp.pad(x, ((0, 0), (0, N), (0, 0)))
-    _, visual = jax.lax.scan(one, padded, jnp.arange(N))
+    _, visual = jax.lax.scan(next_token, padded, jnp.arange(N))
     return jnp.moveaxis(visual, 0, 1)
 
 
-def timed(call) -> tuple[float, np.ndarray]:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result) of a call."""
     began = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - began, result
 
 
 def prompts(session: Session, count: int, rng: np.random.Generator) -> list[Prompt]:
-    return [
-        Prompt([1, *rng.integers(3, session.model_config.llama.vocab, PREFIX - 1).tolist()])
-        for _ in range(count)
-    ]
+    """Random prompts of PREFIX tokens."""
+    vocab = session.model_config.llama.vocab
+    return [Prompt([1, *rng.integers(3, vocab, PREFIX - 1).tolist()]) for _ in range(count)]
 
 
 def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[str, float]:
-    """One image after PREFIX tokens, [IMG] among them: seconds of both ways (medians), taking
-    turns.
-    """
+    """Median seconds of an image after PREFIX tokens, with and without a cache."""
     (prompt,) = prompts(session, 1, rng)
-    # the session appends [IMG]
+    # The session appends [IMG].
     opened = Prompt(prompt.tokens[:-1])
     x, _ = session.embed([Prompt([*opened.tokens, session.tokenizer.img])])
-    slow = partial(jax.jit(whole, static_argnums=0), session.model_config, session.params, x, None)
-    ways = {"cached": lambda: session.generate_images([opened]), "whole": slow}
-    found = {f"{name}_compile": timed(call) for name, call in ways.items()}
-    results = {name: seconds for name, (seconds, _) in found.items()}
-    a, b = (np.asarray(found[f"{name}_compile"][1]) for name in ways)
-    results["difference"] = float(np.abs(a - b).max() / np.abs(b).max())
-    runs = [{name: timed(call)[0] for name, call in ways.items()} for _ in range(rounds)]
-    results |= {name: statistics.median(run[name] for run in runs) for name in ways}
-    ratios = sorted(run["whole"] / run["cached"] for run in runs)
-    return results | {
+    slow = partial(jax.jit(without_cache, static_argnums=0), session.model_config, session.params)
+
+    def cached():
+        return session.generate_images([opened])
+
+    def whole():
+        return slow(x)
+
+    cached_compile, a = timed(cached)
+    whole_compile, b = timed(whole)
+    difference = np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
+
+    # The two take turns.
+    seconds = [(timed(cached)[0], timed(whole)[0]) for _ in range(rounds)]
+    ratios = sorted(slow / fast for fast, slow in seconds)
+    return {
+        "cached_compile": cached_compile,
+        "whole_compile": whole_compile,
+        "difference": float(difference),
+        "cached": statistics.median(fast for fast, _ in seconds),
+        "whole": statistics.median(slow for _, slow in seconds),
         "ratio": statistics.median(ratios),
         "ratio_least": ratios[0],
         "ratio_most": ratios[-1],
@@ -95,40 +106,37 @@ def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[
 
 
 def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) -> dict[str, float]:
-    """Seconds to the first token, and tokens a second after it, of `rows` prompts of PREFIX
-    tokens.
-    """
+    """Seconds to the first token of `rows` prompts, and tokens a second after it."""
     some = prompts(session, rows, rng)
-    config = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW)
-    metadata = session.sampling_metadata(some, config, rows=rows, allowed=session.text_ids())
+    generation = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW)
+    metadata = session.sampling_metadata(some, generation, rows=rows, allowed=session.text_ids())
     keys = jax.random.split(jax.random.key(0), rows)
 
     def once() -> tuple[float, float]:
-        first, answers = timed(
-            lambda: text_decoding.start(
-                session.model_config,
-                session.params,
-                session.prefill_batch(some, room=NEW),
-                keys,
-                NEW,
-                metadata,
-            )
+        """Seconds to the first token, and to all others."""
+        began = time.perf_counter()
+        prefill = session.prefill_batch(some, room=NEW)
+        answers = text_decoding.start(
+            session.model_config, session.params, prefill, keys, NEW, metadata
         )
-        rest, answers = timed(
-            lambda: text_decoding.decode(
-                session.model_config, session.params, answers, jnp.int32(NEW), metadata
-            )
+        jax.block_until_ready(answers)
+        first = time.perf_counter()
+        answers = text_decoding.decode(
+            session.model_config, session.params, answers, jnp.int32(NEW), metadata
         )
+        jax.block_until_ready(answers)
+        end = time.perf_counter()
         assert int(answers.count) == NEW
-        return first, rest
+        return first - began, end - first
 
-    compiled = once()
+    with_compiling = once()
     runs = [once() for _ in range(rounds)]
-    first, rest = (statistics.median(run[k] for run in runs) for k in (0, 1))
+    first = statistics.median(first for first, _ in runs)
+    rest = statistics.median(rest for _, rest in runs)
     return {
         "first_token_s": first,
         "tokens_per_second": rows * (NEW - 1) / rest,
-        "compile_s": sum(compiled) - first - rest,
+        "compile_s": sum(with_compiling) - first - rest,
     }
 
 
@@ -136,10 +144,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="timings, of which medians are taken (3)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="the numbers, as JSON")
+    parser.add_argument("--rounds", type=int, default=3, help="timings to take medians of (3)")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     flags = parser.parse_args()
     c = config.load(["--config=configs/base.py:emu-60m", f"--config.model.resampler.tokens={N}"])
     model_config = emu.EmuConfig.of(c.model.to_dict())
@@ -148,36 +154,36 @@ def main() -> int:
     session = Session(
         model_config, params, Tokenizer(model_config.llama.vocab, list, str), context=2048
     )
-    results = {"image": image_loop(session, flags.rounds, rng)} | {
-        f"text_{rows}": writing(session, rows, flags.rounds, rng) for rows in (1, 8)
-    }
-    image = results["image"]
+    image = image_loop(session, flags.rounds, rng)
+    results = {"image": image}
+    for rows in (1, 8):
+        results[f"text_{rows}"] = writing(session, rows, flags.rounds, rng)
+
     millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
     print(
-        f"one image of {N} visual tokens after {PREFIX} tokens, {millions:.0f}M parameters, {model_config.compute}"
+        f"one image of {N} visual tokens after {PREFIX} tokens, "
+        f"{millions:.0f}M parameters, {model_config.compute}"
     )
+    for key, what in (("cached", "with a cache"), ("whole", "full prefix")):
+        first_call = image[f"{key}_compile"]
+        print(f"  {what:12}{image[key]:13.3f} s   (first call, with compiling {first_call:.1f} s)")
     print(
-        f"  with a cache     {image['cached']:8.3f} s   (first call, with compiling {image['cached_compile']:.1f} s)"
-    )
-    print(
-        f"  whole prefix     {image['whole']:8.3f} s   (first call, with compiling {image['whole_compile']:.1f} s)"
-    )
-    print(
-        f"  ratio            {image['ratio']:8.1f}     ({image['ratio_least']:.1f} to {image['ratio_most']:.1f}); "
+        f"  ratio       {image['ratio']:13.1f}     "
+        f"({image['ratio_least']:.1f} to {image['ratio_most']:.1f}); "
         f"largest difference {image['difference']:.1e}"
     )
     for rows in (1, 8):
-        row = results[f"text_{rows}"]
+        text = results[f"text_{rows}"]
         print(
-            f"text, batch {rows}: first token after {row['first_token_s']:.3f} s, then {row['tokens_per_second']:.1f} tokens a second "
-            f"(compiling {row['compile_s']:.1f} s)"
+            f"text, batch {rows}: first token after {text['first_token_s']:.3f} s, "
+            f"then {text['tokens_per_second']:.1f} tokens a second "
+            f"(compiling {text['compile_s']:.1f} s)"
         )
     if flags.json:
         Path(flags.json).write_text(json.dumps(results, indent=1) + "\n")
     if image["ratio"] < WANTED or image["difference"] > 1e-3:
-        print(
-            f"FAILED: the cache must be {WANTED} times as fast, and draw the same", file=sys.stderr
-        )
+        message = f"the cache must be {WANTED} times as fast, and give the same image"
+        print(f"FAILED: {message}", file=sys.stderr)
         return 1
     return 0
 

@@ -9,17 +9,20 @@ which cost padding. Run from the repository's root. Results: benchmarks/results/
 
 import argparse
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from emu_jax import config
 from emu_jax.data.packing import best_fit
+from emu_jax.data.sequence import Sequence
 
-# Images of a document, and the mean and deviation of its text's tokens (log-normal). Captions of
-# LAION-2B: about 77 characters; of LAION-COCO and WebVid: one sentence. MMC4: subsequences of 1024
-# tokens with at most 5 images, and 5 images with a sentence each in 512 tokens. Storyboards: 8
-# frames and the words spoken between them, two and a half a second for 2 seconds a frame, 1.4
-# tokens a word (ours: a guess).
+# Source -> range of the number of images in a document, and the mean and standard deviation of its
+# text's tokens (log-normal). Captions of LAION-2B: about 77 characters; of LAION-COCO and WebVid:
+# one sentence. MMC4: subsequences of 1024 tokens with at most 5 images, and 5 images with a
+# sentence each in 512 tokens. Storyboards: 8 frames and the words spoken between them, at two and a
+# half words a second, 2 seconds a frame and 1.4 tokens a word (our guess).
 LENGTHS = {
     "laion-2b": ((1, 1), 20, 14),
     "laion-coco": ((1, 1), 14, 4),
@@ -28,28 +31,28 @@ LENGTHS = {
     "webvid": ((8, 8), 20, 10),
     "yt-storyboard": ((8, 8), 56, 30),
 }
+# Limits on the images of a row that are tried.
 LIMITS = (8, 16, 24, 32, 40, 48)
 
 
-def document(name: str, rng: np.random.Generator, n_visual: int) -> SimpleNamespace:
-    """What `best_fit` looks at: the tokens and the images of a document of the source."""
+def document(name: str, rng: np.random.Generator, n_visual: int) -> Sequence:
+    """A document of a source with only what `best_fit` looks at: numbers of tokens and images."""
     (least, most), mean, deviation = LENGTHS[name]
     images = rng.integers(least, most + 1)
     spread = np.log(1 + (deviation / mean) ** 2)
     text = max(1, round(rng.lognormal(np.log(mean) - spread / 2, spread**0.5)))
     most_tokens = {"mmc4": 1024, "mmc4-pairs": 512}.get(name, 2048)
-    return SimpleNamespace(
-        tokens=range(min(2 + text + images * (n_visual + 2), most_tokens)),
-        image_slots=range(images),
-    )
+    # An image's visual tokens lie between [IMG] and [/IMG], and a document's between <s> and </s>.
+    tokens = min(2 + text + images * (n_visual + 2), most_tokens)
+    return cast(Sequence, SimpleNamespace(tokens=range(tokens), image_slots=range(images)))
 
 
-def pack(c, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(tokens, images) of `rows` rows with at most `limit` images, and the number of documents in
-    them.
-    """
+def pack(c: ConfigDict, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Pack `rows` rows of at most `limit` images: (tokens, images) of each, all documents."""
     rng = np.random.default_rng(0)
-    names, weights = zip(*(source[:2] for source in c.data.mixture))
+    names = [source[0] for source in c.data.mixture]
+    weights = np.array([source[1] for source in c.data.mixture])
+    shares = weights / weights.sum()
     waiting = []
     tokens = np.zeros(rows, int)
     images = np.zeros(rows, int)
@@ -57,22 +60,17 @@ def pack(c, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
     for row in range(rows):
         while True:
             while len(waiting) < c.data.pack_lookahead:
-                waiting.append(
-                    document(
-                        rng.choice(names, p=np.array(weights) / sum(weights)),
-                        rng,
-                        c.model.resampler.tokens,
-                    )
-                )
+                name = rng.choice(names, p=shares)
+                waiting.append(document(name, rng, c.model.resampler.tokens))
             place = best_fit(
                 waiting, c.data.tokens - tokens[row], limit - images[row], c.data.tokens, limit
             )
             if place is None:
                 break
             found = waiting.pop(place)
-            tokens[row] = tokens[row] + len(found.tokens)
-            images[row] = images[row] + len(found.image_slots)
-            documents = documents + 1
+            tokens[row] += len(found.tokens)
+            images[row] += len(found.image_slots)
+            documents += 1
     return tokens, images, documents
 
 
@@ -80,25 +78,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=2000, help="rows to simulate (2000)")
     rows = parser.parse_args().rows
     c = config.load(["--config=configs/pretrain.py"])
+    batch = c.data.batch
     _, images, documents = pack(c, rows, c.data.tokens)
-    print(
-        f"without a limit: {documents / rows * c.data.batch:,.0f} documents in {c.data.batch} rows; images a row: mean {images.mean():.1f}, "
-        + ", ".join(
-            f"{share:.0%} of rows at most {np.quantile(images, share):.0f}"
-            for share in (0.5, 0.9, 0.99)
-        )
+    quantiles = ", ".join(
+        f"{share:.0%} of rows at most {np.quantile(images, share):.0f}"
+        for share in (0.5, 0.9, 0.99)
     )
     print(
-        "| images a row | padding | places for images that stay empty | documents a step |\n|---|---|---|---|"
+        f"without a limit: {documents / rows * batch:,.0f} documents in {batch} rows; "
+        f"images a row: mean {images.mean():.1f}, {quantiles}"
     )
+    print("| images a row | padding | empty image slots | documents a step |")
+    print("|---|---|---|---|")
     for limit in LIMITS:
         tokens, images, documents = pack(c, rows, limit)
-        print(
-            f"| {limit} | {1 - tokens.mean() / c.data.tokens:.1%} | {1 - images.mean() / limit:.0%} | {documents / rows * c.data.batch:,.0f} |"
-        )
+        padding = 1 - tokens.mean() / c.data.tokens
+        empty = 1 - images.mean() / limit
+        print(f"| {limit} | {padding:.1%} | {empty:.0%} | {documents / rows * batch:,.0f} |")
 
 
 if __name__ == "__main__":

@@ -26,12 +26,15 @@ from emu_jax.models import emu
 from emu_jax.weights import convert, files, llama
 
 ROOT = Path(__file__).resolve().parent.parent
+# Bytes of a shard.
 SHARD = 500_000_000
+MIB = 2**20
 
 
 def make(folder: Path, c) -> tuple[int, int]:
-    """Random shards, index and config.json of the config's LLaMA: (bytes in all, of the largest
-    tensor).
+    """Write random shards, index and config.json of the config's LLaMA.
+
+    Returns the bytes of all tensors and of the largest.
     """
     folder.mkdir()
     model = c.model.to_dict()
@@ -55,22 +58,23 @@ def make(folder: Path, c) -> tuple[int, int]:
         "llama/blocks/ffn/down/w": (L, m.ffn, D),
     }
     shapes = convert.foreign_shapes(llama.table(model_config), ours)
+    # A generator: one tensor at a time is in memory.
     arrays = (
         (name, rng.standard_normal(shape, np.float32).astype(dtype))
         for name, shape in shapes.items()
     )
-    files.write(
-        folder, "model", {name: (shape, dtype) for name, shape in shapes.items()}, arrays, SHARD
-    )
+    headers = {name: (shape, dtype) for name, shape in shapes.items()}
+    files.write(folder, "model", headers, arrays, SHARD)
     (folder / "config.json").write_text(json.dumps(llama.config_json(model, 2048)))
     sizes = [int(np.prod(shape)) * dtype.itemsize for shape in shapes.values()]
     return sum(sizes), max(sizes)
 
 
 def run(*arguments: str) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of `python -m emu_jax.weights`. The peak is the kernel's own,
-    asked for until the process ends: what wait4 tells may be the peak of this process, which it was
-    split from.
+    """(seconds, peak resident bytes) of `python -m emu_jax.weights`.
+
+    The peak is polled from the kernel until the process ends: wait4 may report the peak of this
+    process, from which the other was forked.
     """
     began = time.perf_counter()
     peak = 0
@@ -78,9 +82,9 @@ def run(*arguments: str) -> tuple[float, int]:
         [sys.executable, "-m", "emu_jax.weights", *arguments], stdout=subprocess.DEVNULL, cwd=ROOT
     )
     while process.poll() is None:
-        if found := re.search(
-            r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()
-        ):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        if found:
             peak = int(found[1]) * 1024
         time.sleep(0.02)
     if process.returncode:
@@ -88,51 +92,58 @@ def run(*arguments: str) -> tuple[float, int]:
     return time.perf_counter() - began, peak
 
 
+def different_tensors(one: Path, other: Path) -> list[str]:
+    """Names of the tensors that are not in both folders with the same bits."""
+    a = files.read([str(one)]).tensors
+    b = files.read([str(other)]).tensors
+    differing = sorted(a.keys() ^ b.keys())
+    for name in a.keys() & b.keys():
+        if np.asarray(a[name]).tobytes() != np.asarray(b[name]).tobytes():
+            differing.append(name)
+    return differing
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", default="emu-1b", help="of configs/sizes.py")
-    parser.add_argument("--json", metavar="FILE", help="write the table there as well")
+    parser.add_argument("--size", default="emu-1b", help="a name in configs/sizes.py (emu-1b)")
+    parser.add_argument("--json", metavar="FILE", help="also write the table to this file")
     flags = parser.parse_args()
-    named = f"--config={ROOT}/configs/pretrain.py:{flags.size}"
-    c = config.load([named])
-    with tempfile.TemporaryDirectory() as where:
-        source, ours, theirs = (Path(where) / name for name in ("source", "ours", "theirs"))
+    config_flag = f"--config={ROOT}/configs/pretrain.py:{flags.size}"
+    c = config.load([config_flag])
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source")
+        imported = Path(folder, "imported")
+        exported = Path(folder, "exported")
         total, largest = make(source, c)
         found = {
-            "import": run("import", "--family=llama", str(source), named, f"--to={ours}"),
-            "export": run("export", "--family=llama", f"--from={ours}", f"--to={theirs}"),
+            "import": run("import", "--family=llama", str(source), config_flag, f"--to={imported}"),
+            "export": run("export", "--family=llama", f"--from={imported}", f"--to={exported}"),
         }
-        one = files.read([str(source)]).tensors
-        two = files.read([str(theirs)]).tensors
-        differ = [
-            name
-            for name in one
-            if np.asarray(one[name]).tobytes() != np.asarray(two[name]).tobytes()
-        ] + sorted(one.keys() ^ two.keys())
+        differing = different_tensors(source, exported)
     bound = 3 * largest + 2**30
+    shards = -(-total // SHARD)
     print(
-        f"{flags.size}'s LLaMA: {total / 2**30:.2f} GiB in {-(-total // SHARD)} shards, the largest tensor {largest / 2**20:.0f} MiB\n"
+        f"{flags.size}'s LLaMA: {total / 2**30:.2f} GiB in {shards} shards, "
+        f"the largest tensor {largest / MIB:.0f} MiB\n"
     )
-    print("| | seconds | MiB/s | peak MiB | bound MiB |\n|---|---|---|---|---|")
+    print("| | seconds | MiB/s | peak MiB | bound MiB |")
+    print("|---|---|---|---|---|")
     for name, (seconds, peak) in found.items():
-        print(
-            f"| {name} | {seconds:.1f} | {total / 2**20 / seconds:.0f} | {peak / 2**20:.0f} | {bound / 2**20:.0f} |"
-        )
-    print(
-        f"\nexport of import: {'bit for bit the source' if not differ else f'{len(differ)} tensors DIFFER: {differ[:3]}'}"
-    )
+        rate = total / MIB / seconds
+        print(f"| {name} | {seconds:.1f} | {rate:.0f} | {peak / MIB:.0f} | {bound / MIB:.0f} |")
+    if differing:
+        print(f"\nexport of import: {len(differing)} tensors DIFFER: {differing[:3]}")
+    else:
+        print("\nexport of import: bit for bit the source")
     if flags.json:
-        rows = {name: {"seconds": seconds, "peak": peak} for name, (seconds, peak) in found.items()}
-        Path(flags.json).write_text(
-            json.dumps(
-                {"size": flags.size, "bytes": total, "largest": largest, "bound": bound, **rows},
-                indent=1,
-            )
-            + "\n"
-        )
-    return 1 if differ or max(peak for _, peak in found.values()) > bound else 0
+        numbers = {"size": flags.size, "bytes": total, "largest": largest, "bound": bound}
+        for name, (seconds, peak) in found.items():
+            numbers[name] = {"seconds": seconds, "peak": peak}
+        Path(flags.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    exceeded = max(peak for _, peak in found.values()) > bound
+    return int(bool(differing) or exceeded)
 
 
 if __name__ == "__main__":

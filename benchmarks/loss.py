@@ -26,29 +26,28 @@ from jax.sharding import PartitionSpec as P
 
 from emu_jax import hlo, losses, sharding
 
-# K: 8 images of 32 visual tokens
+# Tokens of a row, ids of the tokenizer, added ids, and visual tokens of a row (8 images of 32).
 T = 2048
 V = 32000
 ADDED = 6
 K = 256
+# Tokens in one piece of the fused objective.
 CHUNK = 256
-# D -> pairs of timings
+# Width of the model -> pairs of timings.
 ROUNDS = {512: 9, 2048: 5}
-# data, fsdp, tensor
+# Sizes of data, fsdp and tensor.
 MESHES = ((1, 4, 2), (2, 2, 2), (1, 2, 4), (1, 8, 1))
-# the bounds
-SHARE = 1 / 8
-SLOWER = 1.1
-DIFFERENCE = 1e-4
+# Bounds on fused : plain in memory and in time, and on the largest difference.
+BOUNDS = {"memory_ratio": 1 / 8, "time_ratio": 1.1, "difference": 1e-4}
 
 
 def shapes(B, D):
-    """The arguments of `fused` as shapes: (what learns, what is given)."""
+    """Shapes of the arguments of `fused`: (trained, given)."""
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    learnt = array(B, T, D), {"base": array(V, D), "added": array(ADDED, D)}, {"w": array(D, D)}
+    trained = array(B, T, D), {"base": array(V, D), "added": array(ADDED, D)}, {"w": array(D, D)}
     given = (
         array(B, T, dtype=jnp.int32),
         array(B, T),
@@ -58,18 +57,16 @@ def shapes(B, D):
         array(),
         array(),
     )
-    return learnt, given
+    return trained, given
 
 
-def fused(learnt, given):
-    return losses.fused(*learnt, *given, chunk=CHUNK)[0]
+def fused(trained, given):
+    return losses.fused(*trained, *given, chunk=CHUNK)[0]
 
 
-def plain(learnt, given):
-    """With one table of V + n rows, as one would write it without added rows; all logits in
-    float32.
-    """
-    hidden, table, regress = learnt
+def plain(trained, given):
+    """The objective from all logits at once, in float32, with one table of V + n rows."""
+    hidden, table, regress = trained
     labels, label_weights, predictors, targets, target_weights, text_scale, image_scale = given
     logits = jnp.einsum("BTD,VD->BTV", hidden, table)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
@@ -78,17 +75,19 @@ def plain(learnt, given):
     return text_scale * (label_weights * nll).sum() + image_scale * (target_weights * error).sum()
 
 
-def one_table(learnt):
-    hidden, head, regress = learnt
+def one_table(trained):
+    """Arguments of `fused` as those of `plain`."""
+    hidden, head, regress = trained
     return hidden, jnp.concatenate([head["base"], head["added"]]), regress
 
 
 def fill(shapes, D):
+    """Random arguments of these shapes."""
     rng = np.random.default_rng(0)
-    learnt, given = jax.tree.map(
+    trained, given = jax.tree.map(
         lambda x: rng.standard_normal(x.shape, np.float32) if x.dtype == jnp.float32 else x, shapes
     )
-    learnt = learnt[0], *jax.tree.map(lambda w: w / D**0.5, learnt[1:])
+    trained = trained[0], *jax.tree.map(lambda w: w / D**0.5, trained[1:])
     labels, _, predictors, targets, *_ = given
     given = (
         rng.integers(0, V + ADDED, labels.shape, np.int32),
@@ -99,7 +98,7 @@ def fill(shapes, D):
         np.float32(1 / T),
         np.float32(1 / K),
     )
-    return jax.device_put((learnt, given))
+    return jax.device_put((trained, given))
 
 
 def seconds(function, arguments):
@@ -109,22 +108,20 @@ def seconds(function, arguments):
 
 
 def race(D):
-    """One row of the table: temporaries (MiB) beyond a float32 gradient of V x D, and seconds, of
-    both.
-    """
-    learnt, given = fill(shapes(1, D), D)
-    arguments = {"plain": (one_table(learnt), given), "fused": (learnt, given)}
-    compiled = {
-        name: jax.jit(jax.value_and_grad(function)).lower(*arguments[name]).compile()
-        for name, function in (("plain", plain), ("fused", fused))
-    }
+    """A row of the table: temporaries (MiB) beyond a float32 V x D gradient, and seconds."""
+    trained, given = fill(shapes(1, D), D)
+    arguments = {"plain": (one_table(trained), given), "fused": (trained, given)}
     buffer = (V + ADDED) * D * 4
-    temporaries = {
-        name: (c.memory_analysis().temp_size_in_bytes - buffer) / 2**20
-        for name, c in compiled.items()
-    }
+    compiled = {}
+    temporaries = {}
+    for name, function in (("plain", plain), ("fused", fused)):
+        gradient = jax.jit(jax.value_and_grad(function))
+        compiled[name] = gradient.lower(*arguments[name]).compile()
+        stats = compiled[name].memory_analysis()
+        assert stats
+        temporaries[name] = (stats.temp_size_in_bytes - buffer) / 2**20
 
-    # which also warms them up
+    # These runs also warm both up.
     results = {name: c(*arguments[name]) for name, c in compiled.items()}
     value, gradient = results["fused"]
     pairs = zip(
@@ -137,7 +134,7 @@ def race(D):
 
     times = {"plain": [], "fused": []}
     for turn in range(ROUNDS[D]):
-        # taking turns to be first
+        # They take turns to be first.
         for name in sorted(times, reverse=turn % 2 == 0):
             times[name].append(seconds(compiled[name], arguments[name]))
     ratios = np.array(times["fused"]) / np.array(times["plain"])
@@ -156,22 +153,21 @@ def race(D):
 
 
 def on_mesh(sizes, D=512):
-    """One row of the table: how many collectives the compiled loop holds, and how many of them are
-    not over tensor alone.
-    """
+    """A row of the table: collectives in the compiled loop, and those not over tensor alone."""
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
-    learnt, given = shapes(8, D)
+    trained, given = shapes(8, D)
     row = P(sharding.ROWS)
     specs = (row, losses.HEAD_SPECS, losses.REGRESS_SPECS), (row, row, row, row, row, P(), P())
     placed = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
-        (learnt, given),
+        (trained, given),
         specs,
     )
     with jax.set_mesh(mesh):
-        found = hlo.Module(
-            jax.jit(jax.value_and_grad(fused)).lower(*placed).compile().as_text()
-        ).collectives()
+        compiled = jax.jit(jax.value_and_grad(fused)).lower(*placed).compile()
+    text = compiled.as_text()
+    assert text
+    found = hlo.Module(text).collectives()
     inside = [c for c in found if c.in_loop]
     tensor = np.arange(mesh.size).reshape(-1, sizes[2]).tolist()
     strangers = [c for c in inside if sorted(map(list, c.groups)) != tensor]
@@ -187,60 +183,79 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", metavar="FILE", help="write the tables there as well")
+    parser.add_argument("--json", metavar="FILE", help="also write the tables to this file")
     flags = parser.parse_args()
     print(
-        f"T {T}, V {V + ADDED}, B 1, K {K}, chunk {CHUNK}, float32, jax {jax.__version__}, {os.cpu_count()} cores"
+        f"T {T}, V {V + ADDED}, B 1, K {K}, chunk {CHUNK}, float32, "
+        f"jax {jax.__version__}, {os.cpu_count()} cores"
     )
     print(
-        "temporaries are beyond one V x D float32 gradient; times are medians, plain and fused taking turns\n"
+        "temporaries are beyond one V x D float32 gradient; "
+        "times are medians, plain and fused taking turns"
     )
 
+    print(
+        "\n| mesh (data, fsdp, tensor) | collectives in the loop | not over tensor alone "
+        "| outside |"
+    )
+    print("|---" * 4 + "|")
     meshes = []
-    print(
-        "| mesh (data, fsdp, tensor) | collectives in the loop | not over tensor alone | outside |\n|---|---|---|---|"
-    )
     for sizes in MESHES:
-        meshes.append(on_mesh(sizes))
-        print(
-            "| {mesh} | {inside} | {inside_not_tensor} | {outside} |".format(**meshes[-1]),
-            flush=True,
-        )
+        found = on_mesh(sizes)
+        meshes.append(found)
+        columns = ("mesh", "inside", "inside_not_tensor", "outside")
+        print("| " + " | ".join(str(found[name]) for name in columns) + " |", flush=True)
 
-    races = []
     print(
-        "\n| D | plain MiB | fused MiB | ratio | plain s | fused s | ratio (least to most) | largest difference |\n"
-        + "|---" * 8
-        + "|"
+        "\n| D | plain MiB | fused MiB | ratio | plain s | fused s | ratio (least to most) "
+        "| largest difference |"
     )
+    print("|---" * 8 + "|")
+    races = []
     for D in ROUNDS:
-        races.append(race(D))
-        print(
-            "| {D} | {plain_mib:.0f} | {fused_mib:.0f} | {memory_ratio:.3f} | {plain_s:.2f} | {fused_s:.2f} | "
-            "{time_ratio:.2f} ({time_ratio_min:.2f} to {time_ratio_max:.2f}) | {difference:.0e} |".format(
-                **races[-1]
-            ),
-            flush=True,
-        )
+        found = race(D)
+        races.append(found)
+        print(race_row(found), flush=True)
 
-    violated = [
-        f"mesh {m['mesh']}: a collective in the loop is not over tensor, or one is missing"
-        for m in meshes
-        if m["inside_not_tensor"] or (m["inside"] > 0) != (m["mesh"][2] > 1)
-    ]
-    bounds = {"memory_ratio": SHARE, "time_ratio": SLOWER, "difference": DIFFERENCE}
-    violated += [
-        f"D {r['D']}: {name} is {r[name]:.3g}, over {bound:.3g}"
-        for r in races
-        for name, bound in bounds.items()
-        if not r[name] <= bound
-    ]
+    violated = violations(meshes, races)
     if flags.json:
-        Path(flags.json).write_text(
-            json.dumps({"meshes": meshes, "races": races, "violated": violated}, indent=1) + "\n"
-        )
+        tables = {"meshes": meshes, "races": races, "violated": violated}
+        Path(flags.json).write_text(json.dumps(tables, indent=1) + "\n")
     print("\n" + ("\n".join(violated) or "every bound holds"))
     sys.exit(1 if violated else 0)
+
+
+def race_row(found):
+    times = "{time_ratio:.2f} ({time_ratio_min:.2f} to {time_ratio_max:.2f})".format(**found)
+    columns = (
+        f"{found['D']}",
+        f"{found['plain_mib']:.0f}",
+        f"{found['fused_mib']:.0f}",
+        f"{found['memory_ratio']:.3f}",
+        f"{found['plain_s']:.2f}",
+        f"{found['fused_s']:.2f}",
+        times,
+        f"{found['difference']:.0e}",
+    )
+    return "| " + " | ".join(columns) + " |"
+
+
+def violations(meshes, races):
+    """The bounds that the rows violate, in words."""
+    found = []
+    for row in meshes:
+        splits_tensor = row["mesh"][2] > 1
+        if row["inside_not_tensor"] or (row["inside"] > 0) != splits_tensor:
+            found.append(
+                f"mesh {row['mesh']}: a collective in the loop is not over tensor, "
+                "or one is missing"
+            )
+    for row in races:
+        for name, bound in BOUNDS.items():
+            # A NaN violates a bound, too.
+            if not row[name] <= bound:
+                found.append(f"D {row['D']}: {name} is {row[name]:.3g}, over {bound:.3g}")
+    return found
 
 
 if __name__ == "__main__":

@@ -18,20 +18,20 @@ import time
 import jax
 import jax.numpy as jnp
 
-from emu_jax import config, sharding
+from emu_jax import cli, config, sharding
 from emu_jax.data import tokenizer
 from emu_jax.data.loader import Loader
 from emu_jax.plan import make_program
 from emu_jax.step import init_params, init_state, jit_train_step
 from emu_jax.throughput import Throughput
 
-MIXTURE = "--config.data.mixture=(('names',0.5,'data/demo/names:train'),('scenes',0.5,'data/demo/scenes:train'))"
-# name -> arguments of the config; everything trains, as in pretraining
+MIXTURE = "(('names',0.5,'data/demo/names:train'),('scenes',0.5,'data/demo/scenes:train'))"
+# Name -> arguments of the config. Everything trains, as in pretraining.
 RUNS = {
     "demo": ["--config=configs/demo.py", "--config.rules.train=(('.*',True),)"],
     "emu-60m": [
         "--config=configs/base.py:emu-60m",
-        MIXTURE,
+        f"--config.data.mixture={MIXTURE}",
         "--config.data.tokenizer=data/demo/tokenizer.json",
         "--config.model.llama.vocab=2048",
         "--config.data.batch=4",
@@ -40,6 +40,22 @@ RUNS = {
         "--config.data.num_streams=4",
     ],
 }
+# Steps before the timed ones: one compiles, and the first speed is that of the third.
+WARM_UP = 3
+# Share of the time that the demo may wait for its input.
+MOST_INPUT_WAIT = 0.02
+# Rows of the printed table: field, unit, and the number of units in one.
+TABLE = (
+    ("parameters", "M", 1e-6),
+    ("step_time", "ms", 1e3),
+    ("elements_per_second", "", 1),
+    ("images_per_second", "", 1),
+    ("padding", "%", 100),
+    ("input_wait", "%", 100),
+    ("flops_per_second", "GFLOP/s", 1e-9),
+    ("matmul_peak", "GFLOP/s", 1e-9),
+    ("share_of_peak", "%", 100),
+)
 
 
 def matmul_peak(size: int = 2048) -> float:
@@ -74,23 +90,23 @@ def measure(arguments: list[str], steps: int) -> dict[str, float]:
     throughput = Throughput(program, state, c.data.batch)
     rows = []
     batches = iter(loader)
-    for number in range(steps + 3):
+    for number in range(steps + WARM_UP):
         began = time.perf_counter()
         item = next(batches)
         waited = time.perf_counter() - began
         state, metrics = step(program, state, item.batch)
         jax.block_until_ready(metrics)
-        if number >= 2:
-            rows.append(throughput.measure(item, waited))
-            rows[-1]["images"] = item.batch.image_weights.sum()
-        else:
-            throughput.measure(item, waited)
+        row = throughput.measure(item, waited)
+        if number >= WARM_UP - 1:
+            rows.append(row)
     loader.close()
-    assert step._cache_size() == 1, f"train_step was compiled {step._cache_size()} times"
+    compilations = step._cache_size()  # ty: ignore[missing-attribute]
+    assert compilations == 1, f"train_step was compiled {compilations} times"
 
-    def median(name):
+    def median(name: str) -> float:
         return float(statistics.median(row[name] for row in rows))
 
+    waiting = sum(row["input_wait"] for row in rows)
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "step_time": median("step_time"),
@@ -98,54 +114,35 @@ def measure(arguments: list[str], steps: int) -> dict[str, float]:
         "images_per_second": median("images_per_second"),
         "padding": statistics.fmean(row["padding"] for row in rows),
         "flops_per_second": median("flops_per_second"),
-        "input_wait": sum(row["input_wait"] for row in rows)
-        / sum(row["step_time"] for row in rows),
+        "input_wait": waiting / sum(row["step_time"] for row in rows),
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--json", metavar="FILE")
-    flags = parser.parse_args()
+def main(arguments: list[str]) -> int:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30, help="timed steps (30)")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+    flags = parser.parse_args(arguments)
     found = {}
-    try:
-        with jax.set_mesh(sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])):
-            for name, arguments in RUNS.items():
-                peak = matmul_peak()
-                found[name] = measure(arguments, flags.steps)
-                found[name] |= {
-                    "matmul_peak": peak,
-                    "share_of_peak": found[name]["flops_per_second"] / peak,
-                }
-    except config.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with jax.set_mesh(sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])):
+        for name, arguments in RUNS.items():
+            peak = matmul_peak()
+            run = measure(arguments, flags.steps)
+            run["matmul_peak"] = peak
+            run["share_of_peak"] = run["flops_per_second"] / peak
+            found[name] = run
     print(f"{'':22}" + "".join(f"{name:>12}" for name in found))
-    for field, unit, scale in (
-        ("parameters", "M", 1e-6),
-        ("step_time", "ms", 1e3),
-        ("elements_per_second", "", 1),
-        ("images_per_second", "", 1),
-        ("padding", "%", 100),
-        ("input_wait", "%", 100),
-        ("flops_per_second", "GFLOP/s", 1e-9),
-        ("matmul_peak", "GFLOP/s", 1e-9),
-        ("share_of_peak", "%", 100),
-    ):
-        print(
-            f"{field:22}"
-            + "".join(f"{row[field] * scale:12.1f}" for row in found.values())
-            + f"  {unit}"
-        )
+    for field, unit, scale in TABLE:
+        values = "".join(f"{run[field] * scale:12.1f}" for run in found.values())
+        print(f"{field:22}{values}  {unit}")
     if flags.json:
         with open(flags.json, "w") as file:
             json.dump(found, file, indent=1)
-    if found["demo"]["input_wait"] >= 0.02:
-        print("FAILED: the demo waits for its input for 2 % of the time or more", file=sys.stderr)
+    if found["demo"]["input_wait"] >= MOST_INPUT_WAIT:
+        print("FAILED: the demo waits for its input 2 % of the time or more", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -1,13 +1,10 @@
 """Conversations for instruction tuning, each kind in its authors' JSON.
 
-  llava         {id, image, conversations: [{from: human|gpt, value}]}; a line "<image>" of the
-                human stands for the image
-  sharegpt      {id, conversations (or items): [{from, value}]}
-  alpaca        {instruction, input, output}
-  videochat     {video (or image), QA: [{i, q, a}]}; i of the first is the system message
-  videochatgpt  {q, a, video_id}, or LLaVA's form with `video` and "<video>"
-A placeholder counts only if an image belongs to it: any other "<image>" is text. Read next:
-webpages.py.
+llava {id, image, conversations: [{from: human|gpt, value}]}, "<image>" stands for the image;
+sharegpt {id, conversations (or items): [{from, value}]}; alpaca {instruction, input, output};
+videochat {video (or image), QA: [{i, q, a}]}, i of the first is the system message;
+videochatgpt {q, a, video_id}, or LLaVA's form with `video` and "<video>". A placeholder counts
+only if an image belongs to it: any other "<image>" is text. Read next: webpages.py.
 """
 
 import itertools
