@@ -20,14 +20,15 @@ from PIL import Image
 
 from emu_jax import config
 from emu_jax.data.tokenizer import Tokenizer
-from emu_jax.evaluate import benchmark
 from emu_jax.evaluate.annotations import Example
+from emu_jax.evaluate.plan import BenchmarkPlan, BenchmarkSettings
+from emu_jax.evaluate.predict import Predictor
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate.session import Session
 from emu_jax.models import emu, module
 
 
-def noise_images(folder: Path, count: int) -> benchmark.Plan:
+def noise_images(folder: Path, count: int) -> BenchmarkPlan:
     """A benchmark of `count` images of noise, as large as photographs."""
     rng = np.random.default_rng(0)
     examples = []
@@ -36,23 +37,23 @@ def noise_images(folder: Path, count: int) -> benchmark.Plan:
         name = f"{number}.jpg"
         paths[name] = folder / name
         Image.fromarray(rng.integers(0, 256, (480, 640, 3), np.uint8)).save(paths[name])
-        examples.append(Example(str(number), name, answers=("a dog",)))
-    return benchmark.Plan(examples, paths, [], [])
+        examples.append(Example(str(number), name, references=("a dog",)))
+    return BenchmarkPlan(examples, paths, [], [])
 
 
-def captions(session: Session, planned: benchmark.Plan, batch: int) -> tuple[float, list[str]]:
+def captions(session: Session, planned: BenchmarkPlan, batch: int) -> tuple[float, list[str]]:
     """(seconds, captions) with `batch` images at once; everything is compiled before."""
     session.batch = batch
-    settings = benchmark.Settings("coco-caption", "", 0, "", "test")
-    asker = benchmark.Asker(session, settings, planned)
+    settings = BenchmarkSettings("coco-caption", "", 0, "", "test")
+    predictor = Predictor(session, settings, planned)
     starts = range(0, len(planned.examples), batch)
     batches = [planned.examples[start : start + batch] for start in starts]
     # The last batch may be smaller, and so another program.
     for some in (batches[0], batches[-1]):
-        asker.predict(some)
-    asker.frames.cache_clear()
+        predictor.predict(some)
+    predictor.frames.cache_clear()
     began = time.perf_counter()
-    said = [one.said for some in batches for one in asker.predict(some)]
+    said = [one.text for some in batches for one in predictor.predict(some)]
     return time.perf_counter() - began, said
 
 
@@ -84,7 +85,7 @@ def main() -> int:
     numbers = {
         "images": flags.images,
         "batch": flags.batch,
-        "task": TASKS["coco-caption"].what,
+        "task": TASKS["coco-caption"].description,
         "device": jax.devices()[0].device_kind,
         "captions_per_second": flags.images / together,
         "captions_per_second_alone": flags.images / alone,

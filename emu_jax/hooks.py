@@ -20,7 +20,8 @@ from emu_jax import processes, sharding, tree
 from emu_jax.config import UserError
 from emu_jax.data.loader import LoadedBatch, Loader
 from emu_jax.data.tokenizer import Tokenizer
-from emu_jax.evaluate import benchmark
+from emu_jax.evaluate.benchmark import evaluate_session
+from emu_jax.evaluate.plan import BenchmarkSettings, plan_benchmark
 from emu_jax.evaluate.tasks import TASKS
 from emu_jax.generate import diffusion_decoder
 from emu_jax.generate.generation_config import GenerationConfig
@@ -69,21 +70,21 @@ def benchmark_evaluator(plan: RunPlan, tokenizer: Tokenizer) -> Evaluator:
     tasks = []
     for row in c.eval.tasks:
         settings, count = _parse_task(row, c.workdir)
-        benchmark.plan(settings, limit=count)
+        plan_benchmark(settings, limit=count)
         tasks.append((settings, count))
 
     def evaluate(params: tree.Tree) -> dict[str, float]:
         session = _session(plan, params, tokenizer)
         values = {}
         for settings, count in tasks:
-            numbers = benchmark.numbers(session, settings, limit=count)
+            numbers = evaluate_session(session, settings, limit=count)
             values |= {f"{settings.task}/{name}": value for name, value in numbers.items()}
         return values
 
     return evaluate
 
 
-def _parse_task(row: tuple, workdir: str) -> tuple[benchmark.Settings, int]:
+def _parse_task(row: tuple, workdir: str) -> tuple[BenchmarkSettings, int]:
     """(settings, number of examples) of a row of eval.tasks."""
     if not isinstance(row, (tuple, list)) or [type(value) for value in row] != [str, str, int]:
         raise _not_a_task(row)
@@ -93,7 +94,7 @@ def _parse_task(row: tuple, workdir: str) -> tuple[benchmark.Settings, int]:
     known = [name for name, spec in TASKS.items() if spec.metric not in OFFLINE_METRICS]
     if task not in known:
         raise UserError(f"eval.tasks: {task!r} is not one of {', '.join(known)}")
-    return benchmark.Settings(task, workdir, 0, folder, TASKS[task].split), count
+    return BenchmarkSettings(task, workdir, 0, folder, TASKS[task].split), count
 
 
 def _not_a_task(row: tuple) -> UserError:

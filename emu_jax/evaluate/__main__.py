@@ -1,8 +1,9 @@
-"""python -m emu_jax.evaluate --task=T --data=DIR --checkpoint=DIR [--shots=K] [--limit=N]: a
-benchmark, and a page to look at. python -m emu_jax.evaluate score --metric=NAME
---predictions=FILE --references=FILE: scores of predictions, without a model (--help: the layouts).
+"""python -m emu_jax.evaluate: evaluate a model on a benchmark, or score files.
 
-Read next: benchmark.py; score.py.
+python -m emu_jax.evaluate --task=T --data=DIR --checkpoint=DIR [--shots=K] [--limit=N]
+python -m emu_jax.evaluate score --metric=NAME --predictions=FILE --references=FILE
+
+Read next: benchmark.py, score_files.py.
 """
 
 import argparse
@@ -10,111 +11,131 @@ import json
 import sys
 from pathlib import Path
 
+from emu_jax import cli
 from emu_jax.config import UserError
 
-DESCRIPTION = """A trained model on a benchmark, from its published annotation files: predictions, their scores, and a page with pictures.
-A run that was stopped goes on with the same command."""
+DESCRIPTION = """\
+Evaluate a trained model on a benchmark, from its published annotation files and images.
+
+Writes submission.json, in the benchmark's own format, scores.json, and report.html with images, and
+prints the scores. A run that was stopped resumes with the same command."""
+EXAMPLES = """\
+examples (each begins with: python -m emu_jax.evaluate --checkpoint=runs/instruct):
+
+  caption COCO               --task=coco-caption --data=/data/coco
+  a first look               --task=vqav2 --data=/data/vqav2 --limit=200
+  few-shot, near images      --task=vqav2 --data=/data/vqav2 --shots=4
+  the paper's zero-shot      --task=vqav2 --data=/data/vqav2 --shots=2 --text-only
+  text to image, FID         --task=coco-t2i --data=/data/coco --decoder=DIR --inception=DIR
+  two machines               --task=okvqa --data=DIR --out=DIR --hosts=2 --host=0 (and --host=1)
+
+python -m emu_jax.evaluate score --help: scores of predictions in files, without a model.
+
+tasks, and the files that each reads, at any depth in --data:
+
+"""
+SCORE_DESCRIPTION = "Score predictions in files, and print the numbers as JSON."
+SCORE_EXAMPLE = """\
+example:
+
+  python -m emu_jax.evaluate score --metric=captions --predictions=results.json \\
+      --references=captions_val2014.json
+
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 for what the user can put right, said in one line."""
-    try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        if arguments[:1] == ["score"]:
-            print(json.dumps(scores(arguments[1:]), indent=1, ensure_ascii=False))
-            return 0
-        flags = _parse(arguments)
-        print(benchmark(flags))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command and return its exit status."""
+    return cli.run(_command, arguments)
 
 
-def benchmark(flags: argparse.Namespace) -> str:
-    """Prints the numbers of a benchmark; the page's path, or what is still to do."""
+def _command(arguments: list[str]) -> None:
+    if arguments[:1] == ["score"]:
+        _score(arguments[1:])
+    else:
+        _evaluate(_parse(arguments))
+
+
+def _evaluate(flags: argparse.Namespace) -> None:
+    """Print the scores of a benchmark and the page's path, or what other hosts have yet to do."""
+    # imported here, for they take seconds, and a wrong flag should fail at once
     import jax
 
     from emu_jax import checkpoint
     from emu_jax.evaluate import benchmark
+    from emu_jax.evaluate.plan import BenchmarkSettings, default_folder
     from emu_jax.evaluate.tasks import TASKS
     from emu_jax.generate.placement import inference_mesh
     from emu_jax.generate.session import Session
 
-    settings = benchmark.Settings(
-        flags.task,
-        str(Path(flags.checkpoint).resolve()),
-        checkpoint.latest_step(flags.checkpoint),
-        str(Path(flags.data).resolve()),
-        flags.split or TASKS[flags.task].split,
-        flags.shots,
-        flags.text_only,
-        flags.beams,
-        flags.ema,
-        flags.decoder or "",
+    settings = BenchmarkSettings(
+        task=flags.task,
+        checkpoint=str(Path(flags.checkpoint).resolve()),
+        step=checkpoint.latest_step(flags.checkpoint),
+        data=str(Path(flags.data).resolve()),
+        split=flags.split or TASKS[flags.task].split,
+        shots=flags.shots,
+        text_only=flags.text_only,
+        beams=flags.beams,
+        ema=flags.ema,
+        decoder=flags.decoder or "",
     )
-    host, hosts = (
-        (jax.process_index(), jax.process_count())
-        if flags.hosts is None
-        else (flags.host, flags.hosts)
-    )
+    host = flags.host
+    hosts = flags.hosts
+    if hosts is None:
+        host = jax.process_index()
+        hosts = jax.process_count()
     if not 0 <= host < hosts:
-        _fail(f"--host={host} must be from 0 to {hosts - 1}, for --hosts={hosts}")
+        raise UserError(f"--host={host} must be from 0 to {hosts - 1}, for --hosts={hosts}")
 
-    def mesh():
-        return inference_mesh(flags.checkpoint, jax.local_devices())
-
-    def load():
+    def load_session() -> Session:
         return Session.load(
             flags.checkpoint,
             ema=flags.ema,
             tokenizer=flags.tokenizer,
-            mesh=mesh(),
+            mesh=inference_mesh(flags.checkpoint, jax.local_devices()),
             batch=flags.batch,
         )
 
-    out = Path(flags.out) if flags.out else benchmark.where(settings)
-    told = benchmark.run(
-        settings,
-        load,
-        out,
-        limit=flags.limit,
-        allow_missing=flags.allow_missing,
-        wordnet=flags.wordnet,
-        inception_dir=flags.inception,
-        clip_dir=flags.clip,
-        tagger=flags.tagger,
-        host=host,
-        hosts=hosts,
-    )
-    if "waiting" in told:
-        return f"{told['waiting']} of {told['count']} predictions are other hosts'; once they are in {out}, the same command scores them"
-    print(
-        "\n".join(
-            f"{name}: {_shown(value)}"
-            for name, value in told.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
+    out = Path(flags.out) if flags.out else default_folder(settings)
+    resources = benchmark.Resources(flags.wordnet, flags.tagger, flags.inception, flags.clip)
+    try:
+        outcome = benchmark.run(
+            settings,
+            load_session,
+            out,
+            limit=flags.limit,
+            allow_missing=flags.allow_missing,
+            resources=resources,
+            host=host,
+            hosts=hosts,
         )
-    )
-    return str(out / "report.html")
+    except KeyboardInterrupt:
+        print(f"the same command resumes with the predictions in {out}", file=sys.stderr)
+        raise
+    if outcome.waiting:
+        print(
+            f"{outcome.waiting} of {outcome.total} predictions are left to other hosts; once they "
+            f"are in {out}, the same command scores them"
+        )
+        return
+    for name, value in outcome.results.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value:,.4g}")
+    print(out / "report.html")
 
 
-def scores(arguments: list[str]) -> dict:
-    """The numbers of `score`'s flags."""
-    from emu_jax.evaluate import score
+def _score(arguments: list[str]) -> None:
+    """Print the numbers of predictions in files as JSON."""
+    from emu_jax.evaluate import score_files
 
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m emu_jax.evaluate score",
-        description="Scores of predictions, without a model, as JSON.",
-        epilog=score.LAYOUTS,
+        description=SCORE_DESCRIPTION,
+        epilog=SCORE_EXAMPLE + score_files.LAYOUTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.error = _fail
-    parser.add_argument("--metric", required=True, choices=list(score.METRICS))
+    parser.add_argument("--metric", required=True, choices=list(score_files.METRICS))
     parser.add_argument(
         "--predictions", required=True, metavar="FILE", help="clip_score: or a folder"
     )
@@ -124,153 +145,162 @@ def scores(arguments: list[str]) -> dict:
     parser.add_argument(
         "--wordnet",
         metavar="DIR",
-        help="for wups: a folder with WordNet's files; Debian's wordnet-base: /usr/share/wordnet",
+        help="wups: folder with WordNet's files, such as /usr/share/wordnet of Debian's package "
+        "wordnet-base",
     )
     parser.add_argument(
         "--clip",
         metavar="DIR",
-        help="for clip_score: what `python -m emu_jax.weights import --family=clip` made",
+        help="clip_score: a CLIP from `python -m emu_jax.weights import --family=clip`",
     )
     parser.add_argument(
         "--tagger",
         metavar="DIR",
-        help="for wups of NExT-QA: NLTK's averaged_perceptron_tagger_eng (.json)",
+        help="wups of NExT-QA: folder with NLTK's averaged_perceptron_tagger_eng (.json)",
     )
     flags = parser.parse_args(arguments)
-    return score.score(
-        flags.metric,
-        score.Job(flags.predictions, flags.references, flags.wordnet, flags.clip, flags.tagger),
+    inputs = score_files.Inputs(
+        flags.predictions, flags.references, flags.wordnet, flags.clip, flags.tagger
     )
-
-
-def _shown(value: int | float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    numbers = score_files.score_files(flags.metric, inputs)
+    print(json.dumps(numbers, indent=1, ensure_ascii=False))
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from emu_jax.evaluate.tasks import TASKS
 
-    def names(task):
-        return ", ".join(
-            file.format(split=task.split)
-            for file in (*task.files, *task.more, *filter(None, [task.marks]))
-        )
-
-    epilog = "tasks, and what they read:\n" + "\n".join(
-        f"  {name:14}{task.what}\n{'':16}{names(task)}" for name, task in TASKS.items()
-    )
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m emu_jax.evaluate",
         description=DESCRIPTION,
-        epilog=epilog,
-        allow_abbrev=False,
+        epilog=EXAMPLES + _task_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # one line, as everywhere
-    parser.error = _fail
     parser.add_argument(
-        "--task",
-        required=True,
-        choices=[*TASKS],
-        metavar="T",
-        help="one of the tasks below",
+        "--task", required=True, choices=list(TASKS), metavar="T", help="one of the tasks below"
     )
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a run's workdir, or one of its checkpoints",
+        help="workdir of a training run, or one of its checkpoints",
     )
     parser.add_argument(
-        "--data",
-        metavar="DIR",
-        help="the benchmark's annotation files and pictures, wherever in it",
+        "--data", metavar="DIR", help="folder with the annotation files and the images or videos"
     )
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="for predictions, submission.json, scores.json and report.html; by default within the run",
+        help="folder for predictions, submission.json, scores.json and report.html (default: in "
+        "the run's workdir)",
     )
-    parser.add_argument("--limit", type=_count, metavar="N", help="the first N examples only")
-    parser.add_argument(
-        "--shots",
-        type=_count,
-        default=0,
-        metavar="K",
-        help="K examples before the question, chosen by RICES (0)",
-    )
-    parser.add_argument(
-        "--text-only",
-        action="store_true",
-        help="these examples without their pictures, and the same ones for all questions",
-    )
-    parser.add_argument("--split", metavar="NAME", help="another split than the task's")
+    parser.add_argument("--split", metavar="NAME", help="split of the benchmark (default: below)")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N examples")
     parser.add_argument(
         "--allow-missing",
         action="store_true",
-        help="leave out questions whose picture is not there",
+        help="leave out questions whose image is missing",
     )
-    parser.add_argument(
-        "--beams", type=_count, default=0, metavar="N", help="other than the task's (5)"
-    )
-    parser.add_argument(
-        "--batch",
-        type=_count,
-        default=32,
-        metavar="N",
-        help="questions at once (32); the answers do not depend on it",
-    )
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="if it is not where the checkpoint's config says"
-    )
-    parser.add_argument("--wordnet", metavar="DIR", help="nextqa: WordNet's files")
-    parser.add_argument(
-        "--tagger",
-        metavar="DIR",
-        help="nextqa: NLTK's averaged_perceptron_tagger_eng; answers count as lemmas then, as officially",
-    )
-    parser.add_argument(
-        "--decoder", metavar="DIR", help="coco-t2i: a run of the stage decoder, which draws"
-    )
-    parser.add_argument(
-        "--inception",
-        metavar="DIR",
-        help="coco-t2i: what `python -m emu_jax.weights import --family=inception` made",
-    )
-    parser.add_argument(
-        "--clip",
-        metavar="DIR",
-        help="coco-t2i: clip_score too, by what `python -m emu_jax.weights import --family=clip` made",
-    )
-    parser.add_argument(
-        "--host", type=int, default=0, metavar="K", help="which of --hosts this is, from 0 (0)"
-    )
-    parser.add_argument(
-        "--hosts",
-        type=_count,
-        metavar="N",
-        help="how many share the work; by default the processes that JAX knows of",
-    )
+    _add_model_flags(parser)
+    _add_metric_flags(parser)
+    _add_host_flags(parser)
     flags = parser.parse_args(arguments)
     if not flags.data:
-        _fail(
-            f"--data=DIR is missing: the folder with {', '.join(TASKS[flags.task].files)} and the pictures"
-        )
+        files = ", ".join(TASKS[flags.task].files)
+        raise UserError(f"--data=DIR is missing: the folder with {files} and the images")
     if flags.text_only and not flags.shots:
-        _fail("--text-only needs --shots=K: how many examples")
+        raise UserError("--text-only needs --shots=K, the number of examples")
     return flags
 
 
-def _count(text: str) -> int:
-    """A whole number from 1 on."""
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model and prompts")
+    model.add_argument(
+        "--shots",
+        type=_positive,
+        default=0,
+        metavar="K",
+        help="few-shot examples before the question, those with the nearest images (RICES; "
+        "default: 0)",
+    )
+    model.add_argument(
+        "--text-only",
+        action="store_true",
+        help="show these examples without their images, the same ones before all questions",
+    )
+    model.add_argument(
+        "--beams", type=_positive, default=0, metavar="N", help="number of beams (default: 5)"
+    )
+    model.add_argument(
+        "--batch",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="questions at once; does not change the answers (default: 32)",
+    )
+    model.add_argument("--ema", action="store_true", help="use the moving average of the weights")
+    model.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer, if it is not where the checkpoint's config says",
+    )
+    model.add_argument(
+        "--decoder", metavar="DIR", help="coco-t2i: a run of the stage decoder, for the images"
+    )
+
+
+def _add_metric_flags(parser: argparse.ArgumentParser) -> None:
+    metrics = parser.add_argument_group("metrics")
+    metrics.add_argument("--wordnet", metavar="DIR", help="nextqa: folder with WordNet's files")
+    metrics.add_argument(
+        "--tagger",
+        metavar="DIR",
+        help="nextqa: folder with NLTK's averaged_perceptron_tagger_eng; compares lemmas, as the "
+        "official script does",
+    )
+    metrics.add_argument(
+        "--inception",
+        metavar="DIR",
+        help="coco-t2i: FID's Inception from `python -m emu_jax.weights import --family=inception`",
+    )
+    metrics.add_argument(
+        "--clip",
+        metavar="DIR",
+        help="coco-t2i: CLIP score too, by a CLIP from `python -m emu_jax.weights import "
+        "--family=clip`",
+    )
+
+
+def _add_host_flags(parser: argparse.ArgumentParser) -> None:
+    hosts = parser.add_argument_group("several hosts")
+    hosts.add_argument(
+        "--hosts",
+        type=_positive,
+        metavar="N",
+        help="number of hosts that share the examples (default: JAX's processes)",
+    )
+    hosts.add_argument(
+        "--host", type=int, default=0, metavar="K", help="which host this is, from 0 (default: 0)"
+    )
+
+
+def _task_table() -> str:
+    """One row per task with its default split, and below it the files that it reads."""
+    from emu_jax.evaluate.tasks import TASKS
+
+    lines = []
+    for name, task in TASKS.items():
+        files = [*task.files, *task.optional_files, task.relevance_file]
+        names = [file.format(split=task.split) for file in files if file]
+        lines.append(f"  {name:14}{task.description}")
+        lines.append(f"{'':16}{', '.join(names)}")
+    return "\n".join(lines)
+
+
+def _positive(text: str) -> int:
+    """A positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
-
-
-def _fail(message: str) -> None:
-    raise UserError(message)
 
 
 if __name__ == "__main__":

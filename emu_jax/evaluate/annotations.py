@@ -1,13 +1,14 @@
-"""The official annotation files of the benchmarks, in their own layouts, as examples; and
-predictions in each benchmark's submission format.
+"""Readers of the benchmarks' annotation files, and writers of their submission formats.
 
-A reader takes paths and returns examples in the file's order. A file of another benchmark is one
-clear error. Read next: prompts.py, score.py.
+A reader takes the paths of files as their authors publish them and returns examples in the file's
+order. A file of another benchmark, or with a field missing, is a UserError. Read next: prompts.py,
+score.py.
 """
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,25 +18,25 @@ from emu_jax.config import UserError
 
 
 class Example(NamedTuple):
-    # unique within the benchmark; what predictions are keyed by
+    """A question, or an image to describe, with its references."""
+
+    # Unique within the benchmark; predictions are keyed by it.
     id: str
-    # file name of the image or video, as the benchmark ships it
-    picture: str
+    # File name of the image or video, as the benchmark ships it.
+    media: str
     question: str = ""
-    # references; none in a test split whose answers are withheld
-    answers: tuple[str, ...] = ()
-    # the benchmark's own type of question
-    kind: str = ""
-    # VisDial: candidates
-    options: tuple[str, ...] = ()
-    # VisDial: the true one among them
-    truth: int | None = None
-    # VisDial: earlier questions and answers
+    # True answers or captions; none in a test split whose answers are withheld.
+    references: tuple[str, ...] = ()
+    # The benchmark's own category of the question.
+    question_type: str = ""
+    # VisDial: the candidate answers, the index of the true one, earlier questions and answers.
+    candidates: tuple[str, ...] = ()
+    true_candidate: int | None = None
     history: tuple[tuple[str, str], ...] = ()
 
 
-def load(path: str | Path) -> Any:
-    """The contents of a JSON file. Raises UserError."""
+def read_json(path: str | Path) -> Any:
+    """Parse a JSON file. Raises UserError if that is impossible."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -46,333 +47,352 @@ def load(path: str | Path) -> Any:
         raise UserError(
             f"{path}: malformed JSON, line {error.lineno} column {error.colno}: {error.msg}"
         ) from error
-    # nested a thousand deep; a number of five thousand digits
+    # Values nested a thousand deep, or a number of five thousand digits.
     except (RecursionError, ValueError) as error:
-        raise UserError(
-            f"{path}: no JSON that can be read ({str(error).splitlines()[0]})"
-        ) from error
+        raise UserError(f"{path}: unreadable JSON ({str(error).splitlines()[0]})") from error
+
+
+def rows(path: str, data: Any, what: str, key: str | None = None) -> list[dict]:
+    """Rows of a parsed file: the list in its field `key`, or without a key the file itself.
+
+    Raises UserError, which says that the file is not `what`, unless it is a list of objects.
+    """
+    if key is None:
+        found = data
+        reason = ": not a list of rows"
+    else:
+        found = data.get(key) if isinstance(data, dict) else None
+        reason = f": it has no list of {key!r}"
+    if not isinstance(found, list) or not found or not all(isinstance(row, dict) for row in found):
+        raise UserError(f"{path}: not {what}{reason}")
+    return found
+
+
+# Readers: captions
 
 
 def karpathy(path: str, dataset: str, split: str = "test") -> list[Example]:
-    """COCO ("coco") and Flickr30k ("flickr30k") captions: Karpathy's dataset_coco.json,
-    dataset_flickr30k.json.
+    """Captions of Karpathy's dataset_coco.json or dataset_flickr30k.json.
+
+    dataset: "coco" or "flickr30k".
     """
-    data = load(path)
     what = f"Karpathy's dataset_{dataset}.json"
-    images = _list(path, data, "images", what)
+    data = read_json(path)
+    images = rows(path, data, what, "images")
     if data.get("dataset") != dataset:
         raise UserError(f"{path}: annotations of {data.get('dataset')!r}, not {what}")
-    with fields_of(path, what):
-        kept = [image for image in images if image["split"] == split]
-        if not kept:
-            raise UserError(
-                f"{path}: no image of split {split!r}; there are {', '.join(sorted({image['split'] for image in images}))}"
-            )
-        return [
-            Example(
-                str(image["cocoid" if dataset == "coco" else "imgid"]),
-                "/".join(filter(None, (image.get("filepath"), image["filename"]))),
-                answers=tuple(sentence["raw"] for sentence in image["sentences"]),
-            )
-            for image in kept
-        ]
-
-
-def coco_prompts(path: str, count: int = 30_000) -> list[Example]:
-    """COCO's captions_val2014.json as prompts of text to image: `count` of its captions, always the
-    same, in random order.
-    """
-    data = load(path)
-    what = "COCO's captions"
-    rows = _list(path, data, "annotations", what)
-    images = _list(path, data, "images", what)
-    with fields_of(path, what):
-        names = {image["id"]: image["file_name"] for image in images}
-        chosen = np.random.default_rng(0).permutation(len(rows))[:count]
-        return [
-            Example(str(row["id"]), names[row["image_id"]], answers=(row["caption"].strip(),))
-            for row in (rows[number] for number in chosen)
-        ]
+    examples = []
+    with _fields_of(path, what):
+        for image in images:
+            if image["split"] != split:
+                continue
+            id = image["cocoid" if dataset == "coco" else "imgid"]
+            names = (image.get("filepath"), image["filename"])
+            captions = tuple(sentence["raw"] for sentence in image["sentences"])
+            examples.append(Example(str(id), "/".join(filter(None, names)), references=captions))
+        if not examples:
+            splits = ", ".join(sorted({image["split"] for image in images}))
+            raise UserError(f"{path}: no image of split {split!r}; there are {splits}")
+    return examples
 
 
 def nocaps(path: str) -> list[Example]:
-    """NoCaps' nocaps_val_4500_captions.json; its domain is the kind. The test split has no
-    annotations.
+    """NoCaps' nocaps_val_4500_captions.json; the question type is its domain.
+
+    The test split has no annotations.
     """
-    data = load(path)
     what = "NoCaps' image info and captions"
-    images = _list(path, data, "images", what)
-    with fields_of(path, what):
-        captions: dict[Any, list[str]] = {}
+    data = read_json(path)
+    images = rows(path, data, what, "images")
+    captions: dict[Any, list[str]] = {}
+    examples = []
+    with _fields_of(path, what):
         for row in data.get("annotations", []):
             captions.setdefault(row["image_id"], []).append(row["caption"])
-        return [
-            Example(
-                str(image["id"]),
-                image["file_name"],
-                answers=tuple(captions.get(image["id"], ())),
-                kind=image["domain"],
+        for image in images:
+            examples.append(
+                Example(
+                    str(image["id"]),
+                    image["file_name"],
+                    references=tuple(captions.get(image["id"], ())),
+                    question_type=image["domain"],
+                )
             )
-            for image in images
-        ]
+    return examples
+
+
+def coco_prompts(path: str, count: int = 30_000) -> list[Example]:
+    """Text-to-image prompts: `count` captions of COCO's captions_val2014.json.
+
+    Always the same captions, in random order.
+    """
+    what = "COCO's captions"
+    data = read_json(path)
+    captions = rows(path, data, what, "annotations")
+    images = rows(path, data, what, "images")
+    examples = []
+    with _fields_of(path, what):
+        names = {image["id"]: image["file_name"] for image in images}
+        for index in np.random.default_rng(0).permutation(len(captions))[:count]:
+            row = captions[index]
+            caption = row["caption"].strip()
+            examples.append(Example(str(row["id"]), names[row["image_id"]], references=(caption,)))
+    return examples
+
+
+# Readers: questions about images
 
 
 def vqav2(questions: str, annotations: str | None = None) -> list[Example]:
-    """VQAv2's questions file, and its annotations file where there is one."""
+    """VQAv2's questions file, with the answers of its annotations file if there is one."""
     return _vqa(questions, annotations, "VQAv2", raw=False)
 
 
 def okvqa(questions: str, annotations: str | None = None) -> list[Example]:
-    """OK-VQA's questions and annotations: VQA's layout, with raw answers beside the stemmed ones
-    that count.
+    """OK-VQA's questions and annotations.
+
+    In VQA's layout, with a raw_answer next to each stemmed answer; the stemmed one counts.
     """
     return _vqa(questions, annotations, "OK-VQA", raw=True)
+
+
+def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) -> list[Example]:
+    what = f"{benchmark}'s questions"
+    data = read_json(questions)
+    question_rows = rows(questions, data, what, "questions")
+    answers: dict[Any, dict] = {}
+    if annotations:
+        answers = _vqa_answers(annotations, benchmark, raw=raw)
+        unanswered = []
+        for row in question_rows:
+            if row["question_id"] not in answers:
+                unanswered.append(str(row["question_id"]))
+        if unanswered:
+            raise UserError(
+                f"{annotations}: no answers to {len(unanswered)} questions of {questions}: "
+                f"{', '.join(unanswered[:8])}{', ...' if unanswered[8:] else ''}"
+            )
+    examples = []
+    with _fields_of(questions, what):
+        # test-dev2015 is a part of test2015.
+        split = data["data_subtype"].replace("-dev", "")
+        for row in question_rows:
+            annotation = answers.get(row["question_id"], {})
+            examples.append(
+                Example(
+                    str(row["question_id"]),
+                    f"COCO_{split}_{row['image_id']:012}.jpg",
+                    row["question"],
+                    tuple(answer["answer"] for answer in annotation.get("answers", ())),
+                    annotation.get("answer_type", ""),
+                )
+            )
+    return examples
+
+
+def _vqa_answers(path: str, benchmark: str, *, raw: bool) -> dict[Any, dict]:
+    """Annotations by question_id. raw: whether the benchmark's answers have a raw_answer."""
+    what = f"{benchmark}'s annotations"
+    by_question = {}
+    with _fields_of(path, what):
+        for row in rows(path, read_json(path), what, "annotations"):
+            if any(("raw_answer" in answer) != raw for answer in row["answers"]):
+                verb = "lack" if raw else "have"
+                raise UserError(f"{path}: not {what}: its answers {verb} a raw_answer")
+            by_question[row["question_id"]] = row
+    return by_question
 
 
 def vizwiz(path: str) -> list[Example]:
     """VizWiz-VQA's train.json, val.json or test.json; an example's id is its image's name."""
     what = "VizWiz-VQA's annotations"
-    with fields_of(path, what):
-        return [
-            Example(
-                row["image"],
-                row["image"],
-                row["question"],
-                tuple(answer["answer"] for answer in row.get("answers", ())),
-                row.get("answer_type", ""),
-            )
-            for row in _list(path, load(path), None, what)
-        ]
+    examples = []
+    with _fields_of(path, what):
+        for row in rows(path, read_json(path), what):
+            answers = tuple(answer["answer"] for answer in row.get("answers", ()))
+            image = row["image"]
+            type = row.get("answer_type", "")
+            examples.append(Example(image, image, row["question"], answers, type))
+    return examples
+
+
+def mmvet(path: str) -> list[Example]:
+    """MM-Vet's mm-vet.json.
+
+    References are for its judge: parts separated by <AND> and <OR>.
+    """
+    what = "MM-Vet's questions"
+    data = read_json(path)
+    if not isinstance(data, dict) or not data:
+        raise UserError(f"{path}: not {what}")
+    examples = []
+    with _fields_of(path, what):
+        for id, row in data.items():
+            capabilities = ", ".join(row["capability"])
+            answers = (row["answer"],)
+            examples.append(Example(id, row["imagename"], row["question"], answers, capabilities))
+    return examples
 
 
 def visdial(path: str) -> list[Example]:
-    """VisDial 1.0's dialogs, a round an example, "IMAGE_ID/ROUND" from round 1; a test dialog has
-    its last round alone.
+    """VisDial 1.0's dialogs, an example per round with the id "IMAGE_ID/ROUND", from round 1.
+
+    A dialog of the test split gives only its last round.
     """
-    data = load(path)
     what = "VisDial 1.0's dialogs"
+    data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("data"), dict):
         raise UserError(f"{path}: not {what}")
-    with fields_of(path, what):
-        questions = data["data"]["questions"]
-        answers = data["data"]["answers"]
-        out = []
+    examples = []
+    with _fields_of(path, what):
         for dialog in data["data"]["dialogs"]:
-            history: list[tuple[str, str]] = []
-            for number, turn in enumerate(dialog["dialog"], 1):
-                question = questions[turn["question"]]
-                options = tuple(answers[k] for k in turn.get("answer_options", ()))
-                answer = (
-                    answers[turn["answer"]]
-                    if "answer" in turn
-                    else options[turn["gt_index"]]
-                    if "gt_index" in turn
-                    else None
+            image = f"VisualDialog_{data['split']}2018_{dialog['image_id']:012}.jpg"
+            examples += _visdial_rounds(dialog, image, data["data"])
+    return examples
+
+
+def _visdial_rounds(dialog: dict, image: str, texts: dict) -> list[Example]:
+    """Rounds of a dialog that have candidates. texts: the file's questions and answers."""
+    examples = []
+    history: list[tuple[str, str]] = []
+    for number, turn in enumerate(dialog["dialog"], 1):
+        question = texts["questions"][turn["question"]]
+        candidates = tuple(texts["answers"][index] for index in turn.get("answer_options", ()))
+        true = turn.get("gt_index")
+        answer = None
+        if "answer" in turn:
+            answer = texts["answers"][turn["answer"]]
+        elif "gt_index" in turn:
+            answer = candidates[turn["gt_index"]]
+        if candidates:
+            if true is not None and true not in range(len(candidates)):
+                raise ValueError(f"gt_index={true!r} is not one of {len(candidates)} candidates")
+            examples.append(
+                Example(
+                    f"{dialog['image_id']}/{number}",
+                    image,
+                    question,
+                    () if answer is None else (answer,),
+                    candidates=candidates,
+                    true_candidate=true,
+                    history=tuple(history),
                 )
-                if options:
-                    if (truth := turn.get("gt_index")) is not None and truth not in range(
-                        len(options)
-                    ):
-                        raise ValueError(
-                            f"gt_index={truth!r} is none of the {len(options)} candidates"
-                        )
-                    picture = f"VisualDialog_{data['split']}2018_{dialog['image_id']:012}.jpg"
-                    out.append(
-                        Example(
-                            f"{dialog['image_id']}/{number}",
-                            picture,
-                            question,
-                            () if answer is None else (answer,),
-                            options=options,
-                            truth=truth,
-                            history=tuple(history),
-                        )
-                    )
-                history.append((question, answer))
-        return out
+            )
+        # Only the last round of a test dialog has no answer.
+        if answer is not None:
+            history.append((question, answer))
+    return examples
+
+
+# Readers: questions about videos
 
 
 def video_qa(path: str, benchmark: str) -> list[Example]:
-    """MSVD-QA ("msvd") and MSRVTT-QA ("msrvtt"), whose rows have a category too."""
+    """MSVD-QA ("msvd") or MSRVTT-QA ("msrvtt"), whose rows also have a category."""
     what = {"msvd": "MSVD-QA's", "msrvtt": "MSRVTT-QA's"}[benchmark] + " questions"
-    rows = _list(path, load(path), None, what)
-    with fields_of(path, what):
-        if any(("category_id" in row) != (benchmark == "msrvtt") for row in rows):
-            raise UserError(
-                f"{path}: not {what}: rows {'have a' if benchmark == 'msvd' else 'lack the'} category_id"
-            )
-        name = "video{}.mp4" if benchmark == "msrvtt" else "vid{}.avi"
-        return [
-            Example(str(row["id"]), name.format(row["video_id"]), row["question"], (row["answer"],))
-            for row in rows
-        ]
+    name = {"msvd": "vid{}.avi", "msrvtt": "video{}.mp4"}[benchmark]
+    question_rows = rows(path, read_json(path), what)
+    examples = []
+    with _fields_of(path, what):
+        if any(("category_id" in row) != (benchmark == "msrvtt") for row in question_rows):
+            verb = "have a" if benchmark == "msvd" else "lack the"
+            raise UserError(f"{path}: not {what}: rows {verb} category_id")
+        for row in question_rows:
+            video = name.format(row["video_id"])
+            examples.append(Example(str(row["id"]), video, row["question"], (row["answer"],)))
+    return examples
 
 
 def nextqa(path: str, more: str | None = None) -> list[Example]:
-    """NExT-QA's open-ended val.csv or test.csv, "VIDEO/QID", and its
-    add_reference_answer_*.json.
+    """NExT-QA's open-ended val.csv or test.csv; ids are "VIDEO/QID".
+
+    more: its add_reference_answer_*.json, with a second answer to some questions.
     """
     what = "NExT-QA's open-ended questions (a .csv with video, qid, question, answer and type)"
+    question_rows = _csv_rows(path, what)
+    added = read_json(more) if more else {}
+    examples = []
+    with _fields_of(more or path, what):
+        for row in question_rows:
+            video = row["video"]
+            answers = [row["answer"]]
+            if video in added:
+                answers.append(added[video][row["qid"]])
+            id = f"{video}/{row['qid']}"
+            question = row["question"]
+            examples.append(Example(id, f"{video}.mp4", question, tuple(answers), row["type"]))
+    return examples
+
+
+def _csv_rows(path: str, what: str) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            found = list(csv.DictReader(file))
     except OSError as error:
         raise UserError(f"cannot read {path!r}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not {what}") from error
-    if (
-        not rows
-        or not {"video", "qid", "question", "answer", "type"} <= set(rows[0])
-        or "a0" in rows[0]
-    ):
-        raise UserError(
-            f"{path}: not {what}"
-            + ("; these are multiple-choice questions" if rows and "a0" in rows[0] else "")
-        )
-    added = load(more) if more else {}
-    with fields_of(more or path, what):
-        return [
-            Example(
-                f"{row['video']}/{row['qid']}",
-                f"{row['video']}.mp4",
-                row["question"],
-                (
-                    row["answer"],
-                    *([added[row["video"]][row["qid"]]] if row["video"] in added else []),
-                ),
-                row["type"],
-            )
-            for row in rows
-        ]
-
-
-def mmvet(path: str) -> list[Example]:
-    """MM-Vet's mm-vet.json. Answers are for its judge: parts separated by <AND> and <OR>."""
-    data = load(path)
-    what = "MM-Vet's questions"
-    if not isinstance(data, dict) or not data:
+    if found and "a0" in found[0]:
+        raise UserError(f"{path}: not {what}; these are multiple-choice questions")
+    if not found or not {"video", "qid", "question", "answer", "type"} <= set(found[0]):
         raise UserError(f"{path}: not {what}")
-    with fields_of(path, what):
-        return [
-            Example(
-                key,
-                row["imagename"],
-                row["question"],
-                (row["answer"],),
-                ", ".join(row["capability"]),
-            )
-            for key, row in data.items()
-        ]
+    return found
 
 
-def caption_results(predictions: Mapping[str, str]) -> list[dict]:
-    """COCO's, NoCaps' and Flickr30k's results."""
-    return [{"image_id": int(key), "caption": text} for key, text in predictions.items()]
+# Submissions: predictions by example id, in the format that each benchmark's server takes
 
 
-def vqa_results(predictions: Mapping[str, str]) -> list[dict]:
-    """VQAv2's and OK-VQA's results."""
-    return [{"question_id": int(key), "answer": text} for key, text in predictions.items()]
+def caption_results(captions: Mapping[str, str]) -> list[dict]:
+    """Results of COCO, NoCaps and Flickr30k."""
+    return [{"image_id": int(id), "caption": caption} for id, caption in captions.items()]
 
 
-def vizwiz_results(predictions: Mapping[str, str]) -> list[dict]:
-    return [{"image": key, "answer": text} for key, text in predictions.items()]
+def vqa_results(answers: Mapping[str, str]) -> list[dict]:
+    """Results of VQAv2 and OK-VQA."""
+    return [{"question_id": int(id), "answer": answer} for id, answer in answers.items()]
+
+
+def vizwiz_results(answers: Mapping[str, str]) -> list[dict]:
+    """Results of VizWiz, whose ids are image names."""
+    return [{"image": id, "answer": answer} for id, answer in answers.items()]
 
 
 def visdial_results(ranks: Mapping[str, Sequence[int]]) -> list[dict]:
-    """`ranks[id][k]` is the place, from 1, of candidate k."""
-    return [
-        {
-            "image_id": int(key.split("/")[0]),
-            "round_id": int(key.split("/")[1]),
-            "ranks": list(map(int, some)),
-        }
-        for key, some in ranks.items()
-    ]
+    """Results of VisDial; `ranks[id][k]` is the rank, from 1, of candidate k."""
+    results = []
+    for id, round_ranks in ranks.items():
+        image, number = map(int, id.split("/")[:2])
+        ints = [int(rank) for rank in round_ranks]
+        results.append({"image_id": image, "round_id": number, "ranks": ints})
+    return results
 
 
-def video_qa_results(predictions: Mapping[str, str]) -> list[dict]:
-    """MSVD-QA's and MSRVTT-QA's rows with the answer given."""
-    return [{"id": int(key), "answer": text} for key, text in predictions.items()]
+def video_qa_results(answers: Mapping[str, str]) -> list[dict]:
+    """Rows of MSVD-QA and MSRVTT-QA with the predicted answer."""
+    return [{"id": int(id), "answer": answer} for id, answer in answers.items()]
 
 
-def nextqa_results(predictions: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """NExT-QA's {video: {qid: answer}}."""
-    out: dict[str, dict[str, str]] = {}
-    for key, text in predictions.items():
-        video, _, number = key.rpartition("/")
-        out.setdefault(video, {})[number] = text
-    return out
+def nextqa_results(answers: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Results of NExT-QA: {video: {qid: answer}}."""
+    results: dict[str, dict[str, str]] = {}
+    for id, answer in answers.items():
+        video, _, qid = id.rpartition("/")
+        results.setdefault(video, {})[qid] = answer
+    return results
 
 
-def mmvet_results(predictions: Mapping[str, str]) -> dict[str, str]:
+def mmvet_results(answers: Mapping[str, str]) -> dict[str, str]:
     """What MM-Vet's judge reads."""
-    return dict(predictions)
+    return dict(answers)
 
 
-def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) -> list[Example]:
-    what = f"{benchmark}'s questions"
-    data = load(questions)
-    rows = _list(questions, data, "questions", what)
-    marked: dict[Any, dict] = {}
-    if annotations:
-        with fields_of(annotations, f"{benchmark}'s annotations"):
-            for row in _list(
-                annotations, load(annotations), "annotations", f"{benchmark}'s annotations"
-            ):
-                if any(("raw_answer" in answer) != raw for answer in row["answers"]):
-                    raise UserError(
-                        f"{annotations}: not {benchmark}'s annotations: its answers {'have' if not raw else 'lack'} a raw_answer"
-                    )
-                marked[row["question_id"]] = row
-        if missing := [str(row["question_id"]) for row in rows if row["question_id"] not in marked]:
-            raise UserError(
-                f"{annotations}: no answers to {len(missing)} questions of {questions}: "
-                f"{', '.join(missing[:8])}{', ...' if missing[8:] else ''}"
-            )
-    with fields_of(questions, what):
-
-        def of(row):
-            return marked.get(row["question_id"], {})
-
-        # test-dev2015 is a part of test2015
-        pictures = data["data_subtype"].replace("-dev", "")
-        return [
-            Example(
-                str(row["question_id"]),
-                f"COCO_{pictures}_{row['image_id']:012}.jpg",
-                row["question"],
-                tuple(answer["answer"] for answer in of(row).get("answers", ())),
-                of(row).get("answer_type", ""),
-            )
-            for row in rows
-        ]
-
-
-def _list(path: str, data: Any, key: str | None, what: str) -> list[dict]:
-    rows = data if key is None else data.get(key) if isinstance(data, dict) else None
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(
-            f"{path}: not {what}"
-            + (f": it has no list of {key!r}" if key else ": not a list of rows")
-        )
-    return rows
-
-
-class fields_of:
-    """A field that is missing or of another type, as one error that names the file."""
-
-    def __init__(self, path: str, what: str):
-        self.path = path
-        self.what = what
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, KeyError):
-            raise UserError(f"{self.path}: not {self.what}: a row has no {error}") from error
-        if isinstance(error, (TypeError, AttributeError, IndexError, ValueError, OverflowError)):
-            raise UserError(
-                f"{self.path}: not {self.what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            ) from error
+@contextmanager
+def _fields_of(path: str, what: str) -> Generator[None]:
+    """Turn the errors of missing fields and fields of wrong types into a UserError."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path}: not {what}: a row has no {error}") from error
+    except (TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not {what}: {reason}") from error

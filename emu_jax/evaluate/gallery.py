@@ -1,72 +1,114 @@
-"""A benchmark's page: scores, the worst and the first examples with their pictures, predictions and
-references. Alone, without a script.
+"""The page of a benchmark: its scores, and examples with their images and predictions.
 
-Read next: ../html.py.
+It stands alone and has no script. Read next: ../html.py.
 """
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from emu_jax import html
+from emu_jax.evaluate.annotations import Example
+from emu_jax.evaluate.plan import BenchmarkPlan, BenchmarkSettings
+from emu_jax.evaluate.predict import Prediction
+from emu_jax.evaluate.tasks import TASKS
+from emu_jax.evaluate.text_to_image import read_image
+from emu_jax.generate import media
 from emu_jax.html import escape
 
-# examples of each kind
+# Number of worst and of first examples on the page.
 SHOWN = 24
+# Pixels of an image's longer side.
+SIDE = 160
 
 
-class Shown(NamedTuple):
-    """An example to look at."""
+class Item(NamedTuple):
+    """An example on the page."""
 
     image: UInt8[np.ndarray, "h w 3"]
     question: str
-    said: str
-    answers: Sequence[str]
+    prediction: str
+    references: Sequence[str]
     score: float | None
 
 
-def page(title: str, scores: dict[str, Any], worst: Sequence[Shown], first: Sequence[Shown]) -> str:
-    """The whole page; `scores` is what scores.json says."""
-    rows = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number">{escape(_said(value))}</td></tr>'
-        for name, value in scores.items()
-    )
+def benchmark_page(
+    settings: BenchmarkSettings,
+    plan: BenchmarkPlan,
+    predictions: dict[str, Prediction],
+    each: dict[str, float],
+    results: dict[str, Any],
+    out: Path,
+) -> str:
+    """HTML page of a run in the folder `out`.
 
-    def cards(some):
-        return f'<div class="grid" style="--least: 300px">{"".join(map(_card, some))}</div>'
+    each: scores of single examples by id. results: the contents of scores.json.
+    """
+    task = TASKS[settings.task]
 
-    return html.page(
-        title,
-        f"""<div class="card scroll"><table>{rows}</table></div>
-{f"<h2>The worst</h2><p>Of all, the {len(worst)} with the lowest score.</p>{cards(worst)}" if worst else ""}
-<h2>The first</h2>
-<p>The first {len(first)} in the order of the annotations: nothing is chosen.</p>
-{cards(first)}""",
-    )
+    def item(example: Example) -> Item:
+        prediction = predictions[example.id]
+        if task.kind == "image":
+            path = out / prediction.value
+        else:
+            path = plan.paths[example.media]
+        text = prediction.value if isinstance(prediction.value, str) else prediction.text
+        score = each.get(example.id)
+        return Item(_thumbnail(path), example.question, text, example.references, score)
 
-
-def _card(shown: Shown) -> str:
-    question = f"<div>{escape(shown.question)}</div>" if shown.question else ""
-    score = (
-        ""
-        if shown.score is None
-        else f'<div><small class="number">score {shown.score:.3g}</small></div>'
-    )
-    answers = " · ".join(dict.fromkeys(map(escape, shown.answers))) or "(withheld)"
-    return (
-        f'<div class="card example">{html.image(shown.image, shown.question or shown.said)}<div>{question}'
-        f'<div class="answer">{escape(shown.said) or "(nothing)"}</div><div><small>true:</small> {answers}</div>{score}</div></div>'
-    )
+    scored = [example for example in plan.examples if example.id in each]
+    worst = sorted(scored, key=lambda example: each[example.id])[:SHOWN]
+    first = plan.examples[:SHOWN]
+    title = f"{settings.task}, {settings.split}: {task.description.partition(';')[0]}"
+    return page(title, results, list(map(item, worst)), list(map(item, first)))
 
 
-def _said(value: Any) -> str:
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        else value
-        if isinstance(value, str)
-        else json.dumps(value, ensure_ascii=False)
-    )
+def page(title: str, results: dict[str, Any], worst: Sequence[Item], first: Sequence[Item]) -> str:
+    """HTML page of a table of results, the worst examples and the first ones."""
+    rows = []
+    for name, value in results.items():
+        cell = f'<td class="number">{escape(_format(value))}</td>'
+        rows.append(f"<tr><td>{escape(name)}</td>{cell}</tr>")
+    body = [f'<div class="card scroll"><table>{"".join(rows)}</table></div>']
+    if worst:
+        body.append(f"<h2>Worst</h2><p>The {len(worst)} examples with the lowest scores.</p>")
+        body.append(_grid(worst))
+    body.append(f"<h2>First</h2><p>The first {len(first)} examples of the annotations.</p>")
+    body.append(_grid(first))
+    return html.page(title, "\n".join(body))
+
+
+def _grid(items: Sequence[Item]) -> str:
+    return f'<div class="grid" style="--least: 300px">{"".join(map(_card, items))}</div>'
+
+
+def _card(item: Item) -> str:
+    references = " · ".join(dict.fromkeys(map(escape, item.references))) or "(withheld)"
+    lines = [f"<div>{escape(item.question)}</div>"] if item.question else []
+    lines.append(f'<div class="answer">{escape(item.prediction) or "(nothing)"}</div>')
+    lines.append(f"<div><small>true:</small> {references}</div>")
+    if item.score is not None:
+        lines.append(f'<div><small class="number">score {item.score:.3g}</small></div>')
+    image = html.image(item.image, item.question or item.prediction)
+    return f'<div class="card example">{image}<div>{"".join(lines)}</div></div>'
+
+
+def _thumbnail(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """An image, or the first frame of a video."""
+    pixels = media.load_video(path, SIDE)[0] if media.is_video(path) else read_image(path)
+    image = Image.fromarray(pixels)
+    image.thumbnail((SIDE, SIDE))
+    return np.asarray(image)
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)

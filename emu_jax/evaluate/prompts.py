@@ -1,40 +1,41 @@
-"""What the released chat model is asked in each benchmark, and what is kept of what it says (the
-release's own evaluation).
+"""Prompts of the benchmarks, as in the release's own evaluation, and clean-up of answers.
 
-`{image}` stands for the picture's tokens, or for those of a video's frames.
+`{image}` stands for an image's visual tokens, or for those of a video's frames. Read next:
+tasks.py.
 """
 
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from emu_jax.data.chat_format import SYSTEM_MESSAGES
+
 IMAGE = "{image}"
 QUESTION = "{question}"
-IMAGE_SYSTEM = (
-    "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the image after I provide it to you. "
-    "Please answer my questions based on the given image."
+IMAGE_SYSTEM = "".join(SYSTEM_MESSAGES["image"])
+VIDEO_SYSTEM = "".join(SYSTEM_MESSAGES["video"])
+CAPTION_INSTRUCTION = (
+    "please provide an accurate and concise description of the given image. "
+    "[ASSISTANT]: the image depicts a photo of"
 )
-VIDEO_SYSTEM = (
-    "You are a helpful assistant and you will be presented with a video consisting of multiple chronological images: "
-    "[IMG]ImageContent[/IMG]. You will be able to see the video after I provide it to you. "
-    "Please answer my questions based on the given video."
+ANSWER_INSTRUCTION = (
+    "based on the content of the image and common sense, please provide an accurate answer "
+    "consisting of only one word or phrase."
 )
-CAPTION_ASK = "please provide an accurate and concise description of the given image. [ASSISTANT]: the image depicts a photo of"
-ANSWER_ASK = "based on the content of the image and common sense, please provide an accurate answer consisting of only one word or phrase."
-# what may follow "known"; after "no." the answer is "unanswerable"
-KNOWN = ("yes.", "no.")
+# Choices after a prompt of kind "known"; the second makes the answer "unanswerable".
+KNOWN_CHOICES = ("yes.", "no.")
 
-
-# A turn up to where the answer begins, for the chat model as the release asks it, and for one that
-# knows no turns (unpublished: as usual).
+# Turns up to where the answer begins, in the release's words for the chat model. "known" is
+# VizWiz's first question; "free" is for MM-Vet's answers of any length.
 CHAT = {
-    "caption": f" [USER]: {IMAGE}{CAPTION_ASK}",
-    "answer": f" [USER]: {IMAGE} {ANSWER_ASK} {QUESTION} [ASSISTANT]: the answer is:",
-    # VizWiz asks this first
-    "known": f" [USER]: {IMAGE} {ANSWER_ASK} {QUESTION}, is the answer known? [ASSISTANT]:",
-    # MM-Vet: answered at length
+    "caption": f" [USER]: {IMAGE}{CAPTION_INSTRUCTION}",
+    "answer": f" [USER]: {IMAGE} {ANSWER_INSTRUCTION} {QUESTION} [ASSISTANT]: the answer is:",
+    "known": (
+        f" [USER]: {IMAGE} {ANSWER_INSTRUCTION} {QUESTION}, is the answer known? [ASSISTANT]:"
+    ),
     "free": f" [USER]: {IMAGE}{QUESTION} [ASSISTANT]:",
 }
+# The same for a model without chat tokens: unpublished, so the usual words.
 PLAIN = {
     "caption": f"{IMAGE}a picture of",
     "answer": f"{IMAGE}Question: {QUESTION} Short answer:",
@@ -44,15 +45,14 @@ PLAIN = {
 
 
 class Shot(NamedTuple):
-    """An example before the question."""
+    """A few-shot example: a question with its answer, with or without its image."""
 
     question: str
     answer: str
-    # is it shown, or told without?
-    picture: bool
+    has_image: bool
 
 
-def ask(
+def question_prompt(
     kind: str,
     question: str = "",
     shots: Sequence[Shot] = (),
@@ -60,68 +60,71 @@ def ask(
     chat: bool = True,
     video: bool = False,
 ) -> str:
-    """The prompt of a `kind` of turn. Of a video its frames stand at {image}; so do the shown
-    pictures of `shots`, in their order.
+    """Prompt for one question.
+
+    Contains {image} once for every shot with an image and once for the question's image or video.
+
+    Args:
+        kind: A key of CHAT.
+        shots: Examples before the question.
+        chat: Whether the model has chat tokens.
+        video: Whether the question is about a video.
     """
     turn = (CHAT if chat else PLAIN)[kind]
-
-    def filled(asked):
-        return turn.replace(QUESTION, _quoted(asked))
-
     end = ".</s>" if chat else ".\n"
+    system = ""
+    if chat:
+        system = VIDEO_SYSTEM if video else IMAGE_SYSTEM
+    turns = []
+    for shot in shots:
+        shot_turn = turn if shot.has_image else turn.replace(IMAGE, "")
+        asked = shot_turn.replace(QUESTION, _escape(shot.question))
+        turns.append(f"{asked} {_escape(shot.answer)}{end}")
+    turns.append(turn.replace(QUESTION, _escape(question)))
+    return system + "".join(turns)
 
-    def seen(shot):
-        return filled(shot.question) if shot.picture else filled(shot.question).replace(IMAGE, "")
 
-    told = "".join(f"{seen(shot)} {_quoted(shot.answer)}{end}" for shot in shots)
-    return f"{_system(chat, video)}{told}{filled(question)}"
+def dialog_prompt(history: Sequence[tuple[str, str]], question: str, *, chat: bool = True) -> str:
+    """VisDial's prompt, after which each candidate is scored.
 
-
-def dialog(history: Sequence[tuple[str, str]], question: str, *, chat: bool = True) -> str:
-    """VisDial: after this, each candidate is scored."""
-    history = [(_quoted(asked), _quoted(answered)) for asked, answered in history]
-    question = _quoted(question)
-    if not chat:
-        return (
-            IMAGE
-            + "".join(f"Question: {asked}? Answer: {answered}.\n" for asked, answered in history)
-            + f"Question: {question}? Answer:"
-        )
-    turns = "".join(
-        f" [USER]: {asked}? [ASSISTANT]: {answered}.</s>" for asked, answered in history
-    )
-    return f"{IMAGE_SYSTEM} [USER]: {IMAGE}</s>{turns} [USER]: {question}? [ASSISTANT]:"
+    history: earlier questions and their answers.
+    """
+    if chat:
+        prompt = f"{IMAGE_SYSTEM} [USER]: {IMAGE}</s>"
+        turn = " [USER]: {}? [ASSISTANT]: {}.</s>"
+        last = " [USER]: {}? [ASSISTANT]:"
+    else:
+        prompt = IMAGE
+        turn = "Question: {}? Answer: {}.\n"
+        last = "Question: {}? Answer:"
+    for earlier, answer in history:
+        prompt += turn.format(_escape(earlier), _escape(answer))
+    return prompt + last.format(_escape(question))
 
 
 def clean_caption(text: str) -> str:
-    """Lower case, up to the first newline or end of sentence."""
-    return _until(text, ("\n", ". ")).lower()
+    """Lower-case `text` and cut it at the first newline or end of sentence."""
+    return _cut(text, ("\n", ". ")).lower()
 
 
 def clean_answer(text: str) -> str:
-    """Lower case, up to the first newline, end of sentence, quote or comma, without a leading "it
-    is" or article.
+    """Lower-case `text` and cut it at the first newline, end of sentence, quote or comma.
+
+    A leading "it is" or article goes too.
     """
-    text = _until(text, ("\n", ". ", '"', ", ")).lower().removesuffix(".")
+    text = _cut(text, ("\n", ". ", '"', ", ")).lower().removesuffix(".")
     for start in ("it is ", "it's ", "a ", "an ", "the "):
         text = text.removeprefix(start)
     return text
 
 
-def _until(text: str, ends: Sequence[str]) -> str:
+def _cut(text: str, ends: Sequence[str]) -> str:
     for end in ends:
         text = text.split(end)[0]
     return text.strip()
 
 
-def _system(chat: bool, video: bool) -> str:
-    return "" if not chat else VIDEO_SYSTEM if video else IMAGE_SYSTEM
-
-
-def _quoted(text: str) -> str:
-    """What others wrote, without what would be read as tokens or pictures."""
-    return re.sub(
-        r"\[(/?IMG|USER|ASSISTANT)\]|\{(image|question)\}|<(/s)>",
-        lambda match: next(filter(None, match.groups())),
-        text,
-    )
+def _escape(text: str) -> str:
+    """A benchmark's text without the marks that would be read as special tokens or images."""
+    marks = re.compile(r"\[(/?IMG|USER|ASSISTANT)\]|\{(image|question)\}|<(/s)>")
+    return marks.sub(lambda match: next(filter(None, match.groups())), text)

@@ -1,14 +1,12 @@
-"""RICES (arXiv 2206.08916): the examples of a prompt are those whose pictures are nearest to the
-question's in the encoder's space.
+"""RICES (arXiv 2206.08916): few-shot examples whose images are nearest to the question's.
 
-A picture's feature is the mean over its patches of what the LLM's side of the encoder reads, of
-length 1; of a video, over its frames. The index of all examples is made once and saved. Read next:
-benchmark.py.
+The feature of an image is the mean over its patches of the encoder's output as the LLM reads it,
+with norm 1; that of a video is the mean over its frames. The features of all examples are computed
+once and saved. Read next: predict.py.
 """
 
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
-from emu_jax import sharding
+from emu_jax import cli, sharding
+from emu_jax.batching import pad_batch
 from emu_jax.config import UserError
 from emu_jax.generate.session import Session
 from emu_jax.models import emu, module
@@ -31,89 +30,87 @@ Frames = Sequence[UInt8[np.ndarray, "h w 3"]]
 
 
 class Index(NamedTuple):
+    """Features of images or videos, a row per name."""
+
     names: list[str]
     features: Float[np.ndarray, "n E"]
 
-    def nearest(self, feature: Float[np.ndarray, "E"], count: int, but: str) -> list[str]:
-        """The names of the `count` nearest, the nearest last, without the picture `but`."""
+    def nearest(self, feature: Float[np.ndarray, "E"], count: int, exclude: str) -> list[str]:
+        """Names of the `count` nearest, the nearest last, without `exclude`."""
         order = np.argsort(-(self.features @ feature), kind="stable")[: count + 1]
-        return [self.names[k] for k in order if self.names[k] != but][:count][::-1]
+        names = [self.names[row] for row in order]
+        return [name for name in names if name != exclude][:count][::-1]
 
 
-def features(session: Session, pictures: Iterable[Frames]) -> Float[np.ndarray, "n E"]:
-    """Of pictures or of videos' frames, a session's batch of images at a time."""
+def compute_features(session: Session, items: Iterable[Frames]) -> Float[np.ndarray, "n E"]:
+    """Features of images (one frame each) or videos.
+
+    All compiled calls have one shape: `session.batch` frames, rounded up to whole shards.
+    """
+    rows = -(-session.batch // session.shards) * session.shards
+    sums: list[np.ndarray] = []
     waiting: list[np.ndarray] = []
     owners: list[int] = []
-    count = 0
-    sums = {}
 
     def flush() -> None:
-        # one shape, one compilation
-        rows = np.minimum(
-            np.arange(-(-session.batch // session.shards) * session.shards), len(waiting) - 1
-        )
-        with nullcontext() if session.mesh is None else jax.set_mesh(session.mesh):
-            found = to_host(
-                _features(session.model_config, session.params, np.stack(waiting)[rows])
-            )
-        for owner, feature in zip(owners, found, strict=False):
-            sums[owner] = sums.get(owner, 0) + feature
+        """Add the features of the waiting frames to the sums of their items."""
+        images = np.stack(pad_batch(waiting, rows))
+        with session.mesh_context():
+            features = to_host(_frame_features(session.model_config, session.params, images))
+        for owner, feature in zip(owners, features, strict=False):
+            sums[owner] = sums[owner] + feature
         waiting.clear()
         owners.clear()
 
-    for frames in pictures:
+    width = session.model_config.vision.width
+    for frames in items:
+        sums.append(np.zeros(width, np.float32))
         for frame in frames:
             waiting.append(frame)
-            owners.append(count)
+            owners.append(len(sums) - 1)
             if len(waiting) == session.batch:
                 flush()
-        count += 1
     if waiting:
         flush()
-    found = (
-        np.stack([sums[number] for number in range(count)])
-        if count
-        else np.zeros((0, session.model_config.vision.width), np.float32)
-    )
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    features = np.stack(sums) if sums else np.zeros((0, width), np.float32)
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def saved(
-    path: Path, of: str, names: Sequence[str], session: Session, load: Callable[[str], Frames]
+def load_or_build_index(
+    path: Path,
+    model_id: str,
+    names: Sequence[str],
+    session: Session,
+    load_frames: Callable[[str], Frames],
 ) -> Index:
-    """The index of the pictures `names` in the file `path`; made and written where it is not there,
-    or is `of` another model or other pictures.
+    """Load the index in the file `path`, or build and save it.
+
+    It is built again for a different model or different names. Raises UserError if the file is not
+    an index.
     """
     names = list(names)
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as file:
-                if str(file["of"]) == of and file["names"].tolist() == names:
+                if str(file["of"]) == model_id and file["names"].tolist() == names:
                     return Index(names, file["features"])
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(
-                f"{path}: no index of examples; remove it, and it is made again"
+                f"{path}: not an index of examples; remove it, and it is built again"
             ) from error
-    index = Index(
-        names,
-        features(
-            session,
-            (load(name) for name in tqdm(names, "examples", unit=" pictures", disable=None)),
-        ),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        np.savez(file, of=of, names=np.array(names), features=index.features)
-    part.replace(path)
-    return index
+    progress = tqdm(names, "examples", unit=" images", disable=None)
+    features = compute_features(session, (load_frames(name) for name in progress))
+    with cli.output_file(path, "wb") as file:
+        np.savez(file, of=model_id, names=np.array(names), features=features)
+    return Index(names, features)
 
 
 @partial(jax.jit, static_argnums=0)
-def _features(
+def _frame_features(
     config: emu.EmuConfig, params: Tree, images: UInt8[Array, "M h w 3"]
 ) -> Float[Array, "M E"]:
     model = module.bind(emu.Emu, config, params)
-    x = normalise(sharding.constrain_images(images), config.vision, config.compute)
-    seen = model.ln_visual(model.vision(x, kernel=config.attention)).astype(jnp.float32).mean(1)
-    return seen / jnp.linalg.norm(seen, axis=1, keepdims=True)
+    pixels = normalise(sharding.constrain_images(images), config.vision, config.compute)
+    patches = model.ln_visual(model.vision(pixels, kernel=config.attention))
+    features = patches.astype(jnp.float32).mean(1)
+    return features / jnp.linalg.norm(features, axis=1, keepdims=True)

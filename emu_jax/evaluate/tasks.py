@@ -1,5 +1,6 @@
-"""The benchmarks: their files, what a model is asked in each, and how what it says is submitted and
-scored. Read next: benchmark.py.
+"""The table of benchmarks: their files, prompts, generation settings and metrics.
+
+Read next: plan.py, benchmark.py.
 """
 
 import os
@@ -7,261 +8,261 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from emu_jax.config import UserError
 from emu_jax.evaluate import annotations, prompts
 from emu_jax.evaluate.annotations import Example
 from emu_jax.generate.generation_config import GenerationConfig
 
-BEAMS = 5
-CAPTION = GenerationConfig(max_new_tokens=20, min_new_tokens=8, beams=BEAMS, length_penalty=-1.0)
-ANSWER = GenerationConfig(max_new_tokens=20, min_new_tokens=1, beams=BEAMS, length_penalty=-1.0)
-# unpublished
-FREE = GenerationConfig(max_new_tokens=128, beams=BEAMS)
+# The release's settings for captions and for short answers.
+CAPTION = GenerationConfig(max_new_tokens=20, min_new_tokens=8, beams=5, length_penalty=-1.0)
+ANSWER = GenerationConfig(max_new_tokens=20, min_new_tokens=1, beams=5, length_penalty=-1.0)
+# MM-Vet's answers of any length; its settings are unpublished.
+FREE = GenerationConfig(max_new_tokens=128, beams=5)
 
 
 @dataclass(frozen=True)
 class Task:
-    what: str
-    # of prompts.CHAT; or "dialog", or "image"
-    kind: str
-    # names of its annotation files; {split} stands for the split
+    """A benchmark."""
+
+    description: str
+    # What is predicted: a text by a prompt of prompts.CHAT, the ranks of a dialog's candidates, or
+    # an image.
+    kind: Literal["caption", "answer", "free", "dialog", "image"]
+    # Names of annotation files, in which {split} stands for the split.
     files: tuple[str, ...]
-    # further ones, that may be missing
-    more: tuple[str, ...]
-    # of their paths; with `split` where all splits are in one file
-    read: Callable[..., list[Example]]
+    # Reads their paths; takes `split` too if one file holds all splits.
+    reader: Callable[..., list[Example]]
+    # Split that is scored by default.
     split: str
-    # the split that few-shot examples come from; "" for none
-    examples: str
-    # "captions", "vqa", "exact_match", "wups", "visdial", "judge" or "fid"
-    metric: str
-    # predictions by id, as they are submitted
+    metric: Literal["captions", "vqa", "exact_match", "wups", "visdial", "judge", "fid"]
+    # Predictions by id, in the benchmark's submission format.
     results: Callable[[Mapping[str, Any]], Any]
-    options: GenerationConfig = ANSWER
-    video: bool = False
-    # of all splits
+    generation: GenerationConfig = ANSWER
+    # Further annotation files that the reader takes if they exist.
+    optional_files: tuple[str, ...] = ()
+    # Whether one file holds all splits.
     one_file: bool = False
-    # a file that only its score reads, and that may be missing
-    marks: str = ""
-    # the task that few-shot examples come from, where it is another
-    fewshot: str = ""
+    # Split and task that few-shot examples come from; no split: none. No task: this one.
+    shots_split: str = ""
+    shots_task: str = ""
+    # Whether the questions are about videos.
+    video: bool = False
+    # VisDial: an optional file with graded relevance of the candidates, for NDCG.
+    relevance_file: str = ""
 
     def clean(self, text: str) -> str:
-        """What is kept of what a model says."""
-        return (
-            prompts.clean_caption(text)
-            if self.kind == "caption"
-            else prompts.clean_answer(text)
-            if self.kind == "answer"
-            else text.strip()
-        )
+        """The part of a generated text that counts."""
+        if self.kind == "caption":
+            return prompts.clean_caption(text)
+        if self.kind == "answer":
+            return prompts.clean_answer(text)
+        return text.strip()
 
 
-def _karpathy(what: str, dataset: str) -> Task:
+def _karpathy(dataset: str, name: str) -> Task:
     return Task(
-        f"captions of {what} (Karpathy's split)",
+        f"captions of {name} (Karpathy's split)",
         "caption",
-        (f"dataset_{dataset}.json",),
-        (),
-        lambda path, split: annotations.karpathy(path, dataset, split),
-        "test",
-        "train",
-        "captions",
-        annotations.caption_results,
-        CAPTION,
+        files=(f"dataset_{dataset}.json",),
+        reader=lambda path, split: annotations.karpathy(path, dataset, split),
         one_file=True,
+        split="test",
+        shots_split="train",
+        metric="captions",
+        results=annotations.caption_results,
+        generation=CAPTION,
     )
 
 
-def _vqa(what: str, prefix: str, read: Callable[..., list[Example]]) -> Task:
+def _vqa(name: str, prefix: str, reader: Callable[..., list[Example]]) -> Task:
     return Task(
-        what,
+        name,
         "answer",
-        (f"{prefix}OpenEnded_mscoco_{{split}}_questions.json",),
-        (f"{prefix}mscoco_{{split}}_annotations.json",),
-        read,
-        "val2014",
-        "train2014",
-        "vqa",
-        annotations.vqa_results,
+        files=(f"{prefix}OpenEnded_mscoco_{{split}}_questions.json",),
+        optional_files=(f"{prefix}mscoco_{{split}}_annotations.json",),
+        reader=reader,
+        split="val2014",
+        shots_split="train2014",
+        metric="vqa",
+        results=annotations.vqa_results,
     )
 
 
-def _video_qa(what: str, benchmark: str) -> Task:
+def _video_qa(benchmark: str, name: str) -> Task:
     return Task(
-        what,
+        name,
         "answer",
-        ("{split}_qa.json",),
-        (),
-        lambda path: annotations.video_qa(path, benchmark),
-        "test",
-        "train",
-        "exact_match",
-        annotations.video_qa_results,
+        files=("{split}_qa.json",),
+        reader=lambda path: annotations.video_qa(path, benchmark),
         video=True,
+        split="test",
+        shots_split="train",
+        metric="exact_match",
+        results=annotations.video_qa_results,
     )
 
 
 TASKS = {
-    "coco-caption": _karpathy("COCO", "coco"),
-    "flickr30k": _karpathy("Flickr30k", "flickr30k"),
+    "coco-caption": _karpathy("coco", "COCO"),
+    "flickr30k": _karpathy("flickr30k", "Flickr30k"),
     "nocaps": Task(
         "captions of NoCaps",
         "caption",
-        ("nocaps_{split}_4500_captions.json",),
-        (),
-        annotations.nocaps,
-        "val",
-        "train",
-        "captions",
-        annotations.caption_results,
-        CAPTION,
-        fewshot="coco-caption",
+        files=("nocaps_{split}_4500_captions.json",),
+        reader=annotations.nocaps,
+        split="val",
+        shots_task="coco-caption",
+        shots_split="train",
+        metric="captions",
+        results=annotations.caption_results,
+        generation=CAPTION,
     ),
     "vqav2": _vqa("VQAv2", "v2_", annotations.vqav2),
     "okvqa": _vqa("OK-VQA", "", annotations.okvqa),
     "vizwiz": Task(
-        "VizWiz-VQA: first, whether the answer is known",
+        "VizWiz-VQA; asks first whether the answer is known",
         "answer",
-        ("{split}.json",),
-        (),
-        annotations.vizwiz,
-        "val",
-        "train",
-        "vqa",
-        annotations.vizwiz_results,
+        files=("{split}.json",),
+        reader=annotations.vizwiz,
+        split="val",
+        shots_split="train",
+        metric="vqa",
+        results=annotations.vizwiz_results,
     ),
     "visdial": Task(
-        "VisDial 1.0: candidates ranked by the LLM's loss",
+        "VisDial 1.0: candidates ranked by the language model's loss",
         "dialog",
-        ("visdial_1.0_{split}.json",),
-        (),
-        annotations.visdial,
-        "val",
-        "",
-        "visdial",
-        annotations.visdial_results,
-        marks="visdial_1.0_{split}_dense_annotations.json",
+        files=("visdial_1.0_{split}.json",),
+        relevance_file="visdial_1.0_{split}_dense_annotations.json",
+        reader=annotations.visdial,
+        split="val",
+        metric="visdial",
+        results=annotations.visdial_results,
     ),
-    "msvd-qa": _video_qa("MSVD-QA", "msvd"),
-    "msrvtt-qa": _video_qa("MSRVTT-QA", "msrvtt"),
+    "msvd-qa": _video_qa("msvd", "MSVD-QA"),
+    "msrvtt-qa": _video_qa("msrvtt", "MSRVTT-QA"),
     "nextqa": Task(
         "NExT-QA, open-ended; needs --wordnet, takes --tagger",
         "answer",
-        ("{split}.csv",),
-        ("add_reference_answer_{split}.json",),
-        annotations.nextqa,
-        "test",
-        "train",
-        "wups",
-        annotations.nextqa_results,
+        files=("{split}.csv",),
+        optional_files=("add_reference_answer_{split}.json",),
+        reader=annotations.nextqa,
         video=True,
+        split="test",
+        shots_split="train",
+        metric="wups",
+        results=annotations.nextqa_results,
     ),
     "mmvet": Task(
-        "MM-Vet: a file of answers for its judge",
+        "MM-Vet: writes the answers for its judge",
         "free",
-        ("mm-vet.json",),
-        (),
-        lambda path, split: annotations.mmvet(path),
-        "all",
-        "",
-        "judge",
-        annotations.mmvet_results,
-        FREE,
+        files=("mm-vet.json",),
+        reader=lambda path, split: annotations.mmvet(path),
         one_file=True,
+        split="all",
+        metric="judge",
+        results=annotations.mmvet_results,
+        generation=FREE,
     ),
     "coco-t2i": Task(
-        "30,000 captions of COCO drawn, and FID; needs --decoder and --inception, takes --clip",
+        "images for 30,000 captions of COCO, and FID; needs --decoder and --inception, takes "
+        "--clip",
         "image",
-        ("captions_{split}.json",),
-        (),
-        annotations.coco_prompts,
-        "val2014",
-        "",
-        "fid",
-        dict,
+        files=("captions_{split}.json",),
+        reader=annotations.coco_prompts,
+        split="val2014",
+        metric="fid",
+        results=dict,
     ),
 }
 
 
 class Folder:
-    """What lies in a benchmark's folder, wherever in it, by name."""
+    """Files of a benchmark's folder by name, at any depth.
+
+    Raises UserError if the folder does not exist. Of two files with one name the first counts.
+    """
 
     def __init__(self, root: str):
-        """Raises UserError where there is no such folder."""
         self.root = Path(root)
-        self._paths = {}
         if not self.root.is_dir():
             raise UserError(
-                f"no folder {root!r}: --data=DIR holds a benchmark's annotation files and pictures, as they are published"
+                f"no folder {root!r}: --data=DIR holds the annotation files and images of a "
+                "benchmark, as they are published"
             )
-        for folder, inner, names in os.walk(self.root, followlinks=True):
-            inner.sort()
+        self._paths: dict[str, Path] = {}
+        for folder, subfolders, names in os.walk(self.root, followlinks=True):
+            subfolders.sort()
             for name in names:
-                # of two, the first
                 self._paths.setdefault(name, Path(folder, name))
 
     def find(self, name: str) -> Path | None:
+        """Path of the file of this name."""
         return self._paths.get(name)
 
-    def annotations(self, name: str, split: str) -> list[Path]:
-        """The files that the task of this name needs, and those of its further ones that are there.
-        Raises UserError that names what is missing.
+    def annotation_files(self, task_name: str, split: str) -> list[Path]:
+        """Paths of the files of a task, and of its optional files that exist.
+
+        Raises UserError that names the missing ones.
         """
-        task = TASKS[name]
-        wanted = [file.format(split=split) for file in task.files]
-        if missing := [file for file in wanted if file not in self._paths]:
-
-            def there(other):
-                return all(
-                    file.format(split=TASKS[other].split) in self._paths
-                    for file in TASKS[other].files
-                )
-
-            others = [other for other in TASKS if other != name and there(other)]
-            raise UserError(
-                f"{self.root}: no {' and no '.join(missing)} anywhere in it, which --task={name} reads"
-                + (f"; it looks like --task={others[0]}" if others else "")
-                + ("" if task.one_file else " (another --split has another name)")
+        task = TASKS[task_name]
+        required = [name.format(split=split) for name in task.files]
+        missing = [name for name in required if name not in self._paths]
+        if missing:
+            message = (
+                f"{self.root}: no {' and no '.join(missing)} anywhere in it, "
+                f"which --task={task_name} reads"
             )
-        return [self._paths[file] for file in wanted] + list(
-            filter(None, (self.find(file.format(split=split)) for file in task.more))
-        )
+            others = [name for name in TASKS if name != task_name and self._has_files_of(name)]
+            if others:
+                message += f"; it looks like --task={others[0]}"
+            if not task.one_file:
+                message += " (another --split has another name)"
+            raise UserError(message)
+        optional = [name.format(split=split) for name in task.optional_files]
+        return [self._paths[name] for name in (*required, *optional) if name in self._paths]
 
-    def picture(self, example: Example) -> Path | None:
-        """The file of an example's picture or video. The videos of MSVD and NExT-QA may have the
-        names that they have on the web, where the table that comes with the benchmark is there
-        too.
+    def media(self, example: Example) -> Path | None:
+        """Path of an example's image or video, if it exists.
+
+        Videos of MSVD and NExT-QA may also have the names of their source, if the table of names
+        that comes with the benchmark is in the folder.
         """
-        name = Path(example.picture)
+        name = Path(example.media)
         return self.find(name.name) or self.find(f"{self._aliases.get(name.stem)}{name.suffix}")
+
+    def _has_files_of(self, task_name: str) -> bool:
+        task = TASKS[task_name]
+        return all(name.format(split=task.split) in self._paths for name in task.files)
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """MSVD's youtube_mapping.txt ("NAME vid1") and NExT-QA's map_vid_vidorID.json ({video:
+        """Source names of videos.
+
+        From MSVD's youtube_mapping.txt ("NAME vid1") and NExT-QA's map_vid_vidorID.json ({video:
         "FOLDER/NAME"}).
         """
-        found = {}
+        aliases: dict[str, str] = {}
         if path := self.find("youtube_mapping.txt"):
-            found |= {
-                row[1]: row[0]
-                for row in map(str.split, path.read_text(errors="replace").splitlines())
-                if len(row) == 2
-            }
+            for line in path.read_text(errors="replace").splitlines():
+                columns = line.split()
+                if len(columns) == 2:
+                    aliases[columns[1]] = columns[0]
         if path := self.find("map_vid_vidorID.json"):
-            table = annotations.load(path)
-            found |= (
-                {video: str(where).rpartition("/")[2] for video, where in table.items()}
-                if isinstance(table, dict)
-                else {}
-            )
-        return found
+            table = annotations.read_json(path)
+            if isinstance(table, dict):
+                for video, source in table.items():
+                    aliases[video] = str(source).rpartition("/")[2]
+        return aliases
 
 
-def examples_of(name: str, folder: Folder, split: str) -> list[Example]:
-    """Raises UserError for files that are missing, or another benchmark's."""
-    task = TASKS[name]
-    paths = map(str, folder.annotations(name, split))
-    return task.read(*paths, split) if task.one_file else task.read(*paths)
+def read_examples(task_name: str, folder: Folder, split: str) -> list[Example]:
+    """Examples of a task's split.
+
+    Raises UserError if files are missing or belong to another benchmark.
+    """
+    task = TASKS[task_name]
+    paths = [str(path) for path in folder.annotation_files(task_name, split)]
+    return task.reader(*paths, split) if task.one_file else task.reader(*paths)

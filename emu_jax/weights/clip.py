@@ -19,12 +19,6 @@ from emu_jax.weights.family import Family, Shapes, count_layers
 # Files of the tokenizer: the first, or else the other two.
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
-WHERE = (
-    "--clip=DIR, a CLIP. Download a folder with config.json, model.safetensors or "
-    "pytorch_model.bin, tokenizer.json and preprocessor_config.json, such as "
-    "openai/clip-vit-large-patch14, and run: "
-    "python -m emu_jax.weights import --family=clip FOLDER --to=DIR"
-)
 
 
 def table(model_config: ClipConfig) -> Table:

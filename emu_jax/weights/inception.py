@@ -14,12 +14,6 @@ from emu_jax.models import inception
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.family import Family, no_fields
 
-WHERE = (
-    "--inception=DIR, FID's Inception. Download pt_inception-2015-12-05-6726825d.pth "
-    "(github.com/mseitzer/pytorch-fid, releases, fid_weights) and run: "
-    "python -m emu_jax.weights import --family=inception FILE --to=DIR"
-)
-
 
 def table(model_config: None = None) -> Table:
     """Rows in the model's reading order."""

@@ -1,6 +1,4 @@
-"""The official layouts as examples; a file of another benchmark is one line; submissions are what
-the benchmarks' servers take.
-"""
+"""Readers of the official layouts, errors for files of another benchmark, and submissions."""
 
 import json
 
@@ -13,7 +11,7 @@ from tests.support import layouts
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A file or two of each benchmark by name."""
+    """Paths of the annotation files of each benchmark."""
     root = tmp_path_factory.mktemp("data")
     made = {
         "coco": layouts.karpathy(root / "coco", "coco"),
@@ -53,10 +51,13 @@ def test_examples(files):
     read = {name: READERS[name](*files[name]) for name in READERS}
     first = {name: examples[0] for name, examples in read.items()}
     assert first["coco"][:2] == ("100", "val2014/coco_000000000000.jpg") and len(read["coco"]) == 3
-    assert first["coco"].answers == ("A dog runs number 0.", "A dog sits number 0.")
+    assert first["coco"].references == ("A dog runs number 0.", "A dog sits number 0.")
     assert first["flickr30k"][:2] == ("0", "flickr30k_000000000000.jpg")
     assert first["nocaps"] == annotations.Example(
-        "0", "00.jpg", answers=("A cat 0 on a mat, 0.", "A cat 1 on a mat, 0."), kind="in-domain"
+        "0",
+        "00.jpg",
+        references=("A cat 0 on a mat, 0.", "A cat 1 on a mat, 0."),
+        question_type="in-domain",
     )
     for name in ("vqav2", "okvqa"):
         assert first[name] == annotations.Example(
@@ -67,11 +68,11 @@ def test_examples(files):
             "yes/no",
         )
     assert (
-        first["vizwiz"].id == first["vizwiz"].picture == "VizWiz_val_00000000.jpg"
-        and first["vizwiz"].answers == ("unanswerable",) * 10
+        first["vizwiz"].id == first["vizwiz"].media == "VizWiz_val_00000000.jpg"
+        and first["vizwiz"].references == ("unanswerable",) * 10
     )
     second = read["visdial"][1]
-    assert (second.id, second.picture, second.truth) == (
+    assert (second.id, second.media, second.true_candidate) == (
         "0/2",
         "VisualDialog_val2018_000000000000.jpg",
         2,
@@ -79,11 +80,11 @@ def test_examples(files):
     assert (
         second.history == (("is it red", "answer 1"),)
         and second.question == "how many"
-        and len(second.options) == 5
+        and len(second.candidates) == 5
     )
     assert (
         first["msvd"][:4] == ("0", "vid1.avi", "what runs 0?", ("dog",))
-        and first["msrvtt"].picture == "video1.mp4"
+        and first["msrvtt"].media == "video1.mp4"
     )
     assert first["nextqa"] == annotations.Example(
         "400/0", "400.mp4", "why does the dog run 0?", ("to eat",), "CW"
@@ -93,10 +94,10 @@ def test_examples(files):
     )
 
 
-def test_nextqas_second_references(files, tmp_path):
+def test_nextqa_second_references(files, tmp_path):
     more = layouts.put(tmp_path / "more.json", {"400": {"0": "chase cat", "2": "x"}})
     examples = annotations.nextqa(files["nextqa"][0], str(more))
-    assert [example.answers for example in examples] == [
+    assert [example.references for example in examples] == [
         ("to eat", "chase cat"),
         ("to eat",),
         ("to eat", "x"),
@@ -106,20 +107,20 @@ def test_nextqas_second_references(files, tmp_path):
 def test_a_test_split_has_no_answers(files, tmp_path):
     questions = json.loads(open(files["vqav2"][0]).read()) | {"data_subtype": "test-dev2015"}
     first = annotations.vqav2(str(layouts.put(tmp_path / "q.json", questions)))[0]
-    assert first.answers == () and first.picture == "COCO_test2015_000000000000.jpg"
+    assert first.references == () and first.media == "COCO_test2015_000000000000.jpg"
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_file_of_another_benchmark_is_one_line(files, name):
+def test_a_file_of_another_benchmark_is_a_one_line_error(files, name):
     for other, paths in files.items():
         if other != name:
-            with pytest.raises(UserError, match="not |malformed JSON|no image of split") as told:
+            with pytest.raises(UserError, match="not |malformed JSON|no image of split") as caught:
                 READERS[name](*paths[:1] if name not in ("vqav2", "okvqa") else paths)
-            assert "\n" not in str(told.value) and paths[0].split("/")[-2] in str(told.value)
+            assert "\n" not in str(caught.value) and paths[0].split("/")[-2] in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("read", "value", "told"),
+    ("read", "value", "message"),
     [
         (
             lambda path: annotations.karpathy(path, "coco", "val"),
@@ -147,8 +148,8 @@ def test_a_file_of_another_benchmark_is_one_line(files, name):
         ),
     ],
 )
-def test_a_field_that_is_missing_is_one_line(tmp_path, read, value, told):
-    with pytest.raises(UserError, match=told):
+def test_a_missing_field_is_a_one_line_error(tmp_path, read, value, message):
+    with pytest.raises(UserError, match=message):
         read(str(layouts.put(tmp_path / "a.json", value)))
 
 

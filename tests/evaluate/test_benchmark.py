@@ -17,9 +17,13 @@ from emu_jax import checkpoint, config
 from emu_jax.checkpoint import CheckpointManager
 from emu_jax.config import UserError
 from emu_jax.data import tokenizer
-from emu_jax.evaluate import benchmark, prompts, retrieval
+from emu_jax.evaluate import prompts, retrieval
 from emu_jax.evaluate.__main__ import main
+from emu_jax.evaluate.metrics import fid
+from emu_jax.evaluate.plan import BenchmarkSettings, plan_benchmark
+from emu_jax.evaluate.predict import Predictor
 from emu_jax.evaluate.tasks import TASKS
+from emu_jax.generate.diffusion_decoder import DiffusionDecoder
 from emu_jax.generate.session import Session
 from emu_jax.hooks import benchmark_evaluator
 from emu_jax.plan import make_plan
@@ -148,7 +152,7 @@ def read(folder):
 @pytest.mark.parametrize("task", TASKS)
 def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch, task, capsys):
     monkeypatch.setattr(
-        benchmark.fid,
+        fid,
         "features",
         lambda params, images: np.stack([np.ravel(image)[:4].astype(float) for image in images]),
     )
@@ -157,9 +161,9 @@ def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch,
     beams = "--beams=2" if task == "coco-caption" else "--beams=1"
     assert call(root, data, task, f"--out={whole}", beams) == 0
     printed = capsys.readouterr().out.splitlines()
-    ask = benchmark.Asker.predict
+    ask = Predictor.predict
     calls = []
-    draw = benchmark.diffusion_decoder.DiffusionDecoder.__call__
+    draw = DiffusionDecoder.__call__
 
     def dies(of):
         def die(*arguments):
@@ -170,36 +174,38 @@ def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch,
 
         return die
 
-    monkeypatch.setattr(benchmark.Asker, "predict", dies(ask))
-    monkeypatch.setattr(benchmark.diffusion_decoder.DiffusionDecoder, "__call__", dies(draw))
+    monkeypatch.setattr(Predictor, "predict", dies(ask))
+    monkeypatch.setattr(DiffusionDecoder, "__call__", dies(draw))
     assert (
         call(root, data, task, f"--out={killed}", beams) == 130
-        and "the same command goes on" in capsys.readouterr().err
+        and "the same command resumes" in capsys.readouterr().err
     )
     lines = killed / "predictions-0.jsonl"
     assert len(lines.read_text().splitlines()) == 2 and not (killed / "scores.json").exists()
     with lines.open("a") as file:
         file.write('{"id": "half a li')
-    monkeypatch.setattr(benchmark.Asker, "predict", ask)
-    monkeypatch.setattr(benchmark.diffusion_decoder.DiffusionDecoder, "__call__", draw)
+    monkeypatch.setattr(Predictor, "predict", ask)
+    monkeypatch.setattr(DiffusionDecoder, "__call__", draw)
     assert call(root, data, task, f"--out={killed}", beams) == 0
     assert read(killed) == read(whole)
-    told, submitted = read(whole).values()
+    results, submitted = read(whole).values()
     assert (
-        told.keys() >= SCORES[TASKS[task].metric] | {"step", "count"}
-        and told["missing_pictures"] == 0
-        and told["step"] == 7
+        results.keys() >= SCORES[TASKS[task].metric] | {"step", "count"}
+        and results["missing_pictures"] == 0
+        and results["step"] == 7
     )
     assert (
-        sum(map(len, submitted.values())) if task == "nextqa" else len(submitted) == told["count"]
+        sum(map(len, submitted.values()))
+        if task == "nextqa"
+        else len(submitted) == results["count"]
     )
     page = (whole / "report.html").read_text()
     assert (
         "</html>" in page
-        and page.count("<img") >= told["count"]
+        and page.count("<img") >= results["count"]
         and printed[-1] == str(whole / "report.html")
     )
-    assert f"count: {told['count']}" in printed and not list(whole.glob("*.part"))
+    assert f"count: {results['count']}" in printed and not list(whole.glob("*.part"))
 
 
 def test_answers_do_not_depend_on_the_batch_and_hosts_share_them(root, data, tmp_path, capsys):
@@ -218,15 +224,17 @@ def test_answers_do_not_depend_on_the_batch_and_hosts_share_them(root, data, tmp
             == 0
         )
     assert read(tmp_path / "one") == read(tmp_path / "two")
-    assert "2 of 4 predictions are other hosts'" in capsys.readouterr().out
+    assert "2 of 4 predictions are left to other hosts" in capsys.readouterr().out
 
 
 def test_a_chat_model_is_asked_as_the_release_asks(root, data):
     session = Session.load(str(root / "chat"))
-    settings = benchmark.Settings("vizwiz", str(root / "chat"), 7, str(data("vizwiz")), "val")
-    asker = benchmark.Asker(session, settings, benchmark.plan(settings, limit=1))
-    prompt = asker._prompt("known", asker.plan.examples[0], [])
-    asked = session.processor.template(prompts.ask("known", "What is this?"), [prompt.images])
+    settings = BenchmarkSettings("vizwiz", str(root / "chat"), 7, str(data("vizwiz")), "val")
+    predictor = Predictor(session, settings, plan_benchmark(settings, limit=1))
+    prompt = predictor.prompt("known", predictor.plan.examples[0], [])
+    asked = session.processor.template(
+        prompts.question_prompt("known", "What is this?"), [prompt.images]
+    )
     assert (
         prompt.tokens == asked.tokens
         and session.tokenizer.user in prompt.tokens
@@ -237,34 +245,34 @@ def test_a_chat_model_is_asked_as_the_release_asks(root, data):
 def test_few_shots_are_the_nearest_and_fewer_where_they_do_not_fit(root, data, tmp_path, capsys):
     assert call(root, data, "vqav2", f"--out={tmp_path}/rices", "--shots=2") == 0
     assert read(tmp_path / "rices")["scores.json"]["fewer_shots"] == 0
-    settings = benchmark.Settings(
+    settings = BenchmarkSettings(
         "vqav2", str(root / "emu"), 7, str(data("vqav2")), "val2014", shots=2
     )
     session = copy.copy(Session.load(str(root / "emu")))
-    planned = benchmark.plan(settings)
+    plan = plan_benchmark(settings)
     # saved by the run
-    asker = benchmark.Asker(session, settings, planned, tmp_path / "rices" / "examples.npz")
-    shots = asker._shots(planned.examples[:1])[0]
-    features = retrieval.features(
+    predictor = Predictor(session, settings, plan, tmp_path / "rices" / "examples.npz")
+    shots = predictor.choose_shots(plan.examples[:1])[0]
+    features = retrieval.compute_features(
         session,
         [
-            asker.frames(name)
-            for name in (planned.examples[0].picture, *(shot.picture for shot in shots))
+            predictor.frames(name)
+            for name in (plan.examples[0].media, *(shot.media for shot in shots))
         ],
     )
     assert (
         features[0] @ features[2] >= features[0] @ features[1]
-        and len({shot.picture for shot in shots}) == 2
+        and len({shot.media for shot in shots}) == 2
     )
-    prompt, used = asker._fitting(planned.examples[0], shots)
+    prompt, used = predictor.fit_prompt(plan.examples[0], shots)
     assert (
         used == 2
         and len(prompt.images) == 3
-        and prompt.images[2] is asker.frames(planned.examples[0].picture)[0]
+        and prompt.images[2] is predictor.frames(plan.examples[0].media)[0]
     )
-    session.context = len(prompt) + asker.options.max_new_tokens - 1
-    prompt, used = asker._fitting(planned.examples[0], shots)
-    assert used == 1 and prompt.images[0] is asker.frames(shots[1].picture)[0]
+    session.context = len(prompt) + predictor.generation.max_new_tokens - 1
+    prompt, used = predictor.fit_prompt(plan.examples[0], shots)
+    assert used == 1 and prompt.images[0] is predictor.frames(shots[1].media)[0]
     assert call(root, data, "vqav2", f"--out={tmp_path}/text", "--shots=2", "--text-only") == 0
     assert read(tmp_path / "text")["scores.json"]["text_only"] is True
 
@@ -291,7 +299,7 @@ def test_missing_pictures_are_counted_and_left_out_where_that_is_allowed(
 
     assert call(root, some, "vqav2", f"--out={tmp_path}/out") == 2
     assert (
-        "1 of the pictures are not there: COCO_val2014_000000000001.jpg; --allow-missing leaves"
+        "1 images are missing: COCO_val2014_000000000001.jpg; --allow-missing leaves"
         in capsys.readouterr().err
     )
     assert call(root, some, "vqav2", f"--out={tmp_path}/out", "--allow-missing") == 0
@@ -311,7 +319,7 @@ def test_a_split_without_answers_gives_a_submission_only(root, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "flags", "told"),
+    ("task", "flags", "message"),
     [
         (
             "vqav2",
@@ -325,22 +333,22 @@ def test_a_split_without_answers_gives_a_submission_only(root, data, tmp_path):
             "test_qa.json: not MSVD-QA's questions: rows have a category_id",
         ),
         ("coco-caption", ["--split=restval"], "no image of split 'restval'; there are test, train"),
-        ("mmvet", ["--shots=2"], "mmvet has no split that examples come from"),
+        ("mmvet", ["--shots=2"], "mmvet has no split for few-shot examples"),
         ("vqav2", ["--shots=9", "--text-only"], "'train2014' has 4 examples"),
-        ("vqav2", ["--shots=9"], "'train2014' has 2 pictures of examples"),
+        ("vqav2", ["--shots=9"], "'train2014' has 2 images of examples"),
         ("coco-t2i", ["--inception={root}/emu"], "is not FID's Inception; --inception=DIR"),
         ("coco-t2i", ["--clip={root}/emu"], "is not a CLIP; --clip=DIR"),
         ("nextqa", ["--tagger=/nowhere"], "of the tagger; --tagger=DIR"),
         ("coco-t2i", ["--decoder="], "a trained decoder (--decoder=DIR) and --inception=DIR"),
         ("vqav2", ["--data=/nowhere"], "no folder '/nowhere'"),
         ("nextqa", ["--wordnet=/nowhere"], "no WordNet file"),
-        ("vqav2", ["--limit=0"], "'0' is no whole number"),
+        ("vqav2", ["--limit=0"], "'0' is not a positive integer"),
         ("vqav2", ["--text-only"], "--text-only needs --shots"),
         ("vqav2", ["--checkpoint=/nowhere"], "no directory"),
         ("vqav2", ["--host=3", "--hosts=2"], "--host=3 must be from 0 to 1"),
     ],
 )
-def test_bad_input_is_one_line(root, data, tmp_path, capsys, task, flags, told):
+def test_bad_input_is_one_line(root, data, tmp_path, capsys, task, flags, message):
     data(task), data("okvqa"), data("msrvtt-qa")
     assert (
         call(
@@ -356,7 +364,7 @@ def test_bad_input_is_one_line(root, data, tmp_path, capsys, task, flags, told):
     assert (
         error.startswith("error: ")
         and error.count("\n") == 1
-        and told in error
+        and message in error
         and not (tmp_path / "out").exists()
     )
 
@@ -365,12 +373,12 @@ def test_a_folder_of_other_settings_or_of_damaged_lines_is_one_line(root, data, 
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--limit=1") == 0
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--beams=3") == 2
     assert (
-        "predictions of other settings: beams was 1 and is 3; choose another --out"
+        "predictions of different settings: beams was 1 and is 3 now; choose another --out"
         in capsys.readouterr().err
     )
     (tmp_path / "predictions-0.jsonl").write_text("no json\n")
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--limit=1") == 2
-    assert "predictions-0.jsonl: line 1 is no prediction" in capsys.readouterr().err
+    assert "predictions-0.jsonl: line 1 is not a prediction" in capsys.readouterr().err
 
 
 # During training
@@ -382,7 +390,7 @@ def test_during_training_the_numbers_are_the_commands(root, data, tmp_path, monk
     monkeypatch.setitem(
         TASKS,
         "vqav2",
-        dataclasses.replace(task, options=dataclasses.replace(task.options, beams=1)),
+        dataclasses.replace(task, generation=dataclasses.replace(task.generation, beams=1)),
     )
     c = config.from_dict(checkpoint.read_config(str(root / "emu")))
     c.eval.tasks = (("vqav2", str(data("vqav2")), 2),)
@@ -397,17 +405,17 @@ def test_during_training_the_numbers_are_the_commands(root, data, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         (("mmvet", "x", 3), "eval.tasks: 'mmvet' is not one of coco-caption, flickr30k"),
         (("vqav2", "/nowhere", 3), "no folder '/nowhere'"),
         (("vqav2", "x"), r"eval.tasks: \('vqav2', 'x'\) is not a \(task"),
     ],
 )
-def test_a_task_that_cannot_be_asked_is_told_before_training(root, row, told):
+def test_a_task_that_cannot_be_asked_is_told_before_training(root, row, message):
     c = config.from_dict(checkpoint.read_config(str(root / "emu")))
     c.eval.tasks = (row,)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         benchmark_evaluator(
             make_plan(c, jax.devices()[:1]), Session.load(str(root / "emu")).tokenizer
         )

@@ -1,16 +1,16 @@
-"""A benchmark's page: whole, alone, and what others wrote is text on it."""
+"""The page of a benchmark: complete, self-contained, with foreign texts escaped."""
 
 import numpy as np
 
 from emu_jax.evaluate import gallery
-from emu_jax.evaluate.gallery import Shown
+from emu_jax.evaluate.gallery import Item
 from tests.support.pages import Page
 
 
-def test_the_page_is_whole_and_what_others_wrote_is_text():
+def test_the_page_is_complete_and_escapes_foreign_texts():
     image = np.full((20, 30, 3), 9, np.uint8)
     worst = [
-        Shown(
+        Item(
             image,
             "<script>alert(1)</script> & why?",
             "<b>a dog</b>",
@@ -18,7 +18,7 @@ def test_the_page_is_whole_and_what_others_wrote_is_text():
             0.25,
         )
     ]
-    first = [*worst, Shown(image, "", "", (), None)]
+    first = [*worst, Item(image, "", "", (), None)]
     page = Page(
         gallery.page(
             "vqav2, <val>",
@@ -48,10 +48,10 @@ def test_the_page_is_whole_and_what_others_wrote_is_text():
         "a cat · two <i>cats",
     ):
         assert text in words, text
-    assert "The worst" in words and "(withheld)" in words
+    assert "Worst" in words and "(withheld)" in words
 
 
-def test_without_scores_there_are_no_worst():
-    assert "The worst" not in gallery.page(
-        "mmvet", {"count": 1}, [], [Shown(np.zeros((4, 4, 3), np.uint8), "q", "a", (), None)]
+def test_without_scores_the_page_has_no_worst_examples():
+    assert "Worst" not in gallery.page(
+        "mmvet", {"count": 1}, [], [Item(np.zeros((4, 4, 3), np.uint8), "q", "a", (), None)]
     )

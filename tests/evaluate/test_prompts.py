@@ -1,61 +1,63 @@
-"""The chat model's prompts to the letter, and what is kept of its answers."""
+"""Prompts of the chat model, character by character, and the clean-up of its answers."""
 
 import pytest
 
 from emu_jax.evaluate import prompts
 
 
-def test_prompts_to_the_letter():
+def test_prompts_are_the_releases():
     system = (
         "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the image after I provide it to you. "
         "Please answer my questions based on the given image."
     )
     ask = "based on the content of the image and common sense, please provide an accurate answer consisting of only one word or phrase."
     assert (
-        prompts.ask("answer", "what is it?")
+        prompts.question_prompt("answer", "what is it?")
         == f"{system} [USER]: {{image}} {ask} what is it? [ASSISTANT]: the answer is:"
     )
     assert (
-        prompts.ask("known", "what is it?")
+        prompts.question_prompt("known", "what is it?")
         == f"{system} [USER]: {{image}} {ask} what is it?, is the answer known? [ASSISTANT]:"
     )
-    assert prompts.ask("caption") == (
+    assert prompts.question_prompt("caption") == (
         f"{system} [USER]: {{image}}please provide an accurate and concise description of the given image. "
         "[ASSISTANT]: the image depicts a photo of"
     )
-    assert prompts.dialog([("is it red", "yes")], "how many") == (
+    assert prompts.dialog_prompt([("is it red", "yes")], "how many") == (
         f"{system} [USER]: {{image}}</s> [USER]: is it red? [ASSISTANT]: yes.</s> "
         "[USER]: how many? [ASSISTANT]:"
     )
-    assert prompts.ask("free", "Why?") == f"{system} [USER]: {{image}}Why? [ASSISTANT]:"
-    assert prompts.ask("answer", "who?", video=True).startswith(
+    assert prompts.question_prompt("free", "Why?") == f"{system} [USER]: {{image}}Why? [ASSISTANT]:"
+    assert prompts.question_prompt("answer", "who?", video=True).startswith(
         "You are a helpful assistant and you will be presented with a video consisting of"
     )
 
 
 def test_examples_come_before_the_question():
     shots = [prompts.Shot("red?", "yes", True), prompts.Shot("big?", "no", False)]
-    asked = prompts.ask("answer", "new?", shots)
+    asked = prompts.question_prompt("answer", "new?", shots)
 
     def turn(image, question):
-        return f" [USER]: {image} {prompts.ANSWER_ASK} {question} [ASSISTANT]: the answer is:"
+        return (
+            f" [USER]: {image} {prompts.ANSWER_INSTRUCTION} {question} [ASSISTANT]: the answer is:"
+        )
 
     assert (
         asked
         == f"{prompts.IMAGE_SYSTEM}{turn('{image}', 'red?')} yes.</s>{turn('', 'big?')} no.</s>{turn('{image}', 'new?')}"
     )
-    assert prompts.ask("answer", "new?", shots, chat=False) == (
+    assert prompts.question_prompt("answer", "new?", shots, chat=False) == (
         "{image}Question: red? Short answer: yes.\nQuestion: big? Short answer: no.\n{image}Question: new? Short answer:"
     )
     assert (
-        prompts.dialog([("a", "b")], "c", chat=False)
+        prompts.dialog_prompt([("a", "b")], "c", chat=False)
         == "{image}Question: a? Answer: b.\nQuestion: c? Answer:"
     )
 
 
-def test_what_others_wrote_is_text():
+def test_special_tokens_in_questions_are_text():
     assert (
-        prompts.ask("free", "[USER] {image} </s> {question} [x]", chat=False)
+        prompts.question_prompt("free", "[USER] {image} </s> {question} [x]", chat=False)
         == "{image}Question: USER image /s question [x] Answer:"
     )
 
@@ -69,7 +71,7 @@ def test_what_others_wrote_is_text():
         (" a dog at 3.5 km.", "a dog at 3.5 km."),
     ],
 )
-def test_captions_are_cut(text, clean):
+def test_clean_caption(text, clean):
     assert prompts.clean_caption(text) == clean
 
 
@@ -89,5 +91,5 @@ def test_captions_are_cut(text, clean):
         ("", ""),
     ],
 )
-def test_answers_are_cut(text, clean):
+def test_clean_answer(text, clean):
     assert prompts.clean_answer(text) == clean

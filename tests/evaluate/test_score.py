@@ -1,6 +1,4 @@
-"""`score`: every layout of every metric gives the metric's numbers; and no JSON, however odd, gives
-a traceback.
-"""
+"""`score`: each metric in each layout of its files, and one-line errors for any other file."""
 
 import copy
 import csv
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 
 from emu_jax.config import UserError
-from emu_jax.evaluate import score
+from emu_jax.evaluate import score_files
 from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.metrics import captions, vqa
 from tests.support import dictionary, layouts
@@ -22,8 +20,8 @@ ANSWERS = {"7": "yes", "8": "2"}
 TRUE_ANSWERS = {"7": ["yes"] * 8 + ["no"] * 2, "8": ["two"] * 2 + ["a dog"] * 8}
 
 
-def run(tmp_path, metric, predictions, references, *more, capsys=None):
-    """The exit code and what was printed."""
+def run(tmp_path, metric, predictions, references, *more, capsys):
+    """Exit status, and the printed numbers or the error."""
     files = [tmp_path / "predictions.json"]
     files[0].write_text(json.dumps(predictions))
     for number, value in enumerate(references):
@@ -55,10 +53,10 @@ def test_captions_in_either_layout(tmp_path, capsys):
     }
     code, numbers = run(tmp_path, "captions", CAPTIONS, [TRUE_CAPTIONS], capsys=capsys)
     assert (code, numbers) == run(tmp_path, "captions", rows, [true], capsys=capsys) and code == 0
-    told = captions.tokenize(CAPTIONS, TRUE_CAPTIONS)
+    tokenized = captions.tokenize(CAPTIONS, TRUE_CAPTIONS)
     assert (
-        numbers["CIDEr"] == pytest.approx(np.mean(list(captions.cider(*told).values())))
-        and numbers["Bleu_1"] == captions.bleu(*told)[0]
+        numbers["CIDEr"] == pytest.approx(np.mean(list(captions.cider(*tokenized).values())))
+        and numbers["Bleu_1"] == captions.bleu(*tokenized)[0]
     )
     assert list(run(tmp_path, "bleu", CAPTIONS, [TRUE_CAPTIONS], capsys=capsys)[1]) == [
         "metric",
@@ -101,7 +99,7 @@ def test_vqa_in_every_layout(tmp_path, capsys):
         )
 
 
-def test_exact_match_is_letter_by_letter(tmp_path, capsys):
+def test_exact_match_is_case_sensitive(tmp_path, capsys):
     rows = [{"id": 1, "answer": "dog"}, {"id": 2, "answer": "two"}]
     for predictions in (
         {"1": "dog", "2": "Two"},
@@ -161,7 +159,7 @@ def test_wups_by_type_of_question(tmp_path, capsys):
     }
 
 
-def test_visdial_of_both_files(tmp_path, capsys):
+def test_visdial_takes_both_files(tmp_path, capsys):
     dialogs, dense = layouts.visdial(tmp_path)
     ranks = [
         {"image_id": image, "round_id": number, "ranks": [5, 1, 2, 3, 4]}
@@ -189,7 +187,7 @@ def test_visdial_of_both_files(tmp_path, capsys):
     assert run(tmp_path, "visdial", ranks[:1], [rows], capsys=capsys)[1]["mean_rank"] == 5
 
 
-def test_fid_and_clip_score_of_arrays(tmp_path, capsys):
+def test_fid_and_clip_score_take_arrays(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", rng.standard_normal((20, 6)))
@@ -209,7 +207,7 @@ def test_fid_and_clip_score_of_arrays(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("metric", "predictions", "references", "told"),
+    ("metric", "predictions", "references", "message"),
     [
         ("vqa", {"7": "yes"}, [TRUE_ANSWERS], "predictions.json: nothing for 1 ids (8) of "),
         (
@@ -222,7 +220,7 @@ def test_fid_and_clip_score_of_arrays(tmp_path, capsys):
             "vqa",
             [{"question_id": 7, "answer": "a"}] * 2,
             [TRUE_ANSWERS],
-            "1 ids come more than once",
+            "1 ids occur more than once",
         ),
         ("vqa", [{"caption": "a"}], [TRUE_ANSWERS], "a row has no 'question_id' or 'image'"),
         ("cider", {"1": ["a dog"]}, [TRUE_CAPTIONS], "not predictions"),
@@ -233,19 +231,19 @@ def test_fid_and_clip_score_of_arrays(tmp_path, capsys):
             "visdial",
             [{"image_id": 1, "round_id": 1, "ranks": [1, 1]}],
             [[{"image_id": 1, "round_id": 1, "gt_index": 0}]],
-            "not the places 1, 2, ...",
+            "must be 1, 2, ... of its candidates",
         ),
         (
             "visdial",
             [{"image_id": 1, "round_id": 1, "ranks": [1, 2]}],
             [[{"image_id": 1, "round_id": 1, "gt_index": 5}]],
-            "is 5, and there are 2",
+            "is 5, but there are 2",
         ),
         (
             "visdial",
             [{"image_id": 1, "round_id": 1, "ranks": [1, 2]}],
             [[{"image_id": 1, "round_id": 1, "gt_relevance": [1]}]],
-            "is of 1 candidates",
+            "the relevance of 1 candidates",
         ),
         (
             "visdial",
@@ -255,28 +253,30 @@ def test_fid_and_clip_score_of_arrays(tmp_path, capsys):
         ),
     ],
 )
-def test_bad_files_are_one_line(tmp_path, capsys, metric, predictions, references, told):
+def test_bad_files_are_one_line_errors(tmp_path, capsys, metric, predictions, references, message):
     code, error = run(tmp_path, metric, predictions, references, capsys=capsys)
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and told in error
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "malformed JSON, line 1 column 1"),
         ('{"a": ', "malformed JSON, line 1 column 7"),
-        ("[" * 100_000, "no JSON that can be read"),
-        ("[" + "9" * 10_000 + "]", "no JSON that can be read"),
+        ("[" * 100_000, "unreadable JSON"),
+        ("[" + "9" * 10_000 + "]", "unreadable JSON"),
         ("\ufeff{}", "malformed JSON"),
     ],
 )
-def test_what_is_no_json_is_one_line(tmp_path, text, told):
+def test_malformed_json_is_a_one_line_error(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=told):
-        score.score("vqa", score.Job(str(tmp_path / "a.json"), [str(tmp_path / "a.json")], None))
+    with pytest.raises(UserError, match=message):
+        score_files.score_files(
+            "vqa", score_files.Inputs(str(tmp_path / "a.json"), [str(tmp_path / "a.json")], None)
+        )
 
 
-def test_a_binary_file_and_a_wrong_flag_are_one_line(tmp_path, capsys):
+def test_a_binary_file_and_a_wrong_flag_are_one_line_errors(tmp_path, capsys):
     (tmp_path / "a").write_bytes(b"\xff\x00")
     for flags in (
         ["--metric=vqa", f"--predictions={tmp_path}/a", f"--references={tmp_path}/a"],
@@ -330,7 +330,7 @@ def mutated(value, rng):
     return value
 
 
-def test_no_json_however_odd_gives_a_traceback(tmp_path):
+def test_odd_json_is_scored_or_a_one_line_error(tmp_path):
     """Changes to sound files of every metric: numbers, or a UserError of one line."""
     rng = random.Random(0)
     wordnet = str(dictionary.write(tmp_path / "wordnet"))
@@ -373,9 +373,9 @@ def test_no_json_however_odd_gives_a_traceback(tmp_path):
         for name, value in zip("abc", changed, strict=False):
             (tmp_path / f"{name}.json").write_text(json.dumps(value))
         try:
-            score.score(
+            score_files.score_files(
                 metric,
-                score.Job(
+                score_files.Inputs(
                     str(tmp_path / "a.json"),
                     [str(tmp_path / f"{name}.json") for name in "bc"[: len(changed) - 1]],
                     wordnet,

@@ -178,7 +178,7 @@ def test_concatenation():
 
 def test_a_template_is_what_a_turn_is(session, images):
     """The evaluation's prompts equal the chat's, with special tokens as placeholders."""
-    asked = session.processor.template(prompts.ask("free", "why"), [[images[0]]])
+    asked = session.processor.template(prompts.question_prompt("free", "why"), [[images[0]]])
     turn = session.chat_prompt([images[0], "why"])
     assert (
         asked.tokens == turn.tokens and asked.slots == turn.slots and asked.images[0] is images[0]

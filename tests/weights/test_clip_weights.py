@@ -149,7 +149,7 @@ def test_features_are_those_of_the_transformers_library(tmp_path, said):
     ids = np.array(
         tokenizer(TEXTS, padding="max_length", truncation=True, max_length=20)["input_ids"]
     )
-    np.testing.assert_array_equal(np.stack([clip_score.tokens(model, text) for text in TEXTS]), ids)
+    np.testing.assert_array_equal(np.stack([clip_score.token_ids(model, text) for text in TEXTS]), ids)
     images = np.random.default_rng(0).standard_normal((3, 16, 16, 3), np.float32)
     with torch.no_grad():
         out = theirs(
@@ -178,7 +178,7 @@ def test_features_are_those_of_the_transformers_library(tmp_path, said):
     tokenizer.save_pretrained(tmp_path / "saved")
     again = clip_score.load(str(imported(tmp_path / "saved", tmp_path / "again")))
     assert (tmp_path / "again/tokenizer.json").is_file() and again.config == model_config
-    np.testing.assert_array_equal(np.stack([clip_score.tokens(again, text) for text in TEXTS]), ids)
+    np.testing.assert_array_equal(np.stack([clip_score.token_ids(again, text) for text in TEXTS]), ids)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (37, 20), (19, 64), (200, 133)])
@@ -200,4 +200,4 @@ def test_pictures_are_prepared_as_by_the_transformers_library(tmp_path, shape):
     want = processor(Image.open(tmp_path / "a.png"), return_tensors="np")["pixel_values"][
         0
     ].transpose(1, 2, 0)
-    np.testing.assert_allclose(clip_score.prepare(model, tmp_path / "a.png"), want, atol=1e-5)
+    np.testing.assert_allclose(clip_score.preprocess(model, tmp_path / "a.png"), want, atol=1e-5)

@@ -86,5 +86,5 @@ def test_another_family_or_a_part_of_it_is_one_line(foreign, imported, tmp_path,
     assert main(["import", "--family=inception", str(tmp_path / "some"), f"--to={tmp_path}/a"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert "105 missing" in error[-1] and not (tmp_path / "a").exists()
-    with pytest.raises(UserError, match="there are no images"):
+    with pytest.raises(UserError, match="FID needs images, but got none"):
         fid.features({"x": jnp.zeros(1)}, iter(()))

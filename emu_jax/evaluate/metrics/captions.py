@@ -1,23 +1,26 @@
 """CIDEr-D, BLEU and ROUGE-L of captions, as coco-caption computes them.
 
-Every function takes tokenized captions (ptb.tokenize): predictions by id, and lists of references
-by the same ids.
+Every metric takes tokenized captions: predictions by id, and lists of references by the same ids.
+Read next: ptb.py.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from emu_jax.evaluate.metrics import ptb
 
-# the longest n-gram that counts
+# Longest n-grams of CIDEr-D and BLEU.
 N = 4
-# CIDEr-D's width of the penalty for another length
+# Standard deviation of CIDEr-D's Gaussian penalty for a difference in length.
 SIGMA = 6.0
-# ROUGE-L's weight of recall
+# ROUGE-L's weight of recall.
 BETA = 1.2
+
 Predictions = Mapping[str, str]
 References = Mapping[str, Sequence[str]]
 
@@ -25,112 +28,134 @@ References = Mapping[str, Sequence[str]]
 def tokenize(
     predictions: Predictions, references: References
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Both sides tokenized, each as one text in the order of the references."""
-    told = dict(
-        zip(references, ptb.tokenize([predictions[key] for key in references]), strict=True)
-    )
-    rest = iter(ptb.tokenize([caption for some in references.values() for caption in some]))
-    return told, {key: [next(rest) for _ in some] for key, some in references.items()}
+    """Tokenize predictions and references.
+
+    Each side is tokenized as one text in the order of the references, as coco-caption does.
+    """
+    tokens = ptb.tokenize([predictions[id] for id in references])
+    flat = [caption for captions in references.values() for caption in captions]
+    reference_tokens = iter(ptb.tokenize(flat))
+    by_id = {}
+    for id, refs in references.items():
+        by_id[id] = [next(reference_tokens) for _ in refs]
+    return dict(zip(references, tokens, strict=True)), by_id
 
 
 def cider(predictions: Predictions, references: References) -> dict[str, float]:
-    """CIDEr-D of each caption (10 is a perfect match of rare words); the corpus score is the mean.
-    The references are also the corpus that says which n-grams are rare: a single image scores 0.
+    """CIDEr-D of each caption, from 0 to 10 for a perfect match; the corpus score is the mean.
+
+    The references are also the corpus that n-grams are weighted by (TF-IDF), so a single image
+    scores 0.
     """
-    counts = {key: [_ngrams(caption) for caption in some] for key, some in references.items()}
-    documents = Counter(ngram for some in counts.values() for ngram in set().union(*some))
-    total = np.log(float(len(references)))
+    counts = {id: list(map(_count_ngrams, refs)) for id, refs in references.items()}
+    images_with: Counter = Counter()
+    for ref_counts in counts.values():
+        images_with.update(set().union(*ref_counts))
+    log_images = np.log(float(len(references)))
 
-    def vector(ngrams: Counter):
-        """(weights by n, their norms, the length as the original counts it: of the bigrams)."""
-        weights = [{} for _ in range(N)]
+    def tf_idf(ngrams: Counter) -> _TfIdf:
+        weights: list[dict] = [{} for _ in range(N)]
         for ngram, count in ngrams.items():
-            weights[len(ngram) - 1][ngram] = count * (total - np.log(max(1.0, documents[ngram])))
-        return (
-            weights,
-            [math.sqrt(sum(w * w for w in some.values())) for some in weights],
-            sum(c for ngram, c in ngrams.items() if len(ngram) == 2),
-        )
-
-    def similarity(ours, theirs):
-        (weights, norms, length) = ours
-        (other_weights, other_norms, other_length) = theirs
-        values = np.zeros(N)
-        for n in range(N):
-            values[n] = sum(
-                min(w, other_weights[n].get(ngram, 0.0)) * other_weights[n].get(ngram, 0.0)
-                for ngram, w in weights[n].items()
-            )
-            if norms[n] and other_norms[n]:
-                values[n] /= norms[n] * other_norms[n]
-        return values * math.exp(-((length - other_length) ** 2) / (2 * SIGMA**2))
+            idf = log_images - np.log(max(1.0, images_with[ngram]))
+            weights[len(ngram) - 1][ngram] = count * idf
+        norms = []
+        for by_ngram in weights:
+            norms.append(math.sqrt(sum(weight * weight for weight in by_ngram.values())))
+        bigrams = sum(count for ngram, count in ngrams.items() if len(ngram) == 2)
+        return _TfIdf(weights, norms, bigrams)
 
     scores = {}
-    for key, some in counts.items():
-        ours = vector(_ngrams(predictions[key]))
-        scores[key] = float(
-            10 * np.mean(sum(similarity(ours, vector(ngrams)) for ngrams in some)) / len(some)
-        )
+    for id, ref_counts in counts.items():
+        predicted = tf_idf(_count_ngrams(predictions[id]))
+        total = sum(_similarity(predicted, tf_idf(ngrams)) for ngrams in ref_counts)
+        scores[id] = float(10 * np.mean(total) / len(ref_counts))
     return scores
+
+
+class _TfIdf(NamedTuple):
+    """A caption in CIDEr-D: weights of its n-grams and their norm, for each n, and its length."""
+
+    weights: list[dict[tuple[str, ...], float]]
+    norms: list[float]
+    # The number of bigrams, which the original takes for the length.
+    length: int
+
+
+def _similarity(predicted: _TfIdf, reference: _TfIdf) -> Float[np.ndarray, "N"]:
+    """Clipped cosine for each n, with a penalty for a difference in length."""
+    values = np.zeros(N)
+    for n in range(N):
+        for ngram, weight in predicted.weights[n].items():
+            other = reference.weights[n].get(ngram, 0.0)
+            values[n] += min(weight, other) * other
+        norm = predicted.norms[n] * reference.norms[n]
+        if norm:
+            values[n] /= norm
+    return values * math.exp(-((predicted.length - reference.length) ** 2) / (2 * SIGMA**2))
 
 
 def bleu(predictions: Predictions, references: References) -> list[float]:
-    """BLEU-1 to BLEU-4 of the corpus, against the references' closest length."""
-    guessed = np.zeros(N)
-    right = np.zeros(N)
-    length = reference_length = 0
-    for key, some in references.items():
-        ours = _ngrams(predictions[key])
-        words = len(predictions[key].split())
-        most = Counter()
-        for caption in some:
-            most |= _ngrams(caption)
-        for ngram, count in ours.items():
-            right[len(ngram) - 1] += min(count, most[ngram])
-        guessed += [max(0, words - n) for n in range(N)]
+    """BLEU-1 to BLEU-4 of the corpus, with the closest reference's length for the penalty."""
+    predicted = np.zeros(N)
+    correct = np.zeros(N)
+    length = 0
+    reference_length = 0
+    for id, refs in references.items():
+        words = len(predictions[id].split())
+        most: Counter = Counter()
+        for caption in refs:
+            most |= _count_ngrams(caption)
+        for ngram, count in _count_ngrams(predictions[id]).items():
+            correct[len(ngram) - 1] += min(count, most[ngram])
+        predicted += [max(0, words - n) for n in range(N)]
         length += words
-        reference_length += min(
-            (abs(len(caption.split()) - words), len(caption.split())) for caption in some
-        )[1]
+        # Of two equally close lengths, the shorter.
+        lengths = [len(caption.split()) for caption in refs]
+        reference_length += min((abs(other - words), other) for other in lengths)[1]
     ratio = (length + 1e-15) / (reference_length + 1e-9)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    precisions = np.cumprod((right + 1e-15) / (guessed + 1e-9))
-    return [float(product ** (1 / n) * penalty) for n, product in enumerate(precisions, 1)]
+    products = np.cumprod((correct + 1e-15) / (predicted + 1e-9))
+    return [float(product ** (1 / n) * penalty) for n, product in enumerate(products, 1)]
 
 
 def rouge(predictions: Predictions, references: References) -> dict[str, float]:
-    """ROUGE-L of each caption: best precision and best recall of the longest common subsequence
-    over its references.
+    """ROUGE-L of each caption.
+
+    The F-measure of the best precision and the best recall of the longest common subsequence over
+    the references; they may come from two references.
     """
     scores = {}
-    for key, some in references.items():
-        words = predictions[key].split(" ")
-        common = [(_common(caption.split(" "), words), len(caption.split(" "))) for caption in some]
-        precision = max(c for c, _ in common) / len(words)
-        recall = max(c / n for c, n in common)
-        scores[key] = (
-            (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
-            if precision and recall
-            else 0.0
-        )
+    for id, refs in references.items():
+        predicted = predictions[id].split(" ")
+        precision = 0.0
+        recall = 0.0
+        for caption in refs:
+            words = caption.split(" ")
+            common = _longest_common_subsequence(words, predicted)
+            precision = max(precision, common / len(predicted))
+            recall = max(recall, common / len(words))
+        scores[id] = 0.0
+        if precision and recall:
+            scores[id] = (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
     return scores
 
 
-def _ngrams(caption: str) -> Counter:
+def _count_ngrams(caption: str) -> Counter:
+    """Counts of the n-grams of a caption, for n from 1 to N."""
     words = caption.split()
-    return Counter(
-        tuple(words[start : start + n])
-        for n in range(1, N + 1)
-        for start in range(len(words) - n + 1)
-    )
+    counts: Counter = Counter()
+    for n in range(1, N + 1):
+        counts.update(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
+    return counts
 
 
-def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
+def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence, by dynamic programming over prefixes of a."""
     row = [0] * (len(b) + 1)
     for word in a:
-        # what row[k] was before this word
-        last = 0
+        diagonal = 0
         for k, other in enumerate(b, 1):
-            last, row[k] = row[k], last + 1 if word == other else max(row[k], row[k - 1])
+            above = row[k]
+            row[k] = diagonal + 1 if word == other else max(above, row[k - 1])
+            diagonal = above
     return row[-1]

@@ -1,11 +1,11 @@
-"""CLIP score (arXiv 2104.08718): the cosine between a picture's and its text's features, as a CLIP
-that was imported gives them.
+"""CLIP score (arXiv 2104.08718): cosine of CLIP's features of an image and its caption.
 
-Nothing is put before a text (the paper's own score of captions reads "A photo depicts " first).
-Read next: models/clip.py, weights/clip.py.
+Nothing is prepended to a caption (the paper's own prompt is "A photo depicts "). The CLIP is an
+imported one: models/clip.py. Read next: weights/clip.py.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,158 +14,161 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from PIL import Image
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
 from emu_jax import checkpoint
+from emu_jax.batching import pad_batch
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import images
 from emu_jax.evaluate import annotations
+from emu_jax.files import one_line
 from emu_jax.models import clip, module
 from emu_jax.models.clip import ClipConfig
-from emu_jax.weights.clip import PREPROCESSOR, TOKENIZER, WHERE
 
-BATCH = 32
-START = "<|startoftext|>"
-END = "<|endoftext|>"
-SPLIT = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WHERE = (
+    "--clip=DIR, a CLIP. Download a folder with config.json, model.safetensors or "
+    "pytorch_model.bin, tokenizer.json and preprocessor_config.json, such as "
+    "openai/clip-vit-large-patch14, and run: "
+    "python -m emu_jax.weights import --family=clip FOLDER --to=DIR"
 )
-# where no file says them
+BATCH = 32
+# Files of the tokenizer, as a whole or in two parts, and of the preprocessor, under either name.
+TOKENIZER = "tokenizer.json"
+TOKENIZER_PARTS = ("vocab.json", "merges.txt")
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# OpenAI's normalization, for a preprocessor that does not have its own.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Preprocessor(NamedTuple):
-    """The shorter side (or both) to `size`, bicubic; the middle, of the model's size; (x / 255 -
-    mean) / std.
-    """
+    """Resize to `size` (bicubic), crop the centre to the model's size, (x / 255 - mean) / std."""
 
-    # or (height, width)
+    # Of the shorter side, or (height, width).
     size: int | tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Float[np.ndarray, "3"]
+    std: Float[np.ndarray, "3"]
 
 
 class Clip(NamedTuple):
+    """An imported CLIP with its tokenizer (transformers' CLIPTokenizer) and preprocessor."""
+
     config: ClipConfig
     params: dict[str, Any]
-    tokenizer: Tokenizer
+    tokenizer: Any
     preprocessor: Preprocessor
 
 
 def score(images: Float[np.ndarray, "n C"], texts: Float[np.ndarray, "n C"]) -> float:
-    """100 * the mean over the pairs of max(cosine, 0)."""
+    """100 * the mean of max(cosine, 0) over the pairs."""
     return 100 * float(_cosines(images, texts).mean())
 
 
-def of_pictures(
-    model: Clip, pictures: Mapping[str, Path], captions: Mapping[str, Sequence[str]]
+def score_images(
+    model: Clip, images: Mapping[str, Path], captions: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """100 * max(cosine, 0) of each picture with its caption, by its id; with several captions,
-    their mean. The score of all is the mean.
+    """100 * max(cosine, 0) of image files with their captions, by id.
+
+    With several captions it is their mean. The score of a data set is the mean of its images.
     """
-    paths = tqdm(pictures.values(), "CLIP", unit=" pictures", disable=None)
-    seen = dict(zip(pictures, picture_features(model, paths), strict=True))
-    pairs = [(key, caption) for key in pictures for caption in captions[key]]
+    paths = tqdm(images.values(), "CLIP", unit=" images", disable=None)
+    by_id = dict(zip(images, image_features(model, paths), strict=True))
+    pairs = [(id, caption) for id in images for caption in captions[id]]
     cosines = _cosines(
-        np.stack([seen[key] for key, _ in pairs]),
+        np.stack([by_id[id] for id, _ in pairs]),
         text_features(model, [caption for _, caption in pairs]),
     )
-    found: dict[str, list[float]] = {}
-    for (key, _), cosine in zip(pairs, cosines, strict=True):
-        found.setdefault(key, []).append(100 * float(cosine))
-    return {key: float(np.mean(some)) for key, some in found.items()}
+    scores: dict[str, list[float]] = {}
+    for (id, _), cosine in zip(pairs, cosines, strict=True):
+        scores.setdefault(id, []).append(100 * float(cosine))
+    return {id: float(np.mean(values)) for id, values in scores.items()}
 
 
 def check(directory: str) -> None:
-    """Raises UserError where `directory` holds no CLIP with its tokenizer."""
+    """Raise UserError unless `directory` is a CLIP with its tokenizer."""
     if "text/tokens" not in checkpoint.param_shapes(directory):
         raise UserError(f"the checkpoint in '{directory}' is not a CLIP; {WHERE}")
     folder, config = _folder_and_config(directory)
-    _tokenizer(folder, config)
-    _preprocessor(folder, config)
+    _load_tokenizer(folder, config)
+    _load_preprocessor(folder, config)
 
 
 def load(directory: str) -> Clip:
-    """What `weights import --family=clip` made. Raises UserError for what is something else, or
-    lacks its tokenizer.
-    """
+    """Load what `weights import --family=clip` wrote. Raises UserError for anything else."""
     check(directory)
     folder, config = _folder_and_config(directory)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.restore_params(directory)
     )
-    return Clip(config, params, _tokenizer(folder, config), _preprocessor(folder, config))
+    return Clip(config, params, _load_tokenizer(folder, config), _load_preprocessor(folder, config))
 
 
-def picture_features(model: Clip, paths: Iterable[Path]) -> Float[np.ndarray, "n C"]:
-    run = jax.jit(lambda params, x: module.bind(clip.ClipVision, model.config, params)(x))
-    return _batched(
-        partial(run, model.params["vision"]),
-        (prepare(model, path) for path in paths),
-        model.config.features,
-    )
+def image_features(model: Clip, paths: Iterable[Path]) -> Float[np.ndarray, "n C"]:
+    """Features of image files."""
+    tower = jax.jit(lambda params, x: module.bind(clip.ClipVision, model.config, params)(x))
+    pixels = (preprocess(model, path) for path in paths)
+    return _batched(partial(tower, model.params["vision"]), pixels, model.config.features)
 
 
 def text_features(model: Clip, texts: Sequence[str]) -> Float[np.ndarray, "n C"]:
-    run = jax.jit(lambda params, ids: module.bind(clip.ClipText, model.config, params)(ids))
-    return _batched(
-        partial(run, model.params["text"]),
-        (tokens(model, text) for text in texts),
-        model.config.features,
-    )
+    """Features of texts."""
+    tower = jax.jit(lambda params, ids: module.bind(clip.ClipText, model.config, params)(ids))
+    ids = (token_ids(model, text) for text in texts)
+    return _batched(partial(tower, model.params["text"]), ids, model.config.features)
 
 
-def tokens(model: Clip, text: str) -> Int[np.ndarray, "T"]:
-    """Ids of a text between its start and its end, cut to the context; its end is repeated up to
-    there.
+def token_ids(model: Clip, text: str) -> Int[np.ndarray, "T"]:
+    """Ids of a text between its start and end tokens.
+
+    They are cut to the context, and padded to it with the end token.
     """
-    ids = model.tokenizer.encode(text).ids
-    ids = ids[: min(len(ids), model.config.context) - 1] + ids[-1:]
-    return np.array(ids + ids[-1:] * (model.config.context - len(ids)), np.int32)
+    ids = model.tokenizer(text, max_length=model.config.context, truncation=True)["input_ids"]
+    return np.array(pad_batch(ids, model.config.context), np.int32)
 
 
-def prepare(model: Clip, path: Path) -> Float[np.ndarray, "h w 3"]:
-    """The vision tower's input of a picture's file."""
-    size, mean, std = model.preprocessor
+def preprocess(model: Clip, path: Path) -> Float[np.ndarray, "h w 3"]:
+    """Input of the vision tower for an image file. Raises UserError if it cannot be read."""
     try:
         image = Image.fromarray(images.decode_full(path.read_bytes()))
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"'{path}': {error}") from error
-    short = min(image.size)
-    width, height = (
-        [int(size * side / short) for side in image.size] if isinstance(size, int) else size[::-1]
-    )
+    size, mean, std = model.preprocessor
+    if isinstance(size, int):
+        width, height = (int(size * side / min(image.size)) for side in image.size)
+    else:
+        height, width = size
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = ((side - model.config.image) // 2 for side in image.size)
-    image = image.crop((left, top, left + model.config.image, top + model.config.image))
-    return ((np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)).astype(
-        np.float32
-    )
+    side = model.config.image
+    left = (width - side) // 2
+    top = (height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return ((np.asarray(image, np.float32) / 255 - mean) / std).astype(np.float32)
 
 
 def _cosines(
     images: Float[np.ndarray, "n C"], texts: Float[np.ndarray, "n C"]
 ) -> Float[np.ndarray, "n"]:
-    """max(cosine, 0) of each pair."""
-    images, texts = (
-        x / np.linalg.norm(x, axis=1, keepdims=True)
-        for x in (np.asarray(images, np.float64), np.asarray(texts, np.float64))
-    )
-    return np.maximum((images * texts).sum(1), 0)
+    """max(cosine, 0) of each pair, in double precision."""
+    return np.maximum((_unit(images) * _unit(texts)).sum(1), 0)
 
 
-def _batched(run, rows, width: int) -> Float[np.ndarray, "n C"]:
-    """A batch at a time, all of one shape: one compilation."""
-    found = [np.zeros((0, width), np.float32)]
-    while some := list(islice(rows, BATCH)):
-        found.append(np.asarray(run(np.stack(some + some[:1] * (BATCH - len(some)))))[: len(some)])
-    return np.concatenate(found)
+def _unit(x: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "n C"]:
+    x = np.asarray(x, np.float64)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def _batched(
+    tower: Callable[[np.ndarray], Array], rows: Iterator[np.ndarray], width: int
+) -> Float[np.ndarray, "n C"]:
+    """Features of rows, in batches of one shape, so that one compiled program serves all."""
+    features = [np.zeros((0, width), np.float32)]
+    while batch := list(islice(rows, BATCH)):
+        features.append(np.asarray(tower(np.stack(pad_batch(batch, BATCH))))[: len(batch)])
+    return np.concatenate(features)
 
 
 def _folder_and_config(directory: str) -> tuple[Path, ClipConfig]:
@@ -174,81 +177,64 @@ def _folder_and_config(directory: str) -> tuple[Path, ClipConfig]:
     return workdir, ClipConfig.of(config.to_dict())
 
 
-def _tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
-    whole, vocab, merges = (folder / name for name in TOKENIZER)
-    if not (whole.is_file() or (vocab.is_file() and merges.is_file())):
+def _load_tokenizer(folder: Path, config: ClipConfig) -> Any:
+    """The CLIPTokenizer of a folder with tokenizer.json, or vocab.json and merges.txt."""
+    parts = all((folder / name).is_file() for name in TOKENIZER_PARTS)
+    if not (folder / TOKENIZER).is_file() and not parts:
         raise UserError(
-            f"{folder} lacks CLIP's tokenizer: copy tokenizer.json, or vocab.json and merges.txt, from where its weights were into it"
+            f"{folder} lacks CLIP's tokenizer: copy tokenizer.json, or vocab.json and merges.txt, "
+            "into it from the folder of the original weights"
         )
+    # Importing transformers takes seconds, and without PyTorch prints advice to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import CLIPTokenizer
+
     try:
-        tokenizer = Tokenizer.from_file(str(whole)) if whole.is_file() else _bpe(vocab, merges)
-        # a file may say how its last text was cut and padded
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        ends = tokenizer.encode("").ids
-    # the library raises plain Exception
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        ends = tokenizer("")["input_ids"]
+    # The library raises plain Exception for damaged files.
     except Exception as error:
+        raise UserError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from error
+    fits = len(ends) == 2 and len(tokenizer) <= config.vocab
+    if not fits or config.eos not in (clip.OLD_EOS, ends[1]):
         raise UserError(
-            f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}"
-        ) from error
-    if (
-        len(ends) != 2
-        or tokenizer.get_vocab_size() > config.vocab
-        or config.eos not in (clip.OLD_EOS, ends[1])
-    ):
-        raise UserError(
-            f"{folder}: its tokenizer is not this CLIP's: it has {tokenizer.get_vocab_size()} tokens and puts {ends} around a text; the "
-            f"model has {config.vocab} tokens and reads a text at {config.eos}"
+            f"{folder}: its tokenizer is not this CLIP's: it has {len(tokenizer)} tokens and puts "
+            f"{ends} around a text; the model has {config.vocab} tokens and reads a text at "
+            f"{config.eos}"
         )
     return tokenizer
 
 
-def _bpe(vocab: Path, merges: Path) -> Tokenizer:
-    """OpenAI's tokenizer, as the transformers library makes it of these files."""
-    tokenizer = Tokenizer(
-        models.BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.add_special_tokens([START, END])
-    start, end = ((name, tokenizer.token_to_id(name)) for name in (START, END))
-    tokenizer.post_processor = processors.RobertaProcessing(
-        end, start, trim_offsets=False, add_prefix_space=False
-    )
-    return tokenizer
-
-
-def _preprocessor(folder: Path, config: ClipConfig) -> Preprocessor:
-    path = next((path for name in PREPROCESSOR if (path := folder / name).is_file()), None)
-    said = annotations.load(path) if path else {}
+def _load_preprocessor(folder: Path, config: ClipConfig) -> Preprocessor:
+    paths = [folder / name for name in PREPROCESSORS if (folder / name).is_file()]
+    if not paths:
+        return Preprocessor(config.image, np.array(MEAN, np.float32), np.array(STD, np.float32))
+    path = paths[0]
+    fields = annotations.read_json(path)
     try:
-        said = said.get("image_processor", said)
-        to = said.get("size", config.image)
-        crop = said.get("crop_size", config.image)
-        if isinstance(to, dict):
-            to = to["shortest_edge"] if "shortest_edge" in to else (to["height"], to["width"])
-        crop = {*crop.values()} if isinstance(crop, dict) else {crop}
-        mean, std = (
-            tuple(map(float, said.get(name, default)))
-            for name, default in (("image_mean", MEAN), ("image_std", STD))
-        )
-        fits = (
-            min(to if isinstance(to, tuple) else (to,)) >= config.image
-            and crop == {config.image}
-            and len(mean) == len(std) == 3
-            and min(std) > 0
-        )
+        fields = fields.get("image_processor", fields)
+        size = _parse_size(fields.get("size", config.image))
+        shortest = min(size) if isinstance(size, tuple) else size
+        crop = fields.get("crop_size", config.image)
+        crops = set(crop.values()) if isinstance(crop, dict) else {crop}
+        mean = np.array([float(value) for value in fields.get("image_mean", MEAN)], np.float32)
+        std = np.array([float(value) for value in fields.get("image_std", STD)], np.float32)
+        fits = shortest >= config.image and crops == {config.image}
+        fits = fits and len(mean) == len(std) == 3 and min(std) > 0
     except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no preprocessor of a CLIP") from error
+        raise UserError(f"{path}: not a CLIP's preprocessor") from error
     if not fits:
         raise UserError(
-            f"{path}: pictures of size {to}, cut to {said.get('crop_size')}, are not for a CLIP of {config.image} pixels a side"
+            f"{path}: images of size {size}, cropped to {fields.get('crop_size')}, do not fit a "
+            f"CLIP of {config.image} pixels a side"
         )
-    return Preprocessor(to, mean, std)
+    return Preprocessor(size, mean, std)
+
+
+def _parse_size(size: Any) -> int | tuple[int, int]:
+    """The shorter side, or (height, width), of a preprocessor's field `size`."""
+    if not isinstance(size, dict):
+        return size
+    if "shortest_edge" in size:
+        return size["shortest_edge"]
+    return size["height"], size["width"]

@@ -1,4 +1,4 @@
-"""Words of an answer that NExT-QA's official script counts (NExT-OE, eval_oe.py).
+"""Lemmas of an answer that NExT-QA's official script compares (NExT-OE, eval_oe.py).
 
 The script calls pywsd's lemmatize_sentence: NLTK's averaged perceptron tags each word, WordNet
 gives its lemma, and Porter's stemmer serves where WordNet has none. All three are NLTK's here too
@@ -62,8 +62,8 @@ class Tagger:
         return [tag for _, tag in self._tagger.tag(words)]
 
 
-def reduced(wordnet: WordNet, tagger: Tagger, text: str) -> str:
-    """The lemmas of a text that count, joined by spaces."""
+def lemmatize(wordnet: WordNet, tagger: Tagger, text: str) -> str:
+    """The lemmas of a text without stop words, joined by spaces."""
     tokens = wups.words(text)
     found = []
     for word, tag in zip(tokens, tagger.tags(tokens), strict=True):

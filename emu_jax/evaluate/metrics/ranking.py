@@ -1,5 +1,6 @@
-"""VisDial's scores of ranked candidates, as its challenge computes them: NDCG against graded
-relevance, and where the one true answer stands.
+"""VisDial's scores of ranked candidates, as its challenge computes them.
+
+NDCG against graded relevance, and recall and mean rank of the one true answer.
 """
 
 from collections.abc import Sequence
@@ -11,25 +12,29 @@ from jaxtyping import Float, Int
 def ndcg(
     ranks: Sequence[int] | Int[np.ndarray, "C"], relevance: Sequence[float] | Float[np.ndarray, "C"]
 ) -> float:
-    """Of one round: `ranks[k]` is the place (from 1) of candidate k, `relevance[k]` its share of
-    annotators. As many places count as there are candidates with any relevance. 0 where there is
-    none.
-    """
-    ranks = np.asarray(ranks)
-    relevance = np.asarray(relevance, float)
-    count = int((relevance != 0).sum())
+    """Normalized discounted cumulative gain of one round; 0 if no candidate is relevant.
 
-    def gain(values):
+    The first K ranks count, where K is the number of candidates with any relevance.
+
+    Args:
+        ranks: Rank of each candidate, from 1.
+        relevance: Share of the annotators who accept each candidate.
+    """
+    graded = np.asarray(relevance, float)
+    count = int((graded != 0).sum())
+
+    def discounted_gain(values: np.ndarray) -> float:
         return float((values / np.log2(np.arange(len(values)) + 2)).sum())
 
-    best = gain(np.sort(relevance)[::-1][:count])
-    return gain(relevance[np.argsort(ranks, kind="stable")[:count]]) / best if best else 0.0
+    best = discounted_gain(np.sort(graded)[::-1][:count])
+    if not best:
+        return 0.0
+    order = np.argsort(np.asarray(ranks), kind="stable")
+    return discounted_gain(graded[order[:count]]) / best
 
 
-def places(found: Sequence[int]) -> dict[str, float]:
-    """Scores of the true answers' places (from 1)."""
-    found = np.asarray(found, float)
-    return {f"recall@{k}": float((found <= k).mean()) for k in (1, 5, 10)} | {
-        "mean_rank": float(found.mean()),
-        "mrr": float((1 / found).mean()),
-    }
+def true_rank_metrics(true_ranks: Sequence[int]) -> dict[str, float]:
+    """Recall, mean rank and mean reciprocal rank of the ranks (from 1) of the true answers."""
+    ranks = np.asarray(true_ranks, float)
+    metrics = {f"recall@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
+    return metrics | {"mean_rank": float(ranks.mean()), "mrr": float((1 / ranks).mean())}

@@ -1,10 +1,9 @@
-"""VQA accuracy as GT-Vision-Lab/VQA computes it (PythonEvaluationTools/vqaEvaluation/vqaEval.py,
-its current state).
+"""VQA accuracy as the current vqaEval.py of GT-Vision-Lab/VQA computes it.
 
-Codes in use differ. This one normalises both sides, and only where the annotators disagree: an
-answer that all agree on is compared as it is (in questions about text in the picture, articles and
-punctuation count). LAVIS and older copies normalise always; VizWiz's own copy normalises
-predictions only.
+Implementations differ. This one normalises predictions and references, but only if the annotators
+disagree: an answer that all agree on is compared as it is, because articles and punctuation count
+in questions about text in the image. LAVIS and older copies always normalise; VizWiz's copy
+normalises predictions only.
 """
 
 import re
@@ -16,54 +15,63 @@ NUMBERS = {
     for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
-CONTRACTED = (
-    "'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd "
-    "how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've "
-    "should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've "
-    "something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll "
-    "what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't "
-    "wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've"
-).split()
-# From each spelling that lacks one apostrophe; and one slip of the original.
+CONTRACTED = """
+    'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
+    might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've
+    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+    there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're
+    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+    why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
+    you've
+""".split()
+# Every spelling that lacks one apostrophe, and one slip of the original.
 CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word
+    word[:position] + word[position + 1 :]: word
     for word in CONTRACTED
-    for place, letter in enumerate(word)
+    for position, letter in enumerate(word)
     if letter == "'"
 }
 CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
-def accuracy(answer: str, truths: Sequence[str]) -> float:
-    """0 to 1: the mean, over each annotator left out, of min(1, agreeing others / 3)."""
-    answer = _clean(answer)
-    truths = [_clean(truth) for truth in truths]
-    if len(set(truths)) > 1:
+def accuracy(answer: str, references: Sequence[str]) -> float:
+    """Accuracy of an answer, 0 to 1.
+
+    The mean, over each annotator left out, of min(1, other annotators who agree / 3).
+    """
+    answer = _strip(answer)
+    references = [_strip(reference) for reference in references]
+    if len(set(references)) > 1:
         answer = normalise(answer)
-        truths = [normalise(truth) for truth in truths]
-    agree = [truth == answer for truth in truths]
-    return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(agree)
+        references = [normalise(reference) for reference in references]
+    agrees = [reference == answer for reference in references]
+    return sum(min(1.0, (sum(agrees) - own) / 3) for own in agrees) / len(agrees)
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without punctuation and articles; numbers up to ten as digits; contractions with
-    their apostrophes.
+    """Lower-case an answer, without punctuation and articles.
+
+    Numbers up to ten become digits; contractions get their apostrophes.
     """
-    words = [NUMBERS.get(word, word) for word in _unpunctuated(answer).lower().split()]
+    words = [NUMBERS.get(word, word) for word in _drop_punctuation(answer).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def _clean(answer: str) -> str:
+def _strip(answer: str) -> str:
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _unpunctuated(text: str) -> str:
-    """A mark between two letters becomes a space; elsewhere, or where a number has a comma, marks
-    go.
+def _drop_punctuation(text: str) -> str:
+    """Remove each mark, or replace it by a space if it never stands next to one.
+
+    In a text with a number such as 1,000 all marks are removed.
     """
-    comma = re.search(r"\d,\d", text)
-    out = text
+    has_number = re.search(r"\d,\d", text)
+    cleaned = text
     for mark in PUNCTUATION:
-        out = out.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
-    # the original passes re.UNICODE, which is 32, as the count
-    return re.sub(r"\.(?!\d)", "", out, count=32)
+        remove = has_number or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if remove else " ")
+    # The original passes re.UNICODE, which is 32, as the count.
+    return re.sub(r"\.(?!\d)", "", cleaned, count=32)

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from emu_jax.evaluate.metrics.wordnet import WordNet
 
 
-def score(wordnet: WordNet, prediction: str, truths: Sequence[str], threshold: float) -> float:
-    """The best WUPS, 0 to 1, over the true answers. threshold: 0 or 0.9."""
+def score(wordnet: WordNet, prediction: str, references: Sequence[str], threshold: float) -> float:
+    """The best WUPS, 0 to 1, over the references. threshold: 0 or 0.9."""
     predicted = words(prediction)
     best = 0.0
-    for truth in truths:
-        true = words(truth)
+    for reference in references:
+        true = words(reference)
         forward = _one_way(wordnet, predicted, true, threshold)
         backward = _one_way(wordnet, true, predicted, threshold)
         best = max(best, min(forward, backward))

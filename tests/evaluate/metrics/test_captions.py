@@ -17,7 +17,7 @@ def tokenized():
     return captions.tokenize(GOLDEN["predictions"], GOLDEN["references"])
 
 
-def test_the_reference_codes_numbers(tokenized):
+def test_pycocoevalcaps_numbers(tokenized):
     assert captions.cider(*tokenized) == pytest.approx(GOLDEN["CIDEr_each"], abs=1e-9)
     assert captions.bleu(*tokenized) == pytest.approx(GOLDEN["Bleu"], abs=1e-9)
     assert captions.rouge(*tokenized) == pytest.approx(GOLDEN["ROUGE_L_each"], abs=1e-9)
@@ -84,7 +84,11 @@ def test_best_precision_and_best_recall_may_come_from_two_references():
 
 
 def test_the_order_of_references_and_images_does_not_matter(tokenized):
-    told, true = tokenized
-    turned = {key: true[key][::-1] for key in reversed(true)}
-    assert captions.cider(told, turned) == pytest.approx(captions.cider(told, true))
-    np.testing.assert_allclose(captions.bleu(told, turned), captions.bleu(told, true))
+    predictions, references = tokenized
+    reordered = {key: references[key][::-1] for key in reversed(references)}
+    assert captions.cider(predictions, reordered) == pytest.approx(
+        captions.cider(predictions, references)
+    )
+    np.testing.assert_allclose(
+        captions.bleu(predictions, reordered), captions.bleu(predictions, references)
+    )

@@ -36,7 +36,7 @@ def root(tmp_path_factory):
     return root
 
 
-def told(root, capsys, *, predictions="pictures", references="captions.json", clip="clip"):
+def score(root, capsys, *, predictions="pictures", references="captions.json", clip="clip"):
     code = main(
         [
             "score",
@@ -53,7 +53,7 @@ def told(root, capsys, *, predictions="pictures", references="captions.json", cl
 
 def test_a_folder_and_a_file_of_paths_score_as_their_features(root, capsys):
     model = clip_score.load(str(root / "clip"))
-    images = clip_score.picture_features(
+    images = clip_score.image_features(
         model, [root / "pictures" / name for name in ("a.png", "b.jpg", "b.jpg", "c.webp")]
     )
     texts = clip_score.text_features(
@@ -63,7 +63,7 @@ def test_a_folder_and_a_file_of_paths_score_as_their_features(root, capsys):
     want = np.mean([each[0], np.mean(each[1:3]), each[3]])
     assert max(each) > 1 and len(set(each)) > 2
     for predictions in ("pictures", "pictures.json"):
-        found = told(root, capsys, predictions=predictions)
+        found = score(root, capsys, predictions=predictions)
         assert found["count"] == 3 and found["clip_score"] == pytest.approx(want, abs=1e-4)
 
 
@@ -77,39 +77,44 @@ def test_features_do_not_depend_on_what_else_is_scored(root):
 
 def test_a_text_is_cut_to_the_context_and_keeps_its_end(root):
     model = clip_score.load(str(root / "clip"))
-    ids = clip_score.tokens(model, "the dog " * 30)
+    ids = clip_score.token_ids(model, "the dog " * 30)
     assert len(ids) == 20 and ids[0] == 517 and ids[-1] == 518 and 518 not in ids[:-1]
-    assert clip_score.tokens(model, "the DOG\n at").tolist()[:6] == [517, 513, 515, 516, 518, 518]
+    assert clip_score.token_ids(model, "the DOG\n at").tolist()[:6] == [
+        517,
+        513,
+        515,
+        516,
+        518,
+        518,
+    ]
 
 
 def test_bad_input_is_one_line(root, capsys, tmp_path):
-    assert "of pictures needs --clip=DIR, a CLIP. Download a folder" in told(
-        root, capsys, clip=None
-    )
-    assert "no directory" in told(root, capsys, clip="nowhere")
+    assert "of images needs --clip=DIR, a CLIP. Download a folder" in score(root, capsys, clip=None)
+    assert "no directory" in score(root, capsys, clip="nowhere")
     for name, value, message in (
         ("more", CAPTIONS | {"d": ["x"]}, "nothing for 1 ids (d)"),
         ("less", {"a": "x"}, "nothing for 2 ids (b, c)"),
         ("odd", {"a": 3}, "not references"),
     ):
         (root / f"{name}.json").write_text(json.dumps(value))
-        assert message in told(root, capsys, references=f"{name}.json")
+        assert message in score(root, capsys, references=f"{name}.json")
     (root / "gone.json").write_text(
         json.dumps({"a": "pictures/a.png", "b": "nothing.png", "c": "captions.json"})
     )
-    assert "cannot read" in told(root, capsys, predictions="gone.json")
+    assert "cannot read" in score(root, capsys, predictions="gone.json")
     (root / "text.json").write_text(
         json.dumps({"a": "captions.json", "b": "captions.json", "c": "captions.json"})
     )
-    assert "not a usable image" in told(root, capsys, predictions="text.json")
+    assert "not a usable image" in score(root, capsys, predictions="text.json")
     for name, pictures, message in (
-        ("empty", (), "no pictures (.png"),
-        ("twice", ("a.png", "a.jpg"), "two pictures have one name"),
+        ("empty", (), "no images (.png"),
+        ("twice", ("a.png", "a.jpg"), "the names of two images differ only"),
     ):
         (root / name).mkdir()
         for picture in pictures:
             Image.new("RGB", (20, 20)).save(root / name / picture)
-        assert message in told(root, capsys, predictions=name)
+        assert message in score(root, capsys, predictions=name)
 
 
 def test_a_clip_without_its_own_tokenizer_is_one_line(root, capsys):
@@ -125,16 +130,16 @@ def test_a_clip_without_its_own_tokenizer_is_one_line(root, capsys):
         (root / "clip/vocab.json").unlink(missing_ok=True)
         if text:
             (root / "clip/vocab.json").write_text(text)
-        assert message in told(root, capsys)
+        assert message in score(root, capsys)
     (root / "clip/vocab.json").write_text(vocab)
     path = root / "clip/preprocessor_config.json"
     for said, message in (
-        ({"size": 8}, "are not for a CLIP of 16 pixels"),
-        ({"size": "x"}, "no preprocessor of a CLIP"),
-        ([], "no preprocessor"),
+        ({"size": 8}, "do not fit a CLIP of 16 pixels"),
+        ({"size": "x"}, "not a CLIP's preprocessor"),
+        ([], "not a CLIP's preprocessor"),
     ):
         path.write_text(json.dumps(said))
-        assert message in told(root, capsys)
+        assert message in score(root, capsys)
     path.write_text(
         json.dumps(
             {
@@ -145,5 +150,5 @@ def test_a_clip_without_its_own_tokenizer_is_one_line(root, capsys):
             }
         )
     )
-    assert told(root, capsys)["count"] == 3
+    assert score(root, capsys)["count"] == 3
     path.unlink()

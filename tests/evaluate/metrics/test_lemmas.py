@@ -41,17 +41,19 @@ def test_tags_by_hand(tagger):
     assert tags(["zz"]) == ["NN"] and tags(["zz", "the"]) == ["NN", "DT"]
 
 
-def test_an_answer_is_reduced(tagger, tmp_path):
+def test_an_answer_as_lemmas_without_stop_words(tagger, tmp_path):
     wordnet = WordNet(str(dictionary.write(tmp_path)))
 
-    def reduced(text):
-        return lemmas.reduced(wordnet, lemmas.Tagger(str(tagger)), text)
+    def lemmatize(text):
+        return lemmas.lemmatize(wordnet, lemmas.Tagger(str(tagger)), text)
 
     assert (
-        reduced("The dogs") == "dog" and reduced("it is a Puppy") == "puppy" and reduced("") == ""
+        lemmatize("The dogs") == "dog"
+        and lemmatize("it is a Puppy") == "puppy"
+        and lemmatize("") == ""
     )
     # neither is in WordNet: as it is
-    assert reduced("xyzs of the cat") == "xyzs cat"
+    assert lemmatize("xyzs of the cat") == "xyzs cat"
 
 
 def test_nextqas_answers_count_as_lemmas_where_there_is_a_tagger(tagger, tmp_path, capsys):

@@ -16,8 +16,8 @@ def test_ndcg_by_hand():
     assert ranking.ndcg([1, 2], [0.0, 0.0]) == 0.0
 
 
-def test_places_by_hand():
-    assert ranking.places([1, 2, 6, 20]) == {
+def test_true_rank_metrics_by_hand():
+    assert ranking.true_rank_metrics([1, 2, 6, 20]) == {
         "recall@1": 0.25,
         "recall@5": 0.5,
         "recall@10": 0.75,

@@ -1,0 +1,109 @@
+"""Text to image: images of COCO's captions, their FID and, with a CLIP, their CLIP score.
+
+Read next: metrics/fid.py, metrics/clip_score.py.
+"""
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from emu_jax import checkpoint
+from emu_jax.config import UserError
+from emu_jax.evaluate import score
+from emu_jax.evaluate.annotations import Example
+from emu_jax.evaluate.metrics import clip_score, fid
+from emu_jax.evaluate.plan import BenchmarkPlan, BenchmarkSettings
+from emu_jax.evaluate.predict import Prediction
+from emu_jax.evaluate.score import Scores
+from emu_jax.generate import diffusion_decoder
+from emu_jax.generate.session import Session
+
+# A parameter that only FID's Inception has.
+INCEPTION_PARAM = "Mixed_7c/branch_pool/w"
+
+
+class ImagePredictor:
+    """Generates the images of captions as PNG files, each with its own seed."""
+
+    def __init__(self, session: Session, settings: BenchmarkSettings, out: Path):
+        self.session = session
+        self.out = out
+        self.decoder = diffusion_decoder.load(
+            settings.decoder,
+            session.model_config,
+            mesh=session.mesh,
+            empty_prompt=lambda: session.generate_images([[]])[0],
+        )
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+
+    def predict(self, examples: Sequence[Example]) -> list[Prediction]:
+        """Generate some images at once; predictions are their paths within the folder."""
+        visual = self.session.generate_images([[example.references[0]] for example in examples])
+        seeds = np.array([zlib.crc32(example.id.encode()) % 2**31 for example in examples])
+        predictions = []
+        for example, pixels in zip(examples, self.decoder(visual, seeds), strict=True):
+            path = image_path(example)
+            Image.fromarray(pixels).save(self.out / path)
+            predictions.append(Prediction(example.id, "", path, 0))
+        return predictions
+
+
+def image_path(example: Example) -> str:
+    """Path of an example's generated image within the run's folder."""
+    return f"pictures/{example.id}.png"
+
+
+def check_models(inception_dir: str, clip_dir: str | None) -> None:
+    """Raise UserError for checkpoints that are not the metrics' models."""
+    if INCEPTION_PARAM not in checkpoint.param_shapes(inception_dir):
+        raise UserError(f"the checkpoint in '{inception_dir}' is not FID's Inception; {fid.WHERE}")
+    if clip_dir:
+        clip_score.check(clip_dir)
+
+
+def score_images(
+    plan: BenchmarkPlan, out: Path, inception_dir: str, clip_dir: str | None
+) -> Scores:
+    """FID of the generated images and, with a CLIP, the CLIP score of each."""
+    distance = _fid(plan, out, inception_dir)
+    scores = Scores({"count": len(plan.examples), "fid": distance}, {})
+    if not clip_dir:
+        return scores
+    images = {example.id: out / image_path(example) for example in plan.examples}
+    captions = {example.id: example.references for example in plan.examples}
+    clip_scores = score.clip_scores(clip_score.load(clip_dir), images, captions)
+    return Scores(scores.numbers | clip_scores.numbers, clip_scores.each)
+
+
+def _fid(plan: BenchmarkPlan, out: Path, inception_dir: str) -> float:
+    """FID against the images that the captions describe."""
+    names = dict.fromkeys(example.media for example in plan.examples)
+    real = [plan.paths[name] for name in names if name in plan.paths]
+    if len(real) < 2:
+        raise UserError(
+            f"FID compares with the images that the captions describe: {len(real)} of them exist"
+        )
+    params = checkpoint.restore_params(inception_dir)
+
+    def statistics(paths: Sequence[Path], label: str) -> fid.Statistics:
+        progress = tqdm(paths, label, unit=" images", disable=None)
+        return fid.statistics(fid.features(params, map(read_image, progress)))
+
+    cache = out / f"inception-{len(real)}.npz"
+    real_statistics = fid.cached_statistics(cache, lambda: statistics(real, "real images"))
+    generated = [out / image_path(example) for example in plan.examples]
+    return fid.distance(statistics(generated, "generated images"), real_statistics)
+
+
+def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels of an image file. Raises UserError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}': {error}") from error
