@@ -5,15 +5,11 @@ import logging
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
-from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -27,6 +23,7 @@ from emu_jax.checkpoint import (
     restore_params,
 )
 from emu_jax.config import UserError
+from tests.support.checkpoints import CONFIG, DATA, State, make_state
 
 # When one array cannot be read, Orbax never awaits the coroutines of the others.
 pytestmark = pytest.mark.filterwarnings(
@@ -34,68 +31,19 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:coroutine .* was never awaited:RuntimeWarning",
 )
 
-DATA = {
-    "streams": {
-        "0": {"draw": 7, "epochs": [1, 2], "pending": [["names", 0, 5]]},
-        "10": {"draw": 0, "share": 0.1},
-        "2": {},
-    }
-}
-CONFIG = {
-    "stage": "emu",
-    "optim": {"b1": 0.9, "steps": 10, "ema": None},
-    "rules": [[".*", True], [".*", 1e-4]],
-}
-
-
-@flax.struct.dataclass
-class State:
-    step: Any
-    trainable: Any
-    frozen: Any
-    opt_state: Any
-    ema: Any
-    skipped: Any
-
-
-def make_state(step=1, rows=64, ema=True):
-    keys = jax.random.split(jax.random.key(step), 2)
-    odd = jnp.array([-0.0, jnp.nan, jnp.inf, 1e-40], jnp.float32)
-    trainable = {
-        "llama": {"w": jax.random.normal(keys[0], (rows, 64)), "norm": odd},
-        "head": jnp.arange(8, dtype=jnp.bfloat16),
-    }
-    frozen = {
-        "llama": {"ids": jnp.arange(6, dtype=jnp.int8)},
-        "vision": {"w": jax.random.normal(keys[1], (rows, 8))},
-    }
-    # An optimizer state with masked nodes, empty states and None.
-    labels = {"llama": {"w": "a", "norm": "b"}, "head": "b"}
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.multi_transform(
-            {"a": optax.adamw(1e-3, mu_dtype=jnp.bfloat16), "b": optax.sgd(1e-2)}, labels
-        ),
-    )
-    gradient = jax.tree.map(
-        lambda x: jnp.cos(step * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trainable
-    )
-    _, opt_state = optimizer.update(gradient, optimizer.init(trainable), trainable)
-    return State(
-        jnp.int32(step),
-        trainable,
-        frozen,
-        opt_state,
-        jax.tree.map(lambda x: x + 1, trainable) if ema else None,
-        jnp.uint32(2**31 + 5),
-    )
-
 
 def abstract(state, sharding_of=None):
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of and sharding_of(x)),
         state,
     )
+
+
+def restore(run, abstract_state, step=None):
+    """What `run` restores, where there is something to restore."""
+    restored = run.restore(abstract_state, step=step)
+    assert restored is not None
+    return restored
 
 
 def assert_same(got, expected):
@@ -147,7 +95,7 @@ def test_restored_state_is_the_saved_one_bit_for_bit(tmp_path, ema):
     state = make_state(ema=ema)
     run = CheckpointManager(str(tmp_path / "a" / "b"), keep=1, keep_every=0)
     run.save(1, state, DATA, CONFIG, wait=True)
-    step, restored, data, config = run.restore(abstract(state))
+    step, restored, data, config = restore(run, abstract(state))
     assert (step, data, config) == (1, DATA, CONFIG)
     assert_same(restored, state)
 
@@ -160,9 +108,8 @@ def test_restored_onto_another_mesh_is_exactly_equal(tmp_path, target):
     target = target and mesh_sharding(*target)
     there = jax.device_put(state, jax.tree.map(mesh_sharding((1, 8), "fsdp"), state))
     CheckpointManager(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
-    _, restored, _, _ = CheckpointManager(str(tmp_path), keep=1, keep_every=0).restore(
-        abstract(state, target)
-    )
+    run = CheckpointManager(str(tmp_path), keep=1, keep_every=0)
+    _, restored, _, _ = restore(run, abstract(state, target))
     assert_same(restored, state)
     for leaf in jax.tree.leaves(restored):
         assert leaf.sharding == target(leaf) if target else len(leaf.sharding.device_set) == 1
@@ -174,9 +121,8 @@ def test_copies_write_an_array_together_or_one_of_them_does(tmp_path, monkeypatc
     state = make_state()
     there = jax.device_put(state, jax.tree.map(mesh_sharding((4, 2), "fsdp"), state))
     CheckpointManager(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
-    _, restored, _, _ = CheckpointManager(str(tmp_path), keep=1, keep_every=0).restore(
-        abstract(state)
-    )
+    run = CheckpointManager(str(tmp_path), keep=1, keep_every=0)
+    _, restored, _, _ = restore(run, abstract(state))
     assert_same(restored, state)
 
 
@@ -255,9 +201,8 @@ def test_a_path_is_enough_to_read_the_config(saved, monkeypatch):
 
 
 def test_a_given_step_is_restored(saved):
-    step, restored, _, config = CheckpointManager(str(saved), keep=5, keep_every=0).restore(
-        abstract(make_state()), step=1
-    )
+    run = CheckpointManager(str(saved), keep=5, keep_every=0)
+    step, restored, _, config = restore(run, abstract(make_state()), step=1)
     assert step == config["seed"] == 1
     assert_same(restored, make_state(1))
 
@@ -350,17 +295,17 @@ def test_a_damaged_step_does_not_displace_intact_ones_and_is_replaced(copy):
     )
     array_file(copy / "checkpoints/4/params").unlink()
     run = CheckpointManager(str(copy), keep=2, keep_every=0)
-    assert run.restore(abstract(make_state()))[0] == 2
+    assert restore(run, abstract(make_state()))[0] == 2
     run.save(3, make_state(3), DATA, CONFIG, wait=True)
     assert steps(copy) == [2, 3, 4]
     run.save(5, make_state(5), DATA, CONFIG, wait=True)
     assert steps(copy) == [3, 4, 5]
     shutil.rmtree(copy / "checkpoints/5")
     run = CheckpointManager(str(copy), keep=2, keep_every=0)
-    assert run.restore(abstract(make_state()))[0] == 3
+    assert restore(run, abstract(make_state()))[0] == 3
     run.save(4, make_state(4), DATA, CONFIG, wait=True)
     assert steps(copy) == [3, 4]
-    assert_same(run.restore(abstract(make_state()))[1], make_state(4))
+    assert_same(restore(run, abstract(make_state()))[1], make_state(4))
 
 
 # Damage
@@ -410,7 +355,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(
     damage(folder / file if file else array_file(folder))
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
     with caplog.at_level(logging.WARNING):
-        step, restored, _, _ = run.restore(abstract(make_state()))
+        step, restored, _, _ = restore(run, abstract(make_state()))
     assert step == 1 and str(copy / "checkpoints/2") in caplog.text and "skipping" in caplog.text
     assert_same(restored, make_state(1))
     with pytest.raises(UserError, match=r"checkpoints; 2 is damaged: \w+"):
@@ -448,24 +393,17 @@ def test_the_arrays_of_a_damaged_step_are_freed_before_the_next_is_read(copy, mo
 
 
 def test_a_killed_save_is_ignored_and_removed(copy, caplog):
-    script = textwrap.dedent("""
-        import os, signal, sys, jax.numpy as jnp, numpy as np
-        sys.path.insert(0, "tests")
-        from test_checkpoint import *
-        noise = jnp.asarray(np.random.default_rng(0).random((24, 2**20), np.float32))
-        run = CheckpointManager(sys.argv[1], keep=5, keep_every=0)
-        run.save(3, make_state(3).replace(frozen={"noise": noise}), DATA, CONFIG)
-        os.kill(os.getpid(), signal.SIGKILL)
-    """)
     killed = subprocess.run(
-        [sys.executable, "-c", script, copy], cwd=Path(__file__).parent.parent, check=False
+        [sys.executable, "-m", "tests.support.checkpoints", copy],
+        cwd=Path(__file__).parent.parent,
+        check=False,
     )
     assert killed.returncode == -9
     # In case the kill came before Orbax created it.
     (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
     assert latest_step(str(copy)) == 2 and not caplog.records
-    assert_same(run.restore(abstract(make_state()))[1], make_state(2))
+    assert_same(restore(run, abstract(make_state()))[1], make_state(2))
     run.save(4, make_state(4), DATA, CONFIG, wait=True)
     assert steps(copy) == [1, 2, 4]
 
@@ -481,11 +419,11 @@ def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
         # Here at the latest.
         run.save(4, big, DATA, CONFIG)
     assert "\n" not in str(error.value) and steps(copy) == [1, 2]
-    assert_same(run.restore(abstract(make_state()))[1], make_state(2))
+    assert_same(restore(run, abstract(make_state()))[1], make_state(2))
     small_disk()
     run.save(3, big, DATA, CONFIG, wait=True)
     assert steps(copy) == [1, 2, 3]
-    assert_same(run.restore(abstract(big))[1], make_state(3, rows=4096))
+    assert_same(restore(run, abstract(big))[1], make_state(3, rows=4096))
 
 
 # Bad input

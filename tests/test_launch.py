@@ -214,7 +214,7 @@ def test_a_stopped_pod_fails_so_that_the_set_restarts():
     for status in (0, 2):
         assert start(f"exit {status}").wait(60) == status
     run = start('sleep 100 & trap "sleep 0.2; echo saved; kill $!; exit 0" TERM; echo ready; wait')
-    assert run.stdout.readline() == "ready\n"
+    assert run.stdout and run.stdout.readline() == "ready\n"
     run.send_signal(signal.SIGTERM)
     assert run.communicate(timeout=60)[0] == "saved\n" and run.returncode == 143
 
@@ -239,7 +239,7 @@ def test_a_stopped_slurm_job_is_queued_again(tmp_path):
     run = subprocess.Popen(
         ["launch/slurm.sbatch", "--config=a"], env=environ, stdout=subprocess.PIPE, text=True
     )
-    assert run.stdout.readline() == "ready\n"
+    assert run.stdout and run.stdout.readline() == "ready\n"
     run.send_signal(signal.SIGTERM)
     assert run.communicate(timeout=60)[0] == "saved\nrequeue 71\n" and run.returncode == 0
 

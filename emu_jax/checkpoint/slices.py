@@ -5,7 +5,7 @@ Read next: weights/transfer.py, which imports and exports foreign weights.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 
@@ -87,7 +87,7 @@ class ParamReader:
 @contextmanager
 def param_writer(
     workdir: str, params: dict[str, jax.ShapeDtypeStruct], stacked: set[str], config: dict
-) -> Iterator[Callable[[str, int | None, np.ndarray], None]]:
+) -> Generator[Callable[[str, int | None, np.ndarray], None], None, None]:
     """Write step 0 of a new workdir, with parameters only, a leaf or a layer at a time.
 
     Yields write(path, layer or None, array), to be called once for each. The step appears

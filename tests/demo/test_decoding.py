@@ -13,7 +13,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), np.uint8)
 
 
 class Colours(Session):
-    """Encodes an image as its mean colour, and a caption as what it says."""
+    """Encode an image as its mean colour, and a caption, which is a number, as that grey."""
 
     def __init__(self):
         pass
@@ -22,54 +22,47 @@ class Colours(Session):
         return np.stack([image.mean((0, 1))[None] for image in images])
 
     def generate_images(self, prompts, **_):
-        def told(part):
-            return (
-                np.full((1, 3), float(part))
-                if isinstance(part, str)
-                else self.encode_images([part])[0]
-            )
+        def colour(part):
+            if isinstance(part, str):
+                return np.full((1, 3), float(part))
+            return self.encode_images([part])[0]
 
-        return np.stack([sum(map(told, parts)) / 2 for parts in prompts])
+        return np.stack([sum(map(colour, parts)) / 2 for parts in prompts])
 
 
-class Paint(DiffusionDecoder):
-    """Draws the colour that the tokens are; counts what it is asked for."""
+class PlainDecoder(DiffusionDecoder):
+    """Decode visual tokens, which are colours, to plain images; records the sizes of batches."""
 
     def __init__(self):
-        self.asked = []
+        self.batch_sizes = []
         self.model_config = SimpleNamespace(image=2)
 
-    def __call__(self, visual):
-        self.asked.append(len(visual))
-        return np.broadcast_to(np.round(visual)[:, :, None], (len(visual), 2, 2, 3)).astype(
-            np.uint8
-        )
+    def __call__(self, visual, seeds=None):
+        self.batch_sizes.append(len(visual))
+        colours = np.round(visual)[:, :, None]
+        return np.broadcast_to(colours, (len(visual), 2, 2, 3)).astype(np.uint8)
 
 
-def test_a_picture_finds_its_own():
+def test_a_decoded_image_ranks_its_original_first():
     assert not decoding.pixel_ranks(IMAGES, IMAGES).any()
-    noisy = np.clip(
-        IMAGES.astype(int) + np.random.default_rng(1).integers(-30, 31, IMAGES.shape), 0, 255
-    ).astype(np.uint8)
+    noise = np.random.default_rng(1).integers(-30, 31, IMAGES.shape)
+    noisy = np.clip(IMAGES + noise, 0, 255).astype(np.uint8)
     assert not decoding.pixel_ranks(noisy, IMAGES).any()
     assert (decoding.pixel_ranks(IMAGES[::-1].copy(), IMAGES) > 0).all()
 
 
-def test_places_count_what_is_nearer():
+def test_the_rank_counts_nearer_images_and_ties():
     grey = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (0, 100, 200)])
-    # 0 and 200 are as far from 100
-    np.testing.assert_array_equal(
-        decoding.pixel_ranks(np.stack([grey[1], grey[1], grey[0]]), grey), [1 + 1, 0, 2]
-    )
+    # The second image, of value 100, is as far from 0 as from 200.
+    decoded = np.stack([grey[1], grey[1], grey[0]])
+    np.testing.assert_array_equal(decoding.pixel_ranks(decoded, grey), [1 + 1, 0, 2])
 
 
-def test_pictures_that_are_all_the_same_find_nothing():
+def test_equal_decoded_images_retrieve_nothing():
     same = np.zeros((60, 4, 4, 3), np.uint8)
     assert decoding.pixel_ranks(same, same).min() == 59
-    found = decoding.retrieval_numbers(
-        "x", [decoding.Decoded("", image, image, same[0]) for image in IMAGES]
-    )
-    assert found == {
+    decoded = [decoding.Decoded("", image, image, same[0]) for image in IMAGES]
+    assert decoding.retrieval_numbers("x", decoded) == {
         "pictures_x_count": 60,
         "pictures_x_encoded_top1": 1,
         "pictures_x_encoded_top5": 1,
@@ -78,18 +71,21 @@ def test_pictures_that_are_all_the_same_find_nothing():
     }
 
 
-def test_each_image_is_drawn_of_its_tokens_and_of_its_caption():
-    paint = Paint()
+def test_each_image_is_decoded_from_its_tokens_and_from_its_caption():
+    decoder = PlainDecoder()
     captions = [str(k) for k in range(60)]
-    drawn = decoding.decode_images(Colours(), paint, captions, IMAGES)
-    assert paint.asked == 2 * [40, 20] and [picture.caption for picture in drawn] == captions
-    for k, picture in enumerate(drawn):
-        assert picture.image.shape == (2, 2, 3) and (picture.regressed == np.round(k / 2)).all()
-        assert (picture.encoded == np.round(IMAGES[k].mean((0, 1)))).all()
+    decoded = decoding.decode_images(Colours(), decoder, captions, IMAGES)
+    assert decoder.batch_sizes == 2 * [40, 20]
+    assert [image.caption for image in decoded] == captions
+    for k, image in enumerate(decoded):
+        assert image.image.shape == (2, 2, 3)
+        assert (image.encoded == np.round(IMAGES[k].mean((0, 1)))).all()
+        assert (image.regressed == np.round(k / 2)).all()
 
 
-def test_blends_are_of_both():
-    blends = decoding.blend_images(Colours(), Paint(), [str(k) for k in range(5)], IMAGES[:5])
+def test_a_blend_is_decoded_from_both_drawings():
+    captions = [str(k) for k in range(5)]
+    blends = decoding.blend_images(Colours(), PlainDecoder(), captions, IMAGES[:5])
     assert [blend.captions for blend in blends] == [("0", "1"), ("2", "3")]
     for k, blend in enumerate(blends):
         mean = IMAGES[2 * k : 2 * k + 2].mean((0, 1, 2))

@@ -238,16 +238,12 @@ def test_build_writes_what_it_says(built):
 def test_the_licence_travels_with_the_data(built):
     to, _ = built
     line = "OpenMoji – the open-source emoji and icon project"
-    assert (
-        line in (to / "LICENSE.txt").read_text()
-        and "CC-BY-SA-4.0" in (to / "LICENSE.txt").read_text()
-    )
+    licence = (to / "LICENSE.txt").read_text()
+    assert line in licence and "CC-BY-SA-4.0" in licence
     for path in to.glob("*/*/*/"):
         assert line in (path / "LICENSE").read_text()
-        assert (
-            records.tfds.builder_from_directory(str(path)).info.metadata["license"]
-            == "CC-BY-SA-4.0"
-        )
+        metadata = records.tfds.builder_from_directory(str(path)).info.metadata
+        assert metadata is not None and metadata["license"] == "CC-BY-SA-4.0"
 
 
 def test_the_same_seed_writes_the_same_data(built, tmp_path):
