@@ -53,7 +53,7 @@ def test_a_chart_shows_its_values():
     first, second, third = [
         (float(x), float(y)) for x, y in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)
     ]
-    # decades
+    # The values are a factor of ten apart.
     assert first[1] > third[1] > second[1] and first[1] - third[1] == pytest.approx(
         third[1] - second[1], abs=0.2
     )

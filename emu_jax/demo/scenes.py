@@ -72,7 +72,7 @@ HELD_OUT = {"counts": 24, "spatial": 96, "stories": 20}
 Pixels = UInt8[np.ndarray, "h w 3"]
 # RGBA, cropped to what is drawn, no larger than `drawing_size`.
 Drawing = UInt8[np.ndarray, "h w 4"]
-# row, column
+# Row and column.
 Cell = tuple[int, int]
 
 

@@ -41,7 +41,7 @@ metadata contain the prompt and the settings. Images are not checked for safety.
 for a user's mistake (explained in one line), 130 after Ctrl-C.
 
 python -m emu_jax.generate precompute --help: inputs of decoder training, made once."""
-# field of GenerationConfig -> help
+# Help of each field of GenerationConfig.
 TEXT_OPTIONS = {
     "max_new_tokens": "maximum length of the answer; the end of the context also ends it",
     "min_new_tokens": "minimum length: no </s> before",
@@ -66,7 +66,7 @@ class Output:
     """
 
     path: Path
-    # of the first PNG; the seed of each further one is one higher
+    # Metadata of the first PNG; each further one has the next seed.
     metadata: dict[str, Any]
     saved: int = 0
 
@@ -120,7 +120,7 @@ def _command(arguments: list[str]) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    # imported here, for they take seconds, and a wrong flag should fail at once
+    # These imports take seconds, and a wrong flag should fail at once.
     from emu_jax.generate.conversation import Conversation
     from emu_jax.generate.placement import inference_mesh
     from emu_jax.generate.session import Session
@@ -153,7 +153,7 @@ def _run(flags: argparse.Namespace) -> None:
         _show(session.decode_images(session.encode_images(images)), output)
     elif flags.image:
         image = conversation.generate_image(parts, progress=True)
-        # the same visual tokens, decoded with further seeds
+        # The same visual tokens, decoded with further seeds.
         more = image.visual[None].repeat(flags.count - 1, 0)
         _show([image, *session.decode_images(more)], output)
     elif config.beams > 1:

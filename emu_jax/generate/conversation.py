@@ -45,9 +45,9 @@ class Conversation:
         self._system = system
         # None before the first turn
         self._state: DecodeState | None = None
-        # everything that the LLM has read
+        # Everything that the LLM has read.
         self._history = Prompt()
-        # what comes next but was not read yet, such as the last id of an answer
+        # What comes next but was not read yet, such as the last id of an answer.
         self._pending = Prompt()
 
     def reply(
@@ -109,7 +109,7 @@ class Conversation:
         while True:
             room = session.context - len(self._history) - len(self._pending) - len(turn)
             left = min(config.max_new_tokens - written, room)
-            # no id fits after the `[/IMG]` of the last image
+            # No id fits after the `[/IMG]` of the last image.
             if left < 1:
                 self._pending = turn
                 break
@@ -149,7 +149,7 @@ class Conversation:
             allowed=allowed,
             stop_ids=(text_decoding.EOS, tokenizer.img),
         )
-        # all rows are copies of one
+        # All rows are copies of one, so they share a key.
         keys = jnp.stack([jax.random.fold_in(jax.random.key(config.seed), 0)] * rows)
         room = power_of_two(config.max_new_tokens, MIN_LENGTH)
         with session.mesh_context():
@@ -172,7 +172,7 @@ class Conversation:
                     )
             if new := stream.finish():
                 yield new
-        # also if the caller stops iterating
+        # Also runs if the caller stops iterating.
         finally:
             self._state = answer.llm
             self._history = concatenate(self._history, Prompt(ids[:-1]))
@@ -184,7 +184,7 @@ class Conversation:
         session = self._session
         N = session.processor.n_visual
         image = image_decoding.start(session.model_config, state)
-        # with a progress bar, one visual token at a time
+        # With a progress bar, one visual token is generated at a time.
         counts = [N]
         if progress:
             counts = tqdm(range(1, N + 1), "drawing", unit=" visual tokens", disable=None)

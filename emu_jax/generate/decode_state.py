@@ -27,9 +27,9 @@ class DecodeState:
     """The LLM after reading B rows, each of its own length."""
 
     cache: KVCache
-    # of the last element read; the next element is predicted from it
+    # Hidden state of the last element read; the next element is predicted from it.
     hidden: Float[Array, "B D"]
-    # elements read, which is also the position of the next one
+    # Number of elements read, which is also the position of the next one.
     lengths: Int[Array, "B"]
 
 
@@ -119,7 +119,7 @@ def extend(
     """Do what `prefill` does, inside a jitted function."""
     hidden, cache = forward(model, state, x, lengths)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
-    # a row that reads nothing keeps its hidden state
+    # A row that reads nothing keeps its hidden state.
     last = jnp.where(lengths[:, None] > 0, last, state.hidden)
     return DecodeState(cache, last, state.lengths + lengths)
 

@@ -24,11 +24,11 @@ from emu_jax.models.diffusion import Diffusion
 from emu_jax.models.emu import EmuConfig
 from emu_jax.tree import Tree
 
-# fields of config.drawing that `sample` takes
+# Fields of config.drawing that `sample` takes.
 SAMPLING_OPTIONS = ("sampler", "steps", "guidance", "rescale")
-# values of config.drawing.negative
+# Values of config.drawing.negative.
 NEGATIVES = ("empty", "zeros")
-# images at once, on each device group of a mesh
+# Images in a batch; a mesh rounds it up to a multiple of its devices.
 BATCH = 8
 
 
@@ -114,7 +114,7 @@ class DiffusionDecoder:
         self.seed = seed
         self.mesh = mesh
         self.safety_checker = safety_checker
-        # rows of a batch, which the devices of a mesh must divide
+        # Rows of a batch, a multiple of the number of devices.
         self.rows = BATCH if mesh is None else -(-BATCH // mesh.size) * mesh.size
 
     def __call__(
@@ -124,7 +124,7 @@ class DiffusionDecoder:
         if seeds is None:
             seeds = self.seed + np.arange(len(visual))
             self.seed += len(visual)
-        # a single image on a single device is not padded to a batch
+        # A single image on a single device is not padded to a batch.
         rows = self.rows if self.mesh or len(visual) > 1 else 1
         side = self.model_config.image
         found = [np.zeros((0, side, side, 3), np.uint8)]

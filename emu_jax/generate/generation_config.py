@@ -13,22 +13,22 @@ class GenerationConfig:
     """
 
     max_new_tokens: int = 128
-    # no </s> before
+    # </s> is not chosen before this many tokens.
     min_new_tokens: int = 0
-    # 0: greedy
+    # 0 means greedy decoding.
     temperature: float = 0.0
-    # sample among the k likeliest; 0: among all
+    # Sample among the k likeliest tokens; 0 means among all.
     top_k: int = 0
-    # sample among the likeliest that together have probability p (nucleus sampling)
+    # Sample among the likeliest tokens that together have probability p (nucleus sampling).
     top_p: float = 1.0
-    # sample among those at least min_p times as likely as the likeliest
+    # Sample among the tokens at least min_p times as likely as the likeliest.
     min_p: float = 0.0
-    # ids of the prompt and the answer: positive scores are divided by it, negative ones multiplied
+    # Divides positive scores of ids in the prompt or answer, and multiplies negative ones.
     repetition_penalty: float = 1.0
     beams: int = 1
-    # beam search ranks answers by log-probability / length ** length_penalty
+    # Beam search ranks answers by log-probability / length ** length_penalty.
     length_penalty: float = 1.0
-    # strings that end the answer, and are not part of it
+    # Strings that end the answer and are not part of it.
     stop: tuple[str, ...] = ()
     seed: int = 0
 

@@ -22,7 +22,7 @@ from emu_jax.tree import Tree
 class GeneratedImage(NamedTuple):
     """An image that the model generated."""
 
-    # float32; also a part of later prompts, as it is
+    # Visual tokens in float32, which can be a part of later prompts.
     visual: Float[np.ndarray, "N D"]
     # None without an image decoder
     pixels: UInt8[np.ndarray, "h w 3"] | None

@@ -31,15 +31,15 @@ class SamplingMetadata:
     repetition_penalty: Float[AnyArray, ""]
     length_penalty: Float[AnyArray, ""]
     min_new_tokens: Int[AnyArray, ""]
-    # of each row: the context may end before the config's limit
+    # Limit of each row: the context may end before the config's limit.
     max_new_tokens: Int[AnyArray, "B"]
-    # ids that may be chosen at all
+    # Mask of the ids that may be chosen at all.
     allowed: Bool[AnyArray, "V"]
-    # ids after which a row is done
+    # Mask of the ids after which a row is done.
     stop_ids: Bool[AnyArray, "V"]
-    # ids of the prompts, for the repetition penalty; V for no id
+    # Ids of the prompts, for the repetition penalty; V for no id.
     prompt_ids: Int[AnyArray, "B T"]
-    # of the allowed answers; None if every answer is allowed
+    # Trie of the allowed answers; None if every answer is allowed.
     trie: Trie | None
 
 

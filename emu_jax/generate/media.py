@@ -27,7 +27,7 @@ VIDEO_SUFFIXES = {
     ".flv",
     ".wmv",
 }
-# of a video
+# Frames sampled from a video.
 FRAMES = 8
 
 
@@ -53,7 +53,7 @@ def load_image(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """
     try:
         with path.open("rb") as file:
-            # a byte over the limit is enough to refuse a file of any length
+            # A byte over the limit is enough to refuse a file of any length.
             return images.decode(file.read(images.MAX_BYTES + 1), size)
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}': {_reason(error)}") from error
@@ -85,7 +85,7 @@ def load_video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3
         ):
             if not container.streams.video:
                 raise UserError(f"'{path}' has no video stream")
-            # counted, since the number in the header may be wrong
+            # Counted, since the number in the header may be wrong.
             count = sum(packet.size > 0 for packet in container.demux(video=0))
         if not count:
             raise UserError(f"'{path}' has no frames")
@@ -109,7 +109,7 @@ def load_video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3
                     break
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"'{path}' is not a usable video: {_reason(error)}") from error
-    # many files lack a frame or two at the end
+    # Many files lack a frame or two at the end.
     if not frames or (wanted[-1] not in frames and number < wanted[-1] - 2):
         raise UserError(
             f"'{path}' is truncated: only {number + 1} of its {count} frames can be decoded"

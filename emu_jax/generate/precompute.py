@@ -41,11 +41,11 @@ from emu_jax.models.decoder import DecoderConfig, UNetWithVae, moments
 from emu_jax.models.vae import Vae
 from emu_jax.plan import latent_metadata
 
-# prompts at once
+# Prompts in a batch.
 PROMPTS = 64
-# images at once on each device
+# Images in a batch on each device.
 IMAGES = 8
-# kind -> (the tower that computes it, in words)
+# For each kind, the tower that computes it and its name in messages.
 COMPUTED_BY = {"conditions": ("llama", "a language model"), "latents": ("vae", "an autoencoder")}
 
 
@@ -54,11 +54,11 @@ class Recipe(NamedTuple):
 
     # JSON of DIR/KIND.json: the weights, and the shape of an array
     metadata: dict[str, Any]
-    # height and width to which the documents' images are resized
+    # Height and width to which the documents' images are resized.
     image_size: int
-    # what a document's array is computed from; None for a document without an image
+    # Returns what a document's array is computed from; None for a document without an image.
     input_of: Callable[[Document], Any]
-    # from any number of such inputs to their arrays
+    # Computes the arrays of any number of such inputs.
     compute: Callable[[list], Float[np.ndarray, "n ..."]]
 
 
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
         for number in range(num_shards(len(source)))
     ]
     mine = shards[host::hosts]
-    # a shard's .json is written last
+    # A shard's .json is written last.
     missing = [shard for shard in mine if not shard.path.with_suffix(".json").exists()]
     for shard in tqdm(missing, kind, unit=" shards", disable=None):
         write_shard(recipe, shard)

@@ -30,9 +30,9 @@ class Prompt:
     """Ids, and the images whose visual tokens take the places of `<image>`."""
 
     tokens: list[int] = field(default_factory=list)
-    # each uint8 pixels [h, w, 3] or float visual tokens [N, D]
+    # Each is uint8 pixels [h, w, 3] or float visual tokens [N, D].
     images: list[np.ndarray] = field(default_factory=list)
-    # index in `tokens` of the first of each image's N `<image>`
+    # Index in `tokens` of the first of each image's N `<image>`.
     slots: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -46,13 +46,13 @@ class Processor:
     tokenizer: Tokenizer
     # N, the visual tokens of an image
     n_visual: int
-    # height and width of the images that the vision encoder takes
+    # Height and width of the images that the vision encoder takes.
     image_size: int
     # D, the width of visual tokens
     width: int
-    # number of tokens after the tokenizer's vocabulary; six with [USER] and [ASSISTANT]
+    # Number of tokens after the tokenizer's vocabulary; six with [USER] and [ASSISTANT].
     added: int
-    # config.data.system: which system message a chat begins with
+    # The field config.data.system: which system message a chat begins with.
     system: str = "release"
 
     def interleave(self, parts: Parts) -> Prompt:
@@ -182,7 +182,7 @@ def truncate_left(prompt: Prompt, length: int, n_visual: int) -> Prompt:
     """Cut ids after `<s>` until at most `length` remain; an image goes as a whole or stays."""
     start = len(prompt) - length + 1
     for slot in prompt.slots:
-        # a cut inside [IMG] ... [/IMG] moves behind the image
+        # A cut inside [IMG] ... [/IMG] moves behind the image.
         if slot - 1 < start <= slot + n_visual:
             start = slot + n_visual + 1
     kept = [

@@ -169,23 +169,23 @@ def pndm(
     Raises UserError for a schedule that starts with pure noise.
     """
     _check_start(schedule, "pndm")
-    # points at which the network is evaluated, and from which the steps start
+    # Points at which the network is evaluated, and those from which the steps start.
     at = pndm_evaluations(len(schedule.timesteps))
     start = np.where(np.arange(len(at)) == 1, 0, at)
-    # of the newest prediction and the three before it
+    # Weights of the newest prediction and the three before it.
     first_weights = [[24, 0, 0, 0], [12, 12, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0]]
     later_weights = [[55, -59, 37, -9]] * (len(at) - 4)
     weights = np.array((first_weights + later_weights)[: len(at)]) / 24
 
     def step(carry, row):
-        # x, x before the last step, and room for the newest prediction and the three before it
+        # The sample, the sample before the last step, and the newest four predictions.
         x, before, predictions = carry
         number, t, a_start, s_start, a_next, s_next, weight = row
         predictions = predictions.at[0].set(denoise.predict(x, t))
         origin = jnp.where(number == 1, before, x)
         x0, eps = denoise.split(jnp.tensordot(weight, predictions, 1), origin, a_start, s_start)
         moved = a_next * x0 + s_next * eps
-        # the repeated first step replaces the prediction at its end
+        # The repeated first step replaces the prediction at its end.
         kept = jnp.where(number == 1, predictions, jnp.roll(predictions, 1, 0))
         return (moved, x, kept), None
 
@@ -216,7 +216,7 @@ def dpm_solver(
     Extrapolates x0 in the logarithm of a / s from the last two steps. As its authors do, the first
     step is of first order, and so is the last if it ends without noise or there are fewer than 15.
     """
-    # infinite at pure noise and at no noise
+    # The logarithm is infinite at pure noise and at no noise.
     with np.errstate(divide="ignore", invalid="ignore"):
         h = np.diff(np.log(schedule.alphas) - np.log(schedule.sigmas))
         extrapolation = np.append(0.0, h[1:] / (2 * h[:-1]))

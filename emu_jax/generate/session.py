@@ -35,11 +35,11 @@ from emu_jax.models import module
 from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.processes import to_host
 
-# the least number of ids that is compiled for
+# The least number of ids that is compiled for.
 MIN_LENGTH = 16
-# images in a streamed answer of a model that was trained to say `[IMG]`
+# Most images in a streamed answer of a model that was trained to emit `[IMG]`.
 MAX_STREAMED_IMAGES = 4
-# ids between two searches for a stop string
+# Ids between two searches for a stop string.
 STOP_CHECK_EVERY = 8
 
 ImageDecoder = Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]]
@@ -49,7 +49,7 @@ ImageDecoder = Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3
 class Prefix:
     """The common beginning of several prompts, prefilled once."""
 
-    # one row, or as many equal ones as the mesh needs
+    # Has one row, or as many equal ones as the mesh needs.
     state: DecodeState
     prompt: Prompt
 
@@ -104,7 +104,7 @@ class Session:
         self.image_decoder = image_decoder
         self.truncate = truncate
         self.mesh = mesh
-        # batches must divide into so many
+        # The rows of a batch must divide into this many shards.
         self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch = max(batch, self.shards)
         self.max_images = max_images
@@ -330,7 +330,7 @@ class Session:
         `chat_prompt`. images: the most images in the answer; None for the session's `max_images`.
         Raises UserError for beam search, which cannot be streamed.
         """
-        # conversation.py is built on this module
+        # Imported here, since conversation.py imports this module.
         from emu_jax.generate.conversation import Conversation
 
         return Conversation(self, chat=chat, system=system).reply(parts, config, images=images)
@@ -391,7 +391,7 @@ class Session:
     ) -> tuple[Float[Array, "B T D"], Int[np.ndarray, "B"]]:
         """The LLM's input for prompts, padded to a power of two, and their lengths."""
         tokens, lengths = pad_ids([prompt.tokens for prompt in prompts], len(prompts))
-        # an image that several prompts share is encoded once
+        # An image that several prompts share is encoded once.
         images = {id(image): image for prompt in prompts for image in prompt.images}
         rows_of_visual = {key: row for row, key in enumerate(images)}
         most = power_of_two(max(len(prompt.images) for prompt in prompts))

@@ -21,7 +21,7 @@ class TextStream:
         self._decode = decode
         self._stop = stop
         self._ids: list[int] = []
-        # number of characters returned so far
+        # Number of characters returned so far.
         self._sent = 0
         self.stopped = False
 

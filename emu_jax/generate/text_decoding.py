@@ -22,7 +22,7 @@ from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.tree import Tree
 
 EOS = 2
-# log-probability of a beam that does not exist yet
+# Log-probability of a beam that does not exist yet.
 DEAD = -1e9
 
 
@@ -39,7 +39,7 @@ class TextDecodeState:
     ids: Int[Array, "B n"]
     count: Int[Array, ""]
     done: Bool[Array, "B"]
-    # node of the trie that the ids lead to; 0 without a trie
+    # Node of the trie that the ids lead to; 0 without a trie.
     node: Int[Array, "B"]
     keys: Key[Array, "B"]
 
@@ -87,7 +87,7 @@ def decode(
     def step(state: TextDecodeState) -> TextDecodeState:
         token = jax.lax.dynamic_index_in_dim(state.ids, state.count - 1, 1)
         x = model.llama.embeddings(token, config.compute)
-        # rows that are done read nothing
+        # Rows that are done read nothing.
         lengths = (~state.done).astype(jnp.int32)
         llm = decode_state.extend(model, state.llm, x, lengths)
         return _choose(model, replace(state, llm=llm), metadata)
@@ -150,7 +150,7 @@ def nll(
     model = decode_state.bind(config, params)
     x = model.llama.embeddings(tokens, config.compute)
     hidden, _ = decode_state.forward(model, llm, x, lengths)
-    # token t is predicted from the element before it
+    # Token t is predicted from the element before it.
     before = jnp.concatenate([llm.hidden[:, None], hidden[:, :-1]], 1)
 
     def log_probs(position: tuple[Float[Array, "B D"], Int[Array, "B"]]) -> Float[Array, "B"]:
@@ -158,7 +158,7 @@ def nll(
         log_softmax = jax.nn.log_softmax(model.llama.logits(hidden), -1)
         return jnp.take_along_axis(log_softmax, token[:, None], 1)[:, 0]
 
-    # one position at a time: the logits of all would not fit
+    # One position at a time: the logits of all would not fit.
     found = jax.lax.map(log_probs, (jnp.moveaxis(before, 1, 0), tokens.T)).T
     return -jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], found, 0).sum(1)
 
@@ -178,16 +178,16 @@ def until_end(ids: Int[np.ndarray, "n"]) -> list[int]:
 class BeamSearchState:
     """K running answers a row (`ids`, `log_probs`, `node`) and the K best ended ones."""
 
-    # B * K rows, beam after beam
+    # B * K rows, the K beams of an answer next to each other.
     llm: DecodeState
     ids: Int[Array, "B K n"]
     log_probs: Float[Array, "B K"]
-    # node of the trie that the ids lead to; 0 without a trie
+    # Node of the trie that the ids lead to; 0 without a trie.
     node: Int[Array, "B K"]
     count: Int[Array, ""]
-    # ids before </s>, then </s> to the end
+    # Ids of the ended answers, padded with </s>.
     ended: Int[Array, "B K n"]
-    # of the ended ones; -inf for none
+    # Scores of the ended answers; -inf where there is none.
     scores: Float[Array, "B K"]
     done: Bool[Array, "B"]
 
@@ -215,7 +215,7 @@ def beam_search(
     K = beams
     rows = llm.lengths.shape[0] // K
     no_answers = jnp.full((rows, K, room), EOS)
-    # all beams are equal at first: only one of them counts
+    # All beams are equal at first: only one of them counts.
     log_probs = jnp.array([0.0] + [DEAD] * (K - 1))
     state = BeamSearchState(
         llm=llm,
@@ -241,7 +241,7 @@ def beam_search(
 
     state = jax.lax.while_loop(unfinished, step, _extend_beams(model, state, metadata))
 
-    # at the limit, running beams compete with the ended ones
+    # At the limit, running beams compete with the ended ones.
     lengths = jnp.minimum(state.count, metadata.max_new_tokens).astype(jnp.float32)[:, None]
     running = state.log_probs / lengths**metadata.length_penalty
     running = jnp.where(state.done[:, None], -jnp.inf, running)
@@ -269,16 +269,16 @@ def _extend_beams(
     best, index = jax.lax.top_k(totals.reshape(B, K * V), 2 * K)
     parent = index // V
     token = index % V
-    # what each continuation would score if it ended here
+    # The score of each continuation if it ended here.
     score = best / (state.count + 1).astype(jnp.float32) ** metadata.length_penalty
 
-    # continuations that end become hypotheses, if they are among the first K
+    # Continuations that end become hypotheses, if they are among the first K.
     ends = token == EOS
     new_scores = jnp.where(ends & (jnp.arange(2 * K) < K), score, -jnp.inf)
     kept_scores, kept = jax.lax.top_k(jnp.concatenate([state.scores, new_scores], 1), K)
     ended = _pick(jnp.concatenate([state.ended, _pick(state.ids, parent)], 1), kept)
 
-    # the first K that do not end keep running
+    # The first K that do not end keep running.
     order = jnp.argsort(ends, axis=1, stable=True)[:, :K]
     parent = _pick(parent, order)
     token = _pick(token, order)
@@ -290,7 +290,7 @@ def _extend_beams(
     hopeless = (kept_scores > -jnp.inf).all(1) & (kept_scores.min(1) >= score[:, 0])
     nothing_allowed = score[:, 0] == -jnp.inf
 
-    # a row that is over stays as it is
+    # A row that is done stays as it is.
     over = state.done | (state.count >= metadata.max_new_tokens)
 
     def keep(old, new):

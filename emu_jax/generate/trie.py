@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 from emu_jax.batching import power_of_two
 from emu_jax.config import UserError
 
-# where a node has no more edges; beyond every id, so that scatters drop it
+# Marks a node's unused edges; it is beyond every id, so that scatters drop it.
 NO_EDGE = np.iinfo(np.int32).max
 
 
@@ -47,7 +47,7 @@ def build(answers: Sequence[Sequence[int]], eos: int) -> Trie:
     """
     if not answers:
         raise UserError("constrained decoding needs at least one answer to choose from")
-    # of each node: id -> child
+    # For each node, the child that an id leads to.
     edges: list[dict[int, int]] = [{}]
     for answer in answers:
         node = 0

@@ -23,7 +23,7 @@ from emu_jax.demo import evaluation, history, openmoji, scenes, scores, strip
 from emu_jax.models import emu, module
 from tests.support import make
 
-# one process: what its tests share is made once
+# Run on one worker, so that the data set and checkpoints are written once.
 pytestmark = pytest.mark.xdist_group("demo")
 
 # --- texts ---
@@ -31,11 +31,11 @@ pytestmark = pytest.mark.xdist_group("demo")
 
 def test_f1():
     assert scores.f1("red heart", "red heart") == 1
-    # order is not its business
+    # The order of the words does not count.
     assert scores.f1("red heart", "heart red") == 1
     assert scores.f1("red heart", "") == scores.f1("red heart", "cat") == 0
     assert scores.f1("a cat and a pig", "a pig") == pytest.approx(2 * 1 * 0.4 / 1.4)
-    # a word counts as often as it is there
+    # A word counts as often as it occurs.
     assert scores.f1("cat", "cat cat cat") == pytest.approx(0.5)
 
 
@@ -100,7 +100,7 @@ def test_r2():
     assert scores.r2(true, true) == 1
     assert scores.r2(true, np.broadcast_to(true.mean(0), true.shape)) == pytest.approx(0)
     assert scores.r2(true, -true) < -1
-    # collapse is not success
+    # Constant targets, which a collapsed encoder makes, do not count as success.
     assert scores.r2(np.ones((3, 2, 2)), np.ones((3, 2, 2))) == 0
 
 
@@ -243,7 +243,7 @@ def test_retrieval_counts_trained_and_held_out_apart():
     ]
     visual = np.arange(8.0).reshape(8, 1, 1)
     regressed = visual.copy()
-    # found second; and last, held out
+    # The first drawing is found third; the last one, which is held out, last.
     regressed[0] = 1.1
     regressed[7] = 0
     drawn, numbers = evaluation.retrieve(drawings, 6, visual, regressed)
@@ -261,7 +261,7 @@ def test_retrieval_counts_trained_and_held_out_apart():
 def test_history(tmp_path):
     folder = tmp_path / "checkpoints" / "20"
     folder.mkdir(parents=True)
-    # compiles: no step_time
+    # The first step compiles and has no step_time.
     lines = [
         {"step": 1, "visual_variance": 2.0, "input_wait": 9.0, "padding": 0.9},
         {
@@ -291,7 +291,7 @@ def test_history(tmp_path):
         "\n".join(map(json.dumps, lines)) + '\n{"step": 40, "lo'
     )
     assert [line["step"] for line in history.read(str(tmp_path))] == [1, 10, 10, 20, 30]
-    # as far as that checkpoint
+    # The history of a checkpoint ends at its step.
     lines = history.read(str(folder))
     assert [line["step"] for line in lines] == [1, 10, 10, 20]
     assert history.curve(lines, "visual_variance") == [(1, 2.0), (10, 0.5)]
@@ -341,7 +341,7 @@ def test_targets():
     nothing = evaluation.targets(
         numbers | {"scenes_held_out_exact": 0.0, "scenes_held_out_nearest_exact": 0.0}
     )
-    # twice nothing is not a success
+    # Twice a baseline of zero is not a success.
     assert nothing[3].reached is False
 
 
@@ -411,7 +411,7 @@ def test_the_command(data, runs, capsys):
         and numbers["scenes_held_out_count"] == 8
     )
     assert numbers["retrieval_among"] == 8 and len(results["captions"]["scenes_held_out"]) == 8
-    # both encoders are of the same seed
+    # Both encoders have the same random weights.
     assert numbers["raw_variance_ratio"] == pytest.approx(1, abs=1e-4)
     assert all(np.isfinite(value) for value in numbers.values())
     assert {line.split()[0] for line in out} > numbers.keys()
@@ -446,7 +446,7 @@ def test_the_command_with_a_decoder(data, runs, tmp_path):
         ("regressed", "decoded from a drawing's name"),
     ):
         (found,) = (value for what, value in targets.items() if what.startswith(target))
-        # among four
+        # There are only four drawings.
         assert found["value"] == numbers[f"pictures_names_train_{source}_top5"] == 1.0
         assert (
             0

@@ -81,7 +81,7 @@ def test_stories_tell_what_changes(held_out):
             f"a {second} comes",
             f"an {second} comes",
         )
-        # no spatial triple, which may be a held-out one
+        # Stories contain no spatial triple, since it might be held out.
         assert caption(*seen[1]) is None
         assert seen[0][1].items() <= seen[1][1].items()
         for (_, words), text in zip(seen[2:], story.texts[2:], strict=True):
@@ -118,7 +118,7 @@ def test_jitter_differs_between_renders():
 def test_held_out_combinations_are_whole_and_their_factors_seen(kind, seed):
     train, held_out = scenes.combinations(kind, seed)
     assert len(set(held_out)) == scenes.HELD_OUT[kind] and not set(train) & set(held_out)
-    # together all that there are
+    # Together they are all combinations.
     assert sorted(train + held_out) == sorted(
         one for part in scenes.combinations(kind, seed + 1) for one in part
     )
@@ -268,7 +268,7 @@ def test_a_killed_build_is_taken_up(built, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path)
     (finished,) = tmp_path.glob("names/*/1.0.0/names-train*")
-    # as after a kill -9
+    # The state that a kill -9 leaves.
     (tmp_path / "scenes" / finished.parts[-3] / "incomplete.XYZ_1.0.0").mkdir(
         parents=True, exist_ok=True
     )

@@ -125,7 +125,7 @@ def test_pictures_are_the_images(page, result):
         + 3 * (report.DECODED["names_train"] + 1 + 1)
         + 4
     )
-    # scenes, names, held out, story, in context, retrieved, drawn, blended
+    # Scenes, names, held out, story, in context, retrieved, drawn, blended.
 
 
 def test_right_and_wrong_are_marked(page):

@@ -85,7 +85,7 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
     assert answer == session.generate_texts([["a dog", images[0]], ["x"]])[:1] and answer[0]
 
 
-# after <s>; before [IMG]; after [/IMG]; before the last
+# Cuts after <s>, before [IMG], after [/IMG] and before the last id.
 @pytest.mark.parametrize("at", [1, 6, 12, 19])
 def test_any_split_of_a_prompt(session, images, at):
     prompt = session.prompt(["a dog", images[0], "is here."])
@@ -111,7 +111,7 @@ def test_rows_do_not_see_each_other(session, images):
         for parts in (["x"], ["a longer one", images[2], "of two"], [images[3]])
     ]
     together = session.prefill_batch(prompts)
-    # filled up to a power of two
+    # Rows are padded to a power of two.
     assert together.hidden.shape[0] == 4
     for row, prompt in enumerate(prompts):
         alone = session.prefill_batch([prompt])
@@ -132,7 +132,7 @@ def test_a_prefix_is_shared(session, images):
         slots = whole.slots + [len(whole) + slot - 1 for slot in prompt.slots]
         alone = session.prefill_batch([Prompt(tokens, whole.images + prompt.images, slots)])
         np.testing.assert_allclose(after.hidden[row], alone.hidden[0], atol=2e-5)
-    # it can be used again
+    # The prefix can be used again.
     assert not prefix.state.hidden.is_deleted()
 
 

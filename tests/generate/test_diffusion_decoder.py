@@ -19,7 +19,7 @@ from emu_jax.generate import diffusion_decoder, precompute
 from emu_jax.generate.session import Session
 from tests.support import make
 
-# the eight devices of the tests divide it
+# A multiple of the eight devices of the tests.
 VOCAB = 104
 WORDS = ["a dog", "a cat", "red and blue", "one two three four"] * 9
 
@@ -302,7 +302,7 @@ def test_conditions_are_generated_images_and_hosts_share_the_work(
     monkeypatch.setattr(
         precompute.sources, "open_source", lambda path, size, fit: Memory(documents)
     )
-    # eight fake devices are slow, and the commands above have them
+    # Eight fake devices are slow, and the tests of the command cover them.
     monkeypatch.setattr(precompute, "inference_mesh", lambda *_: None)
     for module in (precompute, precomputed):
         monkeypatch.setattr(module, "SHARD", 2)

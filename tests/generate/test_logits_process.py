@@ -56,7 +56,7 @@ def test_min_p(p, left):
 
 def test_repetition_penalty():
     scores = jnp.array([[2.0, -2.0, 1.0, -1.0]])
-    # one twice, which counts once; 4 is none
+    # One id occurs twice, which counts once; 4 means no id.
     said = jnp.array([[0, 1, 0, 4]])
     np.testing.assert_allclose(
         logits_process.repetition_penalty(scores, said, jnp.float32(2)), [[1, -4, 1, -1]]
@@ -79,7 +79,7 @@ def test_samples_follow_the_probabilities():
     draws = logits_process.sample(
         jnp.tile(SCORES, (4000, 1)), metadata, jax.random.split(jax.random.key(0), 4000)
     )
-    # temperature 1/2 squares
+    # A temperature of 1/2 squares the probabilities.
     weights = np.array([0, 0.4, 0, 0.25, 0.2]) ** 2
     np.testing.assert_allclose(
         np.bincount(draws, minlength=5) / 4000, weights / weights.sum(), atol=0.03

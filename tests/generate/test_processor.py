@@ -91,7 +91,7 @@ def test_system_messages_are_the_releases(letters):
     assert (
         text(letters.chat_turn(["what?"], system=None, first=True).tokens) == "\x01<4>: what? <5>:"
     )
-    # interleaved: none
+    # Interleaved prompts have no system message.
     assert text(
         letters.chat_turn([picture, "or", *video], system=None, first=True).tokens
     ).startswith("\x01<4>: <1>")

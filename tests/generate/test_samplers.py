@@ -126,7 +126,7 @@ def test_spacings_by_hand():
         499,
         249,
     ]
-    # never beyond the last
+    # No point is beyond the last.
     assert samplers.make_schedule(SD, 1000).timesteps[0] == 999
     assert samplers.make_schedule(FLOW, 4).timesteps.tolist() == [1000, 750, 500, 250]
 
@@ -195,7 +195,7 @@ def test_guidance_one_is_the_condition_alone():
         X,
         samplers.schedule_for(V, "ddim", 4),
     )
-    # away from itself is nowhere
+    # Guidance away from the condition itself changes nothing.
     np.testing.assert_allclose(sampled(1.0), alone, atol=1e-5)
     # 1 is the limit of what is near 1
     np.testing.assert_allclose(sampled(1.0 + 1e-6), alone, atol=1e-4)

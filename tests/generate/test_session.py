@@ -72,7 +72,7 @@ def test_a_prefix_equals_repeating_it(session, images):
     assert session.generate_texts(
         asked, GenerationConfig(max_new_tokens=8, beams=3), prefix=prefix
     ) == session.generate_texts(whole, GenerationConfig(max_new_tokens=8, beams=3))
-    # without a prefix too, prompts asked one by one differ from these by rounding: 3.5e-5 on one
+    # Without a prefix too, one batch and single prompts differ by rounding, 3.5e-5 on one
     # machine
     drawn = session.generate_images(whole)
     np.testing.assert_allclose(session.generate_images(asked, prefix=prefix), drawn, atol=1e-4)
@@ -100,7 +100,7 @@ def test_choices(session, prompts):
     for options in (GenerationConfig(), GenerationConfig(beams=3)):
         found = session.generate_texts(prompts, options, choices=answers)
         assert set(found) <= set(answers)
-    # the sum, for beams without a penalty
+    # Beams without a length penalty rank by the sum of log-probabilities.
     best = [
         answers[int(np.argmin(session.losses(parts, answers) * [5, 4, 4]))] for parts in prompts
     ]
@@ -132,16 +132,16 @@ def drawing():
 
 
 def test_an_answer_may_hold_images(drawing):
-    # until one draws twice
+    # Try seeds until an answer contains two images.
     for seed in range(20):
         options = GenerationConfig(max_new_tokens=24, temperature=1.0, seed=seed)
         pieces = list(drawing.stream(["dog"], options))
         drawn = [number for number, piece in enumerate(pieces) if not isinstance(piece, str)]
-        # the limit
+        # max_images limits them.
         assert len(drawn) <= 2
         if len(drawn) == 2 and 0 < drawn[0] and drawn[1] < len(pieces) - 1:
             break
-    # text follows the last image
+    # Text follows the last image.
     assert len(drawn) == 2 and drawn[1] < len(pieces) - 1
     # The answer is what one prompt after another would have brought.
     said = drawing.prompt(["dog"])
@@ -203,7 +203,7 @@ def test_turns_of_a_chat_build_on_one_another(session, images):
     ids = session.generate_ids([prompt], EIGHT)[0]
     assert text_of(first) == t.decode(ids)
     again = session.processor.chat_turn(["and now?"], system=None, first=False)
-    # a turn ends with </s>
+    # A turn ends with </s>.
     whole = Prompt([*prompt.tokens, *ids, t.eos, *again.tokens], prompt.images, prompt.slots)
     assert text_of(second) == session.generate_texts([whole], EIGHT)[0]
 
@@ -263,7 +263,7 @@ def test_no_room_is_left_for_a_turn():
     list(talk.reply(["x" * 20], GenerationConfig(max_new_tokens=2)))
     with pytest.raises(UserError, match="the context holds 40"):
         talk.reply(["x" * 20])
-    # a shorter one is welcome
+    # A shorter turn fits.
     assert text_of(talk.reply(["x"], GenerationConfig(max_new_tokens=2)))
 
 

@@ -34,7 +34,7 @@ def test_bytes_that_are_no_character_come_at_the_end():
 def test_a_stop_text_is_never_shown():
     assert "".join(pieces("one. two\nthree", (". ", "\n"))) == "one"
     assert "".join(pieces("a..b", (".b",))) == "a."
-    # held back until it is certain that it is none
+    # Text is held back until it cannot be the beginning of a stop string.
     assert pieces("ab", ("bc",)) == ["a", "", "b"]
     assert (
         truncate_at_stop("a\nb. c", (". ", "\n")) == "a"
