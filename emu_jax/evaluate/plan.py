@@ -63,6 +63,7 @@ def plan_benchmark(
     folder = Folder(settings.data)
     examples = read_examples(settings.task, folder, settings.split)[:limit]
     paths = _media_paths(folder, examples)
+    count = len({example.media for example in examples})
     missing: list[str] = []
     # Text to image shows the model no image.
     if task.kind != "image":
@@ -71,8 +72,9 @@ def plan_benchmark(
         examples = [example for example in examples if example.media in paths]
     if missing and not allow_missing:
         raise UserError(
-            f"{settings.data}: {len(missing)} images are missing: {', '.join(missing[:4])}"
-            f"{', ...' if missing[4:] else ''}; --allow-missing leaves their questions out"
+            f"{settings.data}: {len(missing)} of {count} images are missing: "
+            f"{', '.join(missing[:4])}{', ...' if missing[4:] else ''}; "
+            "--allow-missing leaves their questions out"
         )
     if not examples:
         raise UserError(

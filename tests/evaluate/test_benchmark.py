@@ -1,12 +1,11 @@
-"""Every task end to end from a tiny random checkpoint, in its official layout: killed and resumed
-it gives the same; and bad input is one line.
-"""
+"""Every task end to end, in its official layout, with a tiny random checkpoint."""
 
 import copy
 import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +72,7 @@ def save(folder, c, params):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A run, one for chat, a decoder, what stands for Inception, a dictionary and a CLIP."""
+    """Checkpoints (emu, chat, decoder, inception, clip) and a dictionary (wordnet)."""
     root = tmp_path_factory.mktemp("root")
     tokenizer.train(WORDS, 140, root / "tokenizer.json")
     for name, added in (("emu", 4), ("chat", 6)):
@@ -95,7 +94,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """data(task): its folder, made when it is first asked for."""
+    """data(task): the task's folder, written on first use."""
     root = tmp_path_factory.mktemp("data")
 
     def of(task):
@@ -110,13 +109,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
-    """A checkpoint is read once for all tests."""
+    """Load each checkpoint once for all tests."""
     load = Session.load
     sessions = {}
 
-    def cached(directory, *, batch=2, **options):
+    def cached(directory, *, batch=2, **options: Any):
+        options["mesh"] = None
         if (directory, batch) not in sessions:
-            sessions[directory, batch] = load(directory, batch=batch, **options | {"mesh": None})
+            sessions[directory, batch] = load(directory, batch=batch, **options)
         return sessions[directory, batch]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -150,32 +150,34 @@ def read(folder):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch, task, capsys):
+def test_a_killed_and_resumed_run_gives_the_same_results(
+    root, data, tmp_path, monkeypatch, task, capsys
+):
     monkeypatch.setattr(
         fid,
         "features",
         lambda params, images: np.stack([np.ravel(image)[:4].astype(float) for image in images]),
     )
-    whole = tmp_path / "whole"
+    complete = tmp_path / "complete"
     killed = tmp_path / "killed"
     beams = "--beams=2" if task == "coco-caption" else "--beams=1"
-    assert call(root, data, task, f"--out={whole}", beams) == 0
+    assert call(root, data, task, f"--out={complete}", beams) == 0
     printed = capsys.readouterr().out.splitlines()
-    ask = Predictor.predict
+    predict = Predictor.predict
     calls = []
-    draw = DiffusionDecoder.__call__
+    decode = DiffusionDecoder.__call__
 
-    def dies(of):
-        def die(*arguments):
+    def killed_in_second_call(function):
+        def wrapped(*arguments):
             calls.append(1)
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return of(*arguments)
+            return function(*arguments)
 
-        return die
+        return wrapped
 
-    monkeypatch.setattr(Predictor, "predict", dies(ask))
-    monkeypatch.setattr(DiffusionDecoder, "__call__", dies(draw))
+    monkeypatch.setattr(Predictor, "predict", killed_in_second_call(predict))
+    monkeypatch.setattr(DiffusionDecoder, "__call__", killed_in_second_call(decode))
     assert (
         call(root, data, task, f"--out={killed}", beams) == 130
         and "the same command resumes" in capsys.readouterr().err
@@ -184,28 +186,27 @@ def test_killed_and_resumed_it_gives_the_same(root, data, tmp_path, monkeypatch,
     assert len(lines.read_text().splitlines()) == 2 and not (killed / "scores.json").exists()
     with lines.open("a") as file:
         file.write('{"id": "half a li')
-    monkeypatch.setattr(Predictor, "predict", ask)
-    monkeypatch.setattr(DiffusionDecoder, "__call__", draw)
+    monkeypatch.setattr(Predictor, "predict", predict)
+    monkeypatch.setattr(DiffusionDecoder, "__call__", decode)
     assert call(root, data, task, f"--out={killed}", beams) == 0
-    assert read(killed) == read(whole)
-    results, submitted = read(whole).values()
+    assert read(killed) == read(complete)
+    results, submitted = read(complete).values()
     assert (
         results.keys() >= SCORES[TASKS[task].metric] | {"step", "count"}
         and results["missing_pictures"] == 0
         and results["step"] == 7
     )
-    assert (
-        sum(map(len, submitted.values()))
-        if task == "nextqa"
-        else len(submitted) == results["count"]
-    )
-    page = (whole / "report.html").read_text()
+    if task == "nextqa":
+        assert sum(map(len, submitted.values())) == results["count"]
+    else:
+        assert len(submitted) == results["count"]
+    page = (complete / "report.html").read_text()
     assert (
         "</html>" in page
         and page.count("<img") >= results["count"]
-        and printed[-1] == str(whole / "report.html")
+        and printed[-1] == str(complete / "report.html")
     )
-    assert f"count: {results['count']}" in printed and not list(whole.glob("*.part"))
+    assert f"count: {results['count']}" in printed and not list(complete.glob("*.part"))
 
 
 def test_answers_do_not_depend_on_the_batch_and_hosts_share_them(root, data, tmp_path, capsys):
@@ -227,7 +228,7 @@ def test_answers_do_not_depend_on_the_batch_and_hosts_share_them(root, data, tmp
     assert "2 of 4 predictions are left to other hosts" in capsys.readouterr().out
 
 
-def test_a_chat_model_is_asked_as_the_release_asks(root, data):
+def test_a_chat_model_gets_the_releases_prompt(root, data):
     session = Session.load(str(root / "chat"))
     settings = BenchmarkSettings("vizwiz", str(root / "chat"), 7, str(data("vizwiz")), "val")
     predictor = Predictor(session, settings, plan_benchmark(settings, limit=1))
@@ -242,7 +243,7 @@ def test_a_chat_model_is_asked_as_the_release_asks(root, data):
     )
 
 
-def test_few_shots_are_the_nearest_and_fewer_where_they_do_not_fit(root, data, tmp_path, capsys):
+def test_shots_are_the_nearest_and_as_many_as_fit(root, data, tmp_path, capsys):
     assert call(root, data, "vqav2", f"--out={tmp_path}/rices", "--shots=2") == 0
     assert read(tmp_path / "rices")["scores.json"]["fewer_shots"] == 0
     settings = BenchmarkSettings(
@@ -250,7 +251,7 @@ def test_few_shots_are_the_nearest_and_fewer_where_they_do_not_fit(root, data, t
     )
     session = copy.copy(Session.load(str(root / "emu")))
     plan = plan_benchmark(settings)
-    # saved by the run
+    # The index was saved by the run.
     predictor = Predictor(session, settings, plan, tmp_path / "rices" / "examples.npz")
     shots = predictor.choose_shots(plan.examples[:1])[0]
     features = retrieval.compute_features(
@@ -277,7 +278,7 @@ def test_few_shots_are_the_nearest_and_fewer_where_they_do_not_fit(root, data, t
     assert read(tmp_path / "text")["scores.json"]["text_only"] is True
 
 
-def test_told_when_examples_do_not_fit(root, data, tmp_path, capsys, monkeypatch):
+def test_fewer_shots_than_asked_for_are_reported(root, data, tmp_path, capsys, monkeypatch):
     session = copy.copy(Session.load(str(root / "emu")))
     session.context = 128
     monkeypatch.setattr(Session, "load", lambda directory, **options: session)
@@ -288,9 +289,7 @@ def test_told_when_examples_do_not_fit(root, data, tmp_path, capsys, monkeypatch
     assert read(tmp_path)["scores.json"]["fewer_shots"] == 2
 
 
-def test_missing_pictures_are_counted_and_left_out_where_that_is_allowed(
-    root, data, tmp_path, capsys
-):
+def test_missing_images_are_an_error_or_left_out_and_counted(root, data, tmp_path, capsys):
     folder = shutil.copytree(data("vqav2"), tmp_path / "data")
     (folder / "val2014" / "COCO_val2014_000000000001.jpg").unlink()
 
@@ -299,7 +298,7 @@ def test_missing_pictures_are_counted_and_left_out_where_that_is_allowed(
 
     assert call(root, some, "vqav2", f"--out={tmp_path}/out") == 2
     assert (
-        "1 images are missing: COCO_val2014_000000000001.jpg; --allow-missing leaves"
+        "1 of 2 images are missing: COCO_val2014_000000000001.jpg; --allow-missing leaves"
         in capsys.readouterr().err
     )
     assert call(root, some, "vqav2", f"--out={tmp_path}/out", "--allow-missing") == 0
@@ -324,8 +323,8 @@ def test_a_split_without_answers_gives_a_submission_only(root, data, tmp_path):
         (
             "vqav2",
             ["--data={data}/okvqa"],
-            "no v2_OpenEnded_mscoco_val2014_questions.json anywhere in it, which --task=vqav2 reads; "
-            "it looks like --task=okvqa",
+            "no v2_OpenEnded_mscoco_val2014_questions.json anywhere in it, which --task=vqav2 "
+            "reads; it looks like --task=okvqa",
         ),
         (
             "msvd-qa",
@@ -348,7 +347,7 @@ def test_a_split_without_answers_gives_a_submission_only(root, data, tmp_path):
         ("vqav2", ["--host=3", "--hosts=2"], "--host=3 must be from 0 to 1"),
     ],
 )
-def test_bad_input_is_one_line(root, data, tmp_path, capsys, task, flags, message):
+def test_bad_input_is_a_one_line_error(root, data, tmp_path, capsys, task, flags, message):
     data(task), data("okvqa"), data("msrvtt-qa")
     assert (
         call(
@@ -369,7 +368,7 @@ def test_bad_input_is_one_line(root, data, tmp_path, capsys, task, flags, messag
     )
 
 
-def test_a_folder_of_other_settings_or_of_damaged_lines_is_one_line(root, data, tmp_path, capsys):
+def test_different_settings_and_damaged_lines_are_one_line_errors(root, data, tmp_path, capsys):
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--limit=1") == 0
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--beams=3") == 2
     assert (
@@ -384,7 +383,7 @@ def test_a_folder_of_other_settings_or_of_damaged_lines_is_one_line(root, data, 
 # During training
 
 
-def test_during_training_the_numbers_are_the_commands(root, data, tmp_path, monkeypatch):
+def test_numbers_during_training_are_the_commands(root, data, tmp_path, monkeypatch):
     assert call(root, data, "vqav2", f"--out={tmp_path}", "--limit=2") == 0
     task = TASKS["vqav2"]
     monkeypatch.setitem(
@@ -412,7 +411,7 @@ def test_during_training_the_numbers_are_the_commands(root, data, tmp_path, monk
         (("vqav2", "x"), r"eval.tasks: \('vqav2', 'x'\) is not a \(task"),
     ],
 )
-def test_a_task_that_cannot_be_asked_is_told_before_training(root, row, message):
+def test_an_impossible_task_is_an_error_before_training(root, row, message):
     c = config.from_dict(checkpoint.read_config(str(root / "emu")))
     c.eval.tasks = (row,)
     with pytest.raises(UserError, match=message):

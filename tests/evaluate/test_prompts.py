@@ -7,10 +7,13 @@ from emu_jax.evaluate import prompts
 
 def test_prompts_are_the_releases():
     system = (
-        "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the image after I provide it to you. "
-        "Please answer my questions based on the given image."
+        "You will be presented with an image: [IMG]ImageContent[/IMG]. You will be able to see the "
+        "image after I provide it to you. Please answer my questions based on the given image."
     )
-    ask = "based on the content of the image and common sense, please provide an accurate answer consisting of only one word or phrase."
+    ask = (
+        "based on the content of the image and common sense, please provide an accurate answer "
+        "consisting of only one word or phrase."
+    )
     assert (
         prompts.question_prompt("answer", "what is it?")
         == f"{system} [USER]: {{image}} {ask} what is it? [ASSISTANT]: the answer is:"
@@ -20,8 +23,8 @@ def test_prompts_are_the_releases():
         == f"{system} [USER]: {{image}} {ask} what is it?, is the answer known? [ASSISTANT]:"
     )
     assert prompts.question_prompt("caption") == (
-        f"{system} [USER]: {{image}}please provide an accurate and concise description of the given image. "
-        "[ASSISTANT]: the image depicts a photo of"
+        f"{system} [USER]: {{image}}please provide an accurate and concise description of the "
+        "given image. [ASSISTANT]: the image depicts a photo of"
     )
     assert prompts.dialog_prompt([("is it red", "yes")], "how many") == (
         f"{system} [USER]: {{image}}</s> [USER]: is it red? [ASSISTANT]: yes.</s> "
@@ -42,12 +45,12 @@ def test_examples_come_before_the_question():
             f" [USER]: {image} {prompts.ANSWER_INSTRUCTION} {question} [ASSISTANT]: the answer is:"
         )
 
-    assert (
-        asked
-        == f"{prompts.IMAGE_SYSTEM}{turn('{image}', 'red?')} yes.</s>{turn('', 'big?')} no.</s>{turn('{image}', 'new?')}"
-    )
+    red = f"{turn('{image}', 'red?')} yes.</s>"
+    big = f"{turn('', 'big?')} no.</s>"
+    assert asked == f"{prompts.IMAGE_SYSTEM}{red}{big}{turn('{image}', 'new?')}"
     assert prompts.question_prompt("answer", "new?", shots, chat=False) == (
-        "{image}Question: red? Short answer: yes.\nQuestion: big? Short answer: no.\n{image}Question: new? Short answer:"
+        "{image}Question: red? Short answer: yes.\nQuestion: big? Short answer: no.\n"
+        "{image}Question: new? Short answer:"
     )
     assert (
         prompts.dialog_prompt([("a", "b")], "c", chat=False)

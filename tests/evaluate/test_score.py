@@ -1,4 +1,4 @@
-"""`score`: each metric in each layout of its files, and one-line errors for any other file."""
+"""`score`: every metric in every layout of its files, and one-line errors."""
 
 import copy
 import csv

@@ -1,4 +1,4 @@
-"""Files of a benchmark's folder by name, at any depth, and videos by the names of their source."""
+"""Files of a benchmark's folder, found by name at any depth."""
 
 import pytest
 
@@ -20,7 +20,8 @@ def test_files_are_found_at_any_depth(tmp_path):
     assert folder.media(Example("1", "none.jpg")) is None
     with pytest.raises(
         UserError,
-        match=r"no v2_OpenEnded_mscoco_test_questions.json anywhere in it, .*\(another --split has another name\)",
+        match=r"no v2_OpenEnded_mscoco_test_questions.json anywhere in it, .*"
+        r"\(another --split has another name\)",
     ):
         read_examples("vqav2", folder, "test")
 

@@ -1,10 +1,8 @@
-"""A dictionary of twenty-odd synsets in WordNet's files (wndb(5WN)), for tests of what reads
-them.
-"""
+"""A dictionary of 25 synsets in the format of WordNet's files (wndb(5WN))."""
 
 from pathlib import Path
 
-# (kind, lemmas, hypernyms by their first lemma and sense); a lemma's senses come in this order.
+# (part of speech, lemmas, hypernyms by their first lemma); the senses of a lemma are in this order.
 SYNSETS = (
     ("n", "entity", ()),
     ("n", "object physical_object", ("entity",)),
@@ -37,10 +35,11 @@ NAMES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 
 
 def write(folder: Path) -> Path:
+    """Write the files into `folder`, and return it."""
     folder.mkdir(exist_ok=True)
     licence = b"  1 This is a test's dictionary.\n"
     lines = {}
-    # the first time for the lengths, which do not depend on the offsets
+    # The first pass gives the lengths of the lines, which do not depend on the offsets in them.
     for _ in range(2):
         places = {}
         offset = dict.fromkeys(NAMES, len(licence))
@@ -53,8 +52,10 @@ def write(folder: Path) -> Path:
                 ("@i" if other.startswith("@i ") else "@", places[kind, other.removeprefix("@i ")])
                 for other in above
             ]
+            senses = " ".join(f"{word} 0" for word in words)
             text = (
-                f"{places[kind, words[0].lower()]:08} 03 {kind} {len(words):02x} {' '.join(f'{word} 0' for word in words)} {len(pointers):03} "
+                f"{places[kind, words[0].lower()]:08} 03 {kind} {len(words):02x} {senses} "
+                f"{len(pointers):03} "
                 + "".join(f"{symbol} {place:08} {kind} 0000 " for symbol, place in pointers)
                 + ("01 + 02 00 " * (kind == "v"))
                 + "| a gloss  \n"

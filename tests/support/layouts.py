@@ -1,6 +1,4 @@
-"""A tiny benchmark in each official layout, as its authors ship it: annotation files, pictures or
-videos, and nothing else.
-"""
+"""Tiny benchmarks in their official layouts: annotation files, and images or videos."""
 
 import csv
 import json
@@ -14,12 +12,13 @@ ANSWERS = ["yes", "yes", "yes", "no", "2", "two", "a dog", "the dog", "dog", "ye
 
 
 def picture(path: Path, seed: int) -> None:
+    """Write an image of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8)).save(path)
 
 
 def video(path: Path, seed: int) -> None:
-    """Ten frames."""
+    """Write a video of ten frames."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,25 +41,26 @@ def video(path: Path, seed: int) -> None:
 
 
 def put(path: Path, value) -> Path:
+    """Write a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
     return path
 
 
 def karpathy(root: Path, dataset: str, count: int = 3) -> Path:
-    """`count` test images, and as many of training."""
+    """Captions of `count` test images and of as many training images."""
     images = []
     for k in range(2 * count):
         split = ("test", "train")[k // count]
         name = f"{dataset}_{k:012}.jpg"
-        where = (
-            {"filepath": "val2014", "filename": name, "cocoid": 100 + k, "imgid": k}
-            if dataset == "coco"
-            else {"filename": name, "imgid": k}
-        )
-        picture(root / where.get("filepath", "flickr30k-images") / name, k)
+        image: dict = {"filename": name, "imgid": k}
+        folder = "flickr30k-images"
+        if dataset == "coco":
+            folder = "val2014"
+            image |= {"filepath": folder, "cocoid": 100 + k}
+        picture(root / folder / name, k)
         images.append(
-            where
+            image
             | {
                 "split": split,
                 "sentids": [k],
@@ -74,6 +74,7 @@ def karpathy(root: Path, dataset: str, count: int = 3) -> Path:
 
 
 def coco_prompts(root: Path, count: int = 4) -> Path:
+    """COCO's captions, one per image, as prompts for text to image."""
     for k in range(count):
         picture(root / "val2014" / f"COCO_val2014_{k:012}.jpg", k)
     return put(
@@ -89,6 +90,7 @@ def coco_prompts(root: Path, count: int = 4) -> Path:
 
 
 def nocaps(root: Path, count: int = 3) -> Path:
+    """Two captions of each image, in two domains."""
     for k in range(count):
         picture(root / "val" / f"0{k}.jpg", k)
     return put(
@@ -117,9 +119,7 @@ def nocaps(root: Path, count: int = 3) -> Path:
 
 
 def vqa(root: Path, name: str, count: int = 4) -> tuple[Path, Path]:
-    """VQAv2 ("v2_") or OK-VQA (""): questions and annotations of val2014, and of train2014 for
-    examples.
-    """
+    """Questions and annotations of VQAv2 ("v2_") or OK-VQA (""), of val2014 and train2014."""
     for split in ("train2014", "val2014"):
         for k in range(2):
             picture(root / split / f"COCO_{split}_{k:012}.jpg", k + (split == "train2014") * 10)
@@ -166,6 +166,7 @@ def vqa(root: Path, name: str, count: int = 4) -> tuple[Path, Path]:
 
 
 def vizwiz(root: Path, count: int = 3) -> Path:
+    """Questions of train and val; every other one is answerable."""
     for split in ("train", "val"):
         for k in range(count):
             picture(root / split / f"VizWiz_{split}_{k:08}.jpg", k)
@@ -189,6 +190,7 @@ def vizwiz(root: Path, count: int = 3) -> Path:
 
 
 def visdial(root: Path, count: int = 2, rounds: int = 2, candidates: int = 5) -> tuple[Path, Path]:
+    """Dialogs, and graded relevance of their last rounds."""
     for k in range(count):
         picture(root / "VisualDialog_val2018" / f"VisualDialog_val2018_{k:012}.jpg", k)
     answers = [f"answer {n}" for n in range(candidates + 2)]
@@ -234,6 +236,7 @@ def visdial(root: Path, count: int = 2, rounds: int = 2, candidates: int = 5) ->
 
 
 def video_qa(root: Path, benchmark: str, count: int = 3) -> Path:
+    """Questions of MSVD-QA ("msvd") or MSRVTT-QA ("msrvtt") about two videos."""
     for split in ("train", "test"):
         rows = [
             {
@@ -256,6 +259,7 @@ def video_qa(root: Path, benchmark: str, count: int = 3) -> Path:
 
 
 def nextqa(root: Path, count: int = 3) -> Path:
+    """Questions of NExT-QA about two videos, with second answers about one of them."""
     for split in ("train", "val"):
         path = root / f"{split}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,6 +302,7 @@ def nextqa(root: Path, count: int = 3) -> Path:
 
 
 def mmvet(root: Path, count: int = 3) -> Path:
+    """Questions of MM-Vet."""
     for k in range(count):
         picture(root / "images" / f"v1_{k}.png", k)
     return put(

@@ -1,8 +1,8 @@
-"""A lexer: the longest match among rules, the first rule among equals, as lex and JFlex define it.
+"""Lexer with the longest match among rules, then the first rule, as in lex and JFlex.
 
-Regular expressions become one non-deterministic automaton, whose deterministic states are made when
-a text first reaches them. Python's own `re` takes the first alternative that matches, not the
-longest: it cannot say what such a lexer says. Read next: ptb.py.
+The regular expressions become one non-deterministic automaton, and its deterministic states are
+computed when a text first reaches them. Python's `re` takes the first alternative that matches
+instead of the longest, so it cannot replace this. Read next: ptb.py.
 """
 
 import re
@@ -12,49 +12,61 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-# the alphabet is UTF-16's code units
+# The alphabet is the code units of UTF-16.
 UNITS = 0x10000
+# Targets of a deterministic state: no match is possible any more, or not computed yet.
 DEAD = -1
 UNKNOWN = -2
 Set = Bool[np.ndarray, "65536"]
 
 
+# First and last state of a parsed piece of a pattern, and the tokens that follow it.
+Parsed = tuple[tuple[int, int], list[str]]
+
+
 class Match(NamedTuple):
-    # its number; -1 where no rule matches
+    """The rule that matches, and where the match ends."""
+
+    # Its number; -1 if no rule matches.
     rule: int
-    # one past the last code unit, lookahead included
+    # One past the last code unit, lookahead included.
     end: int
 
 
 class Automaton:
-    """`patterns` know: letters (in either case), \\c, [a-z], [^a-z] (cases as written), (x), x|y,
-    x*, x+, x?, x{2,3}, x{2} and {name}. A name stands for the pattern in `names`, or for the set of
-    code units there.
+    """Automaton of some patterns.
+
+    A pattern consists of letters (which match in either case), \\c, [a-z], [^a-z] (which match as
+    written), (x), x|y, x*, x+, x?, x{2,3}, x{2} and {name}, which stands for a pattern or a set of
+    code units in `names`.
     """
 
     def __init__(self, patterns: Sequence[str], names: Mapping[str, str | Set]):
         self._names = names
-        self._sets = []
-        self._set_of = {}
-        # state -> states that cost nothing to reach
+        # Sets of code units that edges read, and the number of each set by its bytes.
+        self._sets: list[Set] = []
+        self._set_numbers: dict[bytes, int] = {}
+        # For each state, those that it reaches without reading anything.
         self._silent: list[list[int]] = []
-        # state -> (set, target)
+        # For each state, the set that it reads and the state that follows, if it reads.
         self._edges: list[tuple[int, int] | None] = []
-        # state -> rule
+        # Rules of accepting states.
         self._accepts: dict[int, int] = {}
         start = self._state()
         for number, pattern in enumerate(patterns):
             first, last = self._parse(pattern)
             self._silent[start].append(first)
             self._accepts[last] = number
-        # code units that no set tells apart are one class
+        # Code units that are in the same sets form one class.
         packed = np.packbits(np.stack(self._sets), axis=0).T
         _, self._class_of = np.unique(packed, axis=0, return_inverse=True)
         self._class_of = self._class_of.ravel()
         members = np.zeros((len(self._sets), self._class_of.max() + 1), bool)
         for row, units in zip(members, self._sets, strict=True):
             row[self._class_of[units]] = True
+        # Whether a set contains a class.
         self._members = members.tolist()
+        # Deterministic states: subsets of states with their numbers, targets by class and rules.
         self._numbers: dict[frozenset[int], int] = {}
         self._subsets: list[frozenset[int]] = []
         self._rows: list[list[int]] = []
@@ -63,63 +75,57 @@ class Automaton:
         self._number(self._reach[start])
 
     def classes(self, text: str) -> list[int]:
-        """The class of each code unit of a text without characters beyond U+FFFF (surrogates stand
-        for those).
+        """The class of each code unit of a text.
+
+        Characters beyond U+FFFF must be written as surrogates.
         """
-        return self._class_of[
-            np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
-        ].tolist()
+        units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
+        return self._class_of[units].tolist()
 
     def match(self, classes: Sequence[int], start: int = 0) -> Match:
-        """The longest match from `start` on."""
+        """The longest match that begins at `start`."""
         state = 0
         found = Match(-1, start)
-        for place in range(start, len(classes)):
-            following = self._rows[state][classes[place]]
-            if following == UNKNOWN:
-                following = self._follow(state, classes[place])
-            if following == DEAD:
+        for position in range(start, len(classes)):
+            target = self._rows[state][classes[position]]
+            if target == UNKNOWN:
+                target = self._compute_target(state, classes[position])
+            if target == DEAD:
                 break
-            state = following
+            state = target
             if self._rules[state] >= 0:
-                found = Match(self._rules[state], place + 1)
+                found = Match(self._rules[state], position + 1)
         return found
 
     def ends(self, classes: Sequence[int], start: int, stop: int) -> list[int]:
-        """Every place up to `stop` where some rule's match from `start` may end, the furthest
-        first.
-        """
+        """Every end up to `stop` of a match that begins at `start`, the furthest first."""
         return [
             end for end in range(stop, start, -1) if self.match(classes[:end], start).end == end
         ]
 
-    def _follow(self, state: int, kind: int) -> int:
-        reached = {
-            self._edges[one][1]
-            for one in self._subsets[state]
-            if self._edges[one] and self._members[self._edges[one][0]][kind]
-        }
-        self._rows[state][kind] = (
-            self._number(frozenset().union(*(self._reach[one] for one in reached)))
-            if reached
-            else DEAD
-        )
-        return self._rows[state][kind]
+    def _compute_target(self, number: int, unit_class: int) -> int:
+        """The deterministic state after reading a class; it is remembered in `_rows`."""
+        reached: set[int] = set()
+        for state in self._subsets[number]:
+            edge = self._edges[state]
+            if edge is not None and self._members[edge[0]][unit_class]:
+                reached |= self._reach[edge[1]]
+        target = self._number(frozenset(reached)) if reached else DEAD
+        self._rows[number][unit_class] = target
+        return target
 
     def _number(self, subset: frozenset[int]) -> int:
+        """The number of a deterministic state, which is added if it is new."""
         if subset not in self._numbers:
             self._numbers[subset] = len(self._subsets)
             self._subsets.append(subset)
             self._rows.append([UNKNOWN] * len(self._members[0]))
-            self._rules.append(
-                min(
-                    (self._accepts[state] for state in subset if state in self._accepts), default=-1
-                )
-            )
+            rules = [self._accepts[state] for state in subset if state in self._accepts]
+            self._rules.append(min(rules, default=-1))
         return self._numbers[subset]
 
     def _closure(self, state: int) -> frozenset[int]:
-        """What is reached from a state at no cost: of that, the states that read or accept."""
+        """States that read or accept, of those reached without reading anything."""
         waiting = [state]
         seen = {state}
         while waiting:
@@ -130,12 +136,13 @@ class Automaton:
         return frozenset(one for one in seen if self._edges[one] or one in self._accepts)
 
     def _state(self) -> int:
+        """Add a state."""
         self._silent.append([])
         self._edges.append(None)
         return len(self._silent) - 1
 
     def _parse(self, pattern: str) -> tuple[int, int]:
-        """(first state, last state) of a pattern's own piece of the automaton."""
+        """Add the states of a pattern; returns the first and the last."""
         tokens = re.findall(
             r"\[\^?(?:\\.|[^\]\\])*\]|\{\w+(?:,\d+)?\}|\\u[0-9A-F]{4}|\\.|.", pattern, re.DOTALL
         )
@@ -143,7 +150,8 @@ class Automaton:
         assert not rest, f"pattern {pattern!r}: unbalanced at {''.join(rest)!r}"
         return piece
 
-    def _either(self, tokens):
+    def _either(self, tokens: list[str]) -> Parsed:
+        """Parse x|y|...; returns the first and last state, and the tokens after it."""
         first = self._state()
         last = self._state()
         while True:
@@ -154,30 +162,39 @@ class Automaton:
                 return (first, last), tokens
             tokens = tokens[1:]
 
-    def _sequence(self, tokens):
-        first = last = self._state()
+    def _sequence(self, tokens: list[str]) -> Parsed:
+        """Parse atoms and their repetitions up to | or )."""
+        first = self._state()
+        last = first
         while tokens and tokens[0] not in "|)":
-            atom, tokens = self._atom_length(tokens)
-            least = 1
-            most = 1
-            if tokens and (counts := re.fullmatch(r"\{(\d+)(?:,(\d+))?\}", tokens[0])):
-                least = int(counts[1])
-                most = int(counts[2] or counts[1])
-            elif tokens and tokens[0] in "*+?":
-                least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}[tokens[0]]
-            tokens = tokens if (least, most) == (1, 1) else tokens[1:]
-            for copy in range(max(least, most or least + 1)):
-                (begin, end) = self._atom(atom)
+            atom, tokens = self._split_atom(tokens)
+            least, most, tokens = self._split_repetition(tokens)
+            # Copies beyond `least` can be skipped; without a limit the last one repeats.
+            copies = least + 1 if most is None else most
+            for copy in range(copies):
+                begin, end = self._atom(atom)
                 self._silent[last].append(begin)
                 if copy >= least:
                     self._silent[begin].append(end)
-                if most is None and copy == max(least, most or least + 1) - 1:
+                if most is None and copy == copies - 1:
                     self._silent[end].append(begin)
                 last = end
         return (first, last), tokens
 
-    def _atom_length(self, tokens):
-        """(the tokens of the first atom, the others)."""
+    def _split_repetition(self, tokens: list[str]) -> tuple[int, int | None, list[str]]:
+        """(least, most, the tokens after it) of a repetition; once if there is none."""
+        if not tokens:
+            return 1, 1, tokens
+        counts = re.fullmatch(r"\{(\d+)(?:,(\d+))?\}", tokens[0])
+        if counts:
+            return int(counts[1]), int(counts[2] or counts[1]), tokens[1:]
+        if tokens[0] in "*+?":
+            least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}[tokens[0]]
+            return least, most, tokens[1:]
+        return 1, 1, tokens
+
+    def _split_atom(self, tokens: list[str]) -> tuple[list[str], list[str]]:
+        """The tokens of the first atom, and the others."""
         depth = 0
         for count, token in enumerate(tokens, 1):
             depth += (token == "(") - (token == ")")
@@ -185,34 +202,40 @@ class Automaton:
                 return tokens[:count], tokens[count:]
         raise AssertionError(f"unbalanced: {''.join(tokens)!r}")
 
-    def _atom(self, tokens):
+    def _atom(self, tokens: list[str]) -> tuple[int, int]:
+        """Add the states of a group, a name or a set; returns the first and the last."""
         if tokens[0] == "(":
             return self._either(tokens[1:-1])[0]
-        name = tokens[0][1:-1] if tokens[0][0] == "{" and len(tokens[0]) > 1 else None
-        if name and isinstance(self._names[name], str):
-            return self._parse(self._names[name])
-        units = self._names[name] if name else char_set(tokens[0])
+        if tokens[0][0] == "{" and len(tokens[0]) > 1:
+            named = self._names[tokens[0][1:-1]]
+            return self._parse(named) if isinstance(named, str) else self._read(named)
+        return self._read(char_set(tokens[0]))
+
+    def _read(self, units: Set) -> tuple[int, int]:
+        """Add two states with an edge that reads one of `units`."""
         key = units.tobytes()
-        if key not in self._set_of:
-            self._set_of[key] = len(self._sets)
+        if key not in self._set_numbers:
+            self._set_numbers[key] = len(self._sets)
             self._sets.append(units)
         first = self._state()
         last = self._state()
-        self._edges[first] = (self._set_of[key], last)
+        self._edges[first] = (self._set_numbers[key], last)
         return first, last
 
 
 def char_set(token: str) -> Set:
-    """The code units that "a", "\\a", "\\u00AD", "[a-z]" or "[^a-z]" stand for; letters outside of
-    brackets in either case.
+    """The code units that "a", "\\a", "\\u00AD", "[a-z]" or "[^a-z]" stand for.
+
+    Letters outside of brackets stand for both cases.
     """
     units = np.zeros(UNITS, bool)
     if token[0] != "[" or len(token) == 1:
-        one = chr(_unit(token))
-        alike = {"i": "\u0130\u0131", "k": "\u212a", "s": "\u017f"}.get(one.lower(), "")
-        units[[ord(case) for case in {one, one.lower(), one.upper(), *alike} if len(case) == 1]] = (
-            True
-        )
+        letter = chr(_unit(token))
+        # Other characters whose case conversion gives the letter.
+        alike = {"i": "\u0130\u0131", "k": "\u212a", "s": "\u017f"}.get(letter.lower(), "")
+        for case in {letter, letter.lower(), letter.upper(), *alike}:
+            if len(case) == 1:
+                units[ord(case)] = True
         return units
     part = r"(\\u[0-9A-F]{4}|\\.|[^\\])"
     for low, high in re.findall(rf"{part}(?:-{part})?", token[1:-1].removeprefix("^"), re.DOTALL):

@@ -91,7 +91,7 @@ def check(directory: str) -> None:
     if "text/tokens" not in checkpoint.param_shapes(directory):
         raise UserError(f"the checkpoint in '{directory}' is not a CLIP; {WHERE}")
     folder, config = _folder_and_config(directory)
-    _load_tokenizer(folder, config)
+    load_tokenizer(folder, config)
     _load_preprocessor(folder, config)
 
 
@@ -102,7 +102,7 @@ def load(directory: str) -> Clip:
     params = jax.tree.map(
         lambda leaf: jnp.asarray(leaf, jnp.float32), checkpoint.restore_params(directory)
     )
-    return Clip(config, params, _load_tokenizer(folder, config), _load_preprocessor(folder, config))
+    return Clip(config, params, load_tokenizer(folder, config), _load_preprocessor(folder, config))
 
 
 def image_features(model: Clip, paths: Iterable[Path]) -> Float[np.ndarray, "n C"]:
@@ -177,8 +177,11 @@ def _folder_and_config(directory: str) -> tuple[Path, ClipConfig]:
     return workdir, ClipConfig.of(config.to_dict())
 
 
-def _load_tokenizer(folder: Path, config: ClipConfig) -> Any:
-    """The CLIPTokenizer of a folder with tokenizer.json, or vocab.json and merges.txt."""
+def load_tokenizer(folder: Path, config: ClipConfig) -> Any:
+    """Load the CLIPTokenizer of a folder with tokenizer.json, or vocab.json and merges.txt.
+
+    Raises UserError if there is none, or if it does not fit the model.
+    """
     parts = all((folder / name).is_file() for name in TOKENIZER_PARTS)
     if not (folder / TOKENIZER).is_file() and not parts:
         raise UserError(

@@ -43,17 +43,18 @@ def test_cider_of_a_perfect_caption_is_ten_and_repeating_a_word_does_not_pay():
 
 
 def test_cider_by_hand():
-    """Both words of "cat sleeps" are in one of two documents: weight ln 2 each. Of "cat": cosine 1
-    / sqrt(2) for n = 1, 0 above; 0 and 1 bigrams.
+    """Both words of "cat sleeps" are in one of two documents, so their weights are ln 2.
+
+    The cosine of "cat" is 1 / sqrt(2) for n = 1 and 0 above; the lengths are 0 and 1 bigrams.
     """
     scores = captions.cider({"1": "cat", "2": "x"}, {"1": ["cat sleeps"], "2": ["dog"]})
     assert scores == pytest.approx({"1": 10 / 4 / math.sqrt(2) * math.exp(-1 / 72), "2": 0.0})
-    # of one image no word is rare
+    # No word of a single image is rare.
     assert captions.cider({"1": "cat"}, {"1": ["cat"]}) == {"1": 0.0}
 
 
 def test_bleu_by_hand():
-    """Clipped: "the" counts twice of seven, the length is the closest; too short is punished."""
+    """ "the" counts twice of seven (clipping); a short prediction has a penalty."""
     references = {"1": ["the cat is on the mat", "there is a cat on the mat"]}
     assert captions.bleu({"1": "the the the the the the the"}, references)[0] == pytest.approx(
         2 / 7
@@ -67,8 +68,9 @@ def test_bleu_by_hand():
 
 
 def test_rouge_by_hand():
-    """The longest common subsequence of "a b c d" and "a c d e f" is "a c d": precision 3/4, recall
-    3/5.
+    """The longest common subsequence of "a b c d" and "a c d e f" is "a c d".
+
+    So precision is 3/4 and recall 3/5.
     """
     precision = 3 / 4
     recall = 3 / 5

@@ -1,5 +1,6 @@
-"""CLIP score of pictures and captions in files, by an imported CLIP of random weights: by its
-parts, by its laws, and what it refuses.
+"""CLIP score of image files and captions with an imported CLIP of random weights.
+
+Its tokenizer must give the ids of OpenAI's, which is spelt out here.
 """
 
 import json
@@ -7,12 +8,30 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from emu_jax.evaluate.__main__ import main
 from emu_jax.evaluate.metrics import clip_score
 from emu_jax.weights import __main__ as weights
 from tests.support import clips
 
+# Contractions, accents in two forms, digits, special tokens as text, emoji, letters whose lower
+# case is longer, white space, punctuation, ligatures and full-width letters; longer than a context.
+ODD_TEXTS = (
+    "",
+    " ",
+    "the dog\n at",
+    "don't I'm WE'LL",
+    "caf\u00e9 cafe\u0301 na\u00efve",
+    "12 3.5 x2 \u00bd \u0663",
+    "<|endoftext|>dog a <|startoftext|> b </w> <unk>",
+    "\U0001f600 dog\u4e2d\u6587",
+    "\u0130stanbul \u01c5 \u1e9e \u03c2 \u03a3",
+    "a\u00a0b\u2003c\x00d\r\ne\tf",
+    "!!??-- __init__ a_b",
+    "\u00ad soft \ufb01 \uff21",
+    "the dog " * 30,
+)
 CAPTIONS = {"a": ["the dog sat"], "b": ["the dog at the mat", "39 dogs!"], "c": ["a cat"]}
 
 
@@ -51,7 +70,7 @@ def score(root, capsys, *, predictions="pictures", references="captions.json", c
     return error or json.loads(out)
 
 
-def test_a_folder_and_a_file_of_paths_score_as_their_features(root, capsys):
+def test_a_folder_and_a_file_of_paths_score_like_their_features(root, capsys):
     model = clip_score.load(str(root / "clip"))
     images = clip_score.image_features(
         model, [root / "pictures" / name for name in ("a.png", "b.jpg", "b.jpg", "c.webp")]
@@ -75,6 +94,52 @@ def test_features_do_not_depend_on_what_else_is_scored(root):
     assert clip_score.text_features(model, []).shape == (0, 12)
 
 
+def openai_tokenizer(folder):
+    """OpenAI's byte-pair tokenizer, from vocab.json and merges.txt."""
+    start = "<|startoftext|>"
+    end = "<|endoftext|>"
+    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer = Tokenizer(models.BPE.from_file(*files, end_of_word_suffix="</w>", unk_token=end))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = (
+        r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+        r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.add_special_tokens([start, end])
+    ids = tokenizer.get_vocab()
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (end, ids[end]), (start, ids[start]), trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("in_one_file", [False, True])
+def test_ids_are_those_of_openais_tokenizer(root, tmp_path, in_one_file):
+    model = clip_score.load(str(root / "clip"))
+    openai = openai_tokenizer(root / "clip")
+    if in_one_file:
+        # As other programs leave it; its truncation and padding must not matter.
+        openai.enable_truncation(5)
+        openai.enable_padding(length=9)
+        openai.save(str(tmp_path / "tokenizer.json"))
+        openai.no_truncation()
+        openai.no_padding()
+        model = model._replace(tokenizer=clip_score.load_tokenizer(tmp_path, model.config))
+    for text in ODD_TEXTS:
+        ids = openai.encode(text).ids
+        ids = ids[:19] + ids[-1:] if len(ids) > 20 else ids
+        expected = ids + ids[-1:] * (20 - len(ids))
+        assert clip_score.token_ids(model, text).tolist() == expected, text
+
+
 def test_a_text_is_cut_to_the_context_and_keeps_its_end(root):
     model = clip_score.load(str(root / "clip"))
     ids = clip_score.token_ids(model, "the dog " * 30)
@@ -89,7 +154,7 @@ def test_a_text_is_cut_to_the_context_and_keeps_its_end(root):
     ]
 
 
-def test_bad_input_is_one_line(root, capsys, tmp_path):
+def test_bad_input_is_a_one_line_error(root, capsys, tmp_path):
     assert "of images needs --clip=DIR, a CLIP. Download a folder" in score(root, capsys, clip=None)
     assert "no directory" in score(root, capsys, clip="nowhere")
     for name, value, message in (
@@ -117,7 +182,7 @@ def test_bad_input_is_one_line(root, capsys, tmp_path):
         assert message in score(root, capsys, predictions=name)
 
 
-def test_a_clip_without_its_own_tokenizer_is_one_line(root, capsys):
+def test_a_clip_without_its_own_tokenizer_is_a_one_line_error(root, capsys):
     vocab = (root / "clip/vocab.json").read_text()
     for text, message in (
         (None, "lacks CLIP's tokenizer"),

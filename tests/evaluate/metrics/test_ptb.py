@@ -60,7 +60,7 @@ def test_by_hand(caption, tokens):
     ],
 )
 def test_the_programs_tokens_at_the_very_end(end, tokens):
-    """Where nothing follows, rules that look ahead do not match: the Java program's own answers."""
+    """The Java program's output at the end of the text, where no lookahead can match."""
     assert ptb.tokenize([f"a dog {end}"]) == [f"a dog {tokens}"]
 
 
@@ -68,15 +68,15 @@ def test_a_line_break_within_a_caption_is_a_space():
     assert ptb.tokenize(["a\ndog\r\nruns", "b\u2028c\x0bd"]) == ["a dog runs", "b c d"]
 
 
-def test_a_caption_sees_the_next_line_only_where_the_program_does():
+def test_lookahead_into_the_next_line_is_the_programs():
     assert ptb.tokenize(["a sign says no.", "2 dogs"])[0] == "a sign says no."
     assert ptb.tokenize(["a sign says no.", "two dogs"])[0] == "a sign says no"
-    # a line follows: some rules want any character
+    # A next line changes some tokens, because some rules look ahead for any character.
     alone = [ptb.tokenize([caption, "two dogs"])[0] for caption in GOLDEN["captions"]]
     assert sum(a != b for a, b in zip(alone, GOLDEN["tokens"], strict=True)) < 5
 
 
-def test_the_program_itself_where_it_is_installed(tmp_path):
+def test_the_java_program_if_it_is_installed(tmp_path):
     tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
     if not shutil.which("java"):
         pytest.skip("no Java")
