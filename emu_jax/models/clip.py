@@ -1,8 +1,7 @@
-"""CLIP (arXiv 2103.00020): a text's and a picture's features, whose cosine says how well they go
-together. It scores pictures; Emu does not contain it.
+"""CLIP (arXiv 2103.00020): text and image features whose cosine measures how well they match.
 
-Two towers of the same pre-norm blocks, the text's causal. Read next: weights/clip.py,
-evaluate/metrics/clip_score.py.
+It scores generated images and is not part of Emu. Both towers are stacks of the same pre-norm
+block; the text tower is causal. Read next: weights/clip.py, evaluate/metrics/clip_score.py.
 """
 
 from dataclasses import dataclass
@@ -20,40 +19,41 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-# what config.json says of </s> where it says nothing true: a text ends at its largest id then
+# Wrong id of </s> in the config.json of old checkpoints. Their texts end at the largest id instead.
 OLD_EOS = 2
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    # E
+    """Sizes of one tower: width E, `heads` of E / heads, and the hidden width of the FFN."""
+
     width: int
     depth: int
     heads: int
     ffn: int
     eps: float
-    # a key of ACTIVATIONS
+    # A key of ACTIVATIONS.
     activation: str
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    # C, width of what both towers give
+    # Width C of the features of both towers.
     features: int
-    # pixels a side
+    # Height and width of images, in pixels.
     image: int
     patch: int
     vocab: int
-    # tokens of a text at most
+    # Longest text, in tokens.
     context: int
-    # id of the token at which a text is read; see OLD_EOS
+    # Id of the token that ends a text and holds its features; see OLD_EOS.
     eos: int
     text: TowerConfig
     vision: TowerConfig
 
     @classmethod
     def of(cls, model: dict) -> "ClipConfig":
-        """From `config.model` with its group `clip`."""
+        """Make the config from `config.model`, which must have the group `clip`."""
         towers = {name: TowerConfig(**model["clip"][name]) for name in ("text", "vision")}
         return cls(**{**model["clip"], **towers})
 
@@ -78,10 +78,10 @@ class ClipBlock(nnx.Module):
     def __call__(self, x, mask: Mask | None):
         y = self.norm1(x)
         q = self.q(y)
-        x = x + self.o(
-            attention(q, self.k(y), self.v(y), mask, scale=q.shape[-1] ** -0.5, kernel="dense")
-        )
-        return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
+        scale = q.shape[-1] ** -0.5
+        x = x + self.o(attention(q, self.k(y), self.v(y), mask, scale=scale, kernel="dense"))
+        activate = ACTIVATIONS[self.activation]
+        return x + self.down(activate(self.up(self.norm2(x))))
 
 
 class ClipText(nnx.Module):
@@ -101,7 +101,7 @@ class ClipText(nnx.Module):
         )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B C"]:
-        """Features of texts, each read at its first end; what follows that counts for nothing."""
+        """Features of each text, read at its first end token; padding after it has no effect."""
         x = self.tokens.get_value()[ids] + self.positions.get_value()[: ids.shape[1]]
         x = layers.run(
             self.blocks,
@@ -133,14 +133,12 @@ class ClipVision(nnx.Module):
 
     def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B C"]:
         """Features of normalised images."""
-        x = self.patch(
-            rearrange(images, "b (x i) (y j) c -> b x y i j c", i=self.side, j=self.side)
-        )
+        side = self.side
+        patches = rearrange(images, "b (x i) (y j) c -> b x y i j c", i=side, j=side)
+        x = rearrange(self.patch(patches), "b x y e -> b (x y) e")
         cls = jnp.broadcast_to(self.cls.get_value(), (len(x), 1, x.shape[-1]))
-        x = self.before(
-            jnp.concatenate([cls, rearrange(x, "b x y e -> b (x y) e")], 1)
-            + self.positions.get_value()
-        )
+        x = jnp.concatenate([cls, x], 1)
+        x = self.before(x + self.positions.get_value())
         x = layers.run(
             self.blocks, x, lambda block, x, _: block(x, None), where="vision/blocks", remat="none"
         )
@@ -151,5 +149,5 @@ class Clip(nnx.Module):
     def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
         self.text = ClipText(config, rngs)
         self.vision = ClipVision(config, rngs)
-        # of training: no feature knows it
+        # Used in CLIP's training only; features do not depend on it.
         self.logit_scale = nnx.Param(jnp.zeros(()))

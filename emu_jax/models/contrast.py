@@ -1,9 +1,9 @@
-"""The warm-up of an encoder of your own: contrastive learning of its visual tokens against a bag of
-word trigrams.
+"""Contrastive warm-up of a randomly initialised image encoder.
 
-Emu starts from EVA-CLIP. From a random encoder its objective collapses: the visual tokens are input
-and target at once, and become constant. This gives them content first (arXiv 2103.00020's loss),
-with a linear reading of the pixels beside it.
+Emu starts from EVA-CLIP. From a random encoder its objective collapses: visual tokens are both
+input and target, and become constant. The warm-up gives them content first: CLIP's loss (arXiv
+2103.00020) against a bag of word trigrams, and a linear readout of the pixels. Read next:
+`contrastive` in ../stages.py.
 """
 
 import jax
@@ -16,13 +16,14 @@ from emu_jax.models import layers
 from emu_jax.models.emu import EmuConfig, Encoder
 from emu_jax.types import Batch
 
-# pixels a side of the linear reading
+# Height and width of the linear readout of the image, in pixels.
 READOUT = 16
 
 
 class TrigramEncoder(nnx.Module):
-    """A text encoder that sees the order of neighbours: the mean over tokens of gelu(a[t] + b[t-1]
-    + c[t-2]).
+    """A text encoder that sees local word order: the mean of gelu(a[t] + b[t-1] + c[t-2]).
+
+    a, b and c are embeddings of the token and its two predecessors.
     """
 
     def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
@@ -32,29 +33,34 @@ class TrigramEncoder(nnx.Module):
         self.project = layers.Linear("btD,DE->btE", (D, D), std=D**-0.5, rngs=rngs)
 
     def __call__(self, batch: Batch) -> Float[Array, "B I D"]:
-        """Text features of each image: of the counted text of its own document."""
+        """Features of each image's text: the tokens of its document that carry loss."""
         T = batch.tokens.shape[1]
-        segment = jnp.take_along_axis(batch.segments, jnp.minimum(batch.image_slots, T - 1), 1)
-        mine = (batch.segments[:, None] == segment[:, :, None]) & (batch.text_weights > 0)[:, None]
+        is_text = batch.text_weights > 0
         tables = self.tables.get_value()
-        # one token for whatever is not text, or not of this document
+        # The id that stands for anything but text of this document.
         other = tables.shape[1] - 1
-        spoken = jnp.where(batch.text_weights > 0, batch.tokens, other)
+        text_ids = jnp.where(is_text, batch.tokens, other)
 
         def shift(x, n):
             return jnp.pad(x, ((0, 0), (n, 0)))[:, :T]
 
-        def before(n):
-            return jnp.where(shift(batch.segments, n) == batch.segments, shift(spoken, n), other)
+        def ids_before(n):
+            same_document = shift(batch.segments, n) == batch.segments
+            return jnp.where(same_document, shift(text_ids, n), other)
 
-        x = jax.nn.gelu(sum(tables[n][before(n)] for n in range(3)))
-        mine = mine.astype(x.dtype)
-        mean = jnp.einsum("bit,btd->bid", mine, x) / jnp.maximum(mine.sum(-1, keepdims=True), 1)
-        return self.project(mean)
+        x = jax.nn.gelu(sum(tables[n][ids_before(n)] for n in range(3)))
+
+        # Average over the text of the document that holds the image.
+        slots = jnp.minimum(batch.image_slots, T - 1)
+        segment = jnp.take_along_axis(batch.segments, slots, 1)
+        mask = (batch.segments[:, None] == segment[:, :, None]) & is_text[:, None]
+        mask = mask.astype(x.dtype)
+        count = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+        return self.project(jnp.einsum("bit,btd->bid", mask, x) / count)
 
 
 class ContrastiveHeads(nnx.Module):
-    """Heads of the warm-up on visual tokens [M, N, D]."""
+    """Heads of the warm-up: text encoder, image projection and pixel readout."""
 
     def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
         N = config.resampler.tokens
@@ -63,22 +69,18 @@ class ContrastiveHeads(nnx.Module):
         self.image = layers.Linear(
             "mnD,nDE->mE", (N, D, D), bias=(D,), std=(N * D) ** -0.5, rngs=rngs
         )
+        values = READOUT * READOUT * 3
         self.readout = layers.Linear(
-            "mnD,nDp->mp",
-            (N, D, READOUT * READOUT * 3),
-            bias=(READOUT * READOUT * 3,),
-            std=(N * D) ** -0.5,
-            rngs=rngs,
+            "mnD,nDp->mp", (N, D, values), bias=(values,), std=(N * D) ** -0.5, rngs=rngs
         )
 
     def pixels(self, z: Float[Array, "M N D"]) -> Float[Array, "M x y 3"]:
+        """The image that the linear readout predicts from its visual tokens."""
         return rearrange(self.readout(z), "m (x y c) -> m x y c", x=READOUT, y=READOUT)
 
 
 class ContrastiveModel(Encoder):
-    """Vision, ln_visual and resampler under the names they have in Emu, and the heads that are
-    thrown away.
-    """
+    """The image encoder under Emu's parameter paths, and heads that are discarded afterwards."""
 
     def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)

@@ -1,8 +1,7 @@
-"""What the U-Net and the autoencoder share: convolution, group norm, the residual block, changes of
-resolution.
+"""Layers shared by the U-Net and the autoencoder, channels last.
 
-Channels last. The shapes are Stable Diffusion's (arXiv 2112.10752; its released checkpoints). Read
-next: unet.py, vae.py.
+Shapes and parameters are those of Stable Diffusion's checkpoints (arXiv 2112.10752). Read next:
+unet.py, vae.py.
 """
 
 from collections.abc import Iterable
@@ -18,13 +17,15 @@ from emu_jax.models.attention import platform_in_use
 
 
 def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
-    """Modules of different shapes under the parameter paths 0, 1, ...; read them with
-    `in_order`.
+    """Hold modules of different shapes under the parameter paths 0, 1, ...
+
+    `in_order` lists them again.
     """
     return nnx.Dict({str(number): module for number, module in enumerate(modules)})
 
 
 def in_order(modules: nnx.Dict) -> list[nnx.Module]:
+    """The modules held by `numbered`, in the order they were given."""
     return [modules[str(number)] for number in range(len(modules))]
 
 
@@ -50,27 +51,29 @@ class Conv(nnx.Module):
         self, x: Float[Array, "B h w c"], *, stride: int = 1, padding: tuple[int, int] = (1, 1)
     ) -> Float[Array, "B y x C"]:
         """`padding` is (before, after) on both axes."""
-        y = _convolved(
-            x,
-            self.w.get_value().astype(x.dtype),
-            stride,
-            padding,
-            precision="highest" if x.dtype == jnp.float32 else None,
-        )
+        w = self.w.get_value().astype(x.dtype)
+        precision = "highest" if x.dtype == jnp.float32 else None
+        y = _convolve(x, w, stride, padding, precision)
         return y + self.bias.get_value().astype(y.dtype)
 
 
-def _convolved(x, w, stride: int, padding: tuple[int, int], precision: str | None):
-    """XLA's convolution; on a CPU a product of shifted copies, for there its own is 20 times slower
-    within a loop (a sampler's, or the step's).
+def _convolve(x, w, stride: int, padding: tuple[int, int], precision: str | None):
+    """XLA's convolution, or on CPU a matrix product over shifted copies of `x`.
+
+    XLA's own convolution is 20 times slower on CPU inside a loop, such as a sampler's.
     """
     if platform_in_use() != "cpu":
-        axes = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(
-            x, w, (stride, stride), (padding, padding), dimension_numbers=axes, precision=precision
+            x,
+            w,
+            window_strides=(stride, stride),
+            padding=(padding, padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision,
         )
     k = w.shape[0]
     x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
+    # Extents of the window's top left corner.
     height, width = ((side - k) // stride * stride + 1 for side in x.shape[1:3])
     shifted = [
         x[:, i : i + height : stride, j : j + width : stride] for i in range(k) for j in range(k)
@@ -86,7 +89,7 @@ def _convolved(x, w, stride: int, padding: tuple[int, int], precision: str | Non
 def pointwise(
     width_in: int, width_out: int, *, rngs: nnx.Rngs, std: float | None = None
 ) -> layers.Linear:
-    """A linear map of each pixel's channels: a 1 x 1 convolution."""
+    """A 1 x 1 convolution, as a linear map of each pixel's channels."""
     return layers.Linear(
         "bhwi,io->bhwo",
         (width_in, width_out),
@@ -97,7 +100,7 @@ def pointwise(
 
 
 class GroupNorm(nnx.Module):
-    """Normalised over pixels and the channels of a group, in float32."""
+    """Normalise over the pixels and channels of each group, in float32."""
 
     def __init__(self, width: int, groups: int, *, eps: float):
         self.groups = groups
@@ -112,17 +115,17 @@ class GroupNorm(nnx.Module):
         return (normed * self.scale.get_value() + self.bias.get_value()).astype(x.dtype)
 
     def _mean(self, x: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 C"]:
-        """Each channel has its group's. Pixels first: a group of few channels would be a bad shape
-        for an accelerator, and few are left then.
+        """The mean of each channel's group, repeated for all its channels.
+
+        Averages over pixels first: splitting [B, h, w, C] into groups would give arrays whose last
+        axis is small, which accelerators handle badly.
         """
         means = reduce(x.mean((1, 2)), "b (g c) -> b g", "mean", g=self.groups)
         return repeat(means, "b g -> b 1 1 (g c)", c=x.shape[-1] // self.groups)
 
 
 class ResnetBlock(nnx.Module):
-    """Two convolutions beside a shortcut; the embedding of the time, where there is one, is added
-    between them.
-    """
+    """Two convolutions with a residual shortcut; the timestep embedding is added in between."""
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class ResnetBlock(nnx.Module):
                 rngs=rngs,
             )
         self.norm2 = GroupNorm(width_out, groups, eps=eps)
-        # a fresh block changes nothing
+        # Zero, so that a fresh block passes its input on unchanged.
         self.conv2 = Conv(width_out, width_out, rngs=rngs, std=0.0)
         if width_in != width_out:
             self.shortcut = pointwise(width_in, width_out, rngs=rngs)
@@ -161,5 +164,5 @@ class ResnetBlock(nnx.Module):
 
 
 def upsample(x: Float[Array, "B h w C"]) -> Float[Array, "B y x C"]:
-    """Twice the resolution: each pixel four times."""
+    """Double the resolution by repeating pixels."""
     return repeat(x, "b h w c -> b (h i) (w j) c", i=2, j=2)

@@ -1,9 +1,9 @@
-"""Diffusion as two linear maps: what is noised at time t is a x0 + s e, and a network predicts p x0
-+ q e of it.
+"""Diffusion as two linear maps: noisy images a x0 + s eps, and targets p x0 + q eps.
 
-e is unit noise. Schedules say a and s (Stable Diffusion's: arXiv 2112.10752; flow: arXiv
-2209.03003), targets p and q: the noise, the velocity (arXiv 2202.00512), the flow or x0. Everything
-else, x0 and e from a prediction included, is the 2 x 2 system. Read next: ../generate/samplers.py.
+eps is unit noise. The schedule gives a and s (Stable Diffusion: arXiv 2112.10752; flow: arXiv
+2209.03003); the prediction target gives p and q: the noise, the velocity (arXiv 2202.00512), the
+flow or x0. Recovering x0 and eps from a prediction inverts this 2 x 2 system. Read next:
+../generate/samplers.py.
 """
 
 from dataclasses import dataclass
@@ -18,17 +18,18 @@ TARGETS = ("epsilon", "v", "flow", "x0")
 
 @dataclass(frozen=True)
 class Diffusion:
-    """`config.diffusion`; times run from 0 to `steps`."""
+    """`config.model.decoder.diffusion`. Timesteps run from 0 to `steps`."""
 
-    # of the schedule that is trained on
+    # Number of training timesteps.
     steps: int
     beta_start: float
     beta_end: float
-    # rescaled so that the last step is noise alone (arXiv 2305.08891)
+    # Rescale the schedule so that the last timestep is pure noise (arXiv 2305.08891).
     zero_snr: bool
-    # "epsilon", "v", "x0", or "flow", whose path is straight and whose times are continuous
+    # What the network predicts: "epsilon", "v", "x0" or "flow". "flow" also makes the path straight
+    # and the timesteps continuous.
     target: str
-    # weights of the loss are cut at this signal-to-noise ratio (arXiv 2303.09556); 0: all are 1
+    # Clip loss weights at this signal-to-noise ratio (arXiv 2303.09556); 0: all weights are 1.
     min_snr: float
 
     def __post_init__(self):
@@ -42,56 +43,70 @@ class Diffusion:
 
 
 def alphas_cumprod(d: Diffusion) -> Float[np.ndarray, "steps"]:
-    """a squared at the times 0, 1, ..., of the scaled-linear schedule: the roots of its betas rise
-    linearly.
+    """a squared at every timestep of the scaled-linear schedule.
+
+    "Scaled linear" means that the square roots of the betas are linear in the timestep.
     """
     betas = np.linspace(d.beta_start**0.5, d.beta_end**0.5, d.steps, dtype=np.float64) ** 2
     alphas = np.cumprod(1 - betas)
-    # algorithm 1 of the paper: a is shifted to end at 0 and stretched to start where it did
     if d.zero_snr:
+        # Algorithm 1 of the paper: shift a to end at 0, then scale it to keep its first value.
         a = np.sqrt(alphas)
         alphas = ((a - a[-1]) * a[0] / (a[0] - a[-1])) ** 2
     return alphas
 
 
-def coefficients(d: Diffusion, times: Array) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """a and s at times (whole numbers, but for flow)."""
+def coefficients(d: Diffusion, timesteps: Array) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """The schedule's a and s at `timesteps`, which must be integral except for "flow"."""
     if d.target == "flow":
-        return 1 - times / d.steps, times / d.steps
-    a2 = alphas_cumprod(d)
-    at = times.astype(jnp.int32)
-    return tuple(jnp.asarray(np.sqrt(x), jnp.float32)[at] for x in (a2, 1 - a2))
+        return 1 - timesteps / d.steps, timesteps / d.steps
+    a_squared = alphas_cumprod(d)
+    a = jnp.asarray(np.sqrt(a_squared), jnp.float32)
+    s = jnp.asarray(np.sqrt(1 - a_squared), jnp.float32)
+    index = timesteps.astype(jnp.int32)
+    return a[index], s[index]
 
 
 def sample_timesteps(d: Diffusion, key: Array, count: int) -> Float[Array, "B"]:
-    """A time for each row, all equally likely: whole numbers from 0 on, or for flow anything up to
-    `steps`, 0 excluded.
-    """
-    share = jax.random.uniform(key, (count,))
-    return (1 - share) * d.steps if d.target == "flow" else jnp.floor(share * d.steps)
+    """Draw `count` uniform timesteps: integers in [0, steps), or reals in (0, steps] for "flow"."""
+    uniform = jax.random.uniform(key, (count,))
+    if d.target == "flow":
+        return (1 - uniform) * d.steps
+    return jnp.floor(uniform * d.steps)
 
 
 def target_coefficients(d: Diffusion, a: Array, s: Array) -> tuple[Array, Array]:
-    """p and q: the target is p x0 + q e."""
+    """p and q of the prediction target p x0 + q eps."""
     one = jnp.ones_like(a)
-    return {"epsilon": (0 * one, one), "v": (-s, a), "flow": (-one, one), "x0": (one, 0 * one)}[
-        d.target
-    ]
+    by_target = {
+        "epsilon": (0 * one, one),
+        "v": (-s, a),
+        "flow": (-one, one),
+        "x0": (one, 0 * one),
+    }
+    return by_target[d.target]
 
 
 def add_noise(
-    d: Diffusion, x0: Float[Array, "B h w c"], e: Float[Array, "B h w c"], times: Float[Array, "B"]
+    d: Diffusion,
+    x0: Float[Array, "B h w c"],
+    eps: Float[Array, "B h w c"],
+    timesteps: Float[Array, "B"],
 ) -> Float[Array, "B h w c"]:
-    a, s = (_per_row(x) for x in coefficients(d, times))
-    return a * x0 + s * e
+    """a x0 + s eps at each row's timestep."""
+    a, s = coefficients(d, timesteps)
+    return _per_row(a) * x0 + _per_row(s) * eps
 
 
 def target(
-    d: Diffusion, x0: Float[Array, "B h w c"], e: Float[Array, "B h w c"], times: Float[Array, "B"]
+    d: Diffusion,
+    x0: Float[Array, "B h w c"],
+    eps: Float[Array, "B h w c"],
+    timesteps: Float[Array, "B"],
 ) -> Float[Array, "B h w c"]:
-    """What the network is to predict."""
-    p, q = (_per_row(x) for x in target_coefficients(d, *coefficients(d, times)))
-    return p * x0 + q * e
+    """p x0 + q eps at each row's timestep: what the network should predict."""
+    p, q = target_coefficients(d, *coefficients(d, timesteps))
+    return _per_row(p) * x0 + _per_row(q) * eps
 
 
 def x0_and_eps(
@@ -101,26 +116,32 @@ def x0_and_eps(
     a: Array,
     s: Array,
 ) -> tuple[Array, Array]:
-    """(x0, e) of which `x` is a x0 + s e and `prediction` p x0 + q e: the inverse of `add_noise`
-    and `target`.
+    """Recover (x0, eps) from x = a x0 + s eps and `prediction` = p x0 + q eps.
+
+    a, s: one value per row [B], or scalars.
     """
     p, q = target_coefficients(d, a, s)
     a, s, p, q = (_per_row(value) for value in (a, s, p, q))
     determinant = a * q - s * p
-    return (q * x - s * prediction) / determinant, (a * prediction - p * x) / determinant
+    x0 = (q * x - s * prediction) / determinant
+    eps = (a * prediction - p * x) / determinant
+    return x0, eps
 
 
-def loss_weights(d: Diffusion, times: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Of the squared error of a prediction: min(snr, min_snr) as the weight of x0's error, in the
-    target's units.
+def loss_weights(d: Diffusion, timesteps: Float[Array, "B"]) -> Float[Array, "B"]:
+    """Min-SNR weight of each row's squared prediction error.
+
+    The error of x0 is weighted by min(snr, min_snr); the second factor converts that weight to the
+    units of the prediction target.
     """
     if not d.min_snr:
-        return jnp.ones(times.shape)
-    a, s = coefficients(d, times)
+        return jnp.ones(timesteps.shape)
+    a, s = coefficients(d, timesteps)
     p, q = target_coefficients(d, a, s)
-    x0_of_prediction = s / (a * q - s * p)
-    return jnp.minimum((a / s) ** 2, d.min_snr) * x0_of_prediction**2
+    x0_per_prediction = s / (a * q - s * p)
+    return jnp.minimum((a / s) ** 2, d.min_snr) * x0_per_prediction**2
 
 
 def _per_row(x: Array) -> Array:
+    """[B] -> [B, 1, 1, 1], to broadcast over images; scalars stay scalars."""
     return jnp.reshape(x, (*jnp.shape(x), 1, 1, 1)) if jnp.ndim(x) else x

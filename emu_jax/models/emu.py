@@ -1,5 +1,4 @@
-"""Emu (arXiv 2307.05222, section 3): images become visual tokens in the LLM's input, and the LLM
-predicts the next element.
+"""Emu (arXiv 2307.05222, section 3): an LLM that predicts the next text or visual token.
 
     images -> Vision -> ln_visual -> Resampler -> N visual tokens ┐ tokens -> embed
     ----------------------------------------------┴-> Llama -> hidden -> lm_head, regress_head
@@ -30,33 +29,32 @@ class EmuConfig:
     vision: VisionConfig
     resampler: ResamplerConfig
     llama: LlamaConfig
-    # dtype of the arithmetic
+    # Dtype of activations and matrix products.
     compute: str
-    # kernel of the three towers' attention
+    # Attention kernel of the three towers; see attention.py.
     attention: str
-    # visual tokens standardised by constants measured once (visual_stats)
+    # Standardise visual tokens by `VisualStats`.
     standardise: bool
     lora: LoraConfig = NO_LORA
 
     @classmethod
     def of(cls, model: dict) -> "EmuConfig":
-        """From `config.model`, whose fields are these; what may stand beside them there (a decoder)
-        is passed over.
-        """
-        towers = dict(
+        """Make the config from `config.model`, ignoring other groups there, such as `decoder`."""
+        return cls(
             vision=VisionConfig(**model["vision"]),
             resampler=ResamplerConfig(**model["resampler"]),
             llama=LlamaConfig(**model["llama"]),
+            compute=model["compute"],
+            attention=model["attention"],
+            standardise=model["standardise"],
             lora=LoraConfig(**model.get("lora", {})),
-        )
-        return cls(
-            **towers, **{name: model[name] for name in ("compute", "attention", "standardise")}
         )
 
 
 class VisualStats(nnx.Module):
-    """Constants that standardise the visual tokens per (token, dimension); measured, never
-    trained.
+    """Standardise visual tokens by a mean and std per (token, dimension).
+
+    Both are measured once, before training; gradients never change them.
     """
 
     def __init__(self, config: EmuConfig):
@@ -69,7 +67,10 @@ class VisualStats(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """The half of Emu that reads images; the contrastive warm-up trains it alone."""
+    """Emu's image side: vision tower, layer norm and resampler.
+
+    The contrastive warm-up trains it without the LLM.
+    """
 
     def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
         self.config = config
@@ -80,13 +81,15 @@ class Encoder(nnx.Module):
     def encode(
         self, images: UInt8[Array, "M h w 3"], key: Array | None = None
     ) -> Float[Array, "M N D"]:
-        """The visual tokens of each image."""
+        """The N visual tokens of each image; `key` turns dropout on."""
         x = normalise(sharding.constrain_images(images), self.config.vision, self.config.compute)
         features = self.ln_visual(self.vision(x, kernel=self.config.attention))
         return self.resampler(features, key, kernel=self.config.attention)
 
 
 class Emu(Encoder):
+    """The image encoder, the LLM, and the head that regresses visual tokens."""
+
     def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         if config.standardise:
@@ -105,23 +108,28 @@ class Emu(Encoder):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B I N D"]]:
         """(hidden, visual tokens) of packed rows; `key` turns dropout on."""
         B = batch.images.shape[0]
-        z = sharding.constrain_rows(
-            self.encode(rearrange(batch.images, "B I h w c -> (B I) h w c"), key)
-        )
+        images = rearrange(batch.images, "B I h w c -> (B I) h w c")
+        z = sharding.constrain_rows(self.encode(images, key))
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
-        return self.llama(x, batch.positions, batch.segments, kernel=self.config.attention)[
-            0
-        ], visual
+        hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=self.config.attention)
+        return hidden, visual
 
     def interleave(
         self, tokens: Int[Array, "B T"], visual: Float[Array, "B I N D"], slots: Int[Array, "B I"]
     ) -> Float[Array, "B T D"]:
-        """Embeddings of the ids, with the visual tokens in their images' slots. A slot of T (no
-        image) falls off the row.
+        """Token embeddings, with each image's visual tokens written from its slot on.
+
+        A slot of T means no image: its visual tokens fall outside the row and are dropped.
         """
         x = self.llama.embeddings(tokens, visual.dtype)
-        places = rearrange(slots[:, :, None] + jnp.arange(visual.shape[2]), "B I N -> B (I N)")
-        return jax.vmap(lambda row, at, z: row.at[at].set(z, mode="drop"))(
-            x, places, rearrange(visual, "B I N D -> B (I N) D")
+        positions = slots[:, :, None] + jnp.arange(visual.shape[2])
+
+        def write(row, positions, z):
+            return row.at[positions].set(z, mode="drop")
+
+        return jax.vmap(write)(
+            x,
+            rearrange(positions, "B I N -> B (I N)"),
+            rearrange(visual, "B I N D -> B (I N) D"),
         )

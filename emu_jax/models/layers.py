@@ -35,8 +35,10 @@ def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
     """Multiply x by any kind of weight, in x's dtype; float32 is exact on every platform."""
     if isinstance(w, Lora):
         to_rank, from_rank = equations(equation)
+        # First, since the order of the products is that in which their gradients are summed.
+        base = einsum(equation, x, w.w)
         low_rank = einsum(to_rank, dropout(x, w.dropout, w.keys), w.a)
-        return einsum(equation, x, w.w) + w.scale * einsum(from_rank, low_rank, w.b)
+        return base + w.scale * einsum(from_rank, low_rank, w.b)
     if isinstance(w, Quantized):
         w = w.dequantize(x.dtype)
     precision = "highest" if x.dtype == jnp.float32 else None

@@ -29,8 +29,9 @@ class ResamplerConfig:
     heads: int
     head_width: int
     ffn: int
-    # Buckets of the relative position bias, and the distance from which all share the last one.
+    # Buckets of the relative position bias.
     buckets: int
+    # Distances from here on share the last bucket.
     max_distance: int
     dropout: float
     remat: str
@@ -47,19 +48,18 @@ class ResamplerAttention(nnx.Module):
         self.o = layers.Linear("bthd,hdc->btc", (H, d, C), std=(H * d) ** -0.5, rngs=rngs)
 
     def __call__(self, x, keys, mask, bias, dropout: float, key, kernel: str):
-        return self.o(
-            attention(
-                self.q(x),
-                self.k(keys),
-                self.v(keys),
-                mask,
-                scale=1.0,
-                bias=bias,
-                dropout=dropout,
-                key=key,
-                kernel=kernel,
-            )
+        values = attention(
+            self.q(x),
+            self.k(keys),
+            self.v(keys),
+            mask,
+            scale=1.0,
+            bias=bias,
+            dropout=dropout,
+            key=key,
+            kernel=kernel,
         )
+        return self.o(values)
 
 
 class ResamplerFfn(nnx.Module):
@@ -88,7 +88,7 @@ class ResamplerBlock(nnx.Module):
     def __call__(self, x, features, bias, key, kernel: str):
         keys = [None] * 6 if key is None else jax.random.split(key, 6)
         y = self.norm1(x)
-        # The bias needs "dense", and N x N is small.
+        # Only "dense" supports a bias; N x N is small.
         y = self.self(y, y, Mask(causal=True), bias, self.dropout, keys[0], "dense")
         x = x + layers.dropout(y, self.dropout, keys[1])
         y = self.cross(self.norm2(x), features, None, None, self.dropout, keys[2], kernel)
@@ -119,11 +119,9 @@ class Resampler(nnx.Module):
     ) -> Float[Array, "M N D"]:
         """The N visual tokens of each image; `key` turns dropout on."""
         config = self.config
-        key_in, key_blocks, key_out = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = jnp.broadcast_to(
-            self.queries.get_value().astype(features.dtype),
-            (features.shape[0], config.tokens, config.width),
-        )
+        key_in, key_blocks, key_out = [None] * 3 if key is None else jax.random.split(key, 3)
+        queries = self.queries.get_value().astype(features.dtype)
+        x = jnp.broadcast_to(queries, (features.shape[0], *queries.shape))
         x = layers.dropout(sharding.constrain_images(x), config.dropout, key_in)
         buckets = relative_buckets(config.tokens, config.buckets, config.max_distance)
         bias = jnp.moveaxis(self.relative.get_value()[buckets], -1, 0)
@@ -145,11 +143,9 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
     Distances below buckets / 2 have a bucket each; longer ones share logarithmic buckets up to
     max_distance. Keys ahead of the query are in bucket 0, and masked.
     """
-    back = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
+    distance = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
     exact = buckets // 2
-    far = exact + (
-        np.log(np.maximum(back, 1).astype(np.float32) / exact)
-        / np.log(np.float32(max_distance / exact))
-        * (buckets - exact)
-    ).astype(int)
-    return np.where(back < exact, back, np.minimum(far, buckets - 1))
+    log_distance = np.log(np.maximum(distance, 1).astype(np.float32) / exact)
+    share = log_distance / np.log(np.float32(max_distance / exact))
+    logarithmic = exact + (share * (buckets - exact)).astype(int)
+    return np.where(distance < exact, distance, np.minimum(logarithmic, buckets - 1))

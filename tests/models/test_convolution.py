@@ -18,7 +18,7 @@ def test_the_product_of_shifted_copies_is_the_convolution(monkeypatch, side, siz
     w = jax.random.normal(keys[1], (size, size, 3, 5))
 
     def run(x, w):
-        return convolution._convolved(x, w, stride, padding, "highest")
+        return convolution._convolve(x, w, stride, padding, "highest")
 
     def both():
         return (run(x, w), *jax.grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1))(x, w))
