@@ -8,6 +8,7 @@ import ast
 import difflib
 import importlib.util
 import sys
+import textwrap
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +119,19 @@ def fields(file: str = "configs/base.py") -> list[Field]:
         if path.name == "base.py" or name not in known:
             found.append(Field(name, default, comment))
     return found
+
+
+def help_text(usage: str, file: str = "configs/base.py") -> str:
+    """Usage and every field of a config file, with its default and comment, at 100 columns."""
+    lines = [usage.strip()]
+    for field in fields(file):
+        comment = textwrap.wrap(field.comment, 100, initial_indent="    ", subsequent_indent="    ")
+        if isinstance(field.default, ConfigDict):
+            lines += ["", f"{field.path}:", *comment]
+        else:
+            default = textwrap.shorten(str(field.default) or '""', 70, placeholder=" ...")
+            lines += [f"  --config.{field.path}={default}", *comment]
+    return "\n".join(lines)
 
 
 class _Source:

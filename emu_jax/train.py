@@ -34,6 +34,14 @@ from emu_jax.workdir import check_same_config, check_workdir, write_config
 
 log = logging.getLogger(__name__)
 
+USAGE = """usage: python -m emu_jax.train --config=FILE[:SIZE] [--config.FIELD=VALUE ...]
+
+  python -m emu_jax.train --config=configs/pretrain.py --config.workdir=runs/emu
+  python -m emu_jax.train --config=configs/pretrain.py:emu-1b --config.optim.steps=100 ...
+
+The fields of configs/base.py and their defaults. A config file may change a default or add fields.
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 for trained, or stopped by a signal with everything saved; 2 for a user's
@@ -43,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)
     logging.getLogger("emu_jax").setLevel(logging.INFO)
     began = time.perf_counter()
+    if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
+        print(config.help_text(USAGE))
+        return 0
     try:
         if arguments is None:
             # a process of its own, perhaps one of many

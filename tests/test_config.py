@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from emu_jax import config
 from emu_jax.config import UserError
@@ -227,3 +228,12 @@ def test_every_config_comes_back_from_json(path):
     c = config.load([f"--config={path}"])
     again = config.from_dict(json.loads(json.dumps(config.to_dict(c))))
     assert again == c and again.to_dict() == c.to_dict()
+
+
+def test_the_help_text_lists_every_field_at_100_columns():
+    text = config.help_text("usage: train")
+    assert text.startswith("usage: train\n")
+    assert max(map(len, text.splitlines())) <= 100
+    for field in config.fields():
+        if not isinstance(field.default, ConfigDict):
+            assert f"\n  --config.{field.path}=" in text

@@ -116,7 +116,11 @@ def _use_few_arenas() -> None:
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(flags, arguments of the config)."""
     assert __doc__
-    parser = cli.Parser(prog="python -m emu_jax.fit", description=__doc__.splitlines()[0])
+    parser = cli.Parser(
+        prog="python -m emu_jax.fit",
+        description=__doc__.splitlines()[0],
+        epilog="--config=FILE and --config.FIELD=VALUE as in python -m emu_jax.train --help",
+    )
     parser.add_argument(
         "--topology", required=True, help="v5e:16x16, v5p:4x4x4, 2xv5e:8x16, h100:8x8, cpu:8, ..."
     )
