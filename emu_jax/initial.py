@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, UInt8
 
 from emu_jax import checkpoint, sharding, tree
 from emu_jax.config import UserError
@@ -178,7 +179,9 @@ def measure_visual_stats(
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(program: Program, params: tree.Tree, images: np.ndarray) -> jax.Array:
+def _encode(
+    program: Program, params: tree.Tree, images: UInt8[Array, "m h w 3"]
+) -> Float[Array, "m N D"]:
     """Visual tokens in float32, replicated."""
     tokens = program.bind(params).encode(images).astype(jnp.float32)
     return sharding.constrain(tokens, PartitionSpec())

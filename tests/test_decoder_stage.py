@@ -142,7 +142,7 @@ def whole(made, tmp_path_factory):
     return workdir
 
 
-def test_a_run_tells_its_loss_saves_and_draws(whole):
+def test_metrics_checkpoints_and_pictures_of_a_run(whole):
     told = [line for line in lines(whole) if "diffusion_loss" in line]
     assert [line["step"] for line in told] == [1, 2, 3, 4] and [
         line["step"] for line in lines(whole) if "eval/diffusion_loss" in line
@@ -158,7 +158,7 @@ def test_a_run_tells_its_loss_saves_and_draws(whole):
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["2", "4"]
 
 
-def test_frozen_towers_come_out_as_they_went_in(folder, whole):
+def test_frozen_towers_stay_as_they_were_loaded(folder, whole):
     emu, sd, after = (
         dict(tree.leaves(checkpoint.restore_params(str(path))))
         for path in (folder / "emu", folder / "sd", whole)
@@ -183,7 +183,7 @@ def copy(whole, tmp_path):
     return workdir
 
 
-def test_two_steps_a_cut_and_two_more_are_four(made, whole, copy):
+def test_resume_is_bit_exact(made, whole, copy):
     assert run(made(copy))[0] == 0
     assert_same_run(copy, whole)
 
@@ -214,7 +214,7 @@ def test_two_steps_a_cut_and_two_more_are_four(made, whole, copy):
         (["model.decoder.diffusion.target=noise"], "is not one of epsilon, v, flow, x0"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(made, overrides, told, tmp_path, capsys):
+def test_bad_input_is_one_line_and_writes_nothing(made, overrides, told, tmp_path, capsys):
     assert train.main(made(tmp_path / "run", *overrides)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and told in error
@@ -231,7 +231,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(made, copy, cap
     assert [path.name for path in (copy / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
 
 
-def test_conditions_on_a_full_disk_are_one_line_and_nothing_half_written(
+def test_conditions_on_a_full_disk_are_one_line_without_partial_files(
     folder, tmp_path, capsys, monkeypatch
 ):
     def full(file, visual):
@@ -251,7 +251,7 @@ def test_conditions_on_a_full_disk_are_one_line_and_nothing_half_written(
 # Latents
 
 
-def test_latents_give_the_loss_of_their_images_but_for_rounding(made, whole):
+def test_latents_give_the_loss_of_their_images_up_to_rounding(made, whole):
     c = config.load(made("", "objective.encoded_share=0.0"))
     program = make.program(c)
     params = checkpoint.restore_params(str(whole))
@@ -316,7 +316,7 @@ def test_latents_of_other_images_are_one_line(made, overrides, told):
 
 
 @pytest.mark.parametrize(("kind", "directory"), [("conditions", "emu"), ("latents", "sd")])
-def test_what_other_weights_made_is_one_line(folder, made, tmp_path, kind, directory):
+def test_arrays_of_different_weights_are_refused(folder, made, tmp_path, kind, directory):
     """The Emu was trained again, and conditions of the old one are still there."""
     precompute.check_weights(config.load(made("")), kind)
     told = read_metadata(folder / kind, kind)
@@ -354,7 +354,7 @@ def test_a_decoder_of_pixels_has_no_latents(made):
         ),
     ],
 )
-def test_latents_that_cannot_be_made_are_one_line(folder, made, arguments, told, tmp_path, capsys):
+def test_bad_arguments_of_precompute_are_one_line(folder, made, arguments, told, tmp_path, capsys):
     given = [argument.format(folder=folder) for argument in arguments]
     assert (
         generate.main(["precompute", "--latents", *flags(folder), f"--to={tmp_path}", *given]) == 2

@@ -157,7 +157,7 @@ def test_a_chat_begins_as_it_was_tuned(tuned):
     assert prompt.tokens[:2] == [1, session.tokenizer.user] and len(prompt.images) == 1
 
 
-def test_the_paper_trains_26_million_of_14_billion_and_another_rule_the_whole_llm():
+def test_the_paper_trains_26_million_of_14_billion_parameters():
     """Rank 16 at q, k, v and o of 40 layers of width 5120; and four rows."""
     c = config.load(["--config=configs/instruct.py"])
     trainable = make_plan(c).state.trainable
@@ -183,7 +183,7 @@ def test_the_paper_trains_26_million_of_14_billion_and_another_rule_the_whole_ll
     }
 
 
-def test_a_model_without_the_tokens_is_told(data, base):
+def test_conversations_need_a_model_with_chat_tokens(data, base):
     c = config.load(arguments(data, base, "run"))
     loader = Loader(
         c.data, 0, tokenizers.load(c.data.tokenizer, fixtures.VOCAB), 4, fixtures.IMAGE, chats=False

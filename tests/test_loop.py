@@ -145,7 +145,7 @@ def test_a_bad_step_changes_nothing_but_the_counters(scale, finite):
     ).all()
 
 
-def test_spikes_are_measured_by_a_running_mean_and_left_in_unless_asked():
+def test_spikes_are_kept_by_default_and_compared_to_a_running_mean():
     norms = []
     p = program()
     step = jitted(p)
@@ -174,7 +174,7 @@ def test_the_average_of_the_parameters_by_hand():
     assert start(program()).ema is None
 
 
-def test_what_is_frozen_stays_bit_for_bit_and_has_no_optimizer_state():
+def test_frozen_leaves_stay_bit_exact_without_optimizer_state():
     p = program(trains=("slope",), ema=0.9)
     step = jitted(p)
     state = start(p)
@@ -288,7 +288,7 @@ def assert_same_step(got, want, but=()):
         )
 
 
-def test_norms_of_the_groups_are_parts_of_the_whole(whole):
+def test_squared_norms_of_groups_add_up(whole):
     before, after, metrics = whole
     squares = {
         name: float(metrics[f"grad_norm/{name}"][0]) ** 2
@@ -307,7 +307,7 @@ def test_norms_of_the_groups_are_parts_of_the_whole(whole):
     )
 
 
-def test_accumulation_is_one_big_batch(whole):
+def test_accumulation_equals_one_big_batch(whole):
     """Four micro-batches of two rows, unevenly filled.
 
     The variance across images is within each micro-batch, so it differs.
@@ -316,7 +316,7 @@ def test_accumulation_is_one_big_batch(whole):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
-def test_sharded_is_single(whole, shape):
+def test_a_sharded_step_equals_the_single_one(whole, shape):
     assert_same_step(one_step(mesh=sharding.make_mesh(dict(zip(sharding.AXES, shape)))), whole)
 
 
@@ -324,7 +324,7 @@ def test_sharded_is_single(whole, shape):
     ("condition", "vae"),
     [("encoded", False), pytest.param("teacher_forced", True, marks=pytest.mark.long)],
 )
-def test_the_decoders_sharded_step_is_the_single_one(condition, vae):
+def test_a_sharded_decoder_step_equals_the_single_one(condition, vae):
     """The U-Net's gradients, through convolutions and its attention to what frozen towers say."""
     c = make.decoder_cfg("optim.ema=0.0", f"model.decoder.condition={condition}", vae=vae)
     assert_same_step(
@@ -407,7 +407,7 @@ def saved(checkpoints, p, step):
     return checkpoints.restore(jax.eval_shape(lambda: start(p)), step)
 
 
-def test_a_line_tells_of_its_own_step_and_is_told_a_step_late(tmp_path, monkeypatch):
+def test_metrics_are_written_one_step_late(tmp_path, monkeypatch):
     batches = [rows(seed) for seed in range(4)]
     events = []
     write = MetricWriter.write
@@ -437,7 +437,7 @@ def test_a_line_tells_of_its_own_step_and_is_told_a_step_late(tmp_path, monkeypa
     assert_same(state, want[-1][0])
 
 
-def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
+def test_a_save_comes_after_the_metrics_of_its_step(tmp_path, monkeypatch):
     """A run that is killed then, and resumes from there, would not log them."""
     events = []
     write = MetricWriter.write
@@ -469,7 +469,7 @@ def test_a_save_comes_after_all_that_is_told_of_its_step(tmp_path, monkeypatch):
     assert told == ["tell 1", "eval/a 2", "tell 2", "save 2", "eval/a 3", "tell 3", "save 3"]
 
 
-def test_a_checkpoint_is_saved_where_the_metrics_find_no_room(tmp_path, monkeypatch):
+def test_a_checkpoint_is_saved_though_the_metrics_disk_is_full(tmp_path, monkeypatch):
     def full(self):
         raise UserError("no room")
 
@@ -530,7 +530,7 @@ def test_a_signal_saves_and_stops(tmp_path, caplog, number):
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_a_second_signal_is_as_it_was_before():
+def test_a_second_signal_has_its_usual_effect():
     seen = []
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: seen.append("ended"))
@@ -574,7 +574,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_weights(tmp_path):
 
 
 @pytest.mark.parametrize("images", [28, 14])
-def test_it_is_compiled_once_and_says_so_if_not(tmp_path, caplog, images):
+def test_a_second_compilation_is_warned_about(tmp_path, caplog, images):
     batches = [rows(seed) for seed in range(3)]
     batches[2] = batches[2].replace(images=batches[2].images[:, :, :images])
     with caplog.at_level(logging.WARNING):

@@ -149,7 +149,7 @@ def test_loss_and_metrics_by_hand(forward, value_and_grad, regress_end):
         (("text", "</s>", "[IMG]", "[/IMG]"), 5 + 2 + 2 + 2),
     ],
 )
-def test_what_counts_as_a_label_is_the_grammars(labels, count):
+def test_labels_follow_the_grammar(labels, count):
     """Five letters, two documents, two images."""
     image = np.zeros((28, 28, 3), np.uint8)
     totals = P.stage.loss_weights(
@@ -182,7 +182,7 @@ def test_an_images_weight_and_a_texts_count(value_and_grad):
     )
 
 
-def test_nothing_at_all_is_no_loss_and_no_gradient(value_and_grad):
+def test_an_empty_batch_has_zero_loss_and_gradient(value_and_grad):
     (value, metrics), grads = value_and_grad(jax.tree.map(jnp.asarray, make.pack(C, [[]] * 8)))
     assert value == 0 and all(not np.any(x) for x in jax.tree.leaves((metrics, grads)))
 

@@ -146,7 +146,7 @@ def copy(killed, tmp_path):
 # What a run leaves behind
 
 
-def test_a_run_tells_what_it_promises(whole):
+def test_metrics_of_a_run(whole):
     told = lines(whole)
     steps, evaluations = (
         [line for line in told if ("eval/text_loss" in line) == held] for held in (False, True)
@@ -189,7 +189,7 @@ def test_a_run_tells_what_it_promises(whole):
     )
 
 
-def test_a_run_leaves_its_config_its_checkpoints_and_tensorboard(whole, data, warm):
+def test_files_of_a_run(whole, data, warm):
     assert json.loads((whole / "config.json").read_text()) == config.to_dict(
         config.load(emu_arguments(data, whole, warm))
     )
@@ -209,7 +209,7 @@ def test_a_run_leaves_its_config_its_checkpoints_and_tensorboard(whole, data, wa
     }
 
 
-def test_the_warm_up_starts_the_run_and_what_is_frozen_stays(whole, warm):
+def test_a_run_starts_from_the_warm_up_and_frozen_towers_stay(whole, warm):
     before, after, at_2 = (
         checkpoint.restore_params(str(path)) for path in (warm, whole, whole / "checkpoints/2")
     )
@@ -235,7 +235,7 @@ def test_the_warm_up_starts_the_run_and_what_is_frozen_stays(whole, warm):
     }
 
 
-def test_the_contrastive_stage_tells_its_own(warm):
+def test_metrics_of_the_contrastive_stage(warm):
     for line in lines(warm):
         assert {
             "contrastive_loss",
@@ -252,7 +252,7 @@ def test_the_contrastive_stage_tells_its_own(warm):
 # Resuming
 
 
-def test_two_steps_a_kill_and_two_more_are_four(data, warm, whole, copy):
+def test_resume_after_a_kill_is_bit_exact(data, warm, whole, copy):
     """Bit for bit: parameters, average, optimizer, data state and metrics.
 
     The same command resumes.
@@ -261,7 +261,7 @@ def test_two_steps_a_kill_and_two_more_are_four(data, warm, whole, copy):
     assert_same_run(copy, whole)
 
 
-def test_two_steps_a_signal_and_two_more_are_four(data, warm, whole, tmp_path, caplog, monkeypatch):
+def test_resume_after_a_signal_is_bit_exact(data, warm, whole, tmp_path, caplog, monkeypatch):
     write = metric_writer.MetricWriter.write
 
     def told(self, step, values):
@@ -287,7 +287,7 @@ def test_two_steps_a_signal_and_two_more_are_four(data, warm, whole, tmp_path, c
 
 # test_checkpoint.py restores onto any mesh, and test_torture.py resumes on other processes.
 @pytest.mark.long
-def test_it_goes_on_on_another_mesh(data, warm, whole, copy, caplog):
+def test_resume_on_a_different_mesh(data, warm, whole, copy, caplog):
     with caplog.at_level(logging.INFO):
         assert (
             run(emu_arguments(data, copy, warm, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"))[0]
@@ -312,7 +312,7 @@ def test_a_finished_run_has_nothing_to_do(data, warm, whole, tmp_path):
 # Weights to start from
 
 
-def test_towers_that_are_shared_are_loaded(warm, data, caplog):
+def test_shared_towers_are_loaded(warm, data, caplog):
     c = config.load(emu_arguments(data, "nowhere", warm))
     fresh = jax.jit(partial(module.init, emu.Emu, emu.EmuConfig.of(c.model.to_dict())))(
         jax.random.key(5)
@@ -338,7 +338,7 @@ def test_towers_that_are_shared_are_loaded(warm, data, caplog):
         load_weights(str(warm), {"vision": {"cls": jnp.zeros(64)}})
 
 
-def test_visual_tokens_are_standardised_by_the_images_that_are_there():
+def test_visual_stats_ignore_empty_image_slots():
     c = make.cfg("model.standardise=true")
     p = make.program(c)
     params = make.random_params(p)
@@ -433,7 +433,7 @@ def test_visual_tokens_are_standardised_by_the_images_that_are_there():
         ),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(overrides, told, data, tmp_path, capsys):
+def test_bad_input_is_one_line_and_writes_nothing(overrides, told, data, tmp_path, capsys):
     assert (
         train.main(
             arguments(
@@ -449,7 +449,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(overrides, told, data, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_workdir_of_another_config_is_refused(whole, data, warm, capsys):
+def test_a_workdir_of_a_different_config_is_refused(whole, data, warm, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     # another mesh would be no reason
     assert (
@@ -463,7 +463,7 @@ def test_a_workdir_of_another_config_is_refused(whole, data, warm, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
 
-def test_a_checkpoint_of_another_config_is_refused(whole, data, warm, capsys, tmp_path):
+def test_a_checkpoint_of_a_different_config_is_refused(whole, data, warm, capsys, tmp_path):
     """From a bucket, into a workdir that knows nothing of it."""
     place = f"checkpoint.to={whole}"
     assert train.main(emu_arguments(data, tmp_path, warm, place, "optim.b1=0.5")) == 2
@@ -474,7 +474,7 @@ def test_a_checkpoint_of_another_config_is_refused(whole, data, warm, capsys, tm
     assert train.main(emu_arguments(data, tmp_path, warm, place)) == 0
 
 
-def test_checkpoints_are_not_looked_for_elsewhere(whole, data, warm, capsys, tmp_path):
+def test_a_different_place_of_checkpoints_is_refused(whole, data, warm, capsys, tmp_path):
     """The run would start again, and remove the old one's lines of metrics."""
     assert train.main(emu_arguments(data, whole, warm, f"checkpoint.to={tmp_path}")) == 2
     assert (
@@ -483,12 +483,12 @@ def test_checkpoints_are_not_looked_for_elsewhere(whole, data, warm, capsys, tmp
     )
 
 
-def test_what_was_mistyped_does_not_claim_a_workdir(data, tmp_path, capsys):
+def test_a_mistyped_init_does_not_claim_the_workdir(data, tmp_path, capsys):
     assert train.main(arguments(data, tmp_path, "init=nowhere")) == 2
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "config.json").exists()
 
 
-def test_what_the_program_advises_is_allowed(whole, data, warm, tmp_path):
+def test_settings_that_error_messages_advise_may_change(whole, data, warm, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     assert (
         run(emu_arguments(data, workdir, warm, "data.max_bad_share=0.5", "data.unreadable=skip"))[0]
@@ -496,7 +496,7 @@ def test_what_the_program_advises_is_allowed(whole, data, warm, tmp_path):
     )
 
 
-def test_fields_that_are_newer_than_a_run_are_said_and_no_reason_to_refuse_it(caplog):
+def test_fields_added_since_a_run_are_only_warned_about(caplog):
     check_same_config(
         "it", {"seed": 0, "data": {"batch": 8}}, {"seed": 0, "data": {"batch": 8, "new": 1}}
     )
@@ -508,7 +508,7 @@ def test_fields_that_are_newer_than_a_run_are_said_and_no_reason_to_refuse_it(ca
         check_same_config("it", {"data": {"old": 1}}, {"data": {}})
 
 
-def test_compiled_programs_are_kept_by_default():
+def test_the_compilation_cache_is_on_by_default():
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:
@@ -522,7 +522,7 @@ def test_compiled_programs_are_kept_by_default():
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_a_damaged_config_is_said(data, tmp_path, capsys):
+def test_a_damaged_config_is_one_line(data, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"stage": "em')
     assert train.main(arguments(data, tmp_path)) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/config.json is damaged: ")
@@ -573,7 +573,7 @@ def test_the_memory_check_counts_the_average_of_the_weights(monkeypatch):
 # The paper's model
 
 
-def test_the_papers_recipe_says_in_one_line_what_is_missing(capsys):
+def test_the_papers_recipe_lists_missing_files_in_one_line(capsys):
     assert train.main(["--config=configs/pretrain.py"]) == 2
     out, error = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == [
