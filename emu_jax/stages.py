@@ -303,7 +303,7 @@ STAGES = {
         loss=decoder,
         make_config=DecoderConfig.of,
         emu_config=attrgetter("emu"),
-        image_side=attrgetter("loaded"),
+        image_side=attrgetter("loader_image"),
         step_flops=flops.train_decoder,
         draws=True,
     ),
