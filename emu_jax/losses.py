@@ -185,7 +185,7 @@ def _text(hidden, base, added, labels, scales, chunk, gradient, vocab, tensor):
         d_added_logits = d_added_logits.astype(h.dtype)
         d_h = lax.psum(_einsum("BtV,VD->BtD", d_base_logits, base), tensor)
         d_h = d_h + _einsum("BtV,VD->BtD", d_added_logits, added)
-        d_base, d_added = d_weights
+        d_base, d_added = d_weights  # ty: ignore[not-iterable]
         d_weights = (
             d_base + _einsum("BtV,BtD->VD", d_base_logits, h),
             d_added + _einsum("BtV,BtD->VD", d_added_logits, h),

@@ -67,9 +67,9 @@ def compile_step(p: RunPlan, effort: float = 0.0) -> jax.stages.Compiled:
     """Compile the train step as a run does, or with another compilation effort."""
     options = {"exec_time_optimization_effort": effort} if effort else None
     with jax.set_mesh(p.mesh):
-        # A function from jax.jit, whose type does not say so.
-        step = jit_train_step(p.state).lower  # ty: ignore[missing-attribute]
-        return step(p.program, p.state, p.batch).compile(options)
+        lowered = jit_train_step(p.state).lower(p.program, p.state, p.batch)
+        # Options may be numbers, too.
+        return lowered.compile(options)  # ty: ignore[invalid-argument-type]
 
 
 def attempt(p: RunPlan, accelerator: Accelerator | None, effort: float = 0.0) -> Attempt:
