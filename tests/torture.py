@@ -42,11 +42,11 @@ FLAGS = (
 
 
 @dataclass
-class Start:
+class Attempt:
     """One start of the run, and the batches that its processes consumed."""
 
     layout: str
-    # When it is killed; None: it runs to the end.
+    # When it is killed; None lets it run to the end.
     moment: str | None
     # {step: {first row: ids of rows}}
     batches: dict[int, dict[int, list]] = field(default_factory=dict)
@@ -65,16 +65,12 @@ def worker(notes: str, arguments: list[str]) -> int:
     def recorded(self):
         for item in batches(self):
             rows = next(iter(item.state["streams"].values()))["counts"]["rows"]
-            file.write(
-                json.dumps(
-                    {
-                        "step": rows // self._rows,
-                        "first": self.owned.start * self._rows,
-                        "ids": item.ids,
-                    }
-                )
-                + "\n"
-            )
+            note = {
+                "step": rows // self._rows,
+                "first": self.owned.start * self._rows,
+                "ids": item.ids,
+            }
+            file.write(json.dumps(note) + "\n")
             yield item
 
     Loader.__iter__ = recorded
@@ -115,23 +111,15 @@ def command(
         "rules.peak_lr=(('.*', 1e-3),)",
         *overrides,
     )
+    inherited = os.environ.get("XLA_FLAGS", "").split()
+    flags = [flag for flag in inherited if "device_count" not in flag]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-            "JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled"
-        ),
+        "JAX_COMPILATION_CACHE_DIR": compiled,
         "GRACE": "1",
-        "XLA_FLAGS": " ".join(
-            [
-                FLAGS,
-                *(
-                    flag
-                    for flag in os.environ.get("XLA_FLAGS", "").split()
-                    if "device_count" not in flag
-                ),
-                f"--xla_force_host_platform_device_count={devices}",
-            ]
-        ),
+        "XLA_FLAGS": " ".join((FLAGS, *flags)),
     }
     launch = ["launch/local.sh", str(processes)] if processes > 1 else []
     return [
@@ -146,13 +134,13 @@ def command(
     ], environ
 
 
-def start(
-    folder: Path, workdir: Path, number: int, one: Start, steps: int, chance: random.Random
+def run_attempt(
+    folder: Path, workdir: Path, number: int, attempt: Attempt, steps: int, chance: random.Random
 ) -> None:
     """Start the run, kill it at its moment, and read the batches that it consumed."""
     notes = folder / "notes" / f"{workdir.name}-{number}"
     notes.parent.mkdir(exist_ok=True)
-    argv, environ = command(folder, workdir, one.layout, steps)
+    argv, environ = command(folder, workdir, attempt.layout, steps)
     with open(f"{notes}.log", "w") as log:
         run = subprocess.Popen(
             [word.replace("NOTES", str(notes)) for word in argv],
@@ -161,22 +149,22 @@ def start(
             stderr=log,
             start_new_session=True,
         )
-        if one.moment is None:
+        if attempt.moment is None:
             run.wait()
-        elif moment_has_come(run, notes, workdir, one.moment, chance):
+        elif moment_has_come(run, notes, workdir, attempt.moment, chance):
             kill(run, notes, chance)
-    if run.returncode and one.moment is None:
+    if run.returncode and attempt.moment is None:
         raise AssertionError(
-            f"start {number} on {one.layout} ended with {run.returncode}:\n"
+            f"start {number} on {attempt.layout} ended with {run.returncode}:\n"
             f"{Path(f'{notes}.log').read_text()[-3000:]}"
         )
-    if run.returncode == 0 and one.moment is not None:
+    if run.returncode == 0 and attempt.moment is not None:
         raise AssertionError(f"start {number} was not killed: the run was over")
     for path in notes.parent.glob(f"{notes.name}-*.jsonl"):
         for line in path.read_text().splitlines(keepends=True):
             if line.endswith("\n"):
                 note = json.loads(line)
-                one.batches.setdefault(note["step"], {})[note["first"]] = note["ids"]
+                attempt.batches.setdefault(note["step"], {})[note["first"]] = note["ids"]
 
 
 def moment_has_come(
@@ -206,13 +194,18 @@ def moment_has_come(
         return bool(now) and len(seen) >= saves
 
     wanted = chance.randint(2, 3 * SAVE_EVERY)
+
+    def has_come() -> bool:
+        if moment == "step":
+            return consumed() >= wanted
+        return moment == "start" or saving()
+
     pause = {
         "step": chance.uniform(0, 0.5),
         "save": chance.uniform(0, 0.03),
         "start": chance.uniform(0, 8),
     }[moment]
-    come = {"step": lambda: consumed() >= wanted, "save": saving, "start": lambda: True}[moment]
-    while run.poll() is None and not come():
+    while run.poll() is None and not has_come():
         time.sleep(0.002)
     time.sleep(pause)
     return run.poll() is None
@@ -251,41 +244,38 @@ def data_state(workdir: Path) -> dict:
     return json.loads((newest / "data" / "data.json").read_text())
 
 
-def verdict(whole: Path, undisturbed: Start, workdir: Path, starts: list[Start], steps: int) -> str:
+def all_rows(parts: dict[int, list]) -> list:
+    """Ids of the rows of a batch, of which each process consumed a part."""
+    return [row for _, ids in sorted(parts.items()) for row in ids]
+
+
+def verdict(
+    reference: Path, undisturbed: Attempt, workdir: Path, attempts: list[Attempt], steps: int
+) -> str:
     """Compare both runs; returns one line. Raises AssertionError where they differ."""
-    rows = {
-        step: [row for _, ids in sorted(parts.items()) for row in ids]
-        for step, parts in undisturbed.batches.items()
-    }
-    assert (
-        sorted(rows) == list(range(1, steps + 1)) and len({len(ids) for ids in rows.values()}) == 1
-    )
+    rows = {step: all_rows(parts) for step, parts in undisturbed.batches.items()}
+    assert sorted(rows) == list(range(1, steps + 1))
+    assert len({len(ids) for ids in rows.values()}) == 1
     survived: dict[int, dict[int, list]] = {}
-    for number, one in enumerate(starts):
-        for step, parts in one.batches.items():
+    for number, attempt in enumerate(attempts):
+        for step, parts in attempt.batches.items():
             for first, ids in parts.items():
                 assert ids == rows[step][first : first + len(ids)], (
-                    f"start {number} on {one.layout}: other documents in step {step}"
+                    f"start {number} on {attempt.layout}: other documents in step {step}"
                 )
             survived[step] = parts
-    line = {
-        step: [row for _, ids in sorted(parts.items()) for row in ids]
-        for step, parts in survived.items()
-    }
-    assert line == rows, "batches are missing"
-    assert data_state(workdir) == data_state(whole)
+    survived_rows = {step: all_rows(parts) for step, parts in survived.items()}
+    assert survived_rows == rows, "batches are missing"
+    assert data_state(workdir) == data_state(reference)
 
     got = metrics(workdir)
-    wanted = metrics(whole)
-    assert (
-        [line["step"] for line in got]
-        == [line["step"] for line in wanted]
-        == list(range(1, steps + 1))
-    )
-    changed = min(
-        (min(one.batches, default=steps + 1) - 1 for one in starts if one.layout != "same"),
-        default=steps,
-    )
+    wanted = metrics(reference)
+    for lines in (got, wanted):
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    other_layouts = [attempt for attempt in attempts if attempt.layout != "same"]
+    firsts = [min(attempt.batches, default=steps + 1) for attempt in other_layouts]
+    # The last step before the first change of layout.
+    changed = min(firsts, default=steps + 1) - 1
     apart = 0.0
     for line, want in zip(got, wanted, strict=True):
         for name in LOSSES:
@@ -295,7 +285,7 @@ def verdict(whole: Path, undisturbed: Start, workdir: Path, starts: list[Start],
                 )
             apart = max(apart, abs(line[name] - want[name]) / abs(want[name]))
     assert apart < TOLERANCE, f"losses are {apart:.1e} apart"
-    again = sum(len(one.batches) for one in starts) - steps
+    again = sum(len(attempt.batches) for attempt in attempts) - steps
     return (
         f"{steps} batches, exactly those of the undisturbed run; {again} repeated; losses equal "
         f"bit for bit to step {changed}, then within {apart:.1e}; metrics.jsonl has every step once"
@@ -318,19 +308,19 @@ def torture(
 
     fixtures.write_tiny(folder / "data")
     chance = random.Random(seed)
-    whole = folder / "whole"
+    reference = folder / "reference"
     workdir = folder / "killed"
-    undisturbed = Start("same", None)
-    start(folder, whole, 0, undisturbed, steps, chance)
-    starts = [Start(layout, moment) for layout, moment in plan] + [Start(last, None)]
-    for number, one in enumerate(starts):
-        start(folder, workdir, number, one, steps, chance)
-        done = f"steps {min(one.batches)} to {max(one.batches)}" if one.batches else "no step"
-        log(
-            f"start {number + 1} on {one.layout}: {done}"
-            + (f", killed ({one.moment})" if one.moment else "")
-        )
-    return verdict(whole, undisturbed, workdir, starts, steps)
+    undisturbed = Attempt("same", None)
+    run_attempt(folder, reference, 0, undisturbed, steps, chance)
+    attempts = [Attempt(layout, moment) for layout, moment in plan] + [Attempt(last, None)]
+    for number, attempt in enumerate(attempts):
+        run_attempt(folder, workdir, number, attempt, steps, chance)
+        done = "no step"
+        if attempt.batches:
+            done = f"steps {min(attempt.batches)} to {max(attempt.batches)}"
+        killed = f", killed ({attempt.moment})" if attempt.moment else ""
+        log(f"start {number + 1} on {attempt.layout}: {done}{killed}")
+    return verdict(reference, undisturbed, workdir, attempts, steps)
 
 
 def main() -> int:

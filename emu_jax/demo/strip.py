@@ -1,6 +1,7 @@
 """A strip of drawings for the README: originals, and what the decoder makes of them.
 
-The drawings are sampled from the training names by a seed, not picked.
+The drawings are sampled from the training names by a seed, not picked. They are from OpenMoji, "the
+open-source emoji and icon project", CC BY-SA 4.0; a page that shows the strip must say so.
 """
 
 import textwrap
@@ -19,10 +20,11 @@ COUNT = 12
 SIDE = 96
 GAP = 8
 LABELS = 148
-LINE = 18
-FONT = 15
+LINE = 22
+# A README shows the strip 880 pixels wide, at two thirds of its size.
+FONT = 18
 # Characters of a name that fit below an image.
-WRAP = 13
+WRAP = 11
 ROWS = {
     "image": "original",
     "encoded": "drawn from its\nvisual tokens",

@@ -216,11 +216,8 @@ def test_a_chat_survives_an_abandoned_answer(session):
     assert text_of(talk.reply(["continue"], EIGHT))
 
 
-@pytest.mark.parametrize(
-    "sizes", [dict(data=1, fsdp=2, tensor=4), dict(data=2, fsdp=4, tensor=1)], ids=str
-)
-def test_sharded_equals_a_single_device(session, prompts, sizes):
-    mesh = sharding.make_mesh(sizes)
+def test_sharded_equals_a_single_device(session, prompts):
+    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
     shapes = module.abstract(Emu, session.model_config)
     places = dict(tree.leaves(abstract_params(shapes, mesh, session.model_config.compute)))
     params = tree.unflatten(
@@ -235,7 +232,8 @@ def test_sharded_equals_a_single_device(session, prompts, sizes):
     )
     assert sharded.generate_texts(prompts, EIGHT) == session.generate_texts(prompts, EIGHT)
     cache = sharded.prefill(["a dog"]).state.cache
-    assert cache.k.sharding.shard_shape(cache.k.shape)[3] == 4 // sizes["tensor"]
+    # Each device has half of the four heads.
+    assert cache.k.sharding.shard_shape(cache.k.shape)[3] == 2
 
 
 # Errors
