@@ -31,7 +31,7 @@ examples (each begins with: python -m emu_jax.evaluate --checkpoint=runs/instruc
 
 python -m emu_jax.evaluate score --help: scores of predictions in files, without a model.
 
-tasks, and the files that each reads, at any depth in --data:
+tasks, each with its default split and the files that it reads, at any depth in --data:
 
 """
 SCORE_DESCRIPTION = "Score predictions in files, and print the numbers as JSON."
@@ -193,7 +193,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="folder for predictions, submission.json, scores.json and report.html (default: in "
         "the run's workdir)",
     )
-    parser.add_argument("--split", metavar="NAME", help="split of the benchmark (default: below)")
+    parser.add_argument(
+        "--split", metavar="NAME", help="split of the benchmark (default: see the tasks below)"
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N examples")
     parser.add_argument(
         "--allow-missing",
@@ -292,7 +294,7 @@ def _task_table() -> str:
         files = [*task.files, *task.optional_files, task.relevance_file]
         names = [file.format(split=task.split) for file in files if file]
         lines.append(f"  {name:14}{task.description}")
-        lines.append(f"{'':16}{', '.join(names)}")
+        lines.append(f"{'':16}{task.split}: {', '.join(names)}")
     return "\n".join(lines)
 
 

@@ -167,8 +167,7 @@ TASKS = {
         generation=FREE,
     ),
     "coco-t2i": Task(
-        "images for 30,000 captions of COCO, and FID; needs --decoder and --inception, takes "
-        "--clip",
+        "images for 30,000 captions of COCO: needs --decoder and --inception, takes --clip",
         "image",
         files=("captions_{split}.json",),
         reader=annotations.coco_prompts,
