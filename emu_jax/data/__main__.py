@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command(arguments: list[str]) -> None:
     flags = _parse(arguments)
-    # tfds warns about every config that is not its own
+    # tfds warns about every config that is not its own.
     logging.getLogger("absl").setLevel(logging.ERROR)
     from emu_jax.data import images, video
 

@@ -21,7 +21,7 @@ from emu_jax.data.tokenizer import Tokenizer
 Piece = str | int | np.ndarray
 # A part of a document that is not a pair.
 Part = str | Text | Image | Picture
-# choices of data.system
+# Choices of data.system.
 SYSTEM_CHOICES = ("release", "none")
 
 # The release's system messages, by what the first question holds. "[IMG]" and "[/IMG]" in them are

@@ -31,7 +31,7 @@ _TECHNICAL = re.compile(
     r"|alpha\s+(?:channel|matte)\b|red\s+(?:epic|dragon)\b)",
     re.I,
 )
-# words that are dropped from the end of a caption
+# Words that are dropped from the end of a caption.
 _LEFT_OVER = frozenset(
     (
         "in",
@@ -49,7 +49,7 @@ _LEFT_OVER = frozenset(
     )
 )
 _ENDS = " .,;:|/–—-"
-# characters; longer captions do not have this kind of metadata
+# In characters; longer captions do not have this kind of metadata.
 _LONG = 2000
 
 _URL = re.compile(r"^\s*(?:https?://|www\.)\S+\s*$", re.I)
@@ -83,7 +83,7 @@ def collapse_whitespace(text: str) -> str:
 
 def junk_reason(caption: str) -> str:
     """Why a caption, in any language, has no content; "" if it has."""
-    # letters, and symbols for emoji
+    # Unicode's letters, and its symbols because of emoji.
     if not any(unicodedata.category(letter)[0] in "LS" for letter in caption):
         return "caption has no letters"
     if _URL.match(caption):

@@ -22,9 +22,9 @@ class Text:
 
     text: str
     weight: float = 1.0
-    # of a turn in a conversation: "system", "user" or "assistant"
+    # role of a turn in a conversation: "system", "user" or "assistant"
     role: str = ""
-    # seconds
+    # seconds from the start of the video
     time: float | None = None
 
 
@@ -53,7 +53,7 @@ class Document:
     parts: tuple[str | Text | Image | Picture | Pair, ...]
     # the file it was read from
     source: str = ""
-    # JSON-able: what the file says about where it comes from
+    # where it comes from, as the file says; JSON-able
     provenance: dict[str, Any] = field(default_factory=dict)
     # a reason for each part that was left out
     dropped: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 # are 192 MB of RGB.
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_BYTES = 64 * 1024 * 1024
-# no EPS: its reader starts a program
+# EPS is left out: its reader starts a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
 FITS = ("squash", "centre", "random")
 

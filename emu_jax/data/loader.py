@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 # Records of a source (all, if it has fewer) to read before its share of corrupt ones is checked.
 MIN_RECORDS_JUDGED = 100
 PACKINGS = ("first_fit", "best_fit")
-# what happens to records that cannot be read
+# Choices of data.unreadable: what happens to records that cannot be read.
 UNREADABLE_CHOICES = ("skip", "stop")
 STARTS = ("first", "random")
 
@@ -144,7 +144,7 @@ class Loader:
         pool = ThreadPoolExecutor(max(self.data.workers, self.data.readers), "data")
         self.pool = pool
         streams = self._streams()
-        # the last task of each stream
+        # Last task of each stream.
         tasks: list[Future | None] = [None] * len(streams)
         ahead: deque[tuple[Batch, list[Future]]] = deque()
         try:

@@ -178,12 +178,12 @@ class SequenceBuilder:
     def _fitting(self, writer: _Writer, max_tokens: int) -> tuple[int, int]:
         """Tokens and images of the longest beginning that fits and has complete images only."""
         tokens = min(len(writer.tokens), max_tokens)
-        # an image is complete if its [/IMG], at slot + N, is kept
+        # An image is complete if its [/IMG], at slot + N, is kept.
         complete = sum(slot + self.n_visual < tokens for slot in writer.slots)
         images = min(self.max_images, complete)
         if images < len(writer.slots):
             first_dropped = writer.slots[images]
-            # end before its [IMG]
+            # The sequence ends before its [IMG].
             tokens = min(tokens, first_dropped - 1)
         return tokens, images
 
@@ -275,7 +275,7 @@ def _in_order(
 def _random_start(lengths: list[int], max_tokens: int, rng: np.random.Generator) -> int:
     """Number of the piece to start at, so that what follows still fills the sequence."""
     starts = np.cumsum([0, *lengths])
-    # with <s> and </s>
+    # <s> and </s> are 2 more.
     excess = int(starts[-1]) + 2 - max_tokens
     if excess <= 0:
         return 0

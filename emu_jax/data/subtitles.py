@@ -15,7 +15,7 @@ _TIMES = re.compile(rf"^\s*{_CLOCK}\s*-->\s*{_CLOCK}(?:\s.*)?$")
 _LIKE_TIMES = re.compile(r"^\s*-?\d[\d:.,]*\s*-->\s*-?\d[\d:.,]*(?:\s.*)?$")
 # <i>, <v Bob>, <c.red>, <00:01.000>, and SubRip's {\an8}
 _TAG = re.compile(r"</?[a-zA-Z](?:[^<>]*)>|<\d[\d:.]*>|\{\\[^{}]*\}")
-# times inside a cue: rolling captions
+# A time inside a cue, as in rolling captions.
 _KARAOKE = re.compile(r"<\d[\d:.]*>")
 
 
@@ -73,7 +73,7 @@ def _blocks(lines: list[str], is_vtt: bool) -> Iterator[tuple[float, float, list
             end_of_cue = block.index("") if "" in block else len(block)
             block = block[:end_of_cue]
         elif following is not None and block and block[-1].strip().isdigit():
-            # the number of the next cue
+            # This line is the number of the next cue.
             block = block[:-1]
         yield _seconds(*times.groups()[:4]), _seconds(*times.groups()[4:]), block
 

@@ -106,7 +106,7 @@ def train(texts: Iterable[str], vocab: int, path: str | Path) -> None:
     model.normalizer = normalizers.NFC()
     model.pre_tokenizer = pre_tokenizers.Metaspace()
     model.decoder = decoders.Metaspace()
-    # all of printable ASCII, so that anything typed in it can be encoded
+    # Printable ASCII is always included, so that anything typed in it can be encoded.
     printable = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
@@ -134,7 +134,7 @@ def _load_json(path: Path) -> Loaded:
 
     try:
         model = Model.from_file(str(path))
-    # the library raises plain Exception
+    # The library raises plain Exception.
     except Exception as error:
         raise UserError(f"'{path}' is not a tokenizer.json: {error}") from error
     # "<s>" in a text must encode as three characters, not as the special id

@@ -50,7 +50,7 @@ Frame = UInt8[np.ndarray, "h w 3"]
 def silence_ffmpeg() -> None:
     """Keep FFmpeg's own log off the terminal: broken files are reported once, by us.
 
-    It holds for the whole process, so only commands call it. Without PyAV there is no such log.
+    It holds for the whole process, so only commands call it. Without PyAV it does nothing.
     """
     with suppress(ModuleNotFoundError):
         import av

@@ -18,9 +18,7 @@ def letters():
 
 @pytest.fixture
 def memory():
-    """Memory(documents, corrupt); a number instead of documents makes that many: d0 "aaa...", d1,
-    ... of 1 to 9 letters.
-    """
+    """Memory(documents, corrupt); a number makes that many documents of 1 to 9 letters."""
 
     def make(documents, corrupt=()):
         if isinstance(documents, int):

@@ -1,3 +1,5 @@
+"""Builds: what is written is read, and a killed build resumes byte by byte."""
+
 import json
 import os
 import random
@@ -22,7 +24,7 @@ from tests.support import formats
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Three tars of 8 pairs each; the third pair of each is cut short, the fourth says nothing."""
+    """Three tars of 8 pairs; the third image of each is cut short, the fourth caption blank."""
     to = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         samples = [
@@ -134,13 +136,16 @@ def test_a_build_of_processes_killed_by_signals_ends_byte_equal(shards, tmp_path
         f"--to={to}",
         "--workers=2",
     ]
-    # all of its processes, or only the first: the others may not be in the way
+    # Kill all processes, or only the first: the others must not be in the way of the next build.
     for delay in (0.5, 1.5, 3, 5, 8):
         process = subprocess.Popen(
             arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         time.sleep(delay)
-        process.kill() if delay in (3, 8) else os.killpg(process.pid, signal.SIGKILL)
+        if delay in (3, 8):
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
     assert everything(to) == everything(tmp_path / "a" / "set")
@@ -155,18 +160,28 @@ from emu_jax.data.tokenizer import Tokenizer
 sources.CACHE_BYTES = 2 ** 24
 folder, readers = sys.argv[1], int(sys.argv[2])
 data = defaults()
-data.update(batch=64, tokens=512, images=1, num_streams=4, workers=2, readers=readers, mixture=(("text", 1.0, f"{folder}:train"),))
+data.update(
+    batch=64,
+    tokens=512,
+    images=1,
+    num_streams=4,
+    workers=2,
+    readers=readers,
+    mixture=(("text", 1.0, f"{folder}:train"),),
+)
 loader = Loader(data, 0, Tokenizer(256, lambda text: list(text.encode()), lambda ids: ""), 2, 4)
 next(item for item in loader if item.stats["epochs"]["text"] >= 1)
 loader.close()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+    print(resource.getrusage(who).ru_maxrss // 1024)
 """
 
 
 @pytest.mark.long
 def test_a_million_records_stream_in_bounded_memory(tmp_path):
-    """A build of a million takes the memory of one of ten thousand, and so does a loader that reads
-    all of them, and a process that reads for it.
+    """Building and loading a million records takes no more memory than ten thousand.
+
+    The loader's reader processes are included.
     """
     peaks = []
     for count in (10_000, 1_000_000):
@@ -241,7 +256,7 @@ def test_another_build_is_not_mixed_in(shards, tmp_path):
         build.build("pairs", [shards], tmp_path / "mine", SourceOptions(), workers=1)
 
 
-def test_nothing_left_is_an_error(shards, tmp_path):
+def test_a_build_without_documents_is_an_error(shards, tmp_path):
     with pytest.raises(
         UserError, match="no record became a document: .* x image side under # pixels"
     ):

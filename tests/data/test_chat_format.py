@@ -1,6 +1,4 @@
-"""Conversations: the grammar by hand, only answers count, what is cut is whole turns, and what is
-read later is what was learnt.
-"""
+"""Conversations: grammar, labels, cutting by turns, and prompts as in training."""
 
 import logging
 
@@ -15,7 +13,7 @@ from emu_jax.data.sequence import NO_RULE, SequenceBuilder, SourceRule
 from emu_jax.data.sources import CorruptRecord
 from emu_jax.generate.processor import Processor, concatenate
 
-# of the tokenizer of letters
+# Special ids of the tokenizer of letters.
 S = 1
 E = 2
 IMG = 257
@@ -104,7 +102,7 @@ def test_grammar_by_hand(make, picture):
         "!",
         E,
     ]
-    # what the model says, not what it sees
+    # Only images that the model produces count.
     assert sequence.images[:, 0, 0, 0].tolist() == [3, 4] and sequence.image_weights.tolist() == [
         0,
         1,
@@ -113,7 +111,7 @@ def test_grammar_by_hand(make, picture):
     assert (sequence.cut, sequence.cut_turns) == (0, 0)
 
 
-def test_labels_say_what_of_an_answer_counts(make, picture):
+def test_labels_choose_the_parts_of_an_answer_that_count(make, picture):
     parts = (("u", picture(1)), "u:a", ("a", picture(2)), "a:b")
     for labels, want in (
         (("text", "</s>", "[IMG]"), [IMG, ord("b"), E]),
@@ -148,14 +146,14 @@ def test_system_messages_of_the_release(make, picture, letters, parts, kind):
             for token in ({"[IMG]": [IMG], "[/IMG]": [END]}.get(piece) or letters.encode(piece))
         ),
     ]
-    # a space between, where there is one
+    # A space separates a system message from the first turn.
     assert tokens[: len(opening)] == opening and tokens[len(opening) :].index(USER) == (kind != "")
     own = make("s:own", *parts, system="release").tokens.tolist()
     assert own[: own.index(USER)] == [S, *letters_of("own ")]
 
 
 @pytest.mark.parametrize("system", chat_format.SYSTEM_CHOICES)
-def test_a_chat_reads_what_was_learnt(make, picture, letters, system):
+def test_chat_prompts_equal_the_training_sequence(make, picture, letters, system):
     """Turn by turn, a session's prompts and the answers make up the sequence."""
     sequence = make(
         ("u", picture(1)),
@@ -222,7 +220,7 @@ def test_a_question_that_nobody_answers_is_left_out(make):
 
 
 @pytest.mark.parametrize(
-    ("parts", "told"),
+    ("parts", "message"),
     [
         (("u:q",), "d: a conversation without an answer"),
         (("s:be", "u:q", "u:r"), "d: a conversation without an answer"),
@@ -232,10 +230,10 @@ def test_a_question_that_nobody_answers_is_left_out(make):
         (("u:q", "a:a", " :?"), "d: roles out of order: a part without a role after assistant"),
     ],
 )
-def test_bad_conversations_are_one_line(make, parts, told):
+def test_bad_conversations_are_one_line(make, parts, message):
     with pytest.raises(CorruptRecord) as error:
         make(*parts)
-    assert str(error.value) == told
+    assert str(error.value) == message
 
 
 def test_a_model_without_the_tokens_cannot_learn_one(make):
@@ -251,9 +249,7 @@ def test_a_model_without_the_tokens_cannot_learn_one(make):
 
 class Docs:
     def __init__(self, *documents):
-        self.documents = [
-            Document(str(number), said(*parts)) for number, parts in enumerate(documents)
-        ]
+        self.documents = [Document(str(k), said(*parts)) for k, parts in enumerate(documents)]
 
     def __len__(self):
         return len(self.documents)
@@ -286,7 +282,9 @@ def test_streams_skip_bad_ones_count_cut_ones_and_pack_the_rest(letters, caplog)
     made = stream(letters, docs)
     with caplog.at_level(logging.WARNING):
         rows = [made.row(25, 4) for _ in range(3)]
-    assert [[packed.id for packed in row] for row in rows] == [["talk/0", "talk/3"], ["talk/4"], []]
+    assert [packed.id for packed in rows[0]] == ["talk/0", "talk/3"]
+    assert [packed.id for packed in rows[1]] == ["talk/4"]
+    assert rows[2] == []
     assert (
         "source talk: a corrupt record is skipped: 1: a conversation without an answer"
         in caplog.text
@@ -300,7 +298,7 @@ def test_streams_skip_bad_ones_count_cut_ones_and_pack_the_rest(letters, caplog)
     )
 
 
-def test_a_source_of_nothing_but_long_first_turns_ends_the_run(letters):
+def test_a_source_with_only_too_long_first_turns_ends_the_run(letters):
     docs = Docs(*[("u:" + 40 * "x", "a:b")] * (MAX_BAD_STREAK + 1))
     with pytest.raises(
         UserError,
@@ -309,7 +307,7 @@ def test_a_source_of_nothing_but_long_first_turns_ends_the_run(letters):
         stream(letters, docs).row(30, 4)
 
 
-def test_a_state_from_before_turns_were_counted_goes_on(letters):
+def test_a_state_without_a_count_of_cut_turns_is_restored(letters):
     made = stream(letters, Docs(("u:a", "a:b")))
     state = made.state()
     del state["counts"]["cut_turns"]

@@ -1,3 +1,5 @@
+"""Cleaning of captions and texts."""
+
 import pytest
 
 from emu_jax.data import clean

@@ -1,8 +1,7 @@
-"""Broken input, in short: mutated images, videos, archives, tables and subtitles end in a document
-or in a reason, never in a crash or a hang.
+"""Fuzzing: mutated input ends in a document or in a reason, never in a crash or a hang.
 
-Native decoders may crash, so they run in a child process; the long form runs the numbers of a
-release.
+Native decoders may crash, so they run in a child process. The long test runs as many mutations as
+before a release.
 """
 
 import json
@@ -24,9 +23,9 @@ from emu_jax.data.sources.options import SourceOptions
 from tests.support.formats import encoded, film, picture, tar
 
 
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes changed, a piece cut out or doubled, the end cut off."""
-    data = bytearray(data)
+def mutated(original: bytes, rng: random.Random) -> bytes:
+    """`original` with bytes changed, a piece cut out or doubled, or the end cut off."""
+    data = bytearray(original)
     for _ in range(rng.choice((1, 1, 3, 20))):
         kind = rng.randrange(4)
         place = rng.randrange(len(data))
@@ -68,9 +67,7 @@ def try_images(count: int, seed: int) -> None:
 
 
 def try_archives(count: int, seed: int, folder: str) -> None:
-    """Tars of pairs and videos, zips of pages, parquet files: every record becomes a document or
-    says why not.
-    """
+    """Every record of a mutated tar, zip or parquet file becomes a document or is skipped."""
     rng = random.Random(seed)
     root = Path(folder)
     photo = encoded(picture())
@@ -110,7 +107,7 @@ def try_archives(count: int, seed: int, folder: str) -> None:
             for document in inspection.inspect_documents(kind, path, SourceOptions()):
                 seen.add((kind, type(document)))
                 assert isinstance(document, Document) or "\n" not in document.reason
-        # nothing of the archive can be read
+        # Nothing of the archive can be read.
         except UserError as error:
             assert "\n" not in str(error)
         path.unlink()
@@ -141,8 +138,10 @@ def test_archives(tmp_path):
 def test_subtitles():
     rng = random.Random(0)
     files = [
-        b"WEBVTT\n\n00:00.000 --> 00:01.000\n<v A>hi <i>you</i> &amp; me<00:00.500><c>x</c>\n\n1\n00:01.000 --> 00:02.000\nbye\n",
-        b"1\r\n00:00:01,000 --> 00:00:02,000\r\n{\\an8}hi\r\n\r\n2\r\n00:00:03,000 --> 00:00:04,000\r\nbye\r\n",
+        b"WEBVTT\n\n00:00.000 --> 00:01.000\n<v A>hi <i>you</i> &amp; me<00:00.500><c>x</c>\n\n"
+        b"1\n00:01.000 --> 00:02.000\nbye\n",
+        b"1\r\n00:00:01,000 --> 00:00:02,000\r\n{\\an8}hi\r\n\r\n"
+        b"2\r\n00:00:03,000 --> 00:00:04,000\r\nbye\r\n",
     ]
     good = 0
     for number in range(500):
@@ -155,8 +154,8 @@ def test_subtitles():
     assert 200 < good < 500
 
 
-def test_text_that_is_almost_endless_tags():
-    """Regular expressions that backtrack would hang here."""
+def test_texts_that_make_regular_expressions_backtrack():
+    """An expression that backtracks would hang here."""
     for text in (
         "<" * 50_000,
         "<a" * 50_000,
@@ -172,6 +171,6 @@ def test_text_that_is_almost_endless_tags():
 
 
 @pytest.mark.long
-def test_as_many_as_for_a_release(tmp_path):
+def test_as_many_mutations_as_before_a_release(tmp_path):
     in_a_child(try_images, 5000, 1, seconds=600)
     in_a_child(try_archives, 2500, 1, str(tmp_path), seconds=1200)

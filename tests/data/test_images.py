@@ -1,3 +1,5 @@
+"""Decoding of images: modes, orientation, sizes, and broken files."""
+
 import io
 import struct
 import zlib
@@ -111,14 +113,14 @@ def test_files_cut_short(photo, format):
         assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_image():
+def test_bytes_that_are_not_an_image():
     for data in (b"", b"<html>not found</html>", bytes(1000), np.random.default_rng(0).bytes(1000)):
         reasons = []
         for _ in range(2):
             with pytest.raises(ValueError, match="not a usable image") as caught:
                 images.decode(data, 16)
             reasons.append(str(caught.value))
-        # no address in memory: cards of builds are compared byte by byte
+        # A reason must not contain an address in memory: cards of builds are compared by bytes.
         assert reasons[0] == reasons[1]
 
 
@@ -145,9 +147,7 @@ def test_jpegs_are_bit_equal_to_pillow(photo, mode, options):
 
 
 def test_scaled_decoding_is_near_the_whole():
-    """A JPEG of eight times the size is decoded at a quarter: after the bicubic filter hardly a
-    value differs.
-    """
+    """A JPEG much larger than needed is decoded at a fraction of its size, with little error."""
     smooth = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
     ).resize((480, 320), Image.Resampling.BICUBIC)

@@ -1,5 +1,6 @@
-"""Every kind of source, read from files that the format's own library wrote, against documents
-written down by hand.
+"""Every kind of source, against documents written by hand.
+
+The files are written by the format's own library.
 """
 
 import hashlib
@@ -34,21 +35,19 @@ from tests.support.formats import (
 )
 
 
-def told(kind, path, **options):
-    """{id: parts or reason}: texts as they are, pictures as (width, height); what has a role comes
-    with it.
-    """
+def inspected(kind, path, **options):
+    """{id: parts or reason}, with images as (width, height) and roles in front of parts."""
     result = {}
     for document in inspection.inspect_documents(kind, Path(path), SourceOptions(**options)):
         line = inspection.describe(document)
         assert line["id"] not in result
         result[line["id"]] = line.get("skipped") or [
-            (part["role"], said(part)) if "role" in part else said(part) for part in line["parts"]
+            (part["role"], shown(part)) if "role" in part else shown(part) for part in line["parts"]
         ]
     return result
 
 
-def said(part):
+def shown(part):
     return part["text"] if "text" in part else (part["image"]["width"], part["image"]["height"])
 
 
@@ -91,7 +90,7 @@ def test_pairs(tmp_path):
         {"__key__": "000000015", "jpg": good},
         {"__key__": "000000016", "jpg": good, "txt": "", "json": "{broken"},
     )
-    lines = told("pairs", tmp_path)
+    lines = inspected("pairs", tmp_path)
     assert lines.pop("000000006").startswith("not a usable image")
     assert lines == {
         "000000000": [(48, 36), "a red field"],
@@ -134,7 +133,7 @@ def test_filters_of_pairs(tmp_path):
         sample("f", (48, 36), words[:150]),
         sample("g", (48, 36), words[:151]),
     )
-    kept = told(
+    kept = inspected(
         "pairs", tmp_path, min_side=32, max_aspect=3.0, min_chars=3, max_chars=150, min_score=0.28
     )
     assert {key for key, line in kept.items() if isinstance(line, list)} == {"a", "f"}
@@ -152,24 +151,24 @@ def test_pairs_in_parquet(tmp_path):
         }
     )
     pyarrow.parquet.write_table(table, tmp_path / "00000.parquet", row_group_size=2)
-    assert told("pairs", tmp_path) == {
+    assert inspected("pairs", tmp_path) == {
         "0": [(48, 36), "one"],
         "1": "no image: HTTP Error 404",
         "2": [(48, 36), "from the column"],
     }
 
 
-def test_the_parquet_beside_a_tar_is_passed_over(tmp_path):
+def test_the_parquet_next_to_a_tar_is_ignored(tmp_path):
     tar(tmp_path / "00000.tar", {"__key__": "0", "jpg": encoded(picture()), "txt": "one"})
     pyarrow.parquet.write_table(
         pyarrow.table({"key": ["0"], "url": ["http://x"], "caption": ["one"]}),
         tmp_path / "00000.parquet",
     )
-    assert told("pairs", tmp_path) == {"0": [(48, 36), "one"]}
+    assert inspected("pairs", tmp_path) == {"0": [(48, 36), "one"]}
     for path in (tmp_path, tmp_path / "00000.parquet"):
         (tmp_path / "00000.tar").unlink(missing_ok=True)
         with pytest.raises(UserError, match="contains no images"):
-            told("pairs", path)
+            inspected("pairs", path)
 
 
 def test_a_tar_in_the_order_of_its_folder_gives_every_pair(tmp_path):
@@ -181,7 +180,7 @@ def test_a_tar_in_the_order_of_its_folder_gives_every_pair(tmp_path):
                 member = tarfile.TarInfo(f"./{name}.{extension}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-    assert told("pairs", path) == {"cat": [(48, 36), "cat"], "dog": [(48, 36), "dog"]}
+    assert inspected("pairs", path) == {"cat": [(48, 36), "cat"], "dog": [(48, 36), "dog"]}
 
 
 def test_a_tar_cut_short_gives_what_is_whole(tmp_path):
@@ -190,7 +189,7 @@ def test_a_tar_cut_short_gives_what_is_whole(tmp_path):
         *[{"__key__": f"{k}", "jpg": encoded(picture()), "txt": f"number {k}"} for k in range(6)],
     ).read_bytes()
     (tmp_path / "0.tar").write_bytes(whole[: len(whole) // 2])
-    lines = told("pairs", tmp_path)
+    lines = inspected("pairs", tmp_path)
     assert lines["0"] == [(48, 36), "number 0"] and lines["0.tar"].startswith(
         "the archive is damaged after the sample"
     )
@@ -247,7 +246,7 @@ def test_mmc4(tmp_path, zipped):
         (tmp_path / "docs_shard_0_v2_images").mkdir()
         for name, data in images.items():
             (tmp_path / "docs_shard_0_v2_images" / name).write_bytes(data)
-    assert told("mmc4", tmp_path) == {
+    assert inspected("mmc4", tmp_path) == {
         "docs_shard_0_v2:0": [(48, 36), "First.", "Second.", (40, 40), "Third."],
         "docs_shard_0_v2:1": "no image left: similarity under 0.32",
         "docs_shard_0_v2:2": "no image left: image matched to no sentence; image file is missing",
@@ -275,7 +274,7 @@ def test_obelics(tmp_path):
         }
     )
     pyarrow.parquet.write_table(table, tmp_path / "train-00000.parquet")
-    lines = told("obelics", tmp_path)
+    lines = inspected("obelics", tmp_path)
     assert lines == {
         "train-00000:0": [(48, 36), "A paragraph.\n\nAnother."],
         "train-00000:1": "no image",
@@ -306,24 +305,28 @@ def test_obelics_of_addresses(tmp_path):
         ),
         down / "00000.parquet",
     )
-    assert told("obelics", tmp_path / "0.parquet") == {
+    assert inspected("obelics", tmp_path / "0.parquet") == {
         "0:0": "no image left: only the URL of the image is known"
     }
-    assert told("obelics", tmp_path / "0.parquet", images=str(down)) == {
+    assert inspected("obelics", tmp_path / "0.parquet", images=str(down)) == {
         "0:0": [(48, 36), "Between."]
     }
 
 
-PAGE = """<!doctype html><html><head><title>A page</title><script>var a = "<p>no</p>"</script><meta charset="utf-8"></head><body>
+PAGE = """<!doctype html><html><head><title>A page</title><script>var a = "<p>no</p>"</script>
+<meta charset="utf-8"></head><body>
 <header><a href="/"><img src="/img/brand.png"></a></header><nav><ul><li>Home</li></ul></nav>
 <div class="breadcrumb">Home / Here</div>
 <h1>The   title</h1><p>Before <b>the</b> picture&nbsp;&amp; all<br>next line.</p>
 <figure><img src="img/photo.jpg" alt="a photo"><figcaption>Its caption</figcaption></figure>
 <p>After it <img src="img/tiny.png"> in line.</p><p hidden>hidden</p>
-<img src="img/photo.jpg"><img src="http://far/away.jpg"><img src="img/gone.png"><img src="../secret.png"><img src="img/site-logo.png">
+<img src="img/photo.jpg"><img src="http://far/away.jpg"><img src="img/gone.png">
+<img src="../secret.png"><img src="img/site-logo.png">
 <pre>  code
-    kept</pre><img data-src="img/a%20b.png?v=2" src="data:image/gif;base64,R0lGODlhAQABAAAAACw="><p>The end.</p>
-<img src="/etc/passwd"><img src="file:///etc/passwd"><img src="link.png"><footer>© nobody</footer></body></html>"""
+    kept</pre>
+<img data-src="img/a%20b.png?v=2" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">
+<p>The end.</p><img src="/etc/passwd"><img src="file:///etc/passwd"><img src="link.png">
+<footer>© nobody</footer></body></html>"""
 
 
 @pytest.fixture
@@ -345,11 +348,8 @@ def site(tmp_path):
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "index.html").write_text(PAGE)
     (root / "bare.html").write_text("<p>Text alone.")
-    (root / "two.htm").write_bytes(
-        '<meta charset="iso-8859-1"><p>Caf\xe9</p><img src=img/shared.png><img src="img/a b.png">'.encode(
-            "latin-1"
-        )
-    )
+    two = '<meta charset="iso-8859-1"><p>Café</p><img src=img/shared.png><img src="img/a b.png">'
+    (root / "two.htm").write_bytes(two.encode("latin-1"))
     (root / "three.html").write_text(
         "<main><header>Of the article</header><img src=img/shared.png></main><p>Outside.</p>"
     )
@@ -369,16 +369,16 @@ EXPECTED = [
 
 
 def test_html(site):
-    lines = told("html", site)
+    lines = inspected("html", site)
     assert lines["index.html"] == EXPECTED
     assert lines["bare.html"] == "no image"
     assert lines["two.htm"] == ["Café", (70, 71)]
     assert lines["three.html"] == "no image left: image repeated on several pages"
     assert lines["four.html"] == "no image left: image repeated on several pages; icon, by its size"
-    # alone, it repeats nothing
-    assert told("html", site / "three.html") == {"three.html": ["Of the article", (90, 91)]}
-    told_again = told("html", site, captions=False, alt=True)["index.html"]
-    assert told_again[2] == "a photo\nAfter it in line.\n  code\n    kept"
+    # A single page cannot repeat images of other pages.
+    assert inspected("html", site / "three.html") == {"three.html": ["Of the article", (90, 91)]}
+    without_captions = inspected("html", site, captions=False, alt=True)["index.html"]
+    assert without_captions[2] == "a photo\nAfter it in line.\n  code\n    kept"
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_html(site):
 )
 def test_html_has_a_base(site, base, found):
     (site / "based.html").write_text(f"<base href='{base}'><p>Look</p><img src=photo.jpg>")
-    line = told("html", site / "based.html")["based.html"]
+    line = inspected("html", site / "based.html")["based.html"]
     assert line == (["Look", (90, 70)] if found else line) and isinstance(line, list) == found
 
 
@@ -412,11 +412,11 @@ def test_html_in_an_archive(site, tmp_path, archive):
                 file.write(name, name.relative_to(site))
             else:
                 file.add(name, name.relative_to(site), recursive=False)
-    assert told("html", path) == told("html", site)
+    assert inspected("html", path) == inspected("html", site)
 
 
 def test_nothing_outside_is_read(site, tmp_path, monkeypatch):
-    """Whatever a page names: every file that is opened lies in the folder."""
+    """Every file that is opened lies in the folder, whatever the page names."""
     for number, source in enumerate(
         (
             "../secret.png",
@@ -434,16 +434,17 @@ def test_nothing_outside_is_read(site, tmp_path, monkeypatch):
     ):
         (site / f"evil{number}.html").write_text(f"<p>Look</p><img src='{source}'>")
     opened = []
-    monkeypatch.setattr(
-        Path,
-        "read_bytes",
-        lambda self, original=Path.read_bytes: (opened.append(self.resolve()), original(self))[1],
-    )
-    lines = told("html", site)
-    assert all(
-        isinstance(line := lines[f"evil{number}.html"], str) and "several pages" not in line
-        for number in range(11)
-    )
+    read_bytes = Path.read_bytes
+
+    def recorded(path):
+        opened.append(path.resolve())
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", recorded)
+    lines = inspected("html", site)
+    for number in range(11):
+        line = lines[f"evil{number}.html"]
+        assert isinstance(line, str) and "several pages" not in line
     assert len(opened) > 15 and all(path.is_relative_to(site.resolve()) for path in opened)
     for name in ("../secret.png", "/etc/passwd", "link.png", "a/../../secret.png"):
         assert name not in archives.Files(site)
@@ -481,7 +482,7 @@ def test_videos(tmp_path):
     film(folder / "silent.mp4", 3)
     (folder / "broken.mp4").write_bytes(film(None, 9)[:400])
     (folder / "broken.txt").write_text("cannot be decoded")
-    lines = told("videos", folder)
+    lines = inspected("videos", folder)
     assert (
         lines["short.mp4"] == [(64, 48)] * 8 + ["three frames"]
         and lines["silent.mp4"] == "no caption"
@@ -490,7 +491,7 @@ def test_videos(tmp_path):
 
 
 def test_storyboards(tmp_path):
-    """As Emu's tool writes them: through webdataset's TarWriter, which sorts the names as texts."""
+    """Emu's tool writes with webdataset's TarWriter, which sorts names as texts."""
     frames = {f"{k}.png": encoded(picture(size=(48, 30 + k)), "PNG") for k in range(11)}
     tar(
         tmp_path / "0000000.tar",
@@ -514,7 +515,7 @@ def test_storyboards(tmp_path):
             "1.txt": "still here",
         },
     )
-    lines = told("storyboards", tmp_path)
+    lines = inspected("storyboards", tmp_path)
     assert lines["dQw4w9_-XcQ"] == [
         (48, 30),
         (48, 31),
@@ -529,7 +530,7 @@ def test_storyboards(tmp_path):
     assert [part.time for part in document.parts if isinstance(part, Picture)] == [
         10.0 * k for k in range(11)
     ]
-    cut = told("storyboards", tmp_path, max_images=4)
+    cut = inspected("storyboards", tmp_path, max_images=4)
     assert [
         len([part for part in cut[key] if isinstance(part, tuple)])
         for key in ("dQw4w9_-XcQ", "dQw4w9_-XcQ#1", "dQw4w9_-XcQ#2")
@@ -542,7 +543,8 @@ def test_storyboards(tmp_path):
 def test_subtitled(tmp_path):
     film(tmp_path / "a.mp4", 30, rate=10)
     (tmp_path / "a.en.vtt").write_bytes(
-        "\ufeffWEBVTT\r\n\r\n00:00:00.100 --> 00:00:01.500\r\n<v Ann>Hello\r\n<i>you</i> &amp; me\r\n\r\n"
+        "\ufeffWEBVTT\r\n\r\n"
+        "00:00:00.100 --> 00:00:01.500\r\n<v Ann>Hello\r\n<i>you</i> &amp; me\r\n\r\n"
         "00:00:00.900 --> 00:00:01.200\r\noverlapping\r\n\r\n"
         "00:00:02.500 --> 00:00:09.000\r\nafter the last\r\n".encode()
     )
@@ -555,7 +557,7 @@ def test_subtitled(tmp_path):
     (tmp_path / "d.srt").write_bytes(b"1\n00:00:00,000 --> 00:00:00,500\ncaf\xe9\n")
     (tmp_path / "e.mp4").write_bytes(b"no video")
     (tmp_path / "e.srt").write_text("1\n00:00:00,000 --> 00:00:00,500\nwords\n")
-    lines = told("subtitled", tmp_path, every=1.0)
+    lines = inspected("subtitled", tmp_path, every=1.0)
     frame = (64, 48)
     assert lines["a.mp4"] == [frame, "Hello you & me overlapping", frame, frame, "after the last"]
     assert lines["b.mp4"] == [frame, "at the start", frame]
@@ -581,7 +583,7 @@ def test_text(tmp_path):
         {"title": "no text"},
         {"text": "half \ud83d"},
     )
-    assert told("text", tmp_path) == {
+    assert inspected("text", tmp_path) == {
         "a.txt": ["One document.\nTwo lines."],
         "bad.txt": "text is not UTF-8",
         "b:0": ["first"],
@@ -675,7 +677,7 @@ def test_llava(tmp_path):
 
     a = ("user", (48, 36))
     b = ("user", (40, 40))
-    assert told("llava", tmp_path / "llava.json") == {
+    assert inspected("llava", tmp_path / "llava.json") == {
         "before": [a, user("What is it?"), assistant("Red."), user("Sure?"), assistant("Yes.")],
         "after": [user("What is it?"), a, assistant("Red.")],
         "joined": [a, user("What is it?"), assistant("Red.")],
@@ -716,7 +718,7 @@ def test_sharegpt_and_alpaca(tmp_path):
         {"id": "e", "conversations": []},
         [1],
     )
-    assert told("sharegpt", tmp_path / "share.jsonl") == {
+    assert inspected("sharegpt", tmp_path / "share.jsonl") == {
         "a": [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")],
         "b": [("user", "Hi <image>"), ("assistant", "Hello")],
         "c": "no question and answer",
@@ -732,7 +734,7 @@ def test_sharegpt_and_alpaca(tmp_path):
             {"instruction": "Hide.", "input": "", "output": ""},
         ],
     )
-    assert told("alpaca", tmp_path / "alpaca.json") == {
+    assert inspected("alpaca", tmp_path / "alpaca.json") == {
         "alpaca:0": [("user", "Add.\n1 2"), ("assistant", "3")],
         "alpaca:1": [("user", "Sing."), ("assistant", "La")],
         "alpaca:2": "no question and answer",
@@ -757,7 +759,7 @@ def test_conversations_on_videos(tmp_path):
         ],
     )
     shown = [("user", (64, 48))] * 8
-    assert told("videochat", tmp_path / "vc.json") == {
+    assert inspected("videochat", tmp_path / "vc.json") == {
         "vc:0": [
             ("system", "Watch."),
             *shown,
@@ -776,13 +778,13 @@ def test_conversations_on_videos(tmp_path):
             {"id": "x", "video": "v_1.pkl", "conversations": turns("What?\n<video>", "Grey.")},
         ],
     )
-    assert told("videochatgpt", tmp_path / "vcg.json") == {
+    assert inspected("videochatgpt", tmp_path / "vcg.json") == {
         "vcg:0": [*shown, ("user", "What?"), ("assistant", "Grey.")],
         "x": [("user", "What?"), *shown, ("assistant", "Grey.")],
     }
 
 
-def test_inspect_tells_pixels(tmp_path):
+def test_inspection_describes_pixels(tmp_path):
     """sha256 of the upright bytes and the grid of mean colours."""
     upright = np.asarray(picture(size=(8, 4)).rotate(90, expand=True))
     tar(
@@ -801,14 +803,14 @@ def test_inspect_tells_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pairs", "mmc4", "html", "llava", "videos"])
-def test_no_input_is_one_line(kind, tmp_path):
+def test_missing_input_is_one_line(kind, tmp_path):
     for path in (tmp_path / "nope", tmp_path):
         with pytest.raises(UserError) as caught:
             list(inspection.inspect_documents(kind, path, SourceOptions()))
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_a_page_of_it(tmp_path):
+def test_the_page_of_an_inspection(tmp_path):
     page = "".join(
         card.inspection_page(
             "x", [Document("a", (Picture(encoded(picture())), "<b>")), Skipped("c", "because")]

@@ -248,7 +248,7 @@ def test_batches_do_not_depend_on_the_timing_of_threads(loader, memory):
 
 
 def test_prefetch_is_bounded(loader, memory):
-    """With one document per row and one waiting, b batches read at most 8 b + 4 documents."""
+    """At one document per row and one waiting, b batches read at most 8 b + 4 documents."""
     slow = Slow(memory([Document(f"d{k}", ("x" * 22,)) for k in range(100)]))
     each = loader(
         mixture=(("s", 1.0, "slow"),), pack_lookahead=1, prefetch=2, extra=dict(slow=slow)

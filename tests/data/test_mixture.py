@@ -1,3 +1,5 @@
+"""Mixtures and streams: orders, weights, packing, and exact resume."""
+
 import json
 import logging
 from collections import Counter
@@ -33,7 +35,10 @@ def mixture_of(*sources, weights=None, streams=1, seed=0):
 
 
 def ids_of(rows):
-    return [[packed.id for packed in row] for row in rows]
+    def ids(row):
+        return [packed.id for packed in row]
+
+    return list(map(ids, rows))
 
 
 @pytest.mark.parametrize("documents, streams", [(1, 1), (1, 4), (3, 8), (7, 2), (8, 4), (50, 5)])
@@ -182,8 +187,9 @@ def test_shuffled_is_a_permutation(size):
 
 
 def test_shuffled_is_even():
-    """Over many keys every index is as often at every place, also next to a given one, in sizes
-    that a Feistel network finds hard.
+    """Every index is equally likely at every place, and as the successor of any other.
+
+    The sizes are hard for a Feistel network.
     """
     for size in (5, 7, 12):
         orders = np.array(
@@ -269,7 +275,5 @@ def test_one_pass_is_shared_out_to_the_streams(memory, to_sequence, streams):
         Stream(mixture, number, to_sequence, lookahead=6, once=True).row(100, 2)
         for number in range(streams)
     ]
-    assert [[packed.id for packed in share] for share in shares] == [
-        ["a/d0", "b/d0", "a/d1", "b/d1", "b/d2", "b/d3"][number::streams]
-        for number in range(streams)
-    ]
+    order = ["a/d0", "b/d0", "a/d1", "b/d1", "b/d2", "b/d3"]
+    assert ids_of(shares) == [order[number::streams] for number in range(streams)]

@@ -1,3 +1,5 @@
+"""Packing: the rules that choose a document, and rows by hand."""
+
 from functools import partial
 
 import numpy as np
@@ -7,9 +9,7 @@ from emu_jax.data.sequence import Sequence
 
 
 def sequence(length, slots=(), first=10):
-    """Tokens first, first + 1, ...; weights 0 at the first token, then 1; the image at slot s is
-    all s.
-    """
+    """Tokens first, first + 1, ...; weights 0, 1, 1, ...; the image at slot s is all s."""
     return Sequence(
         "d",
         np.arange(first, first + length, dtype=np.int32),
@@ -52,7 +52,7 @@ def test_a_row_by_hand():
     assert batch.positions[1].tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0]
     assert batch.text_weights[1].tolist() == [0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 0]
     assert batch.sources[1].tolist() == [1, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0]
-    # T = 12 where there is no image
+    # T = 12 in place of a fourth image.
     assert batch.image_slots[1].tolist() == [2, 8, 10, 12]
     assert batch.image_weights[1].tolist() == [1, 1, 1, 0]
     assert batch.images[1, :, 0, 0, 0].tolist() == [2, 1, 3, 0]
@@ -88,8 +88,9 @@ def test_dtypes_and_shapes():
 
 
 def test_best_fit_by_hand():
-    """What is left: 50 of 100 tokens and 2 of 10 images, so a text evens it out; an empty row takes
-    the first, whatever it is.
+    """50 of 100 tokens and 2 of 10 images are left, so a text evens it out.
+
+    An empty row takes the first document, whatever it is.
     """
     waiting = [of(30, 2), of(60, 0), of(20, 0), of(30, 0), of(10, 1)]
     assert best_fit(waiting, 50, 2, 100, 10) == 3
@@ -97,7 +98,7 @@ def test_best_fit_by_hand():
     assert best_fit(waiting, 15, 9, 100, 10) == 4 and best_fit(waiting, 5, 9, 100, 10) is None
 
 
-def test_best_fit_leaves_less_empty_than_first_fit_and_lets_none_wait_for_ever():
+def test_best_fit_leaves_less_empty_than_first_fit_and_places_every_document():
     rng = np.random.default_rng(0)
     documents = [
         of(

@@ -1,6 +1,4 @@
-"""Conditions and latents of a decoder: what was written is found by the document's id, for the
-image's own document.
-"""
+"""Precomputed conditions and latents are found by the id of the image's document."""
 
 import json
 
@@ -59,7 +57,7 @@ def test_in_a_row_of_several_documents_the_images_own_counts(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (
             lambda folder: metadata_path(folder, "conditions").unlink(),
@@ -83,9 +81,9 @@ def test_in_a_row_of_several_documents_the_images_own_counts(folder):
         ),
     ],
 )
-def test_what_is_damaged_is_one_line(folder, spoil, told):
+def test_what_is_damaged_is_one_line(folder, spoil, message):
     spoil(folder)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         stored(folder)
 
 

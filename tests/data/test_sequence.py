@@ -1,3 +1,5 @@
+"""Documents as token sequences: grammar, labels, truncation, and rules."""
+
 import re
 from collections import Counter
 from pathlib import Path
@@ -62,9 +64,7 @@ def test_grammar_by_hand(make, picture):
 
 
 def test_ids_and_labels_of_the_release(picture):
-    """The golden file's texts, whose runs of text have ids that LLaMA's tokenizer gave; it ends no
-    text with </s>.
-    """
+    """The golden file has LLaMA's ids of each run of text, and no </s>."""
     golden = np.load(GOLDEN)
     for text, ids, keep, targets in zip(
         *(golden[name] for name in ("texts", "input_ids", "attention_mask", "text_targets"))

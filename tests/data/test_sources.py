@@ -1,3 +1,5 @@
+"""Built data sets: random access, caching, and damaged files."""
+
 import json
 import pickle
 import shutil
@@ -30,8 +32,9 @@ def copy(tiny, tmp_path):
 
 
 def rewrite(folder, change):
-    """Writes folder's training records anew, with `change(fields)` made to the third of them, or
-    that record replaced by the bytes it returns.
+    """Rewrite the training records of `folder`, the third one with `change(fields)`.
+
+    If `change` returns bytes, they replace the record.
     """
     file = shard(folder)
     reader = ArrayRecordReader(str(file))
@@ -107,7 +110,7 @@ def test_texts_fill_the_cache_too(memory, monkeypatch):
     cached = sources.CachedSource(
         memory([Document(f"d{k}", ("x" * sources.RECORD_BYTES,)) for k in range(20)])
     )
-    # of a list that is itself in memory
+    # The list is itself in memory.
     assert sum(cached[index] is cached[index] for index in range(20)) == 20
     assert len(cached._kept) == 5
 
@@ -192,7 +195,7 @@ def test_damaged_bytes_are_one_corrupt_record(copy):
         ),
     ],
 )
-def test_records_that_are_no_documents(copy, change, reason):
+def test_records_that_are_not_documents(copy, change, reason):
     rewrite(copy / "scenes", change)
     source = sources.open_source(f"{copy}/scenes:train", 28)
     with pytest.raises(sources.CorruptRecord) as caught:
@@ -226,7 +229,7 @@ def test_a_folder_of_several_datasets(copy):
         sources.open_source(f"{copy}/names:train", 28)
 
 
-def test_a_dataset_half_written_is_none(copy):
+def test_a_half_written_dataset_is_not_read(copy):
     (version,) = (copy / "names").glob("*/*")
     version.rename(version.parent / "incomplete.ABC_1.0.0")
     with pytest.raises(UserError, match="no dataset in"):

@@ -72,7 +72,10 @@ def test_srt_is_as_srt_reads_it(change):
 
 
 def test_entities_voices_and_karaoke():
-    text = "WEBVTT\n\n00:01.000 --> 00:02.000\n<v.loud Ann Bee>Tom &amp; J&eacute;r&lrm;ry<00:01.500><c.red> sing</c>\n"
+    text = (
+        "WEBVTT\n\n00:01.000 --> 00:02.000\n"
+        "<v.loud Ann Bee>Tom &amp; J&eacute;r&lrm;ry<00:01.500><c.red> sing</c>\n"
+    )
     assert [cue.text for cue in parse(text)] == ["Tom & Jér\u200ery sing"]
 
 
@@ -86,13 +89,15 @@ def test_srt_with_blank_lines_bad_numbers_and_short_fractions():
 
 def test_rolling_captions_count_once():
     text = (
-        "WEBVTT\n\n00:00.000 --> 00:02.000\n \nhello<00:00.500><c> my</c>\n\n00:02.000 --> 00:02.010\nhello my\n \n\n"
-        "00:02.010 --> 00:04.000\nhello my\ngood<00:02.500><c> friends</c>\n\n00:04.000 --> 00:04.010\ngood friends\n \n"
+        "WEBVTT\n\n00:00.000 --> 00:02.000\n \nhello<00:00.500><c> my</c>\n\n"
+        "00:02.000 --> 00:02.010\nhello my\n \n\n"
+        "00:02.010 --> 00:04.000\nhello my\ngood<00:02.500><c> friends</c>\n\n"
+        "00:04.000 --> 00:04.010\ngood friends\n \n"
     )
     assert [cue.text for cue in parse(text)] == ["hello my", "good friends"]
 
 
-def test_what_is_said_twice_one_after_the_other_is_kept():
+def test_a_line_repeated_in_the_next_cue_is_kept():
     assert [
         cue.text
         for cue in parse(
@@ -106,9 +111,10 @@ def test_cues_are_sorted_by_start():
     assert parse(text) == [Cue(1.0, 2.0, "a"), Cue(5.0, 6.0, "b")]
 
 
-def test_cues_whose_times_are_none_are_left_out_with_their_text():
+def test_cues_with_malformed_times_are_left_out_with_their_text():
     text = (
-        "1\n00:00:01,000 --> 00:00:02,000\na\n\n2\n-00:00:01,000 --> 00:00:02,500\nnegative\n\n3\n00:00:05,000 --> 00:00:03,000\nbackwards\n\n"
+        "1\n00:00:01,000 --> 00:00:02,000\na\n\n2\n-00:00:01,000 --> 00:00:02,500\nnegative\n\n"
+        "3\n00:00:05,000 --> 00:00:03,000\nbackwards\n\n"
         "4\n00:00:06 --> 00:00:07\nno fraction, go --> there\n\n5\n01:09,5 --> 01:10,25\nno hours\n"
     )
     assert plain(parse(text)) == [

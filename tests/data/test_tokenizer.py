@@ -1,3 +1,5 @@
+"""Both tokenizers: inverse, special ids, training, and wrong files."""
+
 import io
 import itertools
 

@@ -43,7 +43,7 @@ def test_frames_by_number_and_by_time():
 
 
 def test_a_film_shot_with_the_phone_upright_stands_upright():
-    """Its matrix says a quarter turn clockwise: what is stored at the left is shown at the top."""
+    """Its matrix is a quarter turn clockwise: the left of what is stored is shown on top."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -96,7 +96,7 @@ def test_every_container_is_read(tmp_path, suffix, codec):
     assert frame.shape == (48, 64, 3) and frame.mean() > 240
 
 
-def test_a_playlist_is_no_video(tmp_path, monkeypatch):
+def test_a_playlist_is_not_a_video(tmp_path, monkeypatch):
     """It names other files, and FFmpeg would read them."""
     monkeypatch.chdir(tmp_path)
     film(tmp_path / "secret.mp4", 9)
@@ -109,7 +109,7 @@ def test_a_playlist_is_no_video(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("data", [b"", b"no video", film(None, 9)[:400]])
-def test_what_is_no_video(data):
+def test_bytes_that_are_not_a_video(data):
     for frames in (
         lambda: video.frames_by_number(data, lambda count: [0]),
         lambda: list(video.frames_by_time(data, 1.0)),

@@ -1,4 +1,4 @@
-"""A tiny data set for the tests of other parts, made by the demo's own code, once a process."""
+"""A tiny data set for other tests, made once per process by the demo's own code."""
 
 import atexit
 import shutil
@@ -9,15 +9,16 @@ from pathlib import Path
 from emu_jax.data import tokenizer
 from emu_jax.demo import openmoji
 
-# of the size "debug"
+# Image size and vocabulary of the config "debug".
 IMAGE = 28
 VOCAB = 512
 MIXTURE = (("names", 1.0, "names"), ("scenes", 2.0, "scenes"), ("stories", 1.0, "stories"))
 
 
 def write_tiny(to: Path) -> None:
-    """24 captioned images (names, scenes) and 8 stories in split "train", as many in "held_out", at
-    28 px; tokenizer.json of 512.
+    """Write splits "train" and "held_out" of 24 captioned images and 8 stories each.
+
+    Images are of IMAGE pixels; names and scenes are captioned. tokenizer.json has VOCAB pieces.
     """
     shutil.copytree(_tiny(), to, dirs_exist_ok=True)
 
@@ -32,12 +33,10 @@ def _tiny() -> Path:
 
 
 def shard(dataset: Path, split: str = "train") -> Path:
-    """The file of a split of one of them, DIR/names for example."""
+    """The file of a split of one data set, DIR/names for example."""
     return next(dataset.glob(f"*/*/*-{split}.array_record*"))
 
 
 def mixture(to: Path, split: str) -> tuple[tuple[str, float, str], ...]:
-    """Rows for `config.data.mixture` (split "train") and `config.data.eval_mixture`
-    ("held_out").
-    """
+    """Rows for config.data.mixture (split "train") or config.data.eval_mixture ("held_out")."""
     return tuple((name, weight, f"{to}/{folder}:{split}") for name, weight, folder in MIXTURE)

@@ -1,6 +1,4 @@
-"""Files in the formats of others, written by the formats' own libraries where there is one, with
-the oddities that the world has.
-"""
+"""Files in others' formats, oddities included, written by the formats' own libraries."""
 
 import io
 import json
@@ -18,7 +16,7 @@ BLUE = (20, 60, 190)
 
 
 def picture(colour=RED, size=(48, 36), seed=0) -> Image.Image:
-    """A plain colour with a lighter, noisy quarter at the top left: which way is up can be seen."""
+    """A plain colour whose lighter, noisy quarter at the top left shows which way is up."""
     pixels = np.full((size[1], size[0], 3), colour, np.uint8)
     pixels[: size[1] // 2, : size[0] // 2] = np.random.default_rng(seed).integers(
         180, 256, (size[1] // 2, size[0] // 2, 3)
@@ -33,7 +31,7 @@ def encoded(image: Image.Image, format="JPEG", **options) -> bytes:
 
 
 def rotated(image: Image.Image, orientation: int) -> bytes:
-    """A JPEG whose EXIF says that it is to be turned."""
+    """A JPEG with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encoded(image, exif=exif)
@@ -57,11 +55,9 @@ def bomb() -> bytes:
 
 
 def tar(path: Path, *samples: dict) -> Path:
-    """A WebDataset tar by webdataset's own writer; values that are bytes or str are written as they
-    are.
-    """
+    """Write a tar with webdataset's own writer; values are bytes or str."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path), encoder=False) as writer:
+    with webdataset.TarWriter(str(path), encoder=False) as writer:  # ty: ignore[missing-attribute]
         for sample in samples:
             writer.write(
                 {
@@ -73,7 +69,7 @@ def tar(path: Path, *samples: dict) -> Path:
 
 
 def film(path: Path | None, frames=20, rate=10, size=(64, 48), codec="mpeg4") -> bytes:
-    """A clip whose frame k is grey of 10 + 10 k."""
+    """A clip whose frame k is grey with the value 10 + 10 k."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=rate)

@@ -1,4 +1,4 @@
-"""Sources in memory, which processes can be sent, and which misbehave as files do."""
+"""Sources that can be pickled, and that misbehave as files do."""
 
 import os
 import signal
@@ -27,11 +27,11 @@ class Memory:
 
 
 class Disk:
-    """Documents d0, d1, ..., of a disk that does `faults[index]` whenever that record is read, or
-    only the first `times` times.
+    """Documents d0, d1, ..., on a disk with `faults`, {index: fault}.
 
-    "hang": no answer until the file `folder`/free is there; "die": the process is killed; "fail":
-    an error of the disk; "bad": the record is.
+    A fault happens in the first `times` reads of its record. "hang": no answer until the file
+    `folder`/free exists; "die": the process is killed; "fail": the disk reports an error; "bad":
+    the record is corrupt; "wrong": a bug raises an exception.
     """
 
     def __init__(self, folder: Path, faults: dict[int, str], times: int = 10**9, size: int = 3):

@@ -227,7 +227,7 @@ def _count(document: Document, size: int, counts: Counter, histograms: dict[str,
     counts.update(
         documents=1, images=len(pictures), texts=len(texts), text_bytes=text_bytes, bytes=size
     )
-    # with <s> and </s>
+    # <s> and </s> are 2 more.
     tokens = text_bytes // BYTES_PER_TOKEN + TOKENS_PER_IMAGE * len(pictures) + 2
     histograms["tokens"][_power_of_two(tokens)] += 1
     histograms["images"][_power_of_two(len(pictures))] += 1

@@ -15,7 +15,7 @@ from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Skipped, Text, flat_parts
 from emu_jax.html import escape
 
-# pixels of the longer side of an image on a page
+# Longer side of an image on a page, in pixels.
 THUMBNAIL = 112
 REASON_TABLES = (
     # title, key of the card, counts whose sum is 100 %

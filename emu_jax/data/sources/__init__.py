@@ -14,7 +14,7 @@ from emu_jax.data.documents import Document, pixels_of, texts_of
 
 # Cached documents per source: small datasets are decoded once, large ones hardly profit.
 CACHE_BYTES = 256 * 2**20
-# rough size of a document without its pixels and letters
+# Rough size in bytes of a document without its pixels and letters.
 RECORD_BYTES = 1000
 
 
@@ -77,7 +77,7 @@ def open_source(path: str, image_size: int, fit: str = "squash") -> Source:
     Raises UserError if the folder has no dataset, several, or one that is not from emu_jax.data,
     for an unknown or empty split, and for a missing file.
     """
-    # tfds takes a second to import
+    # tfds takes a second to import.
     from emu_jax.data.sources import records
 
     folder, colon, split = path.rpartition(":")

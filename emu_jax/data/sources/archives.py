@@ -15,7 +15,7 @@ from emu_jax.config import UserError
 from emu_jax.data.images import MAX_BYTES
 from emu_jax.files import one_line
 
-# bytes of a video or a table
+# Limit in bytes of a video or a table.
 MAX_FILE = 2 * 2**30
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIPS = (".zip",)
@@ -93,7 +93,7 @@ class Files:
             raise ValueError(f"no file '{name}'") from error
         except ValueError:
             raise
-        # a wrong checksum, a truncated archive, a name the file system does not accept
+        # A wrong checksum, a truncated archive, or a name the file system does not accept.
         except Exception as error:
             raise ValueError(f"'{name}' cannot be read: {one_line(error)}") from error
 
@@ -101,7 +101,7 @@ class Files:
         member = self._zip_members[_normalise(name)]
         _check_size(name, member.file_size, limit)
         with archive.open(member) as file:
-            # the header may understate the size
+            # The header may understate the size.
             return file.read(limit)
 
     def _read_tar(self, archive: tarfile.TarFile, name: str, limit: int) -> bytes:
@@ -226,9 +226,9 @@ def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str,
 
 
 def _scattered_samples(path: Path) -> dict[str, list[tarfile.TarInfo]]:
-    """Members by sample, in order of first appearance, of a tar whose samples are not together.
+    """Members by sample, in order of appearance, of a tar whose samples are not together.
 
-    `tar -cf a.tar -C FOLDER .` writes files in the order of the folder, so a picture and its caption
+    `tar -cf a.tar -C FOLDER .` writes files in the order of the folder, so an image and its caption
     may be far apart. Empty where all samples are together, and for a compressed or damaged tar,
     which is read as a stream.
     """
@@ -266,7 +266,7 @@ def _read_scattered(
 def _add_file(
     files: dict[str, bytes], tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int
 ) -> None:
-    """Read a member of a sample into `files`, unless it is too large or its extension is there."""
+    """Read a member into `files`, unless it is too large or its extension is there."""
     _, extension = _sample_name(member)
     if member.size <= limit and extension not in files:
         file = tar.extractfile(member)

@@ -32,7 +32,7 @@ ROLES = {
     "bard": "assistant",
     "system": "system",
 }
-# next to the JSON file, without --images
+# Folders next to the JSON file to look in without --images.
 FOLDERS = ["images", "videos", "."]
 
 Turn = Text | Picture
@@ -158,7 +158,7 @@ def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Tur
     marks = sum(text.text.count(mark) for text in texts if text.role == "user")
     anywhere = marks == len(media)
     parts: list[Turn] = []
-    # media that have no place yet
+    # Media that have no place yet.
     left = list(media)
     for text in texts:
         if not left or text.role != "user":

@@ -73,7 +73,7 @@ def _document(
         if not sentence.strip():
             parts += matched
         elif matched:
-            # the last of several images forms the pair
+            # The last of several images forms the pair.
             parts += matched[:-1]
             parts.append(Pair(matched[-1], Text(sentence)))
         else:

@@ -28,7 +28,7 @@ from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Pair, Picture, Text, flat_parts, texts_of
 from emu_jax.data.sources import CorruptRecord
 
-# open readers to keep per file
+# Open readers to keep per file.
 MAX_IDLE = 4
 # Part of every builder's metadata: `RecordSource` recognises its datasets by it.
 METADATA = {"emu_jax": "documents"}
@@ -96,7 +96,7 @@ def document_example(document: Document, id: str, kind: str) -> dict:
     roles = []
     times = []
     for part in parts:
-        # a pair has the role and time of its image
+        # A pair has the role and time of its image.
         labelled = part.image if isinstance(part, Pair) else part
         roles.append(labelled.role if isinstance(labelled, (Text, Picture)) else "")
         times.append(labelled.time if isinstance(labelled, (Text, Picture)) else None)
@@ -177,7 +177,7 @@ class RecordSource:
         id = f"{self.name}[{index}]"
         try:
             raw = self._raw[index]
-        # a wrong checksum, or a disk that fails
+        # A wrong checksum, or a disk that fails.
         except (RuntimeError, OSError) as error:
             raise CorruptRecord(
                 id, " ".join(str(error).split()), disk=isinstance(error, OSError)

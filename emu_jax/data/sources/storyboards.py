@@ -108,7 +108,7 @@ def split_document(
             cost = TOKENS_PER_IMAGE
         else:
             cost = 1 + len(part.text.encode()) // MIN_BYTES_PER_TOKEN
-        # two tokens are for <s> and </s>
+        # Two tokens are for <s> and </s>.
         too_long = tokens + cost > options.max_tokens - 2
         if held and (images + is_image > options.max_images or too_long):
             yield piece()

@@ -20,7 +20,7 @@ from emu_jax.data.sources.storyboards import Part, split_document
 from emu_jax.data.sources.tables import InputShard
 
 SUBTITLES = (".vtt", ".srt")
-# loose video files in a shard
+# Loose video files in a shard.
 FILES = 20
 MAX_SUBTITLES = 64 * 2**20
 
@@ -87,7 +87,7 @@ def _subtitles_name(name: str, root: Path) -> str | None:
     ]
     if not candidates:
         return None
-    # without a language first, .vtt before .srt
+    # Files without a language come first, and .vtt before .srt.
     first = min(candidates, key=lambda file: (file.count("."), Path(file).suffix != ".vtt", file))
     return (Path(name).parent / first).as_posix()
 
@@ -103,7 +103,7 @@ def _documents(
         text = clean.decode_text(said)
     except UnicodeError:
         raise ValueError("subtitles are not UTF-8") from None
-    # frames come before texts of the same time
+    # Frames come before texts of the same time.
     cues = [(cue.start, 1, cue.text) for cue in subtitles.parse(text)]
     frames = ((time, 0, frame) for time, frame in video.frames_by_time(film, options.every))
     events = heapq.merge(cues, frames, key=lambda event: event[:2])

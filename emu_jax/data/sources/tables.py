@@ -19,9 +19,9 @@ from emu_jax.data.documents import Skipped
 from emu_jax.files import one_line
 
 JSONS = (".json", ".jsonl", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zip", ".json.zip")
-# rows of a parquet file in a shard, rounded up to complete row groups
+# Rows of a parquet file in a shard, rounded up to complete row groups.
 ROWS = 4096
-# bytes
+# In bytes.
 MAX_LINE = 64 * 2**20
 
 
@@ -127,7 +127,7 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
                 number += 1
     except UserError:
         raise
-    # a truncated .gz, a bad .zip, a broken array
+    # A truncated .gz, a bad .zip, or a broken array.
     except Exception as error:
         yield 0, Skipped(path.name, f"not readable JSON: {one_line(error)}")
 

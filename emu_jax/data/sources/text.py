@@ -15,9 +15,9 @@ from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
 
 PLAIN = (".txt", ".md")
-# plain files in a shard
+# Plain files in a shard.
 FILES = 1000
-# bytes of a plain file
+# Limit in bytes of a plain file.
 MAX_TEXT = 64 * 2**20
 
 

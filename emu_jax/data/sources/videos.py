@@ -19,7 +19,7 @@ from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
 
 EXTENSIONS = tuple(suffix[1:] for suffix in video.SUFFIXES)
-# loose video files in a shard
+# Loose video files in a shard.
 FILES = 100
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 PAGES = (".html", ".htm", ".xhtml")
-# pages in a shard
+# Pages in a shard.
 FILES = 200
 MAX_PAGE = 32 * 2**20
 # Share of a site's pages that makes an image a logo. In GIMP's manual, its signs for notes are on 2
@@ -79,7 +79,7 @@ ROLES = frozenset(
         "toolbar",
     )
 )
-# classes and ids of non-content
+# Classes and ids of non-content.
 NAMES = re.compile(
     r"(?:site-?|page-?|global-?)?(?:nav(?:bar|header|footer|igation|-.*)?|menu|breadcrumbs?"
     r"|side-?bar|footer|masthead|cookies?(?:-.*)?|ad(?:s|vert.*)?|social(?:-.*)?|share(?:-.*)?"
@@ -232,7 +232,7 @@ def _document(
     parts: list[Text | Picture] = []
     dropped = []
     seen: set[str] = set()
-    # events since the last image
+    # Events since the last image.
     pending: list[tuple[str, str]] = []
     folder = _folder(tree, name)
     for kind, value in _events(root, options.captions):
@@ -316,7 +316,7 @@ def _children(
 def _is_content(
     node: "LexborNode", tag: str, root: "LexborNode", inner: bool, captions: bool
 ) -> bool:
-    # comments and the like
+    # Comments, doctypes and the like.
     if tag.startswith("-"):
         return False
     if tag == "figcaption" and not captions:
