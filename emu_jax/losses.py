@@ -185,7 +185,7 @@ def _text(hidden, base, added, labels, scales, chunk, gradient, vocab, tensor):
         d_added_logits = d_added_logits.astype(h.dtype)
         d_h = lax.psum(_einsum("BtV,VD->BtD", d_base_logits, base), tensor)
         d_h = d_h + _einsum("BtV,VD->BtD", d_added_logits, added)
-        d_base, d_added = d_weights  # ty: ignore[not-iterable]
+        d_base, d_added = d_weights
         d_weights = (
             d_base + _einsum("BtV,BtD->VD", d_base_logits, h),
             d_added + _einsum("BtV,BtD->VD", d_added_logits, h),
@@ -198,7 +198,10 @@ def _text(hidden, base, added, labels, scales, chunk, gradient, vocab, tensor):
     d_weights, (nll, d_hidden) = lax.scan(
         step, zeros, (chunked(hidden), chunked(labels), chunked(scales))
     )
-    return joined(nll), (joined(d_hidden), *d_weights) if gradient else None
+    if not gradient:
+        return joined(nll), None
+    assert d_weights
+    return joined(nll), (joined(d_hidden), *d_weights)
 
 
 def _images(hidden, project, predictors, targets, scales, gradient, tensor):

@@ -343,7 +343,7 @@ def test_a_state_that_cannot_fit_is_an_error_before_compiling():
 
 
 def test_tpus_gather_and_scatter_in_the_loop_and_use_attention_kernels():
-    """Needs libtpu. An LLM block's weights are all-gathered and its gradients reduce-scattered.
+    """Needs libtpu. An LLM block's weights are gathered and its gradients reduce-scattered.
 
     None of them is all-reduced (the smaller matrices of other towers are); splash attention runs
     forward and backward.
