@@ -2,9 +2,12 @@
 
 import re
 import runpy
+import zipfile
 from pathlib import Path
 
 from emu_jax import config
+from emu_jax.data.documents import Picture, Skipped
+from emu_jax.data.sources.options import SourceOptions
 
 DOCS = Path("docs")
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(DOCS.glob("*.md"))]
@@ -41,3 +44,18 @@ def test_every_field_in_the_documentation_exists():
             if field not in known:
                 wrong.append(f"{page}: {field}")
     assert not wrong
+
+
+def test_the_source_that_extending_writes_reads_a_book(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)[1]
+    source = {}
+    exec(code, source)
+    with zipfile.ZipFile(tmp_path / "book.zip", "w") as book:
+        book.writestr("1.jpg", b"page")
+        book.writestr("1.txt", "Once upon a time")
+    zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
+    found = []
+    for shard in source["list_shards"](tmp_path):
+        found += source["read_documents"](shard, SourceOptions())
+    assert found[0].parts == (Picture(b"page"), "Once upon a time")
+    assert found[1] == Skipped("empty", "the book has no pages")
