@@ -19,10 +19,12 @@ from emu_jax.stages import Stage
 
 
 def check_run(plan: RunPlan) -> None:
-    """Raise UserError for anything that a run needs and does not have."""
+    """Raise UserError for what does not fit together: model, data made for it, and devices.
+
+    Missing files are `check_paths`'s, which needs no plan.
+    """
     c = plan.config
     stage = plan.program.stage
-    check_paths(c)
     profiler.parse_steps(c.profile.steps)
     check_precomputed(c, stage)
     if stage.draws:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from emu_jax import config, hooks, loop, processes, sharding
 from emu_jax.checkpoint import CheckpointManager
-from emu_jax.checks import check_run
+from emu_jax.checks import check_paths, check_run
 from emu_jax.cli import missing_extra
 from emu_jax.config import UserError
 from emu_jax.data import precomputed
@@ -88,6 +88,7 @@ def train(c: ConfigDict, began: float | None = None) -> State:
 
     began: when the process started, as in Watchdog.
     """
+    check_paths(c)
     plan = make_plan(c)
     print(parameter_table(plan.params), flush=True)
     check_run(plan)
