@@ -7,6 +7,7 @@ Read next: emu1.py, which is composed of the others; families.py.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from emu_jax import tree
@@ -19,7 +20,9 @@ from emu_jax.weights.convert import Table, Tensors
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def emu_shapes(model_config: EmuConfig) -> dict[str, tuple[int, ...]]:
+# Building the abstract model takes a second or two, and the sources of one import share it.
+@lru_cache(maxsize=16)
+def emu_shapes(model_config: EmuConfig) -> Shapes:
     """Shapes of all leaves of an Emu."""
     return {path: leaf.shape for path, leaf in tree.leaves(module.abstract(emu.Emu, model_config))}
 
@@ -52,7 +55,7 @@ class Family:
     # (model) -> our model's config, the argument of `table` and `shapes`.
     make_config: Callable[[dict[str, Any]], Any] = EmuConfig.of
     # (our model's config) -> shapes of our leaves.
-    shapes: Callable[[Any], dict[str, tuple[int, ...]]] = emu_shapes
+    shapes: Callable[[Any], Shapes] = emu_shapes
     # Subfolders, each with a config.json, that hold the parts of a model. Names in the table start
     # with "component.", and `config` has one entry a component.
     components: tuple[str, ...] = ()

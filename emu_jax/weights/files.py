@@ -319,7 +319,7 @@ def _pytorch(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _header(layout: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
+def _header(layout: Layout) -> bytes:
     names = {dtype: name for name, dtype in DTYPES.items()}
     start = 0
     entries = {"__metadata__": {"format": "pt"}}

@@ -8,7 +8,7 @@ error, never ignored.
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,9 +93,14 @@ def make_config(model: Mapping[str, Any]) -> StableDiffusionConfig:
     return StableDiffusionConfig(UNetConfig(**decoder["unet"]), VaeConfig(**decoder["vae"]))
 
 
-def shapes(size: StableDiffusionConfig) -> dict[str, tuple[int, ...]]:
+# Building the abstract networks takes seconds.
+@lru_cache(maxsize=16)
+def shapes(model_config: StableDiffusionConfig) -> Shapes:
     """Shapes of all leaves of the two networks."""
-    params = {"unet": module.abstract(UNet, size.unet), "vae": module.abstract(Vae, size.vae)}
+    params = {
+        "unet": module.abstract(UNet, model_config.unet),
+        "vae": module.abstract(Vae, model_config.vae),
+    }
     return {path: leaf.shape for path, leaf in tree.leaves(params)}
 
 
@@ -160,7 +165,26 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     It has no text encoder, because our decoder is conditioned on an Emu.
     """
     unet, vae = make_config(model)
-    side = model["decoder"]["image"] // vae.factor
+    image = model["decoder"]["image"]
+    scheduler = _scheduler(Diffusion(**model["decoder"]["diffusion"]))
+    absent = ("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer")
+    return {
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline",
+            "requires_safety_checker": False,
+            **{part: [None, None] for part in absent},
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "scheduler/scheduler_config.json": scheduler,
+        "unet/config.json": _unet_json(unet, image // vae.factor),
+        "vae/config.json": _vae_json(vae, image),
+    }
+
+
+def _unet_json(unet: UNetConfig, side: int) -> dict[str, Any]:
+    """Write the config.json of UNet2DConditionModel; side: of its latents."""
 
     def one_of(values):
         return values[0] if len(set(values)) == 1 else list(values)
@@ -168,65 +192,47 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     def blocks(attends, way):
         return [f"{'CrossAttn' * attending}{way}Block2D" for attending in attends]
 
-    scheduler = _scheduler(Diffusion(**model["decoder"]["diffusion"]))
-    nothing = {
-        part: [None, None]
-        for part in (
-            "feature_extractor",
-            "image_encoder",
-            "safety_checker",
-            "text_encoder",
-            "tokenizer",
-        )
-    }
     return {
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
-            "requires_safety_checker": False,
-            **nothing,
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-        "scheduler/scheduler_config.json": scheduler,
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel",
-            "act_fn": "silu",
-            "attention_head_dim": one_of(unet.heads),
-            "block_out_channels": list(unet.widths),
-            "center_input_sample": False,
-            "cross_attention_dim": unet.condition,
-            "down_block_types": blocks(unet.attends_down, "Down"),
-            "downsample_padding": 1,
-            "flip_sin_to_cos": unet.cosine_first,
-            "freq_shift": unet.frequency_shift,
-            "in_channels": unet.channels_in,
-            "layers_per_block": one_of(unet.resnets),
-            "mid_block_scale_factor": 1,
-            "mid_block_type": "UNetMidBlock2DCrossAttn",
-            "norm_eps": unet.eps,
-            "norm_num_groups": unet.groups,
-            "out_channels": unet.channels_out,
-            "sample_size": side,
-            "time_embedding_dim": None if unet.time == 4 * unet.widths[0] else unet.time,
-            "transformer_layers_per_block": one_of(unet.depths),
-            "up_block_types": blocks(unet.attends_up[::-1], "Up"),
-            "use_linear_projection": unet.linear,
-        },
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL",
-            "act_fn": "silu",
-            "block_out_channels": list(vae.widths),
-            "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
-            "in_channels": vae.channels,
-            "latent_channels": vae.latent,
-            "layers_per_block": vae.resnets,
-            "norm_num_groups": vae.groups,
-            "out_channels": vae.channels,
-            "sample_size": model["decoder"]["image"],
-            "scaling_factor": vae.scale,
-            "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths),
-        },
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": one_of(unet.heads),
+        "block_out_channels": list(unet.widths),
+        "center_input_sample": False,
+        "cross_attention_dim": unet.condition,
+        "down_block_types": blocks(unet.attends_down, "Down"),
+        "downsample_padding": 1,
+        "flip_sin_to_cos": unet.cosine_first,
+        "freq_shift": unet.frequency_shift,
+        "in_channels": unet.channels_in,
+        "layers_per_block": one_of(unet.resnets),
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": unet.eps,
+        "norm_num_groups": unet.groups,
+        "out_channels": unet.channels_out,
+        "sample_size": side,
+        "time_embedding_dim": None if unet.time == 4 * unet.widths[0] else unet.time,
+        "transformer_layers_per_block": one_of(unet.depths),
+        "up_block_types": blocks(unet.attends_up[::-1], "Up"),
+        "use_linear_projection": unet.linear,
+    }
+
+
+def _vae_json(vae: VaeConfig, image: int) -> dict[str, Any]:
+    """Write the config.json of AutoencoderKL; image: side of an image in pixels."""
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(vae.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
+        "in_channels": vae.channels,
+        "latent_channels": vae.latent,
+        "layers_per_block": vae.resnets,
+        "norm_num_groups": vae.groups,
+        "out_channels": vae.channels,
+        "sample_size": image,
+        "scaling_factor": vae.scale,
+        "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths),
     }
 
 
@@ -243,13 +249,14 @@ def _scheduler(d: Diffusion) -> dict[str, Any]:
             "shift": 1.0,
         }
     theirs = {ours: name for name, ours in TARGETS.items()}
-    rest = (
-        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        if d.zero_snr
-        else {"skip_prk_steps": True, "steps_offset": 1}
-    )
+    if d.zero_snr:
+        name = "DDIMScheduler"
+        rest = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    else:
+        name = "PNDMScheduler"
+        rest = {"skip_prk_steps": True, "steps_offset": 1}
     return {
-        "_class_name": "DDIMScheduler" if d.zero_snr else "PNDMScheduler",
+        "_class_name": name,
         "num_train_timesteps": d.steps,
         "beta_start": d.beta_start,
         "beta_end": d.beta_end,
@@ -459,11 +466,10 @@ def _vae(size: VaeConfig) -> list[Row]:
                     f"{o}/levels/{level}/resnets/{n}",
                     shortcut=n == 0 and before != C,
                 )
-            if level < last if encodes else level > 0:
-                rows += _conv(
-                    f"{theirs}.{'down' if encodes else 'up'}samplers.0.conv",
-                    f"{o}/levels/{level}/resample",
-                )
+            resamples = level < last if encodes else level > 0
+            if resamples:
+                sampler = "downsamplers" if encodes else "upsamplers"
+                rows += _conv(f"{theirs}.{sampler}.0.conv", f"{o}/levels/{level}/resample")
         for n in range(2):
             rows += _resnet(f"{t}.mid_block.resnets.{n}", f"{o}/mid/resnets/{n}", shortcut=False)
         rows += _norm(f"{t}.mid_block.attentions.0.group_norm", f"{o}/mid/attn/norm")
@@ -504,14 +510,13 @@ def _block(t: str, o: str, heads: str, C: int) -> list[Row]:
 
 
 def _resnet(t: str, o: str, *, shortcut: bool) -> list[Row]:
-    rows = [
-        row
-        for n in (1, 2)
-        for row in (*_norm(f"{t}.norm{n}", f"{o}/norm{n}"), *_conv(f"{t}.conv{n}", f"{o}/conv{n}"))
-    ]
-    return rows + (
-        _linear(f"{t}.conv_shortcut", f"{o}/shortcut", "o i 1 1 -> i o") if shortcut else []
-    )
+    rows = []
+    for n in (1, 2):
+        rows += _norm(f"{t}.norm{n}", f"{o}/norm{n}")
+        rows += _conv(f"{t}.conv{n}", f"{o}/conv{n}")
+    if shortcut:
+        rows += _linear(f"{t}.conv_shortcut", f"{o}/shortcut", "o i 1 1 -> i o")
+    return rows
 
 
 def _norm(t: str, o: str) -> list[Row]:

@@ -10,19 +10,21 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from emu_jax import checkpoint, config, sharding
 from emu_jax.config import UserError
+from emu_jax.files import commit, part_of
 from emu_jax.models import lora
 from emu_jax.models.lora import LoraConfig
 from emu_jax.weights import convert, emu1, eva_clip, files, peft
@@ -55,6 +57,8 @@ class Part(NamedTuple):
     extra_files: list[Path]
 
 
+# Leaves whose first axis is the layer: a merge goes layer by layer.
+_STACKED = re.compile(r"(vision|resampler|llama)/(.*/)?blocks/")
 # (field of config.model, its value in the files, its value in the config, regex of its leaves)
 Override = tuple[str, Any, Any, str]
 
@@ -232,111 +236,129 @@ def export(
     folder = Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} exists and is not empty; choose another directory")
-    source = (
-        checkpoint.ParamReader(directory, ema=ema)
-        if family is peft.FAMILY
-        else Merged(directory, ema=ema)
-    )
+    # An adapter is the LoRA itself; all other families get it merged.
+    reader = checkpoint.ParamReader if family is peft.FAMILY else MergedReader
+    source = reader(directory, ema=ema)
     model = config.from_dict(source.config["model"]).to_dict()
+    ours = {path: shape for path, (_, shape) in source.shapes.items()}
     try:
         table = family.table(family.make_config(model))
-        shapes = convert.foreign_shapes(
-            table, {path: shape for path, (_, shape) in source.shapes.items()}
-        )
+        shapes = convert.foreign_shapes(table, ours)
     except UserError as error:
         raise UserError(f"{directory} does not hold a complete {name}: {error}") from error
     # An adapter of a model without LoRA.
     if not shapes:
         raise UserError(f"{directory} holds no LoRA")
-    kinds = _dtypes(table, source, dtype)
-    half = folder.with_name(f".{folder.name}.half")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
+    dtypes = _dtypes(table, source, dtype)
+    layout = {tensor: (shape, dtypes[tensor]) for tensor, shape in shapes.items()}
+    part = part_of(folder)
     try:
-        said = family.config_json(model, source.config["data"]["tokens"])
+        part.mkdir(parents=True)
         for component in family.components or ("",):
-            prefix = f"{component}." if component else ""
-            layout = {
-                tensor.removeprefix(prefix): (shape, kinds[tensor])
-                for tensor, shape in shapes.items()
-                if tensor.startswith(prefix)
-            }
-            arrays = convert.to_theirs(table, source.read, prefix)
-            bar = tqdm(
-                arrays, desc=component or name, total=len(layout), unit="tensor", disable=None
-            )
-            cast = (
-                (tensor.removeprefix(prefix), array.astype(kinds[tensor], copy=False))
-                for tensor, array in bar
-            )
-            (half / component).mkdir(exist_ok=True)
-            files.write(
-                half / component, family.stem, layout, cast, shard, bare=family.stem != "model"
-            )
-        if family.stem == "model":
-            kind = max((kind for _, kind in layout.values()), key=lambda kind: kind.itemsize)
-            said = {"config.json": said | {"torch_dtype": str(kind)}}
-        for file, values in said.items():
-            (half / file).parent.mkdir(exist_ok=True)
-            (half / file).write_text(json.dumps(values, indent=1) + "\n")
+            (part / component).mkdir(exist_ok=True)
+            _write_tensors(part / component, family, component, layout, table, source, shard)
+        _write_json(part, family, model, source.config["data"]["tokens"], dtypes)
         source.check()
-        if folder.exists():
-            folder.rmdir()
-        half.rename(folder)
+        commit(part, folder)
     except OSError as error:
         raise UserError(f"{to} could not be written: {error}; nothing is left of it") from error
     finally:
-        shutil.rmtree(half, ignore_errors=True)
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        shutil.rmtree(part, ignore_errors=True)
+    written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in written}
+
+
+def _write_tensors(
+    folder: Path,
+    family: Family,
+    component: str,
+    layout: files.Layout,
+    table: Table,
+    source: "checkpoint.ParamReader | MergedReader",
+    shard: int,
+) -> None:
+    """Write the tensors of a component (""; all), without its prefix, into `folder`."""
+    prefix = f"{component}." if component else ""
+    layout = {
+        tensor.removeprefix(prefix): entry
+        for tensor, entry in layout.items()
+        if tensor.startswith(prefix)
     }
 
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        bar = tqdm(desc=component or family.name, total=len(layout), unit="tensor", disable=None)
+        for tensor, array in convert.to_theirs(table, source.read, prefix):
+            tensor = tensor.removeprefix(prefix)
+            _, dtype = layout[tensor]
+            yield tensor, array.astype(dtype, copy=False)
+            bar.update()
+        bar.close()
 
-class Merged:
-    """Parameters of a checkpoint with LoRA merged and matrices dequantized.
+    files.write(folder, family.stem, layout, arrays(), shard, bare=family.stem != "model")
 
-    Read like checkpoint.ParamReader.
+
+def _write_json(
+    folder: Path,
+    family: Family,
+    model: dict[str, Any],
+    tokens: int,
+    dtypes: dict[str, np.dtype],
+) -> None:
+    """Write what the family's library reads next to the tensors."""
+    contents = family.config_json(model, tokens)
+    if family.stem == "model":
+        widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
+        contents = {"config.json": contents | {"torch_dtype": str(widest)}}
+    for file, values in contents.items():
+        path = folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+class MergedReader:
+    """Reads a checkpoint's parameters with LoRA merged and matrices dequantized.
+
+    Has the interface of checkpoint.ParamReader.
     """
 
     def __init__(self, directory: str, *, ema: bool = False):
         self._source = checkpoint.ParamReader(directory, ema=ema)
         self.config = copy.deepcopy(self._source.config)
-        self._size = LoraConfig(**config.from_dict(self.config["model"].get("lora", {})).to_dict())
-        self.config["model"]["lora"] = self.config["model"].get("lora", {}) | {
-            "rank": 0,
-            "storage": "",
-        }
+        model = self.config["model"]
+        fields = model.get("lora", {})
+        self._lora = LoraConfig(**config.from_dict(fields).to_dict())
+        model["lora"] = fields | {"rank": 0, "storage": ""}
+        compute = np.dtype(jnp.dtype(model["compute"]))
         # Matrix -> the path of its codes.
         self._codes: dict[str, str] = {}
         self.shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
         for path, (dtype, shape) in self._source.shapes.items():
             if path.endswith(sharding.QUANTIZED):
-                self._codes[sharding.matrix_path(path)] = path
-                shape = (*shape[:-1], shape[-1] * (2 if path.endswith("nf4") else 1))
-                self.shapes[sharding.matrix_path(path)] = (
-                    np.dtype(jax.numpy.dtype(self.config["model"]["compute"])),
-                    shape,
-                )
+                matrix = sharding.matrix_path(path)
+                self._codes[matrix] = path
+                # A byte holds two codes of NF4.
+                codes = shape[-1] * (2 if path.endswith("nf4") else 1)
+                self.shapes[matrix] = compute, (*shape[:-1], codes)
             elif not path.endswith(("/absmax", "/a", "/b")):
                 self.shapes[path] = dtype, shape
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        where = path.removesuffix("/w")
-        read = self._source.read
-        w = (
-            lora.Quantized(read(self._codes[path], layer), read(f"{where}/absmax", layer))
-            if path in self._codes
-            else read(path, layer)
-        )
-        if path.endswith("/w") and f"{where}/a" in self._source.shapes:
-            return np.asarray(
-                lora.merge(self._size, w, read(f"{where}/a", layer), read(f"{where}/b", layer))
-            ).astype(self.shapes[path][0])
-        return np.asarray(w.dequantize(self.shapes[path][0])) if path in self._codes else w
+        """The leaf, or its slice `layer`, merged and dequantized."""
+        read = partial(self._source.read, layer=layer)
+        dtype, _ = self.shapes[path]
+        stem = path.removesuffix("/w")
+        if path in self._codes:
+            codes = jnp.asarray(read(self._codes[path]))
+            w = lora.Quantized(codes, jnp.asarray(read(f"{stem}/absmax")))
+        else:
+            w = read(path)
+        if path.endswith("/w") and f"{stem}/a" in self._source.shapes:
+            merged = lora.merge(self._lora, w, read(f"{stem}/a"), read(f"{stem}/b"))
+            return np.asarray(merged).astype(dtype)
+        return np.asarray(w.dequantize(dtype)) if isinstance(w, lora.Quantized) else w
 
     def check(self) -> None:
+        """Raise UserError if a leaf that was read completely has changed since it was saved."""
         self._source.check()
 
 
@@ -345,20 +367,17 @@ def merge(directory: str, to: str) -> None:
 
     Raises UserError, and then leaves nothing behind.
     """
-    source = Merged(directory)
+    source = MergedReader(directory)
     leaves = {
         path: jax.ShapeDtypeStruct(shape, dtype) for path, (dtype, shape) in source.shapes.items()
     }
-    stacked = {
-        path
-        for path in leaves
-        if path.split("/")[0] in ("vision", "resampler", "llama") and "/blocks/" in path
-    }
+    stacked = {path for path in leaves if _STACKED.match(path)}
     # The merged checkpoint has no moving average.
-    told = source.config | {"optim": source.config["optim"] | {"ema": 0.0}}
-    with checkpoint.param_writer(to, leaves, stacked, told) as put:
+    merged_config = source.config | {"optim": source.config["optim"] | {"ema": 0.0}}
+    with checkpoint.param_writer(to, leaves, stacked, merged_config) as put:
         for path, leaf in tqdm(leaves.items(), "merge", unit="leaf", disable=None):
-            for layer in range(leaf.shape[0]) if path in stacked else [None]:
+            layers = range(leaf.shape[0]) if path in stacked else [None]
+            for layer in layers:
                 put(path, layer, source.read(path, layer))
         source.check()
 
@@ -463,7 +482,7 @@ def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def _config_errors(source: Source) -> Iterator[None]:
+def _config_errors(source: Source) -> Generator[None]:
     """Report any error as one of the source's config.json, which may hold anything."""
     try:
         yield
@@ -554,12 +573,11 @@ def _set(c: ConfigDict, field: str, value: Any, where: str) -> None:
 
 
 def _dtypes(
-    table: Table, source: checkpoint.ParamReader | Merged, dtype: str | None
+    table: Table, source: checkpoint.ParamReader | MergedReader, dtype: str | None
 ) -> dict[str, np.dtype]:
-    """Dtype of each foreign tensor: `dtype`, or that of our leaves."""
-    return {
-        name: np.dtype(jax.numpy.dtype(dtype))
-        if dtype
-        else np.result_type(*(source.shapes[use.row.ours][0] for use in parts))
-        for name, parts in convert.uses(table, importing=False).items()
-    }
+    """Dtype of each foreign tensor: `dtype`, or else the widest of the leaves it holds."""
+    found = {}
+    for name, parts in convert.uses(table, importing=False).items():
+        widest = np.result_type(*(source.shapes[use.row.ours][0] for use in parts))
+        found[name] = np.dtype(jnp.dtype(dtype)) if dtype else widest
+    return found

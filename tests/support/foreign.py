@@ -1,7 +1,6 @@
-"""Foreign checkpoints for the tests: small ones of every family, and PyTorch's file format written
-by hand.
-"""
+"""Small foreign checkpoints of every family, and PyTorch's file format written by hand."""
 
+import functools
 import json
 import struct
 import zipfile
@@ -10,9 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from emu_jax import checkpoint, config, tree
-from emu_jax.models import emu, module
+from emu_jax.models.emu import EmuConfig
 from emu_jax.weights import convert, files, stable_diffusion
+from emu_jax.weights.__main__ import main
 from emu_jax.weights.families import FAMILIES
+from emu_jax.weights.family import emu_shapes
 from tests.support import make
 
 CONFIG = "--config=configs/base.py:debug"
@@ -25,43 +26,79 @@ LLAMA3 = (
 )
 
 
+# The commands
+
+
+def import_(to, *arguments):
+    """Import into the folder `to`."""
+    assert main(["import", *map(str, arguments), f"--to={to}"]) == 0
+
+
+def export(family, source, to, *flags):
+    """Export the checkpoint `source` to the folder `to`."""
+    assert main(["export", f"--family={family}", f"--from={source}", f"--to={to}", *flags]) == 0
+
+
+def merge(source, to):
+    """Merge the LoRA of the checkpoint `source`."""
+    assert main(["merge", f"--from={source}", f"--to={to}"]) == 0
+
+
+def leaves(directory):
+    """Parameters of a checkpoint of ours, flat."""
+    return dict(tree.leaves(checkpoint.restore_params(str(directory))))
+
+
+def assert_identical(got, want):
+    """Two {name: array} have the same names, dtypes, shapes and bits."""
+    assert set(got) == set(want)
+    for name in want:
+        x = np.asarray(got[name])
+        y = np.asarray(want[name])
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+        assert x.tobytes() == y.tobytes(), name
+
+
+# Emus and their parts
+
+
 def random(c, seed=0):
     """Random parameters of a config's Emu, as NumPy arrays."""
-    shapes = module.abstract(emu.Emu, emu.EmuConfig.of(c.model.to_dict()))
+    return tree.unflatten(_random_leaves(EmuConfig.of(c.model.to_dict()), seed))
+
+
+@functools.cache
+def _random_leaves(model_config, seed):
     rng = np.random.default_rng(seed)
-    return tree.unflatten(
-        {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in tree.leaves(shapes)}
-    )
+    shapes = emu_shapes(model_config)
+    return {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
 
 
 def tensors(c, family, dtype=np.float32, seed=0):
     """A checkpoint of `family` for a config's model: {name: array}."""
-    table = FAMILIES[family].table(emu.EmuConfig.of(c.model.to_dict()))
-    return {
-        name: array.astype(dtype)
-        for name, array in convert.to_theirs(table, convert.reader(random(c, seed)))
-    }
+    table = FAMILIES[family].table(EmuConfig.of(c.model.to_dict()))
+    theirs = convert.to_theirs(table, convert.reader(random(c, seed)))
+    return {name: array.astype(dtype) for name, array in theirs}
+
+
+def write(path, arrays, stem="model", **options):
+    """Write {name: array} as safetensors into a folder."""
+    layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    files.write(path, stem, layout, iter(arrays.items()), **options)
 
 
 def folder(path, c, family, dtype=np.float32, seed=0):
-    """Its sharded safetensors with an index, in a new folder."""
+    """Write `tensors` to a new folder, in several files with an index; returns them."""
     path.mkdir()
     arrays = tensors(c, family, dtype, seed)
-    files.write(
-        path,
-        "model",
-        {name: (array.shape, array.dtype) for name, array in arrays.items()},
-        iter(arrays.items()),
-        20_000,
-    )
-    (path / "config.json").write_text(
-        json.dumps(FAMILIES[family].config_json(c.model.to_dict(), 64))
-    )
+    write(path, arrays, shard=20_000)
+    fields = FAMILIES[family].config_json(c.model.to_dict(), 64)
+    (path / "config.json").write_text(json.dumps(fields))
     return arrays
 
 
-# Stable Diffusions by their configs: a small one of version 1, and of version 2 with another head
-# count, depth and width at every level.
+# Stable Diffusions by their configs: a small one of version 1, and one of version 2 with another
+# number of heads, depth and width at every level.
 
 UNET1 = dict(
     in_channels=2,
@@ -103,37 +140,35 @@ PNDM = dict(
 
 
 def diffusion(path, unet=UNET1, dtype=np.float32, seed=0, schedule=PNDM, shard=None, fp16=False):
-    """A folder as diffusers saves it; {name: array} with "unet." and "vae." in front. `shard`:
-    bytes of a file; `fp16`: named as that variant.
+    """Write a folder as diffusers does; returns {name: array}, prefixed "unet." and "vae.".
+
+    shard: bytes of a file. fp16: name the files as that variant.
     """
-    size = stable_diffusion.StableDiffusionConfig(
+    model_config = stable_diffusion.StableDiffusionConfig(
         stable_diffusion.unet_config(unet), stable_diffusion.vae_config(VAE)
     )
     rng = np.random.default_rng(seed)
     ours = {
         leaf: rng.standard_normal(shape, np.float32)
-        for leaf, shape in stable_diffusion.shapes(size).items()
+        for leaf, shape in stable_diffusion.shapes(model_config).items()
     }
-    theirs = convert.to_theirs(stable_diffusion.table(*size), convert.reader(tree.unflatten(ours)))
+    table = stable_diffusion.table(*model_config)
+    theirs = convert.to_theirs(table, convert.reader(tree.unflatten(ours)))
     arrays = {name: array.astype(dtype) for name, array in theirs}
-    for component, said in (("unet", unet), ("vae", VAE)):
-        (path / component).mkdir(parents=True)
-        (path / component / "config.json").write_text(json.dumps(said))
-        mine = {
+    for component, fields in (("unet", unet), ("vae", VAE)):
+        subfolder = path / component
+        subfolder.mkdir(parents=True)
+        (subfolder / "config.json").write_text(json.dumps(fields))
+        part = {
             name.removeprefix(f"{component}."): array
             for name, array in arrays.items()
             if name.startswith(component)
         }
-        files.write(
-            path / component,
-            "diffusion_pytorch_model",
-            {name: (array.shape, array.dtype) for name, array in mine.items()},
-            iter(mine.items()),
-            shard or files.SHARD,
-            bare=True,
-        )
-        for file in (path / component).glob("*.safetensors") if fp16 else ():
-            file.rename(file.with_suffix(".fp16.safetensors"))
+        stem = "diffusion_pytorch_model"
+        write(subfolder, part, stem, shard=shard or files.SHARD, bare=True)
+        if fp16:
+            for file in subfolder.glob("*.safetensors"):
+                file.rename(file.with_suffix(".fp16.safetensors"))
     if schedule:
         (path / "scheduler").mkdir()
         (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
@@ -141,14 +176,18 @@ def diffusion(path, unet=UNET1, dtype=np.float32, seed=0, schedule=PNDM, shard=N
 
 
 def small(*overrides):
+    """A small config, with overrides "--config.a.b=value"."""
     return make.cfg(*(override.removeprefix("--config.") for override in overrides))
 
 
-def size_of(directory):
-    """The model of a checkpoint of ours."""
-    return emu.EmuConfig.of(
-        config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict()
-    )
+def model_of(directory):
+    """config.model of a checkpoint of ours."""
+    return config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict()
+
+
+def config_of(directory):
+    """The config of the Emu in a checkpoint of ours."""
+    return EmuConfig.of(model_of(directory))
 
 
 # PyTorch's .bin and .pt
@@ -167,7 +206,7 @@ KINDS = {
 
 
 class Window:
-    """A tensor as a window of a storage: arrays[key], with an offset and strides in elements."""
+    """A tensor as a view of the storage `key`; offset and strides count elements."""
 
     def __init__(self, key, offset, shape, strides, count=None):
         self.key = key
@@ -178,15 +217,16 @@ class Window:
 
 
 class Raw(bytes):
-    """Opcodes as they are."""
+    """Opcodes, to be copied unchanged."""
 
 
 def name(text):
+    """The opcode that pushes a class or function by its dotted name."""
     return b"c" + b"\n".join(part.encode() for part in text.rsplit(".", 1)) + b"\n"
 
 
 def opcodes(value, storages):
-    """The opcodes of protocol 2 that push `value`."""
+    """Opcodes of protocol 2 that push `value`."""
     if isinstance(value, Raw):
         return bytes(value)
     if isinstance(value, dict):
@@ -230,12 +270,14 @@ def torch_file(
     left_out=(),
     byteorder="little",
 ):
-    """As torch.save writes it; `value` holds Windows of `storages` {key: flat array}."""
+    """Write `value` as torch.save does; it holds Windows of `storages` {key: flat array}.
+
+    pickle: use these bytes in place of the value. left_out: keys of storages to omit.
+    """
+    if pickle is None:
+        pickle = b"\x80\x02" + opcodes(value, storages) + b"."
     with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr(
-            "archive/data.pkl",
-            b"\x80\x02" + opcodes(value, storages) + b"." if pickle is None else pickle,
-        )
+        archive.writestr("archive/data.pkl", pickle)
         archive.writestr("archive/byteorder", byteorder)
         for key, array in storages.items():
             if key not in left_out:
@@ -244,17 +286,11 @@ def torch_file(
 
 
 def saved(path, arrays):
-    """{name: array} as torch.save of a state dict writes it."""
-    storages = {str(number): array.reshape(-1) for number, array in enumerate(arrays.values())}
-
-    def strides(shape):
-        return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
-
-    torch_file(
-        path,
-        {
-            key: Window(str(number), 0, array.shape, strides(array.shape))
-            for number, (key, array) in enumerate(arrays.items())
-        },
-        storages,
-    )
+    """Write {name: array} as torch.save writes a state dict."""
+    windows = {}
+    storages = {}
+    for number, (key, array) in enumerate(arrays.items()):
+        strides = tuple(int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim))
+        windows[key] = Window(str(number), 0, array.shape, strides)
+        storages[str(number)] = array.reshape(-1)
+    torch_file(path, windows, storages)

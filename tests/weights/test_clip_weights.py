@@ -1,8 +1,10 @@
-"""CLIP comes in and goes out bit for bit, and is what the transformers library computes where that
-and PyTorch are installed.
+"""Import and export of CLIP are inverse bit for bit.
+
+Where PyTorch and transformers are installed, features and images are those of transformers.
 """
 
 import json
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,17 @@ from emu_jax import checkpoint, config
 from emu_jax.evaluate.metrics import clip_score
 from emu_jax.models import module
 from emu_jax.models.clip import ClipConfig, ClipText, ClipVision
-from emu_jax.weights import families, files
+from emu_jax.weights import clip, files
 from emu_jax.weights.__main__ import main
 from tests.support.clips import CLIP1, CLIP2, folder
-from tests.support.foreign import saved
+from tests.support.foreign import (
+    assert_identical,
+    export,
+    import_,
+    leaves,
+    model_of,
+    saved,
+)
 
 VITL14 = {
     "text_config": {"num_attention_heads": 12, "eos_token_id": 2},
@@ -34,40 +43,18 @@ TEXTS = [
 ]
 
 
-def size_of(directory):
-    return ClipConfig.of(
-        config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict()
-    )
-
-
-def imported(path, to, capsys=None):
-    assert main(["import", "--family=clip", str(path), f"--to={to}"]) == 0
-    return to
-
-
 @pytest.mark.parametrize(
-    ("said", "dtype"), [(CLIP1, np.float32), (CLIP2, np.float16)], ids=["quick-gelu", "gelu-fp16"]
+    ("fields", "dtype"), [(CLIP1, np.float32), (CLIP2, np.float16)], ids=["quick-gelu", "gelu-fp16"]
 )
-def test_export_of_import_is_the_identity(tmp_path, said, dtype):
-    arrays = folder(tmp_path / "theirs", said, dtype)
-    imported(tmp_path / "theirs", tmp_path / "ours")
-    assert (
-        main(
-            ["export", "--family=clip", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}"]
-        )
-        == 0
-    )
+def test_export_of_import_is_the_identity(tmp_path, fields, dtype):
+    arrays = folder(tmp_path / "theirs", fields, dtype)
+    import_(tmp_path / "ours", "--family=clip", tmp_path / "theirs")
+    export("clip", tmp_path / "ours", tmp_path / "back")
     back = files.read([str(tmp_path / "back")])
-    assert back.tensors.keys() == arrays.keys() and len(arrays) == 14 + 16 * 5
-    for name, array in arrays.items():
-        got = np.asarray(back.tensors[name])
-        assert (got.dtype, got.shape, got.tobytes()) == (
-            array.dtype,
-            array.shape,
-            array.tobytes(),
-        ), name
+    assert_identical(back.tensors, arrays)
+    assert len(arrays) == 14 + 16 * 5
     for tower in ("text_config", "vision_config"):
-        assert back.config[tower] == said[tower]
+        assert back.config[tower] == fields[tower]
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
         "checkpoints",
         "merges.txt",
@@ -75,33 +62,26 @@ def test_export_of_import_is_the_identity(tmp_path, said, dtype):
     ]
 
 
-def test_older_files_and_sizes_of_the_first_release(tmp_path, capsys):
-    """pytorch_model.bin with the buffers of older versions; ViT-L/14's 427,616,513 parameters."""
+def test_old_pytorch_files_give_the_same_as_safetensors(tmp_path):
+    """pytorch_model.bin of older versions has a buffer that we ignore."""
     arrays = folder(tmp_path / "new", CLIP1)
     (tmp_path / "old").mkdir()
-    saved(
-        tmp_path / "old/pytorch_model.bin",
-        arrays | {"text_model.embeddings.position_ids": np.arange(20)[None]},
-    )
+    buffers = {"text_model.embeddings.position_ids": np.arange(20)[None]}
+    saved(tmp_path / "old/pytorch_model.bin", arrays | buffers)
     (tmp_path / "old/config.json").write_text((tmp_path / "new/config.json").read_text())
     for name in ("new", "old"):
-        imported(tmp_path / name, tmp_path / f"{name}-ours")
-    new, old = (
-        checkpoint.restore_params(str(tmp_path / f"{name}-ours")) for name in ("new", "old")
-    )
-    jax.tree.map(np.testing.assert_array_equal, new, old)
-    large = config.load(["--config=configs/clip.py"]).model.to_dict()
-    assert (
-        sum(
-            int(np.prod(shape))
-            for shape in families.FAMILIES["clip"].shapes(ClipConfig.of(large)).values()
-        )
-        == 427_616_513
-    )
+        import_(tmp_path / f"{name}-ours", "--family=clip", tmp_path / name)
+    assert_identical(leaves(tmp_path / "old-ours"), leaves(tmp_path / "new-ours"))
+
+
+def test_vit_l_14_has_its_published_number_of_parameters():
+    model = config.load(["--config=configs/clip.py"]).model.to_dict()
+    shapes = clip.shapes(ClipConfig.of(model))
+    assert sum(map(prod, shapes.values())) == 427_616_513
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             dict(hidden_act="swish"),
@@ -111,22 +91,25 @@ def test_older_files_and_sizes_of_the_first_release(tmp_path, capsys):
         (None, "does not determine clip.eos, clip.text.heads"),
     ],
 )
-def test_what_a_config_asks_in_vain(tmp_path, capsys, change, told):
+def test_unsupported_and_missing_configs_are_refused(tmp_path, capsys, change, message):
     folder(tmp_path / "theirs")
     path = tmp_path / "theirs/config.json"
-    said = json.loads(path.read_text())
-    path.write_text(json.dumps(said | {"text_config": said["text_config"] | (change or {})}))
     if change is None:
         path.unlink()
+    else:
+        fields = json.loads(path.read_text())
+        fields["text_config"] |= change
+        path.write_text(json.dumps(fields))
     assert main(["import", "--family=clip", str(tmp_path / "theirs"), f"--to={tmp_path}/x"]) == 2
-    error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and told in error[0] and not (tmp_path / "x").exists()
+    (error,) = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert not (tmp_path / "x").exists()
 
 
-def test_a_clip_is_no_emu(tmp_path, capsys):
+def test_a_clip_cannot_be_used_as_an_emu(tmp_path, capsys):
     folder(tmp_path / "theirs")
-    imported(tmp_path / "theirs", tmp_path / "ours")
-    for arguments, told in (
+    import_(tmp_path / "ours", "--family=clip", tmp_path / "theirs")
+    for arguments, message in (
         (
             ["import", "--family=llama", str(tmp_path / "theirs")],
             "it looks like clip: --family=clip",
@@ -136,20 +119,22 @@ def test_a_clip_is_no_emu(tmp_path, capsys):
             "does not hold a complete llama",
         ),
     ):
-        assert main([*arguments, f"--to={tmp_path}/x"]) == 2 and told in capsys.readouterr().err
+        assert main([*arguments, f"--to={tmp_path}/x"]) == 2
+        assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("said", [CLIP1, CLIP2], ids=["quick-gelu", "gelu"])
-def test_features_are_those_of_the_transformers_library(tmp_path, said):
+@pytest.mark.parametrize("fields", [CLIP1, CLIP2], ids=["quick-gelu", "gelu"])
+def test_features_are_those_of_transformers(tmp_path, fields):
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
-    folder(tmp_path / "theirs", said)
-    model = clip_score.load(str(imported(tmp_path / "theirs", tmp_path / "ours")))
+    folder(tmp_path / "theirs", fields)
+    import_(tmp_path / "ours", "--family=clip", tmp_path / "theirs")
+    model = clip_score.load(str(tmp_path / "ours"))
     theirs = transformers.CLIPModel.from_pretrained(tmp_path / "theirs").eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "theirs")
-    ids = np.array(
-        tokenizer(TEXTS, padding="max_length", truncation=True, max_length=20)["input_ids"]
-    )
-    np.testing.assert_array_equal(np.stack([clip_score.token_ids(model, text) for text in TEXTS]), ids)
+    encoded = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=20)
+    ids = np.array(encoded["input_ids"])
+    ours = np.stack([clip_score.token_ids(model, text) for text in TEXTS])
+    np.testing.assert_array_equal(ours, ids)
     images = np.random.default_rng(0).standard_normal((3, 16, 16, 3), np.float32)
     with torch.no_grad():
         out = theirs(
@@ -157,7 +142,7 @@ def test_features_are_those_of_the_transformers_library(tmp_path, said):
             pixel_values=torch.tensor(images.transpose(0, 3, 1, 2).copy()),
         )
     params = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(tmp_path / "ours")))
-    model_config = size_of(tmp_path / "ours")
+    model_config = ClipConfig.of(model_of(tmp_path / "ours"))
 
     def unit(x):
         return x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -173,16 +158,19 @@ def test_features_are_those_of_the_transformers_library(tmp_path, said):
         atol=1e-5,
     )
 
-    # what it writes is read too
+    # What transformers writes is read too.
     theirs.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
-    again = clip_score.load(str(imported(tmp_path / "saved", tmp_path / "again")))
-    assert (tmp_path / "again/tokenizer.json").is_file() and again.config == model_config
-    np.testing.assert_array_equal(np.stack([clip_score.token_ids(again, text) for text in TEXTS]), ids)
+    import_(tmp_path / "again", "--family=clip", tmp_path / "saved")
+    again = clip_score.load(str(tmp_path / "again"))
+    assert (tmp_path / "again/tokenizer.json").is_file()
+    assert again.config == model_config
+    ours = np.stack([clip_score.token_ids(again, text) for text in TEXTS])
+    np.testing.assert_array_equal(ours, ids)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (37, 20), (19, 64), (200, 133)])
-def test_pictures_are_prepared_as_by_the_transformers_library(tmp_path, shape):
+def test_images_are_preprocessed_as_by_transformers(tmp_path, shape):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from PIL import Image
@@ -192,12 +180,11 @@ def test_pictures_are_prepared_as_by_the_transformers_library(tmp_path, shape):
     )
     folder(tmp_path / "theirs")
     processor.save_pretrained(tmp_path / "theirs")
-    model = clip_score.load(str(imported(tmp_path / "theirs", tmp_path / "ours")))
+    import_(tmp_path / "ours", "--family=clip", tmp_path / "theirs")
+    model = clip_score.load(str(tmp_path / "ours"))
     assert (tmp_path / "ours/preprocessor_config.json").is_file()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)).save(
-        tmp_path / "a.png"
-    )
-    want = processor(Image.open(tmp_path / "a.png"), return_tensors="np")["pixel_values"][
-        0
-    ].transpose(1, 2, 0)
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    processed = processor(Image.open(tmp_path / "a.png"), return_tensors="np")
+    want = processed["pixel_values"][0].transpose(1, 2, 0)
     np.testing.assert_allclose(clip_score.preprocess(model, tmp_path / "a.png"), want, atol=1e-5)

@@ -1,6 +1,4 @@
-"""The table of the released checkpoint: export of import is the identity, its names are the
-release's, and what does not fit is said.
-"""
+"""The released checkpoint's conversion table: inverse laws, names, shapes, and errors."""
 
 import json
 import re
@@ -17,6 +15,7 @@ from emu_jax.verify import golden
 from emu_jax.verify.emu import read_config
 from emu_jax.weights import convert, emu1
 from tests.support import make
+from tests.support.foreign import assert_identical
 
 
 def theirs_of(table, params):
@@ -31,25 +30,20 @@ FOREIGN = theirs_of(TABLE, PARAMS)
 
 def test_import_of_export_is_the_identity_bit_for_bit():
     back = dict(tree.leaves(convert.from_theirs(TABLE, FOREIGN)))
-    assert back.keys() == PARAMS.keys()
-    for path, leaf in PARAMS.items():
-        assert (
-            back[path].dtype == leaf.dtype and np.asarray(back[path]).tobytes() == leaf.tobytes()
-        ), path
+    assert_identical(back, PARAMS)
 
 
 def test_export_of_import_is_the_identity_bit_for_bit():
     rng = np.random.default_rng(1)
     theirs = {name: rng.standard_normal(array.shape, np.float32) for name, array in FOREIGN.items()}
     back = theirs_of(TABLE, dict(tree.leaves(convert.from_theirs(TABLE, theirs))))
-    assert back.keys() == theirs.keys()
-    for name, array in theirs.items():
-        assert np.asarray(back[name]).tobytes() == array.tobytes(), name
+    assert_identical(back, theirs)
 
 
-def test_where_a_weight_goes_by_hand():
-    """PyTorch's linear layers are [out, in]; EVA's qkv is one; the vocabulary's last four rows are
-    Emu's.
+def test_leaves_hold_the_right_parts_of_tensors():
+    """PyTorch's linear weights are [out, in], EVA's qkv is one tensor.
+
+    The last four rows of the vocabulary are Emu's.
     """
     E = 32
     V = 512
@@ -76,8 +70,9 @@ def test_where_a_weight_goes_by_hand():
 
 @pytest.mark.parametrize("name", ["emu1_pretrained", "emu1_instruct"])
 def test_names_and_shapes_are_those_of_the_release(name):
-    """A golden file lists what the released code holds; the chat model's under plain names, LoRA
-    apart.
+    """A golden file lists the parameters of the released code.
+
+    Those of the chat model lose PEFT's prefixes, and its LoRA is ignored.
     """
     file = golden.load(f"tests/golden/{name}.npz")
     released = {
@@ -87,20 +82,20 @@ def test_names_and_shapes_are_those_of_the_release(name):
     config = read_config(file)
     abstract = module.abstract(emu.Emu, config)
     table = emu1.table(config)
-    ours = theirs_of(
-        table,
-        {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in tree.leaves(abstract)},
-    )
+    zero = np.float32(0)
+    zeros = {path: np.broadcast_to(zero, leaf.shape) for path, leaf in tree.leaves(abstract)}
+    ours = theirs_of(table, zeros)
     extra = {name for name in released.keys() - ours.keys() if ".lora_" not in name}
     assert {name: array.shape for name, array in ours.items()}.items() <= released.items()
-    assert extra and all(
-        any(re.fullmatch(unused, name) for unused in table.unused) for name in extra
-    )
+    assert extra
+    for name in extra:
+        assert any(re.fullmatch(unused, name) for unused in table.unused), name
 
 
 def test_the_14b_has_the_releases_tensors_and_parameters():
-    """Names and shapes of the released 14B, written down from the model's description; train.py's
-    table counts as many, tower by tower.
+    """Names and shapes of the 14B, written by hand from the description of the model.
+
+    The table that training prints has the same counts, tower by tower.
     """
     config = emu.EmuConfig.of(load(["--config=configs/pretrain.py"]).model.to_dict())
     E = 1408
@@ -179,11 +174,9 @@ def test_the_14b_has_the_releases_tensors_and_parameters():
     }
     counts = dict.fromkeys((*prefix, "llama", "total"), 0)
     for name, shape in want.items():
-        for tower in (
-            next((tower for tower, start in prefix.items() if name.startswith(start)), "llama"),
-            "total",
-        ):
-            counts[tower] += prod(shape)
+        towers = (tower for tower, start in prefix.items() if name.startswith(start))
+        counts[next(towers, "llama")] += prod(shape)
+        counts["total"] += prod(shape)
     printed = parameter_table(module.abstract(emu.Emu, config)).splitlines()
     assert {line.split()[0]: int(line.split()[1].replace(",", "")) for line in printed} == counts
 
@@ -191,27 +184,22 @@ def test_the_14b_has_the_releases_tensors_and_parameters():
 # Bad input
 
 
-def test_what_is_missing_and_unexpected_is_listed():
-    lacking = {
+def test_missing_and_unexpected_tensors_are_listed():
+    """visual.head.weight is one of the names that the table ignores."""
+    changed = {
         name: array for name, array in FOREIGN.items() if not name.startswith("visual.blocks")
     }
-    with pytest.raises(
-        UserError,
-        match=r"^26 tensors missing: visual\.blocks\.0\.norm1\.w.*, \.\.\.; 2 tensors unexpected: a\.b, visual\.head$",
-    ):
-        convert.from_theirs(
-            TABLE,
-            lacking
-            | {"a.b": np.zeros(1), "visual.head": np.zeros(1), "visual.head.weight": np.zeros(1)},
-        )
+    changed |= dict.fromkeys(("a.b", "visual.head", "visual.head.weight"), np.zeros(1))
+    missing = r"26 tensors missing: visual\.blocks\.0\.norm1\.w.*, \.\.\."
+    unexpected = r"2 tensors unexpected: a\.b, visual\.head"
+    with pytest.raises(UserError, match=f"^{missing}; {unexpected}$"):
+        convert.from_theirs(TABLE, changed)
 
 
 def test_a_tensor_of_another_shape_is_named():
     wrong = {"visual.blocks.1.attn.qkv.weight": np.zeros((96, 32, 1), np.float32)}
-    with pytest.raises(
-        UserError,
-        match=r"'visual\.blocks\.\S+\.attn\.qkv\.weight' of shape \(32, 32, 1\) does not fit 'vision/blocks/attn/q/w'",
-    ):
+    tensor = r"'visual\.blocks\.\S+\.attn\.qkv\.weight' of shape \(32, 32, 1\)"
+    with pytest.raises(UserError, match=f"{tensor} does not fit 'vision/blocks/attn/q/w'"):
         convert.from_theirs(TABLE, FOREIGN | wrong)
 
 

@@ -1,5 +1,4 @@
-"""diffusers loads what we export and we read what it saves: the same predictions, latents, pictures
-and samples.
+"""We and diffusers load each other's files and compute the same predictions and samples.
 
 Skipped where PyTorch and diffusers are not installed: nothing of ours needs them.
 """
@@ -10,22 +9,30 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from emu_jax import checkpoint, config
+from emu_jax import checkpoint
 from emu_jax.generate import samplers
 from emu_jax.models.diffusion import Diffusion
 from emu_jax.models.module import bind
 from emu_jax.models.unet import UNet
 from emu_jax.models.vae import Vae
 from emu_jax.weights import files, stable_diffusion
-from emu_jax.weights.__main__ import main
-from tests.support.foreign import PNDM, UNET1, UNET2, VAE, diffusion
+from tests.support.foreign import (
+    PNDM,
+    UNET1,
+    UNET2,
+    VAE,
+    diffusion,
+    export,
+    import_,
+    model_of,
+)
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 V = PNDM | {"prediction_type": "v_prediction"}
 RNG = np.random.default_rng(0)
 LATENTS = RNG.standard_normal((2, 8, 8, 2), np.float32)
-TIMES = np.float32([30, 700])
+TIMES = np.array([30, 700], np.float32)
 IMAGES = RNG.standard_normal((2, 16, 16, 3), np.float32)
 
 
@@ -34,18 +41,18 @@ def condition(unet):
 
 
 def first(x):
+    """A tensor with channels first."""
     return torch.tensor(np.ascontiguousarray(rearrange(np.asarray(x), "b h w c -> b c h w")))
 
 
 def last(x):
+    """An array with channels last."""
     return rearrange(x.detach().numpy(), "b c h w -> b h w c")
 
 
 def ours(directory, unet):
-    """(prediction, mean of the latents, decoded) of a checkpoint."""
-    model_config = stable_diffusion.make_config(
-        config.from_dict(checkpoint.read_config(str(directory))["model"]).to_dict()
-    )
+    """(U-Net's prediction, mean of the latents, decoded images) of our checkpoint."""
+    model_config = stable_diffusion.make_config(model_of(directory))
     params = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float32), checkpoint.restore_params(str(directory))
     )
@@ -60,6 +67,7 @@ def ours(directory, unet):
 
 
 def theirs(unet_model, vae_model, unet):
+    """The same by diffusers."""
     with torch.no_grad():
         predicted = unet_model(
             first(LATENTS), torch.tensor(TIMES), torch.tensor(condition(unet))
@@ -71,9 +79,10 @@ def theirs(unet_model, vae_model, unet):
         )
 
 
-def close(got, want, share=1e-4):
-    for mine, their in zip(got, want, strict=True):
-        np.testing.assert_allclose(mine, their, atol=share * np.abs(their).max())
+def assert_close(got, want, share=1e-4):
+    """Arrays differ by at most `share` of the largest element."""
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=share * np.abs(y).max())
 
 
 @pytest.mark.parametrize(
@@ -81,30 +90,10 @@ def close(got, want, share=1e-4):
     [(UNET1, PNDM, "pndm"), (UNET2, V, "pndm"), (UNET2, V, "ddim")],
     ids=["sd1", "sd2", "sd2-ddim"],
 )
-def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
+def test_diffusers_loads_our_export_with_the_same_results(tmp_path, unet, schedule, sampler):
     diffusion(tmp_path / "source", unet, schedule=schedule)
-    assert (
-        main(
-            [
-                "import",
-                "--family=stable-diffusion",
-                str(tmp_path / "source"),
-                f"--to={tmp_path / 'ours'}",
-            ]
-        )
-        == 0
-    )
-    assert (
-        main(
-            [
-                "export",
-                "--family=stable-diffusion",
-                f"--from={tmp_path / 'ours'}",
-                f"--to={tmp_path / 'theirs'}",
-            ]
-        )
-        == 0
-    )
+    import_(tmp_path / "ours", "--family=stable-diffusion", tmp_path / "source")
+    export("stable-diffusion", tmp_path / "ours", tmp_path / "theirs")
     models = []
     for kind, component in (
         (diffusers.UNet2DConditionModel, "unet"),
@@ -115,7 +104,7 @@ def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
         )
         assert not any(report.values()), report
         models.append(model.eval())
-    close(ours(tmp_path / "ours", unet), theirs(*models, unet))
+    assert_close(ours(tmp_path / "ours", unet), theirs(*models, unet))
 
     absent = dict.fromkeys(
         ("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer")
@@ -126,39 +115,28 @@ def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False
         )
-    wanted = condition(unet)
-    away = np.zeros_like(condition(unet))
+    positive = condition(unet)
+    negative = np.zeros_like(positive)
     sample = pipeline(
-        prompt_embeds=torch.tensor(wanted),
-        negative_prompt_embeds=torch.tensor(away),
+        prompt_embeds=torch.tensor(positive),
+        negative_prompt_embeds=torch.tensor(negative),
         latents=first(LATENTS),
         num_inference_steps=4,
         guidance_scale=3.0,
         output_type="latent",
     ).images
-    model_config = stable_diffusion.make_config(
-        config.from_dict(checkpoint.read_config(str(tmp_path / "ours"))["model"]).to_dict()
-    )
-    said = Diffusion(
-        **checkpoint.read_config(str(tmp_path / "ours"))["model"]["decoder"]["diffusion"]
-    )
+    model = model_of(tmp_path / "ours")
+    diffusion_config = Diffusion(**model["decoder"]["diffusion"])
+    params = checkpoint.restore_params(str(tmp_path / "ours"))["unet"]
     network = bind(
-        UNet,
-        model_config.unet,
-        jax.tree.map(jnp.asarray, checkpoint.restore_params(str(tmp_path / "ours")))["unet"],
+        UNet, stable_diffusion.make_config(model).unet, jax.tree.map(jnp.asarray, params)
     )
     denoise = samplers.guided_denoiser(
-        said, network, jnp.asarray(wanted), jnp.asarray(away), guidance=3.0
+        diffusion_config, network, jnp.asarray(positive), jnp.asarray(negative), guidance=3.0
     )
-    close(
-        [
-            samplers.SAMPLERS[sampler].run(
-                denoise, jnp.asarray(LATENTS), samplers.schedule_for(said, sampler, 4)
-            )
-        ],
-        [last(sample)],
-        1e-3,
-    )
+    steps = samplers.schedule_for(diffusion_config, sampler, 4)
+    got = samplers.SAMPLERS[sampler].run(denoise, jnp.asarray(LATENTS), steps)
+    assert_close([got], [last(sample)], 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -171,25 +149,23 @@ def test_what_we_export_is_the_same_there(tmp_path, unet, schedule, sampler):
     ],
     ids=["plain", "bin", "fp16", "fp16-shards"],
 )
-def test_what_they_save_is_the_same_here(tmp_path, options):
+def test_we_load_what_diffusers_saves_with_the_same_results(tmp_path, options):
     torch.manual_seed(0)
     models = diffusers.UNet2DConditionModel(**UNET2).eval(), diffusers.AutoencoderKL(**VAE).eval()
+    # Rounded to float16, so that all variants hold the same numbers.
     models = [model.half().float() for model in models]
     for model, component in zip(models, ("unet", "vae")):
-        (model.half() if "variant" in options else model).save_pretrained(
-            tmp_path / component, **options
-        )
+        if "variant" in options:
+            model.half()
+        model.save_pretrained(tmp_path / component, **options)
         model.float()
     if "max_shard_size" in options:
         assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
-    assert (
-        main(["import", "--family=stable-diffusion", str(tmp_path), f"--to={tmp_path / 'ours'}"])
-        == 0
-    )
-    close(ours(tmp_path / "ours", UNET2), theirs(*models, UNET2))
+    import_(tmp_path / "ours", "--family=stable-diffusion", tmp_path)
+    assert_close(ours(tmp_path / "ours", UNET2), theirs(*models, UNET2))
 
 
-def test_the_tests_own_folders_are_diffusers(tmp_path):
+def test_diffusers_reads_the_folders_that_tests_write(tmp_path):
     arrays = diffusion(tmp_path, UNET2)
     model = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     for name, tensor in model.state_dict().items():

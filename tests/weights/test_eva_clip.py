@@ -1,4 +1,4 @@
-"""Position embeddings at another resolution: numbers by hand, and the laws of an interpolation."""
+"""Interpolation of position embeddings: numbers by hand, and laws."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,9 @@ from emu_jax.weights.eva_clip import bicubic, interpolate
 
 
 def test_weights_by_hand():
-    """Two cells to four: the first lies a quarter before the first centre, between a repeated edge
-    and it. a = -0.75.
+    """Two cells become four, with a = -0.75.
+
+    The first new centre lies a quarter cell before the first old one, so the edge is repeated.
     """
 
     def near(x):
@@ -32,17 +33,14 @@ def test_weights_sum_to_one_and_are_symmetric(old, new):
     np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-6)
 
 
-def test_the_same_size_is_the_identity_and_a_ramp_stays_one():
+def test_the_same_size_is_the_identity_and_a_ramp_stays_a_ramp():
     positions = np.random.default_rng(0).standard_normal((1, 17, 3), np.float32)
     np.testing.assert_allclose(interpolate(positions, 4), positions, atol=1e-6)
-    # rows 0 to 7, CLS 9
-    ramp = np.concatenate(
-        [np.full((1, 1, 1), 9.0), np.arange(64.0).reshape(1, 64, 1) // 8], 1
-    ).astype(np.float32)
-    got = interpolate(ramp, 16)
+    cls = np.full((1, 1, 1), 9.0)
+    rows = np.arange(64.0).reshape(1, 64, 1) // 8
+    got = interpolate(np.concatenate([cls, rows], 1).astype(np.float32), 16)
     assert got[0, 0, 0] == 9
-    np.testing.assert_allclose(
-        got[0, 1:, 0].reshape(16, 16)[4:12],
-        np.tile(((np.arange(16) + 0.5) / 2 - 0.5)[4:12, None], (1, 16)),
-        atol=0.05,
-    )
+    square = got[0, 1:, 0].reshape(16, 16)
+    want = (np.arange(16) + 0.5) / 2 - 0.5
+    # Away from the edges, which are repeated.
+    np.testing.assert_allclose(square[4:12], np.tile(want[4:12, None], (1, 16)), atol=0.05)

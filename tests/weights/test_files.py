@@ -1,6 +1,4 @@
-"""Safetensors in and out: what is written is read, lazily; headers that lie are refused in one
-line.
-"""
+"""Safetensors: written and read back, lazily; wrong headers are refused in one line."""
 
 import json
 
@@ -10,77 +8,71 @@ import pytest
 
 from emu_jax.config import UserError
 from emu_jax.weights import files
-from tests.support.foreign import saved
+from tests.support.foreign import assert_identical, saved
+from tests.support.foreign import write as write_tensors
 
 RNG = np.random.default_rng(0)
-ARRAYS = {
+ARRAYS: dict[str, np.ndarray] = {
     "a": RNG.standard_normal((3, 5), np.float32),
     "b.w": RNG.standard_normal((7, 2)).astype(ml_dtypes.bfloat16),
     "c": np.arange(3),
     "d": np.zeros((0, 2), np.float16),
-    "e": np.float64([1.5]),
+    "e": np.array([1.5]),
 }
 
 
+def floats(*numbers):
+    return np.array(numbers, np.float32)
+
+
 def write(folder, arrays=ARRAYS, shard=10**9):
-    files.write(
-        folder,
-        "model",
-        {name: (array.shape, array.dtype) for name, array in arrays.items()},
-        iter(arrays.items()),
-        shard,
-    )
+    """Write arrays to a folder; returns its files."""
+    write_tensors(folder, arrays, shard=shard)
     return sorted(folder.glob("*.safetensors"))
 
 
-def same(foreign, arrays):
-    assert list(foreign.tensors) == list(arrays)
-    for name, tensor in foreign.tensors.items():
-        got = np.asarray(tensor)
-        array = arrays[name]
-        assert (tensor.shape, tensor.dtype) == (got.shape, got.dtype) == (
-            array.shape,
-            array.dtype,
-        ) and got.tobytes() == array.tobytes(), name
-
-
 @pytest.mark.parametrize(("shard", "count"), [(10**9, 1), (60, 2), (59, 3), (1, 5)])
-def test_what_is_written_is_read(tmp_path, shard, count):
+def test_written_tensors_are_read_back(tmp_path, shard, count):
     paths = write(tmp_path, shard=shard)
     assert [path.name for path in paths] == [
         f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)
     ]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(ARRAYS) and index["metadata"]["total_size"] == sum(
-        array.nbytes for array in ARRAYS.values()
-    )
+    assert set(index["weight_map"]) == set(ARRAYS)
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in ARRAYS.values())
     for sources in ([tmp_path], [tmp_path / "model.safetensors.index.json"], paths):
-        same(files.read(list(map(str, sources))), ARRAYS)
+        tensors = files.read(list(map(str, sources))).tensors
+        assert list(tensors) == list(ARRAYS)
+        assert_identical(tensors, ARRAYS)
+        for name, tensor in tensors.items():
+            assert (tensor.shape, tensor.dtype) == (ARRAYS[name].shape, ARRAYS[name].dtype)
 
 
-def test_nothing_is_read_before_it_is_asked_for(tmp_path):
+def test_data_is_read_on_demand(tmp_path):
     (path,) = write(tmp_path)
     tensor = files.read([str(tmp_path)]).tensors["a"]
     content = bytearray(path.read_bytes())
     at = content.index(ARRAYS["a"].tobytes())
-    content[at : at + 4] = np.float32(42).tobytes()
+    content[at : at + 4] = floats(42).tobytes()
     path.write_bytes(content)
     assert np.asarray(tensor)[0, 0] == 42
 
 
-def test_the_format_is_what_it_says_it_is(tmp_path):
-    """By the format's own words: 8 bytes of length, JSON, and the bytes in order."""
-    (path,) = write(tmp_path, {"x": np.float32([1, 2])})
+def test_files_follow_the_format(tmp_path):
+    """By its specification: 8 bytes of length, JSON, and the bytes of the tensors in order."""
+    (path,) = write(tmp_path, {"x": floats(1, 2)})
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     assert json.loads(content[8 : 8 + length]) == {
         "__metadata__": {"format": "pt"},
         "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
     }
-    assert length % 8 == 0 and content[8 + length :] == np.float32([1, 2]).tobytes()
+    assert length % 8 == 0
+    assert content[8 + length :] == floats(1, 2).tobytes()
 
 
 def header(entries, data=b"", length=None):
+    """Content of a file with these entries, or this text, as its header."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
@@ -118,10 +110,11 @@ def test_a_wrong_header_is_one_line(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         files.read([str(path)])
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_files_and_tensors_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no \.safetensors"):
         files.read([str(tmp_path / "empty")])
@@ -131,8 +124,8 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match=r"a is in .*00001.* and in .*00001"):
         files.read([str(first), str(first)])
     index = tmp_path / "model.safetensors.index.json"
-    promised = json.loads(index.read_text())
-    index.write_text(json.dumps({"weight_map": promised["weight_map"] | {"lost": first.name}}))
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {"lost": first.name}}))
     with pytest.raises(UserError, match=r"lists 1 tensors that its files lack: lost \(model-00001"):
         files.read([str(tmp_path)])
     first.unlink()
@@ -149,11 +142,11 @@ def test_what_is_missing_is_named(tmp_path):
             files.read([str(tmp_path)])
 
 
-def test_one_of_several_variants_is_the_one_without_a_suffix(tmp_path):
+def test_of_several_variants_the_one_without_a_suffix_is_read(tmp_path):
     for name, value in (("model.fp16", 2), ("model", 1)):
         folder = tmp_path / name
         folder.mkdir()
-        (path,) = write(folder, {"w": np.float32([value])})
+        (path,) = write(folder, {"w": floats(value)})
         path.rename(tmp_path / f"{name}.safetensors")
     assert np.asarray(files.read([str(tmp_path)]).tensors["w"]) == 1
 
@@ -161,18 +154,16 @@ def test_one_of_several_variants_is_the_one_without_a_suffix(tmp_path):
 def test_components_of_a_model_are_read_as_one(tmp_path):
     for number, name in enumerate(("unet", "vae")):
         (tmp_path / name).mkdir()
-        write(tmp_path / name, {"conv.weight": np.float32([number])})
+        write(tmp_path / name, {"conv.weight": floats(number)})
         (tmp_path / name / "config.json").write_text(json.dumps({"number": number}))
     foreign = files.read_components(str(tmp_path), ("unet", "vae"))
     assert foreign.config == {"unet": {"number": 0}, "vae": {"number": 1}, "scheduler": {}}
-    assert {name: float(np.asarray(tensor)[0]) for name, tensor in foreign.tensors.items()} == {
-        "unet.conv.weight": 0,
-        "vae.conv.weight": 1,
-    }
+    want = {"unet.conv.weight": floats(0), "vae.conv.weight": floats(1)}
+    assert_identical(foreign.tensors, want)
 
 
 def test_safetensors_are_preferred_to_pickles(tmp_path):
-    saved(tmp_path / "pytorch_model.bin", {"old": np.float32([1])})
+    saved(tmp_path / "pytorch_model.bin", {"old": floats(1)})
     assert list(files.read([str(tmp_path)]).tensors) == ["old"]
     write(tmp_path)
     assert "a" in files.read([str(tmp_path)]).tensors

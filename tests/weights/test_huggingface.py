@@ -1,5 +1,4 @@
-"""Hugging Face's transformers load what we export and we load what they save, with the same logits;
-PyTorch reads the files we write by hand.
+"""We and transformers load each other's LLaMA, with the same logits; files are PyTorch's.
 
 Skipped where PyTorch and transformers are not installed: nothing of ours needs them.
 """
@@ -8,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from emu_jax import checkpoint
+from emu_jax.models import module
 from emu_jax.models.llama import Llama
 from emu_jax.weights import eva_clip, pickles
-from emu_jax.weights.__main__ import main
-from tests.support.foreign import CONFIG, LLAMA3, folder, saved, size_of, small
+from tests.support.foreign import (
+    CONFIG,
+    LLAMA3,
+    config_of,
+    export,
+    folder,
+    import_,
+    saved,
+    small,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -25,11 +32,7 @@ LINEAR = ("--config.model.llama.rope_scaling=('linear',4.0)", "--config.model.ll
 def ours(directory):
     """Logits of our LLaMA in a checkpoint."""
     params = jax.tree.map(jnp.asarray, checkpoint.restore_params(str(directory)))
-    model_config = size_of(directory).llama
-    model = nnx.merge(
-        nnx.graphdef(nnx.eval_shape(lambda: Llama(model_config, nnx.Rngs(params=0)))),
-        params["llama"],
-    )
+    model = module.bind(Llama, config_of(directory).llama, params["llama"])
     at = jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
     hidden = model(
         model.embeddings(jnp.asarray(IDS), jnp.float32), at, jnp.ones_like(at), kernel="dense"
@@ -43,38 +46,17 @@ def theirs(model):
 
 
 @pytest.mark.parametrize("overrides", [(), LLAMA3, LINEAR], ids=["llama1", "llama3", "linear"])
-def test_what_we_export_has_the_same_logits_there(tmp_path, overrides):
+def test_transformers_loads_our_export_with_the_same_logits(tmp_path, overrides):
     arrays = folder(tmp_path / "source", small(*overrides), "llama")
     rope = "--config.model.llama.rope_dtype=float32"
-    assert (
-        main(
-            [
-                "import",
-                "--family=llama",
-                str(tmp_path / "source"),
-                CONFIG,
-                rope,
-                *overrides,
-                f"--to={tmp_path / 'ours'}",
-            ]
-        )
-        == 0
-    )
-    assert (
-        main(
-            [
-                "export",
-                "--family=llama",
-                f"--from={tmp_path / 'ours'}",
-                f"--to={tmp_path / 'theirs'}",
-            ]
-        )
-        == 0
-    )
+    import_(tmp_path / "ours", "--family=llama", tmp_path / "source", CONFIG, rope, *overrides)
+    export("llama", tmp_path / "ours", tmp_path / "theirs")
     model, report = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "theirs", dtype=torch.float32, output_loading_info=True
     )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and len(arrays) > 15
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert len(arrays) > 15
     want = theirs(model)
     np.testing.assert_allclose(ours(tmp_path / "ours"), want, atol=2e-4 * np.abs(want).max())
 
@@ -103,7 +85,7 @@ STRETCHED = dict(
     ],
     ids=["llama1", "llama2", "llama3"],
 )
-def test_what_they_save_has_the_same_logits_here(tmp_path, fields):
+def test_we_load_what_transformers_saves_with_the_same_logits(tmp_path, fields):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=500,
@@ -118,24 +100,11 @@ def test_what_they_save_has_the_same_logits_here(tmp_path, fields):
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    assert (
-        main(["import", "--family=llama", str(tmp_path / "theirs"), f"--to={tmp_path / 'ours'}"])
-        == 0
-    )
+    import_(tmp_path / "ours", "--family=llama", tmp_path / "theirs")
     want = theirs(model)
     np.testing.assert_allclose(ours(tmp_path / "ours"), want, atol=2e-4 * np.abs(want).max())
     torch.save(model.state_dict(), tmp_path / "theirs" / "model.bin")
-    assert (
-        main(
-            [
-                "import",
-                "--family=llama",
-                str(tmp_path / "theirs" / "model.bin"),
-                f"--to={tmp_path / 'again'}",
-            ]
-        )
-        == 0
-    )
+    import_(tmp_path / "again", "--family=llama", tmp_path / "theirs" / "model.bin")
     np.testing.assert_array_equal(ours(tmp_path / "again"), ours(tmp_path / "ours"))
 
 
@@ -159,15 +128,14 @@ def test_pytorch_files_are_read_as_pytorch_reads_them(tmp_path):
     }
     assert list(got) == list(tensors)
     for name, tensor in tensors.items():
-        bits = (
-            tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
-        )
-        assert (
-            got[name].shape == tuple(tensor.shape) and got[name].tobytes() == bits.numpy().tobytes()
-        ), name
+        bits = tensor.detach().contiguous()
+        if tensor.numel():
+            bits = bits.reshape(-1).view(torch.uint8)
+        assert got[name].shape == tuple(tensor.shape), name
+        assert got[name].tobytes() == bits.numpy().tobytes(), name
 
 
-def test_the_tests_own_files_are_pytorchs(tmp_path):
+def test_pytorch_reads_the_files_that_tests_write(tmp_path):
     arrays = {
         "a.b": np.random.default_rng(0).standard_normal((3, 4), np.float32),
         "c": np.arange(5),
@@ -185,5 +153,5 @@ def test_position_embeddings_are_interpolated_as_pytorch_does(side):
         square, size=(side, side), mode="bicubic", align_corners=False
     )
     want = want.permute(0, 2, 3, 1).reshape(1, side * side, 6).numpy()
-    # its coordinates are rounded to float32
+    # PyTorch rounds its coordinates to float32.
     np.testing.assert_allclose(eva_clip.interpolate(positions, side)[:, 1:], want, atol=1e-5)

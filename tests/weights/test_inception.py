@@ -1,6 +1,4 @@
-"""FID's Inception: an import of the standard file's tensors computes torch-fidelity's features; an
-export of it is that file.
-"""
+"""FID's Inception: torch-fidelity's features after an import, its tensors after an export."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +12,9 @@ from emu_jax.verify import golden
 from emu_jax.verify import inception as rule
 from emu_jax.weights import files
 from emu_jax.weights.__main__ import main
+from tests.support.foreign import export, import_, write
 
-# one process: what its tests share is made once
+# One process, so that the fixtures are made once.
 pytestmark = pytest.mark.xdist_group("inception")
 
 FILE = golden.load("tests/golden/inception.npz")
@@ -23,27 +22,21 @@ FILE = golden.load("tests/golden/inception.npz")
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """(the file, its tensors): the released one's names and shapes."""
+    """(file, tensors) with the names and shapes of the released ones."""
     path = tmp_path_factory.mktemp("foreign")
-    tensors = rule.weights(FILE)
-    tensors |= {
-        name.replace("running_var", "num_batches_tracked"): np.int64(0).reshape(())
-        for name in tensors
-        if name.endswith("running_var")
-    }
-    files.write(
-        path,
-        "inception",
-        {name: (array.shape, array.dtype) for name, array in tensors.items()},
-        iter(tensors.items()),
-    )
+    weights = rule.weights(FILE)
+    variances = [name for name in weights if name.endswith("running_var")]
+    counters = [name.replace("running_var", "num_batches_tracked") for name in variances]
+    tensors = weights | dict.fromkeys(counters, np.zeros((), np.int64))
+    write(path, tensors, "inception")
     return path / "inception-00001-of-00001.safetensors", tensors
 
 
 @pytest.fixture(scope="module")
 def imported(foreign, tmp_path_factory):
+    """The folder of an import of it."""
     to = tmp_path_factory.mktemp("ours") / "inception"
-    assert main(["import", "--family=inception", str(foreign[0]), f"--to={to}"]) == 0
+    import_(to, "--family=inception", foreign[0])
     return to
 
 
@@ -51,17 +44,12 @@ def test_features_are_torch_fidelitys(imported):
     params = checkpoint.restore_params(str(imported))
     images = rearrange(FILE["images_noise32"], "m c h w -> m h w c")[:1]
     ours = fid.features(params, iter(images), batch=1)
-    np.testing.assert_allclose(
-        ours,
-        FILE["features_noise32_2048"][:1],
-        atol=1e-4 * np.abs(FILE["features_noise32_2048"]).max(),
-    )
+    theirs = FILE["features_noise32_2048"]
+    np.testing.assert_allclose(ours, theirs[:1], atol=1e-4 * np.abs(theirs).max())
 
 
-def test_an_export_is_the_file(imported, foreign, tmp_path):
-    assert (
-        main(["export", "--family=inception", f"--from={imported}", f"--to={tmp_path}/theirs"]) == 0
-    )
+def test_export_of_import_has_the_files_tensors(imported, foreign, tmp_path):
+    export("inception", imported, f"{tmp_path}/theirs")
     back = files.read([str(tmp_path / "theirs")]).tensors
     assert back.keys() == {name for name in foreign[1] if not name.endswith("num_batches_tracked")}
     for name in (
@@ -72,19 +60,18 @@ def test_an_export_is_the_file(imported, foreign, tmp_path):
         np.testing.assert_array_equal(np.asarray(back[name]), foreign[1][name])
 
 
-def test_another_family_or_a_part_of_it_is_one_line(foreign, imported, tmp_path, capsys):
+def test_other_families_and_incomplete_files_are_refused(foreign, imported, tmp_path, capsys):
     assert main(["import", "--family=llama", str(foreign[0]), f"--to={tmp_path}/a"]) == 2
     assert "it looks like inception: --family=inception" in capsys.readouterr().err
     some = {name: array for name, array in foreign[1].items() if not name.startswith("Mixed_5")}
     (tmp_path / "some").mkdir()
-    files.write(
-        tmp_path / "some",
-        "x",
-        {name: (array.shape, array.dtype) for name, array in some.items()},
-        iter(some.items()),
-    )
+    write(tmp_path / "some", some)
     assert main(["import", "--family=inception", str(tmp_path / "some"), f"--to={tmp_path}/a"]) == 2
     error = capsys.readouterr().err.splitlines()
-    assert "105 missing" in error[-1] and not (tmp_path / "a").exists()
+    assert "105 missing" in error[-1]
+    assert not (tmp_path / "a").exists()
+
+
+def test_features_need_an_image():
     with pytest.raises(UserError, match="FID needs images, but got none"):
         fid.features({"x": jnp.zeros(1)}, iter(()))

@@ -1,6 +1,4 @@
-"""PyTorch's files are read without running them: tensors come out as they were, and whatever else
-is refused by its name.
-"""
+"""PyTorch's files are read without running code: tensors are exact, all else is refused."""
 
 import os
 import pickle
@@ -12,7 +10,15 @@ import pytest
 
 from emu_jax.config import UserError
 from emu_jax.weights import pickles
-from tests.support.foreign import Raw, Window, name, opcodes, saved, torch_file
+from tests.support.foreign import (
+    Raw,
+    Window,
+    assert_identical,
+    name,
+    opcodes,
+    saved,
+    torch_file,
+)
 
 RNG = np.random.default_rng(0)
 NUMBERS = np.arange(24, dtype=np.float32)
@@ -30,7 +36,7 @@ def path(tmp_path):
 @pytest.mark.parametrize(
     "dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64, np.uint8]
 )
-def test_tensors_are_as_they_were(path, dtype):
+def test_tensors_are_read_bit_for_bit(path, dtype):
     arrays = {
         "a.weight": (100 * RNG.random((3, 5))).astype(dtype),
         "b": np.array(7, dtype),
@@ -39,12 +45,7 @@ def test_tensors_are_as_they_were(path, dtype):
     saved(path, arrays)
     got = read(path)
     assert list(got) == list(arrays)
-    for key, array in arrays.items():
-        assert (
-            got[key].dtype == array.dtype
-            and got[key].shape == array.shape
-            and got[key].tobytes() == array.tobytes()
-        )
+    assert_identical(got, arrays)
 
 
 def test_offsets_and_strides_are_respected_and_storages_shared(path):
@@ -66,39 +67,26 @@ def test_offsets_and_strides_are_respected_and_storages_shared(path):
 
 
 @pytest.mark.parametrize("wrapper", ["module", "model", "state_dict"])
-def test_a_training_runs_file_is_its_tensors(path, wrapper):
+def test_the_file_of_a_training_run_is_read_as_its_model(path, wrapper):
     window = Window("0", 0, (24,), (1,))
-    torch_file(
-        path,
-        {
-            "epoch": 3,
-            "args": ("x", None, True),
-            wrapper: {"a.b": window},
-            "optimizer": {"0": window},
-        },
-        {"0": NUMBERS},
-    )
+    value = {
+        "epoch": 3,
+        "args": ("x", None, True),
+        wrapper: {"a.b": window},
+        "optimizer": {"0": window},
+    }
+    torch_file(path, value, {"0": NUMBERS})
     assert list(read(path)) == ["a.b"]
 
 
 def test_parameters_and_ordered_dicts_with_attributes(path):
     storages = {"0": NUMBERS}
     tensor = opcodes(Window("0", 0, (24,), (1,)), storages)
-    parameter = Raw(
-        name("torch._utils._rebuild_parameter")
-        + opcodes((Raw(tensor), False, None), storages)
-        + b"R"
-    )
-    ordered = (
-        name("collections.OrderedDict")
-        + b")R("
-        + opcodes("w", storages)
-        + parameter
-        + b"u"
-        + b"}("
-        + opcodes("_metadata", storages)
-        + b"}ub"
-    )
+    arguments = opcodes((Raw(tensor), False, None), storages)
+    parameter = name("torch._utils._rebuild_parameter") + arguments + b"R"
+    item = opcodes("w", storages) + parameter
+    attributes = opcodes("_metadata", storages) + b"}"
+    ordered = name("collections.OrderedDict") + b")R(" + item + b"u" + b"}(" + attributes + b"ub"
     torch_file(path, None, storages, pickle=b"\x80\x02" + ordered + b".")
     np.testing.assert_array_equal(read(path)["w"], NUMBERS)
 
@@ -115,10 +103,8 @@ class Evil:
 def test_code_in_a_zip_is_refused_by_name_and_not_run(path, protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch_file(path, None, {"0": NUMBERS}, pickle=pickle.dumps({"w": Evil()}, protocol=protocol))
-    with pytest.raises(
-        UserError,
-        match=r"its pickle names (posix|os)\.system, which is not part of a tensor; refused, and nothing in it was run",
-    ):
+    refused = "which is not part of a tensor; refused, and nothing in it was run"
+    with pytest.raises(UserError, match=rf"its pickle names (posix|os)\.system, {refused}"):
         pickles.places(path)
     path.write_bytes(pickle.dumps({"w": Evil()}, protocol=max(protocol, 2)))
     with pytest.raises(UserError, match=r"names (posix|os)\.system"):
@@ -145,7 +131,7 @@ def test_anything_but_tensors_is_refused_by_name(path, inside, message):
         pickles.places(path)
 
 
-# Damage, and windows that lie
+# Damage, and wrong views
 
 
 @pytest.mark.parametrize(
@@ -162,7 +148,7 @@ def test_anything_but_tensors_is_refused_by_name(path, inside, message):
         (Window("0", 0, (30,), (1,), 30), "has 96 bytes, not 30 x 4"),
     ],
 )
-def test_a_window_that_lies_is_refused(path, window, message):
+def test_a_view_that_cannot_be_one_is_refused(path, window, message):
     torch_file(path, {"w": window}, {"0": NUMBERS})
     with pytest.raises(UserError, match=message):
         pickles.places(path)
@@ -181,7 +167,7 @@ def test_a_missing_or_compressed_storage_is_refused(path):
 
 
 def test_storages_that_overlap_are_refused(path):
-    """Two entries of the central directory that point to one place."""
+    """Two entries of the zip's central directory point to one place."""
     torch_file(
         path,
         {"a": Window("0", 0, (24,), (1,)), "b": Window("1", 0, (24,), (1,))},
@@ -212,16 +198,11 @@ def test_a_damaged_pickle_is_one_line(path, cut):
         pickles.places(path)
 
 
-def test_other_files_are_named(path):
-    path.write_bytes(
-        b"".join(
-            pickle.dumps(value, protocol=2)
-            for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
-        )
-    )
-    with pytest.raises(
-        UserError, match=r"before version 1\.6; load it there and torch\.save it again"
-    ):
+def test_other_kinds_of_files_are_refused(path):
+    old = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    path.write_bytes(b"".join(pickle.dumps(value, protocol=2) for value in old))
+    advice = r"load it there and torch\.save it again"
+    with pytest.raises(UserError, match=rf"before version 1\.6; {advice}"):
         pickles.places(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "text")
@@ -230,7 +211,7 @@ def test_other_files_are_named(path):
     torch_file(path, {"epoch": 3}, {})
     with pytest.raises(UserError, match="holds no tensors"):
         pickles.places(path)
-    # {"a": itself}
+    # A dictionary that contains itself.
     torch_file(path, None, {}, pickle=b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.")
     with pytest.raises(UserError, match="contain each other"):
         pickles.places(path)

@@ -1,17 +1,16 @@
-"""Stable Diffusion's folders and tables: every leaf and tensor once, in and out bit for bit; a
-decoder that starts from one; what is not built.
-"""
+"""Stable Diffusion: its tables, folders, configs, and a decoder that starts from one."""
 
 import json
 import logging
 from dataclasses import asdict
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax import checkpoint, config, sharding, tree
+from emu_jax import config, sharding, tree
 from emu_jax.config import UserError
 from emu_jax.initial import init_from_checkpoint
 from emu_jax.models import module
@@ -24,7 +23,19 @@ from emu_jax.weights import convert, files
 from emu_jax.weights import stable_diffusion as family
 from emu_jax.weights.__main__ import main
 from tests.support import foreign
-from tests.support.foreign import PNDM, UNET1, UNET2, diffusion, folder, saved, small
+from tests.support.foreign import (
+    PNDM,
+    UNET1,
+    UNET2,
+    assert_identical,
+    diffusion,
+    export,
+    folder,
+    import_,
+    leaves,
+    saved,
+    small,
+)
 
 SD1 = dict(
     block_out_channels=[320, 640, 1280, 1280],
@@ -64,30 +75,27 @@ SMALL_VAE = VAE | dict(
 )
 
 
-def shapes(unet, vae):
-    def of(tower, model_config):
-        return module.abstract(tower, model_config)
-
-    return {"unet": of(UNet, unet), "vae": of(Vae, vae)}
+@pytest.fixture(scope="module")
+def released_vae():
+    """(config, abstract parameters) of the autoencoder of all releases."""
+    model_config = family.vae_config(VAE)
+    return model_config, module.abstract(Vae, model_config)
 
 
 @pytest.mark.parametrize(
     ("config", "count"), [(SD1, 859_520_964), (SD2, 865_910_724)], ids=["sd1", "sd2"]
 )
-def test_the_releases_sizes(config, count):
+def test_releases_have_their_published_sizes(released_vae, config, count):
     """Parameters as published; 686 tensors in the U-Net, 248 in the autoencoder."""
     unet = family.unet_config(config)
-    vae = family.vae_config(VAE)
-    params = shapes(unet, vae)
-    size = {
-        tower: sum(leaf.size for leaf in jax.tree.leaves(part)) for tower, part in params.items()
-    }
-    assert size == {"unet": count, "vae": 83_653_863}
+    vae, vae_params = released_vae
+    params = {"unet": module.abstract(UNet, unet), "vae": vae_params}
+    sizes = jax.tree.map(lambda leaf: leaf.size, params)
+    assert sum(jax.tree.leaves(sizes["unet"])) == count
+    assert sum(jax.tree.leaves(sizes["vae"])) == 83_653_863
     names = convert.uses(family.table(unet, vae), importing=False)
-    assert (
-        sum(name.startswith("unet.") for name in names) == 686
-        and sum(name.startswith("vae.") for name in names) == 248
-    )
+    assert sum(name.startswith("unet.") for name in names) == 686
+    assert sum(name.startswith("vae.") for name in names) == 248
     assert sharding.specs(params)
 
 
@@ -97,24 +105,19 @@ def test_export_of_import_is_the_identity(linear):
     vae = family.vae_config(SMALL_VAE)
     table = family.table(unet, vae)
     rng = np.random.default_rng(0)
-    ours = {
-        path: rng.standard_normal(leaf.shape, np.float32)
-        for path, leaf in tree.leaves(shapes(unet, vae))
-    }
+    shapes = family.shapes(family.StableDiffusionConfig(unet, vae))
+    ours = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
     theirs = dict(convert.to_theirs(table, convert.reader(tree.unflatten(ours))))
     back = dict(tree.leaves(convert.from_theirs(table, family.canonical(theirs))))
-    assert back.keys() == ours.keys() == {row.ours for row in table.rows}
-    for path, leaf in ours.items():
-        np.testing.assert_array_equal(back[path], leaf, err_msg=path)
+    assert back.keys() == {row.ours for row in table.rows}
+    assert_identical(back, ours)
     again = dict(convert.to_theirs(table, convert.reader(tree.unflatten(back))))
-    assert theirs["unet.mid_block.attentions.0.proj_in.weight"].shape == (
-        (8, 8) if linear else (8, 8, 1, 1)
-    )
-    for name, tensor in theirs.items():
-        np.testing.assert_array_equal(again[name], tensor, err_msg=name)
+    shape = theirs["unet.mid_block.attentions.0.proj_in.weight"].shape
+    assert shape == ((8, 8) if linear else (8, 8, 1, 1))
+    assert_identical(again, theirs)
 
 
-def test_old_autoencoders_names_and_shapes():
+def test_old_names_and_shapes_of_autoencoders():
     x = np.zeros((4, 4, 1, 1), np.float32)
     old = {
         f"vae.encoder.mid_block.attentions.0.{name}.weight": x
@@ -147,7 +150,7 @@ def test_old_autoencoders_names_and_shapes():
         ({"mid_block_type": None}, "mid_block_type=None, which is not supported"),
     ],
 )
-def test_what_a_unet_config_asks_in_vain(changes, message):
+def test_unsupported_unet_configs_are_refused(changes, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         family.unet_config(SMALL | changes)
 
@@ -160,7 +163,7 @@ def test_what_a_unet_config_asks_in_vain(changes, message):
         ({"up_block_types": ["UpBlock2D"] * 2}, "up_block_types with 'UpBlock2D'"),
     ],
 )
-def test_what_an_autoencoder_config_asks_in_vain(changes, message):
+def test_unsupported_autoencoder_configs_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         family.vae_config(SMALL_VAE | changes)
 
@@ -170,34 +173,16 @@ def test_what_an_autoencoder_config_asks_in_vain(changes, message):
 DECODER = ("--config=configs/decoder.py:debug", "--config.model.decoder.image=16")
 
 
-def import_(source, to, *arguments):
-    return main(["import", "--family=stable-diffusion", str(source), f"--to={to}", *arguments])
-
-
 def overrides(unet=UNET1, **changes):
-    """Of configs/decoder.py, for a model that fits the small folders."""
+    """Flags of configs/decoder.py for a model that fits the small folders."""
     parts = {
         "unet": asdict(family.unet_config(unet)) | changes,
         "vae": asdict(family.vae_config(foreign.VAE)),
     }
-    return [
-        *DECODER,
-        *(
-            f"--config.model.decoder.{tower}.{name}={value}"
-            for tower, part in parts.items()
-            for name, value in part.items()
-        ),
-    ]
-
-
-def same(got, want):
-    assert set(got) == set(want)
-    for name, array in want.items():
-        mine = np.asarray(got[name])
-        assert (mine.dtype, mine.shape) == (
-            array.dtype,
-            array.shape,
-        ) and mine.tobytes() == array.tobytes(), name
+    flags = list(DECODER)
+    for tower, part in parts.items():
+        flags += [f"--config.model.decoder.{tower}.{name}={part[name]}" for name in part]
+    return flags
 
 
 V = PNDM | {"prediction_type": "v_prediction"}
@@ -210,27 +195,15 @@ V = PNDM | {"prediction_type": "v_prediction"}
 )
 def test_export_of_import_of_a_folder_is_the_identity(tmp_path, unet, schedule, dtype, layout):
     arrays = diffusion(tmp_path / "theirs", unet, dtype, schedule=schedule, **layout)
-    assert import_(tmp_path / "theirs", tmp_path / "ours") == 0
-    assert (
-        main(
-            [
-                "export",
-                "--family=stable-diffusion",
-                f"--from={tmp_path / 'ours'}",
-                f"--to={tmp_path / 'back'}",
-            ]
-        )
-        == 0
-    )
+    import_(tmp_path / "ours", "--family=stable-diffusion", tmp_path / "theirs")
+    export("stable-diffusion", tmp_path / "ours", tmp_path / "back")
     back = files.read_components(str(tmp_path / "back"), ("unet", "vae"))
-    same(back.tensors, arrays)
+    assert_identical(back.tensors, arrays)
     theirs = files.read_components(str(tmp_path / "theirs"), ("unet", "vae"))
-    assert family.infer_config({}, back.config) == family.infer_config(
-        {}, theirs.config
-    ) and family.default_config({}, back.config) == {"decoder.image": 16}
-    assert {
-        str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*.*")
-    } == {
+    assert family.infer_config({}, back.config) == family.infer_config({}, theirs.config)
+    assert family.default_config({}, back.config) == {"decoder.image": 16}
+    written = (tmp_path / "back").rglob("*.*")
+    assert {str(path.relative_to(tmp_path / "back")) for path in written} == {
         "model_index.json",
         "scheduler/scheduler_config.json",
         "unet/config.json",
@@ -255,12 +228,11 @@ def test_export_of_import_of_a_folder_is_the_identity(tmp_path, unet, schedule, 
     [UNET1, UNET2, SMALL, SD1, SD2 | {"sample_size": 96, "time_embedding_dim": 777}],
     ids=range(5),
 )
-def test_the_configs_that_are_written_say_what_was_read(unet, schedule):
+def test_written_configs_infer_the_same_model(unet, schedule):
     theirs = {"unet": unet, "vae": VAE, "scheduler": schedule}
     diffusion = dict(beta_start=0.1, beta_end=0.2, zero_snr=False, min_snr=0.0)
-    diffusion |= {
-        name: value for name, value in family.schedule(schedule).items() if value is not None
-    }
+    fields = family.schedule(schedule)
+    diffusion |= {name: value for name, value in fields.items() if value is not None}
     ours = {
         "decoder": {
             "image": 64,
@@ -269,77 +241,54 @@ def test_the_configs_that_are_written_say_what_was_read(unet, schedule):
             "diffusion": diffusion,
         }
     }
-    written = {
-        path.split("/")[0]: said
-        for path, said in json.loads(json.dumps(family.config_json(ours, 0))).items()
-    }
-    assert family.infer_config({}, written) == family.infer_config(
-        {}, theirs
-    ) and family.default_config({}, written) == {"decoder.image": 64}
+    contents = json.loads(json.dumps(family.config_json(ours, 0)))
+    written = {path.split("/")[0]: fields for path, fields in contents.items()}
+    assert family.infer_config({}, written) == family.infer_config({}, theirs)
+    assert family.default_config({}, written) == {"decoder.image": 64}
 
 
 def test_pickles_and_old_names_of_a_folder_give_the_same(tmp_path):
-    """As Stable Diffusion 1.5 is still to be had: .bin files, and an autoencoder whose attention
-    has its old names.
-    """
+    """Stable Diffusion 1.5 is published as .bin files with old names in the autoencoder."""
     want = diffusion(tmp_path)
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for component in ("unet", "vae"):
         path = tmp_path / component / "diffusion_pytorch_model.safetensors"
-        arrays = {
-            name: np.asarray(tensor) for name, tensor in files.read([str(path)]).tensors.items()
-        }
-        for new, old in (
-            ("to_q", "query"),
-            ("to_k", "key"),
-            ("to_v", "value"),
-            ("to_out.0", "proj_attn"),
-        ):
-            arrays = {
-                name.replace(f"mid_block.attentions.0.{new}", f"mid_block.attentions.0.{old}")
-                if component == "vae"
-                else name: array
-                for name, array in arrays.items()
-            }
+        arrays = {}
+        for name, tensor in files.read([str(path)]).tensors.items():
+            if component == "vae":
+                for new, old in old_names.items():
+                    attention = "mid_block.attentions.0"
+                    name = name.replace(f"{attention}.{new}", f"{attention}.{old}")
+            arrays[name] = np.asarray(tensor)
         saved(path.with_suffix(".bin"), arrays)
         path.unlink()
-    same(family.canonical(files.read_components(str(tmp_path), ("unet", "vae")).tensors), want)
+    foreign_files = files.read_components(str(tmp_path), ("unet", "vae"))
+    assert_identical(family.canonical(foreign_files.tensors), want)
 
 
-def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
-    """Cross-attention's keys and values are fresh, for the condition has another width: said, one
-    by one, and nothing else is.
+def test_a_decoder_starts_from_stable_diffusion_and_from_an_emu(tmp_path, capsys, caplog):
+    """Only the cross-attention's keys and values are fresh, and all of them are reported.
+
+    The condition has another width than Stable Diffusion's text encoder.
     """
     diffusion(tmp_path / "sd")
     folder(tmp_path / "emu", small(), "emu1")
-    assert import_(tmp_path / "sd", tmp_path / "from-sd", *overrides(condition=32)) == 0
+    sd = ("--family=stable-diffusion", tmp_path / "sd")
+    import_(tmp_path / "from-sd", *sd, *overrides(condition=32))
     fresh = [
         f"unet/{place}/attentions/{n}/blocks/0/cross/{name}/w"
         for place, count in (("down/0", 1), ("mid", 1), ("up/0", 2))
         for n in range(count)
         for name in "kv"
     ]
-    (said,) = (
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if "decoder.unet.condition is 12 in the files and 32 in the config" in line
-    )
-    assert sorted(said.split(": ")[-1].split(", ")) == fresh
-    assert (
-        main(
-            [
-                "import",
-                "--family=emu1",
-                str(tmp_path / "emu"),
-                f"--to={tmp_path / 'from-emu'}",
-                *overrides(condition=32),
-            ]
-        )
-        == 0
-    )
+    notice = "decoder.unet.condition is 12 in the files and 32 in the config"
+    lines = capsys.readouterr().out.splitlines()
+    (report,) = (line for line in lines if line.startswith(notice))
+    assert sorted(report.split(": ")[-1].split(", ")) == fresh
+    import_(tmp_path / "from-emu", "--family=emu1", tmp_path / "emu", *overrides(condition=32))
 
-    c = config.load(
-        [*overrides(condition=32), f"--config.init={tmp_path / 'from-emu'},{tmp_path / 'from-sd'}"]
-    )
+    init = f"--config.init={tmp_path / 'from-emu'},{tmp_path / 'from-sd'}"
+    c = config.load([*overrides(condition=32), init])
     model_config = DecoderConfig.of(c.model.to_dict())
     rng = np.random.default_rng(1)
     shapes = module.abstract(Decoder, model_config)
@@ -347,38 +296,28 @@ def test_a_decoder_starts_from_it_and_from_an_emu(tmp_path, capsys, caplog):
     program = make_program(c, start)
     with caplog.at_level(logging.WARNING):
         params, loaded = init_from_checkpoint(c.init, cast_frozen(program, start))
-    assert (
-        f"8 maps of the condition stay fresh, because its width is 12 there and 32 here: {', '.join(fresh)}"
-        in caplog.text
-    )
-    begun = dict(tree.leaves(start))
+    reason = "because its width is 12 there and 32 here"
+    assert f"8 maps of the condition stay fresh, {reason}: {', '.join(fresh)}" in caplog.text
     got = dict(tree.leaves(params))
-    held = cast_frozen(program, start)
-    assert {path: (leaf.shape, leaf.dtype) for path, leaf in got.items()} == {
-        path: (leaf.shape, leaf.dtype) for path, leaf in tree.leaves(held)
-    }
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, cast_frozen(program, start))
     assert set(loaded) == set(got) - set(fresh)
-    theirs = {
-        path: leaf
-        for name in ("from-emu", "from-sd")
-        for path, leaf in tree.leaves(checkpoint.restore_params(str(tmp_path / name)))
-    }
+    theirs = leaves(tmp_path / "from-emu") | leaves(tmp_path / "from-sd")
+    initial = dict(tree.leaves(start))
     for path, leaf in got.items():
-        np.testing.assert_array_equal(
-            leaf,
-            np.asarray(begun[path] if path in fresh else theirs[path]).astype(leaf.dtype),
-            err_msg=path,
-        )
+        want = initial[path] if path in fresh else theirs[path]
+        np.testing.assert_array_equal(leaf, np.asarray(want).astype(leaf.dtype), err_msg=path)
 
 
 def error_of(capsys, *arguments):
+    """The one line of error of an import that fails."""
     assert main(["import", *map(str, arguments)]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "\n" not in error
+    assert error.startswith("error: ")
+    assert "\n" not in error
     return error
 
 
-def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, capsys):
+def test_faults_of_a_folder_are_one_line(tmp_path, capsys):
     sd = tmp_path / "sd"
     to = f"--to={tmp_path / 'ours'}"
     diffusion(sd)
@@ -390,17 +329,14 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, capsys):
     assert "it looks like stable-diffusion: --family=stable-diffusion" in error_of(
         capsys, "--family=llama", sd, to
     )
-    assert (
-        "a folder of diffusers' with unet and vae in it; it looks like llama: --family=llama"
-        in says(tmp_path / "llama")
-    )
-    assert "a folder of diffusers' with unet and vae in it; it looks like none" in says(sd / "unet")
+    expected = "a folder of diffusers' with unet and vae in it"
+    assert f"{expected}; it looks like llama: --family=llama" in says(tmp_path / "llama")
+    assert f"{expected}; it looks like none" in says(sd / "unet")
     assert "no file or folder" in says(tmp_path / "nothing")
     assert "takes one folder" in error_of(capsys, "--family=stable-diffusion", sd, sd, to)
-    assert (
-        "decoder.unet.heads is (2, 2), not (4, 4) ('--config.model.decoder.unet.heads=(2, 2)'"
-        in says(sd, *overrides(heads=(4, 4)))
-    )
+    flag = "'--config.model.decoder.unet.heads=(2, 2)'"
+    heads = f"decoder.unet.heads is (2, 2), not (4, 4) ({flag}"
+    assert heads in says(sd, *overrides(heads=(4, 4)))
     assert "the config has no model.decoder" in says(sd, "--config=configs/pretrain.py:debug")
     path = sd / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(PNDM | {"prediction_type": "v_prediction"}))
@@ -417,12 +353,12 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, capsys):
         assert message in says(sd)
     path.write_text(json.dumps(PNDM))
     unet = sd / "unet/config.json"
-    for config_, message in (
+    for change, message in (
         ({"act_fn": "gelu"}, "act_fn='gelu', which is not supported"),
         ({"block_out_channels": "wide"}, "sd: "),
         ({"num_class_embeds": 7}, "num_class_embeds=7, which is not supported"),
     ):
-        unet.write_text(json.dumps(UNET1 | config_))
+        unet.write_text(json.dumps(UNET1 | change))
         assert message in says(sd)
     unet.unlink()
     assert "the U-Net's config lacks block_out_channels" in says(sd)
@@ -441,15 +377,12 @@ def test_tensors_of_another_size_are_listed(tmp_path, capsys):
     diffusion(tmp_path / "sd")
     path = tmp_path / "sd/unet/config.json"
     path.write_text(json.dumps(UNET1 | {"layers_per_block": 2}))
-    assert import_(tmp_path / "sd", tmp_path / "ours") == 2
+    to = f"--to={tmp_path / 'ours'}"
+    assert main(["import", "--family=stable-diffusion", str(tmp_path / "sd"), to]) == 2
     *lines, error = capsys.readouterr().err.strip().splitlines()
-    assert (
-        any(
-            "missing     unet.down_blocks.0.resnets.1.conv1.weight [16, 16, 3, 3]" in line
-            for line in lines
-        )
-        and "missing" in error
-    )
+    first = "missing     unet.down_blocks.0.resnets.1.conv1.weight [16, 16, 3, 3]"
+    assert any(first in line for line in lines)
+    assert "missing" in error
     assert not (tmp_path / "ours").exists()
 
 
@@ -461,6 +394,6 @@ def test_tensors_of_another_size_are_listed(tmp_path, capsys):
         ({"decoder": {"vae": {"latent": 4}, "unet": {"patch": 2}}}, "works on patches of 2"),
     ],
 )
-def test_what_is_no_stable_diffusion(decoder, message):
+def test_other_image_decoders_are_refused(decoder, message):
     with pytest.raises(UserError, match=message):
         family.make_config(decoder)

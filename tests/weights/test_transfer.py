@@ -1,11 +1,14 @@
-"""Weights come in and go out again bit for bit, for every family, sharded or not; and what does not
-fit is said before anything is written.
+"""Import and export are inverse bit for bit, for every family, sharded or not.
+
+Whatever does not fit is reported before anything is written.
 """
 
 import json
 import os
 import pickle
+import shutil
 import weakref
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +24,65 @@ from emu_jax.models import emu, module
 from emu_jax.weights import convert, files, transfer
 from emu_jax.weights.__main__ import main
 from emu_jax.weights.families import FAMILIES
-from tests.support.foreign import CONFIG, LLAMA3, folder, random, saved, size_of, small, tensors
+from tests.support.foreign import (
+    CONFIG,
+    LLAMA3,
+    assert_identical,
+    config_of,
+    export,
+    folder,
+    import_,
+    leaves,
+    random,
+    saved,
+    small,
+    tensors,
+)
 
 BF16 = ml_dtypes.bfloat16
 
 
-def import_(to, *arguments):
-    assert main(["import", *map(str, arguments), f"--to={to}"]) == 0
-    return dict(tree.leaves(checkpoint.restore_params(str(to))))
-
-
-def same(got, want):
-    assert set(got) == set(want)
-    for name, array in want.items():
-        mine = np.asarray(got[name])
-        assert (mine.dtype, mine.shape) == (
-            array.dtype,
-            array.shape,
-        ) and mine.tobytes() == array.tobytes(), name
-
-
 def error_of(capsys, *arguments):
-    """The one line of error of an import that writes nothing, and what stands before it."""
-    assert main(["import", *map(str, arguments)]) == 2
+    """(error, lines before it) of an import or export that fails."""
+    assert main(list(map(str, arguments))) == 2
     *lines, error = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("error: ")
     return error, lines
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """source(family, overrides=(), dtype=float32): a foreign checkpoint (folder, arrays).
+
+    Each is made once, and no test changes it.
+    """
+
+    @cache
+    def make(family, overrides, dtype):
+        path = tmp_path_factory.mktemp(family) / "source"
+        return path, folder(path, small(*overrides), family, dtype)
+
+    def source(family, overrides=(), dtype=np.float32):
+        return make(family, overrides, dtype)
+
+    return source
+
+
+@pytest.fixture(scope="module")
+def imported(source):
+    """imported(family, overrides=(), dtype=float32): an import of `source` (folder, leaves)."""
+
+    @cache
+    def make(family, overrides, dtype):
+        path, _ = source(family, overrides, dtype)
+        to = path.with_name("ours")
+        import_(to, f"--family={family}", path, CONFIG, *overrides)
+        return to, leaves(to)
+
+    def imported(family, overrides=(), dtype=np.float32):
+        return make(family, overrides, dtype)
+
+    return imported
 
 
 # The law
@@ -65,94 +101,72 @@ def error_of(capsys, *arguments):
     ],
 )
 def test_export_of_import_is_the_identity_and_import_of_export_too(
-    tmp_path, family, overrides, dtype
+    tmp_path, source, imported, family, overrides, dtype
 ):
-    arrays = folder(tmp_path / "source", small(*overrides), family, dtype)
-    first = import_(
-        tmp_path / "ours", f"--family={family}", tmp_path / "source", CONFIG, *overrides
-    )
-    assert (
-        main(
-            [
-                "export",
-                f"--family={family}",
-                f"--from={tmp_path / 'ours'}",
-                f"--to={tmp_path / 'theirs'}",
-            ]
-        )
-        == 0
-    )
-    same(files.read([str(tmp_path / "theirs")]).tensors, arrays)
-    same(
-        import_(tmp_path / "again", f"--family={family}", tmp_path / "theirs", CONFIG, *overrides),
-        first,
-    )
+    _, arrays = source(family, overrides, dtype)
+    ours, first = imported(family, overrides, dtype)
+    export(family, ours, tmp_path / "theirs")
+    assert_identical(files.read([str(tmp_path / "theirs")]).tensors, arrays)
+    import_(tmp_path / "again", f"--family={family}", tmp_path / "theirs", CONFIG, *overrides)
+    assert_identical(leaves(tmp_path / "again"), first)
 
 
 @pytest.mark.parametrize("family", ["emu1", "eva-clip"])
-def test_pytorch_files_give_the_same_as_safetensors(tmp_path, family):
-    arrays = folder(tmp_path / "source", small(), family)
-    prefixed = {"emu1": "module.", "eva-clip": ""}[family]
-    saved(
-        tmp_path / "one.pt",
-        {
-            prefixed + name.removeprefix("visual." if family == "eva-clip" else ""): array
-            for name, array in arrays.items()
-        },
-    )
-    same(
-        import_(tmp_path / "one", f"--family={family}", tmp_path / "one.pt", CONFIG),
-        import_(tmp_path / "two", f"--family={family}", tmp_path / "source", CONFIG),
-    )
+def test_pytorch_files_give_the_same_as_safetensors(tmp_path, source, imported, family):
+    _, arrays = source(family)
+    if family == "emu1":
+        arrays = {f"module.{name}": array for name, array in arrays.items()}
+    else:
+        arrays = {name.removeprefix("visual."): array for name, array in arrays.items()}
+    saved(tmp_path / "one.pt", arrays)
+    import_(tmp_path / "ours", f"--family={family}", tmp_path / "one.pt", CONFIG)
+    _, want = imported(family)
+    assert_identical(leaves(tmp_path / "ours"), want)
 
 
-def test_leaves_are_where_the_table_says(tmp_path):
-    """Not only back and forth: q of layer 1 is [out, in], transposed and cut into heads."""
-    arrays = folder(tmp_path / "source", small(), "llama")
-    leaves = import_(tmp_path / "ours", "--family=llama", tmp_path / "source", CONFIG)
+def test_leaves_hold_the_tensors_that_the_table_names(source, imported):
+    """Theirs is [out, in]: q of layer 1 is transposed and split into heads."""
+    _, arrays = source("llama")
+    _, got = imported("llama")
     np.testing.assert_array_equal(
-        leaves["llama/blocks/attn/q/w"][1, :, 2],
+        got["llama/blocks/attn/q/w"][1, :, 2],
         arrays["model.layers.1.self_attn.q_proj.weight"][16:24].T,
     )
-    np.testing.assert_array_equal(leaves["llama/embed/base"], arrays["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(got["llama/embed/base"], arrays["model.embed_tokens.weight"])
     np.testing.assert_allclose(
-        leaves["llama/lm_head/added"],
+        got["llama/lm_head/added"],
         np.tile(arrays["lm_head.weight"].mean(0, np.float64), (4, 1)),
         rtol=1e-6,
     )
 
 
-def test_without_a_config_the_towers_take_the_files_sizes(tmp_path):
+def test_without_a_config_the_towers_take_their_sizes_from_the_files(tmp_path):
     c = small(*LLAMA3, "--config.model.llama.width=64")
     folder(tmp_path / "source", c, "llama")
     import_(tmp_path / "ours", "--family=llama", tmp_path / "source")
     got = checkpoint.read_config(str(tmp_path / "ours"))["model"]
     want = config.to_dict(c)["model"]["llama"]
-    assert (
-        got["llama"] == want | {"rope_dtype": "float32", "remat": "full"}
-        and got["vision"]["width"] == 1408
-    )
-    assert (
-        want["kv_heads"] == 2
-        and want["tied"]
-        and want["rope_scaling"] == ["llama3", 8.0, 1.0, 4.0, 64.0]
-    )
+    assert got["llama"] == want | {"rope_dtype": "float32", "remat": "full"}
+    assert got["vision"]["width"] == 1408
+    assert want["kv_heads"] == 2
+    assert want["tied"]
+    assert want["rope_scaling"] == ["llama3", 8.0, 1.0, 4.0, 64.0]
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_rotary_fields_old_and_new(tmp_path, old):
+def test_old_and_new_rotary_fields_are_read(tmp_path, old):
     folder(tmp_path / "source", small(*LLAMA3), "llama")
     path = tmp_path / "source/config.json"
-    said = json.loads(path.read_text())
-    scaling = said.pop("rope_scaling")
+    fields = json.loads(path.read_text())
+    scaling = fields.pop("rope_scaling")
     if old:
-        said["rope_scaling"] = {
-            "type" if key == "rope_type" else key: value for key, value in scaling.items()
-        }
+        kind = scaling.pop("rope_type")
+        fields["rope_scaling"] = scaling | {"type": kind}
     else:
-        said["rope_parameters"] = scaling | {"rope_theta": said.pop("rope_theta")}
-    path.write_text(json.dumps(said))
-    import_(tmp_path / "ours", "--family=llama", tmp_path / "source", CONFIG, *LLAMA3)
+        fields["rope_parameters"] = scaling | {"rope_theta": fields.pop("rope_theta")}
+    path.write_text(json.dumps(fields))
+    # It matches the config, or it would fail.
+    import_(tmp_path / "ours", "--family=llama", tmp_path / "source", CONFIG, *LLAMA3, "--dry-run")
 
 
 # Partial imports compose
@@ -167,56 +181,45 @@ def test_eva_clip_and_llama_make_the_papers_start(tmp_path, capsys):
         "logit_scale": np.float16(1),
     }
     saved(tmp_path / "eva.pt", eva)
-    leaves = import_(
-        tmp_path / "ours",
-        "--family=llama",
-        tmp_path / "llama",
-        "--family=eva-clip",
-        tmp_path / "eva.pt",
-        CONFIG,
-    )
+    sources = ["--family=llama", tmp_path / "llama", "--family=eva-clip", tmp_path / "eva.pt"]
+    import_(tmp_path / "ours", *sources, CONFIG)
+    got = leaves(tmp_path / "ours")
     out = capsys.readouterr().out
-    assert {path.split("/")[0] for path in leaves} == {"vision", "llama"}
-    assert (
-        leaves["vision/pos"].dtype == np.float16
-        and leaves["llama/embed/base"].dtype == leaves["llama/embed/added"].dtype == BF16
-    )
-    assert "left out, initialised by training: resampler" in out and "not used: 3 tensors" in out
+    assert {path.split("/")[0] for path in got} == {"vision", "llama"}
+    assert got["vision/pos"].dtype == np.float16
+    assert got["llama/embed/base"].dtype == got["llama/embed/added"].dtype == BF16
+    assert "left out, initialised by training: resampler" in out
+    assert "not used: 3 tensors" in out
     np.testing.assert_array_equal(
-        leaves["vision/blocks/attn/k/w"][0, :, 1, 3],
+        got["vision/blocks/attn/k/w"][0, :, 1, 3],
         eva["visual.blocks.0.attn.qkv.weight"][32 + 11],
     )
 
-    fresh = module.init(emu.Emu, size_of(tmp_path / "ours"), jax.random.key(0))
-    # what config.init does
+    shapes = module.abstract(emu.Emu, config_of(tmp_path / "ours"))
+    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    # What config.init does.
     params = load_weights(str(tmp_path / "ours"), fresh)
-    same(
-        dict(tree.leaves(params)), {path: leaf.astype(np.float32) for path, leaf in leaves.items()}
-    )
+    want = {path: leaf.astype(np.float32) for path, leaf in got.items()}
+    assert_identical(dict(tree.leaves(params)), want)
 
 
-def test_new_rows_of_an_emu_are_the_mean_of_the_old(tmp_path):
-    arrays = folder(tmp_path / "source", small(), "emu1")
-    leaves = import_(
-        tmp_path / "ours",
-        "--family=emu1",
-        tmp_path / "source",
-        CONFIG,
-        "--config.model.llama.added=6",
-    )
+def test_new_rows_of_an_emu_are_the_mean_of_the_old(tmp_path, source):
+    path, arrays = source("emu1")
+    added = "--config.model.llama.added=6"
+    import_(tmp_path / "ours", "--family=emu1", path, CONFIG, added)
+    got = leaves(tmp_path / "ours")
     table = arrays["decoder.lm.model.embed_tokens.weight"]
-    np.testing.assert_array_equal(leaves["llama/embed/added"][:4], table[512:])
+    np.testing.assert_array_equal(got["llama/embed/added"][:4], table[512:])
     np.testing.assert_allclose(
-        leaves["llama/embed/added"][4:],
+        got["llama/embed/added"][4:],
         np.tile(table.astype(np.float64).mean(0), (2, 1)),
         rtol=1e-6,
     )
 
 
 def test_lora_is_merged(tmp_path):
-    c = small()
     rng = np.random.default_rng(5)
-    arrays = tensors(c, "emu1")
+    arrays = tensors(small(), "emu1")
     plain = "decoder.lm.model.layers.1.self_attn.q_proj"
     a = rng.standard_normal((4, 32), np.float32)
     b = rng.standard_normal((32, 4), np.float32)
@@ -231,22 +234,20 @@ def test_lora_is_merged(tmp_path):
         f"{plain}.lora_B.default.weight": b,
     }
     saved(tmp_path / "chat.pt", {wrap(name): array for name, array in chat.items()})
-    got = import_(tmp_path / "ours", "--family=emu1", tmp_path / "chat.pt", CONFIG)[
-        "llama/blocks/attn/q/w"
-    ][1]
+    import_(tmp_path / "ours", "--family=emu1", tmp_path / "chat.pt", CONFIG)
+    q = leaves(tmp_path / "ours")["llama/blocks/attn/q/w"][1]
     np.testing.assert_allclose(
-        got.reshape(32, 32), (arrays[f"{plain}.weight"] + b @ a).T, rtol=1e-5, atol=1e-5
+        q.reshape(32, 32), (arrays[f"{plain}.weight"] + b @ a).T, rtol=1e-5, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("size", [56, 14])
-def test_position_embeddings_are_interpolated_when_asked(tmp_path, size):
-    arrays = folder(tmp_path / "source", small(), "eva-clip")
-    leaves = import_(
-        tmp_path / "ours", "--family=eva-clip", tmp_path / "source", CONFIG, f"--image-size={size}"
-    )
-    assert leaves["vision/pos"].shape == (1 + (size // 14) ** 2, 32)
-    np.testing.assert_array_equal(leaves["vision/pos"][0], arrays["visual.pos_embed"][0, 0])
+def test_image_size_interpolates_position_embeddings(tmp_path, source, size):
+    path, arrays = source("eva-clip")
+    import_(tmp_path / "ours", "--family=eva-clip", path, CONFIG, f"--image-size={size}")
+    positions = leaves(tmp_path / "ours")["vision/pos"]
+    assert positions.shape == (1 + (size // 14) ** 2, 32)
+    np.testing.assert_array_equal(positions[0], arrays["visual.pos_embed"][0, 0])
     assert checkpoint.read_config(str(tmp_path / "ours"))["model"]["vision"]["image"] == size
 
 
@@ -257,37 +258,29 @@ def test_position_embeddings_are_interpolated_when_asked(tmp_path, size):
 def test_sharded_over_eight_devices_equals_unsharded(tmp_path, family):
     c = config.load([CONFIG, "--config.model.llama.vocab=512", *LLAMA3])
     folder(tmp_path / "source", c, family)
-    made = transfer.make_plan([(family, [str(tmp_path / "source")])], c, given=True)
+    plan = transfer.make_plan([(family, [str(tmp_path / "source")])], c, given=True)
     mesh = sharding.make_mesh(dict(data=1, fsdp=4, tensor=2))
     model_config = emu.EmuConfig.of(c.model.to_dict())
     specs = sharding.specs(module.abstract(emu.Emu, model_config))
     placed = dict(tree.leaves(sharding.shardings(mesh, specs)))
-    sharded, whole = (
-        {
-            path: leaf
-            for part in made.parts
-            for path, leaf in tree.leaves(convert.from_theirs(part.table, part.tensors, where))
-        }
-        for where in (placed, None)
-    )
-    same(sharded, {path: np.asarray(leaf) for path, leaf in whole.items()})
+    (part,) = plan.parts
+    sharded = dict(tree.leaves(convert.from_theirs(part.table, part.tensors, placed)))
+    whole = dict(tree.leaves(convert.from_theirs(part.table, part.tensors)))
+    assert_identical(sharded, whole)
     for path, leaf in sharded.items():
         assert leaf.sharding.is_equivalent_to(placed[path], leaf.ndim), path
-    assert (
-        sharded["llama/blocks/ffn/up/w"].addressable_shards[0].data.size * 8
-        == sharded["llama/blocks/ffn/up/w"].size
-    )
+    up = sharded["llama/blocks/ffn/up/w"]
+    assert up.addressable_shards[0].data.size * 8 == up.size
 
 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path):
-    """Each foreign tensor is read once, and the one before it is free by then."""
+    """Each foreign tensor is read once, after the one before it is freed."""
     held = []
     reads = []
 
     def tensor(array, name):
         def read():
-            held[:] = [other for other in held if other() is not None]
-            assert not held, "an earlier tensor is still held"
+            assert not any(other() is not None for other in held), "an earlier tensor is held"
             reads.append(name)
             copy = array.copy()
             held.append(weakref.ref(copy))
@@ -298,9 +291,8 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
     c = small()
     arrays = tensors(c, "emu1")
     table = FAMILIES["emu1"].table(emu.EmuConfig.of(c.model.to_dict()))
-    for _, _, piece in convert.pieces(
-        table, {name: tensor(array, name) for name, array in arrays.items()}
-    ):
+    foreign = {name: tensor(array, name) for name, array in arrays.items()}
+    for _, _, piece in convert.pieces(table, foreign):
         del piece
     assert reads == list(arrays)
 
@@ -310,11 +302,8 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
 
 def test_every_tensor_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path, capsys):
     arrays = tensors(small(), "llama")
-    odd = {
-        name: array
-        for name, array in arrays.items()
-        if not name.endswith(("0.mlp.up_proj.weight", "1.mlp.down_proj.weight"))
-    }
+    lost = ("0.mlp.up_proj.weight", "1.mlp.down_proj.weight")
+    odd = {name: array for name, array in arrays.items() if not name.endswith(lost)}
     odd |= {
         "model.norm.weight": arrays["model.norm.weight"][:5],
         "model.layers.0.input_layernorm.weight": np.arange(32),
@@ -324,6 +313,7 @@ def test_every_tensor_that_does_not_fit_is_listed_and_nothing_is_written(tmp_pat
     for dry in ((), ("--dry-run",)):
         error, lines = error_of(
             capsys,
+            "import",
             "--family=llama",
             tmp_path / "odd.bin",
             CONFIG,
@@ -341,30 +331,26 @@ def test_every_tensor_that_does_not_fit_is_listed_and_nothing_is_written(tmp_pat
         assert not (tmp_path / "ours").exists()
 
 
-def test_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
-    folder(tmp_path / "source", small(), "llama")
-    assert (
-        main(
-            [
-                "import",
-                "--family=llama",
-                str(tmp_path / "source"),
-                CONFIG,
-                "--dry-run",
-                f"--to={tmp_path / 'ours'}",
-            ]
-        )
-        == 0
-    )
+def test_dry_run_lists_what_it_would_import_and_writes_nothing(tmp_path, capsys, source):
+    path, _ = source("llama")
+    import_(tmp_path / "ours", "--family=llama", path, CONFIG, "--dry-run")
     out = capsys.readouterr().out
-    assert (
-        "llama" in out and "float32" in out and "left out, initialised by training: vision" in out
-    )
+    assert "llama" in out
+    assert "float32" in out
+    assert "left out, initialised by training: vision" in out
     assert not (tmp_path / "ours").exists()
 
 
+def test_an_import_works_in_any_folder(tmp_path, capsys, monkeypatch, source):
+    """Without --config, the default config is found among the project's own."""
+    path, _ = source("llama")
+    monkeypatch.chdir(tmp_path)
+    import_(tmp_path / "ours", "--family=llama", path, "--dry-run")
+    assert "llama" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    ("asked", "given"),
+    ("named", "given"),
     [
         ("llama", "emu1"),
         ("emu1", "llama"),
@@ -373,22 +359,19 @@ def test_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
         ("emu1", "t5-decoder"),
     ],
 )
-def test_another_family_is_guessed(tmp_path, capsys, asked, given):
-    folder(tmp_path / "source", small(), given)
-    error, _ = error_of(
-        capsys, f"--family={asked}", tmp_path / "source", CONFIG, f"--to={tmp_path / 'ours'}"
-    )
-    assert f"is not of the family {asked}; it looks like {given}: --family={given}" in error
+def test_another_family_is_guessed(tmp_path, capsys, source, named, given):
+    path, _ = source(given)
+    error, _ = error_of(capsys, "import", f"--family={named}", path, CONFIG, f"--to={tmp_path}/x")
+    assert f"is not of the family {named}; it looks like {given}: --family={given}" in error
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    c = small()
     to = f"--to={tmp_path / 'ours'}"
     source = tmp_path / "source"
-    folder(source, c, "llama")
+    folder(source, small(), "llama")
 
     def says(*arguments):
-        return error_of(capsys, *arguments)[0]
+        return error_of(capsys, "import", *arguments)[0]
 
     assert "llama.width is 32, not 64" in says(
         "--family=llama", source, CONFIG, "--config.model.llama.width=64", to
@@ -411,12 +394,12 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         "--family=llama", source, "--family=llama", source, CONFIG, to
     )
     saved(tmp_path / "other.bin", {"w": np.zeros(3)})
-    none = "it looks like none of emu1, llama, peft, t5-decoder, eva-clip, stable-diffusion, inception, clip; it holds w"
+    none = f"it looks like none of {', '.join(FAMILIES)}; it holds w"
     assert none in says("--family=llama", tmp_path / "other.bin", CONFIG, to)
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(os.system))
     assert "names posix.system" in says("--family=llama", tmp_path / "evil.bin", CONFIG, to)
     path = source / "config.json"
-    said = json.loads(path.read_text())
+    fields = json.loads(path.read_text())
     for change, message in (
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2}},
@@ -430,20 +413,17 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ({"rope_theta": "wide"}, "source: could not convert"),
         ({"rope_scaling": [1]}, "source: "),
     ):
-        path.write_text(json.dumps(said | change))
+        path.write_text(json.dumps(fields | change))
         assert message in says("--family=llama", source, CONFIG, to)
-    path.write_text(
-        json.dumps(said | {"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": None})
-    )
+    no_heads = {"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": None}
+    path.write_text(json.dumps(fields | no_heads))
     assert "source: no model of these sizes is possible: " in says("--family=llama", source, to)
-    saved(
-        tmp_path / "tall.bin",
-        {"model.layers.999999999.self_attn.q_proj.weight": np.zeros((2, 2), np.float32)},
-    )
+    tall = {"model.layers.999999999.self_attn.q_proj.weight": np.zeros((2, 2), np.float32)}
+    saved(tmp_path / "tall.bin", tall)
     assert "a tensor names layer 999999999, but there are 1 tensors" in says(
         "--family=llama", tmp_path / "tall.bin", CONFIG, to
     )
-    path.write_text(json.dumps(said | {"num_key_value_heads": 3}))
+    path.write_text(json.dumps(fields | {"num_key_value_heads": 3}))
     assert "multiple of heads 4, and heads a multiple of kv_heads 3" in says(
         "--family=llama", source, to
     )
@@ -455,131 +435,81 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_directory_in_use_is_left_alone(tmp_path, capsys):
-    folder(tmp_path / "source", small(), "eva-clip")
-    arguments = ["--family=eva-clip", tmp_path / "source", CONFIG, f"--to={tmp_path / 'ours'}"]
-    assert main(["import", *map(str, arguments)]) == 0
-    capsys.readouterr()
-    assert "holds a checkpoint already" in error_of(capsys, *arguments)[0]
-    assert (
-        main(
-            [
-                "export",
-                "--family=eva-clip",
-                f"--from={tmp_path / 'ours'}",
-                f"--to={tmp_path / 'source'}",
-            ]
-        )
-        == 2
-    )
-    assert "exists and is not empty" in capsys.readouterr().err
-    assert (
-        main(
-            [
-                "export",
-                "--family=llama",
-                f"--from={tmp_path / 'ours'}",
-                f"--to={tmp_path / 'theirs'}",
-            ]
-        )
-        == 2
-    )
-    assert (
-        "does not hold a complete llama: no parameter 'llama/" in capsys.readouterr().err
-        and not (tmp_path / "theirs").exists()
-    )
+def test_a_directory_in_use_is_left_alone(tmp_path, capsys, source, imported):
+    path, _ = source("eva-clip")
+    ours, _ = imported("eva-clip")
+    before = sorted(ours.rglob("*"))
+    error, _ = error_of(capsys, "import", "--family=eva-clip", path, CONFIG, f"--to={ours}")
+    assert "holds a checkpoint already" in error
+    assert sorted(ours.rglob("*")) == before
+    error, _ = error_of(capsys, "export", "--family=eva-clip", f"--from={ours}", f"--to={path}")
+    assert "exists and is not empty" in error
 
 
-def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
-    folder(tmp_path / "source", small(), "eva-clip")
-    import_(tmp_path / "ours", "--family=eva-clip", tmp_path / "source", CONFIG)
-    array = max(
-        (tmp_path / "ours/checkpoints/0/params/d").iterdir(), key=lambda path: path.stat().st_size
+def test_a_checkpoint_without_the_familys_parameters_is_not_exported(tmp_path, capsys, imported):
+    ours, _ = imported("eva-clip")
+    error, _ = error_of(
+        capsys, "export", "--family=llama", f"--from={ours}", f"--to={tmp_path / 'theirs'}"
     )
+    assert "does not hold a complete llama: no parameter 'llama/" in error
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys, imported):
+    shutil.copytree(imported("eva-clip")[0], tmp_path / "ours")
+    arrays = (tmp_path / "ours/checkpoints/0/params/d").iterdir()
+    array = max(arrays, key=lambda path: path.stat().st_size)
     content = bytearray(array.read_bytes())
     content[len(content) // 2] ^= 4
     array.write_bytes(content)
-    assert (
-        main(
-            [
-                "export",
-                "--family=eva-clip",
-                f"--from={tmp_path / 'ours'}",
-                f"--to={tmp_path / 'theirs'}",
-            ]
-        )
-        == 2
+    error, _ = error_of(
+        capsys,
+        "export",
+        "--family=eva-clip",
+        f"--from={tmp_path / 'ours'}",
+        f"--to={tmp_path / 'theirs'}",
     )
-    assert "is damaged" in capsys.readouterr().err.splitlines()[-1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
+    assert "is damaged" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-def test_a_source_that_ends_while_it_is_read_leaves_nothing(tmp_path, monkeypatch):
+def test_a_source_truncated_during_the_import_leaves_nothing(tmp_path):
     c = small()
     folder(tmp_path / "source", c, "eva-clip")
-    made = transfer.make_plan([("eva-clip", [str(tmp_path / "source")])], c, given=True)
+    plan = transfer.make_plan([("eva-clip", [str(tmp_path / "source")])], c, given=True)
     for shard in sorted((tmp_path / "source").glob("*.safetensors"))[1:]:
         shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(UserError, match="ends within a tensor"):
-        transfer.write(made, str(tmp_path / "ours"))
+        transfer.write(plan, str(tmp_path / "ours"))
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_dtype_is_cast_to(tmp_path):
-    arrays = folder(tmp_path / "source", small(), "llama")
-    import_(tmp_path / "ours", "--family=llama", tmp_path / "source", CONFIG)
-    assert (
-        main(
-            [
-                "export",
-                "--family=llama",
-                f"--from={tmp_path / 'ours'}",
-                f"--to={tmp_path / 'theirs'}",
-                "--dtype=bfloat16",
-            ]
-        )
-        == 0
-    )
-    same(
-        files.read([str(tmp_path / "theirs")]).tensors,
-        {name: array.astype(BF16) for name, array in arrays.items()},
-    )
-    assert json.loads((tmp_path / "theirs/config.json").read_text())["torch_dtype"] == "bfloat16"
+def test_dtype_casts_an_export(tmp_path, source, imported):
+    _, arrays = source("llama")
+    ours, _ = imported("llama")
+    export("llama", ours, tmp_path / "theirs", "--dtype=bfloat16")
+    theirs = files.read([str(tmp_path / "theirs")])
+    assert_identical(theirs.tensors, {name: array.astype(BF16) for name, array in arrays.items()})
+    assert theirs.config["torch_dtype"] == "bfloat16"
 
 
 def test_a_trained_checkpoint_is_exported(tmp_path):
-    """Written by the training loop's own way, sharded."""
+    """A sharded state, saved by the training loop's own manager."""
     c = small()
     params = random(c)
     mesh = sharding.make_mesh(dict(data=1, fsdp=8, tensor=1))
     placed = jax.device_put(params, sharding.shardings(mesh, sharding.specs(params)))
     average = {"llama": jax.tree.map(lambda x: x / 2, placed["llama"])}
     state = State(jnp.int32(7), placed, {}, (jnp.zeros(2),), average, jnp.int32(0), jnp.zeros(()))
-    checkpoint.CheckpointManager(str(tmp_path / "run"), keep=1, keep_every=0).save(
-        7, state, {}, config.to_dict(c), wait=True
-    )
-    assert (
-        main(
-            ["export", "--family=emu1", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'theirs'}"]
-        )
-        == 0
-    )
+    run = tmp_path / "run"
+    manager = checkpoint.CheckpointManager(str(run), keep=1, keep_every=0)
+    manager.save(7, state, {}, config.to_dict(c), wait=True)
+    export("emu1", run, tmp_path / "theirs")
     arrays = tensors(c, "emu1")
-    same(files.read([str(tmp_path / "theirs")]).tensors, arrays)
-    assert (
-        main(
-            [
-                "export",
-                "--family=emu1",
-                f"--from={tmp_path / 'run'}",
-                f"--to={tmp_path / 'averaged'}",
-                "--ema",
-            ]
-        )
-        == 0
-    )
+    assert_identical(files.read([str(tmp_path / "theirs")]).tensors, arrays)
+    export("emu1", run, tmp_path / "averaged", "--ema")
     halved = {
         name: array / 2 if ".model." in name or "lm_head" in name else array
         for name, array in arrays.items()
     }
-    same(files.read([str(tmp_path / "averaged")]).tensors, halved)
+    assert_identical(files.read([str(tmp_path / "averaged")]).tensors, halved)
