@@ -39,7 +39,7 @@ def test_f1():
     assert scores.f1("cat", "cat cat cat") == pytest.approx(0.5)
 
 
-def test_every_caption_of_the_scenes_is_understood():
+def test_every_caption_of_the_scenes_is_parsed():
     flat = np.zeros((4, 4, 4), np.uint8)
     for kind in ("counts", "spatial"):
         for scene in scenes.scenes(kind, True, 0, 64, lambda _: flat):
@@ -84,7 +84,7 @@ def test_ranks_against_sorting():
     ).all()
 
 
-def test_collapsed_tokens_are_found_last():
+def test_collapsed_tokens_rank_last():
     assert (scores.ranks(np.zeros((3, 7)), np.arange(3)) == 6).all()
 
 
@@ -161,7 +161,7 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
 
 
-def test_a_name_is_drawn_the_same_beside_longer_ones(model):
+def test_regressed_tokens_do_not_depend_on_the_other_names_in_the_batch(model):
     names = ["cat", "a", "umbrella"]
     together = model.regress(names)
     assert np.abs(together[0] - together[1]).max() > 0.1
@@ -182,7 +182,7 @@ def test_the_second_image_is_seen(model, images):
     assert len(set(said)) > 1
 
 
-def test_the_fourth_is_told_after_three(model, images):
+def test_a_fourth_drawing_is_named_after_three_examples(model, images):
     drawings = [
         evaluation.Captioned(str(k), images[k % 5], name, "")
         for k, name in enumerate(("pig", "owl", "cat", "dog", "fox"))
@@ -197,7 +197,7 @@ def test_the_fourth_is_told_after_three(model, images):
     assert not evaluation.name_in_context(model, drawings[:3])
 
 
-def test_captions_come_back_to_their_images():
+def test_captions_are_returned_in_the_order_of_the_images():
     """A model that is always right scores 1, whatever order its images are batched in.
 
     The nearest image's caption goes to the right image too.
@@ -225,8 +225,8 @@ def test_captions_come_back_to_their_images():
     captions = evaluation.caption_groups(
         Right(), {"names_train": (learnt, None), "scenes_held_out": (unseen, learnt)}
     )
-    assert [told.predicted for told in captions["names_train"]] == ["aaaaaa", "b", "cccc"]
-    assert [told.nearest for told in captions["scenes_held_out"]] == ["cccc", "cccc"]
+    assert [caption.predicted for caption in captions["names_train"]] == ["aaaaaa", "b", "cccc"]
+    assert [caption.nearest for caption in captions["scenes_held_out"]] == ["cccc", "cccc"]
     numbers = evaluation.caption_numbers(captions)
     assert numbers["names_train_exact"] == 1 and "names_train_nearest_exact" not in numbers
     assert numbers["scenes_held_out_exact"] == numbers["scenes_held_out_counts_exact"] == 0.5
@@ -469,7 +469,7 @@ def test_the_strip(data, runs, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    ("arguments", "message"),
     [
         (["--checkpoint={runs}/none"], "no directory"),
         (["--checkpoint={runs}"], "no checkpoint in"),
@@ -484,13 +484,12 @@ def test_the_strip(data, runs, tmp_path, monkeypatch, capsys):
         (["--check={runs}/emu"], "required: --checkpoint"),
     ],
 )
-def test_bad_input_is_one_line(arguments, told, data, runs, capsys):
+def test_bad_input_is_one_line(arguments, message, data, runs, capsys):
     arguments = ["evaluate", *(argument.format(runs=runs, data=data) for argument in arguments)]
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
-    assert (
-        error.startswith("error: ") and error.count("\n") == 1 and told.format(runs=runs) in error
-    )
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message.format(runs=runs) in error
 
 
 def test_another_tokenizer_is_refused(data, runs):

@@ -107,7 +107,7 @@ def test_the_page_stands_alone(page):
     assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
 
 
-def test_pictures_are_the_images(page, result):
+def test_images_of_the_page_are_those_of_the_result(page, result):
     sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     decoded = [
         np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
@@ -145,7 +145,7 @@ def test_right_and_wrong_are_marked(page):
     assert hits == ["cat"]
 
 
-def test_texts_are_escaped_and_said(page):
+def test_texts_are_escaped_and_shown(page):
     words = " ".join(" ".join(page.words).split())
     assert "dog & <script>" in words and "<b>pig</b>" in words and "runs/<demo>" in words
     for phrase in (
@@ -163,7 +163,7 @@ def test_texts_are_escaped_and_said(page):
         assert phrase in words, phrase
 
 
-def test_targets_are_told_as_they_are(page, result):
+def test_targets_are_marked_as_reached_or_not(page, result):
     marks = [
         attributes["class"].split()[1:]
         for tag, attributes in page.elements
