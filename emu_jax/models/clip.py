@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020): text and image features whose cosine measures how well they match.
+"""CLIP (arXiv 2103.00020): text and image features that match if their cosine is large.
 
 It scores generated images and is not part of Emu. Both towers are stacks of the same pre-norm
 block; the text tower is causal. Read next: weights/clip.py, evaluate/metrics/clip_score.py.
@@ -19,7 +19,7 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-# Wrong id of </s> in the config.json of old checkpoints. Their texts end at the largest id instead.
+# Wrong id of </s> in old config.json files: texts of such a checkpoint end at their largest id.
 OLD_EOS = 2
 
 

@@ -1,10 +1,9 @@
-"""The visual decoder (section 2.3 of Emu's paper): a U-Net that draws what N visual tokens say,
-beside the Emu that says them.
+"""The visual decoder (Emu, section 2.3): a diffusion U-Net conditioned on visual tokens.
 
-A condition is made of a document's image and text: `generated` (what the LLM regresses, made
-beforehand: it comes with the batch), `teacher_forced` (what it predicts for each token from the
-true ones before) or `encoded` (the image's own visual tokens: an autoencoder without an LLM, as in
-Emu2). Read next: unet.py, vae.py, diffusion.py; ../stages.py for the loss.
+The condition is one of: `generated` (regressed by the LLM beforehand; part of the batch),
+`teacher_forced` (the LLM's prediction of each visual token from the true ones before it) or
+`encoded` (the image's own visual tokens: an autoencoder without an LLM, as in Emu2). Read next:
+unet.py, vae.py, diffusion.py; ../stages.py for the loss.
 """
 
 from dataclasses import dataclass
@@ -30,18 +29,19 @@ CONDITIONS = ("generated", "teacher_forced", "encoded")
 class DecoderConfig:
     emu: EmuConfig
     unet: UNetConfig
-    # None: the U-Net works on pixels
+    # None: the U-Net works on pixels.
     vae: VaeConfig | None
     diffusion: Diffusion
-    # pixels a side of what is drawn
+    # Height and width of decoded images, in pixels.
     image: int
-    # its source
+    # One of CONDITIONS.
     condition: str
 
     @classmethod
     def of(cls, model: dict) -> "DecoderConfig":
-        """From `config.model` with its group `decoder`. Raises UserError for parts that do not fit
-        one another.
+        """Make the config from `config.model`, which must have the group `decoder`.
+
+        Raises UserError if its parts do not fit together.
         """
         d = model["decoder"]
         try:
@@ -56,37 +56,46 @@ class DecoderConfig:
             d["image"],
             d["condition"],
         )
-        factor = config.vae.factor if config.vae else 1
-        channels = config.vae.latent if config.vae else 3
-        if config.condition not in CONDITIONS:
-            raise UserError(
-                f"model.decoder.condition={config.condition!r} is not one of {', '.join(CONDITIONS)}"
-            )
-        if config.unet.condition != config.emu.llama.width:
-            raise UserError(
-                f"model.decoder.unet.condition={config.unet.condition}: "
-                f"the model's visual tokens have the width {config.emu.llama.width}"
-            )
-        if config.unet.pooled not in (0, config.emu.resampler.tokens):
-            raise UserError(
-                f"model.decoder.unet.pooled={config.unet.pooled} must be "
-                f"0 or the number of visual tokens, {config.emu.resampler.tokens}"
-            )
-        if config.unet.side not in (0, config.image // (factor * config.unet.patch)):
-            raise UserError(
-                f"model.decoder.unet.side={config.unet.side} must be 0 or {config.image // (factor * config.unet.patch)}, the places a side"
-            )
-        if config.image % (factor * config.unet.divisor):
-            raise UserError(
-                f"model.decoder.image={config.image} must be divisible by {factor * config.unet.divisor} "
-                f"({f'{factor} pixels a latent, ' if config.vae else ''}{config.unet.divisor} in the U-Net)"
-            )
-        if (config.unet.channels_in, config.unet.channels_out) != (channels, channels):
-            raise UserError(
-                f"model.decoder.unet has {config.unet.channels_in} channels in and {config.unet.channels_out} out; "
-                f"{'the latents' if config.vae else 'pixels'} have {channels}"
-            )
+        config._check()
         return config
+
+    def _check(self) -> None:
+        """Raise UserError if the parts do not fit together."""
+        factor = self.vae.factor if self.vae else 1
+        channels = self.vae.latent if self.vae else 3
+        side = self.image // (factor * self.unet.patch)
+        multiple = factor * self.unet.divisor
+        if self.condition not in CONDITIONS:
+            raise UserError(
+                f"model.decoder.condition={self.condition!r} is not one of {', '.join(CONDITIONS)}"
+            )
+        if self.unet.condition != self.emu.llama.width:
+            raise UserError(
+                f"model.decoder.unet.condition={self.unet.condition}: "
+                f"the model's visual tokens have the width {self.emu.llama.width}"
+            )
+        if self.unet.pooled not in (0, self.emu.resampler.tokens):
+            raise UserError(
+                f"model.decoder.unet.pooled={self.unet.pooled} must be "
+                f"0 or the number of visual tokens, {self.emu.resampler.tokens}"
+            )
+        if self.unet.side not in (0, side):
+            raise UserError(
+                f"model.decoder.unet.side={self.unet.side} must be 0 or {side}, "
+                "the side of the U-Net's finest level"
+            )
+        if self.image % multiple:
+            in_vae = f"{factor} pixels a latent, " if self.vae else ""
+            raise UserError(
+                f"model.decoder.image={self.image} must be divisible by {multiple} "
+                f"({in_vae}{self.unet.divisor} in the U-Net)"
+            )
+        if (self.unet.channels_in, self.unet.channels_out) != (channels, channels):
+            raise UserError(
+                f"model.decoder.unet has {self.unet.channels_in} channels in "
+                f"and {self.unet.channels_out} out; "
+                f"{'the latents' if self.vae else 'pixels'} have {channels}"
+            )
 
     @property
     def lora(self) -> LoraConfig:
@@ -94,26 +103,24 @@ class DecoderConfig:
 
     @property
     def loader_image(self) -> int:
-        """Pixels a side of the images that the loader gives: the larger of what is drawn and what
-        the encoder sees.
-        """
+        """Side of the loader's images in pixels: the larger of the decoder's and the encoder's."""
         return max(self.image, self.emu.vision.image)
 
     @property
     def latents(self) -> tuple[int, int, int]:
-        """Shape of what is denoised."""
+        """Shape [h, w, c] of the arrays that are denoised."""
         side = self.image // (self.vae.factor if self.vae else 1)
         return side, side, self.unet.channels_in
 
     @property
     def moments(self) -> tuple[int, int, int]:
-        """Shape of `moments` of an image."""
+        """Shape of one image's `moments`."""
         y, x, c = self.latents
         return y, x, 2 * c
 
 
 class UNetWithVae(nnx.Module):
-    """The U-Net and its autoencoder: all that drawing needs of a decoder."""
+    """The U-Net and its autoencoder, if any: the part of a decoder that sampling needs."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.decoder = config
@@ -124,8 +131,9 @@ class UNetWithVae(nnx.Module):
     def clean_latents(
         self, images: UInt8[Array, "M h w 3"], key: Array | None = None
     ) -> Float[Array, "M y x c"]:
-        """What is to be drawn: pixels in -1..1, or their latents (drawn with `key`, else their
-        mean), in float32.
+        """Diffusion's x0 in float32: pixels in -1..1, or latents.
+
+        Latents are sampled with `key`, or without one, the mean.
         """
         if not self.decoder.vae:
             return resize_to_unit(images, self.decoder.image)
@@ -134,7 +142,7 @@ class UNetWithVae(nnx.Module):
     def sample_latents(
         self, moments: Float[Array, "M y x m"], key: Array | None = None
     ) -> Float[Array, "M y x c"]:
-        """As `clean_latents`, of images of which `moments` said this."""
+        """`clean_latents` of images whose `moments` are known."""
         mean, log_variance = jnp.split(moments.astype(self.decoder.emu.compute), 2, -1)
         return self.vae.sample(mean, log_variance, key).astype(jnp.float32)
 
@@ -147,7 +155,7 @@ class UNetWithVae(nnx.Module):
         ).astype(jnp.float32)
 
     def decode_images(self, x: Float[Array, "M y x c"]) -> UInt8[Array, "M h w 3"]:
-        """Images of what was sampled: the inverse of `clean_latents`."""
+        """Images of sampled latents or pixels: the inverse of `clean_latents`."""
         if self.decoder.vae:
             x = self.vae.decode(
                 (x / self.decoder.vae.scale).astype(self.decoder.emu.compute),
@@ -157,8 +165,9 @@ class UNetWithVae(nnx.Module):
 
 
 class Decoder(Emu, UNetWithVae):
-    """The towers of training: the Emu that makes the condition (without its LLM where that has no
-    say), and what draws.
+    """Everything the decoder stage needs: an Emu for the condition, the U-Net and the VAE.
+
+    Emu's LLM is left out unless conditions are teacher-forced.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -168,8 +177,9 @@ class Decoder(Emu, UNetWithVae):
         UNetWithVae.__init__(self, config, rngs)
 
     def batch_latents(self, batch: Batch, key: Array) -> Float[Array, "M y x c"]:
-        """`clean_latents` of every image of the batch, M = B * I, from the moments that came with it if
-        some did: the same but for their rounding.
+        """`clean_latents` of every image of the batch, M = B * I.
+
+        Precomputed moments of the batch are used if present; only their rounding differs.
         """
         if isinstance(batch, DecoderBatch) and batch.latents is not None:
             return self.sample_latents(rearrange(batch.latents, "B I y x m -> (B I) y x m"), key)
@@ -177,11 +187,8 @@ class Decoder(Emu, UNetWithVae):
 
     def encode_batch(self, batch: Batch) -> Float[Array, "M N D"]:
         """The visual tokens of every image of the batch."""
-        return self.encode(
-            resize(
-                rearrange(batch.images, "B I h w c -> (B I) h w c"), self.decoder.emu.vision.image
-            )
-        )
+        images = rearrange(batch.images, "B I h w c -> (B I) h w c")
+        return self.encode(resize(images, self.decoder.emu.vision.image))
 
     def conditions(self, batch: Batch) -> Float[Array, "M N D"]:
         """The condition of every image of the batch, M = B * I."""
@@ -195,37 +202,30 @@ class Decoder(Emu, UNetWithVae):
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
         hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=config.emu.attention)
-        places = rearrange(
-            batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2]), "B I N -> B (I N)"
-        )
-        predicted = self.regress_head(
-            jnp.take_along_axis(hidden, places[..., None], 1, mode="clip")
-        )
+        # Each visual token is predicted one position before its own.
+        positions = batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2])
+        positions = rearrange(positions, "B I N -> B (I N)")
+        before = jnp.take_along_axis(hidden, positions[..., None], 1, mode="clip")
+        predicted = self.regress_head(before)
         return rearrange(predicted, "B (I N) D -> (B I) N D", I=I)
 
 
 def moments(
     config: DecoderConfig, vae: Vae, images: UInt8[Array, "M h w 3"]
 ) -> Float[Array, "M y x m"]:
-    """What the autoencoder's encoder makes of images: the means of their latents, unscaled, and
-    beside them the log variances, m = 2 c.
-    """
-    return jnp.concatenate(
-        vae.encode(
-            resize_to_unit(images, config.image).astype(config.emu.compute),
-            kernel=config.emu.attention,
-        ),
-        -1,
-    )
+    """The VAE encoder's output: unscaled means of the latents, then log variances; m = 2 c."""
+    pixels = resize_to_unit(images, config.image).astype(config.emu.compute)
+    mean, log_variance = vae.encode(pixels, kernel=config.emu.attention)
+    return jnp.concatenate([mean, log_variance], -1)
 
 
 def resize_to_unit(images: UInt8[Array, "M h w 3"], side: int) -> Float[Array, "M s s 3"]:
-    """`resize`, in -1..1."""
+    """Resize images to `side` x `side` and scale them to -1..1."""
     return resize(images, side).astype(jnp.float32) / 127.5 - 1
 
 
 def resize(images: UInt8[Array, "M h w 3"], side: int) -> UInt8[Array, "M s s 3"]:
-    """Bicubic, with the finer detail filtered out first; unchanged where it fits."""
+    """Resize images to `side` x `side`, bicubic with antialiasing; no-op if they fit."""
     if images.shape[1:3] == (side, side):
         return images
     x = jax.image.resize(

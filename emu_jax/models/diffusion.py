@@ -26,15 +26,16 @@ class Diffusion:
     beta_end: float
     # Rescale the schedule so that the last timestep is pure noise (arXiv 2305.08891).
     zero_snr: bool
-    # What the network predicts: "epsilon", "v", "x0" or "flow". "flow" also makes the path straight
-    # and the timesteps continuous.
+    # What the network predicts, one of TARGETS. "flow" also makes the path straight and the
+    # timesteps continuous.
     target: str
     # Clip loss weights at this signal-to-noise ratio (arXiv 2303.09556); 0: all weights are 1.
     min_snr: float
 
     def __post_init__(self):
         if self.target not in TARGETS:
-            raise ValueError(f"diffusion.target={self.target!r} is not one of {', '.join(TARGETS)}")
+            known = ", ".join(TARGETS)
+            raise ValueError(f"diffusion.target={self.target!r} is not one of {known}")
         if self.zero_snr and self.target == "epsilon":
             raise ValueError(
                 "diffusion.zero_snr=True leaves nothing to predict the noise from at the last step; "
@@ -68,7 +69,7 @@ def coefficients(d: Diffusion, timesteps: Array) -> tuple[Float[Array, "B"], Flo
 
 
 def sample_timesteps(d: Diffusion, key: Array, count: int) -> Float[Array, "B"]:
-    """Draw `count` uniform timesteps: integers in [0, steps), or reals in (0, steps] for "flow"."""
+    """Draw uniform timesteps: integers below `steps`, or for "flow" reals in (0, steps]."""
     uniform = jax.random.uniform(key, (count,))
     if d.target == "flow":
         return (1 - uniform) * d.steps

@@ -1,8 +1,7 @@
-"""The Inception-v3 that FID is defined on: Google's 2015 graph, whose quirks newer Inceptions lack
-(pool3 features, 2048 wide).
+"""Inception-v3 as FID defines it: Google's graph of 2015, with 2048 pool3 features.
 
-Its quirks: averages over a window leave the border's padding out, the last block takes a maximum
-instead, there are 1008 classes, and images are resized as TensorFlow 1 did. Read next:
+It differs from newer Inceptions: average pooling excludes padding, the last block uses max pooling,
+there are 1008 classes, and images are resized as in TensorFlow 1. Read next:
 weights/inception.py, evaluate/metrics/fid.py.
 """
 
@@ -20,7 +19,7 @@ CLASSES = 1008
 
 
 class Conv(NamedTuple):
-    """A convolution and its batch norm. A window moved by 1 pads; one moved by 2 does not."""
+    """A convolution with batch norm: stride 1 pads (except UNPADDED), stride 2 does not."""
 
     name: str
     outputs: int
@@ -30,15 +29,16 @@ class Conv(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Branches side by side, each of steps one after another, each of convolutions side by side;
-    and a branch that pools first.
+    """Parallel branches and a pooling branch, concatenated.
+
+    A branch is a sequence of steps, and a step is a tuple of parallel convolutions.
     """
 
     name: str
     branches: tuple[tuple[tuple[Conv, ...], ...], ...]
-    # "average" or "max"
+    # Kind of pooling: "average" or "max".
     pool: str
-    # after the pool; without it the pool moves by 2
+    # Convolution after the pooling; None: the pooling has stride 2.
     project: Conv | None
 
 
@@ -49,7 +49,7 @@ STEM = (
     Conv("Conv2d_3b_1x1", 80),
     Conv("Conv2d_4a_3x3", 192, 3, 3),
 )
-# move by 1 and do not pad either
+# Convolutions of stride 1 without padding.
 UNPADDED = {"Conv2d_2a_3x3", "Conv2d_4a_3x3"}
 
 
@@ -214,7 +214,7 @@ class Mixed(nnx.Module):
 class Logits(nnx.Module):
     def __init__(self, inputs: int, rngs: nnx.Rngs):
         self.w = nnx.Param(inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, CLASSES)))
-        # the graph has it, FID's logits leave it out
+        # Part of the graph, but not of FID's logits.
         self.bias = nnx.Param(jnp.zeros(CLASSES))
 
 
@@ -232,8 +232,9 @@ class Inception(nnx.Module):
         self.fc = Logits(width, rngs)
 
     def __call__(self, images: Float[Array, "M h w 3"]) -> dict[str, Float[Array, "M _"]]:
-        """Means over the image of the features after five layers, of `prepare`d images: "64",
-        "192", "768", "2048" (FID's) and "logits_unbiased".
+        """Spatial means of five layers' features, for images from `prepare`.
+
+        Keys: "64", "192", "768", "2048" (FID's) and "logits_unbiased".
         """
         out = {}
         x = images
@@ -254,8 +255,10 @@ class Inception(nnx.Module):
 
 
 def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:
-    """RGB of any size -> the network's input: resized as TensorFlow 1 did (bilinear, no corners
-    aligned, no half pixels), then (x - 128) / 128.
+    """Make the network's input from RGB images of any size.
+
+    Resizes as TensorFlow 1 did (bilinear, no aligned corners, no half pixels), then scales to
+    (x - 128) / 128.
     """
     rows, columns = (jnp.asarray(_bilinear(size)) for size in images.shape[1:3])
     x = jnp.einsum(
@@ -265,13 +268,13 @@ def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:
 
 
 def apply(params: dict, images: Float[Array, "M 299 299 3"]) -> dict[str, Float[Array, "M _"]]:
-    """`Inception` on a plain dict of parameters and `prepare`d images."""
+    """Run `Inception` with a plain dict of parameters on images from `prepare`."""
     graphdef = nnx.split(nnx.eval_shape(lambda: Inception(nnx.Rngs(0))))[0]
     return nnx.merge(graphdef, params)(images)
 
 
 def _bilinear(size: int) -> np.ndarray:
-    """[SIDE, size]: what each output takes from each input."""
+    """Weights [SIDE, size] of bilinear interpolation along one axis."""
     place = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
     low = place.astype(int)
     weights = np.zeros((SIDE, size), np.float32)
@@ -292,7 +295,7 @@ def _maximum(x, *, stride: int):
 
 
 def _average(x, *, stride: int):
-    """Over what of the window lies in the image."""
+    """Average 3 x 3 windows over the pixels inside the image only."""
 
     def total(x):
         return jax.lax.reduce_window(

@@ -1,6 +1,7 @@
-"""Our code held to numbers that others computed: `python -m emu_jax.verify FILE.npz`.
+"""Check our code against golden files: `python -m emu_jax.verify FILE.npz`.
 
-A golden file holds inputs and outputs, and no weights: these follow a rule. Read next: golden.py,
+A golden file holds inputs and outputs of reference code. Weights are not stored: they follow a rule
+from their names and a seed. Read next: golden.py,
 then emu.py, stable_diffusion.py and inception.py.
 """
 
@@ -21,7 +22,7 @@ covered, 2 for bad input.
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Every quantity of a golden file: covered ones with their error, the others without."""
+    """Quantities of a golden file, each with its error, or None if our code does not cover it."""
     if "input_ids" in file:
         return emu.quantities(file)
     if "unet_config" in file:
@@ -47,7 +48,7 @@ def command(arguments: list[str]) -> int:
 
 
 def verify_files(paths: list[str]) -> int:
-    """Print a table of the quantities of each golden file; the exit status says how they agree."""
+    """Print a table of errors per golden file, and return the exit status (see USAGE)."""
     found = []
     for path in paths:
         rows = list(quantities(golden.load(path)))

@@ -1,4 +1,4 @@
-"""Emu against its release: towers, losses, gradients and generation on golden inputs."""
+"""Compare Emu with its release: towers, losses, gradients and generation."""
 
 import json
 import re
@@ -144,9 +144,9 @@ def _lora(file: dict[str, np.ndarray]) -> LoraConfig:
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Every quantity of an Emu file: covered ones with their error, the others without.
+    """Quantities of an Emu file, each with its error, or None if not covered.
 
-    Raises UserError for a file that lacks some.
+    Raises UserError if arrays of NEEDED are missing.
     """
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
@@ -173,13 +173,13 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     gradient = _gradient(config, params, batch, images)
     theirs = _theirs(table, gradient) | _theirs(peft.table(config), gradient)
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
-        own = next(key for part in emu1.split_lora({name: None}) for key in part)
-        if own not in theirs:
+        key = next(key for part in emu1.split_lora({name: None}) for key in part)
+        if key not in theirs:
             raise UserError(
                 f"golden file: grad_names has {name!r}, which is not a trainable parameter"
             )
         yield compare(
-            f"grad_norm {name}", norm, np.linalg.norm(theirs[own].astype(np.float64)), 5e-4
+            f"grad_norm {name}", norm, np.linalg.norm(theirs[key].astype(np.float64)), 5e-4
         )
     yield from (
         Quantity(name, None, 1e-4)

@@ -1,7 +1,6 @@
-"""Golden files: numbers that others computed at tiny sizes, and the rule that makes their weights
-from names and a seed.
+"""Golden files: outputs of reference code at tiny sizes, and a rule for the weights.
 
-Read next: tests/golden/README.md for what the files hold; emu.py for what of ours is held to them.
+Read next: tests/golden/README.md for the contents of the files; emu.py for the comparison.
 """
 
 import json
@@ -17,7 +16,7 @@ from emu_jax.config import UserError
 
 class Quantity(NamedTuple):
     name: str
-    # largest error relative to the reference's largest absolute value; None: not covered
+    # Largest error relative to the reference's largest absolute value; None: not covered.
     error: float | None
     tolerance: float
 
@@ -27,9 +26,7 @@ class Quantity(NamedTuple):
 
 
 def load(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a golden file. Raises UserError for a file that is missing, damaged, or lacks
-    arrays of an Emu file.
-    """
+    """Read the arrays of a golden file; raise UserError if it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"no golden file {path!r}")
     try:
@@ -42,7 +39,7 @@ def load(path: str) -> dict[str, np.ndarray]:
 
 
 def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Foreign tensors by the files' rule: from the name, the shape and the seed alone."""
+    """Make the reference code's tensors from their names, shapes and the file's seed."""
     out = {}
     for name, shape in zip(
         map(str, file["parameter_names"]),
@@ -67,7 +64,7 @@ def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def compare(name: str, reference, ours, tolerance: float) -> Quantity:
-    """Our number beside the file's. Raises UserError where their shapes differ."""
+    """Compare our value with the file's; raise UserError if their shapes differ."""
     reference = np.asarray(reference, np.float64)
     ours = np.asarray(ours, np.float64)
     if reference.shape != ours.shape:

@@ -1,6 +1,4 @@
-"""FID's Inception against torch-fidelity: features after five layers, and Frechet distances, on a
-golden file's images.
-"""
+"""Compare FID's Inception with torch-fidelity: features and Frechet distances."""
 
 import json
 import re
@@ -24,9 +22,7 @@ NEEDED = ("note", "seed", "parameter_names", "parameter_shapes")
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Every quantity of an Inception file. Raises UserError for one whose note or weights are not
-    as they should be.
-    """
+    """Quantities of an Inception file; raises UserError for an invalid note or weights."""
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
     try:
@@ -34,12 +30,11 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         pairs = {
             name: (_normal_sets(name), pair["fid"]) for name, pair in note["distances"].items()
         }
-        sets = (
-            {which: _images(note["end_to_end"][which]) for which in "ab"}
-            if "end_to_end" in note
-            else {}
-        )
-        by_layer = note["end_to_end"]["fid_by_layer"] if sets else {}
+        sets = {}
+        by_layer = {}
+        if "end_to_end" in note:
+            sets = {which: _images(note["end_to_end"][which]) for which in "ab"}
+            by_layer = note["end_to_end"]["fid_by_layer"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"golden file: its note cannot be followed ({error})") from error
     params = jax.tree.map(jnp.asarray, convert.from_theirs(names.table(), weights(file)))
@@ -79,7 +74,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
 
 def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The network's tensors by the file's rule, which is not that of the Emu files."""
+    """Make the network's tensors by the file's rule, which differs from the Emu files'."""
     out = {}
     for name, shape in zip(
         map(str, file["parameter_names"]), json.loads(str(file["parameter_shapes"])), strict=True
@@ -104,8 +99,9 @@ def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _distance(name: str, reference: list[float | None], a: np.ndarray, b: np.ndarray) -> Quantity:
-    """Ours beside those of up to three codes: the largest relative error, which may be as large as
-    theirs among each other.
+    """Compare our distance with those of up to three reference codes.
+
+    The tolerance is at least the relative spread of the references.
     """
     known = np.array([value for value in reference if value is not None])
     ours = fid.distance(fid.statistics(a), fid.statistics(b))
@@ -117,8 +113,9 @@ def _distance(name: str, reference: list[float | None], a: np.ndarray, b: np.nda
 
 
 def _normal_sets(text: str) -> list[np.ndarray]:
-    """The two sets of "a: seed 1, n 500, shift 0, scale 1; b: seed 2, ...; dims 64": shift + scale
-    * |normal|. Raises ValueError.
+    """Draw the two sets, shift + scale * |normal|, that a text describes.
+
+    Such as "a: seed 1, n 500, shift 0, scale 1; b: seed 2, ...; dims 64". Raises ValueError.
     """
     sets = re.findall(r"seed (\d+), n (\d+), shift ([\d.]+), scale ([\d.]+)", text)
     dims = re.search(r"dims (\d+)", text)
@@ -135,8 +132,10 @@ def _normal_sets(text: str) -> list[np.ndarray]:
 
 
 def _images(text: str) -> np.ndarray:
-    """The images of "RandomState(11).randint(0, 256, (40, 3, 32, 32)).astype(uint8)", perhaps with
-    "// 2 + 32" before the cast. Raises ValueError.
+    """Draw the images that a text describes; raises ValueError.
+
+    Such as "RandomState(11).randint(0, 256, (40, 3, 32, 32)).astype(uint8)", optionally with
+    "// 2 + 32" before the cast.
     """
     drawn = re.search(r"RandomState\((\d+)\)\.randint\((\d+), (\d+), \(([\d, ]+)\)\)", text)
     if not drawn:

@@ -1,6 +1,4 @@
-"""The decoder against diffusers: U-Net, autoencoder, schedule, training loss, gradients and
-samplers on a golden file's inputs.
-"""
+"""Compare the decoder with diffusers: U-Net, VAE, schedule, loss, gradients and samplers."""
 
 import json
 from collections.abc import Iterator
@@ -47,7 +45,7 @@ NEEDED = (
     "train_loss",
     "grad_norms",
 )
-# a file's name of a sampler, and ours
+# The golden files' names of samplers -> ours.
 SAMPLED = {"ddim": "ddim", "pndm": "pndm", "euler": "euler", "dpmpp": "dpm++"}
 GUIDANCE = 7.5
 SCHEDULE = Diffusion(
@@ -56,8 +54,9 @@ SCHEDULE = Diffusion(
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Every quantity of a Stable Diffusion file with its error; those that we do not know, without.
-    Raises UserError for a file that lacks some, and for a config that asks what is not built.
+    """Quantities of a Stable Diffusion file, each with its error, or None if not covered.
+
+    Raises UserError for missing arrays and unsupported configs.
     """
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
@@ -105,8 +104,8 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
             family.table(unet, None), convert.reader({"unet": gradient})
         )
     }
-    # Where a group norm takes out again what a bias adds, the gradient is zero and its number the
-    # rounding's: nothing is smaller than this.
+    # A group norm cancels some biases. Their gradients are pure rounding errors, so norms below
+    # this are compared absolutely.
     least = 1e-3 * np.max(file["grad_norms"], initial=0.0)
     for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
         error = float(abs(norms[name] - norm) / max(norm, least)) if name in norms else None
@@ -119,7 +118,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
 
 def _check(file: dict[str, np.ndarray], unet: UNetConfig, vae: VaeConfig) -> None:
-    """The file's inputs against its own configs."""
+    """Raise UserError if the file's inputs do not fit its configs."""
     for name, axis, wanted, of in (
         ("latents", 1, unet.channels_in, "unet_config's in_channels"),
         ("condition", 2, unet.condition, "unet_config's cross_attention_dim"),
@@ -166,23 +165,25 @@ def _trained(
 ) -> tuple[np.ndarray, dict, np.ndarray]:
     """The training loss, its gradient, and the U-Net's prediction for the latents as they are."""
     x0 = _last(file["latents"])
-    e = _last(file["noise"])
+    eps = _last(file["noise"])
     condition = jnp.asarray(file["condition"])
-    times = jnp.asarray(file["timesteps"], jnp.float32)
+    timesteps = jnp.asarray(file["timesteps"], jnp.float32)
 
     def loss(params):
-        predicted = bind(UNet, config, params)(add_noise(SCHEDULE, x0, e, times), times, condition)
-        return jnp.square(predicted - target(SCHEDULE, x0, e, times)).mean()
+        predicted = bind(UNet, config, params)(
+            add_noise(SCHEDULE, x0, eps, timesteps), timesteps, condition
+        )
+        return jnp.square(predicted - target(SCHEDULE, x0, eps, timesteps)).mean()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    plain = jax.jit(lambda params: bind(UNet, config, params)(x0, times, condition))(params)
+    plain = jax.jit(lambda params: bind(UNet, config, params)(x0, timesteps, condition))(params)
     return np.asarray(value), gradient, _first(plain)
 
 
 def _sampled(
     config: UNetConfig, params: dict, sampler: str, file: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(times at which the network is asked, sample) of as many steps as the file's sampler took."""
+    """Timesteps of the network's evaluations, and the sample, for the file's step count."""
     theirs = next(theirs for theirs, ours in SAMPLED.items() if ours == sampler)
     schedule = samplers.schedule_for(
         SCHEDULE, sampler, len(file[f"timesteps_{theirs}"]) - (sampler == "pndm")
@@ -194,7 +195,7 @@ def _sampled(
         )
         return samplers.SAMPLERS[sampler].run(denoise, x, schedule)
 
-    times = (
+    timesteps = (
         schedule.timesteps[samplers.pndm_evaluations(len(schedule.timesteps))]
         if sampler == "pndm"
         else schedule.timesteps
@@ -202,4 +203,4 @@ def _sampled(
     condition, negative = (
         jnp.asarray(file[name][: len(file["x_init"])]) for name in ("condition", "unconditional")
     )
-    return times, _first(jax.jit(run)(params, _last(file["x_init"]), condition, negative))
+    return timesteps, _first(jax.jit(run)(params, _last(file["x_init"]), condition, negative))

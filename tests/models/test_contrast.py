@@ -1,6 +1,4 @@
-"""The warm-up's text encoder: an image is described by the text of its own document, and by no
-other.
-"""
+"""The warm-up's text encoder sees the text of the image's own document only."""
 
 import jax
 import jax.numpy as jnp

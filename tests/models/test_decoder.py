@@ -1,6 +1,4 @@
-"""The decoder stage: only the U-Net learns, conditions come from where the config says, and
-sampling is a function of the seed.
-"""
+"""The decoder stage: what trains, sources of conditions, and reproducible sampling."""
 
 from functools import partial
 
@@ -229,8 +227,9 @@ def test_sampling_is_a_function_of_the_seed_on_any_mesh(predicted):
 
 
 def test_latents_that_come_with_the_batch_are_those_of_its_images():
-    """In bfloat16 too the same key draws the same, but for the rounding of the moments to float16;
-    the images are not looked at.
+    """The same key gives the same sample, up to rounding, also in bfloat16.
+
+    The batch's images are not used.
     """
     p = make.program(
         make.decoder_cfg("model.decoder.condition=encoded", "model.compute=bfloat16", vae=True)

@@ -1,6 +1,4 @@
-"""Schedules by hand, and the 2 x 2 system: what is noised and predicted says what it was made
-of.
-"""
+"""Schedules by hand, and x0 and eps recovered from noisy images and predictions."""
 
 import dataclasses
 
@@ -86,9 +84,7 @@ def test_targets_by_hand():
 
 
 def test_min_snr_weights_are_the_papers():
-    """min(snr, 5) / snr for the noise, min(snr, 5) / (snr + 1) for the velocity, min(snr, 5) for
-    x0; 1 without.
-    """
+    """Weights: min(snr, 5) / snr (epsilon), / (snr + 1) (v), / 1 (x0); all 1 without min_snr."""
     a2 = diffusion.alphas_cumprod(SD)[TIMES.astype(int)]
     snr = a2 / (1 - a2)
     for d, below in (

@@ -1,6 +1,4 @@
-"""Images enter the sequence where they belong and nowhere else; packed rows are separate documents;
-remat changes nothing.
-"""
+"""Images fill their slots only, packed documents are independent, remat is exact."""
 
 import dataclasses
 from functools import partial

@@ -1,6 +1,4 @@
-"""U-Net, autoencoder, training and samplers against diffusers' numbers; a file of another config is
-run by that config.
-"""
+"""U-Net, VAE, training and samplers agree with diffusers."""
 
 import json
 

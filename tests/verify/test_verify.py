@@ -1,6 +1,4 @@
-"""The released code's numbers are ours; a number that is not is FAILED; what is no golden file is
-one line.
-"""
+"""Golden numbers of the released code, failing quantities, exit codes and bad files."""
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from emu_jax.config import UserError
 from emu_jax.verify import emu, golden
 from emu_jax.verify.__main__ import main
 from emu_jax.verify.golden import Quantity
+from emu_jax.weights.__main__ import main as weights_main
 
 FILES = {name: f"tests/golden/{name}.npz" for name in ("emu1_pretrained", "emu1_instruct")}
 FORWARD = {
@@ -31,9 +30,7 @@ FORWARD = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_released_numbers_are_ours(name, capsys):
-    """Forward, losses and generated images within 1e-4, gradient norms within 5e-4, ids exactly, as
-    the tolerances say.
-    """
+    """Forward, losses and images within 1e-4, gradient norms within 5e-4, ids exactly."""
     code = main([FILES[name]])
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[2:-1]]
     told = {row[0].strip(): row[-1].strip() for row in rows}
@@ -89,8 +86,9 @@ def test_exit_codes(monkeypatch, capsys, quantities, code, last):
 
 
 def test_a_number_that_was_tampered_with_fails(tmp_path, capsys, monkeypatch):
-    """Of forward quantities, generated ones and a gradient norm; the gradient itself is left out of
-    it, for time.
+    """Tamper with forward and generated quantities and a gradient norm.
+
+    The gradient itself is replaced, to save time.
     """
     file = golden.load(FILES["emu1_instruct"])
     monkeypatch.setattr(emu, "_gradient", lambda model_config, params, batch, images: params)
@@ -109,6 +107,12 @@ def test_a_number_that_was_tampered_with_fails(tmp_path, capsys, monkeypatch):
         for name in ("hidden", "text_loss", "decode_greedy", "decode_beam5_lp1", gradient)
     )
     assert "FAILED" not in told["logits_sum"] + told["visual_tokens"]
+
+
+def test_weights_verify_is_the_same_command(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "quantities", lambda file: iter([Quantity("a", 0.0, 1e-4)]))
+    assert weights_main(["verify", FILES["emu1_instruct"]]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 ok, 0 failed, 0 not covered"
 
 
 # Bad input
