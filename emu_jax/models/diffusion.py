@@ -38,8 +38,8 @@ class Diffusion:
             raise ValueError(f"diffusion.target={self.target!r} is not one of {known}")
         if self.zero_snr and self.target == "epsilon":
             raise ValueError(
-                "diffusion.zero_snr=True leaves nothing to predict the noise from at the last step; "
-                "use target='v'"
+                "diffusion.zero_snr=True leaves nothing to predict the noise from at the last "
+                "step; use target='v'"
             )
 
 

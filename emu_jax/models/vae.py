@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoder (arXiv 2112.10752, KL-regularised): images to latents and back.
+"""Stable Diffusion's autoencoder (arXiv 2112.10752): images to latents and back.
 
 The latents have an eighth of the images' side. Read next: unet.py, which works on them;
 diffusion.py.
@@ -172,8 +172,9 @@ class Vae(nnx.Module):
     def encode(
         self, images: Float[Array, "B h w 3"], *, kernel: str = "auto"
     ) -> tuple[Float[Array, "B y x c"], Float[Array, "B y x c"]]:
-        """(mean, log variance) of the latents, unscaled, of images in -1..1. Raises UserError where
-        a side does not divide.
+        """(mean, log variance) of the unscaled latents of images in -1..1.
+
+        Raises UserError if a side is not divisible.
         """
         if images.shape[1] % self.config.factor or images.shape[2] % self.config.factor:
             raise UserError(
