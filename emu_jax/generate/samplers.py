@@ -23,7 +23,7 @@ class Denoiser(NamedTuple):
     """A network as samplers call it; `guided_denoiser` makes one.
 
     predict(x, t) -> prediction, whatever the network was trained to predict;
-    x0_and_eps(prediction, x, a, s) -> (x0, eps) with x = a x0 + s eps.
+    split(prediction, x, a, s) -> (x0, eps) with x = a x0 + s eps.
     """
 
     predict: Callable[[Array, Array], Array]
