@@ -67,7 +67,7 @@ torture: .venv/ready
 	$(python) -m tests.torture
 
 lint: .venv/ready
-	$(python) -m pip install -q "ruff>=0.17.6,<0.18" "ty>=0.0.108,<0.0.200"
+	$(python) -m pip install -q "ruff>=0.17.6,<0.18" "ty>=0.0.108,<0.1"
 	.venv/bin/ruff check -q .
 	.venv/bin/ruff format -q --check .
 	$(python) -m tests.style

@@ -28,16 +28,38 @@ for command in data generate evaluate weights fit verify demo; do
 done
 expect 0 "^Session" "$bin/python" -c "from emu_jax import Session; print(Session.__name__)"
 expect 0 "^[0-9]" "$bin/python" -c "import emu_jax; print(emu_jax.__version__)"
-# A LLaMA of one tensor: everything else is missing, and the dry run says so in one line.
+# A tiny LLaMA, written by hand: the dry run lists what would be imported.
 mkdir llama
-"$bin/python" -c "
+"$bin/python" - <<'PYTHON'
 import json
-import numpy as np
-header = {'lm_head.weight': {'dtype': 'F32', 'shape': [2, 2], 'data_offsets': [0, 16]}}
+import math
+
+width, ffn, vocab = 8, 16, 32
+layer = "model.layers.0"
+shapes = {
+    "model.embed_tokens.weight": [vocab, width],
+    "model.norm.weight": [width],
+    "lm_head.weight": [vocab, width],
+    f"{layer}.input_layernorm.weight": [width],
+    f"{layer}.post_attention_layernorm.weight": [width],
+    f"{layer}.mlp.gate_proj.weight": [ffn, width],
+    f"{layer}.mlp.up_proj.weight": [ffn, width],
+    f"{layer}.mlp.down_proj.weight": [width, ffn],
+}
+shapes |= {f"{layer}.self_attn.{name}_proj.weight": [width, width] for name in "qkvo"}
+header, end = {}, 0
+for name, shape in shapes.items():
+    start, end = end, end + 4 * math.prod(shape)
+    header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
 text = json.dumps(header).encode()
-data = len(text).to_bytes(8, 'little') + text + np.zeros(4, np.float32).tobytes()
-open('llama/model.safetensors', 'wb').write(data)"
-expect 2 "^error: .*missing" "$bin/emu-weights" import --family=llama llama --dry-run
+with open("llama/model.safetensors", "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text + bytes(end))
+with open("llama/config.json", "w") as file:
+    json.dump({"model_type": "llama", "num_attention_heads": 2, "rms_norm_eps": 1e-6}, file)
+PYTHON
+expect 0 "llama" "$bin/emu-weights" import --family=llama llama --dry-run
+mkdir pages
+echo "<p>a page" >pages/a.html
 expect 2 "^error: .*emu-jax\[data\]" \
-  "$bin/emu-data" inspect out --kind=html
+  "$bin/emu-data" inspect pages --kind=html
 echo "1 passed, 0 failed"
