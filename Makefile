@@ -3,6 +3,9 @@ PYTHON ?= python3
 python = .venv/bin/python
 # Large pages for what a step allocates, where glibc supports them: a fifteenth of the page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Tests that together call every public function with arrays in its signature.
+SHAPES = tests/models tests/test_losses.py tests/test_stages.py tests/test_optim.py tests/test_loop.py \
+	tests/data tests/generate tests/evaluate tests/weights/test_convert.py tests/verify tests/demo
 # A wheel on its own: nothing of this checkout is on the path.
 wheel = build/wheel-env/bin
 
@@ -10,6 +13,7 @@ help:
 	@echo "make demo         train a small Emu and its decoder on two CPU cores; ends with a page of results"
 	@echo "make demo-chat    then tune it to answer questions"
 	@echo "make test         run the tests; again, with compiled programs kept, it is faster"
+	@echo "make test-shapes  the quick laws of each area again, with every annotated shape checked"
 	@echo "make lint         check format, style and types"
 	@echo "make docs         build the documentation into site/"
 	@echo "make test-long    tests that take minutes: kills, a million records, full sizes"
@@ -42,6 +46,9 @@ demo-chat: .venv/ready
 
 test: .venv/ready
 	$(python) -m pytest -n 2 --dist loadgroup
+
+test-shapes: .venv/ready
+	EMU_CHECK_SHAPES=1 $(python) -m pytest -n 2 $(SHAPES)
 
 test-long: .venv/ready
 	$(python) -m pytest -m long
@@ -86,4 +93,4 @@ docs: .venv/ready
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo demo-chat test test-long test-real test-bucket test-wheel torture lint docs
+.PHONY: help demo demo-chat test test-shapes test-long test-real test-bucket test-wheel torture lint docs

@@ -27,7 +27,7 @@ from emu_jax.data.loader import Loader
 from emu_jax.generate import precompute
 from emu_jax.initial import init_from_checkpoint, measure_visual_stats
 from emu_jax.metric_writer import MetricWriter
-from emu_jax.plan import RunPlan, make_plan, parameter_table
+from emu_jax.plan import RunPlan, abstract_params, make_plan, parameter_table
 from emu_jax.step import State, init_params, init_state
 from emu_jax.watchdog import Watchdog
 from emu_jax.workdir import check_same_config, check_workdir, write_config
@@ -88,9 +88,9 @@ def train(c: ConfigDict, began: float | None = None) -> State:
 
     began: when the process started, as in Watchdog.
     """
+    print(parameter_table(abstract_params(c)), flush=True)
     check_paths(c)
     plan = make_plan(c)
-    print(parameter_table(plan.params), flush=True)
     check_run(plan)
 
     workdir = Path(c.workdir)

@@ -2,7 +2,7 @@
 
 JAX_PLATFORMS chooses another platform. Compiling takes most of the tests' time: XLA optimises
 nothing here, and compiled programs are kept for later tests, processes and runs. Annotations of
-shapes are checked.
+shapes are checked where EMU_CHECK_SHAPES=1 asks for it: `make test-shapes`.
 """
 
 import gc
@@ -59,7 +59,9 @@ CHECKED = (
     "initial",
     "train",
 )
-jaxtyping.install_import_hook([f"emu_jax.{name}" for name in CHECKED], "beartype.beartype")
+# The checks run in every trace and import, a tenth of the tests' time.
+if os.environ.get("EMU_CHECK_SHAPES") == "1":
+    jaxtyping.install_import_hook([f"emu_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 
 def pytest_collection_modifyitems(items):

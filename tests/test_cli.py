@@ -79,7 +79,8 @@ def test_other_missing_modules_are_bugs():
     ],
 )
 def test_inspecting_without_the_extra_names_it(tmp_path, capsys, monkeypatch, kind, package, name):
-    monkeypatch.setitem(sys.modules, package, None)
+    for module in [package, *(known for known in sys.modules if known.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(b"<p>a")
     (tmp_path / "clip.vtt").write_text("WEBVTT\n\n00:00.000 --> 00:01.000\nHello.\n")
     assert data_main(["inspect", str(tmp_path / name), f"--kind={kind}", "--jsonl"]) == 2
