@@ -3,9 +3,11 @@ PYTHON ?= python3
 python = .venv/bin/python
 # Large pages for what a step allocates, where glibc supports them: a fifteenth of the page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-# Tests that together call every public function with arrays in its signature.
-SHAPES = tests/models tests/test_losses.py tests/test_stages.py tests/test_optim.py tests/test_loop.py \
-	tests/data tests/generate tests/evaluate tests/weights/test_convert.py tests/verify tests/demo
+# Quick laws of each area, which call what has arrays in its signature.
+MODELS = $(addprefix tests/models/test_, emu.py llama.py vision.py resampler.py lora.py layers.py)
+SHAPES = $(MODELS) tests/test_losses.py tests/test_stages.py tests/data/test_sequence.py \
+	tests/data/test_packing.py tests/data/test_images.py tests/generate/test_decode_state.py \
+	tests/generate/test_text_decoding.py tests/evaluate/metrics tests/weights/test_convert.py
 # A wheel on its own: nothing of this checkout is on the path.
 wheel = build/wheel-env/bin
 
