@@ -35,8 +35,9 @@ def get_config():
     c.model.decoder.update(dict(image=8, condition="generated"))
     c.model.decoder.vae = {make.VAE}
     c.model.decoder.unet.update(dict(
-        channels_in=4, channels_out=4, patch=2, widths=(8,), resnets=(1,), attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,),
-        time=16, groups=4, remat="none"))
+        channels_in=4, channels_out=4, patch=2, widths=(8,), resnets=(1,),
+        attends_down=(True,), attends_up=(False,), depths=(1,), heads=(2,), time=16, groups=4,
+        remat="none"))
     for tower in (c.model.vision, c.model.resampler, c.model.llama):
         tower.remat = "none"
     c.optim.update(dict(steps=4, warmup=0.25, boundaries=((2, 0.5),), ema=0.9))
@@ -240,10 +241,8 @@ def test_conditions_on_a_full_disk_are_one_line_without_partial_files(
     monkeypatch.setattr(precompute.np, "save", full)
     assert generate.main(["precompute", *flags(folder), f"--to={tmp_path}/conditions"]) == 2
     error = capsys.readouterr().err
-    assert (
-        error.splitlines()[-1]
-        == f"error: cannot write {tmp_path}/conditions/mixture/names/00000.npy: No space left on device"
-    )
+    shard = tmp_path / "conditions/mixture/names/00000.npy"
+    assert error.splitlines()[-1] == f"error: cannot write {shard}: No space left on device"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["conditions.json"]
     assert json.loads((tmp_path / "conditions/conditions.json").read_text())["shape"] == [4, 32]
 
@@ -305,7 +304,8 @@ def test_latents_give_the_loss_of_their_images_up_to_rounding(made, whole):
         (["data.fit=random"], "set data.fit to squash or centre"),
         (
             ["data.latents=nowhere"],
-            "no latents in 'nowhere'; make them with: python -m emu_jax.generate precompute --latents",
+            "no latents in 'nowhere'; make them with: "
+            "python -m emu_jax.generate precompute --latents",
         ),
         (["stage=emu"], "stage='emu' has none"),
     ],
@@ -323,7 +323,8 @@ def test_arrays_of_different_weights_are_refused(folder, made, tmp_path, kind, d
     metadata_path(tmp_path, kind).write_text(json.dumps(told | {"weights": told["weights"] ^ 1}))
     with pytest.raises(
         UserError,
-        match=f"were computed by weights .* that are not those of init, {folder}/{directory}; compute them again",
+        match=f"were computed by weights .* that are not those of init, {folder}/{directory}; "
+        "compute them again",
     ):
         precompute.check_weights(config.load(made("", f"data.{kind}={tmp_path}")), kind)
 

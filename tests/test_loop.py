@@ -562,7 +562,8 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_weights(tmp_path):
     batches = [rows(0), *[rows(seed, np.nan) for seed in range(1, 9)]]
     with pytest.raises(
         UserError,
-        match=r"stopped at step 4: 3 steps were not finite or spiked \(log.max_bad_steps=2\); their documents",
+        match=r"stopped at step 4: 3 steps were not finite or spiked \(log.max_bad_steps=2\); "
+        "their documents",
     ) as error:
         run(tmp_path, batches, "log.max_bad_steps=2", "checkpoint.every=100")
     assert "\n" not in str(error.value) and steps(tmp_path) == [4]

@@ -68,7 +68,8 @@ def test_the_decoders_published_schedule():
         (["steps=0"], "optim.steps=0 at least 1"),
         (
             ["schedule=stepped", "boundaries=((8, 0.5), (4, 0.1))"],
-            r"optim.boundaries=.* \(step, share of the peak\) pairs, steps rising from the warm-up's end, 2",
+            r"optim.boundaries=.* \(step, share of the peak\) pairs, steps rising from the "
+            "warm-up's end, 2",
         ),
         (["schedule=stepped", "boundaries=((1, 0.5),)"], "optim.boundaries="),
         (["schedule=stepped", "boundaries=(4, 0.5)"], "optim.boundaries="),

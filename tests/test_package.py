@@ -1,4 +1,4 @@
-"""The package as it is installed: what it needs, its commands, and what an empty folder sees."""
+"""The installed package: its requirements, its commands, and use from an empty folder."""
 
 import importlib
 import re

@@ -275,10 +275,8 @@ def test_resume_after_a_signal_is_bit_exact(data, warm, whole, tmp_path, caplog,
         assert run(emu_arguments(data, workdir, warm, "profile.steps=2:3"))[0] == 0
     assert "stopped by SIGTERM at step 2 of 4" in caplog.text
     assert [line["step"] for line in lines(workdir)] == [1, 2] and saved(workdir)[1]["step"] == 2
-    assert (
-        "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast"
-        in caplog.text
-    )
+    assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head" in caplog.text
+    assert "visual_stats; not used: contrast" in caplog.text
     assert "visual tokens standardised by the mean and deviation of" in caplog.text
     assert list((workdir / "profile/0").rglob("*.xplane.pb"))
     assert run(emu_arguments(data, workdir, warm))[0] == 0
@@ -319,10 +317,8 @@ def test_shared_towers_are_loaded(warm, data, caplog):
     )
     with caplog.at_level(logging.INFO):
         loaded = load_weights(str(warm), fresh)
-    assert (
-        "loaded ln_visual, resampler, vision; fresh: llama, regress_head, visual_stats; not used: contrast"
-        in caplog.text
-    )
+    assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head" in caplog.text
+    assert "visual_stats; not used: contrast" in caplog.text
     there = checkpoint.restore_params(str(warm))
     assert set(loaded) == {"vision", "ln_visual", "resampler"}
     for path, leaf in tree.leaves(loaded):
@@ -456,9 +452,9 @@ def test_a_workdir_of_a_different_config_is_refused(whole, data, warm, capsys):
         train.main(emu_arguments(data, whole, warm, "optim.b1=0.5", "mesh.tensor=2", "seed=1")) == 2
     )
     error = capsys.readouterr().err
-    assert (
-        error
-        == f"error: workdir {whole} has a different config: optim.b1 was 0.9 and is 0.5, seed was 0 and is 1; choose another workdir\n"
+    assert error == (
+        f"error: workdir {whole} has a different config: optim.b1 was 0.9 and is 0.5, "
+        "seed was 0 and is 1; choose another workdir\n"
     )
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
@@ -468,7 +464,8 @@ def test_a_checkpoint_of_a_different_config_is_refused(whole, data, warm, capsys
     place = f"checkpoint.to={whole}"
     assert train.main(emu_arguments(data, tmp_path, warm, place, "optim.b1=0.5")) == 2
     assert capsys.readouterr().err.endswith(
-        "the checkpoint of step 4 has a different config: optim.b1 was 0.9 and is 0.5; choose another workdir\n"
+        "the checkpoint of step 4 has a different config: optim.b1 was 0.9 and is 0.5; "
+        "choose another workdir\n"
     )
     assert not (tmp_path / "config.json").exists()
     assert train.main(emu_arguments(data, tmp_path, warm, place)) == 0

@@ -46,7 +46,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
             network(params, inception.prepare(jnp.asarray(image[None])))
             for image in rearrange(images, "m c h w -> m h w c")
         ]
-        return {layer: np.concatenate([row[layer] for row in rows]) for layer in rows[0]}
+        return jax.tree.map(lambda *layers: np.concatenate(layers), *rows)
 
     for name in [name for name in file if name.startswith("images_")]:
         for layer, ours in features(file[name]).items():

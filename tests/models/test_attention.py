@@ -1,5 +1,6 @@
-"""Laws of attention: dense equals a loop, every kernel equals dense on packed rows, and a mask
-hides what it says it hides.
+"""Laws of attention.
+
+Dense equals a loop, every kernel equals dense on packed rows, and masked positions have no effect.
 """
 
 from functools import partial
@@ -157,7 +158,7 @@ def test_documents_packed_equal_documents_alone(kernel):
     "kernel", ["dense", pytest.param("splash", marks=on_cpu), pytest.param("pallas", marks=on_cpu)]
 )
 def test_the_future_and_the_neighbours_have_zero_gradient(kernel):
-    """Of the output at t 60, in the second document (40 to 89)."""
+    """Gradients of the output at position 60, in the second document (positions 40 to 89)."""
     q, k, v = qkv(B=1)
 
     def loss(k, v):
@@ -214,9 +215,7 @@ def test_rows_and_heads_lie_where_they_divide(B, G, causal, spec):
 
 
 def mesh_of(platform):
-    """Four devices that are not here: what is traced under their mesh is traced, and lowered, for
-    their platform.
-    """
+    """A mesh of four absent devices: code traced under it is lowered for their platform."""
     kind, cores = {"tpu": ("TPU v5", 1), "gpu": ("NVIDIA H100 80GB HBM3", 132)}[platform]
     device = jax.sharding.AbstractDevice(kind, cores, platform)
     return jax.sharding.AbstractMesh(
@@ -282,7 +281,7 @@ def test_cudnn_refuses_segments():
 )
 @on_cpu
 def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, why):
-    """Stable Diffusion's coarsest levels have heads of 160 channels, its autoencoder one of 512."""
+    """Stable Diffusion's coarsest heads have 160 channels, its autoencoder's only one 512."""
     q, k, v = qkv(d=width, dtype=jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(mesh_of("gpu")):
         with pytest.raises(UserError, match=why):
@@ -301,8 +300,9 @@ def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, wh
 @pytest.mark.parametrize("T", [256, 257])
 @on_cpu
 def test_cudnn_has_a_gradient_for_rows_of_any_length(T, causal, monkeypatch):
-    """An encoder's have 257 places. JAX refuses odd ones, while it traces; lowered, nothing is left
-    but cuDNN's two calls.
+    """An encoder's 257 positions are padded, for JAX refuses odd lengths while it traces.
+
+    Lowered, only cuDNN's two calls are left.
     """
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000

@@ -77,8 +77,9 @@ def test_the_heads_by_hand():
 
 
 def test_llama_by_hand():
-    """Per token and block: q k v o 8 D D, gate up down 6 D F; two documents of 3 and 2 tokens allow
-    6 + 3 pairs of 4 D each.
+    """Per token and block, q k v o take 8 D D and gate up down 6 D F.
+
+    Two documents of 3 and 2 tokens allow 6 + 3 pairs of 4 D each.
     """
     got = flops.forward(P.model_config, images=0, tokens=5, pairs=9, labels=0, regressed=0)["llama"]
     assert got == 2 * (5 * (8 * 32 * 32 + 6 * 32 * 64) + 9 * 4 * 32)

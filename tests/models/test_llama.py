@@ -1,5 +1,7 @@
-"""LLaMA: causal and blind to other documents by zero gradients; rotary positions by hand, and only
-their differences matter.
+"""Laws of the LLaMA.
+
+It is causal, and blind to other documents, by zero gradients. Rotary positions agree with values by
+hand, and only their differences matter.
 """
 
 import jax
@@ -93,8 +95,9 @@ def test_rotary_by_hand():
 
 
 def test_rotary_frequencies_are_rounded_and_angles_are_not():
-    """The release holds the frequencies in bfloat16: 10000^(-2/128) = 0.8660 becomes 0.8672; the
-    angle at 2047 is far from a bfloat16.
+    """The release rounds the frequencies, not the angles, to bfloat16.
+
+    10000^(-2/128) = 0.8660 becomes 0.8672; the angle at 2047 is far from a bfloat16.
     """
     cos, _ = rotary(jnp.array([[2047]]), 128, 10000.0, "bfloat16")
     np.testing.assert_allclose(cos[0, 0, 0, 1], np.cos(2047 * 0.8671875), atol=1e-4)
@@ -114,7 +117,7 @@ def test_embeddings_are_rows_of_both_tables():
 
 
 def test_grouped_heads_are_repeated_heads():
-    """Two heads of keys and values for four of queries: as four, of which each two are the same."""
+    """Two heads of keys and values for four of queries equal four in equal pairs."""
     grouped = make.program(make.cfg("model.llama.kv_heads=2"))
     params = make.random_params(grouped)
     attn = params["llama"]["blocks"]["attn"]
@@ -150,8 +153,9 @@ def test_a_tied_head_is_the_input_table():
 
 
 def test_scaled_frequencies_by_hand():
-    """Width 4, base 100: one radian a token and a tenth. Within 8 pi tokens they turn 4 and 0.4
-    times.
+    """Width 4 and base 100 give one radian a token, and a tenth of one.
+
+    Within 8 pi tokens they turn 4 and 0.4 times.
     """
     np.testing.assert_allclose(frequencies(4, 100.0, ()), [1, 0.1])
     np.testing.assert_allclose(frequencies(4, 100.0, ("linear", 4.0)), [0.25, 0.025])

@@ -1,5 +1,6 @@
-"""LoRA is a kind of weight: it starts as nothing, learns as w + a b would, and is w + a b; stored
-matrices are what their codes say.
+"""Laws of LoRA, and of matrices stored in few bits.
+
+An adapter starts at zero, learns as w + a b would, and equals w + a b.
 """
 
 import functools

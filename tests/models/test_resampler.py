@@ -49,7 +49,7 @@ def test_every_visual_token_sees_every_feature_of_its_own_image():
 
 
 def test_the_relative_bias_tells_distances_apart():
-    """Of the 32 buckets, the N = 4 distances 0 to 3 are used."""
+    """N = 4 queries use 4 of the 32 buckets, those of the distances 0 to 3."""
     gradient = jax.jit(jax.grad(lambda relative: (tokens(QUERIES, relative=relative) ** 2).sum()))(
         PARAMS["resampler"]["relative"]
     )
@@ -82,8 +82,9 @@ def test_the_relative_bias_tells_distances_apart():
     ],
 )
 def test_buckets_by_hand(buckets, max_distance, table):
-    """T5's unidirectional rule: half exact; then half + floor(log(n / half) / log(max / half) *
-    half).
+    """T5's unidirectional buckets: the first half is exact, the rest logarithmic.
+
+    That is half + floor(log(n / half) / log(max / half) * half).
     """
     got = relative_buckets(200, buckets, max_distance)
     for distance, bucket in table.items():

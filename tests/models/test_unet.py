@@ -1,6 +1,4 @@
-"""The U-Net and the autoencoder: what their shape promises. Their numbers are held to diffusers' in
-tests/verify.
-"""
+"""Laws of the U-Net and the autoencoder; tests/verify compares them with diffusers."""
 
 import dataclasses
 from functools import partial

@@ -1,5 +1,6 @@
-"""EVA's vision transformer: patches in reading order, images apart. Its numbers are held to the
-release's in tests/weights.
+"""Laws of EVA's vision transformer: patches in reading order, images independent.
+
+tests/verify compares its numbers with the release's.
 """
 
 import jax
@@ -18,7 +19,7 @@ PARAMS = make.random_params(P)
 
 @pytest.fixture(scope="module")
 def features():
-    """Of normalised images [3, 28, 28, 3]."""
+    """The features of normalised images [3, 28, 28, 3]."""
     return jax.jit(lambda images: module.bind(emu.Emu, P.model_config, PARAMS).vision(images))
 
 
@@ -38,7 +39,7 @@ def test_an_image_does_not_see_another(features):
 
 
 def test_patches_are_in_reading_order():
-    """With no block's say, feature 1 + k moves with the pixels of patch k alone."""
+    """Blocks of zeros change nothing: feature 1 + k depends on the pixels of patch k alone."""
     still = jax.tree.map(jnp.zeros_like, PARAMS["vision"]["blocks"])
     params = PARAMS | {"vision": PARAMS["vision"] | {"blocks": still}}
     jacobian = jax.jit(
