@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +12,7 @@ PART = ".part"
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Generator[IO[Any]]:
     """Open a file that appears at `path` when the block ends without an error, or not at all.
 
     The bytes go to a file next to `path`, are synced to disk and renamed over it, so a crash at any

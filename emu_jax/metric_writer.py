@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -150,7 +150,7 @@ class MetricWriter:
                     file.close()
 
     @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
+    def _disk_errors(self) -> Generator[None]:
         """Turn an OSError into a UserError."""
         try:
             yield

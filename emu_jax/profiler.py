@@ -1,7 +1,7 @@
 """XLA traces of some steps of a run, for TensorBoard and Perfetto. Read next: loop.py."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def parse_steps(text: str) -> range:
 
 
 @contextmanager
-def trace_steps(steps: range, folder: Path) -> Iterator[Callable[[int, Any], None]]:
+def trace_steps(steps: range, folder: Path) -> Generator[Callable[[int, Any], None]]:
     """Write a trace of `steps` to `folder`.
 
     Yields before(step, state), to be called before each step. The trace ends with the context if

@@ -10,7 +10,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class Watchdog:
         self.since = now
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """Enter a phase, and return to the current one when the context exits."""
         before = self.current_phase
         self.enter_phase(name)

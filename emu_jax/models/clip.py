@@ -5,6 +5,7 @@ block; the text tower is causal. Read next: weights/clip.py, evaluate/metrics/cl
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,8 @@ class ClipConfig:
     def of(cls, model: dict) -> "ClipConfig":
         """Make the config from `config.model`, which must have the group `clip`."""
         towers = {name: TowerConfig(**model["clip"][name]) for name in ("text", "vision")}
-        return cls(**{**model["clip"], **towers})
+        fields: dict[str, Any] = {**model["clip"], **towers}
+        return cls(**fields)
 
 
 class ClipBlock(nnx.Module):

@@ -5,6 +5,7 @@ unet.py, vae.py.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
     return nnx.Dict({str(number): module for number, module in enumerate(modules)})
 
 
-def in_order(modules: nnx.Dict) -> list[nnx.Module]:
+def in_order(modules: nnx.Dict) -> list[Any]:
     """The modules held by `numbered`, in the order they were given."""
     return [modules[str(number)] for number in range(len(modules))]
 

@@ -195,7 +195,9 @@ class Decoder(Emu, UNetWithVae):
         config = self.decoder
         (B, I) = batch.images.shape[:2]
         if config.condition == "generated":
-            return rearrange(batch.conditions, "B I N D -> (B I) N D").astype(config.emu.compute)
+            # Such a model is given a DecoderBatch.
+            conditions = batch.conditions  # ty: ignore[missing-attribute]
+            return rearrange(conditions, "B I N D -> (B I) N D").astype(config.emu.compute)
         z = self.encode_batch(batch)
         if config.condition == "encoded":
             return z

@@ -248,7 +248,7 @@ def make_batch(file: dict[str, np.ndarray], config: emu.EmuConfig) -> tuple[Batc
         row[: len(at)] = at
     counts = (seen > 0) & ~np.isin(ids, (img, end, slot))
     counts[:, 0] = False
-    batch = Batch(
+    arrays = dict(
         tokens=ids.astype(np.int32),
         segments=seen,
         positions=np.tile(np.arange(T), (B, 1)),
@@ -258,9 +258,8 @@ def make_batch(file: dict[str, np.ndarray], config: emu.EmuConfig) -> tuple[Batc
         image_weights=(slots < T).astype(np.float32),
         sources=np.zeros_like(seen),
     )
-    return jax.tree.map(jnp.asarray, batch), jnp.asarray(
-        rearrange(file["images"], "m c h w -> m h w c")
-    )
+    batch = Batch(**jax.tree.map(jnp.asarray, arrays))
+    return batch, jnp.asarray(rearrange(file["images"], "m c h w -> m h w c"))
 
 
 def _forward(model: emu.Emu, batch: Batch, images) -> dict[str, jax.Array]:
