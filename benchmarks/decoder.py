@@ -104,7 +104,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def compiled(function: Any, *arguments: Any) -> tuple[float, Any]:
-    """(seconds, the compiled function) for a function of jax.jit."""
+    """Compile a jitted function: (seconds, compiled function)."""
     return timed(lambda: function.lower(*arguments).compile())
 
 

@@ -76,7 +76,7 @@ def plain(trained, given):
 
 
 def one_table(trained):
-    """Arguments of `fused` as those of `plain`."""
+    """Convert the arguments of `fused` to those of `plain`."""
     hidden, head, regress = trained
     return hidden, jnp.concatenate([head["base"], head["added"]]), regress
 

@@ -1,7 +1,7 @@
 """A run without its numbers: the program, the mesh, and the state and batch as shapes.
 
 What train, fit, benchmarks and tests need of a config is computed here, without allocating
-anything: a 14B model is planned on a laptop. Read next: train.py, fit.py.
+anything: a 14B model is planned on a laptop. Read next: train.py, fit/.
 """
 
 from dataclasses import dataclass

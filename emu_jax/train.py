@@ -21,7 +21,7 @@ from emu_jax.checkpoint import CheckpointManager
 from emu_jax.checks import check_paths, check_run
 from emu_jax.cli import missing_extra
 from emu_jax.config import UserError
-from emu_jax.data import precomputed
+from emu_jax.data import images, precomputed
 from emu_jax.data import tokenizer as tokenizers
 from emu_jax.data.loader import Loader
 from emu_jax.generate import precompute
@@ -44,12 +44,11 @@ The fields of configs/base.py and their defaults. A config file may change a def
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 for trained, or stopped by a signal with everything saved; 2 for a user's
-    mistake.
-    """
-    # absl would set this up, but Orbax's import may have replaced its handler
+    """Exit status: 0 for trained, or stopped by a signal and saved; 2 for a user's mistake."""
+    # absl would set this up, but Orbax's import may have replaced its handler.
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)
     logging.getLogger("emu_jax").setLevel(logging.INFO)
+    images.silence_pillow()
     began = time.perf_counter()
     if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
         print(config.help_text(USAGE))

@@ -36,7 +36,9 @@ class Watchdog:
     """
 
     def __init__(self, workdir: Path, hang: float, began: float | None = None):
-        """hang: seconds in one phase after which it is logged with the stack of every thread, and
+        """Start watching a run in `workdir`.
+
+        hang: seconds in one phase after which it is logged with the stack of every thread, and
         again whenever the time has doubled; 0: never. began: `perf_counter` at the start of the
         process; None: now.
         """

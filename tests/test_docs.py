@@ -34,6 +34,20 @@ def test_every_path_in_the_documentation_exists():
     assert not missing
 
 
+def test_every_picture_in_the_documentation_exists():
+    missing = []
+    for page in PAGES:
+        for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+            if not (page.parent / path).exists():
+                missing.append(f"{page}: {path}")
+    assert not missing
+
+
+def test_no_placeholder_is_left_in_the_documentation():
+    for page in PAGES:
+        assert not re.search(r"\b(DEMO|TEST)_[A-Z]+\b", page.read_text()), page
+
+
 def test_every_field_in_the_documentation_exists():
     known = {
         field.path for name in ("base", "decoder") for field in config.fields(f"configs/{name}.py")

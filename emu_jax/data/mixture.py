@@ -112,8 +112,10 @@ class Mixture:
 
     @cached_property
     def eval_order(self) -> Int[np.ndarray, "n 2"]:
-        """(source, index) rows in the fixed order of an evaluation: one document of each source in
-        turn, each once, without weights.
+        """(source, index) rows in the fixed order of an evaluation.
+
+        Sources take turns, one document each, until every document was there once; weights do not
+        count.
         """
         sizes = [len(source) for source in self.sources]
         source = np.repeat(np.arange(len(sizes)), sizes)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from emu_jax import cli
 from emu_jax.config import UserError
+from emu_jax.data import images
 
 DESCRIPTION = """\
 Evaluate a trained model on a benchmark, from its published annotation files and images.
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> None:
+    images.silence_pillow()
     if arguments[:1] == ["score"]:
         _score(arguments[1:])
     else:

@@ -14,6 +14,7 @@ from typing import Any
 
 from emu_jax import cli
 from emu_jax.config import UserError
+from emu_jax.data import images
 from emu_jax.generate import media
 from emu_jax.generate.generation_config import GenerationConfig
 
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> None:
+    images.silence_pillow()
     if arguments[:1] == ["precompute"]:
         from emu_jax.generate import precompute
 

@@ -9,24 +9,9 @@ from PIL import Image
 
 from emu_jax.config import UserError
 from emu_jax.data import images
+from emu_jax.data.video import VIDEO_SUFFIXES
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
-# More containers than data/video.py takes for training, but a GIF is its first frame here. Kept
-# here, for data/video.py needs the optional package av.
-VIDEO_SUFFIXES = {
-    ".mp4",
-    ".mov",
-    ".m4v",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mpg",
-    ".mpeg",
-    ".ogv",
-    ".ts",
-    ".flv",
-    ".wmv",
-}
 # Frames sampled from a video.
 FRAMES = 8
 
@@ -34,7 +19,7 @@ FRAMES = 8
 def has_media_suffix(text: str) -> bool:
     """Whether a text could name a media file, existing or not."""
     suffix = Path(text).suffix.lower()
-    return suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES and "\n" not in text
+    return suffix in {*IMAGE_SUFFIXES, *VIDEO_SUFFIXES} and "\n" not in text
 
 
 def is_media_file(text: str) -> bool:

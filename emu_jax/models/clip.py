@@ -20,7 +20,7 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-# Wrong id of </s> in old config.json files: texts of such a checkpoint end at their largest id.
+# Old config.json files give this wrong id for </s>; the end of a text is then its largest id.
 OLD_EOS = 2
 
 

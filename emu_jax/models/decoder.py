@@ -133,7 +133,7 @@ class UNetWithVae(nnx.Module):
     ) -> Float[Array, "M y x c"]:
         """Diffusion's x0 in float32: pixels in -1..1, or latents.
 
-        Latents are sampled with `key`, or without one, the mean.
+        Latents are sampled with `key`; without it they are the mean.
         """
         if not self.decoder.vae:
             return resize_to_unit(images, self.decoder.image)

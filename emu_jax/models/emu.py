@@ -1,8 +1,7 @@
 """Emu (arXiv 2307.05222, section 3): an LLM that predicts the next text or visual token.
 
-    images -> Vision -> ln_visual -> Resampler -> N visual tokens ┐ tokens -> embed
-    ----------------------------------------------┴-> Llama -> hidden -> lm_head, regress_head
-    (losses.py)
+    images -> Vision -> ln_visual -> Resampler -> N visual tokens ┐
+    tokens -> embed ──────────────────────────────────────────────┴-> Llama -> hidden -> losses.py
 
 Outside this package a model is a plain nested dict of parameters: module.py. Read next: llama.py.
 """

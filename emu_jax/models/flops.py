@@ -58,8 +58,8 @@ def forward(
 def train(config: EmuConfig, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
     """FLOPs of a step by tower; `counts` are those of `forward`.
 
-    Three times the forward for a tower that trains, twice if gradients only pass through it to an
-    earlier one (or to LoRA, whose own few do not count), else once.
+    Three times the forward for a tower that trains, twice if it is frozen and gradients pass
+    through it to an earlier tower or to its LoRA (whose own FLOPs are not counted), else once.
     """
     order = ("vision", "resampler", "inputs", "llama", "heads")
     passes = {

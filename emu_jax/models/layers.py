@@ -35,7 +35,7 @@ def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
     """Multiply x by any kind of weight, in x's dtype; float32 is exact on every platform."""
     if isinstance(w, Lora):
         to_rank, from_rank = equations(equation)
-        # First, since the order of the products is that in which their gradients are summed.
+        # Computed first: gradients are summed in the order of the products, which old runs fix.
         base = einsum(equation, x, w.w)
         low_rank = einsum(to_rank, dropout(x, w.dropout, w.keys), w.a)
         return base + w.scale * einsum(from_rank, low_rank, w.b)

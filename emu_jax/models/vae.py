@@ -196,8 +196,9 @@ class Vae(nnx.Module):
         log_variance: Float[Array, "B y x c"],
         key: Array | None = None,
     ) -> Float[Array, "B y x c"]:
-        """Latents as the U-Net sees them: scaled, drawn from the distribution that `encode` gave;
-        without a key, its mean.
+        """Scaled latents, as the U-Net sees them, sampled from the distribution of `encode`.
+
+        Without a key they are its mean.
         """
         if key is not None:
             mean = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)

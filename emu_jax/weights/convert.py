@@ -119,7 +119,8 @@ def problems(table: Table, foreign: Tensors, ours: Mapping[str, tuple[int, ...]]
 def _can_grow(parts: list[Use], got: tuple[int, ...], want: tuple[int, ...]) -> bool:
     """Whether the tensor lacks only rows that are filled with the mean of the others."""
     starts = [use.row.cut[0] for use in parts if use.row.grows and use.row.cut]
-    return bool(starts) and got[1:] == want[1:] and max(starts) <= got[0] < want[0]
+    least = max(starts, default=0)
+    return least > 0 and got[1:] == want[1:] and least <= got[0] < want[0]
 
 
 def unexpected(table: Table, foreign: Tensors) -> list[str]:

@@ -277,7 +277,7 @@ def _write_tensors(
     source: "checkpoint.ParamReader | MergedReader",
     shard: int,
 ) -> None:
-    """Write the tensors of a component (""; all), without its prefix, into `folder`."""
+    """Write the tensors of a component ("" for all), without its prefix, into `folder`."""
     prefix = f"{component}." if component else ""
     layout = {
         tensor.removeprefix(prefix): entry

@@ -1,4 +1,4 @@
-"""Builds: what is written is read, and a killed build resumes byte by byte."""
+"""Builds: what is written can be read, and a killed build resumes to identical bytes."""
 
 import json
 import os

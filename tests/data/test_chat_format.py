@@ -154,7 +154,7 @@ def test_system_messages_of_the_release(make, picture, letters, parts, kind):
 
 @pytest.mark.parametrize("system", chat_format.SYSTEM_CHOICES)
 def test_chat_prompts_equal_the_training_sequence(make, picture, letters, system):
-    """Turn by turn, a session's prompts and the answers make up the sequence."""
+    """A session's prompts and answers, joined turn by turn, equal the training sequence."""
     sequence = make(
         ("u", picture(1)),
         "u:what?",

@@ -131,7 +131,7 @@ def test_rows_of_a_batch_hold_their_documents_and_padding(loader):
 
 
 def test_the_order_of_a_pair_differs_between_epochs(loader):
-    # id -> whether the image was first, in order of reading
+    # id -> whether the image came first; in reading order
     first = {}
     for item in islice(loader(mixture=(("p", 1.0, "pairs"),), num_streams=1), 12):
         for row, ids in enumerate(item.ids):

@@ -254,11 +254,18 @@ def _scattered_samples(path: Path) -> dict[str, list[tarfile.TarInfo]]:
 def _read_scattered(
     path: Path, samples: dict[str, list[tarfile.TarInfo]], limit: int
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples, each from wherever its members lie. Raises ValueError for a damaged archive."""
     with tarfile.open(path, "r:") as tar:
         for key, members in samples.items():
             files: dict[str, bytes] = {}
-            for member in members:
-                _add_file(files, tar, member, limit)
+            try:
+                for member in members:
+                    _add_file(files, tar, member, limit)
+            # tarfile raises nearly anything for broken files.
+            except Exception as error:
+                raise ValueError(
+                    f"the archive is damaged at the sample {key!r}: {one_line(error)}"
+                ) from error
             if files:
                 yield key, files
 

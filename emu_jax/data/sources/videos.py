@@ -28,7 +28,8 @@ def list_shards(path: Path, files: int = FILES) -> list[InputShard]:
     found = archives.list_files(path, (*archives.TARS, *video.SUFFIXES))
     root = path if path.is_dir() else path.parent
     tars = [file for file in found if file.name.endswith(archives.TARS)]
-    loose = [file.relative_to(root).as_posix() for file in found if file not in set(tars)]
+    videos = [file for file in found if not file.name.endswith(archives.TARS)]
+    loose = [file.relative_to(root).as_posix() for file in videos]
     starts = range(0, len(loose), files)
     shards = [InputShard(file) for file in tars]
     return shards + [InputShard(root, tuple(loose[start : start + files])) for start in starts]

@@ -169,8 +169,9 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
 def _repeated(files: archives.Files) -> frozenset[str]:
     """Images that several pages of a site show.
 
-    They are on three or more pages that are REPEATED of all, or on two of up to three. A site is a
-    folder in the root. It reads all pages, once per process.
+    An image is repeated if at least three pages, and at least the share REPEATED of the site's
+    pages, show it; on a site of up to three pages, two are enough. A site is a top-level folder.
+    All pages are read, once per process.
     """
     shown: Counter[tuple[str, str]] = Counter()
     names = files.names(PAGES)

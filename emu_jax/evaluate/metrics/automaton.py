@@ -182,7 +182,7 @@ class Automaton:
         return (first, last), tokens
 
     def _split_repetition(self, tokens: list[str]) -> tuple[int, int | None, list[str]]:
-        """(least, most, the tokens after it) of a repetition; once if there is none."""
+        """Parse a repetition: (minimum, maximum, remaining tokens); 1, 1 if there is none."""
         if not tokens:
             return 1, 1, tokens
         counts = re.fullmatch(r"\{(\d+)(?:,(\d+))?\}", tokens[0])

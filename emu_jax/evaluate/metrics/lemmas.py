@@ -53,7 +53,7 @@ class Tagger:
             self._tagger = PerceptronTagger(load=False)
             self._tagger.load_from_json(loc=str(Path(folder).resolve()))
             self.tags(["word"])
-        # NLTK checks nothing: files of another shape fail where they are first used.
+        # NLTK does not validate its files: malformed ones fail at first use.
         except Exception as error:
             raise UserError(f"{folder}: not NLTK's tagger; {WHERE}") from error
 
