@@ -43,7 +43,7 @@ WANTED = 10
 
 
 def without_cache(model_config, params, x):
-    """N visual tokens [B, N, D] after x [B, PREFIX, D], without a cache: each from a full forward."""
+    """N visual tokens [B, N, D] after x [B, PREFIX, D], each from a full forward pass."""
     model = module.bind(emu.Emu, model_config, params)
     positions = jnp.tile(jnp.arange(PREFIX + N), (len(x), 1))
 

@@ -41,7 +41,7 @@ class State:
 class Program:
     """All that a step needs besides its arrays.
 
-    Hashable: jit takes it as a static argument, and equal programs share one compilation: equal programs are traced and compiled once.
+    Hashable: jit takes it as a static argument, and traces equal programs once.
     """
 
     stage: Stage

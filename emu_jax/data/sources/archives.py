@@ -254,7 +254,7 @@ def _scattered_samples(path: Path) -> dict[str, list[tarfile.TarInfo]]:
 def _read_scattered(
     path: Path, samples: dict[str, list[tarfile.TarInfo]], limit: int
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples, each from wherever its members lie. Raises ValueError for a damaged archive."""
+    """Read each sample from wherever its members are. Raises ValueError for a damaged one."""
     with tarfile.open(path, "r:") as tar:
         for key, members in samples.items():
             files: dict[str, bytes] = {}
