@@ -61,7 +61,7 @@ class ClipConfig:
 
 
 class ClipBlock(nnx.Module):
-    def __init__(self, config: TowerConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, rngs: layers.Rngs):
         E = config.width
         H = config.heads
         d = config.width // config.heads
@@ -87,7 +87,7 @@ class ClipBlock(nnx.Module):
 
 
 class ClipText(nnx.Module):
-    def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ClipConfig, rngs: layers.Rngs):
         tower = config.text
         self.eos = config.eos
         self.tokens = nnx.Param(
@@ -117,7 +117,7 @@ class ClipText(nnx.Module):
 
 
 class ClipVision(nnx.Module):
-    def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ClipConfig, rngs: layers.Rngs):
         tower = config.vision
         p = config.patch
         self.side = config.patch
@@ -148,7 +148,7 @@ class ClipVision(nnx.Module):
 
 
 class Clip(nnx.Module):
-    def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ClipConfig, rngs: layers.Rngs):
         self.text = ClipText(config, rngs)
         self.vision = ClipVision(config, rngs)
         # Used in CLIP's training only; features do not depend on it.

@@ -26,7 +26,7 @@ class TrigramEncoder(nnx.Module):
     a, b and c are embeddings of the token and its two predecessors.
     """
 
-    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EmuConfig, rngs: layers.Rngs):
         V = config.llama.vocab + config.llama.added
         D = config.llama.width
         self.tables = nnx.Param(0.5 * jax.random.normal(rngs.params(), (3, V, D)))
@@ -62,7 +62,7 @@ class TrigramEncoder(nnx.Module):
 class ContrastiveHeads(nnx.Module):
     """Heads of the warm-up: text encoder, image projection and pixel readout."""
 
-    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EmuConfig, rngs: layers.Rngs):
         N = config.resampler.tokens
         D = config.llama.width
         self.text = TrigramEncoder(config, rngs)
@@ -82,6 +82,6 @@ class ContrastiveHeads(nnx.Module):
 class ContrastiveModel(Encoder):
     """The image encoder under Emu's parameter paths, and heads that are discarded afterwards."""
 
-    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EmuConfig, rngs: layers.Rngs):
         super().__init__(config, rngs)
         self.contrast = ContrastiveHeads(config, rngs)

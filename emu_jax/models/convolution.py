@@ -38,7 +38,7 @@ class Conv(nnx.Module):
         width_in: int,
         width_out: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: layers.Rngs,
         size: int = 3,
         std: float | None = None,
     ):
@@ -88,7 +88,7 @@ def _convolve(x, w, stride: int, padding: tuple[int, int], precision: str | None
 
 
 def pointwise(
-    width_in: int, width_out: int, *, rngs: nnx.Rngs, std: float | None = None
+    width_in: int, width_out: int, *, rngs: layers.Rngs, std: float | None = None
 ) -> layers.Linear:
     """A 1 x 1 convolution, as a linear map of each pixel's channels."""
     return layers.Linear(
@@ -135,7 +135,7 @@ class ResnetBlock(nnx.Module):
         groups: int,
         *,
         eps: float,
-        rngs: nnx.Rngs,
+        rngs: layers.Rngs,
         time_width: int = 0,
     ):
         self.norm1 = GroupNorm(width_in, groups, eps=eps)

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from emu_jax.config import UserError
+from emu_jax.models import layers
 from emu_jax.models.diffusion import Diffusion
 from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.models.lora import LoraConfig
@@ -122,7 +123,7 @@ class DecoderConfig:
 class UNetWithVae(nnx.Module):
     """The U-Net and its autoencoder, if any: the part of a decoder that sampling needs."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: layers.Rngs):
         self.decoder = config
         if config.vae:
             self.vae = Vae(config.vae, rngs)
@@ -170,7 +171,7 @@ class Decoder(Emu, UNetWithVae):
     Emu's LLM is left out unless conditions are teacher-forced.
     """
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: layers.Rngs):
         Emu.__init__(self, config.emu, rngs)
         if config.condition != "teacher_forced":
             del self.llama, self.regress_head

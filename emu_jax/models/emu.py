@@ -71,7 +71,7 @@ class Encoder(nnx.Module):
     The contrastive warm-up trains it without the LLM.
     """
 
-    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EmuConfig, rngs: layers.Rngs):
         self.config = config
         self.vision = Vision(config.vision, rngs)
         self.ln_visual = layers.LayerNorm(config.vision.width, eps=1e-6)
@@ -89,7 +89,7 @@ class Encoder(nnx.Module):
 class Emu(Encoder):
     """The image encoder, the LLM, and the head that regresses visual tokens."""
 
-    def __init__(self, config: EmuConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EmuConfig, rngs: layers.Rngs):
         super().__init__(config, rngs)
         if config.standardise:
             self.visual_stats = VisualStats(config)

@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from emu_jax.models import layers, module
+
 # pixels
 SIDE = 299
 CLASSES = 1008
@@ -158,7 +160,7 @@ BLOCKS = (
 class ConvNorm(nnx.Module):
     """relu(batch norm(convolution)), the norm by its running statistics, eps 1e-3."""
 
-    def __init__(self, conv: Conv, inputs: int, rngs: nnx.Rngs):
+    def __init__(self, conv: Conv, inputs: int, rngs: layers.Rngs):
         self.stride = conv.stride
         self.padding = "SAME" if conv.stride == 1 and conv.name not in UNPADDED else "VALID"
         std = (conv.h * conv.w * inputs) ** -0.5
@@ -184,7 +186,7 @@ class ConvNorm(nnx.Module):
 
 
 class Mixed(nnx.Module):
-    def __init__(self, block: Block, inputs: int, rngs: nnx.Rngs):
+    def __init__(self, block: Block, inputs: int, rngs: layers.Rngs):
         self.block = block
         for branch in block.branches:
             width = inputs
@@ -212,14 +214,14 @@ class Mixed(nnx.Module):
 
 
 class Logits(nnx.Module):
-    def __init__(self, inputs: int, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, rngs: layers.Rngs):
         self.w = nnx.Param(inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, CLASSES)))
         # Part of the graph, but not of FID's logits.
         self.bias = nnx.Param(jnp.zeros(CLASSES))
 
 
 class Inception(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
+    def __init__(self, config: None, rngs: layers.Rngs):
         width = 3
         for conv in STEM:
             setattr(self, conv.name, ConvNorm(conv, width, rngs))
@@ -269,8 +271,7 @@ def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:
 
 def apply(params: dict, images: Float[Array, "M 299 299 3"]) -> dict[str, Float[Array, "M _"]]:
     """Run `Inception` with a plain dict of parameters on images from `prepare`."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: Inception(nnx.Rngs(0))))[0]
-    return nnx.merge(graphdef, params)(images)
+    return module.bind(Inception, None, params)(images)
 
 
 def _bilinear(size: int) -> np.ndarray:

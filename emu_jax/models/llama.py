@@ -85,7 +85,7 @@ class LayerCache:
 
 
 class LlamaAttention(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, rngs: layers.Rngs):
         D = config.width
         H = config.heads
         G = config.kv
@@ -113,7 +113,7 @@ class LlamaAttention(nnx.Module):
 
 
 class LlamaFfn(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, rngs: layers.Rngs):
         self.gate = layers.Linear("btD,Df->btf", (config.width, config.ffn), std=0.02, rngs=rngs)
         self.up = layers.Linear("btD,Df->btf", (config.width, config.ffn), std=0.02, rngs=rngs)
         self.down = layers.Linear("btf,fD->btD", (config.ffn, config.width), std=0.02, rngs=rngs)
@@ -123,7 +123,7 @@ class LlamaFfn(nnx.Module):
 
 
 class LlamaBlock(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, rngs: layers.Rngs):
         self.norm1 = layers.RMSNorm(config.width, eps=config.eps)
         self.attn = LlamaAttention(config, rngs)
         self.norm2 = layers.RMSNorm(config.width, eps=config.eps)
@@ -149,7 +149,7 @@ class Vocabulary(nnx.Module):
     They are separate because V divides well over devices, and so that LLaMA's rows import as is.
     """
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, rngs: layers.Rngs):
         self.base = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab, config.width)))
         self.added = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (config.added, config.width))
@@ -160,7 +160,7 @@ class Vocabulary(nnx.Module):
 
 
 class Llama(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, rngs: layers.Rngs):
         self.config = config
         self.embed = Vocabulary(config, rngs)
         self.blocks = layers.stack(lambda rngs: LlamaBlock(config, rngs), config.depth, rngs)

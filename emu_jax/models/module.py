@@ -21,19 +21,15 @@ M = TypeVar("M", bound=nnx.Module)
 
 def init(module: Callable[..., nnx.Module], config: Any, key: Array) -> dict:
     """Make fresh parameters of `module(config, rngs)` as a nested dict, LoRA's included."""
-    made = module(config, nnx.Rngs(params=key))
-    # Axes that the matrix at each path is summed over: LoRA splits there.
-    inputs = {}
-    for path, part in nnx.iter_modules(made):
-        name = "/".join(map(str, path))
-        if isinstance(part, layers.Linear) and "/blocks/" in f"{name}/":
-            inputs[f"{name}/w"] = part.inputs
-    return lora.init(_lora(config), nnx.to_pure_dict(nnx.state(made)), inputs, key)
+    made = module(config, layers.Rngs(key))
+    return lora.init(_lora(config), nnx.to_pure_dict(nnx.state(made)), _inputs(made), key)
 
 
 def abstract(module: Callable[..., nnx.Module], config: Any) -> dict:
     """Shapes and dtypes of the parameters that `init` makes; allocates nothing."""
-    return jax.eval_shape(partial(init, module, config), jax.random.key(0))
+    made = _abstract(module, config)
+    add_lora = partial(lora.init, _lora(config), inputs=_inputs(made))
+    return jax.eval_shape(add_lora, nnx.to_pure_dict(nnx.state(made)), key=jax.random.key(0))
 
 
 def bind(module: type[M], config: Any, params: dict, key: Array | None = None) -> M:
@@ -44,10 +40,25 @@ def bind(module: type[M], config: Any, params: dict, key: Array | None = None) -
     return nnx.merge(_graphdef(module, config), lora.apply(_lora(config), params, key))
 
 
-# Cached, since making one takes a second or two and every trace needs it.
+# Cached, since making a large model's takes a second or two and every trace needs it.
+@cache
+def _abstract(module: Callable[..., nnx.Module], config: Any) -> nnx.Module:
+    return jax.eval_shape(lambda key: module(config, layers.Rngs(key)), jax.random.key(0))
+
+
 @cache
 def _graphdef(module: Callable[..., nnx.Module], config: Any) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0))))
+    return nnx.graphdef(_abstract(module, config))
+
+
+def _inputs(made: nnx.Module) -> dict[str, int]:
+    """Number of axes that the matrix at each path is summed over: LoRA splits there."""
+    inputs = {}
+    for path, part in nnx.iter_modules(made):
+        name = "/".join(map(str, path))
+        if isinstance(part, layers.Linear) and "/blocks/" in f"{name}/":
+            inputs[f"{name}/w"] = part.inputs
+    return inputs
 
 
 def _lora(config: Any) -> LoraConfig | None:

@@ -38,7 +38,7 @@ class ResamplerConfig:
 
 
 class ResamplerAttention(nnx.Module):
-    def __init__(self, config: ResamplerConfig, keys_width: int, rngs: nnx.Rngs):
+    def __init__(self, config: ResamplerConfig, keys_width: int, rngs: layers.Rngs):
         C = config.width
         H = config.heads
         d = config.head_width
@@ -63,7 +63,7 @@ class ResamplerAttention(nnx.Module):
 
 
 class ResamplerFfn(nnx.Module):
-    def __init__(self, config: ResamplerConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ResamplerConfig, rngs: layers.Rngs):
         self.up = layers.Linear(
             "btc,cf->btf", (config.width, config.ffn), std=config.width**-0.5, rngs=rngs
         )
@@ -76,7 +76,7 @@ class ResamplerFfn(nnx.Module):
 
 
 class ResamplerBlock(nnx.Module):
-    def __init__(self, config: ResamplerConfig, vision_width: int, rngs: nnx.Rngs):
+    def __init__(self, config: ResamplerConfig, vision_width: int, rngs: layers.Rngs):
         self.dropout = config.dropout
         self.norm1 = layers.RMSNorm(config.width, eps=1e-6)
         self.self = ResamplerAttention(config, config.width, rngs)
@@ -98,7 +98,9 @@ class ResamplerBlock(nnx.Module):
 
 
 class Resampler(nnx.Module):
-    def __init__(self, config: ResamplerConfig, vision_width: int, llm_width: int, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ResamplerConfig, vision_width: int, llm_width: int, rngs: layers.Rngs
+    ):
         self.config = config
         self.queries = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (config.tokens, config.width))

@@ -117,7 +117,7 @@ def level_specs(config: UNetConfig) -> tuple[list[LevelSpec], LevelSpec, list[Le
 class UNetAttention(nnx.Module):
     """Attention of C-wide positions to keys of any width; only the output has a bias."""
 
-    def __init__(self, width: int, heads: int, keys_width: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, keys_width: int, rngs: layers.Rngs):
         H = heads
         d = width // heads
         self.q = layers.Linear("btc,chd->bthd", (width, H, d), std=width**-0.5, rngs=rngs)
@@ -137,7 +137,7 @@ class UNetAttention(nnx.Module):
 class UNetFfn(nnx.Module):
     """GEGLU (arXiv 2002.05202): one linear half times the exact GELU of the other."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, rngs: layers.Rngs):
         C = width
         F = 4 * width
         self.up = layers.Linear("btc,cf->btf", (C, F), bias=(F,), std=C**-0.5, rngs=rngs)
@@ -149,7 +149,7 @@ class UNetFfn(nnx.Module):
 
 
 class UNetBlock(nnx.Module):
-    def __init__(self, width: int, heads: int, condition: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, condition: int, rngs: layers.Rngs):
         self.norm1 = layers.LayerNorm(width, eps=1e-5)
         self.self = UNetAttention(width, heads, width, rngs)
         self.norm2 = layers.LayerNorm(width, eps=1e-5)
@@ -167,7 +167,7 @@ class UNetBlock(nnx.Module):
 class UNetTransformer(nnx.Module):
     """A residual branch of transformer blocks over all positions of a level."""
 
-    def __init__(self, config: UNetConfig, level: int, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, level: int, rngs: layers.Rngs):
         C = config.widths[level]
         self.norm = GroupNorm(C, config.groups, eps=1e-6)
         self.into = pointwise(C, C, rngs=rngs)
@@ -189,7 +189,7 @@ class UNetTransformer(nnx.Module):
 class UNetLevel(nnx.Module):
     """Residual blocks and transformers of one resolution, and the change of resolution."""
 
-    def __init__(self, config: UNetConfig, spec: LevelSpec, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, spec: LevelSpec, rngs: layers.Rngs):
         C = config.widths[spec.level]
         self.resnets = numbered(
             ResnetBlock(width, C, config.groups, eps=config.eps, time_width=config.time, rngs=rngs)
@@ -205,7 +205,7 @@ class UNetLevel(nnx.Module):
 class TimeEmbedding(nnx.Module):
     """Embed the time, given as sinusoids."""
 
-    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, rngs: layers.Rngs):
         C = config.widths[0]
         t = config.time
         self.up = layers.Linear("bc,ct->bt", (C, t), bias=(t,), std=C**-0.5, rngs=rngs)
@@ -216,7 +216,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class UNet(nnx.Module):
-    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, rngs: layers.Rngs):
         self.config = config
         C = config.widths[0]
         pixels = config.patch**2

@@ -54,7 +54,7 @@ class VaeConfig:
 class VaeAttention(nnx.Module):
     """A residual branch of attention over all positions, with one head."""
 
-    def __init__(self, width: int, groups: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, groups: int, rngs: layers.Rngs):
         self.norm = GroupNorm(width, groups, eps=EPS)
         self.q, self.k, self.v = (pointwise(width, width, rngs=rngs) for _ in range(3))
         self.o = pointwise(width, width, rngs=rngs, std=0.0)
@@ -75,7 +75,7 @@ class VaeLevel(nnx.Module):
         width_in: int,
         width: int,
         count: int,
-        rngs: nnx.Rngs,
+        rngs: layers.Rngs,
         *,
         resample: bool,
     ):
@@ -88,7 +88,7 @@ class VaeLevel(nnx.Module):
 
 
 class VaeMiddle(nnx.Module):
-    def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VaeConfig, rngs: layers.Rngs):
         C = config.widths[-1]
         self.resnets = numbered(
             ResnetBlock(C, C, config.groups, eps=EPS, rngs=rngs) for _ in range(2)
@@ -99,7 +99,7 @@ class VaeMiddle(nnx.Module):
 class VaeHalf(nnx.Module):
     """The encoder or the decoder; levels/0 is the finest in both."""
 
-    def __init__(self, config: VaeConfig, rngs: nnx.Rngs, *, encodes: bool):
+    def __init__(self, config: VaeConfig, rngs: layers.Rngs, *, encodes: bool):
         self.config = config
         self.encodes = encodes
         widths = config.widths
@@ -162,7 +162,7 @@ class VaeHalf(nnx.Module):
 
 
 class Vae(nnx.Module):
-    def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VaeConfig, rngs: layers.Rngs):
         self.config = config
         self.encoder = VaeHalf(config, rngs, encodes=True)
         self.quant = pointwise(2 * config.latent, 2 * config.latent, rngs=rngs)

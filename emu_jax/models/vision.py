@@ -40,7 +40,7 @@ class VisionConfig:
 
 
 class VisionAttention(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, rngs: layers.Rngs):
         E = config.width
         H = config.heads
         d = config.width // config.heads
@@ -57,7 +57,7 @@ class VisionAttention(nnx.Module):
 
 
 class VisionFfn(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, rngs: layers.Rngs):
         self.up = layers.Linear(
             "bte,ef->btf", (config.width, config.ffn), bias=(config.ffn,), std=0.02, rngs=rngs
         )
@@ -70,7 +70,7 @@ class VisionFfn(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, rngs: layers.Rngs):
         self.norm1 = layers.LayerNorm(config.width, eps=1e-6)
         self.attn = VisionAttention(config, rngs)
         self.norm2 = layers.LayerNorm(config.width, eps=1e-6)
@@ -82,7 +82,7 @@ class VisionBlock(nnx.Module):
 
 
 class Vision(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, rngs: layers.Rngs):
         self.config = config
         E = config.width
         p = config.patch

@@ -6,11 +6,8 @@ The file is pt_inception-2015-12-05-6726825d.pth. Its convolutions are [out, in,
 
 from typing import Any
 
-import jax
-from flax import nnx
-
 from emu_jax import tree
-from emu_jax.models import inception
+from emu_jax.models import inception, module
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.family import Family, no_fields
 
@@ -48,7 +45,7 @@ def _conv(theirs: str, ours: str) -> list[Row]:
 
 def shapes(model_config: None = None) -> dict[str, tuple[int, ...]]:
     """Shapes of all leaves."""
-    fresh = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(inception.Inception(nnx.Rngs(0)))))
+    fresh = module.abstract(inception.Inception, None)
     return {path: leaf.shape for path, leaf in tree.leaves(fresh)}
 
 

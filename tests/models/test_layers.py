@@ -65,7 +65,7 @@ class Add(nnx.Module):
 
 
 def test_a_stack_runs_its_blocks_in_order_each_with_its_own_key():
-    blocks = layers.stack(Add, 3, nnx.Rngs(params=0))
+    blocks = layers.stack(Add, 3, layers.Rngs(jax.random.key(0)))
     w = np.asarray(blocks.w.get_value())
     assert w.shape == (3, 4) and len(np.unique(w)) == 12
 
@@ -83,3 +83,11 @@ def test_a_stack_runs_its_blocks_in_order_each_with_its_own_key():
     np.testing.assert_allclose(
         got, 8 * x + 4 * (w[0] + noise[0]) + 2 * (w[1] + noise[1]) + w[2] + noise[2], rtol=1e-5
     )
+
+
+def test_parameters_are_those_of_nnxs_streams():
+    key = jax.random.key(3)
+    ours = layers.Rngs(key)
+    theirs = nnx.Rngs(params=key)
+    for _ in range(3):
+        assert ours.params() == theirs.params()
