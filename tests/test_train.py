@@ -538,7 +538,7 @@ def test_corrupt_records_above_the_share_stop_the_run(data, tmp_path, capsys, ca
         and error.count("\n") == 1
         and "more than data.max_bad_share=0.01 allows" in error
     )
-    assert "source names: a corrupt record is skipped: names:train[" in caplog.text
+    assert "source names: skipping a corrupt record: names:train[" in caplog.text
     assert not (tmp_path / "run/checkpoints").exists() and lines(tmp_path / "run") == []
 
 

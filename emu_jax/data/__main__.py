@@ -1,8 +1,8 @@
-"""Build datasets, and inspect what they are built from.
+"""Inspect raw data, and build datasets from it.
 
-inspect PATH --kind=KIND         what becomes of every record, and why some are left out
+inspect PATH --kind=KIND         show the document made from each record, or why it is left out
 build --kind=KIND --from=PATH... --to=DIR
-                                 documents as ArrayRecord files, and a data card
+                                 write documents as ArrayRecord files, with a data card
 
 Read next: sources/kinds.py.
 """
@@ -21,13 +21,13 @@ from emu_jax.files import atomic_write
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status of the command line `arguments` (None: the process's)."""
+    """Run the command line `arguments` (None: sys.argv) and return its exit status."""
     return cli.run(command, arguments)
 
 
 def command(arguments: list[str]) -> None:
     flags = _parse(arguments)
-    # tfds warns about every config that is not its own.
+    # tensorflow-datasets warns about every builder config that it does not define itself.
     logging.getLogger("absl").setLevel(logging.ERROR)
     from emu_jax.data import images, video
 
@@ -46,7 +46,7 @@ def _inspect(flags: argparse.Namespace) -> None:
     documents = inspection.inspect_documents(flags.kind, Path(flags.path), _options(flags))
     if flags.jsonl:
         for document in documents:
-            # ASCII suits every terminal and holds no line separators.
+            # json.dumps escapes to ASCII, so no character of a text can end the line.
             print(json.dumps(inspection.describe(document)), flush=True)
         return
     name = Path(flags.path).name.split(".")[0] or flags.kind
@@ -58,7 +58,7 @@ def _inspect(flags: argparse.Namespace) -> None:
 
 def _build(flags: argparse.Namespace) -> None:
     if not flags.from_:
-        raise UserError("build needs --from=PATH, the files to read")
+        raise UserError("build needs --from=PATH, the files or folders to read")
     from emu_jax.data.builders import build
 
     counts = build.build(
@@ -85,13 +85,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     kinds = "\n".join(f"  {name:14}{kind.help}" for name, kind in KINDS.items())
     parser = cli.Parser(
         prog="python -m emu_jax.data",
-        description="Build datasets, and inspect what they are built from.",
+        description="Inspect raw data, and build datasets from it.",
     )
     commands = parser.add_subparsers(required=True, metavar="build | inspect", dest="command")
     inspect = commands.add_parser(
         "inspect",
-        help="show what becomes of every record",
-        description="Show what becomes of every record, and why some are left out.",
+        help="show the document made from each record",
+        description="Show the document made from each record, or the reason why it is left out.",
         epilog=f"kinds:\n{kinds}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

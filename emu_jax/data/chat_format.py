@@ -1,9 +1,9 @@
 """Conversations in the release's chat format.
 
-It is `<s>` system message, then turns `[USER]: question [ASSISTANT]: answer</s>`.
+The format is `<s>`, a system message, and turns `[USER]: question [ASSISTANT]: answer</s>`.
 
-Training sequences and chat prompts (../generate/processor.py) are written by the same functions, so
-that they cannot drift apart. Read next: sequence.py.
+Training sequences and chat prompts (../generate/processor.py) use the same functions, so they
+cannot drift apart. Read next: sequence.py.
 """
 
 from collections.abc import Iterable
@@ -17,15 +17,15 @@ from emu_jax.data.documents import Document, Image, Picture, Text
 from emu_jax.data.sources import CorruptRecord
 from emu_jax.data.tokenizer import Tokenizer
 
-# What a sequence is written from: a text, a special id or an image.
+# An element of a sequence before encoding: a text, the id of a special token, or an image.
 Piece = str | int | np.ndarray
-# A part of a document that is not a pair.
+# A part of a document, other than a pair.
 Part = str | Text | Image | Picture
 # Choices of data.system.
 SYSTEM_CHOICES = ("release", "none")
 
-# The release's system messages, by what the first question holds. "[IMG]" and "[/IMG]" in them are
-# the added tokens: the release's tokenizer reads them so.
+# The release's system messages, by what the first question shows. "[IMG]" and "[/IMG]" in them are
+# encoded as the added tokens, as the release's tokenizer does.
 _PLACEHOLDER = ("[IMG]", "ImageContent", "[/IMG]")
 SYSTEM_MESSAGES: dict[str, tuple[str, ...]] = {
     "image": (
@@ -46,7 +46,7 @@ SYSTEM_MESSAGES: dict[str, tuple[str, ...]] = {
 
 
 class Turn(NamedTuple):
-    """A question and its answer, in parts."""
+    """A question and its answer, each a list of parts."""
 
     question: list[Text | Picture]
     answer: list[Text | Picture]
@@ -63,12 +63,12 @@ def opening_pieces(tokenizer: Tokenizer, system: Ordered[str]) -> list[Piece]:
 
 
 def question_pieces(tokenizer: Tokenizer, question: Ordered[str | Image]) -> list[Piece]:
-    """A question, up to where its answer starts."""
+    """A question with its role tokens, up to the point where the answer starts."""
     return [tokenizer.user, ": ", *question, " ", tokenizer.assistant, ":"]
 
 
 def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
-    """The pieces with neighbouring texts joined, because they are encoded as one."""
+    """Join neighbouring texts, because they are tokenized together."""
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
@@ -84,10 +84,10 @@ def is_conversation(document: Document) -> bool:
 
 
 def split_turns(document: Document) -> tuple[list[str], list[Turn]]:
-    """The document's own system messages and its turns.
+    """Split a conversation into its own system messages and its turns.
 
-    Neighbouring parts of one role are one question or answer; a last question without an answer is
-    left out. Raises CorruptRecord for roles out of order and for a conversation without an answer.
+    Consecutive parts of the same role form one question or answer; a final question without an
+    answer is dropped. Raises CorruptRecord if roles are out of order or no question is answered.
     """
     system: list[str] = []
     turns: list[Turn] = []
@@ -119,9 +119,9 @@ def _out_of_order(id: str, role: str, before: str, turns: list[Turn]) -> Corrupt
 
 
 def question_kind(images: Ordered[Picture]) -> str:
-    """The key in SYSTEM_MESSAGES: "image" for one image, "video" for frames in time order.
+    """The key in SYSTEM_MESSAGES for a question that shows `images`.
 
-    It is "" for anything else.
+    It is "image" for one image, "video" for several frames in time order, and otherwise "".
     """
     times = [image.time for image in images if image.time is not None]
     if len(times) == len(images) > 1 and all(a < b for a, b in pairwise(times)):

@@ -1,4 +1,4 @@
-"""Rules for texts in any language: cleaning captions, and recognising junk and metadata.
+"""Rules that clean captions and detect junk and metadata, in any language.
 
 Read next: sources/pairs.py and sources/videos.py, which use them.
 """
@@ -6,8 +6,8 @@ Read next: sources/pairs.py and sources/videos.py, which use them.
 import re
 import unicodedata
 
-# The paper strips metadata from WebVid's captions "by rules" that it does not list; these are ours.
-# A caption there reads "London, UK - January 12, 2018: crowd on a bridge, aerial. 4k footage,
+# The paper strips metadata from WebVid's captions "by rules" that it does not list; these are our
+# own. A typical caption: "London, UK - January 12, 2018: crowd on a bridge, aerial. 4k footage,
 # 60 fps".
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DATE = (
@@ -49,7 +49,7 @@ _LEFT_OVER = frozenset(
     )
 )
 _ENDS = " .,;:|/–—-"
-# In characters; longer captions do not have this kind of metadata.
+# Captions with more characters than this do not have such metadata.
 _LONG = 2000
 
 _URL = re.compile(r"^\s*(?:https?://|www\.)\S+\s*$", re.I)
@@ -62,9 +62,9 @@ _CAMERA = re.compile(r"^\s*(?:dsc[nf]?|img|pict?|p)[ _-]?\d{4,}\s*$", re.I)
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8, with or without a byte order mark, or UTF-16 with one; lines end in "\\n".
+    """Decode UTF-8, with or without a byte order mark, or UTF-16 with one.
 
-    Raises UnicodeError for other bytes.
+    All line ends become "\\n". Raises UnicodeError for other bytes.
     """
     coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
@@ -82,8 +82,8 @@ def collapse_whitespace(text: str) -> str:
 
 
 def junk_reason(caption: str) -> str:
-    """Why a caption, in any language, has no content; "" if it has."""
-    # Unicode's letters, and its symbols because of emoji.
+    """The reason why a caption, in any language, has no content; "" if it has some."""
+    # Categories L, letters, and S, symbols, which include emoji.
     if not any(unicodedata.category(letter)[0] in "LS" for letter in caption):
         return "caption has no letters"
     if _URL.match(caption):
@@ -99,9 +99,9 @@ def junk_reason(caption: str) -> str:
 
 
 def clean_video_caption(text: str) -> str:
-    """A video's caption without leading place and date and without technical terms.
+    """Remove the leading place and date and all technical terms from a video's caption.
 
-    "" if nothing is left.
+    Returns "" if nothing is left.
     """
     text = collapse_whitespace(text)
     if len(text) > _LONG:

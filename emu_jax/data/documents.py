@@ -1,8 +1,8 @@
-"""What a source yields: documents, ordered lists of parts, before tokenisation.
+"""Documents: the ordered lists of parts that sources yield, before tokenization.
 
-An image is an encoded file, or pixels if it is a frame of a video, until sources/records.py decodes
-it for the model. Then it is a plain array, or a Picture if it has a role. Read next:
-sources/kinds.py, which reads others' formats, or sequence.py.
+While a dataset is built, an image is an encoded file, or pixels if it is a video frame. When
+sources/records.py reads the dataset, it decodes images to plain arrays, or to Pictures if they have
+roles. Read next: sources/kinds.py, which reads foreign formats, or sequence.py.
 """
 
 from collections.abc import Iterator
@@ -12,26 +12,27 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-# RGB, 0 to 255
+# RGB pixels.
 Image = UInt8[np.ndarray, "h w 3"]
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and its weight in the loss. A part that is a plain str has weight 1."""
+    """A text and its weight in the loss; a part that is a plain str has weight 1."""
 
     text: str
     weight: float = 1.0
-    # role of a turn in a conversation: "system", "user" or "assistant"
+    # Role of the speaker in a conversation: "system", "user" or "assistant".
     role: str = ""
-    # seconds from the start of the video
+    # Seconds from the start of the video.
     time: float | None = None
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image with its role and time, as in Text: an encoded file, or upright RGB pixels."""
+    """An image with a role and a time, which mean the same as in Text."""
 
+    # An encoded file, or upright RGB pixels.
     data: bytes | Image
     role: str = ""
     time: float | None = None
@@ -39,7 +40,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its text, whose order is drawn again in every epoch."""
+    """An image and its text, whose order is drawn at random in every epoch."""
 
     image: Picture | Image
     text: str | Text
@@ -51,11 +52,11 @@ class Document:
 
     id: str
     parts: tuple[str | Text | Image | Picture | Pair, ...]
-    # the file it was read from
+    # Name of the file that it was read from.
     source: str = ""
-    # where it comes from, as the file says; JSON-able
+    # What the file says about its origin, such as a URL; values must be JSON-serializable.
     provenance: dict[str, Any] = field(default_factory=dict)
-    # a reason for each part that was left out
+    # One reason for each part that was left out.
     dropped: tuple[str, ...] = ()
 
 
@@ -68,7 +69,7 @@ class Skipped:
 
 
 def flat_parts(document: Document) -> Iterator[Text | Picture]:
-    """The texts and images in reading order; a pair is its image, then its text."""
+    """The texts and images in reading order; of a pair, the image comes first."""
     for part in document.parts:
         for half in (part.image, part.text) if isinstance(part, Pair) else (part,):
             if isinstance(half, str):
@@ -89,10 +90,10 @@ def images_of(document: Document) -> Iterator[Picture | Image]:
 
 
 def pixels_of(document: Document) -> Iterator[Image]:
-    """The images of a document whose images are decoded."""
+    """The pixels of a document's images, all of which must be decoded."""
     for image in images_of(document):
         pixels = image.data if isinstance(image, Picture) else image
-        assert not isinstance(pixels, bytes), "the images are not decoded"
+        assert not isinstance(pixels, bytes), "an image is not decoded"
         yield pixels
 
 

@@ -1,10 +1,11 @@
-"""Encoded bytes to upright RGB, and to the pixels that a model sees.
+"""Decode image files to upright RGB, at full size or at the size of the model's input.
 
-Images are squashed, not cropped, to a square with a bicubic filter, as in Emu's release.
+The model's input is squashed, not cropped, to a square with a bicubic filter, as in Emu's release;
+models/vision.py normalises it.
 
-JPEGs are decoded by libjpeg-turbo (simplejpeg: bit-equal to Pillow at full size, and scaled by 1/2,
-1/4 or 1/8 if the result is still large enough), everything else by Pillow. Both release the
-interpreter lock, so threads decode in parallel. models/vision.py normalises. Read next: sources/.
+simplejpeg (libjpeg-turbo) decodes JPEGs: bit-equal to Pillow at full size, or at 1/2, 1/4 or 1/8 if
+that is still large enough. Pillow decodes everything else. Both release the interpreter lock, so
+threads decode in parallel. Read next: sources/.
 """
 
 import io
@@ -16,15 +17,15 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-# A file of a few kilobytes could otherwise fill the memory ("decompression bomb"). 64 megapixels
-# are 192 MB of RGB.
+# Without a limit, a file of a few kilobytes could fill the memory (a "decompression bomb"). 64
+# megapixels take 192 MB as RGB.
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_BYTES = 64 * 1024 * 1024
-# EPS is left out: its reader starts a program.
+# EPS is left out because Pillow starts Ghostscript to read it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
 FITS = ("squash", "centre", "random")
 
-# Held while Pillow's own limit of the whole process is changed.
+# Held while Pillow's own limit, which is global, is changed.
 _PILLOW_LIMIT = threading.Lock()
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -41,20 +42,21 @@ _UPRIGHT = {
 def silence_pillow() -> None:
     """Hide Pillow's warnings about odd metadata in images whose pixels are good.
 
-    It changes the process's warning filters, so only commands call it. What cannot be decoded is
-    still an error.
+    This changes the warning filters of the process, so only commands call it. Images that cannot be
+    decoded still raise errors.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels for a model with images of side `size`, over white and turned as EXIF says.
+    """Decode an image for a model with inputs of size x size: upright by EXIF, over white.
 
-    fit: "squash" to size x size; "centre" scales the shorter side to `size` and crops the middle;
-    "random" only scales the shorter side, and sequence.py draws the crop later. Raises ValueError,
-    in one line, for what `decode_full` refuses.
+    fit: "squash" resizes to size x size; "centre" scales the shorter side to `size` and crops the
+    middle; "random" only scales the shorter side, and sequence.py crops at random later. Raises a
+    one-line ValueError like `decode_full`.
     """
-    # At twice the size, scaled JPEG decoding is invisible after the bicubic filter.
+    # Scaled JPEG decoding to at least twice the size makes no visible difference after the
+    # bicubic filter.
     image = _upright(data, 2 * size)
     if fit == "squash":
         width = height = size
@@ -71,17 +73,17 @@ def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h 
 
 
 def decode_full(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """The upright image at full size, transparency over white.
+    """Decode an image at full size, upright, with transparency over white.
 
-    Reads JPEG, PNG, WebP, GIF (its first frame), BMP and TIFF, in 16 bits, with a palette, CMYK or
-    grey. Raises ValueError, in one line, for data that is not an image or is truncated, and for
-    more than MAX_BYTES or MAX_PIXELS.
+    Reads JPEG, PNG, WebP, GIF (the first frame), BMP, TIFF, PPM and ICO; also 16-bit, palette, CMYK
+    and greyscale images. Raises a one-line ValueError if the data is not an image, is truncated, or
+    exceeds MAX_BYTES or MAX_PIXELS.
     """
     return np.array(_upright(data, 0))
 
 
 def header_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in the header, before any rotation; None if it is not an image."""
+    """Width and height from the header, before any rotation; None if `data` is not an image."""
     try:
         return _open(data).size
     # Pillow raises nearly anything for broken files.
@@ -90,16 +92,19 @@ def header_size(data: bytes) -> tuple[int, int] | None:
 
 
 def encode(image: UInt8[np.ndarray, "h w 3"], quality: int = 90) -> bytes:
-    """A JPEG without chroma subsampling, as video frames are stored. Deterministic."""
+    """Encode as a JPEG without chroma subsampling, the format of stored video frames.
+
+    Deterministic.
+    """
     return simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444"
     )
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header only.
+    """Open an image and read only its header.
 
-    Pillow's limit is off meanwhile: MAX_PIXELS is lower, and its message names the size.
+    Pillow's own size limit is off meanwhile: MAX_PIXELS is lower, and its error names the size.
     """
     with _PILLOW_LIMIT:
         limit = Image.MAX_IMAGE_PIXELS
@@ -113,8 +118,8 @@ def _open(data: bytes) -> Image.Image:
 def _upright(data: bytes, least: int) -> Image.Image:
     """The upright RGB image.
 
-    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if its sides stay at least `least` pixels
-    (0: at full size only).
+    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides have at least `least`
+    pixels; 0 means full size.
     """
     try:
         if len(data) > MAX_BYTES:
@@ -132,7 +137,7 @@ def _upright(data: bytes, least: int) -> Image.Image:
             else _rgb(image)
         )
         return image if turn is None else image.transpose(turn)
-    # Its message holds an address in memory, and reasons must be reproducible.
+    # The original message contains a memory address, and reasons must be reproducible.
     except UnidentifiedImageError as error:
         raise ValueError("not a usable image: cannot identify its format") from error
     # Pillow raises nearly anything for broken files.
@@ -153,7 +158,7 @@ def _jpeg(data: bytes, image: Image.Image, least: int) -> Image.Image:
         return Image.fromarray(
             simplejpeg.decode_jpeg(data, min_height=least, min_width=least, min_factor=2)
         )
-    # It refuses files that libjpeg only warns about; Pillow reads them.
+    # simplejpeg refuses files that libjpeg only warns about; Pillow reads them.
     except ValueError:
         return _rgb(image)
 
@@ -168,7 +173,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
-    """16-bit or 32-bit grey as 8-bit grey: Pillow's own conversion would clip it to white."""
+    """Convert 16-bit or 32-bit grey to 8-bit grey; Pillow's conversion would clip it to white."""
     values = np.asarray(image)
     is_16_bit = image.mode != "I" or values.max(initial=0) > 255
     grey = (values >> 8 if is_16_bit else values).clip(0, 255)

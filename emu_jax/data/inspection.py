@@ -1,8 +1,8 @@
-"""Documents as `python -m emu_jax.data inspect` shows them, and why records were left out.
+"""Describe documents, and records that are left out, for `python -m emu_jax.data inspect`.
 
 Nothing is random and nothing is resized. An image is described by its size, the SHA-256 of its
-upright RGB bytes (alpha over white) and the mean colours of 4 x 4 cells, which other decoders
-approximate. Read next: builders/card.py.
+upright RGB bytes (alpha over white), and the mean colours of 4 x 4 cells, which can be compared
+between decoders that differ in rounding. Read next: builders/card.py.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ def inspect_documents(
 
 
 def describe(document: Document | Skipped) -> dict[str, Any]:
-    """A document as {"id", "parts": [{"text"} | {"image"}]}.
+    """Describe a document as {"id", "parts": [{"text"} | {"image"}]}.
 
-    An image is {"width", "height", "sha256", "grid"}. A pair is its image, then its text; parts of
-    conversations also have a "role". A skipped record is {"id", "skipped": reason}.
+    An image is {"width", "height", "sha256", "grid"}. A pair becomes its image and then its text;
+    parts of conversations also have a "role". A skipped record is {"id", "skipped": reason}.
     """
     if isinstance(document, Skipped):
         return {"id": document.id, "skipped": document.reason}
@@ -61,7 +61,7 @@ def _image(picture: Picture) -> dict[str, Any]:
 def grid(pixels: Image) -> list[list[float]]:
     """Mean [red, green, blue] of CELLS x CELLS cells in reading order, to two decimals.
 
-    Cell k of a side of n pixels is [k n // 4, (k + 1) n // 4), and at least one pixel.
+    Along a side of n pixels, cell k covers pixels k n // 4 to (k + 1) n // 4, and at least one.
     """
 
     def edges(side: int) -> list[tuple[int, int]]:

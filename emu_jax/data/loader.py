@@ -1,8 +1,8 @@
-"""The loader: threads prefetch packed batches, and each carries the state after it.
+"""The loader: threads prefetch packed batches, each with the state of the data after it.
 
-The rows b of the global batch belong to stream b // (B / S), and a host owns neighbouring streams,
-so the n-th global batch is the same for any number of hosts. Save the state of the last batch you
-consumed: after a restore, prefetched batches are made again. Read next: ../loop.py.
+Row b of the global batch belongs to stream b // (B / S), and each host owns consecutive streams, so
+the n-th global batch is the same for any number of hosts. A checkpoint saves the state of the last
+batch that was consumed; a resumed run makes the prefetched ones again. Read next: ../loop.py.
 """
 
 import logging
@@ -30,39 +30,41 @@ from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
-# Records of a source (all, if it has fewer) to read before its share of corrupt ones is checked.
+# Number of records to read from a source, or all if it has fewer, before the share of corrupt ones
+# is checked.
 MIN_RECORDS_JUDGED = 100
 PACKINGS = ("first_fit", "best_fit")
-# Choices of data.unreadable: what happens to records that cannot be read.
+# Choices of data.unreadable, for records that cannot be read.
 UNREADABLE_CHOICES = ("skip", "stop")
+# Choices of SourceRule.start.
 STARTS = ("first", "random")
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """One host's rows of a global batch, as NumPy arrays, with ids and the state after it."""
+    """One host's rows of a global batch, as NumPy arrays, with the state after the batch."""
 
     batch: Batch
-    # "source/document" of each row
+    # For each row, its documents as "source/document".
     ids: list[list[str]]
-    # JSON-able state of this host's streams after this batch; {} in an evaluation
+    # JSON-serializable state of this host's streams after this batch; {} in an evaluation.
     state: dict
-    # `statistics` of this host's streams since the run began, before it was resumed too
+    # `statistics` of this host's streams since the run first started, across resumes.
     stats: dict
 
 
 class Loader:
     """Endless batches of `data.mixture`, or with `eval` one pass over `data.eval_mixture`.
 
-    `data` is the config group of that name, and this is process `process` of `processes`, which
-    gets B / processes rows of each batch. Iterating continues after the last batch that was handed
-    out, or from `restore`; only one iteration at a time. An evaluation has a fixed order each time,
-    ends with empty rows (segments and weights 0), and every process reads all of its streams, so
-    that all of them stop at the same batch.
+    `data` is the config group of that name. Process `process` of `processes` gets B / processes
+    rows of each batch. Iterating continues after the last batch that was yielded, or from
+    `restore`; only one iteration may run at a time. An evaluation always has the same order and
+    ends with empty rows (segments and weights 0). In it every process reads all streams, so that
+    all processes stop at the same batch.
 
-    With data.conditions or data.latents it yields DecoderBatches. chats: whether the model has
-    tokens for conversations. Raises UserError for inconsistent settings, and for more corrupt
-    records than `data.max_bad_share`.
+    With data.conditions or data.latents the batches are DecoderBatches. chats: whether the model
+    has tokens for conversations. Raises UserError for inconsistent settings, and while iterating if
+    a source has a larger share of corrupt records than `data.max_bad_share`.
     """
 
     def __init__(
@@ -144,14 +146,15 @@ class Loader:
         pool = ThreadPoolExecutor(max(self.data.workers, self.data.readers), "data")
         self.pool = pool
         streams = self._streams()
-        # Last task of each stream.
+        # The last task submitted for each stream.
         tasks: list[Future | None] = [None] * len(streams)
         ahead: deque[tuple[Batch, list[Future]]] = deque()
         try:
             while True:
                 while len(ahead) <= self.data.prefetch:
                     batch = self._empty_batch()
-                    # A stream's task waits for its previous one: the only order threads must keep.
+                    # Tasks of different streams run in any order; each waits for the previous task
+                    # of its own stream.
                     submitted = [
                         pool.submit(self._fill, stream, batch, previous)
                         for stream, previous in zip(streams, tasks)
@@ -193,9 +196,9 @@ class Loader:
         return empty_batch(rows, self.data.tokens, self.data.images, self.image_size, self.pad)
 
     def restore(self, state: dict) -> None:
-        """Continue after the batch that had this state, which must hold this process's streams.
+        """Continue after the batch whose `state` this is; it must contain this process's streams.
 
-        Raises UserError if the data or the number of streams changed.
+        Raises UserError if the sources or the number of streams have changed.
         """
         self.close()
         if state["num_streams"] != self.data.num_streams:
@@ -205,7 +208,7 @@ class Loader:
             )
         if state["documents"] != self._documents:
             raise UserError(
-                f"the saved data state has other sources or numbers of documents: "
+                f"the sources of the saved data state have these numbers of documents: "
                 f"{state['documents']}, but this run has {self._documents}"
             )
         missing = [number for number in self.owned if str(number) not in state["streams"]]
@@ -236,7 +239,7 @@ class Loader:
 
     @property
     def _rows(self) -> int:
-        """Rows of a stream in a batch."""
+        """Number of rows of a batch that come from one stream."""
         return self.data.batch // self.data.num_streams
 
     @property
@@ -246,9 +249,9 @@ class Loader:
     def _fill(
         self, stream: Stream, batch: Batch, previous: Future | None
     ) -> tuple[list[list[str]], dict]:
-        """Write a stream's rows of the batch in place: the task of a thread.
+        """Write a stream's rows into the batch, in a worker thread.
 
-        Returns the ids of each row and the stream's state after it.
+        Returns the ids of each row, and the stream's state after them.
         """
         if previous is not None:
             previous.result()
@@ -317,7 +320,7 @@ class Loader:
 
 
 def merge_states(states: list[dict]) -> dict:
-    """The states that all processes had after one batch, as one for `Loader.restore`."""
+    """Merge the states of all processes after one batch into one for `Loader.restore`."""
     if len(states) == 1:
         return states[0]
     return {
@@ -331,12 +334,12 @@ def merge_states(states: list[dict]) -> dict:
 def statistics(
     streams: dict[str, dict], tokens: int, documents: dict[str, int], num_streams: int
 ) -> dict[str, Any]:
-    """Counts of all streams, summed.
+    """Sum the counts of all streams; the keys are COUNTS and those below.
 
-    "read" and "bad" count records by source, with those still waiting. "epochs" by source is how
-    often all `num_streams` streams read its `documents`, extrapolated from the streams given; below
-    1 it is the share of the source seen so far. "padding" is the share of empty positions in rows
-    of `tokens` tokens. All other keys are COUNTS.
+    "read" and "bad" count records by source, including documents that wait to be packed. "epochs"
+    is how often each source has been read, extrapolated from the given streams to all
+    `num_streams`; a value below 1 is the share of the source seen so far. "padding" is the share of
+    empty positions in rows of `tokens` tokens. documents: number of documents of each source.
     """
     stats: dict[str, Any] = {
         name: sum(stream["counts"][name] for stream in streams.values()) for name in COUNTS
@@ -356,9 +359,9 @@ def statistics(
 
 
 def check_config(data: ConfigDict, field: str, n_visual: int, processes: int) -> None:
-    """Raise UserError for settings that are wrong or contradict one another.
+    """Raise UserError for settings that are invalid or contradict each other.
 
-    field: "mixture" or "eval_mixture", the one that is read.
+    field: "mixture" or "eval_mixture", whichever is read.
     """
     minimum = {
         "batch": 1,
@@ -438,8 +441,8 @@ def _check_first_images(data: ConfigDict, field: str) -> None:
     for name, _, _, *rule in data[field]:
         if rule and (rule[0].get("start") == "random" or rule[0].get("pairs")):
             raise UserError(
-                f"data.{field}: the rule of {name!r} may leave that image out: {only}; "
-                "remove its start and pairs"
+                f"data.{field}: {only}, and the rule of {name!r} may drop that image; "
+                "remove `start` and `pairs` from the rule"
             )
 
 
@@ -468,5 +471,5 @@ def _check_rule(rule: Any, where: str, n_visual: int) -> None:
 
 
 def _min_tokens(n_visual: int) -> int:
-    """`<s>` and one image with its two marks."""
+    """Tokens of `<s>` and one image between [IMG] and [/IMG]."""
     return n_visual + 3

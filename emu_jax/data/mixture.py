@@ -1,8 +1,8 @@
-"""The mixture and its logical streams: what is read, in which order, and into which rows.
+"""The mixture and its logical streams, which decide the order of documents and their rows.
 
-Order is a pure function of (seed, stream, counters), and the randomness of a document one of (seed,
-id, epoch). S streams, each with a small JSON-able state, therefore determine everything that will
-be read; hosts only divide the streams among them. Read next: loader.py.
+The order of documents is a pure function of (seed, stream, counters), and the random choices within
+a document of (seed, id, epoch). So the small JSON-serializable states of the S streams determine
+everything that will be read, and hosts only divide the streams among them. Read next: loader.py.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from emu_jax.data.sources import CorruptRecord, Source
 
 log = logging.getLogger(__name__)
 
-# Draws of a stream per random generator: making a generator costs more than a draw.
+# Number of draws that share a random generator: creating one costs more than a draw.
 BLOCK = 1024
-# Consecutive unusable records after which a stream gives up, instead of searching forever.
+# A stream gives up after this many unusable records in a row, instead of searching forever.
 MAX_BAD_STREAK = 100
 
 COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens", "cut_turns")
@@ -33,9 +33,11 @@ COUNTS = ("rows", "documents", "tokens", "images", "cut_documents", "cut_tokens"
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """A sequence with "source name/document id" and the index of its source."""
+    """A sequence, and where it comes from."""
 
+    # "source name/document id".
     id: str
+    # Index of its source in the mixture.
     source: int
     sequence: Sequence
 
@@ -53,9 +55,10 @@ def rng_for(*key: Any) -> np.random.Generator:
 def shuffled_index(place: int, size: int, key: int) -> int:
     """The index at `place` of the permutation of range(size) that belongs to the 64-bit `key`.
 
-    It is computed, not looked up, so two billion documents cost no memory. A Feistel network, whose
-    rounds mix with the finaliser of splitmix64, permutes the next even number of bits. It is
-    applied until the result is below `size` (cycle walking: Black and Rogaway 2002).
+    It is computed, not looked up, so two billion documents cost no memory. A Feistel network with
+    the finaliser of splitmix64 as its round function permutes the range [0, 2^b), where b is even
+    and 2^b >= size. It is applied until the result is below `size` (cycle walking, Black and
+    Rogaway 2002).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
@@ -63,7 +66,7 @@ def shuffled_index(place: int, size: int, key: int) -> int:
     while True:
         left = place >> half
         right = place & low
-        # With 4 rounds, the orders of fewer than 20 documents were visibly uneven.
+        # With 4 rounds, some orders of fewer than 20 documents were visibly likelier than others.
         for number in range(8):
             mixed = (key + (number << 32) + right) & whole
             mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & whole
@@ -78,9 +81,10 @@ def shuffled_index(place: int, size: int, key: int) -> int:
 class Mixture:
     """Named, weighted sources over `streams` logical streams.
 
-    A *place* in a source counts records over all epochs. Epoch e of a source of n documents is the
-    places [e n, (e + 1) n), in an order of its own. Stream s reads the places s, s + S, s + 2 S,
-    ..., so together the streams read every document once per epoch, however few there are.
+    A *place* in a source counts its records over all epochs: places [e n, (e + 1) n) are epoch e of
+    a source of n documents, and each epoch has its own order. Stream s of S reads the places s,
+    s + S, s + 2 S, ..., so that together the streams read every document once per epoch, even if
+    there are fewer documents than streams.
     """
 
     names: tuple[str, ...]
@@ -88,21 +92,21 @@ class Mixture:
     sources: tuple[Source, ...]
     streams: int
     seed: int
-    # one per source; () means NO_RULE for all
+    # One per source; () means NO_RULE for all.
     rules: tuple[SourceRule, ...] = ()
 
     def rule(self, source: int) -> SourceRule:
         return self.rules[source] if self.rules else NO_RULE
 
     def index(self, source: int, place: int) -> int:
-        """The record of a source at a place."""
+        """Index of the record at a place of a source."""
         epoch, within = divmod(place, len(self.sources[source]))
         return shuffled_index(
             within, len(self.sources[source]), stable_hash(self.seed, self.names[source], epoch)
         )
 
     def draws(self, stream: int, block: int) -> Int[np.ndarray, " n"]:
-        """Indices of the sources of draws [block * BLOCK, (block + 1) * BLOCK) of a stream."""
+        """Source indices for draws [block * BLOCK, (block + 1) * BLOCK) of a stream."""
         edges = np.cumsum(self.weights)
         return np.searchsorted(
             edges / edges[-1],
@@ -114,8 +118,8 @@ class Mixture:
     def eval_order(self) -> Int[np.ndarray, "n 2"]:
         """(source, index) rows in the fixed order of an evaluation.
 
-        Sources take turns, one document each, until every document was there once; weights do not
-        count.
+        Sources take turns, one document at a time, until each document has been read once; weights
+        are ignored.
         """
         sizes = [len(source) for source in self.sources]
         source = np.repeat(np.arange(len(sizes)), sizes)
@@ -126,12 +130,11 @@ class Mixture:
 class Stream:
     """Logical stream `number` of a mixture: draws documents and packs them into rows.
 
-    It keeps `lookahead` documents waiting, to choose from.
-
-    `to_sequence(document, rng=..., rule=...)` is a SequenceBuilder, and `fit` is
-    `packing.first_fit` or `best_fit` with the row's budgets. `state` continues a stream from what
-    `state()` returned. With `once`, the stream is its share of one pass in fixed order; its rows
-    are empty after the end. Not thread-safe.
+    `lookahead` documents wait at a time for `fit` to choose from; it is `packing.first_fit`, or
+    `best_fit` with the budgets of a row. `to_sequence(document, rng=..., rule=...)` is a
+    SequenceBuilder. `state` continues a stream from a value of `state()`. With `once`, the stream
+    reads its share of one pass in fixed order, and its rows are empty after the end. Not
+    thread-safe.
     """
 
     def __init__(
@@ -159,20 +162,20 @@ class Stream:
         self.read = [state["sources"][name]["read"] for name in mixture.names]
         self.bad = [state["sources"][name]["bad"] for name in mixture.names]
         self.counts = dict.fromkeys(COUNTS, 0) | state["counts"]
-        # ((source, place), its sequence)
+        # ((source, place), its sequence) of each document that waits to be packed.
         self.waiting: list[tuple[tuple[int, int], PackedSequence]] = []
-        # (source, place) of documents that waited in the restored state, to be read again
+        # (source, place) of each document that waited in the restored state, to be read again.
         self.unread = deque((mixture.names.index(name), place) for name, place in state["pending"])
         self.once = (
             map(tuple, mixture.eval_order[number :: mixture.streams].tolist()) if once else None
         )
-        # (number of the block, its draws)
+        # (number of a block, its draws); -1 before the first.
         self.block: tuple[int, np.ndarray] = (-1, np.zeros(0))
-        # consecutive unusable records
+        # Number of unusable records in a row.
         self.streak = 0
 
     def state(self) -> dict:
-        """JSON-able: the stream's counters, and the places of the documents that wait."""
+        """The counters of the stream and the places of waiting documents, JSON-serializable."""
         names = self.mixture.names
         pending = [place for place, _ in self.waiting] + list(self.unread)
         return {
@@ -236,7 +239,7 @@ class Stream:
             rng = rng_for(self.mixture.seed, full_id, place // len(documents))
             sequence = self.to_sequence(document, rng=rng, rule=self.mixture.rule(source))
         except CorruptRecord as error:
-            log.warning("source %s: a corrupt record is skipped: %s", name, error)
+            log.warning("source %s: skipping a corrupt record: %s", name, error)
             self.bad[source] += 1
             self.streak += 1
             if self.streak == MAX_BAD_STREAK:

@@ -1,7 +1,7 @@
-"""Rows of several documents: first or best fit under two budgets, T tokens and I images.
+"""Pack documents into rows: first or best fit under two budgets, T tokens and I images.
 
-Rows are dense: only their end is padding. Segments keep the documents apart, because attention is
-masked by them and positions restart in them. Read next: mixture.py.
+Only the end of a row is padding. Documents in a row do not see each other: attention is masked by
+segments, and positions restart in each segment. Read next: mixture.py.
 """
 
 from collections.abc import Sequence as Ordered
@@ -23,11 +23,11 @@ def first_fit(waiting: Ordered[Sequence], tokens: int, images: int) -> int | Non
 def best_fit(
     waiting: Ordered[Sequence], tokens: int, images: int, row_tokens: int, row_images: int
 ) -> int | None:
-    """Index of the sequence that fits and leaves both budgets most evenly used, or None.
+    """Index of the sequence that fits and uses both budgets most evenly, or None.
 
-    `tokens` and `images` remain of a row of `row_tokens` and `row_images`. An empty row takes the
-    first sequence, so that none waits forever. Once one budget is used up, the rest of the other is
-    wasted, which is most of the waste of first fit.
+    `tokens` and `images` are what is left of a row of `row_tokens` and `row_images`. An empty row
+    takes the first sequence, so that no sequence waits forever. Most of the waste of first fit is
+    that one budget runs out while much of the other is left.
     """
     if (tokens, images) == (row_tokens, row_images):
         return first_fit(waiting, tokens, images)
@@ -46,7 +46,7 @@ def best_fit(
 
 
 def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) -> Batch:
-    """A Batch of NumPy arrays without documents: [PAD], segments and weights 0, slots T."""
+    """A Batch of NumPy arrays that is all padding: tokens [PAD], slots T, and otherwise 0."""
 
     def zeros(*shape, dtype=np.int32):
         return np.zeros(shape, dtype)
@@ -66,8 +66,8 @@ def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) 
 def write_row(batch: Batch, row: int, sequences: Ordered[Sequence], sources: Ordered[int]) -> None:
     """Write `sequences` one after another into the empty row `row` of `batch`, in place.
 
-    Sequence k is from the source `sources[k]` of the mixture. They must fit. Threads fill one batch
-    this way without a copy.
+    They must fit. Sequence k comes from source number `sources[k]` of the mixture. Threads fill the
+    rows of one batch this way without copying it.
     """
     if not sequences:
         return

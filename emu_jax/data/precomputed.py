@@ -1,10 +1,10 @@
-"""Arrays for training the decoder, made once for the first image of each document.
+"""Arrays for training the decoder, precomputed for the first image of each document.
 
-`conditions` are the visual tokens that an LLM regressed from what comes before the image, and
-`latents` the moments of the autoencoder's latents. DIR/KIND.json records what they were made with.
-DIR/MIXTURE/SOURCE/00000.npy holds [n, ...] in float16 for the next SHARD documents of a source, and
-00000.json their ids. The .json is written last: a shard without one does not count. Written by
-../generate/precompute.py.
+`conditions` are the visual tokens that an LLM regressed from the text before the image; `latents`
+are the means and log-variances of the autoencoder's latents. DIR/KIND.json records what they were
+made with. DIR/MIXTURE/SOURCE/00000.npy is an array [n, ...] in float16 for the first SHARD
+documents of a source, 00001.npy for the next, and so on; each has a .json with the documents' ids.
+The .json is written last: a shard without it is incomplete. ../generate/precompute.py writes them.
 """
 
 import json
@@ -19,10 +19,11 @@ from jaxtyping import Float16
 from emu_jax.config import UserError
 from emu_jax.types import Batch, DecoderBatch
 
-# kind -> flag of `generate precompute`. Kinds are also field names of config.data and DecoderBatch.
+# Kind -> flag of `generate precompute`. Kinds are also field names of config.data and DecoderBatch.
 KINDS = {"conditions": "", "latents": " --latents"}
 SHARD = 1024
-# Memory-mapped shards, an open file each: a system allows fewer files than the paper's data has.
+# Number of memory-mapped shards to keep open: the paper's data has more shards than a process may
+# have open files.
 OPEN = 256
 
 
@@ -54,22 +55,19 @@ def read_metadata(directory: Path, kind: str) -> dict:
 
 
 class Precomputed:
-    """The arrays of a kind for the sources of a mixture, by the documents' full ids.
+    """The arrays of one kind for the sources of a mixture, by the full ids of documents.
 
-    mixture: "mixture" or "eval_mixture", the field of config.data.
+    kind: one of KINDS. mixture: "mixture" or "eval_mixture". documents: the number of documents of
+    each source. Raises UserError for arrays that are missing, damaged or incomplete.
     """
 
     def __init__(self, directory: str, kind: str, mixture: str, documents: dict[str, int]):
-        """documents: the number of documents of each source.
-
-        Raises UserError for arrays that are missing, damaged or incomplete.
-        """
         self.directory = Path(directory)
         self.kind = kind
         self.shape = tuple(read_metadata(self.directory, kind)["shape"])
         self._paths: list[Path] = []
         self._opened = lru_cache(OPEN)(partial(np.load, mmap_mode="r"))
-        # full id -> (index in _paths, row)
+        # Full id -> (index in _paths, row).
         self._places: dict[str, tuple[int, int]] = {}
         for source, count in documents.items():
             for shard in range(num_shards(count)):
@@ -97,7 +95,7 @@ class Precomputed:
         self._paths.append(path)
 
     def lookup(self, id: str) -> Float16[np.ndarray, "..."]:
-        """The array of a document by its full id. Raises UserError if it has none."""
+        """The array of a document by its full id. Raises UserError for an unknown document."""
         if id not in self._places:
             raise UserError(
                 f"the {self.kind} in '{self.directory}' lack the document {id!r}: "
@@ -111,7 +109,7 @@ class Precomputed:
     ) -> Float16[np.ndarray, "B I ..."]:
         """The array for each image of a batch, zeros for empty slots.
 
-        ids: of the documents of each row.
+        ids: for each row, the full ids of its documents.
         """
         found = np.zeros((*batch.image_slots.shape, *self.shape), np.float16)
         for row, place in np.argwhere(batch.has_image):

@@ -1,9 +1,9 @@
-"""Retrying sources, for reads that hang, disks that fail and decoders that crash.
+"""Reading that survives hanging file systems, failing disks and crashing decoders.
 
-A failed read is logged and retried; then the record is skipped, or the run stops.
-The loader's threads read through readers: threads, which can only be abandoned when they hang, or
-processes, which can be killed and may crash on what they read. The documents are the same either
-way. Read next: reader_process.py, then loader.py.
+A failed read is logged and retried; after that, the record is skipped or the run stops.
+The loader reads through a pool of readers. A reader is a thread, which can only be abandoned when
+it hangs, or a process, which can be killed and whose crash does not end the run. Both give the same
+documents. Read next: reader_process.py, then loader.py.
 """
 
 import contextlib
@@ -25,22 +25,22 @@ from emu_jax.data.sources import CorruptRecord, Source
 
 log = logging.getLogger(__name__)
 
-# Seconds that a process may take to start: its imports may come from a slow file system.
+# Seconds within which a process must start; its imports may come from a slow file system.
 START_TIMEOUT = 300.0
-# Attempts to start a process that dies before its first request.
+# Number of attempts to start a process that dies before its first request.
 START_ATTEMPTS = 3
 
 
 class ReaderDied(Exception):
-    """A reader hung or died; the message says why, in one line."""
+    """A reader hung or died. The message gives the reason in one line."""
 
 
 class RetryingSource:
-    """Source `number` of `readers`, which retries reads.
+    """Source `number` of the pool `readers`, with retries.
 
-    It retries up to `retries` times if the reader dies or the disk fails. After that, `unreadable`
-    decides: with "skip" the record counts as corrupt (CorruptRecord), with "stop" the run ends
-    (UserError).
+    A read is retried up to `retries` times if the reader dies or the disk fails. If all attempts
+    fail, unreadable="skip" raises CorruptRecord, and unreadable="stop" raises UserError, which ends
+    the run.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ReaderPool:
     def __init__(self, sources: Sequence[Source], count: int, seconds: float, processes: bool):
         self.sources = sources
         self.seconds = seconds
-        # None stands for a reader that is not started
+        # None stands for a reader that is not started yet.
         self._idle: queue.SimpleQueue[_Thread | _Process | None] = queue.SimpleQueue()
         self._reader_type = _Process if processes else _Thread
         for _ in range(count):
@@ -110,7 +110,8 @@ class ReaderPool:
                 reader = self._start()
             document, error = reader.ask(number, index)
         except BaseException:
-            # Its next answer may belong to this request, so the next request starts another reader.
+            # A late answer to this request must not be taken for the answer to the next one, so the
+            # next request starts another reader.
             if reader is not None:
                 reader.end()
             reader = None
@@ -129,13 +130,13 @@ class ReaderPool:
             except ReaderDied as error:
                 reason = str(error)
                 log.warning(
-                    "a reader process does not start: %s (attempt %d of %d)",
+                    "a reader process did not start: %s (attempt %d of %d)",
                     reason,
                     attempt + 1,
                     START_ATTEMPTS,
                 )
         raise UserError(
-            f"a reader process does not start: {reason}; data.readers=0 reads without processes"
+            f"a reader process did not start: {reason}; data.readers=0 reads without processes"
         )
 
     def close(self) -> None:
@@ -179,16 +180,16 @@ def _serve(
         number, index = request
         try:
             answers.put((sources[number][index], None))
-        # The thread that asked raises it.
+        # The requesting thread raises it.
         except Exception as error:
             answers.put((None, error))
 
 
 class _Process:
-    """A reader process: a new Python that runs reader_process.py, without an accelerator.
+    """A reader process: a new Python interpreter that runs reader_process.py on the CPU.
 
-    It is not forked, because JAX's threads hold locks, and does not use multiprocessing, which
-    would import the training program. Raises ReaderDied if it does not start.
+    A fork would copy locks that JAX's threads hold, and multiprocessing would import the training
+    program. Raises ReaderDied if the process does not start.
     """
 
     def __init__(self, sources: Sequence[Source], seconds: float):
@@ -219,12 +220,12 @@ class _Process:
         return self._exchange((number, index))
 
     def end(self) -> None:
-        """Kill the process, which holds nothing that could be lost.
+        """Kill the process, which has no state that could be lost.
 
-        One that is blocked in the kernel ends as soon as the kernel returns.
+        If it is blocked in the kernel, it ends as soon as the kernel returns.
         """
         self.process.kill()
-        # Closing flushes, and the other end may be gone.
+        # Closing flushes, which fails if the other end is gone.
         with contextlib.suppress(OSError):
             self.file.close()
         self.link.close()
@@ -238,7 +239,7 @@ class _Process:
             return pickle.load(self.file)
         except TimeoutError:
             raise ReaderDied(f"no answer within {self.link.gettimeout():g} seconds") from None
-        # The pipe is broken, or the answer incomplete.
+        # The pipe is broken, or the answer is incomplete.
         except (EOFError, OSError, pickle.UnpicklingError):
             raise ReaderDied(f"its process died ({self._fate()})") from None
 

@@ -1,9 +1,9 @@
-"""A process that reads for the loader.
+"""A process that reads documents for the loader.
 
-It receives the sources, then requests (source, index), and answers each with the document.
-reader_pool.py starts and ends it. It ignores the signals of a terminal or a scheduler, which go to
-all processes but are meant for the trainer, and exits when the trainer is gone. Grain imports JAX,
-which finds no accelerator here. Read next: sources/records.py.
+It receives the list of sources, and then requests (source, index), each of which it answers with
+the document. reader_pool.py starts and kills it. It ignores signals from a terminal or a scheduler,
+which reach all processes but are meant for the trainer, and exits when the trainer is gone. Grain
+imports JAX, which uses only the CPU here. Read next: sources/records.py.
 """
 
 import io
@@ -44,6 +44,6 @@ def _answer(source: Source, index: int) -> tuple[Document | None, Exception | No
         return source[index], None
     except CorruptRecord as error:
         return None, error
-    # A bug: tracebacks cannot be pickled, so send the text of this one.
+    # This is a bug. Tracebacks cannot be pickled, so its text is sent.
     except Exception:
         return None, RuntimeError(f"in a reader process:\n{traceback.format_exc()}")

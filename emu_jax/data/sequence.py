@@ -1,9 +1,9 @@
-"""A document becomes one sequence: `<s>` parts `</s>`.
+"""Turn a document into one sequence: `<s>`, its parts, `</s>`.
 
-An image in it is `[IMG]`, N slots and `[/IMG]`. This is Emu's grammar (arXiv 2307.05222, section
-2), with the ids and labels of its release. The order of a document's parts expresses what differs
-between the paper's data sets; the order of a Pair is drawn here. Conversations follow
-chat_format.py, and only their answers are trained on. Read next: packing.py.
+An image becomes `[IMG]`, N slots and `[/IMG]`. This is Emu's grammar (arXiv 2307.05222, section 2)
+with the token ids and labels of its release. The paper's data sets differ only in the order of a
+document's parts, which sources decide, except that the order of a Pair is drawn here. Conversations
+follow chat_format.py, and only their answers are trained on. Read next: packing.py.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -29,18 +29,18 @@ class Sequence:
     """
 
     id: str
-    # int32
+    # Token ids, int32.
     tokens: Int[np.ndarray, " t"]
-    # float32; weight of tokens[t] as a label
+    # Weight of each token as a label, float32.
     text_weights: Float[np.ndarray, " t"]
     images: UInt8[np.ndarray, "i h w 3"]
-    # int32; index in tokens of the first of an image's N slots
+    # Index in `tokens` of the first of each image's N slots, int32.
     image_slots: Int[np.ndarray, " i"]
-    # float32; 1 where the image is regressed
+    # Weight of each image as a regression target, float32.
     image_weights: Float[np.ndarray, " i"]
-    # number of tokens that truncation dropped
+    # Number of tokens that truncation dropped.
     cut: int
-    # number of turns of a conversation that truncation dropped
+    # Number of conversation turns that truncation dropped.
     cut_turns: int = 0
 
 
@@ -48,15 +48,15 @@ class Sequence:
 class SourceRule:
     """Overrides of data settings for one source: the fourth field of a row of data.mixture."""
 
-    # most tokens of a sequence; 0: data.tokens
+    # Maximum number of tokens in a sequence; 0: data.tokens.
     tokens: int = 0
-    # images to keep, later ones are left out but their text stays; 0: as many as data.images
+    # Number of images to keep; later images are dropped, but not the text. 0: data.images.
     images: int = 0
-    # "first": truncate the end of a long document; "random": start it at a random part
+    # "first": a long document loses its end; "random": it starts at a random part.
     start: str = "first"
-    # number of the document's pairs to draw, kept in order without anything else; 0: the document
+    # Number of Pairs to draw from a document in place of all its parts, kept in order; 0: off.
     pairs: int = 0
-    # probability that the image of a pair comes before its text; -1: data.image_first
+    # Probability that the image of a Pair comes before its text; -1: data.image_first.
     image_first: float = -1.0
 
 
@@ -65,7 +65,7 @@ NO_RULE = SourceRule()
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Ids and label weights of one piece, and the image whose slots are among the ids, if any."""
+    """Ids and label weights of one piece, and its image if it is one."""
 
     ids: list[int]
     weights: list[float]
@@ -94,7 +94,10 @@ class _Writer:
     def finish(
         self, id: str, tokens: int, images: int, dropped: int = 0, cut_turns: int = 0
     ) -> Sequence:
-        """The first `tokens` tokens and `images` images. dropped: tokens left out before."""
+        """The first `tokens` tokens and `images` images as a Sequence.
+
+        dropped: number of tokens that were left out before they got here.
+        """
         kept = self.images[:images]
         return Sequence(
             id=id,
@@ -112,24 +115,24 @@ class _Writer:
 class SequenceBuilder:
     """Turns documents into sequences of at most `max_tokens` tokens and `max_images` images.
 
-    Every text part is encoded on its own, so each starts with the tokenizer's dummy prefix. A
-    document that is too long loses its end, `</s>` included, but never a part of an image. A
-    conversation is cut after a complete turn; if even its first turn is too long, the sequence has
+    Each text is encoded separately, so it starts with the tokenizer's dummy prefix (a space). A
+    document that is too long loses its end, including `</s>`, but is never cut within an image. A
+    conversation is cut after a complete turn; if even the first turn is too long, the sequence has
     no tokens.
     """
 
     tokenizer: Tokenizer
-    # N
+    # N, visual tokens per image.
     n_visual: int
     max_tokens: int
     max_images: int
-    # probability that the image of a pair comes before its text
+    # Probability that the image of a Pair comes before its text.
     image_first: float
-    # those of LABELS that count as labels; `<s>` and the image slots never do
+    # Which of LABELS count as labels; `<s>` and image slots never do.
     labels: Collection[str]
-    # whether the model has tokens for conversations
+    # Whether the model has tokens for conversations.
     chats: bool = True
-    # "release": start conversations without a system message with the release's; "none": do not
+    # "release": a conversation without a system message gets the release's; "none": it gets none.
     system: str = "release"
 
     def __call__(
@@ -137,10 +140,10 @@ class SequenceBuilder:
     ) -> Sequence:
         """The sequence of `document`.
 
-        Draws from `rng`: the choice of pairs if the rule asks for one, the order of each pair, the
-        crop of each image that is not square (images.decode, "random"), and the rule's random
-        start. Raises CorruptRecord for roles out of order, and UserError for a conversation if the
-        model has no tokens for it.
+        `rng` decides which pairs the rule draws, the order of each pair, where images that are not
+        square are cropped (images.decode, "random"), and the rule's random start. Raises
+        CorruptRecord for roles out of order, and UserError for a conversation if the model has no
+        tokens for it.
         """
         if not chat_format.is_conversation(document):
             return self._interleaved(document, rng, rule)
@@ -176,14 +179,14 @@ class SequenceBuilder:
         return writer.finish(document.id, tokens, images, dropped)
 
     def _fitting(self, writer: _Writer, max_tokens: int) -> tuple[int, int]:
-        """Tokens and images of the longest beginning that fits and has complete images only."""
+        """Number of tokens and images of the longest prefix that fits and cuts no image."""
         tokens = min(len(writer.tokens), max_tokens)
         # An image is complete if its [/IMG], at slot + N, is kept.
         complete = sum(slot + self.n_visual < tokens for slot in writer.slots)
         images = min(self.max_images, complete)
         if images < len(writer.slots):
             first_dropped = writer.slots[images]
-            # The sequence ends before its [IMG].
+            # The sequence ends before the [IMG] of the first dropped image.
             tokens = min(tokens, first_dropped - 1)
         return tokens, images
 
@@ -195,7 +198,7 @@ class SequenceBuilder:
             images = [part for part in turns[0].question if isinstance(part, Picture)]
             system = chat_format.SYSTEM_MESSAGES[chat_format.question_kind(images)]
         writer = _Writer()
-        # (tokens, images) after each turn
+        # Number of (tokens, images) after each turn.
         ends = [(0, 0)]
         for number, turn in enumerate(turns):
             opening = chat_format.opening_pieces(self.tokenizer, system) if number == 0 else []
@@ -223,10 +226,10 @@ class SequenceBuilder:
         return self._encode(_content(part, rng), weight)
 
     def _encode(self, piece: chat_format.Piece, weight: float = 0.0) -> _Encoded:
-        """A text, an image or a special id.
+        """Encode a text, an image or a special id.
 
-        weight: of a special id as a label; of a text as labels, and of an image as a target and its
-        marks as labels, where `labels` has these.
+        weight: the label weight of a special id. For a text, that of its tokens, and for an image,
+        that of the image as a target and of [IMG] and [/IMG] as labels, if `labels` includes them.
         """
         if isinstance(piece, int):
             return _Encoded([piece], [weight])
@@ -250,7 +253,7 @@ class SequenceBuilder:
 def _choose_pairs(
     parts: Ordered[chat_format.Part | Pair], count: int, rng: np.random.Generator
 ) -> Ordered[chat_format.Part | Pair]:
-    """Only `count` pairs, drawn at random, in order; all parts for 0 or without pairs."""
+    """`count` pairs drawn at random, in their order; all parts if `count` or the pairs are 0."""
     pairs = [part for part in parts if isinstance(part, Pair)]
     if not count or not pairs:
         return parts
@@ -260,7 +263,7 @@ def _choose_pairs(
 def _in_order(
     parts: Iterable[chat_format.Part | Pair], image_first: float, rng: np.random.Generator
 ) -> Iterator[chat_format.Part]:
-    """The parts, with each pair as its image and its text in an order drawn at random."""
+    """The parts, with each pair split into its image and text in random order."""
     for part in parts:
         if not isinstance(part, Pair):
             yield part
@@ -273,9 +276,9 @@ def _in_order(
 
 
 def _random_start(lengths: list[int], max_tokens: int, rng: np.random.Generator) -> int:
-    """Number of the piece to start at, so that what follows still fills the sequence."""
+    """Index of a random piece to start at, with enough tokens after it to fill the sequence."""
     starts = np.cumsum([0, *lengths])
-    # <s> and </s> are 2 more.
+    # The 2 are <s> and </s>.
     excess = int(starts[-1]) + 2 - max_tokens
     if excess <= 0:
         return 0
@@ -284,7 +287,7 @@ def _random_start(lengths: list[int], max_tokens: int, rng: np.random.Generator)
 
 
 def _content(part: chat_format.Part, rng: np.random.Generator) -> str | np.ndarray:
-    """The text of a part, or the pixels of its image cropped to a square."""
+    """The text of a part, or its image cropped to a square."""
     if isinstance(part, Text):
         return part.text
     if isinstance(part, str):

@@ -1,7 +1,7 @@
-"""Subtitles in WebVTT (W3C) and SubRip (no standard), as cues of plain text.
+"""Parser of subtitles in WebVTT (a W3C standard) and SubRip (no standard).
 
-Three common libraries were tried on files with byte order marks, CRLF, tags, entities and cue
-identifiers, and each got some wrong; both formats are short. Read next: sources/subtitled.py.
+It is our own because three common libraries each failed on some files with byte order marks, CRLF,
+tags, entities or cue identifiers. Read next: sources/subtitled.py.
 """
 
 import html
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 _CLOCK = r"(?:(\d{1,3}):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,3}))?"
 _TIMES = re.compile(rf"^\s*{_CLOCK}\s*-->\s*{_CLOCK}(?:\s.*)?$")
-# Looks like the times of a cue but is invalid, for example negative.
+# A line that looks like the times of a cue, valid or not: times may be negative, for example.
 _LIKE_TIMES = re.compile(r"^\s*-?\d[\d:.,]*\s*-->\s*-?\d[\d:.,]*(?:\s.*)?$")
 # <i>, <v Bob>, <c.red>, <00:01.000>, and SubRip's {\an8}
 _TAG = re.compile(r"</?[a-zA-Z](?:[^<>]*)>|<\d[\d:.]*>|\{\\[^{}]*\}")
-# A time inside a cue, as in rolling captions.
+# A time stamp inside a cue, as in rolling captions.
 _KARAOKE = re.compile(r"<\d[\d:.]*>")
 
 
 @dataclass(frozen=True)
 class Cue:
-    """A text and when it is shown, in seconds."""
+    """A text, and the seconds when it appears and disappears."""
 
     start: float
     end: float
@@ -31,9 +31,10 @@ class Cue:
 def parse(text: str) -> list[Cue]:
     """The cues of a file, sorted by start, as plain text.
 
-    The lines of a cue are joined by a space. Cues without text or with invalid (negative) times are
-    left out; a cue may end before it starts. In rolling captions, where each cue repeats the line
-    before it as on YouTube, a line counts once. Raises ValueError for a file without cues.
+    The lines of a cue are joined by spaces. Cues without text or with invalid (negative) times are
+    left out; a cue may end before it starts. In rolling captions, as on YouTube, each cue repeats
+    lines of the previous one, and the repeated lines are dropped. Raises ValueError for a file
+    without cues.
     """
     text = text.removeprefix("\ufeff").replace("\0", "\ufffd")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -56,7 +57,7 @@ def parse(text: str) -> list[Cue]:
 
 def _blocks(lines: list[str], is_vtt: bool) -> Iterator[tuple[float, float, list[str]]]:
     """(start, end, lines) of every cue with valid times."""
-    # {number of the line: match of its times, None if they are invalid}
+    # Line number -> match of its times, or None if they are invalid.
     headers: dict[int, re.Match | None] = {}
     for number, line in enumerate(lines):
         times = _TIMES.match(line)

@@ -1,8 +1,8 @@
-"""Text to ids and back: LLaMA's SentencePiece file, or a tokenizer.json.
+"""Tokenizer: text to ids and back, by LLaMA's SentencePiece file or a tokenizer.json.
 
 The base vocabulary has V ids, with <unk> 0, <s> 1 and </s> 2 as in LLaMA; Emu's added tokens follow
-it. Text never encodes to one of them, nor to <s> or </s>: a caption may contain the characters
-"[IMG]". Read next: sequence.py.
+it. Text never encodes to added tokens, <s> or </s>: a caption that contains the characters "[IMG]"
+is plain text. Read next: sequence.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,8 +15,8 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 BOS = SPECIAL.index("<s>")
 EOS = SPECIAL.index("</s>")
 
-# Estimates of a document's tokens: LLaMA's tokenizer makes one of 3 to 4 bytes of English, and an
-# image is [IMG], 32 slots and [/IMG].
+# For estimates of a document's tokens: LLaMA's tokenizer makes one token of 3 to 4 bytes of
+# English, and an image is [IMG], 32 slots and [/IMG].
 BYTES_PER_TOKEN = 4
 MIN_BYTES_PER_TOKEN = 3
 TOKENS_PER_IMAGE = 34
@@ -31,7 +31,10 @@ ASSISTANT = 5
 
 
 class Tokenizer:
-    """Encodes and decodes plain text, and knows the special ids. Thread-safe."""
+    """Encodes and decodes plain text, and has the ids of special tokens. Thread-safe.
+
+    vocab: the size V of the base vocabulary.
+    """
 
     bos = BOS
     eos = EOS
@@ -39,7 +42,6 @@ class Tokenizer:
     def __init__(
         self, vocab: int, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]
     ):
-        """vocab: size V of the base vocabulary."""
         self.vocab = vocab
         self.pad = vocab + PAD
         self.img = vocab + IMG
@@ -66,10 +68,10 @@ class Tokenizer:
 
 
 def load(path: str | Path, vocab: int) -> Tokenizer:
-    """Load a tokenizer.json, or for any other suffix a SentencePiece model.
+    """Load a tokenizer.json, or a SentencePiece model from a file with any other suffix.
 
-    Raises UserError for a missing or damaged file, for a size other than `vocab` (a wrong tokenizer
-    would encode without complaint and train nonsense), and if <s> and </s> are not 1 and 2.
+    Raises UserError for a missing or damaged file, if <s> and </s> are not 1 and 2, and if the size
+    is not `vocab`: training with the wrong tokenizer would fail silently.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,9 +97,9 @@ def load(path: str | Path, vocab: int) -> Tokenizer:
 def train(texts: Iterable[str], vocab: int, path: str | Path) -> None:
     """Train a byte-pair tokenizer.json of exactly `vocab` pieces, and write it to `path`.
 
-    The same texts give the same bytes. Text is split at spaces only, which are marked as
-    SentencePiece does, so a word that is frequent in a small data set becomes one piece. Raises
-    UserError if `texts` are too few for that many pieces.
+    The same texts give the same file, byte for byte. Text is split only at spaces, which are marked
+    as in SentencePiece, so each frequent word of a small data set becomes one piece. Raises
+    UserError if there is too little text for that many pieces.
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -125,7 +127,7 @@ def train(texts: Iterable[str], vocab: int, path: str | Path) -> None:
     commit(part, Path(path))
 
 
-# size, ids of <s> and </s>, encode, decode
+# (size, ids of <s> and </s>, encode, decode).
 Loaded = tuple[int, tuple[int | None, ...], Callable[[str], list[int]], Callable[[list[int]], str]]
 
 
@@ -137,7 +139,7 @@ def _load_json(path: Path) -> Loaded:
     # The library raises plain Exception.
     except Exception as error:
         raise UserError(f"'{path}' is not a tokenizer.json: {error}") from error
-    # "<s>" in a text must encode as three characters, not as the special id
+    # "<s>" in a text must be encoded as three characters, not as the special token.
     model.encode_special_tokens = True
     return (
         model.get_vocab_size(),

@@ -1,4 +1,4 @@
-"""Frames of videos as upright RGB, by number or by time, through FFmpeg (PyAV).
+"""Decode video frames to upright RGB, by number or by time, with FFmpeg (PyAV).
 
 Read next: sources/videos.py and sources/subtitled.py.
 """
@@ -14,10 +14,11 @@ from jaxtyping import UInt8
 from emu_jax.data.images import MAX_PIXELS
 
 if TYPE_CHECKING:
-    # The extra `data` installs it.
+    # Installed by the extra `data`.
     import av
 
-# Suffixes of files that are always videos. A .gif is one in a data set, and an image in a prompt.
+# Suffixes that always mean a video. A .gif counts as a video in a data set, but as an image in a
+# prompt.
 VIDEO_SUFFIXES = (
     ".mp4",
     ".webm",
@@ -37,8 +38,8 @@ VIDEO_SUFFIXES = (
 SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
 # Frames of a video that Emu reads.
 FRAMES = 8
-# Containers that consist of one file. Playlists (concat, HLS, DASH) name other files, which FFmpeg
-# would read.
+# Only containers that consist of a single file are allowed: playlists (concat, HLS, DASH) name
+# other files, which FFmpeg would read.
 OPTIONS = {
     "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,ogg,gif,yuv4mpegpipe,flv,asf",
     "protocol_whitelist": "none",
@@ -48,9 +49,9 @@ Frame = UInt8[np.ndarray, "h w 3"]
 
 
 def silence_ffmpeg() -> None:
-    """Keep FFmpeg's own log off the terminal: broken files are reported once, by us.
+    """Turn off FFmpeg's own log: we report broken files ourselves.
 
-    It holds for the whole process, so only commands call it. Without PyAV it does nothing.
+    This is a setting of the process, so only commands call it. Does nothing without PyAV.
     """
     with suppress(ModuleNotFoundError):
         import av
@@ -59,17 +60,20 @@ def silence_ffmpeg() -> None:
 
 
 def segment_centres(count: int, frames: int = FRAMES) -> list[int]:
-    """Numbers of `frames` of `count` frames, at the centres of equal segments (the release)."""
+    """Frame numbers at the centres of `frames` equal segments of a video of `count` frames.
+
+    Rounded as in the release.
+    """
     segment = (count - 1) / frames
     # Rounding may take the last number past the end.
     return [min(count - 1, int(segment / 2) + round(segment * k)) for k in range(frames)]
 
 
 def frames_by_number(data: bytes, numbers: Callable[[int], list[int]]) -> list[tuple[float, Frame]]:
-    """(seconds, frame) of the frames `numbers(count)`, where the video has `count` frames.
+    """(seconds, frame) of the frames with `numbers(count)`, for a video of `count` frames.
 
-    Frames are counted by packets, without decoding. If fewer can be decoded, `numbers` is called
-    again with that count. Raises ValueError, in one line, for what cannot be decoded.
+    Frames are counted by packets, without decoding. If fewer than that can be decoded, `numbers` is
+    called again with the smaller count. Raises a one-line ValueError if decoding fails.
     """
     try:
         count = _count_packets(data)
@@ -88,7 +92,7 @@ def frames_by_number(data: bytes, numbers: Callable[[int], list[int]]) -> list[t
 
 
 def _decode_some(data: bytes, wanted: list[int]) -> tuple[dict[int, tuple[float, Frame]], int]:
-    """The frames with the numbers `wanted`, and how many were decoded up to the last of them."""
+    """The frames with the numbers `wanted`, and the number of frames decoded to get them."""
     kept = {}
     decoded = 0
     for number, (time, frame) in enumerate(_frames(data)):
@@ -101,10 +105,10 @@ def _decode_some(data: bytes, wanted: list[int]) -> tuple[dict[int, tuple[float,
 
 
 def frames_by_time(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
-    """(k * every, the frame shown at that time) for k = 0, 1, ... until the video ends.
+    """Yield (k * every, the frame shown at that time) for k = 0, 1, ... until the video ends.
 
-    It also ends at damage. Frames come one at a time, because hours of them would not fit into
-    memory. Raises ValueError, in one line, if there is not even one.
+    A damaged video ends where the damage starts. Frames are decoded one at a time, because hours of
+    video would not fit into memory. Raises a one-line ValueError if not even one can be decoded.
     """
     due = 0
     shown = None
@@ -130,10 +134,10 @@ def frames_by_time(data: bytes, every: float) -> Iterator[tuple[float, Frame]]:
 
 
 def _unusable(error: Exception) -> ValueError:
-    """The same message for the same file.
+    """An error whose message depends only on the file.
 
-    The text of FFmpeg's errors also holds the last line it logged, about whichever file. Without
-    PyAV this raises ModuleNotFoundError: then the file is not at fault.
+    FFmpeg's own message also contains the last line that it logged, maybe about another file.
+    Raises ModuleNotFoundError without PyAV, because then the file is not at fault.
     """
     import av
 

@@ -244,7 +244,7 @@ def test_what_a_killed_build_left_is_deleted(shards, tmp_path, suffix):
 
 def test_another_build_is_not_mixed_in(shards, tmp_path):
     build.build("pairs", [shards], tmp_path, SourceOptions(), workers=1)
-    with pytest.raises(UserError, match="holds a build of other input or with other settings"):
+    with pytest.raises(UserError, match="a build from different input or with different settings"):
         build.build("pairs", [shards], tmp_path, SourceOptions(min_side=10), workers=1)
     (tmp_path / "begun").mkdir()
     # A build that was killed while it wrote its plan.

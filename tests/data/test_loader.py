@@ -317,7 +317,7 @@ def test_corrupt_records_above_the_share_stop_the_run(loader, caplog):
     mixture = (("t", 1.0, "texts"), ("b", 1.0, "broken"))
     with caplog.at_level(logging.WARNING):
         assert len(list(islice(loader(mixture=mixture, max_bad_share=0.15), 20))) == 20
-        assert "source b: a corrupt record is skipped: d10: not a PNG" in caplog.text
+        assert "source b: skipping a corrupt record: d10: not a PNG" in caplog.text
         each = loader(mixture=mixture, max_bad_share=0.05)
         with pytest.raises(
             UserError,
@@ -424,7 +424,7 @@ def test_an_evaluation_is_one_pass_in_fixed_order(loader):
         (dict(latents="x"), "data.images=2: .* only for the first image of each document"),
         (
             dict(latents="x", images=1, mixture=(("t", 1.0, "texts", {"start": "random"}),)),
-            "the rule of 't' may leave that image out",
+            "the rule of 't' may drop that image",
         ),
         (
             dict(mixture=(("t", 1.0, "texts"), ("t", 1.0, "pairs"))),

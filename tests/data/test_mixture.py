@@ -240,7 +240,7 @@ def test_corrupt_records_are_skipped_counted_and_named(memory, to_sequence, capl
     assert sorted(ids) == ["a/d0", "a/d2", "a/d3", "a/d5"]
     assert stream.state()["sources"] == {"a": {"read": 6, "bad": 2}}
     assert [record.getMessage() for record in caplog.records] == [
-        f"source a: a corrupt record is skipped: d{k}: not a PNG" for k in (1, 4)
+        f"source a: skipping a corrupt record: d{k}: not a PNG" for k in (1, 4)
     ]
 
 

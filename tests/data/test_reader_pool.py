@@ -192,7 +192,7 @@ def test_a_process_that_does_not_start_is_started_again_and_then_reported(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(
         UserError,
-        match=r"^a reader process does not start: its process died \(exit 1\); data.readers=0",
+        match=r"^a reader process did not start: its process died \(exit 1\); data.readers=0",
     ):
         each[0]
 

@@ -1,10 +1,10 @@
-"""Documents of any kind, written as a dataset of ArrayRecord files with a data card.
+"""Write documents of any kind as a dataset of ArrayRecord files with a data card.
 
-tensorflow-datasets can read it; TensorFlow is not needed.
+tensorflow-datasets can read the dataset; neither side needs TensorFlow.
 
-One input shard is one task and one output shard, written atomically; metadata comes last. To
-continue a build that was killed, start it again: it skips finished shards, and the result is equal
-byte by byte. Tasks run in local processes, or under any runner of Apache Beam. Read next: card.py.
+One task reads one input shard and writes one output shard, atomically; metadata is written last.
+To resume a killed build, run it again: it skips finished shards, and the result is the same byte
+for byte. Tasks run in local processes, or under any Apache Beam runner. Read next: card.py.
 """
 
 import contextlib
@@ -41,9 +41,10 @@ from emu_jax.data.tokenizer import BYTES_PER_TOKEN, TOKENS_PER_IMAGE
 from emu_jax.files import PART, atomic_write, commit, one_line, part_of
 
 VERSION = "1.0.0"
-# Suffixes of half written files; version 0.1 of the package wrote .new.
+# Suffixes of half-written files; version 0.1 of the package used .new.
 UNFINISHED = (PART, ".new")
-# Shards whose first documents are shown on the card, how many documents each, and in all.
+# The card shows the first SAMPLES_PER_SHARD documents of the first SAMPLED_SHARDS shards, and at
+# most MAX_SAMPLES in total.
 SAMPLED_SHARDS = 24
 SAMPLES_PER_SHARD = 2
 MAX_SAMPLES = 48
@@ -57,7 +58,7 @@ class Task:
 
     kind: str
     source: InputShard
-    # makes the ids of its documents unique in the dataset
+    # Prefix of its documents' ids, which makes them unique in the dataset.
     label: str
     options: SourceOptions
     to: Path
@@ -70,7 +71,7 @@ class Task:
 
     @property
     def counts(self) -> Path:
-        """The shard's numbers for the card, written before the shard itself appears."""
+        """File of the shard's numbers for the card, written before the shard itself appears."""
         return self.to / "parts" / f"{self.number:05}.json"
 
 
@@ -85,9 +86,9 @@ def build(
 ) -> dict[str, int]:
     """Write the dataset into `to` and return its counts.
 
-    It takes `workers` processes (0: one per core; 1: only this one), or a Beam `runner` with its
-    options `rest`. Raises UserError if `to` holds another build, if there is nothing to read, and
-    if the process of a task dies twice.
+    workers: number of processes (0: one per core; 1: this process only). runner: an Apache Beam
+    runner to use instead, with its options `rest`. Raises UserError if `to` holds a different
+    build, if there is nothing to read, or if the process of a task dies twice.
     """
     tasks = plan_tasks(kind, sources, to, options)
     (to / "parts").mkdir(exist_ok=True)
@@ -101,7 +102,7 @@ def build(
 
 
 def _remove_unfinished(to: Path) -> None:
-    """Delete what a killed build left half written."""
+    """Delete the half-written files of a killed build."""
     for path in [*to.iterdir(), *(to / "parts").iterdir()]:
         if path.suffix not in UNFINISHED:
             continue
@@ -114,7 +115,7 @@ def _remove_unfinished(to: Path) -> None:
 def plan_tasks(kind: str, sources: list[Path], to: Path, options: SourceOptions) -> list[Task]:
     """The tasks of a build, recorded in `to`/plan.json so that it can be continued.
 
-    Raises UserError if `to` holds something else, or if two inputs would give equal ids.
+    Raises UserError if `to` holds something else, or if two inputs would give the same ids.
     """
     shards = [(shard, root) for root in sources for shard in kinds.KINDS[kind].list_shards(root)]
     labels = [_label(shard, root) for shard, root in shards]
@@ -122,8 +123,8 @@ def plan_tasks(kind: str, sources: list[Path], to: Path, options: SourceOptions)
     for label, (shard, _) in zip(labels, shards):
         if paths.setdefault(label, shard.path) != shard.path:
             raise UserError(
-                f"two inputs have the name '{label}', so their documents would have equal ids; "
-                "give the folder that holds both to --from"
+                f"two inputs have the name '{label}', so their documents would have the same ids; "
+                "give --from the folder that contains both"
             )
     rows = [
         {
@@ -149,7 +150,7 @@ def _claim(to: Path, plan: str) -> None:
     if file.exists():
         if file.read_text() != plan + "\n":
             raise UserError(
-                f"'{to}' holds a build of other input or with other settings ({file}); "
+                f"'{to}' holds a build from different input or with different settings ({file}); "
                 "choose another directory, or delete that one"
             )
         return
@@ -159,7 +160,7 @@ def _claim(to: Path, plan: str) -> None:
 
 
 def _label(shard: InputShard, root: Path) -> str:
-    """The path of a shard's file below `root`, without suffixes: the first half of its ids."""
+    """The path of a shard's file relative to `root`, without suffixes: a prefix of its ids."""
     name = shard.path.name
     if shard.path != root and shard.path.is_relative_to(root):
         name = shard.path.relative_to(root).as_posix()
@@ -167,7 +168,7 @@ def _label(shard: InputShard, root: Path) -> str:
 
 
 def write_shard(task: Task) -> None:
-    """Write the output shard and the counts of a task. Both depend on the task alone."""
+    """Write the output shard and the counts of a task. Both are functions of the task only."""
     part = part_of(task.output)
     features = records.features()
     serializer = ExampleSerializer(features.get_serialized_info())
@@ -202,7 +203,7 @@ def write_shard(task: Task) -> None:
 
 
 def general_reason(reason: str) -> str:
-    """A reason without the names and numbers that differ from record to record."""
+    """A reason with names and numbers masked, so that equal reasons can be counted."""
     without_names = re.sub(r"'[^']*'", "'…'", reason)
     return re.sub(r"\d+(?:\.\d+)?", "#", without_names)
 
@@ -227,7 +228,7 @@ def _count(document: Document, size: int, counts: Counter, histograms: dict[str,
     counts.update(
         documents=1, images=len(pictures), texts=len(texts), text_bytes=text_bytes, bytes=size
     )
-    # <s> and </s> are 2 more.
+    # The 2 are <s> and </s>.
     tokens = text_bytes // BYTES_PER_TOKEN + TOKENS_PER_IMAGE * len(pictures) + 2
     histograms["tokens"][_power_of_two(tokens)] += 1
     histograms["images"][_power_of_two(len(pictures))] += 1
@@ -245,7 +246,8 @@ def _power_of_two(value: int) -> int:
 def _run_local(todo: list[Task], total: int, workers: int) -> None:
     """Run the tasks in processes of this machine.
 
-    If a process dies, its pool dies with it; each unfinished task is then tried again, alone.
+    A process that dies takes its pool down with it; each unfinished task then gets one more try in
+    a process of its own.
     """
     with tqdm(
         total=total, initial=total - len(todo), desc="shards", unit=" shards", disable=None
@@ -262,9 +264,9 @@ def _run_local(todo: list[Task], total: int, workers: int) -> None:
     dead = [task for task in todo if not task.output.exists()]
     if dead:
         raise UserError(
-            f"the process that reads '{dead[0].source.path}' dies (shard {dead[0].label}: a "
-            "decoder crashes, or memory runs out); the other shards are written: repair or remove "
-            "that input and start again"
+            f"the process that reads '{dead[0].source.path}' died twice (shard {dead[0].label}: "
+            "a decoder crashed, or memory ran out); the other shards are written: repair or "
+            "remove that input and run the command again"
         )
 
 
@@ -272,7 +274,7 @@ def _run_pool(tasks: list[Task], workers: int, bar: tqdm) -> None:
     """Run tasks in new processes until all are done or one of the processes dies."""
     if not tasks:
         return
-    # A fork would copy the locks of our threads.
+    # A fork would copy locks that other threads hold.
     context = multiprocessing.get_context("spawn")
     with (
         contextlib.suppress(BrokenProcessPool),
@@ -290,9 +292,9 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process of a pool when its parent is killed; it would wait for work forever."""
+    """Exit when the parent process is killed, instead of waiting for work forever."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a process of a pool"
+    assert parent is not None, "only called in a worker of a pool"
 
     def watch(sentinel: int) -> None:
         wait([sentinel])
@@ -308,13 +310,13 @@ def _run_beam(todo: list[Task], runner: str, rest: list[str]) -> None:
     try:
         with beam.Pipeline(runner=runner, options=PipelineOptions(rest)) as pipeline:
             _ = pipeline | beam.Create(todo) | beam.Reshuffle() | beam.Map(write_shard)
-    # Beam raises it for an unknown runner or a missing option.
+    # Beam raises ValueError for an unknown runner or a missing option.
     except ValueError as error:
         raise UserError(f"--runner={runner}: {one_line(error)}") from error
 
 
 class _Documents(tfds.core.GeneratorBasedBuilder):
-    """The dataset as tensorflow-datasets describes it: its features and metadata."""
+    """Describes the dataset to tensorflow-datasets: its features and metadata."""
 
     VERSION = tfds.core.Version(VERSION)
 
@@ -336,7 +338,7 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
 def _finish(
     kind: str, sources: list[Path], to: Path, options: SourceOptions, tasks: list[Task]
 ) -> dict[str, int]:
-    """Write the card and the metadata; dataset_info.json, the last, marks it complete."""
+    """Write the card and the metadata; dataset_info.json comes last and marks completion."""
     parts = [json.loads(task.counts.read_text()) for task in tasks]
     summary = summarise(kind, [str(path) for path in sources], to.name, options, parts)
     if not summary["counts"]["documents"]:
@@ -354,7 +356,7 @@ def _finish(
 def summarise(
     kind: str, sources: list[str], name: str, options: SourceOptions, parts: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The card's numbers: sums over the counts of all shards."""
+    """The numbers of the card: sums over the counts of all shards, in `parts`."""
 
     def total(*path: str) -> Counter:
         sums: Counter = Counter()
@@ -388,7 +390,7 @@ def _describe(kind: str, to: Path, counts: list[dict[str, int]]) -> None:
     """Write the metadata files of tensorflow-datasets into `to`, dataset_info.json last."""
     part = to / f"metadata{PART}"
     part.mkdir(exist_ok=True)
-    # The builder's name is the kind's, and a process may build two datasets of one kind.
+    # The builder is named after the kind, and one process may build two datasets of a kind.
     with skip_registration():
         builder_type = type(kind.capitalize(), (_Documents,), {"name": kind})
         builder = builder_type(data_dir=str(part / "of"), file_format="array_record")

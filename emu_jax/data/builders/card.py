@@ -1,4 +1,4 @@
-"""Pages about documents: the one that `inspect` writes, and the data card of a build.
+"""HTML pages that show documents: the page of `inspect`, and the data card of a build.
 
 Read next: build.py, and ../../html.py for the style.
 """
@@ -18,7 +18,7 @@ from emu_jax.html import escape
 # Longer side of an image on a page, in pixels.
 THUMBNAIL = 112
 REASON_TABLES = (
-    # title, key of the card, counts whose sum is 100 %
+    # (title, key of the card, counts whose sum is 100 %)
     ("Records left out", "skipped", ("documents", "skipped")),
     ("Parts left out of documents", "dropped", ("images", "dropped")),
 )
@@ -30,7 +30,7 @@ HISTOGRAMS = {
 
 
 def inspection_page(title: str, documents: Iterable[Document | Skipped]) -> Iterator[str]:
-    """The page of `inspect`, in pieces: documents, and skipped records with their reasons."""
+    """Yield the page of `inspect`: documents, and skipped records with their reasons."""
     yield html.head(f"Documents of {title}") + '<div class="stack">\n'
     count = 0
     skipped = 0
@@ -48,7 +48,7 @@ def inspection_page(title: str, documents: Iterable[Document | Skipped]) -> Iter
 
 
 def document_card(document: Document, characters: int = 2000) -> str:
-    """A document as a card; longer texts are cut to `characters`."""
+    """A document as an HTML card; texts longer than `characters` are cut."""
     body = ""
     for part in flat_parts(document):
         if isinstance(part, Text):
@@ -66,7 +66,7 @@ def document_card(document: Document, characters: int = 2000) -> str:
 
 
 def thumbnail(data: bytes | Image) -> str:
-    """An <img> with the image inside, at most THUMBNAIL pixels large."""
+    """An <img> tag with the image embedded, at most THUMBNAIL pixels on its longer side."""
     image = Pillow.fromarray(images.decode_full(data) if isinstance(data, bytes) else data)
     label = f"{image.width} x {image.height}"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -121,7 +121,7 @@ def _reasons(reasons: dict[str, int], total: int) -> str:
 
 
 def _bars(histogram: dict[str, int]) -> str:
-    """Bars of {"lower edge, a power of two": count}, with empty ones in between."""
+    """A bar chart of {lower edge, a power of two: count}; missing powers are empty bars."""
     edges = [int(edge) for edge in histogram]
     least = min((edge for edge in edges if edge), default=1)
     powers = range(least.bit_length() - 1, max(edges).bit_length())

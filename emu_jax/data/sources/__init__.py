@@ -1,4 +1,4 @@
-"""Sources of documents by random access: `open_source`, and records.py for the format.
+"""Sources: documents by index. `open_source` opens one; records.py has the file format.
 
 A source's path is FOLDER:SPLIT, for example data/openmoji/scenes:train. FOLDER contains one
 tensorflow-datasets dataset, directly or as FOLDER/CONFIG/VERSION. Read next: records.py, then
@@ -12,16 +12,17 @@ from typing import Protocol, runtime_checkable
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document, pixels_of, texts_of
 
-# Cached documents per source: small datasets are decoded once, large ones hardly profit.
+# Size of the cache of each source: a small dataset is decoded only once; for a large one a cache
+# hardly helps.
 CACHE_BYTES = 256 * 2**20
-# Rough size in bytes of a document without its pixels and letters.
+# Rough size in bytes of a document without its pixels and text.
 RECORD_BYTES = 1000
 
 
 class CorruptRecord(Exception):
-    """Record `id` cannot be read, for `reason`, in one line.
+    """Record `id` cannot be read; `reason` is one line.
 
-    disk: the disk failed, so a retry may succeed.
+    disk: whether the disk failed, so that a retry may succeed.
     """
 
     def __init__(self, id: str, reason: str, disk: bool = False):
@@ -36,16 +37,16 @@ class CorruptRecord(Exception):
 
 @runtime_checkable
 class Source(Protocol):
-    """Documents by index. Thread-safe, picklable; ids are unique in it and never change."""
+    """Documents by index. Thread-safe and picklable; ids are unique and never change."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document:
-        """Document 0 <= index < len. Raises CorruptRecord."""
+        """Document `index`, 0 <= index < len. Raises CorruptRecord."""
 
 
 class CachedSource:
-    """`source` with a cache of the first CACHE_BYTES of documents, whose arrays are shared."""
+    """`source` with a cache of CACHE_BYTES; all readers of a document share its arrays."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -64,7 +65,7 @@ class CachedSource:
                 + sum(image.nbytes for image in pixels_of(document))
                 + sum(len(text.text) for text in texts_of(document))
             )
-            # Two threads may both count one document: the limit is approximate.
+            # Two threads may both count the same document, so the limit is approximate.
             if size <= self._room:
                 self._room -= size
                 self._kept[index] = document
@@ -72,12 +73,12 @@ class CachedSource:
 
 
 def open_source(path: str, image_size: int, fit: str = "squash") -> Source:
-    """The documents of `path` = FOLDER:SPLIT, with images decoded to image_size by `fit`.
+    """Open `path` = FOLDER:SPLIT, with images decoded to `image_size` by `fit` (images.py).
 
-    Raises UserError if the folder has no dataset, several, or one that is not from emu_jax.data,
-    for an unknown or empty split, and for a missing file.
+    Raises UserError if the folder has no dataset, more than one, or one that emu_jax.data did not
+    write, if the split is unknown or empty, and if a file is missing.
     """
-    # tfds takes a second to import.
+    # tensorflow-datasets takes a second to import.
     from emu_jax.data.sources import records
 
     folder, colon, split = path.rpartition(":")

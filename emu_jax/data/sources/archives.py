@@ -1,8 +1,8 @@
-"""Files of a folder, zip or tar by name, and the samples of a WebDataset tar in one pass.
+"""Read files of a folder, zip or tar by name, and stream the samples of a WebDataset tar.
 
-Whatever a name says, nothing outside the named folder or archive is ever read: links are not
-followed out of a folder, nor at all in archives. Files larger than a limit are not read either.
-Read next: kinds.py.
+Nothing outside the given folder or archive is ever read, whatever file names say: links out of a
+folder are not followed, and links in archives not at all. Files over a size limit are not read
+either. Read next: kinds.py.
 """
 
 import tarfile
@@ -15,14 +15,17 @@ from emu_jax.config import UserError
 from emu_jax.data.images import MAX_BYTES
 from emu_jax.files import one_line
 
-# Limit in bytes of a video or a table.
+# Size limit of a video or a table, in bytes.
 MAX_FILE = 2 * 2**30
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIPS = (".zip",)
 
 
 class Files:
-    """The files of `root`, a folder or an archive, as names with "/" relative to it."""
+    """The files of `root`, a folder or an archive, by relative names with "/".
+
+    Raises UserError if `root` is neither, or a damaged archive.
+    """
 
     def __init__(self, root: Path):
         self.root = root
@@ -49,12 +52,12 @@ class Files:
                 )
         except UserError:
             raise
-        # Readers of archives raise nearly anything for damaged files.
+        # zipfile and tarfile raise nearly anything for damaged files.
         except Exception as error:
             raise UserError(f"the archive '{root}' cannot be read: {one_line(error)}") from error
 
     def names(self, suffixes: tuple[str, ...]) -> list[str]:
-        """The names that end with one of `suffixes`, in upper or lower case, sorted."""
+        """The sorted names that end with one of `suffixes`, ignoring case."""
         if self._zip or self._tar:
             names = [*self._zip_members, *self._tar_members]
         else:
@@ -78,8 +81,8 @@ class Files:
     def read(self, name: str, limit: int = MAX_FILE) -> bytes:
         """The bytes of a file.
 
-        Raises ValueError, in one line, for a missing file, a name that leads outside, and more than
-        `limit` bytes.
+        Raises a one-line ValueError for a missing file, a name that leads outside, and a file of
+        more than `limit` bytes.
         """
         try:
             if self._zip:
@@ -93,7 +96,7 @@ class Files:
             raise ValueError(f"no file '{name}'") from error
         except ValueError:
             raise
-        # A wrong checksum, a truncated archive, or a name the file system does not accept.
+        # For example a wrong checksum, a truncated archive, or a name that the file system rejects.
         except Exception as error:
             raise ValueError(f"'{name}' cannot be read: {one_line(error)}") from error
 
@@ -101,7 +104,7 @@ class Files:
         member = self._zip_members[_normalise(name)]
         _check_size(name, member.file_size, limit)
         with archive.open(member) as file:
-            # The header may understate the size.
+            # The size in the header may be too small.
             return file.read(limit)
 
     def _read_tar(self, archive: tarfile.TarFile, name: str, limit: int) -> bytes:
@@ -124,9 +127,9 @@ def _check_size(name: str, size: int, limit: int) -> None:
 
 
 def _normalise(name: str) -> str:
-    """`name` without "." and "..": "a/./b/../c.png" is "a/c.png".
+    """Resolve "." and ".." in a name: "a/./b/../c.png" becomes "a/c.png".
 
-    Raises ValueError if it leads outside.
+    Raises ValueError if the name leads outside.
     """
     parts: list[str] = []
     for part in PurePosixPath(name.replace("\\", "/")).parts:
@@ -143,14 +146,15 @@ def _normalise(name: str) -> str:
 
 @lru_cache(8)
 def open_archive(root: Path) -> Files:
-    """`Files(root)`, kept open, so that a tar is scanned once per process."""
+    """`Files(root)`, kept open so that each process scans a tar only once."""
     return Files(root)
 
 
 def media_archives(given: str, folder: Path, names: list[str]) -> list[Files]:
-    """Where media files are looked up: the folder or archive `given`, from --images.
+    """The folders and archives to look up media files in.
 
-    If that is "", those of `names` that exist in `folder`, in this order.
+    given: the value of --images, a folder or archive; if it is "", the `names` that exist in
+    `folder` are used, in this order. Raises UserError if `given` does not exist.
     """
     if given:
         if not Path(given).exists():
@@ -164,9 +168,9 @@ def media_archives(given: str, folder: Path, names: list[str]) -> list[Files]:
 
 
 def find_file(name: str, archives: list[Files]) -> tuple[Files, str] | None:
-    """The first archive that has the file `name`, and its name in there; None if none has it.
+    """The first archive with the file `name`, and the file's name in it; None if none has it.
 
-    `zip -r a.zip a` puts a folder into an archive of its name, so it is looked up there as well.
+    `zip -r a.zip a` stores names that start with "a/", so archives are also searched for "a/NAME".
     """
     for archive in archives:
         if name in archive:
@@ -179,7 +183,7 @@ def find_file(name: str, archives: list[Files]) -> tuple[Files, str] | None:
 
 
 def fetch_image(name: str, archives: list[Files]) -> bytes | str:
-    """The bytes of an image file, or the reason why there are none."""
+    """The bytes of an image file, or the reason why it cannot be read."""
     found = find_file(name, archives)
     if found is None:
         return "image file is missing"
@@ -191,11 +195,11 @@ def fetch_image(name: str, archives: list[Files]) -> bytes | str:
 
 
 def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: bytes}) of the samples of a WebDataset tar, in its order.
+    """Yield (key, {extension: bytes}) for each sample of a WebDataset tar, in its order.
 
-    Files whose names agree up to the first dot of the last path component are a sample; extensions
-    are in lower case. Files over `limit` bytes are left out. Raises ValueError, in one line, where
-    the archive is damaged; the samples before are good.
+    A sample consists of the files whose names agree up to the first dot of the last path component;
+    extensions are lower-cased. Files over `limit` bytes are left out. Raises a one-line ValueError
+    where the archive is damaged, after the good samples before it.
     """
     scattered = _scattered_samples(path)
     if scattered:
@@ -204,7 +208,7 @@ def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str,
     key = None
     files: dict[str, bytes] = {}
     try:
-        # Streaming works for tars of any size.
+        # Reading the tar as a stream also works for compressed tars, and for any size.
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
                 name, _ = _sample_name(member)
@@ -226,17 +230,17 @@ def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str,
 
 
 def _scattered_samples(path: Path) -> dict[str, list[tarfile.TarInfo]]:
-    """Members by sample, in order of appearance, of a tar whose samples are not together.
+    """The members of each sample, if the files of some sample are not next to each other.
 
-    `tar -cf a.tar -C FOLDER .` writes files in the order of the folder, so an image and its caption
-    may be far apart. Empty where all samples are together, and for a compressed or damaged tar,
-    which is read as a stream.
+    `tar -cf a.tar -C FOLDER .` writes files in directory order, so an image and its caption may be
+    far apart. Returns {} if each sample's files are next to each other, and for a compressed or
+    damaged tar, which is read as a stream.
     """
     samples: dict[str, list[tarfile.TarInfo]] = {}
     last = ""
     is_scattered = False
     try:
-        # Reads the headers and seeks over the files.
+        # This reads only the headers and seeks over the files.
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name, _ = _sample_name(member)
@@ -254,7 +258,7 @@ def _scattered_samples(path: Path) -> dict[str, list[tarfile.TarInfo]]:
 def _read_scattered(
     path: Path, samples: dict[str, list[tarfile.TarInfo]], limit: int
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Read each sample from wherever its members are. Raises ValueError for a damaged one."""
+    """Yield samples whose members may be far apart. Raises ValueError for a damaged member."""
     with tarfile.open(path, "r:") as tar:
         for key, members in samples.items():
             files: dict[str, bytes] = {}
@@ -273,7 +277,7 @@ def _read_scattered(
 def _add_file(
     files: dict[str, bytes], tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int
 ) -> None:
-    """Read a member into `files`, unless it is too large or its extension is there."""
+    """Read a member into `files`, unless it is too large or its extension is already there."""
     _, extension = _sample_name(member)
     if member.size <= limit and extension not in files:
         file = tar.extractfile(member)
@@ -282,7 +286,7 @@ def _add_file(
 
 
 def _sample_name(member: tarfile.TarInfo) -> tuple[str, str]:
-    """(key, extension) of a file of a WebDataset; ("", "") if it does not belong to a sample."""
+    """(key, extension) of a member of a WebDataset; ("", "") if it is not part of a sample."""
     folder, _, base = member.name.removeprefix("./").rpartition("/")
     stem, dot, extension = base.partition(".")
     is_special = stem.startswith("__") and stem.endswith("__")
@@ -292,10 +296,10 @@ def _sample_name(member: tarfile.TarInfo) -> tuple[str, str]:
 
 
 def list_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files below the folder `path` that end with one of `suffixes`, sorted.
+    """The sorted files in the folder `path`, at any depth, that end with one of `suffixes`.
 
-    Links that lead outside are left out. If `path` is a file, it is the only one. Raises UserError
-    if there are none.
+    Links that lead outside are left out. If `path` is a file, returns only that file, whatever its
+    suffix. Raises UserError if nothing is found.
     """
     if path.is_file():
         return [path]

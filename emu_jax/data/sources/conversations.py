@@ -1,10 +1,10 @@
-"""Conversations for instruction tuning, each kind in its authors' JSON.
+"""Conversations for instruction tuning, each kind in the JSON format of its authors.
 
-llava {id, image, conversations: [{from: human|gpt, value}]}, "<image>" stands for the image;
-sharegpt {id, conversations (or items): [{from, value}]}; alpaca {instruction, input, output};
-videochat {video (or image), QA: [{i, q, a}]}, i of the first is the system message;
-videochatgpt {q, a, video_id}, or LLaVA's form with `video` and "<video>". A placeholder counts
-only if an image belongs to it: any other "<image>" is text. Read next: webpages.py.
+llava: {id, image, conversations: [{from: human|gpt, value}]}; "<image>" marks the image's place.
+sharegpt: {id, conversations (or items): [{from, value}]}. alpaca: {instruction, input, output}.
+videochat: {video (or image), QA: [{i, q, a}]}; `i` of the first entry is the system message.
+videochatgpt: {q, a, video_id}, or LLaVA's format with `video` and "<video>".
+An "<image>" that no image belongs to is plain text. Read next: webpages.py.
 """
 
 import itertools
@@ -32,7 +32,7 @@ ROLES = {
     "bard": "assistant",
     "system": "system",
 }
-# Folders next to the JSON file to look in without --images.
+# Without --images, media files are looked up in these folders next to the JSON file.
 FOLDERS = ["images", "videos", "."]
 
 Turn = Text | Picture
@@ -46,9 +46,9 @@ def list_shards(path: Path) -> list[InputShard]:
 def reader(
     parse: Callable[[dict, list[archives.Files], SourceOptions, str], list[Turn]],
 ) -> Callable[[InputShard, SourceOptions], Iterator[Document | Skipped]]:
-    """A function that reads the records of a shard as conversations, by `parse`.
+    """Make a `read_documents` function for a kind of conversations.
 
-    `parse` returns the turns of one record, or raises ValueError, in one line.
+    parse: returns the turns of one record, or raises a one-line ValueError.
     """
 
     def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
@@ -135,7 +135,7 @@ def videochatgpt(
     name = record.get("video_id", record.get("video"))
     if not isinstance(name, str):
         raise ValueError("no video")
-    # The training data names files of features instead of videos.
+    # The published training data names feature files, VIDEO.pkl, instead of videos.
     media = _frames(name.removesuffix(".pkl"), places, options, id)
     if "conversations" in record:
         return _conversation(record["conversations"], [media], "<video>")
@@ -143,10 +143,10 @@ def videochatgpt(
 
 
 def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Turn]:
-    """The turns as parts, with `media` in place of the marks in the user's texts.
+    """The turns as parts, with `media` in place of the `mark`s in the user's texts.
 
-    Media without a placeholder come first. If there are as many marks as media, every mark is a
-    placeholder.
+    If there are as many marks as media, every mark is a placeholder; otherwise only those that
+    stand alone (_split_at_marks). Media without a placeholder come before the first question.
     """
     if (
         not isinstance(turns, list)
@@ -158,7 +158,7 @@ def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Tur
     marks = sum(text.text.count(mark) for text in texts if text.role == "user")
     anywhere = marks == len(media)
     parts: list[Turn] = []
-    # Media that have no place yet.
+    # Media that are not placed yet.
     left = list(media)
     for text in texts:
         if not left or text.role != "user":
@@ -181,10 +181,10 @@ def _turn_text(turn: dict) -> Text:
 
 
 def _split_at_marks(text: str, mark: str, count: int, anywhere: bool) -> list[str | None]:
-    """`text` split at its first `count` placeholders, which are None.
+    """Split `text` at its first `count` placeholders, each of which becomes None.
 
-    A placeholder is a `mark` alone in its line, or at the start or end of the text; any mark if
-    `anywhere`.
+    A placeholder is a `mark` that is alone on its line or at the start or end of the text; with
+    `anywhere`, any mark is.
     """
     pieces: list[str | None] = []
     done = 0
@@ -202,9 +202,9 @@ def _split_at_marks(text: str, mark: str, count: int, anywhere: bool) -> list[st
 
 
 def _trim(parts: list[Turn]) -> list[Turn]:
-    """Drop empty texts, answers before the first question, and an unanswered last question.
+    """Drop empty texts, answers before the first question, and unanswered last questions.
 
-    Raises ValueError if nothing is left, or for two assistant turns in a row.
+    Raises ValueError if nothing is left, or if two assistant turns follow each other.
     """
     parts = [part for part in parts if isinstance(part, Picture) or part.text.strip()]
     first = next((number for number, part in enumerate(parts) if part.role == "user"), len(parts))

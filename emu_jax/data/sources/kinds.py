@@ -1,7 +1,7 @@
-"""The kinds of sources: how their input is divided into shards and read as documents.
+"""The kinds of input: for each, how it is divided into shards and read as documents.
 
-`read_documents` is the entry point: it reads one shard and decodes every image once, so that
-whatever is built can be decoded. Read next: ../builders/build.py.
+`read_documents` is the entry point. It decodes every image once, so that a built dataset contains
+no image that cannot be decoded. Read next: ../builders/build.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,8 +31,8 @@ from emu_jax.data.sources.tables import InputShard
 class Kind:
     """How one kind of input is read.
 
-    images: "all" must be good, or the record is skipped; "some" must be good, bad ones are dropped;
-    "none": the kind has no images.
+    images: "all": a record with a bad image is skipped; "some": bad images are dropped, and a
+    record is skipped if no image is left; "none": the kind has no images.
     """
 
     list_shards: Callable[[Path], list[InputShard]]
@@ -115,11 +115,11 @@ def read_documents(
 ) -> Iterator[Document | Skipped]:
     """The documents and skipped records of `shard`, in order.
 
-    Every image has been decoded once and is as large as `options` ask for.
+    Every image in them has been decoded once, and its size is within `options`.
     """
     needs = KINDS[kind].images
     for document in KINDS[kind].read_documents(shard, options):
-        # File names need not be Unicode.
+        # An id may be a file name with bytes that are not UTF-8.
         document = replace(document, id=document.id.encode("utf-8", "replace").decode())
         if isinstance(document, Document):
             document = _check_document(document, needs, options)
@@ -135,7 +135,7 @@ def _check_document(document: Document, needs: str, options: SourceOptions) -> D
 
 
 def _is_unicode(text: str) -> bool:
-    """False for an unpaired surrogate: JSON may contain one, but it cannot be encoded."""
+    """Whether a text can be encoded: JSON may contain unpaired surrogates, which cannot."""
     try:
         text.encode()
         return True
@@ -165,7 +165,7 @@ def _check_images(document: Document, needs: str, options: SourceOptions) -> Doc
 
 
 def _image_fault(picture: Picture, options: SourceOptions) -> str:
-    """Why an image is not used; "" if it is."""
+    """The reason why an image cannot be used; "" if it can."""
     if isinstance(picture.data, np.ndarray):
         height, width = picture.data.shape[:2]
     else:

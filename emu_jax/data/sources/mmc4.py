@@ -1,9 +1,9 @@
-"""Multimodal C4 (github.com/allenai/mmc4): JSONL of `text_list` and `image_info`.
+"""Multimodal C4 (github.com/allenai/mmc4): JSONL with `text_list` and `image_info`.
 
-The files, plain or zipped, are next to the folder of the download script. That script,
-scripts/download_images.py, writes the image `image_name` of SHARD.jsonl into SHARD_images/ (of
-SHARD.jsonl.zip into SHARD.jsonl_images/). An image and its matched sentence become a `Pair` in
-place of the sentence. Matches under 0.32 are dropped, as in the paper. Read next: obelics.py.
+Its download script, scripts/download_images.py, puts the images of SHARD.jsonl into SHARD_images/,
+and those of SHARD.jsonl.zip into SHARD.jsonl_images/, next to the file. An image and the sentence
+that it is matched with become a `Pair` in the sentence's place. Images with a similarity under 0.32
+are dropped, as in the paper. Read next: obelics.py.
 """
 
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def _document(
         if not sentence.strip():
             parts += matched
         elif matched:
-            # The last of several images forms the pair.
+            # The last of several images is the one in the pair.
             parts += matched[:-1]
             parts.append(Pair(matched[-1], Text(sentence)))
         else:
@@ -85,14 +85,14 @@ def _document(
 def _picture(
     info: Any, sentences: int, places: list[archives.Files], options: SourceOptions
 ) -> Picture | str:
-    """The image, or why it is dropped."""
+    """The image, or the reason why it is dropped."""
     if (
         not isinstance(info, dict)
         or not isinstance(info.get("image_name"), str)
         or not isinstance(info.get("matched_sim"), (int, float))
     ):
         return "image_info without image_name or matched_sim"
-    # Also true for NaN, which Python's JSON accepts.
+    # Written with `not` because Python's JSON accepts NaN, which compares false.
     if not info["matched_sim"] >= options.min_similarity:
         return f"similarity under {options.min_similarity}"
     if (

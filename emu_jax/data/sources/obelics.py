@@ -1,11 +1,11 @@
 """OBELICS (huggingface.co/datasets/HuggingFaceM4/OBELICS): parquet of texts and images.
 
-`texts` and `images` are lists of equal length; one of the two is None at each position.
+`texts` and `images` are lists of equal length; at each position one of the two is None.
 
-The public release has URLs in `images`. With --images=DIR they are looked up in the output of
-img2dataset (NNNNN.parquet with url and key, next to NNNNN.tar or the folder NNNNN); what is missing
-there is dropped and counted. Datasets with embedded images hold bytes, or structs of bytes and
-path. Read next: webpages.py.
+In the public release, `images` holds URLs. With --images=DIR they are looked up in the output of
+img2dataset (NNNNN.parquet with url and key, next to NNNNN.tar or the folder NNNNN), and images that
+are not there are dropped and counted. Other copies embed the images, as bytes or as structs of
+bytes and path. Read next: webpages.py.
 """
 
 import json
@@ -24,7 +24,7 @@ from emu_jax.files import one_line
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """One shard per 4096 rows, about."""
+    """One shard per about 4096 rows."""
     return [
         shard
         for file in archives.list_files(path, (".parquet",))
@@ -33,7 +33,7 @@ def list_shards(path: Path) -> list[InputShard]:
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The documents of some row groups; ids are FILE:ROW."""
+    """The documents of one shard; ids are FILE:ROW."""
     for number, row in tables.parquet_rows(shard):
         yield (
             row
@@ -90,7 +90,7 @@ def _picture(image: Any, folder: str) -> Picture | str:
 
 @lru_cache(1)
 def _index(folder: Path) -> dict[str, tuple[Path, str]]:
-    """URL -> (tar or folder, key) of everything img2dataset downloaded into `folder`."""
+    """URL -> (tar or folder, key) of each image that img2dataset downloaded into `folder`."""
     import pyarrow.parquet
 
     index = {}

@@ -1,7 +1,7 @@
-"""Options of reading data: every field is a flag of `python -m emu_jax.data` (min_side:
---min-side=64).
+"""Options for reading data. Each field is a flag of `python -m emu_jax.data`.
 
-The defaults keep every valid record: filtering is up to the user. Read next: kinds.py.
+For example, `min_side` is --min-side=64. The defaults keep nearly every valid record: filtering is
+up to the user. Read next: kinds.py.
 """
 
 import math

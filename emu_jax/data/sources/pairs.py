@@ -1,10 +1,9 @@
-"""Image-text pairs from img2dataset, as WebDataset tars or as parquet.
+"""Image-text pairs in the formats of img2dataset: WebDataset tars, or parquet.
 
-NNNNN.tar holds KEY.jpg, KEY.txt and KEY.json; parquet has the columns key, jpg and txt.
+NNNNN.tar contains KEY.jpg, KEY.txt and KEY.json; parquet has the columns key, jpg and txt.
 
-The caption comes from the .txt, or else from "caption" in the .json. The parquet file that
-img2dataset puts next to a tar has no images and is ignored. A record becomes one `Pair`. Read next:
-mmc4.py.
+The caption is the .txt, or else "caption" in the .json. A parquet file that img2dataset writes next
+to a tar has no images and is ignored. A record becomes one `Pair`. Read next: mmc4.py.
 """
 
 import json
@@ -49,7 +48,7 @@ def list_shards(path: Path) -> list[InputShard]:
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The pairs of one file."""
+    """The pairs of one shard; ids are the tar's keys, or the parquet's keys or row numbers."""
     if shard.path.suffix == ".parquet":
         for number, row in tables.parquet_rows(shard):
             yield (

@@ -1,10 +1,10 @@
 """The record format: a document as a tensorflow-datasets example in an ArrayRecord file.
 
-A record's `layout` has one letter per part: "T" for a text, "I" for an image, "P" for a pair of
-both, whose order is drawn in every epoch. A captioned image is "P", a story "TITI". Its `texts` and
-`images` fill the letters in order; `roles` and `times` have one entry per letter, or none. Builders
-write `make_example(...)`; `RecordSource` reads, with Grain, without TensorFlow. Read next:
-../builders/.
+A record's `layout` has one letter per part: "T" for a text, "I" for an image, and "P" for a pair of
+both, whose order is drawn in every epoch. A captioned image is "P", a story may be "TITI". The
+record's `texts` and `images` fill the letters in order; `roles` and `times` have one entry per
+letter, or are empty. Builders write what `make_example` returns; `RecordSource` reads it, with
+Grain and without TensorFlow. Read next: ../builders/.
 """
 
 import io
@@ -28,9 +28,9 @@ from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Pair, Picture, Text, flat_parts, texts_of
 from emu_jax.data.sources import CorruptRecord
 
-# Open readers to keep per file.
+# Number of open readers to keep per file.
 MAX_IDLE = 4
-# Part of every builder's metadata: `RecordSource` recognises its datasets by it.
+# Part of every dataset's metadata, by which `RecordSource` recognises datasets that it can read.
 METADATA = {"emu_jax": "documents"}
 
 
@@ -68,8 +68,9 @@ def make_example(
 ) -> dict:
     """The example of one document.
 
-    combination: factors shown, if some combinations are held out. encoded: image files. roles and
-    times: empty, or one entry per letter of `layout`. Raises ValueError if they do not match.
+    combination: what the document combines, if some combinations are held out. encoded: image
+    files. roles, times: empty, or one entry per letter of `layout`. Raises ValueError if `layout`
+    and the other arguments do not match.
     """
     _check(layout, texts, encoded, roles, times)
     return dict(
@@ -87,16 +88,16 @@ def make_example(
 
 
 def document_example(document: Document, id: str, kind: str) -> dict:
-    """The example of a document from a source, under `id`.
+    """The example of a document, under `id`.
 
-    Image files are stored as they are, frames of videos as JPEG.
+    Image files are stored unchanged, video frames as JPEG.
     """
     parts = list(document.parts)
     layout = ""
     roles = []
     times = []
     for part in parts:
-        # A pair has the role and time of its image.
+        # The role and time of a pair are those of its image.
         labelled = part.image if isinstance(part, Pair) else part
         roles.append(labelled.role if isinstance(labelled, (Text, Picture)) else "")
         times.append(labelled.time if isinstance(labelled, (Text, Picture)) else None)
@@ -121,12 +122,15 @@ def document_example(document: Document, id: str, kind: str) -> dict:
 
 
 class RecordSource:
-    """The documents of one split of the dataset in `folder` (where dataset_info.json lies)."""
+    """The documents of one split of the dataset in `folder`, which has dataset_info.json.
+
+    Raises UserError if the dataset is missing, damaged, incomplete or not written by emu_jax.data.
+    """
 
     def __init__(self, folder: Path, split: str, image_size: int, fit: str = "squash"):
         try:
             info = tfds.builder_from_directory(str(folder)).info
-        # tfds raises many kinds of errors for damaged metadata.
+        # tensorflow-datasets raises many kinds of errors for damaged metadata.
         except Exception as error:
             raise UserError(
                 f"the dataset in '{folder}' cannot be opened: {' '.join(str(error).split())}"
@@ -166,9 +170,9 @@ class RecordSource:
         return self._length
 
     def __getitem__(self, index: int) -> Document:
-        """Document 0 <= index < len; its arrays are read-only.
+        """Document `index`, 0 <= index < len; its arrays are read-only.
 
-        Raises CorruptRecord, and IndexError beyond the end.
+        Raises CorruptRecord, and IndexError if `index` is out of range.
         """
         if not 0 <= index < self._length:
             raise IndexError(
@@ -177,7 +181,7 @@ class RecordSource:
         id = f"{self.name}[{index}]"
         try:
             raw = self._raw[index]
-        # A wrong checksum, or a disk that fails.
+        # The checksum is wrong, or the disk failed.
         except (RuntimeError, OSError) as error:
             raise CorruptRecord(
                 id, " ".join(str(error).split()), disk=isinstance(error, OSError)
@@ -243,12 +247,12 @@ def _parts(
 
 
 class RecordReader:
-    """The bytes of the records of ArrayRecord files, in the order of the files. Thread-safe.
+    """Records of several ArrayRecord files as bytes, by index over all files. Thread-safe.
 
-    `lengths` are the numbers of records of the files. It seeks, because Grain's reading of a list
-    of records takes time in proportion to the whole file (array-record 0.8.6: 8 ms for a million
-    records, against microseconds). Each reader is used by one thread at a time, so a hung reader
-    blocks only that thread; a reader that raises is discarded.
+    `lengths` are the numbers of records in the files. Records are read by seeking, in microseconds:
+    the time of Grain's own random access grows with the size of the file (8 ms at a million records
+    with array-record 0.8.6). Each ArrayRecordReader is used by one thread at a time, so a hung one
+    blocks only that thread; one that raises is discarded.
     """
 
     def __init__(self, files: list[str], lengths: list[int]):

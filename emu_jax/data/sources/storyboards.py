@@ -1,9 +1,9 @@
-"""Storyboards from Emu's released tool for YT-Storyboard-1B: tars of videos.
+"""Storyboards: tars written by Emu's released tool for YT-Storyboard-1B.
 
-A video is the sample KEY.0.txt, KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json.
-Text i, possibly empty, was spoken before frame i; a last text has no frame. Frame i is at i *
-round(duration / frames) seconds. The tool sorts names as strings ("10.png" before "2.png"), so they
-are sorted by number here. Longer videos are split into several documents. Read next: subtitled.py.
+A video is one sample with the files KEY.0.txt, KEY.0.png, KEY.1.txt, ..., KEY.final_meta.json. Text
+i, possibly empty, was spoken before frame i; a last text may have no frame. Frame i is at i *
+round(duration / frames) seconds. The tool sorts names as strings ("10.png" before "2.png"); this
+module sorts them by number. Long videos are split into several documents. Read next: subtitled.py.
 """
 
 import json
@@ -29,7 +29,7 @@ def list_shards(path: Path) -> list[InputShard]:
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The videos of one tar; ids are YouTube's, with "#1", "#2", ... for later pieces."""
+    """The videos of one tar; ids are keys (YouTube's ids), with "#1", ... for later pieces."""
     try:
         for key, files in archives.webdataset_samples(shard.path):
             try:
@@ -86,10 +86,10 @@ def _step(meta: bytes | None, frames: int) -> int | None:
 def split_document(
     parts: Iterable[Part], document: Document, options: SourceOptions
 ) -> Iterator[Document | Skipped]:
-    """`document` with `parts`, split where they would exceed options.max_images or max_tokens.
+    """Yield `document` with `parts`, split to respect options.max_images and max_tokens.
 
-    Tokens are estimated from bytes. Pieces without images are skipped. A text that is too long by
-    itself is kept, and sequence.py truncates it. Only one piece is in memory at a time.
+    Tokens are estimated from bytes. A piece without images is skipped. A single text over the limit
+    is kept, and sequence.py truncates it. Only one piece is in memory at a time.
     """
     held: list[Part] = []
     tokens = 0
@@ -108,7 +108,7 @@ def split_document(
             cost = TOKENS_PER_IMAGE
         else:
             cost = 1 + len(part.text.encode()) // MIN_BYTES_PER_TOKEN
-        # Two tokens are for <s> and </s>.
+        # The 2 are <s> and </s>.
         too_long = tokens + cost > options.max_tokens - 2
         if held and (images + is_image > options.max_images or too_long):
             yield piece()

@@ -1,10 +1,10 @@
-"""Videos with WebVTT or SubRip files next to them, made into storyboards like Emu's.
+"""Videos with subtitle files next to them, turned into storyboards like those of Emu.
 
-NAME.mp4 belongs to NAME.vtt, NAME.en.vtt or NAME.srt.
+The subtitles of NAME.mp4 are NAME.vtt, NAME.en.vtt (or another language) or NAME.srt.
 
-Frame k is at k times --every seconds. Frames and cues are sorted by time, a frame before a cue of
-the same time; the cues between two frames are joined by a space and stand before the second. Longer
-videos are split. Read next: webpages.py.
+Frame k is at k times --every seconds. Frames and cues are sorted by time; at equal times the frame
+comes first. The cues between two frames are joined by spaces into one text. Long videos are split.
+Read next: webpages.py.
 """
 
 import heapq
@@ -20,13 +20,13 @@ from emu_jax.data.sources.storyboards import Part, split_document
 from emu_jax.data.sources.tables import InputShard
 
 SUBTITLES = (".vtt", ".srt")
-# Loose video files in a shard.
+# Number of video files (outside tars) in a shard.
 FILES = 20
 MAX_SUBTITLES = 64 * 2**20
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """One shard per tar (KEY.mp4, KEY.vtt), and per FILES video files not in a tar."""
+    """One shard per tar (KEY.mp4, KEY.vtt), and per FILES video files outside tars."""
     return videos.list_shards(path, FILES)
 
 
@@ -72,9 +72,9 @@ def _video(
 
 
 def _subtitles_name(name: str, root: Path) -> str | None:
-    """The subtitles of the video `name`: its stem with .vtt or .srt.
+    """The name of the subtitles of the video `name`: its stem with .vtt or .srt.
 
-    A language may stand in between; the first in alphabetical order is taken.
+    There may be a language in between; the first in alphabetical order is used.
     """
     folder = (root / name).parent
     stem = Path(name).stem
@@ -87,7 +87,7 @@ def _subtitles_name(name: str, root: Path) -> str | None:
     ]
     if not candidates:
         return None
-    # Files without a language come first, and .vtt before .srt.
+    # Prefer names without a language, then .vtt to .srt.
     first = min(candidates, key=lambda file: (file.count("."), Path(file).suffix != ".vtt", file))
     return (Path(name).parent / first).as_posix()
 
@@ -103,7 +103,7 @@ def _documents(
         text = clean.decode_text(said)
     except UnicodeError:
         raise ValueError("subtitles are not UTF-8") from None
-    # Frames come before texts of the same time.
+    # The second entry sorts frames (0) before texts (1) of the same time.
     cues = [(cue.start, 1, cue.text) for cue in subtitles.parse(text)]
     frames = ((time, 0, frame) for time, frame in video.frames_by_time(film, options.every))
     events = heapq.merge(cues, frames, key=lambda event: event[:2])
@@ -111,7 +111,7 @@ def _documents(
 
 
 def _interleave(events: Iterable[tuple[float, int, Any]]) -> Iterator[Part]:
-    """Parts of sorted (time, is it text, text or frame); neighbouring texts are joined."""
+    """The parts of sorted events (time, is_text, content); neighbouring texts are joined."""
     texts: list[str] = []
     start = 0.0
     for time, is_text, content in events:

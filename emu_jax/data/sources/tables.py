@@ -1,6 +1,6 @@
-"""Records of JSON, JSONL and parquet files, and the input shards of a build.
+"""Read records of JSON, JSONL and parquet files; and `InputShard`, a shard of any input.
 
-A broken line or row group becomes one `Skipped`; the records around it are read. Read next:
+A broken line or row group becomes one `Skipped`; the other records are still read. Read next:
 pairs.py.
 """
 
@@ -19,17 +19,18 @@ from emu_jax.data.documents import Skipped
 from emu_jax.files import one_line
 
 JSONS = (".json", ".jsonl", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zip", ".json.zip")
-# Rows of a parquet file in a shard, rounded up to complete row groups.
+# Number of parquet rows in a shard, rounded up to complete row groups.
 ROWS = 4096
-# In bytes.
+# Size limit of a line, in bytes.
 MAX_LINE = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class InputShard:
-    """What one task reads, and writes as one output shard.
+    """The input of one task, which becomes one output shard.
 
-    It is a file, `names` in the folder or archive `path`, or row groups [first, last) of it.
+    It is the file `path`, the files `names` in the folder or archive `path`, or the row groups
+    first to last - 1 of the parquet file `path`.
     """
 
     path: Path
@@ -39,14 +40,14 @@ class InputShard:
 
     @property
     def name(self) -> str:
-        """The file's name without suffixes: the source of its documents."""
+        """The file's name without suffixes, which is `Document.source` of its documents."""
         return self.path.name.split(".")[0] or self.path.name
 
 
 def parquet_shards(file: Path) -> list[InputShard]:
-    """A parquet file as shards of about ROWS rows.
+    """Divide a parquet file into shards of about ROWS rows.
 
-    A file that cannot be opened is one shard: reading it reports why.
+    A file that cannot be opened becomes one shard, and reading that reports the reason.
     """
     import pyarrow.parquet
 
@@ -55,7 +56,7 @@ def parquet_shards(file: Path) -> list[InputShard]:
             sizes = [
                 table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)
             ]
-    # Errors of pyarrow have no common type; `parquet_rows` reports them.
+    # pyarrow's errors have no common base class; `parquet_rows` reports them.
     except Exception:
         return [InputShard(file)]
     shards = []
@@ -73,7 +74,7 @@ def parquet_shards(file: Path) -> list[InputShard]:
 def parquet_columns(file: Path) -> list[str]:
     """The names of a parquet file's columns.
 
-    A file that cannot be opened appears to have images, so that reading it reports why.
+    For a file that cannot be opened it returns ["jpg"], so that the file is read and reports why.
     """
     import pyarrow.parquet
 
@@ -84,7 +85,7 @@ def parquet_columns(file: Path) -> list[str]:
 
 
 def parquet_rows(shard: InputShard) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
-    """(number in the file, row) of the shard's row groups, with one batch in memory at a time."""
+    """Yield (row number in the file, row) for the shard's row groups, in small batches."""
     import pyarrow.parquet
 
     try:
@@ -108,9 +109,9 @@ def parquet_rows(shard: InputShard) -> Iterator[tuple[int, dict[str, Any] | Skip
 
 
 def json_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, record) of a JSON file: the items of one array, or one value per line.
+    """Yield (number, record) for a JSON file: the items of one array, or one value per line.
 
-    .gz and .zip are decompressed on the fly. A line that is not JSON or not UTF-8 comes as
+    .gz and .zip are decompressed on the fly. A line that is not JSON or not UTF-8 becomes
     `Skipped`.
     """
     try:
@@ -127,7 +128,7 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
                 number += 1
     except UserError:
         raise
-    # A truncated .gz, a bad .zip, or a broken array.
+    # For example a truncated .gz, a damaged .zip, or a broken array.
     except Exception as error:
         yield 0, Skipped(path.name, f"not readable JSON: {one_line(error)}")
 

@@ -1,8 +1,6 @@
-"""Text alone: plain files, and JSONL, JSON or parquet with a "text" column.
+"""Text without images: plain files, and JSONL, JSON or parquet with a "text" field.
 
-A file or a record is a document.
-
-Read next: conversations.py.
+Each plain file or record is one document. Read next: conversations.py.
 """
 
 from collections.abc import Iterator
@@ -14,15 +12,16 @@ from emu_jax.data.sources import archives, tables
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
 
+# Suffixes of plain text files.
 PLAIN = (".txt", ".md")
-# Plain files in a shard.
+# Number of plain files in a shard.
 FILES = 1000
-# Limit in bytes of a plain file.
+# Size limit of a plain file, in bytes.
 MAX_TEXT = 64 * 2**20
 
 
 def list_shards(path: Path) -> list[InputShard]:
-    """One shard per JSON file, per 4096 rows of parquet, about, and per FILES plain files."""
+    """One shard per JSON file, per about 4096 rows of parquet, and per FILES plain files."""
     found = archives.list_files(path, (*PLAIN, *tables.JSONS, ".parquet"))
     plain = [
         file.relative_to(path if path.is_dir() else path.parent).as_posix()
@@ -42,7 +41,10 @@ def list_shards(path: Path) -> list[InputShard]:
 
 
 def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Document | Skipped]:
-    """The texts of one shard; ids are FILE, or the record's "id", or FILE:NUMBER."""
+    """The texts of one shard.
+
+    The id is the name of a plain file, or a record's "id", or else FILE:NUMBER.
+    """
     if shard.names:
         files = archives.open_archive(shard.path)
         for name in shard.names:

@@ -1,8 +1,9 @@
-"""Videos with captions: video2dataset's tars, or files with their captions next to them.
+"""Videos with captions: video2dataset's tars, or video files with caption files.
 
-A tar has KEY.mp4, KEY.txt and KEY.json; NAME.txt or NAME.json belong to NAME.mp4.
+A tar contains KEY.mp4, KEY.txt and KEY.json; the caption of NAME.mp4 is in NAME.txt or NAME.json.
 
-A document is 8 frames, then the caption without its metadata (clean.py). Read next: storyboards.py.
+A document is 8 frames (--frames), then the caption without metadata (clean.py). Read next:
+storyboards.py.
 """
 
 import hashlib
@@ -19,12 +20,12 @@ from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
 
 EXTENSIONS = tuple(suffix[1:] for suffix in video.SUFFIXES)
-# Loose video files in a shard.
+# Number of video files (outside tars) in a shard.
 FILES = 100
 
 
 def list_shards(path: Path, files: int = FILES) -> list[InputShard]:
-    """One shard per tar, and one per `files` video files that are not in a tar."""
+    """One shard per tar, and one per `files` video files outside tars."""
     found = archives.list_files(path, (*archives.TARS, *video.SUFFIXES))
     root = path if path.is_dir() else path.parent
     tars = [file for file in found if file.name.endswith(archives.TARS)]
@@ -55,7 +56,7 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
 
 
 def _loose_files(folder: archives.Files, name: str) -> dict[str, bytes]:
-    """{extension: bytes} of a video and the caption files next to it, as in a tar."""
+    """{extension: bytes} of a video and its caption files, like a sample of a tar."""
     stem, _, extension = name.rpartition(".")
     files = {}
     for one in (extension, "txt", "json"):
@@ -100,9 +101,9 @@ def _document(
 
 
 def frames(data: bytes, id: str, options: SourceOptions) -> list[Picture]:
-    """`options.frames` frames of a video, selected by `options.choose`.
+    """`options.frames` frames of a video, chosen as `options.choose` says.
 
-    Random ones depend on `id`. Raises ValueError for what cannot be decoded.
+    A random choice depends only on `id`. Raises a one-line ValueError if decoding fails.
     """
     seed = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little")
     rng = np.random.default_rng(seed)

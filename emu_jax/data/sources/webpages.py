@@ -1,9 +1,9 @@
-"""HTML pages with their images: each becomes a document, in reading order.
+"""HTML pages with their images: each page becomes one document, in reading order.
 
-Dropped are non-content (navigation, headers and footers of the site, forms, scripts, hidden
-elements), icons, images shown by several pages (logos) or again by the same page, and images
-outside the folder, remote ones included. The parser, Lexbor, reads broken pages as browsers do.
-Read next: kinds.py.
+It drops everything that is not content (navigation, site headers and footers, forms, scripts,
+hidden elements), icons, images that several pages show (logos), images that a page repeats, and
+images outside the folder, including remote ones. The parser, Lexbor, handles broken pages like a
+browser. Read next: kinds.py.
 """
 
 import base64
@@ -26,15 +26,16 @@ from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
 
 if TYPE_CHECKING:
-    # The extra `data` installs it.
+    # Installed by the extra `data`.
     from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 PAGES = (".html", ".htm", ".xhtml")
-# Pages in a shard.
+# Number of pages in a shard.
 FILES = 200
+# Size limit of a page, in bytes.
 MAX_PAGE = 32 * 2**20
-# Share of a site's pages that makes an image a logo. In GIMP's manual, its signs for notes are on 2
-# to 40 % of the pages, and its images (but for one) on at most 1 %.
+# An image on at least this share of a site's pages counts as a logo. In GIMP's manual, the icons
+# for notes are on 2 to 40 % of the pages, and all other images but one on at most 1 %.
 REPEATED = 0.02
 
 NOT_CONTENT = frozenset(
@@ -79,7 +80,7 @@ ROLES = frozenset(
         "toolbar",
     )
 )
-# Classes and ids of non-content.
+# Classes and ids of elements that are not content.
 NAMES = re.compile(
     r"(?:site-?|page-?|global-?)?(?:nav(?:bar|header|footer|igation|-.*)?|menu|breadcrumbs?"
     r"|side-?bar|footer|masthead|cookies?(?:-.*)?|ad(?:s|vert.*)?|social(?:-.*)?|share(?:-.*)?"
@@ -137,7 +138,7 @@ CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 def list_shards(path: Path) -> list[InputShard]:
     """One shard per FILES pages of a folder, zip or tar.
 
-    A single page may be given, too: its images are looked up in its folder.
+    `path` may also be a single page, whose images are looked up in its folder.
     """
     if path.is_file() and path.name.lower().endswith(PAGES):
         return [InputShard(path)]
@@ -169,9 +170,9 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
 def _repeated(files: archives.Files) -> frozenset[str]:
     """Images that several pages of a site show.
 
-    An image is repeated if at least three pages, and at least the share REPEATED of the site's
-    pages, show it; on a site of up to three pages, two are enough. A site is a top-level folder.
-    All pages are read, once per process.
+    These are images on at least three pages that are at least the share REPEATED of the site's
+    pages; on a site of at most three pages, two are enough. A site is a top-level folder. This
+    reads all pages, once per process.
     """
     shown: Counter[tuple[str, str]] = Counter()
     names = files.names(PAGES)
@@ -233,7 +234,7 @@ def _document(
     parts: list[Text | Picture] = []
     dropped = []
     seen: set[str] = set()
-    # Events since the last image.
+    # Text events since the last image.
     pending: list[tuple[str, str]] = []
     folder = _folder(tree, name)
     for kind, value in _events(root, options.captions):
@@ -268,7 +269,7 @@ def _content_root(tree: "LexborHTMLParser") -> "LexborNode | None":
 
 
 def _text_parts(events: list[tuple[str, str]]) -> list[Text]:
-    """The lines of the events as one text; nothing if all are blank."""
+    """Join the lines of the events into one text; returns [] if all are blank."""
     lines = []
     for line, is_preformatted in _lines(events):
         line = line.rstrip() if is_preformatted else clean.collapse_whitespace(line)
@@ -278,11 +279,11 @@ def _text_parts(events: list[tuple[str, str]]) -> list[Text]:
 
 
 def _events(root: "LexborNode", captions: bool) -> "Iterator[tuple[str, str | LexborNode]]":
-    """("text", str), ("pre", str), ("break", "") and ("image", node), in reading order.
+    """Yield ("text", str), ("pre", str), ("break", "") and ("image", node) in reading order.
 
-    It does not recurse, because pages may be nested without limit.
+    It uses a stack instead of recursion, because pages may be nested without limit.
     """
-    # (node, or None where a block ends; inside <pre>; inside the article)
+    # (node, or None for the end of a block; whether inside <pre>; whether inside the article)
     stack: list[tuple[LexborNode | None, bool, bool]] = [(root, False, False)]
     while stack:
         node, pre, inner = stack.pop()
@@ -310,7 +311,7 @@ def _events(root: "LexborNode", captions: bool) -> "Iterator[tuple[str, str | Le
 def _children(
     node: "LexborNode", pre: bool, inner: bool
 ) -> "list[tuple[LexborNode | None, bool, bool]]":
-    """The children of a node for the stack: the last first."""
+    """The children of a node in the order to push them on the stack: the last first."""
     return [(child, pre, inner) for child in reversed(list(node.iter(include_text=True)))]
 
 
@@ -326,7 +327,10 @@ def _is_content(
 
 
 def _boilerplate(node: "LexborNode", inner: bool) -> bool:
-    """Whether an element is not content. inner: inside the article, whose header is content."""
+    """Whether an element is not content.
+
+    inner: whether it is inside the article, where a <header> is content.
+    """
     if node.tag in NOT_CONTENT or (node.tag == "header" and not inner):
         return True
     if node.tag in ("main", "article", "body", "html"):
@@ -346,7 +350,7 @@ def _boilerplate(node: "LexborNode", inner: bool) -> bool:
 
 
 def _lines(events: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
-    """(line, whether it is preformatted), split at breaks, and at line ends inside <pre>."""
+    """Yield (line, is_preformatted), splitting at breaks and at newlines inside <pre>."""
     line = ""
     is_preformatted = False
     for kind, value in [*events, ("break", "")]:
@@ -364,7 +368,7 @@ def _lines(events: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
 
 
 def _source(node: "LexborNode") -> str:
-    """The address of an <img>: src, unless that is a placeholder for lazy loading."""
+    """The address of an <img>: its src, or data-src if src is a placeholder for lazy loading."""
     attributes = node.attributes
     late = attributes.get("data-src") or attributes.get("data-original") or ""
     source = (attributes.get("src") or "").strip()
@@ -374,9 +378,9 @@ def _source(node: "LexborNode") -> str:
 
 
 def _folder(tree: "LexborHTMLParser", page: str) -> str | None:
-    """The folder that relative addresses of a page start from, by its first <base href>.
+    """The folder that a page's relative addresses start from: its own, or its <base href>.
 
-    None if that is not in the folder of pages.
+    None if the <base href> is on another site.
     """
     base = tree.css_first("base[href]")
     return (
@@ -387,19 +391,19 @@ def _folder(tree: "LexborHTMLParser", page: str) -> str | None:
 
 
 def _target(source: str, folder: str | None) -> str:
-    """The name in the folder of pages that `source` points to, seen from `folder`.
+    """The file name, relative to the folder of pages, that `source` in `folder` points to.
 
-    "" for a remote, inline or malformed address. The name may still lead outside: `Files` refuses
-    to read it then.
+    "" for a remote, inline or malformed address. A name may lead outside the folder; `Files`
+    refuses to read it then.
     """
     place = _joined(source, folder, is_file=True)
     return posixpath.normpath(place.lstrip("/")) if place else ""
 
 
 def _joined(address: str, folder: str | None, *, is_file: bool) -> str | None:
-    """The path of `address` seen from `folder`; its folder unless `is_file`.
+    """The path of `address` relative to `folder`, or unless `is_file` the folder of that path.
 
-    None for an address on another site, or without a path.
+    None for an address on another site, and for a file's address without a path.
     """
     try:
         place = urlsplit(address.strip())
@@ -419,7 +423,7 @@ def _picture(
     seen: set[str],
     options: SourceOptions,
 ) -> Picture | str:
-    """The image of an <img>, or why it is dropped."""
+    """The image of an <img>, or the reason why it is dropped."""
     source = _source(node)
     if source[:5].lower() == "data:":
         data = _inline(source)
