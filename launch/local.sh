@@ -3,10 +3,10 @@
 #
 #   launch/local.sh N python -m emu_jax.train --config=...
 #
-# Needs bash, sed and python3. Process K uses GPU K if there are GPUs, otherwise the CPU devices
-# that XLA_FLAGS or JAX_NUM_CPU_DEVICES set. Its lines are prefixed with "[K] ". Ctrl-C and SIGTERM reach
-# all processes. When one fails, the others have GRACE seconds (5) to exit before they are killed;
-# the exit status is that of the first failure.
+# Needs bash, sed and python3. Process K uses GPU K if there are GPUs, and otherwise the number of
+# CPU devices that XLA_FLAGS or JAX_NUM_CPU_DEVICES sets. Its output lines start with "[K] ". Ctrl-C
+# and SIGTERM reach all processes. When one fails, the others have GRACE seconds (default: 5) to exit
+# before they are killed; the exit status is that of the first failure.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -17,15 +17,20 @@ count=$1
 shift
 
 free_port() {
-  python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+  python3 -c '
+import socket
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    print(free.getsockname()[1])
+'
 }
 
 JAX_COORDINATOR_ADDRESS="127.0.0.1:$(free_port)"
 JAX_NUM_PROCESSES=$count
 export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES
 
-# prefix K: mark the lines of process K. It ignores signals, which may reach the whole group, since
-# it must outlive the process that it reads from.
+# prefix K: prefix each line with "[K] ". Signals may reach the whole process group; sed ignores
+# them, because it must outlive the process whose output it reads.
 prefix() {
   trap '' TERM INT
   exec sed -u "s/^/[$1] /"
@@ -44,7 +49,7 @@ status=0
 deadline=
 running=("${pids[@]}")
 while ((${#running[@]})); do
-  # Not `wait -n`: a signal would end it.
+  # Poll, because a signal would interrupt `wait -n`.
   sleep 0.2
   still=()
   for pid in "${running[@]}"; do
@@ -61,7 +66,7 @@ while ((${#running[@]})); do
   done
   running=("${still[@]}")
   if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#running[@]})); then
-    # They are blocked in a collective with the process that failed.
+    # They are probably blocked in a collective with the process that failed.
     kill -KILL "${running[@]}" 2>/dev/null || true
   fi
 done

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Every stage in order. Finished ones are skipped, so the same command resumes after a stop.
+# Run all stages in order. Finished ones are skipped, so the same command resumes after a stop.
 #
 #   launch/pipeline.sh demo     make demo and make demo-chat: a small Emu on this machine
-#   launch/pipeline.sh paper    the paper's: data, weights, pretraining, decoder, an image,
-#                               instruction tuning, a benchmark
+#   launch/pipeline.sh paper    the paper's model: data, weights, pretraining, decoder, a sample
+#                               image, instruction tuning, a benchmark
 #
-# Needs .venv (make .venv/ready). "paper" also needs RAW, a folder of downloads:
+# Needs .venv (make .venv/ready). "paper" also needs RAW, a folder with these downloads:
 #   laion-2b, laion-coco, laion-aesthetics, webvid      tars of img2dataset and video2dataset
 #   mmc4, yt-storyboard                                 JSONL and images; tars
 #   sharegpt, alpaca, llava, videochat, videochatgpt    conversations, with images and videos
-#   eva-clip, llama, stable-diffusion                   weights; llama with its tokenizer.model
-#   vqav2                                               the benchmark's own files
+#   eva-clip, llama, stable-diffusion                   weights; llama/ also has tokenizer.model
+#   vqav2                                               the files of the benchmark
 # Optional: TRAIN, the command that starts a run on your devices, such as
 # "launch/local.sh 8 .venv/bin/python -m emu_jax.train" (one process per GPU) or
-# "sbatch --wait launch/slurm.sbatch"; SIZE, one of those in configs/sizes.py (emu-14b).
+# "sbatch --wait launch/slurm.sbatch"; SIZE, a name in configs/sizes.py (default: emu-14b).
 set -euo pipefail
 
 python=.venv/bin/python
@@ -49,7 +49,7 @@ case ${1:-} in
     for name in laion-2b laion-coco; do
       data pairs "$name" "$raw/$name"
     done
-    # For the decoder.
+    # The decoder trains on short captions only.
     for name in laion-coco laion-aesthetics; do
       data pairs "$name-150" "$raw/$name" --max-chars=150
     done
@@ -68,8 +68,8 @@ case ${1:-} in
 
     "${train[@]}" --config="$pretrain" --config.workdir=runs/emu --config.init=runs/start \
       "$tokenizer"
-    # 32 visual tokens for every caption, on the devices of this machine. With several machines,
-    # run this command on each of them with --hosts=N --host=K.
+    # Compute the 32 visual tokens of every caption, on the devices of this machine. To share the
+    # work, run this command on N machines, each with --hosts=N and its own --host=K.
     "$python" -m emu_jax.generate precompute --config="$decoder" --config.init=runs/emu \
       "$tokenizer" --to=data/conditions
     "${train[@]}" --config="$decoder" --config.workdir=runs/decoder \

@@ -3,18 +3,20 @@
 #
 #   launch/tpu_pod.sh NAME --config=configs/pretrain.py --config.checkpoint.to=gs://BUCKET/RUN ...
 #
-# Requests the slice from Google Cloud as a queued resource, waits for it, installs, trains on every
-# host, and requests another one after a preemption. The slice is released at the end and on Ctrl-C.
+# It requests the slice from Google Cloud as a queued resource, waits for it, installs this code,
+# trains on every host, and requests a new slice after a preemption. It releases the slice at the end
+# and on Ctrl-C.
 #
 # Needs the gcloud command, logged in, and these variables:
-#   PROJECT, ZONE      of Google Cloud; a zone is like us-east5-a
-#   TYPE, RUNTIME      the slice, like v5p-128, and the TPU software, like v2-alpha-tpuv5
+#   PROJECT, ZONE      project and zone of Google Cloud, such as us-east5-a
+#   TYPE, RUNTIME      type of the slice, such as v5p-128; TPU software, such as v2-alpha-tpuv5
 # Optional:
-#   NODES              number of slices (1)
-#   SPOT               1: cheaper, may be preempted
-#   REPO, REF          a git URL that the hosts can clone (origin) and a commit (HEAD, pushed)
-# The config must name data at paths that every host sees, in a mounted bucket or on Filestore.
-# Metrics are in ~/run of the first host for as long as the slice exists.
+#   NODES              number of slices (default: 1)
+#   SPOT               1: use spot capacity, which is cheaper and may be preempted
+#   REPO, REF          git URL that the hosts can clone, and commit (default: origin and HEAD, which
+#                      must be pushed)
+# All hosts must see the data at the paths in the config: use a mounted bucket or Filestore. Metrics
+# are in ~/run on the first host as long as the slice exists.
 set -euo pipefail
 
 name=${1:-}
@@ -60,7 +62,7 @@ release() {
   gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet || true
 }
 
-# everywhere COMMAND: run it on every host of every slice at once, since they are one run.
+# everywhere COMMAND: run a command on every host of every slice at the same time.
 everywhere() {
   local hosts=() slice
   if ((nodes == 1)); then
@@ -97,7 +99,7 @@ while true; do
       status=0
       began=$SECONDS
       everywhere "$train" || status=$?
-      # A preempted run saves and exits with 0, and its slice changes its state only later.
+      # A preempted run saves and exits with 0, and the state of its slice changes some time later.
       sleep 60
       if ((status == 0)) && [[ $(state) == ACTIVE ]]; then
         exit 0

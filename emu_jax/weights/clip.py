@@ -1,7 +1,7 @@
 """CLIP in the format of transformers' CLIPModel, such as openai/clip-vit-large-patch14.
 
-Not part of an Emu: it has its own group, config.model.clip. The tokenizer's and the preprocessor's
-files are copied into the checkpoint unchanged.
+A CLIP is not part of an Emu: its config is config.model.clip. The files of its tokenizer and
+preprocessor are copied into the checkpoint's folder unchanged.
 """
 
 import re
@@ -16,9 +16,11 @@ from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.eva_clip import linear, norm
 from emu_jax.weights.family import Family, Shapes, count_layers
 
-# Files of the tokenizer: the first, or else the other two.
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
-PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
+# The tokenizer is one file, or in older releases two.
+TOKENIZER = "tokenizer.json"
+TOKENIZER_PARTS = ("vocab.json", "merges.txt")
+# The preprocessor is one file under either name.
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def table(model_config: ClipConfig) -> Table:
@@ -74,7 +76,7 @@ def _blocks(theirs: str, ours: str, heads: str) -> tuple[Row, ...]:
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     """Infer config.model.clip; None for fields that neither tensors nor config.json determine.
 
-    A field that config.json omits has the library's default.
+    Fields that config.json omits have the library's defaults.
     """
     tokens = shapes.get("text_model.embeddings.token_embedding.weight")
     text = shapes.get("text_model.embeddings.position_embedding.weight")
@@ -150,14 +152,14 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def make_config(model: dict[str, Any]) -> ClipConfig:
-    """Make the config of a CLIP. Raises UserError where config.model has none."""
+    """Make the config of a CLIP. Raises UserError if config.model has no group `clip`."""
     if "clip" not in model:
         raise UserError("the config has no model.clip")
     return ClipConfig.of(model)
 
 
 def shapes(model_config: ClipConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all leaves."""
+    """Shapes of all leaves. Raises UserError if the heads do not divide the width."""
     for tower in (model_config.text, model_config.vision):
         if tower.heads < 1 or tower.width % tower.heads:
             raise UserError(f"{tower.heads} heads do not divide a width of {tower.width}")
@@ -176,6 +178,6 @@ FAMILY = Family(
     make_config=make_config,
     shapes=shapes,
     config_file="clip",
-    extra_files=(*TOKENIZER, *PREPROCESSOR),
-    hint="the network of the CLIP score: --clip={to}",
+    extra_files=(TOKENIZER, *TOKENIZER_PARTS, *PREPROCESSORS),
+    hint="use it for the CLIP score with --clip={to}",
 )

@@ -1,7 +1,7 @@
 """CLIP score (arXiv 2104.08718): cosine of CLIP's features of an image and its caption.
 
-Nothing is prepended to a caption (the paper's own prompt is "A photo depicts "). The CLIP is an
-imported one: models/clip.py. Read next: weights/clip.py.
+Captions are used as they are (the paper prepends "A photo depicts "). The CLIP is a checkpoint
+imported by weights/clip.py, and the network is models/clip.py. Read next: weights/clip.py.
 """
 
 import os
@@ -26,6 +26,7 @@ from emu_jax.evaluate import annotations
 from emu_jax.files import one_line
 from emu_jax.models import clip, module
 from emu_jax.models.clip import ClipConfig
+from emu_jax.weights.clip import PREPROCESSORS, TOKENIZER, TOKENIZER_PARTS
 
 WHERE = (
     "--clip=DIR, a CLIP. Download a folder with config.json, model.safetensors or "
@@ -34,11 +35,7 @@ WHERE = (
     "python -m emu_jax.weights import --family=clip FOLDER --to=DIR"
 )
 BATCH = 32
-# Files of the tokenizer, as a whole or in two parts, and of the preprocessor, under either name.
-TOKENIZER = "tokenizer.json"
-TOKENIZER_PARTS = ("vocab.json", "merges.txt")
-PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# OpenAI's normalization, for a preprocessor that does not have its own.
+# OpenAI's normalization, used if the preprocessor does not have its own.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -46,7 +43,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 class Preprocessor(NamedTuple):
     """Resize to `size` (bicubic), crop the centre to the model's size, (x / 255 - mean) / std."""
 
-    # Of the shorter side, or (height, width).
+    # Pixels of the shorter side, or (height, width).
     size: int | tuple[int, int]
     mean: Float[np.ndarray, "3"]
     std: Float[np.ndarray, "3"]
@@ -62,7 +59,7 @@ class Clip(NamedTuple):
 
 
 def score(images: Float[np.ndarray, "n C"], texts: Float[np.ndarray, "n C"]) -> float:
-    """100 * the mean of max(cosine, 0) over the pairs."""
+    """100 * mean of max(cosine, 0) over pairs of image and text features."""
     return 100 * float(_cosines(images, texts).mean())
 
 
@@ -71,7 +68,8 @@ def score_images(
 ) -> dict[str, float]:
     """100 * max(cosine, 0) of image files with their captions, by id.
 
-    With several captions it is their mean. The score of a data set is the mean of its images.
+    The score of an image with several captions is the mean over them, and the score of a data set
+    is the mean over its images.
     """
     paths = tqdm(images.values(), "CLIP", unit=" images", disable=None)
     by_id = dict(zip(images, image_features(model, paths), strict=True))
@@ -120,16 +118,13 @@ def text_features(model: Clip, texts: Sequence[str]) -> Float[np.ndarray, "n C"]
 
 
 def token_ids(model: Clip, text: str) -> Int[np.ndarray, "T"]:
-    """Ids of a text between its start and end tokens.
-
-    They are cut to the context, and padded to it with the end token.
-    """
+    """Ids of a text with start and end token, truncated to the context T or padded to it."""
     ids = model.tokenizer(text, max_length=model.config.context, truncation=True)["input_ids"]
     return np.array(pad_batch(ids, model.config.context), np.int32)
 
 
 def preprocess(model: Clip, path: Path) -> Float[np.ndarray, "h w 3"]:
-    """Input of the vision tower for an image file. Raises UserError if it cannot be read."""
+    """Pixels [h, w, 3] of an image file for the vision tower. Raises UserError if unreadable."""
     try:
         image = Image.fromarray(images.decode_full(path.read_bytes()))
     except OSError as error:
@@ -164,7 +159,7 @@ def _unit(x: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "n C"]:
 def _batched(
     tower: Callable[[np.ndarray], Array], rows: Iterator[np.ndarray], width: int
 ) -> Float[np.ndarray, "n C"]:
-    """Features of rows, in batches of one shape, so that one compiled program serves all."""
+    """Features of rows, computed in batches of one shape so that the tower is compiled once."""
     features = [np.zeros((0, width), np.float32)]
     while batch := list(islice(rows, BATCH)):
         features.append(np.asarray(tower(np.stack(pad_batch(batch, BATCH))))[: len(batch)])
@@ -188,7 +183,7 @@ def load_tokenizer(folder: Path, config: ClipConfig) -> Any:
             f"{folder} lacks CLIP's tokenizer: copy tokenizer.json, or vocab.json and merges.txt, "
             "into it from the folder of the original weights"
         )
-    # Importing transformers takes seconds, and without PyTorch prints advice to install it.
+    # Importing transformers takes seconds, and without PyTorch it prints advice to install that.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import CLIPTokenizer
 
@@ -202,8 +197,8 @@ def load_tokenizer(folder: Path, config: ClipConfig) -> Any:
     if not fits or config.eos not in (clip.OLD_EOS, ends[1]):
         raise UserError(
             f"{folder}: its tokenizer is not this CLIP's: it has {len(tokenizer)} tokens and puts "
-            f"{ends} around a text; the model has {config.vocab} tokens and reads a text at "
-            f"{config.eos}"
+            f"{ends} around a text; the model has {config.vocab} tokens and reads a text's feature "
+            f"at token {config.eos}"
         )
     return tokenizer
 
