@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _version() -> str:
-    """Version of the installed package, or of the checkout that this is."""
+    """The version of the installed package, or of this checkout if none is installed."""
     import tomllib
     from importlib import metadata
     from pathlib import Path

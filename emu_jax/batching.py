@@ -1,4 +1,4 @@
-"""Few shapes, so few compilations: how batches and lengths are padded.
+"""Padding of batches and lengths to a few shapes, so that few programs are compiled.
 
 Read next: generate/session.py, which compiles for powers of two.
 """
@@ -12,9 +12,9 @@ import numpy as np
 def pad_batch(items: Sequence[Any] | np.ndarray, rows: int) -> list[Any]:
     """List `items`, then copies of the last one until there are `rows`.
 
-    Gives the last batch of a data set the shape of all others, so that one compiled program serves
-    them all: `np.stack(pad_batch(images, rows))`, and `[: len(items)]` of the results drops those
-    of the copies. items: 1 to `rows` of anything; an array is a sequence of its rows.
+    Gives the last batch of a data set the shape of the others, so that one compiled program serves
+    them all: run it on `np.stack(pad_batch(images, rows))` and keep `[: len(images)]` of the
+    results. items: 1 to `rows` items of any type; an array counts as the list of its rows.
     """
     return [*items, *[items[-1]] * (rows - len(items))]
 

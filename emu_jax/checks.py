@@ -1,4 +1,4 @@
-"""Checks before a run starts: of files, of precomputed arrays, and of memory.
+"""Checks of files, precomputed arrays and memory before a run starts.
 
 Every failure is a UserError of one line. Read next: plan.py, which checks the config itself.
 """
@@ -19,9 +19,9 @@ from emu_jax.stages import Stage
 
 
 def check_run(plan: RunPlan) -> None:
-    """Raise UserError for what does not fit together: model, data made for it, and devices.
+    """Raise UserError if the model, its precomputed data and the devices do not fit together.
 
-    Missing files are `check_paths`'s, which needs no plan.
+    `check_paths`, which needs no plan, looks for missing files.
     """
     c = plan.config
     stage = plan.program.stage
@@ -33,7 +33,7 @@ def check_run(plan: RunPlan) -> None:
 
 
 def check_paths(c: ConfigDict) -> None:
-    """Raise UserError, naming all of them, for missing folders and files."""
+    """Raise UserError that names every missing folder and file."""
     sources = [(name, path) for name, _, path, *_ in (*c.data.mixture, *c.data.eval_mixture)]
     missing = []
     if not c.workdir:
@@ -59,7 +59,7 @@ def check_paths(c: ConfigDict) -> None:
 
 
 def check_precomputed(c: ConfigDict, stage: Stage) -> None:
-    """Raise UserError for conditions or latents that are missing, unused or of another model."""
+    """Raise UserError for conditions or latents that are missing, unused or not this model's."""
     wanted = stage.draws and c.model.decoder.condition == "generated"
     if wanted and not c.data.conditions:
         raise UserError(
@@ -94,7 +94,7 @@ def check_precomputed(c: ConfigDict, stage: Stage) -> None:
 
 
 def check_memory(plan: RunPlan) -> None:
-    """Raise UserError for a state, with its gradient, that the devices cannot hold."""
+    """Raise UserError if the training state and its gradient do not fit the devices."""
     needed = plan.state_bytes + plan.gradient_bytes
     memory = device_memory()
     if needed > memory:
@@ -106,7 +106,7 @@ def check_memory(plan: RunPlan) -> None:
 
 
 def device_memory() -> int:
-    """Bytes of memory of a device here; CPU devices share the machine's."""
+    """Bytes of memory of one local device; CPU devices share the machine's memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if limit := stats.get("bytes_limit"):
         return limit

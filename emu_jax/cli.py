@@ -1,4 +1,4 @@
-"""Shared by the commands: a parser whose errors are one line, exit statuses, output files."""
+"""Helpers of every command: a parser with one-line errors, exit statuses, output files."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from typing import IO, Any, NoReturn
 from emu_jax.config import UserError
 from emu_jax.files import atomic_write
 
-# Packages that only an extra of the wheel installs, as Python imports them.
+# Import names of packages that are optional, and the extra of the wheel that installs each.
 EXTRAS = {
     "av": "data",
     "pyarrow": "data",
@@ -44,16 +44,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
-    """Run a command; its exit status, or 2 for a user's mistake and 130 for Ctrl-C.
+    """Run a command and return its exit status: 2 for a user's mistake, 130 for Ctrl-C.
 
-    arguments: None takes those of the process. A UserError, an OSError or a missing package of an
-    extra is printed as one line.
+    arguments: None means those of the process. A UserError, an OSError or a missing optional
+    package is printed as one line. If the reader of stdout stops early, as `head` does, the command
+    ends without an error.
     """
     try:
-        return command(sys.argv[1:] if arguments is None else arguments) or 0
+        return _run(command, sys.argv[1:] if arguments is None else arguments)
+    finally:
+        _flush_stdout()
+
+
+def _flush_stdout() -> None:
+    """Flush stdout; if its reader has closed the pipe, send the rest to /dev/null.
+
+    Otherwise Python would print a traceback when it flushes stdout at exit.
+    """
+    try:
+        sys.stdout.flush()
     except BrokenPipeError:
-        # `| head` has read enough. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """The exit status of a command, whose expected errors are printed as one line."""
+    try:
+        return command(arguments) or 0
+    except BrokenPipeError:
         return 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -79,7 +97,7 @@ def missing_extra(error: BaseException | None) -> str:
                 return (
                     f"{PURPOSES[extra]} needs the package {package}: pip install 'emu-jax[{extra}]'"
                 )
-        # fsspec turns it into an ImportError without a name.
+        # fsspec raises an ImportError without a name; its cause has the name.
         error = error.__cause__
     return ""
 

@@ -1,4 +1,4 @@
-"""Configs: a Python file returns a ConfigDict, the command line overrides its fields.
+"""Configs: a Python file returns a ConfigDict, and the command line overrides its fields.
 
 The result is locked: an unknown field is an error that names the nearest known one. Read next:
 configs/base.py.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-# The configs of this project: inside the package where a wheel is installed, else the checkout's.
+# The configs of this project: inside the package if a wheel is installed, else in the checkout.
 _INSTALLED = Path(__file__).parent / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parent.parent / "configs"
 
@@ -29,11 +29,11 @@ class UserError(Exception):
 class Field(NamedTuple):
     """A documented field or group of a config."""
 
-    # "optim.steps"
+    # Path from the root, such as "optim.steps".
     path: str
-    # A group's is the ConfigDict of its fields.
+    # The default value; for a group, the ConfigDict of its fields.
     default: Any
-    # The comment above it, in one line.
+    # The comment above the field in the source, joined into one line.
     comment: str
 
 
@@ -69,12 +69,12 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _member(config: ConfigDict, key: str, owner: Any, name: str) -> Any:
-    """owner[name]. Raises UserError, with the field nearest to `key`, where there is none."""
+    """owner[name]. Raises UserError, naming the field nearest to `key`, if there is none."""
     if isinstance(owner, ConfigDict) and name in owner:
         return owner[name]
     known = sorted(_paths(config))
     near = difflib.get_close_matches(key, known, 1, 0.5)
-    # A field given without its group.
+    # The user may have left out the group of the field.
     near += [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"the config has no field {key!r}{hint}")
@@ -105,8 +105,8 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 def fields(file: str = "configs/base.py") -> list[Field]:
     """Every group and field that a config file defines, in order, with its comment.
 
-    For a file other than base.py: those that it adds to base.py's. The comments are read from the
-    source, and "" where there is none.
+    A file other than base.py lists only the fields that it adds to those of base.py. Comments are
+    read from the source; a field without one has "".
     """
     path = _find(file)
     config = load([f"--config={file}"])
@@ -140,7 +140,7 @@ class _Source:
     def __init__(self, path: Path):
         self.path = path
         self.lines = path.read_text().splitlines()
-        # What the names of the module stand for: a function, or the value of a constant.
+        # The module's names: its functions, the values of its constants, and its imports.
         self.functions = {}
         self.constants = {}
         self.imports = {}
@@ -155,23 +155,23 @@ class _Source:
                     self.imports[alias.asname or alias.name] = (source, alias.name)
 
     def function(self, name: str) -> Iterator[tuple[str, str]]:
-        """(path, comment) of the fields of what a function of the module returns."""
+        """Yield (path, comment) of every field of the config that a function returns."""
         if name in self.imports:
             source, original = self.imports[name]
             yield from _Source(source).function(original)
         for node in self.functions[name].body if name in self.functions else ():
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-                # c.GROUP.FIELD = value
+                # The statement is c.GROUP.FIELD = value.
                 path = ast.unparse(node.targets[0]).partition(".")[2]
                 yield from self.field(path, node.lineno, node.value)
             elif isinstance(node, ast.Return) and node.value:
                 yield from self.expression(node.value)
 
     def expression(self, node: ast.expr) -> Iterator[tuple[str, str]]:
-        """(path, comment) of the fields of a group that an expression makes; none for a value."""
+        """Yield (path, comment) of every field in the group that an expression builds, if any."""
         if isinstance(node, ast.Name) and node.id in self.constants:
             yield from self.expression(self.constants[node.id])
-        # DEFAULTS | changes
+        # The expression is DEFAULTS | changes.
         elif isinstance(node, ast.BinOp):
             yield from self.expression(node.left)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -183,13 +183,13 @@ class _Source:
                     if keyword.arg:
                         yield from self.field(keyword.arg, keyword.lineno, keyword.value)
                     else:
-                        # **defaults
+                        # The argument is **defaults.
                         yield from self.expression(keyword.value)
             else:
                 yield from self.function(node.func.id)
 
     def field(self, path: str, line: int, value: ast.expr) -> Iterator[tuple[str, str]]:
-        """(path, comment) of the field bound on a line, and of the fields in it."""
+        """Yield (path, comment) of the field that is set on `line`, and of the fields in it."""
         first = line - 1
         while self.lines[first - 1].lstrip().startswith("#"):
             first -= 1
@@ -223,13 +223,13 @@ def _from_file(text: str) -> ConfigDict:
         try:
             module = _run_module(path)
             return module.get_config(*([argument] if argument else [])).lock()
-        # A config is a program: anything may be wrong with it.
+        # A config is a program, so it may raise anything.
         except Exception as error:
             raise UserError(f"config {text!r}: {error}".splitlines()[0]) from error
 
 
 def _find(name: str) -> Path:
-    """Path of a config file. Raises UserError, with those that exist, for a missing one."""
+    """Path of a config file. Raises UserError, listing the existing ones, if it is missing."""
     path = Path(name)
     if path.is_file():
         return path
@@ -248,7 +248,7 @@ def _find(name: str) -> Path:
 def _run_module(path: Path) -> ModuleType:
     """The module of a config file, run under the name `configs.NAME`."""
     spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
-    # Of a name that ends with .py there is always one.
+    # A file whose name ends with .py always has both.
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -257,10 +257,10 @@ def _run_module(path: Path) -> ModuleType:
 
 @contextmanager
 def _importable_configs(folder: Path) -> Generator[None]:
-    """Let a config in `folder` say `from configs.base import ...`; undone at the end.
+    """Make `from configs.base import ...` work for a config in `folder`; undone at the end.
 
-    The package `configs` has the files of `folder` if that is its name, then those of ./configs,
-    then this project's. Files next to a config are also found under the name of its folder.
+    A module of `configs` is looked up in `folder` if that is its name, then in ./configs, then in
+    this project. Files next to a config can also be imported under the name of their folder.
     """
     before = dict(sys.modules)
     own = [folder] if folder.name == "configs" else []

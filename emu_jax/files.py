@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-# What a killed process leaves behind ends so; it is safe to delete.
+# Suffix of unfinished files. If a killed process leaves one behind, it is safe to delete.
 PART = ".part"
 
 
@@ -31,7 +31,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Generator[IO[Any]]
 
 
 def part_of(path: Path) -> Path:
-    """A new name next to `path`, for what a library writes itself; `commit` moves it there."""
+    """A new name next to `path` for a library to write to; `commit` then renames it to `path`."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PART}")
 
 

@@ -30,18 +30,18 @@ _TPU_OVERLAP: dict[str, str | bool] = {
 # refuses the string "true".
 _GPU_OVERLAP: dict[str, str | bool] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
-# XLA_FLAGS to compile for a GPU that is not present: without it nothing can be timed, so matrix
-# products use cuBLAS and not the fastest kernel found.
+# XLA_FLAGS to compile for a GPU that is not present. Kernels cannot be timed without the GPU, so
+# matrix products use cuBLAS instead of the fastest of several kernels.
 ABSENT_GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Published figures of one JAX device. Rates are in bytes a second into the device."""
+    """Published figures of one JAX device. Rates are in bytes per second into the device."""
 
-    # jax.Device.platform
+    # "tpu" or "cuda".
     platform: str
-    # How `jax.Device.device_kind` begins.
+    # What `jax.Device.device_kind` begins with, or several such beginnings.
     kind: str | tuple[str, ...]
     # Dense bfloat16 FLOP/s.
     flops: float
@@ -49,7 +49,7 @@ class Accelerator:
     memory: int
     # Device memory bandwidth.
     bandwidth: float
-    # All links to other devices of the slice or node together.
+    # Bandwidth of all links to other devices of the slice or node together.
     link: float
     # The device's share of the network between slices or nodes.
     network: float
@@ -61,8 +61,8 @@ class Accelerator:
     compiler_options: dict[str, str | bool] = field(default_factory=dict)
 
 
-# A TPU's page gives link rates as the sum of both directions: half of that is what it can receive.
-# The first row whose kind matches counts.
+# The pages on TPUs give link rates as the sum of both directions; half of that is the rate at which
+# a device receives. The first row whose kind matches a device is used.
 ACCELERATORS = {
     "v4": Accelerator(
         platform="tpu",
@@ -174,7 +174,7 @@ _NAME = re.compile(r"(?:(\d+)x)?([a-z]+\d+[a-z]*(?:-\d+g)?|cpu):(\d+(?:x\d+)*)")
 
 
 def accelerator_of(device_kind: str) -> Accelerator | None:
-    """The row of a `jax.Device.device_kind`; None for one that is not listed, like a CPU."""
+    """The row of a `jax.Device.device_kind`; None if it is not listed, like a CPU."""
     for row in ACCELERATORS.values():
         if device_kind.startswith(row.kind):
             return row
@@ -182,7 +182,7 @@ def accelerator_of(device_kind: str) -> Accelerator | None:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device; None where it is not known, as on a CPU."""
+    """Dense bfloat16 FLOP/s of a device; None if unknown, as for a CPU."""
     row = accelerator_of(device_kind)
     return row.flops if row else None
 
@@ -219,14 +219,14 @@ def topology_devices(topology: str) -> tuple[Accelerator | None, list[jax.Device
             described = topologies.get_topology_desc(
                 topology_name=f"{kind}:{shape}", platform="tpu", **row.topology, **several
             )
-    # Each plugin that is missing, or refuses a shape, has exceptions of its own.
+    # A missing plugin, or one that refuses a shape, may raise exceptions of any class.
     except Exception as error:
         raise UserError(f"topology {topology!r}: {_reason(error, row.platform)}") from error
     return row, list(described.devices)
 
 
 def _is_valid(slices: str | None, kind: str, shape: str) -> bool:
-    """Whether there is such a kind; only TPUs have slices, and shapes of more than two axes."""
+    """Whether the kind exists, and has slices or more than two axes only if it is a TPU."""
     if kind in ACCELERATORS and ACCELERATORS[kind].platform == "tpu":
         return True
     return kind in (*ACCELERATORS, "cpu") and not slices and shape.count("x") <= 1
@@ -262,7 +262,8 @@ def _describe_gpus(kind: str, shape: str) -> Any:
 def _gpu_config(kind: str) -> str:
     """XLA's text description of a GPU (stream_executor's GpuTargetConfigProto).
 
-    Figures of NVIDIA's CUDA C++ programming guide, compute capabilities 8.0 and 9.0.
+    The figures are those of NVIDIA's CUDA C++ programming guide for compute capabilities 8.0 and
+    9.0.
     """
     row = ACCELERATORS[kind]
     name = row.kind if isinstance(row.kind, str) else row.kind[0]

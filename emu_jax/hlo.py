@@ -1,8 +1,8 @@
 """The communication of a compiled program, read from its HLO text.
 
 Lists every collective with its bytes, the devices it joins and how often it runs. XLA's own cost
-analysis counts the body of a loop once; here a collective in a loop counts once a turn. Read next:
-fit, which reports it.
+analysis counts the body of a loop once; here a collective in a loop counts once per iteration. Read
+next: fit, which reports it.
 """
 
 import re
@@ -22,10 +22,11 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-# A reduction between TPU slices. The runtime (Megascale) does it over the hosts' network; in the
-# program a device only receives the sum.
+# A reduction between TPU slices. The Megascale runtime does it over the hosts' network, and the
+# program shows only that a device receives the sum.
 BETWEEN_SLICES = "between-slices"
-# Bits of the types whose name does not end with their width, as f32, s8 and f8e4m3fn do.
+# Bits of the types that need a row of their own. The other names have their width as the first
+# number, like f32, s8 and f8e4m3fn.
 _WIDTHS = {"pred": 8, "bf16": 16}
 
 _NAME = r"%?([\w.\-]+)"
@@ -42,29 +43,30 @@ class Collective:
     # One of KINDS, or BETWEEN_SLICES.
     kind: str
     name: str
-    # Bytes of the complete array, once: the result of a gather, the operand of a reduction.
+    # Bytes of the complete array: the result of a gather, the operand of a reduction.
     bytes: int
-    # Devices that exchange data with each other; the pairs of a permutation.
+    # Groups of devices that exchange data with each other; for a permutation, its pairs.
     groups: tuple[tuple[int, ...], ...]
     # How often it runs when the program runs once.
     runs: int
     in_loop: bool
     # Whether it may overlap with computation.
     asynchronous: bool
-    # The operation in the program's source, "jit(train_step)/..."; "" where it is not known.
+    # The operation in the program's source, "jit(train_step)/..."; "" if unknown.
     source: str
 
     @property
     def bytes_received(self) -> float:
-        """Bytes that reach one device in a run, by the best algorithm (a ring)."""
+        """Bytes that one device receives in one run of the best algorithm, a ring."""
         members = len(self.groups[0]) if self.groups else 1
         return self._share(members) * self.bytes
 
     def bytes_between(self, place: Sequence[int]) -> float:
         """The part of `bytes_received` that comes from another slice or node.
 
-        place: the slice or node of each device. The best algorithm first reduces within each place,
-        or finally spreads what arrived within it. A permutation's is the mean over its pairs.
+        place: the slice or node of each device. The best algorithm reduces within each place before
+        the transfer, or distributes within it afterwards. For a permutation: the mean over its
+        pairs.
         """
         if self.kind == BETWEEN_SLICES:
             return self.bytes
@@ -75,7 +77,7 @@ class Collective:
         if self.kind == "collective-permute":
             crossing = sum(count > 1 for count in places)
             return self.bytes * crossing / len(places)
-        # The devices of one place divide the transfer among themselves.
+        # The devices in one place share the transfer.
         sharing = 1 if self.kind == "all-to-all" else len(self.groups[0]) // places[0]
         return self._share(places[0]) * self.bytes / sharing
 
@@ -91,12 +93,12 @@ class Collective:
 
 
 class Call(NamedTuple):
-    """A place that calls a computation."""
+    """A call of one computation by another."""
 
     caller: str
     # How often one run of the caller makes the call.
     runs: int
-    # Whether the computation is the body of a loop there.
+    # Whether the called computation is the body of a loop.
     loop: bool
 
 
@@ -127,7 +129,7 @@ class Module:
 
     @cached_property
     def calls(self) -> dict[str, list[Call]]:
-        """{computation: the places that call it}."""
+        """{computation: the calls of it}."""
         found: dict[str, list[Call]] = {name: [] for name in self.computations}
         for caller, lines in self.computations.items():
             for line in lines:
@@ -166,9 +168,10 @@ class Module:
         return inside
 
     def _trip_count(self, line: str) -> int:
-        """How often a `while` turns.
+        """The number of iterations of a `while`.
 
-        The compiler notes it, or else the condition compares with it: loops count up from 0.
+        If the compiler has not noted it, it is the number that the condition compares the counter
+        with, since loops count up from 0.
         """
         noted = re.search(r"known_trip_count[^\d}]*(\d+)", line)
         if noted:
@@ -187,7 +190,7 @@ class Module:
         return max(numbers, default=1)
 
     def collectives(self) -> list[Collective]:
-        """Every collective once, even one that the TPU compiler spreads over a chain of fusions."""
+        """Every collective, once even if the TPU compiler spreads it over a chain of fusions."""
         found: dict[str, Collective] = {}
         for computation, lines in self.computations.items():
             for line in lines:
@@ -226,7 +229,7 @@ class Module:
             # The shape is (operand, result, two counters).
             size //= 2
         elif kind in ("all-gather", "reduce-scatter") and start:
-            # The shape is (operands, results), and one is n times the other.
+            # The shape is (operands, results), and one of them is n times the other.
             size = size * n // (n + 1)
         elif kind == "reduce-scatter":
             size *= n
@@ -248,11 +251,11 @@ class Module:
 
 
 def groups(line: str) -> list[list[int]]:
-    """Sorted device numbers of each group that a collective joins; [] where none is named.
+    """Sorted device numbers of each group that a collective joins; [] if it names none.
 
     Notations: replica_groups={{0,1},{2,3}}; replica_groups=[2,2]<=[4], with an optional T(1,0);
     replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}, with an optional device order
-    device_ids=([2,2]T(1,0)) before the brace. A permutation's are its pairs:
+    device_ids=([2,2]T(1,0)) before the brace. The groups of a permutation are its pairs:
     source_target_pairs={{0,1},{1,0}}.
     """
     mesh = re.search(
@@ -283,14 +286,14 @@ def _mesh_groups(axes: str, dims: str | None, order: str | None, joined: str) ->
     inner = re.findall(r"'(\w+)'", joined)
     shape = list(sizes.values())
     devices = _iota(_numbers(dims) if dims else shape, _numbers(order)).reshape(shape)
-    # The joined axes last.
+    # Put the joined axes last.
     outer_first = sorted(range(len(names)), key=lambda axis: names[axis] in inner)
     members = prod(sizes[name] for name in inner)
     return np.sort(devices.transpose(outer_first).reshape(-1, members)).tolist()
 
 
 def _iota(dims: list[int], order: list[int]) -> np.ndarray:
-    """0, 1, ... in the shape `dims`, transposed by `order` where there is one."""
+    """0, 1, ... in the shape `dims`, transposed by `order` if it is not empty."""
     numbers = np.arange(prod(dims)).reshape(dims)
     return numbers.transpose(order) if order else numbers
 
@@ -309,9 +312,9 @@ def _called(line: str) -> list[str]:
 
 
 def _bytes(shape: str) -> int:
-    """Bytes of "f32[2,3]{1,0}", or of a tuple of such.
+    """Bytes of "f32[2,3]{1,0}", or of a tuple of such shapes.
 
-    Scalar u32, the counters of asynchronous operations, and tokens are not transferred: 0.
+    Tokens and scalar u32, the counters of asynchronous operations, are not transferred and count 0.
     """
     total = 0
     for name, dims in re.findall(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]", shape):

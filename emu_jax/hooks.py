@@ -1,7 +1,7 @@
-"""Evaluations, and samples for TensorBoard, at intervals during a run.
+"""Evaluations and TensorBoard samples, made at intervals during a run.
 
-An evaluator maps parameters to numbers, a sampler maps parameters and a batch to images with
-captions; the loop calls both. Read next: train.py.
+An evaluator maps parameters to numbers. A sampler maps parameters and a batch to images with
+captions. The loop calls both. Read next: train.py.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ from emu_jax.types import Batch
 Evaluator = Callable[[tree.Tree], dict[str, float]]
 Sampler = Callable[[tree.Tree, LoadedBatch], tuple[np.ndarray, list[str]]]
 
-# images a sample, each with its caption
+# Number of images, each with its caption, in a sample.
 SAMPLES = 8
-# metrics of tasks that need more than this model and the examples: word lists, a judge, Inception
+# Metrics that need more than this model and the examples: word lists, a judge, Inception.
 OFFLINE_METRICS = ("wups", "judge", "fid")
 
 
@@ -60,7 +60,7 @@ def held_out_evaluator(plan: RunPlan, loader: Loader) -> Evaluator:
 
 
 def benchmark_evaluator(plan: RunPlan, tokenizer: Tokenizer) -> Evaluator:
-    """The numbers of `eval.tasks`, each as "task/number".
+    """The scores of `eval.tasks`, each named "task/score".
 
     Raises UserError, before anything is trained, for a task that cannot be evaluated.
     """
@@ -104,7 +104,7 @@ def _not_a_task(row: tuple) -> UserError:
 def caption_sampler(plan: RunPlan, tokenizer: Tokenizer) -> Sampler:
     """Images of a batch, with the model's caption and the text of the image's document.
 
-    With several processes they are the first one's.
+    The images come from the rows of process 0.
     """
 
     def sample(params: tree.Tree, item: LoadedBatch) -> tuple[np.ndarray, list[str]]:
@@ -133,8 +133,8 @@ def caption_sampler(plan: RunPlan, tokenizer: Tokenizer) -> Sampler:
 def image_sampler(plan: RunPlan, make_loader: Callable[[], Loader]) -> Sampler:
     """The first images of the data, each next to what the decoder draws for it.
 
-    Always the same images and seeds; guidance leads away from zeros, because no negative text is
-    read here.
+    Images and seeds are the same each time. The negative condition of guidance is zeros, because
+    the visual tokens of the empty prompt are not at hand.
     """
     program = plan.program
     options = {name: plan.config.drawing[name] for name in diffusion_decoder.SAMPLING_OPTIONS}
@@ -142,7 +142,7 @@ def image_sampler(plan: RunPlan, make_loader: Callable[[], Loader]) -> Sampler:
     batch = _first_rows(next(iter(loader)).batch)
     loader.close()
 
-    # Repeat rows until every device has equally many.
+    # Repeat rows until every device has the same number.
     shards = batch_shards(plan.mesh)
     count = len(batch.tokens)
     padded = np.arange(-(-count // shards) * shards) % count
@@ -153,7 +153,7 @@ def image_sampler(plan: RunPlan, make_loader: Callable[[], Loader]) -> Sampler:
         pair = _images_and_drawings(program, tuple(options.items()), params, rows)
         columns = [processes.to_host(images)[: len(has_image)] for images in pair]
         side_by_side = np.concatenate(columns, axis=2)
-        return side_by_side[has_image], ["left the image, right as it is drawn"]
+        return side_by_side[has_image], ["left: the image; right: the decoder's drawing of it"]
 
     return sample
 
@@ -170,7 +170,7 @@ def _images_and_drawings(
 
 
 def _first_rows(batch: Batch) -> Any:
-    """Rows enough for the samples, of the first process."""
+    """The first SAMPLES rows of process 0, in every process."""
     return multihost_utils.broadcast_one_to_all(jax.tree.map(lambda x: x[:SAMPLES], batch))
 
 

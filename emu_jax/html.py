@@ -1,8 +1,8 @@
 """HTML pages that stand alone: one stylesheet, SVG charts, embedded images, no script.
 
 Colours are CSS variables, so a page follows the reader's light or dark setting. Texts that a page
-quotes must go through `escape`. Who writes pages: data/builders/card.py, evaluate/gallery.py, and
-the demo's report.
+quotes must go through `escape`. Used by data/builders/card.py, evaluate/gallery.py and the demo's
+report.
 """
 
 import base64
@@ -20,7 +20,7 @@ from PIL import Image
 Number = int | float
 Points = Sequence[tuple[Number, Number]]
 
-# A curve of more points than this is drawn as means of neighbouring points.
+# A curve with more points than this is drawn with means of neighbouring points.
 MAX_POINTS = 240
 # Size of a chart and its margins, in the units of its SVG.
 WIDTH = 400
@@ -134,7 +134,7 @@ class Curve(NamedTuple):
 
 
 def page(title: str, body: str) -> str:
-    """A whole page under the heading `title`; `body` is HTML."""
+    """A complete page with the heading `title`; `body` is HTML."""
     return f"{head(title)}{body}\n{END}"
 
 
@@ -151,7 +151,7 @@ def head(title: str) -> str:
 def image(
     pixels: UInt8[np.ndarray, "h w 3"], label: str, *, kind: str = "", encoding: str = "PNG"
 ) -> str:
-    """An <img> that holds the picture itself; `kind` is its CSS class, `encoding` PNG or JPEG."""
+    """An <img> with the pixels embedded; `kind` is its CSS class, `encoding` PNG or JPEG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, encoding, optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
@@ -211,10 +211,10 @@ def chart(title: str, curves: Sequence[Curve], *, log: bool = False) -> str:
 
 
 class _Axes(NamedTuple):
-    """Where values stand in a chart, horizontally from 0 to `end`."""
+    """Maps values to positions in a chart whose horizontal axis runs from 0 to `end`."""
 
     end: Number
-    # Of the vertical axis, logarithms if `log`.
+    # The ends of the vertical axis; logarithms if `log`.
     low: float
     high: float
     ticks: list[Number]
@@ -240,7 +240,7 @@ class _Axes(NamedTuple):
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     def rules(self) -> str:
-        """Horizontal rules with their values, and the numbers below the chart."""
+        """Horizontal grid lines with their values, and the numbers below the chart."""
         parts = []
         for tick in self.ticks:
             y = self.y(tick)
@@ -268,7 +268,7 @@ class _Axes(NamedTuple):
 
 
 def linear_ticks(low: Number, high: Number) -> list[Number]:
-    """About four round numbers from below `low` to `high`, from 0 where that is near."""
+    """About four round numbers from below `low` to `high`; from 0 if `low` is close to it."""
     if low == high:
         return [low, low + 1]
     if 0 < low < 0.5 * high:
@@ -280,9 +280,9 @@ def linear_ticks(low: Number, high: Number) -> list[Number]:
 
 
 def log_ticks(low: Number, high: Number) -> list[Number]:
-    """1, 2 and 5 times powers of ten around both values.
+    """1, 2 and 5 times powers of ten, from around `low` to around `high`.
 
-    Where those would be more than seven: powers of ten alone, or every second, third, ... of them.
+    If these are more than seven: powers of ten alone, or every second, third, ... of them.
     """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
     ticks: list[Number] = []
@@ -297,7 +297,7 @@ def log_ticks(low: Number, high: Number) -> list[Number]:
 
 
 def thinned(points: Points) -> list[tuple[Number, Number]]:
-    """At most MAX_POINTS points: means of neighbours."""
+    """The points, or means of neighbouring ones if there are more than MAX_POINTS."""
     each = max(1, math.ceil(len(points) / MAX_POINTS))
     starts = range(0, len(points), each)
     return [tuple(np.mean(points[start : start + each], 0)) for start in starts]

@@ -1,8 +1,8 @@
 """The weights that a run starts from: those of config.init, made to fit the model.
 
-What the model has beyond those checkpoints stays fresh. Rows of new tokens become the mean of the
-old rows, as in the release; matrices that the model stores in few bits are quantized, and the error
-is logged. Read next: train.py.
+Parameters that those checkpoints lack stay freshly initialised. Rows of new tokens become the mean
+of the old rows, as in the release. Matrices that the model stores in few bits are quantized, and
+the error is logged. Read next: train.py.
 """
 
 import logging
@@ -25,17 +25,17 @@ from emu_jax.step import Program
 
 log = logging.getLogger(__name__)
 
-# images behind the constants that standardise visual tokens
+# Number of images from which the constants that standardise visual tokens are measured.
 STATS_IMAGES = 2048
-
+# Paths of the vocabulary rows that Emu adds.
 ADDED = "llama/(embed|lm_head)/added"
 
 
 def init_from_checkpoint(init: str, params: tree.Tree) -> tuple[tree.Tree, set[str]]:
     """Replace fresh parameters by those in the checkpoints of config.init.
 
-    Returns the parameters and the paths that were loaded. If two checkpoints hold a parameter, the
-    later one counts.
+    init: folders separated by commas; if two of them hold a parameter, the later one wins. Returns
+    the parameters and the paths that were loaded.
     """
     loaded: dict[str, jax.Array] = {}
     for directory in filter(None, init.split(",")):
@@ -44,11 +44,11 @@ def init_from_checkpoint(init: str, params: tree.Tree) -> tuple[tree.Tree, set[s
 
 
 def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
-    """The parameters that the checkpoint at `directory` and `params` share, laid out as here.
+    """Load the parameters that `directory` and `params` share, laid out as in `params`.
 
     params: arrays, or shapes with shardings. Logs which towers were loaded, stay fresh or are not
-    used. Maps of a decoder's condition stay fresh if the condition has a different width. Raises
-    UserError if another shape differs or nothing is shared.
+    used. Projections of a decoder's condition stay fresh if the condition has a different width.
+    Raises UserError if another shape differs or nothing is shared.
     """
     there = checkpoint.param_shapes(directory)
     here = dict(tree.leaves(params))
@@ -95,7 +95,7 @@ def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
 
 
 def _maps_of_other_widths(directory: str, here: dict, there: dict) -> list[str]:
-    """Maps of a decoder's condition that have a different width in the checkpoint."""
+    """Projections of a decoder's condition that have a different width in the checkpoint."""
     widened = [
         path
         for path, leaf in here.items()
@@ -103,8 +103,8 @@ def _maps_of_other_widths(directory: str, here: dict, there: dict) -> list[str]:
     ]
     if widened:
         log.warning(
-            "init %s: %d maps of the condition stay fresh, because its width is %d there and %d "
-            "here: %s",
+            "init %s: %d projections of the condition stay fresh, because its width is %d there "
+            "and %d here: %s",
             directory,
             len(widened),
             there[widened[0]][0],
@@ -115,7 +115,7 @@ def _maps_of_other_widths(directory: str, here: dict, there: dict) -> list[str]:
 
 
 def _check_adapters(directory: str, here: dict, there: dict) -> None:
-    """Raise UserError for LoRA or quantized matrices where the model has plain ones."""
+    """Raise UserError for LoRA or quantized matrices of which the model has only plain ones."""
     for path in there:
         parent, _, name = path.rpartition("/")
         if path not in here and name in ("a", *sharding.QUANTIZED) and f"{parent}/w" in here:
@@ -131,7 +131,7 @@ def _towers(paths: Iterable[str]) -> str:
 
 
 def _add_mean_rows(directory: str, path: str, leaf: jax.Array, loaded: dict) -> jax.Array:
-    """Rows of added tokens; those that the checkpoint lacks are the mean of all others."""
+    """Rows of the added tokens; those that the checkpoint lacks are the mean of its rows."""
     added = loaded[path]
     base = loaded[path.replace("/added", "/base")]
     count = leaf.shape[0]
@@ -149,15 +149,15 @@ def _add_mean_rows(directory: str, path: str, leaf: jax.Array, loaded: dict) -> 
 def measure_visual_stats(
     program: Program, params: tree.Tree, loader: Loader, layout: tree.Tree
 ) -> tree.Tree:
-    """Mean and deviation of each dimension of each visual token, over STATS_IMAGES images.
+    """Mean and standard deviation of each dimension of each token, over STATS_IMAGES images.
 
-    For models that standardise their visual tokens. loader: the training data as one process alone
-    would read it, so that several processes all see the same images. layout: shardings.
+    For models that standardise their visual tokens. loader: the training data as a single process
+    would read it, so that all processes see the same images. layout: shardings of the result.
     """
     found: list[np.ndarray] = []
     for item in loader:
         images = item.batch.images[item.batch.has_image]
-        # One shape for every batch.
+        # Pad, so that every batch has the same shape.
         slots = item.batch.has_image.size
         padding = np.zeros((slots - len(images), *images.shape[1:]), np.uint8)
         tokens = _encode(program, params, np.concatenate([images, padding]))
@@ -168,7 +168,8 @@ def measure_visual_stats(
     tokens = np.concatenate(found)[:STATS_IMAGES].astype(np.float64)
     stats = {"mean": tokens.mean(0), "std": np.maximum(tokens.std(0), 1e-4)}
     log.info(
-        "visual tokens standardised by the mean and deviation of %d images; mean deviation %.3g",
+        "visual tokens are standardised by the mean and standard deviation over %d images; their "
+        "mean standard deviation is %.3g",
         len(tokens),
         stats["std"].mean(),
     )
@@ -220,16 +221,16 @@ def _quantize(
         )
         if codes.shape != here[path].shape:
             raise UserError(
-                f"init={directory!r}: {matrix} is {list(there[matrix])} there, which does not make "
-                f"{path} {list(here[path].shape)}"
+                f"init={directory!r}: {matrix} has the shape {list(there[matrix])} there, which "
+                f"does not give {path} the shape {list(here[path].shape)}"
             )
         errors[matrix] = float(_relative_error(w, codes, absmax))
         found |= {path: codes, scales: absmax}
     if errors:
         worst = max(errors, key=lambda matrix: errors[matrix])
         log.info(
-            "init %s: %d matrices stored as %s, off by %.2f %% of their root mean square, at most "
-            "%.2f %% (%s)",
+            "init %s: %d matrices stored as %s; error relative to their root mean square: %.2f %% "
+            "on average, at most %.2f %% (%s)",
             directory,
             len(errors),
             storage,

@@ -14,6 +14,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from emu_jax import processes, profiler, sharding, tree
 from emu_jax.checkpoint import CheckpointManager
@@ -54,24 +55,7 @@ def run(
     should_stop = processes.StopConsensus(plan.mesh)
     profile_dir = writer.path.parent / f"profile/{jax.process_index()}"
     profiled = profiler.trace_steps(profiler.parse_steps(c.profile.steps), profile_dir)
-
-    def save(wait: bool = False) -> None:
-        error = None
-        try:
-            # A run resumed from here will not log this step again.
-            metric_log.flush()
-        except UserError as disk_full:
-            # The disk of the metrics; that of the checkpoints may have room.
-            error = disk_full
-        # The time it takes is then the save's.
-        jax.block_until_ready(state)
-        with watchdog.phase("checkpoint"):
-            data = merge_states(processes.allgather_json(item.state))
-            checkpoints.save(step, state, data, to_dict(c), wait=wait or bool(error))
-        if error:
-            raise error
-        size = len(json.dumps(data))
-        log.info("saving step %d, %d bytes of data state; %s", step, size, watchdog.goodput())
+    save = partial(save_checkpoint, c, checkpoints, metric_log, watchdog)
 
     watchdog.enter_phase("steps")
     with closing(loader), stop_signals() as stopped, profiled as profile:
@@ -104,24 +88,12 @@ def run(
                 metric_log.pause()
             # After the evaluation, so that a resumed run does not repeat it.
             if _due(c.checkpoint.every, step) and step < c.optim.steps:
-                save()
+                save(step, state, item)
                 metric_log.pause()
         if step > first:
-            save(wait=True)
+            save(step, state, item, wait=True)
 
-    if metric_log.bad >= c.log.max_bad_steps:
-        raise UserError(
-            f"stopped at step {step}: {metric_log.bad} steps were not finite or spiked "
-            f"(log.max_bad_steps={c.log.max_bad_steps}); their documents are named in the log; the "
-            "checkpoint holds the last good weights"
-        )
-    if step < c.optim.steps:
-        log.warning(
-            "stopped by %s at step %d of %d; the checkpoint is saved, the same command resumes",
-            stopped[0] if stopped else "another process",
-            step,
-            c.optim.steps,
-        )
+    report_end(c, step, metric_log.bad, stopped)
     if programs and (recompiled := count_compiled(train_step) - programs):
         log.warning(
             "train_step was compiled %d times: a shape or a dtype changes from step to step",
@@ -130,8 +102,25 @@ def run(
     return state
 
 
+def report_end(c: ConfigDict, step: int, bad_steps: int, signals: list[str]) -> None:
+    """Log why a run ended before its last step. Raises UserError after too many bad steps."""
+    if bad_steps >= c.log.max_bad_steps:
+        raise UserError(
+            f"stopped at step {step}: {bad_steps} steps were not finite or spiked "
+            f"(log.max_bad_steps={c.log.max_bad_steps}); their documents are named in the log; the "
+            "checkpoint holds the last good weights"
+        )
+    if step < c.optim.steps:
+        log.warning(
+            "stopped by %s at step %d of %d; the checkpoint is saved, the same command resumes",
+            signals[0] if signals else "another process",
+            step,
+            c.optim.steps,
+        )
+
+
 def count_compiled(jitted: jax.stages.Wrapped) -> int:
-    """How many programs were compiled of a jitted function, in this process."""
+    """Number of programs that this process has compiled for a jitted function."""
     return jitted._cache_size()  # ty: ignore[missing-attribute]
 
 
@@ -141,7 +130,7 @@ def evaluate(
     writer: MetricWriter,
     step: int,
 ) -> None:
-    """Write the numbers of all evaluators as one line of metrics."""
+    """Write the numbers of all evaluators as one line of metrics.jsonl."""
     params = tree.merge(state.trainable, state.frozen)
     values = {}
     for evaluator in evaluators:
@@ -150,7 +139,7 @@ def evaluate(
 
 
 def _sampled_params(plan: RunPlan, state: State) -> tree.Tree:
-    """Parameters that `generate` would use: what draws uses its average."""
+    """The parameters that `generate` would use: a decoder uses the average of its weights."""
     averaged = state.ema if plan.program.stage.draws else None
     return tree.merge(averaged or state.trainable, state.frozen)
 
@@ -178,17 +167,17 @@ class MetricLog:
         return self.bad_in_all - self.bad_at_start
 
     def add(self, step: int, item: LoadedBatch, metrics: Metrics, waited: float) -> None:
-        """Remember a step that was dispatched, and write the one before."""
+        """Add a step that was dispatched, and write the metrics of the one before."""
         self._write_pending()
         self.pending = step, item, metrics, waited
 
     def flush(self) -> None:
-        """Write what is pending, and wait until it is on disk."""
+        """Write the pending metrics, and wait until they are on disk."""
         self._write_pending()
         self.writer.flush()
 
     def pause(self) -> None:
-        """Leave what was done since the last step out of the next step's time."""
+        """Exclude the time since the last step from the next step's."""
         self.throughput.pause()
 
     def _write_pending(self) -> None:
@@ -213,9 +202,43 @@ class MetricLog:
             self.writer.write(step, values)
 
 
+def save_checkpoint(
+    c: ConfigDict,
+    checkpoints: CheckpointManager,
+    metric_log: MetricLog,
+    watchdog: Watchdog,
+    step: int,
+    state: State,
+    item: LoadedBatch,
+    *,
+    wait: bool = False,
+) -> None:
+    """Save the state after `step`, whose batch was `item`, and the metrics up to it.
+
+    wait: return only once everything is on disk. Raises UserError if a disk is full; if that is the
+    disk of the metrics, after the checkpoint is saved.
+    """
+    error = None
+    try:
+        # A run resumed from here will not log this step again.
+        metric_log.flush()
+    except UserError as disk_full:
+        # The disk of the checkpoints may have room.
+        error = disk_full
+    # Finish the step first, so that its time does not count as the checkpoint's.
+    jax.block_until_ready(state)
+    with watchdog.phase("checkpoint"):
+        data = merge_states(processes.allgather_json(item.state))
+        checkpoints.save(step, state, data, to_dict(c), wait=wait or bool(error))
+    if error:
+        raise error
+    size = len(json.dumps(data))
+    log.info("saving step %d, %d bytes of data state; %s", step, size, watchdog.goodput())
+
+
 @contextmanager
 def stop_signals() -> Generator[list[str]]:
-    """Yield a list to which SIGINT and SIGTERM append their names, instead of an exit.
+    """Yield a list to which SIGINT and SIGTERM append their names, instead of exiting.
 
     A second signal has its usual effect.
     """

@@ -1,4 +1,4 @@
-"""The objective: predict the next element of a sequence, a word or an image's embedding.
+"""The objective: predict the next element of a sequence, a text token or a visual token.
 
 Section 2.2 of arXiv 2307.05222. `fused` computes cross-entropy over the vocabulary and L2
 regression in one pass over the hidden states. It works in chunks, and computes a gradient written
@@ -17,11 +17,10 @@ from jaxtyping import Array, Float, Int
 from emu_jax.sharding import AXES, ROWS
 from emu_jax.tree import Tree
 
-# How the heads lie on a mesh. The collectives below are written for this layout; a test holds it to
-# that of sharding.PARAMS.
-# V D, n D
+# Layout of the heads on a mesh. The collectives below are written for it, and a test checks that
+# sharding.PARAMS has the same. Shapes: V D and n D.
 HEAD_SPECS = {"base": P("tensor", "fsdp"), "added": P(None, "fsdp")}
-# D D
+# Shape: D D.
 REGRESS_SPECS = {"w": P("fsdp", "tensor")}
 
 
@@ -42,8 +41,8 @@ def fused(
     """(text_scale * sum(w * nll) + image_scale * sum(w * error), nll, error), all float32.
 
     Only hidden, head and regress have gradients; nll [B, T] and error [B, K] are detached, for
-    metrics. Under a mesh (`jax.set_mesh`) rows lie over (data, fsdp), which must divide B, and
-    weights as in sharding.PARAMS.
+    metrics. Under a mesh (`jax.set_mesh`) rows are sharded over (data, fsdp), which must divide B,
+    and weights as in sharding.PARAMS.
 
     hidden: states after the final norm, in the compute dtype. Matrix products use it and accumulate
         in float32.
@@ -54,9 +53,9 @@ def fused(
     label_weights, target_weights: the `w` of the two sums.
     predictors: the position whose hidden state predicts targets[b, k]. It is clipped to the row, so
         a target of weight 0 may name any. error is the mean square over D.
-    text_scale, image_scale: a term's weight over the global sum of its `w`, so that value and
+    text_scale, image_scale: a term's weight divided by the global sum of its `w`, so that value and
         gradient are normalised.
-    chunk: most tokens of a row whose logits exist at one time. T need not be a multiple of it.
+    chunk: the most tokens of a row whose logits exist at a time. T need not be a multiple of it.
     """
     given = labels, label_weights * text_scale, predictors, targets, target_weights * image_scale
     return _fused(chunk, (hidden, head, regress), lax.stop_gradient(given))
@@ -104,8 +103,8 @@ def _values(chunk, learnt, given, gradient):
 def _sweep(chunk, gradient, vocab, data, fsdp, tensor, learnt, given):
     """((nll, error), gradients of this device's shards or None).
 
-    data, fsdp and tensor name the axes of the mesh, or are () for an axis of size 1 and without a
-    mesh: a collective over () does nothing. Weights are cast, then gathered over fsdp, once.
+    data, fsdp and tensor are names of mesh axes, or () for an axis of size 1 and without a mesh: a
+    collective over () does nothing. Weights are cast, then gathered over fsdp, once.
     """
     hidden, head, regress = learnt
     labels, label_scales, predictors, targets, target_scales = given

@@ -57,12 +57,12 @@ def means(
 class MetricWriter:
     """Writes the metrics of a run into `workdir`.
 
-    Lines after step `start`, from a run that was killed, are removed first. Every method raises
-    UserError if the disk is full or cannot be written.
+    Lines of steps after `start`, which a killed run has left, are removed first. Every method
+    raises UserError if the disk is full or cannot be written.
     """
 
     def __init__(self, workdir: Path, *, start: int, steps: int):
-        """start: the step from which the run resumes. steps: of the complete run."""
+        """start: the step from which the run resumes. steps: the last step of the run."""
         self.active = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl"
         if not self.active:
@@ -76,7 +76,7 @@ class MetricWriter:
             self.board = Board(workdir / "tensorboard", start)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
         self.steps = steps
-        # The first step written and when: speed counts from there, since compiling came before.
+        # The first step written, and when. Speed is measured from there, without compilation.
         self.first: tuple[int, float] | None = None
         self.logged = 0.0
 
@@ -116,7 +116,8 @@ class MetricWriter:
     def write_images(self, step: int, images: np.ndarray, captions: list[str]) -> None:
         """Write images [M, h, w, 3] and their captions to TensorBoard.
 
-        The images also go to pictures/STEP.png, one below the other; if that fails, it is logged.
+        The images also go to pictures/STEP.png, one below the other; failing to write this file is
+        only logged.
         """
         if not (self.active and len(images)):
             return
@@ -132,7 +133,7 @@ class MetricWriter:
             self.board.add(step, summary.text("captions", text))
 
     def flush(self) -> None:
-        """Bring everything to disk, or to the bucket that is mounted there.
+        """Write everything to disk, or to the bucket that is mounted there.
 
         Called before a checkpoint, since a run resumed from it will not write these steps again.
         """
@@ -162,7 +163,7 @@ class MetricWriter:
 
 
 class Board:
-    """TensorBoard's file, written synchronously.
+    """TensorBoard's event file, written synchronously.
 
     The thread of tensorboardX's SummaryWriter dies at the first disk error, after which calls block
     forever.

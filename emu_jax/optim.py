@@ -1,7 +1,7 @@
 """The optimizer: AdamW with a learning rate and a weight decay for every parameter.
 
-Both are rules over parameter paths (section 3 of the paper). A parameter's learning rate at a step
-is its peak (rules.peak_lr) times the schedule's share of the peak. Read next: step.py.
+Both are rules over parameter paths (section 3.2 of the paper). A parameter's learning rate at a
+step is its peak (rules.peak_lr) times the schedule's share of the peak. Read next: step.py.
 """
 
 from functools import lru_cache
@@ -21,15 +21,15 @@ SCHEDULES = ("cosine", "linear", "constant", "stepped")
 def schedule(c: ConfigDict) -> optax.Schedule:
     """The learning rate's share of its peak by step: a linear warm-up, then optim.schedule.
 
-    c: config.optim. Raises UserError for settings that make no schedule.
+    c: config.optim. Raises UserError for invalid settings.
     """
     warmup = round(c.warmup * c.steps)
     if c.schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={c.schedule!r} is not one of {', '.join(SCHEDULES)}")
     if not 0 <= c.warmup <= 1 or c.steps < 1:
         raise UserError(
-            f"optim.warmup={c.warmup} is a share of the steps, 0 to 1, and optim.steps={c.steps} "
-            "at least 1"
+            f"optim.warmup={c.warmup} must be a share of the steps, 0 to 1, and "
+            f"optim.steps={c.steps} at least 1"
         )
     if c.schedule == "stepped" and not _is_rising(warmup, c.boundaries):
         raise UserError(

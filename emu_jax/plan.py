@@ -1,7 +1,7 @@
-"""A run without its numbers: the program, the mesh, and the state and batch as shapes.
+"""The plan of a run: its program, its mesh, and the shapes of its state and batch.
 
-What train, fit, benchmarks and tests need of a config is computed here, without allocating
-anything: a 14B model is planned on a laptop. Read next: train.py, fit/.
+Computes what train, fit, benchmarks and tests need from a config without allocating any array, so
+that a 14B model can be planned on a laptop. Read next: train.py, fit/.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class RunPlan:
     config: ConfigDict
     program: Program
     mesh: jax.sharding.Mesh
-    # the parameters as they are initialised, in float32
+    # The parameters as they are initialised, in float32.
     params: tree.Tree
-    # the training state, each leaf with its sharding
+    # The training state; each leaf has its sharding.
     state: State
 
     @cached_property
@@ -51,9 +51,10 @@ class RunPlan:
 
 
 def make_plan(c: ConfigDict, devices: list[jax.Device] | None = None) -> RunPlan:
-    """Plan the run that `c` describes. devices: default all that are here.
+    """Plan the run that `c` describes. devices: all of JAX's by default.
 
-    Raises UserError for rules, a model or a batch that are wrong, or do not fit the devices.
+    Raises UserError for invalid rules, models and batches, and for those that the devices do not
+    divide.
     """
     params = abstract_params(c)
     mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
@@ -72,9 +73,9 @@ def abstract_params(c: ConfigDict) -> tree.Tree:
 
 
 def make_program(c: ConfigDict, params: tree.Tree | None = None) -> Program:
-    """The program of a config. params: its parameters or their shapes, if they are at hand.
+    """The program of a config. params: its parameters or their shapes, if already known.
 
-    Rules must cover the whole model; the program keeps the part about what trains.
+    The rules must cover all parameters; the program keeps their values for those that train.
     """
     if params is None:
         params = abstract_params(c)
@@ -138,7 +139,7 @@ def _is_row_range(chosen: Any, count: int) -> bool:
 
 
 def apply_rule(rows: Any, params: tree.Tree, name: str) -> tree.Tree:
-    """tree.by_rule, whose errors become UserErrors."""
+    """Call tree.by_rule and turn its errors into UserErrors."""
     try:
         return tree.by_rule(rows, params, name)
     except ValueError as error:
@@ -183,9 +184,9 @@ def batch_shapes(c: ConfigDict, program: Program, mesh: jax.sharding.Mesh) -> Ba
 def latent_metadata(c: ConfigDict) -> dict[str, Any]:
     """What latents depend on besides the autoencoder's weights, and their shape.
 
-    {"loaded": size of the loaded images, "image": size in which they are drawn, "fit": how they
-    become square, "shape": [y, x, m]}. Raises UserError for a config without an autoencoder, and
-    for one whose images differ between epochs.
+    {"loaded": side of the loaded images, "image": side of the images that the decoder draws,
+    "fit": how images become square, "shape": [y, x, m]}. Raises UserError for a config without an
+    autoencoder, and for one whose images differ between epochs.
     """
     if c.stage != "decoder":
         raise UserError(
@@ -212,7 +213,7 @@ def latent_metadata(c: ConfigDict) -> dict[str, Any]:
 
 
 def check_batch(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError for a batch that the devices cannot share out."""
+    """Raise UserError for a batch that cannot be split evenly over devices and micro-batches."""
     shards = batch_shards(mesh)
     if c.optim.accumulate < 1 or c.data.batch % (shards * c.optim.accumulate):
         raise UserError(
@@ -222,7 +223,7 @@ def check_batch(c: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """How many ways the rows of a batch are split."""
+    """Number of shards of a batch's rows."""
     return int(np.prod([mesh.shape[axis] for axis in sharding.ROWS]))
 
 

@@ -97,21 +97,21 @@ def data_shard(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
 
 
 def slurm_local_gpus(environ: dict[str, str], present: int) -> list[int] | None:
-    """The GPUs of this process under SLURM, among those that it sees; None: leave it to JAX.
+    """The GPUs of this process under SLURM, as indices of those it sees; None: JAX decides.
 
     JAX assigns the n-th GPU to the n-th process of a node, which is wrong for one process per node
     and where SLURM shows each process only its own GPU. present: GPUs of the node.
     """
     if "SLURM_STEP_TASKS_PER_NODE" not in environ or not present:
         return None
-    # "8(x2),4": two nodes of 8 tasks and one of 4
+    # "8(x2),4" means two nodes with 8 tasks and one with 4.
     counts = re.findall(r"(?:^|,)(\d+)", environ["SLURM_STEP_TASKS_PER_NODE"])
     tasks = max(int(count) for count in counts)
     on_node = int(environ.get("SLURM_GPUS_ON_NODE", present))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     seen = len(visible.split(",")) if visible else on_node
     if seen < on_node:
-        # SLURM shows this process only its own.
+        # SLURM shows this process only its own GPUs.
         return list(range(seen))
     if seen % tasks:
         raise UserError(
@@ -134,7 +134,10 @@ def allgather_json(value: Any) -> list[Any]:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """All of an array. If other processes hold a part of it, every process must call this."""
+    """Copy all of an array to the host.
+
+    If other processes hold a part of it, every process must call this.
+    """
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
@@ -143,8 +146,8 @@ def to_host(x: jax.Array) -> np.ndarray:
 class StopConsensus:
     """Agreement on stopping: all processes get the same answer at the same step.
 
-    A call returns whether any process wanted to stop at the call before, since that result is
-    already there: nobody waits for the device. A single process gets its own answer at once.
+    A call returns whether any process wanted to stop at the previous call: that result is already
+    known, so that no process waits for the device. A single process gets its own answer at once.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):

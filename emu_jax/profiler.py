@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def parse_steps(text: str) -> range:
-    """The steps 10, 11 and 12 for "10:13", none for "". Raises UserError."""
+    """Parse "FIRST:END": "10:13" gives the steps 10, 11 and 12, "" none. Raises UserError."""
     if not text:
         return range(0)
     first, colon, end = text.partition(":")

@@ -1,9 +1,9 @@
 """The mesh, and the one table of where every parameter lives. Axes: data, fsdp, tensor.
 
 `data` holds copies of the parameters; `fsdp` shards parameters, gradients and optimizer state;
-`tensor` splits heads, feed-forward layers and vocabulary. Rows of a batch lie over (data, fsdp).
-Models never name a mesh axis: they call the helpers at the end. Read next: models/layers.py, which
-gathers a block's weights with `gather_weights`.
+`tensor` splits heads, feed-forward layers and vocabulary. Rows of a batch are sharded over (data,
+fsdp). Models never name a mesh axis: they call the helpers at the end. Read next: models/layers.py,
+which gathers a block's weights with `gather_weights`.
 """
 
 import re
@@ -23,15 +23,16 @@ from emu_jax.config import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-# How the paths of matrices end (`is_matrix`): layers, vocabularies, and the factors of LoRA.
+# Suffixes of the paths of matrices (`is_matrix`): layers, vocabularies, and the factors of LoRA.
 MATRIX_SUFFIXES = ("/w", "/base", "/added", "/a", "/b")
-# Leaves that hold a quantised matrix in place of `w`, next to its scales `absmax` (models/lora.py).
+# Names of a quantized matrix, in place of `w`; its scales are in `absmax` (models/lora.py).
 QUANTIZED = ("int8", "nf4")
 
 Row = tuple[str, P]
 
-# Tower -> (regex over paths, spec) rows in reading order, each under the shape of the weight in the
-# letters of types.py. Under blocks/ the leading L is the scanned depth and is never sharded.
+# Tower -> (regex over paths, spec) rows in the order of the forward pass. The comment above a row
+# is the shape of the weight, in the letters of types.py. Under blocks/ the leading L is the scanned
+# depth and is never sharded.
 PARAMS: dict[str, tuple[Row, ...]] = {
     "vision": (
         # p p 3 E
@@ -93,10 +94,10 @@ PARAMS: dict[str, tuple[Row, ...]] = {
     ),
     # D D
     "regress_head": (("regress_head/w", P("fsdp", "tensor")),),
-    # Small, and only in the warm-up.
+    # Replicated: small, and only in the contrastive warm-up.
     "contrast": (("contrast/.*", P()),),
-    # The decoder's towers. Their images lie over all axes (`constrain_images`), so no weight is
-    # split over tensor. Where the output channels are few, the input channels are sharded.
+    # The decoder's towers. Their images are sharded over all axes (`constrain_images`), so no
+    # weight is split over tensor. If the output channels are few, the input channels are sharded.
     "unet": (
         # C|t|ND t
         ("unet/(time/(up|down)|pooled)/w", P(None, "fsdp")),
@@ -156,7 +157,7 @@ LORA_PARAMS: tuple[Row, ...] = (
 
 
 def is_matrix(path: str) -> bool:
-    """Whether a parameter is a matrix, which `frozen_dtype` and arithmetic cast.
+    """Whether a parameter is a matrix, which may be cast for storage and arithmetic.
 
     The others, norms and biases, stay float32.
     """
@@ -169,10 +170,10 @@ def matrix_path(path: str) -> str:
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of {axis: size}, where one size may be -1: all remaining devices.
+    """Make the mesh of {axis: size}; one size may be -1: all remaining devices.
 
-    devices: None takes all. Several TPU slices lie along `data`, the only axis that crosses the
-    data-centre network. Raises UserError where the sizes do not match the devices.
+    devices: None means all. Several TPU slices are placed along `data`, the only axis that crosses
+    the data-centre network. Raises UserError if the sizes do not match the devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
@@ -189,7 +190,7 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
     shape = [len(devices) // known if size == -1 else size for size in shape]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform != "tpu":
-        # GPUs of a node are neighbours in this order.
+        # In this order, GPUs of a node are neighbours.
         placed = np.array(devices).reshape(shape)
     elif slices == 1:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -228,7 +229,7 @@ def specs(params: tree.Tree) -> tree.Tree:
 
 
 def check_divides(mesh: Mesh, params: tree.Tree) -> None:
-    """Raise UserError for a parameter that the mesh does not divide, naming a size that would."""
+    """Raise UserError for a parameter that the mesh does not divide; suggest a size that does."""
     table = dict(tree.leaves(specs(params)))
     for path, leaf in tree.leaves(params):
         for size, axis in zip(leaf.shape, table[path]):
@@ -272,7 +273,7 @@ def state_shardings(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over (data, fsdp)."""
+    """The sharding of a batch: rows over (data, fsdp)."""
     return NamedSharding(mesh, P(ROWS))
 
 
@@ -298,7 +299,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def constrain_cache(x: jax.Array) -> jax.Array:
     """Lay out a cache [L, B, S, G, d]: rows over (data, fsdp), heads over tensor.
 
-    So the projections leave it. An axis that does not divide is replicated.
+    The projections produce this layout. An axis that does not divide is replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -315,7 +316,7 @@ def constrain_cache(x: jax.Array) -> jax.Array:
 def constrain_images(x: jax.Array) -> jax.Array:
     """Lay the leading axis over all devices: the vision encoder's activations, [B*I, P, E].
 
-    Where it does not divide: over (data, fsdp).
+    If it does not divide, lay it over (data, fsdp).
     """
     mesh = jax.sharding.get_abstract_mesh()
     divides = not mesh.empty and x.shape[0] % mesh.size == 0
@@ -326,9 +327,9 @@ def gather_weights(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 
     """Make the parameters at path `where` ready for arithmetic.
 
     Matrices are cast to `dtype` *before* they are gathered over fsdp, and stay split over tensor;
-    gradients are reduce-scattered. sliced: how many leading axes (the scanned L) are already gone.
-    Of a quantised matrix or one with LoRA (models/lora.py), each array is gathered: codes, not the
-    matrix that they stand for.
+    gradients are reduce-scattered. sliced: number of leading axes (the scanned L) already removed.
+    For a quantized matrix or one with LoRA (models/lora.py), each of its arrays is gathered: the
+    codes, not the dequantized matrix.
     """
     mesh = jax.sharding.get_abstract_mesh()
 
@@ -346,11 +347,11 @@ def gather_weights(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 
 
 
 def embedding_lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of a vocabulary `base` [V, D] and `added` [n, D] by ids [B, T] -> [B, T, D].
+    """Look up ids [B, T] in a vocabulary `base` [V, D] and `added` [n, D] -> [B, T, D].
 
-    Ids from V on are added rows. Under a mesh, each tensor shard looks up the ids of its own rows,
-    in the table that was cast and then gathered over fsdp, and a sum over tensor combines them.
-    (Left to the compiler, the activations were replicated.)
+    Ids from V on are added rows. Under a mesh, the table is cast and gathered over fsdp, each
+    tensor shard looks up the ids of its own rows, and a sum over tensor combines the results. A
+    plain lookup would make the compiler replicate the activations.
     """
     V = base.shape[0]
     mesh = jax.sharding.get_abstract_mesh()

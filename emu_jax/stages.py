@@ -1,9 +1,9 @@
-"""The stages: what each one trains, and its loss.
+"""The stages of training: what each one trains, and its loss.
 
-`emu` predicts the next element (section 2 of the paper): cross-entropy for text, L2 for the
-embeddings of images, whose targets are detached. `contrastive` warms up a new image encoder.
-`decoder` trains the U-Net that draws images from visual tokens. Metrics are (sum, weight).
-Read next: step.py.
+`emu` predicts the next element (section 2.2 of the paper): cross-entropy for text, L2 for visual
+tokens, whose targets are detached. `contrastive` warms up a new image encoder. `decoder` trains the
+U-Net that draws images from visual tokens (section 3.3). Metrics are (sum, weight). Read next:
+step.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from emu_jax.config import UserError
+from emu_jax.data.tokenizer import END_IMG
 from emu_jax.losses import fused
 from emu_jax.models import diffusion, flops
 from emu_jax.models.contrast import READOUT, ContrastiveModel
@@ -26,46 +27,43 @@ from emu_jax.models.decoder import Decoder, DecoderConfig
 from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.types import Batch, Metrics
 
-# [PAD], [IMG], [/IMG], <image> are the added tokens 0 to 3
-END_IMG = 2
-
 
 def itself(config: EmuConfig) -> EmuConfig:
-    """The Emu in a config that is one."""
+    """The `emu_config` of a stage whose module is an Emu: the config itself."""
     return config
 
 
 def encoder_side(config: EmuConfig) -> int:
-    """Pixels a side of the images that the encoder reads."""
+    """The side, in pixels, of the images that the encoder reads."""
     return config.vision.image
 
 
 def accept(config: Any) -> None:
-    """The check of a stage that can train every config."""
+    """The `check` of a stage that can train every config."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """All that is particular to a stage."""
+    """Everything that differs between stages."""
 
     module: type[nnx.Module]
-    # batch -> the sums that normalise the loss, over the batch before it is cut into micro-batches
+    # (batch) -> the sums that normalise the loss, over all micro-batches of the batch.
     loss_weights: Callable[[Batch], dict[str, Float[Array, ""]]]
-    # (module, micro-batch, key, sums, objective) -> (this micro-batch's share of the loss, metrics)
+    # (module, micro-batch, key, sums, objective) -> (its share of the loss, its metrics).
     loss: Callable[..., tuple[Float[Array, ""], Metrics]]
-    # config.model as a dict -> the module's config
+    # (config.model as a dict) -> the module's config.
     make_config: Callable[[dict], Any] = EmuConfig.of
-    # the module's config -> that of the Emu in it
+    # (the module's config) -> the config of the Emu in it.
     emu_config: Callable[[Any], EmuConfig] = itself
-    # the module's config -> pixels a side of the images in a batch
+    # (the module's config) -> the side, in pixels, of the images in a batch.
     image_side: Callable[[Any], int] = encoder_side
-    # (the module's config, what trains, counts) -> FLOPs of a step by tower
+    # (the module's config, what trains, counts) -> FLOPs of a step by tower.
     step_flops: Callable[..., dict[str, flops.Count]] = flops.train
-    # raises UserError for a config of the module that the stage cannot train
+    # Raises UserError for a config of the module that the stage cannot train.
     check: Callable[[Any], None] = accept
-    # whether the model has an LLM that answers questions and captions images
+    # Whether the model has an LLM that answers questions and captions images.
     answers: bool = False
-    # whether the model has a decoder that draws images, from the average of its weights
+    # Whether the model has a decoder that draws images, with the average of its weights.
     draws: bool = False
 
 
@@ -82,18 +80,18 @@ def get_stage(c: ConfigDict) -> Stage:
 def decoder_flops_from_latents(
     config: DecoderConfig, trained: dict[str, bool], **counts: flops.Count
 ) -> dict[str, flops.Count]:
-    """flops.train_decoder for data that holds the latents, which nothing encodes."""
+    """`flops.train_decoder` for data with precomputed latents, so that no image is encoded."""
     return flops.train_decoder(config, trained, encodes=False, **counts)
 
 
 def flops_towers(params: dict[str, Any]) -> set[str]:
-    """Entries of flops.forward that a model with these parameters needs."""
+    """Entries of `flops.forward` that a model with these parameters has."""
     heads = {"heads"} if "llama" in params else set()
     return set(params) | heads
 
 
 def emu_sums(batch: Batch) -> dict[str, Float[Array, ""]]:
-    """Weights of all labels and of all regressed images."""
+    """Total weight of the labels, and of the regressed images."""
     return {"text": label_weights(batch).sum(), "image": image_weights(batch).sum()}
 
 
@@ -102,7 +100,7 @@ def emu(
 ) -> tuple[Float[Array, ""], Metrics]:
     """text_weight * mean cross-entropy + image_weight * mean squared error.
 
-    totals: emu_sums of the batch that this micro-batch is part of; the means are over that batch.
+    totals: `emu_sums` of the batch that this micro-batch is part of; the means are over that batch.
     """
     batch = shifted(batch, key, objective["shift"])
     hidden, visual = model(batch, key)
@@ -117,9 +115,9 @@ def next_element(
     totals: dict,
     objective: Mapping[str, Any],
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The objective, given the LLM's hidden states and the visual tokens.
+    """The loss and metrics of `emu`, given the LLM's hidden states and the visual tokens.
 
-    An image counts once, whether it has N targets or N + 1.
+    An image counts once, whether it has N or N + 1 targets.
     """
     N = visual.shape[2]
     counts = image_weights(batch)
@@ -174,7 +172,7 @@ def next_element(
 
 
 def image_sums(batch: Batch) -> dict[str, Float[Array, ""]]:
-    """Weight of all images that count."""
+    """Total weight of the images."""
     return {"image": image_weights(batch).sum()}
 
 
@@ -243,7 +241,7 @@ def contrastive(
 
 
 def small_images(images: UInt8[Array, "m h w 3"]) -> Float[Array, "m y x 3"]:
-    """Images of READOUT x READOUT pixels, -1 to 1, each the mean of a patch."""
+    """Downscale images to READOUT x READOUT pixels in -1..1, each the mean of a patch."""
     m, h, _, _ = images.shape
     patches = images.astype(jnp.float32).reshape(m, READOUT, h // READOUT, READOUT, -1, 3)
     return patches.mean((2, 4)) / 127.5 - 1
@@ -254,9 +252,9 @@ def decoder(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Weighted mean squared error of the U-Net's prediction, at a random timestep per image.
 
-    Weights and targets: models/diffusion.py. The condition is zero for a share `condition_drop` of
-    the images; gradients stop at the condition and at the image. Without a key (evaluation), noise
-    and timesteps are always the same.
+    models/diffusion.py defines weights and targets. A share `condition_drop` of the images gets the
+    condition zero. Gradients stop at the condition and at the image. Without a key, as in
+    evaluation, noise and timesteps are always the same.
     """
     keys = jax.random.split(jax.random.key(0) if key is None else key, 5)
     d = model.decoder.diffusion
@@ -270,25 +268,24 @@ def decoder(
         dropped = jax.random.bernoulli(keys[0], objective["condition_drop"], counts.shape)
         condition = jnp.where(dropped[:, None, None], 0, condition)
     x0 = jax.lax.stop_gradient(model.batch_latents(batch, keys[1]))
-    e = jax.random.normal(keys[2], x0.shape)
-    times = diffusion.sample_timesteps(d, keys[3], len(x0))
-    predicted = model.predict(diffusion.add_noise(d, x0, e, times), times, condition)
-    error = jnp.square(predicted - diffusion.target(d, x0, e, times)).mean((1, 2, 3))
-    loss = (error * diffusion.loss_weights(d, times) * counts).sum() / jnp.maximum(
-        totals["image"], 1
-    )
-    return loss, {
+    eps = jax.random.normal(keys[2], x0.shape)
+    timesteps = diffusion.sample_timesteps(d, keys[3], len(x0))
+    noisy = diffusion.add_noise(d, x0, eps, timesteps)
+    predicted = model.predict(noisy, timesteps, condition)
+    error = jnp.square(predicted - diffusion.target(d, x0, eps, timesteps)).mean((1, 2, 3))
+    weighted = error * diffusion.loss_weights(d, timesteps) * counts
+    return weighted.sum() / jnp.maximum(totals["image"], 1), {
         "diffusion_loss": ((error * counts).sum(), counts.sum()),
         "condition_variance": variance(condition, counts),
     }
 
 
 def check_readout(config: EmuConfig) -> None:
-    """Raise UserError for images that the read-out of the pixels does not divide."""
+    """Raise UserError if the side of the images is not a multiple of READOUT."""
     if config.vision.image % READOUT:
         raise UserError(
             f"model.vision.image={config.vision.image} must be a multiple of {READOUT}: "
-            "the contrastive stage reads that many pixels a side from the visual tokens"
+            f"the contrastive stage predicts {READOUT} x {READOUT} pixels from the visual tokens"
         )
 
 
@@ -311,7 +308,7 @@ STAGES = {
 
 
 def label_weights(batch: Batch) -> Float[Array, "B T"]:
-    """Weight of the label that position t predicts: the next token's, 0 at the row's end."""
+    """Weight of the label that each position predicts, the next token; 0 at the row's end."""
     return jnp.pad(batch.text_weights[:, 1:], ((0, 0), (0, 1)))
 
 
@@ -321,9 +318,10 @@ def image_weights(batch: Batch) -> Float[Array, "B I"]:
 
 
 def variance(visual: Float[Array, "... N D"], counts: Float[Array, "..."]) -> tuple[Array, Array]:
-    """Variance of visual tokens across images, as (sum, images). Zero if they collapse.
+    """Variance of visual tokens across images, as (sum, weight). Zero if they collapse.
 
-    The sum is over images, of the squared distance to the mean image per dimension.
+    The sum is over images; a term is the squared distance to the mean of all images, averaged over
+    tokens and dimensions.
     """
     z = visual.astype(jnp.float32).reshape(-1, *visual.shape[-2:])
     counts = counts.ravel()
@@ -332,7 +330,7 @@ def variance(visual: Float[Array, "... N D"], counts: Float[Array, "..."]) -> tu
 
 
 def shifted(batch: Batch, key, pixels: int) -> Batch:
-    """Shift each image by up to `pixels` in both directions, repeating its edges.
+    """Shift each image by up to `pixels` along both axes, repeating its edges.
 
     Does nothing without a key.
     """

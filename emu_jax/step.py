@@ -24,16 +24,16 @@ from emu_jax.types import Batch, Metrics
 class State:
     """All arrays of a run."""
 
-    # batches consumed
+    # Number of batches consumed.
     step: Int[Array, ""]
     trainable: tree.Tree
     frozen: tree.Tree
     opt_state: Any
-    # moving average of the trainable leaves
+    # Moving average of the trainable leaves.
     ema: tree.Tree | None
-    # skipped steps: not finite, or a spike of the gradient
+    # Number of skipped steps: not finite, or a spike of the gradient.
     bad: Int[Array, ""]
-    # running mean of the gradient's norm, which spikes are compared to
+    # Running mean of the gradient's norm, with which spikes are compared.
     typical_norm: Float[Array, ""]
 
 
@@ -45,18 +45,18 @@ class Program:
     """
 
     stage: Stage
-    # config of the stage's module
+    # Config of the stage's module.
     model_config: Any
-    # config.objective, and "sources": how many the mixture has
+    # config.objective, and "sources": the number of sources in the mixture.
     objective: FrozenDict
     optimizer: optax.GradientTransformation
-    # parameter -> True, False, or (start, stop): only these rows of it train
+    # For every parameter: True, False, or (start, stop) if only these rows of it train.
     trains: FrozenDict
-    # trainable parameter -> name under which its gradient's norm is logged
+    # For every trainable parameter: the name under which its gradient's norm is logged.
     groups: FrozenDict
-    # trainable parameter -> PartitionSpec
+    # For every trainable parameter: its PartitionSpec.
     specs: FrozenDict
-    # dtype of the matrices that do not train
+    # Dtype of the matrices that do not train.
     frozen_dtype: str
     seed: int
     accumulate: int
@@ -105,8 +105,7 @@ def init_state(program: Program, params: tree.Tree) -> State:
 def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Metrics]:
     """One step on a global batch.
 
-    A step whose loss or gradient is not finite, or whose gradient spikes, changes only the
-    counters.
+    If the loss or the gradient is not finite, or the gradient spikes, only the counters change.
     """
     loss, grads, metrics = _accumulate(program, state, batch)
 
@@ -175,7 +174,7 @@ def _accumulate(
 
 
 def mask_rows(values: Any, rows: tree.Tree) -> Any:
-    """`values`, with zeros in the rows that do not train; rows: True or (start, stop) a leaf."""
+    """Zero the rows of `values` that do not train; rows: True or (start, stop) for each leaf."""
 
     def mask(x, rows):
         if rows is True:
@@ -195,7 +194,7 @@ def _group_norms(grads: tree.Tree, groups: tree.Tree) -> dict[str, Array]:
 
 
 def eval_step(program: Program, params: tree.Tree, batch: Batch) -> Metrics:
-    """Metrics of a batch, without dropout and gradient."""
+    """Metrics of a batch, computed without dropout or a gradient."""
     totals = program.stage.loss_weights(batch)
     _, metrics = program.stage.loss(program.bind(params), batch, None, totals, program.objective)
     return metrics

@@ -1,7 +1,4 @@
-"""The speed of a run: tokens, images and FLOPs a second, from what each step's batch held.
-
-Read next: loop.py.
-"""
+"""The speed of a run in tokens, images and FLOPs per second. Read next: loop.py."""
 
 import time
 from typing import Any
@@ -15,7 +12,7 @@ from emu_jax.step import Program, State
 
 
 class Throughput:
-    """Measures the time from one step's end to the next's.
+    """Measures the time from the end of one step to the end of the next.
 
     batch_rows: rows of a global batch.
     """
@@ -29,13 +26,13 @@ class Throughput:
         self.last_end: float | None = None
 
     def pause(self) -> None:
-        """Leave what was done since the last step out of the next step's time."""
+        """Exclude the time since the last step from the next step's."""
         self.last_end = None
 
     def measure(self, item: LoadedBatch, waited: float) -> dict[str, float]:
         """Metrics of the step that just ended; waited: seconds it waited for its batch.
 
-        Without speeds for the first step, which compiles, and for the first one after a pause.
+        Speeds are left out for the first step, which compiles, and the first one after a pause.
         """
         now = time.perf_counter()
         seconds = None if self.last_end is None else now - self.last_end
@@ -67,7 +64,7 @@ class Throughput:
         return values
 
     def _count(self, item: LoadedBatch) -> dict[str, Any]:
-        """Arguments of flops.forward: this process's rows stand for those of all processes."""
+        """Arguments of flops.forward, extrapolated from this process's rows to the batch."""
         batch = item.batch
         held = batch.segments > 0
         scale = self.batch_rows / len(held)

@@ -16,10 +16,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from emu_jax import config, hooks, loop, processes, sharding
+from emu_jax import cli, config, hooks, loop, processes, sharding
 from emu_jax.checkpoint import CheckpointManager
 from emu_jax.checks import check_paths, check_run
-from emu_jax.cli import missing_extra
 from emu_jax.config import UserError
 from emu_jax.data import images, precomputed
 from emu_jax.data import tokenizer as tokenizers
@@ -39,27 +38,31 @@ USAGE = """usage: python -m emu_jax.train --config=FILE[:SIZE] [--config.FIELD=V
   python -m emu_jax.train --config=configs/pretrain.py --config.workdir=runs/emu
   python -m emu_jax.train --config=configs/pretrain.py:emu-1b --config.optim.steps=100 ...
 
-The fields of configs/base.py and their defaults. A config file may change a default or add fields.
+Below are the fields of configs/base.py and their defaults. A config file may change a default or
+add fields.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 for trained, or stopped by a signal and saved; 2 for a user's mistake."""
-    # absl would set this up, but Orbax's import may have replaced its handler.
+    """Train and return the exit status.
+
+    0: trained, or stopped by a signal and saved. 1: an error, with a traceback. 2: a user's
+    mistake. 130: Ctrl-C before training, or a second one.
+    """
+    # absl would set this up, but importing Orbax may have replaced its handler.
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)
     logging.getLogger("emu_jax").setLevel(logging.INFO)
     images.silence_pillow()
     began = time.perf_counter()
     if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
-        print(config.help_text(USAGE))
-        return 0
+        return cli.run(lambda _: print(config.help_text(USAGE)))
     try:
         if arguments is None:
-            # a process of its own, perhaps one of many
+            # This is the command, perhaps as one of several processes.
             processes.initialize()
         c = config.load(sys.argv[1:] if arguments is None else arguments)
         if c.compile_cache and not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
-            # JAX_COMPILATION_CACHE_DIR takes precedence
+            # JAX_COMPILATION_CACHE_DIR takes precedence.
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(c.compile_cache))
         train(c, began)
     except UserError as error:
@@ -67,12 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
         processes.exit_process(2)
         return 2
     except KeyboardInterrupt:
-        # before training, or a second Ctrl-C: the loop handles the first
-        print("error: stopped by SIGINT; the last checkpoint is as it was", file=sys.stderr)
+        # This is a Ctrl-C before training or a second one: the loop handles the first.
+        print("error: stopped by SIGINT; the last checkpoint is unchanged", file=sys.stderr)
         processes.exit_process(130)
         return 130
     except Exception as error:
-        if message := missing_extra(error):
+        if message := cli.missing_extra(error):
             print(f"error: {message}", file=sys.stderr)
             processes.exit_process(2)
             return 2
@@ -85,7 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
 def train(c: ConfigDict, began: float | None = None) -> State:
     """Train the run that `c` describes in c.workdir, from its newest checkpoint if it has one.
 
-    began: when the process started, as in Watchdog.
+    began: `perf_counter` at the start of the process; None: now. Returns the final state. Raises
+    UserError.
     """
     print(parameter_table(abstract_params(c)), flush=True)
     check_paths(c)
@@ -125,7 +129,7 @@ def train(c: ConfigDict, began: float | None = None) -> State:
 
         # Loop.
         if jax.process_index() == 0:
-            # once more: another run may have started here meanwhile
+            # Check again: another run may have started here in the meantime.
             check_workdir(workdir, c)
             write_config(workdir, config.to_dict(c))
         writer = MetricWriter(workdir, start=step, steps=c.optim.steps)
@@ -139,7 +143,7 @@ def train(c: ConfigDict, began: float | None = None) -> State:
 
 
 def loader_factory(plan: RunPlan, tokenizer: tokenizers.Tokenizer) -> partial[Loader]:
-    """Makes loaders of this process's share of the batches."""
+    """A function that makes loaders of this process's share of the batches."""
     c = plan.config
     stage = plan.program.stage
     model = stage.emu_config(plan.program.model_config)
@@ -158,7 +162,7 @@ def loader_factory(plan: RunPlan, tokenizer: tokenizers.Tokenizer) -> partial[Lo
 
 
 def start_state(plan: RunPlan, make_loader: partial[Loader]) -> State:
-    """The state at step 0: fresh parameters, with those of config.init in their place."""
+    """The state at step 0: fresh parameters, or those of config.init where it has them."""
     c = plan.config
     for kind in precomputed.KINDS:
         if c.data[kind]:

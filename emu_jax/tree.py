@@ -1,9 +1,9 @@
 """Nested dicts of parameters, and the one rule language over their paths.
 
 A rule is an ordered list of (regex, value) rows over paths such as "llama/blocks/attn/q/w": the
-first row that matches a complete path wins (big_vision's habit). Shardings, what trains, learning
+first row that matches the complete path wins, as in big_vision. Shardings, what trains, learning
 rates, weight decay and LoRA's targets are rules. A leaf that no row covers, and a row that no leaf
-needs, are errors: a rule that silently did nothing can cost a month of compute.
+needs, are errors: a rule that silently does nothing can cost a month of compute.
 """
 
 import re
@@ -66,7 +66,7 @@ def by_rule(rules: Sequence[Any], tree: Tree, what: str = "rules") -> Tree:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether it is a pair that begins with a valid regular expression."""
+    """Whether `row` is a pair that begins with a valid regular expression."""
     try:
         pattern, _ = row
         return bool(re.compile(pattern))
@@ -83,5 +83,5 @@ def split(tree: Tree, chosen: Tree) -> tuple[Tree, Tree]:
 
 
 def merge(*trees: Tree) -> Tree:
-    """One nested dict of several disjoint ones: the inverse of `split`."""
+    """Join disjoint nested dicts into one: the inverse of `split`."""
     return unflatten({path: leaf for tree in trees for path, leaf in leaves(tree)})

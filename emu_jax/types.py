@@ -25,21 +25,21 @@ class Batch:
     of the N slots of its i-th image, just after its `[IMG]`; it is T if the row has fewer images.
     """
 
-    # ids; [PAD] where a row ends
+    # Ids; [PAD] after the last document of a row.
     tokens: Int[Array, "B T"]
-    # 1, 2, ... per packed document; 0 is padding
+    # 1, 2, ... for the packed documents of a row; 0 for padding.
     segments: Int[Array, "B T"]
-    # restart at 0 in every document
+    # Positions restart at 0 in every document.
     positions: Int[Array, "B T"]
-    # weight of tokens[b, t] as a label (predicted from t - 1); 0 at a document's first token
+    # Weight of tokens[b, t] as a label (predicted from t - 1); 0 at a document's first token.
     text_weights: Float[Array, "B T"]
-    # RGB, 0 to 255
+    # RGB, 0 to 255.
     images: UInt8[Array, "B I h w 3"]
-    # T for no image
+    # Index of the first slot of each image; T for no image.
     image_slots: Int[Array, "B I"]
-    # 1 where the image is regressed
+    # 1 if the image is regressed, else 0.
     image_weights: Float[Array, "B I"]
-    # index of the document's source in the mixture, for losses per source
+    # Index of the document's source in the mixture, for losses per source.
     sources: Int[Array, "B T"]
 
     @property
@@ -52,21 +52,21 @@ class Batch:
 class DecoderBatch(Batch):
     """A batch with arrays precomputed once per image (data/precomputed.py).
 
-    None: each step computes them itself.
+    If a field is None, each step computes it itself.
     """
 
-    # what the LLM regressed
+    # Visual tokens that the LLM generated.
     conditions: Float[Array, "B I N D"] | None = None
-    # means of the autoencoder's latents, and their log variances: m = 2 c
+    # Means of the autoencoder's latents, then their log variances: m = 2 c.
     latents: Float[Array, "B I y x m"] | None = None
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values, of every layer, of what an LLM has read, with free slots for more.
+    """Keys and values of all layers for what an LLM has read, with free slots for more.
 
-    The first `length` of the S slots are in use, in every row; `segments` is 0 where a slot of a
-    row holds nothing: the padding of a shorter prompt, or a free slot. G: heads of keys and values.
+    The first `length` of the S slots are in use in every row. `segments` is 0 in slots that hold
+    nothing: the padding of a shorter prompt, or a free slot. G: heads of keys and values.
     """
 
     k: Float[Array, "L B S G d"]
@@ -74,7 +74,8 @@ class KVCache:
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
-    # nothing was read yet: the first elements attend to themselves alone, with any kernel
+    # Whether nothing was read yet: the first elements attend to themselves alone, so that any
+    # attention kernel can be used.
     empty: bool = flax.struct.field(pytree_node=False)
 
     @property

@@ -1,4 +1,4 @@
-"""Watching a run: goodput, steps that hang, and runs that keep dying in the same step.
+"""Monitors a run: goodput, steps that hang, and runs that keep dying in the same step.
 
 Each process watches itself and logs what it finds; only process 0 writes a file. Read next:
 loop.py.
@@ -24,15 +24,16 @@ log = logging.getLogger(__name__)
 
 # "restart" is everything before the first batch.
 PHASES = ("steps", "input wait", "compile", "checkpoint", "evaluation", "restart")
-# Deaths of earlier runs that running.json remembers.
+# Number of earlier deaths that running.json records.
 MAX_DEATHS = 5
 
 
 class Watchdog:
     """Accounts for the time of this process by phase, and reports hangs and repeated deaths.
 
-    A context: a run that leaves it without an error, or with a UserError or a KeyboardInterrupt,
-    has not died. The file running.json in the workdir exists while a run is under way or has died.
+    A context manager: a run that leaves it without an error, or with a UserError or a
+    KeyboardInterrupt, has not died. The file running.json exists in the workdir while a run is in
+    progress, and after it has died.
     """
 
     def __init__(self, workdir: Path, hang: float, began: float | None = None):

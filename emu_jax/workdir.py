@@ -39,7 +39,7 @@ MAY_DIFFER = (
     "data.max_bad_share",
     "data.unreadable",
 )
-# differing fields that an error message names
+# Number of differing fields that an error message names, at most.
 NAMED = 4
 
 
@@ -68,7 +68,7 @@ def check_workdir(workdir: Path, c: ConfigDict) -> None:
 
 
 def write_config(workdir: Path, values: dict[str, Any]) -> None:
-    """Record the config of a run, once everything that it names was found."""
+    """Record the config of a run; call it once everything that the config names was found."""
     try:
         with atomic_write(workdir / "config.json") as file:
             file.write(json.dumps(values, indent=1) + "\n")
@@ -79,15 +79,15 @@ def write_config(workdir: Path, values: dict[str, Any]) -> None:
 def check_same_config(owner: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise UserError, naming the fields, if `new` differs from `old` outside MAY_DIFFER.
 
-    Fields added since `old` was written are only warned about: their defaults keep a run as it was.
-    owner: what has the old config, for the message.
+    Fields added since `old` was written cause only a warning, because their defaults leave a run
+    unchanged. owner: what the old config belongs to, for the message.
     """
     old = _flatten(old)
     new = _flatten(new)
     added = [key for key in sorted(new.keys() - old.keys()) if not key.startswith(MAY_DIFFER)]
     if added:
         log.warning(
-            "%s was written before these fields existed, which are as this config has them: %s",
+            "%s was written before these fields existed; this config's values are used: %s",
             owner,
             ", ".join(added),
         )

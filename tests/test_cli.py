@@ -28,6 +28,20 @@ def test_a_command_ends_in_one_line(capsys, error, status, message):
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize("lines", [1, 10**5])
+def test_a_reader_that_stops_early_is_not_an_error(lines):
+    program = f"""
+import sys
+from emu_jax import cli
+sys.exit(cli.run(lambda _: print("line\\n" * {lines}), []))
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_a_parser_raises_and_knows_no_abbreviations():
     parser = cli.Parser()
     parser.add_argument("--limit")

@@ -63,8 +63,8 @@ def test_the_decoders_published_schedule():
             ["schedule=cosin"],
             "optim.schedule='cosin' is not one of cosine, linear, constant, stepped",
         ),
-        (["warmup=2000"], r"optim.warmup=2000.0 is a share of the steps, 0 to 1"),
-        (["warmup=-0.1"], "optim.warmup=-0.1 is a share"),
+        (["warmup=2000"], r"optim.warmup=2000.0 must be a share of the steps, 0 to 1"),
+        (["warmup=-0.1"], "optim.warmup=-0.1 must be a share"),
         (["steps=0"], "optim.steps=0 at least 1"),
         (
             ["schedule=stepped", "boundaries=((8, 0.5), (4, 0.1))"],

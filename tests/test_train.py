@@ -277,7 +277,7 @@ def test_resume_after_a_signal_is_bit_exact(data, warm, whole, tmp_path, caplog,
     assert [line["step"] for line in lines(workdir)] == [1, 2] and saved(workdir)[1]["step"] == 2
     assert "loaded ln_visual, resampler, vision; fresh: llama, regress_head" in caplog.text
     assert "visual_stats; not used: contrast" in caplog.text
-    assert "visual tokens standardised by the mean and deviation of" in caplog.text
+    assert "visual tokens are standardised by the mean and standard deviation over" in caplog.text
     assert list((workdir / "profile/0").rglob("*.xplane.pb"))
     assert run(emu_arguments(data, workdir, warm))[0] == 0
     assert_same_run(workdir, whole)
@@ -498,7 +498,7 @@ def test_fields_added_since_a_run_are_only_warned_about(caplog):
         "it", {"seed": 0, "data": {"batch": 8}}, {"seed": 0, "data": {"batch": 8, "new": 1}}
     )
     assert (
-        "it was written before these fields existed, which are as this config has them: data.new"
+        "it was written before these fields existed; this config's values are used: data.new"
         in caplog.text
     )
     with pytest.raises(UserError, match="it has a different config: data.old was 1 and is None"):

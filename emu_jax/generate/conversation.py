@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from emu_jax.batching import power_of_two
 from emu_jax.config import UserError
+from emu_jax.data.tokenizer import EOS
 from emu_jax.generate import decode_state, image_decoding, text_decoding
 from emu_jax.generate.decode_state import DecodeState
 from emu_jax.generate.generation_config import GenerationConfig
@@ -92,8 +93,8 @@ class Conversation:
             turn = session.processor.chat_turn(parts, system=self._system, first=first)
         else:
             turn = session.prompt(parts) if first else session.continuation(parts)
-        was_cut = self._chat and not first and self._pending.tokens[-1:] != [text_decoding.EOS]
-        turn = concatenate(Prompt([text_decoding.EOS] * was_cut), turn, Prompt(end))
+        was_cut = self._chat and not first and self._pending.tokens[-1:] != [EOS]
+        turn = concatenate(Prompt([EOS] * was_cut), turn, Prompt(end))
         return session.fit_prompt(turn, len(self._history) + len(self._pending), room)
 
     def _answer(
@@ -147,7 +148,7 @@ class Conversation:
             config,
             rows=rows,
             allowed=allowed,
-            stop_ids=(text_decoding.EOS, tokenizer.img),
+            stop_ids=(EOS, tokenizer.img),
         )
         # All rows are copies of one, so they share a key.
         keys = jnp.stack([jax.random.fold_in(jax.random.key(config.seed), 0)] * rows)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from emu_jax import cli
 from emu_jax.config import UserError
 from emu_jax.data import images
 from emu_jax.data.video import VIDEO_SUFFIXES
@@ -61,8 +62,8 @@ def load_video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3
         import av
 
         from emu_jax.data.video import OPTIONS, segment_centres, upright
-    except ImportError:
-        raise UserError(f"'{path}': videos need the package av: pip install av") from None
+    except ModuleNotFoundError as error:
+        raise UserError(f"'{path}': {cli.missing_extra(error) or error}") from error
     try:
         with (
             path.open("rb") as file,

@@ -21,7 +21,7 @@ from emu_jax import checkpoint, tree
 from emu_jax.batching import pad_batch, power_of_two
 from emu_jax.config import UserError, from_dict
 from emu_jax.data import tokenizer as tokenizers
-from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.data.tokenizer import EOS, Tokenizer
 from emu_jax.generate import decode_state, image_decoding, text_decoding, trie
 from emu_jax.generate.decode_state import DecodeState
 from emu_jax.generate.generation_config import GenerationConfig
@@ -221,7 +221,7 @@ class Session:
         depends on config.seed and on the prompt's place among `prompts`.
         """
         allowed = self.text_ids() | added
-        answers = None if choices is None else trie.build(choices, text_decoding.EOS)
+        answers = None if choices is None else trie.build(choices, EOS)
 
         def generate(some: list[Prompt], indices: list[int]) -> list[list[int]]:
             room = power_of_two(config.max_new_tokens, MIN_LENGTH)
@@ -290,9 +290,7 @@ class Session:
         The candidate with the least loss is the likeliest. end: count its `</s>` too. Raises
         UserError for no candidates or an empty one.
         """
-        answers = [
-            self.tokenizer.encode(candidate) + [text_decoding.EOS] * end for candidate in candidates
-        ]
+        answers = [self.tokenizer.encode(candidate) + [EOS] * end for candidate in candidates]
         if not answers or not all(answers):
             raise UserError("losses needs at least one candidate, and none may be empty")
         if isinstance(parts, Prefix):
@@ -426,7 +424,7 @@ class Session:
         allowed: Bool[np.ndarray, "V"],
         prefix: Prefix | None = None,
         choices: Trie | None = None,
-        stop_ids: Sequence[int] = (text_decoding.EOS,),
+        stop_ids: Sequence[int] = (EOS,),
     ) -> SamplingMetadata:
         """The config, limits and masks for the answers to prompts, as arrays.
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from emu_jax.data.tokenizer import EOS
 from emu_jax.generate import decode_state, logits_process
 from emu_jax.generate.decode_state import DecodeState
 from emu_jax.generate.logits_process import SamplingMetadata
 from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.tree import Tree
 
-EOS = 2
 # Log-probability of a beam that does not exist yet.
 DEAD = -1e9
 

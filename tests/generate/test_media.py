@@ -188,11 +188,13 @@ def test_without_av(monkeypatch):
 
     def absent(name, *rest):
         if name == "av":
-            raise ImportError(name)
+            raise ModuleNotFoundError(name=name)
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(UserError, match="pip install av"):
+    with pytest.raises(
+        UserError, match=r"x.mp4': .* needs the package av: pip install 'emu-jax\[data\]'"
+    ):
         media.load_video(Path("x.mp4"), 28)
 
 

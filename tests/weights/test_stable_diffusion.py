@@ -297,7 +297,7 @@ def test_a_decoder_starts_from_stable_diffusion_and_from_an_emu(tmp_path, capsys
     with caplog.at_level(logging.WARNING):
         params, loaded = init_from_checkpoint(c.init, cast_frozen(program, start))
     reason = "because its width is 12 there and 32 here"
-    assert f"8 maps of the condition stay fresh, {reason}: {', '.join(fresh)}" in caplog.text
+    assert f"8 projections of the condition stay fresh, {reason}: {', '.join(fresh)}" in caplog.text
     got = dict(tree.leaves(params))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, cast_frozen(program, start))
     assert set(loaded) == set(got) - set(fresh)

@@ -9,6 +9,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+from emu_jax import cli
 from emu_jax.config import UserError
 from emu_jax.files import one_line
 
@@ -76,12 +77,12 @@ class WordNet:
 def allow(folder: str) -> None:
     """Let NLTK read `folder`: it opens nothing outside nltk.data.path.
 
-    Raises UserError where NLTK is not installed.
+    Raises UserError if NLTK is not installed.
     """
     try:
         import nltk.data
-    except ImportError as error:
-        raise UserError("this score needs NLTK: pip install 'emu-jax[eval]'") from error
+    except ModuleNotFoundError as error:
+        raise UserError(cli.missing_extra(error) or str(error)) from error
     path = str(Path(folder).resolve())
     if path not in nltk.data.path:
         nltk.data.path.append(path)
