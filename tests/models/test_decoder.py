@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from emu_jax.models.decoder import Decoder, DecoderConfig, moments, resize
 from emu_jax.step import cast_frozen, init_state, train_step
 from emu_jax.types import DecoderBatch
 from tests.support import make
+from tests.support.trees import assert_bitwise_equal
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("decoder")
@@ -49,10 +51,7 @@ def trained():
 
 def test_frozen_towers_stay_as_they_are(trained):
     (before, *_, after), _ = trained
-    for (path, old), (_, new) in zip(
-        make.flat(before.frozen), make.flat(after.frozen), strict=True
-    ):
-        assert old.dtype == new.dtype and (np.asarray(old) == np.asarray(new)).all(), path
+    assert_bitwise_equal(after.frozen, before.frozen)
     assert {path.split("/")[0] for path, _ in make.flat(after.frozen)} == {
         "vision",
         "ln_visual",
@@ -97,8 +96,8 @@ def test_the_average_follows_by_its_decay(trained):
         (first.ema, second.ema, second.trainable),
         (second.ema, third.ema, third.trainable),
     ):
-        for a, b, w in zip(*(jax.tree.leaves(part) for part in (old, new, weights)), strict=True):
-            np.testing.assert_allclose(b, 0.9 * a + 0.1 * w, rtol=1e-4, atol=1e-6)
+        want = jax.tree.map(lambda a, w: 0.9 * a + 0.1 * w, old, weights)
+        chex.assert_trees_all_close(new, want, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_is_a_mean_over_images_and_micro_batches_change_nothing_of_it(trained):

@@ -7,6 +7,7 @@ import functools
 import re
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from emu_jax.config import UserError
 from emu_jax.models import emu, layers, lora, module
 from emu_jax.step import cast_frozen, init_state
 from tests.support import make
+from tests.support.trees import assert_close
 
 ROWS = "rules.train=(('.*/(a|b)', True), ('llama/(embed|lm_head)/added', (4, 6)), ('.*', False))"
 TUNED = (
@@ -102,9 +104,8 @@ def test_its_leaves_are_beside_the_targets_and_start_as_nothing():
     without = dict(make.flat(without))
     added = fresh.keys() - without.keys()
     assert added == {f"blocks/attn/{name}/{half}" for name in "qkvo" for half in "ab"}
-    for path, leaf in without.items():
-        # the same model, whether or not there is LoRA
-        np.testing.assert_array_equal(fresh[path], leaf)
+    # the same model, whether or not there is LoRA
+    chex.assert_trees_all_equal({path: fresh[path] for path in without}, without)
     assert fresh["blocks/attn/q/a"].shape == (2, 32, 3) and fresh["blocks/attn/q/b"].shape == (
         2,
         3,
@@ -129,7 +130,7 @@ def test_wrapped_equals_baked():
     """Outputs, and the gradient of a by the chain rule from that of the merged matrix."""
     (ours, grads) = compiled(P.model_config)(PARAMS, None)
     (theirs, merged) = compiled(PLAIN.model_config)(plain(PARAMS), None)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+    assert_close(ours, theirs, 2e-5)
     assert np.abs(ours - hidden(P, without_b(PARAMS))).max() > 0.01
     for name, by_chain in (("q", "LDhd,Lrhd->LDr"), ("o", "Lhde,Lre->Lhdr")):
         want = (
@@ -137,7 +138,7 @@ def test_wrapped_equals_baked():
             / 3
             * np.einsum(by_chain, merged[name]["w"], PARAMS["llama"]["blocks"]["attn"][name]["b"])
         )
-        np.testing.assert_allclose(grads[name]["a"], want, rtol=0, atol=1e-4 * np.abs(want).max())
+        assert_close(grads[name]["a"], want, 1e-4)
 
 
 def test_dropout_is_of_lora_alone_differs_by_layer_and_needs_a_key():
@@ -224,11 +225,8 @@ def test_a_stored_model_is_the_model_of_what_the_codes_say():
         for path in codes
     }
     assert said.keys() == dict(make.flat(PARAMS)).keys()
-    fresh = {
-        path: (x.shape, x.dtype)
-        for path, x in make.flat(jax.eval_shape(partial(make.params, STORED)))
-    }
-    assert fresh == {path: (x.shape, x.dtype) for path, x in flat.items()}
+    fresh = dict(make.flat(jax.eval_shape(partial(make.params, STORED))))
+    chex.assert_trees_all_equal_shapes_and_dtypes(fresh, flat)
     np.testing.assert_allclose(
         hidden(STORED, params), hidden(P, tree.unflatten(said)), rtol=0, atol=1e-4
     )
@@ -242,16 +240,8 @@ def test_a_sharded_stored_model_equals_a_single_one():
         codes = at["llama"]["blocks"]["attn"]["q"]["nf4"]
         assert codes.addressable_shards[0].data.size == codes.size // 8
         got, sharded = compiled(STORED.model_config)(at, None)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
-    for name in "qkvo":
-        for half in "ab":
-            np.testing.assert_allclose(
-                sharded[name][half],
-                grads[name][half],
-                rtol=0,
-                atol=1e-3 * np.abs(grads[name][half]).max(),
-                err_msg=name,
-            )
+    assert_close(got, want, 1e-4)
+    assert_close(sharded, grads, 1e-3)
 
 
 # Bad input
