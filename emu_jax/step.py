@@ -4,6 +4,7 @@ A step is a pure function, jitted once; the loss comes from stages.py. Read next
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -154,6 +155,8 @@ def _accumulate(
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
+    # Jitted, so that one trace serves for the shapes of the sums and for the scan.
+    @partial(jax.jit, inline=True)
     def loss_and_grads(micro_batch, number):
         micro_key = jax.random.fold_in(key, number)
         (loss, metrics), grads = grad_fn(state.trainable, micro_batch, micro_key)
