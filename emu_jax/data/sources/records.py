@@ -16,7 +16,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
@@ -128,6 +127,9 @@ class RecordSource:
     """
 
     def __init__(self, folder: Path, split: str, image_size: int, fit: str = "squash"):
+        # Imported here: it brings JAX along, which a reader process does not need.
+        import grain
+
         try:
             info = tfds.builder_from_directory(str(folder)).info
         # tensorflow-datasets raises many kinds of errors for damaged metadata.
