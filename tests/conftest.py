@@ -9,6 +9,7 @@ import gc
 import hashlib
 import os
 import resource
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -67,6 +68,18 @@ if os.environ.get("EMU_CHECK_SHAPES") == "1":
 def pytest_collection_modifyitems(items):
     """The longest tests first: at the end, the other workers would wait for them."""
     items.sort(key=lambda item: item.path.name not in ("test_processes.py", "test_torture.py"))
+
+
+@pytest.fixture
+def small_traces(monkeypatch):
+    """Profiles omit the compiled programs: a run has a few, a process of tests thousands."""
+    # Not before the settings above.
+    import jax
+
+    options = jax.profiler.ProfileOptions()
+    options.enable_hlo_proto = False
+    start = partial(jax.profiler.start_trace, profiler_options=options)
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
 
 
 @pytest.fixture

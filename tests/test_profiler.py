@@ -15,7 +15,7 @@ def test_wrong_steps_are_an_error(text):
         profiler.parse_steps(text)
 
 
-def test_a_trace_is_written_even_if_the_run_ends_during_it(tmp_path):
+def test_a_trace_is_written_even_if_the_run_ends_during_it(tmp_path, small_traces):
     step = jax.jit(lambda x: x + 1)
     for number, last in enumerate((6, 3)):
         with profiler.trace_steps(range(3, 5), tmp_path / str(number)) as before:

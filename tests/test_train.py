@@ -261,7 +261,9 @@ def test_resume_after_a_kill_is_bit_exact(data, warm, whole, copy):
     assert_same_run(copy, whole)
 
 
-def test_resume_after_a_signal_is_bit_exact(data, warm, whole, tmp_path, caplog, monkeypatch):
+def test_resume_after_a_signal_is_bit_exact(
+    data, warm, whole, tmp_path, caplog, monkeypatch, small_traces
+):
     write = metric_writer.MetricWriter.write
 
     def told(self, step, values):
