@@ -38,6 +38,8 @@ flags = hashlib.sha256(os.environ["XLA_FLAGS"].encode()).hexdigest()[:8]
 cache = Path(__file__).parent.parent / f".cache/jax-tests/{version('jaxlib')}-{flags}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# The line of every operation took a twelfth of the time of tracing; no program depends on it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 # Not types.py and loop.py: JAX rebuilds their structs with leaves that are not arrays.
 CHECKED = (

@@ -79,7 +79,7 @@ def worker(notes: str, arguments: list[str]) -> int:
 
 
 def command(
-    folder: Path, workdir: Path, layout: str, steps: int
+    folder: Path, workdir: Path, layout: str, steps: int, save_every: int
 ) -> tuple[list[str], dict[str, str]]:
     """The command of a start, with NOTES for the path of its records, and its environment."""
     processes, devices, overrides = LAYOUTS[layout]
@@ -106,7 +106,7 @@ def command(
         "model.resampler.remat=none",
         "model.llama.remat=none",
         "log.pictures_every=0",
-        f"checkpoint.every={SAVE_EVERY}",
+        f"checkpoint.every={save_every}",
         "checkpoint.keep=2",
         "rules.peak_lr=(('.*', 1e-3),)",
         *overrides,
@@ -135,12 +135,18 @@ def command(
 
 
 def run_attempt(
-    folder: Path, workdir: Path, number: int, attempt: Attempt, steps: int, chance: random.Random
+    folder: Path,
+    workdir: Path,
+    number: int,
+    attempt: Attempt,
+    steps: int,
+    chance: random.Random,
+    save_every: int = SAVE_EVERY,
 ) -> None:
     """Start the run, kill it at its moment, and read the batches that it consumed."""
     notes = folder / "notes" / f"{workdir.name}-{number}"
     notes.parent.mkdir(exist_ok=True)
-    argv, environ = command(folder, workdir, attempt.layout, steps)
+    argv, environ = command(folder, workdir, attempt.layout, steps, save_every)
     with open(f"{notes}.log", "w") as log:
         run = subprocess.Popen(
             [word.replace("NOTES", str(notes)) for word in argv],
@@ -311,7 +317,8 @@ def torture(
     reference = folder / "reference"
     workdir = folder / "killed"
     undisturbed = Attempt("same", None)
-    run_attempt(folder, reference, 0, undisturbed, steps, chance)
+    # Saved once, at its end: no save may change a run.
+    run_attempt(folder, reference, 0, undisturbed, steps, chance, save_every=steps)
     attempts = [Attempt(layout, moment) for layout, moment in plan] + [Attempt(last, None)]
     for number, attempt in enumerate(attempts):
         run_attempt(folder, workdir, number, attempt, steps, chance)
