@@ -1,9 +1,9 @@
 """Every field of a run, with its default and the reason for it.
 
 The other files change only what differs. A value is the paper's (arXiv 2307.05222) unless its
-comment says otherwise; "unpublished" marks what neither the paper nor the release states. The
-comment above a field is its reference documentation (emu_jax/config.py, `fields`). Override on the
-command line: --config.optim.steps=100. Read next: sizes.py.
+comment says otherwise; "unpublished" means that neither the paper nor the release gives a value.
+The comment above a field is its reference documentation (emu_jax/config.py, `fields`). Override a
+field on the command line: --config.optim.steps=100. Read next: sizes.py.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
     c.init = ""
     # Dtype in which matrices that do not train are stored; "bfloat16" halves their memory.
     c.frozen_dtype = "float32"
-    # Sizes of the model's towers (configs/sizes.py); --config=FILE:emu-7b chooses another row.
+    # Sizes of the model's towers (configs/sizes.py); --config=FILE:emu-7b chooses another size.
     c.model = model(size)
     # What trains, at which learning rate and weight decay, by parameter path.
     c.rules = rules()
@@ -39,7 +39,8 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
     # Devices along each mesh axis; one axis may be -1: all remaining devices.
     c.mesh = ConfigDict(
         dict(
-            # Data-parallel copies of the parameters. More than 1 trades memory for less gathering.
+            # Data-parallel copies of the parameters. More copies need more memory, but weights are
+            # gathered over fewer devices.
             data=1,
             # Shards of the parameters, gradients and optimizer state (FSDP).
             fsdp=-1,
@@ -68,8 +69,8 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
             # Steps between lines of metrics.jsonl. 1 costs nothing: metrics are fetched one step
             # late.
             every=1,
-            # Seconds in one phase of a step (input, step, save, ...) after which the process
-            # prints where it hangs; 0: never.
+            # Seconds in one phase (input, step, save, ...) after which the process logs where it
+            # hangs; 0: never.
             hang=600.0,
             # Steps between sample images and captions in TensorBoard; 0: never.
             pictures_every=500,
@@ -90,15 +91,15 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
         dict(
             # Sampler: "pndm" (the release's), "ddim", "euler", "dpm++" or "flow".
             sampler="pndm",
-            # Denoising steps an image; the release's value.
+            # Denoising steps per image; the release's value.
             steps=50,
             # Scale of classifier-free guidance; 1.0: off. The release's value.
             guidance=7.5,
-            # Share of guidance rescaling, which undoes its excess contrast (arXiv 2305.08891, where
-            # it is 0.7); 0.0: off, as in the release.
+            # Strength of guidance rescaling, 0 to 1, which reduces the excess contrast of guidance
+            # (arXiv 2305.08891 uses 0.7); 0.0: off, as in the release.
             rescale=0.0,
-            # Negative condition of guidance: "empty" (visual tokens of the empty prompt; the
-            # release's) or "zeros".
+            # Negative condition of guidance: "empty" (the visual tokens generated for the empty
+            # prompt, as in the release) or "zeros".
             negative="empty",
         )
     )
@@ -107,10 +108,10 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
         dict(
             # Steps between evaluations on data.eval_mixture and eval.tasks; 0: never.
             every=0,
-            # Global batches of data.eval_mixture an evaluation.
+            # Global batches of data.eval_mixture per evaluation.
             batches=8,
-            # Benchmarks to score as `emu_jax.evaluate` does: (task, "FOLDER", n) rows, of which the
-            # first n examples count.
+            # Benchmarks to score as `emu_jax.evaluate` does: (task, "FOLDER", n) rows; only the
+            # first n examples are scored.
             tasks=(),
         )
     )
@@ -124,8 +125,8 @@ def rules() -> ConfigDict:
             # Which parameters train. Default: everything, end to end; a row ("vision/.*", False)
             # in front would freeze the vision encoder.
             train=((".*", True),),
-            # Peak learning rates. The paper's for the vision encoder, LLaMA and the causal
-            # transformer; the other new layers get the last (unpublished).
+            # Peak learning rates. The paper gives those of the vision encoder, LLaMA and the causal
+            # transformer; other new layers get that of the causal transformer (unpublished).
             peak_lr=(
                 ("vision/.*", 4e-5),
                 ("llama/.*", 3e-5),
@@ -153,18 +154,18 @@ def objective() -> ConfigDict:
             # Weight of the image loss, the mean squared error of visual tokens (unpublished).
             image_weight=1.0,
             # Whether an image has one more regression target, the embedding of [/IMG] after its
-            # last visual token. The release's mask includes it; the paper does not say.
+            # last visual token. The release's mask includes it; the paper does not mention it.
             regress_end=True,
-            # Tokens of a row whose logits exist at one time: smaller needs less memory. The result
-            # does not depend on it.
+            # Tokens of a row whose logits exist at a time; fewer need less memory. The result does
+            # not depend on it.
             chunk=256,
-            # Random shift of training images in each direction, in pixels. The paper uses none.
+            # The most pixels by which training images are shifted at random along each axis. The
+            # paper uses none.
             shift=0,
-            # Contrastive stage: temperature of the softmax over the batch; 0.07 is where CLIP's
-            # starts.
+            # Contrastive stage: temperature of the softmax over the batch; CLIP's starts at 0.07.
             temperature=0.07,
             # Contrastive stage: weight of the pixel read-out loss, a mean squared error that soon
-            # falls to some hundredths. Our choice.
+            # falls below 0.1. Our choice.
             readout_weight=100.0,
             # Contrastive stage: weight of the variance hinge max(0, 1 - std) over each dimension of
             # a visual token (VICReg, arXiv 2105.04906). Our choice.
@@ -172,8 +173,8 @@ def objective() -> ConfigDict:
             # Contrastive stage: weight of the squared correlations between the dimensions of a
             # visual token (VICReg's covariance term). Our choice.
             decorrelate=0.5,
-            # Decoder stage: share of images whose condition is replaced by zeros, for
-            # classifier-free guidance (the paper: 10 %; the zeros are unpublished).
+            # Decoder stage: share of images whose condition is dropped for classifier-free guidance
+            # (the paper's 10 %; that zeros replace it is unpublished).
             condition_drop=0.1,
             # Decoder stage with condition="generated": share of images conditioned on their own
             # encoded visual tokens instead. The paper uses none.
@@ -188,14 +189,15 @@ def optim() -> ConfigDict:
         dict(
             # Training steps; the schedule spans all of them.
             steps=10_000,
-            # Shape of the learning rate after the warm-up, as a share of rules.peak_lr: "cosine",
-            # "linear", "constant" or "stepped" (see boundaries).
+            # Shape of the learning rate after the warm-up: "cosine", "linear", "constant" or
+            # "stepped" (see boundaries).
             schedule="cosine",
             # Length of the linear warm-up, as a share of all steps.
             warmup=0.2,
-            # Share of the peak learning rate that is left after the last step.
+            # Learning rate at the last step, as a share of the peak ("cosine" and "linear").
             final=0.0,
-            # Schedule "stepped": (step, share of the peak) pairs, each valid from its step on.
+            # Schedule "stepped": (step, share of the peak) pairs; a share applies from its step
+            # until the next pair's.
             boundaries=(),
             # AdamW's decay of the first moment.
             b1=0.9,
@@ -203,10 +205,10 @@ def optim() -> ConfigDict:
             b2=0.98,
             # AdamW's epsilon.
             eps=1e-6,
-            # Clip the gradient to this global norm; 0: no clipping. Unpublished: the follow-up's
-            # (Emu2's) value.
+            # Clip the gradient to this global norm; 0: no clipping. Unpublished; this is Emu2's
+            # value.
             clip=5.0,
-            # Micro-batches a step. More need less memory; the gradient is exactly that of the whole
+            # Micro-batches per step. More need less memory; the gradient is that of the complete
             # batch.
             accumulate=1,
             # Decay of an exponential moving average of the trained parameters; 0: no average.
@@ -223,25 +225,26 @@ def data() -> ConfigDict:
         dict(
             # Rows of the global batch, over all devices.
             batch=256,
-            # T, tokens a row. LLaMA's context length.
+            # T, tokens per row: LLaMA's context length.
             tokens=2048,
-            # I, images a row at most. With 32, pretraining leaves 9 % of the image slots empty and
-            # pads 3 % of the tokens (benchmarks/results/fit.md).
+            # I, the most images per row. With 32, pretraining leaves 9 % of the image slots empty
+            # and pads 3 % of the tokens (benchmarks/results/fit.md).
             images=32,
-            # Logical data streams. They divide batch, and every number of hosts that the run may
-            # use must divide them: a resumed run reads the same order on other hosts.
+            # Number of logical data streams, which must divide batch and be a multiple of every
+            # number of hosts that the run may use: a resumed run then reads the same order on
+            # another number of hosts.
             num_streams=256,
             # How documents are packed into rows: "first_fit", or "best_fit", which picks the
             # waiting document that uses tokens and images most evenly.
             packing="first_fit",
-            # Documents a stream holds back to fill rows from.
+            # Number of waiting documents per stream from which rows are filled.
             pack_lookahead=16,
             # Batches prepared ahead of the step.
             prefetch=2,
-            # Threads a host that fill rows. With readers=0 they also read and decode records.
+            # Threads per host that fill rows. With readers=0 they also read and decode records.
             workers=4,
-            # Processes a host that read and decode records: they use more cores than threads can,
-            # and survive a crash or hang of a decoder; 0: threads read.
+            # Processes per host that read and decode records; 0: the threads read. Processes use
+            # more cores than threads can, and a run survives if a decoder crashes or hangs in one.
             readers=0,
             # Stop the run when more than this share of a source's records is corrupt.
             max_bad_share=0.01,
@@ -250,22 +253,22 @@ def data() -> ConfigDict:
             patience=120.0,
             # Further attempts to read a record after a timeout or a disk error.
             retries=2,
-            # What to do when these attempts fail, too: "skip" the record as corrupt, or "stop" the
+            # What to do if these attempts fail, too: "skip" the record as corrupt, or "stop" the
             # run.
             unreadable="skip",
             # Decoder stage: folder of conditions written by `generate precompute`, which
-            # model.decoder.condition="generated" needs; "": the other conditions.
+            # model.decoder.condition="generated" needs; "" for the other conditions.
             conditions="",
             # Decoder stage: folder of VAE latents written by `generate precompute --latents`; "":
             # images are encoded in every step.
             latents="",
             # Tokenizer file: tokenizer.model (SentencePiece, LLaMA's) or tokenizer.json.
             tokenizer="",
-            # Tokens that count as labels: "text", "</s>", "[IMG]" and "[/IMG]". The release's two;
-            # with "[IMG]" the model learns when to generate an image.
+            # Tokens that count as labels, among "text", "</s>", "[IMG]" and "[/IMG]". The default
+            # is the release's; with "[IMG]" the model learns when to generate an image.
             labels=("text", "</s>"),
-            # System message in front of conversations: "release" (the release's, which announces an
-            # image or a video) or "none".
+            # System message at the start of conversations: "release" (the release's, which
+            # announces an image or a video) or "none".
             system="release",
             # Probability that the image of an image-text pair comes before its text.
             image_first=0.5,

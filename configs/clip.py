@@ -27,10 +27,10 @@ def clip() -> ConfigDict:
             patch=14,
             # Size of the vocabulary.
             vocab=49408,
-            # Tokens of a text at most.
+            # The most tokens of a text.
             context=77,
-            # Id of the token at which a text's features are read; 2: at the largest id, whatever it
-            # is (the first releases' config.json).
+            # Id of the token at which a text's features are read. 2, as in the config.json of the
+            # first releases, means the token with the largest id.
             eos=49407,
             # Text tower.
             text=dict(

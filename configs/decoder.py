@@ -1,4 +1,4 @@
-"""Emu's visual decoder (section 2.3 of the paper): visual tokens to pixels.
+"""Emu's visual decoder (section 3.3 of the paper): visual tokens to pixels.
 
 Stable Diffusion 1.5's U-Net trains; everything else is frozen.
 
@@ -25,7 +25,7 @@ def get_config(size: str = "emu-14b"):
     c.rules.groups = (("unet/.*/cross/.*", "condition"), (".*", "unet"))
     c.optim.steps = 15_000
     c.optim.schedule = "stepped"
-    # 5,000 steps.
+    # 5,000 of the 15,000 steps.
     c.optim.warmup = 1 / 3
     c.optim.boundaries = ((10_000, 0.5), (14_000, 0.1))
     c.optim.b2 = 0.999
@@ -33,20 +33,20 @@ def get_config(size: str = "emu-14b"):
     c.optim.eps = 1e-8
     c.optim.clip = 1.0
     c.optim.ema = 0.9999
-    # Data sets of their own, built with --kind=pairs --max-chars=150: the paper drops longer
-    # captions.
+    # These data sets are built for this stage, with --kind=pairs --max-chars=150: the paper drops
+    # longer captions.
     c.data.mixture = (
         ("laion-coco", 7.0, "data/laion-coco-150:train"),
         ("laion-aesthetics", 2.0, "data/laion-aesthetics-150:train"),
     )
     c.data.batch = 1600
     c.data.num_streams = 64
-    # One caption and its image, 34 tokens with its marks.
+    # Room for one caption and its image, which takes 34 tokens with [IMG] and [/IMG].
     c.data.tokens = 96
     c.data.images = 1
-    # The caption comes first: it says what to draw.
+    # The caption comes first, since the image is generated from it.
     c.data.image_first = 0.0
-    # "" where model.decoder.condition is not "generated".
+    # Set it to "" if model.decoder.condition is not "generated".
     c.data.conditions = "data/conditions"
     c.checkpoint.every = 500
     return c
@@ -58,9 +58,9 @@ def decoder(condition: int) -> ConfigDict:
         dict(
             # Side of the generated image, in pixels.
             image=512,
-            # Where the condition, an image's visual tokens, comes from. "generated": the LLM's own
-            # regression, token by token, precomputed (the paper's; see data.conditions);
-            # "teacher_forced": the LLM's regression from the true tokens; "encoded": the encoder's
+            # Which visual tokens are the condition. "generated": those that the LLM generates one
+            # by one, precomputed (as in the paper; see data.conditions); "teacher_forced": the
+            # LLM's prediction of each token from the true ones before it; "encoded": the encoder's
             # tokens of the image, without the LLM.
             condition="generated",
             # The denoising network; a tuple has an entry for each level, the finest first.
@@ -77,7 +77,8 @@ def decoder(condition: int) -> ConfigDict:
                 resnets=(2, 2, 2, 2),
                 # Whether a transformer follows each residual block on the way down.
                 attends_down=(True, True, True, False),
-                # The same on the way up; here, too, the finest level is the first.
+                # Whether a transformer follows each residual block on the way up. The finest level
+                # is the first here, too.
                 attends_up=(True, True, True, False),
                 # Blocks of each transformer.
                 depths=(1, 1, 1, 1),
@@ -93,9 +94,10 @@ def decoder(condition: int) -> ConfigDict:
                 side=0,
                 # Width of the time embedding.
                 time=1280,
-                # Whether the time's sinusoids begin with the cosines; both releases' do.
+                # Whether the time's sinusoids begin with the cosines, as in Stable Diffusion 1 and
+                # 2.
                 cosine_first=True,
-                # Shift of the time's frequencies (0.0 in both releases).
+                # Shift of the time's frequencies; 0.0 in Stable Diffusion 1 and 2.
                 frequency_shift=0.0,
                 # Groups of the group norms.
                 groups=32,
@@ -119,14 +121,14 @@ def decoder(condition: int) -> ConfigDict:
                 resnets=2,
                 # Groups of the group norms.
                 groups=32,
-                # Factor from the encoder's output to the latent that the U-Net sees.
+                # Factor by which latents are multiplied before the U-Net sees them.
                 scale=0.18215,
                 # What a block saves for the backward pass, as in model.vision.remat.
                 remat="full",
             ),
             # Noise schedule and training target.
             diffusion=dict(
-                # Time steps of the schedule in training.
+                # Number of timesteps of the schedule in training.
                 steps=1000,
                 # Noise variance of the first step.
                 beta_start=0.00085,

@@ -33,15 +33,15 @@ def warmup(c):
         ("names", 0.5, "data/demo/names:train"),
         ("scenes", 0.5, "data/demo/scenes:train"),
     )
-    # About 128 images per step: each is contrasted with all others.
+    # About 128 images per step, and each is contrasted with all others.
     c.data.batch = 16
     c.data.tokens = 128
     c.data.images = 8
-    # A probe of the visual tokens gets 54 to 65 % of held-out scenes right after 400 steps, and
-    # 71 % after 900.
+    # A probe of the visual tokens classifies 54 to 65 % of held-out scenes correctly after 400
+    # steps, and 71 % after 900.
     c.optim.steps = 900
     c.optim.b2 = 0.98
-    # In pixels: 1,881 drawings are few, and without shifts they are memorised.
+    # Without shifts, the 1,881 drawings would be memorised.
     c.objective.shift = 3
     # A small model from scratch: 20 to 50 times the paper's rate for its large, pretrained towers.
     c.rules.peak_lr = ((".*", 2e-3),)
@@ -60,19 +60,19 @@ def emu(c):
         ("scenes", 1.0, "data/demo/scenes:held_out"),
         ("stories", 1.0, "data/demo/stories:held_out"),
     )
-    # Ten images of 6 elements with their names fill a row.
+    # A row holds ten images, of 6 elements each, with their names.
     c.data.batch = 8
     c.data.tokens = 128
     c.data.images = 10
-    # Each name occurs about 34 times, half of them before its drawing. The share of names whose own
-    # drawing is among the nearest five: 61 % after 1,700 steps, 71 % (1,800), 69 % (1,900), 78 %
-    # (2,000).
+    # Each name occurs about 34 times, half of them before its drawing. The share of names that find
+    # their own drawing among the nearest five was 61 % after 1,700 steps, then 71 % (1,800), 69 %
+    # (1,900) and 78 % (2,000).
     c.optim.steps = 1900
     c.eval.every = 500
-    # The whole row: logits of 1,024 tokens are small here.
+    # All tokens of a row at once: logits of 1,024 tokens are small here.
     c.objective.chunk = 128
-    # With a weight of 1, captions are as good, but a name finds its own drawing among the nearest
-    # five in 31 %, not 79 %.
+    # With a weight of 1, captions are as good, but only 31 % of the names find their own drawing
+    # among the nearest five, instead of 79 %.
     c.objective.image_weight = 4.0
     # The encoder is frozen. Trained end to end (learning rate 5e-4), the visual tokens' variance
     # held at 0.36 to 0.48, but a step took 1.7 times as long and captions were no better.
@@ -89,7 +89,7 @@ def instruct(c):
     c.rules.decay = ((".*", 0.0),)
     c.data.mixture = (("questions", 1.0, "data/demo/questions:train"),)
     c.data.eval_mixture = (("questions", 1.0, "data/demo/questions:held_out"),)
-    # The release's system message would be two thirds of a conversation.
+    # The release's system message would make up two thirds of a conversation.
     c.data.system = "none"
     c.data.batch = 8
     c.data.tokens = 192
@@ -107,15 +107,16 @@ def decoder(c):
     # As in the paper. `make demo` precomputes the conditions first.
     c.model.decoder.update(dict(image=32, condition="generated"))
     c.data.conditions = "runs/demo/conditions"
-    # So that it draws what the encoder sees as well as what the model imagines.
+    # Half of the conditions are encoded, so that the decoder can draw real images' tokens, too.
     c.objective.encoded_share = 0.5
     # Diffusion on pixels, without a VAE.
     c.model.decoder.vae = {}
-    # `pooled` adds the concatenated visual tokens to the time embedding, so the tokens are
-    # distinguished from the first step on; attention over them starts as their mean. `side` gives
-    # each of the 8 x 8 positions its own projection of that embedding, which costs an eighth of the
-    # FLOPs and halves the steps needed: without it all positions get the same. One level: a second
-    # one, of 4 x 4 positions, cost a fifth of the FLOPs and drew no better.
+    # `pooled` adds a projection of the concatenated visual tokens to the time embedding, which
+    # distinguishes the tokens from the first step on; attention would start as their mean. `side`
+    # gives each of the 8 x 8 positions its own projection of that embedding; without it all
+    # positions get the same. It costs an eighth of the FLOPs and halves the number of steps needed.
+    # There is one level only: a second one, of 4 x 4 positions, cost a fifth of the FLOPs and drew
+    # no better.
     c.model.decoder.unet.update(
         dict(
             channels_in=3,
@@ -134,8 +135,8 @@ def decoder(c):
             remat="none",
         )
     )
-    # Predict x0: what is not learnt yet is then blurred. Predicting the velocity, nothing but noise
-    # was visible after 300 steps.
+    # With target x0, what is not learnt yet comes out blurred. With the velocity as the target,
+    # only noise was visible after 300 steps.
     c.model.decoder.diffusion.update(dict(target="x0", zero_snr=True))
     c.rules.train = (("unet/.*", True), (".*", False))
     c.rules.peak_lr = ((".*", 3e-3),)
@@ -158,7 +159,7 @@ def decoder(c):
     c.optim.steps = 950
     c.eval.every = 950
     c.log.pictures_every = 0
-    # Few sampling steps: in minutes the decoder learns where the parts are, and each further step
-    # adds specks (mean error per pixel, of 255: 18.4 with 2 steps and guidance 1.5, 18.8 with 4,
-    # 19.6 with 8 steps and guidance 2).
+    # Few sampling steps are best: in minutes of training the decoder learns where the parts are,
+    # and each further step adds specks. The mean error per pixel, of 255, was 18.4 with 2 steps and
+    # guidance 1.5, 18.8 with 4 steps, and 19.6 with 8 steps and guidance 2.
     c.drawing.update(dict(sampler="ddim", steps=3, guidance=1.5, negative="zeros"))

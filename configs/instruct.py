@@ -1,4 +1,4 @@
-"""Instruction tuning (section 2.4 of the paper).
+"""Instruction tuning (section 4 of the paper).
 
 LoRA on the LLM's self-attention trains; everything else is frozen.
 
@@ -20,13 +20,14 @@ def get_config(size: str = "emu-14b"):
     c.model.llama.added = 6
     # The resampler is frozen, so its dropout would only add noise.
     c.model.resampler.dropout = 0.0
-    # On q, k, v and o; alpha, dropout and targets are the defaults of configs/sizes.py.
+    # LoRA on q, k, v and o; alpha, dropout and targets are the defaults of configs/sizes.py.
     c.model.lora.rank = 16
     # The rows of [USER] and [ASSISTANT] (4 and 5 of the added ones) train, too; without this rule
-    # they stay at the mean of the other rows. Whether they train in the paper is unpublished.
+    # they would stay at the mean of the other rows. Whether they trained in the paper is
+    # unpublished.
     c.rules.train = ((".*/(a|b)", True), ("llama/(embed|lm_head)/added", (4, 6)), (".*", False))
-    # Learning rate, steps, warm-up and batch were written down from memory of the paper and are to
-    # be checked against it; weight decay is unpublished.
+    # Learning rate, steps, warm-up and batch are from memory of the paper and should be checked
+    # against it; weight decay is unpublished.
     c.rules.peak_lr = ((".*", 1e-5),)
     c.rules.decay = ((".*", 0.0),)
     c.optim.steps = 10_000
@@ -34,7 +35,7 @@ def get_config(size: str = "emu-14b"):
     # 32 rows of 2048 tokens hold about 128 conversations.
     c.data.batch = 32
     c.data.num_streams = 32
-    # Weights are the sizes of the sets in thousands (how the paper mixed them is unpublished).
+    # Weights are the sizes of the data sets in thousands (how the paper mixes them is unpublished).
     # Build each with `python -m emu_jax.data build --kind=NAME`.
     c.data.mixture = (
         ("sharegpt", 90.0, "data/sharegpt:train"),

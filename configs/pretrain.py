@@ -11,17 +11,17 @@ from configs.base import get_config as base
 
 def get_config(size: str = "emu-14b"):
     c = base(size)
-    # The paper gives a batch size for each set; here it is the set's weight in one packed mixture
-    # (whether the paper mixes sets within a step is unpublished). 256 rows of 2048 tokens hold
-    # about 3,450 documents (benchmarks/images_a_row.py). `python -m emu_jax.data build` with the
-    # --kind in the comment writes each folder.
+    # The paper gives a batch size for each data set; here it is the weight of the set in one packed
+    # mixture (whether the paper mixes sets within a step is unpublished). 256 rows of 2048 tokens
+    # hold about 3,450 documents (benchmarks/images_a_row.py). `python -m emu_jax.data build` writes
+    # each folder, with the --kind given above the row.
     c.data.mixture = (
         # --kind=pairs
         ("laion-2b", 128.0, "data/laion-2b:train"),
         # --kind=pairs
         ("laion-coco", 128.0, "data/laion-coco:train"),
-        # --kind=mmc4. Half are subsequences with at most 5 images, half are 5 images with their
-        # sentences (the shares are unpublished).
+        # --kind=mmc4. Half of the documents are subsequences with at most 5 images, half are 5
+        # images with their sentences (the shares are unpublished).
         ("mmc4", 32.0, "data/mmc4:train", dict(tokens=1024, images=5, start="random")),
         ("mmc4-pairs", 32.0, "data/mmc4:train", dict(tokens=512, pairs=5)),
         # --kind=videos
@@ -33,7 +33,7 @@ def get_config(size: str = "emu-14b"):
     c.data.packing = "best_fit"
     c.data.pack_lookahead = 32
     c.checkpoint.every = 500
-    # With fsdp over only a part of the devices, the TPU compiler reduce-scatters gradients; over
-    # all devices it uses all-reduce, at twice the traffic (benchmarks/results/fit.md).
+    # If fsdp spans only part of the devices, the TPU compiler reduce-scatters gradients; over all
+    # devices it uses all-reduce, at twice the traffic (benchmarks/results/fit.md).
     c.mesh.data = 4
     return c

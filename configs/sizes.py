@@ -1,15 +1,15 @@
 """The models by name.
 
-Every number of emu-14b is the paper's (arXiv 2307.05222) or its release's. The comment above a
-field of VISION, RESAMPLER, LLAMA, LORA and COMMON is its reference documentation; SIZES has what
-other models change. Read next: decoder.py.
+Every number of emu-14b is from the paper (arXiv 2307.05222) or its release. The comment above a
+field of VISION, RESAMPLER, LLAMA, LORA and COMMON is its reference documentation; SIZES lists what
+the other models change. Read next: decoder.py.
 """
 
 from ml_collections import ConfigDict
 
 
 def model(size: str) -> ConfigDict:
-    """Sizes of the towers, and how they compute. Raises ValueError for an unknown size."""
+    """Sizes and numerical options of the towers. Raises ValueError for an unknown size."""
     if size not in SIZES:
         raise ValueError(f"no model size {size!r}; there are {', '.join(SIZES)}")
     vision, resampler, llama, common = SIZES[size]
@@ -29,14 +29,13 @@ def model(size: str) -> ConfigDict:
 
 
 COMMON = dict(
-    # Dtype of arithmetic: "bfloat16" or "float32". Parameters, softmax, norms and losses are
-    # float32 always.
+    # Dtype of arithmetic: "bfloat16" or "float32". Softmax, norms and losses are always in float32.
     compute="bfloat16",
-    # Attention kernel: "dense", "splash" (TPU), "pallas" (GPU), "cudnn" (GPU, unmasked only), or
-    # "auto": by platform.
+    # Attention kernel: "dense", "splash" (TPU), "pallas" (GPU), "cudnn" (GPU, no packed rows), or
+    # "auto", which chooses by platform.
     attention="auto",
     # Whether visual tokens are standardised per token and dimension, by constants measured once
-    # before training. The release does not.
+    # before training. The release does not do this.
     standardise=False,
 )
 VISION = dict(
@@ -56,12 +55,13 @@ VISION = dict(
     mean=(0.48145466, 0.4578275, 0.40821073),
     # Standard deviation of the red, green and blue (CLIP's constants).
     std=(0.26862954, 0.26130258, 0.27577711),
-    # What a block saves for the backward pass: "full" only its inputs, "dots" also the results of
-    # matrix products, "none" everything. Our default is the least memory.
+    # Rematerialisation, that is, what a block saves for the backward pass: "full" only its inputs,
+    # "dots" also the results of matrix products, "none" everything. Our default, "full", needs the
+    # least memory.
     remat="full",
 )
 RESAMPLER = dict(
-    # N, visual tokens an image: the learned queries.
+    # N, visual tokens per image: the number of learned queries.
     tokens=32,
     # Width of the hidden states.
     width=768,
@@ -75,7 +75,7 @@ RESAMPLER = dict(
     ffn=3072,
     # Buckets of the relative position bias (T5's).
     buckets=32,
-    # Distance, in tokens, from which on all share the last bucket (T5's).
+    # Distances of at least this many tokens share the last bucket (T5's).
     max_distance=128,
     # Dropout rate (T5's).
     dropout=0.1,
@@ -85,8 +85,8 @@ RESAMPLER = dict(
 LLAMA = dict(
     # Size of LLaMA's own vocabulary.
     vocab=32000,
-    # Tokens that Emu adds: [PAD], [IMG], [/IMG] and <image>; the chat model also has [USER] and
-    # [ASSISTANT], and so 6.
+    # Number of tokens that Emu adds: [PAD], [IMG], [/IMG] and <image>. The chat model has 6, with
+    # [USER] and [ASSISTANT].
     added=4,
     # D, width of the hidden states.
     width=5120,
@@ -107,8 +107,8 @@ LLAMA = dict(
     # Scaling of the rotary frequencies beyond the trained context: ("linear", factor) or ("llama3",
     # factor, low, high, context); (): none.
     rope_scaling=(),
-    # Dtype to which the rotary frequencies are rounded. The release uses bfloat16, as its outputs
-    # show; "float32" for LLaMA itself.
+    # Dtype to which the rotary frequencies are rounded. The release's outputs show that it uses
+    # bfloat16; LLaMA itself needs "float32".
     rope_dtype="bfloat16",
     # What a block saves for the backward pass, as in model.vision.remat.
     remat="full",
@@ -123,8 +123,8 @@ LORA = dict(
     # Which matrices of the towers' blocks get adapters: (regex over parameter paths, bool) rows,
     # first match wins. The paper's: the LLM's self-attention.
     targets=(("llama/blocks/attn/(q|k|v|o)/w", True), (".*", False)),
-    # Storage of the LLM's frozen block matrices: "int8" or "nf4" (QLoRA, arXiv 2305.14314); "":
-    # frozen_dtype.
+    # How the frozen matrices of the LLM's blocks are stored: "int8" or "nf4" (QLoRA, arXiv
+    # 2305.14314); "": in frozen_dtype.
     storage="",
 )
 

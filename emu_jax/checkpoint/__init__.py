@@ -1,8 +1,8 @@
 """Checkpoints of runs: DIR/checkpoints/STEP, in a folder or a Google Cloud Storage bucket.
 
-Orbax writes them in the background, and they can be read on any mesh. Read next: format.py (what a
-step holds), read.py, manager.py (the checkpoints of a run), slices.py (models larger than the
-host's memory).
+Orbax writes them in the background, and they can be read on any mesh. Read next: format.py (the
+contents of a step), read.py, manager.py (the checkpoints of a run), slices.py (models larger than
+the host's memory).
 """
 
 from emu_jax.checkpoint.format import ArrayInfo, Metadata

@@ -1,9 +1,10 @@
-"""What the folder of a step holds, and the checksums that reveal damage.
+"""The contents of a step's folder, and the checksums that reveal damage.
 
-Each part can be read alone: `params` (trainable and frozen leaves as one tree, so that a run with
-another split finds everything), `ema` if there is one, `optimizer` (the rest of the state), and the
-JSON files `data`, `config` and `manifest`. TensorStore notices a missing or truncated file but
-returns flipped bits silently, hence the checksums of the manifest. Read next: read.py.
+Each part can be read alone: `params` (trainable and frozen leaves in one tree, so that a run in
+which other parameters train can read it), `ema` if there is one, `optimizer` (the rest of the
+state), and the JSON files `data`, `config` and `manifest`. TensorStore reports a missing or
+truncated file but silently returns flipped bits, hence the checksums in the manifest. Read next:
+read.py.
 """
 
 import json
@@ -20,16 +21,16 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 JSON_PARTS = ("data", "config", "manifest")
-# Replicas of an array each write a share if it has at least this many bytes, otherwise one of them
-# writes everything: every share is a program of its own.
+# The replicas of an array each write a share of it if it has at least this many bytes; otherwise
+# one replica writes everything, because every share compiles a program of its own.
 MIN_REPLICA_BYTES = 2**20
-# Bytes that Orbax reads or writes at a time unless one array is larger. Without a limit it might
-# hold the state twice.
+# Bytes that Orbax reads or writes at a time, unless one array is larger. Without a limit it might
+# hold the state in memory twice.
 MAX_CONCURRENT_BYTES = 2**31
 
 
 class ArrayInfo(NamedTuple):
-    """An entry of the manifest. checksum: see `checksums`."""
+    """The manifest's entry for one array. checksum: see `checksums`."""
 
     dtype: str
     shape: list[int]
@@ -45,12 +46,12 @@ class Metadata:
     # State of the data pipeline.
     data: dict
     config: dict
-    # "params", "ema" or "optimizer" -> path of a leaf -> its entry
+    # {"params", "ema" or "optimizer": {path of a leaf: its entry}}.
     arrays: dict[str, dict[str, ArrayInfo]]
 
 
 def load_metadata(path: epath.Path) -> Metadata:
-    """Read the JSON of a step. Damage raises exceptions of many classes."""
+    """Read the JSON of a step. If it is damaged, raises exceptions of many classes."""
     content = {}
     with orbax_context():
         for name in JSON_PARTS:
@@ -67,7 +68,7 @@ def load_metadata(path: epath.Path) -> Metadata:
 
 def make_manifest(arrays: dict[str, dict[str, ArrayInfo]], data: dict, config: dict) -> dict:
     """The manifest of a step with these arrays and this JSON."""
-    # Plain tuples: a JSON encoder may turn a named one into an object.
+    # Use plain tuples: a JSON encoder may turn named ones into objects.
     plain = {}
     for part, entries in arrays.items():
         plain[part] = {leaf: tuple(info) for leaf, info in entries.items()}
@@ -78,7 +79,7 @@ def make_manifest(arrays: dict[str, dict[str, ArrayInfo]], data: dict, config: d
 
 
 def describe(part: Any) -> dict[str, ArrayInfo]:
-    """The manifest's entry of every array of a tree."""
+    """The manifest's entry for every array of a tree."""
     leaves = flatten(part)
     sums = checksums(leaves)
     return {
@@ -99,7 +100,7 @@ def checksums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
 
 
 def checksum(array: np.ndarray) -> int:
-    """The checksum of one array, or of a slice: those of an array's slices add up to its own."""
+    """The checksum of one array or slice; those of an array's slices add up to the array's."""
     return int(np.sum(array.view(f"u{array.dtype.itemsize}"), dtype=np.uint32))
 
 
@@ -107,8 +108,8 @@ def checksum(array: np.ndarray) -> int:
 def _device_checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """`checksums` of arrays on devices, in one program.
 
-    Many programs at once have deadlocked on more CPU devices than cores, and in a run of several
-    processes every program sets up connections of its own.
+    Many programs at once have deadlocked where there are more CPU devices than cores, and in a run
+    of several processes every program sets up its own connections.
     """
     return {leaf: _device_checksum(x) for leaf, x in leaves.items()}
 
@@ -119,7 +120,7 @@ def _device_checksum(x: jax.Array) -> jax.Array:
 
 
 def json_checksum(value: Any) -> int:
-    """CRC-32 of a JSON-able value, of the form in which it will be read back."""
+    """CRC-32 of a JSON-able value, taken of the form in which it will be read back."""
     parsed = json.loads(json.dumps(value))
     return zlib.crc32(json.dumps(parsed, sort_keys=True).encode())
 
@@ -143,13 +144,13 @@ def orbax_context(arrays: Any = ()) -> ocp.Context:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context = ocp.Context()
     context.checkpointables.registry = registry
-    # If creating a directory fails in the background, threads wait 20 minutes for it.
+    # If creating a directory failed in the background, threads would wait 20 minutes for it.
     context.asynchronous.create_directories_asynchronously = False
     context.array.saving.min_slice_bytes_for_replica_parallel = MIN_REPLICA_BYTES
-    # `read.check_arrays` has compared the trees.
+    # The caller may want only some leaves; `read.check_arrays` has compared the trees.
     context.pytree.loading.partial_load = True
-    # Orbax refuses an array that reaches the limit: allow twice the largest one, at 4 bytes an
-    # element, as arrays may be cast.
+    # Orbax refuses an array that reaches the limit, so allow twice the largest array, at 4 bytes
+    # per element because arrays may be cast.
     largest = max((leaf.size for leaf in jax.tree.leaves(arrays)), default=0)
     limit = max(MAX_CONCURRENT_BYTES, 8 * largest)
     context.memory.write_concurrent_bytes = limit
@@ -159,7 +160,7 @@ def orbax_context(arrays: Any = ()) -> ocp.Context:
 
 @cache
 def quiet_orbax() -> None:
-    """Drop the log records that repeat what reaches us as an exception.
+    """Drop log records about errors that are also raised as exceptions.
 
     Orbax logs every file at INFO and each thread's traceback at ERROR, and asyncio logs the tasks
     that fail with it.

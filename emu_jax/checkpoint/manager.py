@@ -51,7 +51,7 @@ class CheckpointManager:
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
         # The step that was saved or restored last.
         self._current = -1
-        # Damaged steps after the restored one: they do not count among the last `keep`.
+        # Damaged steps after the restored one, which do not count among the last `keep`.
         self._abandoned: set[int] = set()
 
     def save(self, step: int, state: Any, data: dict, config: dict, *, wait: bool = False) -> None:
@@ -77,7 +77,7 @@ class CheckpointManager:
                 response = ocp.save_checkpointables_async(
                     self._root / str(step), content, overwrite=True
                 )
-        # Errors of the disk, from Orbax, TensorStore or Python: they share no class.
+        # Errors of the disk come from Orbax, TensorStore or Python and share no class.
         except Exception as error:
             raise self._save_error(step, error) from error
         self._saving = (step, response)
@@ -138,7 +138,7 @@ class CheckpointManager:
         )
 
     def _remove_old(self) -> None:
-        """Remove what killed or failed saves left, and the steps that are not to be kept."""
+        """Remove what killed or failed saves left behind, and steps that need not be kept."""
         if jax.process_index() != 0 or not self._root.is_dir():
             return
         unfinished = [
@@ -160,13 +160,13 @@ class CheckpointManager:
         for path in unfinished + old:
             try:
                 path.rmtree()
-            # The run can continue all the same.
+            # The run can continue without this.
             except OSError as error:
                 log.warning("cannot remove %s: %s", path, error)
 
 
 def _split_state(state: Any) -> dict[str, Any]:
-    """The parts of a step in which a state is saved; the inverse of `_join_state`."""
+    """Split a state into the parts of a step; the inverse of `_join_state`."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     parts = {
         "params": tree.merge(rest.pop("trainable"), rest.pop("frozen")),
@@ -177,7 +177,7 @@ def _split_state(state: Any) -> dict[str, Any]:
 
 
 def _join_state(like: Any, parts: dict[str, Any]) -> Any:
-    """The state of the parts of a step, with parameters split as in `like`."""
+    """Join the parts of a step into a state, with parameters split as in `like`."""
     params = flatten(parts["params"])
 
     def pick(part: tree.Tree) -> tree.Tree:

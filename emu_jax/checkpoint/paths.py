@@ -1,4 +1,4 @@
-"""Where the steps of a run lie: DIR/checkpoints/STEP, in a folder or a bucket."""
+"""Paths of the steps of a run: DIR/checkpoints/STEP, in a folder or a bucket."""
 
 from pathlib import PurePath
 from typing import TypeVar
@@ -15,8 +15,8 @@ AnyPath = TypeVar("AnyPath", bound=PurePath)
 def resolve(directory: str) -> epath.Path:
     """The absolute path of a folder or a Google Cloud Storage bucket.
 
-    Raises UserError for a bucket that cannot be reached, and for buckets of other providers:
-    `is_complete` does not know how Orbax marks a finished save there.
+    Raises UserError for a bucket that cannot be reached, and for buckets of other providers, where
+    `is_complete` could not recognise a finished save.
     """
     if "://" not in str(directory):
         return epath.Path(directory).resolve()
@@ -32,7 +32,7 @@ def resolve(directory: str) -> epath.Path:
 
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
         path.exists()
-    # A missing package, a wrong name, a permission, the network: their errors share no class.
+    # A missing package, a wrong name, a permission and the network raise errors of no common class.
     except Exception as error:
         raise UserError(
             f"cannot reach {directory!r}: {one_line(root_cause(error))} "
@@ -75,7 +75,7 @@ def complete_steps(root: epath.Path) -> list[int]:
 def is_complete(path: epath.Path) -> bool:
     """Whether the save into a step's folder has finished.
 
-    In a file system Orbax renames the finished folder. A bucket cannot rename: there, the save is
-    finished once Orbax has written its last file.
+    In a file system Orbax renames the finished folder. A bucket cannot rename; there, Orbax writes
+    a certain file last.
     """
     return "://" not in str(path) or (path / "commit_success.txt").exists()

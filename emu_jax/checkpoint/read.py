@@ -1,7 +1,6 @@
 """Readers of a step: its metadata, its parameters, or any of its parts.
 
-All of them read the newest step that is intact, and warn about the ones that they skip. Read next:
-manager.py.
+All of them read the newest intact step, and warn about those that they skip. Read next: manager.py.
 """
 
 import logging
@@ -81,10 +80,10 @@ def restore_params(
     """The parameters of the newest intact step, or of `step`, without the optimizer's state.
 
     directory: as in `read_metadata`. abstract_params: a nested dict of ShapeDtypeStructs with
-    shardings, or None: all parameters as NumPy arrays on the host. It may be a subtree, such as
-    one tower, and parameters are cast to its dtypes. ema: take the moving average of each leaf that
-    has one. Raises UserError if every step is damaged, or if a leaf is missing or has a different
-    shape.
+    shardings; it may be a subtree, such as one tower, and parameters are cast to its dtypes. None
+    means all parameters, as NumPy arrays on the host. ema: take the moving average of each leaf
+    that has one. Raises UserError if every step is damaged, or if a leaf is missing or has a
+    different shape.
     """
 
     def load(path: epath.Path) -> tree.Tree:
@@ -92,7 +91,7 @@ def restore_params(
         averaged = ema_entries(metadata) if ema else {}
         wanted = abstract_params
         if wanted is None:
-            # np.empty allocates address space only, until the pages are written to.
+            # Until its pages are written to, np.empty takes up address space only.
             wanted = tree.unflatten(
                 {
                     leaf: np.empty(info.shape, jnp.dtype(info.dtype))
@@ -121,13 +120,13 @@ def ema_entries(metadata: Metadata) -> dict[str, ArrayInfo]:
 
 
 def read_newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Result]) -> Result:
-    """read(path of `step`), or of the newest step for which `read` succeeds in every process.
+    """Return `read` of `step`'s path, or of the newest that every process can read.
 
-    Warns about the steps that it skips. `read` may raise anything on damage; a UserError ends the
-    search, since it is about what the caller wants, not about damage. Raises UserError if no step
-    can be read.
+    Warns about the steps that it skips. `read` may raise anything for a damaged step; a UserError
+    ends the search, since it means a wrong request and not damage. Raises UserError if no step can
+    be read.
     """
-    # The listing of process 0: others may see a save end a moment later.
+    # Use the listing of process 0: others may see a save end a moment later.
     steps = processes.allgather_json(complete_steps(root))[0]
     if not steps:
         which = "" if step is None else f" of step {step}"
@@ -152,7 +151,7 @@ def read_newest(root: epath.Path, step: int | None, read: Callable[[epath.Path],
         if not reasons:
             assert found is not None
             return found
-        # Free its arrays before the next step is read.
+        # Free the arrays of this step before the next one is read.
         found = None
         reason = reasons[0]
         log.warning("skipping checkpoint %s, which is damaged or incomplete: %s", path, reason)
@@ -163,7 +162,7 @@ def check_arrays(metadata: Metadata, abstract: dict[str, Any], partial: bool = F
     """Compare the parts that a caller wants with those of a step.
 
     Raises UserError for a leaf that the step lacks or has in a different shape; unless `partial`,
-    also for a different dtype or a leaf that the caller does not know.
+    also for a different dtype and for a leaf of the step that is not wanted.
     """
     path = metadata.path
     for name, part in abstract.items():
@@ -196,7 +195,7 @@ def load_arrays(metadata: Metadata, abstract: dict[str, Any]) -> dict[str, Any]:
     compared with the manifest's checksums.
     """
     parts = {}
-    # One part at a time: when one fails, Orbax complains about the others.
+    # Read one part at a time: if one fails, Orbax would report errors about the others.
     for name, part in abstract.items():
         with orbax_context(part):
             wanted = {name: jax.tree.map(_with_sharding, part)}
@@ -211,9 +210,9 @@ def load_arrays(metadata: Metadata, abstract: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_sharding(leaf: Any) -> Any:
-    """A ShapeDtypeStruct without a sharding, placed on this process's first device.
+    """Place a ShapeDtypeStruct without a sharding on this process's first device.
 
-    Otherwise Orbax looks for the devices of the run that saved it.
+    Otherwise Orbax would look for the devices of the run that saved it.
     """
     if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
         return leaf.update(sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))

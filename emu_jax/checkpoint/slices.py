@@ -35,7 +35,7 @@ MAX_CHUNK_BYTES = 2**25
 class ParamReader:
     """Reads the parameters of a step one leaf or one layer at a time.
 
-    config: the run's config. shapes: {path: (dtype, shape)}.
+    Attributes: `config`, the run's config, and `shapes`, {path: (dtype, shape)}.
     """
 
     def __init__(self, directory: str, step: int | None = None, *, ema: bool = False):
@@ -62,11 +62,11 @@ class ParamReader:
         self._open_array = open_array
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The leaf, or its slice `layer`. Raises UserError if it cannot be read."""
+        """Read a leaf, or its slice `layer`. Raises UserError if it cannot be read."""
         try:
             store = self._open_array(path)
             array = (store if layer is None else store[layer]).read().result()
-        # TensorStore raises ValueError for everything.
+        # TensorStore raises ValueError for every failure.
         except ValueError as error:
             raise UserError(f"{self._path} is damaged: {one_line(root_cause(error))}") from error
         self._read_sums[path] = (self._read_sums.get(path, 0) + checksum(array)) % 2**32
@@ -90,15 +90,15 @@ def param_writer(
 ) -> Generator[Callable[[str, int | None, np.ndarray], None], None, None]:
     """Write step 0 of a new workdir, with parameters only, a leaf or a layer at a time.
 
-    Yields write(path, layer or None, array), to be called once for each. The step appears
-    atomically when the context exits; after an exception nothing is left. params: {path: shape and
-    dtype}. stacked: paths of the leaves that are written by layer. Raises UserError if there is a
-    checkpoint already, or if the disk is full.
+    Yields write(path, layer or None, array), to be called once for each leaf or layer. The step
+    appears atomically when the context exits; after an exception nothing is left. params: {path:
+    shape and dtype}. stacked: paths of the leaves that are written by layer. Raises UserError if
+    there is a checkpoint already, or if the disk is full.
     """
     root = resolve(workdir) / "checkpoints"
     if complete_steps(root):
         raise UserError(f"{root} holds a checkpoint already; choose another directory")
-    # CheckpointManager removes folders of this name, should this process be killed.
+    # If this process is killed, CheckpointManager will remove a folder of this name.
     unfinished = root / "0.orbax-checkpoint-tmp"
     step = unfinished / "0"
     sums = dict.fromkeys(params, 0)
@@ -118,7 +118,7 @@ def param_writer(
         manifest = make_manifest({"params": entries}, {}, config)
         (step / "manifest" / "data.json").write_text(json.dumps(manifest))
         step.rename(root / "0")
-    # ValueError: TensorStore's.
+    # TensorStore raises ValueError.
     except (ValueError, OSError) as error:
         raise UserError(
             f"{root / '0'} could not be written: {one_line(root_cause(error))}; "
@@ -160,9 +160,9 @@ def _write_orbax_metadata(
 def _create_array(
     step: epath.Path, path: str, x: jax.ShapeDtypeStruct, stacked: bool
 ) -> ts.TensorStore:
-    """An empty array in place of Orbax's.
+    """Create an empty array in place of the one that Orbax wrote.
 
-    Its chunks lie within one layer and have at most MAX_CHUNK_BYTES, so that a host that needs a
+    Its chunks lie within one layer and have at most MAX_CHUNK_BYTES, so that a host that needs one
     shard reads little else.
     """
     shape = (1, *x.shape[1:]) if stacked else x.shape
@@ -177,14 +177,14 @@ def _create_array(
     }
     spec = _array_spec(step, path) | {
         "metadata": metadata,
-        # Orbax takes a missing chunk for damage, not for zeros.
+        # Store chunks of zeros, too: Orbax treats a missing chunk as damage.
         "store_data_equal_to_fill_value": True,
     }
     return ts.open(spec, create=True, delete_existing=True).result()
 
 
 def _array_spec(step: epath.Path, path: str, part: str = "params") -> dict:
-    """TensorStore's specification of an array of Orbax."""
+    """TensorStore's specification of an array that Orbax has written."""
     base = str(step / part)
     url = base if "://" in base else f"file://{base}"
     store = {"driver": "ocdbt", "base": f"{url}/", "path": f"{path.replace('/', '.')}/"}

@@ -27,7 +27,7 @@ from emu_jax.plan import RunPlan, batch_shards, make_plan, parameter_table
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 it fits; 1 it does not; 2 for a user's mistake."""
+    """Return the exit status: 0 if it fits, 1 if it does not, 2 for a user's mistake."""
     return cli.run(command, arguments)
 
 
@@ -48,7 +48,7 @@ def command(arguments: list[str]) -> int:
 def fit(
     c: ConfigDict, accelerator: Accelerator | None, devices: list[jax.Device]
 ) -> dict[str, Any]:
-    """Print and return the report on `c`; where it does not fit, also on changes that might."""
+    """Print and return the report on `c`; if it does not fit, also try changes that might."""
     p = make_plan(c, devices)
     print(parameter_table(p.params))
     print(_run_line(p), flush=True)
@@ -70,7 +70,7 @@ def fit(
 
 
 def _run_line(p: RunPlan) -> str:
-    """Devices, mesh and batch of a run."""
+    """A line of text with the devices, mesh and batch of a run."""
     data = p.config.data
     parts = p.config.optim.accumulate
     micro = f", in {parts} micro-batches" if parts > 1 else ""
@@ -82,7 +82,7 @@ def _run_line(p: RunPlan) -> str:
 
 
 def _check_state(p: RunPlan, accelerator: Accelerator) -> None:
-    """Raise UserError where the state alone is too large: no change to the step would help."""
+    """Raise UserError if the state alone is too large, so that changing the step cannot help."""
     limit = accelerator.memory
     if p.state_bytes > limit:
         needed = -(-p.state_bytes * p.mesh.size // limit)
@@ -108,7 +108,7 @@ def _use_few_arenas() -> None:
     """On glibc, use two malloc arenas: an arena per thread costs a sixth more memory."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        # Numbers of the options in malloc.h: M_ARENA_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD.
+        # From malloc.h: M_ARENA_MAX is -8, M_TRIM_THRESHOLD -1, M_MMAP_THRESHOLD -3.
         for option, value in ((-8, 2), (-1, GIB), (-3, GIB // 32)):
             mallopt(option, value)
 

@@ -1,6 +1,6 @@
-"""Compile a train step for devices that need not be present.
+"""Compiles a train step for devices that need not be present, to learn whether it fits.
 
-The result is its memory, and whether it fits. Read next: report.py.
+Read next: report.py.
 """
 
 import re
@@ -13,9 +13,10 @@ from emu_jax.hardware import GIB, Accelerator
 from emu_jax.plan import RunPlan, bytes_per_device
 from emu_jax.step import jit_train_step
 
-# Compilation effort on TPUs, from -1 (little) to 1; a run's is 0 and takes two to four times as
-# long. The peaks of four programs differed by up to 12 % (benchmarks/results/fit.md), so a peak
-# within CLOSE of the limit is compiled again with a run's effort.
+# Compilation effort on TPUs, from -1 (little) to 1. A run compiles with 0, which takes two to four
+# times as long as -1. The peaks of four programs differed by up to 12 % between the two
+# (benchmarks/results/fit.md), so if a peak is within CLOSE of the limit, the program is compiled
+# again with a run's effort.
 QUICK = -1.0
 CLOSE = 0.15
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -26,14 +27,14 @@ class Memory:
     """Bytes on one device."""
 
     parameters: int
-    # Optimizer state and average of the parameters.
+    # Optimizer state and moving average of the parameters.
     optimizer: int
     batch: int
-    # Part of the temporaries.
+    # The gradients, which are part of the temporaries.
     gradients: int
     temporaries: int
     code: int
-    # All together at the worst moment, as the compiler reports it.
+    # The most memory in use at any time, as the compiler reports it.
     peak: int
 
 
@@ -42,12 +43,12 @@ class Attempt:
     """The outcome of one compilation."""
 
     fits: bool
-    # Compilation effort that it took.
+    # Compilation effort of this attempt.
     effort: float
-    # Bytes that the step needs and that a device has; None where they are not known.
+    # Bytes that the step needs, and that a device has; None if unknown.
     peak: int | None = None
     limit: int | None = None
-    # None where the compiler refused.
+    # None if the compiler refused the program.
     compiled: jax.stages.Compiled | None = None
 
     def __str__(self) -> str:
@@ -55,7 +56,7 @@ class Attempt:
 
 
 def format_verdict(fits: bool, peak: int | None, limit: int | None) -> str:
-    """Whether it fits, in words: "fits: 12.30 GiB of 15.75 GiB"."""
+    """Whether a step fits, in words such as "fits: 12.30 GiB of 15.75 GiB"."""
     verdict = "fits" if fits else "does not fit"
     if not peak:
         return verdict
@@ -68,14 +69,14 @@ def compile_step(p: RunPlan, effort: float = 0.0) -> jax.stages.Compiled:
     options = {"exec_time_optimization_effort": effort} if effort else None
     with jax.set_mesh(p.mesh):
         lowered = jit_train_step(p.state).lower(p.program, p.state, p.batch)
-        # Options may be numbers, too.
+        # The type stubs allow strings only, but options may be numbers.
         return lowered.compile(options)  # ty: ignore[invalid-argument-type]
 
 
 def attempt(p: RunPlan, accelerator: Accelerator | None, effort: float = 0.0) -> Attempt:
     """Compile the train step, and compare its peak with the accelerator's memory.
 
-    Raises UserError where the compiler fails for another reason than memory.
+    Raises UserError if the compiler fails for a reason other than memory.
     """
     limit = accelerator.memory if accelerator else None
     try:
@@ -95,7 +96,7 @@ def attempt(p: RunPlan, accelerator: Accelerator | None, effort: float = 0.0) ->
 
 
 def quick_attempt(p: RunPlan, accelerator: Accelerator | None) -> Attempt:
-    """`attempt`, on TPUs with little effort where that decides whether the step fits."""
+    """Do `attempt`; on TPUs with little effort, unless the peak is then too close to call."""
     if p.mesh.devices.flat[0].platform != "tpu":
         return attempt(p, accelerator)
     tried = attempt(p, accelerator, QUICK)
@@ -103,17 +104,17 @@ def quick_attempt(p: RunPlan, accelerator: Accelerator | None) -> Attempt:
     if tried.peak and not close:
         return tried
     print(f"{tried}, too close to be sure; compiling again with a run's effort", flush=True)
-    # The program holds gigabytes of the host's memory.
+    # Free the program first: it holds gigabytes of the host's memory.
     del tried
     return attempt(p, accelerator)
 
 
 def measure_memory(p: RunPlan, compiled: jax.stages.Compiled) -> Memory:
-    """What one device holds: arguments from their shapes, the rest from the compiler."""
+    """The memory of one device: of arguments from their shapes, the rest from the compiler."""
     stats = compiled.memory_analysis()
     assert stats
     parameters = bytes_per_device((p.state.trainable, p.state.frozen))
-    # Outputs that reuse the memory of arguments are counted with both.
+    # Outputs that reuse the memory of arguments are counted twice, hence the subtraction.
     peak = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes

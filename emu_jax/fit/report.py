@@ -1,4 +1,4 @@
-"""The report on a compiled train step: memory, communication, arithmetic, least time.
+"""The report on a compiled train step: memory, communication, FLOPs, and least time.
 
 Read next: hlo.py for communication, models/flops.py for arithmetic.
 """
@@ -22,7 +22,7 @@ from emu_jax.plan import RunPlan, bytes_per_device, count_parameters
 
 # Groups of config.model that have a remat policy.
 TOWERS = ("vision", "resampler", "llama", "decoder.vae", "decoder.unet")
-# Calls of attention kernels, on TPU (splash) and GPU (Pallas, cuDNN).
+# Matches calls of attention kernels, on TPU (splash) and GPU (Pallas, cuDNN).
 _KERNELS = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$fmha\w*)"'
 
 
@@ -30,7 +30,7 @@ _KERNELS = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cu
 class Roofline:
     """Lower bounds of a step's time in seconds, one for each resource.
 
-    If all of them were used at once, the step would take the longest.
+    If their use overlapped perfectly, the step would take the largest of them.
     """
 
     compute: float
@@ -42,7 +42,7 @@ class Roofline:
 
     @property
     def bound(self) -> str:
-        """Name of the resource that takes longest."""
+        """Name of the resource with the largest bound."""
         times = asdict(self)
         return max(times, key=times.__getitem__)
 
@@ -94,7 +94,7 @@ def make_report(p: RunPlan, accelerator: Accelerator | None) -> dict[str, Any]:
 def step_flops(p: RunPlan) -> tuple[dict[str, float], dict[str, float]]:
     """(model FLOPs, FLOPs of forward passes recomputed for remat) of a step, by tower.
 
-    Every row counts as one document full of tokens and images.
+    Assumes that every row is one document with as many tokens and images as fit.
     """
     data = p.config.data
     model = p.program.model_config
@@ -150,9 +150,10 @@ def roofline(
 ) -> Roofline:
     """Lower bounds of the step's time.
 
-    Compute: all FLOPs (`work`) at the peak rate. Memory: the state is read and, except for what is
-    frozen, written once; the gathered weights of a layer are written and read in each pass. Network
-    and links: the bytes that must come from other slices or nodes, and all others.
+    compute: all FLOPs (`work`) at the peak rate. memory: the state is read once and, except for
+    frozen parameters, written once; the gathered weights of a layer are written and read in each
+    pass. network: the bytes that must come from other slices or nodes. links: all other bytes that
+    a device receives.
     """
     place = [_place(device) for device in p.mesh.devices.flat]
     received = sum(c.runs * c.bytes_received for c in collectives)
@@ -168,14 +169,14 @@ def roofline(
 
 
 def _place(device: jax.Device) -> int:
-    """Number of the TPU slice or GPU node, inside which devices need no network."""
+    """Index of the TPU slice or GPU node; devices in the same one communicate over links."""
     if device.platform == "tpu":
         return getattr(device, "slice_index", 0) or 0
     return device.process_index
 
 
 def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, float]]:
-    """{kind: number, runs and bytes a device receives a step, and the asynchronous share}."""
+    """{kind: count, runs, bytes a device receives per step, and their asynchronous share}."""
     found = {}
     for kind in sorted({c.kind for c in collectives}):
         some = [c for c in collectives if c.kind == kind]
@@ -191,10 +192,10 @@ def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, float]
 
 
 def padded_gathers(p: RunPlan, collectives: Sequence[hlo.Collective]) -> list[dict[str, Any]]:
-    """All-reduces over fsdp that are as large as a block's matrix. There should be none.
+    """All-reduces over fsdp that are at least as large as a block's matrix; none are expected.
 
-    Either weights are gathered as a sum of zero-padded shards, or gradients are summed and not
-    reduce-scattered.
+    They mean that weights are gathered as a sum of zero-padded shards, or that gradients are
+    all-reduced instead of reduce-scattered.
     """
     smallest = min(
         2 * leaf.size // leaf.shape[0]

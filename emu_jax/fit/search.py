@@ -1,6 +1,6 @@
-"""What would fit: changes to a config that save memory, and the largest batch of a config.
+"""Search for what fits: changes to a config that save memory, and its largest batch.
 
-Read next: compile.py, which each candidate goes through.
+Read next: compile.py, which compiles each candidate.
 """
 
 import copy
@@ -17,32 +17,32 @@ from emu_jax.fit.report import remat_policies
 from emu_jax.hardware import Accelerator
 from emu_jax.plan import batch_shards, make_plan
 
-# Compilations that a search may take.
+# The most compilations of a search.
 COMPILATIONS = 8
-# Remat policies, by rising need of memory.
+# Remat policies, from the least memory to the most.
 POLICIES = ("full", "dots", "none")
-# Changes that are tried on a config that does not fit.
+# The most changes to try on a config that does not fit.
 TRIES = 4
 
 
 def changes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
     """Changes {field: value} that save memory, cheapest first; each includes all before it."""
     steps: list[dict[str, Any]] = []
-    # One more forward pass.
+    # Costs one more forward pass.
     recompute = {field: "full" for field, policy in remat_policies(c).items() if policy != "full"}
     if recompute:
         steps.append(recompute)
-    # Smaller matrix products.
+    # Makes matrix products smaller, and so less efficient.
     rows = c.data.batch // batch_shards(mesh)
     finer = [n for n in range(c.optim.accumulate + 1, rows + 1) if rows % n == 0]
     for n in dict.fromkeys((*finer[:1], *finer[-1:])):
         steps.append({"optim.accumulate": n})
     if c.objective.chunk >= 256:
         steps.append({"objective.chunk": c.objective.chunk // 2})
-    # Another mixture in a row.
+    # Changes which documents fit into a row.
     if c.data.images > 1:
         steps.append({"data.images": c.data.images // 2})
-    # Another training recipe.
+    # Changes the training recipe.
     if rows % 2 == 0:
         steps.append({"data.batch": c.data.batch // 2, "optim.accumulate": rows // 2})
     change: dict[str, Any] = {}
@@ -69,7 +69,7 @@ def search_batch(
     """Find the largest batch that fits under each remat policy, and print each attempt."""
     if accelerator is None:
         raise UserError(
-            "a search needs a topology whose devices have a memory to fill, like v5e:16x16"
+            "a search needs a topology whose devices have a known memory, like v5e:16x16"
         )
     shards = batch_shards(sharding.make_mesh(c.mesh.to_dict(), devices))
 
@@ -100,10 +100,11 @@ def largest_batches(
     budget: int,
     policies: tuple[str, ...] = POLICIES,
 ) -> dict[str, int]:
-    """{policy: the most rows a device that were found to fit, 0 for none}.
+    """{policy: the most rows per device that were found to fit, 0 for none}.
 
-    measure(policy, rows) gives the peak in bytes, or None where it exceeds `limit`; it is called at
-    most `budget` times. After a policy under which nothing fits, the hungrier ones are left out.
+    measure(policy, rows) returns the peak in bytes, or None if it exceeds `limit`; it is called at
+    most `budget` times. policies: from the least memory to the most; after one under which nothing
+    fits, the others are left out.
     """
     best: dict[str, int] = {}
     for later, policy in zip(reversed(range(len(policies))), policies):
@@ -126,7 +127,7 @@ def largest_batches(
 
 
 def _next_rows(peaks: dict[int, int], refused: int | None, limit: int) -> int | None:
-    """The number of rows to try next; None where the answer is known.
+    """The number of rows to try next; None if the answer is known.
 
     Memory grows nearly linearly with rows, so the last two peaks predict how many fit.
     """

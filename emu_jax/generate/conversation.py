@@ -44,11 +44,11 @@ class Conversation:
         self._session = session
         self._chat = chat
         self._system = system
-        # None before the first turn
+        # None before the first turn.
         self._state: DecodeState | None = None
         # Everything that the LLM has read.
         self._history = Prompt()
-        # What comes next but was not read yet, such as the last id of an answer.
+        # What the LLM reads next, such as the last id of an answer.
         self._pending = Prompt()
 
     def reply(
@@ -83,9 +83,9 @@ class Conversation:
         return image
 
     def _turn(self, parts: Parts, end: list[int], room: int) -> Prompt:
-        """What is to be read for a turn, `end` included.
+        """The prompt to read for a turn, with the ids `end` appended.
 
-        Begins with the `</s>` of the previous answer if that was cut off before it.
+        It begins with `</s>` if the previous answer was cut off before its own.
         """
         session = self._session
         first = self._state is None
@@ -110,7 +110,7 @@ class Conversation:
         while True:
             room = session.context - len(self._history) - len(self._pending) - len(turn)
             left = min(config.max_new_tokens - written, room)
-            # No id fits after the `[/IMG]` of the last image.
+            # The context has no room for an id after the `[/IMG]` of the last image.
             if left < 1:
                 self._pending = turn
                 break
@@ -173,7 +173,7 @@ class Conversation:
                     )
             if new := stream.finish():
                 yield new
-        # Also runs if the caller stops iterating.
+        # This also runs if the caller stops iterating.
         finally:
             self._state = answer.llm
             self._history = concatenate(self._history, Prompt(ids[:-1]))
@@ -181,7 +181,7 @@ class Conversation:
         return len(ids)
 
     def _regress(self, state: DecodeState, progress: bool) -> GeneratedImage:
-        """Generate the image that begins here."""
+        """Generate the image that begins where `state` ends."""
         session = self._session
         N = session.processor.n_visual
         image = image_decoding.start(session.model_config, state)

@@ -21,7 +21,7 @@ from emu_jax.types import KVCache
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with leaves that are not arrays: no shape checks.
+# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
 @no_type_check
 class DecodeState:
     """The LLM after reading B rows, each of its own length."""

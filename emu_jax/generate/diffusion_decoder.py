@@ -1,6 +1,6 @@
 """Visual tokens to pixels: guided diffusion of latents, then the autoencoder.
 
-Section 2.1 of the paper: Stable Diffusion with visual tokens in place of text. Read next:
+Stable Diffusion with visual tokens in place of text (sections 2.1 and 3.3 of the paper). Read next:
 samplers.py.
 """
 
@@ -28,7 +28,7 @@ from emu_jax.tree import Tree
 SAMPLING_OPTIONS = ("sampler", "steps", "guidance", "rescale")
 # Values of config.drawing.negative.
 NEGATIVES = ("empty", "zeros")
-# Images in a batch; a mesh rounds it up to a multiple of its devices.
+# Images in a batch, rounded up to a multiple of the mesh's devices.
 BATCH = 8
 
 
@@ -44,12 +44,12 @@ def sample(
     guidance: float,
     rescale: float = 0.0,
 ) -> UInt8[Array, "B h w 3"]:
-    """Sample one image for each condition, a function of the condition and its seed.
+    """Sample one image for each condition; it depends only on the condition and its seed.
 
-    negative: the condition that guidance leads away from. Emu takes the visual tokens that the
-    model generates for the empty prompt; None means zeros, which training uses for a dropped
-    condition. sampler, steps, guidance, rescale: see samplers.py. Raises UserError for an unknown
-    sampler and an invalid number of steps.
+    negative: the negative condition of guidance. Emu uses the visual tokens that the model
+    generates for the empty prompt; None means zeros, which training uses for a dropped condition.
+    sampler, steps, guidance, rescale: see samplers.py. Raises UserError for an unknown sampler and
+    an invalid number of steps.
     """
     schedule = samplers.schedule_for(model_config.diffusion, sampler, steps)
     towers = {tower: params[tower] for tower in ("unet", "vae") if tower in params}
@@ -105,7 +105,7 @@ class DiffusionDecoder:
     ):
         """sampling: the fields SAMPLING_OPTIONS of config.drawing. negative: as in `sample`.
 
-        safety_checker: tells which images may be shown; the others come out black.
+        safety_checker: returns whether each image may be shown; the others become black.
         """
         self.model_config = model_config
         self.params = params
@@ -163,7 +163,7 @@ def load(
     Takes the moving average of the weights if the run has one. like: config of the model whose
     visual tokens are to be decoded. overrides: fields of config.drawing in place of the run's.
     empty_prompt: returns the visual tokens that the model generates for the empty prompt; called
-    only if guidance leads away from them. Raises UserError for a checkpoint of a different stage,
+    only if they are the negative condition. Raises UserError for a checkpoint of a different stage,
     or of a decoder for visual tokens of a different shape.
     """
     config = checkpoint.read_config(directory)

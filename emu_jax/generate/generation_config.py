@@ -23,7 +23,8 @@ class GenerationConfig:
     top_p: float = 1.0
     # Sample among the tokens at least min_p times as likely as the likeliest.
     min_p: float = 0.0
-    # Divides positive scores of ids in the prompt or answer, and multiplies negative ones.
+    # Divides positive scores of ids that occur in the prompt or answer, and multiplies negative
+    # ones.
     repetition_penalty: float = 1.0
     beams: int = 1
     # Beam search ranks answers by log-probability / length ** length_penalty.
@@ -44,7 +45,7 @@ class GenerationConfig:
             ("beams", 1, 64),
         ):
             value = getattr(self, name)
-            # NaN fails every comparison
+            # NaN fails every comparison.
             if not value >= low or (high is not None and value > high):
                 limits = f"at least {low}" + ("" if high is None else f" and at most {high}")
                 raise UserError(f"{name}={value} must be {limits}")

@@ -1,7 +1,7 @@
 """Image generation: N visual tokens, each regressed and fed back as the next input.
 
-Section 2.2 of the paper. Deterministic: what turns visual tokens into pixels is the diffusion
-decoder. Read next: text_decoding.py, then diffusion_decoder.py.
+This is deterministic (section 2.2 of the paper); the diffusion decoder turns visual tokens into
+pixels. Read next: text_decoding.py, then diffusion_decoder.py.
 """
 
 from functools import partial
@@ -22,17 +22,17 @@ from emu_jax.tree import Tree
 class GeneratedImage(NamedTuple):
     """An image that the model generated."""
 
-    # Visual tokens in float32, which can be a part of later prompts.
+    # Visual tokens in float32; they can be part of later prompts.
     visual: Float[np.ndarray, "N D"]
-    # None without an image decoder
+    # None without an image decoder.
     pixels: UInt8[np.ndarray, "h w 3"] | None
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with leaves that are not arrays: no shape checks.
+# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
 @no_type_check
 class ImageDecodeState:
-    """One image a row: the first `count` of its N visual tokens exist and were read."""
+    """One image per row: the first `count` of its N visual tokens are generated and read."""
 
     llm: DecodeState
     visual: Float[Array, "B N D"]

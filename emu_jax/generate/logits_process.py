@@ -1,7 +1,7 @@
 """Scores of the next token: penalties, masks and sampling, as Hugging Face defines them.
 
 Pure functions on scores [B, V]; a forbidden id scores -inf. All settings may be traced, so that one
-compiled loop serves them all. Read next: text_decoding.py.
+compiled loop serves every setting. Read next: text_decoding.py.
 """
 
 from typing import no_type_check
@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.generate.trie import Trie
 
-# What a compiled function takes: NumPy's arrays before the call, JAX's inside.
+# NumPy's arrays outside a compiled function, JAX's inside.
 AnyArray = Array | np.ndarray
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with leaves that are not arrays: no shape checks.
+# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
 @no_type_check
 class SamplingMetadata:
     """A `GenerationConfig`, limits and masks, as arrays for a compiled loop."""
@@ -31,7 +31,7 @@ class SamplingMetadata:
     repetition_penalty: Float[AnyArray, ""]
     length_penalty: Float[AnyArray, ""]
     min_new_tokens: Int[AnyArray, ""]
-    # Limit of each row: the context may end before the config's limit.
+    # Limit of each row, which is below the config's if the context ends earlier.
     max_new_tokens: Int[AnyArray, "B"]
     # Mask of the ids that may be chosen at all.
     allowed: Bool[AnyArray, "V"]
@@ -51,11 +51,11 @@ def process_logits(
     count: Int[Array, ""],
     eos: int,
 ) -> Float[Array, "B V"]:
-    """Apply what holds for greedy decoding, sampling and beams alike.
+    """Apply the settings that greedy decoding, sampling and beam search share.
 
-    That is the repetition penalty, no </s> before min_new_tokens, the allowed ids, and the trie.
-    previous_ids: of prompt and answer; V for no id. node: where each row is in the trie. count: ids
-    of the answer so far.
+    These are the repetition penalty, min_new_tokens (no </s> before it), the allowed ids and the
+    trie. previous_ids: ids of prompt and answer; V for no id. node: each row's node in the trie.
+    count: number of ids in the answer so far.
     """
     V = scores.shape[-1]
     scores = repetition_penalty(scores, previous_ids, metadata.repetition_penalty)
@@ -70,7 +70,7 @@ def process_logits(
 def sample(
     scores: Float[Array, "B V"], metadata: SamplingMetadata, keys: Key[Array, "B"]
 ) -> Int[Array, "B"]:
-    """Sample one id a row from processed scores, with the row's own key."""
+    """Sample one id per row from processed scores, with the row's own key."""
     scores = scores / metadata.temperature
     scores = top_k(scores, metadata.top_k)
     scores = top_p(scores, metadata.top_p)

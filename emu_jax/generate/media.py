@@ -39,7 +39,7 @@ def load_image(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """
     try:
         with path.open("rb") as file:
-            # A byte over the limit is enough to refuse a file of any length.
+            # One byte more than the limit is enough to refuse a file of any length.
             return images.decode(file.read(images.MAX_BYTES + 1), size)
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}': {_reason(error)}") from error
@@ -71,7 +71,7 @@ def load_video(path: Path, size: int) -> list[UInt8[np.ndarray, "{size} {size} 3
         ):
             if not container.streams.video:
                 raise UserError(f"'{path}' has no video stream")
-            # Counted, since the number in the header may be wrong.
+            # Count the frames, since the number in the header may be wrong.
             count = sum(packet.size > 0 for packet in container.demux(video=0))
         if not count:
             raise UserError(f"'{path}' has no frames")

@@ -11,9 +11,9 @@ from emu_jax import checkpoint, sharding, tree
 def abstract_params(
     shapes: tree.Tree, mesh: jax.sharding.Mesh | None, matrix_dtype: str
 ) -> tree.Tree:
-    """Shapes, dtypes and shardings to restore parameters with.
+    """Shapes, dtypes and shardings with which to restore parameters.
 
-    shapes: of the model, from `models.module.abstract`. mesh: None for one device. matrix_dtype:
+    shapes: the model's, from `models.module.abstract`. mesh: None for one device. matrix_dtype:
     dtype of the weight matrices; norms and biases keep theirs. Raises UserError for a mesh that
     does not divide the shapes.
     """
@@ -42,7 +42,7 @@ def inference_mesh(
     specs = dict(tree.leaves(sharding.specs(tree.unflatten(shapes))))
 
     def divides(sizes: dict[str, int]) -> bool:
-        """Do the mesh axes divide every dimension that they shard?"""
+        """Whether the mesh axes divide every dimension that they shard."""
         return all(
             length % sizes.get(axis, 1) == 0
             for path, shape in shapes.items()

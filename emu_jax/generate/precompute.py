@@ -1,9 +1,9 @@
 """python -m emu_jax.generate precompute: inputs of decoder training, computed once.
 
-For the first image of every document of data.mixture and data.eval_mixture: the visual tokens that
-the LLM generates for what stands before it (section 2.3 of the paper), or with --latents the
-moments that the autoencoder encodes it to. Existing shards are kept, so the same command resumes;
-hosts share the work. Read next: ../data/precomputed.py.
+For the first image of every document of data.mixture and data.eval_mixture, these are the visual
+tokens that the LLM generates after the text before it (section 3.3 of the paper), or with --latents
+the mean and variance that the autoencoder encodes it to. Existing shards are kept, so the same
+command resumes; hosts share the work. Read next: ../data/precomputed.py.
 """
 
 import argparse
@@ -52,18 +52,18 @@ COMPUTED_BY = {"conditions": ("llama", "a language model"), "latents": ("vae", "
 class Recipe(NamedTuple):
     """How the arrays of one kind are computed."""
 
-    # JSON of DIR/KIND.json: the weights, and the shape of an array
+    # Content of DIR/KIND.json: which weights, and the shape of an array.
     metadata: dict[str, Any]
     # Height and width to which the documents' images are resized.
     image_size: int
-    # Returns what a document's array is computed from; None for a document without an image.
+    # Returns the input from which a document's array is computed; None if it has no image.
     input_of: Callable[[Document], Any]
-    # Computes the arrays of any number of such inputs.
+    # Computes the arrays for any number of such inputs.
     compute: Callable[[list], Float[np.ndarray, "n ..."]]
 
 
 class Shard(NamedTuple):
-    """One file of arrays that is to be made."""
+    """One file of arrays to compute."""
 
     source: Source
     number: int
@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _host(flags: argparse.Namespace) -> tuple[int, int]:
-    """(this host, number of hosts) that share the work."""
+    """(index of this host, number of hosts that share the work)."""
     if flags.batch is not None and flags.batch < 1:
         raise UserError(f"--batch={flags.batch} must be at least 1")
     if flags.hosts is None:
@@ -122,7 +122,7 @@ def _host(flags: argparse.Namespace) -> tuple[int, int]:
 
 
 def _claim(directory: Path, kind: str, metadata: dict[str, Any]) -> None:
-    """Write DIR/KIND.json, unless it exists and is the same.
+    """Write DIR/KIND.json unless it exists with the same content.
 
     Raises UserError if the folder contains arrays of a different kind, model or data.
     """
@@ -141,7 +141,7 @@ def _claim(directory: Path, kind: str, metadata: dict[str, Any]) -> None:
 
 
 def conditions(c: ConfigDict, batch: int) -> Recipe:
-    """Recipe for the visual tokens that the config's Emu generates, `batch` prompts at once.
+    """The recipe of visual tokens that the config's Emu generates, `batch` prompts at once.
 
     Raises UserError if c.init contains no language model.
     """
@@ -164,10 +164,10 @@ def conditions(c: ConfigDict, batch: int) -> Recipe:
 
 
 def latents(c: ConfigDict, batch: int) -> Recipe:
-    """Recipe for the autoencoder's moments, of `batch` images at once on each local device.
+    """The recipe of the autoencoder's moments, `batch` images at once on each local device.
 
-    The autoencoder has the dtype that it has in training. Raises UserError if c.init contains no
-    autoencoder, and as `latent_metadata`.
+    The autoencoder's weights have the dtype that they have in training. Raises UserError if c.init
+    contains no autoencoder, and for configs that `latent_metadata` refuses.
     """
     metadata = latent_metadata(c)
     model_config = DecoderConfig.of(c.model.to_dict())
@@ -200,7 +200,7 @@ def latents(c: ConfigDict, batch: int) -> Recipe:
 
 
 def checkpoint_with_tower(c: ConfigDict, kind: str) -> str:
-    """The checkpoint of c.init that computes arrays of a kind; the last one, as in training.
+    """The checkpoint of c.init that computes arrays of a kind; the last such, as in training.
 
     Raises UserError if no checkpoint of c.init contains the tower.
     """

@@ -1,8 +1,8 @@
 """Prompts: interleaved parts become ids, images and slots, as in training.
 
 The grammar is that of data/sequence.py: `<s>`, then texts and `[IMG] <image> x N [/IMG]` in reading
-order; in a chat `<system> [USER]: <parts> [ASSISTANT]: <answer></s>`. A video is its frames, each
-as an image. Read next: session.py.
+order; in a chat `<system> [USER]: <parts> [ASSISTANT]: <answer></s>`. A video becomes its frames,
+each an image. Read next: session.py.
 """
 
 import re
@@ -17,7 +17,8 @@ from emu_jax.data import chat_format
 from emu_jax.data.tokenizer import Tokenizer
 from emu_jax.generate import media
 
-# A text; the path of an image or video; pixels, uint8 [h, w, 3]; or visual tokens, floats [N, D].
+# A part of a prompt: a text; the path of an image or video; pixels, uint8 [h, w, 3]; or visual
+# tokens, floats [N, D].
 Part = str | Path | np.ndarray
 Parts = Sequence[Part]
 
@@ -44,13 +45,13 @@ class Processor:
     """Turns parts into a `Prompt` for one model: tokenizer, image sizes and chat format."""
 
     tokenizer: Tokenizer
-    # N, the visual tokens of an image
+    # N, the number of visual tokens of an image.
     n_visual: int
     # Height and width of the images that the vision encoder takes.
     image_size: int
-    # D, the width of visual tokens
+    # D, the width of visual tokens.
     width: int
-    # Number of tokens after the tokenizer's vocabulary; six with [USER] and [ASSISTANT].
+    # Number of tokens added to the tokenizer's vocabulary: 4, or 6 with [USER] and [ASSISTANT].
     added: int
     # The field config.data.system: which system message a chat begins with.
     system: str = "release"
@@ -104,9 +105,9 @@ class Processor:
         return self._assemble(pieces)
 
     def frames(self, path: Path) -> list[np.ndarray]:
-        """Pixels of an image file or of a video's frames in the model's size.
+        """Pixels of an image file or of a video's frames, in the model's size.
 
-        Raises UserError.
+        Raises UserError for a file that cannot be read.
         """
         if media.is_video(path):
             return media.load_video(path, self.image_size)
@@ -145,7 +146,7 @@ class Processor:
         )
 
     def _assemble(self, pieces: Iterable) -> Prompt:
-        """The prompt of texts, ids and images."""
+        """The prompt that consists of these texts, ids and images."""
         t = self.tokenizer
         prompt = Prompt()
         for piece in pieces:
@@ -161,7 +162,7 @@ class Processor:
 
 
 def _media_kind(parts: Parts) -> str:
-    """Which system message of the release fits: "image" or "video" for exactly one, else ""."""
+    """Key of the release's system message: "image" or "video" if there is just one, else ""."""
     found = [part for part in parts if not isinstance(part, str)]
     if len(found) != 1:
         return ""
@@ -179,10 +180,10 @@ def concatenate(*prompts: Prompt) -> Prompt:
 
 
 def truncate_left(prompt: Prompt, length: int, n_visual: int) -> Prompt:
-    """Cut ids after `<s>` until at most `length` remain; an image goes as a whole or stays."""
+    """Cut ids after `<s>` until at most `length` remain; no image is cut in two."""
     start = len(prompt) - length + 1
     for slot in prompt.slots:
-        # A cut inside [IMG] ... [/IMG] moves behind the image.
+        # A cut inside [IMG] ... [/IMG] moves to the end of the image.
         if slot - 1 < start <= slot + n_visual:
             start = slot + n_visual + 1
     kept = [

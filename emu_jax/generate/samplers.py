@@ -1,9 +1,9 @@
 """Samplers of diffusion models, as functions (denoise, x, schedule) -> x.
 
-x is unit noise [B, h, w, c], and a noisy image is a x0 + s eps with the signal's weight a and the
-noise's s. `denoise(x, t, a, s)` estimates (x0, eps), and a `Schedule` lists the steps. Each sampler
-cites its algorithm and is one scan, compiled once whatever the number of steps; all randomness is
-in the first x. Read next: ../models/diffusion.py.
+The first x is unit noise [B, h, w, c]; a noisy image is a x0 + s eps, where a is the weight of the
+signal and s that of the noise. `denoise(x, t, a, s)` estimates (x0, eps), and a `Schedule` lists
+the steps. Each sampler cites its algorithm and is one scan, whose body is compiled once; all
+randomness is in the first x. Read next: ../models/diffusion.py.
 """
 
 from collections.abc import Callable
@@ -52,9 +52,9 @@ def make_schedule(
 
     spacing: "leading" is 0, k, 2 k, ... plus `offset` (Stable Diffusion); "inner" is k, 2 k, ...
     with a smaller k, plus `offset` (diffusers' DPM-Solver); "trailing" counts back from the last
-    timestep, which is needed where that is pure noise. last: noise after the last step, "zero" or
-    that of the "first" timestep. Flow takes equal steps and ignores all three. Raises UserError for
-    invalid values.
+    timestep, which is needed if that one is pure noise. last: the noise after the last step, "zero"
+    or that of the "first" timestep. Flow takes equal steps and ignores all three. Raises UserError
+    for invalid values.
     """
     if not 1 <= steps <= d.steps:
         raise UserError(
@@ -81,7 +81,7 @@ def make_schedule(
 
 
 def initial_noise(seeds: Int[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
-    """Unit noise, each row a function of its own seed: independent of the batch and the mesh."""
+    """Unit noise; each row depends on its own seed only, not on the batch or the mesh."""
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
 
 
@@ -141,7 +141,7 @@ def ddim(
 def euler(
     denoise: Denoiser, x: Float[Array, "B h w c"], schedule: Schedule
 ) -> Float[Array, "B h w c"]:
-    """Euler's method on y = x / a, whose derivative by s / a is eps.
+    """Euler's method on y = x / a, whose derivative with respect to s / a is eps.
 
     Algorithm 1 of arXiv 2206.00364 without its second-order correction. Raises UserError for a
     schedule that starts with pure noise.
@@ -163,13 +163,13 @@ def pndm(
     """Pseudo linear multistep (PNDM, arXiv 2202.09778, equations 11 to 13).
 
     Adams-Bashforth extrapolates the prediction, and DDIM takes the step with it. As in Stable
-    Diffusion, the first step is done twice, the second time with the mean of the predictions at
-    both of its ends, in place of the paper's three Runge-Kutta steps: n + 1 evaluations. As in
-    diffusers, what is extrapolated is the network's prediction, where the paper extrapolates eps.
-    Raises UserError for a schedule that starts with pure noise.
+    Diffusion, in place of the paper's three Runge-Kutta steps the first step is done twice, the
+    second time with the mean of the predictions at both of its ends; n steps take n + 1
+    evaluations. As in diffusers, the network's prediction is extrapolated; the paper extrapolates
+    eps. Raises UserError for a schedule that starts with pure noise.
     """
     _check_start(schedule, "pndm")
-    # Points at which the network is evaluated, and those from which the steps start.
+    # The points at which the network is evaluated, and the points from which the steps start.
     at = pndm_evaluations(len(schedule.timesteps))
     start = np.where(np.arange(len(at)) == 1, 0, at)
     # Weights of the newest prediction and the three before it.
@@ -178,7 +178,7 @@ def pndm(
     weights = np.array((first_weights + later_weights)[: len(at)]) / 24
 
     def step(carry, row):
-        # The sample, the sample before the last step, and the newest four predictions.
+        # The carry: the sample, the sample before the last step, the newest four predictions.
         x, before, predictions = carry
         number, t, a_start, s_start, a_next, s_next, weight = row
         predictions = predictions.at[0].set(denoise.predict(x, t))
@@ -204,7 +204,7 @@ def pndm(
 
 
 def pndm_evaluations(steps: int) -> Int[np.ndarray, "m"]:
-    """Points of the schedule at which PNDM evaluates the network: the second one twice."""
+    """Points of the schedule at which PNDM evaluates the network; the second occurs twice."""
     return np.array([0, 1, *range(1, steps)][: steps + (steps > 1)])
 
 
@@ -213,8 +213,9 @@ def dpm_solver(
 ) -> Float[Array, "B h w c"]:
     """DPM-Solver++ (2M) (arXiv 2211.01095, algorithm 2).
 
-    Extrapolates x0 in the logarithm of a / s from the last two steps. As its authors do, the first
-    step is of first order, and so is the last if it ends without noise or there are fewer than 15.
+    Extrapolates x0 in the logarithm of a / s from the last two steps. As in the authors' code, the
+    first step is of first order, and so is the last one if it ends without noise or there are fewer
+    than 15 steps.
     """
     # The logarithm is infinite at pure noise and at no noise.
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -240,7 +241,7 @@ def flow_euler(
 ) -> Float[Array, "B h w c"]:
     """Euler's method on the straight path from noise to data (arXiv 2209.03003, section 2).
 
-    The velocity is eps - x0. Raises UserError for a schedule that is not flow's.
+    The velocity is eps - x0. Raises UserError for a schedule of a model without target "flow".
     """
     if not np.allclose(schedule.alphas + schedule.sigmas, 1):
         raise UserError(
@@ -274,7 +275,7 @@ SAMPLERS = {
 
 
 def schedule_for(d: Diffusion, sampler: str, steps: int) -> Schedule:
-    """The sampler's own schedule; "trailing" where the last timestep is pure noise.
+    """The sampler's own schedule, or a "trailing" one if the last timestep is pure noise.
 
     Raises UserError for an unknown sampler and an invalid number of steps.
     """

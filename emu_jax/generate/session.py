@@ -1,9 +1,9 @@
 """The Python API of generation: a `Session` is a trained Emu that takes prompts.
 
-Many prompts at once are sorted by length and batched; results do not depend on it. Everything is
-compiled for powers of two: rows and images up to `batch`, ids of a prompt and of an answer from 16
-up to the context. So a kind of generation is compiled at most log2(batch) x log2(context / 16)^2
-times, in practice once or twice. Read next: processor.py, conversation.py.
+Many prompts at once are sorted by length and batched, which does not change the results. Sizes are
+rounded up to powers of two before compilation: rows and images up to `batch`, ids of a prompt and
+of an answer from 16 up to the context. So each kind of generation is compiled at most log2(batch) x
+log2(context / 16)^2 times, in practice once or twice. Read next: processor.py, conversation.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,11 +35,11 @@ from emu_jax.models import module
 from emu_jax.models.emu import Emu, EmuConfig
 from emu_jax.processes import to_host
 
-# The least number of ids that is compiled for.
+# The smallest number of ids for which programs are compiled.
 MIN_LENGTH = 16
-# Most images in a streamed answer of a model that was trained to emit `[IMG]`.
+# The most images in a streamed answer, for a model that was trained to emit `[IMG]`.
 MAX_STREAMED_IMAGES = 4
-# Ids between two searches for a stop string.
+# Number of ids between two searches for a stop string.
 STOP_CHECK_EVERY = 8
 
 ImageDecoder = Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3"]]
@@ -49,7 +49,7 @@ ImageDecoder = Callable[[Float[np.ndarray, "M N D"]], UInt8[np.ndarray, "M h w 3
 class Prefix:
     """The common beginning of several prompts, prefilled once."""
 
-    # Has one row, or as many equal ones as the mesh needs.
+    # One row, or as many equal rows as the mesh needs.
     state: DecodeState
     prompt: Prompt
 
@@ -58,8 +58,8 @@ class Session:
     """A trained Emu that generates text and images from interleaved prompts.
 
     A prompt is a sequence of parts in reading order: texts, paths of image or video files, pixels
-    (uint8 [h, w, 3]) and visual tokens (float [N, D], as `generate_images` returns them). In place
-    of parts every method takes a `Prompt`.
+    (uint8 [h, w, 3]) and visual tokens (float [N, D], as `generate_images` returns them). Most
+    methods also take a `Prompt` in place of parts.
 
         session = Session.load("runs/emu")
         photo = Path("photo.jpg")
@@ -90,11 +90,11 @@ class Session:
         """Make a session from parameters in memory; `Session.load` reads a checkpoint.
 
         params: of the module Emu, laid out as `placement.abstract_params` if there is a mesh.
-        context: the most elements (ids and visual tokens) of a prompt and its answer.
+        context: the most elements (ids and visual tokens) of a prompt and its answer together.
         image_decoder: visual tokens to pixels, such as a `DiffusionDecoder`.
         batch: the most prompts, and the most images to encode, at once.
         truncate: "left" cuts the beginning of prompts that are too long, "never" refuses them.
-        max_images: images that a streamed answer may contain, if the call does not say.
+        max_images: the most images in a streamed answer, unless the call gives a number.
         system: config.data.system, which decides the default system message of chats.
         """
         self.model_config = model_config
@@ -175,7 +175,7 @@ class Session:
     def prefill(self, parts: Parts | Prompt) -> Prefix:
         """Read the common beginning of many prompts once: a system prompt, few-shot examples.
 
-        The prompts that go with it are given without it, and do not begin with `<s>`.
+        Prompts that are used with it must not repeat it, nor begin with `<s>`.
         """
         prompt = self.prompt(parts)
         with self.mesh_context():
@@ -217,8 +217,8 @@ class Session:
         """Generate the ids of each answer, without `</s>` and not cut at stop strings.
 
         choices: ids of the only answers allowed. added: allow the added tokens, such as `[IMG]`,
-        too. The rest is that of `generate_texts`. With a temperature, the answer to a prompt
-        depends on config.seed and on the prompt's place among `prompts`.
+        too. Other arguments: as in `generate_texts`. With a temperature, the answer to a prompt
+        depends on config.seed and on the prompt's index in `prompts`.
         """
         allowed = self.text_ids() | added
         answers = None if choices is None else trie.build(choices, EOS)
@@ -287,7 +287,7 @@ class Session:
     ) -> Float[np.ndarray, "C"]:
         """Mean cross-entropy of each candidate's tokens as the answer to one prompt.
 
-        The candidate with the least loss is the likeliest. end: count its `</s>` too. Raises
+        The candidate with the lowest loss is the likeliest. end: include its `</s>`. Raises
         UserError for no candidates or an empty one.
         """
         answers = [self.tokenizer.encode(candidate) + [EOS] * end for candidate in candidates]
@@ -333,18 +333,18 @@ class Session:
 
         return Conversation(self, chat=chat, system=system).reply(parts, config, images=images)
 
-    # Building blocks, for conversation.py and benchmarks. Those that compute run in mesh_context().
+    # Building blocks, for conversation.py and benchmarks. Those that compute need mesh_context().
 
     def mesh_context(self) -> AbstractContextManager:
-        """The context in which the session's compiled functions are called."""
+        """The context in which to call the session's compiled functions."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def text_ids(self) -> Bool[np.ndarray, "V"]:
-        """Mask of the ids that text consists of: the vocabulary without the added tokens."""
+        """Mask of the ids of text: the vocabulary without the added tokens."""
         return np.arange(self.vocab) < self.model_config.llama.vocab
 
     def continuation(self, parts: Parts | Prompt) -> Prompt:
-        """The parts as the continuation of a prefix, so without `<s>`."""
+        """The parts as the continuation of a prefix, that is, without `<s>`."""
         if isinstance(parts, Prompt):
             return parts
         prompt = self.prompt(parts)
@@ -353,7 +353,7 @@ class Session:
     def fit_prompt(self, prompt: Prompt, before: int, room: int) -> Prompt:
         """Return the prompt if the context holds `before` elements, the prompt and `room` more.
 
-        With truncate="left" a longer prompt is cut, unless something stands before it. Otherwise
+        With truncate="left" a prompt that is too long is cut, unless `before` is not 0. Otherwise
         raises UserError.
         """
         if before + len(prompt) + room <= self.context:
@@ -404,7 +404,7 @@ class Session:
         return x, lengths
 
     def visual_tokens(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, "M N D"]:
-        """Visual tokens of images that are pixels or visual tokens, padded to a power of two."""
+        """Visual tokens of images (pixels or visual tokens), padded to a power of two."""
         are_pixels = [image.dtype == np.uint8 for image in images]
         pixels = [image for image, is_pixels in zip(images, are_pixels) if is_pixels]
         encoded = iter(self._encode(pixels, ""))
@@ -428,8 +428,8 @@ class Session:
     ) -> SamplingMetadata:
         """The config, limits and masks for the answers to prompts, as arrays.
 
-        rows: of the batch, at least as many as prompts. allowed: mask of the ids that may be
-        chosen. choices: the only answers allowed. stop_ids: ids that end an answer.
+        rows: number of rows in the batch, at least that of prompts. allowed: mask of the ids that
+        may be chosen. choices: the only answers allowed. stop_ids: ids that end an answer.
         """
         before = prefix.prompt.tokens if prefix else []
         prompt_ids, lengths = pad_ids(
@@ -463,8 +463,8 @@ class Session:
     ) -> list:
         """Results of generate(prompts, their indices) for batches of prompts of similar length.
 
-        In the order of the prompts. room: elements that the answer needs at least. `generate` may
-        return more results than prompts; those of padding come last.
+        The results are in the order of the prompts. room: the least number of elements that an
+        answer needs. `generate` may return more results than prompts; those of padding come last.
         """
         before = len(prefix.prompt) if prefix else 0
         fitted = []
@@ -520,7 +520,7 @@ class Session:
                 self.model_config, self.params, answers, np.int32(limit), metadata
             )
             return to_host(answers.ids)
-        # A stop string may span tokens: a row is done at the first check that finds one.
+        # A stop string may span several ids, so the text is searched every few ids.
         count = 1
         while count < limit and not to_host(answers.done).all():
             count = min(count + STOP_CHECK_EVERY, limit)

@@ -1,23 +1,22 @@
-"""Streaming: turns a growing list of ids into text that is never taken back.
+"""Streaming: turns a growing list of ids into text that later ids cannot change.
 
-A character may be several bytes and thus several ids, and a stop string several tokens. Read next:
-conversation.py.
+One character may take several ids, and so may a stop string. Read next: conversation.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
-# A UTF-8 character has at most four bytes, so at most three of an incomplete one are there.
+# The most bytes of an incomplete UTF-8 character: a complete one has at most four.
 PARTIAL = 3
 
 
 class TextStream:
-    """Decode ids one at a time; the text ends before the first stop string.
+    """Decodes ids one at a time; the text ends before the first stop string.
 
-    `stopped` is True from the id on that completes a stop string.
+    `stopped` becomes True with the id that completes a stop string.
     """
 
     def __init__(self, decode: Callable[[Iterable[int]], str], stop: Sequence[str] = ()):
-        """decode: from all ids so far to text. stop: strings that end the text."""
+        """decode: maps all ids so far to text. stop: strings that end the text."""
         self._decode = decode
         self._stop = stop
         self._ids: list[int] = []

@@ -1,8 +1,8 @@
 """Text generation: one compiled loop over a KV cache; greedy, sampled or by beam search.
 
-A `TextDecodeState` can be extended token by token for streaming, or in one call: the same loop, the
-same ids. Beam search is that of Hugging Face (transformers 4.44.2, early_stopping=False). Read
-next: logits_process.py, session.py.
+A `TextDecodeState` can be extended token by token for streaming, or in one call; both give the same
+ids. Beam search is that of Hugging Face (transformers 4.44.2, early_stopping=False). Read next:
+logits_process.py, session.py.
 """
 
 from dataclasses import replace
@@ -27,10 +27,10 @@ DEAD = -1e9
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with leaves that are not arrays: no shape checks.
+# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
 @no_type_check
 class TextDecodeState:
-    """One answer a row: `count` ids, of which the LLM has read all but the last.
+    """One answer per row: `count` ids, of which the LLM has read all but the last.
 
     A row that is done repeats </s>.
     """
@@ -55,7 +55,7 @@ def start(
 ) -> TextDecodeState:
     """Choose the first id of each answer. Donates `llm`.
 
-    keys: one a row; unused if greedy. room: the largest number of ids, for which the cache needs
+    keys: one per row; unused if greedy. room: the largest number of ids; the cache needs as many
     free slots.
     """
     rows = llm.lengths.shape[0]
@@ -158,7 +158,7 @@ def nll(
         log_softmax = jax.nn.log_softmax(model.llama.logits(hidden), -1)
         return jnp.take_along_axis(log_softmax, token[:, None], 1)[:, 0]
 
-    # One position at a time: the logits of all would not fit.
+    # Take one position at a time: the logits of all positions would not fit.
     found = jax.lax.map(log_probs, (jnp.moveaxis(before, 1, 0), tokens.T)).T
     return -jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], found, 0).sum(1)
 
@@ -169,14 +169,14 @@ def until_end(ids: Int[np.ndarray, "n"]) -> list[int]:
     return ids[: end[0] if len(end) else None].tolist()
 
 
-# Beam search: K running answers a row, and the K best that have ended
+# Beam search: K running answers per row, and the K best that have ended
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with leaves that are not arrays: no shape checks.
+# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
 @no_type_check
 class BeamSearchState:
-    """K running answers a row (`ids`, `log_probs`, `node`) and the K best ended ones."""
+    """K running answers per row (`ids`, `log_probs`, `node`) and the K best ended ones."""
 
     # B * K rows, the K beams of an answer next to each other.
     llm: DecodeState
@@ -203,19 +203,19 @@ def beam_search(
 ) -> Int[Array, "B n"]:
     """The best answer of each row, padded with </s>.
 
-    llm: every row `beams` times (`decode_state.expand`), with `room` free slots.
+    llm: holds every row `beams` times (see `decode_state.expand`), with `room` free slots.
 
     Every step takes the 2 K best continuations of the K running beams. Those among the first K that
     end become hypotheses with the score (sum of log-probabilities) / length ** length_penalty,
-    where the length counts </s>; the first K that do not end keep running. A row is done at its
-    limit, or when its worst kept hypothesis scores at least what the best continuation would if it
-    ended now.
+    where the length includes </s>; the first K that do not end keep running. A row is done at its
+    limit, or when its worst kept hypothesis scores at least as high as the best continuation would
+    if it ended now.
     """
     model = decode_state.bind(config, params)
     K = beams
     rows = llm.lengths.shape[0] // K
     no_answers = jnp.full((rows, K, room), EOS)
-    # All beams are equal at first: only one of them counts.
+    # All beams are equal at first, so only one of them counts.
     log_probs = jnp.array([0.0] + [DEAD] * (K - 1))
     state = BeamSearchState(
         llm=llm,
@@ -272,7 +272,7 @@ def _extend_beams(
     # The score of each continuation if it ended here.
     score = best / (state.count + 1).astype(jnp.float32) ** metadata.length_penalty
 
-    # Continuations that end become hypotheses, if they are among the first K.
+    # Continuations that end become hypotheses if they are among the first K.
     ends = token == EOS
     new_scores = jnp.where(ends & (jnp.arange(2 * K) < K), score, -jnp.inf)
     kept_scores, kept = jax.lax.top_k(jnp.concatenate([state.scores, new_scores], 1), K)

@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Int
 from emu_jax.batching import power_of_two
 from emu_jax.config import UserError
 
-# Marks a node's unused edges; it is beyond every id, so that scatters drop it.
+# Marks a node's unused edges. It is larger than every id, so that scatters drop it.
 NO_EDGE = np.iinfo(np.int32).max
 
 
 @flax.struct.dataclass
-# JAX rebuilds it with leaves that are not arrays: no shape checks.
+# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
 @no_type_check
 class Trie:
     """Id ids[node, i] leads from a node to children[node, i]. Node 0 is the root."""
@@ -42,8 +42,8 @@ class Trie:
 def build(answers: Sequence[Sequence[int]], eos: int) -> Trie:
     """Build the trie of answers given as ids, each followed by `eos`.
 
-    Both dimensions are powers of two, so that few shapes are compiled for. Raises UserError for no
-    answers.
+    Both dimensions are rounded up to powers of two, so that programs are compiled for few shapes.
+    Raises UserError for no answers.
     """
     if not answers:
         raise UserError("constrained decoding needs at least one answer to choose from")

@@ -24,7 +24,8 @@ BLOCK = 128
 # The widest head that fits the GPU kernels' shared memory on every supported GPU.
 WIDEST = 128
 GPU = ("gpu", "cuda", "rocm")
-# Platforms of each kernel, in the order in which "auto" tries them. CPUs interpret them, for tests.
+# The platforms of each kernel, in the order in which "auto" tries the kernels. On CPU they are
+# interpreted, for tests only.
 PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}
 
 
@@ -34,9 +35,9 @@ PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}
 class Mask:
     """Which keys a query sees: those of its own segment and, when causal, not later positions.
 
-    `kv_*` describe the keys if they differ from the queries. None restricts nothing. Without
-    positions, causal uses the index in the row, which is equivalent in packed rows.
-    Queries down, keys across:
+    `kv_*` describe the keys if they differ from the queries. A field that is None restricts
+    nothing. Without positions, `causal` compares indices in the row, which is equivalent in packed
+    rows. Examples, with a row per query and a column per key:
 
       self_mask()                          1 . .       one document
                                            1 1 .
@@ -166,8 +167,8 @@ def _obstacle(platform, q, k, mask, bias, dropout, kernel) -> str:
 def _pays(platform, q, k) -> bool:
     """Whether "auto" should use a kernel at all.
 
-    Short rows would be mostly padding, float32 is chosen to be exact, and CPUs only interpret
-    kernels.
+    It should not for short rows, which would be mostly padding; in float32, which asks for
+    exactness; and on CPUs, which only interpret kernels.
     """
     return platform != "cpu" and q.dtype.itemsize == 2 and min(q.shape[1], k.shape[1]) >= BLOCK
 
@@ -193,7 +194,8 @@ def _dense(q, k, v, mask, scale, bias, dropout, key):
 def _cudnn(q, k, v, scale, causal):
     """cuDNN's flash attention.
 
-    It has no gradient for rows of odd length: these are padded by one, which the lengths mask out.
+    It has no gradient for rows of odd length: these are padded by one element, which the sequence
+    lengths mask out.
     """
     B, T = q.shape[:2]
     S = k.shape[1]
@@ -284,7 +286,7 @@ def _ids(q, k, segments, causal):
     if segments is not None:
         ids = _padded(segments, -1)
         return ids, ids
-    # Padded keys come after every real query, or there are none.
+    # Either the padded keys come after every real query, or there are none.
     if causal or k.shape[1] % BLOCK == 0:
         return None, None
     zeros = partial(jnp.zeros, dtype=jnp.int32)
@@ -306,8 +308,9 @@ def _sharded(run, q, k, v, mask):
 def _spec(mesh, B: int, G: int, causal: bool) -> P:
     """The sharding of [B, T, H, d].
 
-    Causal means text: rows as in `sharding.constrain_rows`, heads over tensor. Otherwise images:
-    rows over all axes, as in `sharding.constrain_images`. What does not divide is replicated.
+    A causal mask means text: rows as in `sharding.constrain_rows`, heads over tensor. Otherwise the
+    rows are images and lie over all axes, as in `sharding.constrain_images`. An axis that does not
+    divide is replicated.
     """
     heads = "tensor" if causal and G % mesh.shape["tensor"] == 0 else None
     rows = sharding.ROWS if heads else sharding.AXES

@@ -20,17 +20,18 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-# Old config.json files give this wrong id for </s>; the end of a text is then its largest id.
+# Old config.json files give this wrong id for </s>. With it, a text ends at its largest id.
 OLD_EOS = 2
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """Sizes of one tower: width E, `heads` of E / heads, and the hidden width of the FFN."""
+    """Sizes of one tower. Each of the `heads` has width / heads dimensions."""
 
     width: int
     depth: int
     heads: int
+    # Hidden width of the feed-forward layers.
     ffn: int
     eps: float
     # A key of ACTIVATIONS.
@@ -151,5 +152,5 @@ class Clip(nnx.Module):
     def __init__(self, config: ClipConfig, rngs: layers.Rngs):
         self.text = ClipText(config, rngs)
         self.vision = ClipVision(config, rngs)
-        # Used in CLIP's training only; features do not depend on it.
+        # Used only to train CLIP; features do not depend on it.
         self.logit_scale = nnx.Param(jnp.zeros(()))

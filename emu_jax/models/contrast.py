@@ -37,7 +37,7 @@ class TrigramEncoder(nnx.Module):
         T = batch.tokens.shape[1]
         is_text = batch.text_weights > 0
         tables = self.tables.get_value()
-        # The id that stands for anything but text of this document.
+        # This id stands for everything that is not text of the same document.
         other = tables.shape[1] - 1
         text_ids = jnp.where(is_text, batch.tokens, other)
 

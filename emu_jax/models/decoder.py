@@ -1,9 +1,9 @@
-"""The visual decoder (Emu, section 2.3): a diffusion U-Net conditioned on visual tokens.
+"""The visual decoder (Emu, section 3.3): a diffusion U-Net conditioned on visual tokens.
 
-The condition is one of: `generated` (regressed by the LLM beforehand; part of the batch),
-`teacher_forced` (the LLM's prediction of each visual token from the true ones before it) or
-`encoded` (the image's own visual tokens: an autoencoder without an LLM, as in Emu2). Read next:
-unet.py, vae.py, diffusion.py; ../stages.py for the loss.
+The condition is one of: `generated` (visual tokens that the LLM generated beforehand; part of the
+batch), `teacher_forced` (the LLM's prediction of each visual token from the true ones before it) or
+`encoded` (the image's own visual tokens, which makes an autoencoder without an LLM, as in Emu2).
+Read next: unet.py, vae.py, diffusion.py; ../stages.py for the loss.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ class DecoderConfig:
 
     @property
     def loader_image(self) -> int:
-        """Side of the loader's images in pixels: the larger of the decoder's and the encoder's."""
+        """Side in pixels of the images to load: the larger of the decoder's and the encoder's."""
         return max(self.image, self.emu.vision.image)
 
     @property
@@ -180,7 +180,7 @@ class Decoder(Emu, UNetWithVae):
     def batch_latents(self, batch: Batch, key: Array) -> Float[Array, "M y x c"]:
         """`clean_latents` of every image of the batch, M = B * I.
 
-        Precomputed moments of the batch are used if present; only their rounding differs.
+        Precomputed moments of the batch are used if present; they differ only by rounding.
         """
         if isinstance(batch, DecoderBatch) and batch.latents is not None:
             return self.sample_latents(rearrange(batch.latents, "B I y x m -> (B I) y x m"), key)
@@ -196,7 +196,7 @@ class Decoder(Emu, UNetWithVae):
         config = self.decoder
         (B, I) = batch.images.shape[:2]
         if config.condition == "generated":
-            # Such a model is given a DecoderBatch.
+            # With this condition every batch is a DecoderBatch.
             conditions = batch.conditions  # ty: ignore[missing-attribute]
             return rearrange(conditions, "B I N D -> (B I) N D").astype(config.emu.compute)
         z = self.encode_batch(batch)
@@ -205,7 +205,7 @@ class Decoder(Emu, UNetWithVae):
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
         hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=config.emu.attention)
-        # Each visual token is predicted one position before its own.
+        # Each visual token is predicted from the position before its own.
         positions = batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2])
         positions = rearrange(positions, "B I N -> B (I N)")
         before = jnp.take_along_axis(hidden, positions[..., None], 1, mode="clip")

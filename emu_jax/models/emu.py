@@ -1,9 +1,9 @@
-"""Emu (arXiv 2307.05222, section 3): an LLM that predicts the next text or visual token.
+"""Emu (arXiv 2307.05222, section 2.1): an LLM that predicts the next text or visual token.
 
     images -> Vision -> ln_visual -> Resampler -> N visual tokens ┐
     tokens -> embed ──────────────────────────────────────────────┴-> Llama -> hidden -> losses.py
 
-Outside this package a model is a plain nested dict of parameters: module.py. Read next: llama.py.
+Outside this package a model is a plain nested dict of parameters (module.py). Read next: llama.py.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class EmuConfig:
     compute: str
     # Attention kernel of the three towers; see attention.py.
     attention: str
-    # Standardise visual tokens by `VisualStats`.
+    # Whether visual tokens are standardised by `VisualStats`.
     standardise: bool
     lora: LoraConfig = NO_LORA
 

@@ -58,8 +58,9 @@ def forward(
 def train(config: EmuConfig, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
     """FLOPs of a step by tower; `counts` are those of `forward`.
 
-    Three times the forward for a tower that trains, twice if it is frozen and gradients pass
-    through it to an earlier tower or to its LoRA (whose own FLOPs are not counted), else once.
+    A tower that trains costs three times its forward pass; a frozen one costs twice its forward
+    pass if gradients pass through it to an earlier tower or to its LoRA (whose own FLOPs are not
+    counted), else once.
     """
     order = ("vision", "resampler", "inputs", "llama", "heads")
     passes = {
@@ -75,7 +76,8 @@ def train(config: EmuConfig, trained: dict[str, bool], **counts: Count) -> dict[
 def trained(paths: Iterable[str]) -> dict[str, bool]:
     """The `trained` argument of `train`, from the paths of trainable parameters.
 
-    A tower counts if more than LoRA and single rows of it train; if only these do, "inputs" does.
+    If only LoRA and added rows of the LLM train, it has the entry "inputs" instead of "llama":
+    gradients then pass through the LLM, which counts as frozen.
     """
     found: dict[str, bool] = {}
     for path in paths:
@@ -93,7 +95,7 @@ def unet(config: UNetConfig, side: int, tokens: int) -> int:
         C = config.widths[level]
         P = positions[level]
         N = tokens
-        # self, cross, ffn
+        # Self-attention, cross-attention (positions, then condition), feed-forward.
         block = (
             P * (8 * C * C + 4 * P * C)
             + P * (4 * C * C + 4 * N * C)
@@ -169,8 +171,8 @@ def train_decoder(
 ) -> dict[str, Count]:
     """FLOPs by tower of a step of the decoder stage, which denoises every image once.
 
-    Emu's towers count as far as the condition is computed from them; the autoencoder's encoder only
-    if it `encodes` the images, as opposed to stored latents.
+    Emu's towers count only if the condition is computed with them, and the autoencoder's encoder
+    only if `encodes`: the images are encoded in each step, not read as precomputed latents.
     """
     reads_text = config.condition == "teacher_forced"
     text = {name: value if reads_text else 0.0 for name, value in counts.items()}

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from emu_jax.models import layers, module
 
-# pixels
+# Height and width of the network's input, in pixels.
 SIDE = 299
 CLASSES = 1008
 
@@ -158,7 +158,7 @@ BLOCKS = (
 
 
 class ConvNorm(nnx.Module):
-    """relu(batch norm(convolution)), the norm by its running statistics, eps 1e-3."""
+    """relu(batch norm(convolution)); the norm uses running statistics and epsilon 1e-3."""
 
     def __init__(self, conv: Conv, inputs: int, rngs: layers.Rngs):
         self.stride = conv.stride

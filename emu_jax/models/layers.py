@@ -1,8 +1,8 @@
 """Layers of every tower: linear maps, norms, dropout, and depth as a scan over blocks.
 
-Parameters are float32; arithmetic is in the dtype of the activations, norms in float32. Modules
-only hold parameters and define arithmetic: dropout takes its key, no module has random state. Read
-next: vision.py, resampler.py, llama.py.
+Parameters are float32; arithmetic is in the dtype of the activations, except for norms, which are
+in float32. Modules only hold parameters and define arithmetic. They have no random state: dropout
+takes a key as an argument. Read next: vision.py, resampler.py, llama.py.
 """
 
 from collections.abc import Callable
@@ -26,16 +26,17 @@ REMAT = {
         jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
 }
-# Stacks of up to this many blocks are unrolled if everything is saved: a scan would copy what it
-# saves into stacks and out of them.
+# Stacks of up to this many blocks are unrolled if everything is saved, because a scan would copy
+# what it saves into stacked arrays and out of them.
 SHORT = 8
 
 
 def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
-    """Multiply x by any kind of weight, in x's dtype; float32 is exact on every platform."""
+    """Multiply x by any kind of weight, in x's dtype; float32 at full precision everywhere."""
     if isinstance(w, Lora):
         to_rank, from_rank = equations(equation)
-        # Computed first: gradients are summed in the order of the products, which old runs fix.
+        # Keep this product first: gradients are summed in the order of the products, and old runs
+        # must resume bit for bit.
         base = einsum(equation, x, w.w)
         low_rank = einsum(to_rank, dropout(x, w.dropout, w.keys), w.a)
         return base + w.scale * einsum(from_rank, low_rank, w.b)
@@ -48,8 +49,8 @@ def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
 class Rngs:
     """Keys for fresh parameters: `params()` gives the next one.
 
-    The keys are those of `nnx.Rngs(params=key)`. The count is a plain number, as nothing else needs
-    it: nnx's, an array, took a sixth of the time of tracing a model.
+    The keys are those of `nnx.Rngs(params=key)`, but the count is a plain int: nnx's count, an
+    array, took a sixth of the time to trace a model.
     """
 
     def __init__(self, key: Array):
@@ -141,9 +142,10 @@ def run(
 ) -> Any:
     """Run x through all L blocks of a stack: `x = call(block, x, key)` for each.
 
-    A scan over rematerialised blocks, compiled once; a SHORT stack without remat is unrolled. x:
-    the activations, or a tuple that begins with them. where: the stack's parameter path, which
-    decides how each block's weights are gathered just before use. key: split over depth.
+    This is a scan over rematerialised blocks, compiled once; a SHORT stack without remat is
+    unrolled. x: the activations, or a tuple that begins with them. where: the stack's parameter
+    path, which determines how each block's weights are gathered just before use. key: split over
+    depth.
     """
     graphdef, state = nnx.split(blocks)
     weights = nnx.to_pure_dict(state)
@@ -168,7 +170,7 @@ def run(
 def once(
     block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str
 ) -> Array:
-    """Run one block as `run` runs each of a stack, for towers whose blocks differ in shape."""
+    """Run one block as `run` runs each block, for towers whose blocks differ in shape."""
     graphdef, state = nnx.split(block)
 
     def one(weights, x, *inputs):

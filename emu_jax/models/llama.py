@@ -29,12 +29,13 @@ class LlamaConfig:
     vocab: int
     # Emu's tokens after them: [PAD] [IMG] [/IMG] <image>, and [USER] [ASSISTANT] in the chat model.
     added: int
-    # D
+    # D, width of the hidden states.
     width: int
     depth: int
     heads: int
     # Heads of keys and values (grouped-query attention); 0: as many as `heads`.
     kv_heads: int
+    # Hidden width of the feed-forward layers.
     ffn: int
     # Epsilon of the RMSNorms.
     eps: float
@@ -98,7 +99,7 @@ class LlamaAttention(nnx.Module):
     def __call__(self, x, mask, rotation, kernel: str, cache: LayerCache | None, use_cache: bool):
         """The output, and the cache with the keys and values of x.
 
-        use_cache: attend to all that the cache holds; otherwise to x alone.
+        use_cache: attend to everything in the cache; otherwise to x alone.
         """
         q = rotate(self.q(x), rotation)
         k = rotate(self.k(x), rotation)
@@ -212,9 +213,9 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states after the final norm, and the cache with x in its next T slots.
 
-        Position t sees its own segment up to itself. Without a cache, x is the whole sequence; with
-        one, x continues what the cache holds, which must have T free slots. Padding (segment 0) of
-        the first x that a cache reads must be at the ends of the rows.
+        Position t attends to its own segment up to itself. Without a cache, x is the complete
+        sequence; with one, x continues it, and the cache must have T free slots. In the first x of
+        a cache, padding (segment 0) must be at the ends of the rows.
         """
         config = self.config
         rotation = rotary(
@@ -233,7 +234,7 @@ class Llama(nnx.Module):
 
         kv_segments = _write(cache.segments, segments, (0, cache.length))
         kv_positions = _write(cache.positions, positions, (0, cache.length))
-        # The first x of a cache sees itself alone, which every kernel supports.
+        # The first x of a cache attends to itself alone, which every kernel supports.
         use_cache = not cache.empty
         if use_cache:
             mask = Mask(segments, kv_segments, positions, kv_positions, causal=True)
@@ -265,7 +266,7 @@ def rotary(
 ) -> tuple[Array, Array]:
     """Rotary position embeddings (arXiv 2104.09864): cos and sin [B, T, 1, d/2] in float32.
 
-    dtype: rounds the frequencies.
+    dtype: the dtype to which the frequencies are rounded.
     """
     rounded = jnp.asarray(frequencies(width, base, scaling), dtype).astype(jnp.float32)
     angles = positions[:, :, None, None].astype(jnp.float32) * rounded
@@ -277,7 +278,7 @@ def frequencies(width: int, base: float, scaling: tuple) -> np.ndarray:
 
     ("linear", factor): all are divided by factor (arXiv 2306.15595). ("llama3", factor, low, high,
     context): frequencies with less than `low` turns in `context` tokens are divided, those with
-    more than `high` are kept, and in between it is interpolated (LLaMA 3.1's model card).
+    more than `high` are kept, and those in between are interpolated (LLaMA 3.1's model card).
     """
     plain = base ** (-np.arange(0, width, 2) / width)
     match scaling:

@@ -1,9 +1,9 @@
 """Weights that are more than one array: LoRA (arXiv 2106.09685) and quantized matrices.
 
-Next to a matrix `q/w` are LoRA's leaves `q/a` and `q/b`; a matrix stored in 8 or 4 bits (QLoRA,
-arXiv 2305.14314) is the codes `q/int8` or `q/nf4` and their scales `q/absmax` instead of `q/w`.
-`apply` folds them into what layers.einsum multiplies by, so that no module knows of them. Read
-next: layers.py, module.py.
+Next to a matrix `q/w` are LoRA's leaves `q/a` and `q/b`. A matrix stored in 8 or 4 bits (QLoRA,
+arXiv 2305.14314) has the codes `q/int8` or `q/nf4` and their scales `q/absmax` in place of `q/w`.
+`apply` folds these leaves into one value that layers.einsum multiplies by, so that no module knows
+of them. Read next: layers.py, module.py.
 """
 
 import math
@@ -27,10 +27,10 @@ from emu_jax.sharding import QUANTIZED
 
 # Matrices that `storage` quantizes: nearly all of the LLM.
 STORED = "llama/blocks/.*/w"
-# Numbers that share a scale, at most.
+# The most numbers that share a scale.
 BLOCK = 64
 
-# On a device, or as read from a checkpoint.
+# An array on a device, or one read from a checkpoint.
 Numbers = Array | np.ndarray
 
 
@@ -43,7 +43,7 @@ class LoraConfig:
     alpha: float = 16.0
     # Dropout on LoRA's input.
     dropout: float = 0.05
-    # (regex, bool) rows over parameter paths: which matrices of blocks get LoRA.
+    # (regex, bool) rows over parameter paths: which matrices of the towers' blocks get LoRA.
     targets: tuple = ()
     # Storage of the matrices of the LLM's blocks, which then cannot train: "int8", "nf4", or "" for
     # full precision.
@@ -122,7 +122,7 @@ def split_axes(equation: str) -> tuple[str, str]:
 
 
 def equations(equation: str) -> tuple[str, str]:
-    """The two products through r that LoRA adds to "x,w->y": x with a, and that with b.
+    """The two einsums that LoRA adds to "x,w->y": x times a, and the result times b.
 
     "btD,Dhd->bthd" gives "btD,DR->btR" and "btR,Rhd->bthd". In every matrix of a tower's blocks the
     summed axes come first, so that LoRA of w [in..., out...] is a [in..., r] and b [r, out...].
@@ -166,8 +166,9 @@ def init(
 ) -> tree.Tree:
     """Add fresh LoRA leaves to `params` and quantize what `config` stores in few bits.
 
-    a is initialised as in PEFT, b is zero. inputs: the number of axes that each matrix of a block,
-    by path, is summed over. Raises UserError for a target that is not such a matrix.
+    a is initialised as in PEFT, b is zero. inputs: for the path of every matrix of a block, the
+    number of its axes that are summed over. Raises UserError for a target that is not such a
+    matrix.
     """
     if config is None:
         return params
@@ -176,7 +177,7 @@ def init(
         if path not in inputs:
             raise UserError(f"model.lora.targets: {path} is not a matrix of a tower's blocks")
         shape = leaves[path].shape
-        # The axes before this one are L and w's inputs.
+        # The axes before `cut` are L and those of w that are summed over.
         cut = 1 + inputs[path]
         bound = math.prod(shape[1:cut]) ** -0.5
         a_shape = (*shape[:cut], config.rank)
@@ -203,7 +204,7 @@ def _targets(config: LoraConfig, params: tree.Tree) -> list[str]:
 
 
 def _key_of(path: str, key: Array) -> Array:
-    """The random key of the parameter at `path`, whatever else the tree holds."""
+    """The random key of the parameter at `path`; it does not depend on other parameters."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -219,7 +220,7 @@ def merge(
     return w + config.alpha / a.shape[-1] * product
 
 
-# Storage
+# Storage in 8 or 4 bits
 
 
 def quantize_leaf(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str, Array]:
@@ -255,7 +256,7 @@ def quantize(
 def dequantize(
     codes: Int8[Numbers, "..."] | UInt8[Numbers, "..."], absmax: Float[Numbers, "..."]
 ) -> Float[Array, "..."]:
-    """Invert `quantize` up to its rounding; float32."""
+    """Invert `quantize`, up to rounding, in float32."""
     codes = jnp.asarray(codes)
     absmax = jnp.asarray(absmax)
     if _name(codes) == "int8":

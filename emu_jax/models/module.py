@@ -40,7 +40,7 @@ def bind(module: type[M], config: Any, params: dict, key: Array | None = None) -
     return nnx.merge(_graphdef(module, config), lora.apply(_lora(config), params, key))
 
 
-# Cached, since making a large model's takes a second or two and every trace needs it.
+# Cached, since this takes a second or two for a large model and every trace needs the result.
 @cache
 def _abstract(module: Callable[..., nnx.Module], config: Any) -> nnx.Module:
     return jax.eval_shape(lambda key: module(config, layers.Rngs(key)), jax.random.key(0))

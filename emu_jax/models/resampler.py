@@ -1,9 +1,9 @@
-"""The causal transformer (section 3.1): an image's features become N causal visual tokens.
+"""The causal transformer (Emu, section 2.1): an image's features become N visual tokens.
 
 A T5 decoder (arXiv 1910.10683): N learned queries pass through blocks of causal self-attention,
-cross-attention to the features, and ffn. As in T5: no 1/sqrt(d) in attention, a relative position
-bias shared by all blocks, RMSNorm before each sublayer, no biases, dropout. `project` maps the
-result to the LLM's width. Read next: llama.py.
+cross-attention to the features, and feed-forward layers. As in T5: no 1/sqrt(d) in attention, a
+relative position bias shared by all blocks, RMSNorm before each sublayer, no biases, dropout.
+`project` maps the result to the LLM's width. Read next: llama.py.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from emu_jax.models.attention import Mask, attention
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    # N
+    # N, visual tokens of an image.
     tokens: int
-    # C
+    # C, width of the hidden states.
     width: int
     depth: int
     heads: int
@@ -31,7 +31,7 @@ class ResamplerConfig:
     ffn: int
     # Buckets of the relative position bias.
     buckets: int
-    # Distances from here on share the last bucket.
+    # Distances of at least this many tokens share the last bucket.
     max_distance: int
     dropout: float
     remat: str
@@ -143,7 +143,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
     """T5's bucket of each (query, key) pair [length, length], for causal attention.
 
     Distances below buckets / 2 have a bucket each; longer ones share logarithmic buckets up to
-    max_distance. Keys ahead of the query are in bucket 0, and masked.
+    max_distance. Keys after the query are in bucket 0; the causal mask hides them.
     """
     distance = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
     exact = buckets // 2

@@ -1,8 +1,8 @@
 """Stable Diffusion's U-Net (arXiv 2112.10752), versions 1 and 2: Emu's visual decoder.
 
-Residual blocks at falling, then rising resolution; at most levels each is followed by a transformer
-over the pixels that attends to a condition of any width (for Emu: the N visual tokens). With
-`patch` > 1 it works on pixels, without an autoencoder. Read next: diffusion.py for what it
+Residual blocks at falling, then rising resolution. At most levels each block is followed by a
+transformer over the positions, which attends to the condition (for Emu: the N visual tokens). With
+`patch` > 1 the U-Net works on pixels, without an autoencoder. Read next: diffusion.py for what it
 predicts, vae.py for the latents.
 """
 
@@ -30,50 +30,52 @@ from emu_jax.models.convolution import (
     upsample,
 )
 
-# Parameters that read the condition: [its width, heads, head width].
+# Parameters that read the condition. Their shape is [its width, heads, head width].
 CONDITIONED = "unet/.*/cross/(k|v)/w"
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Tuples have an entry per level, the finest first."""
+    """Sizes of a U-Net. Tuples have an entry per level, the finest first."""
 
     # Channels of the latents or pixels that are denoised.
     channels_in: int
     channels_out: int
-    # Pixels per side of one position; 1 for latents.
+    # Side, in pixels, of the square that is folded into one position; 1 for latents.
     patch: int
-    # C
+    # C, channels of the hidden states.
     widths: tuple[int, ...]
     # Residual blocks on the way down; there is one more on the way up.
     resnets: tuple[int, ...]
-    # Whether each is followed by a transformer.
+    # Whether each residual block is followed by a transformer.
     attends_down: tuple[bool, ...]
     attends_up: tuple[bool, ...]
-    # Blocks of a transformer.
+    # Blocks of each transformer.
     depths: tuple[int, ...]
     heads: tuple[int, ...]
     # D, width of the condition.
     condition: int
-    # N: project the concatenated condition tokens into the time embedding; 0: cross-attention only.
+    # N: add a projection of the concatenated condition tokens to the time embedding; 0: the
+    # condition is read by cross-attention only.
     pooled: int
-    # Side of the finest level, if every position gets its own projection of the time embedding; 0:
-    # shared.
+    # Side of the finest level, if each of its positions gets its own projection of the time
+    # embedding; 0: all positions share one.
     side: int
     # Width of the time embedding.
     time: int
-    # Order and frequencies of the time's sinusoids; both releases put the cosines first.
+    # Order and frequencies of the time's sinusoids; Stable Diffusion 1 and 2 have cosines first.
     cosine_first: bool
     frequency_shift: float
     groups: int
     eps: float
-    # Whether checkpoints store linear maps (SD 2) or 1 x 1 convolutions (SD 1): same arithmetic.
+    # Whether checkpoints store the transformers' projections as linear maps (SD 2) or as 1 x 1
+    # convolutions (SD 1); the arithmetic is the same.
     linear: bool
     remat: str
 
     @property
     def divisor(self) -> int:
-        """What a side of the input must be divisible by."""
+        """The number that height and width of the input must be multiples of."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
 
@@ -83,8 +85,9 @@ class LevelSpec(NamedTuple):
     level: int
     # Input channels of each residual block.
     widths_in: list[int]
-    # How many of them are followed by a transformer: the first ones.
+    # Number of residual blocks, counted from the first, that a transformer follows.
     attentions: int
+    # Whether the level ends with a change of resolution.
     resample: bool
 
 
@@ -135,7 +138,7 @@ class UNetAttention(nnx.Module):
 
 
 class UNetFfn(nnx.Module):
-    """GEGLU (arXiv 2002.05202): one linear half times the exact GELU of the other."""
+    """GEGLU (arXiv 2002.05202): a linear map times the exact GELU of another one."""
 
     def __init__(self, width: int, rngs: layers.Rngs):
         C = width
@@ -203,7 +206,7 @@ class UNetLevel(nnx.Module):
 
 
 class TimeEmbedding(nnx.Module):
-    """Embed the time, given as sinusoids."""
+    """Embeds a timestep, given as sinusoids."""
 
     def __init__(self, config: UNetConfig, rngs: layers.Rngs):
         C = config.widths[0]
@@ -249,7 +252,7 @@ class UNet(nnx.Module):
         *,
         kernel: str = "auto",
     ) -> Float[Array, "B h w o"]:
-        """Predict from x, noised at `timesteps` (0 to 1000); in x's dtype.
+        """The prediction from x, noised at `timesteps` (0 to 1000), in x's dtype.
 
         Raises UserError if h or w is not a multiple of `config.divisor`.
         """

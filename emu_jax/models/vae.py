@@ -1,7 +1,7 @@
 """Stable Diffusion's autoencoder (arXiv 2112.10752): images to latents and back.
 
-The latents have an eighth of the images' side. Read next: unet.py, which works on them;
-diffusion.py.
+The latents of images have an eighth of their height and width. Read next: unet.py, which works on
+them; diffusion.py.
 """
 
 from dataclasses import dataclass
@@ -38,16 +38,16 @@ class VaeConfig:
     latent: int
     # Channels of each level, the finest first.
     widths: tuple[int, ...]
-    # Residual blocks of a level on the way down; there is one more on the way up.
+    # Residual blocks of each level of the encoder; the decoder has one more.
     resnets: int
     groups: int
-    # Factor that latents are multiplied by before the U-Net sees them.
+    # Factor by which latents are multiplied before the U-Net sees them.
     scale: float
     remat: str
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one latent."""
+        """Side, in pixels, of the square that one latent stands for."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -174,7 +174,7 @@ class Vae(nnx.Module):
     ) -> tuple[Float[Array, "B y x c"], Float[Array, "B y x c"]]:
         """(mean, log variance) of the unscaled latents of images in -1..1.
 
-        Raises UserError if a side is not divisible.
+        Raises UserError if height or width is not a multiple of the config's `factor`.
         """
         if images.shape[1] % self.config.factor or images.shape[2] % self.config.factor:
             raise UserError(
@@ -187,7 +187,7 @@ class Vae(nnx.Module):
     def decode(
         self, latents: Float[Array, "B y x c"], *, kernel: str = "auto"
     ) -> Float[Array, "B h w 3"]:
-        """Images, about -1..1, of unscaled latents."""
+        """The images, with values of about -1..1, of unscaled latents."""
         return self.decoder(self.post_quant(latents), kernel)
 
     def sample(

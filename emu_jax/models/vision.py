@@ -1,4 +1,4 @@
-"""EVA-01-CLIP's vision transformer (arXiv 2211.07636), Emu's visual encoder (section 3.1).
+"""EVA-01-CLIP's vision transformer (arXiv 2211.07636), Emu's visual encoder (section 2.1).
 
 Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and values only. Emu
 reads the raw output of the last block, CLS included; the original's final norm, head and pooling
@@ -21,10 +21,11 @@ from emu_jax.models.attention import attention
 
 @dataclass(frozen=True)
 class VisionConfig:
-    # Pixels per side.
+    # Height and width of images, in pixels.
     image: int
+    # Height and width of a patch, in pixels.
     patch: int
-    # E
+    # E, width of the hidden states.
     width: int
     depth: int
     heads: int
@@ -90,7 +91,7 @@ class Vision(nnx.Module):
             "bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs
         )
         self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (E,)))
-        # Learned, from sines and cosines, so that patches have distinct positions from the start.
+        # Learned, but initialised with sines and cosines, so that positions differ from the start.
         self.pos = nnx.Param(jnp.asarray(sincos(config.image // p, E)))
         self.blocks = layers.stack(lambda rngs: VisionBlock(config, rngs), config.depth, rngs)
 
