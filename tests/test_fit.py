@@ -319,7 +319,10 @@ def test_a_close_result_is_compiled_with_a_runs_effort(platform, peak, efforts, 
         (["--topology=cpu:8", "--config.mesh.fsdp=3"], "does not match 8 devices"),
         (["--topology=cpu:8", "--config.data.batch=12"], "data.batch=12 is not divisible by 8"),
         (["--topology=cpu:8", "--config.stage=x"], "stage='x' is not one of"),
-        (["--topology=cpu:8", "--search"], "a search needs a topology whose devices have a known memory"),
+        (
+            ["--topology=cpu:8", "--search"],
+            "a search needs a topology whose devices have a known memory",
+        ),
         (
             ["--topology=cpu:8", "--config.model.llama.width=36", "--config.model.llama.heads=2"],
             "does not divide by fsdp = 8; 4 would do, with the rest in data (mesh.data=2)",
