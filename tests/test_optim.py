@@ -139,7 +139,7 @@ def test_it_is_adamw_with_a_rate_and_a_decay_for_every_leaf(overrides):
 
 def test_the_papers_rates_and_decay_on_matrices_only():
     c = make.cfg()
-    params = jax.eval_shape(lambda: make.params(make.program(c)))
+    params = make.abstract(make.program(c))
     rates, decays = (
         dict(tree.leaves(tree.by_rule(rows, params))) for rows in (c.rules.peak_lr, c.rules.decay)
     )

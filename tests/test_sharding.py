@@ -133,7 +133,7 @@ def test_a_mesh_that_does_not_match_is_one_line(sizes, message):
 def test_moments_lie_with_their_parameters_and_counters_are_replicated():
     c = make.cfg("optim.ema=0.9", "rules.train=(('(vision|ln_visual)/.*', False), ('.*', True))")
     p = make.program(c)
-    params = jax.eval_shape(lambda: make.params(p))
+    params = make.abstract(p)
     state = jax.eval_shape(partial(init_state, p), params)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     table = dict(tree.leaves(sharding.specs(params)))

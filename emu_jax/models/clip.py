@@ -91,12 +91,8 @@ class ClipText(nnx.Module):
     def __init__(self, config: ClipConfig, rngs: layers.Rngs):
         tower = config.text
         self.eos = config.eos
-        self.tokens = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (config.vocab, tower.width))
-        )
-        self.positions = nnx.Param(
-            0.01 * jax.random.normal(rngs.params(), (config.context, tower.width))
-        )
+        self.tokens = nnx.Param(rngs.normal(0.02, (config.vocab, tower.width)))
+        self.positions = nnx.Param(rngs.normal(0.01, (config.context, tower.width)))
         self.blocks = layers.stack(lambda rngs: ClipBlock(tower, rngs), tower.depth, rngs)
         self.norm = layers.LayerNorm(tower.width, eps=tower.eps)
         self.project = layers.Linear(
@@ -122,11 +118,9 @@ class ClipVision(nnx.Module):
         tower = config.vision
         p = config.patch
         self.side = config.patch
-        self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tower.width,)))
+        self.cls = nnx.Param(rngs.normal(0.02, (tower.width,)))
         self.patch = layers.Linear("bxyijc,ijce->bxye", (p, p, 3, tower.width), std=0.02, rngs=rngs)
-        self.positions = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (1 + (config.image // p) ** 2, tower.width))
-        )
+        self.positions = nnx.Param(rngs.normal(0.02, (1 + (config.image // p) ** 2, tower.width)))
         self.before = layers.LayerNorm(tower.width, eps=tower.eps)
         self.blocks = layers.stack(lambda rngs: ClipBlock(tower, rngs), tower.depth, rngs)
         self.after = layers.LayerNorm(tower.width, eps=tower.eps)

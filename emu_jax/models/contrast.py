@@ -29,7 +29,7 @@ class TrigramEncoder(nnx.Module):
     def __init__(self, config: EmuConfig, rngs: layers.Rngs):
         V = config.llama.vocab + config.llama.added
         D = config.llama.width
-        self.tables = nnx.Param(0.5 * jax.random.normal(rngs.params(), (3, V, D)))
+        self.tables = nnx.Param(rngs.normal(0.5, (3, V, D)))
         self.project = layers.Linear("btD,DE->btE", (D, D), std=D**-0.5, rngs=rngs)
 
     def __call__(self, batch: Batch) -> Float[Array, "B I D"]:

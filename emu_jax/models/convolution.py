@@ -43,9 +43,7 @@ class Conv(nnx.Module):
         std: float | None = None,
     ):
         std = (size * size * width_in) ** -0.5 if std is None else std
-        self.w = nnx.Param(
-            std * jax.random.normal(rngs.params(), (size, size, width_in, width_out))
-        )
+        self.w = nnx.Param(rngs.normal(std, (size, size, width_in, width_out)))
         self.bias = nnx.Param(jnp.zeros(width_out))
 
     def __call__(

@@ -164,9 +164,7 @@ class ConvNorm(nnx.Module):
         self.stride = conv.stride
         self.padding = "SAME" if conv.stride == 1 and conv.name not in UNPADDED else "VALID"
         std = (conv.h * conv.w * inputs) ** -0.5
-        self.w = nnx.Param(
-            std * jax.random.normal(rngs.params(), (conv.h, conv.w, inputs, conv.outputs))
-        )
+        self.w = nnx.Param(rngs.normal(std, (conv.h, conv.w, inputs, conv.outputs)))
         self.scale = nnx.Param(jnp.ones(conv.outputs))
         self.bias = nnx.Param(jnp.zeros(conv.outputs))
         self.mean = nnx.Param(jnp.zeros(conv.outputs))
@@ -215,7 +213,7 @@ class Mixed(nnx.Module):
 
 class Logits(nnx.Module):
     def __init__(self, inputs: int, rngs: layers.Rngs):
-        self.w = nnx.Param(inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, CLASSES)))
+        self.w = nnx.Param(rngs.normal(inputs**-0.5, (inputs, CLASSES)))
         # Part of the graph, but not of FID's logits.
         self.bias = nnx.Param(jnp.zeros(CLASSES))
 

@@ -151,10 +151,8 @@ class Vocabulary(nnx.Module):
     """
 
     def __init__(self, config: LlamaConfig, rngs: layers.Rngs):
-        self.base = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab, config.width)))
-        self.added = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (config.added, config.width))
-        )
+        self.base = nnx.Param(rngs.normal(0.02, (config.vocab, config.width)))
+        self.added = nnx.Param(rngs.normal(0.02, (config.added, config.width)))
 
     def arrays(self) -> dict[str, Array]:
         return {"base": self.base.get_value(), "added": self.added.get_value()}

@@ -43,7 +43,7 @@ def bind(module: type[M], config: Any, params: dict, key: Array | None = None) -
 # Cached, since this takes a second or two for a large model and every trace needs the result.
 @cache
 def _abstract(module: Callable[..., nnx.Module], config: Any) -> nnx.Module:
-    return jax.eval_shape(lambda key: module(config, layers.Rngs(key)), jax.random.key(0))
+    return jax.eval_shape(lambda key: module(config, layers.AbstractRngs(key)), jax.random.key(0))
 
 
 @cache

@@ -102,12 +102,8 @@ class Resampler(nnx.Module):
         self, config: ResamplerConfig, vision_width: int, llm_width: int, rngs: layers.Rngs
     ):
         self.config = config
-        self.queries = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (config.tokens, config.width))
-        )
-        self.relative = nnx.Param(
-            config.width**-0.5 * jax.random.normal(rngs.params(), (config.buckets, config.heads))
-        )
+        self.queries = nnx.Param(rngs.normal(0.02, (config.tokens, config.width)))
+        self.relative = nnx.Param(rngs.normal(config.width**-0.5, (config.buckets, config.heads)))
         self.blocks = layers.stack(
             lambda rngs: ResamplerBlock(config, vision_width, rngs), config.depth, rngs
         )

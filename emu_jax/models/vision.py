@@ -90,7 +90,7 @@ class Vision(nnx.Module):
         self.patch = layers.Linear(
             "bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs
         )
-        self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (E,)))
+        self.cls = nnx.Param(rngs.normal(0.02, (E,)))
         # Learned, but initialised with sines and cosines, so that positions differ from the start.
         self.pos = nnx.Param(jnp.asarray(sincos(config.image // p, E)))
         self.blocks = layers.stack(lambda rngs: VisionBlock(config, rngs), config.depth, rngs)

@@ -1,10 +1,8 @@
 """Small models and batches for tests: packed rows of random interleaved documents."""
 
 import dataclasses
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from emu_jax import checkpoint, config, tree
@@ -185,6 +183,11 @@ def params(p, seed: int = 0):
     return module.init(p.stage.module, p.model_config, jax.random.key(seed))
 
 
+def abstract(p):
+    """Shapes and dtypes of `params`."""
+    return module.abstract(p.stage.module, p.model_config)
+
+
 def flat(params) -> list[tuple[str, np.ndarray]]:
     """("a/b", leaf) of every leaf, in order."""
     return list(tree.leaves(params))
@@ -198,11 +201,11 @@ def random_params(p, seed: int = 0):
 
     def leaf(path, x):
         noise = rng.standard_normal(x.shape, np.float32)
-        return jnp.asarray(1 + 0.1 * noise if path.endswith(("scale", "std")) else 0.2 * noise)
+        return 1 + 0.1 * noise if path.endswith(("scale", "std")) else 0.2 * noise
 
-    return tree.unflatten(
-        {path: leaf(path, x) for path, x in flat(jax.eval_shape(partial(params, p)))}
-    )
+    leaves = {path: leaf(path, x) for path, x in flat(abstract(p))}
+    # Not jnp.asarray, which compiles a program for every shape.
+    return jax.device_put(tree.unflatten(leaves))
 
 
 def written(path, c, params):
