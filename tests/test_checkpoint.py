@@ -24,6 +24,7 @@ from emu_jax.checkpoint import (
 )
 from emu_jax.config import UserError
 from tests.support.checkpoints import CONFIG, DATA, State, make_state
+from tests.support.trees import assert_bitwise_equal
 
 # When one array cannot be read, Orbax never awaits the coroutines of the others.
 pytestmark = pytest.mark.filterwarnings(
@@ -44,13 +45,6 @@ def restore(run, abstract_state, step=None):
     restored = run.restore(abstract_state, step=step)
     assert restored is not None
     return restored
-
-
-def assert_same(got, expected):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert one.dtype == two.dtype and one.shape == two.shape
-        assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
 
 
 def mesh_sharding(shape, *axes):
@@ -97,7 +91,7 @@ def test_restored_state_is_the_saved_one_bit_for_bit(tmp_path, ema):
     run.save(1, state, DATA, CONFIG, wait=True)
     step, restored, data, config = restore(run, abstract(state))
     assert (step, data, config) == (1, DATA, CONFIG)
-    assert_same(restored, state)
+    assert_bitwise_equal(restored, state)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +104,7 @@ def test_restored_onto_another_mesh_is_exactly_equal(tmp_path, target):
     CheckpointManager(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
     run = CheckpointManager(str(tmp_path), keep=1, keep_every=0)
     _, restored, _, _ = restore(run, abstract(state, target))
-    assert_same(restored, state)
+    assert_bitwise_equal(restored, state)
     for leaf in jax.tree.leaves(restored):
         assert leaf.sharding == target(leaf) if target else len(leaf.sharding.device_set) == 1
 
@@ -123,7 +117,7 @@ def test_copies_write_an_array_together_or_one_of_them_does(tmp_path, monkeypatc
     CheckpointManager(str(tmp_path), keep=1, keep_every=0).save(1, there, DATA, CONFIG, wait=True)
     run = CheckpointManager(str(tmp_path), keep=1, keep_every=0)
     _, restored, _, _ = restore(run, abstract(state))
-    assert_same(restored, state)
+    assert_bitwise_equal(restored, state)
 
 
 def test_arrays_may_be_donated_once_save_returns(tmp_path):
@@ -145,8 +139,8 @@ def test_parameters_are_found_whatever_their_split(saved):
         **state.trainable,
         "llama": state.frozen["llama"] | state.trainable["llama"],
     }
-    assert_same(restore_params(str(saved)), jax.tree.map(np.asarray, everything))
-    assert_same(
+    assert_bitwise_equal(restore_params(str(saved)), jax.tree.map(np.asarray, everything))
+    assert_bitwise_equal(
         restore_params(str(saved), abstract(everything, mesh_sharding((2, 4), "fsdp"))), everything
     )
 
@@ -155,7 +149,9 @@ def test_one_tower_is_restored_and_cast_without_the_rest(saved):
     tower = restore_params(
         str(saved), {"vision": {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}}
     )
-    assert_same(tower, {"vision": {"w": make_state(2).frozen["vision"]["w"].astype(jnp.bfloat16)}})
+    assert_bitwise_equal(
+        tower, {"vision": {"w": make_state(2).frozen["vision"]["w"].astype(jnp.bfloat16)}}
+    )
 
 
 def test_param_shapes_lists_every_parameter(saved):
@@ -204,7 +200,7 @@ def test_a_given_step_is_restored(saved):
     run = CheckpointManager(str(saved), keep=5, keep_every=0)
     step, restored, _, config = restore(run, abstract(make_state()), step=1)
     assert step == config["seed"] == 1
-    assert_same(restored, make_state(1))
+    assert_bitwise_equal(restored, make_state(1))
 
 
 def test_a_new_workdir_has_no_checkpoints(tmp_path):
@@ -237,8 +233,8 @@ def test_parameters_written_by_slices_are_restored_on_any_mesh_and_read_by_slice
         "vision": {"pos": jnp.ones((3, 5), jnp.float16), "bias": jnp.zeros((70,))}
     }
     sliced(tmp_path, params)
-    assert_same(restore_params(str(tmp_path)), jax.tree.map(np.asarray, params))
-    assert_same(
+    assert_bitwise_equal(restore_params(str(tmp_path)), jax.tree.map(np.asarray, params))
+    assert_bitwise_equal(
         restore_params(str(tmp_path), abstract(params, mesh_sharding((2, 4), "fsdp"))), params
     )
     assert read_config(str(tmp_path)) == CONFIG
@@ -262,7 +258,7 @@ def test_an_unfinished_write_leaves_nothing(tmp_path, small_disk):
     sliced(tmp_path / "run", make_state().trainable)
     with pytest.raises(UserError, match="holds a checkpoint already"):
         sliced(tmp_path / "run", make_state(2).trainable)
-    assert_same(
+    assert_bitwise_equal(
         restore_params(str(tmp_path / "run")), jax.tree.map(np.asarray, make_state().trainable)
     )
 
@@ -305,7 +301,7 @@ def test_a_damaged_step_does_not_displace_intact_ones_and_is_replaced(copy):
     assert restore(run, abstract(make_state()))[0] == 3
     run.save(4, make_state(4), DATA, CONFIG, wait=True)
     assert steps(copy) == [3, 4]
-    assert_same(restore(run, abstract(make_state()))[1], make_state(4))
+    assert_bitwise_equal(restore(run, abstract(make_state()))[1], make_state(4))
 
 
 # Damage
@@ -357,7 +353,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_it(
     with caplog.at_level(logging.WARNING):
         step, restored, _, _ = restore(run, abstract(make_state()))
     assert step == 1 and str(copy / "checkpoints/2") in caplog.text and "skipping" in caplog.text
-    assert_same(restored, make_state(1))
+    assert_bitwise_equal(restored, make_state(1))
     with pytest.raises(UserError, match=r"checkpoints; 2 is damaged: \w+"):
         run.restore(abstract(make_state()), step=2)
 
@@ -403,7 +399,7 @@ def test_a_killed_save_is_ignored_and_removed(copy, caplog):
     (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
     assert latest_step(str(copy)) == 2 and not caplog.records
-    assert_same(restore(run, abstract(make_state()))[1], make_state(2))
+    assert_bitwise_equal(restore(run, abstract(make_state()))[1], make_state(2))
     run.save(4, make_state(4), DATA, CONFIG, wait=True)
     assert steps(copy) == [1, 2, 4]
 
@@ -419,11 +415,11 @@ def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
         # Here at the latest.
         run.save(4, big, DATA, CONFIG)
     assert "\n" not in str(error.value) and steps(copy) == [1, 2]
-    assert_same(restore(run, abstract(make_state()))[1], make_state(2))
+    assert_bitwise_equal(restore(run, abstract(make_state()))[1], make_state(2))
     small_disk()
     run.save(3, big, DATA, CONFIG, wait=True)
     assert steps(copy) == [1, 2, 3]
-    assert_same(restore(run, abstract(big))[1], make_state(3, rows=4096))
+    assert_bitwise_equal(restore(run, abstract(big))[1], make_state(3, rows=4096))
 
 
 # Bad input

@@ -49,16 +49,6 @@ def leaves(directory):
     return dict(tree.leaves(checkpoint.restore_params(str(directory))))
 
 
-def assert_identical(got, want):
-    """Two {name: array} have the same names, dtypes, shapes and bits."""
-    assert set(got) == set(want)
-    for name in want:
-        x = np.asarray(got[name])
-        y = np.asarray(want[name])
-        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
-        assert x.tobytes() == y.tobytes(), name
-
-
 # Emus and their parts
 
 

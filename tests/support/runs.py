@@ -6,7 +6,7 @@ import json
 
 import jax
 
-from emu_jax import checkpoint, sharding, train, tree
+from emu_jax import checkpoint, sharding, train
 from tests.support import fixtures
 
 STATS_IMAGES = 64
@@ -68,6 +68,7 @@ KILLED = f"""
 import os, signal, sys, time
 from etils import epath
 from emu_jax import initial, metric_writer, train
+from tests.support.trees import assert_bitwise_equal
 
 initial.STATS_IMAGES = {STATS_IMAGES}
 at, saved, write = int(sys.argv[1]), epath.Path(sys.argv[2]), metric_writer.MetricWriter.write
@@ -115,6 +116,5 @@ def assert_same_run(workdir, other):
         and set(arrays) == {"step", "params", "optimizer", "ema"}
         and data == data_wanted
     )
-    for (path, got), (_, leaf) in zip(tree.leaves(params), tree.leaves(want), strict=True):
-        assert got.tobytes() == leaf.tobytes(), path
+    assert_bitwise_equal(params, want)
     assert untimed(workdir) == untimed(other)

@@ -8,8 +8,9 @@ import pytest
 
 from emu_jax.config import UserError
 from emu_jax.weights import files
-from tests.support.foreign import assert_identical, saved
+from tests.support.foreign import saved
 from tests.support.foreign import write as write_tensors
+from tests.support.trees import assert_bitwise_equal
 
 RNG = np.random.default_rng(0)
 ARRAYS: dict[str, np.ndarray] = {
@@ -43,7 +44,7 @@ def test_written_tensors_are_read_back(tmp_path, shard, count):
     for sources in ([tmp_path], [tmp_path / "model.safetensors.index.json"], paths):
         tensors = files.read(list(map(str, sources))).tensors
         assert list(tensors) == list(ARRAYS)
-        assert_identical(tensors, ARRAYS)
+        assert_bitwise_equal(tensors, ARRAYS)
         for name, tensor in tensors.items():
             assert (tensor.shape, tensor.dtype) == (ARRAYS[name].shape, ARRAYS[name].dtype)
 
@@ -159,7 +160,7 @@ def test_components_of_a_model_are_read_as_one(tmp_path):
     foreign = files.read_components(str(tmp_path), ("unet", "vae"))
     assert foreign.config == {"unet": {"number": 0}, "vae": {"number": 1}, "scheduler": {}}
     want = {"unet.conv.weight": floats(0), "vae.conv.weight": floats(1)}
-    assert_identical(foreign.tensors, want)
+    assert_bitwise_equal(foreign.tensors, want)
 
 
 def test_safetensors_are_preferred_to_pickles(tmp_path):

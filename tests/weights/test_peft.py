@@ -20,7 +20,6 @@ from emu_jax.weights.__main__ import main
 from tests.support import make
 from tests.support.foreign import (
     CONFIG,
-    assert_identical,
     config_of,
     export,
     folder,
@@ -32,6 +31,7 @@ from tests.support.foreign import (
     small,
     tensors,
 )
+from tests.support.trees import assert_bitwise_equal
 
 RANK = ("--config.model.lora.rank=3", "--config.model.lora.alpha=6.0")
 ALL = "--config.model.lora.targets=(('llama/blocks/.*/w', True), ('.*', False))"
@@ -106,9 +106,9 @@ def test_adapters_have_pefts_format_and_import_of_export_is_the_identity(tmp_pat
     sources = "--family=llama", str(tmp_path / "llama"), "--family=peft", str(tmp_path / "adapter")
     import_(tmp_path / "again", *sources)
     again = leaves(tmp_path / "again")
-    assert_identical(lora_of(again), lora_of(params))
+    assert_bitwise_equal(lora_of(again), lora_of(params))
     q = "llama/blocks/attn/q/w"
-    assert_identical({q: again[q]}, {q: params[q]})
+    assert_bitwise_equal({q: again[q]}, {q: params[q]})
     config = config_of(tmp_path / "again").lora
     assert (config.rank, config.alpha) == (3, 6.0)
 
@@ -285,4 +285,4 @@ def test_peft_loads_our_export_and_we_load_its_adapter_with_the_same_logits(tmp_
         *RANK,
         ROPE,
     )
-    assert_identical(leaves(tmp_path / "again"), leaves(tmp_path / "ours"))
+    assert_bitwise_equal(leaves(tmp_path / "again"), leaves(tmp_path / "ours"))

@@ -13,12 +13,12 @@ from emu_jax.weights import pickles
 from tests.support.foreign import (
     Raw,
     Window,
-    assert_identical,
     name,
     opcodes,
     saved,
     torch_file,
 )
+from tests.support.trees import assert_bitwise_equal
 
 RNG = np.random.default_rng(0)
 NUMBERS = np.arange(24, dtype=np.float32)
@@ -45,7 +45,7 @@ def test_tensors_are_read_bit_for_bit(path, dtype):
     saved(path, arrays)
     got = read(path)
     assert list(got) == list(arrays)
-    assert_identical(got, arrays)
+    assert_bitwise_equal(got, arrays)
 
 
 def test_offsets_and_strides_are_respected_and_storages_shared(path):

@@ -27,7 +27,6 @@ from tests.support.foreign import (
     PNDM,
     UNET1,
     UNET2,
-    assert_identical,
     diffusion,
     export,
     folder,
@@ -36,6 +35,7 @@ from tests.support.foreign import (
     saved,
     small,
 )
+from tests.support.trees import assert_bitwise_equal
 
 SD1 = dict(
     block_out_channels=[320, 640, 1280, 1280],
@@ -110,11 +110,11 @@ def test_export_of_import_is_the_identity(linear):
     theirs = dict(convert.to_theirs(table, convert.reader(tree.unflatten(ours))))
     back = dict(tree.leaves(convert.from_theirs(table, family.canonical(theirs))))
     assert back.keys() == {row.ours for row in table.rows}
-    assert_identical(back, ours)
+    assert_bitwise_equal(back, ours)
     again = dict(convert.to_theirs(table, convert.reader(tree.unflatten(back))))
     shape = theirs["unet.mid_block.attentions.0.proj_in.weight"].shape
     assert shape == ((8, 8) if linear else (8, 8, 1, 1))
-    assert_identical(again, theirs)
+    assert_bitwise_equal(again, theirs)
 
 
 def test_old_names_and_shapes_of_autoencoders():
@@ -198,7 +198,7 @@ def test_export_of_import_of_a_folder_is_the_identity(tmp_path, unet, schedule, 
     import_(tmp_path / "ours", "--family=stable-diffusion", tmp_path / "theirs")
     export("stable-diffusion", tmp_path / "ours", tmp_path / "back")
     back = files.read_components(str(tmp_path / "back"), ("unet", "vae"))
-    assert_identical(back.tensors, arrays)
+    assert_bitwise_equal(back.tensors, arrays)
     theirs = files.read_components(str(tmp_path / "theirs"), ("unet", "vae"))
     assert family.infer_config({}, back.config) == family.infer_config({}, theirs.config)
     assert family.default_config({}, back.config) == {"decoder.image": 16}
@@ -263,7 +263,7 @@ def test_pickles_and_old_names_of_a_folder_give_the_same(tmp_path):
         saved(path.with_suffix(".bin"), arrays)
         path.unlink()
     foreign_files = files.read_components(str(tmp_path), ("unet", "vae"))
-    assert_identical(family.canonical(foreign_files.tensors), want)
+    assert_bitwise_equal(family.canonical(foreign_files.tensors), want)
 
 
 def test_a_decoder_starts_from_stable_diffusion_and_from_an_emu(tmp_path, capsys, caplog):

@@ -27,7 +27,6 @@ from emu_jax.weights.families import FAMILIES
 from tests.support.foreign import (
     CONFIG,
     LLAMA3,
-    assert_identical,
     config_of,
     export,
     folder,
@@ -38,6 +37,7 @@ from tests.support.foreign import (
     small,
     tensors,
 )
+from tests.support.trees import assert_bitwise_equal
 
 BF16 = ml_dtypes.bfloat16
 
@@ -106,9 +106,9 @@ def test_export_of_import_is_the_identity_and_import_of_export_too(
     _, arrays = source(family, overrides, dtype)
     ours, first = imported(family, overrides, dtype)
     export(family, ours, tmp_path / "theirs")
-    assert_identical(files.read([str(tmp_path / "theirs")]).tensors, arrays)
+    assert_bitwise_equal(files.read([str(tmp_path / "theirs")]).tensors, arrays)
     import_(tmp_path / "again", f"--family={family}", tmp_path / "theirs", CONFIG, *overrides)
-    assert_identical(leaves(tmp_path / "again"), first)
+    assert_bitwise_equal(leaves(tmp_path / "again"), first)
 
 
 @pytest.mark.parametrize("family", ["emu1", "eva-clip"])
@@ -121,7 +121,7 @@ def test_pytorch_files_give_the_same_as_safetensors(tmp_path, source, imported, 
     saved(tmp_path / "one.pt", arrays)
     import_(tmp_path / "ours", f"--family={family}", tmp_path / "one.pt", CONFIG)
     _, want = imported(family)
-    assert_identical(leaves(tmp_path / "ours"), want)
+    assert_bitwise_equal(leaves(tmp_path / "ours"), want)
 
 
 def test_leaves_hold_the_tensors_that_the_table_names(source, imported):
@@ -200,7 +200,7 @@ def test_eva_clip_and_llama_make_the_papers_start(tmp_path, capsys):
     # What config.init does.
     params = load_weights(str(tmp_path / "ours"), fresh)
     want = {path: leaf.astype(np.float32) for path, leaf in got.items()}
-    assert_identical(dict(tree.leaves(params)), want)
+    assert_bitwise_equal(dict(tree.leaves(params)), want)
 
 
 def test_new_rows_of_an_emu_are_the_mean_of_the_old(tmp_path, source):
@@ -266,7 +266,7 @@ def test_sharded_over_eight_devices_equals_unsharded(tmp_path, family):
     (part,) = plan.parts
     sharded = dict(tree.leaves(convert.from_theirs(part.table, part.tensors, placed)))
     whole = dict(tree.leaves(convert.from_theirs(part.table, part.tensors)))
-    assert_identical(sharded, whole)
+    assert_bitwise_equal(sharded, whole)
     for path, leaf in sharded.items():
         assert leaf.sharding.is_equivalent_to(placed[path], leaf.ndim), path
     up = sharded["llama/blocks/ffn/up/w"]
@@ -489,7 +489,9 @@ def test_dtype_casts_an_export(tmp_path, source, imported):
     ours, _ = imported("llama")
     export("llama", ours, tmp_path / "theirs", "--dtype=bfloat16")
     theirs = files.read([str(tmp_path / "theirs")])
-    assert_identical(theirs.tensors, {name: array.astype(BF16) for name, array in arrays.items()})
+    assert_bitwise_equal(
+        theirs.tensors, {name: array.astype(BF16) for name, array in arrays.items()}
+    )
     assert theirs.config["torch_dtype"] == "bfloat16"
 
 
@@ -506,10 +508,10 @@ def test_a_trained_checkpoint_is_exported(tmp_path):
     manager.save(7, state, {}, config.to_dict(c), wait=True)
     export("emu1", run, tmp_path / "theirs")
     arrays = tensors(c, "emu1")
-    assert_identical(files.read([str(tmp_path / "theirs")]).tensors, arrays)
+    assert_bitwise_equal(files.read([str(tmp_path / "theirs")]).tensors, arrays)
     export("emu1", run, tmp_path / "averaged", "--ema")
     halved = {
         name: array / 2 if ".model." in name or "lm_head" in name else array
         for name, array in arrays.items()
     }
-    assert_identical(files.read([str(tmp_path / "averaged")]).tensors, halved)
+    assert_bitwise_equal(files.read([str(tmp_path / "averaged")]).tensors, halved)
