@@ -187,7 +187,7 @@ def test_a_quantised_run_starts_from_plain_matrices_and_merges_to_their_dequanti
     np.testing.assert_array_equal(params["llama/blocks/attn/q/nf4"], codes)
     error = np.asarray(lora.dequantize(codes, absmax)) - w
     assert 0 < np.sqrt(np.square(error).mean() / np.square(w).mean()) < 0.12
-    assert "7 matrices stored as nf4, off by " in message
+    assert "7 matrices stored as nf4; error relative to their root mean square: " in message
     table = np.concatenate([plain["llama"]["embed"][part] for part in ("base", "added")])
     np.testing.assert_allclose(
         params["llama/embed/added"], [*table[-4:], *[table.mean(0)] * 2], rtol=1e-5, atol=1e-6
