@@ -1,11 +1,9 @@
 """The demo: a small Emu that learns to caption and to draw on two CPU cores.
 
-python -m emu_jax.demo build --to=DIR            its data: drawings, scenes, stories and questions
-python -m emu_jax.demo evaluate --checkpoint=DIR [--decoder=DIR]    its numbers, and a page
-python -m emu_jax.demo chat --checkpoint=DIR     questions answered before and after tuning
-python -m emu_jax.demo strip --checkpoint=DIR --decoder=DIR --out=FILE.png    drawings for a README
-
-Training is `python -m emu_jax.train --config=configs/demo.py:STAGE`. Read next: configs/demo.py.
+python -m emu_jax.demo COMMAND: `build` writes its data, `evaluate` scores a trained model and writes
+a page, `chat` does so for instruction tuning, and `strip` writes an image for a README. Each has
+--help. Training is `python -m emu_jax.train --config=configs/demo.py:STAGE`. Read next:
+configs/demo.py.
 """
 
 import argparse
@@ -20,32 +18,32 @@ from emu_jax.files import atomic_write
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line about what the user can put right."""
+    """Run a command and return its exit status: 0, or 2 after one line about a user's error."""
     return cli.run(command, arguments)
 
 
 def command(arguments: list[str]) -> None:
     flags = _parse(arguments)
-    # tensorflow-datasets warns about every config that is not its own
+    # tensorflow-datasets warns about every builder config that it does not define itself.
     logging.getLogger("absl").setLevel(logging.ERROR)
     commands = {"build": build, "evaluate": evaluate, "chat": chat, "strip": strip}
     commands[flags.command](flags)
 
 
 def build(flags: argparse.Namespace) -> None:
-    """Write the data and print how much there is of each kind."""
-    # These imports take seconds: a wrong flag is reported before them.
+    """Write the data, and print the number of documents of each kind."""
+    # This import takes seconds, so it comes after wrong flags are reported.
     from emu_jax.demo import openmoji
 
     counts = openmoji.build(Path(flags.to), flags.seed)
     for split, count in counts.items():
         print(f"{split:20}" + ", ".join(f"{number} {what}" for what, number in count.items()))
-    print(f"to be seen in {flags.to}/sheet.png")
+    print(f"examples: {flags.to}/sheet.png")
     print(f"licence: CC-BY-SA-4.0, OpenMoji ({flags.to}/LICENSE.txt)")
 
 
 def evaluate(flags: argparse.Namespace) -> None:
-    """Print the numbers and targets; write results.json and report.html."""
+    """Print the numbers and targets, and write results.json and report.html."""
     from emu_jax.demo import evaluation, report
 
     result = evaluation.evaluate(flags.checkpoint, flags.data, flags.warmup, flags.decoder)
@@ -74,7 +72,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 
 
 def chat(flags: argparse.Namespace) -> None:
-    """Print the accuracies before and after tuning; write results.json and report.html."""
+    """Print the accuracies before and after tuning, and write results.json and report.html."""
     from emu_jax.demo import chat, chat_report
 
     result = chat.evaluate(flags.checkpoint, flags.data)
@@ -88,7 +86,7 @@ def chat(flags: argparse.Namespace) -> None:
 
 
 def strip(flags: argparse.Namespace) -> None:
-    """Write a PNG of sampled drawings: originals, and what the decoder makes of them."""
+    """Write a PNG of sampled drawings: the originals, and the decoder's versions of them."""
     from emu_jax.demo import strip
 
     decoded = strip.sample(flags.checkpoint, flags.decoder, flags.data, flags.seed)
@@ -98,7 +96,7 @@ def strip(flags: argparse.Namespace) -> None:
 
 
 def _write(flags: argparse.Namespace, results: dict[str, Any], page: str) -> None:
-    """results.json and report.html in --out, or in the run's workdir; prints the page's path."""
+    """Write results.json and report.html into --out, or the run's workdir; print the path."""
     workdir, _ = checkpoint.split_step(Path(flags.checkpoint).resolve())
     folder = Path(flags.out) if flags.out else workdir
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,8 +110,7 @@ def _write(flags: argparse.Namespace, results: dict[str, Any], page: str) -> Non
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m emu_jax.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Build the data of the demo, a small Emu, and evaluate its trained models.",
     )
     commands = parser.add_subparsers(
         required=True, dest="command", metavar="build | evaluate | chat | strip"
@@ -121,11 +118,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     build = commands.add_parser("build", help="write the demo's data")
     build.add_argument("--to", required=True, metavar="DIR", help="folder to write into")
     build.add_argument(
-        "--seed", type=int, default=0, help="decides what is held out, and every placement (0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of the held-out combinations and of all positions (0)",
     )
-    evaluate = commands.add_parser("evaluate", help="numbers and a page of a trained demo")
-    chat = commands.add_parser("chat", help="questions, answered before and after tuning")
-    strip = commands.add_parser("strip", help="a PNG of a dozen drawings, sampled by a seed")
+    evaluate = commands.add_parser("evaluate", help="score a trained demo, and write a page")
+    chat = commands.add_parser("chat", help="compare answers before and after instruction tuning")
+    strip = commands.add_parser("strip", help="write a PNG of twelve random drawings")
     for subparser in (evaluate, chat, strip):
         subparser.add_argument(
             "--checkpoint",
@@ -134,21 +134,26 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             help="workdir of a run, or one of its checkpoints",
         )
         subparser.add_argument(
-            "--data", default="data/demo", metavar="DIR", help="what `build` wrote (data/demo)"
+            "--data",
+            default="data/demo",
+            metavar="DIR",
+            help="folder that `build` wrote (data/demo)",
         )
     for subparser in (evaluate, chat):
         subparser.add_argument(
-            "--out", metavar="DIR", help="for results.json and report.html (the run's workdir)"
+            "--out",
+            metavar="DIR",
+            help="folder for results.json and report.html (the run's workdir)",
         )
     evaluate.add_argument(
-        "--decoder", metavar="DIR", help="run of the decoder; without it nothing is drawn"
+        "--decoder", metavar="DIR", help="run of the stage decoder; without it nothing is drawn"
     )
     evaluate.add_argument(
         "--warmup", metavar="DIR", help="run that trained the encoder (config.init of the run)"
     )
-    strip.add_argument("--decoder", required=True, metavar="DIR", help="run of the decoder")
+    strip.add_argument("--decoder", required=True, metavar="DIR", help="run of the stage decoder")
     strip.add_argument("--out", required=True, metavar="FILE", help="PNG to write")
-    strip.add_argument("--seed", type=int, default=0, help="decides which drawings are shown (0)")
+    strip.add_argument("--seed", type=int, default=0, help="random seed of the drawings (0)")
     return parser.parse_args(arguments)
 
 

@@ -1,9 +1,9 @@
-"""What instruction tuning taught the demo's model: answers about held-out scenes.
+"""Evaluation of the demo's instruction tuning: questions about held-out scenes.
 
-Before: the Emu that tuning started from, in the same chat format, with the rows of the new tokens
-as tuning found them. After: the tuned one. The baseline is the most frequent answer in training to
-questions of a kind. A later turn is asked after the right answers to the turns before it. Read
-next: chat_report.py.
+"Before" is the Emu that tuning started from, in the same chat format, with the embeddings of the
+new tokens that tuning started from. "After" is the tuned model. The baseline gives the most
+frequent answer in training to each kind of question. A later turn is asked after the true answers
+to the earlier ones. Read next: chat_report.py.
 """
 
 from collections import Counter
@@ -31,10 +31,11 @@ from emu_jax.generate.session import Session
 from emu_jax.initial import init_from_checkpoint
 from emu_jax.models import emu
 
-# Questions in a batch.
+# Number of questions in a batch.
 BATCH = 128
+# Maximum length of an answer.
 NEW_TOKENS = 24
-# Kinds of questions, as the table shows them.
+# Kind of question -> its label in the table.
 KINDS = {
     "what": "what is this?",
     "number": "how many … are there?",
@@ -47,9 +48,10 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 class Answered(NamedTuple):
-    """A question with its true answer and those before and after tuning.
+    """A question with its true answer and the model's answers before and after tuning.
 
-    id: of the conversation. turn: its place there, from 0. images: those that it shows.
+    id: that of the conversation. turn: the question's position in it, from 0. images: those in the
+    question.
     """
 
     id: str
@@ -63,7 +65,7 @@ class Answered(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """A row of the table: shares of exactly right answers to some questions."""
+    """A row of the table: the shares of `count` questions that are answered exactly right."""
 
     label: str
     count: int
@@ -82,24 +84,24 @@ class Result(NamedTuple):
 
 
 def evaluate(directory: str, data: str) -> Result:
-    """Ask the questions in `data` of the run in `directory` (a workdir or a checkpoint).
+    """Ask the run in `directory` (a workdir or a checkpoint) the questions in `data`.
 
-    Raises UserError for a run that was not tuned on conversations, or did not start from another.
+    Raises UserError unless the run was tuned on conversations and started from another checkpoint.
     """
     config = checkpoint.read_config(directory)
     model_config = emu.EmuConfig.of(from_dict(config["model"]).to_dict())
     if not model_config.llama.chats or not config["init"]:
         raise UserError(
-            f"the checkpoint in '{directory}' was not tuned to chat from another "
+            f"the checkpoint in '{directory}' was not tuned to chat from another checkpoint "
             f"(model.llama.added={model_config.llama.added}, init={config['init']!r}); "
-            "configs/demo.py:instruct is"
+            "configs/demo.py:instruct trains one"
         )
     image = model_config.vision.image
     held_out = sources.open_source(f"{data}/questions:held_out", image)
     train = sources.open_source(f"{data}/questions:train", image)
     tokenizer = tokenizers.load(f"{data}/tokenizer.json", model_config.llama.vocab)
     after = jax.tree.map(jnp.asarray, checkpoint.restore_params(directory))
-    # Where B is zero, LoRA adds nothing.
+    # With B = 0, LoRA does nothing.
     untuned = {
         path: jnp.zeros_like(leaf) if path.endswith("/b") else leaf
         for path, leaf in tree.leaves(after)
@@ -184,7 +186,7 @@ def most_common_answers(source: Source) -> dict[str, str]:
 
 
 def accuracies(answers: Sequence[Answered], most_common: dict[str, str]) -> dict[str, Number]:
-    """Shares of exactly right answers: of all, of turns after the first, and by kind."""
+    """Shares of exactly right answers: for all questions, later turns, and each kind."""
     groups = {"all": answers, "later_turns": [one for one in answers if one.turn]}
     for kind in KINDS:
         groups[kind] = [one for one in answers if one.kind == kind]
@@ -217,7 +219,7 @@ def rows(numbers: dict[str, Number]) -> list[Accuracy]:
 
 
 def table(result: Result) -> str:
-    """The accuracies, for a terminal."""
+    """The accuracies as a text table."""
     header = f"{'held-out questions':32}{'number':>8}{'before':>10}{'after':>10}"
     lines = [f"{header}{'most common answer':>21}"]
     for row in rows(result.numbers):

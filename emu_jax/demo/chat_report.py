@@ -12,12 +12,12 @@ from emu_jax.demo.chat import Answered, Result, rows
 from emu_jax.demo.report import LICENCE
 from emu_jax.html import Curve, chart, escape, percent, td
 
-# Conversations on the page.
+# Number of conversations on the page.
 SHOWN = 12
 
 
 def page(result: Result, checkpoint: str) -> str:
-    """The whole page; `checkpoint` is the directory's name to show."""
+    """The HTML page; `checkpoint`: the path to show."""
     accuracies = []
     for row in rows(result.numbers):
         accuracies.append(
@@ -41,16 +41,16 @@ def page(result: Result, checkpoint: str) -> str:
         log=True,
     )
     body = f"""<p>Instruction tuning of the demo's model. LoRA of rank
-{result.config["model"]["lora"]["rank"]} and the rows of [USER] and [ASSISTANT] learnt from
-conversations about scenes; everything else is as
-<code>{escape(Path(result.config["init"]).name)}</code> left it. The questions are on scenes of
-held-out combinations and answered greedily; an answer counts if it is exactly right. The last
-column is a baseline: the most common answer in training to questions of that kind.</p>
+{result.config["model"]["lora"]["rank"]} and the embeddings of [USER] and [ASSISTANT] learnt from
+conversations about scenes; everything else is unchanged from
+<code>{escape(Path(result.config["init"]).name)}</code>. The questions are about scenes of held-out
+combinations, and are answered greedily; an answer counts if it is exactly right. The last column is
+a baseline: the most common answer in training to questions of that kind.</p>
 <p class="soft">Checkpoint <code>{escape(checkpoint)}</code>.</p>
 {html.table(accuracies, header)}
 <h2>Conversations</h2>
-<p>The first {len(shown)} of the split. A later turn was asked after the right answers to those
-before it.</p>
+<p>The first {len(shown)} of the split. Later turns were asked after the true answers to earlier
+ones.</p>
 <div class="grid">{"".join(map(_conversation, shown))}</div>
 <h2>Training curve</h2>
 <div class="grid">{loss}</div>

@@ -1,7 +1,7 @@
-"""What the demo's decoder draws: from visual tokens, from captions, and from two images.
+"""Images that the demo's decoder draws from visual tokens, captions, and pairs of images.
 
-A decoded image is found where few images of its group are nearer to it in pixels than the one it
-was decoded from. Read next: report.py.
+A drawn image is scored by how many images of its group are nearer to it in pixels than its own
+original. Read next: report.py.
 """
 
 from typing import NamedTuple
@@ -15,10 +15,13 @@ from emu_jax.generate.diffusion_decoder import DiffusionDecoder
 from emu_jax.generate.session import Session
 from emu_jax.models.decoder import resize
 
-# Images of a group that are decoded; each is searched for among these.
+# Number of images that are decoded in each group, and among which each original is searched for.
 PER_GROUP = 200
+# Number of blends of two images.
 BLENDS = 8
+# Number of images in a batch.
 BATCH = 40
+# An original counts as found if it is among this many nearest images.
 TOP = (1, 5)
 
 Pixels = UInt8[np.ndarray, "h w 3"]
@@ -26,10 +29,10 @@ Images = UInt8[np.ndarray, "M h w 3"]
 
 
 class Decoded(NamedTuple):
-    """An image at the decoder's size, and what the decoder makes of it.
+    """An image at the decoder's size, and two images that the decoder draws.
 
-    encoded: from the visual tokens that the encoder makes of the image. regressed: from those that
-    the model regresses from its caption.
+    encoded: drawn from the visual tokens that the encoder makes of the image. regressed: drawn from
+    those that the model regresses from its caption.
     """
 
     caption: str
@@ -39,10 +42,10 @@ class Decoded(NamedTuple):
 
 
 class Blend(NamedTuple):
-    """Two images with their captions, and two images decoded from both.
+    """Two images with their captions, and two blends of them.
 
-    regressed: from what the model regresses after reading both. mean: from the mean of their visual
-    tokens.
+    regressed: drawn from the visual tokens that the model regresses after reading both images.
+    mean: drawn from the mean of their visual tokens.
     """
 
     captions: tuple[str, str]
@@ -66,7 +69,7 @@ def decode_images(
 def blend_images(
     session: Session, decoder: DiffusionDecoder, captions: list[str], images: Images
 ) -> list[Blend]:
-    """Blend the first images in pairs, BLENDS of them at most."""
+    """Blend neighbouring images, in at most BLENDS pairs."""
     images = images[: 2 * BLENDS]
     pairs = [(k, k + 1) for k in range(0, len(images) - 1, 2)]
     regressed = _decode(
@@ -84,7 +87,7 @@ def blend_images(
 
 
 def retrieval_numbers(group: str, decoded: list[Decoded]) -> dict[str, int | float]:
-    """Shares of decoded images that find their own image first, and in the first five."""
+    """Shares of drawn images whose original is the nearest, or among the five nearest."""
     images = np.stack([one.image for one in decoded])
     numbers: dict[str, int | float] = {f"pictures_{group}_count": len(decoded)}
     for source in ("encoded", "regressed"):
@@ -95,7 +98,7 @@ def retrieval_numbers(group: str, decoded: list[Decoded]) -> dict[str, int | flo
 
 
 def pixel_ranks(decoded: Images, images: Images) -> Int[np.ndarray, "M"]:
-    """How many other images are at least as near to each decoded one as its own, in pixels."""
+    """The number of other images that are at least as near to each drawn one as its original."""
     images = images.astype(np.float32)
     distances = np.stack([np.square(images - one).sum((1, 2, 3)) for one in decoded])
     return (distances <= np.diagonal(distances)[:, None]).sum(1) - 1
@@ -109,5 +112,5 @@ def _decode(decoder: DiffusionDecoder, visual: Float[np.ndarray, "M N D"]) -> Im
 def _resize(
     decoder: DiffusionDecoder, images: UInt8[np.ndarray, "M h w 3"]
 ) -> UInt8[np.ndarray, "M s s 3"]:
-    """The images at the size that the decoder draws."""
+    """Resize images to the size that the decoder draws."""
     return np.asarray(resize(jnp.asarray(images), decoder.model_config.image))

@@ -1,6 +1,6 @@
-"""A run's metrics.jsonl, read afterwards: curves, speed, variance of the visual tokens.
+"""Read a run's metrics.jsonl: curves, speed, variance of the visual tokens.
 
-metric_writer.py writes the lines. Read next: evaluation.py.
+../metric_writer.py writes that file. Read next: evaluation.py.
 """
 
 import json
@@ -17,9 +17,9 @@ Curve = list[tuple[Number, Number]]
 
 
 def read(directory: str) -> list[Line]:
-    """The lines of a run's metrics.jsonl; up to the checkpoint, if `directory` is one.
+    """The lines of the metrics.jsonl of a run, or of a checkpoint up to its step.
 
-    Empty if the file does not exist.
+    Returns [] if the file does not exist.
     """
     workdir, last = checkpoint.split_step(Path(directory).resolve())
     path = workdir / "metrics.jsonl"
@@ -30,16 +30,16 @@ def read(directory: str) -> list[Line]:
 
 
 def curve(lines: list[Line], name: str) -> Curve:
-    """The points of one metric, without those that were not finite (null)."""
+    """The points of one metric, without non-finite values, which are null in the file."""
     return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
 def speed(lines: list[Line]) -> dict[str, Number]:
-    """Medians over the timed steps; {} if there is none.
+    """Medians over the timed steps; {} if no step was timed.
 
-    The first step, which compiles, and those after an evaluation are not timed.
-    `input_wait_share` is the time spent waiting for data over the total time, and `wall_s` the mean
-    step time multiplied by the number of steps: without compilation, evaluations and images.
+    The first step, which compiles, and steps after an evaluation are not timed. `input_wait_share`
+    is the share of the time spent waiting for data. `wall_s` is the mean step time multiplied by
+    the number of steps, so it excludes compilation, evaluations and sampling.
     """
     timed = [line for line in lines if line.get("step_time")]
     if not timed:
@@ -64,9 +64,9 @@ def speed(lines: list[Line]) -> dict[str, Number]:
 
 
 def variance(lines: list[Line]) -> dict[str, Number]:
-    """Variance of the visual tokens across a batch's images: first, least, and their ratio.
+    """Variance of the visual tokens across a batch's images: first, least, and least / first.
 
-    {} if it was not logged.
+    Returns {} if it was not logged.
     """
     values = [value for _, value in curve(lines, "visual_variance")]
     if not values or not values[0]:
@@ -80,7 +80,7 @@ def variance(lines: list[Line]) -> dict[str, Number]:
 
 
 def _parsed(line: str) -> Line | None:
-    """A line of JSON; None for half a line, while the run is writing or was killed."""
+    """Parse a line; None for an incomplete one, if the run is writing it or was killed."""
     try:
         return json.loads(line)
     except ValueError:

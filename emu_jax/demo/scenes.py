@@ -1,10 +1,10 @@
-"""Scenes of a few drawings, with whole combinations held out to test understanding.
+"""Scenes of a few drawings, with some combinations held out to test understanding.
 
-An image is a grid of 2 x 2 cells on a plain background, with drawings slightly off their cells'
-centres, and has one right caption. Kinds: counts, "three cats on blue"; spatial, "a cat left of a
-pig on green"; stories, "one cat on blue", "a pig comes", "the cat leaves", each with its image.
-Every number, drawing, relation and background of a held-out scene is seen in training, in other
-combinations. Read next: openmoji.py, which draws and writes them.
+An image is a grid of 2 x 2 cells on a plain background, with drawings slightly off the centres of
+their cells, and has exactly one right caption. There are three kinds: counts ("three cats on
+blue"), spatial ("a cat left of a pig on green"), and stories ("one cat on blue", "a pig comes",
+"the cat leaves", each with an image). Every number, drawing, relation and background of a held-out
+scene occurs in training in other combinations. Read next: openmoji.py, which draws and writes them.
 """
 
 import zlib
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-# Word of the captions -> the drawing's name. They differ in colour and outline even at 26 pixels,
-# and have regular plurals. With 28 of them there are 1,512 spatial triples: with 16 (480 triples) a
-# small Emu memorised who stands where with whom, and described unseen triples in the order it had
-# seen: the right drawings, swapped.
+# Word in the captions -> name of the drawing. The drawings differ in colour and outline even at 26
+# pixels, and the words have regular plurals. 28 drawings give 1,512 spatial triples. With 16
+# drawings (480 triples) a small Emu memorised the triples it had seen, and described unseen ones
+# with the two drawings swapped.
 DRAWINGS = {
     "cat": "cat face",
     "pig": "pig face",
@@ -50,8 +50,8 @@ DRAWINGS = {
     "rocket": "rocket",
     "snail": "snail",
 }
-# Pale, so that every drawing stands out; more than 30 levels apart in some channel, so that a
-# linear readout can tell them apart.
+# The colours are pale, so that every drawing stands out, and differ by more than 30 levels in some
+# channel, so that a linear readout can distinguish them.
 BACKGROUNDS = {
     "blue": (186, 220, 255),
     "green": (204, 240, 196),
@@ -61,18 +61,18 @@ BACKGROUNDS = {
 NUMBERS = ("one", "two", "three", "four")
 RELATIONS = ("left of", "above")
 
-# How often each combination is rendered for training and for the held-out split (placement, jitter
-# and, where free, background differ); below, how many combinations are held out. Spatial: 1416 x 2
-# and 96 x 2; counts: 424 x 2 and 24 x 2; stories: 736 x 1 and 20 x 2. So there are some 3,700
-# captioned images and 740 stories to train on, as many as the demo's minutes allow, and 280
-# held-out documents.
+# How often each combination is rendered in the (training, held-out) split. Renders differ in
+# placement, jitter and, if the caption does not fix it, background. There are 1416 x 2 spatial
+# scenes, 424 x 2 counts and 736 x 1 stories to train on, which is as much as the demo's time
+# allows, and 96 x 2, 24 x 2 and 20 x 2 held-out ones.
 RENDERS = {"counts": (2, 2), "spatial": (2, 2), "stories": (1, 2)}
+# Number of held-out combinations.
 HELD_OUT = {"counts": 24, "spatial": 96, "stories": 20}
 
 Pixels = UInt8[np.ndarray, "h w 3"]
-# RGBA, cropped to what is drawn, no larger than `drawing_size`.
+# RGBA, cropped to the drawing; both sides are at most `drawing_size`.
 Drawing = UInt8[np.ndarray, "h w 4"]
-# Row and column.
+# (row, column) in the grid.
 Cell = tuple[int, int]
 
 
@@ -80,8 +80,8 @@ Cell = tuple[int, int]
 class Scene:
     """Texts and images in order; `layout` says how they become a document's parts.
 
-    The letters of `layout` are explained in data/sources/records.py. roles: of a conversation's
-    parts.
+    data/sources/records.py explains the letters of `layout`. roles: those of the parts, if this is
+    a conversation.
     """
 
     id: str
@@ -97,7 +97,7 @@ class Scene:
 def drawing_size(image: int) -> int:
     """Side of the square that a drawing fits in: 26 of a cell's 32 pixels.
 
-    The rest is room for the jitter, which never crosses into the next cell.
+    The rest of the cell is room for jitter, so that a drawing never reaches into another cell.
     """
     return image // 2 * 13 // 16
 
@@ -107,8 +107,8 @@ def scenes(
 ) -> Iterator[Scene]:
     """Yield the scenes of one kind and split, in a fixed order.
 
-    draw: gives the drawing of a word of DRAWINGS. A scene's randomness comes from the seed and its
-    id, so no scene depends on which others are made.
+    draw: returns the drawing of a word in DRAWINGS. The random choices in a scene depend only on
+    the seed and its id, and not on which other scenes are made.
     """
     compose = {"counts": _count, "spatial": _spatial, "stories": _story}[kind]
     renders = RENDERS[kind][held_out]
@@ -126,7 +126,7 @@ def combinations(kind: str, seed: int) -> tuple[list[tuple[str, ...]], list[tupl
     every: list[tuple[str, ...]]
     if kind == "counts":
         every = list(product(NUMBERS, DRAWINGS, BACKGROUNDS))
-        # Stories begin with one drawing, which would give these combinations away.
+        # Combinations with "one" are not held out, because the first images of stories show them.
         free = [words for words in every if words[0] != "one"]
     elif kind == "spatial":
         pairs = permutations(DRAWINGS, 2)
@@ -162,21 +162,21 @@ def _story(words, render, image, draw, rng):
     first, second = words
     background = _turn(words, render)
     row, column = _cells(rng)[0]
-    # The two stand diagonally: next to or above each other they would show a spatial triple that
-    # may be held out.
+    # The two are placed diagonally: side by side or one above the other, they would show a spatial
+    # triple that may be held out.
     here = (first, (row, column))
     there = (second, (1 - row, 1 - column))
     texts = [_how_many("one", first, background), f"{a(second)} comes"]
     steps = [[here], [here, there]]
-    # The first leaves, the second, or neither.
+    # Either the first leaves, or the second, or neither.
     leaving = rng.integers(3)
     if leaving < 2:
         texts.append(f"the {words[leaving]} leaves")
         steps.append([(there, here)[leaving]])
-    # What stays does not move.
+    # Each drawing has one jitter, so that what stays does not move.
     shift = {place: _shift(image, rng) for place in (here, there)}
     images = [_paint(image, background, step, draw, rng, shift) for step in steps]
-    # Image first: the model describes it. Text first: the model imagines it.
+    # With the image first, the model learns to describe; with the text first, to imagine.
     order = "IT" if (render + zlib.crc32(second.encode())) % 2 else "TI"
     return order * len(images), texts, images
 
@@ -184,7 +184,7 @@ def _story(words, render, image, draw, rng):
 def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:
     """Paint the drawings `placed`, (word, cell) pairs, on a background.
 
-    shift: where each is moved to; None: a jitter of its own.
+    shift: the jitter of each pair; None: draw one at random.
     """
     canvas = np.empty((image, image, 3), np.float32)
     canvas[:] = BACKGROUNDS[background]
@@ -197,13 +197,13 @@ def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:
         x = column * cell + (cell - w) // 2 + dx
         alpha = drawing[..., 3:] / np.float32(255)
         spot = canvas[y : y + h, x : x + w]
-        # In place: `spot` is a view.
+        # `spot` is a view, so this changes the canvas.
         spot += alpha * (drawing[..., :3] - spot)
     return canvas.round().astype(np.uint8)
 
 
 def _shift(image, rng):
-    """A jitter in rows and columns, at most the room around a drawing: 3 pixels in the demo."""
+    """A random jitter in rows and columns, within the room around a drawing (3 pixels)."""
     room = (image // 2 - drawing_size(image)) // 2
     return rng.integers(-room, room + 1, 2)
 
@@ -215,7 +215,7 @@ def _cells(rng) -> list[Cell]:
 
 
 def _turn(words, render) -> str:
-    """The background of a render; a combination's renders take turns over them."""
+    """The background of a render; the renders of a combination cycle through them."""
     first = zlib.crc32(" ".join(words).encode())
     return list(BACKGROUNDS)[(first + render) % len(BACKGROUNDS)]
 

@@ -1,8 +1,7 @@
 """Scores of captions and of visual tokens, as pure functions.
 
-Captions: exact match, F1 of the words, and for scenes the facts (number or relation, drawings,
-background) that are right. Visual tokens: retrieval ranks, R² and effective rank. Read next:
-evaluation.py.
+Captions: F1 of the words, and for scenes the share of right facts (number or relation, drawings,
+background). Visual tokens: retrieval ranks, R² and effective rank. Read next: evaluation.py.
 """
 
 import re
@@ -19,12 +18,12 @@ SPATIAL = re.compile(
 
 
 def plain(caption: str) -> str:
-    """The caption with single spaces."""
+    """Normalise the white space of a caption to single spaces."""
     return " ".join(caption.split())
 
 
 def f1(true: str, predicted: str) -> float:
-    """F1 of the words, each counted as often as it occurs; their order does not matter."""
+    """F1 of the words as multisets; their order does not matter."""
     expected = Counter(true.split())
     given = Counter(predicted.split())
     if not expected and not given:
@@ -33,8 +32,9 @@ def f1(true: str, predicted: str) -> float:
 
 
 def facts(caption: str) -> dict[str, str]:
-    """Facts of a scene's caption by role: number, or relation and second; first, background.
+    """The facts in a scene's caption, by role.
 
+    The roles are number, first and background, or first, relation, second and background. Returns
     {} for a text that is not a scene's caption.
     """
     match = COUNTS.fullmatch(caption) or SPATIAL.fullmatch(caption)
@@ -50,7 +50,7 @@ def facts_right(true: str, predicted: str) -> float:
 
 
 def swapped(true: str, predicted: str) -> bool:
-    """Whether a spatial caption names the right two drawings in each other's place."""
+    """Whether the prediction of a spatial caption has the right two drawings, swapped."""
     expected = facts(true)
     given = facts(predicted)
     if "second" not in expected:
@@ -61,7 +61,7 @@ def swapped(true: str, predicted: str) -> bool:
 def ranks(distances: Float[np.ndarray, "Q K"], right: Int[np.ndarray, "Q"]) -> Int[np.ndarray, "Q"]:
     """Rank of the right key of each query; 0 is the nearest.
 
-    Ties count against it: tokens that have collapsed to one point rank last, not first.
+    Ties count as nearer, so that tokens that have collapsed to one point rank last, not first.
     """
     own = distances[np.arange(len(right)), right]
     return (distances <= own[:, None]).sum(1) - 1
@@ -70,7 +70,7 @@ def ranks(distances: Float[np.ndarray, "Q K"], right: Int[np.ndarray, "Q"]) -> I
 def squared_distances(
     queries: Float[np.ndarray, "Q n"], keys: Float[np.ndarray, "K n"]
 ) -> Float[np.ndarray, "Q K"]:
-    # Centred, so that a small distance is not the difference of two large numbers.
+    # Centre the points, so that small distances are not differences of large numbers.
     centre = keys.mean(0)
     queries = queries - centre
     keys = keys - centre
@@ -78,9 +78,9 @@ def squared_distances(
 
 
 def r2(true: Float[np.ndarray, "M N D"], predicted: Float[np.ndarray, "M N D"]) -> float:
-    """R²: 1 is perfect, 0 as good as the mean of all, below 0 worse.
+    """Coefficient of determination R²: 1 is perfect; 0 is as good as predicting the mean.
 
-    0 where all true tokens are the same: there is nothing to predict.
+    Returns 0 if all true tokens are the same.
     """
     total = np.square(true - true.mean(0)).sum()
     if not total:
@@ -91,7 +91,7 @@ def r2(true: Float[np.ndarray, "M N D"], predicted: Float[np.ndarray, "M N D"]) 
 def effective_rank(tokens: Float[np.ndarray, "M N D"]) -> float:
     """Participation ratio of the covariance's eigenvalues: (sum)² / sum of squares.
 
-    About how many directions the visual tokens use.
+    It is roughly the number of directions in which the visual tokens vary.
     """
     flat = rearrange(tokens, "M N D -> M (N D)").astype(np.float64)
     values = np.linalg.eigvalsh(np.cov(flat, rowvar=False))
@@ -101,7 +101,7 @@ def effective_rank(tokens: Float[np.ndarray, "M N D"]) -> float:
 def nearest(
     images: UInt8[np.ndarray, "Q h w 3"], among: UInt8[np.ndarray, "K h w 3"]
 ) -> Int[np.ndarray, "Q"]:
-    """Index in `among` of the nearest image in pixels, by squared distance, for each image."""
+    """Index in `among` of the image nearest to each of `images`, by squared pixel distance."""
 
     def flat(pixels):
         return rearrange(pixels, "M h w c -> M (h w c)").astype(np.float32) / 255

@@ -1,7 +1,7 @@
-"""A strip of drawings for the README: originals, and what the decoder makes of them.
+"""An image for the README: some drawings, and what the decoder draws for them.
 
 The drawings are sampled from the training names by a seed, not picked. They are from OpenMoji, "the
-open-source emoji and icon project", CC BY-SA 4.0; a page that shows the strip must say so.
+open-source emoji and icon project", CC BY-SA 4.0; a page that shows the image must say so.
 """
 
 import textwrap
@@ -12,18 +12,19 @@ from PIL import Image, ImageDraw, ImageFont
 from emu_jax.config import UserError
 from emu_jax.data import sources
 from emu_jax.data.documents import pixels_of, texts_of
-from emu_jax.demo import decoding, evaluation
+from emu_jax.demo import decoding
 from emu_jax.demo.decoding import Decoded
+from emu_jax.demo.model import Model, read_config
 
 COUNT = 12
-# Pixels: an image's side, the gap between two, the column of the rows' labels, a line of text.
+# Sizes in pixels: side of an image, gap between images, width of the row labels, height of a line.
 SIDE = 96
 GAP = 8
 LABELS = 148
 LINE = 22
-# A README shows the strip 880 pixels wide, at two thirds of its size.
+# Font size; a README shows the strip 880 pixels wide, at two thirds of its size.
 FONT = 18
-# Characters of a name that fit below an image.
+# Maximum number of characters in a line of a name below an image.
 WRAP = 11
 ROWS = {
     "image": "original",
@@ -36,13 +37,13 @@ def sample(directory: str, decoder: str, data: str, seed: int) -> list[Decoded]:
     """Decode COUNT training drawings, chosen by the seed, from their tokens and their names.
 
     directory, decoder: runs of the stages `emu` and `decoder`, or checkpoints of them. data: the
-    folder that `build` wrote. Raises UserError for what is missing, or has fewer drawings.
+    folder that `build` wrote. Raises UserError if one is missing or has too few drawings.
     """
-    config = evaluation.read_config(directory)
+    config = read_config(directory)
     names = sources.open_source(f"{data}/names:train", config["model"]["vision"]["image"])
     if len(names) < COUNT:
         raise UserError(f"'{data}' has {len(names)} training drawings; the strip shows {COUNT}")
-    model = evaluation.Model.load(directory, config, data)
+    model = Model.load(directory, config, data)
     diffusion = model.load_decoder(decoder)
     chosen = np.random.default_rng(seed).choice(len(names), COUNT, replace=False)
     images = []

@@ -1,8 +1,8 @@
 """Check our code against golden files: `python -m emu_jax.verify FILE.npz`.
 
-A golden file holds inputs and outputs of reference code. Weights are not stored: they follow a rule
-from their names and a seed. Read next: golden.py,
-then emu.py, stable_diffusion.py and inception.py.
+A golden file holds inputs and outputs of reference code. It does not hold weights: a rule computes
+them from their names and a seed. Read next: golden.py, then emu.py, stable_diffusion.py and
+inception.py.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from emu_jax.verify.golden import Quantity
 
 USAGE = """Run our code on golden files and print its errors.
 
-Exit status: 0 all quantities agree, 1 one does not, 3 all covered ones agree but some are not
-covered, 2 for bad input.
+Exit status: 0 if all quantities agree, 1 if one does not, 3 if those that our code covers agree but
+some are not covered, 2 for bad input.
 """
 
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Quantities of a golden file, each with its error, or None if our code does not cover it."""
+    """The quantities of a golden file, with our errors; None: our code does not cover it."""
     if "input_ids" in file:
         return emu.quantities(file)
     if "unet_config" in file:
@@ -33,7 +33,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Verify the golden files named by `arguments` (default: the process's own)."""
+    """Verify the golden files that `arguments` name (None: sys.argv); returns the exit status."""
     return cli.run(command, arguments)
 
 
@@ -48,7 +48,7 @@ def command(arguments: list[str]) -> int:
 
 
 def verify_files(paths: list[str]) -> int:
-    """Print a table of errors per golden file, and return the exit status (see USAGE)."""
+    """Print a table of errors for each golden file, and return the exit status (see USAGE)."""
     found = []
     for path in paths:
         rows = list(quantities(golden.load(path)))

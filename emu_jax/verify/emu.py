@@ -1,4 +1,7 @@
-"""Compare Emu with its release: towers, losses, gradients and generation."""
+"""Compare Emu with its release: towers, losses, gradients and generation.
+
+Read next: golden.py for the files and their weights, ../weights/emu1.py for the names.
+"""
 
 import json
 import re
@@ -22,9 +25,14 @@ from emu_jax.models.lora import LoraConfig
 from emu_jax.models.resampler import ResamplerConfig
 from emu_jax.models.vision import VisionConfig
 from emu_jax.types import Batch
-from emu_jax.verify.golden import Quantity, compare, weights
+from emu_jax.verify.golden import Quantity, compare, parameter_shapes, weights
 from emu_jax.weights import convert, emu1, peft
 
+TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 5e-4
+# Maximum length of the answers that the release generated.
+NEW_TOKENS = 12
+# Arrays that a file must have.
 NEEDED = (
     "config",
     "seed",
@@ -51,6 +59,9 @@ NEEDED = (
     "grad_names",
     "grad_norms",
 )
+# Outputs with a value for each position of a row.
+PER_TOKEN = ("hidden", "logits_sum", "logits_first8", "logits_logsumexp")
+# Arrays that are inputs, and so are not compared.
 INPUTS = {
     "config",
     "seed",
@@ -71,14 +82,17 @@ INPUTS = {
 
 
 def read_config(file: dict[str, np.ndarray]) -> emu.EmuConfig:
-    """The model's config, from a file's `config` and vocabulary. Raises UserError."""
+    """The model's config, from `config` and the shapes in a file.
+
+    Raises UserError if something is missing.
+    """
     try:
         c = json.loads(str(file["config"]))
-        special = json.loads(str(file["special_ids"]))
+        special = _special_ids(file)
         rows = next(
-            json.loads(str(shape))[0]
-            for name, shape in zip(file["parameter_names"], file["parameter_shapes"], strict=True)
-            if str(name).endswith("embed_tokens.weight") and "cformer" not in str(name)
+            shape[0]
+            for name, shape in parameter_shapes(file).items()
+            if name.endswith("embed_tokens.weight") and "cformer" not in name
         )
         vision = VisionConfig(
             image=c["image_size"],
@@ -133,9 +147,7 @@ def read_config(file: dict[str, np.ndarray]) -> emu.EmuConfig:
 
 def _lora(file: dict[str, np.ndarray]) -> LoraConfig:
     """The config of the file's adapter, whose alpha is its rank; rank 0 if it has none."""
-    names = map(str, file["parameter_names"])
-    shapes = map(json.loads, map(str, file["parameter_shapes"]))
-    _, adapter = emu1.split_lora(dict(zip(names, map(tuple, shapes), strict=False)))
+    _, adapter = emu1.split_lora(parameter_shapes(file))
     rank = peft.infer_config(adapter, {})["lora.rank"]
     if not rank:
         return LoraConfig()
@@ -151,131 +163,81 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
     config = read_config(file)
-    table = emu1.table(config)
-    foreign = weights(file)
-    plain, adapter = emu1.split_lora(foreign)
-    params = tree.merge(
-        convert.from_theirs(table, plain), convert.from_theirs(peft.table(config), adapter)
-    )
-    batch, images = make_batch(file, config)
-    ours = _run(config, params, batch, images)
+    params = _import_weights(file, config)
+    batch, images = make_batch(file)
+    ours = _outputs(config, params, batch, images)
 
-    seen = file["attention_mask"].astype(bool)
-    reference = {name: np.asarray(file[name]) for name in ours}
     # Outputs at padding have no meaning.
-    for name in ("hidden", "logits_sum", "logits_first8", "logits_logsumexp"):
-        ours[name] = ours[name][seen]
-        reference[name] = reference[name][seen]
-    yield from (compare(name, reference[name], ours[name], 1e-4) for name in file if name in ours)
-
+    is_token = file["attention_mask"].astype(bool)
+    for name in file:
+        if name in PER_TOKEN:
+            yield compare(name, file[name][is_token], ours[name][is_token], TOLERANCE)
+        elif name in ours:
+            yield compare(name, file[name], ours[name], TOLERANCE)
     yield from _generated(file, config, params, ours["visual_tokens"])
-
     gradient = _gradient(config, params, batch, images)
-    theirs = _theirs(table, gradient) | _theirs(peft.table(config), gradient)
-    for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
-        key = next(key for part in emu1.split_lora({name: None}) for key in part)
-        if key not in theirs:
-            raise UserError(
-                f"golden file: grad_names has {name!r}, which is not a trainable parameter"
-            )
-        yield compare(
-            f"grad_norm {name}", norm, np.linalg.norm(theirs[key].astype(np.float64)), 5e-4
-        )
-    yield from (
-        Quantity(name, None, 1e-4)
-        for name in file
-        if name not in ours
-        and name not in INPUTS | {"grad_norms"}
-        and not name.startswith(("generate_image_", "decode_"))
+    yield from _gradient_norms(file, config, gradient)
+
+    compared = {*ours, *INPUTS, "grad_norms"}
+    for name in file:
+        if name not in compared and not name.startswith(("generate_image_", "decode_")):
+            yield Quantity(name, None, TOLERANCE)
+
+
+def _special_ids(file: dict[str, np.ndarray]) -> dict[str, int]:
+    """Ids of the special tokens: "pad", "img", "end_img", "image", "eos", ..."""
+    return json.loads(str(file["special_ids"]))
+
+
+def _import_weights(file: dict[str, np.ndarray], config: emu.EmuConfig) -> tree.Tree:
+    """Our parameters, with LoRA if the file has an adapter."""
+    plain, adapter = emu1.split_lora(weights(file))
+    return tree.merge(
+        convert.from_theirs(emu1.table(config), plain),
+        convert.from_theirs(peft.table(config), adapter),
     )
 
 
-def _generated(
-    file: dict[str, np.ndarray], config: emu.EmuConfig, params: dict, visual: np.ndarray
-) -> Iterator[Quantity]:
-    """Generation by a Session from the file's ids and its images' visual tokens."""
-    session = Session(config, params, Tokenizer(config.llama.vocab, list, str), context=1 << 20)
-    special = json.loads(str(file["special_ids"]))
-
-    def prompts(name: str) -> list[Prompt]:
-        rows = [row[row != special["pad"]].tolist() for row in np.asarray(file[name])]
-        slots = [
-            [
-                at + 1
-                for at in range(len(row) - 1)
-                if row[at : at + 2] == [special["img"], special["image"]]
-            ]
-            for row in rows
-        ]
-        return [
-            Prompt(row, list(visual[: len(at)]), at) for row, at in zip(rows, slots, strict=True)
-        ]
-
-    for name in (name for name in file if name.startswith("generate_image_")):
-        given = prompts(name.replace("generate_image", "prompt") + "_ids")
-        # Without [IMG], which generate_images appends.
-        opened = [replace(prompt, tokens=prompt.tokens[:-1]) for prompt in given]
-        yield compare(name, file[name], session.generate_images(opened), 1e-4)
-    for name in (
-        name for name in file if name.startswith("decode_") and name != "decode_prompt_ids"
-    ):
-        options = GenerationConfig(max_new_tokens=12)
-        if found := re.fullmatch(r"decode_beam(\d+)_lp(m?)([\d.]+)", name):
-            options = replace(
-                options,
-                beams=int(found[1]),
-                length_penalty=float(found[3]) * (-1 if found[2] else 1),
-            )
-        ids = session.generate_ids(prompts("decode_prompt_ids"), options, added=True)
-        rows = [(row + [special["eos"]])[:12] for row in ids]
-        longest = max(map(len, rows))
-        ours = np.array([row + [special["pad"]] * (longest - len(row)) for row in rows])
-        same = ours.shape == file[name].shape and (ours == file[name]).all()
-        yield Quantity(name, 0.0 if same else float("inf"), 0.0)
-
-
-def make_batch(file: dict[str, np.ndarray], config: emu.EmuConfig) -> tuple[Batch, jax.Array]:
+def make_batch(file: dict[str, np.ndarray]) -> tuple[Batch, jax.Array]:
     """The file's rows as a Batch without pixels, and its normalised images [M, h, w, 3]."""
     ids = np.asarray(file["input_ids"])
-    seen = np.asarray(file["attention_mask"]).astype(np.int32)
+    segments = np.asarray(file["attention_mask"]).astype(np.int32)
     B, T = ids.shape
-    img, end, slot = (
-        json.loads(str(file["special_ids"]))[name] for name in ("img", "end_img", "image")
-    )
-    starts = [np.flatnonzero(row == img) + 1 for row in ids]
-    slots = np.full((B, max(map(len, starts))), T)
-    for row, at in zip(slots, starts, strict=True):
-        row[: len(at)] = at
-    counts = (seen > 0) & ~np.isin(ids, (img, end, slot))
-    counts[:, 0] = False
+    special = _special_ids(file)
+    slots_by_row = [np.flatnonzero(row == special["img"]) + 1 for row in ids]
+    image_slots = np.full((B, max(map(len, slots_by_row))), T)
+    for row, slots in zip(image_slots, slots_by_row, strict=True):
+        row[: len(slots)] = slots
+    is_image = np.isin(ids, [special["img"], special["end_img"], special["image"]])
+    is_label = (segments > 0) & ~is_image
+    # Nothing predicts <s>.
+    is_label[:, 0] = False
     arrays = dict(
         tokens=ids.astype(np.int32),
-        segments=seen,
+        segments=segments,
         positions=np.tile(np.arange(T), (B, 1)),
-        text_weights=counts.astype(np.float32),
-        images=np.zeros((*slots.shape, 0, 0, 3), np.uint8),
-        image_slots=slots,
-        image_weights=(slots < T).astype(np.float32),
-        sources=np.zeros_like(seen),
+        text_weights=is_label.astype(np.float32),
+        images=np.zeros((*image_slots.shape, 0, 0, 3), np.uint8),
+        image_slots=image_slots,
+        image_weights=(image_slots < T).astype(np.float32),
+        sources=np.zeros_like(segments),
     )
     batch = Batch(**jax.tree.map(jnp.asarray, arrays))
     return batch, jnp.asarray(rearrange(file["images"], "m c h w -> m h w c"))
 
 
-def _forward(model: emu.Emu, batch: Batch, images) -> dict[str, jax.Array]:
+def _forward(model: emu.Emu, batch: Batch, images: jax.Array) -> dict[str, jax.Array]:
+    """Outputs of the towers, and the visual tokens [B, I, N, D] of each row as `visual`."""
     features = model.vision(images, kernel="dense")
     normed = model.ln_visual(features)
     tokens = model.resampler(normed, kernel="dense")
-    # Images in reading order.
-    held = batch.image_slots < batch.tokens.shape[1]
-    place = (jnp.cumsum(held.ravel()) - 1).reshape(held.shape)
-    visual = jnp.where(held[..., None, None], tokens[jnp.maximum(place, 0)], 0)
-    hidden = model.llama(
-        model.interleave(batch.tokens, visual, batch.image_slots),
-        batch.positions,
-        batch.segments,
-        kernel="dense",
-    )[0]
+    # The file's images are in reading order: the k-th slot in use has image k.
+    has_image = batch.has_image
+    image_index = (jnp.cumsum(has_image.ravel()) - 1).reshape(has_image.shape)
+    visual = tokens[jnp.maximum(image_index, 0)]
+    visual = jnp.where(has_image[..., None, None], visual, 0)
+    embeddings = model.interleave(batch.tokens, visual, batch.image_slots)
+    hidden, _ = model.llama(embeddings, batch.positions, batch.segments, kernel="dense")
     return dict(
         vision_features=features,
         vision_normed=normed,
@@ -286,84 +248,161 @@ def _forward(model: emu.Emu, batch: Batch, images) -> dict[str, jax.Array]:
 
 
 def _losses(model, out, batch, *, regress_end: bool):
+    """(loss, metrics) of the stage `emu`, from the outputs of `_forward`."""
     objective = dict(
         text_weight=1.0, image_weight=1.0, regress_end=regress_end, chunk=16, sources=1
     )
-    return stages.next_element(
-        model, out["hidden"], out["visual"], batch, stages.emu_sums(batch), objective
-    )
+    totals = stages.emu_sums(batch)
+    return stages.next_element(model, out["hidden"], out["visual"], batch, totals, objective)
 
 
-def _run(config: emu.EmuConfig, params: dict, batch: Batch, images) -> dict[str, np.ndarray]:
-    """Our forward quantities, under the file's names."""
+def _outputs(
+    config: emu.EmuConfig, params: tree.Tree, batch: Batch, images: jax.Array
+) -> dict[str, np.ndarray]:
+    """Our outputs of the forward pass and the losses, under the file's names."""
 
-    def run(params):
+    def mean(total_and_weight):
+        total, weight = total_and_weight
+        return total / weight
+
+    @jax.jit
+    def compute(params):
         model = module.bind(emu.Emu, config, params)
         out = _forward(model, batch, images)
-        (_, metrics), (_, with_end) = (
-            _losses(model, out, batch, regress_end=end) for end in (False, True)
-        )
+        _, metrics = _losses(model, out, batch, regress_end=False)
+        _, metrics_with_end = _losses(model, out, batch, regress_end=True)
         head = jnp.concatenate(list(model.llama.head().values()))
         logits = jnp.einsum("btD,vD->btv", out["hidden"], head, precision="highest")
-        N = config.resampler.tokens
-        places = (batch.image_slots[..., None] - 1 + jnp.arange(N + 1)).reshape(
-            len(batch.tokens), -1
-        )
-        predictions = model.regress_head(
-            jnp.take_along_axis(out["hidden"], places[..., None], 1, mode="clip")
-        )
-        end = model.llama.embeddings(jnp.full((1, 1), config.llama.vocab + END_IMG), jnp.float32)[
-            None
-        ]
-        targets = jnp.concatenate(
-            [
-                out["visual"],
-                jnp.broadcast_to(end, (*batch.image_slots.shape, 1, config.llama.width)),
-            ],
-            2,
-        )
-
-        def mean(pair):
-            return pair[0] / pair[1]
-
-        return {
-            name: out[name]
-            for name in ("vision_features", "vision_normed", "visual_tokens", "hidden")
-        } | dict(
+        return dict(
+            vision_features=out["vision_features"],
+            vision_normed=out["vision_normed"],
+            visual_tokens=out["visual_tokens"],
+            hidden=out["hidden"],
             logits_sum=logits.sum(-1),
             logits_first8=logits[..., :8],
             logits_logsumexp=jax.nn.logsumexp(logits, -1),
             text_loss=mean(metrics["text_loss"]),
             regression_loss_visual_only=mean(metrics["image_loss"]),
-            regression_loss_with_end=mean(with_end["image_loss"]),
-            regress_predictions=predictions,
-            regress_targets=targets,
+            regression_loss_with_end=mean(metrics_with_end["image_loss"]),
+            regress_predictions=_regress_predictions(model, out["hidden"], batch),
+            regress_targets=_regress_targets(model, out["visual"]),
         )
 
-    ours = {name: np.asarray(value) for name, value in jax.jit(run)(params).items()}
-    held = np.asarray(batch.image_slots) < batch.tokens.shape[1]
-    ours["regress_predictions"] = ours["regress_predictions"].reshape(
-        *held.shape, -1, config.llama.width
-    )
+    outputs = {name: np.asarray(value) for name, value in compute(params).items()}
+    # The file has one row per target of each image, in reading order.
+    has_image = np.asarray(batch.has_image)
     for name in ("regress_predictions", "regress_targets"):
-        ours[name] = ours[name][held].reshape(-1, config.llama.width)
-    # The files also count <s>, although nothing predicts it.
-    counts = np.asarray(batch.text_weights, bool) | (np.arange(batch.tokens.shape[1]) == 0)
-    ours["text_targets"] = np.where(counts, np.asarray(batch.tokens), -100)
-    return ours
+        outputs[name] = outputs[name][has_image].reshape(-1, config.llama.width)
+    # The file counts <s> as a target, although nothing predicts it.
+    is_target = np.asarray(batch.text_weights, bool)
+    is_target[:, 0] = True
+    outputs["text_targets"] = np.where(is_target, np.asarray(batch.tokens), -100)
+    return outputs
 
 
-def _theirs(table: convert.Table, gradient: tree.Tree) -> dict[str, np.ndarray]:
-    """The gradients of trained parameters, under the table's names."""
-    there = {path for path, _ in tree.leaves(gradient)}
-    rows = tuple(row for row in table.rows if row.ours in there)
+def _regress_predictions(model: emu.Emu, hidden: jax.Array, batch: Batch) -> jax.Array:
+    """Predictions [B, I, N + 1, D] of the visual tokens and of the embedding of [/IMG]."""
+    targets = model.config.resampler.tokens + 1
+    # Each target is predicted from the position before it.
+    positions = batch.image_slots[..., None] - 1 + jnp.arange(targets)
+    positions = rearrange(positions, "B I N -> B (I N) 1")
+    before = jnp.take_along_axis(hidden, positions, 1, mode="clip")
+    return rearrange(model.regress_head(before), "B (I N) D -> B I N D", N=targets)
+
+
+def _regress_targets(model: emu.Emu, visual: jax.Array) -> jax.Array:
+    """Targets [B, I, N + 1, D]: the visual tokens, then the embedding of [/IMG]."""
+    end_id = model.config.llama.vocab + END_IMG
+    end = model.llama.embeddings(jnp.full((1, 1), end_id), jnp.float32)
+    B, I, _, D = visual.shape
+    return jnp.concatenate([visual, jnp.broadcast_to(end, (B, I, 1, D))], 2)
+
+
+def _generated(
+    file: dict[str, np.ndarray], config: emu.EmuConfig, params: tree.Tree, visual: np.ndarray
+) -> Iterator[Quantity]:
+    """Compare images and texts that a Session generates.
+
+    visual: the visual tokens of the file's images.
+    """
+    session = Session(config, params, Tokenizer(config.llama.vocab, list, str), context=1 << 20)
+    for name in file:
+        if name.startswith("generate_image_"):
+            ids = name.replace("generate_image", "prompt") + "_ids"
+            # generate_images appends [IMG], which the file's prompts already have.
+            prompts = [
+                replace(prompt, tokens=prompt.tokens[:-1]) for prompt in _prompts(file, ids, visual)
+            ]
+            yield compare(name, file[name], session.generate_images(prompts), TOLERANCE)
+    for name in file:
+        if name.startswith("decode_") and name != "decode_prompt_ids":
+            prompts = _prompts(file, "decode_prompt_ids", visual)
+            ids = session.generate_ids(prompts, _generation_config(name), added=True)
+            ours = _padded(ids, _special_ids(file))
+            same = ours.shape == file[name].shape and (ours == file[name]).all()
+            yield Quantity(name, 0.0 if same else float("inf"), 0.0)
+
+
+def _prompts(file: dict[str, np.ndarray], name: str, visual: np.ndarray) -> list[Prompt]:
+    """Prompts from the ids in the array `name`; each shows the first of the file's images."""
+    special = _special_ids(file)
+    image_start = [special["img"], special["image"]]
+    prompts = []
+    for row in np.asarray(file[name]):
+        ids = row[row != special["pad"]].tolist()
+        slots = [
+            position + 1
+            for position in range(len(ids) - 1)
+            if ids[position : position + 2] == image_start
+        ]
+        prompts.append(Prompt(ids, list(visual[: len(slots)]), slots))
+    return prompts
+
+
+def _generation_config(name: str) -> GenerationConfig:
+    """Options of "decode_greedy", or of "decode_beam5_lpm1" (beams 5, length penalty -1)."""
+    options = GenerationConfig(max_new_tokens=NEW_TOKENS)
+    match = re.fullmatch(r"decode_beam(\d+)_lp(m?)([\d.]+)", name)
+    if not match:
+        return options
+    sign = -1 if match[2] else 1
+    return replace(options, beams=int(match[1]), length_penalty=sign * float(match[3]))
+
+
+def _padded(ids: list[list[int]], special: dict[str, int]) -> np.ndarray:
+    """Generated ids as the release returns them: with </s>, padded to the longest row."""
+    rows = [(row + [special["eos"]])[:NEW_TOKENS] for row in ids]
+    longest = max(map(len, rows))
+    return np.array([row + [special["pad"]] * (longest - len(row)) for row in rows])
+
+
+def _gradient_norms(
+    file: dict[str, np.ndarray], config: emu.EmuConfig, gradient: tree.Tree
+) -> Iterator[Quantity]:
+    """Compare the norms of gradients. Raises UserError for a name that does not train."""
+    gradients = _export(emu1.table(config), gradient) | _export(peft.table(config), gradient)
+    for name, norm in zip(map(str, file["grad_names"]), file["grad_norms"], strict=True):
+        plain, adapter = emu1.split_lora({name: None})
+        (key,) = plain | adapter
+        if key not in gradients:
+            raise UserError(
+                f"golden file: grad_names has {name!r}, which is not a trainable parameter"
+            )
+        ours = np.linalg.norm(gradients[key].astype(np.float64))
+        yield compare(f"grad_norm {name}", norm, ours, GRADIENT_TOLERANCE)
+
+
+def _export(table: convert.Table, gradient: tree.Tree) -> dict[str, np.ndarray]:
+    """Gradients under the table's foreign names; rows of frozen parameters are left out."""
+    trained = {path for path, _ in tree.leaves(gradient)}
+    rows = tuple(row for row in table.rows if row.ours in trained)
     return dict(convert.to_theirs(table._replace(rows=rows), convert.reader(gradient)))
 
 
 def _gradient(config: emu.EmuConfig, params: tree.Tree, batch: Batch, images) -> tree.Tree:
-    """The gradient of every parameter, or with LoRA, of LoRA and all before the LLM.
+    """Gradients of the parameters that the release trains.
 
-    The release freezes the rest.
+    These are all parameters, or with LoRA, those of LoRA and of the towers before the LLM.
     """
     trains = {
         path: not config.lora.rank

@@ -1,4 +1,4 @@
-"""Golden files: outputs of reference code at tiny sizes, and a rule for the weights.
+"""Golden files: outputs of reference code at tiny sizes, with weights that follow a rule.
 
 Read next: tests/golden/README.md for the contents of the files; emu.py for the comparison.
 """
@@ -15,8 +15,10 @@ from emu_jax.config import UserError
 
 
 class Quantity(NamedTuple):
+    """A quantity of a golden file, and the error of our code's value."""
+
     name: str
-    # Largest error relative to the reference's largest absolute value; None: not covered.
+    # Largest error relative to the largest absolute value of the reference; None: not covered.
     error: float | None
     tolerance: float
 
@@ -26,7 +28,7 @@ class Quantity(NamedTuple):
 
 
 def load(path: str) -> dict[str, np.ndarray]:
-    """Read the arrays of a golden file; raise UserError if it is missing or damaged."""
+    """Read the arrays of a golden file. Raises UserError if it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"no golden file {path!r}")
     try:
@@ -38,40 +40,47 @@ def load(path: str) -> dict[str, np.ndarray]:
         ) from error
 
 
+def parameter_shapes(file: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the reference code's tensors, by name."""
+    names = map(str, file["parameter_names"])
+    shapes = map(json.loads, map(str, file["parameter_shapes"]))
+    return {name: tuple(shape) for name, shape in zip(names, shapes, strict=True)}
+
+
+def standard_normal(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """The standard normal tensor, float32, that a parameter's name and a seed determine."""
+    rng = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
+    return rng.standard_normal(shape).astype(np.float32)
+
+
 def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Make the reference code's tensors from their names, shapes and the file's seed."""
-    out = {}
-    for name, shape in zip(
-        map(str, file["parameter_names"]),
-        map(json.loads, map(str, file["parameter_shapes"])),
-        strict=True,
-    ):
-        x = (
-            np.random.RandomState((zlib.crc32(name.encode()) + int(file["seed"])) % 2**32)
-            .standard_normal(shape)
-            .astype(np.float32)
-        )
+    """Make the reference code's tensors from their names, their shapes and the file's seed."""
+    tensors = {}
+    for name, shape in parameter_shapes(file).items():
+        x = standard_normal(name, shape, int(file["seed"]))
         if len(shape) == 1:
-            x = np.float32(0.1) * x + np.float32(name.endswith("weight"))
+            mean = np.float32(name.endswith("weight"))
+            x = np.float32(0.1) * x + mean
         elif "embed_tokens" in name:
             x = np.float32(0.5) * x
         else:
-            x = x / np.float32(np.sqrt(shape[-1] if len(shape) == 2 else np.prod(shape[1:])))
+            fan_in = shape[-1] if len(shape) == 2 else np.prod(shape[1:])
+            x = x / np.float32(np.sqrt(fan_in))
+        # Row 2 is that of </s>: its scale makes generation end at different lengths.
         if name.endswith("lm_head.weight"):
             x[2] *= np.float32(file["eos_row_scale"])
-        out[name] = x
-    return out
+        tensors[name] = x
+    return tensors
 
 
 def compare(name: str, reference, ours, tolerance: float) -> Quantity:
-    """Compare our value with the file's; raise UserError if their shapes differ."""
+    """Compare our value with the file's. Raises UserError if their shapes differ."""
     reference = np.asarray(reference, np.float64)
     ours = np.asarray(ours, np.float64)
     if reference.shape != ours.shape:
         raise UserError(
             f"golden file: {name} has shape {reference.shape}, its config makes {ours.shape}"
         )
-    error = np.abs(reference - ours).max(initial=0.0) / max(
-        np.abs(reference).max(initial=0.0), 1e-30
-    )
-    return Quantity(name, float(error) if np.isfinite(error) else float("inf"), tolerance)
+    largest = np.abs(reference).max(initial=0.0)
+    error = float(np.abs(reference - ours).max(initial=0.0) / max(largest, 1e-30))
+    return Quantity(name, error if np.isfinite(error) else float("inf"), tolerance)

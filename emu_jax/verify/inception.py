@@ -1,9 +1,12 @@
-"""Compare FID's Inception with torch-fidelity: features and Frechet distances."""
+"""Compare FID's Inception with torch-fidelity: features and Frechet distances.
+
+Read next: ../evaluate/metrics/fid.py.
+"""
 
 import json
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,135 +16,161 @@ from einops import rearrange
 from emu_jax.config import UserError
 from emu_jax.evaluate.metrics import fid
 from emu_jax.models import inception
-from emu_jax.verify.golden import Quantity, compare
+from emu_jax.verify.golden import Quantity, compare, standard_normal
 from emu_jax.weights import convert
 from emu_jax.weights import inception as names
 
 TOLERANCE = 1e-4
 NEEDED = ("note", "seed", "parameter_names", "parameter_shapes")
 
+# Images [M, 3, h, w] -> {layer: features [M, C]}.
+Features = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+class Distance(NamedTuple):
+    """Two sets of features, and their distances by up to three reference codes."""
+
+    a: np.ndarray
+    b: np.ndarray
+    reference: list[float | None]
+
+
+class Note(NamedTuple):
+    """What a file's note describes."""
+
+    # By name.
+    distances: dict[str, Distance]
+    # Two sets of images, "a" and "b", and the distances of their features by layer; may be empty.
+    images: dict[str, np.ndarray]
+    image_distances: dict[str, list[float | None]]
+
 
 def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
-    """Quantities of an Inception file; raises UserError for an invalid note or weights."""
+    """Quantities of an Inception file. Raises UserError for an invalid note or weights."""
     if missing := [name for name in NEEDED if name not in file]:
         raise UserError(f"golden file: missing {', '.join(missing)}")
-    try:
-        note = json.loads(str(file["note"]))
-        pairs = {
-            name: (_normal_sets(name), pair["fid"]) for name, pair in note["distances"].items()
-        }
-        sets = {}
-        by_layer = {}
-        if "end_to_end" in note:
-            sets = {which: _images(note["end_to_end"][which]) for which in "ab"}
-            by_layer = note["end_to_end"]["fid_by_layer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"golden file: its note cannot be followed ({error})") from error
-    params = jax.tree.map(jnp.asarray, convert.from_theirs(names.table(), weights(file)))
-    network = jax.jit(inception.apply)
-    seen = set(NEEDED)
-
-    def features(images):
-        rows = [
-            network(params, inception.prepare(jnp.asarray(image[None])))
-            for image in rearrange(images, "m c h w -> m h w c")
-        ]
-        return jax.tree.map(lambda *layers: np.concatenate(layers), *rows)
-
-    for name in [name for name in file if name.startswith("images_")]:
+    note = _parse_note(str(file["note"]))
+    features = _make_features(weights(file))
+    compared = set(NEEDED)
+    for name in file:
+        if not name.startswith("images_"):
+            continue
         for layer, ours in features(file[name]).items():
-            if (theirs := f"features_{name.removeprefix('images_')}_{layer}") in file:
-                seen |= {name, theirs}
-                yield compare(theirs, file[theirs], ours, TOLERANCE)
-    for name, (two, reference) in pairs.items():
-        yield _distance(f"distance {name}", reference, *two)
-    if sets:
-        ours = {which: features(images) for which, images in sets.items()}
-        for which, some in ours.items():
-            if (theirs := f"features_end_to_end_{which}_mean") in file:
-                seen.add(theirs)
-                yield compare(
-                    theirs, file[theirs], some["2048"].astype(np.float64).mean(0), TOLERANCE
-                )
-        for layer, reference in by_layer.items():
-            yield _distance(
-                f"distance end to end, {layer} features",
-                reference,
-                ours["a"][layer],
-                ours["b"][layer],
-            )
-    yield from (Quantity(name, None, TOLERANCE) for name in file if name not in seen)
+            reference = f"features_{name.removeprefix('images_')}_{layer}"
+            if reference in file:
+                compared |= {name, reference}
+                yield compare(reference, file[reference], ours, TOLERANCE)
+    for name, distance in note.distances.items():
+        yield _distance(f"distance {name}", *distance)
+    if note.images:
+        ours = {name: features(images) for name, images in note.images.items()}
+        for name, by_layer in ours.items():
+            reference = f"features_end_to_end_{name}_mean"
+            if reference in file:
+                compared.add(reference)
+                mean = by_layer["2048"].astype(np.float64).mean(0)
+                yield compare(reference, file[reference], mean, TOLERANCE)
+        for layer, references in note.image_distances.items():
+            name = f"distance end to end, {layer} features"
+            yield _distance(name, ours["a"][layer], ours["b"][layer], references)
+    for name in file:
+        if name not in compared:
+            yield Quantity(name, None, TOLERANCE)
+
+
+def _parse_note(text: str) -> Note:
+    """Parse a file's note. Raises UserError if it does not have the expected form."""
+    try:
+        note = json.loads(text)
+        distances = {}
+        for name, pair in note["distances"].items():
+            a, b = _normal_sets(name)
+            distances[name] = Distance(a, b, pair["fid"])
+        images = {}
+        image_distances = {}
+        if "end_to_end" in note:
+            images = {name: _images(note["end_to_end"][name]) for name in "ab"}
+            image_distances = note["end_to_end"]["fid_by_layer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"golden file: its note cannot be parsed ({error})") from error
+    return Note(distances, images, image_distances)
+
+
+def _make_features(tensors: dict[str, np.ndarray]) -> Features:
+    """A function that computes features, with the network's weights from `tensors`."""
+    params = jax.tree.map(jnp.asarray, convert.from_theirs(names.table(), tensors))
+    network = jax.jit(inception.apply)
+
+    def features(images: np.ndarray) -> dict[str, np.ndarray]:
+        rows: dict[str, list] = {}
+        for image in rearrange(images, "m c h w -> m h w c"):
+            prepared = inception.prepare(jnp.asarray(image[None]))
+            for layer, row in network(params, prepared).items():
+                rows.setdefault(layer, []).append(row)
+        return {layer: np.concatenate(parts) for layer, parts in rows.items()}
+
+    return features
 
 
 def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Make the network's tensors by the file's rule, which differs from the Emu files'."""
-    out = {}
-    for name, shape in zip(
-        map(str, file["parameter_names"]), json.loads(str(file["parameter_shapes"])), strict=True
-    ):
-        x = (
-            np.random.RandomState((zlib.crc32(name.encode()) + int(file["seed"])) % 2**32)
-            .standard_normal(shape)
-            .astype(np.float32)
-        )
+    """Make the network's tensors by the file's rule, which differs from that of golden.py."""
+    tensors = {}
+    shapes = json.loads(str(file["parameter_shapes"]))
+    for name, shape in zip(map(str, file["parameter_names"]), shapes, strict=True):
+        x = standard_normal(name, shape, int(file["seed"]))
         if name.endswith("running_var"):
             x = np.abs(x) + np.float32(0.5)
         elif len(shape) == 1:
-            x = np.float32(0.1) * x + np.float32(name.endswith("weight"))
+            mean = np.float32(name.endswith("weight"))
+            x = np.float32(0.1) * x + mean
         else:
-            x = (
-                np.float32(1.5 if len(shape) == 4 else 1.0)
-                * x
-                / np.float32(np.sqrt(np.prod(shape[1:])))
-            )
-        out[name] = x
-    return out
+            gain = np.float32(1.5 if len(shape) == 4 else 1.0)
+            x = gain * x / np.float32(np.sqrt(np.prod(shape[1:])))
+        tensors[name] = x
+    return tensors
 
 
-def _distance(name: str, reference: list[float | None], a: np.ndarray, b: np.ndarray) -> Quantity:
-    """Compare our distance with those of up to three reference codes.
+def _distance(name: str, a: np.ndarray, b: np.ndarray, reference: list[float | None]) -> Quantity:
+    """Compare our distance with those of the reference codes that have one.
 
     The tolerance is at least the relative spread of the references.
     """
     known = np.array([value for value in reference if value is not None])
     ours = fid.distance(fid.statistics(a), fid.statistics(b))
-    return Quantity(
-        name,
-        float(np.abs(known / ours - 1).max()),
-        max(TOLERANCE, float(np.ptp(known) / known.min())),
-    )
+    error = np.abs(known / ours - 1).max()
+    spread = np.ptp(known) / known.min()
+    return Quantity(name, float(error), max(TOLERANCE, float(spread)))
 
 
-def _normal_sets(text: str) -> list[np.ndarray]:
-    """Draw the two sets, shift + scale * |normal|, that a text describes.
+def _normal_sets(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw two sets [n, dims] of shift + scale * |normal|, as a text describes them.
 
-    Such as "a: seed 1, n 500, shift 0, scale 1; b: seed 2, ...; dims 64". Raises ValueError.
+    For example "a: seed 1, n 500, shift 0, scale 1; b: seed 2, ...; dims 64". Raises ValueError.
     """
     sets = re.findall(r"seed (\d+), n (\d+), shift ([\d.]+), scale ([\d.]+)", text)
     dims = re.search(r"dims (\d+)", text)
     if len(sets) != 2 or not dims:
         raise ValueError(f"no two sets in {text!r}")
-    return [
-        (
-            float(shift)
-            + float(scale)
-            * np.abs(np.random.RandomState(int(seed)).standard_normal((int(n), int(dims[1]))))
-        ).astype(np.float32)
-        for seed, n, shift, scale in sets
-    ]
+    drawn = []
+    for seed, n, shift, scale in sets:
+        normal = np.random.RandomState(int(seed)).standard_normal((int(n), int(dims[1])))
+        drawn.append((float(shift) + float(scale) * np.abs(normal)).astype(np.float32))
+    a, b = drawn
+    return a, b
 
 
 def _images(text: str) -> np.ndarray:
-    """Draw the images that a text describes; raises ValueError.
+    """Draw the images [M, 3, h, w] that a text describes. Raises ValueError.
 
-    Such as "RandomState(11).randint(0, 256, (40, 3, 32, 32)).astype(uint8)", optionally with
+    For example "RandomState(11).randint(0, 256, (40, 3, 32, 32)).astype(uint8)", optionally with
     "// 2 + 32" before the cast.
     """
     drawn = re.search(r"RandomState\((\d+)\)\.randint\((\d+), (\d+), \(([\d, ]+)\)\)", text)
     if not drawn:
         raise ValueError(f"no images in {text!r}")
-    images = np.random.RandomState(int(drawn[1])).randint(
-        int(drawn[2]), int(drawn[3]), tuple(map(int, drawn[4].split(",")))
-    )
-    changed = re.search(r"// (\d+) \+ (\d+)", text)
-    return (images // int(changed[1]) + int(changed[2]) if changed else images).astype(np.uint8)
+    seed, low, high = (int(number) for number in drawn.groups()[:3])
+    shape = tuple(map(int, drawn[4].split(",")))
+    images = np.random.RandomState(seed).randint(low, high, shape)
+    if changed := re.search(r"// (\d+) \+ (\d+)", text):
+        images = images // int(changed[1]) + int(changed[2])
+    return images.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Import and export of checkpoints of other libraries; merging LoRA.
+"""Import and export checkpoints of other libraries, and merge LoRA.
 
 Each command has its own --help. Read next: transfer.py, families.py.
 """
@@ -23,10 +23,10 @@ examples:
   python -m emu_jax.weights export --family=llama --from=DIR --to=FOLDER
 """
 IMPORT = """\
-Import one checkpoint of ours from one or several foreign ones.
+Import one or several checkpoints of other libraries into one of ours.
 
 SOURCE is a folder, a .safetensors, .bin or .pt file, an index, or all files of one checkpoint.
-Parts of the model that no source fills are left out; training from DIR (--config.init=DIR)
+Parts of the model that no source has are left out; training from DIR (--config.init=DIR)
 initialises them.
 """
 IMPORT_EPILOG = f"""\
@@ -34,44 +34,51 @@ families:
 {TABLE}
 
 config:
-  With --config=FILE the sources must fit its model. Without it, configs/pretrain.py is used (for
-  stable-diffusion configs/decoder.py, for clip configs/clip.py), with the sizes of the sources.
-  --config.FIELD=VALUE works as in training.
+  With --config=FILE, the sources must fit the model of that config. Without it, the sizes are those
+  of the sources, and everything else is from configs/pretrain.py (configs/decoder.py for
+  stable-diffusion, configs/clip.py for clip). --config.FIELD=VALUE works as in training.
 
 notes:
-  Rows of new tokens are the mean of the existing rows.
+  The embeddings of tokens that Emu adds start as the mean of the existing rows.
   emu1: LoRA is merged into the weights, or kept if the config's model has LoRA
     (configs/instruct.py, model.lora.rank).
   peft: give the base model too: --family=llama LLAMA --family=peft ADAPTER.
-  t5-decoder: learned queries and projection are not part of a T5, nor are keys and values of the
-    cross-attention if its encoder's width differs from the visual encoder's.
-  stable-diffusion: unet, vae and the scheduler's config are read. Layers that read the condition
-    are initialised by training where its width differs from the config's.
-  clip, inception: checkpoints of their own, not parts of an Emu.
+  t5-decoder: the learned queries and the projection are not imported, because a T5 does not have
+    them; nor are keys and values of the cross-attention if the T5's width differs from that of the
+    visual encoder.
+  stable-diffusion: reads unet, vae and the scheduler's config. If the width of the condition
+    differs from the config's, training initialises the layers that read the condition.
+  clip, inception: these become checkpoints of their own, not parts of an Emu.
 
 examples:
   python -m emu_jax.weights import --family=llama LLAMA --family=eva-clip EVA.pt --to=DIR
   python -m emu_jax.weights import --family=stable-diffusion FOLDER --dry-run
 """
 EXPORT = """\
-Export a checkpoint of ours to a new folder in the format of the family's own library.
+Export a checkpoint of ours to a new folder, in the format of the family's own library.
 
-Writes safetensors, an index and config.json. llama: a LlamaForCausalLM without Emu's added tokens.
-emu1: the released names. LoRA is merged in both. peft: only the LoRA, as an adapter of a
-LlamaForCausalLM, without the rows of [USER] and [ASSISTANT]. stable-diffusion: a folder for
-StableDiffusionPipeline without a text encoder, because an Emu provides the condition.
+Writes safetensors, an index and config.json.
+llama: a LlamaForCausalLM without Emu's added tokens, with LoRA merged.
+emu1: a checkpoint with the released names, with LoRA merged.
+peft: only the LoRA, as an adapter of a LlamaForCausalLM; the embeddings of [USER] and [ASSISTANT]
+  are not part of it.
+stable-diffusion: a folder for StableDiffusionPipeline without a text encoder, because an Emu
+  provides the condition.
 """
 EXPORT_EPILOG = """\
 examples:
   python -m emu_jax.weights export --family=llama --from=runs/pretrain --to=FOLDER
   python -m emu_jax.weights export --family=emu1 --from=DIR --to=FOLDER --ema --dtype=bfloat16
 """
-MERGE = "Merge LoRA into its matrices and dequantize stored ones: the same model, plain matrices."
+MERGE = "Merge LoRA into the matrices it adapts, and dequantize int8 and nf4 matrices."
 SOURCE = "workdir of a run, or one of its checkpoints"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after a message for bad input; `verify` has its own."""
+    """Run a command and return its exit status: 0, or 2 after a message for bad input.
+
+    The statuses of `verify` are its own.
+    """
     return cli.run(_run, arguments)
 
 
@@ -81,12 +88,12 @@ def _run(arguments: list[str]) -> int:
     try:
         if command == "import":
             return import_(rest)
-        # The command's former place.
+        # `verify` was a command of this module in older versions.
         if command == "verify":
             from emu_jax import verify
 
             return verify.main(rest)
-        # The command's former name.
+        # `merge` was called `bake` in older versions.
         if command == "bake":
             arguments = ["merge", *rest]
         flags = _parser().parse_args(arguments)
@@ -97,7 +104,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def import_(arguments: list[str]) -> int:
-    """Import a checkpoint, or print what an import would do."""
+    """Import a checkpoint, or with --dry-run print what an import would do."""
     sources, rest = _sources(arguments)
     parser = cli.Parser(
         prog="python -m emu_jax.weights import",
@@ -124,7 +131,7 @@ def import_(arguments: list[str]) -> int:
         rest = [f"--config=configs/{file}.py", *rest]
     c = config.load(rest)
     if not sources:
-        raise UserError(f"name a family and its sources: --family=F SOURCE...; families: {NAMES}")
+        raise UserError(f"no sources: give --family=F SOURCE..., where F is one of {NAMES}")
     if not flags.to and not flags.dry_run:
         raise UserError("--to=DIR is missing: the directory of the new checkpoint")
     plan = transfer.make_plan(sources, c, given=given, image_size=flags.image_size)
@@ -202,7 +209,7 @@ def _parser() -> cli.Parser:
     command.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="cast to this dtype; default: the checkpoint's",
+        help="dtype of the exported tensors (default: the checkpoint's)",
     )
     command = commands.add_parser("merge", help="merge LoRA into plain matrices", description=MERGE)
     command.add_argument("--from", dest="source", required=True, metavar="DIR", help=SOURCE)

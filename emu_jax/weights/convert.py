@@ -1,9 +1,9 @@
-"""Conversion tables: one per foreign checkpoint, read in both directions.
+"""Conversion tables: one per foreign format, used for both import and export.
 
-Import and export cannot drift apart, because both read the same rows. Tensors are converted one at
-a time, so a checkpoint never has to fit in memory. A foreign tensor is anything with a shape and a
-dtype that np.asarray accepts: files.Tensor or an array. Read next: families.py for the tables,
-transfer.py for import and export.
+Import and export cannot drift apart, because they use the same rows. Tensors are converted one at a
+time, so a checkpoint never has to fit in memory. A foreign tensor is anything that has a shape and
+a dtype and that np.asarray accepts: a files.Tensor or an array. Read next: families.py for the
+tables, transfer.py for import and export.
 """
 
 import re
@@ -26,31 +26,31 @@ Tensors = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """Where one of our leaves lies in a foreign checkpoint."""
+    """The foreign tensor, or its part, that holds one of our leaves."""
 
-    # Name of the foreign tensor; "{l}" is a layer, and all layers are stacked into our leading L.
+    # Name of the foreign tensor. "{l}" stands for a layer; layers are stacked on our first axis L.
     theirs: str
     # Path of our leaf.
     ours: str
     # Einops pattern "theirs -> ours"; empty: same layout.
     pattern: str = ""
-    # (start, stop) on the first axis, where one foreign tensor holds several leaves.
+    # (start, stop) on the first axis, if one foreign tensor holds several leaves.
     cut: tuple[int, int] | None = None
-    # The foreign tensor may end before `stop`: missing rows become the mean of its rows.
+    # Whether the foreign tensor may have fewer than `stop` rows; missing rows become the mean row.
     grows: bool = False
 
 
 class Table(NamedTuple):
-    """All rows of a foreign checkpoint."""
+    """All rows for a foreign format."""
 
     rows: tuple[Row, ...]
-    # Lengths of the axes that patterns split.
+    # Lengths of the named axes in patterns.
     axes: dict[str, int]
     # Regexes of foreign names that we do not need.
     unused: tuple[str, ...]
     # Tower -> number of layers.
     depth: dict[str, int]
-    # Leaves that an import creates and an export omits.
+    # Rows of leaves that an import creates and an export omits.
     import_only: tuple[Row, ...] = ()
 
 
@@ -62,9 +62,9 @@ class Use(NamedTuple):
 
 
 def uses(table: Table, *, importing: bool) -> dict[str, list[Use]]:
-    """Foreign names that the table needs, each with the leaves inside it.
+    """The foreign names that the table needs, each with the leaves in that tensor.
 
-    importing: include the leaves that only an import creates.
+    importing: whether to include the leaves that only an import creates.
     """
     found: dict[str, list[Use]] = {}
     for row in (*table.rows, *(table.import_only if importing else ())):
@@ -76,19 +76,19 @@ def uses(table: Table, *, importing: bool) -> dict[str, list[Use]]:
 
 
 def stacked(table: Table) -> set[str]:
-    """Leaves whose first axis is the layer."""
+    """Paths of leaves whose first axis is the layer."""
     return {row.ours for row in table.rows if "{l}" in row.theirs}
 
 
 def foreign_shapes(table: Table, ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Shapes of all foreign tensors, from the shapes of our leaves.
 
-    Raises UserError where a leaf is missing.
+    Raises UserError if a leaf is missing.
     """
     found = {}
     for name, parts in uses(table, importing=False).items():
         if missing := [use.row.ours for use in parts if use.row.ours not in ours]:
-            raise UserError(f"no parameter {missing[0]!r}, which {name!r} needs")
+            raise UserError(f"it has no parameter {missing[0]!r}, which {name!r} needs")
         pieces = [_foreign_shape(table, use, ours[use.row.ours]) for use in parts]
         found[name] = pieces[0]
         if parts[0].row.cut:
@@ -117,14 +117,14 @@ def problems(table: Table, foreign: Tensors, ours: Mapping[str, tuple[int, ...]]
 
 
 def _can_grow(parts: list[Use], got: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    """Whether the tensor lacks only rows that are filled with the mean of the others."""
+    """Whether only rows are missing that the mean of the others fills."""
     starts = [use.row.cut[0] for use in parts if use.row.grows and use.row.cut]
     least = max(starts, default=0)
     return least > 0 and got[1:] == want[1:] and least <= got[0] < want[0]
 
 
 def unexpected(table: Table, foreign: Tensors) -> list[str]:
-    """Foreign names that the table neither needs nor lists as unused."""
+    """Names of foreign tensors that the table neither needs nor lists as unused."""
     needed = uses(table, importing=False)
 
     def known(name: str) -> bool:
@@ -157,17 +157,17 @@ def pieces(table: Table, foreign: Tensors) -> Iterator[tuple[str, int | None, np
         array = np.asarray(foreign[name])
         for row, layer in needed[name]:
             yield row.ours, layer, _rearrange(table, row, _cut(array, row), row.pattern)
-        # Free it before the next one is read.
+        # Free the tensor before the next one is read.
         del array
 
 
 def from_theirs(
     table: Table, foreign: Tensors, shardings: Mapping[str, NamedSharding] | None = None
 ) -> tree.Tree:
-    """Our parameters from foreign tensors, placed on devices as they are read.
+    """Convert foreign tensors to our parameters, and place each on devices as it is read.
 
-    shardings: by leaf; None places everything on one device. The host holds one foreign tensor at
-    a time. Raises UserError that lists missing and unexpected names.
+    shardings: by path of the leaf; None: everything on one device. The host's memory holds one
+    foreign tensor at a time. Raises UserError, which lists missing and unexpected names.
     """
     missing = [name for name in uses(table, importing=False) if name not in foreign]
     lines = [
@@ -194,7 +194,7 @@ def from_theirs(
         if isinstance(sharding, NamedSharding):
             layer_sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
         leaves[path] = _set_layer(sharding)(leaves[path], _placed(piece, layer_sharding), layer)
-        # Free it before the next one is read.
+        # Free the piece before the next one is read.
         del piece
     return tree.unflatten(leaves)
 
@@ -202,9 +202,9 @@ def from_theirs(
 def to_theirs(
     table: Table, read: Callable[[str, int | None], Any], prefix: str = ""
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (foreign name, tensor) of all names in the table that start with `prefix`.
+    """Yield (foreign name, tensor) for all names in the table that start with `prefix`.
 
-    The inverse of `pieces`. read: (leaf, layer or None) -> our array.
+    This is the inverse of `pieces`. read: (leaf, layer or None) -> our array.
     """
     for name, parts in uses(table, importing=False).items():
         if not name.startswith(prefix):
@@ -217,7 +217,7 @@ def to_theirs(
 
 
 def reader(params: tree.Tree) -> Callable[[str, int | None], Any]:
-    """A `read` for `to_theirs`, from parameters in memory."""
+    """Make the argument `read` of `to_theirs` for parameters in memory."""
     flat = dict(tree.leaves(params))
 
     def read(path: str, layer: int | None) -> Any:
@@ -231,7 +231,7 @@ def _tower(path: str) -> str:
 
 
 def _foreign_shape(table: Table, use: Use, shape: tuple[int, ...]) -> tuple[int, ...]:
-    # One byte, broadcast to our shape: rearranging it costs no memory.
+    # A single byte broadcast to our shape takes no memory when it is rearranged.
     array = np.broadcast_to(np.zeros((), np.int8), shape if use.layer is None else shape[1:])
     return _rearrange(table, use.row, array, _inverse(use.row.pattern)).shape
 
@@ -252,7 +252,7 @@ def _cut(array: np.ndarray, row: Row) -> np.ndarray:
 
 
 def mean_row(array: np.ndarray) -> np.ndarray:
-    """Mean of the rows [1, D]; the sum is float64, a block of rows at a time."""
+    """Mean of the rows, [1, D], summed in float64 over blocks of rows to save memory."""
     total = np.zeros((1, *array.shape[1:]), np.float64)
     for start in range(0, len(array), 4096):
         total += array[start : start + 4096].astype(np.float64).sum(0, keepdims=True)
@@ -265,7 +265,7 @@ def _rearrange(table: Table, row: Row, array: np.ndarray, pattern: str) -> np.nd
     axes = {axis: n for axis, n in table.axes.items() if re.search(rf"\b{axis}\b", pattern)}
     try:
         return rearrange(array, pattern, **axes)
-    # Einops has error classes of its own.
+    # einops raises error classes of its own.
     except Exception as error:
         raise UserError(
             f"tensor {row.theirs!r} of shape {array.shape} does not fit {row.ours!r} ({pattern})"
@@ -273,7 +273,7 @@ def _rearrange(table: Table, row: Row, array: np.ndarray, pattern: str) -> np.nd
 
 
 def _placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The array on devices: every process passes all of it, each device copies its shard."""
+    """Place an array, which every process has in full, on the devices: each copies its shard."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

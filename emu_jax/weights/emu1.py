@@ -1,9 +1,9 @@
 """The released Emu checkpoint, pretrained or chat.
 
-Its table is EVA-CLIP's, T5's and LLaMA's under its prefixes, plus a few names of its own. A chat
-model's LoRA is merged into its weights, or split off as a PEFT adapter; exports have none. Where
-our model has more added tokens than the file ([USER] [ASSISTANT]), their rows are the mean of the
-others.
+Its table combines those of EVA-CLIP, T5 and LLaMA, with prefixes, and a few rows of its own. The
+LoRA of a chat model is merged into its weights, or split off as a PEFT adapter; an export has no
+LoRA. If our model has more added tokens than the file ([USER], [ASSISTANT]), their rows are the
+mean of the others.
 """
 
 import re
@@ -21,7 +21,7 @@ from emu_jax.weights.files import Tensor
 
 LM = "decoder.lm."
 T5 = "cformer.cformer."
-# Rows of LLaMA-1's vocabulary; later ones are Emu's.
+# Size of LLaMA-1's vocabulary; the rows after it are those of Emu's added tokens.
 VOCAB = 32000
 
 
@@ -66,10 +66,10 @@ def rename(name: str) -> str:
 
 
 def canonical(foreign: Tensors, *, lora_scale: float = 1.0) -> dict[str, Any]:
-    """Rename tensors to the table's names, and merge LoRA into its weights.
+    """Rename tensors to the table's names, and merge LoRA into the weights it adapts.
 
     A merged weight is w + lora_scale * B A, computed when it is read. lora_scale: alpha / rank.
-    Raises UserError where half of a LoRA is missing.
+    Raises UserError if the A, the B or the weight of an adapter is missing.
     """
     named = {rename(name): tensor for name, tensor in foreign.items()}
     merged = {name: tensor for name, tensor in named.items() if ".lora_" not in name}
@@ -86,7 +86,7 @@ def canonical(foreign: Tensors, *, lora_scale: float = 1.0) -> dict[str, Any]:
 
 
 def split_lora(foreign: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split into (tensors under the table's names, LoRA under the names of a PEFT adapter)."""
+    """Split tensors into (those of the table, LoRA with the names of a PEFT adapter)."""
     plain = {}
     adapter = {}
     for name, tensor in foreign.items():
@@ -110,7 +110,7 @@ def _merged(w: Any, a: Any, b: Any, scale: float) -> Tensor:
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Infer config.model from the tensors, and from config.json if it is one of our exports."""
+    """Infer config.model from the tensors, and from the config.json of our own exports."""
     queries = shapes.get("cformer.causal_tokens")
     return {
         **eva_clip.infer_config(shapes, config),
@@ -122,7 +122,7 @@ def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Take rows after LLaMA's vocabulary as added tokens."""
+    """Count the rows after LLaMA's vocabulary as added tokens."""
     embed = shapes.get(LM + "model.embed_tokens.weight")
     if not embed:
         return {}
@@ -130,7 +130,7 @@ def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Write the release's config, and LLaMA's, whose number of heads no tensor shows."""
+    """Make the release's config, with LLaMA's in it: the tensors do not show its heads."""
     N = model["resampler"]["tokens"]
     return {
         "embed_dim": 1024,

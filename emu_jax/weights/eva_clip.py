@@ -1,7 +1,7 @@
 """The visual tower of EVA-01-CLIP, with or without the prefix "visual." in its names.
 
-PyTorch's linear weights are [out, in]; its qkv holds three of our leaves. Emu does not use the
-final norm, the head and the text tower.
+Linear weights are [out, in] there, and the qkv weight holds three of our leaves. Emu does not use
+the final norm, the head or the text tower.
 """
 
 from math import isqrt
@@ -15,7 +15,7 @@ from emu_jax.weights.convert import Row, Table, Tensors
 from emu_jax.weights.family import Family, Shapes, count_layers
 from emu_jax.weights.files import Tensor
 
-# Width of a head in g/14, which its files do not state.
+# Width of a head in EVA-CLIP g/14, whose files do not contain it.
 HEAD_WIDTH = 88
 POSITIONS = "visual.pos_embed"
 
@@ -55,7 +55,7 @@ def linear(theirs: str, ours: str) -> tuple[Row, Row]:
 
 
 def axes(model_config: VisionConfig) -> dict[str, int]:
-    """Axes that the patterns split: vh heads."""
+    """Lengths of the named axes in patterns: vh, the vision heads."""
     return dict(vh=model_config.heads)
 
 
@@ -82,13 +82,13 @@ def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Write a config in the format of EVA-CLIP's repository."""
+    """Make a config in the format of EVA-CLIP's repository."""
     return {"vision_cfg": vision_cfg(VisionConfig(**model["vision"]))}
 
 
 def vision_cfg(model_config: VisionConfig) -> dict[str, Any]:
     """Fields of EVA-CLIP's vision_cfg."""
-    # g/14's ratio is rounded there: 1408 * 4.3637 is 6144 after truncation.
+    # The published ratio of g/14 is rounded: int(1408 * 4.3637) is 6144.
     g14_ratio = 4.3637
     if int(model_config.width * g14_ratio) == model_config.ffn:
         ratio = g14_ratio
@@ -108,7 +108,7 @@ def vision_cfg(model_config: VisionConfig) -> dict[str, Any]:
 
 
 def resized(tensors: Tensors, side: int) -> dict[str, Any]:
-    """Replace the position embeddings by interpolated ones for side x side patches."""
+    """Interpolate the position embeddings to side x side patches, when they are read."""
     old = tensors[POSITIONS]
     shape = (1, 1 + side * side, old.shape[2])
     new = Tensor(shape, old.dtype, lambda: interpolate(np.asarray(old), side))
@@ -118,7 +118,7 @@ def resized(tensors: Tensors, side: int) -> dict[str, Any]:
 def interpolate(positions: np.ndarray, side: int) -> np.ndarray:
     """Resize position embeddings [1, 1 + P, E] to side x side patches.
 
-    Bicubic as in PyTorch (a = -0.75, edges repeated); the embedding of CLS is kept.
+    Bicubic as in PyTorch (a = -0.75, edges repeated); the embedding of CLS is unchanged.
     """
     old = isqrt(positions.shape[1] - 1)
     square = positions[0, 1:].astype(np.float32).reshape(old, old, -1)
@@ -130,7 +130,7 @@ def interpolate(positions: np.ndarray, side: int) -> np.ndarray:
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
-    """Weights [new, old] of cubic convolution (Keys 1981), a = -0.75, at cell centres."""
+    """Weights [new, old] of cubic convolution (Keys 1981), a = -0.75, between cell centres."""
     a = -0.75
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old), np.float64)
@@ -161,7 +161,7 @@ def canonical(tensors: Tensors) -> dict[str, Any]:
 
 FAMILY = Family(
     name="eva-clip",
-    about="EVA-01-CLIP g/14, the start of the visual encoder",
+    about="EVA-01-CLIP g/14, from which the visual encoder starts",
     signature=r"(visual\.)?blocks\.\d+\.attn\.q_bias",
     table=table,
     infer_config=infer_config,

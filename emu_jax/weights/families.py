@@ -1,4 +1,4 @@
-"""The foreign families, by the name that --family gives them."""
+"""The families of foreign checkpoints, by the values of --family."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from emu_jax.weights import clip, emu1, eva_clip, inception, llama, peft, stable_diffusion, t5
 from emu_jax.weights.family import Family
 
-# The most specific signature first: an Emu contains an EVA-CLIP.
+# Families with more specific signatures come first: an Emu also contains an EVA-CLIP.
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -23,7 +23,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def guess(names: Iterable[str]) -> Family | None:
-    """Guess the family from tensor names."""
+    """Guess the family from tensor names; None if no signature matches."""
     names = list(names)
     for family in FAMILIES.values():
         if any(re.fullmatch(family.signature, name) for name in names):

@@ -1,7 +1,7 @@
-"""The description of one foreign family of checkpoints.
+"""`Family`, the description of one kind of foreign checkpoint.
 
-Its conversion table, how its files determine our config, and the config.json of its own library.
-Read next: emu1.py, which is composed of the others; families.py.
+It has the conversion table, says how the files determine our config, and makes the config.json of
+the family's own library. Read next: emu1.py, which combines several others; families.py.
 """
 
 import re
@@ -20,7 +20,8 @@ from emu_jax.weights.convert import Table, Tensors
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-# Building the abstract model takes a second or two, and the sources of one import share it.
+# Building the abstract model takes a second or two; the cache shares it between the sources of an
+# import.
 @lru_cache(maxsize=16)
 def emu_shapes(model_config: EmuConfig) -> Shapes:
     """Shapes of all leaves of an Emu."""
@@ -28,7 +29,7 @@ def emu_shapes(model_config: EmuConfig) -> Shapes:
 
 
 def no_fields(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """An `infer_config` or `default_config` that sets no field of config.model."""
+    """Return {}: an `infer_config` or `default_config` that sets no fields."""
     return {}
 
 
@@ -38,45 +39,46 @@ class Family:
 
     # The value of --family.
     name: str
-    # One line of help: which checkpoints these are.
+    # Which checkpoints these are, for the help.
     about: str
-    # Regex of a tensor's name by which files of the family are recognised.
+    # Regex for the name of a tensor that identifies files of this family.
     signature: str
-    # (our model's config) -> conversion table.
+    # (config of our model) -> conversion table.
     table: Callable[[Any], Table]
-    # (shapes, config) -> fields of config.model that the files determine; None: they do not.
+    # (shapes, config) -> {field of config.model: value, or None if the files do not determine it}.
     infer_config: Callable[[Shapes, dict[str, Any]], dict[str, Any]]
-    # (model, tokens a row) -> config.json of an export; if `stem` is not "model", {path: JSON}.
+    # (model, tokens per row) -> config.json of an export, or {path: JSON} if `stem` is not "model".
     config_json: Callable[[dict[str, Any], int], dict[str, Any]]
-    # (shapes, config) -> fields of config.model to use where the user gives no config.
+    # (shapes, config) -> further fields of config.model to set if the user gives no config.
     default_config: Callable[[Shapes, dict[str, Any]], dict[str, Any]] = no_fields
-    # Foreign tensors -> the same under the names of the table.
+    # Foreign tensors -> the same tensors with the table's names.
     canonical: Callable[[Tensors], dict[str, Any]] = dict
-    # (model) -> our model's config, the argument of `table` and `shapes`.
+    # (model) -> config of our model, the argument of `table` and `shapes`.
     make_config: Callable[[dict[str, Any]], Any] = EmuConfig.of
-    # (our model's config) -> shapes of our leaves.
+    # (config of our model) -> shapes of our leaves.
     shapes: Callable[[Any], Shapes] = emu_shapes
-    # Subfolders, each with a config.json, that hold the parts of a model. Names in the table start
-    # with "component.", and `config` has one entry a component.
+    # Subfolders with the parts of a model, each with a config.json. The table's names then start
+    # with "component.", and `config` has one entry per component.
     components: tuple[str, ...] = ()
-    # Stem of an export's files. Any other than Hugging Face's "model" gets no index for one file.
+    # Stem of the file names of an export. Only "model", Hugging Face's, gets an index even if there
+    # is a single file.
     stem: str = "model"
-    # (field of config.model, regex of leaves): the files may differ from a given config in this
-    # field. The import keeps their value, and training initialises those leaves.
+    # (field of config.model, regex of leaves): a field in which the files may differ from a given
+    # config. The import keeps the files' value, and training initialises those leaves.
     may_override: tuple[str, str] | None = None
-    # The config, by name, where the user gives none.
+    # Name of the config to use if the user gives none.
     config_file: str = "pretrain"
     # Files next to the tensors that an import copies.
     extra_files: tuple[str, ...] = ()
-    # What to do with an import; {to} is its directory.
+    # How to use an import, printed after it; {to} is its directory.
     hint: str = "start from it with --config.init={to}"
 
 
 def count_layers(shapes: Shapes, pattern: str) -> int | None:
-    """One more than the largest number that `pattern` matches in a name; None without a match.
+    """Number of layers: 1 + the largest number that `pattern` finds; None if there is none.
 
-    Raises UserError where there are fewer tensors than that number, so a hostile name cannot make
-    us allocate.
+    Raises UserError if that number exceeds the number of tensors, so that a malicious name cannot
+    cause a huge allocation.
     """
     matches = [re.fullmatch(pattern, name) for name in shapes]
     numbers = [int(match[1]) for match in matches if match]

@@ -1,9 +1,9 @@
-"""Foreign checkpoint files: names and shapes are read first, tensor data on demand.
+"""Files of foreign checkpoints: names and shapes are read first, tensor data on demand.
 
 Reads safetensors and PyTorch's .bin and .pt, one file or many with an index; writes safetensors.
-Files are never mapped into memory. The safetensors parser is our own, because the library maps
-whole files, has no bfloat16 in NumPy, and writes only from memory. Read next: pickles.py,
-convert.py.
+Files are never memory-mapped. We have our own safetensors parser because the library memory-maps
+files, does not support bfloat16 with NumPy, and can write only tensors that are all in memory. Read
+next: pickles.py, convert.py.
 """
 
 import json
@@ -38,15 +38,15 @@ DTYPES: dict[str, np.dtype] = {
     "U64": np.dtype(np.uint64),
     "BOOL": np.dtype(np.bool_),
 }
-# The format's own limit, in bytes.
+# Size limit of a header in the safetensors format, in bytes.
 LONGEST_HEADER = 100_000_000
-# File names, without suffix, of checkpoints in a single file.
+# Stems of the files of single-file checkpoints.
 SINGLE_FILE = ("model", "pytorch_model", "diffusion_pytorch_model")
-# Endings of such a name, the preferred one first.
+# What may follow such a stem, the preferred variant first.
 VARIANTS = ("", ".fp16")
-# Diffusers puts a variant's name before ".json".
+# Diffusers puts the name of a variant before ".json".
 INDEX = re.compile(r".*\.index(\.\w+)?\.json")
-# Bytes of one file of an export, Hugging Face's default.
+# Size of one file of an export in bytes, as Hugging Face's default.
 SHARD = 5_000_000_000
 
 # Name -> (shape, dtype).
@@ -69,9 +69,9 @@ class Tensor:
 class Foreign:
     """A foreign checkpoint."""
 
-    # By name, in the order of their files.
+    # By name, in the order of the files.
     tensors: dict[str, Tensor]
-    # Its config.json, or {}; of a model in components, one a component.
+    # Its config.json, or {}; for a model in components, one entry per component.
     config: dict[str, Any]
     # What the user named, for messages.
     where: str
@@ -79,7 +79,7 @@ class Foreign:
 
 
 class Entry(NamedTuple):
-    """A tensor in a safetensors header; bytes are counted from the header's end."""
+    """A tensor in a safetensors header; `start` and `stop` count bytes after the header."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -90,10 +90,10 @@ class Entry(NamedTuple):
 def read(sources: list[str]) -> Foreign:
     """Open one checkpoint: a folder, a file, an index, or several files.
 
-    Raises UserError for what is missing, damaged or not a checkpoint.
+    Raises UserError for files that are missing, damaged or not checkpoints.
     """
     files: list[Path] = []
-    # Tensor -> the file that has it according to an index.
+    # Tensor -> file, according to the indices.
     indexed: dict[str, str] = {}
     for source in map(Path, sources):
         if not source.exists():
@@ -125,10 +125,10 @@ def read(sources: list[str]) -> Foreign:
 
 
 def read_components(folder: str, names: tuple[str, ...]) -> Foreign:
-    """Open the checkpoints in subfolders of a folder as one.
+    """Open the checkpoints in the subfolders `names` of a folder as one.
 
-    Tensor names get the prefix "component.". The config holds each component's config.json by name,
-    and the scheduler's, {} without one.
+    Tensor names get the prefix "component.". The config has each component's config.json by name,
+    and under "scheduler" the scheduler's config, or {} if there is none.
     """
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
@@ -152,9 +152,9 @@ def write(
 ) -> None:
     """Write {stem}-0000n-of-0000m.safetensors and their index into `folder`.
 
-    layout: what follows in `arrays`, which yields the tensors in that order and is held one tensor
-    at a time. shard: bytes of a file, which holds at least one tensor. bare: write
-    {stem}.safetensors without an index where one file is enough.
+    layout: the tensors that `arrays` yields, in that order; only one of them is in memory at a
+    time. shard: maximum bytes of a file, except that it has at least one tensor; 0: no limit. bare:
+    if one file is enough, write {stem}.safetensors without an index.
     """
     sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
     shards = _shards(sizes, shard)
@@ -179,7 +179,7 @@ def write(
 
 
 def _shards(sizes: dict[str, int], shard: int) -> list[list[str]]:
-    """Names in files of at most `shard` bytes, or one tensor, each; 0: one file."""
+    """Divide the names among files of at most `shard` bytes or one tensor; 0: one file."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -192,7 +192,7 @@ def _shards(sizes: dict[str, int], shard: int) -> list[list[str]]:
 
 
 def _files(source: Path) -> tuple[list[Path], dict[str, str]]:
-    """Files of a source, and {tensor: file} of its index, {} without one."""
+    """Files of a source, and {tensor: file} from its index, or {} if it has none."""
     if not source.is_dir():
         return _indexed(source) if INDEX.fullmatch(source.name) else ([source], {})
     indices = [path for path in source.iterdir() if INDEX.fullmatch(path.name)]
@@ -206,7 +206,7 @@ def _files(source: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _index_order(path: Path) -> tuple[bool, bool, str]:
-    """Sort key of indices: safetensors before pickles, no variant before a variant."""
+    """Sort key of indices: safetensors before pickles, then those without a variant."""
     return "safetensors" not in path.name, not path.name.endswith(".index.json"), path.name
 
 
@@ -225,7 +225,7 @@ def _is_file_name(file: Any) -> bool:
 
 
 def _one_variant(files: list[Path]) -> list[Path]:
-    """Files of one variant: model.safetensors without model.fp16.safetensors."""
+    """Choose the files of one variant: model.safetensors, not model.fp16.safetensors."""
     for variant in VARIANTS:
         chosen = [path for path in files if path.stem.removesuffix(variant) in SINGLE_FILE]
         if chosen:
@@ -244,9 +244,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file, in the order of their bytes.
+    """Tensors of a safetensors file, in the order of their bytes.
 
-    Raises UserError where the header does not describe exactly the bytes that follow it.
+    Raises UserError unless the header describes exactly the bytes that follow it.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -281,7 +281,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _entries(path: Path, header: bytes) -> dict[str, Entry]:
-    """Tensors in a safetensors header, sorted by their place. Raises UserError if malformed."""
+    """Entries of a safetensors header, sorted by position. Raises UserError if malformed."""
     found = {}
     try:
         fields = json.loads(header)

@@ -1,7 +1,7 @@
-"""FID's Inception, from the file of torch-fidelity and pytorch-fid.
+"""FID's Inception, from pt_inception-2015-12-05-6726825d.pth.
 
-The file is pt_inception-2015-12-05-6726825d.pth. Its convolutions are [out, in, h, w];
-`num_batches_tracked` is unused. Not part of an Emu, so no config describes it.
+torch-fidelity and pytorch-fid use that file. Its convolutions are [out, in, h, w]. The network has
+one size and is not part of an Emu, so it has no config.
 """
 
 from typing import Any
@@ -50,11 +50,11 @@ def shapes(model_config: None = None) -> dict[str, tuple[int, ...]]:
 
 
 def make_config(model: dict[str, Any]) -> None:
-    """None: there is one Inception."""
+    """Return None: there is only one Inception, so it needs no config."""
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Write a config.json that names the network."""
+    """Make a config.json that names the network."""
     return {"model_type": "inception-2015-12-05"}
 
 
@@ -67,5 +67,5 @@ FAMILY = Family(
     config_json=config_json,
     make_config=make_config,
     shapes=shapes,
-    hint="the network of FID: --inception={to}",
+    hint="use it for FID with --inception={to}",
 )

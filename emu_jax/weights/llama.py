@@ -1,7 +1,7 @@
 """LLaMA 1, 2 and 3 in the format of transformers' LlamaForCausalLM.
 
-An import initialises the rows of Emu's added tokens ([PAD] [IMG] [/IMG] <image>) with the mean row
-of the vocabulary. An export omits them, so it is a plain LLaMA again.
+An import initialises the rows of Emu's added tokens ([PAD], [IMG], [/IMG], <image>) with the mean
+row of the vocabulary. An export omits them and so is a plain LLaMA again.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from emu_jax.models.llama import LlamaConfig
 from emu_jax.weights.convert import Row, Table
 from emu_jax.weights.family import Family, Shapes, count_layers
 
-# Fields of Llama 3's rope_scaling in their config.json -> ours, in our order.
+# Fields of Llama 3's rope_scaling in config.json -> our names, in the order of our tuple.
 ROPE_SCALING = {
     "factor": "factor",
     "low_freq_factor": "low",
@@ -22,7 +22,7 @@ ROPE_SCALING = {
 
 
 def blocks(prefix: str) -> tuple[Row, ...]:
-    """Rows of everything but the vocabulary."""
+    """Rows of all weights except the embedding and the head."""
     block = prefix + "model.layers.{l}."
     return (
         Row(block + "input_layernorm.weight", "llama/blocks/norm1/scale"),
@@ -53,12 +53,12 @@ def vocabulary(model_config: LlamaConfig, prefix: str) -> tuple[tuple[Row, ...],
 
 
 def axes(model_config: LlamaConfig) -> dict[str, int]:
-    """Axes that the patterns split: lh query heads, lg key-value heads."""
+    """Lengths of the named axes in patterns: lh, the query heads; lg, the key-value heads."""
     return dict(lh=model_config.heads, lg=model_config.kv)
 
 
 def unused(model_config: LlamaConfig, prefix: str) -> tuple[str, ...]:
-    """Names to ignore: rotary frequencies in old files, and a tied head."""
+    """Regexes of names to ignore: rotary frequencies in old files, and a tied head."""
     return (
         r".*rotary_emb\.inv_freq",
         *((rf"{prefix}lm_head\.weight",) if model_config.tied else ()),
@@ -78,9 +78,9 @@ def table(model_config: EmuConfig) -> Table:
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Infer config.model.llama but for the vocabulary; None for fields left undetermined.
+    """Infer config.model.llama except the vocabulary; None for fields that are undetermined.
 
-    Raises UserError where config.json describes a model that our LLaMA cannot be.
+    Raises UserError if config.json describes a model that our LLaMA does not support.
     """
     _check(config)
     embed = shapes.get(f"{prefix}model.embed_tokens.weight")
@@ -120,9 +120,10 @@ def _check(config: dict[str, Any]) -> None:
 
 
 def rope(config: dict[str, Any]) -> tuple[float | None, tuple | None]:
-    """Read (base, our rope_scaling) from a config.json; (None, None) from an empty one.
+    """Read (base, our rope_scaling) from a config.json; (None, None) if it is empty.
 
-    Older files have rope_theta and rope_scaling, newer ones rope_parameters.
+    Older files have rope_theta and rope_scaling, newer ones rope_parameters. Raises UserError for
+    an unsupported kind of scaling.
     """
     if not config:
         return None, None
@@ -140,9 +141,10 @@ def rope(config: dict[str, Any]) -> tuple[float | None, tuple | None]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Write the config.json of LlamaForCausalLM.
+    """Make the config.json of LlamaForCausalLM.
 
-    Its context is the trained one, or the length that Llama 3's scaling extends to.
+    tokens: the context length in training; the file gets a larger one if Llama 3's scaling extends
+    it.
     """
     m = LlamaConfig(**model["llama"])
     scaling = dict(zip(("rope_type", *ROPE_SCALING), m.rope_scaling)) or None

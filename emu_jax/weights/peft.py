@@ -1,8 +1,8 @@
-"""PEFT's LoRA adapter of a LlamaForCausalLM.
+"""A PEFT LoRA adapter of a LlamaForCausalLM.
 
-A folder with adapter_model.safetensors, which holds LoRA's A and B, and adapter_config.json. An
-adapter lacks the rows of [USER] and [ASSISTANT], because LLaMA's vocabulary has no such tokens.
-Read next: emu1.py, whose chat model holds the same tensors; ../models/lora.py.
+It is a folder with adapter_model.safetensors, which holds the LoRA matrices A and B, and
+adapter_config.json. It does not include the rows of [USER] and [ASSISTANT], which are not in
+LLaMA's vocabulary. Read next: emu1.py, whose chat model has the same tensors; ../models/lora.py.
 """
 
 import re
@@ -18,7 +18,7 @@ BLOCK = "base_model.model.model.layers.{l}."
 MODULES = {f"self_attn.{name}_proj": f"attn/{name}" for name in "qkvo"} | {
     f"mlp.{name}_proj": f"ffn/{name}" for name in ("gate", "up", "down")
 }
-# Patterns of A [r, in] and B [out, r] of the attention; those of the MLP need no heads.
+# Patterns of the attention's A [r, in] and B [out, r], which split heads; the MLP's do not.
 ATTENTION = {
     "q": ("r D -> D r", "(lh d) r -> r lh d"),
     "k": ("r D -> D r", "(lg d) r -> r lg d"),
@@ -26,7 +26,7 @@ ATTENTION = {
     "o": ("r (lh d) -> lh d r", "D r -> r D"),
 }
 NAME = re.compile(r"base_model\.model\.model\.layers\.\d+\.(?P<module>\w+\.\w+)\.lora_[AB]\.weight")
-# Fields of adapter_config.json that we support with one value only.
+# Fields of adapter_config.json, with the only value that we support.
 PLAIN = dict(
     use_rslora=False,
     use_dora=False,
@@ -41,7 +41,7 @@ PLAIN = dict(
 
 
 def table(model_config: EmuConfig) -> Table:
-    """Rows of the matrices that have LoRA. Raises UserError where some are not the LLM's."""
+    """Rows of the matrices with LoRA. Raises UserError if one is outside the LLM."""
     leaves = emu_shapes(model_config)
     with_lora = {path.removesuffix("/a") for path in leaves if path.endswith("/a")}
     if other := with_lora - {f"llama/blocks/{ours}" for ours in MODULES.values()}:
@@ -88,7 +88,7 @@ def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Put LoRA on the matrices that the adapter has."""
+    """Set LoRA's targets to the matrices that the adapter covers."""
     matches = [NAME.fullmatch(name) for name in shapes]
     named = {match["module"] for match in matches if match}
     modules = sorted(MODULES[module] for module in named & MODULES.keys())
@@ -96,9 +96,9 @@ def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Write adapter_config.json."""
+    """Make adapter_config.json."""
     model_config = EmuConfig.of(model)
-    # "q_proj" of "base_model....self_attn.q_proj.lora_A.weight".
+    # Take "q_proj" out of "base_model....self_attn.q_proj.lora_A.weight".
     modules = {row.theirs.split(".lora_")[0].rpartition(".")[2] for row in table(model_config).rows}
     lora = model_config.lora
     # Older versions of PEFT do not accept this field.

@@ -1,8 +1,9 @@
-"""PyTorch's .bin and .pt files, read without unpickling: no code in them is run.
+"""Read PyTorch's .bin and .pt files without unpickling, so that no code in them is run.
 
-Such a file is a zip of one pickle, which has names, shapes and offsets, and of storages, which are
-plain bytes. The pickle is interpreted by a small stack machine that supports dictionaries, lists,
-tuples, numbers, strings and tensors; anything else is refused by name. Read next: files.py.
+Such a file is a zip with one pickle, which has the tensors' names, shapes and offsets, and with
+storages, which are plain bytes. A small stack machine interprets the pickle. It supports
+dictionaries, lists, tuples, numbers, strings and tensors, and refuses everything else. Read next:
+files.py.
 """
 
 import io
@@ -40,25 +41,25 @@ PARAMETER = "torch._utils._rebuild_parameter"
 MAKES_DICT = "collections.OrderedDict"
 MAKES_TUPLE = "torch.Size"
 KNOWN = {*DTYPES, TENSOR, PARAMETER, MAKES_DICT, MAKES_TUPLE}
-# Keys under which files of a training run keep the tensors.
+# Keys under which training checkpoints store the tensors.
 WRAPPERS = ("state_dict", "module", "model")
-# Budgets: bytes of a pickle, and depth of nested dictionaries.
+# Limits: bytes of a pickle, and depth of nested dictionaries.
 LARGEST_PICKLE = 2**27
 DEEPEST = 16
 
 
 class Refused(UserError):
-    """The pickle holds something other than tensors."""
+    """The pickle contains something other than tensors."""
 
 
 class Global(NamedTuple):
-    """A class or function that the pickle names; only ever compared with the known ones."""
+    """The name of a class or function in the pickle; it is never imported."""
 
     name: str
 
 
 class Storage(NamedTuple):
-    """A flat array in the zip."""
+    """A flat array of `count` elements in the zip, under the name `key`."""
 
     key: str
     dtype: np.dtype
@@ -66,7 +67,7 @@ class Storage(NamedTuple):
 
 
 class Strided(NamedTuple):
-    """A tensor as a view of a storage; offset and strides count elements."""
+    """A tensor as a view of a storage; `offset` and `strides` count elements."""
 
     storage: Storage
     offset: int
@@ -75,7 +76,7 @@ class Strided(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A tensor's place in the file: `count` elements from byte `start`."""
+    """The position of a tensor in the file: `count` elements from byte `start`."""
 
     start: int
     count: int
@@ -85,9 +86,10 @@ class Place(NamedTuple):
 
 
 def places(path: Path) -> dict[str, Place]:
-    """Find each tensor of a .bin or .pt file.
+    """Find the position of each tensor in a .bin or .pt file.
 
-    Raises Refused for a pickle with anything but tensors, UserError for a damaged or other file.
+    Raises Refused for a pickle with anything but tensors, and UserError for a damaged file or one
+    of another format.
     """
     with path.open("rb") as file:
         first = file.read(1)
@@ -131,14 +133,15 @@ def places(path: Path) -> dict[str, Place]:
 
 
 def _refuse_old_format(path: Path) -> None:
-    """Raise UserError for the format before PyTorch 1.6; Refused if it has code."""
+    """Raise UserError for the format before PyTorch 1.6, or Refused if it contains code."""
     with path.open("rb") as file:
         stream = io.BytesIO(file.read(LARGEST_PICKLE))
     try:
-        # Four pickles: a magic number, a version, the machine's kind, and what was saved.
+        # The file starts with four pickles: a magic number, a version, the kind of machine, and
+        # what was saved.
         for _ in range(4):
             interpret(stream, str(path))
-    # Code is the worse news, so it is reported first.
+    # Code in the file is more important than its old format.
     except Refused:
         raise
     except UserError:
@@ -150,11 +153,11 @@ def _refuse_old_format(path: Path) -> None:
 
 
 def _root(path: Path, entries: dict[str, zipfile.ZipInfo]) -> str:
-    """Prefix of all entries of the zip. Raises UserError for a zip without tensors."""
+    """The common prefix of the entries in the zip. Raises UserError for a zip without tensors."""
     for name in entries:
         if name.endswith("/data.pkl"):
             root = name.removesuffix("data.pkl")
-            # TorchScript archives hold constants too.
+            # Only TorchScript archives have constants.pkl.
             if f"{root}constants.pkl" not in entries:
                 return root
             break
@@ -162,7 +165,7 @@ def _root(path: Path, entries: dict[str, zipfile.ZipInfo]) -> str:
 
 
 def read(path: Path, place: Place) -> np.ndarray:
-    """Read a tensor; no other bytes are read."""
+    """Read one tensor, and no other bytes of the file."""
     size = place.count * place.dtype.itemsize
     flat = np.fromfile(path, np.uint8, size, offset=place.start)
     if flat.size < size:
@@ -175,9 +178,11 @@ def read(path: Path, place: Place) -> np.ndarray:
 
 
 def interpret(stream: io.BytesIO, where: str) -> Any:
-    """Value of the next pickle: dicts, lists, tuples, numbers, strings and `Strided`.
+    """The value of the next pickle in `stream`.
 
-    Raises Refused, with `where` and the first other thing, and UserError for a damaged pickle.
+    It consists of dicts, lists, tuples, numbers, strings and `Strided`. Raises Refused, which names
+    the first thing that is anything else, and UserError for a damaged pickle. where: the file, for
+    messages.
     """
     machine = Machine(where)
     try:
@@ -203,12 +208,12 @@ def interpret(stream: io.BytesIO, where: str) -> Any:
 
 
 class Machine:
-    """The pickle's stack machine: a method for each kind of opcode."""
+    """The stack machine that interprets a pickle, with a method for each kind of opcode."""
 
     def __init__(self, where: str):
         self.where = where
         self.stack: list[Any] = []
-        # Heights of the stack at each MARK.
+        # Height of the stack at each MARK.
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
@@ -321,13 +326,13 @@ class Machine:
         self.stack.append(_call(function, arguments))
 
     def set_state(self, _) -> None:
-        """Ignore the attributes of a dict, such as a state dict's _metadata; refuse any other."""
+        """Ignore attributes of a dict, such as _metadata of a state dict; refuse all others."""
         self.pop()
         if not isinstance(self.stack[-1], dict):
             self.refuse("sets the attributes of an object")
 
 
-# What each opcode of pickletools does. All others are refused.
+# The method for each supported opcode of pickletools. All other opcodes are refused.
 OPCODES: dict[str, Callable[[Machine, Any], None]] = {
     "PROTO": Machine.skip,
     "FRAME": Machine.skip,
@@ -388,7 +393,7 @@ def _storage(identity: Any) -> Storage:
 
 
 def _call(function: Any, arguments: tuple) -> Any:
-    """Value that a call of a known function would return; nothing is called."""
+    """The value that a known function would return; the function itself is not called."""
     if function == Global(TENSOR):
         storage, offset, shape, strides = arguments[:4]
         if not isinstance(storage, Storage) or len(shape) != len(strides):
@@ -411,7 +416,7 @@ def _size(number: Any) -> int:
 
 
 def _tensors(where: str, value: Any) -> dict[str, Strided]:
-    """Tensors by dotted name, without the wrappers of a training run's file."""
+    """Tensors by dotted name, without the WRAPPERS of training checkpoints."""
     value = _unwrapped(value)
     found: dict[str, Strided] = {}
     seen: set[int] = set()
@@ -439,7 +444,7 @@ def _unwrapped(value: Any) -> Any:
         inner = next((key for key in WRAPPERS if isinstance(value.get(key), dict)), None)
         if inner is None:
             return value
-        # Popped, so that a dict that contains itself ends too.
+        # Pop the key, so that this also ends for a dict that contains itself.
         value = value.pop(inner)
     return value
 
@@ -447,9 +452,10 @@ def _unwrapped(value: Any) -> Any:
 def _starts(
     path: Path, entries: dict[str, zipfile.ZipInfo], wanted: dict[str, Storage]
 ) -> dict[str, int]:
-    """First byte of each storage in the file.
+    """The position of each storage's first byte in the file.
 
-    Raises UserError for a storage that is missing, compressed, of the wrong size, or overlapping.
+    Raises UserError for a storage that is missing, compressed, of the wrong size, or overlaps
+    another.
     """
     starts = {}
     # (first byte of the header, end of the data, name)
@@ -476,7 +482,7 @@ def _starts(
 
 
 def _check_entry(path: Path, entry: zipfile.ZipInfo, storage: Storage) -> None:
-    """Raise UserError where an entry of the zip cannot be the storage's plain bytes."""
+    """Raise UserError unless an entry of the zip is the plain bytes of the storage."""
     name = entry.filename
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise UserError(
@@ -491,9 +497,9 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, storage: Storage) -> None:
 
 
 def _place(what: str, tensor: Strided, start: int) -> Place:
-    """Place of a tensor in a storage that starts at byte `start`.
+    """The position of a tensor in a storage that starts at byte `start`.
 
-    Raises UserError where the view leaves its storage, or shows an element twice.
+    Raises UserError if the view exceeds its storage or contains an element twice.
     """
     storage, offset, shape, strides = tensor
     size = prod(shape)
@@ -507,7 +513,7 @@ def _place(what: str, tensor: Strided, start: int) -> Place:
     for stride, n in sorted((stride, n) for n, stride in zip(shape, strides) if n > 1):
         if size and stride <= extent:
             raise UserError(
-                f"{what} shows elements of its storage more than once "
+                f"{what} contains elements of its storage more than once "
                 f"(shape {shape}, strides {strides})"
             )
         extent += (n - 1) * stride

@@ -1,8 +1,8 @@
 """Stable Diffusion 1 and 2 in the format of diffusers.
 
-A folder has unet/ and vae/, each with a config.json and its tensors; names in the table have the
+The folder has unet/ and vae/, each with a config.json and tensors; names in the table have the
 prefixes `unet.` and `vae.`. A config that models/unet.py or models/vae.py does not support is an
-error, never ignored.
+error.
 """
 
 import re
@@ -23,7 +23,7 @@ from emu_jax.weights.convert import Row, Table, Tensors
 from emu_jax.weights.family import Family, Shapes
 from emu_jax.weights.files import Tensor
 
-# Fields of diffusers' configs that we have one value for. An absent field has the first one.
+# Fields of diffusers' configs, with the values that we support. The first is diffusers' default.
 UNET_FIXED = dict(
     act_fn=("silu", "swish"),
     addition_embed_type=(None,),
@@ -64,7 +64,7 @@ VAE_FIXED = dict(
     use_quant_conv=(True,),
 )
 SCHEDULE_FIXED = dict(beta_schedule=("scaled_linear",), trained_betas=(None,))
-# Their names of the prediction target -> ours.
+# diffusers' names of the prediction target -> ours.
 TARGETS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
@@ -105,9 +105,9 @@ def shapes(model_config: StableDiffusionConfig) -> Shapes:
 
 
 def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Infer config.model.decoder from the configs of a folder.
+    """Infer config.model.decoder from the config files of a folder.
 
-    Fields of the diffusion are None if the folder has no scheduler.
+    The fields of its `diffusion` are None if the folder has no scheduler.
     """
     parts = {
         "unet": asdict(unet_config(config["unet"])),
@@ -123,7 +123,7 @@ def infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Take the size of images from the U-Net's config."""
+    """Set the image size to that of the U-Net's config."""
     side = config["unet"].get("sample_size")
     if not isinstance(side, int):
         return {}
@@ -160,7 +160,7 @@ def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Write the JSON files of a StableDiffusionPipeline, by path.
+    """Make the JSON files of a StableDiffusionPipeline, by path.
 
     It has no text encoder, because our decoder is conditioned on an Emu.
     """
@@ -184,7 +184,7 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def _unet_json(unet: UNetConfig, side: int) -> dict[str, Any]:
-    """Write the config.json of UNet2DConditionModel; side: of its latents."""
+    """Make the config.json of UNet2DConditionModel; side: that of its latents."""
 
     def one_of(values):
         return values[0] if len(set(values)) == 1 else list(values)
@@ -219,7 +219,7 @@ def _unet_json(unet: UNetConfig, side: int) -> dict[str, Any]:
 
 
 def _vae_json(vae: VaeConfig, image: int) -> dict[str, Any]:
-    """Write the config.json of AutoencoderKL; image: side of an image in pixels."""
+    """Make the config.json of AutoencoderKL; image: side of an image in pixels."""
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
@@ -237,10 +237,10 @@ def _vae_json(vae: VaeConfig, image: int) -> dict[str, Any]:
 
 
 def _scheduler(d: Diffusion) -> dict[str, Any]:
-    """Config of a scheduler that can sample from the diffusion.
+    """Make the config of a scheduler that can sample from the diffusion `d`.
 
-    PNDM as in Stable Diffusion 1.5; DDIM where the schedule ends in pure noise, which PNDM does not
-    support; Euler for a flow.
+    It is PNDM, as in Stable Diffusion 1.5; DDIM if the schedule ends in pure noise, which PNDM does
+    not support; or Euler for a flow.
     """
     if d.target == "flow":
         return {
@@ -270,7 +270,7 @@ def _scheduler(d: Diffusion) -> dict[str, Any]:
 
 
 def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetConfig:
-    """Our config from a U-Net's config.json.
+    """Convert a U-Net's config.json to our config.
 
     Raises UserError for unsupported values and missing fields.
     """
@@ -291,7 +291,7 @@ def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetConfig
     down = _kinds("U-Net", config, "down_block_types", len(widths), down_kinds)
     up_kinds = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
     up = _kinds("U-Net", config, "up_block_types", len(widths), up_kinds)[::-1]
-    # Despite its name this is the number of heads.
+    # Despite its name, attention_head_dim is the number of heads.
     heads = each("attention_head_dim", 8)
     last = len(widths) - 1
     for level, width in enumerate(widths):
@@ -325,7 +325,7 @@ def unet_config(config: Mapping[str, Any], *, remat: str = "full") -> UNetConfig
 
 
 def vae_config(config: Mapping[str, Any], *, remat: str = "full") -> VaeConfig:
-    """Our config from an autoencoder's config.json. Raises UserError like `unet_config`."""
+    """Convert an autoencoder's config.json to our config. Raises UserError like `unet_config`."""
     need = partial(_need, "autoencoder", config)
     _fixed("autoencoder", config, VAE_FIXED)
     widths = tuple(need("block_out_channels"))
@@ -363,7 +363,7 @@ def table(unet: UNetConfig | None, vae: VaeConfig | None) -> Table:
 
 
 def rename(name: str) -> str:
-    """Replace names of the attention in older autoencoders by today's."""
+    """Replace the attention's names in older autoencoders by the current ones."""
     for old, new in (
         ("query", "to_q"),
         ("key", "to_k"),
@@ -547,11 +547,11 @@ def _need(what: str, config: Mapping[str, Any], field: str, default: Any = None)
 
 
 def _each(what: str, value: Any, levels: int) -> tuple[int, ...]:
-    """One value a level, from one value for all or a list."""
+    """One value per level, from a list or from one value for all levels."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
     if len(values) != levels or not all(isinstance(item, int) and item > 0 for item in values):
         raise UserError(
-            f"{what}={value!r}; it must be a positive integer, or {levels} of them, one a level"
+            f"{what}={value!r}; it must be a positive integer, or {levels} of them, one per level"
         )
     return values
 
@@ -559,7 +559,7 @@ def _each(what: str, value: Any, levels: int) -> tuple[int, ...]:
 def _kinds(
     what: str, config: Mapping[str, Any], field: str, levels: int, known: dict[str, bool]
 ) -> tuple[bool, ...]:
-    """`known` of the block type at each level. Raises UserError for other types."""
+    """The value in `known` of each level's block type. Raises UserError for other types."""
     kinds = _need(what, config, field)
     for kind in kinds:
         if kind not in known:
@@ -589,7 +589,7 @@ def _table(model_config: StableDiffusionConfig) -> Table:
 
 FAMILY = Family(
     name="stable-diffusion",
-    about="Stable Diffusion 1 and 2: a folder of diffusers', the start of the image decoder",
+    about="Stable Diffusion 1 and 2, a diffusers folder, from which the image decoder starts",
     signature=r"unet\.down_blocks\.\d+\.resnets\.\d+\.conv1\.weight",
     table=_table,
     infer_config=infer_config,

@@ -1,7 +1,8 @@
-"""T5's decoder, the start of the resampler.
+"""T5's decoder, from which the resampler may start.
 
-The learned queries and the projection are not T5's. Keys and values of the cross-attention are
-imported only if T5's encoder is as wide as our visual encoder. Training initialises the rest.
+A T5 has neither the learned queries nor the projection, and the keys and values of its
+cross-attention are imported only if it is as wide as our visual encoder. Training initialises the
+rest.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from emu_jax.weights.family import Family, Shapes, count_layers
 def rows(prefix: str, cross: str) -> tuple[Row, ...]:
     """Rows of the blocks, their shared position bias and the final norm.
 
-    cross: which of the cross-attention's "qkv" to include.
+    cross: which of "q", "k" and "v" of the cross-attention to include.
     """
     block = prefix + "block.{l}.layer."
     bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -41,7 +42,7 @@ def _attention(theirs: str, ours: str, names: str) -> tuple[Row, ...]:
 
 
 def axes(model_config: ResamplerConfig) -> dict[str, int]:
-    """Axes that the patterns split: rh heads."""
+    """Lengths of the named axes in patterns: rh, the resampler's heads."""
     return dict(rh=model_config.heads)
 
 
@@ -73,7 +74,7 @@ def infer_config(
     q = shapes.get(f"{attention}.q.weight")
     ffn = shapes.get(f"{prefix}block.0.layer.2.DenseReluDense.wi.weight")
     norm = shapes.get(f"{prefix}final_layer_norm.weight")
-    # The library's default where config.json has no such field.
+    # 128 is the library's default if config.json does not have the field.
     distance = config.get("relative_attention_max_distance", 128 if config else None)
     return {
         "resampler.width": norm and norm[0],
@@ -87,7 +88,7 @@ def infer_config(
 
 
 def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Write the config.json of a T5 from its decoder."""
+    """Make the config.json of a T5 from the config of its decoder."""
     r = ResamplerConfig(**model["resampler"])
     return {
         "model_type": "t5",
@@ -108,7 +109,7 @@ def config_json(model: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 FAMILY = Family(
     name="t5-decoder",
-    about="the decoder of a T5, the start of the resampler",
+    about="the decoder of a T5, from which the resampler may start",
     signature=r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.q\.weight",
     table=table,
     infer_config=infer_config,

@@ -1,7 +1,7 @@
 """Import and export of checkpoints, one tensor at a time.
 
-An import writes a checkpoint for `config.init=DIR`. Towers that no source fills are left out, and
-training initialises them. An export writes what the family's own library loads. Read next:
+An import writes a checkpoint for `config.init=DIR`. Towers that no source has are left out, and
+training initialises them. An export writes files that the family's own library can load. Read next:
 convert.py, ../checkpoint.
 """
 
@@ -34,10 +34,10 @@ from emu_jax.weights.family import Family
 
 
 class Source(NamedTuple):
-    """One family's tensors as the user named them."""
+    """Tensors of one family that the user named."""
 
     family: Family
-    # Under the table's names.
+    # By the table's names.
     tensors: dict[str, Any]
     foreign: files.Foreign
 
@@ -48,16 +48,16 @@ class Part(NamedTuple):
     family: Family
     # What the user named, for messages.
     where: str
-    # Under the table's names.
+    # By the table's names.
     tensors: dict[str, Any]
     table: Table
-    # Of our leaves.
+    # By the paths of our leaves.
     dtypes: dict[str, np.dtype]
     # Files to copy unchanged.
     extra_files: list[Path]
 
 
-# Leaves whose first axis is the layer: a merge goes layer by layer.
+# Leaves whose first axis is the layer; a merge reads and writes them one layer at a time.
 _STACKED = re.compile(r"(vision|resampler|llama)/(.*/)?blocks/")
 # (field of config.model, its value in the files, its value in the config, regex of its leaves)
 Override = tuple[str, Any, Any, str]
@@ -68,18 +68,18 @@ class ImportPlan(NamedTuple):
 
     config: ConfigDict
     parts: list[Part]
-    # All that is written, flat.
+    # All leaves that are written, by path.
     leaves: dict[str, jax.ShapeDtypeStruct]
-    # Leaves of the model that no source fills.
+    # Paths of the model's leaves that no source has.
     left_out: list[str]
-    # Fields of config.model that the sources do not determine: the default config's values.
+    # Fields of config.model that the sources do not determine; they keep the default values.
     assumed: list[str]
-    # Fields in which the files win over the given config.
+    # Fields in which the files override the given config.
     overrides: list[Override]
 
 
 class Misfit(UserError):
-    """Tensors that do not fit, a line each in `lines`."""
+    """Some tensors do not fit; `lines` has one line for each."""
 
     def __init__(self, problems: list[tuple[str, str]]):
         self.lines = [f"{where}: {line}" for where, line in problems]
@@ -101,9 +101,9 @@ def make_plan(
 ) -> ImportPlan:
     """Plan the import of [(family, files or folders)] into the model of `c`.
 
-    given: the user chose `c`, so the sources must agree with it; otherwise their sizes go into it.
-    image_size: interpolate position embeddings to images of this size. Raises Misfit, which lists
-    every tensor that does not fit, and UserError for all else.
+    given: whether the user chose `c`, so that the sources must agree with it; otherwise their sizes
+    are written into it. image_size: interpolate position embeddings to images of this size. Raises
+    Misfit, which lists every tensor that does not fit, and UserError for other bad input.
     """
     # An import is not quantised and has no moving average.
     c.model.lora.storage = ""
@@ -151,7 +151,7 @@ def _make_parts(
     """Match each source with its table: (parts, shapes of all leaves of the model)."""
     shapes: dict[str, tuple[int, ...]] = {}
     parts: list[Part] = []
-    # Leaf -> the source that fills it.
+    # Leaf -> the source that has it.
     homes: dict[str, str] = {}
     problems: list[tuple[str, str]] = []
     for family, tensors, foreign in found:
@@ -185,9 +185,9 @@ def _make_parts(
 
 
 def write(plan: ImportPlan, to: str) -> None:
-    """Write the checkpoint of a plan, with its config, to `to`.
+    """Write the checkpoint of a plan, with its config, to the directory `to`.
 
-    Raises UserError, and then leaves nothing behind.
+    Raises UserError if that fails, and then leaves no files behind.
     """
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in plan.leaves.values())
     folder = Path(to).absolute()
@@ -211,7 +211,7 @@ def write(plan: ImportPlan, to: str) -> None:
             for path, layer, piece in convert.pieces(part.table, part.tensors):
                 put(path, layer, piece.astype(part.dtypes[path], copy=False))
                 bar.update()
-                # Free it before the next one is read.
+                # Free the piece before the next one is read.
                 del piece
             bar.close()
             for path in part.extra_files:
@@ -229,14 +229,15 @@ def export(
 ) -> dict[str, int]:
     """Write a checkpoint in a family's format to the new folder `to`; returns {file: bytes}.
 
-    ema: use the moving averages. dtype: cast to it. Raises UserError for a damaged checkpoint or
-    one without the family's parameters, and then leaves nothing behind.
+    ema: export the moving averages of the weights. dtype: that of the tensors; None: the
+    checkpoint's. shard: maximum bytes of a file. Raises UserError for a damaged checkpoint or one
+    without the family's parameters, and then leaves no files behind.
     """
     family = FAMILIES[name]
     folder = Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} exists and is not empty; choose another directory")
-    # An adapter is the LoRA itself; all other families get it merged.
+    # An adapter consists of the LoRA; for all other families it is merged.
     reader = checkpoint.ParamReader if family is peft.FAMILY else MergedReader
     source = reader(directory, ema=ema)
     model = config.from_dict(source.config["model"]).to_dict()
@@ -246,7 +247,7 @@ def export(
         shapes = convert.foreign_shapes(table, ours)
     except UserError as error:
         raise UserError(f"{directory} does not hold a complete {name}: {error}") from error
-    # An adapter of a model without LoRA.
+    # The family is `peft`, and the model has no LoRA.
     if not shapes:
         raise UserError(f"{directory} holds no LoRA")
     dtypes = _dtypes(table, source, dtype)
@@ -277,7 +278,7 @@ def _write_tensors(
     source: "checkpoint.ParamReader | MergedReader",
     shard: int,
 ) -> None:
-    """Write the tensors of a component ("" for all), without its prefix, into `folder`."""
+    """Write the tensors of a component into `folder`, without its prefix; "" for all tensors."""
     prefix = f"{component}." if component else ""
     layout = {
         tensor.removeprefix(prefix): entry
@@ -304,7 +305,7 @@ def _write_json(
     tokens: int,
     dtypes: dict[str, np.dtype],
 ) -> None:
-    """Write what the family's library reads next to the tensors."""
+    """Write the JSON files that the family's library needs next to the tensors."""
     contents = family.config_json(model, tokens)
     if family.stem == "model":
         widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
@@ -316,9 +317,9 @@ def _write_json(
 
 
 class MergedReader:
-    """Reads a checkpoint's parameters with LoRA merged and matrices dequantized.
+    """Reads the parameters of a checkpoint with LoRA merged and matrices dequantized.
 
-    Has the interface of checkpoint.ParamReader.
+    It has the interface of checkpoint.ParamReader.
     """
 
     def __init__(self, directory: str, *, ema: bool = False):
@@ -329,21 +330,21 @@ class MergedReader:
         self._lora = LoraConfig(**config.from_dict(fields).to_dict())
         model["lora"] = fields | {"rank": 0, "storage": ""}
         compute = np.dtype(jnp.dtype(model["compute"]))
-        # Matrix -> the path of its codes.
+        # Matrix -> the path of its quantized codes.
         self._codes: dict[str, str] = {}
         self.shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
         for path, (dtype, shape) in self._source.shapes.items():
             if path.endswith(sharding.QUANTIZED):
                 matrix = sharding.matrix_path(path)
                 self._codes[matrix] = path
-                # A byte holds two codes of NF4.
+                # Each byte holds two NF4 codes.
                 codes = shape[-1] * (2 if path.endswith("nf4") else 1)
                 self.shapes[matrix] = compute, (*shape[:-1], codes)
             elif not path.endswith(("/absmax", "/a", "/b")):
                 self.shapes[path] = dtype, shape
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The leaf, or its slice `layer`, merged and dequantized."""
+        """Read a leaf, or its slice `layer`, merged and dequantized."""
         read = partial(self._source.read, layer=layer)
         dtype, _ = self.shapes[path]
         stem = path.removesuffix("/w")
@@ -358,14 +359,14 @@ class MergedReader:
         return np.asarray(w.dequantize(dtype)) if isinstance(w, lora.Quantized) else w
 
     def check(self) -> None:
-        """Raise UserError if a leaf that was read completely has changed since it was saved."""
+        """Raise UserError if a leaf that was read in full differs from what was saved."""
         self._source.check()
 
 
 def merge(directory: str, to: str) -> None:
-    """Write the same model without LoRA and with plain matrices to `to`.
+    """Write the model in `directory` to `to`, with LoRA merged and matrices dequantized.
 
-    Raises UserError, and then leaves nothing behind.
+    Raises UserError if that fails, and then leaves no files behind.
     """
     source = MergedReader(directory)
     leaves = {
@@ -383,7 +384,7 @@ def merge(directory: str, to: str) -> None:
 
 
 def summary(plan: ImportPlan) -> Iterator[str]:
-    """Describe an import, tower by tower, and what it leaves out."""
+    """Yield lines that describe an import, tower by tower, and what it leaves out."""
     for part in plan.parts:
         for tower in dict.fromkeys(path.split("/")[0] for path in part.dtypes):
             leaves = [plan.leaves[path] for path in part.dtypes if path.split("/")[0] == tower]
@@ -406,17 +407,20 @@ def summary(plan: ImportPlan) -> Iterator[str]:
     for field, theirs, ours, regex in plan.overrides:
         fresh = [path for path in plan.leaves if re.fullmatch(regex, path)]
         yield (
-            f"{field} is {theirs} in the files and {ours} in the config: the files' value is kept, "
+            f"{field} is {theirs} in the files and {ours} in the config: the import has {theirs}, "
             f"and training with {ours} initialises {len(fresh)} leaves: {', '.join(fresh)}"
         )
     if plan.assumed:
-        yield f"not determined by the files, from the default config: {', '.join(plan.assumed)}"
+        yield (
+            "not determined by the files, so taken from the default config: "
+            f"{', '.join(plan.assumed)}"
+        )
 
 
 def _open(name: str, paths: list[str], *, keep_lora: bool) -> list[Source]:
-    """Open the sources of a family: one, or two for a chat model whose LoRA is kept.
+    """Open the files of a family as one source, or as two for a chat model whose LoRA is kept.
 
-    Raises UserError, with a guess at the right family, if they belong to another one.
+    Raises UserError, which suggests the right family, if they belong to another one.
     """
     family = FAMILIES[name]
     _check_components(family, paths)
@@ -439,14 +443,14 @@ def _has_component(paths: list[str], component: str) -> bool:
 
 
 def _check_components(family: Family, paths: list[str]) -> None:
-    """Raise UserError where a family of folders is not given one complete folder."""
+    """Raise UserError if a family with components is not given one complete folder."""
     names = " and ".join(family.components)
     if family.components and len(paths) > 1:
         raise UserError(
             f"--family={family.name} takes one folder, with {names} in it, not {' '.join(paths)}"
         )
     missing = [name for name in family.components if not _has_component(paths, name)]
-    # A folder with none of them is of another family, which is reported later.
+    # A folder with none of the components is of another family, which is reported later.
     if missing and len(missing) < len(family.components):
         raise UserError(f"{paths[0]} has no folder {missing[0]}; {family.name} needs {names}")
 
@@ -462,7 +466,7 @@ def _open_files(paths: list[str]) -> files.Foreign:
 def _wrong_family(family: Family, likely: Family | None, foreign: files.Foreign) -> str:
     layout = ""
     if family.components:
-        layout = f", a folder of diffusers' with {' and '.join(family.components)} in it"
+        layout = f", a diffusers folder with {' and '.join(family.components)} in it"
     if likely:
         hint = f"it looks like {likely.name}: --family={likely.name}"
     else:
@@ -472,7 +476,7 @@ def _wrong_family(family: Family, likely: Family | None, foreign: files.Foreign)
 
 
 def _infer(source: Source) -> dict[str, Any]:
-    """Fields of config.model that the files should determine; None where they do not."""
+    """The fields of config.model that a source should determine; None for those it does not."""
     with _config_errors(source):
         return source.family.infer_config(_shapes(source), source.foreign.config)
 
@@ -483,7 +487,7 @@ def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _config_errors(source: Source) -> Generator[None]:
-    """Report any error as one of the source's config.json, which may hold anything."""
+    """Report any error as a fault of the source's config.json, which may contain anything."""
     try:
         yield
     except (
@@ -498,15 +502,15 @@ def _config_errors(source: Source) -> Generator[None]:
 
 
 def _differences(c: ConfigDict, fields: dict[str, Any]) -> dict[str, Any]:
-    """Our value of each field whose value in the files is known and different."""
+    """The config's value of each field whose value in the files is known and different."""
     ours = {field: _field(c, field) for field, value in fields.items() if value is not None}
     return {field: value for field, value in ours.items() if value != fields[field]}
 
 
 def _check_agreement(c: ConfigDict, source: Source, fields: dict[str, Any]) -> list[Override]:
-    """Raise UserError where the files contradict a given config.
+    """Raise UserError if the files contradict a given config.
 
-    Puts the field that the family may override into the config, and returns it.
+    If they differ in the field that the family may override, sets it in `c` and returns it.
     """
     where = source.foreign.where
     differ = _differences(c, fields)
@@ -532,10 +536,10 @@ def _check_agreement(c: ConfigDict, source: Source, fields: dict[str, Any]) -> l
 
 
 def _adopt(c: ConfigDict, source: Source, fields: dict[str, Any]) -> list[str]:
-    """Put what the files determine into a default config; returns the other fields.
+    """Set the fields that the files determine in a default config; returns the other fields.
 
-    Raises UserError if a tower has another width than the default's and its files leave fields
-    open, because the default's values would not fit it.
+    Raises UserError if the files do not determine all fields of a tower whose width differs from
+    the default's, because the default values of the others would not fit it.
     """
     where = source.foreign.where
     unknown = [field for field, value in fields.items() if value is None]
@@ -559,8 +563,8 @@ def _field(c: ConfigDict, field: str) -> Any:
         return reduce(getattr, field.split("."), c.model)
     except AttributeError:
         raise UserError(
-            f"the config has no model.{field}, which these files fill; "
-            "configs/decoder.py and configs/clip.py have more"
+            f"the config has no model.{field}, which these files need; "
+            "configs/decoder.py and configs/clip.py have more fields"
         ) from None
 
 
@@ -575,7 +579,7 @@ def _set(c: ConfigDict, field: str, value: Any, where: str) -> None:
 def _dtypes(
     table: Table, source: checkpoint.ParamReader | MergedReader, dtype: str | None
 ) -> dict[str, np.dtype]:
-    """Dtype of each foreign tensor: `dtype`, or else the widest of the leaves it holds."""
+    """Dtype of each foreign tensor: `dtype`, or else the widest dtype of the leaves in it."""
     found = {}
     for name, parts in convert.uses(table, importing=False).items():
         widest = np.result_type(*(source.shapes[use.row.ours][0] for use in parts))

@@ -37,6 +37,6 @@ def test_a_checkpoint_that_was_not_tuned_is_one_line(tmp_path, capsys):
     )
     assert command.main(["chat", f"--checkpoint={tmp_path}/emu"]) == 2
     assert (
-        "was not tuned to chat from another (model.llama.added=4, init='')"
+        "was not tuned to chat from another checkpoint (model.llama.added=4, init='')"
         in capsys.readouterr().err
     )

@@ -20,6 +20,8 @@ from emu_jax.data import sources, tokenizer
 from emu_jax.data.documents import Document, Pair, texts_of
 from emu_jax.demo import __main__ as command
 from emu_jax.demo import evaluation, history, openmoji, scenes, scores, strip
+from emu_jax.demo.captions import Captioned, caption_groups, caption_numbers, name_in_context
+from emu_jax.demo.model import Model
 from emu_jax.models import emu, module
 from tests.support import make
 
@@ -153,7 +155,7 @@ def model():
         lambda text: [3 + ord(letter) - 97 for letter in text],
         lambda ids: " ".join(map(str, ids)),
     )
-    return evaluation.Model(emu.EmuConfig.of(c.model.to_dict()), params, letters)
+    return Model(emu.EmuConfig.of(c.model.to_dict()), params, letters)
 
 
 @pytest.fixture(scope="module")
@@ -184,17 +186,17 @@ def test_the_second_image_is_seen(model, images):
 
 def test_a_fourth_drawing_is_named_after_three_examples(model, images):
     drawings = [
-        evaluation.Captioned(str(k), images[k % 5], name, "")
+        Captioned(str(k), images[k % 5], name, "")
         for k, name in enumerate(("pig", "owl", "cat", "dog", "fox"))
     ]
-    (four,) = evaluation.name_in_context(model, drawings)
+    (four,) = name_in_context(model, drawings)
     assert four[:3] == drawings[:3] and four[3].true == "dog"
     assert (
         four[3].predicted
         == model.complete([(images[0], "pig", images[1], "owl", images[2], "cat", images[3])])[0]
         != model.caption(images)[3]
     )
-    assert not evaluation.name_in_context(model, drawings[:3])
+    assert not name_in_context(model, drawings[:3])
 
 
 def test_captions_are_returned_in_the_order_of_the_images():
@@ -213,7 +215,7 @@ def test_captions_are_returned_in_the_order_of_the_images():
     unseen = source(["two cats on blue", "one pig on pink"], 100)
     texts = {0: "aaaaaa", 1: "b", 2: "cccc", 100: "two cats on  blue ", 101: "one cat on pink"}
 
-    class Right(evaluation.Model):
+    class Right(Model):
         def __init__(self):
             self.tokenizer = tokenizer.Tokenizer(
                 256, lambda text: [ord(letter) for letter in text], str
@@ -222,12 +224,12 @@ def test_captions_are_returned_in_the_order_of_the_images():
         def caption(self, images):
             return [scores.plain(texts[image[0, 0, 0]]) for image in images]
 
-    captions = evaluation.caption_groups(
+    captions = caption_groups(
         Right(), {"names_train": (learnt, None), "scenes_held_out": (unseen, learnt)}
     )
     assert [caption.predicted for caption in captions["names_train"]] == ["aaaaaa", "b", "cccc"]
     assert [caption.nearest for caption in captions["scenes_held_out"]] == ["cccc", "cccc"]
-    numbers = evaluation.caption_numbers(captions)
+    numbers = caption_numbers(captions)
     assert numbers["names_train_exact"] == 1 and "names_train_nearest_exact" not in numbers
     assert numbers["scenes_held_out_exact"] == numbers["scenes_held_out_counts_exact"] == 0.5
     assert (
@@ -238,9 +240,7 @@ def test_captions_are_returned_in_the_order_of_the_images():
 
 
 def test_retrieval_counts_trained_and_held_out_apart():
-    drawings = [
-        evaluation.Captioned(str(k), np.zeros((2, 2, 3), np.uint8), str(k), "") for k in range(8)
-    ]
+    drawings = [Captioned(str(k), np.zeros((2, 2, 3), np.uint8), str(k), "") for k in range(8)]
     visual = np.arange(8.0).reshape(8, 1, 1)
     regressed = visual.copy()
     # The first drawing is found third; the last one, which is held out, last.

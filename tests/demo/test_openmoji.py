@@ -282,7 +282,7 @@ def test_a_killed_build_is_taken_up(built, tmp_path, monkeypatch):
 
 def test_a_build_of_other_settings_is_not_mixed_in(built):
     with pytest.raises(
-        UserError, match="holds data of other settings, seed0_28px_first8, not seed1_28px_first8"
+        UserError, match="holds data with other settings, seed0_28px_first8, not seed1_28px_first8"
     ):
         build(built[0], seed=1)
 

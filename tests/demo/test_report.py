@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from emu_jax.demo import decoding, evaluation, report
+from emu_jax.demo.captions import Captioned, caption_numbers
 from tests.support.pages import Page
 
 
@@ -19,7 +20,7 @@ def picture(k):
 @pytest.fixture(scope="module")
 def result():
     def told(true, said, nearest=None, id="counts/x"):
-        return evaluation.Captioned(id, picture(len(true)), true, said, nearest)
+        return Captioned(id, picture(len(true)), true, said, nearest)
 
     captions = {
         "names_train": [told("cat", "cat"), told("<b>pig</b>", "dog & <script>")] * 30,
@@ -44,7 +45,7 @@ def result():
     ]
     lines.append({"step": 899, "eval/text_loss": 2.0, "eval/text_loss/names": 2.0})
     numbers = (
-        evaluation.caption_numbers(captions)
+        caption_numbers(captions)
         | evaluation.retrieve(
             [told(name, "") for name in "abc"],
             2,

@@ -144,7 +144,7 @@ def test_old_names_and_shapes_of_autoencoders():
         ({"up_block_types": ["UpBlock2D"]}, "has 1 up_block_types and 3 block_out_channels"),
         ({"cross_attention_dim": [8, 8, 16]}, "one width for all levels"),
         ({"attention_head_dim": 5}, "5 heads at level 1, which do not divide its width 24"),
-        ({"attention_head_dim": [2, 3]}, "or 3 of them, one a level"),
+        ({"attention_head_dim": [2, 3]}, "or 3 of them, one per level"),
         ({"norm_num_groups": 16}, "16 norm groups, which do not divide its width 24"),
         ({"block_out_channels": None}, "lacks block_out_channels"),
         ({"mid_block_type": None}, "mid_block_type=None, which is not supported"),
@@ -329,7 +329,7 @@ def test_faults_of_a_folder_are_one_line(tmp_path, capsys):
     assert "it looks like stable-diffusion: --family=stable-diffusion" in error_of(
         capsys, "--family=llama", sd, to
     )
-    expected = "a folder of diffusers' with unet and vae in it"
+    expected = "a diffusers folder with unet and vae in it"
     assert f"{expected}; it looks like llama: --family=llama" in says(tmp_path / "llama")
     assert f"{expected}; it looks like none" in says(sd / "unet")
     assert "no file or folder" in says(tmp_path / "nothing")

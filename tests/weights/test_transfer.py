@@ -451,7 +451,7 @@ def test_a_checkpoint_without_the_familys_parameters_is_not_exported(tmp_path, c
     error, _ = error_of(
         capsys, "export", "--family=llama", f"--from={ours}", f"--to={tmp_path / 'theirs'}"
     )
-    assert "does not hold a complete llama: no parameter 'llama/" in error
+    assert "does not hold a complete llama: it has no parameter 'llama/" in error
     assert not (tmp_path / "theirs").exists()
 
 
