@@ -2,8 +2,8 @@
 
 It receives the list of sources, and then requests (source, index), each of which it answers with
 the document. reader_pool.py starts and kills it. It ignores signals from a terminal or a scheduler,
-which reach all processes but are meant for the trainer, and exits when the trainer is gone. Grain
-imports JAX, which uses only the CPU here. Read next: sources/records.py.
+which reach all processes but are meant for the trainer, and exits when the trainer is gone. It does
+not need JAX. Read next: sources/records.py.
 """
 
 import io

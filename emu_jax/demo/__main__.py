@@ -1,9 +1,8 @@
 """The demo: a small Emu that learns to caption and to draw on two CPU cores.
 
-python -m emu_jax.demo COMMAND: `build` writes its data, `evaluate` scores a trained model and writes
-a page, `chat` does so for instruction tuning, and `strip` writes an image for a README. Each has
---help. Training is `python -m emu_jax.train --config=configs/demo.py:STAGE`. Read next:
-configs/demo.py.
+python -m emu_jax.demo COMMAND: `build` writes the demo's data, `evaluate` and `chat` score trained
+models and write a page, and `strip` writes an image for a README. Each has --help. Training is
+`python -m emu_jax.train --config=configs/demo.py:STAGE`. Read next: configs/demo.py.
 """
 
 import argparse

@@ -50,7 +50,7 @@ def changed(**fields):
         ),
         (changed(layers_per_block=2), "tensors missing"),
         (changed(block_out_channels=[32, 96]), "has the shape .*, and its config makes"),
-        (FILE | {"unet_config": np.array("{")}, "no JSON"),
+        (FILE | {"unet_config": np.array("{")}, "not JSON"),
     ],
 )
 def test_what_does_not_fit_is_one_line(file, message):
