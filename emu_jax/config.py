@@ -248,7 +248,7 @@ def _find(name: str) -> Path:
 def _run_module(path: Path) -> ModuleType:
     """The module of a config file, run under the name `configs.NAME`."""
     spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
-    # A file whose name ends with .py always has both.
+    # A file whose name ends with .py always has a spec and a loader.
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

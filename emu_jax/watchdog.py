@@ -65,7 +65,7 @@ class Watchdog:
         if self.suspect is not None:
             log.error(
                 "the last %d runs died in step %d: its documents will be named; "
-                "running out of memory or a record that crashes a decoder look like this",
+                "likely causes are too little memory and a record that crashes a decoder",
                 self._same_deaths,
                 self.suspect,
             )

@@ -261,7 +261,7 @@ def write_shard(recipe: Recipe, shard: Shard) -> None:
 
 
 def parts_before_image(document: Document) -> Parts | None:
-    """The parts before the first image; the text of an image-text pair. None without an image."""
+    """Prompt of the first image: the parts before it, or the pair's text; None without one."""
     parts: list[Any] = []
     for part in document.parts:
         if isinstance(part, np.ndarray):
@@ -295,7 +295,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help=f"prompts at once ({PROMPTS}); with --latents, images on each device ({IMAGES})",
     )
     parser.add_argument(
-        "--host", type=int, default=0, metavar="K", help="index of this host, from 0 (0)"
+        "--host", type=int, default=0, metavar="K", help="index of this host, from 0 (default: 0)"
     )
     parser.add_argument(
         "--hosts",
