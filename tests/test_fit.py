@@ -6,6 +6,7 @@ import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -84,8 +85,7 @@ def test_reported_bytes_are_those_of_live_arrays(compiled):
 
 def test_the_planned_batch_is_the_loaders():
     p = plan()
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), p.batch)
-    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), make.batch(p.config))
+    chex.assert_trees_all_equal_shapes_and_dtypes(p.batch, make.batch(p.config))
 
 
 def test_weights_are_gathered_in_the_loop_over_depth(compiled):

@@ -1,5 +1,6 @@
 """The optimizer is AdamW with a rate and a decay per parameter; schedules by hand."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,7 +132,7 @@ def test_it_is_adamw_with_a_rate_and_a_decay_for_every_leaf(overrides):
         updates, state = optimizer.update(grads, state, params)
         params = jax.tree.map(jnp.add, params, updates)
     want = by_the_book(c, share=[0, 0.5, 1, 0.961940])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), params, want)
+    chex.assert_trees_all_close(params, want, rtol=2e-6)
     assert all(
         (np.asarray(a) != b).all() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(PARAMS))
     )

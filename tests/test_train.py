@@ -13,6 +13,7 @@ import subprocess
 import sys
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,7 @@ from tests.support.runs import (
     saved,
     untimed,
 )
+from tests.support.trees import assert_bitwise_equal
 
 # one process: what its tests share is made once
 pytestmark = pytest.mark.xdist_group("train")
@@ -213,10 +215,7 @@ def test_a_run_starts_from_the_warm_up_and_frozen_towers_stay(whole, warm):
     before, after, at_2 = (
         checkpoint.restore_params(str(path)) for path in (warm, whole, whole / "checkpoints/2")
     )
-    for (path, leaf), (_, started) in zip(
-        tree.leaves(after["vision"]), tree.leaves(before["vision"]), strict=True
-    ):
-        np.testing.assert_array_equal(leaf, started, err_msg=path)
+    chex.assert_trees_all_equal(after["vision"], before["vision"])
     moved = max(
         np.abs(leaf - started).max()
         for (_, leaf), (_, started) in zip(
@@ -226,8 +225,8 @@ def test_a_run_starts_from_the_warm_up_and_frozen_towers_stay(whole, warm):
     # four steps of 1e-3 from there
     assert 1e-4 < moved < 1e-2
     # measured before the first step
-    for name, leaf in after["visual_stats"].items():
-        assert leaf.tobytes() == at_2["visual_stats"][name].tobytes() and leaf.std() > 1e-3
+    assert_bitwise_equal(after["visual_stats"], at_2["visual_stats"])
+    assert all(leaf.std() > 1e-3 for leaf in after["visual_stats"].values())
     averaged = checkpoint.restore_params(str(whole), ema=True)
     assert np.abs(averaged["llama"]["embed"]["base"] - after["llama"]["embed"]["base"]).max() > 1e-4
     assert set(saved(whole)[1]["ema"]) == {
@@ -299,8 +298,7 @@ def test_resume_on_a_different_mesh(data, warm, whole, copy, caplog):
     (params, _, state) = saved(copy)
     (want, _, state_wanted) = saved(whole)
     assert state == state_wanted
-    for (path, got), (_, leaf) in zip(tree.leaves(params), tree.leaves(want), strict=True):
-        np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-4, err_msg=path)
+    chex.assert_trees_all_close(params, want, rtol=0, atol=1e-4)
 
 
 def test_a_finished_run_has_nothing_to_do(data, warm, whole, tmp_path):
@@ -323,8 +321,7 @@ def test_shared_towers_are_loaded(warm, data, caplog):
     assert "visual_stats; not used: contrast" in caplog.text
     there = checkpoint.restore_params(str(warm))
     assert set(loaded) == {"vision", "ln_visual", "resampler"}
-    for path, leaf in tree.leaves(loaded):
-        np.testing.assert_array_equal(leaf, dict(tree.leaves(there))[path])
+    chex.assert_trees_all_equal(loaded, {tower: there[tower] for tower in loaded})
     with pytest.raises(
         UserError,
         match=r"has no parameter of this model; it holds contrast, ln_visual, resampler, vision",

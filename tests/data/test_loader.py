@@ -13,6 +13,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -100,8 +101,7 @@ def arrays(batch):
 
 def same(item, other):
     assert item.ids == other.ids
-    for name, array in arrays(item.batch).items():
-        np.testing.assert_array_equal(array, arrays(other.batch)[name], err_msg=name)
+    chex.assert_trees_all_equal(item.batch, other.batch)
 
 
 def test_rows_of_a_batch_hold_their_documents_and_padding(loader):

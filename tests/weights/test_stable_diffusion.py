@@ -303,9 +303,9 @@ def test_a_decoder_starts_from_stable_diffusion_and_from_an_emu(tmp_path, capsys
     assert set(loaded) == set(got) - set(fresh)
     theirs = leaves(tmp_path / "from-emu") | leaves(tmp_path / "from-sd")
     initial = dict(tree.leaves(start))
-    for path, leaf in got.items():
-        want = initial[path] if path in fresh else theirs[path]
-        np.testing.assert_array_equal(leaf, np.asarray(want).astype(leaf.dtype), err_msg=path)
+    start_of = theirs | {path: initial[path] for path in fresh}
+    want = {path: np.asarray(start_of[path]).astype(leaf.dtype) for path, leaf in got.items()}
+    chex.assert_trees_all_equal(got, want)
 
 
 def error_of(capsys, *arguments):
