@@ -20,6 +20,13 @@ from emu_jax.models.emu import Emu
 from tests.support.small import VOCAB, make_session
 
 EIGHT = GenerationConfig(max_new_tokens=8)
+BEAMS = GenerationConfig(max_new_tokens=8, beams=3)
+
+
+def like(session, **options):
+    """A session of the same model with other options."""
+    settings: dict[str, Any] = {"context": session.context} | options
+    return Session(session.model_config, session.params, session.tokenizer, **settings)
 
 
 def text_of(pieces):
@@ -29,7 +36,7 @@ def text_of(pieces):
 
 @pytest.fixture(scope="module")
 def prompts(images):
-    return [["a dog", images[0]], ["x"], [images[1], "a much longer one", images[2]], [images[0]]]
+    return [["a dog", images[0]], ["x"], [images[1], "a longer one", images[0]]]
 
 
 def uncached_image(session, uncached, prompt):
@@ -51,32 +58,29 @@ def test_images_are_the_uncached_loops(session, uncached, prompts):
     assert np.abs(found[0] - found[1]).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "options", [EIGHT, GenerationConfig(max_new_tokens=8, beams=3)], ids=["greedy", "beams"]
-)
+@pytest.mark.parametrize("options", [EIGHT, BEAMS], ids=["greedy", "beams"])
 def test_a_batch_equals_its_prompts_one_by_one(session, prompts, options):
     together = session.generate_texts(prompts, options)
     assert together == [session.generate_texts([parts], options)[0] for parts in prompts]
-    small = make_session(batch=2)
-    assert small.generate_texts(prompts, options) == together
+    assert like(session, batch=2).generate_texts(prompts, options) == together
 
 
 def test_a_prefix_equals_repeating_it(session, images):
     examples = [images[3], "first", images[4], "second"]
     prefix = session.prefill(examples)
-    asked = [[images[0]], ["x", images[1]]]
+    asked = [[images[0]], ["x", images[1]], ["y"]]
     whole = [[*examples, *parts] for parts in asked]
     assert session.generate_texts(asked, EIGHT, prefix=prefix) == session.generate_texts(
         whole, EIGHT
     )
-    assert session.generate_texts(
-        asked, GenerationConfig(max_new_tokens=8, beams=3), prefix=prefix
-    ) == session.generate_texts(whole, GenerationConfig(max_new_tokens=8, beams=3))
+    assert session.generate_texts(asked, BEAMS, prefix=prefix) == session.generate_texts(
+        whole, BEAMS
+    )
     # Without a prefix too, one batch and single prompts differ by rounding, 3.5e-5 on one
     # machine
     drawn = session.generate_images(whole)
     np.testing.assert_allclose(session.generate_images(asked, prefix=prefix), drawn, atol=1e-4)
-    assert np.abs(session.generate_images(asked) - drawn).max() > 0.05
+    assert np.abs(session.generate_images(asked[:1]) - drawn[:1]).max() > 0.05
 
 
 def test_visual_tokens_are_an_image_too(session, images):
@@ -106,14 +110,14 @@ def test_choices(session, prompts):
     ]
     assert (
         session.generate_texts(
-            prompts, GenerationConfig(beams=8, length_penalty=0.0), choices=answers
+            prompts, GenerationConfig(beams=3, length_penalty=0.0), choices=answers
         )
         == best
     )
 
 
 def test_stop_texts(session):
-    long: dict[str, Any] = dict(min_new_tokens=24, max_new_tokens=24)
+    long: dict[str, Any] = dict(min_new_tokens=16, max_new_tokens=16)
     whole = session.generate_texts([["dog"], ["a cat"]], GenerationConfig(**long))
     stop = whole[0][5:7]
     options = GenerationConfig(**long, stop=(stop, "not there"))
@@ -134,7 +138,7 @@ def drawing():
 def test_an_answer_may_hold_images(drawing):
     # Try seeds until an answer contains two images.
     for seed in range(20):
-        options = GenerationConfig(max_new_tokens=24, temperature=1.0, seed=seed)
+        options = GenerationConfig(max_new_tokens=16, temperature=1.0, seed=seed)
         pieces = list(drawing.stream(["dog"], options))
         drawn = [number for number, piece in enumerate(pieces) if not isinstance(piece, str)]
         # max_images limits them.
@@ -180,13 +184,7 @@ def test_text_after_an_image_depends_on_it(drawing, monkeypatch):
 
 
 def test_pixels_come_from_decode(session):
-    other = Session(
-        session.model_config,
-        session.params,
-        session.tokenizer,
-        context=128,
-        image_decoder=lambda z: np.full((len(z), 8, 8, 3), 7, np.uint8),
-    )
+    other = like(session, image_decoder=lambda z: np.full((len(z), 8, 8, 3), 7, np.uint8))
     drawn = Conversation(other, chat=False).generate_image(["dog"])
     np.testing.assert_allclose(drawn.visual, session.generate_images([["dog"]])[0], atol=1e-5)
     assert drawn.pixels is not None and drawn.pixels.shape == (8, 8, 3)
@@ -194,12 +192,11 @@ def test_pixels_come_from_decode(session):
 
 
 def test_turns_of_a_chat_build_on_one_another(session, images):
-    session = Session(session.model_config, session.params, session.tokenizer, context=512)
-    talk = Conversation(session, chat=True)
+    talk = Conversation(session, chat=True, system="be kind")
     t = session.tokenizer
-    first = list(talk.reply([images[0], "what is this?"], EIGHT))
+    first = list(talk.reply([images[0], "what is it?"], EIGHT))
     second = list(talk.reply(["and now?"], EIGHT))
-    prompt = session.chat_prompt([images[0], "what is this?"])
+    prompt = session.chat_prompt([images[0], "what is it?"], system="be kind")
     ids = session.generate_ids([prompt], EIGHT)[0]
     assert text_of(first) == t.decode(ids)
     again = session.processor.chat_turn(["and now?"], system=None, first=False)
@@ -209,8 +206,8 @@ def test_turns_of_a_chat_build_on_one_another(session, images):
 
 
 def test_a_chat_survives_an_abandoned_answer(session):
-    talk = Conversation(session, chat=True)
-    for number, _ in enumerate(talk.reply(["tell me"], EIGHT)):
+    talk = Conversation(session, chat=True, system="be kind")
+    for number, _ in enumerate(talk.reply(["tell me a story"], EIGHT)):
         if number == 2:
             break
     assert text_of(talk.reply(["continue"], EIGHT))
@@ -228,10 +225,11 @@ def test_sharded_equals_a_single_device(session, prompts):
     )
     sharded = Session(session.model_config, params, session.tokenizer, context=128, mesh=mesh)
     np.testing.assert_allclose(
-        sharded.generate_images(prompts[:2]), session.generate_images(prompts[:2]), atol=2e-4
+        sharded.generate_images(prompts), session.generate_images(prompts), atol=2e-4
     )
     assert sharded.generate_texts(prompts, EIGHT) == session.generate_texts(prompts, EIGHT)
-    cache = sharded.prefill(["a dog"]).state.cache
+    with sharded.mesh_context():
+        cache = sharded.prefill_batch(list(map(sharded.prompt, prompts)), room=16).cache
     # Each device has half of the four heads.
     assert cache.k.sharding.shard_shape(cache.k.shape)[3] == 2
 
@@ -239,8 +237,8 @@ def test_sharded_equals_a_single_device(session, prompts):
 # Errors
 
 
-def test_a_prompt_longer_than_the_context(images):
-    tight = make_session(context=20)
+def test_a_prompt_longer_than_the_context(session):
+    tight = like(session, context=20)
     with pytest.raises(
         UserError,
         match="prompt has 31 elements and its answer at least 1, but .* holds 20.*--truncate=left",
@@ -250,14 +248,14 @@ def test_a_prompt_longer_than_the_context(images):
         tight.generate_images([["x" * 16]])
     with pytest.raises(UserError, match="prompt has 33 elements"):
         Conversation(tight, chat=False).reply(["x" * 32])
-    cut = make_session(context=20, truncate="left")
+    cut = like(session, context=20, truncate="left")
     assert cut.generate_ids(
         [["y" * 30 + "x" * 17]], GenerationConfig(max_new_tokens=1)
     ) == cut.generate_ids([["y" + "x" * 17]], GenerationConfig(max_new_tokens=1))
 
 
-def test_no_room_is_left_for_a_turn():
-    talk = Conversation(make_session(context=40), chat=True, system="")
+def test_no_room_is_left_for_a_turn(session):
+    talk = Conversation(like(session, context=40), chat=True, system="")
     list(talk.reply(["x" * 20], GenerationConfig(max_new_tokens=2)))
     with pytest.raises(UserError, match="the context holds 40"):
         talk.reply(["x" * 20])

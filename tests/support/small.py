@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emu_jax.data.tokenizer import Tokenizer
+from emu_jax.generate import decode_state
 from emu_jax.generate.session import Session
 from emu_jax.models import emu, module
 from tests.support import make
@@ -35,10 +36,7 @@ def _compiled(config, length):
     def regress(params, hidden):
         return bound(params).regress_head(hidden[None, None])[0, 0]
 
-    def encode(params, images):
-        return bound(params).encode(images)
-
-    return tuple(map(jax.jit, (hidden, logits, embed, regress, encode)))
+    return tuple(map(jax.jit, (hidden, logits, embed, regress)))
 
 
 class Uncached:
@@ -51,39 +49,41 @@ class Uncached:
         self.session = session
         self.length = length
         parts = _compiled(session.model_config, length)
-        self._hidden, self._logits, self._embed, self._regress, self._encode = parts
+        self._hidden, self._logits, self._embed, self._regress = parts
 
     def x(self, prompt):
         """The LLM's input for a prompt [t, D]."""
-        x = np.array(self._embed(self.session.params, np.array([prompt.tokens]))[0])
+        session = self.session
+        x = self._embeddings(prompt.tokens)
         for image, slot in zip(prompt.images, prompt.slots, strict=True):
-            x[slot : slot + self.session.processor.n_visual] = (
-                self._encode(self.session.params, image[None])[0]
-                if image.dtype == np.uint8
-                else image
-            )
+            if image.dtype == np.uint8:
+                (image,) = decode_state.encode_images(
+                    session.model_config, session.params, image[None]
+                )
+            x[slot : slot + session.processor.n_visual] = image
         return x
 
     def embedding(self, token):
-        return np.asarray(self._embed(self.session.params, np.array([[token]]))[0])
+        return self._embeddings([token])
 
     def hidden(self, x):
         """Hidden states of every element of x [t, D]."""
-        return np.asarray(
-            self._hidden(self.session.params, np.pad(x, ((0, self.length - len(x)), (0, 0)))[None])
-        )[: len(x)]
+        return np.asarray(self._hidden(self.session.params, self._padded(x)[None]))[: len(x)]
 
     def logits(self, x):
         """Logits of what follows each element of x [t, D]."""
-        return np.asarray(
-            self._logits(
-                self.session.params,
-                jnp.asarray(np.pad(self.hidden(x), ((0, self.length - len(x)), (0, 0)))),
-            )
-        )[: len(x)]
+        hidden = self._padded(self.hidden(x))
+        return np.asarray(self._logits(self.session.params, hidden))[: len(x)]
 
     def regressed(self, x):
         return np.asarray(self._regress(self.session.params, self.hidden(x)[-1]))
+
+    def _embeddings(self, tokens):
+        x = self._embed(self.session.params, self._padded(np.array(tokens))[None])[0]
+        return np.array(x[: len(tokens)])
+
+    def _padded(self, x):
+        return np.pad(x, [(0, self.length - len(x)), *[(0, 0)] * (x.ndim - 1)])
 
 
 def make_session(*overrides, scale=4, **options):
