@@ -46,8 +46,9 @@ demo-chat: .venv/ready
 	@echo "--- 2 of 2: answer held-out questions, before and after tuning. Less than a minute left"
 	$(python) -m emu_jax.demo chat --checkpoint=runs/demo/instruct
 
+# A file's tests run in one process: what they share is made, traced and compiled once.
 test: .venv/ready
-	$(python) -m pytest -n 2 --dist loadgroup
+	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-shapes: .venv/ready
 	EMU_CHECK_SHAPES=1 $(python) -m pytest -n 2 $(SHAPES)

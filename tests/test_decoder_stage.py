@@ -24,9 +24,6 @@ from emu_jax.stages import STAGES
 from tests.support import fixtures, make
 from tests.support.runs import assert_same_run, lines, mesh_of_one_device, run
 
-# one process: what its tests share is made once
-pytestmark = pytest.mark.xdist_group("decoder_stage")
-
 CONFIG = f"""
 from configs.decoder import get_config as paper
 

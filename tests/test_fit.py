@@ -21,9 +21,6 @@ from emu_jax.plan import bytes_per_device, make_plan
 from emu_jax.step import init_state
 from tests.support import make
 
-# One process, so that the compiled step is shared.
-pytestmark = pytest.mark.xdist_group("fit")
-
 SHARDED = ("mesh.fsdp=4", "mesh.tensor=2")
 CHIP = hardware.Accelerator(
     "tpu",

@@ -18,9 +18,6 @@ from emu_jax.plan import make_plan
 from tests.support import fixtures, make
 from tests.support.runs import mesh_of_one_device
 
-# one process: what its tests share is made once
-pytestmark = pytest.mark.xdist_group("instruct")
-
 SMALL = (
     "data.batch=8",
     "data.num_streams=4",

@@ -23,9 +23,6 @@ from tests.support.processes import (
     train_here,
 )
 
-# One pytest worker: the programs that the first run compiles are loaded by the next ones.
-pytestmark = pytest.mark.xdist_group("processes")
-
 STEPS = 6
 
 

@@ -39,9 +39,6 @@ from tests.support.runs import (
 )
 from tests.support.trees import assert_bitwise_equal
 
-# one process: what its tests share is made once
-pytestmark = pytest.mark.xdist_group("train")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def few_images():

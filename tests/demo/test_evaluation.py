@@ -25,9 +25,6 @@ from emu_jax.demo.model import Model
 from emu_jax.models import emu, module
 from tests.support import make
 
-# Run on one worker, so that the data set and checkpoints are written once.
-pytestmark = pytest.mark.xdist_group("demo")
-
 # --- texts ---
 
 

@@ -18,9 +18,6 @@ from emu_jax.types import DecoderBatch
 from tests.support import make
 from tests.support.trees import assert_bitwise_equal
 
-# one process: what its tests share is made once
-pytestmark = pytest.mark.xdist_group("decoder")
-
 C = make.decoder_cfg("optim.ema=0.9")
 P = make.program(C)
 PARAMS = cast_frozen(P, make.random_params(P))

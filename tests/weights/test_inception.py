@@ -14,9 +14,6 @@ from emu_jax.weights import files
 from emu_jax.weights.__main__ import main
 from tests.support.foreign import export, import_, write
 
-# One process, so that the fixtures are made once.
-pytestmark = pytest.mark.xdist_group("inception")
-
 FILE = golden.load("tests/golden/inception.npz")
 
 
