@@ -1,12 +1,12 @@
-"""Saving and restoring a complete training state: time, bytes and peak memory.
+"""Benchmark of saving and restoring a training state: time, bytes and peak memory.
 
     python -m benchmarks.checkpoint [--devices=1] [--to=DIR] [--config=FILE ...]
 
-On a CPU the state itself is part of the host's memory: if saving or restoring needs more than
-1.3 x the state on top of it, the exit status is 1. Saving and restoring run in a process each. The
-state is random bits, which do not compress; trained weights hardly do. --to: a folder on the disk
-to measure; --config: configs/pretrain.py:emu-1b by default. Run from the repository's root.
-Results: benchmarks/results/checkpoint.md.
+On a CPU the state itself is in the host's memory; the exit status is 1 if saving or restoring needs
+more than 1.3 x the size of the state in addition. Each runs in a process of its own. The state is
+random bits, which do not compress, because trained weights hardly do. --to: a folder on the disk to
+measure. --config: configs/pretrain.py:emu-1b by default. Run from the repository's root. Results:
+benchmarks/results/checkpoint.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 GIB = 2**30
-# Most memory on top of the state, as a multiple of it.
+# Limit of the memory in addition to the state, as a multiple of the state's size.
 MOST = 1.3
 
 
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def in_process(action: str, folder: str, arguments: list[str], devices: int) -> dict[str, float]:
-    """What `measure` prints, run in a process of its own."""
+    """Run `measure` in a process of its own, and return what it prints."""
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -84,7 +84,7 @@ def measure(action: str, folder: str, arguments: list[str]) -> None:
         checkpoints = CheckpointManager(folder, keep=1, keep_every=0)
         state = jax.tree.map(random, like) if action == "save" else None
         jax.block_until_ready(state)
-        # Start a new peak from here.
+        # Reset the peak memory that Linux records.
         Path("/proc/self/clear_refs").write_text("5")
         before = memory("VmRSS")
         began = time.perf_counter()
@@ -118,7 +118,7 @@ def random(leaf):
 
 
 def memory(name: str) -> int:
-    """Bytes of this process, as Linux counts them: "VmRSS" now, "VmHWM" at most."""
+    """Bytes of this process as Linux counts them: "VmRSS", current, or "VmHWM", peak."""
     status = Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in status if line.startswith(name))
     return int(line.split()[1]) * 1024

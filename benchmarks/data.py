@@ -1,11 +1,12 @@
-"""The data path on this machine's CPU.
+"""Benchmark of reading data on this machine's CPU.
 
     python -m benchmarks.data [--json=FILE] [--steps=20000]
 
-Decoding, the loader with threads and processes, sequences and packing, padding of the paper's
-mixture, state of the iterator, memory. All data is synthetic: photographs are filtered noise,
-captions have the lengths of the sets they stand for. Exits 1 if a bound is violated. Run from the
-repository's root. Results: benchmarks/results/data.md.
+Measures decoding, the loader with threads and processes, making and packing of sequences, padding
+with the paper's mixture, size of the iterator's state, and memory. All data is synthetic:
+photographs are filtered noise, and captions have the lengths of those in the paper's data sets. The
+exit status is 1 if a bound is violated. Run from the repository's root. Results:
+benchmarks/results/data.md.
 """
 
 import argparse
@@ -38,21 +39,21 @@ from emu_jax.data.sequence import SequenceBuilder, SourceRule
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.tokenizer import Tokenizer
 
-# Bounds: shares of tokens and of image slots that are empty, and the growth of memory.
+# Bounds on the shares of empty tokens and of empty image slots, and on the growth of memory.
 PADDING = 0.03
 EMPTY_SLOTS = 0.10
 GROWTH = 0.05
-# Visual tokens of an image; tokens and images of a row; rows that are packed.
+# Visual tokens per image, tokens and images per row, and number of rows to pack.
 N = 32
 T = 2048
 I = 32
 ROWS = 400
-# Side of synthetic images, where pixels do not matter.
+# Side of synthetic images in measurements where pixels do not matter.
 SMALL = 4
 
 
 def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
-    """A JPEG with the spectrum of a photograph, roughly: noise at several scales."""
+    """A JPEG with roughly the spectrum of a photograph: noise at several scales."""
     rng = np.random.default_rng(seed)
 
     total = np.zeros((height, width, 3), np.float32)
@@ -81,7 +82,7 @@ def pillow_draft(data: bytes) -> np.ndarray:
 
 
 def rate(work: Callable, items: list, threads: int = 1, seconds: float = 3.0) -> float:
-    """Items a second in the best of three rounds: other programs slow the rest."""
+    """Items per second in the best of three rounds; other programs may slow down the others."""
     with ThreadPoolExecutor(threads) as pool:
         rounds = []
         for _ in range(3):
@@ -95,10 +96,10 @@ def rate(work: Callable, items: list, threads: int = 1, seconds: float = 3.0) ->
 
 
 def decoding() -> dict[str, float]:
-    """Images a second decoded to 224 x 224.
+    """Images per second decoded to 224 x 224.
 
-    500-px JPEGs (the common case in web data) and 2000-px ones by one thread, the small ones also
-    by two.
+    One thread decodes 500-px JPEGs (the common case in web data) and 2000-px ones; two threads
+    decode the small ones.
     """
     small = [photo(seed) for seed in range(8)]
     large = [photo(seed, 2000, 1500) for seed in range(2)]
@@ -115,7 +116,7 @@ def decoding() -> dict[str, float]:
 
 
 class Synthetic:
-    """A source of documents shaped like one of the paper's sets, made from their numbers."""
+    """A source of documents shaped like those of one of the paper's sets, made from an index."""
 
     def __init__(self, name: str, documents: int = 1_000_000):
         self.name = name
@@ -148,7 +149,7 @@ class Synthetic:
 
 
 def letters() -> Tokenizer:
-    """A tokenizer with one token per letter: it is too fast to count."""
+    """A tokenizer with one token per letter, which is too fast to affect the measurement."""
 
     def encode(text: str) -> list[int]:
         return [3 + ord(letter) for letter in text]
@@ -172,9 +173,9 @@ def synthetic_mixture() -> Mixture:
 
 
 def packing(lookahead: int, fit: Callable) -> dict[str, float]:
-    """Documents a second through SequenceBuilder and packing, and the space left empty.
+    """Documents per second through SequenceBuilder and packing, and the share of empty space.
 
-    One stream makes ROWS rows.
+    One stream packs ROWS rows.
     """
     to_sequence = SequenceBuilder(
         tokenizer=letters(),
@@ -199,10 +200,10 @@ def packing(lookahead: int, fit: Callable) -> dict[str, float]:
 
 
 def loading(photos: int = 200, steps: int = 60) -> dict[str, float]:
-    """Images a second of a loader, for several numbers of threads and reader processes.
+    """Images per second of a loader, for several numbers of threads and reader processes.
 
-    It reads `photos` 500-px JPEGs from ArrayRecord over and over, and decodes them to 224 x 224
-    each time. The first step, in which processes start, does not count.
+    It reads `photos` 500-px JPEGs from ArrayRecord again and again, and decodes them to 224 x 224
+    each time. The first step, in which processes start, is not timed.
     """
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -247,9 +248,9 @@ def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def memory(steps: int) -> dict[str, float]:
-    """Resident memory of a loader of small batches, and milliseconds a step.
+    """Resident memory of a loader with small batches, and milliseconds per step.
 
-    Memory is read after a tenth of the steps and at their end.
+    Memory is measured after a tenth of the steps and after all of them.
     """
     data = get_config().data
     data.unlock()
@@ -296,7 +297,7 @@ def main() -> int:
     )
     flags = parser.parse_args()
     results = {"decoding, images a second a core": decoding()}
-    # Without a cache, everything that is read is decoded.
+    # Without a cache, every image that is read is also decoded.
     with mock.patch.object(sources, "CACHE_BYTES", 0):
         results["loader, images a second"] = loading()
     evenly = partial(best_fit, row_tokens=T, row_images=I)

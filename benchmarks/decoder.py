@@ -1,14 +1,15 @@
-"""The visual decoder's train step, and its sampling.
+"""Benchmark of the visual decoder's training step and of sampling.
 
     python -m benchmarks.decoder [--steps=5] [--sampling=50] [--json=FILE]
 
-Stable Diffusion 1.5's U-Net at a quarter of its width, with heads as wide as the original's and so
-a quarter as many, on 64 x 64 positions, the size of the latents of 512 x 512 pixels. It works on 3
-channels: pixels, without an autoencoder. Conditions of 32 visual tokens come with the batch. The
-train step is that of training, for one image; sampling is PNDM with guidance, so two inputs a step,
-for one image. Compilation is timed separately. FLOP/s are counted by models/flops.py, as a share of
-what this machine reaches in one large float32 matrix product. Run from the repository's root, on an
-idle machine (about 10 minutes on two cores). Results: benchmarks/results/decoder.md.
+The network is Stable Diffusion 1.5's U-Net at a quarter of its width, with heads as wide as the
+original's and so a quarter as many. It works on 64 x 64 positions, the size of the latents of
+512 x 512 pixels, with 3 channels and without an autoencoder. Conditions of 32 visual tokens are
+part of the batch. The training step has one image. Sampling draws one image with PNDM and guidance,
+which evaluates two inputs per step. Compilation is timed separately. FLOPs are counted by
+models/flops.py; FLOP/s are given as a share of what this machine reaches in one large float32
+matrix product. Run from the repository's root, on an idle machine (about 10 minutes on two cores).
+Results: benchmarks/results/decoder.md.
 """
 
 import argparse
@@ -34,9 +35,9 @@ from emu_jax.plan import make_program
 from emu_jax.step import init_params, init_state, jit_train_step
 from emu_jax.types import DecoderBatch
 
-# Side of the square of positions.
+# Side of the square of positions that the U-Net works on.
 SIDE = 64
-# Visual tokens of a condition, and their width: a quarter of the 14B LLM's.
+# Number of visual tokens in a condition, and their width, a quarter of that of the 14B's LLM.
 TOKENS = 32
 WIDTH = 1280
 SAMPLER = "pndm"
@@ -46,7 +47,7 @@ GUIDANCE = 7.5
 def quarter() -> ConfigDict:
     """configs/decoder.py at a quarter of its width.
 
-    The Emu in it is small: conditions come with the batch.
+    The Emu in it is small, because it is not used: conditions are part of the batch.
     """
     c = config.load(
         [
@@ -97,7 +98,7 @@ def make_batch(c: ConfigDict) -> DecoderBatch:
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result) of a call."""
+    """Time a call: (seconds, result)."""
     began = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - began, result
@@ -109,7 +110,7 @@ def compiled(function: Any, *arguments: Any) -> tuple[float, Any]:
 
 
 def measure(steps: int, sampling: int) -> dict[str, float]:
-    """Time `steps` train steps (the median counts) and `sampling` steps of the sampler."""
+    """Time the training step (median of `steps`) and `sampling` steps of the sampler."""
     c = quarter()
     program = make_program(c)
     model_config = program.model_config
@@ -138,7 +139,7 @@ def measure(steps: int, sampling: int) -> dict[str, float]:
     )
     sampling_compile, sample = compiled(jax.jit(sample), *arguments)
     sampling_s, _ = timed(lambda: sample(*arguments))
-    # Guidance evaluates the U-Net twice, with the condition and without.
+    # Guidance evaluates the U-Net with and without the condition.
     evaluations = 2 * len(samplers.pndm_evaluations(sampling))
     sampling_rate = evaluations * forward / sampling_s
     return {

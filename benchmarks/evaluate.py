@@ -1,9 +1,9 @@
-"""Captions a second as in a benchmark (beam 5, 8 to 20 tokens): in batches and one by one.
+"""Benchmark of captioning as in an evaluation (beam 5): batched, and one by one.
 
     python -m benchmarks.evaluate [--images=32] [--batch=32] [--size=emu-60m] [--json=FILE]
 
-Weights are random: the captions are nonsense, but take as long. Images are decoded from files, as
-in an evaluation. Run from the repository's root.
+The weights are random, so captions are nonsense, but they take as long as real ones. Images are
+decoded from files, as in an evaluation. Run from the repository's root.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from emu_jax.models import emu, module
 
 
 def noise_images(folder: Path, count: int) -> BenchmarkPlan:
-    """A benchmark of `count` images of noise, as large as photographs."""
+    """Write a captioning benchmark of `count` images of noise, as large as photographs."""
     rng = np.random.default_rng(0)
     examples = []
     paths = {}
@@ -42,13 +42,13 @@ def noise_images(folder: Path, count: int) -> BenchmarkPlan:
 
 
 def captions(session: Session, planned: BenchmarkPlan, batch: int) -> tuple[float, list[str]]:
-    """(seconds, captions) with `batch` images at once; everything is compiled before."""
+    """(seconds, captions) with `batch` images at a time, without compilation."""
     session.batch = batch
     settings = BenchmarkSettings("coco-caption", "", 0, "", "test")
     predictor = Predictor(session, settings, planned)
     starts = range(0, len(planned.examples), batch)
     batches = [planned.examples[start : start + batch] for start in starts]
-    # The last batch may be smaller, and so another program.
+    # The last batch may be smaller, and so needs a program of its own.
     for some in (batches[0], batches[-1]):
         predictor.predict(some)
     predictor.frames.cache_clear()

@@ -1,13 +1,14 @@
-"""Generation with a KV cache, against the release's way without one.
+"""Benchmark of generation with a KV cache and, like the release, without one.
 
     python -m benchmarks.generate [--rounds=3] [--json=FILE]
 
-The release runs the complete prefix again for each visual token of an image. `without_cache` does
-so with the same arithmetic, padded to one shape so that it is compiled once (3 % more work than
-needed). Both generate an image after the same 512-token prompt at the 60M size, alternating, and
-must agree. Then text: time to the first token of a 512-token prompt, and tokens a second, for 1 and
-8 prompts at once. Compilation is timed separately. Exits 1 if the image loop is not 10 times as
-fast. Run from the repository's root, on an idle machine. Results: benchmarks/results/generate.md.
+For each visual token of an image, the release processes the complete prefix again. `without_cache`
+does the same with our code, padded to one shape so that it is compiled once (3 % more work). With
+and without a cache, the 60M model generates an image after the same 512-token prompt; the two take
+turns and must agree. Then text is generated for 1 and 8 prompts at a time: time to the first token
+after a 512-token prompt, and tokens per second. Compilation is timed separately. The exit status is
+1 if the cache makes images less than 10 times as fast. Run from the repository's root, on an idle
+machine. Results: benchmarks/results/generate.md.
 """
 
 import argparse
@@ -32,13 +33,13 @@ from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
 from emu_jax.models import emu, module
 
-# Tokens of the prompt.
+# Number of tokens in a prompt.
 PREFIX = 512
-# Visual tokens of an image, as in the release.
+# Number of visual tokens in an image, as in the release.
 N = 32
-# New tokens of an answer.
+# Number of new tokens in an answer.
 NEW = 64
-# Least speed-up by the cache.
+# The cache must make images at least this many times as fast.
 WANTED = 10
 
 
@@ -60,7 +61,7 @@ def without_cache(model_config, params, x):
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result) of a call."""
+    """Time a call: (seconds, result)."""
     began = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - began, result
@@ -106,14 +107,14 @@ def image_loop(session: Session, rounds: int, rng: np.random.Generator) -> dict[
 
 
 def writing(session: Session, rows: int, rounds: int, rng: np.random.Generator) -> dict[str, float]:
-    """Seconds to the first token of `rows` prompts, and tokens a second after it."""
+    """Seconds to the first token of `rows` prompts, and tokens per second after it."""
     some = prompts(session, rows, rng)
     generation = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW)
     metadata = session.sampling_metadata(some, generation, rows=rows, allowed=session.text_ids())
     keys = jax.random.split(jax.random.key(0), rows)
 
     def once() -> tuple[float, float]:
-        """Seconds to the first token, and to all others."""
+        """Seconds to the first token, and from there to the last."""
         began = time.perf_counter()
         prefill = session.prefill_batch(some, room=NEW)
         answers = text_decoding.start(

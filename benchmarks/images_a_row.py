@@ -1,10 +1,11 @@
-"""How many images a row of 2048 tokens needs, by simulating the paper's mixture.
+"""Simulation of the paper's mixture: how many images should fit into a row of 2048 tokens?
 
     python -m benchmarks.images_a_row [--rows=2000]
 
-Documents are drawn by the mixture's weights with the lengths of their sets (LENGTHS has the
-sources), and packed by the loader's best fit: once without a limit on images and then with several,
-which cost padding. Run from the repository's root. Results: benchmarks/results/fit.md.
+Documents are drawn by the mixture's weights, with the lengths of their data sets (LENGTHS), and
+packed by the loader's best fit: first without a limit on the images in a row, and then with several
+limits, each of which costs some padding. Run from the repository's root. Results:
+benchmarks/results/fit.md.
 """
 
 import argparse
@@ -18,11 +19,11 @@ from emu_jax import config
 from emu_jax.data.packing import best_fit
 from emu_jax.data.sequence import Sequence
 
-# Source -> range of the number of images in a document, and the mean and standard deviation of its
-# text's tokens (log-normal). Captions of LAION-2B: about 77 characters; of LAION-COCO and WebVid:
-# one sentence. MMC4: subsequences of 1024 tokens with at most 5 images, and 5 images with a
-# sentence each in 512 tokens. Storyboards: 8 frames and the words spoken between them, at two and a
-# half words a second, 2 seconds a frame and 1.4 tokens a word (our guess).
+# Source -> (range of the number of images in a document, mean and standard deviation of the number
+# of its text tokens, which is log-normal). Captions have about 77 characters in LAION-2B, and one
+# sentence in LAION-COCO and WebVid. MMC4 gives subsequences of 1024 tokens with at most 5 images,
+# and 5 images with a sentence each in 512 tokens. Storyboards have 8 frames and the words spoken
+# between them; our guess is 2.5 words per second, 2 seconds per frame and 1.4 tokens per word.
 LENGTHS = {
     "laion-2b": ((1, 1), 20, 14),
     "laion-coco": ((1, 1), 14, 4),
@@ -31,18 +32,18 @@ LENGTHS = {
     "webvid": ((8, 8), 20, 10),
     "yt-storyboard": ((8, 8), 56, 30),
 }
-# Limits on the images of a row that are tried.
+# The limits on the number of images in a row to try.
 LIMITS = (8, 16, 24, 32, 40, 48)
 
 
 def document(name: str, rng: np.random.Generator, n_visual: int) -> Sequence:
-    """A document of a source with only what `best_fit` looks at: numbers of tokens and images."""
+    """A document of a source with only its numbers of tokens and images, for `best_fit`."""
     (least, most), mean, deviation = LENGTHS[name]
     images = rng.integers(least, most + 1)
     spread = np.log(1 + (deviation / mean) ** 2)
     text = max(1, round(rng.lognormal(np.log(mean) - spread / 2, spread**0.5)))
     most_tokens = {"mmc4": 1024, "mmc4-pairs": 512}.get(name, 2048)
-    # An image's visual tokens lie between [IMG] and [/IMG], and a document's between <s> and </s>.
+    # Count [IMG] and [/IMG] around each image's visual tokens, and <s> and </s> of the document.
     tokens = min(2 + text + images * (n_visual + 2), most_tokens)
     return cast(Sequence, SimpleNamespace(tokens=range(tokens), image_slots=range(images)))
 

@@ -1,10 +1,10 @@
-"""Import of a LLaMA from sharded safetensors: time and peak memory.
+"""Benchmark of importing a LLaMA from sharded safetensors: time and peak memory.
 
     python -m benchmarks.import_weights [--size=emu-1b] [--json=FILE]
 
-Writes random bfloat16 shards to a temporary folder (2.3 GB for emu-1b, and as much for the
-checkpoint). The import runs in a process of its own; its peak resident memory must stay below 3 x
-the largest tensor + 1 GiB, the bound of streaming from disk to disk. The checkpoint is exported
+Writes random bfloat16 shards to a temporary folder (2.3 GB for emu-1b; the checkpoint is as large).
+The import runs in a process of its own, whose peak resident memory must stay below 3 x the largest
+tensor + 1 GiB, because tensors are streamed from disk to disk. Then the checkpoint is exported
 under the same bound and compared with the source, tensor by tensor. Run from the repository's root.
 Results: benchmarks/results/import_weights.md.
 """
@@ -26,7 +26,7 @@ from emu_jax.models import emu
 from emu_jax.weights import convert, files, llama
 
 ROOT = Path(__file__).resolve().parent.parent
-# Bytes of a shard.
+# Size of a shard in bytes.
 SHARD = 500_000_000
 MIB = 2**20
 
@@ -58,7 +58,7 @@ def make(folder: Path, c) -> tuple[int, int]:
         "llama/blocks/ffn/down/w": (L, m.ffn, D),
     }
     shapes = convert.foreign_shapes(llama.table(model_config), ours)
-    # A generator: one tensor at a time is in memory.
+    # This is a generator, so that only one tensor at a time is in memory.
     arrays = (
         (name, rng.standard_normal(shape, np.float32).astype(dtype))
         for name, shape in shapes.items()
@@ -71,10 +71,10 @@ def make(folder: Path, c) -> tuple[int, int]:
 
 
 def run(*arguments: str) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of `python -m emu_jax.weights`.
+    """Run `python -m emu_jax.weights`: (seconds, peak resident bytes).
 
-    The peak is polled from the kernel until the process ends: wait4 may report the peak of this
-    process, from which the other was forked.
+    The peak is polled from the kernel until the process ends. wait4 is not used, because it may
+    report the peak of this process, from which the other one is forked.
     """
     began = time.perf_counter()
     peak = 0
@@ -93,7 +93,7 @@ def run(*arguments: str) -> tuple[float, int]:
 
 
 def different_tensors(one: Path, other: Path) -> list[str]:
-    """Names of the tensors that are not in both folders with the same bits."""
+    """Names of the tensors that differ in the two folders, or are in only one of them."""
     a = files.read([str(one)]).tensors
     b = files.read([str(other)]).tensors
     differing = sorted(a.keys() ^ b.keys())

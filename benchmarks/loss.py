@@ -1,10 +1,11 @@
-"""The fused objective against the plain one: memory, time and communication.
+"""Benchmark of the fused loss against the plain one: memory, time and communication.
 
     python -m benchmarks.loss [--json=FILE]
 
-Value and gradient at T 2048 and V 32006, float32, on this machine's CPU. Then the fused one is
-compiled for meshes of 8 fake devices, and the collectives in its loop are read from the HLO. Exits
-1 if a bound is violated. Run from the repository's root. Results: benchmarks/results/loss.md.
+Computes value and gradient at T = 2048 and V = 32006 in float32 on this machine's CPU. Then it
+compiles the fused loss for meshes of 8 fake devices, and reads the collectives in its loop from the
+HLO. The exit status is 1 if a bound is violated. Run from the repository's root. Results:
+benchmarks/results/loss.md.
 """
 
 import argparse
@@ -26,18 +27,18 @@ from jax.sharding import PartitionSpec as P
 
 from emu_jax import hlo, losses, sharding
 
-# Tokens of a row, ids of the tokenizer, added ids, and visual tokens of a row (8 images of 32).
+# Tokens per row, size of the vocabulary, added tokens, and visual tokens per row (8 images of 32).
 T = 2048
 V = 32000
 ADDED = 6
 K = 256
-# Tokens in one piece of the fused objective.
+# Tokens per chunk of the fused loss.
 CHUNK = 256
-# Width of the model -> pairs of timings.
+# Width of the model -> number of pairs of timings.
 ROUNDS = {512: 9, 2048: 5}
-# Sizes of data, fsdp and tensor.
+# Meshes: sizes of the axes data, fsdp and tensor.
 MESHES = ((1, 4, 2), (2, 2, 2), (1, 2, 4), (1, 8, 1))
-# Bounds on fused : plain in memory and in time, and on the largest difference.
+# Bounds on the ratios fused / plain of memory and time, and on the largest difference.
 BOUNDS = {"memory_ratio": 1 / 8, "time_ratio": 1.1, "difference": 1e-4}
 
 
@@ -65,7 +66,7 @@ def fused(trained, given):
 
 
 def plain(trained, given):
-    """The objective from all logits at once, in float32, with one table of V + n rows."""
+    """The loss from all logits at once, in float32, with one table of V + n rows."""
     hidden, table, regress = trained
     labels, label_weights, predictors, targets, target_weights, text_scale, image_scale = given
     logits = jnp.einsum("BTD,VD->BTV", hidden, table)
@@ -108,7 +109,7 @@ def seconds(function, arguments):
 
 
 def race(D):
-    """A row of the table: temporaries (MiB) beyond a float32 V x D gradient, and seconds."""
+    """A row of the table: memory of temporaries without one V x D gradient, and seconds."""
     trained, given = fill(shapes(1, D), D)
     arguments = {"plain": (one_table(trained), given), "fused": (trained, given)}
     buffer = (V + ADDED) * D * 4
@@ -121,7 +122,7 @@ def race(D):
         assert stats
         temporaries[name] = (stats.temp_size_in_bytes - buffer) / 2**20
 
-    # These runs also warm both up.
+    # These calls also warm up both functions.
     results = {name: c(*arguments[name]) for name, c in compiled.items()}
     value, gradient = results["fused"]
     pairs = zip(
@@ -134,7 +135,7 @@ def race(D):
 
     times = {"plain": [], "fused": []}
     for turn in range(ROUNDS[D]):
-        # They take turns to be first.
+        # The two alternate in which one comes first.
         for name in sorted(times, reverse=turn % 2 == 0):
             times[name].append(seconds(compiled[name], arguments[name]))
     ratios = np.array(times["fused"]) / np.array(times["plain"])
@@ -153,7 +154,7 @@ def race(D):
 
 
 def on_mesh(sizes, D=512):
-    """A row of the table: collectives in the compiled loop, and those not over tensor alone."""
+    """A row of the table: collectives in the compiled loop, and those over other axes too."""
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     trained, given = shapes(8, D)
     row = P(sharding.ROWS)
@@ -241,7 +242,7 @@ def race_row(found):
 
 
 def violations(meshes, races):
-    """The bounds that the rows violate, in words."""
+    """Messages for the bounds that the rows violate."""
     found = []
     for row in meshes:
         splits_tensor = row["mesh"][2] > 1
@@ -252,7 +253,7 @@ def violations(meshes, races):
             )
     for row in races:
         for name, bound in BOUNDS.items():
-            # A NaN violates a bound, too.
+            # Written with `not`, so that NaN violates a bound too.
             if not row[name] <= bound:
                 found.append(f"D {row['D']}: {name} is {row[name]:.3g}, over {bound:.3g}")
     return found

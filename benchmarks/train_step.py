@@ -1,12 +1,12 @@
-"""The complete train step, at the demo's size and at 60M parameters.
+"""Benchmark of the complete training step, at the demo's size and at 60M parameters.
 
     python -m benchmarks.train_step [--steps=30] [--json=FILE]
 
-Reports step time, elements (text and visual tokens) a second, input wait, and model FLOP/s (counted
-by models/flops.py) as a share of what this machine reaches in one large float32 matrix product.
-Asserts that nothing is compiled after step 1, and that the demo waits for input less than 2 % of
-the time. Needs the demo's data: python -m emu_jax.data build --kind=openmoji --to=data/demo. Run
-from the repository's root, on an idle machine. Results: benchmarks/results/train_step.md.
+Reports step time, elements (text and visual tokens) per second, input wait, and model FLOP/s
+(counted by models/flops.py) as a share of what this machine reaches in one large float32 matrix
+product. Checks that nothing is compiled after step 1, and that the demo waits for input less than
+2 % of the time. Needs the demo's data: python -m emu_jax.demo build --to=data/demo. Run from the
+repository's root, on an idle machine. Results: benchmarks/results/train_step.md.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from emu_jax.step import init_params, init_state, jit_train_step
 from emu_jax.throughput import Throughput
 
 MIXTURE = "(('names',0.5,'data/demo/names:train'),('scenes',0.5,'data/demo/scenes:train'))"
-# Name -> arguments of the config. Everything trains, as in pretraining.
+# Name -> arguments of the config. All parameters train, as in pretraining.
 RUNS = {
     "demo": ["--config=configs/demo.py", "--config.rules.train=(('.*',True),)"],
     "emu-60m": [
@@ -40,11 +40,12 @@ RUNS = {
         "--config.data.num_streams=4",
     ],
 }
-# Steps before the timed ones: one compiles, and the first speed is that of the third.
+# Number of steps before the timed ones: the first compiles, and the third is the first with a
+# logged speed.
 WARM_UP = 3
-# Share of the time that the demo may wait for its input.
+# Limit of the share of the time that the demo waits for its input.
 MOST_INPUT_WAIT = 0.02
-# Rows of the printed table: field, unit, and the number of units in one.
+# Rows of the printed table: (field, unit, factor from the field's value to the unit).
 TABLE = (
     ("parameters", "M", 1e-6),
     ("step_time", "ms", 1e3),
@@ -59,7 +60,7 @@ TABLE = (
 
 
 def matmul_peak(size: int = 2048) -> float:
-    """FLOP/s of a float32 product of two size x size matrices: the best of several."""
+    """FLOP/s of a float32 product of two size x size matrices, the best of several runs."""
     x = jnp.ones((size, size))
     product = jax.jit(lambda x: jnp.einsum("ij,jk->ik", x, x, precision="highest"))
     product(x).block_until_ready()
@@ -73,7 +74,7 @@ def matmul_peak(size: int = 2048) -> float:
 
 
 def measure(arguments: list[str], steps: int) -> dict[str, float]:
-    """Medians over `steps` steps of the train step as the loop runs it, on one device."""
+    """Medians over `steps` training steps, run by the loop on one device."""
     c = config.load(arguments)
     program = make_program(c)
     model_config = program.model_config

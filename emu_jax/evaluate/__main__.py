@@ -1,4 +1,4 @@
-"""python -m emu_jax.evaluate: evaluate a model on a benchmark, or score files.
+"""Evaluate a model on a benchmark, or score predictions in files.
 
 python -m emu_jax.evaluate --task=T --data=DIR --checkpoint=DIR [--shots=K] [--limit=N]
 python -m emu_jax.evaluate score --metric=NAME --predictions=FILE --references=FILE
@@ -18,7 +18,7 @@ from emu_jax.data import images
 DESCRIPTION = """\
 Evaluate a trained model on a benchmark, from its published annotation files and images.
 
-Writes submission.json, in the benchmark's own format, scores.json, and report.html with images, and
+Writes submission.json in the benchmark's own format, scores.json, and report.html with images, and
 prints the scores. A run that was stopped resumes with the same command."""
 EXAMPLES = """\
 examples (each begins with: python -m emu_jax.evaluate --checkpoint=runs/instruct):
@@ -30,9 +30,9 @@ examples (each begins with: python -m emu_jax.evaluate --checkpoint=runs/instruc
   text to image, FID         --task=coco-t2i --data=/data/coco --decoder=DIR --inception=DIR
   two machines               --task=okvqa --data=DIR --out=DIR --hosts=2 --host=0 (and --host=1)
 
-python -m emu_jax.evaluate score --help: scores of predictions in files, without a model.
+To score predictions in files, without a model: python -m emu_jax.evaluate score --help
 
-tasks, each with its default split and the files that it reads, at any depth in --data:
+tasks, each with its default split and the files that it reads, which may be at any depth in --data:
 
 """
 SCORE_DESCRIPTION = "Score predictions in files, and print the numbers as JSON."
@@ -59,8 +59,8 @@ def _command(arguments: list[str]) -> None:
 
 
 def _evaluate(flags: argparse.Namespace) -> None:
-    """Print the scores of a benchmark and the page's path, or what other hosts have yet to do."""
-    # imported here, for they take seconds, and a wrong flag should fail at once
+    """Evaluate on a benchmark; print the scores, or how much other hosts have yet to do."""
+    # These imports take seconds, so they come after wrong flags are reported.
     import jax
 
     from emu_jax import checkpoint
@@ -113,12 +113,15 @@ def _evaluate(flags: argparse.Namespace) -> None:
             hosts=hosts,
         )
     except KeyboardInterrupt:
-        print(f"the same command resumes with the predictions in {out}", file=sys.stderr)
+        print(
+            f"the predictions so far are in {out}; the same command resumes after them",
+            file=sys.stderr,
+        )
         raise
     if outcome.waiting:
         print(
-            f"{outcome.waiting} of {outcome.total} predictions are left to other hosts; once they "
-            f"are in {out}, the same command scores them"
+            f"{outcome.waiting} of {outcome.total} predictions are still to be made by other "
+            f"hosts; once they are in {out}, the same command scores them"
         )
         return
     for name, value in outcome.results.items():
@@ -128,7 +131,7 @@ def _evaluate(flags: argparse.Namespace) -> None:
 
 
 def _score(arguments: list[str]) -> None:
-    """Print the numbers of predictions in files as JSON."""
+    """Score predictions in files, and print the numbers as JSON."""
     from emu_jax.evaluate import score_files
 
     parser = cli.Parser(
@@ -139,10 +142,17 @@ def _score(arguments: list[str]) -> None:
     )
     parser.add_argument("--metric", required=True, choices=list(score_files.METRICS))
     parser.add_argument(
-        "--predictions", required=True, metavar="FILE", help="clip_score: or a folder"
+        "--predictions",
+        required=True,
+        metavar="FILE",
+        help="predictions, in a layout below (clip_score also takes a folder)",
     )
     parser.add_argument(
-        "--references", required=True, nargs="+", metavar="FILE", help="visdial takes two"
+        "--references",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="references, in a layout below (visdial and wups take two files)",
     )
     parser.add_argument(
         "--wordnet",
@@ -223,23 +233,27 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=0,
         metavar="K",
-        help="few-shot examples before the question, those with the nearest images (RICES; "
-        "default: 0)",
+        help="number of few-shot examples before the question, chosen for their similar images "
+        "(RICES; default: 0)",
     )
     model.add_argument(
         "--text-only",
         action="store_true",
-        help="show these examples without their images, the same ones before all questions",
+        help="show few-shot examples without images, the same ones before all questions",
     )
     model.add_argument(
-        "--beams", type=_positive, default=0, metavar="N", help="number of beams (default: 5)"
+        "--beams",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="number of beams (default: the task's, 5)",
     )
     model.add_argument(
         "--batch",
         type=_positive,
         default=32,
         metavar="N",
-        help="questions at once; does not change the answers (default: 32)",
+        help="number of questions in a batch, which does not change the answers (default: 32)",
     )
     model.add_argument("--ema", action="store_true", help="use the moving average of the weights")
     model.add_argument(
@@ -248,7 +262,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="tokenizer, if it is not where the checkpoint's config says",
     )
     model.add_argument(
-        "--decoder", metavar="DIR", help="coco-t2i: a run of the stage decoder, for the images"
+        "--decoder",
+        metavar="DIR",
+        help="coco-t2i: run of the stage decoder, which draws the images",
     )
 
 
@@ -269,8 +285,8 @@ def _add_metric_flags(parser: argparse.ArgumentParser) -> None:
     metrics.add_argument(
         "--clip",
         metavar="DIR",
-        help="coco-t2i: CLIP score too, by a CLIP from `python -m emu_jax.weights import "
-        "--family=clip`",
+        help="coco-t2i: also compute the CLIP score, with a CLIP from `python -m emu_jax.weights "
+        "import --family=clip`",
     )
 
 
@@ -288,7 +304,7 @@ def _add_host_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _task_table() -> str:
-    """One row per task with its default split, and below it the files that it reads."""
+    """Two lines per task: its description, and its default split with the files it reads."""
     from emu_jax.evaluate.tasks import TASKS
 
     lines = []
@@ -301,7 +317,7 @@ def _task_table() -> str:
 
 
 def _positive(text: str) -> int:
-    """A positive integer."""
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)

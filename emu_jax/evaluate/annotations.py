@@ -1,7 +1,7 @@
 """Readers of the benchmarks' annotation files, and writers of their submission formats.
 
-A reader takes the paths of files as their authors publish them and returns examples in the file's
-order. A file of another benchmark, or with a field missing, is a UserError. Read next: prompts.py,
+A reader takes paths of files as their authors publish them, and returns the examples in file order.
+It raises UserError for a file of another benchmark, or with missing fields. Read next: prompts.py,
 score.py.
 """
 
@@ -20,23 +20,24 @@ from emu_jax.config import UserError
 class Example(NamedTuple):
     """A question, or an image to describe, with its references."""
 
-    # Unique within the benchmark; predictions are keyed by it.
+    # Unique within the benchmark.
     id: str
-    # File name of the image or video, as the benchmark ships it.
+    # Name of the image or video file, as the benchmark publishes it.
     media: str
     question: str = ""
-    # True answers or captions; none in a test split whose answers are withheld.
+    # True answers or captions; empty for a test split whose answers are withheld.
     references: tuple[str, ...] = ()
     # The benchmark's own category of the question.
     question_type: str = ""
-    # VisDial: the candidate answers, the index of the true one, earlier questions and answers.
+    # VisDial: the candidate answers, and the index of the true one.
     candidates: tuple[str, ...] = ()
     true_candidate: int | None = None
+    # VisDial: earlier questions with their answers.
     history: tuple[tuple[str, str], ...] = ()
 
 
 def read_json(path: str | Path) -> Any:
-    """Parse a JSON file. Raises UserError if that is impossible."""
+    """Parse a JSON file. Raises UserError if it cannot be read or parsed."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -47,15 +48,16 @@ def read_json(path: str | Path) -> Any:
         raise UserError(
             f"{path}: malformed JSON, line {error.lineno} column {error.colno}: {error.msg}"
         ) from error
-    # Values nested a thousand deep, or a number of five thousand digits.
+    # For example values nested a thousand deep, or a number with thousands of digits.
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: unreadable JSON ({str(error).splitlines()[0]})") from error
 
 
 def rows(path: str, data: Any, what: str, key: str | None = None) -> list[dict]:
-    """Rows of a parsed file: the list in its field `key`, or without a key the file itself.
+    """The rows of a parsed file: the list in its field `key`, or without a key, the file.
 
-    Raises UserError, which says that the file is not `what`, unless it is a list of objects.
+    Raises UserError unless the rows are a list of objects. what: what the file should be, for the
+    message.
     """
     if key is None:
         found = data
@@ -97,9 +99,9 @@ def karpathy(path: str, dataset: str, split: str = "test") -> list[Example]:
 
 
 def nocaps(path: str) -> list[Example]:
-    """NoCaps' nocaps_val_4500_captions.json; the question type is its domain.
+    """NoCaps' nocaps_val_4500_captions.json; the question type is the image's domain.
 
-    The test split has no annotations.
+    The annotations of the test split are not published.
     """
     what = "NoCaps' image info and captions"
     data = read_json(path)
@@ -122,9 +124,9 @@ def nocaps(path: str) -> list[Example]:
 
 
 def coco_prompts(path: str, count: int = 30_000) -> list[Example]:
-    """Text-to-image prompts: `count` captions of COCO's captions_val2014.json.
+    """Text-to-image prompts: `count` random captions from COCO's captions_val2014.json.
 
-    Always the same captions, in random order.
+    They are the same captions in the same order every time.
     """
     what = "COCO's captions"
     data = read_json(path)
@@ -149,9 +151,10 @@ def vqav2(questions: str, annotations: str | None = None) -> list[Example]:
 
 
 def okvqa(questions: str, annotations: str | None = None) -> list[Example]:
-    """OK-VQA's questions and annotations.
+    """OK-VQA's questions file, with the answers of its annotations file if there is one.
 
-    In VQA's layout, with a raw_answer next to each stemmed answer; the stemmed one counts.
+    The layout is VQA's, with a raw_answer next to each stemmed answer. References are the stemmed
+    answers, as in the official evaluation.
     """
     return _vqa(questions, annotations, "OK-VQA", raw=True)
 
@@ -174,7 +177,7 @@ def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) 
             )
     examples = []
     with _fields_of(questions, what):
-        # test-dev2015 is a part of test2015.
+        # The images of test-dev2015 are named as part of test2015.
         split = data["data_subtype"].replace("-dev", "")
         for row in question_rows:
             annotation = answers.get(row["question_id"], {})
@@ -191,7 +194,7 @@ def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) 
 
 
 def _vqa_answers(path: str, benchmark: str, *, raw: bool) -> dict[Any, dict]:
-    """Annotations by question_id. raw: whether the benchmark's answers have a raw_answer."""
+    """Annotations by question_id. raw: whether this benchmark's answers have a raw_answer."""
     what = f"{benchmark}'s annotations"
     by_question = {}
     with _fields_of(path, what):
@@ -204,7 +207,7 @@ def _vqa_answers(path: str, benchmark: str, *, raw: bool) -> dict[Any, dict]:
 
 
 def vizwiz(path: str) -> list[Example]:
-    """VizWiz-VQA's train.json, val.json or test.json; an example's id is its image's name."""
+    """VizWiz-VQA's train.json, val.json or test.json; ids are the names of the images."""
     what = "VizWiz-VQA's annotations"
     examples = []
     with _fields_of(path, what):
@@ -219,7 +222,7 @@ def vizwiz(path: str) -> list[Example]:
 def mmvet(path: str) -> list[Example]:
     """MM-Vet's mm-vet.json.
 
-    References are for its judge: parts separated by <AND> and <OR>.
+    References are meant for its judge: they have parts separated by <AND> and <OR>.
     """
     what = "MM-Vet's questions"
     data = read_json(path)
@@ -235,9 +238,9 @@ def mmvet(path: str) -> list[Example]:
 
 
 def visdial(path: str) -> list[Example]:
-    """VisDial 1.0's dialogs, an example per round with the id "IMAGE_ID/ROUND", from round 1.
+    """VisDial 1.0's dialogs: one example per round, with the id "IMAGE_ID/ROUND".
 
-    A dialog of the test split gives only its last round.
+    Rounds count from 1. In the test split, only the last round of a dialog is an example.
     """
     what = "VisDial 1.0's dialogs"
     data = read_json(path)
@@ -252,7 +255,7 @@ def visdial(path: str) -> list[Example]:
 
 
 def _visdial_rounds(dialog: dict, image: str, texts: dict) -> list[Example]:
-    """Rounds of a dialog that have candidates. texts: the file's questions and answers."""
+    """The rounds of a dialog that have candidates. texts: the file's questions and answers."""
     examples = []
     history: list[tuple[str, str]] = []
     for number, turn in enumerate(dialog["dialog"], 1):
@@ -288,7 +291,7 @@ def _visdial_rounds(dialog: dict, image: str, texts: dict) -> list[Example]:
 
 
 def video_qa(path: str, benchmark: str) -> list[Example]:
-    """MSVD-QA ("msvd") or MSRVTT-QA ("msrvtt"), whose rows also have a category."""
+    """MSVD-QA's or MSRVTT-QA's questions; benchmark: "msvd" or "msrvtt"."""
     what = {"msvd": "MSVD-QA's", "msrvtt": "MSRVTT-QA's"}[benchmark] + " questions"
     name = {"msvd": "vid{}.avi", "msrvtt": "video{}.mp4"}[benchmark]
     question_rows = rows(path, read_json(path), what)
@@ -306,7 +309,7 @@ def video_qa(path: str, benchmark: str) -> list[Example]:
 def nextqa(path: str, more: str | None = None) -> list[Example]:
     """NExT-QA's open-ended val.csv or test.csv; ids are "VIDEO/QID".
 
-    more: its add_reference_answer_*.json, with a second answer to some questions.
+    more: add_reference_answer_*.json of the benchmark, which has second answers to some questions.
     """
     what = "NExT-QA's open-ended questions (a .csv with video, qid, question, answer and type)"
     question_rows = _csv_rows(path, what)
@@ -339,7 +342,7 @@ def _csv_rows(path: str, what: str) -> list[dict]:
     return found
 
 
-# Submissions: predictions by example id, in the format that each benchmark's server takes
+# Submissions: predictions by example id, converted to the format of each benchmark's server
 
 
 def caption_results(captions: Mapping[str, str]) -> list[dict]:
@@ -358,7 +361,7 @@ def vizwiz_results(answers: Mapping[str, str]) -> list[dict]:
 
 
 def visdial_results(ranks: Mapping[str, Sequence[int]]) -> list[dict]:
-    """Results of VisDial; `ranks[id][k]` is the rank, from 1, of candidate k."""
+    """Results of VisDial; `ranks[id][k]` is the rank of candidate k, from 1."""
     results = []
     for id, round_ranks in ranks.items():
         image, number = map(int, id.split("/")[:2])
@@ -382,7 +385,7 @@ def nextqa_results(answers: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 
 def mmvet_results(answers: Mapping[str, str]) -> dict[str, str]:
-    """What MM-Vet's judge reads."""
+    """Answers in the format that MM-Vet's judge reads."""
     return dict(answers)
 
 

@@ -1,8 +1,8 @@
-"""A benchmark from its published files to its scores.
+"""Run a benchmark, from its published files to its scores.
 
-Predictions are appended to a file, so a stopped run resumes with the same command, and several
-hosts can share the examples. When all are there, they are scored, and submission.json, scores.json
-and report.html are written. Read next: plan.py, predict.py, score.py.
+Predictions are appended to a file, so that a stopped run can resume and several hosts can share the
+examples. Once all predictions exist, they are scored, and submission.json, scores.json and
+report.html are written. Read next: plan.py, predict.py, score.py.
 """
 
 import json
@@ -37,13 +37,14 @@ SCORERS = {
 
 
 class Resources(NamedTuple):
-    """Folders that some metrics need besides predictions and references."""
+    """Folders that some metrics need in addition to predictions and references."""
 
-    # WUPS.
+    # For WUPS.
     wordnet: str | None = None
     tagger: str | None = None
-    # FID and CLIP score.
+    # For FID.
     inception: str | None = None
+    # For the CLIP score.
     clip: str | None = None
 
 
@@ -53,10 +54,11 @@ NO_RESOURCES = Resources()
 class Outcome(NamedTuple):
     """Result of a run."""
 
-    # What scores.json contains; empty while predictions are missing.
+    # Contents of scores.json; empty while predictions are missing.
     results: dict[str, Any]
-    # Predictions that other hosts have yet to make, of how many.
+    # Number of predictions that other hosts have yet to make.
     waiting: int
+    # Number of all predictions.
     total: int
 
 
@@ -71,10 +73,11 @@ def run(
     host: int = 0,
     hosts: int = 1,
 ) -> Outcome:
-    """Make the predictions that are missing in the folder `out`; score them if all are there.
+    """Make the missing predictions of this host in the folder `out`; score if all exist.
 
-    limit: number of examples, from the first on. host, hosts: which share of the examples to
-    predict. The model is loaded only if there is something to predict. Raises UserError.
+    limit: use only so many examples, from the first. allow_missing: leave out examples whose image
+    is missing. host, hosts: the share of the examples to predict. `load_session` is called only if
+    there is something to predict. Raises UserError for missing or wrong files.
     """
     check_resources(settings, resources)
     plan = plan_benchmark(settings, limit=limit, allow_missing=allow_missing)
@@ -103,9 +106,9 @@ def run(
 def evaluate_session(
     session: Session, settings: BenchmarkSettings, *, limit: int
 ) -> dict[str, float]:
-    """Scores of a benchmark's first `limit` examples, for evaluation during training.
+    """Score a benchmark's first `limit` examples, for evaluations during training.
 
-    Writes nothing, and leaves out counts.
+    Writes no files. The result has only scores, not counts.
     """
     plan = plan_benchmark(settings, limit=limit)
     predictor = Predictor(session, settings, plan)
@@ -118,7 +121,7 @@ def evaluate_session(
 
 
 def check_resources(settings: BenchmarkSettings, resources: Resources) -> None:
-    """Raise UserError for what the task's metric needs and does not have."""
+    """Raise UserError if something that the task's metric needs is missing or wrong."""
     task = TASKS[settings.task]
     if task.metric == "wups":
         if not resources.wordnet:
@@ -141,9 +144,9 @@ def score_predictions(
     resources: Resources = NO_RESOURCES,
     out: Path = Path(),
 ) -> Scores:
-    """Scores of all predictions, and only their number where references are withheld.
+    """Scores of all predictions; only their number if references are withheld.
 
-    out: folder of generated images.
+    out: the folder with generated images.
     """
     task = TASKS[settings.task]
     if task.metric == "fid":
@@ -177,7 +180,7 @@ def score_predictions(
 def _visdial_scores(
     settings: BenchmarkSettings, examples: Sequence[Example], ranks: Mapping[str, Sequence[int]]
 ) -> Scores:
-    """Rank metrics and, if the file of graded relevance is there, NDCG."""
+    """Rank metrics, and NDCG if the file of graded relevance exists."""
     task = TASKS[settings.task]
     path = Folder(settings.data).find(task.relevance_file.format(split=settings.split))
     relevance = {}
@@ -214,7 +217,7 @@ def _results(
         if fewer:
             print(
                 f"{fewer} of {len(predictions)} prompts had room for fewer than "
-                f"{settings.shots} examples"
+                f"{settings.shots} few-shot examples"
             )
     if TASKS[settings.task].metric == "wups":
         results["lemmatised"] = bool(resources.tagger)

@@ -1,6 +1,6 @@
-"""The page of a benchmark: its scores, and examples with their images and predictions.
+"""The HTML page of a benchmark: its scores, and examples with images and predictions.
 
-It stands alone and has no script. Read next: ../html.py.
+The page is one file without scripts. Read next: ../html.py.
 """
 
 import json
@@ -21,9 +21,9 @@ from emu_jax.evaluate.text_to_image import read_image
 from emu_jax.generate import media
 from emu_jax.html import escape
 
-# Number of worst and of first examples on the page.
+# The page shows this many of the worst examples, and as many of the first.
 SHOWN = 24
-# Pixels of an image's longer side.
+# Longer side of an image on the page, in pixels.
 SIDE = 160
 
 
@@ -45,9 +45,9 @@ def benchmark_page(
     results: dict[str, Any],
     out: Path,
 ) -> str:
-    """HTML page of a run in the folder `out`.
+    """The HTML page of a run in the folder `out`.
 
-    each: scores of single examples by id. results: the contents of scores.json.
+    each: scores of single examples, by id. results: the contents of scores.json.
     """
     task = TASKS[settings.task]
 
@@ -69,7 +69,7 @@ def benchmark_page(
 
 
 def page(title: str, results: dict[str, Any], worst: Sequence[Item], first: Sequence[Item]) -> str:
-    """HTML page of a table of results, the worst examples and the first ones."""
+    """An HTML page with a table of results, the worst examples and the first ones."""
     rows = []
     for name, value in results.items():
         cell = f'<td class="number">{escape(_format(value))}</td>'

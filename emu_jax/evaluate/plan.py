@@ -1,6 +1,6 @@
-"""Plan of a benchmark run: its settings, examples, media files and few-shot pool.
+"""The plan of a benchmark run: its settings, examples, media files and few-shot pool.
 
-Nothing is computed here, so mistakes are found before a model is loaded. Read next: predict.py.
+Planning needs no model, so mistakes are found before one is loaded. Read next: predict.py.
 """
 
 from collections.abc import Iterable
@@ -19,20 +19,21 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """Everything that predictions depend on: a run resumes only with equal settings."""
+    """Everything that predictions depend on; a run resumes only with the same settings."""
 
     task: str
     checkpoint: str
     step: int
     data: str
     split: str
-    # Few-shot examples before the question.
+    # Number of few-shot examples before the question.
     shots: int = 0
-    # Show these without their images, the same ones before all questions (as in the paper's
-    # "zero-shot", which has two).
+    # Show few-shot examples without images, the same ones before all questions. The paper's
+    # "zero-shot" has two of them.
     text_only: bool = False
-    # Number of beams; 0: the task's own.
+    # Number of beams; 0: that of the task.
     beams: int = 0
+    # Use the moving average of the weights.
     ema: bool = False
     # Run of the stage decoder, for text to image.
     decoder: str = ""
@@ -41,13 +42,13 @@ class BenchmarkSettings:
 class BenchmarkPlan(NamedTuple):
     """Examples to predict, and the files they need."""
 
-    # Without those whose image is missing.
+    # The examples whose images exist.
     examples: list[Example]
-    # Files of the examples' and the pool's images and videos, by Example.media.
+    # Example.media -> file, for the images and videos of the examples and of the pool.
     paths: dict[str, Path]
-    # Example.media of images and videos that are missing.
+    # Example.media of missing images and videos.
     missing: list[str]
-    # What few-shot examples are chosen from.
+    # The examples from which few-shot examples are chosen.
     pool: list[Example]
 
 
@@ -56,8 +57,8 @@ def plan_benchmark(
 ) -> BenchmarkPlan:
     """Plan the first `limit` examples of a benchmark.
 
-    allow_missing: leave out examples without their image. Raises UserError for missing files, and
-    for missing images if they are not allowed.
+    allow_missing: leave out examples whose image is missing. Raises UserError for missing
+    annotation files, and for missing images unless they are allowed.
     """
     task = TASKS[settings.task]
     folder = Folder(settings.data)
@@ -65,7 +66,7 @@ def plan_benchmark(
     paths = _media_paths(folder, examples)
     count = len({example.media for example in examples})
     missing: list[str] = []
-    # Text to image shows the model no image.
+    # In text to image, the model does not read the images.
     if task.kind != "image":
         absent = (example.media for example in examples if example.media not in paths)
         missing = list(dict.fromkeys(absent))
@@ -78,8 +79,8 @@ def plan_benchmark(
         )
     if not examples:
         raise UserError(
-            f"{settings.data}: all images are missing; they may lie at any depth, under the names "
-            f"of the annotations, such as {missing[0]}"
+            f"{settings.data}: all images are missing; they may be at any depth, with the names "
+            f"that the annotations give, such as {missing[0]}"
         )
     pool: list[Example] = []
     if settings.shots:
@@ -101,7 +102,7 @@ def _media_paths(folder: Folder, examples: Iterable[Example]) -> dict[str, Path]
 
 
 def _few_shot_pool(settings: BenchmarkSettings, folder: Folder) -> list[Example]:
-    """Examples with answers of the split that few-shot examples come from."""
+    """Examples with answers, from the split for few-shot examples."""
     task = TASKS[settings.task]
     if not task.shots_split:
         raise UserError(
@@ -112,7 +113,7 @@ def _few_shot_pool(settings: BenchmarkSettings, folder: Folder) -> list[Example]
 
 
 def _check_pool(settings: BenchmarkSettings, pool: list[Example]) -> None:
-    """Raise UserError for a pool that is too small."""
+    """Raise UserError if the pool has fewer examples, or images, than settings.shots."""
     if settings.text_only:
         count = len(pool)
         what = "examples"
@@ -139,7 +140,7 @@ def check_same_settings(settings: BenchmarkSettings, out: Path) -> None:
 
 
 def default_folder(settings: BenchmarkSettings) -> Path:
-    """Folder of a run's predictions, in the workdir of the checkpoint."""
+    """The folder for predictions if the user gives none, in the workdir of the checkpoint."""
     workdir, _ = checkpoint.split_step(Path(settings.checkpoint).resolve())
     shots = ""
     if settings.shots:

@@ -1,4 +1,4 @@
-"""Predictions of a benchmark's examples, and the resumable file that holds them.
+"""Predict the examples of a benchmark, and store the predictions in a resumable file.
 
 Read next: retrieval.py, text_to_image.py.
 """
@@ -25,9 +25,9 @@ from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.processor import Prompt
 from emu_jax.generate.session import Session
 
-# Images and videos kept in memory, because many questions share one.
+# Number of images and videos to keep in memory, because many questions share one.
 CACHED_MEDIA = 64
-# Seed of the examples that --text-only draws.
+# Random seed of the few-shot examples for --text-only.
 FIXED_SHOTS_SEED = 1
 
 
@@ -35,9 +35,9 @@ class Prediction(NamedTuple):
     """What a model predicts for an example."""
 
     id: str
-    # As generated.
+    # The text as generated.
     text: str
-    # What is submitted: the cleaned text, VisDial's rank of each candidate, or an image's path.
+    # What is submitted: the cleaned text, the rank of each candidate (VisDial), or an image's path.
     value: Any
     # Number of few-shot examples in the prompt.
     shots: int
@@ -57,7 +57,7 @@ class Predictor:
         plan: BenchmarkPlan,
         index_file: Path | None = None,
     ):
-        """index_file: where the features of few-shot examples are saved; needed to choose them."""
+        """index_file: file for the features of few-shot examples; needed if they have images."""
         self.session = session
         self.settings = settings
         self.plan = plan
@@ -81,7 +81,7 @@ class Predictor:
             )
 
     def predict(self, examples: Sequence[Example]) -> list[Prediction]:
-        """Predict some examples at once."""
+        """Predict a batch of examples."""
         if self.task.kind == "dialog":
             return [self._rank_candidates(example) for example in examples]
         fitted = []
@@ -97,7 +97,7 @@ class Predictor:
         return predictions
 
     def choose_shots(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Few-shot examples for each question, the nearest last."""
+        """The few-shot examples for each question, with the most similar image last."""
         if self.index is None:
             return [self.fixed_shots] * len(examples)
         frames = (self.frames(example.media) for example in examples)
@@ -105,14 +105,14 @@ class Predictor:
         chosen = []
         for example, feature in zip(examples, features, strict=True):
             names = self.index.nearest(feature, self.settings.shots, exclude=example.media)
-            # Of several questions about a near image, always the same one.
+            # If an image has several questions, always choose the same one for this example.
             number = zlib.crc32(example.id.encode())
             candidates = [self.pool[name] for name in names]
             chosen.append([shots[number % len(shots)] for shots in candidates])
         return chosen
 
     def fit_prompt(self, example: Example, shots: list[Example]) -> tuple[Prompt, int]:
-        """Prompt with as many of the nearest `shots` as the context holds, and their number."""
+        """The prompt with as many of the last `shots` as the context has room for; their number."""
         room = self.session.context - self.generation.max_new_tokens
         while True:
             prompt = self.prompt(self.task.kind, example, shots)
@@ -121,7 +121,7 @@ class Predictor:
             shots = shots[1:]
 
     def prompt(self, kind: str, example: Example, shots: list[Example]) -> Prompt:
-        """Prompt of a kind of prompts.CHAT for one example."""
+        """The prompt of an example; kind: a key of prompts.CHAT."""
         with_images = not self.settings.text_only
         turns = []
         for shot in shots:
@@ -137,7 +137,7 @@ class Predictor:
         return self.session.processor.frames(self.plan.paths[media])
 
     def _mark_unanswerable(self, examples: Sequence[Example], values: list[str]) -> list[str]:
-        """Replace answers with "unanswerable" if the model says that the answer is not known."""
+        """Replace answers by "unanswerable" if the model says that the answer is not known."""
         known = self.session.generate_texts(
             [self.prompt("known", example, []) for example in examples],
             GenerationConfig(max_new_tokens=self.generation.max_new_tokens),
@@ -150,7 +150,7 @@ class Predictor:
         ]
 
     def _rank_candidates(self, example: Example) -> Prediction:
-        """Rank a dialog's candidates by their loss."""
+        """Rank the candidate answers of a dialog by their loss."""
         text = prompts.dialog_prompt(example.history, example.question, chat=self.chat)
         prompt = self.session.processor.template(text, [self.frames(example.media)])
         losses = self.session.losses(prompt, example.candidates)
@@ -161,10 +161,7 @@ class Predictor:
 
 
 def shot_answer(example: Example, kind: str) -> str:
-    """Answer that a few-shot example shows.
-
-    Its first caption, or the answer that most annotators gave.
-    """
+    """The answer of a few-shot example: its first caption, or the most frequent answer."""
     if kind == "caption":
         return example.references[0].strip().removesuffix(".").lower()
     return Counter(example.references).most_common(1)[0][0]
@@ -180,9 +177,9 @@ def predict_to_file(
     total: int,
     host: int,
 ) -> Iterator[Prediction]:
-    """Predict examples and append the predictions to this host's file, batch by batch.
+    """Predict examples in batches, and append the predictions to this host's file.
 
-    total: number of this host's examples, with those predicted before.
+    total: number of this host's examples, including those that are predicted already.
     """
     with cli.output_file(out / SETTINGS_FILE) as file:
         file.write(json.dumps(asdict(settings), indent=1) + "\n")
@@ -201,9 +198,10 @@ def predict_to_file(
 
 
 def read_predictions(out: Path) -> dict[str, Prediction]:
-    """Predictions of all hosts in the folder `out`, by example id.
+    """The predictions of all hosts in the folder `out`, by example id.
 
-    Skips the last line of a file if a killed run left it incomplete.
+    Ignores an incomplete last line of a file, which a killed run leaves. Raises UserError for
+    another malformed line.
     """
     predictions: dict[str, Prediction] = {}
     for path in sorted(out.glob("predictions-*.jsonl")):
@@ -214,7 +212,8 @@ def read_predictions(out: Path) -> dict[str, Prediction]:
                 prediction = _from_line(line)
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(
-                    f"{path}: line {number} is not a prediction; remove it, and it is made again"
+                    f"{path}: line {number} is not a prediction; remove it, and run the command "
+                    "again"
                 ) from error
             predictions[prediction.id] = prediction
     return predictions

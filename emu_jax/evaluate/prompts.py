@@ -1,6 +1,6 @@
-"""Prompts of the benchmarks, as in the release's own evaluation, and clean-up of answers.
+"""Prompts of the benchmarks, as in the release's own evaluation, and cleaning of answers.
 
-`{image}` stands for an image's visual tokens, or for those of a video's frames. Read next:
+In a prompt, `{image}` stands for the visual tokens of an image or of a video's frames. Read next:
 tasks.py.
 """
 
@@ -22,11 +22,11 @@ ANSWER_INSTRUCTION = (
     "based on the content of the image and common sense, please provide an accurate answer "
     "consisting of only one word or phrase."
 )
-# Choices after a prompt of kind "known"; the second makes the answer "unanswerable".
+# The choices after a prompt of kind "known"; after the second, the answer is "unanswerable".
 KNOWN_CHOICES = ("yes.", "no.")
 
-# Turns up to where the answer begins, in the release's words for the chat model. "known" is
-# VizWiz's first question; "free" is for MM-Vet's answers of any length.
+# The turn up to where the answer begins, in the release's words for the chat model. VizWiz asks
+# "known" first; "free" is for MM-Vet, whose answers may have any length.
 CHAT = {
     "caption": f" [USER]: {IMAGE}{CAPTION_INSTRUCTION}",
     "answer": f" [USER]: {IMAGE} {ANSWER_INSTRUCTION} {QUESTION} [ASSISTANT]: the answer is:",
@@ -35,7 +35,7 @@ CHAT = {
     ),
     "free": f" [USER]: {IMAGE}{QUESTION} [ASSISTANT]:",
 }
-# The same for a model without chat tokens: unpublished, so the usual words.
+# The same for a model without chat tokens. Its prompts are unpublished; these are common ones.
 PLAIN = {
     "caption": f"{IMAGE}a picture of",
     "answer": f"{IMAGE}Question: {QUESTION} Short answer:",
@@ -60,9 +60,9 @@ def question_prompt(
     chat: bool = True,
     video: bool = False,
 ) -> str:
-    """Prompt for one question.
+    """The prompt of one question.
 
-    Contains {image} once for every shot with an image and once for the question's image or video.
+    It contains {image} once for each shot with an image, and once for the question.
 
     Args:
         kind: A key of CHAT.
@@ -85,9 +85,9 @@ def question_prompt(
 
 
 def dialog_prompt(history: Sequence[tuple[str, str]], question: str, *, chat: bool = True) -> str:
-    """VisDial's prompt, after which each candidate is scored.
+    """VisDial's prompt; each candidate is scored as its continuation.
 
-    history: earlier questions and their answers.
+    history: earlier questions with their answers.
     """
     if chat:
         prompt = f"{IMAGE_SYSTEM} [USER]: {IMAGE}</s>"
@@ -110,7 +110,7 @@ def clean_caption(text: str) -> str:
 def clean_answer(text: str) -> str:
     """Lower-case `text` and cut it at the first newline, end of sentence, quote or comma.
 
-    A leading "it is" or article goes too.
+    Also removes a leading "it is" and a leading article.
     """
     text = _cut(text, ("\n", ". ", '"', ", ")).lower().removesuffix(".")
     for start in ("it is ", "it's ", "a ", "an ", "the "):
@@ -125,6 +125,6 @@ def _cut(text: str, ends: Sequence[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """A benchmark's text without the marks that would be read as special tokens or images."""
+    """Remove the brackets of marks that would be read as special tokens or images."""
     marks = re.compile(r"\[(/?IMG|USER|ASSISTANT)\]|\{(image|question)\}|<(/s)>")
     return marks.sub(lambda match: next(filter(None, match.groups())), text)

@@ -1,8 +1,8 @@
-"""RICES (arXiv 2206.08916): few-shot examples whose images are nearest to the question's.
+"""RICES (arXiv 2206.08916): few-shot examples with images similar to that of the question.
 
-The feature of an image is the mean over its patches of the encoder's output as the LLM reads it,
-with norm 1; that of a video is the mean over its frames. The features of all examples are computed
-once and saved. Read next: predict.py.
+The feature of an image is the mean over its patches of the encoder's output (after ln_visual),
+scaled to norm 1; that of a video is the mean over its frames. The features of all examples are
+computed once and saved. Read next: predict.py.
 """
 
 import zipfile
@@ -30,13 +30,13 @@ Frames = Sequence[UInt8[np.ndarray, "h w 3"]]
 
 
 class Index(NamedTuple):
-    """Features of images or videos, a row per name."""
+    """Features of images or videos, one row per name."""
 
     names: list[str]
     features: Float[np.ndarray, "n E"]
 
     def nearest(self, feature: Float[np.ndarray, "E"], count: int, exclude: str) -> list[str]:
-        """Names of the `count` nearest, the nearest last, without `exclude`."""
+        """The names of the `count` nearest except `exclude`, in order, with the nearest last."""
         order = np.argsort(-(self.features @ feature), kind="stable")[: count + 1]
         names = [self.names[row] for row in order]
         return [name for name in names if name != exclude][:count][::-1]
@@ -45,7 +45,8 @@ class Index(NamedTuple):
 def compute_features(session: Session, items: Iterable[Frames]) -> Float[np.ndarray, "n E"]:
     """Features of images (one frame each) or videos.
 
-    All compiled calls have one shape: `session.batch` frames, rounded up to whole shards.
+    Frames are encoded in batches of one shape, `session.batch` rounded up to a multiple of the
+    shards, so that the encoder is compiled once.
     """
     rows = -(-session.batch // session.shards) * session.shards
     sums: list[np.ndarray] = []
@@ -85,8 +86,8 @@ def load_or_build_index(
 ) -> Index:
     """Load the index in the file `path`, or build and save it.
 
-    It is built again for a different model or different names. Raises UserError if the file is not
-    an index.
+    An index of another model or other names is replaced. Raises UserError if the file is not an
+    index.
     """
     names = list(names)
     if path.exists():
@@ -96,7 +97,7 @@ def load_or_build_index(
                     return Index(names, file["features"])
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(
-                f"{path}: not an index of examples; remove it, and it is built again"
+                f"{path}: not an index of examples; remove it and run the command again"
             ) from error
     progress = tqdm(names, "examples", unit=" images", disable=None)
     features = compute_features(session, (load_frames(name) for name in progress))

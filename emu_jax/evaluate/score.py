@@ -1,6 +1,6 @@
-"""Scores of predictions against references, both by example id.
+"""Score predictions against references, both by example id.
 
-Each function returns the numbers of its benchmark's official script and the score of each example.
+Each function returns the numbers of its benchmark's official script, and a score for each example.
 Read next: score_files.py, metrics/.
 """
 
@@ -18,10 +18,10 @@ CAPTION_METRICS = ("cider", "bleu", "rouge")
 
 
 class Scores(NamedTuple):
-    """Numbers of all examples by name, and the score of each example by its id."""
+    """Numbers over all examples by name, and the score of each example by id."""
 
     numbers: dict[str, Any]
-    # More is better.
+    # Higher is better.
     each: dict[str, float]
 
 
@@ -66,9 +66,10 @@ def wups_scores(
     references: Mapping[str, Sequence[str]],
     types: Mapping[str, str],
 ) -> Scores:
-    """WUPS in percent at both thresholds, and by type of question.
+    """WUPS in percent at both thresholds, for all questions and by type.
 
-    types: NExT-QA's types by id, or {}. Exact matches count for DB and DC; TP counts as TN.
+    types: NExT-QA's question types by id, or {}. Questions of the types DB and DC are scored by
+    exact match; the type TP is counted as TN.
     """
     types = {id: "TN" if type == "TP" else type for id, type in types.items()}
     numbers: dict[str, Any] = {"count": len(references)}
@@ -92,9 +93,9 @@ def lemmatize_answers(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Predictions and references as lemmas without stop words, as NExT-QA's script has them.
+    """Reduce predictions and references to lemmas without stop words, like NExT-QA's script.
 
-    tagger_dir: folder of NLTK's tagger.
+    tagger_dir: the folder of NLTK's tagger.
     """
     lemmatize = cache(partial(lemmas.lemmatize, wordnet, lemmas.Tagger(tagger_dir)))
     predicted = {id: lemmatize(text) for id, text in predictions.items()}
@@ -106,10 +107,11 @@ def rank_scores(
     relevance: Mapping[str, Sequence[float]],
     true: Mapping[str, int],
 ) -> Scores:
-    """VisDial's scores of rounds: NDCG, and recall and mean rank of the true candidates.
+    """VisDial's scores: NDCG, and recall and mean rank of the true candidates.
 
-    ranks: rank of each candidate, from 1. relevance: graded relevance of each candidate, of the
-    rounds that have it. true: index of the true candidate, of the rounds that have one.
+    All arguments are by round. ranks: the rank of each candidate, from 1. relevance: the graded
+    relevance of each candidate, for rounds that have it. true: the index of the true candidate, for
+    rounds that have one.
     """
     numbers: dict[str, Any] = {"count": len(ranks)}
     each: dict[str, float] = {}
@@ -127,7 +129,7 @@ def rank_scores(
 def clip_scores(
     model: clip_score.Clip, images: Mapping[str, Path], captions: Mapping[str, Sequence[str]]
 ) -> Scores:
-    """CLIP score of image files with their captions."""
+    """The CLIP score of image files with their captions."""
     each = clip_score.score_images(model, images, captions)
     return Scores({"count": len(each), "clip_score": _mean(each.values())}, each)
 

@@ -1,6 +1,6 @@
-"""`python -m emu_jax.evaluate score`: readers of the files that each metric takes.
+"""`python -m emu_jax.evaluate score`: read the files of each metric, and score them.
 
-No model and no checkpoint is needed, but for the CLIP score of image files. Read next: score.py.
+This needs no model, except for the CLIP score of image files. Read next: score.py.
 """
 
 import zipfile
@@ -40,15 +40,15 @@ text):
     references   {id: answer}, {id: [answer, ...]}
                  or MSVD-QA's and MSRVTT-QA's [{"id", "answer"}]
 
-  wups   percent, at thresholds 0 and 0.9; needs --wordnet=DIR. Texts are compared as they are; with
-         --tagger=DIR as lemmas without stop words, as in NExT-QA's official script. References in a
-         .csv give scores by type of question too, where DB and DC count exact matches.
+  wups   percent, at thresholds 0 and 0.9; needs --wordnet=DIR. Texts are compared as they are, or
+         with --tagger=DIR as lemmas without stop words, like NExT-QA's official script. References
+         in a .csv also give scores by question type, where DB and DC are scored by exact match.
     predictions  {id: answer} or NExT-QA's {video: {qid: answer}}
     references   {id: answer}, {id: [answer, ...]}
-                 or NExT-QA's .csv, and after it its add_reference_answer_*.json
+                 or NExT-QA's .csv, optionally followed by its add_reference_answer_*.json
 
-  visdial   ndcg from a file of graded relevance; recall@1, @5, @10, mean_rank and mrr of the true
-            answers; give both files for all
+  visdial   ndcg from a file of graded relevance; recall@1, @5, @10, mean_rank and mrr from a file
+            of true answers; give both files to get all of them
     predictions  [{"image_id", "round_id", "ranks": [rank of candidate 0, from 1, ...]}]
     references   [{"image_id", "round_id", "gt_relevance": [...]}], visdial_1.0_val.json,
                  or rows with "gt_index"
@@ -56,12 +56,12 @@ text):
   fid   Frechet distance of two sets of images
     each         .npz with mu and sigma, or .npy with Inception features [images, 2048]
 
-  clip_score   100 * mean of max(cosine, 0) of CLIP's features of an image and its caption (of
-               several captions, their mean); needs --clip=DIR
+  clip_score   100 * mean of max(cosine, 0) of CLIP's features of an image and its caption (the
+               mean over several captions of an image); needs --clip=DIR
     predictions  {id: path of an image, relative to this file} (such as coco-t2i's submission.json)
                  or a folder of images ID.png, ID.jpg, ...
     references   {id: caption} or {id: [caption, ...]}
-    without --clip, two .npy with features [n, C], of the images and of their captions"""
+    without --clip: two .npy files with features [n, C], of the images and of their captions"""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -77,14 +77,14 @@ class Inputs(NamedTuple):
 
 
 def score_files(metric: str, inputs: Inputs) -> dict[str, Any]:
-    """The numbers of one of METRICS. Raises UserError for files in another layout."""
+    """The numbers of `metric`, a key of METRICS. Raises UserError for files in another layout."""
     return {"metric": metric} | METRICS[metric](inputs)
 
 
 def read_relevance(path: str) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """VisDial's graded relevance of candidates, and its true candidates, by round.
+    """(graded relevance of the candidates, index of the true candidate) by round of VisDial.
 
-    Rows have gt_relevance, gt_index or both.
+    Rows of the file have gt_relevance, gt_index or both. Raises UserError for other files.
     """
     what = "VisDial's annotations"
     relevance: dict[str, list[float]] = {}
@@ -109,7 +109,7 @@ def read_relevance(path: str) -> tuple[dict[str, list[float]], dict[str, int]]:
     return relevance, true
 
 
-# Metrics: each reads its files, checks that they belong together and scores them
+# Metrics: each function reads its files, checks that they belong together, and scores them
 
 
 def _captions(metrics: Sequence[str], inputs: Inputs) -> dict:
@@ -194,7 +194,7 @@ def _visdial(inputs: Inputs) -> dict:
 def _read_visdial_references(
     paths: Sequence[str],
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Relevance and true candidates by round, of files in either of VisDial's layouts."""
+    """Relevance and true candidates by round, from files in either of VisDial's layouts."""
     relevance: dict[str, list[float]] = {}
     true: dict[str, int] = {}
     for path in paths:
@@ -235,7 +235,9 @@ def _clip_score_of_features(images_file: str, texts_file: str) -> dict:
             "both must be [n, C]"
         )
     if not (np.abs(images).sum(1).all() and np.abs(texts).sum(1).all()):
-        raise UserError(f"{images_file}, {texts_file}: a feature vector is zero: it has no cosine")
+        raise UserError(
+            f"{images_file}, {texts_file}: a feature vector is zero, so it has no cosine similarity"
+        )
     return {"count": len(images), "clip_score": clip_score.score(images, texts)}
 
 
@@ -257,7 +259,10 @@ METRICS: dict[str, Callable[[Inputs], dict]] = {
 
 
 def _read_texts(path: str, keys: Sequence[str], field: str) -> dict[str, str]:
-    """Texts by id, of predictions in any layout. keys: names of the id; field: of the text."""
+    """Texts by id, from predictions in any layout.
+
+    keys: possible names of the id's field. field: name of the text's field.
+    """
     what = f"predictions ({{id: {field}}}, or a list of rows with {_either(keys)} and {field!r})"
     data = read_json(path)
     if isinstance(data, list):
@@ -280,7 +285,7 @@ def _read_texts(path: str, keys: Sequence[str], field: str) -> dict[str, str]:
 
 
 def _read_references(paths: Sequence[str], keys: Sequence[str], field: str) -> dict[str, list[str]]:
-    """Lists of texts by id, of a file of references in any layout."""
+    """Lists of texts by id, from references in any layout; `keys` and `field` as above."""
     path = _only_file(paths)
     what = f"references ({{id: [{field}, ...]}}, or rows with {_either(keys)} and their {field}s)"
     data = read_json(path)
@@ -300,7 +305,7 @@ def _read_references(paths: Sequence[str], keys: Sequence[str], field: str) -> d
 
 
 def _row_texts(path: str, row: dict, field: str, what: str) -> list:
-    """Texts of a row: its answers, each a text or a row of its own, or its one text."""
+    """The texts of a row: its `answers`, which are texts or rows with texts, or its one text."""
     if field != "answer" or not isinstance(row.get("answers"), list):
         return [_field(path, row, field, what)]
     texts = []
@@ -310,7 +315,7 @@ def _row_texts(path: str, row: dict, field: str, what: str) -> list:
 
 
 def _read_image_paths(path: str) -> dict[str, Path]:
-    """Paths of images by id, of a folder or of a file of paths."""
+    """Paths of images by id, from a folder of images or a file that lists paths."""
     if not Path(path).is_dir():
         names = _read_texts(path, ("id",), "picture")
         return {id: Path(path).parent / name for id, name in names.items()}
@@ -341,7 +346,7 @@ def _read_array(path: str) -> np.ndarray:
 def _read_statistics(path: str) -> fid.Statistics:
     if Path(path).is_dir():
         raise UserError(
-            f"{path}: a folder; --metric=fid takes Inception features (.npy) or their statistics "
+            f"{path} is a folder; --metric=fid takes Inception features (.npy) or their statistics "
             "(.npz with mu and sigma)"
         )
     if not Path(path).is_file():
@@ -364,7 +369,7 @@ def _only_file(paths: Sequence[str]) -> str:
 
 
 def _check_same_ids(inputs: Inputs, predictions: Mapping, references: Mapping) -> None:
-    """Raise UserError, which names them, for ids of only one side."""
+    """Raise UserError for ids that only one side has; the message lists them."""
     file = inputs.references[0]
     missing = [id for id in references if id not in predictions]
     extra = [id for id in predictions if id not in references]

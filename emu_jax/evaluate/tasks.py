@@ -27,25 +27,26 @@ class Task:
     """A benchmark."""
 
     description: str
-    # What is predicted: a text by a prompt of prompts.CHAT, the ranks of a dialog's candidates, or
-    # an image.
+    # What is predicted: a text (a key of prompts.CHAT), the ranks of a dialog's candidates, or an
+    # image.
     kind: Literal["caption", "answer", "free", "dialog", "image"]
-    # Names of annotation files, in which {split} stands for the split.
+    # Names of the annotation files, in which {split} stands for the split.
     files: tuple[str, ...]
-    # Reads their paths; takes `split` too if one file holds all splits.
+    # (paths of the files) -> examples; if one file holds all splits, also takes the split.
     reader: Callable[..., list[Example]]
-    # Split that is scored by default.
+    # The default split.
     split: str
     metric: Literal["captions", "vqa", "exact_match", "wups", "visdial", "judge", "fid"]
     # Predictions by id, in the benchmark's submission format.
     results: Callable[[Mapping[str, Any]], Any]
     generation: GenerationConfig = ANSWER
-    # Further annotation files that the reader takes if they exist.
+    # Annotation files that the reader also takes, if they exist.
     optional_files: tuple[str, ...] = ()
     # Whether one file holds all splits.
     one_file: bool = False
-    # Split and task that few-shot examples come from; no split: none. No task: this one.
+    # The split that few-shot examples come from; "": the task has no few-shot examples.
     shots_split: str = ""
+    # The task that few-shot examples come from; "": this one.
     shots_task: str = ""
     # Whether the questions are about videos.
     video: bool = False
@@ -179,17 +180,18 @@ TASKS = {
 
 
 class Folder:
-    """Files of a benchmark's folder by name, at any depth.
+    """The files in a benchmark's folder by name, at any depth.
 
-    Raises UserError if the folder does not exist. Of two files with one name the first counts.
+    If two files have the same name, the first one counts. Raises UserError if the folder does not
+    exist.
     """
 
     def __init__(self, root: str):
         self.root = Path(root)
         if not self.root.is_dir():
             raise UserError(
-                f"no folder {root!r}: --data=DIR holds the annotation files and images of a "
-                "benchmark, as they are published"
+                f"no folder {root!r}: --data=DIR must contain the published annotation files and "
+                "images of the benchmark"
             )
         self._paths: dict[str, Path] = {}
         for folder, subfolders, names in os.walk(self.root, followlinks=True):
@@ -198,13 +200,13 @@ class Folder:
                 self._paths.setdefault(name, Path(folder, name))
 
     def find(self, name: str) -> Path | None:
-        """Path of the file of this name."""
+        """The path of the file with this name; None if it does not exist."""
         return self._paths.get(name)
 
     def annotation_files(self, task_name: str, split: str) -> list[Path]:
-        """Paths of the files of a task, and of its optional files that exist.
+        """The paths of a task's files, and of those optional files that exist.
 
-        Raises UserError that names the missing ones.
+        Raises UserError, which names the missing ones.
         """
         task = TASKS[task_name]
         required = [name.format(split=split) for name in task.files]
@@ -224,10 +226,10 @@ class Folder:
         return [self._paths[name] for name in (*required, *optional) if name in self._paths]
 
     def media(self, example: Example) -> Path | None:
-        """Path of an example's image or video, if it exists.
+        """The path of an example's image or video; None if it does not exist.
 
-        Videos of MSVD and NExT-QA may also have the names of their source, if the table of names
-        that comes with the benchmark is in the folder.
+        Videos of MSVD and NExT-QA may also have their original names, if the benchmark's table of
+        names is in the folder.
         """
         name = Path(example.media)
         return self.find(name.name) or self.find(f"{self._aliases.get(name.stem)}{name.suffix}")
@@ -238,10 +240,10 @@ class Folder:
 
     @cached_property
     def _aliases(self) -> dict[str, str]:
-        """Source names of videos.
+        """Video -> original name, without suffixes.
 
-        From MSVD's youtube_mapping.txt ("NAME vid1") and NExT-QA's map_vid_vidorID.json ({video:
-        "FOLDER/NAME"}).
+        The tables are MSVD's youtube_mapping.txt, with lines "NAME vid1", and NExT-QA's
+        map_vid_vidorID.json, which is {video: "FOLDER/NAME"}.
         """
         aliases: dict[str, str] = {}
         if path := self.find("youtube_mapping.txt"):
@@ -258,7 +260,7 @@ class Folder:
 
 
 def read_examples(task_name: str, folder: Folder, split: str) -> list[Example]:
-    """Examples of a task's split.
+    """Read the examples of a task's split.
 
     Raises UserError if files are missing or belong to another benchmark.
     """

@@ -1,4 +1,4 @@
-"""Text to image: images of COCO's captions, their FID and, with a CLIP, their CLIP score.
+"""Text to image: generate images of COCO's captions; compute their FID and CLIP score.
 
 Read next: metrics/fid.py, metrics/clip_score.py.
 """
@@ -28,7 +28,7 @@ INCEPTION_PARAM = "Mixed_7c/branch_pool/w"
 
 
 class ImagePredictor:
-    """Generates the images of captions as PNG files, each with its own seed."""
+    """Generates images of captions as PNG files; each example has its own random seed."""
 
     def __init__(self, session: Session, settings: BenchmarkSettings, out: Path):
         self.session = session
@@ -42,7 +42,7 @@ class ImagePredictor:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
 
     def predict(self, examples: Sequence[Example]) -> list[Prediction]:
-        """Generate some images at once; predictions are their paths within the folder."""
+        """Generate a batch of images; a prediction is the path of an image in the folder."""
         visual = self.session.generate_images([[example.references[0]] for example in examples])
         seeds = np.array([zlib.crc32(example.id.encode()) % 2**31 for example in examples])
         predictions = []
@@ -59,7 +59,7 @@ def image_path(example: Example) -> str:
 
 
 def check_models(inception_dir: str, clip_dir: str | None) -> None:
-    """Raise UserError for checkpoints that are not the metrics' models."""
+    """Raise UserError unless the checkpoints are FID's Inception and a CLIP (or None)."""
     if INCEPTION_PARAM not in checkpoint.param_shapes(inception_dir):
         raise UserError(f"the checkpoint in '{inception_dir}' is not FID's Inception; {fid.WHERE}")
     if clip_dir:
@@ -69,7 +69,7 @@ def check_models(inception_dir: str, clip_dir: str | None) -> None:
 def score_images(
     plan: BenchmarkPlan, out: Path, inception_dir: str, clip_dir: str | None
 ) -> Scores:
-    """FID of the generated images and, with a CLIP, the CLIP score of each."""
+    """FID of the generated images and, if `clip_dir` is given, the CLIP score of each."""
     distance = _fid(plan, out, inception_dir)
     scores = Scores({"count": len(plan.examples), "fid": distance}, {})
     if not clip_dir:
@@ -86,7 +86,8 @@ def _fid(plan: BenchmarkPlan, out: Path, inception_dir: str) -> float:
     real = [plan.paths[name] for name in names if name in plan.paths]
     if len(real) < 2:
         raise UserError(
-            f"FID compares with the images that the captions describe: {len(real)} of them exist"
+            "FID needs at least two of the images that the captions describe; "
+            f"{len(real)} of them exist"
         )
     params = checkpoint.restore_params(inception_dir)
 

@@ -225,7 +225,7 @@ def test_answers_do_not_depend_on_the_batch_and_hosts_share_them(root, data, tmp
             == 0
         )
     assert read(tmp_path / "one") == read(tmp_path / "two")
-    assert "2 of 4 predictions are left to other hosts" in capsys.readouterr().out
+    assert "2 of 4 predictions are still to be made by other hosts" in capsys.readouterr().out
 
 
 def test_a_chat_model_gets_the_releases_prompt(root, data):
@@ -285,7 +285,7 @@ def test_fewer_shots_than_asked_for_are_reported(root, data, tmp_path, capsys, m
     assert (
         call(root, data, "vqav2", f"--out={tmp_path}", "--shots=4", "--text-only", "--limit=2") == 0
     )
-    assert "2 of 2 prompts had room for fewer than 4 examples" in capsys.readouterr().out
+    assert "2 of 2 prompts had room for fewer than 4 few-shot examples" in capsys.readouterr().out
     assert read(tmp_path)["scores.json"]["fewer_shots"] == 2
 
 

@@ -1,8 +1,8 @@
-"""Lexer with the longest match among rules, then the first rule, as in lex and JFlex.
+"""A lexer that chooses the longest match, and among equally long ones the first rule.
 
-The regular expressions become one non-deterministic automaton, and its deterministic states are
-computed when a text first reaches them. Python's `re` takes the first alternative that matches
-instead of the longest, so it cannot replace this. Read next: ptb.py.
+That is how lex and JFlex work; Python's `re` takes the first alternative that matches. The regular
+expressions are compiled to one non-deterministic automaton, whose deterministic states are computed
+when a text first reaches them. Read next: ptb.py.
 """
 
 import re
@@ -12,61 +12,61 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-# The alphabet is the code units of UTF-16.
+# Size of the alphabet, the code units of UTF-16.
 UNITS = 0x10000
-# Targets of a deterministic state: no match is possible any more, or not computed yet.
+# Special targets of a deterministic state: no match is possible any more; not computed yet.
 DEAD = -1
 UNKNOWN = -2
+# A set of code units.
 Set = Bool[np.ndarray, "65536"]
-
-
-# First and last state of a parsed piece of a pattern, and the tokens that follow it.
+# ((first state, last state) of a parsed part of a pattern, tokens that follow it).
 Parsed = tuple[tuple[int, int], list[str]]
 
 
 class Match(NamedTuple):
-    """The rule that matches, and where the match ends."""
+    """A rule that matches, and where the match ends."""
 
-    # Its number; -1 if no rule matches.
+    # Number of the rule; -1 if no rule matches.
     rule: int
-    # One past the last code unit, lookahead included.
+    # One past the last code unit, including the lookahead.
     end: int
 
 
 class Automaton:
-    """Automaton of some patterns.
+    """An automaton that matches several patterns at once.
 
-    A pattern consists of letters (which match in either case), \\c, [a-z], [^a-z] (which match as
-    written), (x), x|y, x*, x+, x?, x{2,3}, x{2} and {name}, which stands for a pattern or a set of
-    code units in `names`.
+    A pattern may contain letters, which match in either case; \\c, [a-z] and [^a-z], which match as
+    written; (x), x|y, x*, x+, x?, x{2,3} and x{2}; and {name}, which stands for a pattern or a set
+    of code units in `names`.
     """
 
     def __init__(self, patterns: Sequence[str], names: Mapping[str, str | Set]):
         self._names = names
-        # Sets of code units that edges read, and the number of each set by its bytes.
+        # The sets of code units that edges read, and the number of each set by its bytes.
         self._sets: list[Set] = []
         self._set_numbers: dict[bytes, int] = {}
-        # For each state, those that it reaches without reading anything.
+        # For each state, the states that it reaches without reading a code unit.
         self._silent: list[list[int]] = []
-        # For each state, the set that it reads and the state that follows, if it reads.
+        # For each state, (number of the set that it reads, next state), or None.
         self._edges: list[tuple[int, int] | None] = []
-        # Rules of accepting states.
+        # Accepting state -> number of its rule.
         self._accepts: dict[int, int] = {}
         start = self._state()
         for number, pattern in enumerate(patterns):
             first, last = self._parse(pattern)
             self._silent[start].append(first)
             self._accepts[last] = number
-        # Code units that are in the same sets form one class.
+        # Code units that are in exactly the same sets form one class.
         packed = np.packbits(np.stack(self._sets), axis=0).T
         _, self._class_of = np.unique(packed, axis=0, return_inverse=True)
         self._class_of = self._class_of.ravel()
         members = np.zeros((len(self._sets), self._class_of.max() + 1), bool)
         for row, units in zip(members, self._sets, strict=True):
             row[self._class_of[units]] = True
-        # Whether a set contains a class.
+        # _members[set][class]: whether the set contains the class.
         self._members = members.tolist()
-        # Deterministic states: subsets of states with their numbers, targets by class and rules.
+        # Deterministic states are subsets of the states. Each has a number, a row of targets by
+        # class, and a rule, or -1 if it does not accept.
         self._numbers: dict[frozenset[int], int] = {}
         self._subsets: list[frozenset[int]] = []
         self._rows: list[list[int]] = []
@@ -77,7 +77,7 @@ class Automaton:
     def classes(self, text: str) -> list[int]:
         """The class of each code unit of a text.
 
-        Characters beyond U+FFFF must be written as surrogates.
+        Characters beyond U+FFFF must be given as surrogates.
         """
         units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
         return self._class_of[units].tolist()
@@ -98,13 +98,13 @@ class Automaton:
         return found
 
     def ends(self, classes: Sequence[int], start: int, stop: int) -> list[int]:
-        """Every end up to `stop` of a match that begins at `start`, the furthest first."""
+        """All ends, at most `stop`, of matches that begin at `start`; the largest comes first."""
         return [
             end for end in range(stop, start, -1) if self.match(classes[:end], start).end == end
         ]
 
     def _compute_target(self, number: int, unit_class: int) -> int:
-        """The deterministic state after reading a class; it is remembered in `_rows`."""
+        """Compute the deterministic state after reading a class, and store it in `_rows`."""
         reached: set[int] = set()
         for state in self._subsets[number]:
             edge = self._edges[state]
@@ -115,7 +115,7 @@ class Automaton:
         return target
 
     def _number(self, subset: frozenset[int]) -> int:
-        """The number of a deterministic state, which is added if it is new."""
+        """The number of a deterministic state; adds the state if it is new."""
         if subset not in self._numbers:
             self._numbers[subset] = len(self._subsets)
             self._subsets.append(subset)
@@ -125,7 +125,7 @@ class Automaton:
         return self._numbers[subset]
 
     def _closure(self, state: int) -> frozenset[int]:
-        """States that read or accept, of those reached without reading anything."""
+        """The states reached without reading a code unit that read or accept themselves."""
         waiting = [state]
         seen = {state}
         while waiting:
@@ -136,13 +136,13 @@ class Automaton:
         return frozenset(one for one in seen if self._edges[one] or one in self._accepts)
 
     def _state(self) -> int:
-        """Add a state."""
+        """Add a state and return its number."""
         self._silent.append([])
         self._edges.append(None)
         return len(self._silent) - 1
 
     def _parse(self, pattern: str) -> tuple[int, int]:
-        """Add the states of a pattern; returns the first and the last."""
+        """Add the states of a pattern; returns (first, last)."""
         tokens = re.findall(
             r"\[\^?(?:\\.|[^\]\\])*\]|\{\w+(?:,\d+)?\}|\\u[0-9A-F]{4}|\\.|.", pattern, re.DOTALL
         )
@@ -151,7 +151,7 @@ class Automaton:
         return piece
 
     def _either(self, tokens: list[str]) -> Parsed:
-        """Parse x|y|...; returns the first and last state, and the tokens after it."""
+        """Parse x|y|... and add its states."""
         first = self._state()
         last = self._state()
         while True:
@@ -163,13 +163,13 @@ class Automaton:
             tokens = tokens[1:]
 
     def _sequence(self, tokens: list[str]) -> Parsed:
-        """Parse atoms and their repetitions up to | or )."""
+        """Parse atoms with their repetitions, up to | or ), and add their states."""
         first = self._state()
         last = first
         while tokens and tokens[0] not in "|)":
             atom, tokens = self._split_atom(tokens)
             least, most, tokens = self._split_repetition(tokens)
-            # Copies beyond `least` can be skipped; without a limit the last one repeats.
+            # Copies beyond `least` can be skipped; without a maximum, the last copy repeats.
             copies = least + 1 if most is None else most
             for copy in range(copies):
                 begin, end = self._atom(atom)
@@ -182,7 +182,7 @@ class Automaton:
         return (first, last), tokens
 
     def _split_repetition(self, tokens: list[str]) -> tuple[int, int | None, list[str]]:
-        """Parse a repetition: (minimum, maximum, remaining tokens); 1, 1 if there is none."""
+        """Parse a repetition: (minimum, maximum, other tokens); (1, 1, tokens) without one."""
         if not tokens:
             return 1, 1, tokens
         counts = re.fullmatch(r"\{(\d+)(?:,(\d+))?\}", tokens[0])
@@ -194,7 +194,7 @@ class Automaton:
         return 1, 1, tokens
 
     def _split_atom(self, tokens: list[str]) -> tuple[list[str], list[str]]:
-        """The tokens of the first atom, and the others."""
+        """Split the tokens into those of the first atom and the others."""
         depth = 0
         for count, token in enumerate(tokens, 1):
             depth += (token == "(") - (token == ")")
@@ -203,7 +203,7 @@ class Automaton:
         raise AssertionError(f"unbalanced: {''.join(tokens)!r}")
 
     def _atom(self, tokens: list[str]) -> tuple[int, int]:
-        """Add the states of a group, a name or a set; returns the first and the last."""
+        """Add the states of a group, a name or a set; returns (first, last)."""
         if tokens[0] == "(":
             return self._either(tokens[1:-1])[0]
         if tokens[0][0] == "{" and len(tokens[0]) > 1:
@@ -212,7 +212,7 @@ class Automaton:
         return self._read(char_set(tokens[0]))
 
     def _read(self, units: Set) -> tuple[int, int]:
-        """Add two states with an edge that reads one of `units`."""
+        """Add two states with an edge that reads one of `units`; returns (first, last)."""
         key = units.tobytes()
         if key not in self._set_numbers:
             self._set_numbers[key] = len(self._sets)
@@ -226,12 +226,12 @@ class Automaton:
 def char_set(token: str) -> Set:
     """The code units that "a", "\\a", "\\u00AD", "[a-z]" or "[^a-z]" stand for.
 
-    Letters outside of brackets stand for both cases.
+    Letters outside brackets stand for both cases.
     """
     units = np.zeros(UNITS, bool)
     if token[0] != "[" or len(token) == 1:
         letter = chr(_unit(token))
-        # Other characters whose case conversion gives the letter.
+        # Other characters that a case conversion turns into the letter.
         alike = {"i": "\u0130\u0131", "k": "\u212a", "s": "\u017f"}.get(letter.lower(), "")
         for case in {letter, letter.lower(), letter.upper(), *alike}:
             if len(case) == 1:

@@ -14,11 +14,11 @@ from jaxtyping import Float
 
 from emu_jax.evaluate.metrics import ptb
 
-# Longest n-grams of CIDEr-D and BLEU.
+# Length of the longest n-grams in CIDEr-D and BLEU.
 N = 4
 # Standard deviation of CIDEr-D's Gaussian penalty for a difference in length.
 SIGMA = 6.0
-# ROUGE-L's weight of recall.
+# Weight of recall in ROUGE-L.
 BETA = 1.2
 
 Predictions = Mapping[str, str]
@@ -42,10 +42,10 @@ def tokenize(
 
 
 def cider(predictions: Predictions, references: References) -> dict[str, float]:
-    """CIDEr-D of each caption, from 0 to 10 for a perfect match; the corpus score is the mean.
+    """CIDEr-D of each caption, from 0 to 10 (a perfect match); the corpus score is the mean.
 
-    The references are also the corpus that n-grams are weighted by (TF-IDF), so a single image
-    scores 0.
+    The references are also the corpus for the TF-IDF weights of n-grams, so the score of a single
+    image is 0.
     """
     counts = {id: list(map(_count_ngrams, refs)) for id, refs in references.items()}
     images_with: Counter = Counter()
@@ -73,11 +73,13 @@ def cider(predictions: Predictions, references: References) -> dict[str, float]:
 
 
 class _TfIdf(NamedTuple):
-    """A caption in CIDEr-D: weights of its n-grams and their norm, for each n, and its length."""
+    """A caption as CIDEr-D represents it."""
 
+    # For each n, the weights of its n-grams.
     weights: list[dict[tuple[str, ...], float]]
+    # For each n, the norm of the weights.
     norms: list[float]
-    # The number of bigrams, which the original takes for the length.
+    # The number of bigrams, which the original uses as the length.
     length: int
 
 
@@ -95,7 +97,7 @@ def _similarity(predicted: _TfIdf, reference: _TfIdf) -> Float[np.ndarray, "N"]:
 
 
 def bleu(predictions: Predictions, references: References) -> list[float]:
-    """BLEU-1 to BLEU-4 of the corpus, with the closest reference's length for the penalty."""
+    """BLEU-1 to BLEU-4 of the corpus; the brevity penalty uses the closest reference length."""
     predicted = np.zeros(N)
     correct = np.zeros(N)
     length = 0
@@ -109,7 +111,7 @@ def bleu(predictions: Predictions, references: References) -> list[float]:
             correct[len(ngram) - 1] += min(count, most[ngram])
         predicted += [max(0, words - n) for n in range(N)]
         length += words
-        # Of two equally close lengths, the shorter.
+        # Of two equally close lengths, take the shorter.
         lengths = [len(caption.split()) for caption in refs]
         reference_length += min((abs(other - words), other) for other in lengths)[1]
     ratio = (length + 1e-15) / (reference_length + 1e-9)
@@ -121,8 +123,8 @@ def bleu(predictions: Predictions, references: References) -> list[float]:
 def rouge(predictions: Predictions, references: References) -> dict[str, float]:
     """ROUGE-L of each caption.
 
-    The F-measure of the best precision and the best recall of the longest common subsequence over
-    the references; they may come from two references.
+    It is the F-measure of the best precision and the best recall of the longest common subsequence
+    over the references. The two may come from different references.
     """
     scores = {}
     for id, refs in references.items():
@@ -141,7 +143,7 @@ def rouge(predictions: Predictions, references: References) -> dict[str, float]:
 
 
 def _count_ngrams(caption: str) -> Counter:
-    """Counts of the n-grams of a caption, for n from 1 to N."""
+    """Count the n-grams of a caption, for n from 1 to N."""
     words = caption.split()
     counts: Counter = Counter()
     for n in range(1, N + 1):

@@ -1,7 +1,7 @@
 """Frechet inception distance (arXiv 1706.08500) of two sets of images.
 
-Inception features of each set are summarised as a Gaussian; its mean and covariance can be cached
-in a file. Read next: models/inception.py.
+The Inception features of each set are summarised as a Gaussian, whose mean and covariance can be
+cached in a file. Read next: models/inception.py.
 """
 
 import zipfile
@@ -67,9 +67,9 @@ def features(
     batch: int = 32,
     layer: str = "2048",
 ) -> Float[np.ndarray, "n C"]:
-    """Inception features of RGB images of any size. Raises UserError for no images.
+    """Inception features of RGB images of any size. Raises UserError for an empty set.
 
-    All batches have one shape, so that one compiled program serves them all.
+    All batches have the same shape, so that the network is compiled once.
     """
     network = jax.jit(lambda params, x: inception.apply(params, x)[layer])
     prepared = (inception.prepare(jnp.asarray(image[None]))[0] for image in images)
@@ -93,7 +93,7 @@ def cached_statistics(path: Path, compute: Callable[[], Statistics]) -> Statisti
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Read an .npz with mu and sigma, the format of other FID implementations too.
+    """Read an .npz with mu and sigma, which other FID implementations also use.
 
     Raises UserError for a file with other contents.
     """

@@ -1,8 +1,8 @@
-"""Lemmas of an answer that NExT-QA's official script compares (NExT-OE, eval_oe.py).
+"""Lemmatize answers as NExT-QA's official script does before it compares them.
 
-The script calls pywsd's lemmatize_sentence: NLTK's averaged perceptron tags each word, WordNet
-gives its lemma, and Porter's stemmer serves where WordNet has none. All three are NLTK's here too
-(extra `eval`); the tagger's weights are a folder. Read next: wups.py.
+That script (NExT-OE, eval_oe.py) calls pywsd's lemmatize_sentence: NLTK's averaged perceptron tags
+each word, WordNet gives its lemma, and Porter's stemmer is used if WordNet has none. We use the
+same three from NLTK (extra `eval`); the tagger's weights are in a folder. Read next: wups.py.
 """
 
 from functools import cache
@@ -17,9 +17,9 @@ WHERE = (
     f"--tagger=DIR: a folder with NLTK's {NAME}.weights.json, .tagdict.json and .classes.json "
     f"(nltk_data, taggers/{NAME}.zip)"
 )
-# WordNet's parts of speech by the first letters of the Penn Treebank's tags.
+# First two letters of a Penn Treebank tag -> WordNet's part of speech.
 KINDS = {"NN": "n", "JJ": "a", "VB": "v", "RB": "r"}
-# The script's own stop words: NLTK's list, without its negations and others.
+# The script's own stop words: NLTK's list without negations and some other words.
 STOP = set(
     """
     i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself
@@ -38,7 +38,7 @@ STOP = set(
 class Tagger:
     """NLTK's part-of-speech tagger, from a folder with its three files.
 
-    Raises UserError where one is missing or is not the tagger's.
+    Raises UserError if a file is missing or is not the tagger's.
     """
 
     def __init__(self, folder: str):
@@ -53,12 +53,12 @@ class Tagger:
             self._tagger = PerceptronTagger(load=False)
             self._tagger.load_from_json(loc=str(Path(folder).resolve()))
             self.tags(["word"])
-        # NLTK does not validate its files: malformed ones fail at first use.
+        # NLTK does not validate its files: malformed ones raise all kinds of errors when used.
         except Exception as error:
             raise UserError(f"{folder}: not NLTK's tagger; {WHERE}") from error
 
     def tags(self, words: list[str]) -> list[str]:
-        """The Penn Treebank's tag of each word of a sentence."""
+        """The Penn Treebank tag of each word of a sentence."""
         return [tag for _, tag in self._tagger.tag(words)]
 
 
@@ -76,7 +76,7 @@ def lemmatize(wordnet: WordNet, tagger: Tagger, text: str) -> str:
 def lemma(wordnet: WordNet, tagger: Tagger, word: str, kind: str) -> str:
     """The shortest base form of a word, else its stem if WordNet has that, else the word.
 
-    kind: one of WordNet's; "" asks the tagger about the word alone, and takes a noun in doubt.
+    kind: WordNet's part of speech; "": that of the tag of the word alone, or else noun.
     """
     forms = wordnet.base_forms(word, kind or KINDS.get(tagger.tags([word])[0][:2], "n"))
     found = min(forms, key=len) if forms else word

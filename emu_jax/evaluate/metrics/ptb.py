@@ -1,8 +1,8 @@
-r"""Caption tokenizer of coco-caption: Stanford's PTBTokenizer 3.4.1, without Java.
+r"""The caption tokenizer of coco-caption: Stanford's PTBTokenizer 3.4.1, without Java.
 
-Tokens are lower case, without punctuation. The rules have the effect of the original's, whose
-output tests/evaluate/metrics/test_ptb.py compares. Rules of the original that differ only in full
-stops, which are dropped, are merged here. Read next: automaton.py, captions.py.
+Tokens are lower-case, without punctuation. The rules give the same tokens as the original's, which
+tests/evaluate/metrics/test_ptb.py checks. Rules of the original that differ only in full stops,
+which are dropped, are merged here. Read next: automaton.py, captions.py.
 """
 
 import re
@@ -18,7 +18,7 @@ from emu_jax.evaluate.metrics.automaton import UNITS, Automaton, char_set
 PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 SPACE = r" \t\u00A0\u2000-\u200A\u3000"
-# Vowel signs and letters of other scripts that Java does not count as letters.
+# Vowel signs and letters of other scripts that count as letters, although Java says otherwise.
 SIGNS = (
     r"\u00AD\u0237-\u024F\u02C2-\u02C5\u02D2-\u02DF\u02E5-\u02FF\u0300-\u036F\u0370-\u037D"
     r"\u0384\u0385\u03CF\u03F6\u03FC-\u03FF\u0483-\u0487\u04CF\u04F6-\u04FF\u0510-\u0525"
@@ -30,7 +30,7 @@ SIGNS = (
     r"\u0BC6-\u0BC8\u0BCA-\u0BCD\u0C01-\u0C03\u0C3E-\u0C56\u0D3E-\u0D44\u0D46-\u0D48"
     r"\u0E30-\u0E3A\u0E47-\u0E4E\u0EB1-\u0EBC\u0EC8-\u0ECD"
 )
-# Characters that are tokens of their own: marks, arrows, mathematics, box drawing, dingbats,
+# Characters that are tokens by themselves: marks, arrows, mathematics, box drawing, dingbats and
 # full-width punctuation.
 SYMBOLS = (
     r"+%&~^|\\\u00A6\u00A7\u00A8\u00A9\u00AC\u00AE\u00AF\u00B0-\u00BA\u00D7\u00F7\u0387\u05BE"
@@ -39,7 +39,7 @@ SYMBOLS = (
     r"\u2030-\u2038\u203B\u203E-\u2042\u2044\u207A-\u207F\u208A-\u208E\u2100-\u214F"
     r"\u2190-\u2BFF\u3012\u30FB\uFF01-\uFF0F\uFF1A-\uFF20\uFF3B-\uFF40\uFF5B-\uFF65"
 )
-# Letters and digits of Unicode 6.1 to 16, which the original (Unicode 6.0) does not know.
+# Letters and digits added in Unicode 6.1 to 16, which are unknown to the original (Unicode 6.0).
 YOUNG = (
     r"[\u037F-\u0383\u0528-\u0530\u0560\u0588\u05EB-\u05EF\u085F-\u088F\u08A1\u08AD-\u08C9"
     r"\u0978\u0980\u09FC\u0AF2-\u0AF9\u0C34\u0C5A-\u0C5F\u0C80\u0CD7-\u0CDD\u0D04\u0D50-\u0D5F"
@@ -49,8 +49,8 @@ YOUNG = (
     r"\u2C5F\u312E-\u3130\u31BB-\u31BF\u4DB6-\u4DBF\u9FCD-\u9FFF\uA698-\uA69D\uA78F"
     r"\uA794-\uA79F\uA7AB-\uA7F7\uA8FD-\uA8FE\uA9E0-\uA9FF\uAA7E-\uAA7F\uAB2F-\uABBF]"
 )
-# Words that show that a sentence ended at the acronym before. Letters in brackets match in this
-# case only.
+# Words after an acronym that show that the acronym ended a sentence. Letters in brackets match only
+# in the given case.
 STARTERS = "|".join(
     f"[{word[0]}]{word[1:]}"
     for word in (
@@ -96,13 +96,13 @@ NAMES = {
         r"({month}|{day}|{state}|{company}|tel|est|ext|sq|Jr|Sr|Bros|(Ed|Ph)\.D|Blvd|Rd|Esq|etc|"
         r"al|seq|Bldg)\."
     ),
-    # Abbreviations before a name.
+    # Abbreviations that stand before a name.
     "before": (
         r"([A-Za-z]|{initials}|{title}|vs|Alex|Wm|Jos|Cie|a\.k\.a|cf|TREAS|Ph|Invt|Elec|Natl|"
         r"M[ft]g|Dept)"
     ),
     "part": r"({L}|{Nd})+",
-    # As in d'Avignon, O'Neill.
+    # Words such as d'Avignon and O'Neill.
     "joined": r"([dDoOlL]{quote}({L}|{Nd}))?{part}",
     "things": r"{joined}([\-_\u058A\u2010\u2011]{joined})*",
     "model": r"[A-Za-z0-9][A-Za-z0-9.,\u00AD]*(-([A-Za-z0-9\u00AD]+|{initials}\.))+",
@@ -111,12 +111,12 @@ NAMES = {
 
 
 class Rule(NamedTuple):
-    """A pattern and the token that its match becomes."""
+    """A pattern, and the token that a match becomes."""
 
     pattern: str
-    # The token of a matched text; "" drops it.
+    # Matched text -> token; "" drops it.
     make: Callable[[str], str] = str
-    # Lookahead: counts for the longest match, but is not consumed.
+    # Pattern of the lookahead, which counts towards the longest match but is not consumed.
     ahead: str = ""
     # Number of characters at the end of the match that are not consumed.
     back: int = 0
@@ -159,7 +159,7 @@ def _curly(text: str) -> str:
 
 
 def fraction(text: str) -> str:
-    """Spell out a fraction that is one character."""
+    """Spell out a fraction that is a single character."""
     return {
         "\u00bc": "1/4",
         "\u00bd": "1/2",
@@ -186,7 +186,7 @@ def always(token: str) -> Callable[[str], str]:
     return lambda text: token
 
 
-# In order: of two rules with equally long matches, the first wins.
+# The order matters: of two rules with equally long matches, the first wins.
 RULES = (
     Rule("c[+][+]|(c|f)#"),
     Rule("cannot|'twas", back=3),
@@ -257,7 +257,7 @@ RULES = (
     Rule('"|&quot;', right),
     Rule("<|&lt;", always("<")),
     Rule(">|&gt;", always(">")),
-    # Emoticons, as :-)
+    # Emoticons such as :-)
     Rule(r"[<>]?[:;=][\-o*']?[()DPdpO\\{@|\[\]]", joined, ahead="[^A-Za-z0-9]"),
     Rule(
         r"[\-^x=~<>']_[\-^x=~<>']|\([\-^x=~<>'][_.]?[\-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)",
@@ -297,8 +297,8 @@ RULES = (
 def tokenize(captions: Sequence[str]) -> list[str]:
     """Tokenize captions; tokens are separated by spaces.
 
-    "A man's dog!" becomes "a man 's dog". The captions are tokenized as the lines of one text, as
-    coco-caption does, because a few rules look into the next line ("no." is one token before a
+    "A man's dog!" becomes "a man 's dog". Like coco-caption, this tokenizes all captions as the
+    lines of one text, because a few rules look into the next line ("no." is one token before a
     number).
     """
     text = "\n".join(re.sub("[\n\r\u000b\u000c\u2028\u2029]", " ", caption) for caption in captions)
@@ -316,7 +316,7 @@ def tokenize(captions: Sequence[str]) -> list[str]:
 
 
 def _drop_punctuation(line: str, wide: bool) -> str:
-    """Drop punctuation tokens. wide: whether the line is UTF-16 code units, to be decoded."""
+    """Drop punctuation tokens. wide: whether the line consists of UTF-16 code units."""
     if wide:
         line = line.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return " ".join(token for token in line.rstrip().split(" ") if token not in PUNCTUATION)
@@ -339,7 +339,7 @@ def _tokens(text: str) -> Iterator[str]:
 
 
 def _end_before_lookahead(number: int, text: str, start: int, stop: int) -> int:
-    """The furthest end of a rule's pattern from which its lookahead matches up to `stop`."""
+    """The last end of a rule's pattern such that its lookahead matches from there to `stop`."""
     pattern, lookahead = _parts(number)
     pattern_classes = pattern.classes(text[start:stop])
     lookahead_classes = lookahead.classes(text[start:stop])

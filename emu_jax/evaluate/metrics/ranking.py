@@ -1,6 +1,6 @@
 """VisDial's scores of ranked candidates, as its challenge computes them.
 
-NDCG against graded relevance, and recall and mean rank of the one true answer.
+They are NDCG against graded relevance, and recall and mean rank of the one true answer.
 """
 
 from collections.abc import Sequence

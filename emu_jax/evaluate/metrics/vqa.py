@@ -1,9 +1,9 @@
 """VQA accuracy as the current vqaEval.py of GT-Vision-Lab/VQA computes it.
 
-Implementations differ. This one normalises predictions and references, but only if the annotators
-disagree: an answer that all agree on is compared as it is, because articles and punctuation count
-in questions about text in the image. LAVIS and older copies always normalise; VizWiz's copy
-normalises predictions only.
+Implementations differ. This one normalises predictions and references only if the annotators
+disagree. If they all agree, answers are compared as they are, because articles and punctuation
+matter in questions about text in an image. LAVIS and older copies always normalise; VizWiz's copy
+normalises only predictions.
 """
 
 import re
@@ -26,7 +26,7 @@ CONTRACTED = """
     why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
     you've
 """.split()
-# Every spelling that lacks one apostrophe, and one slip of the original.
+# Spelling with one apostrophe missing -> correct spelling; and one mistake of the original.
 CONTRACTIONS = {
     word[:position] + word[position + 1 :]: word
     for word in CONTRACTED
@@ -39,7 +39,8 @@ CONTRACTIONS["somebody'd"] = "somebodyd"
 def accuracy(answer: str, references: Sequence[str]) -> float:
     """Accuracy of an answer, 0 to 1.
 
-    The mean, over each annotator left out, of min(1, other annotators who agree / 3).
+    It is the mean over annotators of min(1, n / 3), where n of the other annotators gave this
+    answer.
     """
     answer = _strip(answer)
     references = [_strip(reference) for reference in references]
@@ -51,9 +52,9 @@ def accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def normalise(answer: str) -> str:
-    """Lower-case an answer, without punctuation and articles.
+    """Lower-case an answer and remove punctuation and articles.
 
-    Numbers up to ten become digits; contractions get their apostrophes.
+    Numbers up to ten become digits, and contractions get their apostrophes.
     """
     words = [NUMBERS.get(word, word) for word in _drop_punctuation(answer).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
@@ -64,14 +65,15 @@ def _strip(answer: str) -> str:
 
 
 def _drop_punctuation(text: str) -> str:
-    """Remove each mark, or replace it by a space if it never stands next to one.
+    """Replace each punctuation mark by a space.
 
-    In a text with a number such as 1,000 all marks are removed.
+    A mark is removed instead if it is next to a space anywhere in the text, and all marks are
+    removed from a text with a number such as 1,000.
     """
     has_number = re.search(r"\d,\d", text)
     cleaned = text
     for mark in PUNCTUATION:
         remove = has_number or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if remove else " ")
-    # The original passes re.UNICODE, which is 32, as the count.
+    # The original passes re.UNICODE, which is 32, where the count belongs.
     return re.sub(r"\.(?!\d)", "", cleaned, count=32)

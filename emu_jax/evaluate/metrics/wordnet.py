@@ -1,7 +1,7 @@
 """WordNet through NLTK (extra `eval`): senses of words, and Wu-Palmer similarity.
 
-The dictionary is a folder (wndb(5WN)): NLTK's corpora/wordnet, or Debian's package wordnet-base.
-Read next: wups.py.
+The dictionary is a folder in the format of wndb(5WN), such as NLTK's corpora/wordnet or that of
+Debian's package wordnet-base. Read next: wups.py.
 """
 
 import io
@@ -23,7 +23,7 @@ FILES += [f"{part}.exc" for part in PARTS]
 
 
 class WordNet:
-    """A dictionary folder. Raises UserError where a file is missing or is not WordNet's."""
+    """A dictionary in a folder. Raises UserError if a file is missing or not WordNet's."""
 
     def __init__(self, folder: str):
         for name in FILES:
@@ -34,13 +34,13 @@ class WordNet:
 
         class Reader(WordNetCorpusReader):
             def open(self, file):
-                # Names of lexicographers' files: no score needs them, and Debian leaves them out.
+                # The names of lexicographer files: no score needs them, and Debian omits them.
                 if file == "lexnames":
                     return io.StringIO("".join(f"{k:02} {k:02} 0\n" for k in range(45)))
                 return super().open(file)
 
             def map_wn(self, version="wordnet"):
-                # Synsets of other languages, by the ids of WordNet 3.0.
+                # Skip the mapping of ids to WordNet 3.0, which only other languages need.
                 return None
 
         try:
@@ -48,21 +48,21 @@ class WordNet:
                 # NLTK warns that other languages are missing.
                 warnings.simplefilter("ignore")
                 self._reader = Reader(str(Path(folder).resolve()), None)
-        # NLTK's parsers raise errors of many kinds for a file of another format.
+        # NLTK's parsers raise many kinds of errors for files in another format.
         except Exception as error:
             raise UserError(
                 f"{folder}: not a WordNet dictionary ({one_line(error)}); {WHERE}"
             ) from error
-        # Few words occur in many answers.
+        # The same few words occur in many answers, so results are cached.
         self.first_sense = cache(self._first_sense)
         self.similarity = cache(self._similarity)
 
     def base_forms(self, word: str, kind: str) -> list[str]:
-        """The dictionary's words that `word` may be an inflection of; kind: n, v, a or r."""
+        """The words that `word` may be an inflection of. kind: "n", "v", "a" or "r"."""
         return self._reader._morphy(word, kind)
 
     def _first_sense(self, word: str):
-        """The first sense as a noun, else as a verb, adjective or adverb; None for no word."""
+        """The first sense as a noun, else as a verb, adjective or adverb; None without a sense."""
         return next(iter(self._reader.synsets(word)), None)
 
     def _similarity(self, a: str, b: str) -> float:

@@ -1,8 +1,8 @@
 """WUPS of free-form answers, as in NExT-QA's official script (NExT-OE, metrics.py).
 
-Only the first sense of a word counts, and a similarity below the threshold counts a tenth. The
-script first reduces both sides to lemmas without its stop words (lemmas.py); this module scores
-texts as they are given.
+Only the first sense of a word counts, and a similarity below the threshold is multiplied by 0.1.
+The script first reduces both sides to lemmas without stop words (lemmas.py does that); this module
+scores texts as they are given.
 """
 
 import re
@@ -26,8 +26,8 @@ def score(wordnet: WordNet, prediction: str, references: Sequence[str], threshol
 def words(text: str) -> list[str]:
     """Tokens of a short answer, by NLTK's Treebank-style word tokenizer.
 
-    A sentence ends at a full stop, ! or ? before a space: NLTK's own splitter needs a trained
-    model, and answers hold no abbreviations that it would know.
+    A sentence ends at ".", "!" or "?" before a space. NLTK's own sentence splitter would need a
+    trained model, which mainly recognises abbreviations, and answers have none.
     """
     from nltk.tokenize import NLTKWordTokenizer
 
@@ -37,7 +37,7 @@ def words(text: str) -> list[str]:
 
 
 def _one_way(wordnet: WordNet, ours: list[str], theirs: list[str], threshold: float) -> float:
-    """Product over our words of the best similarity to any of theirs; unlike ones are skipped."""
+    """Product over our words of the best similarity to any of theirs; zeros are skipped."""
     product = 1.0
     found = False
     for word in ours:
