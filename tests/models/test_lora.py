@@ -31,9 +31,9 @@ C = make.cfg(*TUNED, "model.lora.dropout=0.0", ROWS)
 P = make.program(C)
 # the same model without it
 PLAIN = make.program(make.cfg("model.llama.added=6"))
-PARAMS = make.random_params(P)
-X = jnp.asarray(np.random.default_rng(1).standard_normal((4, 12, 32)), jnp.float32)
-AT = jnp.tile(jnp.arange(12), (4, 1))
+PARAMS = jax.device_get(make.random_params(P))
+X = np.random.default_rng(1).standard_normal((4, 12, 32)).astype(np.float32)
+AT = np.tile(np.arange(12), (4, 1))
 
 
 def plain(params):
@@ -42,7 +42,7 @@ def plain(params):
     for path in [path for path in flat if path.endswith("/a")]:
         where = path.removesuffix("/a")
         w, a, b = (flat.pop(f"{where}/{name}") for name in "wab")
-        flat[f"{where}/w"] = jnp.stack(
+        flat[f"{where}/w"] = np.stack(
             [lora.merge(P.model_config.lora, *layer) for layer in zip(w, a, b)]
         )
     return tree.unflatten(flat)
@@ -60,7 +60,7 @@ def compiled(config):
 
     def loss(trains, frozen, key):
         hidden = module.bind(emu.Emu, config, tree.merge(trains, frozen), key).llama(
-            X, AT, jnp.ones_like(AT)
+            X, AT, np.ones_like(AT)
         )[0]
         return (hidden * X).sum(), hidden
 
@@ -96,9 +96,9 @@ def test_the_two_products(equation, down, up):
 
 
 def test_its_leaves_are_beside_the_targets_and_start_as_nothing():
-    fresh, without = jax.jit(
-        lambda: tuple(make.params(program)["llama"] for program in (P, PLAIN))
-    )()
+    fresh, without = jax.device_get(
+        jax.jit(lambda: tuple(make.params(program)["llama"] for program in (P, PLAIN)))()
+    )
     fresh = dict(make.flat(fresh))
     without = dict(make.flat(without))
     added = fresh.keys() - without.keys()
@@ -178,10 +178,13 @@ STORED = make.program(make.cfg(*TUNED, "model.lora.dropout=0.0", "model.lora.sto
 @functools.cache
 def stored():
     """PARAMS with the matrices of the LLM's blocks as codes of NF4."""
-    flat = dict(make.flat(PARAMS))
-    for path in [path for path in flat if path.startswith("llama/blocks") and path.endswith("/w")]:
-        flat |= jax.jit(lora.quantize_leaf, static_argnums=(0, 2))(path, flat.pop(path), "nf4")
-    return tree.unflatten(flat)
+
+    def quantized(flat):
+        for path in [path for path in flat if re.fullmatch("llama/blocks.*/w", path)]:
+            flat |= lora.quantize_leaf(path, flat.pop(path), "nf4")
+        return flat
+
+    return tree.unflatten(jax.device_get(jax.jit(quantized)(dict(make.flat(PARAMS)))))
 
 
 @pytest.mark.parametrize(
@@ -190,11 +193,11 @@ def stored():
 )
 def test_stored_matrices(storage, bytes_each, worst, typical):
     w = np.random.default_rng(0).standard_normal((3, 8, 4, 128)).astype(np.float32)
-    codes, absmax = lora.quantize(w, storage)
+    codes, absmax = jax.device_get(lora.quantize(w, storage))
     assert codes.nbytes == w.size * bytes_each and absmax.shape == (3, 8, 4, 2)
     again = np.asarray(lora.dequantize(codes, absmax))
     error = np.abs(again - w).reshape(*absmax.shape, 64)
-    assert (error <= 0.5 * 2 * worst * np.asarray(absmax)[..., None] + 1e-6).all()
+    assert (error <= 0.5 * 2 * worst * absmax[..., None] + 1e-6).all()
     assert np.sqrt(np.square(again - w).mean() / np.square(w).mean()) < typical
     twice = lora.dequantize(*lora.quantize(again, storage))
     # what it can say, it says again
@@ -218,9 +221,7 @@ def test_a_stored_model_is_the_model_of_what_the_codes_say():
     said = {path: leaf for path, leaf in flat.items() if not path.endswith(("/absmax", "/nf4"))}
     codes = [path for path in flat if path.endswith("/nf4")]
     said |= {
-        sharding.matrix_path(path): jax.jit(lora.dequantize)(
-            flat[path], flat[path.replace("nf4", "absmax")]
-        )
+        sharding.matrix_path(path): lora.dequantize(flat[path], flat[path.replace("nf4", "absmax")])
         for path in codes
     }
     assert said.keys() == dict(make.flat(PARAMS)).keys()
@@ -281,11 +282,9 @@ def test_products_of_layers():
         for k, shape in enumerate(((2, 3, 4), (4, 6), (4, 2), (2, 6)))
     )
 
-    def product(w):
-        return layers.einsum("btD,Df->btf", jnp.asarray(x), w)
-
+    product = jax.jit(lambda w: layers.einsum("btD,Df->btf", jnp.asarray(x), w))
     np.testing.assert_allclose(
-        product(lora.Lora(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b), None, 0.5, 0.1)),
+        product(lora.Lora(w, a, b, None, 0.5, 0.1)),
         x @ (w + 0.5 * a @ b),
         rtol=1e-5,
     )
