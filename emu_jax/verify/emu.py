@@ -175,7 +175,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
         elif name in ours:
             yield compare(name, file[name], ours[name], TOLERANCE)
     yield from _generated(file, config, params, ours["visual_tokens"])
-    gradient = _gradient(config, params, batch, images)
+    gradient = jax.device_get(_gradient(config, params, batch, images))
     yield from _gradient_norms(file, config, gradient)
 
     compared = {*ours, *INPUTS, "grad_norms"}

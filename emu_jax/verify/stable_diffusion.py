@@ -4,7 +4,8 @@ Read next: ../weights/stable_diffusion.py, ../generate/samplers.py.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -77,11 +78,13 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
     params = _import_weights(file, unet, vae)
 
     ours = _vae_outputs(vae, params["vae"], file) | _noised(file)
-    loss, gradient, ours["unet_out"] = _trained(unet, params["unet"], file)
+    # Traced once for all samplers.
+    network = jax.jit(lambda params, *inputs: bind(UNet, unet, params)(*inputs))
+    loss, gradient, ours["unet_out"] = _trained(network, params["unet"], file)
     ours |= {"train_loss": loss, "alphas_cumprod": alphas_cumprod(SCHEDULE)}
     for theirs, sampler in SAMPLERS.items():
         if f"sample_{theirs}" in file:
-            timesteps, sample = _sampled(unet, params["unet"], theirs, sampler, file)
+            timesteps, sample = _sampled(network, params["unet"], theirs, sampler, file)
             ours |= {f"timesteps_{theirs}": timesteps, f"sample_{theirs}": sample}
     for name in file:
         if name in ours:
@@ -170,7 +173,7 @@ def _noised(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _trained(
-    config: UNetConfig, params: tree.Tree, file: dict[str, np.ndarray]
+    network: Callable[..., jax.Array], params: tree.Tree, file: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, tree.Tree, np.ndarray]:
     """The training loss, its gradient, and the U-Net's output for the latents without noise."""
     x0 = _channels_last(file["latents"])
@@ -179,7 +182,7 @@ def _trained(
     timesteps = jnp.asarray(file["timesteps"], jnp.float32)
 
     def predict(params, x):
-        return bind(UNet, config, params)(x, timesteps, condition)
+        return network(params, x, timesteps, condition)
 
     def loss(params):
         predicted = predict(params, add_noise(SCHEDULE, x0, eps, timesteps))
@@ -187,11 +190,15 @@ def _trained(
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     output = jax.jit(predict)(params, x0)
-    return np.asarray(value), gradient, _channels_first(output)
+    return np.asarray(value), jax.device_get(gradient), _channels_first(output)
 
 
 def _sampled(
-    config: UNetConfig, params: tree.Tree, theirs: str, sampler: str, file: dict[str, np.ndarray]
+    network: Callable[..., jax.Array],
+    params: tree.Tree,
+    theirs: str,
+    sampler: str,
+    file: dict[str, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The timesteps at which the network is evaluated, and the sample.
 
@@ -208,7 +215,7 @@ def _sampled(
 
     @jax.jit
     def run(params, x, condition, negative):
-        unet = bind(UNet, config, params)
+        unet = partial(network, params)
         denoise = samplers.guided_denoiser(SCHEDULE, unet, condition, negative, guidance=GUIDANCE)
         return samplers.SAMPLERS[sampler].run(denoise, x, schedule)
 

@@ -8,7 +8,7 @@ tables, transfer.py for import and export.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -188,8 +188,7 @@ def from_theirs(
             continue
         if path not in leaves:
             shape = (table.depth[_tower(path)], *piece.shape)
-            zeros = jax.jit(partial(jnp.zeros, shape, piece.dtype), out_shardings=sharding)
-            leaves[path] = zeros()
+            leaves[path] = _zeros(sharding)(shape, piece.dtype)
         layer_sharding = sharding
         if isinstance(sharding, NamedSharding):
             layer_sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
@@ -275,6 +274,11 @@ def _rearrange(table: Table, row: Row, array: np.ndarray, pattern: str) -> np.nd
 def _placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """Place an array, which every process has in full, on the devices: each copies its shard."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+@cache
+def _zeros(sharding: jax.sharding.Sharding) -> Callable[[tuple[int, ...], Any], jax.Array]:
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
 
 
 @cache
