@@ -26,6 +26,7 @@ from emu_jax.evaluate import annotations
 from emu_jax.files import one_line
 from emu_jax.models import clip, module
 from emu_jax.models.clip import ClipConfig
+from emu_jax.tree import Tree
 from emu_jax.weights.clip import PREPROCESSORS, TOKENIZER, TOKENIZER_PARTS
 
 WHERE = (
@@ -105,16 +106,28 @@ def load(directory: str) -> Clip:
 
 def image_features(model: Clip, paths: Iterable[Path]) -> Float[np.ndarray, "n C"]:
     """Features of image files."""
-    tower = jax.jit(lambda params, x: module.bind(clip.ClipVision, model.config, params)(x))
+    tower = partial(_vision, model.config, model.params["vision"])
     pixels = (preprocess(model, path) for path in paths)
-    return _batched(partial(tower, model.params["vision"]), pixels, model.config.features)
+    return _batched(tower, pixels, model.config.features)
 
 
 def text_features(model: Clip, texts: Sequence[str]) -> Float[np.ndarray, "n C"]:
     """Features of texts."""
-    tower = jax.jit(lambda params, ids: module.bind(clip.ClipText, model.config, params)(ids))
+    tower = partial(_text, model.config, model.params["text"])
     ids = (token_ids(model, text) for text in texts)
-    return _batched(partial(tower, model.params["text"]), ids, model.config.features)
+    return _batched(tower, ids, model.config.features)
+
+
+@partial(jax.jit, static_argnums=0)
+def _vision(
+    config: ClipConfig, params: Tree, pixels: Float[Array, "n h w 3"]
+) -> Float[Array, "n C"]:
+    return module.bind(clip.ClipVision, config, params)(pixels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _text(config: ClipConfig, params: Tree, ids: Int[Array, "n T"]) -> Float[Array, "n C"]:
+    return module.bind(clip.ClipText, config, params)(ids)
 
 
 def token_ids(model: Clip, text: str) -> Int[np.ndarray, "T"]:
