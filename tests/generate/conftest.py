@@ -41,6 +41,8 @@ def save():
     State = dataclasses.make_dataclass("State", ("trainable", "frozen", "ema", "step"))
 
     def save(c, params, folder):
+        # NumPy's arrays, whose checksums need no program.
+        params = jax.tree.map(np.asarray, params)
         manager = CheckpointManager(str(folder), keep=1, keep_every=0)
         manager.save(7, State(params, {}, None, jnp.int32(7)), {}, config.to_dict(c), wait=True)
 
