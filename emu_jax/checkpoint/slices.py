@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from emu_jax import tree
 from emu_jax.checkpoint.format import (
+    JSON_FILE,
     ArrayInfo,
     checksum,
     make_manifest,
@@ -54,10 +55,13 @@ class ParamReader:
             path: (jnp.dtype(info.dtype), tuple(info.shape)) for path, info in self._entries.items()
         }
 
+        context = ts.Context()
+
         @cache
         def open_array(path: str) -> ts.TensorStore:
             part = "ema" if path in averaged else "params"
-            return ts.open(_array_spec(self._path, path, part), open=True).result()
+            spec = _array_spec(self._path, path, part)
+            return ts.open(spec, open=True, context=context).result()
 
         self._open_array = open_array
 
@@ -110,13 +114,19 @@ def param_writer(
 
     try:
         _write_orbax_metadata(step, params, config)
-        stores = {path: _create_array(step, path, x, path in stacked) for path, x in params.items()}
+        # In one context and at once, so that TensorStore commits the metadata of many together.
+        context = ts.Context()
+        created = {
+            path: _create_array(step, path, x, path in stacked, context)
+            for path, x in params.items()
+        }
+        stores = {path: store.result() for path, store in created.items()}
         yield write
         entries = {
             path: ArrayInfo(str(x.dtype), list(x.shape), sums[path]) for path, x in params.items()
         }
         manifest = make_manifest({"params": entries}, {}, config)
-        (step / "manifest" / "data.json").write_text(json.dumps(manifest))
+        (step / "manifest" / JSON_FILE).write_text(json.dumps(manifest))
         step.rename(root / "0")
     # TensorStore raises ValueError.
     except (ValueError, OSError) as error:
@@ -158,9 +168,9 @@ def _write_orbax_metadata(
 
 
 def _create_array(
-    step: epath.Path, path: str, x: jax.ShapeDtypeStruct, stacked: bool
-) -> ts.TensorStore:
-    """Create an empty array in place of the one that Orbax wrote.
+    step: epath.Path, path: str, x: jax.ShapeDtypeStruct, stacked: bool, context: ts.Context
+) -> ts.Future[ts.TensorStore]:
+    """Start to create an empty array in place of the one that Orbax wrote.
 
     Its chunks lie within one layer and have at most MAX_CHUNK_BYTES, so that a host that needs one
     shard reads little else.
@@ -180,7 +190,7 @@ def _create_array(
         # Store chunks of zeros, too: Orbax treats a missing chunk as damage.
         "store_data_equal_to_fill_value": True,
     }
-    return ts.open(spec, create=True, delete_existing=True).result()
+    return ts.open(spec, create=True, delete_existing=True, context=context)
 
 
 def _array_spec(step: epath.Path, path: str, part: str = "params") -> dict:
