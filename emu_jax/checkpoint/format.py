@@ -95,8 +95,8 @@ def checksums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
     """
     on_host = {leaf: checksum(x) for leaf, x in leaves.items() if isinstance(x, np.ndarray)}
     on_devices = {leaf: x for leaf, x in leaves.items() if leaf not in on_host}
-    sums = jax.device_get(_device_checksums(on_devices))
-    return on_host | {leaf: int(total) for leaf, total in sums.items()}
+    sums = jax.device_get(_device_checksums(list(on_devices.values())))
+    return on_host | {leaf: int(total) for leaf, total in zip(on_devices, sums, strict=True)}
 
 
 def checksum(array: np.ndarray) -> int:
@@ -105,13 +105,14 @@ def checksum(array: np.ndarray) -> int:
 
 
 @jax.jit
-def _device_checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _device_checksums(arrays: list[jax.Array]) -> list[jax.Array]:
     """`checksums` of arrays on devices, in one program.
 
     Many programs at once have deadlocked where there are more CPU devices than cores, and in a run
-    of several processes every program sets up its own connections.
+    of several processes every program sets up its own connections. Without the leaves' names,
+    trees of the same shapes share a program.
     """
-    return {leaf: _device_checksum(x) for leaf, x in leaves.items()}
+    return [_device_checksum(x) for x in arrays]
 
 
 def _device_checksum(x: jax.Array) -> jax.Array:

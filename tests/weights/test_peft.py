@@ -46,7 +46,7 @@ def blank(c):
 
 def zeros(config):
     shapes = module.abstract(emu.Emu, config)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
 
 
 def lora_of(params):

@@ -196,7 +196,7 @@ def test_eva_clip_and_llama_make_the_papers_start(tmp_path, capsys):
     )
 
     shapes = module.abstract(emu.Emu, config_of(tmp_path / "ours"))
-    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    fresh = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
     # What config.init does.
     params = load_weights(str(tmp_path / "ours"), fresh)
     want = {path: leaf.astype(np.float32) for path, leaf in got.items()}
