@@ -49,7 +49,7 @@ def zeros():
 
 
 def load_decoder(run, loaded, empty_prompt=zeros, **options):
-    """With a negative condition by default, so that most tests share one compiled program."""
+    """Load it with a negative condition by default, so that most tests share a program."""
     return diffusion_decoder.load(
         str(run / "decoder"), loaded.model_config, empty_prompt=empty_prompt, **options
     )
