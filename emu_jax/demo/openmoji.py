@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import emoji
@@ -120,7 +121,7 @@ class _OpenMoji(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         draw = functools.partial(cropped_drawing, size=scenes.drawing_size(config.image))
         every = scenes.scenes(kind, held_out, config.seed, config.image, draw)
-        return _first(every, config.first)
+        return islice(every, config.first or None)
 
 
 class Names(_OpenMoji):
@@ -281,10 +282,6 @@ def _png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
-
-
-def _first(items: Iterator, count: int) -> Iterator:
-    return (item for number, item in enumerate(items) if not count or number < count)
 
 
 def _texts(document: Document) -> list[str]:

@@ -1,6 +1,5 @@
 import functools
 import re
-import subprocess
 import sys
 from collections import Counter
 from itertools import islice
@@ -8,6 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from emu_jax import demo
 from emu_jax.config import UserError
 from emu_jax.data import sources, tokenizer
 from emu_jax.data.documents import pixels_of, texts_of
@@ -287,27 +287,23 @@ def test_a_build_of_other_settings_is_not_mixed_in(built):
         build(built[0], seed=1)
 
 
-def run(*arguments, before="pass"):
-    module = "runpy.run_module('emu_jax.demo', run_name='__main__')"
-    code = f"import runpy, sys; sys.argv = ['demo', *{arguments!r}]; {before}; {module}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-def test_a_missing_package_is_named(tmp_path):
-    done = run("build", f"--to={tmp_path}", before="sys.modules['resvg_py'] = None")
-    assert done.returncode == 2
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    # It is imported again.
+    monkeypatch.delitem(sys.modules, openmoji.__name__)
+    monkeypatch.delattr(demo, "openmoji")
+    assert command.main(["build", f"--to={tmp_path}"]) == 2
     assert (
-        done.stderr == "error: drawing the demo's data needs the package resvg_py: "
+        capsys.readouterr().err == "error: drawing the demo's data needs the package resvg_py: "
         "pip install 'emu-jax[demo]'\n"
     )
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    done = run("build", f"--to={tmp_path}/file")
-    assert (
-        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    )
+    assert command.main(["build", f"--to={tmp_path}/file"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
