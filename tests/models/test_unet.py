@@ -17,9 +17,6 @@ from emu_jax.models.vae import Vae, VaeConfig
 from tests.support import make
 from tests.support.trees import assert_close
 
-# One process, so that each config is traced once.
-pytestmark = pytest.mark.xdist_group("unet")
-
 SIZE = UNetConfig(
     channels_in=3,
     channels_out=2,

@@ -8,6 +8,7 @@ import jax
 
 from emu_jax import checkpoint, sharding, train
 from tests.support import fixtures
+from tests.support.trees import assert_bitwise_equal
 
 STATS_IMAGES = 64
 TIMES = (
@@ -68,7 +69,6 @@ KILLED = f"""
 import os, signal, sys, time
 from etils import epath
 from emu_jax import initial, metric_writer, train
-from tests.support.trees import assert_bitwise_equal
 
 initial.STATS_IMAGES = {STATS_IMAGES}
 at, saved, write = int(sys.argv[1]), epath.Path(sys.argv[2]), metric_writer.MetricWriter.write
