@@ -9,6 +9,7 @@ import gc
 import hashlib
 import os
 import resource
+import shutil
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # The line of every operation took a twelfth of the time of tracing; no program depends on it.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
+# Every file of a checkpoint is synced to disk, which takes seconds; in memory it takes no time.
+memory = Path("/dev/shm")
+if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 # Not types.py and loop.py: JAX rebuilds their structs with leaves that are not arrays.
 CHECKED = (
