@@ -112,6 +112,7 @@ import emu_jax.data.builders.build, emu_jax.data.loader
 import emu_jax.evaluate.__main__, emu_jax.fit.__main__, emu_jax.generate.__main__
 import emu_jax.train, emu_jax.weights.__main__
 from emu_jax import Session
+assert Session.load
 from emu_jax.data.__main__ import main
 main(["--help"])
 """

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from emu_jax.generate import decode_state
+from emu_jax.generate.generation_config import GenerationConfig
 from emu_jax.generate.processor import Prompt
 from tests.support.small import Uncached, make_session
 
@@ -62,7 +63,7 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
     session = make_session(*LLAMA3)
     uncached = Uncached(session)
     prompt = session.prompt(["a dog", images[0], "and"])
-    state = session.prefill_batch([prompt], room=8)
+    state = session.prefill_batch([prompt], room=16)
     assert state.cache.k.shape[3] == 2 and "lm_head" not in session.params["llama"]
     x = uncached.x(prompt)
     for token in (7, 11, 13):
@@ -81,8 +82,10 @@ def test_cached_is_uncached_with_llama_3s_shapes(images):
             jnp.array([1]),
         )
         x = np.concatenate([x, uncached.embedding(token)])
-    answer = session.generate_texts([["a dog", images[0]]])
-    assert answer == session.generate_texts([["a dog", images[0]], ["x"]])[:1] and answer[0]
+    options = GenerationConfig(max_new_tokens=16)
+    answer = session.generate_texts([["a dog", images[0], "and"]], options)
+    together = session.generate_texts([["a dog", images[0], "and"], ["x"]], options)
+    assert answer == together[:1] and answer[0]
 
 
 # Cuts after <s>, before [IMG], after [/IMG] and before the last id.

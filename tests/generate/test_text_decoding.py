@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from emu_jax.generate.generation_config import GenerationConfig
+from emu_jax.generate.session import Session
 from tests.support.small import VOCAB, Uncached, make_session
 
 
@@ -109,20 +110,20 @@ def test_min_new_tokens(ending):
     assert len(short) < 12 <= len(long) and long[: len(short)] == short
 
 
-def test_an_answer_ends_with_the_context():
-    tight = make_session(context=24)
+def test_an_answer_ends_with_the_context(session):
+    tight = Session(session.model_config, session.params, session.tokenizer, context=14)
     lengths = [
         len(ids)
         for ids in tight.generate_ids(
-            [["x" * 15], ["x" * 21]], GenerationConfig(max_new_tokens=40, min_new_tokens=40)
+            [["x" * 5], ["x" * 11]], GenerationConfig(max_new_tokens=16, min_new_tokens=16)
         )
     ]
     assert lengths == [8, 2]
     assert [
         len(ids)
         for ids in tight.generate_ids(
-            [["x" * 15], ["x" * 21]],
-            GenerationConfig(max_new_tokens=40, min_new_tokens=40, beams=2),
+            [["x" * 5], ["x" * 11]],
+            GenerationConfig(max_new_tokens=16, min_new_tokens=16, beams=2),
         )
     ] == lengths
 
