@@ -66,8 +66,8 @@ def get_config(size: str = "emu-14b") -> ConfigDict:
     # Metrics and monitoring during training.
     c.log = ConfigDict(
         dict(
-            # Steps between lines of metrics.jsonl. 1 costs nothing: metrics are fetched one step
-            # late.
+            # Steps between lines of metrics.jsonl. Even 1 does not slow a run down, because metrics
+            # are fetched one step late.
             every=1,
             # Seconds in one phase (input, step, save, ...) after which the process logs where it
             # hangs; 0: never.
@@ -173,8 +173,9 @@ def objective() -> ConfigDict:
             # Contrastive stage: weight of the squared correlations between the dimensions of a
             # visual token (VICReg's covariance term). Our choice.
             decorrelate=0.5,
-            # Decoder stage: share of images whose condition is dropped for classifier-free guidance
-            # (the paper's 10 %; that zeros replace it is unpublished).
+            # Decoder stage: share of images whose condition is replaced by zeros, for
+            # classifier-free guidance. The paper drops 10 % of the conditions; what replaces them
+            # is unpublished.
             condition_drop=0.1,
             # Decoder stage with condition="generated": share of images conditioned on their own
             # encoded visual tokens instead. The paper uses none.

@@ -43,7 +43,8 @@ def warmup(c):
     c.optim.b2 = 0.98
     # Without shifts, the 1,881 drawings would be memorised.
     c.objective.shift = 3
-    # A small model from scratch: 20 to 50 times the paper's rate for its large, pretrained towers.
+    # A small model that starts from scratch needs a higher learning rate: 20 to 50 times the rates
+    # of the paper, whose towers are large and pretrained.
     c.rules.peak_lr = ((".*", 2e-3),)
     c.rules.groups = (("vision/.*", "vision"), ("contrast/.*", "contrast"), (".*", "resampler"))
 
@@ -69,7 +70,7 @@ def emu(c):
     # (1,900) and 78 % (2,000).
     c.optim.steps = 1900
     c.eval.every = 500
-    # All tokens of a row at once: logits of 1,024 tokens are small here.
+    # Compute the logits of all 128 tokens of a row at once: with 8 rows they are small.
     c.objective.chunk = 128
     # With a weight of 1, captions are as good, but only 31 % of the names find their own drawing
     # among the nearest five, instead of 79 %.
@@ -107,12 +108,13 @@ def decoder(c):
     # As in the paper. `make demo` precomputes the conditions first.
     c.model.decoder.update(dict(image=32, condition="generated"))
     c.data.conditions = "runs/demo/conditions"
-    # Half of the conditions are encoded, so that the decoder can draw real images' tokens, too.
+    # For half of the images, the condition is the encoder's tokens, so that the decoder can also
+    # draw from the tokens of real images.
     c.objective.encoded_share = 0.5
     # Diffusion on pixels, without a VAE.
     c.model.decoder.vae = {}
     # `pooled` adds a projection of the concatenated visual tokens to the time embedding, which
-    # distinguishes the tokens from the first step on; attention would start as their mean. `side`
+    # distinguishes the tokens from the first step on; attention starts by averaging them. `side`
     # gives each of the 8 x 8 positions its own projection of that embedding; without it all
     # positions get the same. It costs an eighth of the FLOPs and halves the number of steps needed.
     # There is one level only: a second one, of 4 x 4 positions, cost a fifth of the FLOPs and drew

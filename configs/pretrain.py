@@ -33,7 +33,7 @@ def get_config(size: str = "emu-14b"):
     c.data.packing = "best_fit"
     c.data.pack_lookahead = 32
     c.checkpoint.every = 500
-    # If fsdp spans only part of the devices, the TPU compiler reduce-scatters gradients; over all
-    # devices it uses all-reduce, at twice the traffic (benchmarks/results/fit.md).
+    # If fsdp spans only some of the devices, the TPU compiler reduce-scatters gradients. If fsdp
+    # spans all devices, it uses all-reduce, with twice the traffic (benchmarks/results/fit.md).
     c.mesh.data = 4
     return c

@@ -12,7 +12,7 @@ from typing import IO, Any, NoReturn
 from emu_jax.config import UserError
 from emu_jax.files import atomic_write
 
-# Import names of packages that are optional, and the extra of the wheel that installs each.
+# Import name of each optional package -> the extra of the wheel that installs the package.
 EXTRAS = {
     "av": "data",
     "pyarrow": "data",
@@ -51,7 +51,8 @@ def run(command: Callable[[list[str]], int | None], arguments: list[str] | None 
     package is printed as one line. If the reader of stdout stops early, as `head` does, the command
     ends without an error.
     """
-    # JAX makes many objects that are no garbage: looking for some took a sixth of a start's time.
+    # Collect garbage rarely. JAX makes many objects that stay alive, and searching them for garbage
+    # took a sixth of the startup time.
     gc.set_threshold(100_000, 20, 50)
     try:
         return _run(command, sys.argv[1:] if arguments is None else arguments)
@@ -62,7 +63,7 @@ def run(command: Callable[[list[str]], int | None], arguments: list[str] | None 
 def _flush_stdout() -> None:
     """Flush stdout; if its reader has closed the pipe, send the rest to /dev/null.
 
-    Otherwise Python would print a traceback when it flushes stdout at exit.
+    Without this, Python would print a traceback when it flushes stdout at exit.
     """
     try:
         sys.stdout.flush()
@@ -71,7 +72,7 @@ def _flush_stdout() -> None:
 
 
 def _run(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    """The exit status of a command, whose expected errors are printed as one line."""
+    """Run a command and return its exit status; print expected errors as one line."""
     try:
         return command(arguments) or 0
     except BrokenPipeError:
@@ -107,9 +108,9 @@ def missing_extra(error: BaseException | None) -> str:
 
 @contextmanager
 def output_file(path: Path, mode: str = "w") -> Generator[IO[Any]]:
-    """Open a file for a user, as `atomic_write` does, and make its folder.
+    """Open an output file as `atomic_write` does, and make its folder.
 
-    Raises UserError, which names the file, if it cannot be written.
+    Raises a UserError that names the file if it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

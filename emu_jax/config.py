@@ -69,7 +69,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _member(config: ConfigDict, key: str, owner: Any, name: str) -> Any:
-    """owner[name]. Raises UserError, naming the field nearest to `key`, if there is none."""
+    """Return owner[name], or raise a UserError that names the field nearest to `key`."""
     if isinstance(owner, ConfigDict) and name in owner:
         return owner[name]
     known = sorted(_paths(config))
@@ -105,8 +105,8 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 def fields(file: str = "configs/base.py") -> list[Field]:
     """Every group and field that a config file defines, in order, with its comment.
 
-    A file other than base.py lists only the fields that it adds to those of base.py. Comments are
-    read from the source; a field without one has "".
+    For a file other than base.py, only the fields that it adds to those of base.py are listed.
+    Comments are read from the source; the comment of a field without one is "".
     """
     path = _find(file)
     config = load([f"--config={file}"])
@@ -122,7 +122,7 @@ def fields(file: str = "configs/base.py") -> list[Field]:
 
 
 def help_text(usage: str, file: str = "configs/base.py") -> str:
-    """Usage and every field of a config file, with its default and comment, at 100 columns."""
+    """The usage, then every field of a config file with its default and comment."""
     lines = [usage.strip()]
     for field in fields(file):
         comment = textwrap.wrap(field.comment, 100, initial_indent="    ", subsequent_indent="    ")
@@ -257,10 +257,11 @@ def _run_module(path: Path) -> ModuleType:
 
 @contextmanager
 def _importable_configs(folder: Path) -> Generator[None]:
-    """Make `from configs.base import ...` work for a config in `folder`; undone at the end.
+    """Let a config in `folder` run `from configs.base import ...` inside this context.
 
-    A module of `configs` is looked up in `folder` if that is its name, then in ./configs, then in
-    this project. Files next to a config can also be imported under the name of their folder.
+    Modules of `configs` are looked up in `folder` if that folder is named configs, then in
+    ./configs, then in this project. If `folder` has a different name, files in it can also be
+    imported as `from FOLDER.NAME import ...`.
     """
     before = dict(sys.modules)
     own = [folder] if folder.name == "configs" else []

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and errors in one line."""
+"""Files that appear only when they are complete, and errors in one line."""
 
 import os
 import uuid
@@ -13,7 +13,7 @@ PART = ".part"
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Generator[IO[Any]]:
-    """Open a file that appears at `path` when the block ends without an error, or not at all.
+    """Open a file that appears at `path` only when the block ends without an error.
 
     The bytes go to a file next to `path`, are synced to disk and renamed over it, so a crash at any
     moment leaves the old file or the new one. mode: "w" (UTF-8 text) or "wb". Raises OSError.
@@ -38,7 +38,7 @@ def part_of(path: Path) -> Path:
 def commit(part: Path, path: Path) -> None:
     """Rename the finished file or folder `part` to `path`, and sync the folder that holds it."""
     part.replace(path)
-    # Some file systems cannot open or sync a folder: the rename is atomic there all the same.
+    # Ignore file systems that cannot open or sync a folder: the rename is atomic even there.
     with suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
         try:

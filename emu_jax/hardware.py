@@ -1,8 +1,8 @@
 """Accelerators by name: published figures, compiler options, and devices to compile for.
 
 Figures are per JAX device: a chip, except on TPU7x, where a device is one of a chip's two
-TensorCores. They are the makers' own; `source` names the page. Read next: fit, which compiles for
-accelerators that are not present.
+TensorCores. The manufacturers or clouds publish them; `source` names the page. Read next: fit,
+which compiles for accelerators that are not present.
 """
 
 import re
@@ -16,8 +16,8 @@ from emu_jax.config import UserError
 
 GIB = 2**30
 
-# Compiler options that overlap the collectives of a layer's weights with arithmetic. They are on by
-# default in libtpu; written out, they stay on if its defaults change.
+# Compiler options that overlap the collectives of a layer's weights with arithmetic. libtpu enables
+# them by default; setting them here keeps them on if its defaults change.
 # Source: AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py.
 _TPU_OVERLAP: dict[str, str | bool] = {
     "xla_enable_async_all_gather": "true",
@@ -37,11 +37,11 @@ ABSENT_GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=fals
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Published figures of one JAX device. Rates are in bytes per second into the device."""
+    """Published figures of one JAX device; bandwidths are in bytes per second."""
 
     # "tpu" or "cuda".
     platform: str
-    # What `jax.Device.device_kind` begins with, or several such beginnings.
+    # Prefix of `jax.Device.device_kind`, or several prefixes.
     kind: str | tuple[str, ...]
     # Dense bfloat16 FLOP/s.
     flops: float
@@ -49,9 +49,9 @@ class Accelerator:
     memory: int
     # Device memory bandwidth.
     bandwidth: float
-    # Bandwidth of all links to other devices of the slice or node together.
+    # Total bandwidth at which the links inside a slice or node bring data into the device.
     link: float
-    # The device's share of the network between slices or nodes.
+    # The device's share of the bandwidth of the network between slices or nodes.
     network: float
     # Where the figures were published.
     source: str
@@ -61,8 +61,8 @@ class Accelerator:
     compiler_options: dict[str, str | bool] = field(default_factory=dict)
 
 
-# The pages on TPUs give link rates as the sum of both directions; half of that is the rate at which
-# a device receives. The first row whose kind matches a device is used.
+# The pages on TPUs give the sum of both directions of the links; `link` is half of that sum, the
+# rate at which a device receives. The first row whose kind matches a device is used.
 ACCELERATORS = {
     "v4": Accelerator(
         platform="tpu",
@@ -174,7 +174,7 @@ _NAME = re.compile(r"(?:(\d+)x)?([a-z]+\d+[a-z]*(?:-\d+g)?|cpu):(\d+(?:x\d+)*)")
 
 
 def accelerator_of(device_kind: str) -> Accelerator | None:
-    """The row of a `jax.Device.device_kind`; None if it is not listed, like a CPU."""
+    """The accelerator of a `jax.Device.device_kind`; None if it is not listed, like a CPU."""
     for row in ACCELERATORS.values():
         if device_kind.startswith(row.kind):
             return row
@@ -188,7 +188,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def compiler_options(device: jax.Device) -> dict[str, str | bool] | None:
-    """Options for `jax.jit(compiler_options=)` of a train step on such devices."""
+    """Options for `jax.jit(compiler_options=)` of a train step on devices like this one."""
     row = accelerator_of(device.device_kind)
     return row.compiler_options if row else None
 
@@ -226,7 +226,7 @@ def topology_devices(topology: str) -> tuple[Accelerator | None, list[jax.Device
 
 
 def _is_valid(slices: str | None, kind: str, shape: str) -> bool:
-    """Whether the kind exists, and has slices or more than two axes only if it is a TPU."""
+    """Whether the kind exists; only a TPU may have slices or more than two axes."""
     if kind in ACCELERATORS and ACCELERATORS[kind].platform == "tpu":
         return True
     return kind in (*ACCELERATORS, "cpu") and not slices and shape.count("x") <= 1

@@ -22,11 +22,11 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-# A reduction between TPU slices. The Megascale runtime does it over the hosts' network, and the
-# program shows only that a device receives the sum.
+# A reduction between TPU slices. The Megascale runtime performs it over the hosts' network; the
+# program contains only the `recv` of the sum.
 BETWEEN_SLICES = "between-slices"
-# Bits of the types that need a row of their own. The other names have their width as the first
-# number, like f32, s8 and f8e4m3fn.
+# Bits of the two types that the pattern in `_bytes` lists by name. The width of any other type is
+# the first number in its name, as in f32, s8 and f8e4m3fn.
 _WIDTHS = {"pred": 8, "bf16": 16}
 
 _NAME = r"%?([\w.\-]+)"
@@ -45,9 +45,9 @@ class Collective:
     name: str
     # Bytes of the complete array: the result of a gather, the operand of a reduction.
     bytes: int
-    # Groups of devices that exchange data with each other; for a permutation, its pairs.
+    # Groups of devices that exchange data with each other; the pairs of a permutation.
     groups: tuple[tuple[int, ...], ...]
-    # How often it runs when the program runs once.
+    # Number of times that it runs in one run of the program.
     runs: int
     in_loop: bool
     # Whether it may overlap with computation.
@@ -64,9 +64,9 @@ class Collective:
     def bytes_between(self, place: Sequence[int]) -> float:
         """The part of `bytes_received` that comes from another slice or node.
 
-        place: the slice or node of each device. The best algorithm reduces within each place before
-        the transfer, or distributes within it afterwards. For a permutation: the mean over its
-        pairs.
+        place: the index of each device's slice or node. Assumes the best algorithm, which reduces
+        within each place before the transfer, or distributes within it afterwards. For a
+        permutation, this is the mean over its pairs.
         """
         if self.kind == BETWEEN_SLICES:
             return self.bytes
@@ -110,7 +110,7 @@ class Module:
 
     @cached_property
     def computations(self) -> dict[str, list[str]]:
-        """{name: its lines}."""
+        """{name of a computation: the lines of its body}."""
         found: dict[str, list[str]] = {}
         name = None
         for line in self.text.splitlines():
@@ -129,7 +129,7 @@ class Module:
 
     @cached_property
     def calls(self) -> dict[str, list[Call]]:
-        """{computation: the calls of it}."""
+        """{computation: every call of it by another computation}."""
         found: dict[str, list[Call]] = {name: [] for name in self.computations}
         for caller, lines in self.computations.items():
             for line in lines:
@@ -170,8 +170,8 @@ class Module:
     def _trip_count(self, line: str) -> int:
         """The number of iterations of a `while`.
 
-        If the compiler has not noted it, it is the number that the condition compares the counter
-        with, since loops count up from 0.
+        If the compiler has not noted it, take the largest constant in the loop's condition: loops
+        count up from 0, and the condition compares the counter with their end.
         """
         noted = re.search(r"known_trip_count[^\d}]*(\d+)", line)
         if noted:
@@ -190,7 +190,7 @@ class Module:
         return max(numbers, default=1)
 
     def collectives(self) -> list[Collective]:
-        """Every collective, once even if the TPU compiler spreads it over a chain of fusions."""
+        """Every collective. One that the TPU compiler splits into many fusions counts once."""
         found: dict[str, Collective] = {}
         for computation, lines in self.computations.items():
             for line in lines:
@@ -251,7 +251,7 @@ class Module:
 
 
 def groups(line: str) -> list[list[int]]:
-    """Sorted device numbers of each group that a collective joins; [] if it names none.
+    """The groups of devices that a collective joins, each sorted; [] if the line names none.
 
     Notations: replica_groups={{0,1},{2,3}}; replica_groups=[2,2]<=[4], with an optional T(1,0);
     replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}, with an optional device order
@@ -314,7 +314,8 @@ def _called(line: str) -> list[str]:
 def _bytes(shape: str) -> int:
     """Bytes of "f32[2,3]{1,0}", or of a tuple of such shapes.
 
-    Tokens and scalar u32, the counters of asynchronous operations, are not transferred and count 0.
+    Tokens and scalars of type u32 count 0, because they are not transferred: such a scalar is a
+    counter of an asynchronous operation.
     """
     total = 0
     for name, dims in re.findall(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]", shape):

@@ -37,7 +37,8 @@ Sampler = Callable[[tree.Tree, LoadedBatch], tuple[np.ndarray, list[str]]]
 
 # Number of images, each with its caption, in a sample.
 SAMPLES = 8
-# Metrics that need more than this model and the examples: word lists, a judge, Inception.
+# Metrics that cannot be computed during training, because they need word lists, a judge or the
+# Inception network besides the model and the examples.
 OFFLINE_METRICS = ("wups", "judge", "fid")
 
 
@@ -133,8 +134,8 @@ def caption_sampler(plan: RunPlan, tokenizer: Tokenizer) -> Sampler:
 def image_sampler(plan: RunPlan, make_loader: Callable[[], Loader]) -> Sampler:
     """The first images of the data, each next to what the decoder draws for it.
 
-    Images and seeds are the same each time. The negative condition of guidance is zeros, because
-    the visual tokens of the empty prompt are not at hand.
+    Every call uses the same images and seeds. The negative condition of guidance is zeros, because
+    the visual tokens of the empty prompt are not available during training.
     """
     program = plan.program
     options = {name: plan.config.drawing[name] for name in diffusion_decoder.SAMPLING_OPTIONS}

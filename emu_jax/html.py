@@ -126,7 +126,7 @@ END = "</body></html>\n"
 
 
 class Curve(NamedTuple):
-    """A line of a chart: held-out points get circles, the others a running mean."""
+    """A line of a chart, drawn with circles if `held_out`, else with its running mean."""
 
     label: str
     points: Points
@@ -162,7 +162,7 @@ def image(
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """A table in a card; rows hold cells made by `td`, the header plain texts."""
+    """A table in a card. rows: cells made by `td`. header: plain texts."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     lines = [f"<tr>{head}</tr>"] if header else []
     lines += [f"<tr>{''.join(row)}</tr>" for row in rows]
@@ -175,7 +175,7 @@ def td(content: str, kind: str = "") -> str:
 
 
 def percent(value: Number, digits: int = 1) -> str:
-    """A share of 1 as "12.3 %", with a space that does not break the line."""
+    """Format a share of 1 as "12.3 %", with a non-breaking space."""
     return f"{100 * value:.{digits}f}\u00a0%"
 
 
@@ -268,7 +268,10 @@ class _Axes(NamedTuple):
 
 
 def linear_ticks(low: Number, high: Number) -> list[Number]:
-    """About four round numbers from below `low` to `high`; from 0 if `low` is close to it."""
+    """About four round numbers, from just below `low` to `high`.
+
+    They start at 0 if `low` is positive and less than half of `high`.
+    """
     if low == high:
         return [low, low + 1]
     if 0 < low < 0.5 * high:
@@ -282,7 +285,8 @@ def linear_ticks(low: Number, high: Number) -> list[Number]:
 def log_ticks(low: Number, high: Number) -> list[Number]:
     """1, 2 and 5 times powers of ten, from around `low` to around `high`.
 
-    If these are more than seven: powers of ten alone, or every second, third, ... of them.
+    If these are more than seven, only powers of ten are used; if even these are more than seven,
+    only every second, third, ... power.
     """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
     ticks: list[Number] = []

@@ -1,7 +1,7 @@
 """The weights that a run starts from: those of config.init, made to fit the model.
 
 Parameters that those checkpoints lack stay freshly initialised. Rows of new tokens become the mean
-of the old rows, as in the release. Matrices that the model stores in few bits are quantized, and
+of the old rows, as in the release. Matrices that the model stores in 4 or 8 bits are quantized, and
 the error is logged. Read next: train.py.
 """
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 # Number of images from which the constants that standardise visual tokens are measured.
 STATS_IMAGES = 2048
-# Paths of the vocabulary rows that Emu adds.
+# Regex for the paths of the vocabulary rows that Emu adds.
 ADDED = "llama/(embed|lm_head)/added"
 
 
@@ -46,9 +46,10 @@ def init_from_checkpoint(init: str, params: tree.Tree) -> tuple[tree.Tree, set[s
 def load_weights(directory: str, params: tree.Tree) -> tree.Tree:
     """Load the parameters that `directory` and `params` share, laid out as in `params`.
 
-    params: arrays, or shapes with shardings. Logs which towers were loaded, stay fresh or are not
-    used. Projections of a decoder's condition stay fresh if the condition has a different width.
-    Raises UserError if another shape differs or nothing is shared.
+    params: arrays, or shapes with shardings. Logs which towers were loaded, which stay fresh, and
+    which towers of the checkpoint are not used. Projections of a decoder's condition stay fresh if
+    the condition has a different width in the checkpoint. Raises UserError if any other shape
+    differs, or if no parameter is shared.
     """
     there = checkpoint.param_shapes(directory)
     here = dict(tree.leaves(params))
@@ -115,7 +116,7 @@ def _maps_of_other_widths(directory: str, here: dict, there: dict) -> list[str]:
 
 
 def _check_adapters(directory: str, here: dict, there: dict) -> None:
-    """Raise UserError for LoRA or quantized matrices of which the model has only plain ones."""
+    """Raise UserError if a plain matrix of the model has LoRA or codes in the checkpoint."""
     for path in there:
         parent, _, name = path.rpartition("/")
         if path not in here and name in ("a", *sharding.QUANTIZED) and f"{parent}/w" in here:
@@ -131,7 +132,7 @@ def _towers(paths: Iterable[str]) -> str:
 
 
 def _add_mean_rows(directory: str, path: str, leaf: jax.Array, loaded: dict) -> jax.Array:
-    """Rows of the added tokens; those that the checkpoint lacks are the mean of its rows."""
+    """Rows of the added tokens; rows missing in the checkpoint become the mean of its rows."""
     added = loaded[path]
     base = loaded[path.replace("/added", "/base")]
     count = leaf.shape[0]
@@ -204,7 +205,7 @@ def _with_mean_rows(added: jax.Array, base: jax.Array, count: int) -> jax.Array:
 def _quantize(
     directory: str, paths: list[str], here: dict, there: dict[str, tuple[int, ...]]
 ) -> dict[str, jax.Array]:
-    """Codes at `paths` and their scales, from the checkpoint's plain matrices, one at a time."""
+    """Quantize the checkpoint's plain matrices, one at a time: {path: codes or scales}."""
     found: dict[str, jax.Array] = {}
     errors: dict[str, float] = {}
     storage = ""
@@ -242,7 +243,7 @@ def _quantize(
 
 
 def _quantize_layers(w: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
-    """lora.quantize, one layer at a time: intermediates of the whole stack would not fit."""
+    """Apply lora.quantize layer by layer: temporaries of all layers would not fit in memory."""
     return jax.lax.map(lambda layer: lora.quantize(layer, storage), w)
 
 

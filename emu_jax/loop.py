@@ -42,8 +42,9 @@ def run(
 ) -> State:
     """Train from `state.step` to `optim.steps`, or until SIGINT or SIGTERM, and save.
 
-    evaluators: parameters -> numbers, every eval.every steps and at the end. sampler: (parameters,
-    batch) -> arguments of MetricWriter.write_images, every log.pictures_every steps.
+    evaluators: functions from parameters to numbers, called every eval.every steps and at the end.
+    sampler: a function from parameters and a batch to images and captions for
+    MetricWriter.write_images, called every log.pictures_every steps.
     Raises UserError after log.max_bad_steps bad steps.
     """
     c = plan.config
@@ -86,7 +87,7 @@ def run(
                     params = _sampled_params(plan, state)
                     writer.write_images(step, *sampler(params, item))
                 metric_log.pause()
-            # After the evaluation, so that a resumed run does not repeat it.
+            # Save after the evaluation, so that a resumed run does not evaluate this step again.
             if _due(c.checkpoint.every, step) and step < c.optim.steps:
                 save(step, state, item)
                 metric_log.pause()
@@ -167,7 +168,7 @@ class MetricLog:
         return self.bad_in_all - self.bad_at_start
 
     def add(self, step: int, item: LoadedBatch, metrics: Metrics, waited: float) -> None:
-        """Add a step that was dispatched, and write the metrics of the one before."""
+        """Add a step that was dispatched, and write the metrics of the previous step."""
         self._write_pending()
         self.pending = step, item, metrics, waited
 
@@ -177,7 +178,7 @@ class MetricLog:
         self.writer.flush()
 
     def pause(self) -> None:
-        """Exclude the time since the last step from the next step's."""
+        """Exclude the time since the last step from the time of the next step."""
         self.throughput.pause()
 
     def _write_pending(self) -> None:
@@ -215,15 +216,15 @@ def save_checkpoint(
 ) -> None:
     """Save the state after `step`, whose batch was `item`, and the metrics up to it.
 
-    wait: return only once everything is on disk. Raises UserError if a disk is full; if that is the
-    disk of the metrics, after the checkpoint is saved.
+    wait: return only once everything is on disk. Raises UserError if a disk is full. If the metrics
+    cannot be written, the checkpoint is saved before the error is raised.
     """
     error = None
     try:
-        # A run resumed from here will not log this step again.
+        # A run that resumes from this checkpoint will not log this step again.
         metric_log.flush()
     except UserError as disk_full:
-        # The disk of the checkpoints may have room.
+        # Still save the checkpoint, which may be on another disk; raise the error afterwards.
         error = disk_full
     # Finish the step first, so that its time does not count as the checkpoint's.
     jax.block_until_ready(state)
@@ -240,7 +241,7 @@ def save_checkpoint(
 def stop_signals() -> Generator[list[str]]:
     """Yield a list to which SIGINT and SIGTERM append their names, instead of exiting.
 
-    A second signal has its usual effect.
+    A second signal of the same kind has its usual effect.
     """
     received: list[str] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

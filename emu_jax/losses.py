@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from emu_jax.sharding import AXES, ROWS
 from emu_jax.tree import Tree
 
-# Layout of the heads on a mesh. The collectives below are written for it, and a test checks that
-# sharding.PARAMS has the same. Shapes: V D and n D.
+# Layout of the heads on a mesh. The collectives below are written for this layout; a test checks
+# that sharding.PARAMS has the same one. Shapes: V D and n D.
 HEAD_SPECS = {"base": P("tensor", "fsdp"), "added": P(None, "fsdp")}
 # Shape: D D.
 REGRESS_SPECS = {"w": P("fsdp", "tensor")}
@@ -42,19 +42,19 @@ def fused(
 
     Only hidden, head and regress have gradients; nll [B, T] and error [B, K] are detached, for
     metrics. Under a mesh (`jax.set_mesh`) rows are sharded over (data, fsdp), which must divide B,
-    and weights as in sharding.PARAMS.
+    and weights are sharded as in sharding.PARAMS.
 
     hidden: states after the final norm, in the compute dtype. Matrix products use it and accumulate
         in float32.
     head: {"base": [V, D], "added": [n, D]}, the rows of llama/lm_head.
     regress: {"w": [D, D]}, from a hidden state to an embedding.
-    labels: the id to predict *from* each position; below V a base row, from V on an added one. nll
-        is in nats.
+    labels: the id to predict *from* each position. Ids below V are rows of `base`, all others are
+        rows of `added`. nll is in nats.
     label_weights, target_weights: the `w` of the two sums.
     predictors: the position whose hidden state predicts targets[b, k]. It is clipped to the row, so
-        a target of weight 0 may name any. error is the mean square over D.
-    text_scale, image_scale: a term's weight divided by the global sum of its `w`, so that value and
-        gradient are normalised.
+        it may be any number for a target of weight 0. error is the mean square over D.
+    text_scale, image_scale: the weight of each sum in the loss, divided by the global sum of its
+        `w`, which normalises value and gradient.
     chunk: the most tokens of a row whose logits exist at a time. T need not be a multiple of it.
     """
     given = labels, label_weights * text_scale, predictors, targets, target_weights * image_scale
@@ -103,8 +103,9 @@ def _values(chunk, learnt, given, gradient):
 def _sweep(chunk, gradient, vocab, data, fsdp, tensor, learnt, given):
     """((nll, error), gradients of this device's shards or None).
 
-    data, fsdp and tensor are names of mesh axes, or () for an axis of size 1 and without a mesh: a
-    collective over () does nothing. Weights are cast, then gathered over fsdp, once.
+    data, fsdp and tensor are names of mesh axes. An axis of size 1 is (), and so are all axes
+    without a mesh: a collective over () does nothing. Weights are cast, then gathered over fsdp,
+    once for all chunks.
     """
     hidden, head, regress = learnt
     labels, label_scales, predictors, targets, target_scales = given
@@ -139,12 +140,12 @@ def _sweep(chunk, gradient, vocab, data, fsdp, tensor, learnt, given):
 def _text(hidden, base, added, labels, scales, chunk, gradient, vocab, tensor):
     """(nll [B, T], (d_hidden [B, T, D], d_base, d_added) or None), float32.
 
-    `base` holds this tensor shard's rows of the vocabulary, `added` is complete on every shard: the
-    contributions of `base` are summed over tensor, those of `added` are not.
+    `base` holds this tensor shard's rows of the vocabulary, so its contributions are summed over
+    tensor. `added` is complete on every shard, so its contributions are not.
     """
     B, T = labels.shape
     count = -(-T // chunk)
-    # Chunks as equal as possible: padding is less than `count` tokens.
+    # Make chunks of equal size, so that padding is less than `count` tokens.
     size = -(-T // count)
     pad = count * size - T
     # Id of this shard's first row.

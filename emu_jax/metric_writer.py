@@ -1,7 +1,7 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, pictures/STEP.png and the time left.
 
-Only process 0 writes. The time left is a progress bar on a terminal, otherwise a log line a minute.
-Read next: loop.py, which writes one step late, so that it never waits for the device.
+Only process 0 writes. On a terminal the time left is a progress bar; elsewhere it is logged once a
+minute. Read next: loop.py, which writes one step late, so that it never waits for the device.
 """
 
 import json
@@ -38,7 +38,8 @@ def means(
 ) -> dict[str, float]:
     """The mean, sum / weight, of each metric (types.Metrics, on the host).
 
-    A metric NAME_by_source becomes NAME/SOURCE for every source with a weight.
+    A metric NAME_by_source becomes one NAME/SOURCE for each source. Metrics and sources whose
+    weight is 0 are left out.
     """
     out: dict[str, float] = {}
     for name, (total, weight) in metrics.items():
@@ -57,8 +58,8 @@ def means(
 class MetricWriter:
     """Writes the metrics of a run into `workdir`.
 
-    Lines of steps after `start`, which a killed run has left, are removed first. Every method
-    raises UserError if the disk is full or cannot be written.
+    First removes the lines of metrics.jsonl about steps after `start`, which a killed run has left.
+    Every method but `close` raises UserError if the disk is full or cannot be written.
     """
 
     def __init__(self, workdir: Path, *, start: int, steps: int):
@@ -76,7 +77,8 @@ class MetricWriter:
             self.board = Board(workdir / "tensorboard", start)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty())
         self.steps = steps
-        # The first step written, and when. Speed is measured from there, without compilation.
+        # The first step that was written, and the time of writing. The time left is estimated from
+        # the speed since then, which excludes compilation.
         self.first: tuple[int, float] | None = None
         self.logged = 0.0
 
@@ -135,7 +137,8 @@ class MetricWriter:
     def flush(self) -> None:
         """Write everything to disk, or to the bucket that is mounted there.
 
-        Called before a checkpoint, since a run resumed from it will not write these steps again.
+        Called before a checkpoint, since a run that resumes from the checkpoint will not write
+        these steps again.
         """
         if self.active:
             with self._disk_errors():
@@ -143,7 +146,7 @@ class MetricWriter:
                 self.board.events.flush()
 
     def close(self) -> None:
-        """Close the files; call this last. Raises nothing: `write` has reported a full disk."""
+        """Close the files; call this last. Ignores disk errors: `write` has reported them."""
         if self.active:
             self.bar.close()
             for file in (self.board, self.file):
@@ -165,8 +168,8 @@ class MetricWriter:
 class Board:
     """TensorBoard's event file, written synchronously.
 
-    The thread of tensorboardX's SummaryWriter dies at the first disk error, after which calls block
-    forever.
+    Replaces tensorboardX's SummaryWriter, whose thread dies at the first disk error and whose
+    methods then block forever.
     """
 
     def __init__(self, folder: Path, start: int):
@@ -174,7 +177,7 @@ class Board:
         self.events = EventsWriter(str(folder / "events"))
         self.flushed = 0.0
         if start:
-            # Makes TensorBoard hide what a killed run wrote about later steps.
+            # Make TensorBoard hide what a killed run wrote about later steps.
             restart = SessionLog(status=SessionLog.START)
             self.events.write_event(Event(step=start + 1, session_log=restart))
 

@@ -19,7 +19,7 @@ SCHEDULES = ("cosine", "linear", "constant", "stepped")
 
 
 def schedule(c: ConfigDict) -> optax.Schedule:
-    """The learning rate's share of its peak by step: a linear warm-up, then optim.schedule.
+    """The learning rate by step, as a share of its peak: linear warm-up, then optim.schedule.
 
     c: config.optim. Raises UserError for invalid settings.
     """

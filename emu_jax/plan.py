@@ -24,7 +24,7 @@ from emu_jax.types import Batch, DecoderBatch
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run on given devices, as shapes."""
+    """A run on given devices, whose arrays are only shapes."""
 
     config: ConfigDict
     program: Program
@@ -53,8 +53,8 @@ class RunPlan:
 def make_plan(c: ConfigDict, devices: list[jax.Device] | None = None) -> RunPlan:
     """Plan the run that `c` describes. devices: all of JAX's by default.
 
-    Raises UserError for invalid rules, models and batches, and for those that the devices do not
-    divide.
+    Raises UserError for an invalid rule, model or batch, and for a model or batch that cannot be
+    split evenly over the devices.
     """
     params = abstract_params(c)
     mesh = sharding.make_mesh(c.mesh.to_dict(), devices)
@@ -75,7 +75,7 @@ def abstract_params(c: ConfigDict) -> tree.Tree:
 def make_program(c: ConfigDict, params: tree.Tree | None = None) -> Program:
     """The program of a config. params: its parameters or their shapes, if already known.
 
-    The rules must cover all parameters; the program keeps their values for those that train.
+    Each rule must cover all parameters. The program keeps its values for the parameters that train.
     """
     if params is None:
         params = abstract_params(c)
@@ -228,7 +228,7 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
 
 
 def bytes_per_device(shapes: Any) -> int:
-    """Bytes of a tree of shapes with shardings that one device holds."""
+    """Bytes that one device holds of arrays with these shapes and shardings."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
         for x in jax.tree.leaves(shapes)

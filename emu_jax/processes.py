@@ -30,8 +30,9 @@ SHUTDOWN_TIMEOUT = 5.0
 def initialize() -> None:
     """Join the other processes of the run, if there are any, before touching a device.
 
-    COORDINATOR_VARIABLES name them (launch/local.sh, launch/gke.yaml); otherwise JAX detects SLURM,
-    a TPU pod or Open MPI. Raises UserError for variables that are incomplete or wrong.
+    The environment variables COORDINATOR_VARIABLES describe the processes (launch/local.sh,
+    launch/gke.yaml). Without these variables, JAX detects SLURM, a TPU pod or Open MPI. Raises
+    UserError for variables that are incomplete or wrong.
     """
     given = [name for name in COORDINATOR_VARIABLES if name in os.environ]
     if len(given) > 1 and len(given) < len(COORDINATOR_VARIABLES):
@@ -62,8 +63,8 @@ def initialize() -> None:
 def exit_process(status: int) -> None:
     """Exit within SHUTDOWN_TIMEOUT seconds if this is one of several processes.
 
-    A normal exit waits for the others, which may be blocked in a collective with this one. Returns
-    if there is only one process.
+    A normal exit would wait for the other processes, which may be blocked in a collective that
+    needs this process. If there is only one process, returns without exiting.
     """
     if not jax.distributed.is_initialized():
         return
@@ -76,10 +77,11 @@ def exit_process(status: int) -> None:
 
 
 def data_shard(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
-    """(index, count): this process reads shard `index` of `count` of a batch of `rows` rows.
+    """(index, count): this process reads shard index of the count shards of a batch.
 
-    Processes whose devices differ only along `tensor` read the same shard. On TPUs the rows of a
-    shard may not be contiguous; they are read in order. Raises UserError if shards overlap partly.
+    rows: rows of the batch. Processes whose devices differ only along `tensor` read the same shard.
+    On TPUs the rows of a shard may not be contiguous; the rows that a process reads fill them in
+    ascending order. Raises UserError if shards overlap partly.
     """
     starts_of: dict[int, set[int]] = {}
     indices = sharding.batch_sharding(mesh).devices_indices_map((rows,))
@@ -97,10 +99,10 @@ def data_shard(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
 
 
 def slurm_local_gpus(environ: dict[str, str], present: int) -> list[int] | None:
-    """The GPUs of this process under SLURM, as indices of those it sees; None: JAX decides.
+    """Under SLURM, the indices of this process's GPUs among those it sees; None: JAX decides.
 
-    JAX assigns the n-th GPU to the n-th process of a node, which is wrong for one process per node
-    and where SLURM shows each process only its own GPU. present: GPUs of the node.
+    JAX would assign the n-th GPU to the n-th process of a node. That is wrong if a node has a
+    single process, or if SLURM shows each process only its own GPU. present: GPUs of the node.
     """
     if "SLURM_STEP_TASKS_PER_NODE" not in environ or not present:
         return None
@@ -123,7 +125,7 @@ def slurm_local_gpus(environ: dict[str, str], present: int) -> list[int] | None:
 
 
 def allgather_json(value: Any) -> list[Any]:
-    """The JSON-able `value` of every process, in order. Every process must call it."""
+    """The JSON-able `value` of each process, in process order. All processes must call this."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -146,8 +148,9 @@ def to_host(x: jax.Array) -> np.ndarray:
 class StopConsensus:
     """Agreement on stopping: all processes get the same answer at the same step.
 
-    A call returns whether any process wanted to stop at the previous call: that result is already
-    known, so that no process waits for the device. A single process gets its own answer at once.
+    A call returns whether any process wanted to stop at the previous call. That result has already
+    been computed, so no process waits for the device. If there is only one process, a call returns
+    its own argument.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):

@@ -29,8 +29,8 @@ def parse_steps(text: str) -> range:
 def trace_steps(steps: range, folder: Path) -> Generator[Callable[[int, Any], None]]:
     """Write a trace of `steps` to `folder`.
 
-    Yields before(step, state), to be called before each step. The trace ends with the context if
-    the run stops earlier.
+    Yields before(step, state), to be called before each step. If the run stops before the end of
+    `steps`, the trace ends with the context.
     """
     tracing = False
 

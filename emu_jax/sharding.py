@@ -25,7 +25,8 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 # Suffixes of the paths of matrices (`is_matrix`): layers, vocabularies, and the factors of LoRA.
 MATRIX_SUFFIXES = ("/w", "/base", "/added", "/a", "/b")
-# Names of a quantized matrix, in place of `w`; its scales are in `absmax` (models/lora.py).
+# Leaf names of a quantized matrix, in place of `w`. Its scales are in the leaf `absmax`
+# (models/lora.py).
 QUANTIZED = ("int8", "nf4")
 
 Row = tuple[str, P]
@@ -77,7 +78,7 @@ PARAMS: dict[str, tuple[Row, ...]] = {
     # N D
     "visual_stats": (("visual_stats/(mean|std)", P(None, "fsdp")),),
     "llama": (
-        # V D; no lm_head where the embedding is tied
+        # V D; without lm_head if the embedding is tied
         ("llama/(embed|lm_head)/base", P("tensor", "fsdp")),
         # n D
         ("llama/(embed|lm_head)/added", P(None, "fsdp")),
@@ -94,7 +95,7 @@ PARAMS: dict[str, tuple[Row, ...]] = {
     ),
     # D D
     "regress_head": (("regress_head/w", P("fsdp", "tensor")),),
-    # Replicated: small, and only in the contrastive warm-up.
+    # Replicated, because it is small and used only in the contrastive warm-up.
     "contrast": (("contrast/.*", P()),),
     # The decoder's towers. Their images are sharded over all axes (`constrain_images`), so no
     # weight is split over tensor. If the output channels are few, the input channels are sharded.
@@ -138,8 +139,8 @@ PARAMS: dict[str, tuple[Row, ...]] = {
     ),
 }
 
-# LoRA's factors a and b, next to any matrix of a tower's blocks. They follow the matrix; the rank r
-# is never split.
+# LoRA's factors a and b, for any matrix of a tower's blocks. The axes that a factor shares with its
+# matrix are sharded like those of the matrix; the rank r is never sharded.
 LORA_PARAMS: tuple[Row, ...] = (
     # L D r
     (".*/blocks/.*/(q|k|v|gate|up)/a", P(None, "fsdp", None)),
@@ -159,7 +160,7 @@ LORA_PARAMS: tuple[Row, ...] = (
 def is_matrix(path: str) -> bool:
     """Whether a parameter is a matrix, which may be cast for storage and arithmetic.
 
-    The others, norms and biases, stay float32.
+    Other parameters, such as norms and biases, stay float32.
     """
     return path.endswith(MATRIX_SUFFIXES)
 
@@ -209,7 +210,8 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
 def specs(params: tree.Tree) -> tree.Tree:
     """The PartitionSpec of every parameter.
 
-    Raises ValueError for a parameter without a row, and for a row of its tower without a parameter.
+    Raises ValueError for a parameter without a row, and for a row of these towers that no parameter
+    needs.
     """
     matrices = {path: matrix_path(path) for path, _ in tree.leaves(params)}
     lora = []
@@ -257,7 +259,7 @@ def state_shardings(mesh: Mesh, params: tree.Tree, state: Any) -> Any:
     """NamedShardings of a training state.
 
     A leaf whose path ends with a parameter's path (the parameter itself, an optimizer moment, an
-    average) lies where that parameter does; all others (steps, counters) are replicated.
+    average) has the sharding of that parameter; all other leaves (steps, counters) are replicated.
     """
     table = dict(tree.leaves(specs(params)))
 
@@ -277,7 +279,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
-# Helpers for models. Without a mesh (`jax.set_mesh`) they do nothing.
+# Helpers for models. Without a mesh (`jax.set_mesh`) they leave the layout as it is.
 
 
 def _constrain(x: jax.Array, spec: P) -> jax.Array:
@@ -287,7 +289,7 @@ def _constrain(x: jax.Array, spec: P) -> jax.Array:
 
 
 def constrain(values: Any, spec_tree: Any) -> Any:
-    """Lay out a tree of arrays by a tree of PartitionSpecs: gradients like their parameters."""
+    """Lay out each array by its PartitionSpec, for example gradients like their parameters."""
     return jax.tree.map(_constrain, values, spec_tree)
 
 
@@ -299,7 +301,8 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def constrain_cache(x: jax.Array) -> jax.Array:
     """Lay out a cache [L, B, S, G, d]: rows over (data, fsdp), heads over tensor.
 
-    The projections produce this layout. An axis that does not divide is replicated.
+    The projections of keys and values produce this layout. Rows or heads that the mesh does not
+    divide evenly are replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -316,7 +319,7 @@ def constrain_cache(x: jax.Array) -> jax.Array:
 def constrain_images(x: jax.Array) -> jax.Array:
     """Lay the leading axis over all devices: the vision encoder's activations, [B*I, P, E].
 
-    If it does not divide, lay it over (data, fsdp).
+    If all devices do not divide the axis, lay it over (data, fsdp).
     """
     mesh = jax.sharding.get_abstract_mesh()
     divides = not mesh.empty and x.shape[0] % mesh.size == 0
@@ -349,7 +352,7 @@ def gather_weights(where: str, weights: tree.Tree, dtype: Any, *, sliced: int = 
 def embedding_lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Look up ids [B, T] in a vocabulary `base` [V, D] and `added` [n, D] -> [B, T, D].
 
-    Ids from V on are added rows. Under a mesh, the table is cast and gathered over fsdp, each
+    Id V + i is row i of `added`. Under a mesh, the table is cast and gathered over fsdp, each
     tensor shard looks up the ids of its own rows, and a sum over tensor combines the results. A
     plain lookup would make the compiler replicate the activations.
     """
@@ -357,7 +360,7 @@ def embedding_lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _lookup(V, dtype, (), (), base, added, tokens)
-    # Too few rows to shard: replicate.
+    # Replicate the rows of tokens if (data, fsdp) does not divide them.
     rows = P() if tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else P(ROWS)
     return jax.shard_map(
         partial(_lookup, V, dtype, "fsdp", "tensor"),
@@ -368,7 +371,7 @@ def embedding_lookup(base: jax.Array, added: jax.Array, tokens: jax.Array, dtype
 
 
 def _lookup(V, dtype, fsdp, tensor, base, added, tokens):
-    """`embedding_lookup` in one shard; fsdp and tensor name mesh axes, () for none."""
+    """`embedding_lookup` in one shard; fsdp and tensor are names of mesh axes, or ()."""
     base = jax.lax.all_gather(base.astype(dtype), fsdp, axis=1, tiled=True)
     added = jax.lax.all_gather(added.astype(dtype), fsdp, axis=1, tiled=True)
     shard = base.shape[0]
@@ -390,7 +393,7 @@ def _spec(path: str) -> P:
 
 
 def _stored_spec(path: str, matrix: P) -> P:
-    """The spec of a leaf, from its matrix's. Scales are not split along the last axis."""
+    """A leaf's spec from that of its matrix; scales are not split along the last axis."""
     return P(*matrix[:-1], None) if path.endswith("/absmax") else matrix
 
 

@@ -47,9 +47,10 @@ class Stage:
     """Everything that differs between stages."""
 
     module: type[nnx.Module]
-    # (batch) -> the sums that normalise the loss, over all micro-batches of the batch.
+    # (batch) -> the sums over the complete batch by which the loss is normalised.
     loss_weights: Callable[[Batch], dict[str, Float[Array, ""]]]
-    # (module, micro-batch, key, sums, objective) -> (its share of the loss, its metrics).
+    # (module, micro-batch, key, sums, objective) -> (the micro-batch's share of the loss, its
+    # metrics).
     loss: Callable[..., tuple[Float[Array, ""], Metrics]]
     # (config.model as a dict) -> the module's config.
     make_config: Callable[[dict], Any] = EmuConfig.of
@@ -184,8 +185,8 @@ def contrastive(
     The negatives of an image are the texts of its micro-batch that differ from its own. The
     regularisers are readout_weight x the squared error of a linear read-out of the pixels, and
     VICReg's two terms (arXiv 2105.04906), without which visual tokens become small and span few
-    directions: spread x a hinge on the deviation of each dimension, decorrelate x the squared
-    correlations between dimensions.
+    directions: spread x a hinge on the standard deviation of each dimension, and decorrelate x the
+    squared correlations between dimensions.
     """
     batch = shifted(batch, key, objective["shift"])
     images = rearrange(batch.images, "B I h w c -> (B I) h w c")
@@ -252,9 +253,9 @@ def decoder(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Weighted mean squared error of the U-Net's prediction, at a random timestep per image.
 
-    models/diffusion.py defines weights and targets. A share `condition_drop` of the images gets the
-    condition zero. Gradients stop at the condition and at the image. Without a key, as in
-    evaluation, noise and timesteps are always the same.
+    models/diffusion.py defines weights and targets. For a share `condition_drop` of the images, the
+    condition is replaced by zeros. No gradient flows into the condition or the image. Without a
+    key, as in evaluation, noise and timesteps are always the same.
     """
     keys = jax.random.split(jax.random.key(0) if key is None else key, 5)
     d = model.decoder.diffusion
@@ -318,10 +319,10 @@ def image_weights(batch: Batch) -> Float[Array, "B I"]:
 
 
 def variance(visual: Float[Array, "... N D"], counts: Float[Array, "..."]) -> tuple[Array, Array]:
-    """Variance of visual tokens across images, as (sum, weight). Zero if they collapse.
+    """Variance of visual tokens across images, as (sum, weight).
 
-    The sum is over images; a term is the squared distance to the mean of all images, averaged over
-    tokens and dimensions.
+    The sum is over images: each adds its squared distance from the mean of all images, averaged
+    over tokens and dimensions. It is 0 if the tokens of all images are the same.
     """
     z = visual.astype(jnp.float32).reshape(-1, *visual.shape[-2:])
     counts = counts.ravel()
@@ -332,7 +333,7 @@ def variance(visual: Float[Array, "... N D"], counts: Float[Array, "..."]) -> tu
 def shifted(batch: Batch, key, pixels: int) -> Batch:
     """Shift each image by up to `pixels` along both axes, repeating its edges.
 
-    Does nothing without a key.
+    Without a key, the batch is returned unchanged.
     """
     if key is None or pixels == 0:
         return batch

@@ -32,9 +32,10 @@ class State:
     opt_state: Any
     # Moving average of the trainable leaves.
     ema: tree.Tree | None
-    # Number of skipped steps: not finite, or a spike of the gradient.
+    # Number of steps that were skipped because loss or gradient was not finite, or because the
+    # gradient spiked.
     bad: Int[Array, ""]
-    # Running mean of the gradient's norm, with which spikes are compared.
+    # Running mean of the gradient's norm; a norm far above it is a spike.
     typical_norm: Float[Array, ""]
 
 
@@ -110,7 +111,7 @@ def train_step(program: Program, state: State, batch: Batch) -> tuple[State, Met
     """
     loss, grads, metrics = _accumulate(program, state, batch)
 
-    # Skip the update if something is not finite, or far above its running mean.
+    # Skip the update if loss or gradient is not finite, or the norm is far above its running mean.
     trained_rows, _ = program.split(program.trains.unfreeze())
     grads = mask_rows(grads, trained_rows)
     norm = optax.global_norm(grads)
@@ -155,7 +156,7 @@ def _accumulate(
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    # Jitted, so that one trace serves for the shapes of the sums and for the scan.
+    # Jitted, so that `eval_shape` and `scan` below share one trace.
     @partial(jax.jit, inline=True)
     def loss_and_grads(micro_batch, number):
         micro_key = jax.random.fold_in(key, number)
@@ -165,7 +166,8 @@ def _accumulate(
     def add(sums, micro):
         return jax.tree.map(jnp.add, sums, loss_and_grads(*micro)), None
 
-    # Micro-batch a holds rows a, a + A, a + 2 A, ...: every device keeps the rows it has.
+    # With A micro-batches, number `a` holds rows a, a + A, a + 2 A, ..., so that no row moves to
+    # another device.
     micro_batches = jax.tree.map(
         lambda x: rearrange(x, "(b a) ... -> a b ...", a=program.accumulate), batch
     )
@@ -177,7 +179,10 @@ def _accumulate(
 
 
 def mask_rows(values: Any, rows: tree.Tree) -> Any:
-    """Zero the rows of `values` that do not train; rows: True or (start, stop) for each leaf."""
+    """Zero the rows of `values` that do not train.
+
+    rows: for each leaf, the (start, stop) of the rows that train, or True for all.
+    """
 
     def mask(x, rows):
         if rows is True:
@@ -204,10 +209,10 @@ def eval_step(program: Program, params: tree.Tree, batch: Batch) -> Metrics:
 
 
 def jit_train_step(state: State) -> jax.stages.Wrapped:
-    """Jit `train_step` as the loop runs it: it donates the state, and keeps its layout.
+    """Jit `train_step` as the loop runs it, with donation of the state; its layout stays.
 
     state: arrays, or shapes with shardings. JAX caches by function and options, so a second run
-    with an equal program and layout traces nothing.
+    with an equal program and layout does not trace again.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     device = next(iter(jax.tree.leaves(shardings)[0].device_set))

@@ -26,7 +26,7 @@ class Throughput:
         self.last_end: float | None = None
 
     def pause(self) -> None:
-        """Exclude the time since the last step from the next step's."""
+        """Exclude the time since the last step from the time of the next step."""
         self.last_end = None
 
     def measure(self, item: LoadedBatch, waited: float) -> dict[str, float]:

@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Train and return the exit status.
 
     0: trained, or stopped by a signal and saved. 1: an error, with a traceback. 2: a user's
-    mistake. 130: Ctrl-C before training, or a second one.
+    mistake. 130: Ctrl-C before training, or a second Ctrl-C.
     """
-    # absl would set this up, but importing Orbax may have replaced its handler.
+    # Set up logging here: absl would do it, but importing Orbax may have replaced absl's handler.
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stderr)
     logging.getLogger("emu_jax").setLevel(logging.INFO)
     images.silence_pillow()
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.run(lambda _: print(config.help_text(USAGE)))
     try:
         if arguments is None:
-            # This is the command, perhaps as one of several processes.
+            # This call is the command itself, and may be one of several processes.
             processes.initialize()
         c = config.load(sys.argv[1:] if arguments is None else arguments)
         if c.compile_cache and not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]
@@ -186,7 +186,7 @@ def start_state(plan: RunPlan, make_loader: partial[Loader]) -> State:
 def check_resumed(c: ConfigDict, step: int, saved: dict) -> None:
     """Raise UserError if the checkpoint's config differs from `c`."""
     current = config.to_dict(c)
-    # The checkpoint may have been copied here from elsewhere.
+    # Ignore config.checkpoint: the checkpoint may have been copied here from another folder.
     saved = saved | {"checkpoint": current["checkpoint"]}
     check_same_config(f"the checkpoint of step {step}", saved, current)
 

@@ -1,4 +1,4 @@
-"""The alphabet of dimensions, and the values that travel between the parts.
+"""The letters of dimensions, and the data types that modules exchange.
 
 B rows of a batch      T tokens of a row       I images of a row     N visual tokens of an image
 P patches of an image  D width of the LLM      E width of the encoder  C width of the resampler
@@ -12,7 +12,7 @@ import flax.struct
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-# A loss or a metric is (sum, weight) until the host divides: never a mean of means.
+# Every metric is (sum, weight) until the host divides, so that no mean of means is ever taken.
 Metrics = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
 
 
@@ -21,8 +21,8 @@ class Batch:
     """Packed rows of interleaved documents, which every language-model stage reads.
 
     Shapes are static. Data code fills NumPy arrays; the loop puts them on devices. Row b holds
-    documents 1, 2, ... one after another. `image_slots[b, i]` is the index in the row of the first
-    of the N slots of its i-th image, just after its `[IMG]`; it is T if the row has fewer images.
+    documents 1, 2, ... one after another. The N visual tokens of its i-th image start at index
+    `image_slots[b, i]`, just after an `[IMG]`; the value is T if the row has no i-th image.
     """
 
     # Ids; [PAD] after the last document of a row.
@@ -35,7 +35,7 @@ class Batch:
     text_weights: Float[Array, "B T"]
     # RGB, 0 to 255.
     images: UInt8[Array, "B I h w 3"]
-    # Index of the first slot of each image; T for no image.
+    # Index of the first visual token of each image; T for no image.
     image_slots: Int[Array, "B I"]
     # 1 if the image is regressed, else 0.
     image_weights: Float[Array, "B I"]
@@ -52,7 +52,7 @@ class Batch:
 class DecoderBatch(Batch):
     """A batch with arrays precomputed once per image (data/precomputed.py).
 
-    If a field is None, each step computes it itself.
+    If a field is None, its arrays are computed in every step.
     """
 
     # Visual tokens that the LLM generated.
@@ -74,7 +74,7 @@ class KVCache:
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
-    # Whether nothing was read yet: the first elements attend to themselves alone, so that any
+    # Whether nothing has been read yet. Then the first elements attend only to one another, and any
     # attention kernel can be used.
     empty: bool = flax.struct.field(pytree_node=False)
 

@@ -39,9 +39,9 @@ class Watchdog:
     def __init__(self, workdir: Path, hang: float, began: float | None = None):
         """Start watching a run in `workdir`.
 
-        hang: seconds in one phase after which it is logged with the stack of every thread, and
-        again whenever the time has doubled; 0: never. began: `perf_counter` at the start of the
-        process; None: now.
+        hang: a phase that lasts longer than this many seconds is logged, with the stack of every
+        thread, and again each time its duration has doubled; 0: never. began: `perf_counter` at the
+        start of the process; None: now.
         """
         self.step = 0
         self.current_phase = "restart"
@@ -127,9 +127,10 @@ class Watchdog:
     def _write_step(self, step: int | None) -> None:
         if not self._file:
             return
-        # One write of constant length: a kill at any moment leaves a complete line.
+        # Every line has the same length and is one write, so that a kill at any moment leaves a
+        # complete line.
         line = json.dumps({"step": step, "deaths": self.deaths}).ljust(32 + 16 * MAX_DEATHS)
-        # A full disk does not stop the run here.
+        # Ignore a full disk: the run does not need this file.
         with suppress(OSError):
             self._file.seek(0)
             self._file.write(line + "\n")
@@ -153,7 +154,7 @@ class Watchdog:
                     self.step,
                     elapsed,
                 )
-                # The file descriptor: sys.stderr may be redirected to something that has none.
+                # Write to file descriptor 2: sys.stderr may be an object without a descriptor.
                 faulthandler.dump_traceback(2)
 
 

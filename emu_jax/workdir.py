@@ -39,14 +39,15 @@ MAY_DIFFER = (
     "data.max_bad_share",
     "data.unreadable",
 )
-# Number of differing fields that an error message names, at most.
+# The most differing fields that an error message names.
 NAMED = 4
 
 
 def check_workdir(workdir: Path, c: ConfigDict) -> None:
     """Create the workdir if needed, and check that it may be used for `c`.
 
-    Raises UserError if it belongs to a different config, naming the fields, or is not writable.
+    Raises UserError if the workdir is not writable, or belongs to a different config; the error
+    then names the fields that differ.
     """
     path = workdir / "config.json"
     if path.exists():
@@ -68,7 +69,11 @@ def check_workdir(workdir: Path, c: ConfigDict) -> None:
 
 
 def write_config(workdir: Path, values: dict[str, Any]) -> None:
-    """Record the config of a run; call it once everything that the config names was found."""
+    """Write the config of a run to its workdir.
+
+    Call this after everything that the config names was found, because from then on the workdir
+    belongs to this config.
+    """
     try:
         with atomic_write(workdir / "config.json") as file:
             file.write(json.dumps(values, indent=1) + "\n")

@@ -21,13 +21,13 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 JSON_PARTS = ("data", "config", "manifest")
-# Where Orbax writes each of them.
+# The file in which Orbax writes each of these parts.
 JSON_FILE = "data.json"
-# The replicas of an array each write a share of it if it has at least this many bytes; otherwise
-# one replica writes everything, because every share compiles a program of its own.
+# If an array has at least this many bytes, each of its replicas writes a share of it. One replica
+# writes a smaller array alone, because a program must be compiled for every share.
 MIN_REPLICA_BYTES = 2**20
-# Bytes that Orbax reads or writes at a time, unless one array is larger. Without a limit it might
-# hold the state in memory twice.
+# Bytes that Orbax reads or writes at a time, unless one array is larger. Without a limit, the host
+# might hold the state twice.
 MAX_CONCURRENT_BYTES = 2**31
 
 
@@ -54,7 +54,7 @@ class Metadata:
 
 def load_metadata(path: epath.Path) -> Metadata:
     """Read the JSON of a step. If it is damaged, raises exceptions of many classes."""
-    # Not by Orbax, which took 15 ms; a command may read the JSON several times.
+    # Read the files directly: Orbax took 15 ms, and a command may read the JSON several times.
     content = {name: json.loads((path / name / JSON_FILE).read_text()) for name in JSON_PARTS}
     manifest = content["manifest"]
     for name, checksum in manifest["json"].items():
@@ -100,7 +100,7 @@ def checksums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
 
 
 def checksum(array: np.ndarray) -> int:
-    """The checksum of one array or slice; those of an array's slices add up to the array's."""
+    """The checksum of an array: the sum, modulo 2^32, of the checksums of its slices."""
     return int(np.sum(array.view(f"u{array.dtype.itemsize}"), dtype=np.uint32))
 
 
@@ -108,9 +108,9 @@ def checksum(array: np.ndarray) -> int:
 def _device_checksums(arrays: list[jax.Array]) -> list[jax.Array]:
     """`checksums` of arrays on devices, in one program.
 
-    Many programs at once have deadlocked where there are more CPU devices than cores, and in a run
-    of several processes every program sets up its own connections. Without the leaves' names,
-    trees of the same shapes share a program.
+    One program per array has deadlocked on machines with more CPU devices than cores, and in a run
+    of several processes every program sets up connections of its own. The arrays are passed without
+    their names, so that trees with the same shapes share a compiled program.
     """
     return [_device_checksum(x) for x in arrays]
 
@@ -121,7 +121,7 @@ def _device_checksum(x: jax.Array) -> jax.Array:
 
 
 def json_checksum(value: Any) -> int:
-    """CRC-32 of a JSON-able value, taken of the form in which it will be read back."""
+    """CRC-32 of a value as it will be read back from JSON; a tuple counts as a list."""
     parsed = json.loads(json.dumps(value))
     return zlib.crc32(json.dumps(parsed, sort_keys=True).encode())
 
@@ -145,10 +145,11 @@ def orbax_context(arrays: Any = ()) -> ocp.Context:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context = ocp.Context()
     context.checkpointables.registry = registry
-    # If creating a directory failed in the background, threads would wait 20 minutes for it.
+    # Create directories in the foreground: if that failed in the background, threads would wait 20
+    # minutes for them.
     context.asynchronous.create_directories_asynchronously = False
     context.array.saving.min_slice_bytes_for_replica_parallel = MIN_REPLICA_BYTES
-    # The caller may want only some leaves; `read.check_arrays` has compared the trees.
+    # Let the caller load only some leaves; `read.check_arrays` has compared the trees.
     context.pytree.loading.partial_load = True
     # Orbax refuses an array that reaches the limit, so allow twice the largest array, at 4 bytes
     # per element because arrays may be cast.
@@ -161,10 +162,10 @@ def orbax_context(arrays: Any = ()) -> ocp.Context:
 
 @cache
 def quiet_orbax() -> None:
-    """Drop log records about errors that are also raised as exceptions.
+    """Drop Orbax's log records; its errors are also raised as exceptions.
 
-    Orbax logs every file at INFO and each thread's traceback at ERROR, and asyncio logs the tasks
-    that fail with it.
+    Orbax logs every file at INFO and the traceback of every thread at ERROR. asyncio also logs the
+    tasks in which Orbax failed; these records are dropped, too.
     """
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").addFilter(

@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 class CheckpointManager:
     """Saves and restores the states of a run.
 
-    Keeps the last `keep` steps, and forever every step that is a multiple of `keep_every` (0:
-    none). A state is any dataclass with the fields `trainable` and `frozen` (nested dicts), `ema`
-    (a nested dict or None), and others of any kind (step, opt_state, ...). All processes of a run
-    call the same methods in the same order.
+    Keeps the last `keep` steps. Also keeps every step that is a multiple of `keep_every` forever
+    (0: none). A state is any dataclass with the fields `trainable` and `frozen` (nested dicts),
+    `ema` (a nested dict or None), and further fields of any kind (step, opt_state, ...). All
+    processes of a run must call the same methods in the same order.
     """
 
     def __init__(self, workdir: str, *, keep: int, keep_every: int):
@@ -58,15 +58,16 @@ class CheckpointManager:
         """Save a state, the data pipeline's state and the config (both JSON-able).
 
         Does nothing if `step` was the last to be saved or restored. Returns once the arrays are
-        copied to the host, so that the state may be donated; with `wait`, once everything is on
-        disk. Raises UserError if this save fails, or the previous one did in the background.
+        copied to the host, so that the state may be donated. With `wait`, returns once everything
+        is on disk. Raises UserError if this save fails, or if the previous save has failed in the
+        background.
         """
         self.wait()
         if step == self._current:
             return
         self._remove_old()
-        # A partial save in a bucket already has its final name: every process must see it deleted,
-        # or they deadlock.
+        # In a bucket, an unfinished save already has its final name. Wait until process 0 has
+        # removed it: if only some processes saw it, they would deadlock.
         processes.allgather_json(None)
         parts = _split_state(state)
         arrays = {name: describe(part) for name, part in parts.items()}
@@ -160,7 +161,7 @@ class CheckpointManager:
         for path in unfinished + old:
             try:
                 path.rmtree()
-            # The run can continue without this.
+            # Only warn: the run can continue although the folder is still there.
             except OSError as error:
                 log.warning("cannot remove %s: %s", path, error)
 

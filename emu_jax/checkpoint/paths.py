@@ -26,8 +26,8 @@ def resolve(directory: str) -> epath.Path:
         )
     path = epath.Path(directory)
     try:
-        # gcsfs caches listings for as long as the process lives, but other processes write to the
-        # bucket and delete from it.
+        # By default gcsfs caches listings for as long as the process lives, but other processes
+        # write to the bucket and delete from it.
         import fsspec.config
 
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -75,7 +75,7 @@ def complete_steps(root: epath.Path) -> list[int]:
 def is_complete(path: epath.Path) -> bool:
     """Whether the save into a step's folder has finished.
 
-    In a file system Orbax renames the finished folder. A bucket cannot rename; there, Orbax writes
-    a certain file last.
+    In a file system, Orbax renames the finished folder to its final name. A bucket cannot rename
+    folders; there, Orbax writes the file commit_success.txt last.
     """
     return "://" not in str(path) or (path / "commit_success.txt").exists()

@@ -1,6 +1,7 @@
 """Readers of a step: its metadata, its parameters, or any of its parts.
 
-All of them read the newest intact step, and warn about those that they skip. Read next: manager.py.
+They read the newest intact step by default, and warn about the damaged steps that they skip. Read
+next: manager.py.
 """
 
 import logging
@@ -91,7 +92,7 @@ def restore_params(
         averaged = ema_entries(metadata) if ema else {}
         wanted = abstract_params
         if wanted is None:
-            # Until its pages are written to, np.empty takes up address space only.
+            # np.empty uses no memory until its pages are written.
             wanted = tree.unflatten(
                 {
                     leaf: np.empty(info.shape, jnp.dtype(info.dtype))
@@ -120,13 +121,13 @@ def ema_entries(metadata: Metadata) -> dict[str, ArrayInfo]:
 
 
 def read_newest(root: epath.Path, step: int | None, read: Callable[[epath.Path], Result]) -> Result:
-    """Return `read` of `step`'s path, or of the newest that every process can read.
+    """Apply `read` to the path of `step`, or of the newest step that every process can read.
 
-    Warns about the steps that it skips. `read` may raise anything for a damaged step; a UserError
-    ends the search, since it means a wrong request and not damage. Raises UserError if no step can
-    be read.
+    Returns what `read` returns, and warns about each step that is skipped. For a damaged step,
+    `read` may raise any exception. A UserError from `read` ends the search, because it means that
+    the request is wrong. Raises UserError if no step can be read.
     """
-    # Use the listing of process 0: others may see a save end a moment later.
+    # Use the listing of process 0, because others may see that a save is complete a moment later.
     steps = processes.allgather_json(complete_steps(root))[0]
     if not steps:
         which = "" if step is None else f" of step {step}"
@@ -161,8 +162,8 @@ def read_newest(root: epath.Path, step: int | None, read: Callable[[epath.Path],
 def check_arrays(metadata: Metadata, abstract: dict[str, Any], partial: bool = False) -> None:
     """Compare the parts that a caller wants with those of a step.
 
-    Raises UserError for a leaf that the step lacks or has in a different shape; unless `partial`,
-    also for a different dtype and for a leaf of the step that is not wanted.
+    Raises UserError if the step lacks a leaf or has it in a different shape. Unless `partial`, also
+    raises UserError if a dtype differs or the step has a leaf that the caller does not want.
     """
     path = metadata.path
     for name, part in abstract.items():
@@ -195,7 +196,8 @@ def load_arrays(metadata: Metadata, abstract: dict[str, Any]) -> dict[str, Any]:
     compared with the manifest's checksums.
     """
     parts = {}
-    # Read one part at a time: if one fails, Orbax would report errors about the others.
+    # Read one part at a time: if all were read together and one failed, Orbax would report errors
+    # about the other parts.
     for name, part in abstract.items():
         with orbax_context(part):
             wanted = {name: jax.tree.map(_with_sharding, part)}
@@ -212,7 +214,7 @@ def load_arrays(metadata: Metadata, abstract: dict[str, Any]) -> dict[str, Any]:
 def _with_sharding(leaf: Any) -> Any:
     """Place a ShapeDtypeStruct without a sharding on this process's first device.
 
-    Otherwise Orbax would look for the devices of the run that saved it.
+    Without a sharding, Orbax would look for the devices of the run that saved the array.
     """
     if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
         return leaf.update(sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))

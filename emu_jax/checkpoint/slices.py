@@ -102,7 +102,7 @@ def param_writer(
     root = resolve(workdir) / "checkpoints"
     if complete_steps(root):
         raise UserError(f"{root} holds a checkpoint already; choose another directory")
-    # If this process is killed, CheckpointManager will remove a folder of this name.
+    # CheckpointManager removes a folder of this name, in case this process is killed.
     unfinished = root / "0.orbax-checkpoint-tmp"
     step = unfinished / "0"
     sums = dict.fromkeys(params, 0)
@@ -114,7 +114,8 @@ def param_writer(
 
     try:
         _write_orbax_metadata(step, params, config)
-        # In one context and at once, so that TensorStore commits the metadata of many together.
+        # Create all arrays at once and in one context, so that TensorStore commits the metadata of
+        # many arrays together.
         context = ts.Context()
         created = {
             path: _create_array(step, path, x, path in stacked, context)
@@ -170,7 +171,7 @@ def _write_orbax_metadata(
 def _create_array(
     step: epath.Path, path: str, x: jax.ShapeDtypeStruct, stacked: bool, context: ts.Context
 ) -> ts.Future[ts.TensorStore]:
-    """Start to create an empty array in place of the one that Orbax wrote.
+    """Start to create an empty array that replaces the one that Orbax wrote.
 
     Its chunks lie within one layer and have at most MAX_CHUNK_BYTES, so that a host that needs one
     shard reads little else.

@@ -48,7 +48,7 @@ def command(arguments: list[str]) -> int:
 def fit(
     c: ConfigDict, accelerator: Accelerator | None, devices: list[jax.Device]
 ) -> dict[str, Any]:
-    """Print and return the report on `c`; if it does not fit, also try changes that might."""
+    """Print and return the report on `c`; if `c` does not fit, try changes that save memory."""
     p = make_plan(c, devices)
     print(parameter_table(p.params))
     print(_run_line(p), flush=True)
@@ -82,7 +82,7 @@ def _run_line(p: RunPlan) -> str:
 
 
 def _check_state(p: RunPlan, accelerator: Accelerator) -> None:
-    """Raise UserError if the state alone is too large, so that changing the step cannot help."""
+    """Raise UserError if the state alone is too large; no change to the step could then help."""
     limit = accelerator.memory
     if p.state_bytes > limit:
         needed = -(-p.state_bytes * p.mesh.size // limit)

@@ -13,10 +13,10 @@ from emu_jax.hardware import GIB, Accelerator
 from emu_jax.plan import RunPlan, bytes_per_device
 from emu_jax.step import jit_train_step
 
-# Compilation effort on TPUs, from -1 (little) to 1. A run compiles with 0, which takes two to four
-# times as long as -1. The peaks of four programs differed by up to 12 % between the two
-# (benchmarks/results/fit.md), so if a peak is within CLOSE of the limit, the program is compiled
-# again with a run's effort.
+# Compilation effort on TPUs, from -1 (little) to 1. A run compiles with effort 0, which takes two
+# to four times as long as -1. The peak memory of four programs differed by up to 12 % between these
+# two efforts (benchmarks/results/fit.md). So if a peak differs from the limit by less than the
+# share CLOSE, the program is compiled again with a run's effort.
 QUICK = -1.0
 CLOSE = 0.15
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -96,7 +96,10 @@ def attempt(p: RunPlan, accelerator: Accelerator | None, effort: float = 0.0) ->
 
 
 def quick_attempt(p: RunPlan, accelerator: Accelerator | None) -> Attempt:
-    """Do `attempt`; on TPUs with little effort, unless the peak is then too close to call."""
+    """Call `attempt`, on TPUs first with little compilation effort.
+
+    If the peak is then unknown or close to the limit, compiles again with a run's effort.
+    """
     if p.mesh.devices.flat[0].platform != "tpu":
         return attempt(p, accelerator)
     tried = attempt(p, accelerator, QUICK)
@@ -110,7 +113,7 @@ def quick_attempt(p: RunPlan, accelerator: Accelerator | None) -> Attempt:
 
 
 def measure_memory(p: RunPlan, compiled: jax.stages.Compiled) -> Memory:
-    """The memory of one device: of arguments from their shapes, the rest from the compiler."""
+    """The memory of one device: arguments by their shapes, the rest as the compiler reports."""
     stats = compiled.memory_analysis()
     assert stats
     parameters = bytes_per_device((p.state.trainable, p.state.frozen))

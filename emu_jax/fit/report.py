@@ -30,7 +30,7 @@ _KERNELS = r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cu
 class Roofline:
     """Lower bounds of a step's time in seconds, one for each resource.
 
-    If their use overlapped perfectly, the step would take the largest of them.
+    If all resources were used at the same time without a pause, the step would take the largest.
     """
 
     compute: float

@@ -26,7 +26,7 @@ TRIES = 4
 
 
 def changes(c: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
-    """Changes {field: value} that save memory, cheapest first; each includes all before it."""
+    """Changes {field: value} that save memory, cheapest first; each includes the earlier ones."""
     steps: list[dict[str, Any]] = []
     # Costs one more forward pass.
     recompute = {field: "full" for field, policy in remat_policies(c).items() if policy != "full"}
@@ -103,15 +103,15 @@ def largest_batches(
     """{policy: the most rows per device that were found to fit, 0 for none}.
 
     measure(policy, rows) returns the peak in bytes, or None if it exceeds `limit`; it is called at
-    most `budget` times. policies: from the least memory to the most; after one under which nothing
-    fits, the others are left out.
+    most `budget` times. policies: from the least memory to the most. If nothing fits under a
+    policy, the result has no entries for the policies after it.
     """
     best: dict[str, int] = {}
     for later, policy in zip(reversed(range(len(policies))), policies):
         peaks: dict[int, int] = {}
         refused = None
         rows = 1
-        # Each later policy gets at least one compilation.
+        # Keep at least one compilation for each later policy.
         while rows and budget > later:
             budget -= 1
             peak = measure(policy, rows)
