@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -58,9 +59,11 @@ def compiled():
 def test_reported_bytes_are_those_of_live_arrays(compiled):
     p, step = compiled
     with jax.set_mesh(p.mesh):
-        params = make.params(p.program)
-        state = init_state(p.program, params)
-        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, p.state))
+        start = jax.jit(
+            partial(init_state, p.program),
+            out_shardings=jax.tree.map(lambda x: x.sharding, p.state),
+        )
+        state = start(make.random_params(p.program))
         batch = jax.device_put(make.batch(p.config), jax.tree.map(lambda x: x.sharding, p.batch))
     held = measure_memory(p, step)
     assert held.parameters == live_bytes(

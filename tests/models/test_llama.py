@@ -4,6 +4,8 @@ It is causal, and blind to other documents, by zero gradients. Rotary positions 
 hand, and only their differences matter.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +18,21 @@ from tests.support import make
 
 P = make.program(make.cfg("model.llama.rope_dtype=float32"))
 PARAMS = make.random_params(P)
-X = jnp.asarray(np.random.default_rng(1).standard_normal((1, 6, 32)), jnp.float32)
-SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0]])
+X = np.random.default_rng(1).standard_normal((1, 6, 32)).astype(np.float32)
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0]])
 
 
 def run(x, positions, segments):
     return module.bind(emu.Emu, P.model_config, PARAMS).llama(x, positions, segments)[0]
 
 
+def weighted(x, segments):
+    weights = np.random.default_rng(2).standard_normal(32).astype(np.float32)
+    return (run(x, np.arange(6)[None], segments) @ weights)[0]
+
+
 hidden = jax.jit(run)
+jacobian_once = jax.jit(jax.jacrev(weighted))
 
 
 @pytest.mark.parametrize(
@@ -48,27 +56,24 @@ hidden = jax.jit(run)
     ],
 )
 def test_a_position_sees_its_own_document_up_to_itself(segments, sees):
-    weights = jnp.asarray(np.random.default_rng(2).standard_normal(32), jnp.float32)
-    jacobian = jax.jit(
-        jax.jacrev(lambda x, segments: (run(x, jnp.arange(6)[None], segments) @ weights)[0])
-    )(X, jnp.array(segments))
+    jacobian = jacobian_once(X, np.array(segments))
     np.testing.assert_array_equal(np.asarray(jacobian)[:, 0].any(-1), sees)
 
 
 def test_only_differences_of_positions_matter():
-    at = jnp.array([[0, 1, 2, 3, 4, 5]])
-    y = hidden(X, at, jnp.ones_like(at))
-    np.testing.assert_allclose(hidden(X, at + 100, jnp.ones_like(at)), y, atol=2e-4)
-    assert np.abs(hidden(X, 2 * at, jnp.ones_like(at)) - y).max() > 0.01
+    at = np.arange(6)[None]
+    y = np.asarray(hidden(X, at, np.ones_like(at)))
+    np.testing.assert_allclose(hidden(X, at + 100, np.ones_like(at)), y, atol=2e-4)
+    assert np.abs(hidden(X, 2 * at, np.ones_like(at)) - y).max() > 0.01
 
 
 def test_packed_documents_are_as_alone():
-    packed = hidden(X, jnp.array([[0, 1, 2, 0, 1, 0]]), SEGMENTS)
+    packed = np.asarray(hidden(X, np.array([[0, 1, 2, 0, 1, 0]]), SEGMENTS))
     np.testing.assert_allclose(
-        packed[:, :3], run(X[:, :3], jnp.array([[0, 1, 2]]), jnp.ones((1, 3), int)), atol=1e-5
+        packed[:, :3], hidden(X[:, :3], np.array([[0, 1, 2]]), np.ones((1, 3), int)), atol=1e-5
     )
     np.testing.assert_allclose(
-        packed[:, 3:5], run(X[:, 3:5], jnp.array([[0, 1]]), jnp.ones((1, 2), int)), atol=1e-5
+        packed[:, 3:5], hidden(X[:, 3:5], np.array([[0, 1]]), np.ones((1, 2), int)), atol=1e-5
     )
 
 
@@ -106,9 +111,10 @@ def test_rotary_frequencies_are_rounded_and_angles_are_not():
 
 
 def test_embeddings_are_rows_of_both_tables():
-    embed = PARAMS["llama"]["embed"]
-    got = module.bind(emu.Emu, P.model_config, PARAMS).llama.embeddings(
-        jnp.array([[0, 511, 512, 515]]), jnp.float32
+    embed = jax.device_get(PARAMS["llama"]["embed"])
+    model = module.bind(emu.Emu, P.model_config, PARAMS)
+    got = jax.jit(lambda ids: model.llama.embeddings(ids, jnp.float32))(
+        np.array([[0, 511, 512, 515]])
     )
     np.testing.assert_array_equal(
         got[0],
@@ -127,14 +133,18 @@ def test_grouped_heads_are_repeated_heads():
     repeated = {
         "q": attn["q"],
         "o": attn["o"],
-        **{name: {"w": jnp.repeat(attn[name]["w"], 2, axis=2)} for name in "kv"},
+        **{name: {"w": np.repeat(attn[name]["w"], 2, axis=2)} for name in "kv"},
     }
     full = params | {
         "llama": params["llama"] | {"blocks": params["llama"]["blocks"] | {"attn": repeated}}
     }
-    at = jnp.arange(6)[None]
+
+    def outputs(config, params):
+        model = module.bind(emu.Emu, config, params)
+        return model.llama(X, np.arange(6)[None], SEGMENTS)[0]
+
     one, two = (
-        module.bind(emu.Emu, p.model_config, tree).llama(X, at, SEGMENTS)[0]
+        jax.jit(partial(outputs, p.model_config))(tree)
         for p, tree in ((grouped, params), (make.program(make.cfg()), full))
     )
     np.testing.assert_allclose(one, two, atol=1e-5)
