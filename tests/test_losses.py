@@ -123,8 +123,7 @@ def test_what_does_not_count_has_no_gradient():
 
 
 def test_no_gradient_to_targets_or_weights():
-    x = learnt()
-    y = given()
+    x, y = jax.device_put((learnt(), given()))
     floats = tuple(part for part in y if part.dtype == jnp.float32)
 
     def loss(floats):
@@ -141,8 +140,7 @@ def test_nll_and_error_are_detached():
 
 
 def test_gradient_is_scaled_by_the_cotangent():
-    x = learnt()
-    y = given()
+    x, y = jax.device_put((learnt(), given()))
     (loss, _), once = jax.device_get(fused_once(x, *y))
     composed = jax.jit(jax.grad(lambda x: jnp.square(3 * ours(x, *y)[0]) + x[0].sum()))(x)
     want = jax.tree.map(lambda g: 18 * loss * g, once)
@@ -260,11 +258,13 @@ def test_evaluating_makes_no_gradient():
 
 def test_a_frozen_head_costs_no_gradient_buffer():
     # One row: a chunk of one token is far smaller than the head.
-    y = [part[:1] if part.ndim else part for part in given()]
-    x = (
-        normal(1, 1, T, D),
-        {"base": normal(2, 4096, D), "added": normal(3, n, D)},
-        {"w": normal(4, D, D)},
+    y = jax.device_put([part[:1] if part.ndim else part for part in given()])
+    x = jax.device_put(
+        (
+            normal(1, 1, T, D),
+            {"base": normal(2, 4096, D), "added": normal(3, n, D)},
+            {"w": normal(4, D, D)},
+        )
     )
 
     def memory(trained):

@@ -14,7 +14,7 @@ from tests.support.trees import assert_close
 C = make.cfg()
 P = make.program(C)
 PARAMS = make.random_params(P)
-BATCH = make.batch(C)
+BATCH = jax.device_put(make.batch(C))
 N = C.model.resampler.tokens
 V = C.model.llama.vocab
 T = C.data.tokens
@@ -37,7 +37,7 @@ def value_and_grad():
 @pytest.fixture(scope="module")
 def forward():
     """(hidden, visual tokens) of BATCH."""
-    return jax.device_get(jax.jit(lambda: P.bind(PARAMS)(BATCH))())
+    return jax.jit(lambda: P.bind(PARAMS)(BATCH))()
 
 
 def sequences(documents, labels=C.data.labels):
@@ -152,14 +152,15 @@ def test_labels_follow_the_grammar(labels, count):
 
 def test_an_images_weight_and_a_texts_count(value_and_grad):
     """A weight of 0 takes an image or a word out of the means; empty image slots never count."""
-    images = np.where(BATCH.has_image, BATCH.image_weights, np.float32(5))
+    batch = jax.device_get(BATCH)
+    images = np.where(batch.has_image, batch.image_weights, np.float32(5))
     images[:4] = 0
-    text = BATCH.text_weights.copy()
+    text = batch.text_weights.copy()
     text[4:] = 0
-    (value, metrics), _ = value_and_grad(BATCH.replace(image_weights=images, text_weights=text))
+    (value, metrics), _ = value_and_grad(batch.replace(image_weights=images, text_weights=text))
     whole = [make.pack(C, [[]] * 8)] * 2
     halves = [
-        jax.tree.map(lambda x, empty: np.concatenate([x[rows], empty[:4]]), BATCH, empty)
+        jax.tree.map(lambda x, empty: np.concatenate([x[rows], empty[:4]]), batch, empty)
         for rows, empty in zip((slice(4, 8), slice(0, 4)), whole, strict=True)
     ]
     (_, only_images), (_, only_text) = (value_and_grad(half)[0] for half in halves)
@@ -250,7 +251,7 @@ def warm_batch():
     """A pair of each text, no two images alike, two a row."""
     rng = np.random.default_rng(0)
     found = sequences([(rng.integers(0, 256, (32, 32, 3), np.uint8), text) for text in TEXTS])
-    return make.pack(WARM, [found[2 * row : 2 * row + 2] for row in range(4)])
+    return jax.device_put(make.pack(WARM, [found[2 * row : 2 * row + 2] for row in range(4)]))
 
 
 def warm_loss(params, batch, key=None, **objective):
@@ -345,7 +346,7 @@ def test_contrastive_by_hand_and_equal_texts_are_no_negatives(warm):
 def test_images_that_are_not_there_count_nothing(warm):
     (value, metrics), grads = warm(warm_batch())
     batch = warm_batch()
-    absent = (batch.image_slots == T)[..., None, None, None]
+    absent = (np.asarray(batch.image_slots) == T)[..., None, None, None]
     assert absent.sum() == 12 - len(TEXTS)
     (value_other, metrics_other), grads_other = warm(
         batch.replace(images=np.where(absent, np.uint8(200), batch.images))
@@ -359,7 +360,7 @@ def test_images_that_are_not_there_count_nothing(warm):
 
 
 def test_images_move_by_the_key_and_repeat_their_edges():
-    batch = make.batch(C)
+    batch = BATCH
     shifted = jax.jit(lambda key: stages.shifted(batch, key, 3).images)
 
     def move(seed):

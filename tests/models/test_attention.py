@@ -19,8 +19,8 @@ from emu_jax.sharding import AXES, ROWS, make_mesh
 from tests.support.trees import assert_close
 
 # T 140 pads to 2 x 128
-SEGMENTS = np.array(
-    [np.repeat([1, 2, 3, 0], lengths) for lengths in ([40, 50, 30, 20], [3, 100, 25, 12])]
+SEGMENTS = jax.device_put(
+    np.array([np.repeat([1, 2, 3, 0], part) for part in ([40, 50, 30, 20], [3, 100, 25, 12])])
 )
 # the time of these tests is the compiler's
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -35,7 +35,7 @@ on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"
 def qkv(B=2, T=140, S=None, H=2, G=None, d=64, dtype=np.float32):
     rng = np.random.default_rng(0)
     shapes = (B, T, H, d), (B, S or T, G or H, d), (B, S or T, G or H, d)
-    return [rng.normal(size=shape).astype(dtype) for shape in shapes]
+    return jax.device_put([rng.normal(size=shape).astype(dtype) for shape in shapes])
 
 
 def value_and_grads(q, k, v, mask, kernel, **more):
@@ -51,7 +51,7 @@ def value_and_grads(q, k, v, mask, kernel, **more):
 
 
 def test_dense_is_the_definition():
-    q, k, v = qkv(T=5, S=7, H=4, G=2, d=3)
+    q, k, v = map(np.asarray, qkv(T=5, S=7, H=4, G=2, d=3))
     bias = np.random.default_rng(0).normal(size=(4, 5, 7)).astype(np.float32)
     q_segments, q_positions = np.array(
         [[[1, 1, 2, 2, 3], [1, 2, 2, 9, 9]], [[1, 2, 1, 2, 0], [5, 0, 1, 0, 1]]]
@@ -96,7 +96,7 @@ def test_gradients_are_finite_where_a_query_has_no_key():
 
 
 def test_masks_of_the_docstring():
-    packed = allowed_once(self_mask(np.array([[1, 1, 2, 2, 0]])), 5, 5)[0]
+    packed = allowed_once(self_mask(jax.device_put(np.array([[1, 1, 2, 2, 0]]))), 5, 5)[0]
     assert packed.tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -127,7 +127,7 @@ def test_splash_equals_dense_over_many_blocks(monkeypatch):
     """Three blocks of 128: some that causality skips, and documents that cross blocks."""
     monkeypatch.setattr("emu_jax.models.attention._block_size", lambda length: 128)
     q, k, v = qkv(B=1, T=260, H=1, d=16)
-    mask = self_mask(np.array([np.repeat([1, 2, 3, 0], [100, 65, 90, 5])]))
+    mask = self_mask(jax.device_put(np.repeat([1, 2, 3, 0], [100, 65, 90, 5])[None]))
     assert_close(
         value_and_grads(q, k, v, mask, "splash"), value_and_grads(q, k, v, mask, "dense"), 2e-5
     )
@@ -195,7 +195,8 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 @on_cpu
 def test_sharded_equals_single(kernel, sizes, G, causal):
     q, k, v = qkv(B=8, T=12, d=32, G=G)
-    mask = self_mask(np.array([np.repeat([1, 2, 0], [5, 4, 3])] * 8), causal=causal)
+    segments = jax.device_put(np.array([np.repeat([1, 2, 0], [5, 4, 3])] * 8))
+    mask = self_mask(segments, causal=causal)
     single = value_and_grads(q, k, v, mask, "dense")
     with jax.set_mesh(make_mesh(sizes)):
         assert_close(value_and_grads(q, k, v, mask, kernel), single, 2e-5)

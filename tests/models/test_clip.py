@@ -29,7 +29,7 @@ def params():
         return noise + path.endswith("scale")
 
     leaves = tree.leaves(module.abstract(Clip, SIZE))
-    return tree.unflatten({path: leaf(path, x) for path, x in leaves})
+    return jax.device_put(tree.unflatten({path: leaf(path, x) for path, x in leaves}))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -64,9 +64,10 @@ def test_text_is_causal_and_reads_all_that_is_before_its_end(params):
     before.
     """
     positions = params["text"]["positions"]
+    ids = jax.device_put(IDS[:1])
 
     def value(positions):
-        return module.bind(ClipText, SIZE, params["text"] | {"positions": positions})(IDS[:1])[0, 0]
+        return module.bind(ClipText, SIZE, params["text"] | {"positions": positions})(ids)[0, 0]
 
     slope = np.abs(jax.jit(jax.grad(value))(positions)).max(1)
     assert (slope[:5] > 0).all() and (slope[5:] == 0).all()

@@ -158,9 +158,9 @@ def test_remat_changes_nothing(without_remat, policy):
 
 def test_remat_saves_what_it_says():
     """Bytes that the backward pass finds saved, by policy and by tower."""
-    images = make.batch(C).images[0]
-    hidden = np.zeros((2, 12, 32), np.float32)
-    positions = np.zeros((2, 12), int)
+    images, hidden, positions = jax.device_put(
+        (make.batch(C).images[0], np.zeros((2, 12, 32), np.float32), np.zeros((2, 12), int))
+    )
 
     # Some of these configs are the same.
     @functools.cache
@@ -169,7 +169,7 @@ def test_remat_saves_what_it_says():
             bound = model(params, config)
             if is_encoder:
                 return bound.encode(images)
-            return bound.llama(hidden, positions, np.ones_like(positions))[0]
+            return bound.llama(hidden, positions, jnp.ones_like(positions))[0]
 
         return sum(
             leaf.size * leaf.dtype.itemsize

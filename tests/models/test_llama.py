@@ -28,7 +28,7 @@ def run(x, positions, segments):
 
 def weighted(x, segments):
     weights = np.random.default_rng(2).standard_normal(32).astype(np.float32)
-    return (run(x, np.arange(6)[None], segments) @ weights)[0]
+    return (run(x, jnp.arange(6)[None], segments) @ weights)[0]
 
 
 hidden = jax.jit(run)
@@ -139,12 +139,11 @@ def test_grouped_heads_are_repeated_heads():
         "llama": params["llama"] | {"blocks": params["llama"]["blocks"] | {"attn": repeated}}
     }
 
-    def outputs(config, params):
-        model = module.bind(emu.Emu, config, params)
-        return model.llama(X, np.arange(6)[None], SEGMENTS)[0]
+    def outputs(config, params, *inputs):
+        return module.bind(emu.Emu, config, params).llama(*inputs)[0]
 
     one, two = (
-        jax.jit(partial(outputs, p.model_config))(tree)
+        jax.jit(partial(outputs, p.model_config))(tree, X, np.arange(6)[None], SEGMENTS)
         for p, tree in ((grouped, params), (make.program(make.cfg()), full))
     )
     np.testing.assert_allclose(one, two, atol=1e-5)

@@ -32,8 +32,8 @@ P = make.program(C)
 # the same model without it
 PLAIN = make.program(make.cfg("model.llama.added=6"))
 PARAMS = jax.device_get(make.random_params(P))
-X = np.random.default_rng(1).standard_normal((4, 12, 32)).astype(np.float32)
-AT = np.tile(np.arange(12), (4, 1))
+X = jax.device_put(np.random.default_rng(1).standard_normal((4, 12, 32)).astype(np.float32))
+AT = jax.device_put(np.tile(np.arange(12), (4, 1)))
 
 
 def plain(params):
@@ -60,7 +60,7 @@ def compiled(config):
 
     def loss(trains, frozen, key):
         hidden = module.bind(emu.Emu, config, tree.merge(trains, frozen), key).llama(
-            X, AT, np.ones_like(AT)
+            X, AT, jnp.ones_like(AT)
         )[0]
         return (hidden * X).sum(), hidden
 

@@ -63,7 +63,8 @@ def random(tower, config):
     def noise(path, x):
         return np.float32(rng.standard_normal(x.shape) * 0.3 + path.endswith("scale"))
 
-    return tree.unflatten({path: noise(path, x) for path, x in make.flat(shapes)})
+    leaves = {path: noise(path, x) for path, x in make.flat(shapes)}
+    return jax.device_put(tree.unflatten(leaves))
 
 
 PARAMS = random(UNet, SIZE)
@@ -141,7 +142,7 @@ def test_each_place_is_told_by_a_map_of_its_own():
     plain = {name: part for name, part in params.items() if name != "places"}
     np.testing.assert_allclose(before, run(plain, X, TIMES, CONDITION, config=none), atol=1e-4)
     at_one = np.zeros_like(params["places"]["w"])
-    at_one[:, 1, 2] = params["places"]["w"][:, 1, 2]
+    at_one[:, 1, 2] = np.asarray(params["places"]["w"])[:, 1, 2]
     one = params | {"places": {"w": at_one}}
     moved = np.abs(call(one, X, TIMES, CONDITION) - before).max((0, 3))
     assert moved[1, 2] > 0.1
@@ -167,28 +168,29 @@ def test_sharded_is_single():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         placed = jax.device_put(
-            {"unet": PARAMS}, sharding.shardings(mesh, sharding.specs({"unet": PARAMS}))
+            {"unet": jax.device_get(PARAMS)},
+            sharding.shardings(mesh, sharding.specs({"unet": PARAMS})),
         )["unet"]
         np.testing.assert_allclose(run(placed, X, TIMES, CONDITION), want, atol=1e-4)
 
 
 def test_remat_changes_nothing():
     params = random(UNet, FLAT)
+    inputs = jax.device_put((X[:2], TIMES[:2], CONDITION[:2]))
 
     def loss(config):
-        return jax.jit(
-            jax.grad(
-                lambda params: (forward(params, X[:2], TIMES[:2], CONDITION[:2], config) ** 2).sum()
-            )
-        )(params)
+        return jax.jit(jax.grad(lambda params: (forward(params, *inputs, config) ** 2).sum()))(
+            params
+        )
 
     assert_close(loss(dataclasses.replace(FLAT, remat="full")), loss(FLAT), 2e-4, floor=1e-3)
 
 
 def test_sides_that_do_not_divide_are_one_line():
-    x = np.zeros((1, 5, 4, 3), np.float32)
+    x = jax.device_put(np.zeros((1, 5, 4, 3), np.float32))
+    times, condition = jax.device_put((TIMES[:1], CONDITION[:1]))
     with pytest.raises(UserError, match="multiples of 2 .* not 5 x 4"):
-        jax.eval_shape(lambda: forward(PARAMS, x, TIMES[:1], CONDITION[:1]))
+        jax.eval_shape(lambda: forward(PARAMS, x, times, condition))
     with pytest.raises(UserError, match="sides are multiples of 2, not 5 x 4"):
         jax.eval_shape(lambda: module.bind(Vae, VAE, random(Vae, VAE)).encode(x))
 
