@@ -14,7 +14,7 @@ from pathlib import Path
 
 FOLDERS = ("emu_jax", "configs", "benchmarks", "tests")
 SUMMARY = 88
-# Comments that tools read stay behind the code.
+# Comments that tools read may stay behind code.
 MARKERS = re.compile(r"#\s*(noqa|type:|ty:|pragma|pyright|fmt)")
 # Phrases that a reader has to translate, and what to write instead.
 PHRASES = {
@@ -35,7 +35,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def offences(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, what is wrong) of a file."""
+    """Yield (line number, message) for every place where a file breaks a rule."""
     text = path.read_text()
     tree = ast.parse(text)
     yield from bindings(tree)
@@ -61,7 +61,7 @@ def offences(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def bindings(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Tuples that pack several values into several names; a swap is one idea and stays."""
+    """Statements that bind several values to several names; swaps are allowed."""
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
             continue
@@ -75,7 +75,7 @@ def bindings(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def comprehensions(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Comprehensions that start on the line of the one around them."""
+    """Comprehensions that start on the same line as the comprehension around them."""
     for outer in ast.walk(tree):
         if not isinstance(outer, COMPREHENSIONS):
             continue
@@ -86,7 +86,7 @@ def comprehensions(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def summaries(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """First lines of docstrings that are too long, or no sentence of their own."""
+    """First lines of docstrings that are too long, or start like the end of a sentence."""
     for node in ast.walk(tree):
         if not isinstance(node, DOCUMENTED) or not (doc := ast.get_docstring(node)):
             continue
@@ -99,13 +99,13 @@ def summaries(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 1 where a file breaks a rule; each offence is a line."""
+    """Print a line for each offence; returns 1 if there is any, else 0."""
     files = [Path(name) for name in arguments]
     if not files:
         files = [path for folder in FOLDERS for path in sorted(Path(folder).rglob("*.py"))]
     count = 0
     for path in files:
-        # This file spells the phrases out.
+        # This file contains the phrases itself.
         if path.name == "style.py":
             continue
         for line, what in sorted(set(offences(path))):

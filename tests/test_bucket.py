@@ -1,6 +1,6 @@
 """Checkpoints in a bucket, on an emulator of Google Cloud Storage (make test-bucket).
 
-A killed run resumes from there, with two processes, and skips an unfinished save.
+A killed run resumes from the bucket on two processes, and skips an unfinished save.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ def bucket(monkeypatch):
         monkeypatch.setenv(name, f"http://localhost:{port}")
     download = objects.download
 
-    # Google sends the generation of an object. TensorStore needs it, to overwrite only the version
-    # that it has read.
+    # Google sends the generation of an object, which the emulator does not. TensorStore needs it,
+    # to overwrite only the version that it has read.
     def with_generation(request, response, storage, *rest, **named):
         with contextlib.suppress(NotFound):
             response["x-goog-generation"] = storage.get_file_obj(
@@ -92,7 +92,7 @@ def test_a_killed_run_resumes_from_a_bucket(bucket, data, tmp_path):
     assert {path.name for path in steps.iterdir()} == {"2", "4"} and not (
         tmp_path / "run/checkpoints"
     ).exists()
-    # As if it had been killed just before the save was complete.
+    # The run now looks as if it was killed just before the save was complete.
     ended.unlink()
     assert checkpoint.latest_step(f"{bucket}/run") == 2
 

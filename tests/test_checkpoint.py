@@ -41,7 +41,7 @@ def abstract(state, sharding_of=None):
 
 
 def restore(run, abstract_state, step=None):
-    """What `run` restores, where there is something to restore."""
+    """What `run` restores; fails if there is nothing to restore."""
     restored = run.restore(abstract_state, step=step)
     assert restored is not None
     return restored
@@ -57,7 +57,7 @@ def mesh_sharding(shape, *axes):
 
 
 def steps(workdir):
-    # A name that is not a number is an error.
+    # A folder whose name is not a number makes int() fail.
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
@@ -228,7 +228,7 @@ def test_parameters_written_by_slices_are_restored_on_any_mesh_and_read_by_slice
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(checkpoint.slices, "MAX_CHUNK_BYTES", 64)
-    # Zeros must be written too.
+    # An array of zeros must be written too.
     params = make_state().trainable | {
         "vision": {"pos": jnp.ones((3, 5), jnp.float16), "bias": jnp.zeros((70,))}
     }
@@ -243,7 +243,7 @@ def test_parameters_written_by_slices_are_restored_on_any_mesh_and_read_by_slice
     np.testing.assert_array_equal(reader.read("llama/w", 3), params["llama"]["w"][3])
     np.testing.assert_array_equal(reader.read("head", None), params["head"])
     with pytest.raises(UserError, match="'llama/w' has changed"):
-        # The other slices have not been read.
+        # check() needs all slices, and most of them have not been read.
         reader.check()
     for layer in set(range(64)) - {3}:
         reader.read("llama/w", layer)
@@ -395,7 +395,7 @@ def test_a_killed_save_is_ignored_and_removed(copy, caplog):
         check=False,
     )
     assert killed.returncode == -9
-    # In case the kill came before Orbax created it.
+    # The kill may have come before Orbax created this folder.
     (copy / "checkpoints/3.orbax-checkpoint-tmp/params").mkdir(parents=True, exist_ok=True)
     run = CheckpointManager(str(copy), keep=5, keep_every=0)
     assert latest_step(str(copy)) == 2 and not caplog.records
@@ -412,7 +412,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(copy, small_disk):
         match=r"checkpoints/3 could not be saved: .*\S.*; the earlier ones are unchanged",
     ) as error:
         run.save(3, big, DATA, CONFIG)
-        # Here at the latest.
+        # If the first save does not raise the error, this one does.
         run.save(4, big, DATA, CONFIG)
     assert "\n" not in str(error.value) and steps(copy) == [1, 2]
     assert_bitwise_equal(restore(run, abstract(make_state()))[1], make_state(2))
@@ -489,7 +489,7 @@ def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("place", ["s3://bucket/run", "az://bucket/run"])
 def test_other_buckets_than_googles_are_refused(place):
-    """Orbax marks a finished save differently there: it would be taken for an unfinished one."""
+    """Orbax marks finished saves differently there, so they would be taken for unfinished."""
     with pytest.raises(UserError, match=f"cannot keep checkpoints in '{place}': .* gs://NAME"):
         CheckpointManager(place, keep=1, keep_every=0)
 

@@ -165,7 +165,7 @@ def test_a_config_elsewhere_may_import_ours(tmp_path, monkeypatch):
 
 
 def test_files_next_to_a_config_come_first(tmp_path):
-    """A project's own `configs` folder is searched before ours; others go by their own name."""
+    """A config imports from its own folder first, even if that is called `configs` as ours."""
     for folder in ("configs", "experiments"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "shared.py").write_text(OWN.replace("configs.base", "configs.decoder"))

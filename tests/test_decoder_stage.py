@@ -49,7 +49,10 @@ def get_config():
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Eight fake devices are slow; models/test_decoder.py and test_train.py test meshes."""
+    """Use one device, because eight fake devices are slow.
+
+    tests/models/test_decoder.py and tests/test_train.py test meshes.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", mesh_of_one_device)
         patch.setattr(precompute, "inference_mesh", lambda *_: None)
@@ -59,8 +62,9 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with data, an Emu and an autoencoder of random weights, and the config of their
-    decoder.
+    """A folder with data, an Emu, an autoencoder, and the config of their decoder.
+
+    The weights are random.
     """
     folder = tmp_path_factory.mktemp("decoder")
     fixtures.write_tiny(folder)
@@ -98,7 +102,10 @@ def flags(folder, *overrides):
 
 @pytest.fixture(scope="module")
 def made(folder):
-    """The flags of a run, its conditions made, and its latents by two hosts."""
+    """made(workdir, *overrides) gives the flags of a run with precomputed inputs.
+
+    One host has computed the conditions, and two hosts the latents.
+    """
     assert generate.main(["precompute", *flags(folder), f"--to={folder}/conditions"]) == 0
     for host in "01":
         assert (
@@ -148,9 +155,9 @@ def test_metrics_checkpoints_and_pictures_of_a_run(whole):
     assert {"condition_variance", "grad_norm/condition", "grad_norm/unet"} < told[
         0
     ].keys() and "flops_per_second/unet" in told[1]
-    # whose latents were made beforehand
+    # The latents are precomputed, so the autoencoder does not run.
     assert "flops_per_second/vae" not in told[1]
-    # the image and its drawing, each 8 wide, for eight rows
+    # The picture shows eight rows of an image and its drawing, each 8 pixels wide.
     with Image.open(whole / "pictures/3.png") as drawn:
         assert drawn.size == (16, 64)
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["2", "4"]
@@ -164,7 +171,7 @@ def test_frozen_towers_stay_as_they_were_loaded(folder, whole):
     before = emu | sd
     frozen = [path for path in after if not path.startswith("unet/")]
     assert len(frozen) > 10
-    # matrices are held in bfloat16
+    # Frozen matrices are held in bfloat16.
     for path in frozen:
         np.testing.assert_array_equal(
             after[path], before[path].astype(after[path].dtype), err_msg=path
@@ -219,7 +226,7 @@ def test_bad_input_is_one_line_and_writes_nothing(made, overrides, told, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-# the loop's own is in test_train.py
+# test_train.py tests a full disk in a shorter test.
 @pytest.mark.long
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_survive(made, copy, capsys, small_disk):
     assert train.main(made(copy)) == 2
@@ -314,7 +321,7 @@ def test_latents_of_other_images_are_one_line(made, overrides, told):
 
 @pytest.mark.parametrize(("kind", "directory"), [("conditions", "emu"), ("latents", "sd")])
 def test_arrays_of_different_weights_are_refused(folder, made, tmp_path, kind, directory):
-    """The Emu was trained again, and conditions of the old one are still there."""
+    """After the weights were trained again, arrays of the old weights may still be there."""
     precompute.check_weights(config.load(made("")), kind)
     told = read_metadata(folder / kind, kind)
     metadata_path(tmp_path, kind).write_text(json.dumps(told | {"weights": told["weights"] ^ 1}))

@@ -70,13 +70,13 @@ def test_reported_bytes_are_those_of_live_arrays(compiled):
         (state.trainable, state.frozen)
     ) and held.batch == live_bytes(batch)
     assert held.parameters + held.optimizer == live_bytes(state)
-    # The encoder is frozen.
+    # The frozen encoder has no gradients.
     assert held.gradients == live_bytes(state.trainable) < held.parameters
     assert (
         held.parameters + held.optimizer + held.batch
         == step.memory_analysis().argument_size_in_bytes
     )
-    # The compiled program is the one that runs.
+    # The compiled program runs, and keeps the layout.
     new, _ = step(state, batch)
     assert int(new.step) == 1 and jax.tree.map(lambda x: x.sharding, new) == jax.tree.map(
         lambda x: x.sharding, p.state
@@ -89,9 +89,9 @@ def test_the_planned_batch_is_the_loaders():
 
 
 def test_weights_are_gathered_in_the_loop_over_depth(compiled):
-    """Once in the forward pass, and again where remat recomputes it.
+    """Weights are gathered in the forward pass, and again where remat recomputes it.
 
-    How gradients are summed differs between compilers; for TPUs there is a test below.
+    How gradients are summed depends on the compiler; a test below covers TPUs.
     """
     found = hlo.Module(compiled[1].as_text()).collectives()
     gathers = [c for c in found if c.kind == "all-gather" and c.in_loop]
@@ -123,7 +123,7 @@ def test_a_report_is_json_and_counts_by_hand(compiled, monkeypatch):
         "llama",
         "heads",
     }
-    # One forward pass; no other tower has remat.
+    # Remat repeats the LLM's forward pass; no other tower has remat.
     assert found["recomputed_flops"] == {"llama": pytest.approx(found["flops"]["llama"] / 3)}
     assert found["mfu"] == pytest.approx(
         sum(found["flops"].values()) / (found["step_seconds"] * 8e12)
@@ -180,7 +180,7 @@ def test_the_decoder_stage_is_planned_with_its_frozen_towers():
         if path.endswith("/w")
     )
     unet = bytes_per_device(p.state.trainable)
-    # A parameter, two moments and an average.
+    # Each parameter has a copy for itself, two moments and the average.
     assert bytes_per_device(p.state) == pytest.approx(
         4 * unet + bytes_per_device(p.state.frozen), rel=0.01
     )
@@ -208,7 +208,7 @@ def test_precomputed_inputs_are_in_the_batch_and_cost_no_flops():
 
 @pytest.mark.parametrize("slope", [1, 7, 30, 90, 200])
 def test_a_search_finds_the_most_rows_in_few_steps(slope):
-    """Peaks of 100 + slope x rows; other policies have 3 and 9 times the slope."""
+    """Peaks are 100 + slope x rows; "dots" and "none" have 3 and 9 times the slope."""
     asked = []
     cost = {"full": slope, "dots": 3 * slope, "none": 9 * slope}
 
@@ -345,10 +345,10 @@ def test_a_state_that_cannot_fit_is_an_error_before_compiling():
 
 
 def test_tpus_gather_and_scatter_in_the_loop_and_use_attention_kernels():
-    """Needs libtpu. An LLM block's weights are gathered and its gradients reduce-scattered.
+    """An LLM block's weights are gathered and its gradients reduce-scattered (needs libtpu).
 
-    None of them is all-reduced (the smaller matrices of other towers are); splash attention runs
-    forward and backward.
+    None of these gradients is all-reduced; the smaller matrices of other towers are. Splash
+    attention runs forward and backward.
     """
     pytest.importorskip("libtpu")
     sizes = (
@@ -396,7 +396,7 @@ def test_tpus_gather_and_scatter_in_the_loop_and_use_attention_kernels():
     def received(some, kind):
         return sum(c.runs * c.bytes_received for c in some if c.kind == kind)
 
-    # Results with little compilation effort hold for a run.
+    # A compilation with little effort predicts the memory and the traffic of a run.
     assert measure_memory(p, quick).peak == pytest.approx(measure_memory(p, done).peak, rel=CLOSE)
     for kind in ("all-gather", "reduce-scatter"):
         assert received(quickly, kind) == pytest.approx(received(found, kind), rel=0.05)
@@ -409,7 +409,7 @@ def test_tpus_gather_and_scatter_in_the_loop_and_use_attention_kernels():
         for path, leaf in tree.leaves(p.params)
         if path.startswith("llama/blocks") and path.endswith("/w")
     )
-    # In the forward pass, and again for the backward pass.
+    # Weights are gathered in the forward pass and again in the backward pass.
     assert looped["all-gather"] >= 2 * a_block and looped["reduce-scatter"] >= a_block
     # A matrix of this LLM has 2^23 bytes.
     assert not [
@@ -421,7 +421,7 @@ def test_tpus_gather_and_scatter_in_the_loop_and_use_attention_kernels():
 
 
 def test_gpus_use_attention_kernels(tmp_path):
-    """Needs the CUDA plugin. cuDNN for images, even of 257 positions; Pallas for text."""
+    """cuDNN runs images, even of 257 positions; Pallas runs text (needs the CUDA plugin)."""
     pytest.importorskip("jax_cuda12_plugin")
     small = (
         "mesh.data=1",

@@ -33,7 +33,7 @@ def test_a_cpu_has_no_figures():
 
 
 def test_figures_have_plausible_units():
-    """A wrong unit would show: FLOPs a byte of memory traffic, and memory faster than links."""
+    """A wrong unit would break the ratio of FLOPs to bytes, or the order of bandwidths."""
     for name, row in hardware.ACCELERATORS.items():
         assert (
             70 < row.flops / row.bandwidth < 700

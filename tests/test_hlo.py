@@ -74,7 +74,7 @@ def test_loops_multiply_and_every_collective_counts_once():
         name: (c.kind, c.bytes, c.runs, c.in_loop, c.asynchronous) for name, c in found.items()
     }
     assert table == {
-        # 3 turns, inside a loop of 5.
+        # The inner loop's 3 iterations run in each of the outer loop's 5.
         "gather": ("all-gather", 8 * 16 * 2, 15, True, False),
         "sum": ("all-reduce", 40 + 40, 5, True, False),
         "all-reduce.9": ("reduce-scatter", 256, 1, False, False),
@@ -108,7 +108,7 @@ def test_bytes_received():
 @pytest.mark.parametrize(
     ("kind", "groups", "received", "crossing"),
     [
-        # Half of the array comes from the other slice, divided between two devices.
+        # The half of the array that comes from the other slice is divided between two devices.
         ("all-gather", ((0, 1, 2, 3),), 75, 25),
         ("reduce-scatter", ((0, 1, 2, 3),), 75, 25),
         ("all-reduce", ((0, 1, 2, 3),), 150, 50),
@@ -127,7 +127,10 @@ def test_bytes_between_two_slices_of_two(kind, groups, received, crossing):
 
 
 def test_a_reduction_between_slices_counts_once():
-    """libtpu writes it for 2xv5e:4x4 as 512 KiB to the host and back: what is received counts."""
+    """libtpu writes such a reduction as a send and a receive; only the receive counts.
+
+    For 2xv5e:4x4, each moves 512 KiB to or from the host.
+    """
     attributes = (
         '_xla_host_transfer_handler_name="xla_megascale_runtime",'
         '_xla_host_transfer_rendezvous="all-reduce.1_0",'
@@ -198,7 +201,7 @@ def test_bytes_of_a_shape(shape, size):
 
 
 def test_a_compiled_scan():
-    """Seven gathers of 4 shards, seven sums over 2, and one sum over 4 after the loop."""
+    """Seven gathers of 4 shards, seven sums over 2 devices, and one over 4 after the loop."""
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P("fsdp"), P()), out_specs=P(), check_vma=False)
@@ -214,7 +217,7 @@ def test_a_compiled_scan():
     found = hlo.Module(_text(jax.jit(run).lower(w, x))).collectives()
     seen = sorted((c.kind, c.bytes, c.runs * c.in_loop or c.runs, len(c.groups[0])) for c in found)
     gathers = [row for row in seen if row[0] == "all-gather"]
-    # XLA may lift it out of the loop.
+    # XLA may move the gather out of the loop.
     assert gathers in ([("all-gather", 2048, 7, 4)], [("all-gather", 2048, 1, 4)])
     assert [row for row in seen if row[0] == "all-reduce"] == [
         ("all-reduce", 2048, 1, 4),

@@ -53,7 +53,7 @@ def test_a_chart_shows_its_values():
     first, second, third = [
         (float(x), float(y)) for x, y in re.findall(r'cx="([^"]*)" cy="([^"]*)"', svg)
     ]
-    # The values are a factor of ten apart.
+    # The values 1, 10 and 100 are equally far apart on the logarithmic axis.
     assert first[1] > third[1] > second[1] and first[1] - third[1] == pytest.approx(
         third[1] - second[1], abs=0.2
     )

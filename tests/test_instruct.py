@@ -72,7 +72,7 @@ def arguments(data, base, workdir, *overrides):
 
 @pytest.fixture(scope="module")
 def one_device():
-    """Sharded, it is in tests/models/test_lora.py."""
+    """Use one device; tests/models/test_lora.py shards LoRA."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", mesh_of_one_device)
         yield
@@ -146,7 +146,10 @@ def test_it_goes_on_from_its_checkpoint(data, base, tuned, capsys):
 
 
 def test_a_chat_begins_as_it_was_tuned(tuned):
-    """Without the release's system message. Chats in a cache: tests/generate/test_session.py."""
+    """A chat begins without the release's system message.
+
+    tests/generate/test_session.py tests chats in a cache.
+    """
     session = Session.load(str(tuned))
     prompt = session.processor.chat_turn(
         [np.zeros((28, 28, 3), np.uint8), "what is this?"], system=None, first=True
@@ -155,7 +158,7 @@ def test_a_chat_begins_as_it_was_tuned(tuned):
 
 
 def test_the_paper_trains_26_million_of_14_billion_parameters():
-    """Rank 16 at q, k, v and o of 40 layers of width 5120; and four rows."""
+    """LoRA of rank 16 at q, k, v and o of 40 layers of width 5120, and four vocabulary rows."""
     c = config.load(["--config=configs/instruct.py"])
     trainable = make_plan(c).state.trainable
     sizes = {path: leaf.size for path, leaf in tree.leaves(trainable)}

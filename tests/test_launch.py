@@ -98,7 +98,7 @@ def test_the_pipeline_runs_in_order_and_each_stage_finds_its_inputs(tmp_path):
     python.write_text(ARGUMENTS)
     python.chmod(0o755)
     (tmp_path / "raw").mkdir()
-    # The second time, only commands run that skip finished work themselves.
+    # The second time, the script runs only commands that skip finished work themselves.
     for _ in range(2):
         subprocess.run(
             [Path("launch/pipeline.sh").resolve(), "paper"],
@@ -153,7 +153,7 @@ open(f"FOUND{jax.process_index()}", "w").write(found)' "$@"
 
 @pytest.mark.parametrize(("tasks", "step"), [("1(x2)", 0), ("2", 1)])
 def test_tasks_of_slurm_find_one_another(tmp_path, tasks, step):
-    """One process per node, or several on one, with srun's own variables only."""
+    """Run one process per node, or several on one node, with srun's own variables only."""
     for path, text in (
         ("bin/srun", SRUN),
         (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emu_jax.stages import STAGES
 
-# From the bottom up. A module may import from lower rows, and from its own folder in its own row.
+# From the bottom up. A module may import from rows above its own here, and from its own folder.
 ORDER = (
     ("types", "tree", "config", "files", "hlo", "html", "batching"),
     ("cli",),
@@ -39,19 +39,19 @@ ORDER = (
     ("generate/*", "weights/transfer"),
     ("loop", "checks", "evaluate/*"),
     ("hooks",),
-    # A guest: nothing imports it but its own command.
+    # Nothing imports the demo except its own command.
     ("demo/*",),
     ("verify/*",),
     ("train",),
     ("fit/*", "__init__", "*/__main__"),
 )
-# Modules that serve every stage alike, and so name none.
+# Modules that serve every stage alike, so they name none of them.
 LOOP = ("step.py", "throughput.py", "loop.py")
 # Packages that nothing imports.
 ABSENT = {"torch", "tensorflow", "keras", "haiku"}
-# Packages that functions import when they are called, never a module when it is.
+# Packages that only functions import, when they are called.
 LATE = {"transformers"}
-# What data code may import of emu_jax: it is NumPy.
+# What data code, which uses NumPy and not JAX, may import of emu_jax.
 DATA_MAY_IMPORT = {"data", "config", "types", "files", "cli", "html"}
 MODULES = sorted(path for path in Path("emu_jax").rglob("*.py") if path.read_text())
 OTHERS = sorted(

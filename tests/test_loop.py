@@ -1,5 +1,6 @@
-"""The laws of a step and of the loop, on a line of two towers; those of the mesh and of
-accumulation, on a small Emu.
+"""Laws of a step and of the loop, on a fake model of two towers.
+
+Laws of the mesh and of accumulation use a small Emu.
 """
 
 import dataclasses
@@ -42,8 +43,9 @@ class Leaf(nnx.Module):
 
 
 class Line(nnx.Module):
-    """text_weights [B, T] times `slope`, plus `shift`, is to be the weight of the row's first
-    image.
+    """A linear model that predicts the weight of the row's first image.
+
+    Its prediction is text_weights [B, T] times `slope`, plus `shift`.
     """
 
     def __init__(self, model_config, rngs):
@@ -51,7 +53,7 @@ class Line(nnx.Module):
         self.shift = Leaf(1, rngs)
 
 
-# one entry each time that a step or an evaluation is traced
+# Every trace of a step or an evaluation adds an entry.
 TRACES = []
 
 
@@ -72,7 +74,7 @@ LINE = stages.Stage(
 SIZE = emu.EmuConfig.of(C.model.to_dict())
 PARAMS = module.init(Line, SIZE, jax.random.key(0))
 ADAM = optax.adam(0.1)
-# as the loop's, but without donation: the laws compare states before and after
+# The loop's step, but without donation, because the laws compare states before and after.
 STEP = jax.jit(train_step, static_argnums=0)
 
 
@@ -223,7 +225,7 @@ def test_dropout_differs_by_step_and_by_micro_batch_and_is_reproducible():
     assert loss(step, state, batch) == loss(jitted(p), start(p), batch)
     assert loss(step, state, batch) != loss(step, state.replace(step=jnp.int32(1)), batch)
     assert loss(step, state, batch) != loss(jitted(dataclasses.replace(p, seed=4)), state, batch)
-    # micro-batch 0 is rows 0, 2, ...: both are the same four rows
+    # Micro-batch 0 has rows 0, 2, ..., so both micro-batches have the same four rows.
     two = jax.tree.map(lambda x: np.repeat(x[:4], 2, axis=0), batch)
     half = jax.tree.map(lambda x: x[:4], batch)
     for dropout, equal in ((0.0, True), (0.5, False)):
@@ -234,11 +236,11 @@ def test_dropout_differs_by_step_and_by_micro_batch_and_is_reproducible():
         assert np.isclose(once, twice, rtol=1e-5) == equal
 
 
-# The whole step of a small Emu: with plain gradient descent of rate 1, the change of the parameters
-# is the gradient.
+# Steps of a small Emu. With plain gradient descent of rate 1, the change of the parameters is the
+# gradient.
 
 
-# The blocks of these towers are unrolled, each traced by itself: one has all kinds of parameters.
+# Each unrolled block of these towers is traced. One block has all kinds of parameters.
 SHALLOW = ("model.vision.depth=1", "model.resampler.depth=1")
 
 
@@ -307,7 +309,7 @@ def test_squared_norms_of_groups_add_up(whole):
 def test_accumulation_equals_one_big_batch(whole):
     """Four micro-batches of two rows, unevenly filled.
 
-    The variance across images is within each micro-batch, so it differs.
+    The variance across images is computed within each micro-batch, so it differs.
     """
     assert_same_step(one_step(accumulate=4), whole, but={"visual_variance"})
 
@@ -322,7 +324,7 @@ def test_a_sharded_step_equals_the_single_one(whole, shape):
     [("encoded", False), pytest.param("teacher_forced", True, marks=pytest.mark.long)],
 )
 def test_a_sharded_decoder_step_equals_the_single_one(condition, vae):
-    """The U-Net's gradients, through convolutions and its attention to what frozen towers say."""
+    """The U-Net's gradients pass through convolutions and attention to the condition."""
     c = make.decoder_cfg("optim.ema=0.0", f"model.decoder.condition={condition}", *SHALLOW, vae=vae)
     assert_same_step(
         one_step(mesh=sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), c=c), one_step(c=c)
@@ -359,7 +361,7 @@ class Feed:
 def run(
     workdir, batches, *overrides, p=None, before=lambda number: None, evaluators=(), sampler=None
 ):
-    """loop.run on a line; (state, its Checkpoints)."""
+    """Run the loop on a Line; returns (state, CheckpointManager)."""
     c = make.cfg(f"workdir={workdir}", f"optim.steps={len(batches)}", *overrides)
     p = p or program()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
@@ -368,7 +370,7 @@ def run(
     feed = Feed(batches, before)
     try:
         with jax.set_mesh(mesh), Watchdog(workdir, c.log.hang) as watchdog:
-            # donated
+            # The loop donates its state, so it gets a copy.
             state = jax.device_put(
                 jax.tree.map(jnp.copy, start(p)), NamedSharding(mesh, PartitionSpec())
             )
@@ -381,7 +383,7 @@ def run(
 
 
 def plain(batches, p=None):
-    """[(state, metrics)] after each batch."""
+    """[(state, metrics)] after each batch, computed without the loop."""
     p = p or program()
     step = jitted(p)
     state = start(p)
@@ -435,7 +437,7 @@ def test_metrics_are_written_one_step_late(tmp_path, monkeypatch):
 
 
 def test_a_save_comes_after_the_metrics_of_its_step(tmp_path, monkeypatch):
-    """A run that is killed then, and resumes from there, would not log them."""
+    """If the save came first, a run killed right after it would never log these metrics."""
     events = []
     write = MetricWriter.write
     save = CheckpointManager.save
@@ -449,7 +451,7 @@ def test_a_save_comes_after_the_metrics_of_its_step(tmp_path, monkeypatch):
     )
 
     def saving(self, step, *args, **kwargs):
-        # a signal waits for it, at the end too
+        # A signal waits until the save is done, even at the end of the run.
         assert "note" in signal.getsignal(signal.SIGTERM).__name__
         events.append(f"save {step}")
         save(self, step, *args, **kwargs)
@@ -550,7 +552,7 @@ def test_bad_steps_are_named_with_their_documents(tmp_path, caplog):
         and "first3" not in caplog.text
     )
     told = [(line["step"], line["loss"] is None, line["bad_steps"]) for line in lines(tmp_path)]
-    # a bad step is logged, due or not
+    # Step 2 is logged because it is bad; step 4 is due.
     assert told == [(2, True, 1), (4, False, 1)]
     assert_bitwise_equal(state.trainable, plain([rows(0), rows(2), rows(3)])[-1][0].trainable)
 
@@ -641,7 +643,7 @@ def test_speed_by_hand(monkeypatch):
     item = LoadedBatch(batch, [], {}, {"epochs": {"pairs": 0.25}})
     speed = throughput.Throughput(p, State(0, trainable, frozen, None, None, 0, 0.0), C.data.batch)
     still = {"padding": 1 - tokens / (8 * T), "input_wait": 0.5, "epochs/pairs": 0.25}
-    # step 1 compiles
+    # The first step compiles, so it has no speed.
     assert speed.measure(item, 0.5) == pytest.approx(still)
     want = still | {
         "step_time": 2.0,
@@ -652,11 +654,11 @@ def test_speed_by_hand(monkeypatch):
     want |= {f"flops_per_second/{tower}": value / 2 for tower, value in work.items()}
     assert speed.measure(item, 0.5) == pytest.approx(want, rel=1e-6)
     speed.pause()
-    # the time of an evaluation is not part of the next step's
+    # The time of an evaluation must not count as time of the next step.
     assert speed.measure(item, 0.5) == pytest.approx(still)
-    # of each of eight devices
+    # The peak of each of the eight devices.
     speed.peak = 1e9
-    # one of two processes
+    # One of two processes has half of the rows.
     half = speed.measure(
         dataclasses.replace(item, batch=jax.tree.map(lambda x: x[::2], batch)), 0.5
     )

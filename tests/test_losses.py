@@ -40,8 +40,9 @@ def learnt(dtype=jnp.float32):
 def given():
     """Arguments with every special case.
 
-    Labels in both tables; fractional weights, 0 in one complete row and elsewhere; predictors that
-    share a position, and that lie beyond both ends of the row where their weight is 0.
+    Labels come from both tables. Weights are fractional, and 0 in one complete row and in other
+    places. Some predictors share a position. Others lie beyond the ends of the row, and have weight
+    0.
     """
     rng = np.random.default_rng(0)
     labels = rng.integers(0, V + n, (B, T))
@@ -104,7 +105,7 @@ def test_equals_plain(chunk):
 def test_large_logits_do_not_overflow():
     (hidden, *heads) = learnt()
     y = given()
-    # Logits of several hundred.
+    # These logits reach several hundred.
     x = (50 * hidden, *heads)
     got = fused_once(x, *y)
     want = plain_once(x, *y)
@@ -152,7 +153,7 @@ def test_gradient_by_finite_differences(part):
     x = learnt()
     y = given()
     gradient = jax.device_get(fused_once(x, *y)[1][part])
-    # Every element adds to the derivative; none cancels another.
+    # In this direction, all elements of the gradient add up and none cancels another.
     direction = jax.tree.map(lambda g: np.where(g < 0, -1.0, 1.0), gradient)
 
     def at(step):
@@ -248,7 +249,7 @@ def test_logits_never_exist_beyond_a_chunk(wrap, chunk, largest_chunk):
 
 
 def test_evaluating_makes_no_gradient():
-    # In bfloat16 the casted copies of the weights cannot be mistaken for a gradient.
+    # In bfloat16, the cast copies of the weights cannot be mistaken for a float32 gradient.
     x = learnt(jnp.bfloat16)
     y = given()
     buffer = ((V, D), "float32")
@@ -257,7 +258,7 @@ def test_evaluating_makes_no_gradient():
 
 
 def test_a_frozen_head_costs_no_gradient_buffer():
-    # One row: a chunk of one token is far smaller than the head.
+    # Use one row, so that a chunk of one token is far smaller than the head.
     y = jax.device_put([part[:1] if part.ndim else part for part in given()])
     x = jax.device_put(
         (

@@ -132,7 +132,7 @@ def test_a_full_disk_is_an_error_of_one_line(tmp_path, what):
     ) as error:
         writer.write(1, {"loss": 1.0})
     assert "\n" not in str(error.value)
-    # Closing does not report it a second time.
+    # close() does not report the error a second time.
     writer.close()
 
 

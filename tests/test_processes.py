@@ -84,18 +84,20 @@ def stopped(data, tmp_path_factory):
 
 
 def test_two_processes_are_one(data, stopped, tmp_path):
-    """Runs on 2 x 4 (with two readers per process), 1 x 8 and 1 x 1 devices are the same.
+    """Runs of 2 processes x 4 devices, 1 x 8 and 1 x 1 give the same results.
 
-    Documents are packed, mixed and interleaved. Every batch holds the same ones (the state of the
-    streams counts them), and losses, held-out losses and benchmark scores are equal; images and
-    captions are compared on equal numbers of devices.
+    The two processes have two readers each. Documents are packed, mixed and interleaved. Every
+    batch holds the same documents (the state of the streams counts them). Losses, held-out losses
+    and benchmark scores are equal. Images and captions are compared only between equal numbers of
+    devices.
     """
     workdir, _ = stopped
     lines = [line for line in metrics(workdir) if line["step"] <= STEPS]
     assert [line["step"] for line in lines] == [*range(1, STEPS + 1), STEPS]
     streams = checkpoint.read_metadata(str(workdir), STEPS).data
     assert streams["streams"].keys() == {"0", "1", "2", "3"}
-    # Samples are not compared on one device, and take a program of their own.
+    # On one device, samples are not compared. They would need a program of their own, so they are
+    # off.
     for devices, samples in ((8, ()), (1, ("log.pictures_every=0",))):
         other = tmp_path / f"{devices}"
         overrides = (f"optim.steps={STEPS}", *evaluated(data, tmp_path), *samples)
@@ -157,7 +159,7 @@ def test_processes_along_tensor_read_the_same_rows(monkeypatch):
     assert shards([0, 0, 0, 0, 1, 1, 1, 1], data=8, tensor=1) == [(0, 2), (1, 2)]
     assert shards([0, 0, 1, 1, 2, 2, 3, 3], data=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert shards([0, 0, 1, 1, 2, 2, 3, 3], data=1, tensor=8) == [(0, 1)] * 4
-    # The order in which a TPU's axes may arrive.
+    # The devices of a TPU may come in this order.
     assert shards([0, 1, 0, 1, 2, 3, 2, 3], data=8, tensor=1) == [(0, 4), (1, 4), (2, 4), (3, 4)]
     with pytest.raises(UserError, match="some processes share only part of their rows"):
         shards([0, 0, 0, 1, 1, 1, 1, 1], data=4, tensor=2)

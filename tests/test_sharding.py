@@ -149,7 +149,7 @@ def test_moments_lie_with_their_parameters_and_counters_are_replicated():
     trained, frozen = (
         sum(value == yes for _, value in tree.leaves(p.trains.unfreeze())) for yes in (True, False)
     )
-    # A parameter, two moments and an average.
+    # Each trained parameter has a copy for itself, two moments and the average.
     assert len([own for own in found if own]) == 4 * trained + frozen
 
 
@@ -249,7 +249,7 @@ def test_slices_are_neighbours_along_data_alone():
         for y in range(4)
         for x in range(4)
     ]
-    # Without the annotations, which the fake chips would fail.
+    # Remove the type checks, which the fake chips would fail.
     make_mesh = inspect.unwrap(sharding.make_mesh)
     placed = make_mesh({"data": 4, "fsdp": 4, "tensor": 2}, chips).devices
     slices = np.vectorize(lambda chip: chip.slice_index)(placed)

@@ -1,4 +1,4 @@
-"""The losses by hand, over documents and in NumPy: weights, gradients and negatives."""
+"""The losses against NumPy and by hand: weights, gradients, packing and negatives."""
 
 import chex
 import jax
@@ -41,7 +41,7 @@ def forward():
 
 
 def sequences(documents, labels=C.data.labels):
-    """Documents, parts alone, as sequences: "a" is id 3."""
+    """Sequences of documents, which are given as tuples of parts; "a" has id 3."""
     letters = Tokenizer(V, lambda text: [3 + ord(letter) - 97 for letter in text], lambda ids: "")
     build = SequenceBuilder(
         letters, n_visual=N, max_tokens=T, max_images=3, image_first=1.0, labels=labels
@@ -74,7 +74,7 @@ def by_hand(hidden, visual, batch, regress_end):
     images = []
     for b in range(len(hidden)):
         for t in range(1, T):
-            # neither special nor <s>
+            # Labels are tokens that are neither special nor <s>.
             if batch.segments[b, t] and batch.tokens[b, t] < V and batch.tokens[b, t] != 1:
                 logits = head @ hidden[b, t - 1]
                 words.append(
@@ -85,7 +85,7 @@ def by_hand(hidden, visual, batch, regress_end):
                         batch.sources[b, t],
                     )
                 )
-        # [IMG]
+        # Images start at [IMG].
         starts = [t for t in range(T) if batch.tokens[b, t] == V + 1]
         for k, t in enumerate(starts):
             targets = [*visual[b, k], *([end] if regress_end else [])]
@@ -125,7 +125,7 @@ def test_loss_and_metrics_by_hand(forward, value_and_grad, regress_end):
     np.testing.assert_allclose(
         metrics["visual_variance"], (present.var(0).mean() * len(present), len(present)), rtol=1e-5
     )
-    # the config's
+    # The config has regress_end, so `value_and_grad` uses it.
     if regress_end:
         np.testing.assert_allclose(
             value_and_grad(BATCH)[0][0], mean(words) + mean(images), rtol=1e-5
@@ -179,8 +179,9 @@ def test_an_empty_batch_has_zero_loss_and_gradient(value_and_grad):
 
 
 def test_targets_are_detached(forward):
-    """From fixed hidden states, neither the visual tokens nor the embedding of [/IMG] have a
-    gradient; the head has.
+    """Fixed hidden states leave visual tokens and [/IMG]'s embedding without a gradient.
+
+    The head gets one.
     """
     hidden, visual = forward
     objective = P.objective.copy({"regress_end": True, "text_weight": 0.0})
@@ -200,7 +201,7 @@ def test_targets_are_detached(forward):
 
 
 def test_the_encoder_learns_through_the_inputs_alone(forward):
-    """Visual tokens are inputs and targets: their gradient is that with constant targets."""
+    """Visual tokens are inputs and targets; constant targets give the same gradient."""
 
     def image_loss(bias, constants):
         project = PARAMS["resampler"]["project"] | {"bias": bias}
@@ -225,8 +226,9 @@ def test_the_encoder_learns_through_the_inputs_alone(forward):
 
 
 def test_packed_rows_are_separate_documents(value_and_grad):
-    """Eight documents in three rows, and each in a row of its own: one loss, one gradient.
-    (Outputs: models/test_emu.py.)
+    """Eight documents have the same loss and gradient packed in three rows as in a row each.
+
+    tests/models/test_emu.py compares the outputs.
     """
     packed, separate, _ = make.packed_and_separate(C)
     ((value, metrics), grads), ((value_alone, metrics_alone), grads_alone) = (
@@ -235,7 +237,7 @@ def test_packed_rows_are_separate_documents(value_and_grad):
     np.testing.assert_allclose(value, value_alone, rtol=1e-5)
     for name in ("text_loss", "image_loss", "visual_variance"):
         np.testing.assert_allclose(metrics[name], metrics_alone[name], rtol=1e-4)
-    # What is 0 but for rounding is compared to 1e-6.
+    # Gradients that are 0 except for rounding are compared with a tolerance of 1e-6.
     assert_close(grads, grads_alone, tolerance=1e-4, floor=0.01)
 
 
@@ -248,7 +250,7 @@ TEXTS = ("ab", "cd", "ab", "efg", "ba")
 
 
 def warm_batch():
-    """A pair of each text, no two images alike, two a row."""
+    """An image-text pair for each text in TEXTS, two pairs a row; no two images are alike."""
     rng = np.random.default_rng(0)
     found = sequences([(rng.integers(0, 256, (32, 32, 3), np.uint8), text) for text in TEXTS])
     return jax.device_put(make.pack(WARM, [found[2 * row : 2 * row + 2] for row in range(4)]))
@@ -272,7 +274,7 @@ def warm():
 
 
 def features(batch):
-    """(visual tokens, unit image features, unit text features) of the images there."""
+    """(visual tokens, unit image features, unit text features) of the batch's real images."""
     model = WARM_P.bind(WARM_PARAMS)
     there = np.asarray(batch.image_slots).ravel() < T
     both = jax.jit(
@@ -400,7 +402,7 @@ def test_images_do_not_move_without_a_key_or_pixels(key, pixels):
     ids=["emu", "contrastive"],
 )
 def test_a_stage_moves_its_images(program, params, batch):
-    """Without dropout the key has no other use."""
+    """Without dropout, the key only moves the images, and another key changes the loss."""
     totals = program.stage.loss_weights(batch)
     objective = program.objective.copy({"shift": 2})
     value = jax.jit(

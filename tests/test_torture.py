@@ -1,4 +1,4 @@
-"""The short form of torture.py: one kill inside a save, and one of one of two processes.
+"""The short form of torture.py: a kill inside a save, then one in a step of two processes.
 
 The verdict must also find damage.
 """
@@ -9,7 +9,7 @@ import pytest
 
 from tests import torture
 
-# Resumes from a save after each kill, and the kills are over by step 12.
+# With this seed and number of steps, each kill comes after a save, and the last by step 12.
 SEED = 16
 STEPS = 16
 

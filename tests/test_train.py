@@ -42,7 +42,7 @@ from tests.support.trees import assert_bitwise_equal
 
 @pytest.fixture(scope="module", autouse=True)
 def few_images():
-    """Behind the constants that standardise visual tokens."""
+    """Compute the constants that standardise visual tokens from few images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(initial, "STATS_IMAGES", STATS_IMAGES)
         yield
@@ -68,8 +68,9 @@ def warm_arguments(data, workdir):
 
 
 def emu_arguments(data, workdir, warm, *overrides):
-    """From the warmed-up encoder, whose ViT is frozen: with dropout, an average, evaluations,
-    pictures and saves.
+    """Arguments of a run that starts from the warmed-up encoder, whose ViT is frozen.
+
+    It has dropout, an average, evaluations, pictures and saves.
     """
     return arguments(
         data,
@@ -90,7 +91,7 @@ def emu_arguments(data, workdir, warm, *overrides):
 
 @pytest.fixture(scope="module")
 def warm(data, tmp_path_factory):
-    """The workdir of two contrastive steps."""
+    """The workdir of a run of two contrastive steps."""
     workdir = tmp_path_factory.mktemp("runs") / "warm"
     assert run(warm_arguments(data, workdir))[0] == 0
     return workdir
@@ -115,8 +116,9 @@ def whole(data, warm, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(data, warm, tmp_path_factory):
-    """The workdir of the same run, killed in its third step, once the second is saved (copy it
-    before resuming).
+    """The workdir of the same run, killed in its third step, once the second is saved.
+
+    Copy it before resuming.
     """
     workdir = tmp_path_factory.mktemp("runs") / "killed"
     done = subprocess.run(
@@ -171,7 +173,7 @@ def test_metrics_of_a_run(whole):
             line["loss"] == pytest.approx(line["text_loss"] + line["image_loss"], rel=1e-5)
             and 0 < line["padding"] < 1
         )
-        # frozen
+        # The vision tower is frozen.
         assert "grad_norm/vision" not in line
     for line in evaluations:
         assert {f"eval/{name}" for name in losses | by_source} < set(line)
@@ -219,9 +221,9 @@ def test_a_run_starts_from_the_warm_up_and_frozen_towers_stay(whole, warm):
             tree.leaves(after["resampler"]), tree.leaves(before["resampler"])
         )
     )
-    # four steps of 1e-3 from there
+    # The resampler is four steps of 1e-3 away from its start.
     assert 1e-4 < moved < 1e-2
-    # measured before the first step
+    # The statistics are measured before the first step and stay.
     assert_bitwise_equal(after["visual_stats"], at_2["visual_stats"])
     assert all(leaf.std() > 1e-3 for leaf in after["visual_stats"].values())
     averaged = checkpoint.restore_params(str(whole), ema=True)
@@ -249,9 +251,9 @@ def test_metrics_of_the_contrastive_stage(warm):
 
 
 def test_resume_after_a_kill_is_bit_exact(data, warm, whole, copy):
-    """Bit for bit: parameters, average, optimizer, data state and metrics.
+    """The same command resumes a killed run to the same results, bit for bit.
 
-    The same command resumes.
+    Parameters, average, optimizer, data state and metrics are compared.
     """
     assert run(emu_arguments(data, copy, warm))[0] == 0
     assert_same_run(copy, whole)
@@ -443,7 +445,7 @@ def test_bad_input_is_one_line_and_writes_nothing(overrides, told, data, tmp_pat
 
 def test_a_workdir_of_a_different_config_is_refused(whole, data, warm, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    # another mesh would be no reason
+    # A different mesh alone would not be refused.
     assert (
         train.main(emu_arguments(data, whole, warm, "optim.b1=0.5", "mesh.tensor=2", "seed=1")) == 2
     )
@@ -456,7 +458,7 @@ def test_a_workdir_of_a_different_config_is_refused(whole, data, warm, capsys):
 
 
 def test_a_checkpoint_of_a_different_config_is_refused(whole, data, warm, capsys, tmp_path):
-    """From a bucket, into a workdir that knows nothing of it."""
+    """The checkpoints are in another place, as in a bucket, and the workdir is new."""
     place = f"checkpoint.to={whole}"
     assert train.main(emu_arguments(data, tmp_path, warm, place, "optim.b1=0.5")) == 2
     assert capsys.readouterr().err.endswith(
@@ -468,7 +470,7 @@ def test_a_checkpoint_of_a_different_config_is_refused(whole, data, warm, capsys
 
 
 def test_a_different_place_of_checkpoints_is_refused(whole, data, warm, capsys, tmp_path):
-    """The run would start again, and remove the old one's lines of metrics."""
+    """A run with another place would start again and remove the metrics of the old one."""
     assert train.main(emu_arguments(data, whole, warm, f"checkpoint.to={tmp_path}")) == 2
     assert (
         f"has a different config: checkpoint.to was '' and is '{tmp_path}'"

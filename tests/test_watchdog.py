@@ -37,7 +37,7 @@ def test_a_hang_is_logged_with_process_and_phase(tmp_path, caplog, capfd):
     steps, wait = (record.getMessage() for record in caplog.records[:2])
     assert re.match(r"process 0 of 1 on \S+ hangs: steps of step 7 has taken 0 s so far", steps)
     assert "hangs: input wait of step 7" in wait
-    # The stacks of its threads.
+    # The stacks of this process's threads are printed.
     assert "test_watchdog.py" in capfd.readouterr().err
 
 

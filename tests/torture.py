@@ -33,7 +33,7 @@ MOMENTS = ("step", "save", "start")
 SAVE_EVERY = 3
 # Enough that the run is not over before the last kill.
 STEPS_PER_KILL = 8
-# Relative difference of losses between layouts.
+# Largest relative difference of losses between layouts.
 TOLERANCE = 1e-3
 LOSSES = ("loss", "text_loss", "image_loss")
 FLAGS = (
@@ -46,7 +46,7 @@ class Attempt:
     """One start of the run, and the batches that its processes consumed."""
 
     layout: str
-    # When it is killed; None lets it run to the end.
+    # The moment when the run is killed; None lets it run to the end.
     moment: str | None
     # {step: {first row: ids of rows}}
     batches: dict[int, dict[int, list]] = field(default_factory=dict)
@@ -220,13 +220,13 @@ def moment_has_come(
 def _changed(path: Path) -> float:
     try:
         return path.stat().st_ctime
-    # It has just been renamed.
+    # The folder has just been renamed.
     except FileNotFoundError:
         return 0.0
 
 
 def kill(run: subprocess.Popen, notes: Path, chance: random.Random) -> None:
-    """Kill all processes at once, or one of them, which the others need."""
+    """Kill all processes at once, or one of them, without which the others cannot continue."""
     pids = [int(path.read_text() or 0) for path in sorted(notes.parent.glob(f"{notes.name}-*.pid"))]
     if pids and all(pids) and chance.random() < 0.5:
         try:
@@ -317,7 +317,7 @@ def torture(
     reference = folder / "reference"
     workdir = folder / "killed"
     undisturbed = Attempt("same", None)
-    # Saved once, at its end: no save may change a run.
+    # The undisturbed run saves only at its end, because saves must not change a run.
     run_attempt(folder, reference, 0, undisturbed, steps, chance, save_every=steps)
     attempts = [Attempt(layout, moment) for layout, moment in plan] + [Attempt(last, None)]
     for number, attempt in enumerate(attempts):

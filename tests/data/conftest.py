@@ -18,7 +18,7 @@ def letters():
 
 @pytest.fixture
 def memory():
-    """Memory(documents, corrupt); a number makes that many documents of 1 to 9 letters."""
+    """memory(documents, corrupt) makes a Memory; a number n stands for n short documents."""
 
     def make(documents, corrupt=()):
         if isinstance(documents, int):

@@ -24,7 +24,10 @@ from tests.support import formats
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Three tars of 8 pairs; the third image of each is cut short, the fourth caption blank."""
+    """Three tars of 8 pairs.
+
+    In each tar, the third image is truncated and the fourth caption is blank.
+    """
     to = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         samples = [
@@ -87,7 +90,7 @@ def test_the_card_counts_every_skip_with_its_reason(shards, tmp_path):
 
 
 def test_a_build_killed_at_random_ends_byte_equal(shards, tmp_path):
-    """Five kills of a build in one process, between any two of its writes, then one that ends."""
+    """Kill a build in one process five times, before random writes, then let it finish."""
     build.build("pairs", [shards], tmp_path / "whole", SourceOptions(), workers=1)
     whole = everything(tmp_path / "whole")
     rng = random.Random(0)
@@ -136,7 +139,7 @@ def test_a_build_of_processes_killed_by_signals_ends_byte_equal(shards, tmp_path
         f"--to={to}",
         "--workers=2",
     ]
-    # Kill all processes, or only the first: the others must not be in the way of the next build.
+    # Kill all processes, or only the parent, whose workers must not disturb the next build.
     for delay in (0.5, 1.5, 3, 5, 8):
         process = subprocess.Popen(
             arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -247,7 +250,7 @@ def test_another_build_is_not_mixed_in(shards, tmp_path):
     with pytest.raises(UserError, match="a build from different input or with different settings"):
         build.build("pairs", [shards], tmp_path, SourceOptions(min_side=10), workers=1)
     (tmp_path / "begun").mkdir()
-    # A build that was killed while it wrote its plan.
+    # A build that is killed while it writes its plan leaves this file.
     (tmp_path / "begun" / "plan.json.0.part").write_text("")
     assert build.plan_tasks("pairs", [shards], tmp_path / "begun", SourceOptions())
     (tmp_path / "mine").mkdir()
@@ -282,7 +285,7 @@ def test_names_stay_unique_or_are_refused(tmp_path):
 
 
 def test_roles_times_and_provenance_travel():
-    """`example_of` and `Records` are inverses, but for pictures, which come out decoded."""
+    """`Records` inverts `example_of`, except that pictures come out decoded."""
     image = np.asarray(formats.picture())
     pair = Pair(Picture(formats.encoded(formats.picture())), Text("x", role="user", time=2.0))
     document = Document(

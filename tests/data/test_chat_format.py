@@ -24,7 +24,7 @@ ASSISTANT = 261
 
 
 def said(*parts):
-    """ "u:text", "a:text", "s:text", or ("u", image[, time])."""
+    """Texts and pictures from "u:text", "a:text", "s:text" or ("u", image[, time])."""
     roles = {"u": "user", "a": "assistant", "s": "system", " ": ""}
     return tuple(
         Text(part[2:], role=roles[part[0]])
@@ -102,7 +102,7 @@ def test_grammar_by_hand(make, picture):
         "!",
         E,
     ]
-    # Only images that the model produces count.
+    # Only images in the model's own turns count in the loss.
     assert sequence.images[:, 0, 0, 0].tolist() == [3, 4] and sequence.image_weights.tolist() == [
         0,
         1,

@@ -1,7 +1,7 @@
-"""Fuzzing: mutated input ends in a document or in a reason, never in a crash or a hang.
+"""Fuzzing: mutated input gives a document or a reason to skip it, never a crash or a hang.
 
-Native decoders may crash, so they run in a child process. The long test runs as many mutations as
-before a release.
+Native decoders may crash, so they run in a child process. The test marked long runs as many
+mutations as are run before a release.
 """
 
 import json
@@ -24,7 +24,7 @@ from tests.support.formats import encoded, film, picture, tar
 
 
 def mutated(original: bytes, rng: random.Random) -> bytes:
-    """`original` with bytes changed, a piece cut out or doubled, or the end cut off."""
+    """`original` with some bytes changed, a piece removed or repeated, or its end cut off."""
     data = bytearray(original)
     for _ in range(rng.choice((1, 1, 3, 20))):
         kind = rng.randrange(4)
@@ -107,7 +107,7 @@ def try_archives(count: int, seed: int, folder: str) -> None:
             for document in inspection.inspect_documents(kind, path, SourceOptions()):
                 seen.add((kind, type(document)))
                 assert isinstance(document, Document) or "\n" not in document.reason
-        # Nothing of the archive can be read.
+        # The archive as a whole cannot be read.
         except UserError as error:
             assert "\n" not in str(error)
         path.unlink()

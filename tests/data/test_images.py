@@ -120,7 +120,8 @@ def test_bytes_that_are_not_an_image():
             with pytest.raises(ValueError, match="not a usable image") as caught:
                 images.decode(data, 16)
             reasons.append(str(caught.value))
-        # A reason must not contain an address in memory: cards of builds are compared by bytes.
+        # Reasons are written to the cards of builds, which are compared by bytes, so they must not
+        # contain memory addresses.
         assert reasons[0] == reasons[1]
 
 

@@ -287,7 +287,7 @@ def test_obelics(tmp_path):
 
 
 def test_obelics_of_addresses(tmp_path):
-    """The public release, with what img2dataset downloaded of it."""
+    """The public release, which has only image addresses, with img2dataset's downloads."""
     urls = ["http://x/a.jpg", "http://x/failed.jpg", "http://x/never.jpg"]
     table = pyarrow.table(
         {"images": [[urls[0], None, urls[1], urls[2]]], "texts": [[None, "Between.", None, None]]}
@@ -375,7 +375,7 @@ def test_html(site):
     assert lines["two.htm"] == ["Café", (70, 71)]
     assert lines["three.html"] == "no image left: image repeated on several pages"
     assert lines["four.html"] == "no image left: image repeated on several pages; icon, by its size"
-    # A single page cannot repeat images of other pages.
+    # Read alone, a page has no image that is repeated on several pages.
     assert inspected("html", site / "three.html") == {"three.html": ["Of the article", (90, 91)]}
     without_captions = inspected("html", site, captions=False, alt=True)["index.html"]
     assert without_captions[2] == "a photo\nAfter it in line.\n  code\n    kept"
@@ -399,7 +399,7 @@ def test_html_has_a_base(site, base, found):
 
 @pytest.mark.parametrize("archive", ["zip", "tar"])
 def test_html_in_an_archive(site, tmp_path, archive):
-    """A link in a tar is not followed; a zip holds none."""
+    """Links in a tar are not followed; the zip contains no links."""
     path = tmp_path / f"site.{archive}"
     names = [
         name
@@ -453,7 +453,10 @@ def test_nothing_outside_is_read(site, tmp_path, monkeypatch):
 
 
 def greys(kind, path, **options):
-    """The mean grey of each picture of the one document, as numbers of frames of `film`."""
+    """(frame numbers, document) of the only document.
+
+    The mean grey of a picture tells which frame of `film` it is.
+    """
     (document,) = [
         one
         for one in inspection.inspect_documents(kind, Path(path), SourceOptions(**options))
@@ -491,7 +494,10 @@ def test_videos(tmp_path):
 
 
 def test_storyboards(tmp_path):
-    """Emu's tool writes with webdataset's TarWriter, which sorts names as texts."""
+    """Frames are in numeric order, although TarWriter writes "10.png" before "2.png".
+
+    Emu's tool writes storyboards with webdataset's TarWriter, which sorts names as strings.
+    """
     frames = {f"{k}.png": encoded(picture(size=(48, 30 + k)), "PNG") for k in range(11)}
     tar(
         tmp_path / "0000000.tar",
@@ -785,7 +791,7 @@ def test_conversations_on_videos(tmp_path):
 
 
 def test_inspection_describes_pixels(tmp_path):
-    """sha256 of the upright bytes and the grid of mean colours."""
+    """An image is described by the sha256 of its upright pixels and a grid of mean colours."""
     upright = np.asarray(picture(size=(8, 4)).rotate(90, expand=True))
     tar(
         tmp_path / "0.tar",

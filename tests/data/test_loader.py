@@ -32,7 +32,8 @@ def loader(letters, memory, picture, monkeypatch):
     """loader(seed, process, processes, eval, extra, **settings) makes a Loader.
 
     By default it has 4 streams and 8 rows of 24 tokens, and reads a source of texts and one of
-    pairs. extra: more sources by their path. settings: fields of the data config that differ.
+    pairs. extra: {path: source} of additional sources. settings: fields of the data config to
+    change.
     """
     made = []
     stored = dict(
@@ -42,7 +43,7 @@ def loader(letters, memory, picture, monkeypatch):
         broken=memory(300, corrupt=range(0, 300, 10)),
     )
     monkeypatch.setattr(sources, "open_source", lambda path, image_size, fit: stored[path])
-    # Records are read again in every epoch.
+    # Without a cache, records are read again in every epoch.
     monkeypatch.setattr(sources, "CACHE_BYTES", 0)
 
     def make(seed=0, process=0, processes=1, eval=False, extra=None, **settings):
@@ -131,7 +132,7 @@ def test_rows_of_a_batch_hold_their_documents_and_padding(loader):
 
 
 def test_the_order_of_a_pair_differs_between_epochs(loader):
-    # id -> whether the image came first; in reading order
+    # {id: for each time that the pair was read, whether its image came first}
     first = {}
     for item in islice(loader(mixture=(("p", 1.0, "pairs"),), num_streams=1), 12):
         for row, ids in enumerate(item.ids):
@@ -248,7 +249,10 @@ def test_batches_do_not_depend_on_the_timing_of_threads(loader, memory):
 
 
 def test_prefetch_is_bounded(loader, memory):
-    """At one document per row and one waiting, b batches read at most 8 b + 4 documents."""
+    """Reading b batches takes at most 8 b + 4 documents.
+
+    Each of the 8 rows holds one document, and each of the 4 streams has one waiting.
+    """
     slow = Slow(memory([Document(f"d{k}", ("x" * 22,)) for k in range(100)]))
     each = loader(
         mixture=(("s", 1.0, "slow"),), pack_lookahead=1, prefetch=2, extra=dict(slow=slow)
@@ -268,7 +272,7 @@ def test_a_source_with_fewer_documents_than_streams(loader):
 
 
 def test_long_documents_and_many_images_are_cut(loader, memory, picture):
-    # 52 tokens, and 14 tokens with 3 images.
+    # A document of 52 tokens, and one of 14 tokens with 3 images.
     documents = memory([Document("long", ("x" * 50,)), Document("many", (picture(1),) * 3)])
     each = loader(
         mixture=(("d", 1.0, "cut"),),
@@ -461,7 +465,7 @@ def test_the_rules_of_a_source_apply_to_it_alone(loader, memory, picture):
                 lengths.setdefault(id.split("/")[0], set()).add(
                     int((item.batch.segments[row] == number).sum())
                 )
-    # <s> [IMG] 2 [/IMG] z </s>
+    # A row is <s>, [IMG], 2 visual tokens, [/IMG], a letter and </s>.
     assert lengths["pairs"] == {7}
     assert max(lengths["short"]) == 7
     assert min(lengths["whole"]) > 7
@@ -530,7 +534,7 @@ def test_a_hung_file_system_is_survived(loader, memory):
 
 
 def test_batches_do_not_depend_on_who_reads(loader):
-    """Threads; two processes, of which one is killed; one process that resumes."""
+    """Compare threads, two processes of which one is killed, and one process that resumes."""
     expected = list(islice(loader(), 6))
     dying = loader(readers=2, retries=5)
     for number, (item, other) in enumerate(zip(expected, dying)):
@@ -553,7 +557,7 @@ def reader_processes():
     """Process ids of the readers that this process has started."""
     found = []
     for task in Path("/proc/self/task").iterdir():
-        # Threads and processes may end meanwhile.
+        # Threads and processes may end during this loop.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for pid in map(int, (task / "children").read_text().split()):
                 if b"emu_jax.data" in Path(f"/proc/{pid}/cmdline").read_bytes():

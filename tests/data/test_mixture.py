@@ -47,11 +47,11 @@ def test_an_epoch_over_all_streams_holds_every_document_once(
 ):
     epochs = 4
     mixture = mixture_of(memory(documents), streams=streams)
-    # place -> document
+    # {place in the order of all epochs: id of its document}
     read = {}
     for number in range(streams):
         stream = Stream(mixture, number, to_sequence, lookahead=1)
-        # the place that it reads next
+        # The left side is the place that the stream reads next.
         while number + streams * stream.read[0] < epochs * documents + streams:
             place = number + streams * stream.read[0]
             read[place] = stream._read(*stream._next_place()).id
@@ -74,7 +74,7 @@ def test_epochs_sources_and_seeds_have_orders_of_their_own(memory):
         list(range(40)),
     ]
     assert all(a != b for k, a in enumerate(orders) for b in orders[:k])
-    # but not with the streams
+    # The number of streams does not change the order.
     assert order(one, 0, 1) == order(mixture_of(memory(40), streams=7), 0, 1)
 
 
@@ -83,7 +83,7 @@ def test_weights_hold_over_many_draws(memory):
     draws = np.concatenate(
         [mixture.draws(stream, block) for stream in range(8) for block in range(5)]
     )
-    # deviation 0.002
+    # The standard deviation is 0.002.
     assert np.allclose(np.bincount(draws) / len(draws), (0.7, 0.2, 0.1), atol=0.01)
     assert (mixture.draws(0, 0) != mixture.draws(1, 0)).any() and (
         mixture.draws(0, 0) != mixture.draws(0, 1)
@@ -95,13 +95,14 @@ def test_what_is_read_has_the_weights(memory, to_sequence):
         mixture_of(memory(5), memory(500), weights=(3.0, 1.0)), 0, to_sequence, lookahead=4
     )
     names = Counter(packed.id[0] for _ in range(800) for packed in stream.row(T, I))
-    # deviation 0.008
+    # The standard deviation is 0.008.
     assert abs(names["a"] / names.total() - 0.75) < 0.03
 
 
 def test_a_row_takes_the_first_that_fits_by_hand(memory, to_sequence):
-    """Documents of 20, 8, 4, 15, 3 tokens in this order (<s> and </s> are 2 of them), three
-    waiting, rows of 24.
+    """Rows of 24 tokens hold documents of 20, 8, 4, 15 and 3 tokens, of which three wait.
+
+    The documents come in this order. <s> and </s> are two of their tokens.
     """
     documents = [Document(f"{length}", ("x" * (length - 2),)) for length in (20, 8, 4, 15, 3)]
     stream = Stream(mixture_of(memory(documents)), 0, to_sequence, lookahead=3, once=True)
@@ -132,7 +133,7 @@ def test_a_row_respects_the_budget_of_images(memory, to_sequence, picture):
 
 
 def test_too_long_documents_are_cut_to_a_row_and_counted(memory, to_sequence, picture):
-    # 102 tokens; 18 tokens, 4 images
+    # A document of 102 tokens, and one of 18 tokens with 4 images.
     documents = [Document("long", ("x" * 100,)), Document("pictures", (picture(1),) * 4)]
     stream = Stream(mixture_of(memory(documents)), 0, to_sequence, lookahead=2, once=True)
     (long,) = stream.row(T, I)
@@ -158,7 +159,7 @@ def test_randomness_of_a_document_is_of_its_id_and_the_epoch(memory, to_sequence
         drawn.append(rng.random())
         return to_sequence(document, rng=rng, rule=rule)
 
-    # (streams, seed) -> {(id, epoch): a random number}
+    # {(streams, seed): {(id, epoch): random number}}
     seen = {}
     for streams, seed in ((1, 0), (3, 0), (1, 1)):
         mixture = mixture_of(memory(10), streams=streams, seed=seed)
@@ -168,9 +169,9 @@ def test_randomness_of_a_document_is_of_its_id_and_the_epoch(memory, to_sequence
             packed = Stream(mixture, place % streams, drawing, lookahead=1)._read(0, place)
             (values[packed.id, place // 10],) = drawn
     assert seen[1, 0] == seen[3, 0] and len(seen[1, 0]) == 20
-    # another number in another epoch
+    # Every epoch draws other numbers.
     assert len(set(seen[1, 0].values())) == 20
-    # and with another seed
+    # Another seed draws other numbers, too.
     assert not set(seen[1, 0].values()) & set(seen[1, 1].values())
 
 
@@ -187,7 +188,7 @@ def test_shuffled_is_a_permutation(size):
 
 
 def test_shuffled_is_even():
-    """Every index is equally likely at every place, and as the successor of any other.
+    """Every index is equally likely at each place, and so is the step to the next index.
 
     The sizes are hard for a Feistel network.
     """
@@ -202,7 +203,8 @@ def test_shuffled_is_even():
         steps = np.bincount((orders[:, 1] - orders[:, 0]) % size, minlength=size)[1:]
         for counts, freedom in ((table, (size - 1) ** 2), (steps, size - 2)):
             expected = counts.sum() / counts.size
-            # chi-squared; about 1 by chance, 10 for 4 rounds
+            # Chi-squared per degree of freedom is about 1 by chance, and 10 with only 4 rounds of
+            # the network.
             assert ((counts - expected) ** 2 / expected).sum() / freedom < 3
 
 
@@ -220,11 +222,11 @@ def test_a_state_continues_exactly(memory, to_sequence):
     for _ in range(30):
         state = json.loads(json.dumps(whole.state()))
         again = stream(state)
-        # also before anything is read again
+        # The states are equal even before `again` reads anything.
         assert again.state() == state
         assert ids_of([whole.row(T, I)]) == ids_of([again.row(T, I)])
         assert whole.state() == again.state()
-    # no waiting document is lost
+    # A smaller lookahead loses no waiting document.
     fewer = stream(state, lookahead=2)
     read = [packed.id for _ in range(30) for packed in fewer.row(T, I)]
     assert {name for name, _ in state["pending"]} <= {id[0] for id in read}

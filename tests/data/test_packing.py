@@ -52,7 +52,7 @@ def test_a_row_by_hand():
     assert batch.positions[1].tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0]
     assert batch.text_weights[1].tolist() == [0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 0]
     assert batch.sources[1].tolist() == [1, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0]
-    # T = 12 in place of a fourth image.
+    # The fourth image is missing, so its slot is T = 12.
     assert batch.image_slots[1].tolist() == [2, 8, 10, 12]
     assert batch.image_weights[1].tolist() == [1, 1, 1, 0]
     assert batch.images[1, :, 0, 0, 0].tolist() == [2, 1, 3, 0]
@@ -88,9 +88,10 @@ def test_dtypes_and_shapes():
 
 
 def test_best_fit_by_hand():
-    """50 of 100 tokens and 2 of 10 images are left, so a text evens it out.
+    """A row with 50 of 100 tokens and 2 of 10 images left takes the text of 30 tokens.
 
-    An empty row takes the first document, whatever it is.
+    After that, 20 % of the tokens and of the images are left. An empty row takes the first
+    document, whatever it is.
     """
     waiting = [of(30, 2), of(60, 0), of(20, 0), of(30, 0), of(10, 1)]
     assert best_fit(waiting, 50, 2, 100, 10) == 3

@@ -83,7 +83,7 @@ def test_a_failing_disk_is_read_again_and_a_bad_record_is_not(patient):
 
 
 def test_closing_the_pool_ends_its_threads(tmp_path):
-    # Some may be left from other tests, and end meanwhile.
+    # Threads left over from other tests may end during this test.
     before = set(threading.enumerate())
     readers = ReaderPool([Disk(tmp_path, {})], 3, 0.0, False)
     assert [readers.read(0, index).id for index in (0, 1, 2)] == ["d0", "d1", "d2"]

@@ -135,7 +135,7 @@ def test_a_mixture_of_all_kinds_trains(tmp_path):
             "--config.mesh.fsdp=1",
             "--config.data.max_bad_share=0.5",
         ],
-        # one device
+        # Without the flags of these tests, the run has one device.
         capture_output=True,
         text=True,
         env={**os.environ, "XLA_FLAGS": ""},

@@ -13,7 +13,7 @@ from emu_jax.data.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "emu1_pretrained.npz"
 
-# <s> </s> [IMG] [/IMG] <image> of the tokenizer of letters
+# Ids of <s>, </s>, [IMG], [/IMG] and <image> in the tokenizer of letters.
 S = 1
 E = 2
 IMG = 257
@@ -120,7 +120,7 @@ def test_names_of_special_tokens_in_a_text_stay_text(make):
 def test_truncation_is_the_longest_prefix_that_splits_no_image(make, picture):
     parts = ("ab", picture(1), picture(2), "c", picture(3), "de", Text("f", 0.0))
     whole = make(*parts)
-    # prefixes of these lengths split an image
+    # Prefixes of these lengths split an image.
     ends_inside = {slot - 1 + k for slot in whole.image_slots for k in range(1, 4)}
     for max_tokens in range(1, len(whole.tokens) + 3):
         for max_images in range(5):
@@ -163,7 +163,7 @@ def test_pairs_are_ordered_one_by_one_with_the_given_probability(make, picture):
         *[Pair(picture(1), "a")] * 1000, image_first=0.25, max_tokens=10_000, max_images=1000
     )
     starts = sequence.tokens[1:-1].reshape(1000, 5)[:, 0]
-    # 250, deviation 14
+    # The mean is 250, the standard deviation 14.
     assert 190 < (starts == IMG).sum() < 310
 
 
@@ -178,9 +178,9 @@ def test_a_rule_begins_a_long_document_anywhere(make):
         assert "".join(LONG).find(text) % 3 == 0 and 8 <= len(sequence.tokens) <= 11
         assert sequence.cut == 32 - len(sequence.tokens)
         firsts[text[0]] += 1
-    # 3 parts and </s> fit: "h" ends the document
+    # Three parts and </s> fit, so a document may begin at "h" at the latest.
     assert set(firsts) == set("abcdefgh") and min(firsts.values()) >= 5
-    # it fits: from its beginning
+    # A document that fits begins at its beginning.
     assert make(*LONG[:3], seed=0, rule=SourceRule(tokens=11, start="random")).tokens[1] == ord("a")
 
 
@@ -203,7 +203,7 @@ def test_a_rule_draws_pairs_in_their_order(make, picture):
             chr(97 + k) for k in shown
         ]
         drawn.add(shown)
-    # of 20
+    # Three of six pairs can be chosen in 20 ways.
     assert len(drawn) > 15
     assert (
         make("no", "pairs", rule=SourceRule(pairs=3)).tokens.tolist()

@@ -32,7 +32,7 @@ def copy(tiny, tmp_path):
 
 
 def rewrite(folder, change):
-    """Rewrite the training records of `folder`, the third one with `change(fields)`.
+    """Rewrite the training records of `folder`, changing the third one by `change(fields)`.
 
     If `change` returns bytes, they replace the record.
     """
@@ -110,7 +110,7 @@ def test_texts_fill_the_cache_too(memory, monkeypatch):
     cached = sources.CachedSource(
         memory([Document(f"d{k}", ("x" * sources.RECORD_BYTES,)) for k in range(20)])
     )
-    # The list is itself in memory.
+    # The source is itself in memory, so records that are not cached are the same objects too.
     assert sum(cached[index] is cached[index] for index in range(20)) == 20
     assert len(cached._kept) == 5
 

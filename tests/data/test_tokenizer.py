@@ -1,4 +1,4 @@
-"""Both tokenizers: inverse, special ids, training, and wrong files."""
+"""Both tokenizers: decoding inverts encoding, special ids, training, and wrong files."""
 
 import io
 import itertools

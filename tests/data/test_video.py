@@ -43,7 +43,7 @@ def test_frames_by_number_and_by_time():
 
 
 def test_a_film_shot_with_the_phone_upright_stands_upright():
-    """Its matrix is a quarter turn clockwise: the left of what is stored is shown on top."""
+    """The file asks for a quarter turn clockwise: the stored left is shown at the top."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -97,7 +97,7 @@ def test_every_container_is_read(tmp_path, suffix, codec):
 
 
 def test_a_playlist_is_not_a_video(tmp_path, monkeypatch):
-    """It names other files, and FFmpeg would read them."""
+    """A playlist names other files, which FFmpeg would read."""
     monkeypatch.chdir(tmp_path)
     film(tmp_path / "secret.mp4", 9)
     for data in (

@@ -13,7 +13,10 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), np.uint8)
 
 
 class Colours(Session):
-    """Encode an image as its mean colour, and a caption, which is a number, as that grey."""
+    """A fake Session whose captions are numbers.
+
+    It encodes an image as its mean colour, and a caption as the grey of its number.
+    """
 
     def __init__(self):
         pass
@@ -31,7 +34,10 @@ class Colours(Session):
 
 
 class PlainDecoder(DiffusionDecoder):
-    """Decode visual tokens, which are colours, to plain images; records the sizes of batches."""
+    """A fake decoder to plain images, whose visual tokens are colours.
+
+    It records the sizes of its batches.
+    """
 
     def __init__(self):
         self.batch_sizes = []

@@ -1,6 +1,6 @@
 """Accuracies before and after tuning, and of the baseline.
 
-The command on a tuned run: tests/test_instruct.py.
+tests/test_instruct.py runs the command on a tuned run.
 """
 
 import numpy as np

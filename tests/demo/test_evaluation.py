@@ -25,7 +25,7 @@ from emu_jax.demo.model import Model
 from emu_jax.models import emu, module
 from tests.support import make
 
-# --- texts ---
+# Texts
 
 
 def test_f1():
@@ -70,7 +70,7 @@ def test_swapped():
     )
 
 
-# --- visual tokens ---
+# Visual tokens
 
 
 def test_ranks_against_sorting():
@@ -135,7 +135,7 @@ def test_batches_have_one_shape_and_lose_nothing():
     assert set(shapes) == {(evaluation.BATCH, 2)}
 
 
-# --- the model ---
+# The model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -181,7 +181,7 @@ def test_continuing_an_image_is_captioning_it(model, images):
     captions = model.caption(images)
     assert len(set(captions)) > 1
     assert model.complete([(image,) for image in images]) == captions
-    # Beside a longer prompt of two images.
+    # A longer prompt of two images in the same batch changes nothing.
     prompts = [(images[0],), (images[1], "pig", images[2]), (images[3],)]
     assert model.complete(prompts)[0] == captions[0]
 
@@ -209,7 +209,7 @@ def test_a_fourth_drawing_is_named_after_three_examples(model, images):
 def test_captions_are_returned_in_the_order_of_the_images():
     """A model that is always right scores 1, whatever order its images are batched in.
 
-    The nearest image's caption goes to the right image too.
+    Each image also gets the caption of its own nearest image.
     """
 
     def source(texts, first):
@@ -250,7 +250,7 @@ def test_retrieval_counts_trained_and_held_out_apart():
     drawings = [Captioned(str(k), np.zeros((2, 2, 3), np.uint8), str(k), "") for k in range(8)]
     visual = np.arange(8.0).reshape(8, 1, 1)
     regressed = visual.copy()
-    # The first drawing is found third; the last one, which is held out, last.
+    # The first drawing ranks third. The last drawing, which is held out, ranks last.
     regressed[0] = 1.1
     regressed[7] = 0
     drawn, numbers = evaluation.retrieve(drawings, 6, visual, regressed)
@@ -262,7 +262,7 @@ def test_retrieval_counts_trained_and_held_out_apart():
     assert numbers["retrieval_held_out_top5"] == 0.5 and numbers["free_run_r2"] < 1
 
 
-# --- the history ---
+# The history
 
 
 def test_history(tmp_path):
@@ -348,11 +348,11 @@ def test_targets():
     nothing = evaluation.targets(
         numbers | {"scenes_held_out_exact": 0.0, "scenes_held_out_nearest_exact": 0.0}
     )
-    # Twice a baseline of zero is not a success.
+    # With a baseline of zero, a score of zero does not reach twice the baseline.
     assert nothing[3].reached is False
 
 
-# --- the command ---
+# The command
 
 
 @flax.struct.dataclass
@@ -366,7 +366,7 @@ class State:
 def save(workdir, c):
     stage = stages.STAGES[c.stage]
     params = module.init(stage.module, stage.make_config(c.model.to_dict()), jax.random.key(0))
-    # NumPy's arrays, whose checksums need no program.
+    # Use NumPy arrays: their checksums need no compiled program.
     state = State(jax.tree.map(np.asarray, params), {}, None, jnp.int32(7))
     CheckpointManager(str(workdir), keep=1, keep_every=0).save(
         7, state, {}, config.to_dict(c), wait=True
@@ -455,7 +455,7 @@ def test_the_command_with_a_decoder(data, runs, tmp_path):
         ("regressed", "decoded from a drawing's name"),
     ):
         (found,) = (value for what, value in targets.items() if what.startswith(target))
-        # There are only four drawings.
+        # With only four drawings, the right one is always among the top five.
         assert found["value"] == numbers[f"pictures_names_train_{source}_top5"] == 1.0
         assert (
             0

@@ -22,7 +22,7 @@ SPLITS = (False, True)
 
 @functools.cache
 def flat(word):
-    """Instead of a drawing: an opaque square as large as allowed, of a colour of its own."""
+    """An opaque square in place of a drawing: as large as allowed, in the word's own colour."""
     square = np.full((scenes.drawing_size(64), scenes.drawing_size(64), 4), 255, np.uint8)
     square[..., :3] = (0, 0, 9 * list(scenes.DRAWINGS).index(word))
     return square
@@ -50,9 +50,9 @@ def shown(image):
 
 
 def caption(background, words):
-    """The caption of what is seen, independently of how it was made.
+    """The caption of the given words, computed independently of the code that draws them.
 
-    None for two drawings that stand diagonally.
+    None if two drawings stand diagonally.
     """
     if len(set(words.values())) == 1:
         number = scenes.NUMBERS[len(words) - 1]
@@ -81,7 +81,8 @@ def test_stories_tell_what_changes(held_out):
             f"a {second} comes",
             f"an {second} comes",
         )
-        # Stories contain no spatial triple, since it might be held out.
+        # A story's two drawings stand diagonally: left of and above could form a held-out
+        # combination.
         assert caption(*seen[1]) is None
         assert seen[0][1].items() <= seen[1][1].items()
         for (_, words), text in zip(seen[2:], story.texts[2:], strict=True):
@@ -118,7 +119,7 @@ def test_jitter_differs_between_renders():
 def test_held_out_combinations_are_whole_and_their_factors_seen(kind, seed):
     train, held_out = scenes.combinations(kind, seed)
     assert len(set(held_out)) == scenes.HELD_OUT[kind] and not set(train) & set(held_out)
-    # Together they are all combinations.
+    # Together, both splits contain all combinations.
     assert sorted(train + held_out) == sorted(
         one for part in scenes.combinations(kind, seed + 1) for one in part
     )
@@ -268,7 +269,7 @@ def test_a_killed_build_is_taken_up(built, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path)
     (finished,) = tmp_path.glob("names/*/1.0.0/names-train*")
-    # The state that a kill -9 leaves.
+    # A kill -9 leaves such a folder.
     (tmp_path / "scenes" / finished.parts[-3] / "incomplete.XYZ_1.0.0").mkdir(
         parents=True, exist_ok=True
     )
@@ -289,7 +290,7 @@ def test_a_build_of_other_settings_is_not_mixed_in(built):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    # It is imported again.
+    # Forget the module, so that the command imports it again.
     monkeypatch.delitem(sys.modules, openmoji.__name__)
     monkeypatch.delattr(demo, "openmoji")
     assert command.main(["build", f"--to={tmp_path}"]) == 2
@@ -327,7 +328,7 @@ def test_bad_arguments(arguments, message):
 
 @functools.cache
 def talks(held_out):
-    """By a scene's id: (the scene, its turns as (kind, question, answer), the conversation)."""
+    """{scene id: (scene, [(kind, question, answer)], conversation)}"""
     found = {}
     for kind in PAIRS:
         for scene, talk in zip(

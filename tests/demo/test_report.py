@@ -1,4 +1,4 @@
-"""The page: whole, alone, and honest."""
+"""The page is complete and self-contained, and marks wrong answers."""
 
 import base64
 import dataclasses
@@ -126,7 +126,7 @@ def test_images_of_the_page_are_those_of_the_result(page, result):
         + 3 * (report.DECODED["names_train"] + 1 + 1)
         + 4
     )
-    # Scenes, names, held out, story, in context, retrieved, drawn, blended.
+    # The terms count scenes, names, held out, story, in context, retrieved, drawn and blended.
 
 
 def test_right_and_wrong_are_marked(page):

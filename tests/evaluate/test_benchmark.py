@@ -112,7 +112,7 @@ def data(tmp_path_factory):
 def loaded_once():
     """Load each checkpoint once for all tests, and pad all prompts and answers to one length.
 
-    So the tasks share compiled programs.
+    The tasks then share compiled programs.
     """
     load = Session.load
     sessions = {}
@@ -256,7 +256,7 @@ def test_shots_are_the_nearest_and_as_many_as_fit(root, data, tmp_path, capsys):
     )
     session = copy.copy(Session.load(str(root / "emu")))
     plan = plan_benchmark(settings)
-    # The index was saved by the run.
+    # The run above has saved the index.
     predictor = Predictor(session, settings, plan, tmp_path / "rices" / "examples.npz")
     shots = predictor.choose_shots(plan.examples[:1])[0]
     features = retrieval.compute_features(

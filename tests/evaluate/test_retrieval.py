@@ -1,4 +1,4 @@
-"""RICES: features do not depend on the batch, the nearest come last, the index is cached."""
+"""RICES: features ignore the batch, the nearest shots come last, the index is cached."""
 
 import numpy as np
 import pytest

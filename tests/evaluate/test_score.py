@@ -21,7 +21,7 @@ TRUE_ANSWERS = {"7": ["yes"] * 8 + ["no"] * 2, "8": ["two"] * 2 + ["a dog"] * 8}
 
 
 def run(tmp_path, metric, predictions, references, *more, capsys):
-    """Exit status, and the printed numbers or the error."""
+    """(exit status, the printed numbers or the error)"""
     files = [tmp_path / "predictions.json"]
     files[0].write_text(json.dumps(predictions))
     for number, value in enumerate(references):
@@ -312,7 +312,7 @@ ODD = (
 
 
 def mutated(value, rng):
-    """The value with something in it replaced, dropped or doubled."""
+    """A copy of `value` in which a random part is replaced or deleted."""
     value = copy.deepcopy(value)
     where = None
     at = None
@@ -331,7 +331,7 @@ def mutated(value, rng):
 
 
 def test_odd_json_is_scored_or_a_one_line_error(tmp_path):
-    """Changes to sound files of every metric: numbers, or a UserError of one line."""
+    """Mutated files of every metric give numbers or a UserError of one line."""
     rng = random.Random(0)
     wordnet = str(dictionary.write(tmp_path / "wordnet"))
     ranks = [{"image_id": 1, "round_id": 1, "ranks": [1, 2]}]

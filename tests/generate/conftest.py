@@ -51,7 +51,7 @@ def save():
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, save):
-    """A folder with a checkpoint (`emu`), tuned for chat by its added tokens, and two images."""
+    """A folder with a checkpoint (`emu`) that has the chat tokens, an image, and a broken one."""
     folder = tmp_path_factory.mktemp("run")
     tokenizer.train(WORDS, 110, folder / "tokenizer.json")
     c = make.cfg(

@@ -1,6 +1,7 @@
-"""The state does not depend on how it came about.
+"""The decoding state does not depend on how it was computed.
 
-One prefill equals any two; a row alone equals one among longer rows; a shared prefix equals none.
+One prefill equals two prefills, wherever the prompt is split. A row alone equals the same row among
+longer ones. A shared prefix equals whole prompts.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ def same(a, b):
 
 
 def part(prompt, start, stop):
-    """What stands at start and before stop; no image is cut."""
+    """The elements of a prompt from `start` up to `stop`, which must not cut an image."""
     inside = [
         (image, slot - start)
         for image, slot in zip(prompt.images, prompt.slots)
@@ -57,8 +58,9 @@ def test_cached_is_uncached(session, uncached, images):
 
 
 def test_cached_is_uncached_with_llama_3s_shapes(images):
-    """Fewer heads of keys and values, which the cache holds as they are; scaled positions; and
-    logits by the input table.
+    """Cached equals uncached with fewer key and value heads, scaled positions and a tied head.
+
+    The cache holds only those fewer heads.
     """
     session = make_session(*LLAMA3)
     uncached = Uncached(session)

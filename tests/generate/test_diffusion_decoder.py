@@ -26,7 +26,7 @@ SAMPLING = (
 
 @pytest.fixture(scope="module", autouse=True)
 def decoders(run, save):
-    """Add checkpoints of a decoder, and of one for a wider model, to `run`."""
+    """Add two decoder checkpoints to `run`: one that fits, and one for a wider model."""
     model = ("model.llama.vocab=110", "model.llama.added=6", f"data.tokenizer={run}/tokenizer.json")
     c = make.decoder_cfg(*model, *SAMPLING)
     save(c, make.random_params(make.program(c)), run / "decoder")
@@ -49,7 +49,7 @@ def zeros():
 
 
 def load_decoder(run, loaded, empty_prompt=zeros, **options):
-    """Load it with a negative condition by default, so that most tests share a program."""
+    """Load the decoder, by default with a negative condition: most tests share its program."""
     return diffusion_decoder.load(
         str(run / "decoder"), loaded.model_config, empty_prompt=empty_prompt, **options
     )
@@ -229,7 +229,7 @@ def test_conditions_are_generated_images_and_hosts_share_the_work(
     monkeypatch.setattr(
         precompute.sources, "open_source", lambda path, size, fit: InMemory(documents)
     )
-    # Eight fake devices are slow.
+    # Use no mesh, because eight fake devices are slow.
     monkeypatch.setattr(precompute, "inference_mesh", lambda *_: None)
     for module in (precompute, precomputed):
         monkeypatch.setattr(module, "SHARD", 2)

@@ -56,7 +56,7 @@ def test_min_p(p, left):
 
 def test_repetition_penalty():
     scores = jnp.array([[2.0, -2.0, 1.0, -1.0]])
-    # One id occurs twice, which counts once; 4 means no id.
+    # Id 0 occurs twice but counts once. 4 means no id.
     said = jnp.array([[0, 1, 0, 4]])
     np.testing.assert_allclose(
         logits_process.repetition_penalty(scores, said, jnp.float32(2)), [[1, -4, 1, -1]]

@@ -1,4 +1,4 @@
-"""Files to pixels, and one clear line for those that are none."""
+"""Files become pixels; other files give one clear line."""
 
 import builtins
 import struct
@@ -17,7 +17,7 @@ av = pytest.importorskip("av")
 
 
 def write_video(path, count, size=(32, 48), codec="mpeg4", **options):
-    """Frames that grow brighter."""
+    """Write a video whose frames grow brighter."""
     with av.open(str(path), "w", **options) as container:
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
@@ -106,13 +106,13 @@ def sound(path):
 
 
 def playlist(path):
-    """Names another file, which must not be read."""
+    """Write a playlist that names another file, which must not be read."""
     write_video(path.with_name("other.mp4"), 9)
     path.write_text("ffconcat version 1.0\nfile other.mp4\n")
 
 
 def claims(path):
-    """A video whose header says 50,000 x 50,000."""
+    """Write a video whose header claims 50,000 x 50,000 pixels."""
     write_video(path, 9, (64, 64), "rawvideo", format="avi")
     data = path.read_bytes()
     path.write_bytes(data.replace(struct.pack("<II", 64, 64), struct.pack("<II", 50_000, 50_000)))
@@ -153,7 +153,7 @@ def test_unusable_videos(tmp_path, make, told):
     ids=["concat", "hls"],
 )
 def test_a_playlist_is_not_a_video(tmp_path, monkeypatch, text):
-    """It names other files, and FFmpeg would read them."""
+    """A playlist names other files, which FFmpeg would read."""
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "secret.mp4", 20)
     (tmp_path / "x.mp4").write_text(text)

@@ -177,7 +177,10 @@ def test_concatenation():
 
 
 def test_a_template_is_what_a_turn_is(session, images):
-    """The evaluation's prompts equal the chat's, with special tokens as placeholders."""
+    """The evaluation's prompts equal the chat's.
+
+    Their templates contain special tokens as placeholders.
+    """
     asked = session.processor.template(prompts.question_prompt("free", "why"), [[images[0]]])
     turn = session.chat_prompt([images[0], "why"])
     assert (

@@ -1,6 +1,6 @@
 """Samplers on a problem with a known answer.
 
-Where the data are one Gaussian, the path from each noise to its datum has a formula.
+If the data have a Gaussian distribution, a formula gives the path from each noise to its sample.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ X = samplers.initial_noise(jnp.arange(4), (2, 2, 3))
 
 
 def exact(d):
-    """The network that predicts the best where data are N(MEAN, DEVIATION^2)."""
+    """The optimal denoiser of data with the distribution N(MEAN, DEVIATION^2)."""
 
     def predict(x, t):
         a, s = (value[0] for value in coefficients(d, jnp.reshape(t, 1)))
@@ -40,7 +40,10 @@ def exact(d):
 
 
 def error(name, d, steps, schedule=None):
-    """Largest distance to the end of the exact path, by the sampler's own schedule or another."""
+    """Largest distance of a sampler's result to the end of the exact path.
+
+    schedule: the sampler's own by default.
+    """
     schedule = schedule or samplers.schedule_for(d, name, steps)
 
     def at(k):
@@ -71,7 +74,10 @@ def test_samplers_follow_the_exact_path(name, d, order):
 
 
 def test_second_order_is_nearer_than_first():
-    """DPM-Solver++ in the middle: its own schedule ends with a long step of first order."""
+    """DPM-Solver++ and PNDM have half the error of DDIM.
+
+    DPM-Solver++ stops at a little noise here, because a last step to no noise is of first order.
+    """
     schedule = samplers.make_schedule(SD, 200, last="first")
     assert (
         error("dpm++", SD, 200, schedule) < error("ddim", SD, 200, schedule) / 2
@@ -126,7 +132,7 @@ def test_spacings_by_hand():
         499,
         249,
     ]
-    # No point is beyond the last.
+    # No timestep lies beyond the last one, 999.
     assert samplers.make_schedule(SD, 1000).timesteps[0] == 999
     assert samplers.make_schedule(FLOW, 4).timesteps.tolist() == [1000, 750, 500, 250]
 
@@ -173,7 +179,7 @@ def test_invalid_settings_are_one_line(call, message):
 
 
 def network(x, timesteps, condition):
-    """Some function of all its inputs."""
+    """A fake network whose result depends on all its inputs."""
     return jnp.tanh(
         x * condition.mean((1, 2))[:, None, None, None] + timesteps[:, None, None, None] / 1000
     )
@@ -195,9 +201,9 @@ def test_guidance_one_is_the_condition_alone():
         X,
         samplers.schedule_for(V, "ddim", 4),
     )
-    # Guidance away from the condition itself changes nothing.
+    # In `alone`, the negative condition is the condition itself, so guidance changes nothing.
     np.testing.assert_allclose(sampled(1.0), alone, atol=1e-5)
-    # 1 is the limit of what is near 1
+    # Guidance just above 1 gives almost the same.
     np.testing.assert_allclose(sampled(1.0 + 1e-6), alone, atol=1e-4)
     np.testing.assert_array_equal(sampled(1.0, NEGATIVE + 1), sampled(1.0))
 

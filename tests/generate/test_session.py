@@ -76,8 +76,7 @@ def test_a_prefix_equals_repeating_it(session, images):
     assert session.generate_texts(asked, BEAMS, prefix=prefix) == session.generate_texts(
         whole, BEAMS
     )
-    # Without a prefix too, one batch and single prompts differ by rounding, 3.5e-5 on one
-    # machine
+    # Even without a prefix, a batch and single prompts differ by rounding: 3.5e-5 on one machine.
     drawn = session.generate_images(whole)
     np.testing.assert_allclose(session.generate_images(asked, prefix=prefix), drawn, atol=1e-4)
     assert np.abs(session.generate_images(asked[:1]) - drawn[:1]).max() > 0.05
@@ -104,7 +103,7 @@ def test_choices(session, prompts):
     for options in (GenerationConfig(), GenerationConfig(beams=3)):
         found = session.generate_texts(prompts, options, choices=answers)
         assert set(found) <= set(answers)
-    # Beams without a length penalty rank by the sum of log-probabilities.
+    # Without a length penalty, beams rank by the sum of log-probabilities: mean loss times length.
     best = [
         answers[int(np.argmin(session.losses(parts, answers) * [5, 4, 4]))] for parts in prompts
     ]
@@ -128,7 +127,7 @@ def test_stop_texts(session):
 
 @pytest.fixture(scope="module")
 def drawing():
-    """A model that says [IMG] where it may, after any three letters or so."""
+    """A model that often chooses [IMG], after about three letters each time."""
     session = make_session(scale=3, max_images=2)
     head = session.params["llama"]["lm_head"]
     head["added"] = head["added"].at[1].mul(6)
@@ -141,13 +140,13 @@ def test_an_answer_may_hold_images(drawing):
         options = GenerationConfig(max_new_tokens=16, temperature=1.0, seed=seed)
         pieces = list(drawing.stream(["dog"], options))
         drawn = [number for number, piece in enumerate(pieces) if not isinstance(piece, str)]
-        # max_images limits them.
+        # max_images=2 limits the images of an answer.
         assert len(drawn) <= 2
         if len(drawn) == 2 and 0 < drawn[0] and drawn[1] < len(pieces) - 1:
             break
     # Text follows the last image.
     assert len(drawn) == 2 and drawn[1] < len(pieces) - 1
-    # The answer is what one prompt after another would have brought.
+    # The answer equals what separate prompts, one after another, would give.
     said = drawing.prompt(["dog"])
     parts = pieces[: drawn[0]]
     first = Prompt(said.tokens + drawing.tokenizer.encode(text_of(parts)))
@@ -174,7 +173,7 @@ def test_text_after_an_image_depends_on_it(drawing, monkeypatch):
     pieces = list(eager.stream([prompt], greedy))
     assert isinstance(pieces[0], GeneratedImage)
     text = text_of(pieces[1:])
-    # [IMG] was the first of the twelve
+    # [IMG] was the first of twelve new tokens, so eleven are left.
     assert (
         text
         == eager.generate_texts([[prompt, pieces[0].visual]], GenerationConfig(max_new_tokens=11))[

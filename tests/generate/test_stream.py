@@ -1,4 +1,4 @@
-"""Streamed text is never taken back, whatever bytes its characters are cut into."""
+"""Streamed text is never taken back, however tokens cut the bytes of a character."""
 
 import pytest
 

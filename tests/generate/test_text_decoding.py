@@ -64,7 +64,7 @@ def plain_beams(uncached, prompt, most, beams, penalty, least=0):
 
 @pytest.fixture(scope="module")
 def ending():
-    """A model whose answers end now and then: the row of </s> is louder."""
+    """A model whose answers sometimes end: its output row for </s> is scaled up."""
     session = make_session(scale=3)
     head = session.params["llama"]["lm_head"]
     head["base"] = head["base"].at[2].mul(3)

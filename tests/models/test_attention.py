@@ -18,11 +18,11 @@ from emu_jax.models.attention import Mask, _spec, allowed, attention, self_mask
 from emu_jax.sharding import AXES, ROWS, make_mesh
 from tests.support.trees import assert_close
 
-# T 140 pads to 2 x 128
+# The kernels pad these rows of 140 positions to two blocks of 128.
 SEGMENTS = jax.device_put(
     np.array([np.repeat([1, 2, 3, 0], part) for part in ([40, 50, 30, 20], [3, 100, 25, 12])])
 )
-# the time of these tests is the compiler's
+# Compiling takes most of the time of these tests, so XLA optimises nothing.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 allowed_once = jit(lambda mask, T, S: allowed(mask, T, S).astype(int), static_argnums=(1, 2))
 run = jit(attention, static_argnames=("scale", "dropout", "kernel"))
@@ -39,7 +39,7 @@ def qkv(B=2, T=140, S=None, H=2, G=None, d=64, dtype=np.float32):
 
 
 def value_and_grads(q, k, v, mask, kernel, **more):
-    """Output, and the gradients by q, k and v of a sum of it with random weights, by name."""
+    """{"out": output, "dq", "dk", "dv": gradients of a randomly weighted sum of the output}."""
     weights = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
     def loss(q, k, v):
@@ -86,7 +86,7 @@ def test_dense_is_the_definition():
                 probs = np.exp(logits) / np.exp(logits).sum()
                 expected = sum((p * v[b, s, h // 2] for p, s in zip(probs, seen)), np.zeros(3))
                 np.testing.assert_allclose(out[b, t, h], expected, atol=1e-5)
-    # nobody to look at: zero
+    # A query that may see no key gives zero.
     assert not out[0, 4].any() and not out[1, 3:].any()
 
 
@@ -124,7 +124,7 @@ def test_kernels_equal_dense_on_packed_rows(causal, d, H, G):
 
 @on_cpu
 def test_splash_equals_dense_over_many_blocks(monkeypatch):
-    """Three blocks of 128: some that causality skips, and documents that cross blocks."""
+    """Rows have three blocks of 128: causality skips some, and documents cross blocks."""
     monkeypatch.setattr("emu_jax.models.attention._block_size", lambda length: 128)
     q, k, v = qkv(B=1, T=260, H=1, d=16)
     mask = self_mask(jax.device_put(np.repeat([1, 2, 3, 0], [100, 65, 90, 5])[None]))
@@ -184,11 +184,11 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 @pytest.mark.parametrize(
     "kernel, sizes, G, causal",
     [
-        # rows over data and fsdp, heads over tensor
+        # Rows are sharded over data and fsdp, heads over tensor.
         ("splash", dict(data=2, fsdp=2, tensor=2), 2, True),
-        # a key head that tensor does not divide
+        # A single key head cannot be divided over tensor, so rows are sharded over all axes.
         ("splash", dict(data=1, fsdp=4, tensor=2), 1, True),
-        # as images: rows over all axes
+        # Without causality, as for images, rows are sharded over all axes.
         ("pallas", dict(data=1, fsdp=4, tensor=2), 2, False),
     ],
 )
@@ -231,8 +231,9 @@ def mesh_of(platform):
 )
 @on_cpu
 def test_kernels_lower_for_accelerators_that_are_not_here(platform, target, kernel, call):
-    """Nothing is interpreted, each device runs the kernel on its own, and "auto" takes it for
-    packed rows in bfloat16.
+    """The kernel is lowered for the platform, once per device, and "auto" chooses it.
+
+    Rows are packed and in bfloat16. No kernel is interpreted.
     """
     q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in qkv(T=256, d=88))
     ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
@@ -283,7 +284,7 @@ def test_cudnn_refuses_segments():
 )
 @on_cpu
 def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, why):
-    """Stable Diffusion's coarsest heads have 160 channels, its autoencoder's only one 512."""
+    """Stable Diffusion has such heads: 160 channels in the U-Net, 512 in the autoencoder."""
     q, k, v = qkv(d=width, dtype=jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(mesh_of("gpu")):
         with pytest.raises(UserError, match=why):
@@ -302,9 +303,9 @@ def test_heads_for_which_a_gpus_kernels_have_no_room_are_dense(kernel, width, wh
 @pytest.mark.parametrize("T", [256, 257])
 @on_cpu
 def test_cudnn_has_a_gradient_for_rows_of_any_length(T, causal, monkeypatch):
-    """An encoder's 257 positions are padded, for JAX refuses odd lengths while it traces.
+    """Rows of 257 positions, as in an image encoder, are padded: JAX refuses odd lengths.
 
-    Lowered, only cuDNN's two calls are left.
+    The lowered gradient has two calls of cuDNN, forward and backward, and no other kernel.
     """
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000

@@ -1,6 +1,4 @@
-"""CLIP's laws: a text is read at its end and from its left only; no row of a batch knows
-another.
-"""
+"""Laws of CLIP: texts are causal and read at their end; rows of a batch are independent."""
 
 from functools import partial
 
@@ -15,13 +13,13 @@ from emu_jax.models.clip import OLD_EOS, Clip, ClipConfig, ClipText, ClipVision,
 TEXT = TowerConfig(16, 2, 2, 24, 1e-5, "quick_gelu")
 VISION = TowerConfig(24, 2, 3, 32, 1e-5, "gelu")
 SIZE, OLD = (ClipConfig(12, 16, 4, 40, 10, eos, TEXT, VISION) for eos in (37, OLD_EOS))
-# 39 is the largest id
+# 39 is the largest id of the vocabulary.
 IDS = np.array([[38, 5, 6, 7, 37, 37, 37, 37, 37, 37], [38, 9, 2, 3, 1, 4, 8, 9, 37, 37]])
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Every leaf random, norms around 1."""
+    """Random values for every leaf; the scales of norms are near 1."""
     rng = np.random.default_rng(1)
 
     def leaf(path, x):
@@ -55,14 +53,12 @@ def test_old_texts_end_at_their_largest_id(params):
     new = np.where(IDS == 37, 39, IDS)
     want = read(params, new, ClipConfig(12, 16, 4, 40, 10, 39, TEXT, VISION))
     np.testing.assert_array_equal(read(params, new, OLD), want)
-    # 38, the start, is the largest there
+    # In IDS the largest id is 38, the start, so the old rule reads the text there.
     assert np.abs(read(params, IDS, OLD)[0] - read(params, IDS)[0]).max() > 0.01
 
 
 def test_text_is_causal_and_reads_all_that_is_before_its_end(params):
-    """The gradient of the features by every token's embedding: zero after the end, and not
-    before.
-    """
+    """The gradient of the features by a position's embedding is zero only after the end."""
     positions = params["text"]["positions"]
     ids = jax.device_put(IDS[:1])
 

@@ -19,7 +19,7 @@ PAD = 512
 
 
 def row(*documents):
-    """A packed row of documents, lists of ids and of "image"."""
+    """A packed row of documents, each a list of ids and of "image"."""
     tokens = []
     segments = []
     weights = []

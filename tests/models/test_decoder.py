@@ -22,7 +22,7 @@ C = make.decoder_cfg("optim.ema=0.9")
 P = make.program(C)
 PARAMS = jax.jit(partial(cast_frozen, P))(make.random_params(P))
 BATCH = make.batch(C)
-# a row without an image
+# Row 2 has no image.
 BATCH.image_slots[2] = C.data.tokens
 BATCH = jax.device_put(BATCH)
 
@@ -225,9 +225,9 @@ def test_sampling_is_a_function_of_the_seed_on_any_mesh(predicted):
 
 
 def test_latents_that_come_with_the_batch_are_those_of_its_images():
-    """The same key gives the same sample, up to rounding, also in bfloat16.
+    """Stored latents give the same samples as encoding does, up to rounding, also in bfloat16.
 
-    The batch's images are not used.
+    With stored latents the batch's images are not used: here they are zeros.
     """
     p = make.program(
         make.decoder_cfg("model.decoder.condition=encoded", "model.compute=bfloat16", vae=True)
@@ -261,8 +261,9 @@ def test_latents_that_come_with_the_batch_are_those_of_its_images():
 
 
 def test_the_papers_decoder():
-    """SD 1.5's U-Net (859,520,964 parameters at 768) with keys and values of width 5120: 16
-    transformers.
+    """The paper's U-Net is SD 1.5's with a condition of width 5120 in place of 768.
+
+    SD 1.5's U-Net has 859,520,964 parameters and 16 transformers, whose keys and values grow.
     """
     c = config.load(["--config=configs/decoder.py"])
     model_config = DecoderConfig.of(c.model.to_dict())
@@ -277,7 +278,7 @@ def test_the_papers_decoder():
                 path,
                 leaf.shape,
             )
-    # about 0.4 T multiply-adds, as is often said of SD 1.5
+    # That is about 0.4 T multiply-adds, the usual figure for SD 1.5.
     assert flops.unet(model_config.unet, 64, 77) == pytest.approx(8.0e11, rel=0.05)
 
 

@@ -51,7 +51,7 @@ def test_zero_terminal_snr_ends_in_noise_and_starts_where_it_did():
     )
     a = np.sqrt(plain)
     b = np.sqrt(rescaled)
-    # a shift and a stretch
+    # The square roots are shifted and stretched.
     np.testing.assert_allclose(np.diff(b) / np.diff(a), b[0] / (a[0] - a[-1]), rtol=1e-9)
 
 
@@ -68,7 +68,7 @@ def test_a_prediction_gives_back_what_it_was_made_of(d):
     x = diffusion.add_noise(d, X0, E, TIMES)
     prediction = diffusion.target(d, X0, E, TIMES)
     x0, e = diffusion.x0_and_eps(d, prediction, x, *diffusion.coefficients(d, TIMES))
-    # of little signal, the noise says it only roughly
+    # Where there is little signal, a predicted noise gives x0 only roughly.
     np.testing.assert_allclose(x0, X0, atol=1e-3 if d.target == "epsilon" else 1e-5)
     np.testing.assert_allclose(e, E, atol=1e-4)
 
@@ -84,7 +84,10 @@ def test_targets_by_hand():
 
 
 def test_min_snr_weights_are_the_papers():
-    """Weights: min(snr, 5) / snr (epsilon), / (snr + 1) (v), / 1 (x0); all 1 without min_snr."""
+    """Weights are min(snr, 5) / snr for epsilon, / (snr + 1) for v and / 1 for x0.
+
+    Without min_snr, all weights are 1.
+    """
     a2 = diffusion.alphas_cumprod(SD)[TIMES.astype(int)]
     snr = a2 / (1 - a2)
     for d, below in (

@@ -39,7 +39,7 @@ def test_visual_tokens_fill_their_slots_and_nothing_else():
     T = 12
     tokens = np.random.default_rng(0).integers(0, 516, (3, T), np.int32)
     visual = np.random.default_rng(1).standard_normal((3, 2, N, 32)).astype(np.float32)
-    # two images; none; one that ends the row
+    # The rows have two images, no image, and an image that ends the row.
     slots = np.array([[2, 7], [T, T], [T - N, T]])
 
     def both(tokens, visual, slots):
@@ -75,7 +75,7 @@ def test_an_image_that_is_not_there_changes_nothing(forward):
 
 
 def test_packed_rows_are_separate_documents(forward):
-    """Eight documents in three rows, and each in a row of its own."""
+    """Eight documents have the same outputs packed in three rows as in a row each."""
     packed, separate, places = make.packed_and_separate(C)
     (hidden, visual) = forward(packed)
     (hidden_alone, visual_alone) = forward(separate)
@@ -157,12 +157,12 @@ def test_remat_changes_nothing(without_remat, policy):
 
 
 def test_remat_saves_what_it_says():
-    """Bytes that the backward pass finds saved, by policy and by tower."""
+    """Policy "full" saves fewer bytes for the backward pass than "dots"; "none" saves most."""
     images, hidden, positions = jax.device_put(
         (make.batch(C).images[0], np.zeros((2, 12, 32), np.float32), np.zeros((2, 12), int))
     )
 
-    # Some of these configs are the same.
+    # Some of these configs are equal, so each is traced once.
     @functools.cache
     def saved_by(config, is_encoder):
         def f(params):
@@ -218,7 +218,7 @@ def test_a_fresh_model_starts_as_published():
                 rtol=0.35 if leaf.size < 200 else 0.1,
                 err_msg=path,
             )
-    # every layer its own
+    # Each layer starts with its own values.
     for path in stds:
         assert np.abs(fresh[path][0] - fresh[path][1]).max() > 1e-3
 

@@ -13,7 +13,7 @@ P = make.program(make.cfg())
 
 
 def products(jaxpr, times=1):
-    """FLOPs of all matrix products and convolutions of a jaxpr, a scan's as often as it runs."""
+    """FLOPs of a jaxpr's matrix products and convolutions; in a scan, of all iterations."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -25,7 +25,7 @@ def products(jaxpr, times=1):
                 * int(np.prod([equation.invars[0].aval.shape[axis] for axis in contract]))
             )
         if equation.primitive.name == "conv_general_dilated":
-            # height, width, in, out
+            # The kernel's axes are height, width, in, out.
             kernel = equation.invars[1].aval
             total += times * 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[-1]
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -56,12 +56,12 @@ def test_it_is_what_the_model_multiplies(kv_heads):
     )
     positions = jnp.tile(jnp.arange(T), (B, 1))
     assert counts["vision"] == traced(model.vision, ((M, 28, 28, 3), jnp.float32))
-    # dense: all pairs
+    # Dense attention computes all pairs, so `pairs` counts all of them.
     assert counts["llama"] == traced(
         lambda x: model.llama(x, positions, positions)[0], ((B, T, 32), jnp.float32)
     )
     r = P.model_config.resampler
-    # pairs that dense attention computes and the mask forbids
+    # These pairs are computed by dense attention, although the mask forbids them.
     upper = M * r.depth * 4 * (N * (N - 1) // 2) * r.heads * r.head_width
     assert counts["resampler"] + upper == traced(model.resampler, ((M, 5, 32), jnp.float32))
 
@@ -77,9 +77,9 @@ def test_the_heads_by_hand():
 
 
 def test_llama_by_hand():
-    """Per token and block, q k v o take 8 D D and gate up down 6 D F.
+    """Per token and block: 8 D D FLOPs in q, k, v and o, and 6 D F in gate, up and down.
 
-    Two documents of 3 and 2 tokens allow 6 + 3 pairs of 4 D each.
+    Documents of 3 and 2 tokens have 6 + 3 allowed pairs, of 4 D FLOPs each.
     """
     got = flops.forward(P.model_config, images=0, tokens=5, pairs=9, labels=0, regressed=0)["llama"]
     assert got == 2 * (5 * (8 * 32 * 32 + 6 * 32 * 64) + 9 * 4 * 32)
@@ -88,7 +88,7 @@ def test_llama_by_hand():
 def test_an_emu_14b_step_is_about_six_times_its_parameters():
     p = make.program(make.cfg(size="emu-14b"))
     work = flops.forward(p.model_config, images=0, tokens=1, pairs=0, labels=1, regressed=0)
-    # the input table is looked up, not multiplied
+    # The input table is looked up, not multiplied, so it costs nothing.
     assert sum(work.values()) == pytest.approx(2 * (13.0e9 - 32000 * 5120), rel=0.01)
     assert (
         flops.train(
@@ -113,7 +113,7 @@ def test_an_emu_14b_step_is_about_six_times_its_parameters():
         ({"vision": True, "resampler": False}, (3, 2, 2, 2)),
         ({"heads": True}, (1, 1, 1, 3)),
         ({}, (1, 1, 1, 1)),
-        # LoRA: gradients pass through
+        # With LoRA, gradients pass through frozen matrices, which get none themselves.
         (
             flops.trained(
                 ["llama/blocks/attn/q/a", "llama/blocks/attn/q/b", "llama/lm_head/added"]

@@ -1,4 +1,4 @@
-"""What the towers are made of, held to its definition in float64."""
+"""The layers that all towers use, compared with their definitions in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ X = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32) * 4 +
 
 
 def filled(norm):
-    """A norm with a scale and a bias that are no 1 and no 0."""
+    """Give a norm a scale that is not 1 and a bias that is not 0."""
     norm.scale.set_value(jnp.linspace(0.5, 2, 8))
     if hasattr(norm, "bias"):
         norm.bias.set_value(jnp.linspace(-1, 1, 8))
@@ -37,7 +37,7 @@ def test_rms_norm():
 
 @pytest.mark.parametrize("norm", [layers.LayerNorm, layers.RMSNorm])
 def test_norms_are_float32_inside(norm):
-    """Values whose squares lose all they have in bfloat16, and would overflow in float16."""
+    """The squares of these values lose all precision in bfloat16 and overflow in float16."""
     x = jnp.asarray(X * 1e3, jnp.float16)
     got = norm(8, eps=1e-6)(x)
     assert got.dtype == jnp.float16

@@ -1,7 +1,7 @@
 """Laws of the LLaMA.
 
-It is causal, and blind to other documents, by zero gradients. Rotary positions agree with values by
-hand, and only their differences matter.
+Zero gradients prove that a token sees neither later tokens nor other documents. Rotary positions
+agree with values by hand, and only their differences matter.
 """
 
 from functools import partial
@@ -78,13 +78,13 @@ def test_packed_documents_are_as_alone():
 
 
 def test_rotary_by_hand():
-    # frequencies 1 and 1 / 10
+    # The frequencies are 1 and 1 / 10.
     cos, sin = rotary(jnp.array([[0, 3]]), 4, 100.0, "float32")
     assert cos.shape == (1, 2, 1, 2)
     np.testing.assert_allclose(cos[0, :, 0], [[1, 1], [np.cos(3), np.cos(0.3)]], atol=1e-6)
     np.testing.assert_allclose(sin[0, :, 0], [[0, 0], [np.sin(3), np.sin(0.3)]], atol=1e-6)
     x = jnp.array([1.0, 2, 3, 4]).reshape(1, 1, 1, 4)
-    # pairs (1, 3) by 3, (2, 4) by 0.3
+    # At position 3, elements 1 and 3 are turned by 3 radians, and elements 2 and 4 by 0.3.
     turned = rotate(jnp.tile(x, (1, 2, 1, 1)), (cos, sin))[0, :, 0]
     np.testing.assert_allclose(turned[0], [1, 2, 3, 4])
     np.testing.assert_allclose(
@@ -102,7 +102,7 @@ def test_rotary_by_hand():
 def test_rotary_frequencies_are_rounded_and_angles_are_not():
     """The release rounds the frequencies, not the angles, to bfloat16.
 
-    10000^(-2/128) = 0.8660 becomes 0.8672; the angle at 2047 is far from a bfloat16.
+    10000^(-2/128) = 0.8660 becomes 0.8672. The angle at position 2047 is not rounded.
     """
     cos, _ = rotary(jnp.array([[2047]]), 128, 10000.0, "bfloat16")
     np.testing.assert_allclose(cos[0, 0, 0, 1], np.cos(2047 * 0.8671875), atol=1e-4)
@@ -123,7 +123,7 @@ def test_embeddings_are_rows_of_both_tables():
 
 
 def test_grouped_heads_are_repeated_heads():
-    """Two heads of keys and values for four of queries equal four in equal pairs."""
+    """Two key and value heads for four query heads equal four heads that are equal in pairs."""
     grouped = make.program(make.cfg("model.llama.kv_heads=2"))
     params = make.random_params(grouped)
     attn = params["llama"]["blocks"]["attn"]
@@ -162,9 +162,9 @@ def test_a_tied_head_is_the_input_table():
 
 
 def test_scaled_frequencies_by_hand():
-    """Width 4 and base 100 give one radian a token, and a tenth of one.
+    """Width 4 and base 100 give two frequencies, 1 and 0.1 radians per token.
 
-    Within 8 pi tokens they turn 4 and 0.4 times.
+    In 8 pi tokens they make 4 turns and 0.4 turns.
     """
     np.testing.assert_allclose(frequencies(4, 100.0, ()), [1, 0.1])
     np.testing.assert_allclose(frequencies(4, 100.0, ("linear", 4.0)), [0.25, 0.025])
@@ -174,7 +174,7 @@ def test_scaled_frequencies_by_hand():
 
     np.testing.assert_allclose(scaled(1.0, 4.0), [1, 0.1 / 8])
     np.testing.assert_allclose(scaled(0.2, 0.4), [1, 0.1])
-    # half, and a twentieth of the way
+    # 4 turns and 0.4 turns lie half and a twentieth of the way from 0 to 8.
     np.testing.assert_allclose(scaled(0.0, 8.0), [0.5 + 0.5 / 8, 0.1 * (0.05 + 0.95 / 8)])
     with pytest.raises(UserError, match=r"rope_scaling=\('yarn', 2.0\) must be"):
         frequencies(4, 100.0, ("yarn", 2.0))

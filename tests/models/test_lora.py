@@ -1,6 +1,6 @@
 """Laws of LoRA, and of matrices stored in few bits.
 
-An adapter starts at zero, learns as w + a b would, and equals w + a b.
+A fresh adapter changes nothing. A trained one has the outputs and the gradients of w + a b.
 """
 
 import functools
@@ -29,7 +29,7 @@ TUNED = (
 )
 C = make.cfg(*TUNED, "model.lora.dropout=0.0", ROWS)
 P = make.program(C)
-# the same model without it
+# The same model without LoRA.
 PLAIN = make.program(make.cfg("model.llama.added=6"))
 PARAMS = jax.device_get(make.random_params(P))
 X = jax.device_put(np.random.default_rng(1).standard_normal((4, 12, 32)).astype(np.float32))
@@ -37,7 +37,7 @@ AT = jax.device_put(np.tile(np.arange(12), (4, 1)))
 
 
 def plain(params):
-    """The parameters of PLAIN with a b merged in."""
+    """Parameters of PLAIN, in which a b is merged into w."""
     flat = dict(tree.leaves(params))
     for path in [path for path in flat if path.endswith("/a")]:
         where = path.removesuffix("/a")
@@ -54,8 +54,10 @@ def without_b(params):
 
 @functools.cache
 def compiled(config):
-    """(parameters, key of the dropout) -> (hidden states of the LLM over X, gradients of their
-    product with X by the matrices of attention: by a and b, or where there is no LoRA by w).
+    """A jitted function (parameters, dropout key) -> (hidden states over X, gradients).
+
+    The gradients are those of the product of hidden states and X by attention's matrices: by a and
+    b with LoRA, by w without it.
     """
 
     def loss(trains, frozen, key):
@@ -103,7 +105,7 @@ def test_its_leaves_are_beside_the_targets_and_start_as_nothing():
     without = dict(make.flat(without))
     added = fresh.keys() - without.keys()
     assert added == {f"blocks/attn/{name}/{half}" for name in "qkvo" for half in "ab"}
-    # the same model, whether or not there is LoRA
+    # LoRA does not change the initial values of other parameters.
     chex.assert_trees_all_equal({path: fresh[path] for path in without}, without)
     assert fresh["blocks/attn/q/a"].shape == (2, 32, 3) and fresh["blocks/attn/q/b"].shape == (
         2,
@@ -126,7 +128,7 @@ def test_its_leaves_are_beside_the_targets_and_start_as_nothing():
 
 
 def test_wrapped_equals_baked():
-    """Outputs, and the gradient of a by the chain rule from that of the merged matrix."""
+    """Outputs are equal, and the chain rule turns the merged matrix's gradient into a's."""
     (ours, grads) = compiled(P.model_config)(PARAMS, None)
     (theirs, merged) = compiled(PLAIN.model_config)(plain(PARAMS), None)
     assert_close(ours, theirs, 2e-5)
@@ -157,7 +159,7 @@ def test_dropout_is_of_lora_alone_differs_by_layer_and_needs_a_key():
 
 
 def test_the_optimizer_knows_what_trains_alone():
-    """What moves of it, and that other rows do not: tests/test_instruct.py."""
+    """tests/test_instruct.py checks what moves, and that other rows do not."""
     state = jax.eval_shape(lambda params: init_state(P, cast_frozen(P, params)), PARAMS)
     moments = {
         path for part in state.opt_state if hasattr(part, "mu") for path, _ in make.flat(part.mu)
@@ -177,7 +179,7 @@ STORED = make.program(make.cfg(*TUNED, "model.lora.dropout=0.0", "model.lora.sto
 
 @functools.cache
 def stored():
-    """PARAMS with the matrices of the LLM's blocks as codes of NF4."""
+    """PARAMS with the matrices of the LLM's blocks stored as codes of NF4."""
 
     def quantized(flat):
         for path in [path for path in flat if re.fullmatch("llama/blocks.*/w", path)]:
@@ -200,7 +202,7 @@ def test_stored_matrices(storage, bytes_each, worst, typical):
     assert (error <= 0.5 * 2 * worst * absmax[..., None] + 1e-6).all()
     assert np.sqrt(np.square(again - w).mean() / np.square(w).mean()) < typical
     twice = lora.dequantize(*lora.quantize(again, storage))
-    # what it can say, it says again
+    # Quantizing dequantized values again changes nothing.
     np.testing.assert_allclose(twice, again, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(lora.dequantize(*lora.quantize(0 * w, storage)), 0 * w)
     by_layer = lora.quantize(w[1], storage)

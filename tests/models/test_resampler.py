@@ -34,13 +34,13 @@ QUERIES = PARAMS["resampler"]["queries"]
 def test_a_visual_token_sees_no_later_query():
     N = len(QUERIES)
     weights = jnp.asarray(np.random.default_rng(2).standard_normal((2, N, 32)), jnp.float32)
-    # token, query, C
+    # The axes are the output's token, the input's query, and C.
     jacobian = jax.jit(jax.jacrev(lambda queries: (tokens(queries) * weights).sum((0, 2))))(QUERIES)
     np.testing.assert_array_equal(np.asarray(jacobian).any(-1), np.tril(np.ones((N, N), bool)))
 
 
 def test_every_visual_token_sees_every_feature_of_its_own_image():
-    # image, token, image, feature, E
+    # The axes are the output's image and token, then the input's image and feature, and E.
     jacobian = jax.jit(jax.jacrev(lambda features: tokens(QUERIES, features).sum(-1)))(FEATURES)
     np.testing.assert_array_equal(
         np.asarray(jacobian).any(-1),
@@ -84,7 +84,7 @@ def test_the_relative_bias_tells_distances_apart():
 def test_buckets_by_hand(buckets, max_distance, table):
     """T5's unidirectional buckets: the first half is exact, the rest logarithmic.
 
-    That is half + floor(log(n / half) / log(max / half) * half).
+    From half on, distance n has the bucket half + floor(log(n / half) / log(max / half) * half).
     """
     got = relative_buckets(200, buckets, max_distance)
     for distance, bucket in table.items():

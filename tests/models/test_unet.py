@@ -57,7 +57,7 @@ TIMES = np.arange(8, dtype=np.float32) * 100
 
 
 def random(tower, config):
-    """Every leaf random: fresh layers that are zero would hide mistakes."""
+    """Random values for every leaf: layers that start as zero would hide mistakes."""
     shapes = module.abstract(tower, config)
 
     def noise(path, x):
@@ -79,7 +79,7 @@ run = jax.jit(forward, static_argnames="config")
 
 
 def multiplied(params, config, *inputs):
-    """FLOPs of an image, as traced."""
+    """FLOPs per image, counted in the traced program."""
     call = partial(run, config=config)
     return products(jax.make_jaxpr(call)(params, *inputs).jaxpr) / len(inputs[0])
 
@@ -130,9 +130,7 @@ def test_pooled_the_order_says_something_and_its_map_is_counted():
 
 
 def test_each_place_is_told_by_a_map_of_its_own():
-    """Where that map is zero nothing changes; where it is not, at one place, that place feels
-    it.
-    """
+    """A place's own map changes the output at that place; a map of zeros changes nothing."""
     config = dataclasses.replace(SIZE, pooled=3, side=4)
     params = random(UNet, config)
     none = dataclasses.replace(SIZE, pooled=3)

@@ -39,7 +39,7 @@ def test_an_image_does_not_see_another(features):
 
 
 def test_patches_are_in_reading_order():
-    """Blocks of zeros change nothing: feature 1 + k depends on the pixels of patch k alone."""
+    """If all blocks are zero, feature 1 + k depends on the pixels of patch k alone."""
     still = jax.tree.map(jnp.zeros_like, PARAMS["vision"]["blocks"])
     params = PARAMS | {"vision": PARAMS["vision"] | {"blocks": still}}
     jacobian = jax.jit(

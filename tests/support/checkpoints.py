@@ -1,6 +1,6 @@
 """A small training state with everything that a checkpoint holds.
 
-As a program, it saves one and is killed while it writes:
+As a program, it starts to save such a state and kills itself before that is done:
 
     python -m tests.support.checkpoints WORKDIR
 """

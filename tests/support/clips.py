@@ -48,7 +48,7 @@ MERGES = (("t", "h"), ("th", "e</w>"), ("d", "o"), ("do", "g</w>"), ("a", "t</w>
 def folder(path, fields=CLIP1, dtype=np.float32, seed=0):
     """Write a CLIPModel in transformers' format, with the files of OpenAI's tokenizer.
 
-    fields: of its config.json. Returns {name: array}.
+    fields: the content of its config.json. Returns {name: array} of its tensors.
     """
     model_config = clip.make_config({"clip": _config(fields)})
     rng = np.random.default_rng(seed)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-# (part of speech, lemmas, hypernyms by their first lemma); the senses of a lemma are in this order.
+# (part of speech, lemmas, first lemma of each hypernym). A lemma's senses are in this order.
 SYNSETS = (
     ("n", "entity", ()),
     ("n", "object physical_object", ("entity",)),

@@ -18,7 +18,8 @@ MIXTURE = (("names", 1.0, "names"), ("scenes", 2.0, "scenes"), ("stories", 1.0, 
 def write_tiny(to: Path) -> None:
     """Write splits "train" and "held_out" of 24 captioned images and 8 stories each.
 
-    Images are of IMAGE pixels; names and scenes are captioned. tokenizer.json has VOCAB pieces.
+    Images are IMAGE pixels wide. The captioned ones are the data sets names and scenes.
+    tokenizer.json has VOCAB pieces.
     """
     shutil.copytree(_tiny(), to, dirs_exist_ok=True)
 
@@ -33,7 +34,7 @@ def _tiny() -> Path:
 
 
 def shard(dataset: Path, split: str = "train") -> Path:
-    """The file of a split of one data set, DIR/names for example."""
+    """The file of one split of a data set such as DIR/names."""
     return next(dataset.glob(f"*/*/*-{split}.array_record*"))
 
 

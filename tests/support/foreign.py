@@ -45,7 +45,7 @@ def merge(source, to):
 
 
 def leaves(directory):
-    """Parameters of a checkpoint of ours, flat."""
+    """{path: array} of the parameters in a checkpoint of ours."""
     return dict(tree.leaves(checkpoint.restore_params(str(directory))))
 
 
@@ -87,8 +87,8 @@ def folder(path, c, family, dtype=np.float32, seed=0):
     return arrays
 
 
-# Stable Diffusions by their configs: a small one of version 1, and one of version 2 with another
-# number of heads, depth and width at every level.
+# Configs of two small U-Nets of Stable Diffusion: version 1, and version 2 with a different number
+# of heads, depth and width at every level.
 
 UNET1 = dict(
     in_channels=2,
@@ -132,7 +132,7 @@ PNDM = dict(
 def diffusion(path, unet=UNET1, dtype=np.float32, seed=0, schedule=PNDM, shard=None, fp16=False):
     """Write a folder as diffusers does; returns {name: array}, prefixed "unet." and "vae.".
 
-    shard: bytes of a file. fp16: name the files as that variant.
+    shard: the largest size of a file in bytes. fp16: name the files as the fp16 variant.
     """
     model_config = stable_diffusion.StableDiffusionConfig(
         stable_diffusion.unet_config(unet), stable_diffusion.vae_config(VAE)

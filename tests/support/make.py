@@ -94,7 +94,7 @@ def decoder_cfg(*overrides: str, vae: bool = False):
 
 
 def warm_cfg(*overrides: str):
-    """`cfg` for the contrastive stage: image sides divide by 16, and there is no LLM."""
+    """`cfg` for the contrastive stage: images of 32 pixels in patches of 16, and no LLM."""
     return cfg(
         "stage=contrastive",
         "model.vision.image=32",
@@ -194,8 +194,9 @@ def flat(params) -> list[tuple[str, np.ndarray]]:
 
 
 def random_params(p, seed: int = 0):
-    """Every leaf random, norms around 1: a fresh model's biases of 0 and norms of 1 would hide
-    mistakes.
+    """Random values for every leaf; the scales of norms are near 1.
+
+    A fresh model's biases of 0 and scales of 1 would hide mistakes.
     """
     rng = np.random.default_rng(seed)
 
@@ -204,12 +205,12 @@ def random_params(p, seed: int = 0):
         return 1 + 0.1 * noise if path.endswith(("scale", "std")) else 0.2 * noise
 
     leaves = {path: leaf(path, x) for path, x in flat(abstract(p))}
-    # Not jnp.asarray, which compiles a program for every shape.
+    # jnp.asarray would compile a program for every shape.
     return jax.device_put(tree.unflatten(leaves))
 
 
 def written(path, c, params):
-    """A checkpoint of parameters and a config in `path`; the parameters."""
+    """Write a checkpoint of parameters and a config to `path`; returns the parameters."""
     flat = {name: np.asarray(leaf) for name, leaf in tree.leaves(params)}
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
     with checkpoint.param_writer(str(path), shapes, set(), config.to_dict(c)) as put:

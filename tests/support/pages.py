@@ -7,7 +7,7 @@ VOID = {"meta", "img", "br", "line", "polyline"}
 
 
 class Page(HTMLParser):
-    """Elements and words of an HTML page; fails where tags do not nest."""
+    """Elements and words of an HTML page; fails if tags do not nest."""
 
     def __init__(self, text):
         super().__init__()

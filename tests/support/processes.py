@@ -51,7 +51,7 @@ def environ(devices):
 
 
 def train_here(data, workdir, devices, *overrides):
-    """Train in this process on its first `devices` devices; the lines of metrics.jsonl."""
+    """Train in this process on its first `devices` devices; returns metrics.jsonl's lines."""
     make_mesh = sharding.make_mesh
     first = jax.devices()[:devices]
     with pytest.MonkeyPatch.context() as patch:

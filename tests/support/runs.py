@@ -25,12 +25,12 @@ make_mesh = sharding.make_mesh
 
 
 def mesh_of_one_device(sizes, devices=None):
-    """In place of sharding.make_mesh: the first device only, unless devices are named."""
+    """Replace sharding.make_mesh: use the first device unless `devices` is given."""
     return make_mesh(sizes, devices or jax.devices()[:1])
 
 
 def arguments(data, workdir, *overrides):
-    """A run of four small steps, over eight devices."""
+    """Arguments of a run of four small steps on eight devices."""
     small = (
         f"workdir={workdir}",
         f"data.tokenizer={data}/tokenizer.json",
@@ -64,7 +64,7 @@ def run(arguments):
         return train.main(arguments), out.getvalue()
 
 
-# The command: it is killed in a step, once a path exists.
+# The training command, which kills itself in a given step once a given path exists.
 KILLED = f"""
 import os, signal, sys, time
 from etils import epath
@@ -97,8 +97,9 @@ def untimed(workdir):
 
 
 def saved(workdir):
-    """(parameters, what the newest checkpoint's manifest says of the bits of every array, the
-    data's state).
+    """(parameters, checksums of every array, the data's state) of the newest checkpoint.
+
+    The checksums are those of its manifest.
     """
     metadata = checkpoint.read_metadata(str(workdir))
     return (

@@ -40,9 +40,9 @@ def _compiled(config, length):
 
 
 class Uncached:
-    """A session's model without a KV cache: the complete row again for every element.
+    """A session's model without a KV cache: it runs the complete row for every element.
 
-    length: to which every row is padded, so that one shape is compiled.
+    length: every row is padded to it, so that one shape is compiled.
     """
 
     def __init__(self, session, length=64):

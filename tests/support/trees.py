@@ -17,7 +17,10 @@ def assert_bitwise_equal(got, want):
 
 
 def assert_close(got, want, tolerance, floor=0.0):
-    """Every leaf within `tolerance` times the largest element of `want`'s, at least `floor`."""
+    """Each leaf differs by at most `tolerance` times the largest element of `want`'s leaf.
+
+    floor: the smallest value used for that largest element.
+    """
 
     def difference(a, b):
         return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))

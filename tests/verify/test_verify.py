@@ -42,7 +42,7 @@ def test_the_released_numbers_are_ours(name, capsys):
     )
     assert ("generate_image_interleaved" in told) == (name == "emu1_pretrained")
     assert set(told.values()) == {"ok"} and code == 0
-    # nothing is passed over in silence
+    # Every quantity of the file is compared.
     assert {name for name in file if name not in emu.INPUTS | {"grad_norms"}} <= told.keys()
 
 
@@ -55,7 +55,7 @@ def test_tolerances_are_the_issues():
         (np.inf, False),
     ):
         assert golden.compare("x", np.ones(3), np.full(3, 1 + error), 1e-4).ok == ok
-    # relative to the largest
+    # Errors are relative to the largest element.
     big = golden.compare("x", np.array([1e-6, 100.0]), np.array([2e-6, 100.0]), 1e-4)
     assert big.ok and big.error == pytest.approx(1e-8)
     with pytest.raises(UserError, match=r"x has shape \(3,\), its config makes \(2,\)"):

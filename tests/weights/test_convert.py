@@ -72,7 +72,7 @@ def test_leaves_hold_the_right_parts_of_tensors():
 def test_names_and_shapes_are_those_of_the_release(name):
     """A golden file lists the parameters of the released code.
 
-    Those of the chat model lose PEFT's prefixes, and its LoRA is ignored.
+    Names of the chat model lose PEFT's prefixes, and its LoRA is ignored.
     """
     file = golden.load(f"tests/golden/{name}.npz")
     released = {

@@ -7,7 +7,7 @@ from emu_jax.weights.eva_clip import bicubic, interpolate
 
 
 def test_weights_by_hand():
-    """Two cells become four, with a = -0.75.
+    """Two cells become four, by the cubic kernel with a = -0.75.
 
     The first new centre lies a quarter cell before the first old one, so the edge is repeated.
     """
@@ -42,5 +42,5 @@ def test_the_same_size_is_the_identity_and_a_ramp_stays_a_ramp():
     assert got[0, 0, 0] == 9
     square = got[0, 1:, 0].reshape(16, 16)
     want = (np.arange(16) + 0.5) / 2 - 0.5
-    # Away from the edges, which are repeated.
+    # Near the edges, which are repeated, the ramp bends.
     np.testing.assert_allclose(square[4:12], np.tile(want[4:12, None], (1, 16)), atol=0.05)

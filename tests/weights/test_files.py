@@ -60,7 +60,7 @@ def test_data_is_read_on_demand(tmp_path):
 
 
 def test_files_follow_the_format(tmp_path):
-    """By its specification: 8 bytes of length, JSON, and the bytes of the tensors in order."""
+    """A file has 8 bytes of length, JSON, and the bytes of the tensors in order."""
     (path,) = write(tmp_path, {"x": floats(1, 2)})
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -73,7 +73,7 @@ def test_files_follow_the_format(tmp_path):
 
 
 def header(entries, data=b"", length=None):
-    """Content of a file with these entries, or this text, as its header."""
+    """Content of a file whose header has these entries or is this text."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 

@@ -31,7 +31,7 @@ def foreign(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(foreign, tmp_path_factory):
-    """The folder of an import of it."""
+    """The folder of an import of `foreign`."""
     to = tmp_path_factory.mktemp("ours") / "inception"
     import_(to, "--family=inception", foreign[0])
     return to

@@ -50,7 +50,7 @@ def zeros(config):
 
 
 def lora_of(params):
-    """The leaves of LoRA, of {path: leaf}."""
+    """The entries of {path: leaf} that belong to LoRA."""
     return {path: leaf for path, leaf in params.items() if path.endswith(("/a", "/b"))}
 
 
@@ -198,7 +198,7 @@ def test_a_quantised_run_starts_from_plain_matrices_and_merges_to_their_dequanti
         for path, leaf in lora_of(params).items()
     }
     make.written(tmp_path / "stored", stored, tree.unflatten(params))
-    # The command's former name.
+    # `bake` is the former name of `merge`.
     ours = f"--from={tmp_path / 'stored'}", f"--to={tmp_path / 'merged'}"
     assert main(["bake", *ours]) == 0
     merged = leaves(tmp_path / "merged")

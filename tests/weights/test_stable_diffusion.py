@@ -77,7 +77,7 @@ SMALL_VAE = VAE | dict(
 
 @pytest.fixture(scope="module")
 def released_vae():
-    """(config, abstract parameters) of the autoencoder of all releases."""
+    """(config, abstract parameters) of the autoencoder that all releases share."""
     model_config = family.vae_config(VAE)
     return model_config, module.abstract(Vae, model_config)
 
@@ -269,7 +269,7 @@ def test_pickles_and_old_names_of_a_folder_give_the_same(tmp_path):
 def test_a_decoder_starts_from_stable_diffusion_and_from_an_emu(tmp_path, capsys, caplog):
     """Only the cross-attention's keys and values are fresh, and all of them are reported.
 
-    The condition has another width than Stable Diffusion's text encoder.
+    The condition's width is not that of Stable Diffusion's text encoder.
     """
     diffusion(tmp_path / "sd")
     folder(tmp_path / "emu", small(), "emu1")

@@ -125,7 +125,7 @@ def test_pytorch_files_give_the_same_as_safetensors(tmp_path, source, imported, 
 
 
 def test_leaves_hold_the_tensors_that_the_table_names(source, imported):
-    """Theirs is [out, in]: q of layer 1 is transposed and split into heads."""
+    """Their q is [out, in]; ours is transposed and split into heads."""
     _, arrays = source("llama")
     _, got = imported("llama")
     np.testing.assert_array_equal(
@@ -165,7 +165,7 @@ def test_old_and_new_rotary_fields_are_read(tmp_path, old):
     else:
         fields["rope_parameters"] = scaling | {"rope_theta": fields.pop("rope_theta")}
     path.write_text(json.dumps(fields))
-    # It matches the config, or it would fail.
+    # The import fails if the config does not match the file's fields.
     import_(tmp_path / "ours", "--family=llama", tmp_path / "source", CONFIG, *LLAMA3, "--dry-run")
 
 
@@ -197,7 +197,7 @@ def test_eva_clip_and_llama_make_the_papers_start(tmp_path, capsys):
 
     shapes = module.abstract(emu.Emu, config_of(tmp_path / "ours"))
     fresh = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
-    # What config.init does.
+    # config.init loads weights like this.
     params = load_weights(str(tmp_path / "ours"), fresh)
     want = {path: leaf.astype(np.float32) for path, leaf in got.items()}
     assert_bitwise_equal(dict(tree.leaves(params)), want)
@@ -342,7 +342,7 @@ def test_dry_run_lists_what_it_would_import_and_writes_nothing(tmp_path, capsys,
 
 
 def test_an_import_works_in_any_folder(tmp_path, capsys, monkeypatch, source):
-    """Without --config, the default config is found among the project's own."""
+    """Without --config, the default config is found even from a folder without configs."""
     path, _ = source("llama")
     monkeypatch.chdir(tmp_path)
     import_(tmp_path / "ours", "--family=llama", path, "--dry-run")

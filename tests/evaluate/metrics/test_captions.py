@@ -45,16 +45,17 @@ def test_cider_of_a_perfect_caption_is_ten_and_repeating_a_word_does_not_pay():
 def test_cider_by_hand():
     """Both words of "cat sleeps" are in one of two documents, so their weights are ln 2.
 
-    The cosine of "cat" is 1 / sqrt(2) for n = 1 and 0 above; the lengths are 0 and 1 bigrams.
+    The cosine for "cat" is 1 / sqrt(2) with single words and 0 with longer n-grams. The lengths,
+    counted in bigrams, are 0 and 1.
     """
     scores = captions.cider({"1": "cat", "2": "x"}, {"1": ["cat sleeps"], "2": ["dog"]})
     assert scores == pytest.approx({"1": 10 / 4 / math.sqrt(2) * math.exp(-1 / 72), "2": 0.0})
-    # No word of a single image is rare.
+    # With a single image, all documents contain every word, so every word's weight is 0.
     assert captions.cider({"1": "cat"}, {"1": ["cat"]}) == {"1": 0.0}
 
 
 def test_bleu_by_hand():
-    """ "the" counts twice of seven (clipping); a short prediction has a penalty."""
+    """Clipping counts only two of the seven "the"; a short prediction gets a penalty."""
     references = {"1": ["the cat is on the mat", "there is a cat on the mat"]}
     assert captions.bleu({"1": "the the the the the the the"}, references)[0] == pytest.approx(
         2 / 7

@@ -1,6 +1,6 @@
 """CLIP score of image files and captions with an imported CLIP of random weights.
 
-Its tokenizer must give the ids of OpenAI's, which is spelt out here.
+Its tokenizer must give the same ids as OpenAI's, which this file writes out.
 """
 
 import json
@@ -16,7 +16,8 @@ from emu_jax.weights import __main__ as weights
 from tests.support import clips
 
 # Contractions, accents in two forms, digits, special tokens as text, emoji, letters whose lower
-# case is longer, white space, punctuation, ligatures and full-width letters; longer than a context.
+# case is longer, white space, punctuation, ligatures, full-width letters, and a text longer than
+# the context.
 ODD_TEXTS = (
     "",
     " ",
@@ -126,7 +127,7 @@ def test_ids_are_those_of_openais_tokenizer(root, tmp_path, in_one_file):
     model = clip_score.load(str(root / "clip"))
     openai = openai_tokenizer(root / "clip")
     if in_one_file:
-        # As other programs leave it; its truncation and padding must not matter.
+        # Other programs may leave truncation and padding in the file. They must not change the ids.
         openai.enable_truncation(5)
         openai.enable_padding(length=9)
         openai.save(str(tmp_path / "tokenizer.json"))

@@ -52,7 +52,7 @@ def test_an_answer_as_lemmas_without_stop_words(tagger, tmp_path):
         and lemmatize("it is a Puppy") == "puppy"
         and lemmatize("") == ""
     )
-    # neither is in WordNet: as it is
+    # A word that is not in WordNet stays as it is.
     assert lemmatize("xyzs of the cat") == "xyzs cat"
 
 

@@ -71,7 +71,7 @@ def test_a_line_break_within_a_caption_is_a_space():
 def test_lookahead_into_the_next_line_is_the_programs():
     assert ptb.tokenize(["a sign says no.", "2 dogs"])[0] == "a sign says no."
     assert ptb.tokenize(["a sign says no.", "two dogs"])[0] == "a sign says no"
-    # A next line changes some tokens, because some rules look ahead for any character.
+    # A few tokens depend on the next line, because some rules look ahead into it.
     alone = [ptb.tokenize([caption, "two dogs"])[0] for caption in GOLDEN["captions"]]
     assert sum(a != b for a, b in zip(alone, GOLDEN["tokens"], strict=True)) < 5
 

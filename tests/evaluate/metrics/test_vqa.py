@@ -42,7 +42,10 @@ def test_normalised(answer, normal):
 
 
 def test_the_official_example():
-    """Eight annotators say yes and two no: 0.6 for no, 1 for yes (GT-Vision-Lab/VQA, issue 1)."""
+    """Eight of ten annotators say yes, which scores 1. Two say no, which scores 0.6.
+
+    Source: GT-Vision-Lab/VQA, issue 1.
+    """
     truths = ["yes"] * 8 + ["no"] * 2
     assert vqa.accuracy("no", truths) == pytest.approx(0.6)
     assert vqa.accuracy("Yes!", truths) == 1.0

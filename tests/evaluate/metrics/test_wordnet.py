@@ -1,4 +1,4 @@
-"""A small dictionary of tests/support, and the real one where it is installed."""
+"""WordNet on the small dictionary of tests/support, and on the real one if installed."""
 
 from pathlib import Path
 

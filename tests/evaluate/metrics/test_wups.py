@@ -15,7 +15,7 @@ def wordnet(tmp_path_factory):
 @pytest.mark.parametrize(
     ("said", "true", "at_0", "at_9"),
     [
-        # NLTK: 10 / 11 one way, 8 / 11 the other
+        # For dog and puppy, NLTK gives 10 / 11 or 8 / 11, depending on which word comes first.
         ("dog", ["dog"], 1.0, 1.0),
         ("dog", ["cat"], 0.6, 0.06),
         ("dog", ["puppy"], 8 / 11, 0.8 / 11),
@@ -23,9 +23,10 @@ def wordnet(tmp_path_factory):
         ("xyz", ["dog"], 0.0, 0.0),
         ("xyz", ["xyz"], 1.0, 1.0),
         ("", ["dog"], 0.0, 0.0),
-        # the worse of both ways: dog is found, and cat is 0.6 like it
+        # The smaller score of both directions counts: dog is found, but cat is only 0.6 similar to
+        # dog.
         ("dog cat", ["dog"], 0.6, 0.06),
-        # a word like none of theirs is passed over
+        # A word that is similar to no word of the true answer is ignored.
         ("the dog", ["dog"], 1.0, 1.0),
         ("dog table", ["puppy cat"], 10 / 11 * 4 / 9, 0.8 / 11 * 0.06),
     ],
