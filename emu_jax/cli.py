@@ -65,6 +65,9 @@ def _flush_stdout() -> None:
 
     Without this, Python would print a traceback when it flushes stdout at exit.
     """
+    # Python has no stdout where the caller has closed it (`>&-`).
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -31,7 +31,8 @@ from emu_jax.step import State, init_params, init_state
 from emu_jax.watchdog import Watchdog
 from emu_jax.workdir import check_same_config, check_workdir, write_config
 
-log = logging.getLogger(__name__)
+# Not __name__, which is "__main__" under `python -m`: main enables only the package's records.
+log = logging.getLogger("emu_jax.train")
 
 USAGE = """usage: python -m emu_jax.train --config=FILE[:SIZE] [--config.FIELD=VALUE ...]
 

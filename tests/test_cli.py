@@ -42,6 +42,11 @@ sys.exit(cli.run(lambda _: print("line\\n" * {lines}), []))
     assert process.returncode == 0
 
 
+def test_a_closed_stdout_is_not_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.run(lambda _: 0, []) == 0
+
+
 def test_a_parser_raises_and_knows_no_abbreviations():
     parser = cli.Parser()
     parser.add_argument("--limit")
