@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("emu_jax").setLevel(logging.INFO)
     images.silence_pillow()
     began = time.perf_counter()
+    cli.collect_garbage_rarely(arguments is None)
     if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
         return cli.run(lambda _: print(config.help_text(USAGE)))
     try:

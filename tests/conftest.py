@@ -76,6 +76,11 @@ if os.environ.get("EMU_CHECK_SHAPES") == "1":
     jaxtyping.install_import_hook([f"emu_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 
+def pytest_collection_finish():
+    """Never search what was imported for garbage."""
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items):
     """Run the longest tests first, so that no worker waits for them at the end."""
     items.sort(key=lambda item: item.path.name not in ("test_processes.py", "test_torture.py"))
@@ -83,12 +88,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def small_traces(monkeypatch):
-    """Leave compiled programs out of profiles: a process of tests has thousands of them."""
+    """Leave programs and Python calls out of profiles, since writing them takes seconds."""
     # Import JAX only after the settings above.
     import jax
 
     options = jax.profiler.ProfileOptions()
     options.enable_hlo_proto = False
+    options.python_tracer_level = 0
     start = partial(jax.profiler.start_trace, profiler_options=options)
     monkeypatch.setattr(jax.profiler, "start_trace", start)
 

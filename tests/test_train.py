@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu_jax import checkpoint, checks, config, initial, metric_writer, train, tree
+from emu_jax import checkpoint, checks, config, initial, metric_writer, sharding, train, tree
 from emu_jax.config import UserError
 from emu_jax.data.loader import LoadedBatch, Loader
 from emu_jax.initial import load_weights
@@ -27,12 +27,15 @@ from emu_jax.models import emu, module
 from emu_jax.plan import make_plan
 from emu_jax.workdir import check_same_config
 from tests.support import fixtures, make
+from tests.support.processes import environ
 from tests.support.runs import (
     KILLED,
     STATS_IMAGES,
     arguments,
     assert_same_run,
     lines,
+    make_mesh,
+    mesh_of_two_devices,
     run,
     saved,
     untimed,
@@ -41,9 +44,13 @@ from tests.support.trees import assert_bitwise_equal
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_images():
-    """Compute the constants that standardise visual tokens from few images."""
+def small_runs():
+    """Use two devices, and few images for the constants that standardise visual tokens.
+
+    Steps and checkpoints of eight fake devices take longer.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", mesh_of_two_devices)
         patch.setattr(initial, "STATS_IMAGES", STATS_IMAGES)
         yield
 
@@ -130,6 +137,7 @@ def killed(data, warm, tmp_path_factory):
             f"{workdir}/checkpoints/2",
             *emu_arguments(data, workdir, warm),
         ],
+        env=environ(2),
         capture_output=True,
         text=True,
         timeout=900,
@@ -285,7 +293,8 @@ def test_resume_after_a_signal_is_bit_exact(
 
 # test_checkpoint.py restores onto any mesh, and test_torture.py resumes on other processes.
 @pytest.mark.long
-def test_resume_on_a_different_mesh(data, warm, whole, copy, caplog):
+def test_resume_on_a_different_mesh(data, warm, whole, copy, caplog, monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
     with caplog.at_level(logging.INFO):
         assert (
             run(emu_arguments(data, copy, warm, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"))[0]
@@ -371,20 +380,20 @@ def test_visual_stats_ignore_empty_image_slots():
             "model.vision.image=28 must be a multiple of 16",
         ),
         (
-            ["data.batch=12"],
-            "data.batch=12 is not divisible by 8 (the mesh's data x fsdp) x 1 (optim.accumulate)",
+            ["data.batch=9", "data.num_streams=1"],
+            "data.batch=9 is not divisible by 2 (the mesh's data x fsdp) x 1 (optim.accumulate)",
         ),
         (
-            ["model.llama.kv_heads=1", "mesh.fsdp=4", "mesh.tensor=2"],
+            ["model.llama.kv_heads=1", "mesh.tensor=2"],
             "llama/blocks/attn/k/w [2, 32, 1, 8] does not divide by tensor = 2; 1 would do",
         ),
         (
             ["optim.accumulate=3"],
-            "data.batch=8 is not divisible by 8 (the mesh's data x fsdp) x 3 (optim.accumulate)",
+            "data.batch=8 is not divisible by 2 (the mesh's data x fsdp) x 3 (optim.accumulate)",
         ),
         (["optim.accumulate=0"], "x 0 (optim.accumulate)"),
         (["data.num_streams=3"], "data.batch=8 must be a multiple of data.num_streams=3"),
-        (["mesh.fsdp=3"], "does not match 8 devices: the product of its axes must be 8"),
+        (["mesh.fsdp=3"], "does not match 2 devices: the product of its axes must be 2"),
         (["data.mixture=()"], "missing: data (--config.data.mixture="),
         (
             ["data.mixture=(('a', 1.0, 'nowhere/a:train'),)"],

@@ -29,8 +29,13 @@ def mesh_of_one_device(sizes, devices=None):
     return make_mesh(sizes, devices or jax.devices()[:1])
 
 
+def mesh_of_two_devices(sizes, devices=None):
+    """Replace sharding.make_mesh: use the first two devices unless `devices` is given."""
+    return make_mesh(sizes, devices or jax.devices()[:2])
+
+
 def arguments(data, workdir, *overrides):
-    """Arguments of a run of four small steps on eight devices."""
+    """Arguments of a run of four small steps, whose parameters are sharded over all devices."""
     small = (
         f"workdir={workdir}",
         f"data.tokenizer={data}/tokenizer.json",
