@@ -8,12 +8,23 @@ session = Session.load("runs/emu")
 print(session.generate_texts([["a photo of"]])[0])
 """
 
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emu_jax.generate.session import Session
 
 __all__ = ["Session", "__version__"]
+
+# A command is starting: `python -m` or one of the scripts emu-train, emu-data and so on. Until
+# cli.run takes over, let Ctrl-C end the process without the traceback of a half-done import.
+_program = os.path.basename(sys.argv[0]) if sys.argv else ""
+if _program == "-m" or _program.startswith("emu-"):
+    # A shell ignores Ctrl-C for commands in the background; leave that as it is.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,9 @@ import jax
 from ml_collections import ConfigDict
 
 from emu_jax import profiler
-from emu_jax.config import UserError
+from emu_jax.config import SEEDS, UserError
 from emu_jax.data import precomputed
+from emu_jax.data.mixture import check_rows
 from emu_jax.generate import diffusion_decoder
 from emu_jax.hardware import GIB
 from emu_jax.plan import RunPlan, latent_metadata
@@ -25,6 +26,9 @@ def check_run(plan: RunPlan) -> None:
     """
     c = plan.config
     stage = plan.program.stage
+    lowest, highest = SEEDS
+    if not lowest <= c.seed <= highest:
+        raise UserError(f"seed={c.seed} must be at least {lowest} and at most {highest}")
     profiler.parse_steps(c.profile.steps)
     check_precomputed(c, stage)
     if stage.draws:
@@ -34,6 +38,8 @@ def check_run(plan: RunPlan) -> None:
 
 def check_paths(c: ConfigDict) -> None:
     """Raise UserError that names every missing folder and file."""
+    for field in ("mixture", "eval_mixture"):
+        check_rows(c.data[field], field)
     sources = [(name, path) for name, _, path, *_ in (*c.data.mixture, *c.data.eval_mixture)]
     missing = []
     if not c.workdir:
@@ -42,13 +48,18 @@ def check_paths(c: ConfigDict) -> None:
         missing.append(
             f"the tokenizer {c.data.tokenizer!r} "
             "(--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"
+            f"{_made_by(c.data.tokenizer)}"
         )
     if not sources:
         missing.append("data (--config.data.mixture=\"(('NAME', WEIGHT, 'FOLDER:SPLIT'), ...)\")")
     for name, path in sources:
         folder, _, _ = path.rpartition(":")
         if not Path(folder).is_dir():
-            missing.append(f"the source {name!r} at {path!r}")
+            missing.append(f"the source {name!r} at {path!r}{_made_by(path)}")
+    for directory in filter(None, c.init.split(",")):
+        # A bucket is looked up later.
+        if "://" not in directory and not Path(directory).is_dir():
+            missing.append(f"the checkpoint init={directory!r}{_made_by(directory)}")
     if missing:
         raise UserError(f"missing: {'; '.join(missing)}")
     if "://" in c.workdir:
@@ -56,6 +67,11 @@ def check_paths(c: ConfigDict) -> None:
             f"workdir={c.workdir!r} is a bucket, but metrics are written to a folder: set "
             f"--config.workdir=DIR, and --config.checkpoint.to={c.workdir} for the checkpoints"
         )
+
+
+def _made_by(path: str) -> str:
+    """Name the command that makes a file of the demo; "" for other files."""
+    return " (`make demo` makes it)" if path.startswith(("data/demo/", "runs/demo/")) else ""
 
 
 def check_precomputed(c: ConfigDict, stage: Stage) -> None:

@@ -1,11 +1,13 @@
 """Helpers of every command: a parser with one-line errors, exit statuses, output files."""
 
 import argparse
+import difflib
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -40,7 +42,19 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        self._given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        # argparse complains of a missing flag first, which hides that it was misspelt.
+        for argument in self._given:
+            flag = argument.partition("=")[0]
+            if flag[:2] == "--" and flag[2:] and flag not in self._option_string_actions:
+                known = [name for name in self._option_string_actions if name[:2] == "--"]
+                near = difflib.get_close_matches(flag, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(f"unrecognized arguments: {argument}{hint}")
         raise UserError(message)
 
 
@@ -51,11 +65,38 @@ def run(command: Callable[[list[str]], int | None], arguments: list[str] | None 
     package is printed as one line. If the reader of stdout stops early, as `head` does, the command
     ends without an error.
     """
-    collect_garbage_rarely(arguments is None)
-    try:
-        return _run(command, sys.argv[1:] if arguments is None else arguments)
-    finally:
-        _flush_stdout()
+    starting = arguments is None
+    start(starting)
+    status = _run(command, sys.argv[1:] if arguments is None else arguments)
+    status = _flush_stdout() or status
+    if status == 130 and starting:
+        exit_now(status)
+    return status
+
+
+def start(starting: bool) -> None:
+    """Prepare the process. starting: it has only imported modules for a command so far."""
+    collect_garbage_rarely(starting)
+    if starting and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(_number: int, _frame: Any) -> None:
+    """Raise KeyboardInterrupt; a second Ctrl-C ends the process at once.
+
+    Python drops an exception that is raised in a callback of the garbage collector, so the first
+    Ctrl-C may have no effect.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def exit_now(status: int) -> NoReturn:
+    """End the process without Python's cleanup, which crashes while JAX is still computing."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):
+            stream.flush()
+    os._exit(status)
 
 
 def collect_garbage_rarely(starting: bool) -> None:
@@ -69,18 +110,23 @@ def collect_garbage_rarely(starting: bool) -> None:
     gc.set_threshold(100_000, 20, 50)
 
 
-def _flush_stdout() -> None:
-    """Flush stdout; if its reader has closed the pipe, send the rest to /dev/null.
+def _flush_stdout() -> int:
+    """Flush stdout and return an exit status: 2 if it cannot be written, else 0.
 
-    Without this, Python would print a traceback when it flushes stdout at exit.
+    If its reader has closed the pipe or its disk is full, the rest goes to /dev/null. Otherwise
+    Python would print a traceback when it flushes stdout at exit.
     """
     # Python has no stdout where the caller has closed it (`>&-`).
     if sys.stdout is None:
-        return
+        return 0
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+            return 2
+    return 0
 
 
 def _run(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
@@ -89,6 +135,8 @@ def _run(command: Callable[[list[str]], int | None], arguments: list[str]) -> in
         return command(arguments) or 0
     except BrokenPipeError:
         return 0
+    except SystemExit as help_was_shown:
+        return int(help_was_shown.code or 0)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,7 +159,8 @@ def missing_extra(error: BaseException | None) -> str:
             extra = EXTRAS.get(package)
             if extra:
                 return (
-                    f"{PURPOSES[extra]} needs the package {package}: pip install 'emu-jax[{extra}]'"
+                    f"{PURPOSES[extra]} needs the package {package}: "
+                    f"in the checkout of emu_jax, pip install '.[{extra}]'"
                 )
         # fsspec raises an ImportError without a name; its cause has the name.
         error = error.__cause__

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import sys
 import textwrap
+import traceback
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from ml_collections import ConfigDict
 # The configs of this project: inside the package if a wheel is installed, else in the checkout.
 _INSTALLED = Path(__file__).parent / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parent.parent / "configs"
+
+# The lowest and the highest random seed: JAX takes integers of 64 bits.
+SEEDS = (-(2**63), 2**63 - 1)
 
 
 class UserError(Exception):
@@ -72,12 +76,15 @@ def _member(config: ConfigDict, key: str, owner: Any, name: str) -> Any:
     """Return owner[name], or raise a UserError that names the field nearest to `key`."""
     if isinstance(owner, ConfigDict) and name in owner:
         return owner[name]
-    known = sorted(_paths(config))
-    near = difflib.get_close_matches(key, known, 1, 0.5)
+    raise UserError(f"the config has no field {key!r}{_nearest(set(_paths(config)), key)}")
+
+
+def _nearest(known: set[str], key: str) -> str:
+    """ "; did you mean 'a.b.c'?" with the known field nearest to `key`; "" if none is near."""
+    near = difflib.get_close_matches(key, sorted(known), 1, 0.5)
     # The user may have left out the group of the field.
-    near += [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"the config has no field {key!r}{hint}")
+    near += [path for path in sorted(known) if path.split(".")[-1] == key.split(".")[-1]]
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -219,13 +226,61 @@ def _from_file(text: str) -> ConfigDict:
     """The locked config of FILE[:ARGUMENT]."""
     name, _, argument = text.partition(":")
     path = _find(name)
+    config = _run_file(path, text, argument)
+    _check_fields(config, text)
+    return config.lock()
+
+
+def _run_file(path: Path, text: str, argument: str) -> ConfigDict:
+    """The config that a file returns. Raises a UserError that names the line of any failure."""
+    if path.suffix != ".py":
+        raise UserError(f"config {text!r} is not a Python file: its name must end in .py")
     with _importable_configs(path.resolve().parent):
         try:
-            module = _run_module(path)
-            return module.get_config(*([argument] if argument else [])).lock()
+            config = _run_module(path).get_config(*([argument] if argument else []))
+        except UserError as error:
+            raise UserError(f"config {text!r}: {error}") from error
         # A config is a program, so it may raise anything.
         except Exception as error:
-            raise UserError(f"config {text!r}: {error}".splitlines()[0]) from error
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"config {text!r}{_place(path, error)}: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config {text!r}: get_config returned {type(config).__name__}, not a ConfigDict; "
+            "let it start from configs.base.get_config(), change fields, and return the result"
+        )
+    return config
+
+
+def _place(path: Path, error: Exception) -> str:
+    """ ", line N" of a config file, for the line that raised `error`; "" if it is not known."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path.resolve()]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _check_fields(config: ConfigDict, text: str) -> None:
+    """Raise UserError for a field that base.py does not have, or that only base.py has.
+
+    A config file may add groups with fields of their own, but a new field in a group of base.py is
+    a misspelt one, which nothing would read.
+    """
+    base = _run_file(_find("configs/base.py"), "configs/base.py", "")
+    known = set(_paths(base))
+    given = set(_paths(config))
+    for path in sorted(given - known):
+        group, _, name = path.rpartition(".")
+        value = config[group][name] if group else config[name]
+        if group in known | {""} and not isinstance(value, ConfigDict):
+            hint = _nearest(known, path)
+            raise UserError(f"config {text!r} sets {path!r}, which is not a field{hint}")
+    if missing := sorted(known - given):
+        raise UserError(
+            f"config {text!r} lacks {missing[0]!r}: let get_config start from "
+            "configs.base.get_config(), which has every field"
+        )
 
 
 def _find(name: str) -> Path:

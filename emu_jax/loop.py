@@ -58,6 +58,16 @@ def run(
     profiled = profiler.trace_steps(profiler.parse_steps(c.profile.steps), profile_dir)
     save = partial(save_checkpoint, c, checkpoints, metric_log, watchdog)
 
+    if step < c.optim.steps:
+        log.info("compiling the training step, which may take minutes; later starts reuse it")
+    else:
+        log.info(
+            "the run is complete: step %d of %d. To train its model further, start a run in "
+            "another workdir with --config.init=%s",
+            step,
+            c.optim.steps,
+            c.workdir,
+        )
     watchdog.enter_phase("steps")
     with closing(loader), stop_signals() as stopped, profiled as profile:
         batches = iter(loader)

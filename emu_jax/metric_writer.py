@@ -107,7 +107,7 @@ class MetricWriter:
             first_step, began = self.first
             left = (now - began) / (step - first_step) * (self.steps - step)
             log.info(
-                "step %d of %d, loss %.4g, about %d minutes left",
+                "step %d of %d, loss %.4g, about %d min left",
                 step,
                 self.steps,
                 loss,

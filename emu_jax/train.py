@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("emu_jax").setLevel(logging.INFO)
     images.silence_pillow()
     began = time.perf_counter()
-    cli.collect_garbage_rarely(arguments is None)
+    cli.start(arguments is None)
     if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
         return cli.run(lambda _: print(config.help_text(USAGE)))
     try:
@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         # This is a Ctrl-C before training or a second one: the loop handles the first.
         print("error: stopped by SIGINT; the last checkpoint is unchanged", file=sys.stderr)
         processes.exit_process(130)
+        if arguments is None:
+            cli.exit_now(130)
         return 130
     except Exception as error:
         if message := cli.missing_extra(error):

@@ -5,15 +5,17 @@ loop.py.
 """
 
 import faulthandler
+import fcntl
 import json
 import logging
+import os
 import platform
 import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -41,7 +43,7 @@ class Watchdog:
 
         hang: a phase that lasts longer than this many seconds is logged, with the stack of every
         thread, and again each time its duration has doubled; 0: never. began: `perf_counter` at the
-        start of the process; None: now.
+        start of the process; None: now. Raises UserError if another run is using the workdir.
         """
         self.step = 0
         self.current_phase = "restart"
@@ -54,7 +56,7 @@ class Watchdog:
         self.deaths: list[int | None] = []
         if found:
             self.deaths = [*found["deaths"], found["step"]][-MAX_DEATHS:]
-        self._file = self._path.open("w") if jax.process_index() == 0 else None
+        self._file = _open_alone(self._path) if jax.process_index() == 0 else None
         self._write_step(None)
         self._same_deaths = 0
         for step in reversed(self.deaths):
@@ -156,6 +158,26 @@ class Watchdog:
                 )
                 # Write to file descriptor 2: sys.stderr may be an object without a descriptor.
                 faulthandler.dump_traceback(2)
+
+
+def _open_alone(path: Path) -> IO[str]:
+    """Open running.json for writing, empty. Raises UserError if another run has it open.
+
+    The kernel releases the lock when the process ends, however it ends.
+    """
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"another run is writing to {path.parent}: stop it, or choose another workdir"
+        ) from error
+    except OSError:
+        # Some network file systems have no locks.
+        pass
+    file.truncate(0)
+    return file
 
 
 def _read_json(path: Path) -> dict | None:

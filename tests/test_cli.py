@@ -54,6 +54,38 @@ def test_a_parser_raises_and_knows_no_abbreviations():
         parser.parse_args(["--lim=3"])
 
 
+def test_a_misspelt_flag_is_named_before_a_missing_one():
+    parser = cli.Parser()
+    parser.add_argument("--checkpoint", required=True)
+    with pytest.raises(UserError, match="--chekpoint=a; did you mean --checkpoint?"):
+        parser.parse_args(["--chekpoint=a"])
+
+
+def test_a_full_disk_behind_stdout_is_one_line(capfd):
+    with open("/dev/full", "w") as full:
+        program = "from emu_jax import cli; raise SystemExit(cli.run(lambda _: print(1), []))"
+        run = subprocess.run([sys.executable, "-c", program], stdout=full)
+    assert run.returncode == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.endswith("No space left on device\n")
+    assert error.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_starting_command_without_a_traceback(capfd):
+    """Before cli.run, the process dies of the signal; after it, one line is printed."""
+    program = """
+import os, signal, sys
+sys.argv[0] = "-m"
+import emu_jax
+assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+from emu_jax import cli
+sys.argv = ["emu-data"]
+sys.exit(cli.run(lambda _: os.kill(os.getpid(), signal.SIGINT)))
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 130
+    assert capfd.readouterr().err == "stopped by Ctrl-C\n"
+
+
 @pytest.mark.parametrize("package", sorted(cli.EXTRAS))
 def test_a_missing_package_of_an_extra_ends_in_one_line(capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -63,7 +95,7 @@ def test_a_missing_package_of_an_extra_ends_in_one_line(capsys, monkeypatch, pac
 
     assert cli.run(command, []) == 2
     error = capsys.readouterr().err
-    assert f" needs the package {package}: pip install 'emu-jax[" in error
+    assert f" needs the package {package}: in the checkout of emu_jax, pip install '.[" in error
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
@@ -77,7 +109,7 @@ def test_a_missing_package_behind_another_error_ends_in_one_line(capsys):
     assert cli.run(command, []) == 2
     assert capsys.readouterr().err == (
         "error: reading and writing gs:// paths needs the package gcsfs: "
-        "pip install 'emu-jax[gcs]'\n"
+        "in the checkout of emu_jax, pip install '.[gcs]'\n"
     )
 
 
@@ -105,7 +137,7 @@ def test_inspecting_without_the_extra_names_it(tmp_path, capsys, monkeypatch, ki
     assert data_main(["inspect", str(tmp_path / name), f"--kind={kind}", "--jsonl"]) == 2
     assert capsys.readouterr().err == (
         "error: reading web pages, parquet files and videos needs the package "
-        f"{package}: pip install 'emu-jax[data]'\n"
+        f"{package}: in the checkout of emu_jax, pip install '.[data]'\n"
     )
 
 

@@ -129,31 +129,56 @@ def test_bad_arguments_are_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "def get_config(:",
-        "import nothing_of_that_name",
-        "def get_config(): return undefined",
-        "def get_config(): return {}",
-        "def get_config(): return {}['a']",
-        "def get_config(): open('/nothing/there')",
-    ],
-)
-def test_a_config_file_that_fails_is_one_line(tmp_path, text):
-    path = tmp_path / "mine.py"
-    path.write_text(text)
-    with pytest.raises(UserError, match=f"^config '{path}': .") as error:
-        config.load([f"--config={path}"])
-    assert "\n" not in str(error.value)
-
-
 OWN = """from configs.base import get_config as base
 def get_config():
     c = base('debug')
     c.seed = 5
     return c
 """
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("def get_config(:", ", line 1: SyntaxError: "),
+        ("import nothing_of_that_name", ", line 1: ModuleNotFoundError: No module named 'nothing"),
+        ("def get_config():\n  return undefined", ", line 2: NameError: "),
+        ("def get_config():\n  return {}['a']", ", line 2: KeyError: 'a'"),
+        ("def get_config():\n  raise ValueError", ", line 2: ValueError: "),
+        (OWN.replace("c.seed", "c.optim.seed.x"), ", line 4: AttributeError: "),
+        ("def get_config(): pass", ": get_config returned NoneType, not a ConfigDict; "),
+        ("def get_config(): return {}", ": get_config returned dict, not a ConfigDict; "),
+        (
+            "from ml_collections import ConfigDict as get_config",
+            " lacks 'checkpoint': let get_config start from configs.base.get_config()",
+        ),
+        (
+            OWN.replace("c.seed", "c.optim.stesp"),
+            " sets 'optim.stesp', which is not a field; did you mean 'optim.steps'?",
+        ),
+        (OWN.replace("c.seed", "c.sede"), " sets 'sede', which is not a field; did you mean 'seed"),
+    ],
+)
+def test_a_config_file_that_fails_is_one_line(tmp_path, text, told):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        config.load([f"--config={path}"])
+    assert str(error.value).startswith(f"config '{path}'{told}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_file_may_add_groups(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN.replace("c.seed = 5", "c.notes = dict(author='me')"))
+    assert config.load([f"--config={path}"]).notes.author == "me"
+
+
+def test_a_config_file_is_a_python_file(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(OWN)
+    with pytest.raises(UserError, match="is not a Python file: its name must end in .py"):
+        config.load([f"--config={path}"])
 
 
 def test_a_config_elsewhere_may_import_ours(tmp_path, monkeypatch):

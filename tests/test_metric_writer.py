@@ -63,7 +63,7 @@ def test_without_a_terminal_the_time_left_is_logged(tmp_path, caplog, monkeypatc
     with caplog.at_level("INFO", "emu_jax.metric_writer"):
         write(tmp_path, 2, [3, 4, 5, 6])
     assert [record.getMessage() for record in caplog.records] == [
-        "step 5 of 9, loss 5, about 4 minutes left"
+        "step 5 of 9, loss 5, about 4 min left"
     ]
 
 

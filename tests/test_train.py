@@ -309,9 +309,11 @@ def test_resume_on_a_different_mesh(data, warm, whole, copy, caplog, monkeypatch
     chex.assert_trees_all_close(params, want, rtol=0, atol=1e-4)
 
 
-def test_a_finished_run_has_nothing_to_do(data, warm, whole, tmp_path):
+def test_a_finished_run_has_nothing_to_do(data, warm, whole, tmp_path, caplog):
     workdir = shutil.copytree(whole, tmp_path / "run")
-    assert run(emu_arguments(data, workdir, warm))[0] == 0
+    with caplog.at_level(logging.INFO):
+        assert run(emu_arguments(data, workdir, warm))[0] == 0
+    assert "the run is complete: step 4 of 4. To train its model further, start" in caplog.text
     assert_same_run(workdir, whole)
 
 
@@ -394,7 +396,14 @@ def test_visual_stats_ignore_empty_image_slots():
         (["optim.accumulate=0"], "x 0 (optim.accumulate)"),
         (["data.num_streams=3"], "data.batch=8 must be a multiple of data.num_streams=3"),
         (["mesh.fsdp=3"], "does not match 2 devices: the product of its axes must be 2"),
+        (["seed=9223372036854775808"], "seed=9223372036854775808 must be at least -92"),
         (["data.mixture=()"], "missing: data (--config.data.mixture="),
+        (
+            ["data.mixture=('a', 1.0, 'b:train')"],
+            "data.mixture: 'a' is not a row (name, weight, path) or (name, weight, path, rule); "
+            "a single row needs a comma: (('a', 1.0, 'b:train'),)",
+        ),
+        (["init=runs/demo/emu"], "missing: the checkpoint init='runs/demo/emu' (`make demo`"),
         (
             ["data.mixture=(('a', 1.0, 'nowhere/a:train'),)"],
             "missing: the source 'a' at 'nowhere/a:train'",

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -94,3 +96,24 @@ def test_a_run_that_ends_has_not_died(tmp_path, error, dead):
 def test_a_truncated_file_is_ignored(tmp_path):
     (tmp_path / "running.json").write_text('{"step": 3, "dea')
     assert watchdog.Watchdog(tmp_path, 0).deaths == []
+
+
+def test_one_run_at_a_time(tmp_path):
+    """A lock of another process refuses the run, leaves its file alone, and ends with it."""
+    path = tmp_path / "running.json"
+    program = f"""
+import fcntl
+file = open({str(path)!r}, "w")
+file.write("{{}}"); file.flush()
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True); input()
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"another run is writing to {tmp_path}: stop it"):
+            watchdog.Watchdog(tmp_path, 0)
+        assert path.read_text() == "{}"
+        other.kill()
+    with watchdog.Watchdog(tmp_path, 0):
+        pass

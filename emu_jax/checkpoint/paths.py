@@ -36,7 +36,7 @@ def resolve(directory: str) -> epath.Path:
     except Exception as error:
         raise UserError(
             f"cannot reach {directory!r}: {one_line(root_cause(error))} "
-            "(gs:// needs credentials, and pip install 'emu-jax[gcs]')"
+            "(gs:// needs credentials, and pip install '.[gcs]')"
         ) from error
     return path
 

@@ -19,7 +19,7 @@ from emu_jax.config import UserError
 from emu_jax.data import sources
 from emu_jax.data.chat_format import SYSTEM_CHOICES
 from emu_jax.data.images import FITS
-from emu_jax.data.mixture import COUNTS, Mixture, Stream
+from emu_jax.data.mixture import COUNTS, Mixture, Stream, check_rows
 from emu_jax.data.packing import best_fit, empty_batch, first_fit, write_row
 from emu_jax.data.precomputed import KINDS, Precomputed, attach
 from emu_jax.data.reader_pool import ReaderPool, RetryingSource
@@ -413,13 +413,8 @@ def check_config(data: ConfigDict, field: str, n_visual: int, processes: int) ->
 def _check_mixture(mixture: tuple, field: str, n_visual: int) -> None:
     if not mixture:
         raise UserError(f"data.{field} is empty; add a (name, weight, path) row for each source")
-    for row in mixture:
-        if not isinstance(row, (tuple, list)) or len(row) not in (3, 4):
-            raise UserError(
-                f"data.{field}: {row!r} is not a row (name, weight, path) or "
-                "(name, weight, path, rule)"
-            )
-        name, weight, _, *rule = row
+    check_rows(mixture, field)
+    for name, weight, _, *rule in mixture:
         if rule:
             _check_rule(rule[0], f"data.{field}: the rule of {name!r}", n_visual)
         if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):

@@ -47,6 +47,17 @@ def stable_hash(*key: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
+def check_rows(rows: tuple, field: str) -> None:
+    """Raise UserError if config.data[field] is not made of rows (name, weight, path[, rule])."""
+    for row in rows:
+        if not isinstance(row, (tuple, list)) or len(row) not in (3, 4):
+            comma = f"; a single row needs a comma: ({rows!r},)" if isinstance(row, str) else ""
+            raise UserError(
+                f"data.{field}: {row!r} is not a row (name, weight, path) or "
+                f"(name, weight, path, rule){comma}"
+            )
+
+
 def rng_for(*key: Any) -> np.random.Generator:
     """The random generator seeded by `key`."""
     return np.random.default_rng(stable_hash(*key))

@@ -135,6 +135,11 @@ def _run(flags: argparse.Namespace) -> None:
         truncate=flags.truncate,
         mesh=inference_mesh(flags.checkpoint),
     )
+    if flags.decoder and not (flags.image or flags.reconstruct or session.max_images):
+        raise UserError(
+            f"--decoder={flags.decoder} is not needed: this model answers with text; "
+            "add --image to generate an image"
+        )
     parts = [_part(text) for text in flags.parts]
     metadata = {
         "prompt": " ".join(flags.parts),
@@ -220,6 +225,10 @@ def _part(text: str) -> str | Path:
         return Path(text)
     if media.has_media_suffix(text) and " " not in text:
         print(f"note: file {text!r} not found, so it is part of the text", file=sys.stderr)
+    elif os.path.isfile(text):
+        print(
+            f"note: {text!r} is not an image or a video, so its name is the text", file=sys.stderr
+        )
     return text
 
 
@@ -327,7 +336,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             default=default,
             metavar="N" if kind is int else "X",
         )
-    flags = parser.parse_intermixed_args(arguments)
+    # What follows -- is part of the prompt, even if it begins with a dash.
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = parser.parse_intermixed_args(arguments[:end])
+    flags.parts += arguments[end + 1 :]
     _check(flags)
     return flags
 
@@ -340,6 +352,15 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError("--image needs a prompt: texts and files in reading order")
     if flags.parts and not any(part.strip() for part in flags.parts):
         raise UserError("the prompt is empty")
+    for text in (*flags.parts, *flags.stop, flags.system or ""):
+        # Python keeps bytes that are not UTF-8 as lone surrogates.
+        if not text.isprintable() and re.search("[\ud800-\udfff]", text):
+            raise UserError(f"{text!r} is not UTF-8 text")
+    if flags.count < 1:
+        raise UserError(f"--count={flags.count} must be at least 1")
+    suffix = Path(flags.out).suffix.lower()
+    if suffix in media.IMAGE_SUFFIXES and suffix != ".png":
+        raise UserError(f"--out={flags.out}: images are written as FILE.png, or into a folder")
     needs_decoder = flags.reconstruct or flags.out.endswith(".png") or flags.count != 1
     if needs_decoder and not flags.decoder:
         raise UserError("--reconstruct, --count and --out=FILE.png need a decoder: --decoder=DIR")
@@ -349,8 +370,6 @@ def _check(flags: argparse.Namespace) -> None:
         ]
         if not are_images or not all(are_images):
             raise UserError("--reconstruct takes existing image files and nothing else")
-    if flags.count < 1:
-        raise UserError(f"--count={flags.count} must be at least 1")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from emu_jax.config import UserError
+from emu_jax.config import SEEDS, UserError
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class GenerationConfig:
             ("min_p", 0, 1),
             ("repetition_penalty", 1e-3, None),
             ("beams", 1, 64),
+            ("seed", *SEEDS),
         ):
             value = getattr(self, name)
             # NaN fails every comparison.

@@ -123,14 +123,24 @@ class Processor:
 
     def _flatten(self, parts: Iterable[Part]) -> list:
         """Texts and images of the parts."""
+        if isinstance(parts, (str, Path, np.ndarray)):
+            raise UserError(
+                f"a prompt is a list of parts, like ['What is this?', Path('photo.jpg')], and "
+                f"several prompts are a list of such lists; a prompt was given as {_shown(parts)}"
+            )
         pieces: list = []
         for part in parts:
             if isinstance(part, str):
                 pieces.append(part)
             elif isinstance(part, Path):
                 pieces += self.frames(part)
-            else:
+            elif hasattr(part, "__array__"):
                 pieces.append(self._image(np.asarray(part)))
+            else:
+                raise UserError(
+                    "a part of a prompt is a str, a Path, the pixels of an image (uint8 [h, w, 3]) "
+                    f"or visual tokens [{self.n_visual}, {self.width}], not {_shown(part)}"
+                )
         return pieces
 
     def _image(self, array: np.ndarray) -> np.ndarray:
@@ -159,6 +169,12 @@ class Processor:
                 prompt.slots.append(len(prompt) + 1)
                 prompt.tokens += [t.img, *[t.image] * self.n_visual, t.end_img]
         return prompt
+
+
+def _shown(value: object) -> str:
+    """The type and the beginning of a value, for an error message."""
+    text = "" if isinstance(value, np.ndarray) else f" {str(value)[:40]!r}"
+    return f"{type(value).__name__}{text}"
 
 
 def _media_kind(parts: Parts) -> str:

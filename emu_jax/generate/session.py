@@ -261,6 +261,8 @@ class Session:
             images = image_decoding.regress(self.model_config, self.params, images, np.int32(N))
             return list(to_host(images.visual).astype(np.float32))
 
+        if not len(prompts):
+            return np.zeros((0, N, self.model_config.llama.width), np.float32)
         opened = []
         for parts in prompts:
             prompt = self.prompt(parts) if prefix is None else self.continuation(parts)
@@ -362,8 +364,8 @@ class Session:
             return truncate_left(prompt, self.context - room, self.processor.n_visual)
         raise UserError(
             f"the prompt has {before + len(prompt)} elements and its answer at least {room}, but "
-            f"the context holds {self.context}; shorten the prompt, or cut its beginning with "
-            "--truncate=left"
+            f"the context holds {self.context}; shorten the prompt, or set truncate=left to cut "
+            "its beginning"
         )
 
     def prefill_batch(

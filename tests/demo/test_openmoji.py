@@ -296,7 +296,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     assert command.main(["build", f"--to={tmp_path}"]) == 2
     assert (
         capsys.readouterr().err == "error: drawing the demo's data needs the package resvg_py: "
-        "pip install 'emu-jax[demo]'\n"
+        "in the checkout of emu_jax, pip install '.[demo]'\n"
     )
 
 

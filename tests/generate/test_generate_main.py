@@ -66,6 +66,11 @@ def test_a_line_of_a_chat_may_name_files(run):
         (["a", "--tokenizer={run}/none"], "no tokenizer at"),
         (["a", "--max-new-tokens=x"], "invalid int value"),
         (["a", "--bins=3"], "--bins"),
+        (["a", "--decoder={run}"], "this model answers with text; add --image"),
+        (["a", "--image", "--count=0"], "--count=0 must be at least 1"),
+        (["a", "--image", "--out=b.jpg"], "images are written as FILE.png, or into a folder"),
+        (["a", "--seed=9223372036854775808"], "seed=9223372036854775808 must be at least -9"),
+        (["a\udcff"], r"'a\udcff' is not UTF-8 text"),
     ],
 )
 def test_bad_input_is_one_line(run, one_device, capsys, arguments, message):
@@ -76,9 +81,12 @@ def test_bad_input_is_one_line(run, one_device, capsys, arguments, message):
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
 
 
-def test_a_missing_file_is_noted(run, one_device, capsys):
-    assert call(run, "cat.png") == 0
-    assert "note: file 'cat.png' not found, so it is part of the text" in capsys.readouterr().err
+def test_a_file_that_is_text_is_noted(run, one_device, capsys):
+    assert call(run, "cat.png", "README.md", "--max-new-tokens=1", "--", "--a") == 0
+    assert capsys.readouterr().err == (
+        "note: file 'cat.png' not found, so it is part of the text\n"
+        "note: 'README.md' is not an image or a video, so its name is the text\n"
+    )
 
 
 def test_help_has_examples():

@@ -1,5 +1,6 @@
 """A session: batching, streaming, sharding, images, answers that contain them, and chats."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -240,7 +241,7 @@ def test_a_prompt_longer_than_the_context(session):
     tight = like(session, context=20)
     with pytest.raises(
         UserError,
-        match="prompt has 31 elements and its answer at least 1, but .* holds 20.*--truncate=left",
+        match="prompt has 31 elements and its answer at least 1, but .* holds 20.*truncate=left",
     ):
         tight.generate_texts([["x" * 30]])
     with pytest.raises(UserError, match="prompt has 18 elements and its answer at least 5"):
@@ -280,3 +281,23 @@ def test_losses_need_candidates(session):
         VOCAB == session.model_config.llama.vocab
         and jnp.isfinite(session.losses(["dog"], ["cat"]))[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        ("hello", "a prompt was given as str 'h'"),
+        (["hello"], "a prompt was given as str 'hello'"),
+        ([Path("a.png")], "a prompt was given as PosixPath 'a.png'"),
+        ([np.zeros((2, 2, 3), np.uint8)], "a prompt was given as ndarray$"),
+        ([[None]], r"visual tokens \[4, 32\], not NoneType 'None'"),
+        ([["a", ["b"]]], "not list"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(session, prompts, told):
+    with pytest.raises(UserError, match=told):
+        session.generate_texts(prompts)
+
+
+def test_no_prompts_have_no_answers(session):
+    assert session.generate_texts([]) == [] and session.generate_images([]).shape == (0, 4, 32)
