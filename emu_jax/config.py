@@ -238,12 +238,9 @@ def _run_file(path: Path, text: str, argument: str) -> ConfigDict:
     with _importable_configs(path.resolve().parent):
         try:
             config = _run_module(path).get_config(*([argument] if argument else []))
-        except UserError as error:
-            raise UserError(f"config {text!r}: {error}") from error
         # A config is a program, so it may raise anything.
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"config {text!r}{_place(path, error)}: {reason}") from error
+            raise UserError(f"config {text!r}{_what_failed(path, error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"config {text!r}: get_config returned {type(config).__name__}, not a ConfigDict; "
@@ -252,13 +249,17 @@ def _run_file(path: Path, text: str, argument: str) -> ConfigDict:
     return config
 
 
-def _place(path: Path, error: Exception) -> str:
-    """ ", line N" of a config file, for the line that raised `error`; "" if it is not known."""
-    if isinstance(error, SyntaxError):
-        return f", line {error.lineno}"
+def _what_failed(path: Path, error: Exception) -> str:
+    """The line, class and message of an exception that a config file has raised."""
     frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError) and Path(frames[-1].filename).parent == CONFIGS:
+        # This project's configs raise ValueError for an unknown ARGUMENT.
+        return f": {error}"
     lines = [frame.lineno for frame in frames if Path(frame.filename) == path.resolve()]
-    return f", line {lines[-1]}" if lines else ""
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    place = f", line {lines[-1]}" if lines else ""
+    return f"{place}: {type(error).__name__}: {error}".splitlines()[0]
 
 
 def _check_fields(config: ConfigDict, text: str) -> None:
