@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         # argparse complains of a missing flag first, which hides that it was misspelt.
-        for argument in self._given:
+        for argument in self._given if "are required" in message else ():
             flag = argument.partition("=")[0]
             if flag[:2] == "--" and flag[2:] and flag not in self._option_string_actions:
                 known = [name for name in self._option_string_actions if name[:2] == "--"]

@@ -1,15 +1,18 @@
 """What the commands share: the parser, and how a command ends."""
 
-import importlib
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from emu_jax import cli
+from emu_jax.__main__ import main as commands_main
 from emu_jax.config import UserError
 from emu_jax.data.__main__ import main as data_main
+from emu_jax.evaluate.__main__ import main as evaluate_main
 
 
 @pytest.mark.parametrize(
@@ -162,3 +165,24 @@ main(["--help"])
     )
     assert run.returncode == 0, run.stderr
     assert "usage: python -m emu_jax.data" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("main", "argument", "told"),
+    [
+        (data_main, "build --kind=openmoji", "python -m emu_jax.demo build"),
+        (evaluate_main, "--task=demo", "python -m emu_jax.demo evaluate"),
+        (evaluate_main, "--task=demo-chat", "python -m emu_jax.demo chat"),
+    ],
+)
+def test_old_names_say_where_they_went(capsys, main, argument, told):
+    assert main(argument.split()) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_package_lists_its_commands(capsys):
+    assert commands_main([]) == 0 and commands_main(["train"]) == 2
+    listed = re.findall(r"^  ([a-z]+) ", capsys.readouterr().out, re.MULTILINE)
+    for name in listed:
+        assert importlib.util.find_spec(f"emu_jax.{name}"), name
+    assert len(set(listed)) == 8

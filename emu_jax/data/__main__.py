@@ -19,6 +19,9 @@ from emu_jax.config import UserError
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.files import atomic_write
 
+# The most reasons for skipped records, and for dropped images, that `build` prints.
+MAX_REASONS = 5
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line `arguments` (None: sys.argv) and return its exit status."""
@@ -61,7 +64,7 @@ def _build(flags: argparse.Namespace) -> None:
         raise UserError("build needs --from=PATH, the files or folders to read")
     from emu_jax.data.builders import build
 
-    counts = build.build(
+    summary = build.build(
         flags.kind,
         [Path(path) for path in flags.from_],
         Path(flags.to),
@@ -70,7 +73,11 @@ def _build(flags: argparse.Namespace) -> None:
         flags.runner,
         flags.rest,
     )
-    print(", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()))
+    counts = summary["counts"].items()
+    print(", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts))
+    for what in ("skipped", "dropped"):
+        for reason, number in list(summary[what].items())[:MAX_REASONS]:
+            print(f"{what} {number:,}: {reason}")
     print(f"{flags.to}/card.html")
 
 
@@ -135,6 +142,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             "--kind", required=True, choices=[*KINDS], metavar="KIND", help="format of the input"
         )
         _add_source_options(subparser)
+    if "--kind=openmoji" in arguments:
+        raise UserError("--kind=openmoji is a command of its own now: python -m emu_jax.demo build")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     flags = parser.parse_args(arguments[:split])
     flags.rest = arguments[split + 1 :]

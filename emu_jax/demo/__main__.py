@@ -42,14 +42,10 @@ def build(flags: argparse.Namespace) -> None:
 
 
 def evaluate(flags: argparse.Namespace) -> None:
-    """Print the numbers and targets, and write results.json and report.html."""
+    """Print the targets, and write all numbers to results.json and report.html."""
     from emu_jax.demo import evaluation, report
 
     result = evaluation.evaluate(flags.checkpoint, flags.data, flags.warmup, flags.decoder)
-    width = max(map(len, result.numbers))
-    for name, value in result.numbers.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-        print(f"{name:{width}}  {shown}")
     verdict = {True: "reached", False: "NOT reached", None: "not measured"}
     width = max(len(target.what) for target in result.targets)
     for target in result.targets:

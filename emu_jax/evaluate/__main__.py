@@ -181,6 +181,9 @@ def _score(arguments: list[str]) -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from emu_jax.evaluate.tasks import TASKS
 
+    for old, new in (("demo", "evaluate"), ("demo-chat", "chat")):
+        if f"--task={old}" in arguments:
+            raise UserError(f"--task={old} is a command now: python -m emu_jax.demo {new} --help")
     parser = cli.Parser(
         prog="python -m emu_jax.evaluate",
         description=DESCRIPTION,

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from emu_jax.config import UserError
 from emu_jax.data import sources
@@ -53,7 +54,8 @@ def everything(folder):
 
 
 def test_what_is_built_is_read(shards, tmp_path):
-    counts = build.build("pairs", [shards], tmp_path / "set", SourceOptions(), workers=1)
+    summary = build.build("pairs", [shards], tmp_path / "set", SourceOptions(), workers=1)
+    counts = summary["counts"]
     assert (
         counts["documents"] == 18
         and counts["skipped"] == 6
@@ -265,6 +267,22 @@ def test_a_build_without_documents_is_an_error(shards, tmp_path):
     ):
         build.build("pairs", [shards], tmp_path, SourceOptions(min_side=1000), workers=1)
     assert not (tmp_path / "dataset_info.json").exists()
+
+
+@pytest.fixture
+def noise(tmp_path):
+    """A tar with an image that does not compress."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    image = formats.encoded(Image.fromarray(pixels), "png")
+    return formats.tar(tmp_path / "0.tar", {"__key__": "0", "jpg": image, "txt": "noise"})
+
+
+def test_a_full_disk_is_one_line(noise, tmp_path, small_disk):
+    with pytest.raises(UserError, match=f"^cannot write into '{tmp_path}/set': .*; once that"):
+        build.build("pairs", [noise], tmp_path / "set", SourceOptions(), workers=1)
+    small_disk()
+    summary = build.build("pairs", [noise], tmp_path / "set", SourceOptions(), workers=1)
+    assert summary["counts"]["documents"] == 1
 
 
 def test_names_stay_unique_or_are_refused(tmp_path):

@@ -183,6 +183,28 @@ def test_a_tar_in_the_order_of_its_folder_gives_every_pair(tmp_path):
     assert inspected("pairs", path) == {"cat": [(48, 36), "cat"], "dog": [(48, 36), "dog"]}
 
 
+def test_names_with_several_dots_are_pairs_of_their_own(tmp_path):
+    path = tar(
+        tmp_path / "0.tar",
+        {"__key__": "a", "1.jpg": encoded(picture()), "1.txt": "one", "2.jpg": encoded(picture())},
+        {"__key__": "b", "jpg": encoded(picture()), "txt": "b", "seg.png": encoded(picture())},
+    )
+    assert inspected("pairs", path) == {
+        "a.1": [(48, 36), "one"],
+        "a.2": "no caption",
+        "b": [(48, 36), "b"],
+    }
+
+
+def test_what_holds_no_pairs_is_told_apart(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match="'.*a.txt' is not a file of pairs: its name ends in none"):
+        inspected("pairs", tmp_path / "a.txt")
+    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    with pytest.raises(UserError, match=f"pack it first, tar -cf pictures.tar -C '{tmp_path}' ."):
+        inspected("pairs", tmp_path)
+
+
 def test_a_tar_cut_short_gives_what_is_whole(tmp_path):
     whole = tar(
         tmp_path / "0.tar",

@@ -423,8 +423,12 @@ def test_the_command(data, runs, capsys):
     # Both encoders have the same random weights.
     assert numbers["raw_variance_ratio"] == pytest.approx(1, abs=1e-4)
     assert all(np.isfinite(value) for value in numbers.values())
-    assert {line.split()[0] for line in out} > numbers.keys()
-    assert len(results["targets"]) == 9 and "</html>" in (runs / "emu" / "report.html").read_text()
+    assert all(line.startswith(target["what"]) for line, target in zip(out, results["targets"]))
+    assert (
+        len(out) == 10
+        and len(results["targets"]) == 9
+        and "</html>" in (runs / "emu" / "report.html").read_text()
+    )
     assert not [name for name in numbers if name.startswith("pictures")] and not list(
         (runs / "emu").glob("*.part")
     )
@@ -490,7 +494,7 @@ def test_the_strip(data, runs, tmp_path, monkeypatch, capsys):
             "not a decoder's",
         ),
         (["--checkpoint={runs}/emu", "--task=demo"], "unrecognized arguments: --task=demo"),
-        (["--check={runs}/emu"], "required: --checkpoint"),
+        (["--check={runs}/emu"], "--check={runs}/emu; did you mean --checkpoint?"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, data, runs, capsys):

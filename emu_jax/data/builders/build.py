@@ -17,6 +17,7 @@ import re
 import shutil
 import threading
 from collections import Counter
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -83,8 +84,8 @@ def build(
     workers: int = 0,
     runner: str = "",
     rest: list[str] | None = None,
-) -> dict[str, int]:
-    """Write the dataset into `to` and return its counts.
+) -> dict[str, Any]:
+    """Write the dataset into `to` and return the numbers of its card (`summarise`).
 
     workers: number of processes (0: one per core; 1: this process only). runner: an Apache Beam
     runner to use instead, with its options `rest`. Raises UserError if `to` holds a different
@@ -184,12 +185,14 @@ def write_shard(task: Task) -> None:
             skipped[general_reason(document.reason)] += 1
             continue
         raw = _serialized(document, task, features, serializer)
-        writer.write(raw)
+        with _one_line_errors(task):
+            writer.write(raw)
         _count(document, len(raw), counts, histograms)
         dropped.update(map(general_reason, document.dropped))
         if task.number < SAMPLED_SHARDS and len(samples) < SAMPLES_PER_SHARD:
             samples.append(card.document_card(document, 400))
-    writer.close()
+    with _one_line_errors(task):
+        writer.close()
     counts["dropped"] = dropped.total()
     numbers = {
         "counts": counts,
@@ -202,10 +205,25 @@ def write_shard(task: Task) -> None:
     commit(part, task.output)
 
 
+@contextlib.contextmanager
+def _one_line_errors(task: Task) -> Generator[None]:
+    """Raise a UserError that names the folder if a shard cannot be written."""
+    try:
+        yield
+    # ArrayRecord raises nothing else, for example if the disk is full.
+    except RuntimeError as error:
+        reason = one_line(error).removeprefix("write() failed: ").partition(";")[0]
+        raise UserError(
+            f"cannot write into '{task.to}': {reason}; once that is mended, the same command "
+            "continues the build"
+        ) from error
+
+
 def general_reason(reason: str) -> str:
     """A reason with names and numbers masked, so that equal reasons can be counted."""
     without_names = re.sub(r"'[^']*'", "'…'", reason)
-    return re.sub(r"\d+(?:\.\d+)?", "#", without_names)
+    # The 8 of UTF-8 is part of a name.
+    return re.sub(r"(?<![A-Za-z]-)\d+(?:\.\d+)?", "#", without_names)
 
 
 def _serialized(
@@ -337,8 +355,11 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
 
 def _finish(
     kind: str, sources: list[Path], to: Path, options: SourceOptions, tasks: list[Task]
-) -> dict[str, int]:
-    """Write the card and the metadata; dataset_info.json comes last and marks completion."""
+) -> dict[str, Any]:
+    """Write the card and the metadata, and return the card's numbers.
+
+    dataset_info.json comes last and marks completion.
+    """
     parts = [json.loads(task.counts.read_text()) for task in tasks]
     summary = summarise(kind, [str(path) for path in sources], to.name, options, parts)
     if not summary["counts"]["documents"]:
@@ -350,7 +371,7 @@ def _finish(
     _write_text(to / "card.html", card.card_page(summary, samples[:MAX_SAMPLES]))
     if not (to / "dataset_info.json").exists():
         _describe(kind, to, [part["counts"] for part in parts])
-    return summary["counts"]
+    return summary
 
 
 def summarise(

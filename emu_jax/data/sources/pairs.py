@@ -33,7 +33,15 @@ PROVENANCE = ("url", "license", "sha256")
 
 def list_shards(path: Path) -> list[InputShard]:
     """One shard per tar, and per parquet file that contains images."""
-    found = archives.list_files(path, (*archives.TARS, ".parquet"))
+    suffixes = (*archives.TARS, ".parquet")
+    if path.is_file() and not path.name.lower().endswith(suffixes):
+        raise UserError(f"'{path}' is not a file of pairs: its name ends in none of {suffixes}")
+    if path.is_dir() and not any(path.rglob("*.tar*")) and any(map(_is_image, path.rglob("*.*"))):
+        raise UserError(
+            f"'{path}' is a folder of images: pack it first, tar -cf pictures.tar -C '{path}' . ; "
+            "each image needs a text file of the same name"
+        )
+    found = archives.list_files(path, suffixes)
     with_images = [
         file
         for file in found
@@ -58,10 +66,34 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
             )
         return
     try:
-        for key, files in archives.webdataset_samples(shard.path, images.MAX_BYTES):
-            yield _sample(key, files, shard, options)
+        for name, files in archives.webdataset_samples(shard.path, images.MAX_BYTES):
+            for key, sample in _split_at_last_dot(name, files):
+                yield _sample(key, sample, shard, options)
     except ValueError as error:
         yield Skipped(shard.path.name, str(error))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGES
+
+
+def _split_at_last_dot(key: str, files: dict[str, bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the pairs of a sample whose file names have more than one dot.
+
+    WebDataset's key ends at the first dot, so a.1.jpg, a.1.txt, a.2.jpg and a.2.txt are one sample.
+    A sample that has an image without a second dot is left as it is.
+    """
+    names = {name: name.rpartition(".") for name in files}
+    if any(name in IMAGES for name in files) or not any(
+        prefix and suffix in IMAGES for prefix, _, suffix in names.values()
+    ):
+        yield key, files
+        return
+    pairs: dict[str, dict[str, bytes]] = {}
+    for name, (prefix, _, suffix) in names.items():
+        pairs.setdefault(prefix, {})[suffix] = files[name]
+    for prefix, sample in pairs.items():
+        yield f"{key}.{prefix}" if prefix else key, sample
 
 
 def _sample(
