@@ -17,15 +17,15 @@ from emu_jax.data.documents import Document, Image, Picture, Text
 from emu_jax.data.sources import CorruptRecord
 from emu_jax.data.tokenizer import Tokenizer
 
-# An element of a sequence before encoding: a text, the id of a special token, or an image.
+# An element of a sequence before it is encoded: a text, the id of a special token, or an image.
 Piece = str | int | np.ndarray
 # A part of a document, other than a pair.
 Part = str | Text | Image | Picture
 # Choices of data.system.
 SYSTEM_CHOICES = ("release", "none")
 
-# The release's system messages, by what the first question shows. "[IMG]" and "[/IMG]" in them are
-# encoded as the added tokens, as the release's tokenizer does.
+# The release's system messages, by what the first question shows. "[IMG]" and "[/IMG]" in them
+# become the added tokens, since the release's tokenizer encodes them so.
 _PLACEHOLDER = ("[IMG]", "ImageContent", "[/IMG]")
 SYSTEM_MESSAGES: dict[str, tuple[str, ...]] = {
     "image": (

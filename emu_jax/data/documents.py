@@ -56,7 +56,7 @@ class Document:
     source: str = ""
     # What the file says about its origin, such as a URL; values must be JSON-serializable.
     provenance: dict[str, Any] = field(default_factory=dict)
-    # One reason for each part that was left out.
+    # The reason for each part that was left out.
     dropped: tuple[str, ...] = ()
 
 

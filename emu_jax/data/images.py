@@ -55,8 +55,8 @@ def decode(data: bytes, size: int, fit: str = "squash") -> UInt8[np.ndarray, "h 
     middle; "random" only scales the shorter side, and sequence.py crops at random later. Raises a
     one-line ValueError like `decode_full`.
     """
-    # Scaled JPEG decoding to at least twice the size makes no visible difference after the
-    # bicubic filter.
+    # A JPEG is decoded at a reduced size, but at least twice the size that is needed: after the
+    # bicubic filter, no difference is visible.
     image = _upright(data, 2 * size)
     if fit == "squash":
         width = height = size
@@ -104,7 +104,8 @@ def encode(image: UInt8[np.ndarray, "h w 3"], quality: int = 90) -> bytes:
 def _open(data: bytes) -> Image.Image:
     """Open an image and read only its header.
 
-    Pillow's own size limit is off meanwhile: MAX_PIXELS is lower, and its error names the size.
+    Pillow's own limit of the size is off meanwhile. Ours, MAX_PIXELS, is lower, and its error
+    message gives the size.
     """
     with _PILLOW_LIMIT:
         limit = Image.MAX_IMAGE_PIXELS
@@ -158,7 +159,8 @@ def _jpeg(data: bytes, image: Image.Image, least: int) -> Image.Image:
         return Image.fromarray(
             simplejpeg.decode_jpeg(data, min_height=least, min_width=least, min_factor=2)
         )
-    # simplejpeg refuses files that libjpeg only warns about; Pillow reads them.
+    # libjpeg only warns about some faults for which simplejpeg refuses a file; Pillow reads such
+    # files.
     except ValueError:
         return _rgb(image)
 

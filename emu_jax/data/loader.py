@@ -30,8 +30,8 @@ from emu_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
-# Number of records to read from a source, or all if it has fewer, before the share of corrupt ones
-# is checked.
+# Records to read from a source before the share of corrupt ones is checked; fewer if the source is
+# smaller.
 MIN_RECORDS_JUDGED = 100
 PACKINGS = ("first_fit", "best_fit")
 # Choices of data.unreadable, for records that cannot be read.
@@ -196,9 +196,10 @@ class Loader:
         return empty_batch(rows, self.data.tokens, self.data.images, self.image_size, self.pad)
 
     def restore(self, state: dict) -> None:
-        """Continue after the batch whose `state` this is; it must contain this process's streams.
+        """Continue after the batch that had this `state`.
 
-        Raises UserError if the sources or the number of streams have changed.
+        It must contain this process's streams. Raises UserError if the sources or the number of
+        streams have changed.
         """
         self.close()
         if state["num_streams"] != self.data.num_streams:

@@ -23,7 +23,7 @@ from emu_jax.data.sources import CorruptRecord, Source
 
 log = logging.getLogger(__name__)
 
-# Number of draws that share a random generator: creating one costs more than a draw.
+# Number of draws that share a random generator, because creating one takes longer than a draw.
 BLOCK = 1024
 # A stream gives up after this many unusable records in a row, instead of searching forever.
 MAX_BAD_STREAK = 100
@@ -103,7 +103,7 @@ class Mixture:
     sources: tuple[Source, ...]
     streams: int
     seed: int
-    # One per source; () means NO_RULE for all.
+    # The rule of each source, or () if no source has one.
     rules: tuple[SourceRule, ...] = ()
 
     def rule(self, source: int) -> SourceRule:

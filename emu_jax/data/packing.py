@@ -46,7 +46,10 @@ def best_fit(
 
 
 def empty_batch(rows: int, tokens: int, images: int, image_size: int, pad: int) -> Batch:
-    """A Batch of NumPy arrays that is all padding: tokens [PAD], slots T, and otherwise 0."""
+    """A Batch of NumPy arrays that is all padding.
+
+    Its tokens are [PAD], its slots T, the length of a row, and all else is 0.
+    """
 
     def zeros(*shape, dtype=np.int32):
         return np.zeros(shape, dtype)

@@ -63,7 +63,7 @@ class RetryingSource:
             except ReaderDied as error:
                 reason = str(error)
             except CorruptRecord as error:
-                # A retry helps only if the disk failed: bad data stays bad.
+                # A retry helps only if the disk failed, because corrupt data stays corrupt.
                 if not error.disk:
                     raise
                 reason = error.reason
@@ -93,7 +93,7 @@ class ReaderPool:
     def __init__(self, sources: Sequence[Source], count: int, seconds: float, processes: bool):
         self.sources = sources
         self.seconds = seconds
-        # None stands for a reader that is not started yet.
+        # None stands for a reader that has not been started.
         self._idle: queue.SimpleQueue[_Thread | _Process | None] = queue.SimpleQueue()
         self._reader_type = _Process if processes else _Thread
         for _ in range(count):
@@ -110,8 +110,8 @@ class ReaderPool:
                 reader = self._start()
             document, error = reader.ask(number, index)
         except BaseException:
-            # A late answer to this request must not be taken for the answer to the next one, so the
-            # next request starts another reader.
+            # If this reader answers late, its answer must not be taken for that to the next
+            # request. So the next request starts another reader.
             if reader is not None:
                 reader.end()
             reader = None
@@ -180,7 +180,7 @@ def _serve(
         number, index = request
         try:
             answers.put((sources[number][index], None))
-        # The requesting thread raises it.
+        # Pass the exception on to the thread that made the request, which raises it.
         except Exception as error:
             answers.put((None, error))
 
@@ -225,7 +225,7 @@ class _Process:
         If it is blocked in the kernel, it ends as soon as the kernel returns.
         """
         self.process.kill()
-        # Closing flushes, which fails if the other end is gone.
+        # Closing a pipe flushes it, which fails if the process at the other end is gone.
         with contextlib.suppress(OSError):
             self.file.close()
         self.link.close()

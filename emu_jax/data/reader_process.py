@@ -44,6 +44,6 @@ def _answer(source: Source, index: int) -> tuple[Document | None, Exception | No
         return source[index], None
     except CorruptRecord as error:
         return None, error
-    # This is a bug. Tracebacks cannot be pickled, so its text is sent.
+    # Any other exception is a bug. A traceback cannot be pickled, so its text is sent.
     except Exception:
         return None, RuntimeError(f"in a reader process:\n{traceback.format_exc()}")

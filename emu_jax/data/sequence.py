@@ -228,8 +228,9 @@ class SequenceBuilder:
     def _encode(self, piece: chat_format.Piece, weight: float = 0.0) -> _Encoded:
         """Encode a text, an image or a special id.
 
-        weight: the label weight of a special id. For a text, that of its tokens, and for an image,
-        that of the image as a target and of [IMG] and [/IMG] as labels, if `labels` includes them.
+        weight: the label weight of the tokens of a text, or of a special id. For an image, it is
+        the weight of the image as a regression target, and of [IMG] and [/IMG] as labels, if
+        `labels` includes them.
         """
         if isinstance(piece, int):
             return _Encoded([piece], [weight])
@@ -253,7 +254,10 @@ class SequenceBuilder:
 def _choose_pairs(
     parts: Ordered[chat_format.Part | Pair], count: int, rng: np.random.Generator
 ) -> Ordered[chat_format.Part | Pair]:
-    """`count` pairs drawn at random, in their order; all parts if `count` or the pairs are 0."""
+    """Draw `count` pairs at random and keep their order.
+
+    A `count` of 0 takes all parts, and so does a document without pairs.
+    """
     pairs = [part for part in parts if isinstance(part, Pair)]
     if not count or not pairs:
         return parts
@@ -278,7 +282,7 @@ def _in_order(
 def _random_start(lengths: list[int], max_tokens: int, rng: np.random.Generator) -> int:
     """Index of a random piece to start at, with enough tokens after it to fill the sequence."""
     starts = np.cumsum([0, *lengths])
-    # The 2 are <s> and </s>.
+    # <s> and </s> are 2 tokens more.
     excess = int(starts[-1]) + 2 - max_tokens
     if excess <= 0:
         return 0

@@ -57,7 +57,8 @@ def parse(text: str) -> list[Cue]:
 
 def _blocks(lines: list[str], is_vtt: bool) -> Iterator[tuple[float, float, list[str]]]:
     """(start, end, lines) of every cue with valid times."""
-    # Line number -> match of its times, or None if they are invalid.
+    # Number of a line with the times of a cue -> the match of its times, or None if they are
+    # invalid.
     headers: dict[int, re.Match | None] = {}
     for number, line in enumerate(lines):
         times = _TIMES.match(line)
@@ -74,13 +75,13 @@ def _blocks(lines: list[str], is_vtt: bool) -> Iterator[tuple[float, float, list
             end_of_cue = block.index("") if "" in block else len(block)
             block = block[:end_of_cue]
         elif following is not None and block and block[-1].strip().isdigit():
-            # This line is the number of the next cue.
+            # The line before the times of the next cue may be its number, which is not text.
             block = block[:-1]
         yield _seconds(*times.groups()[:4]), _seconds(*times.groups()[4:]), block
 
 
 def _overlap(before: list[str], shown: list[str]) -> int:
-    """The largest number of lines that end `before` and start `shown`."""
+    """The number of lines that `shown` repeats from the end of `before`, as many as possible."""
     for count in range(min(len(before), len(shown)), 0, -1):
         if before[-count:] == shown[:count]:
             return count

@@ -15,8 +15,8 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 BOS = SPECIAL.index("<s>")
 EOS = SPECIAL.index("</s>")
 
-# For estimates of a document's tokens: LLaMA's tokenizer makes one token of 3 to 4 bytes of
-# English, and an image is [IMG], 32 slots and [/IMG].
+# These estimate the number of tokens of a document. LLaMA's tokenizer makes one token of 3 to 4
+# bytes of English, and an image is [IMG], 32 slots and [/IMG].
 BYTES_PER_TOKEN = 4
 MIN_BYTES_PER_TOKEN = 3
 TOKENS_PER_IMAGE = 34

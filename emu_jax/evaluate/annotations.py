@@ -54,7 +54,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def rows(path: str, data: Any, what: str, key: str | None = None) -> list[dict]:
-    """The rows of a parsed file: the list in its field `key`, or without a key, the file.
+    """The rows of a parsed file: the list in its field `key`, or without a key the file.
 
     Raises UserError unless the rows are a list of objects. what: what the file should be, for the
     message.
@@ -177,7 +177,7 @@ def _vqa(questions: str, annotations: str | None, benchmark: str, *, raw: bool) 
             )
     examples = []
     with _fields_of(questions, what):
-        # The images of test-dev2015 are named as part of test2015.
+        # The questions of test-dev2015 are about images whose names contain test2015.
         split = data["data_subtype"].replace("-dev", "")
         for row in question_rows:
             annotation = answers.get(row["question_id"], {})

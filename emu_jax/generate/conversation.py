@@ -85,7 +85,7 @@ class Conversation:
     def _turn(self, parts: Parts, end: list[int], room: int) -> Prompt:
         """The prompt to read for a turn, with the ids `end` appended.
 
-        It begins with `</s>` if the previous answer was cut off before its own.
+        If the previous answer was cut off before its `</s>`, the prompt begins with `</s>`.
         """
         session = self._session
         first = self._state is None
@@ -138,7 +138,7 @@ class Conversation:
     ) -> Generator[str, None, int]:
         """Yield text up to `</s>`, `[IMG]`, a stop string or the limit; return the number of ids.
 
-        The last id is left pending.
+        The LLM has not read the last id when this returns; it is in `_pending`.
         """
         session = self._session
         tokenizer = session.tokenizer

@@ -21,7 +21,7 @@ from emu_jax.types import KVCache
 
 
 @flax.struct.dataclass
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class DecodeState:
     """The LLM after reading B rows, each of its own length."""
@@ -93,7 +93,8 @@ def embed(
 ) -> Float[Array, "B T D"]:
     """Make the LLM's input from ids and visual tokens.
 
-    The i-th image of row b is visual[images[b, i]] and starts at slots[b, i]; T for no image.
+    The i-th image of row b is visual[images[b, i]] and starts at position slots[b, i], which is T
+    if the row has fewer images.
     """
     return bind(config, params).interleave(tokens, visual[images], slots)
 
@@ -116,7 +117,7 @@ def prefill(
 def extend(
     model: Emu, state: DecodeState, x: Float[Array, "B T D"], lengths: Int[Array, "B"]
 ) -> DecodeState:
-    """Do what `prefill` does, inside a jitted function."""
+    """Do the same as `prefill`, but inside another jitted function."""
     hidden, cache = forward(model, state, x, lengths)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
     # A row that reads nothing keeps its hidden state.

@@ -105,7 +105,8 @@ class DiffusionDecoder:
     ):
         """sampling: the fields SAMPLING_OPTIONS of config.drawing. negative: as in `sample`.
 
-        safety_checker: returns whether each image may be shown; the others become black.
+        safety_checker: a function from images to whether each may be shown. The others become
+        black.
         """
         self.model_config = model_config
         self.params = params

@@ -29,7 +29,7 @@ class GeneratedImage(NamedTuple):
 
 
 @flax.struct.dataclass
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class ImageDecodeState:
     """One image per row: the first `count` of its N visual tokens are generated and read."""

@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.generate.trie import Trie
 
-# NumPy's arrays outside a compiled function, JAX's inside.
+# The array library of the arguments: NumPy outside a compiled function, JAX inside.
 AnyArray = Array | np.ndarray
 
 
 @flax.struct.dataclass
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class SamplingMetadata:
     """A `GenerationConfig`, limits and masks, as arrays for a compiled loop."""
@@ -37,7 +37,7 @@ class SamplingMetadata:
     allowed: Bool[AnyArray, "V"]
     # Mask of the ids after which a row is done.
     stop_ids: Bool[AnyArray, "V"]
-    # Ids of the prompts, for the repetition penalty; V for no id.
+    # Ids of the prompts, for the repetition penalty. V, which is not an id, fills up the rows.
     prompt_ids: Int[AnyArray, "B T"]
     # Trie of the allowed answers; None if every answer is allowed.
     trie: Trie | None

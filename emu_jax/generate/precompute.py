@@ -50,7 +50,7 @@ COMPUTED_BY = {"conditions": ("llama", "a language model"), "latents": ("vae", "
 
 
 class Recipe(NamedTuple):
-    """How the arrays of one kind are computed."""
+    """What has to be computed for one kind of arrays, and how."""
 
     # Content of DIR/KIND.json: which weights, and the shape of an array.
     metadata: dict[str, Any]
@@ -200,9 +200,9 @@ def latents(c: ConfigDict, batch: int) -> Recipe:
 
 
 def checkpoint_with_tower(c: ConfigDict, kind: str) -> str:
-    """The checkpoint of c.init that computes arrays of a kind; the last such, as in training.
+    """The checkpoint of c.init from which to compute arrays of a kind.
 
-    Raises UserError if no checkpoint of c.init contains the tower.
+    If several have the tower, it is the last one, as in training. Raises UserError if none has it.
     """
     tower, in_words = COMPUTED_BY[kind]
     found = [
@@ -261,7 +261,10 @@ def write_shard(recipe: Recipe, shard: Shard) -> None:
 
 
 def parts_before_image(document: Document) -> Parts | None:
-    """Prompt of the first image: the parts before it, or the pair's text; None without one."""
+    """The prompt after which the first image is generated, or None without an image.
+
+    It consists of the parts before the image, or of the text of its pair.
+    """
     parts: list[Any] = []
     for part in document.parts:
         if isinstance(part, np.ndarray):

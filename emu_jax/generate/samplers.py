@@ -34,10 +34,10 @@ class Denoiser(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """n steps between n + 1 points, from noise to the result.
+    """The n steps between n + 1 points, from noise to the result.
 
-    timesteps: what the network is given at every point except the last. alphas, sigmas: weights of
-    signal and noise at every point.
+    timesteps: the network's second argument at each point but the last. alphas, sigmas: the weights
+    of signal and noise at each point.
     """
 
     timesteps: Float[np.ndarray, "n"]

@@ -5,7 +5,7 @@ One character may take several ids, and so may a stop string. Read next: convers
 
 from collections.abc import Callable, Iterable, Sequence
 
-# The most bytes of an incomplete UTF-8 character: a complete one has at most four.
+# The most bytes of an incomplete UTF-8 character, since a complete one has at most four.
 PARTIAL = 3
 
 
@@ -39,7 +39,7 @@ class TextStream:
         return new
 
     def _stable(self, text: str) -> str:
-        """The text without an incomplete character or the beginning of a stop string at its end."""
+        """The text up to an incomplete character, or up to what may become a stop string."""
         before_stop = truncate_at_stop(text, self._stop)
         if before_stop != text:
             self.stopped = True

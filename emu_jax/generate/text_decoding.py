@@ -27,7 +27,7 @@ DEAD = -1e9
 
 
 @flax.struct.dataclass
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class TextDecodeState:
     """One answer per row: `count` ids, of which the LLM has read all but the last.
@@ -158,7 +158,7 @@ def nll(
         log_softmax = jax.nn.log_softmax(model.llama.logits(hidden), -1)
         return jnp.take_along_axis(log_softmax, token[:, None], 1)[:, 0]
 
-    # Take one position at a time: the logits of all positions would not fit.
+    # Take one position at a time, because the logits of all positions may not fit in memory.
     found = jax.lax.map(log_probs, (jnp.moveaxis(before, 1, 0), tokens.T)).T
     return -jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], found, 0).sum(1)
 
@@ -173,7 +173,7 @@ def until_end(ids: Int[np.ndarray, "n"]) -> list[int]:
 
 
 @flax.struct.dataclass
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class BeamSearchState:
     """K running answers per row (`ids`, `log_probs`, `node`) and the K best ended ones."""

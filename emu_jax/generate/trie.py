@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Int
 from emu_jax.batching import power_of_two
 from emu_jax.config import UserError
 
-# Marks a node's unused edges. It is larger than every id, so that scatters drop it.
+# This id marks the unused edges of a node. It is larger than every real id, so a scatter into the
+# vocabulary drops it.
 NO_EDGE = np.iinfo(np.int32).max
 
 
 @flax.struct.dataclass
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class Trie:
     """Id ids[node, i] leads from a node to children[node, i]. Node 0 is the root."""

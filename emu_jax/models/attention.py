@@ -30,7 +30,7 @@ PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}
 
 
 @flax.struct.dataclass
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class Mask:
     """Which keys a query sees: those of its own segment and, when causal, not later positions.
@@ -136,7 +136,7 @@ def platform_in_use() -> str:
 
 
 def _obstacle(platform, q, k, mask, bias, dropout, kernel) -> str:
-    """Why `kernel` does not support these arguments; "" if it does."""
+    """The reason why `kernel` does not support these arguments, or "" if it does."""
     T = q.shape[1]
     S = k.shape[1]
     width = q.shape[-1]
@@ -194,7 +194,7 @@ def _dense(q, k, v, mask, scale, bias, dropout, key):
 def _cudnn(q, k, v, scale, causal):
     """cuDNN's flash attention.
 
-    It has no gradient for rows of odd length: these are padded by one element, which the sequence
+    It has no gradient for rows of odd length. Such rows get one more element, which the sequence
     lengths mask out.
     """
     B, T = q.shape[:2]
@@ -272,7 +272,7 @@ def _block_size(length: int) -> int:
 
 
 def _padded(x, value=0):
-    """[B, T, ...] with T padded to a multiple of BLOCK."""
+    """Pad x [B, T, ...] along T to a multiple of BLOCK."""
     widths = [(0, 0), (0, -x.shape[1] % BLOCK)] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, widths, constant_values=value)
 
@@ -286,7 +286,8 @@ def _ids(q, k, segments, causal):
     if segments is not None:
         ids = _padded(segments, -1)
         return ids, ids
-    # Either the padded keys come after every real query, or there are none.
+    # Nothing needs to be masked: the causal mask hides padded keys, which follow every real query,
+    # or there are no padded keys.
     if causal or k.shape[1] % BLOCK == 0:
         return None, None
     zeros = partial(jnp.zeros, dtype=jnp.int32)

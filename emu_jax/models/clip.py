@@ -20,7 +20,8 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-# Old config.json files give this wrong id for </s>. With it, a text ends at its largest id.
+# Old config.json files give this id for </s>, but it is wrong. As in transformers, a model with
+# this id takes the largest id of a text as its end.
 OLD_EOS = 2
 
 
@@ -48,7 +49,7 @@ class ClipConfig:
     vocab: int
     # Longest text, in tokens.
     context: int
-    # Id of the token that ends a text and holds its features; see OLD_EOS.
+    # Id of the token that ends a text, where the text's features are read; see OLD_EOS.
     eos: int
     text: TowerConfig
     vision: TowerConfig

@@ -33,7 +33,7 @@ class TrigramEncoder(nnx.Module):
         self.project = layers.Linear("btD,DE->btE", (D, D), std=D**-0.5, rngs=rngs)
 
     def __call__(self, batch: Batch) -> Float[Array, "B I D"]:
-        """Features of each image's text: the tokens of its document that carry loss."""
+        """Features of each image's text: the tokens of the image's document that carry loss."""
         T = batch.tokens.shape[1]
         is_text = batch.text_weights > 0
         tables = self.tables.get_value()

@@ -72,7 +72,7 @@ def _convolve(x, w, stride: int, padding: tuple[int, int], precision: str | None
         )
     k = w.shape[0]
     x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
-    # Extents of the window's top left corner.
+    # The number of rows and columns that the window's top left corner moves across.
     height, width = ((side - k) // stride * stride + 1 for side in x.shape[1:3])
     shifted = [
         x[:, i : i + height : stride, j : j + width : stride] for i in range(k) for j in range(k)

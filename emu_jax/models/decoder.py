@@ -228,7 +228,7 @@ def resize_to_unit(images: UInt8[Array, "M h w 3"], side: int) -> Float[Array, "
 
 
 def resize(images: UInt8[Array, "M h w 3"], side: int) -> UInt8[Array, "M s s 3"]:
-    """Resize images to `side` x `side`, bicubic with antialiasing; no-op if they fit."""
+    """Resize images to `side` x `side`, bicubic with antialiasing, unless they are that large."""
     if images.shape[1:3] == (side, side):
         return images
     x = jax.image.resize(

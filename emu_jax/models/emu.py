@@ -119,7 +119,8 @@ class Emu(Encoder):
     ) -> Float[Array, "B T D"]:
         """Token embeddings, with each image's visual tokens written from its slot on.
 
-        A slot of T means no image: its visual tokens fall outside the row and are dropped.
+        An empty place for an image has the slot T, the length of a row: what is written there falls
+        outside the row and is dropped.
         """
         x = self.llama.embeddings(tokens, visual.dtype)
         positions = slots[:, :, None] + jnp.arange(visual.shape[2])

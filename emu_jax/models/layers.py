@@ -32,11 +32,11 @@ SHORT = 8
 
 
 def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
-    """Multiply x by any kind of weight, in x's dtype; float32 at full precision everywhere."""
+    """Multiply x by any kind of weight, in x's dtype; float32 is multiplied at full precision."""
     if isinstance(w, Lora):
         to_rank, from_rank = equations(equation)
-        # Keep this product first: gradients are summed in the order of the products, and old runs
-        # must resume bit for bit.
+        # Compute this product first. The backward pass adds up gradients in the order of the
+        # products, and another order would change the rounding of runs that resume.
         base = einsum(equation, x, w.w)
         low_rank = einsum(to_rank, dropout(x, w.dropout, w.keys), w.a)
         return base + w.scale * einsum(from_rank, low_rank, w.b)
@@ -68,7 +68,10 @@ class Rngs:
 
 
 class AbstractRngs(Rngs):
-    """Zeros for fresh parameters: enough for their shapes, and faster to trace than drawing."""
+    """Zeros in place of fresh parameters.
+
+    They are enough to find the shapes, and faster to trace than random numbers.
+    """
 
     def normal(self, std: float, shape: tuple[int, ...]) -> Array:
         return jnp.zeros(shape)

@@ -40,7 +40,8 @@ class LlamaConfig:
     # Epsilon of the RMSNorms.
     eps: float
     rope_base: float
-    # (), ("linear", factor) or ("llama3", factor, low, high, context): see `frequencies`.
+    # How rotary frequencies are scaled to extend the context: (), ("linear", factor) or ("llama3",
+    # factor, low, high, context); see `frequencies`.
     rope_scaling: tuple
     # Dtype that the frequencies are rounded to. The release keeps them in bfloat16, even when it
     # computes in float32.
@@ -68,7 +69,7 @@ class LlamaConfig:
 
 
 @flax.struct.dataclass
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class LayerCache:
     """The cache of all layers, as the scan over depth carries it into layer `layer`."""
@@ -147,7 +148,8 @@ class LlamaBlock(nnx.Module):
 class Vocabulary(nnx.Module):
     """Rows of LLaMA's vocabulary, `base` [V, D], and of Emu's tokens, `added` [n, D].
 
-    They are separate because V divides well over devices, and so that LLaMA's rows import as is.
+    They are separate arrays because V can be divided evenly among devices and V + n cannot, and
+    because LLaMA's rows are then imported unchanged.
     """
 
     def __init__(self, config: LlamaConfig, rngs: layers.Rngs):

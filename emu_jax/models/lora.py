@@ -45,8 +45,8 @@ class LoraConfig:
     dropout: float = 0.05
     # (regex, bool) rows over parameter paths: which matrices of the towers' blocks get LoRA.
     targets: tuple = ()
-    # Storage of the matrices of the LLM's blocks, which then cannot train: "int8", "nf4", or "" for
-    # full precision.
+    # How the matrices of the LLM's blocks are stored: "int8" or "nf4", which cannot be trained, or
+    # "" for full precision.
     storage: str = ""
 
     def __post_init__(self):
@@ -66,7 +66,7 @@ NO_LORA = LoraConfig()
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "absmax"], meta_fields=[])
 @dataclass(frozen=True)
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class Quantized:
     """A matrix as codes times one scale per block of its last axis.
@@ -92,7 +92,7 @@ class Quantized:
     meta_fields=["scale", "dropout"],
 )
 @dataclass(frozen=True)
-# JAX unflattens it with leaves that are not arrays, so the fields' types are not checked.
+# JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class Lora:
     """w [in..., out...] + scale * a [in..., r] b [r, out...]; stacks have a leading L axis.
@@ -139,8 +139,8 @@ def apply(
 ) -> dict[str, Any]:
     """Fold each matrix and its LoRA or quantized parts into one value named `w`.
 
-    key: for dropout, or None. path: of `params` in the whole tree, from which each matrix's own
-    dropout key is derived.
+    key: random key of LoRA's dropout; None turns dropout off. path: where `params` is in the whole
+    tree. The dropout of each matrix has a key of its own, derived from the matrix's path.
     """
     leaves: dict[str, Any] = {}
     for name, part in params.items():
@@ -177,7 +177,7 @@ def init(
         if path not in inputs:
             raise UserError(f"model.lora.targets: {path} is not a matrix of a tower's blocks")
         shape = leaves[path].shape
-        # The axes before `cut` are L and those of w that are summed over.
+        # The first `cut` axes are L and those that are summed over.
         cut = 1 + inputs[path]
         bound = math.prod(shape[1:cut]) ** -0.5
         a_shape = (*shape[:cut], config.rank)

@@ -52,7 +52,10 @@ def _graphdef(module: Callable[..., nnx.Module], config: Any) -> nnx.GraphDef:
 
 
 def _inputs(made: nnx.Module) -> dict[str, int]:
-    """Number of axes that the matrix at each path is summed over: LoRA splits there."""
+    """The number of axes over which the matrix at each path is summed.
+
+    LoRA's a has these axes, and its b the others.
+    """
     inputs = {}
     for path, part in nnx.iter_modules(made):
         name = "/".join(map(str, path))

@@ -80,7 +80,10 @@ class UNetConfig:
 
 
 class LevelSpec(NamedTuple):
-    """The layers of one level: what UNet builds, flops.py counts and weights/ names."""
+    """The layers of one level.
+
+    UNet builds them, flops.py counts their FLOPs, and weights/ names their tensors.
+    """
 
     level: int
     # Input channels of each residual block.

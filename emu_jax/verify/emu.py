@@ -185,7 +185,7 @@ def quantities(file: dict[str, np.ndarray]) -> Iterator[Quantity]:
 
 
 def _special_ids(file: dict[str, np.ndarray]) -> dict[str, int]:
-    """Ids of the special tokens: "pad", "img", "end_img", "image", "eos", ..."""
+    """Ids of the special tokens by name: "pad", "img", "end_img", "image", "eos", ..."""
     return json.loads(str(file["special_ids"]))
 
 

@@ -66,7 +66,7 @@ def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         else:
             fan_in = shape[-1] if len(shape) == 2 else np.prod(shape[1:])
             x = x / np.float32(np.sqrt(fan_in))
-        # Row 2 is that of </s>: its scale makes generation end at different lengths.
+        # Row 2 belongs to </s>. It is scaled so that the generated texts have different lengths.
         if name.endswith("lm_head.weight"):
             x[2] *= np.float32(file["eos_row_scale"])
         tensors[name] = x

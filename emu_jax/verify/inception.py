@@ -36,7 +36,7 @@ class Distance(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What a file's note describes."""
+    """The contents of a file's note."""
 
     # By name.
     distances: dict[str, Distance]
@@ -133,7 +133,7 @@ def weights(file: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _distance(name: str, a: np.ndarray, b: np.ndarray, reference: list[float | None]) -> Quantity:
     """Compare our distance with those of the reference codes that have one.
 
-    The tolerance is at least the relative spread of the references.
+    Where the references differ from one another, that much is tolerated.
     """
     known = np.array([value for value in reference if value is not None])
     ours = fid.distance(fid.statistics(a), fid.statistics(b))

@@ -77,7 +77,7 @@ SOURCE = "workdir of a run, or one of its checkpoints"
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0, or 2 after a message for bad input.
 
-    The statuses of `verify` are its own.
+    `verify`, an old name of emu_jax.verify, returns the statuses of that command.
     """
     return cli.run(_run, arguments)
 

@@ -32,9 +32,9 @@ class Row(NamedTuple):
     theirs: str
     # Path of our leaf.
     ours: str
-    # Einops pattern "theirs -> ours"; empty: same layout.
+    # Einops pattern from their layout to ours; empty if the layouts are the same.
     pattern: str = ""
-    # (start, stop) on the first axis, if one foreign tensor holds several leaves.
+    # (start, stop) on the first axis of the foreign tensor, if it holds several of our leaves.
     cut: tuple[int, int] | None = None
     # Whether the foreign tensor may have fewer than `stop` rows; missing rows become the mean row.
     grows: bool = False
@@ -50,7 +50,7 @@ class Table(NamedTuple):
     unused: tuple[str, ...]
     # Tower -> number of layers.
     depth: dict[str, int]
-    # Rows of leaves that an import creates and an export omits.
+    # Rows that only an import uses; an export leaves their leaves out.
     import_only: tuple[Row, ...] = ()
 
 
@@ -117,7 +117,7 @@ def problems(table: Table, foreign: Tensors, ours: Mapping[str, tuple[int, ...]]
 
 
 def _can_grow(parts: list[Use], got: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    """Whether only rows are missing that the mean of the others fills."""
+    """Whether a tensor lacks only rows that an import fills with the mean of the others."""
     starts = [use.row.cut[0] for use in parts if use.row.grows and use.row.cut]
     least = max(starts, default=0)
     return least > 0 and got[1:] == want[1:] and least <= got[0] < want[0]
@@ -230,7 +230,7 @@ def _tower(path: str) -> str:
 
 
 def _foreign_shape(table: Table, use: Use, shape: tuple[int, ...]) -> tuple[int, ...]:
-    # A single byte broadcast to our shape takes no memory when it is rearranged.
+    # This array stands for our leaf: it is one byte, broadcast, so rearranging it takes no memory.
     array = np.broadcast_to(np.zeros((), np.int8), shape if use.layer is None else shape[1:])
     return _rearrange(table, use.row, array, _inverse(use.row.pattern)).shape
 

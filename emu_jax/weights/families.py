@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from emu_jax.weights import clip, emu1, eva_clip, inception, llama, peft, stable_diffusion, t5
 from emu_jax.weights.family import Family
 
-# Families with more specific signatures come first: an Emu also contains an EVA-CLIP.
+# The order matters: an Emu also contains an EVA-CLIP, so the more specific signature is first.
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (

@@ -20,7 +20,7 @@ from emu_jax.weights.convert import Table, Tensors
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-# Building the abstract model takes a second or two; the cache shares it between the sources of an
+# Building the abstract model takes a second or two. The cache shares it between the sources of an
 # import.
 @lru_cache(maxsize=16)
 def emu_shapes(model_config: EmuConfig) -> Shapes:
@@ -63,8 +63,8 @@ class Family:
     # Stem of the file names of an export. Only "model", Hugging Face's, gets an index even if there
     # is a single file.
     stem: str = "model"
-    # (field of config.model, regex of leaves): a field in which the files may differ from a given
-    # config. The import keeps the files' value, and training initialises those leaves.
+    # (field of config.model, regex of leaves): the files may contradict a given config in this
+    # field. Then the import keeps the value of the files, and training initialises those leaves.
     may_override: tuple[str, str] | None = None
     # Name of the config to use if the user gives none.
     config_file: str = "pretrain"

@@ -42,9 +42,9 @@ DTYPES: dict[str, np.dtype] = {
 LONGEST_HEADER = 100_000_000
 # Stems of the files of single-file checkpoints.
 SINGLE_FILE = ("model", "pytorch_model", "diffusion_pytorch_model")
-# What may follow such a stem, the preferred variant first.
+# Endings of such a stem for the variants of a checkpoint, the preferred one first.
 VARIANTS = ("", ".fp16")
-# Diffusers puts the name of a variant before ".json".
+# Diffusers writes the name of a variant in front of ".json".
 INDEX = re.compile(r".*\.index(\.\w+)?\.json")
 # Size of one file of an export in bytes, as Hugging Face's default.
 SHARD = 5_000_000_000

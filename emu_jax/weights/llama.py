@@ -181,7 +181,7 @@ def _infer_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _default_config(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
-    """Compute rotary angles in float32, as transformers does."""
+    """The config for an import that has none: rotary angles in float32, as in transformers."""
     return {"llama.rope_dtype": "float32"}
 
 

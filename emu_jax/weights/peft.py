@@ -18,7 +18,8 @@ BLOCK = "base_model.model.model.layers.{l}."
 MODULES = {f"self_attn.{name}_proj": f"attn/{name}" for name in "qkvo"} | {
     f"mlp.{name}_proj": f"ffn/{name}" for name in ("gate", "up", "down")
 }
-# Patterns of the attention's A [r, in] and B [out, r], which split heads; the MLP's do not.
+# Patterns of the attention's A [r, in] and B [out, r]. They split the heads; those of the MLP have
+# no heads.
 ATTENTION = {
     "q": ("r D -> D r", "(lh d) r -> r lh d"),
     "k": ("r D -> D r", "(lg d) r -> r lg d"),

@@ -141,7 +141,7 @@ def _refuse_old_format(path: Path) -> None:
         # what was saved.
         for _ in range(4):
             interpret(stream, str(path))
-    # Code in the file is more important than its old format.
+    # Report code in the file rather than its old format.
     except Refused:
         raise
     except UserError:
@@ -458,7 +458,7 @@ def _starts(
     another.
     """
     starts = {}
-    # (first byte of the header, end of the data, name)
+    # Each is (first byte of the header, end of the data, name).
     spans = []
     with path.open("rb") as file:
         for name, storage in wanted.items():

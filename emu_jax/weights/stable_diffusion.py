@@ -23,7 +23,8 @@ from emu_jax.weights.convert import Row, Table, Tensors
 from emu_jax.weights.family import Family, Shapes
 from emu_jax.weights.files import Tensor
 
-# Fields of diffusers' configs, with the values that we support. The first is diffusers' default.
+# Fields of diffusers' configs, each with the values that we support. The first value is the one
+# that diffusers assumes if the field is missing.
 UNET_FIXED = dict(
     act_fn=("silu", "swish"),
     addition_embed_type=(None,),

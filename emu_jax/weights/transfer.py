@@ -237,7 +237,7 @@ def export(
     folder = Path(to).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{to} exists and is not empty; choose another directory")
-    # An adapter consists of the LoRA; for all other families it is merged.
+    # The family `peft` takes the LoRA itself. All other families take matrices with it merged.
     reader = checkpoint.ParamReader if family is peft.FAMILY else MergedReader
     source = reader(directory, ema=ema)
     model = config.from_dict(source.config["model"]).to_dict()
@@ -247,7 +247,7 @@ def export(
         shapes = convert.foreign_shapes(table, ours)
     except UserError as error:
         raise UserError(f"{directory} does not hold a complete {name}: {error}") from error
-    # The family is `peft`, and the model has no LoRA.
+    # This can only be the family `peft`, if the model has no LoRA.
     if not shapes:
         raise UserError(f"{directory} holds no LoRA")
     dtypes = _dtypes(table, source, dtype)
@@ -476,7 +476,7 @@ def _wrong_family(family: Family, likely: Family | None, foreign: files.Foreign)
 
 
 def _infer(source: Source) -> dict[str, Any]:
-    """The fields of config.model that a source should determine; None for those it does not."""
+    """The fields of config.model that a source should determine, with None for those it lacks."""
     with _config_errors(source):
         return source.family.infer_config(_shapes(source), source.foreign.config)
 
@@ -502,7 +502,10 @@ def _config_errors(source: Source) -> Generator[None]:
 
 
 def _differences(c: ConfigDict, fields: dict[str, Any]) -> dict[str, Any]:
-    """The config's value of each field whose value in the files is known and different."""
+    """Fields whose value in the files differs from the config's, with the value in the config.
+
+    Fields that the files do not determine are left out.
+    """
     ours = {field: _field(c, field) for field, value in fields.items() if value is not None}
     return {field: value for field, value in ours.items() if value != fields[field]}
 
@@ -510,7 +513,8 @@ def _differences(c: ConfigDict, fields: dict[str, Any]) -> dict[str, Any]:
 def _check_agreement(c: ConfigDict, source: Source, fields: dict[str, Any]) -> list[Override]:
     """Raise UserError if the files contradict a given config.
 
-    If they differ in the field that the family may override, sets it in `c` and returns it.
+    The family may allow one field to differ: that field is set in `c` to the value of the files,
+    and returned.
     """
     where = source.foreign.where
     differ = _differences(c, fields)

@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 from emu_jax.config import UserError
 from emu_jax.data.documents import Document, pixels_of, texts_of
 
-# Size of the cache of each source: a small dataset is decoded only once; for a large one a cache
-# hardly helps.
+# Size of the cache of each source. It holds all of a small dataset, which is then decoded only
+# once; for a large dataset a cache hardly helps.
 CACHE_BYTES = 256 * 2**20
 # Rough size in bytes of a document without its pixels and text.
 RECORD_BYTES = 1000

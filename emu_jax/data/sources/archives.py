@@ -104,7 +104,7 @@ class Files:
         member = self._zip_members[_normalise(name)]
         _check_size(name, member.file_size, limit)
         with archive.open(member) as file:
-            # The size in the header may be too small.
+            # Read no more than the limit, because the size in the header may be wrong.
             return file.read(limit)
 
     def _read_tar(self, archive: tarfile.TarFile, name: str, limit: int) -> bytes:

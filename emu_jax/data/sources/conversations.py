@@ -135,7 +135,7 @@ def videochatgpt(
     name = record.get("video_id", record.get("video"))
     if not isinstance(name, str):
         raise ValueError("no video")
-    # The published training data names feature files, VIDEO.pkl, instead of videos.
+    # The published training data names files of features, VIDEO.pkl, where the video is meant.
     media = _frames(name.removesuffix(".pkl"), places, options, id)
     if "conversations" in record:
         return _conversation(record["conversations"], [media], "<video>")
@@ -158,7 +158,7 @@ def _conversation(turns: Any, media: list[list[Picture]], mark: str) -> list[Tur
     marks = sum(text.text.count(mark) for text in texts if text.role == "user")
     anywhere = marks == len(media)
     parts: list[Turn] = []
-    # Media that are not placed yet.
+    # The media that have not been placed so far.
     left = list(media)
     for text in texts:
         if not left or text.role != "user":

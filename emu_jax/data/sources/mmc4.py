@@ -73,7 +73,7 @@ def _document(
         if not sentence.strip():
             parts += matched
         elif matched:
-            # The last of several images is the one in the pair.
+            # If a sentence has several images, the last one forms the pair with it.
             parts += matched[:-1]
             parts.append(Pair(matched[-1], Text(sentence)))
         else:
@@ -92,7 +92,7 @@ def _picture(
         or not isinstance(info.get("matched_sim"), (int, float))
     ):
         return "image_info without image_name or matched_sim"
-    # Written with `not` because Python's JSON accepts NaN, which compares false.
+    # `not (x >= y)` also drops NaN, which Python's JSON parser accepts.
     if not info["matched_sim"] >= options.min_similarity:
         return f"similarity under {options.min_similarity}"
     if (

@@ -157,7 +157,7 @@ def _pair(
         for name, value in meta.items()
         if name.lower() in SCORES and isinstance(value, (int, float))
     ]
-    # The score is NaN if there was no image to compare.
+    # `not (x >= y)` also skips NaN, which img2dataset writes if there was no image to compare.
     if scores and not scores[0] >= options.min_score:
         return Skipped(key, f"CLIP score under {options.min_score}")
     provenance = {name: meta[name] for name in PROVENANCE if isinstance(meta.get(name), str)}

@@ -27,9 +27,9 @@ from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Pair, Picture, Text, flat_parts, texts_of
 from emu_jax.data.sources import CorruptRecord
 
-# Number of open readers to keep per file.
+# Number of open readers that are kept for each file.
 MAX_IDLE = 4
-# Part of every dataset's metadata, by which `RecordSource` recognises datasets that it can read.
+# An entry in the metadata of every dataset, by which `RecordSource` knows that it can read it.
 METADATA = {"emu_jax": "documents"}
 
 
@@ -183,7 +183,7 @@ class RecordSource:
         id = f"{self.name}[{index}]"
         try:
             raw = self._raw[index]
-        # The checksum is wrong, or the disk failed.
+        # Either the record's checksum is wrong, or the disk failed.
         except (RuntimeError, OSError) as error:
             raise CorruptRecord(
                 id, " ".join(str(error).split()), disk=isinstance(error, OSError)
@@ -249,12 +249,13 @@ def _parts(
 
 
 class RecordReader:
-    """Records of several ArrayRecord files as bytes, by index over all files. Thread-safe.
+    """Reads records of several ArrayRecord files as bytes, by index over all files.
 
-    `lengths` are the numbers of records in the files. Records are read by seeking, in microseconds:
-    the time of Grain's own random access grows with the size of the file (8 ms at a million records
-    with array-record 0.8.6). Each ArrayRecordReader is used by one thread at a time, so a hung one
-    blocks only that thread; one that raises is discarded.
+    Thread-safe. `lengths` are the numbers of records in the files. Records are read by seeking,
+    which takes microseconds; Grain's own random access takes longer the larger the file is (8 ms at
+    a million records with array-record 0.8.6). Each ArrayRecordReader is used by one thread at a
+    time, so that one that hangs blocks only its thread. A reader that raises an exception is
+    discarded.
     """
 
     def __init__(self, files: list[str], lengths: list[int]):

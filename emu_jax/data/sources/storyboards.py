@@ -108,7 +108,7 @@ def split_document(
             cost = TOKENS_PER_IMAGE
         else:
             cost = 1 + len(part.text.encode()) // MIN_BYTES_PER_TOKEN
-        # The 2 are <s> and </s>.
+        # <s> and </s> are 2 tokens more.
         too_long = tokens + cost > options.max_tokens - 2
         if held and (images + is_image > options.max_images or too_long):
             yield piece()

@@ -74,7 +74,8 @@ def _video(
 def _subtitles_name(name: str, root: Path) -> str | None:
     """The name of the subtitles of the video `name`: its stem with .vtt or .srt.
 
-    There may be a language in between; the first in alphabetical order is used.
+    A language may stand in between, as in NAME.en.vtt. Of several languages, the alphabetically
+    first is used.
     """
     folder = (root / name).parent
     stem = Path(name).stem

@@ -168,11 +168,11 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
 
 @lru_cache(2)
 def _repeated(files: archives.Files) -> frozenset[str]:
-    """Images that several pages of a site show.
+    """Images that several pages of a site show, such as logos.
 
-    These are images on at least three pages that are at least the share REPEATED of the site's
-    pages; on a site of at most three pages, two are enough. A site is a top-level folder. This
-    reads all pages, once per process.
+    A site is a top-level folder. An image is repeated if it is on at least three of the site's
+    pages and on at least the share REPEATED of them; on a site of at most three pages, two are
+    enough. This reads all pages, once per process.
     """
     shown: Counter[tuple[str, str]] = Counter()
     names = files.names(PAGES)
@@ -391,19 +391,19 @@ def _folder(tree: "LexborHTMLParser", page: str) -> str | None:
 
 
 def _target(source: str, folder: str | None) -> str:
-    """The file name, relative to the folder of pages, that `source` in `folder` points to.
+    """The file that the address `source` on a page in `folder` points to, or "".
 
-    "" for a remote, inline or malformed address. A name may lead outside the folder; `Files`
-    refuses to read it then.
+    The name is relative to the folder of pages. It may lead outside that folder, but `Files`
+    refuses to read such names. Remote, inline and malformed addresses are not files.
     """
     place = _joined(source, folder, is_file=True)
     return posixpath.normpath(place.lstrip("/")) if place else ""
 
 
 def _joined(address: str, folder: str | None, *, is_file: bool) -> str | None:
-    """The path of `address` relative to `folder`, or unless `is_file` the folder of that path.
+    """Join an address with `folder`; unless `is_file`, return the folder of the joined path.
 
-    None for an address on another site, and for a file's address without a path.
+    Returns None for an address on another site, and for a file's address without a path.
     """
     try:
         place = urlsplit(address.strip())
