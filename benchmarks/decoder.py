@@ -37,7 +37,7 @@ from emu_jax.types import DecoderBatch
 
 # Side of the square of positions that the U-Net works on.
 SIDE = 64
-# Number of visual tokens in a condition, and their width, a quarter of that of the 14B's LLM.
+# Number and width of the visual tokens of a condition. The width is a quarter of the 14B's LLM.
 TOKENS = 32
 WIDTH = 1280
 SAMPLER = "pndm"

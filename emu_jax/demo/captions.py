@@ -46,7 +46,7 @@ def caption_groups(
     """
     pairs = {name: _pairs(source) for name, (source, _) in groups.items()}
     every = [pair for some in pairs.values() for pair in some]
-    # A batch takes as long as its longest caption, so captions of similar lengths share a batch.
+    # A batch takes as long as its longest caption, so captions of similar length are put together.
     # The results do not depend on this order.
     order = sorted(range(len(every)), key=lambda i: len(model.tokenizer.encode(every[i].caption)))
     texts = model.caption(np.stack([every[i].image for i in order]))

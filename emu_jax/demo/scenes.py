@@ -72,7 +72,7 @@ HELD_OUT = {"counts": 24, "spatial": 96, "stories": 20}
 Pixels = UInt8[np.ndarray, "h w 3"]
 # RGBA, cropped to the drawing; both sides are at most `drawing_size`.
 Drawing = UInt8[np.ndarray, "h w 4"]
-# (row, column) in the grid.
+# A cell of the grid: (row, column).
 Cell = tuple[int, int]
 
 
@@ -197,7 +197,7 @@ def _paint(image, background, placed, draw, rng, shift=None) -> Pixels:
         x = column * cell + (cell - w) // 2 + dx
         alpha = drawing[..., 3:] / np.float32(255)
         spot = canvas[y : y + h, x : x + w]
-        # `spot` is a view, so this changes the canvas.
+        # `spot` is a view of the canvas, so this paints on the canvas.
         spot += alpha * (drawing[..., :3] - spot)
     return canvas.round().astype(np.uint8)
 

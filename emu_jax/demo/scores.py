@@ -70,7 +70,7 @@ def ranks(distances: Float[np.ndarray, "Q K"], right: Int[np.ndarray, "Q"]) -> I
 def squared_distances(
     queries: Float[np.ndarray, "Q n"], keys: Float[np.ndarray, "K n"]
 ) -> Float[np.ndarray, "Q K"]:
-    # Centre the points, so that small distances are not differences of large numbers.
+    # Differences of large numbers would lose small distances, so centre the points first.
     centre = keys.mean(0)
     queries = queries - centre
     keys = keys - centre

@@ -27,7 +27,7 @@ from emu_jax.generate.session import Session
 
 # Number of images and videos to keep in memory, because many questions share one.
 CACHED_MEDIA = 64
-# Random seed of the few-shot examples for --text-only.
+# Random seed that chooses the few-shot examples for --text-only.
 FIXED_SHOTS_SEED = 1
 
 
@@ -105,14 +105,17 @@ class Predictor:
         chosen = []
         for example, feature in zip(examples, features, strict=True):
             names = self.index.nearest(feature, self.settings.shots, exclude=example.media)
-            # If an image has several questions, always choose the same one for this example.
+            # An image may have several questions. Always choose the same one for this example.
             number = zlib.crc32(example.id.encode())
             candidates = [self.pool[name] for name in names]
             chosen.append([shots[number % len(shots)] for shots in candidates])
         return chosen
 
     def fit_prompt(self, example: Example, shots: list[Example]) -> tuple[Prompt, int]:
-        """The prompt with as many of the last `shots` as the context has room for; their number."""
+        """Make the prompt with as many of the last `shots` as fit.
+
+        Returns it and their number.
+        """
         room = self.session.context - self.generation.max_new_tokens
         while True:
             prompt = self.prompt(self.task.kind, example, shots)
@@ -137,7 +140,7 @@ class Predictor:
         return self.session.processor.frames(self.plan.paths[media])
 
     def _mark_unanswerable(self, examples: Sequence[Example], values: list[str]) -> list[str]:
-        """Replace answers by "unanswerable" if the model says that the answer is not known."""
+        """Replace answers by "unanswerable" where the model says that they are not known."""
         known = self.session.generate_texts(
             [self.prompt("known", example, []) for example in examples],
             GenerationConfig(max_new_tokens=self.generation.max_new_tokens),
@@ -200,8 +203,8 @@ def predict_to_file(
 def read_predictions(out: Path) -> dict[str, Prediction]:
     """The predictions of all hosts in the folder `out`, by example id.
 
-    Ignores an incomplete last line of a file, which a killed run leaves. Raises UserError for
-    another malformed line.
+    A killed run may leave an incomplete last line in its file, which is ignored. Raises UserError
+    for any other line that is not a prediction.
     """
     predictions: dict[str, Prediction] = {}
     for path in sorted(out.glob("predictions-*.jsonl")):

@@ -125,6 +125,6 @@ def _cut(text: str, ends: Sequence[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Remove the brackets of marks that would be read as special tokens or images."""
+    """Remove the brackets of marks that would be read as special tokens, like [IMG]."""
     marks = re.compile(r"\[(/?IMG|USER|ASSISTANT)\]|\{(image|question)\}|<(/s)>")
     return marks.sub(lambda match: next(filter(None, match.groups())), text)

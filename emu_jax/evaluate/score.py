@@ -18,7 +18,7 @@ CAPTION_METRICS = ("cider", "bleu", "rouge")
 
 
 class Scores(NamedTuple):
-    """Numbers over all examples by name, and the score of each example by id."""
+    """The scores of a benchmark: over all examples by name, and of each example by id."""
 
     numbers: dict[str, Any]
     # Higher is better.

@@ -18,7 +18,7 @@ from emu_jax.generate.generation_config import GenerationConfig
 # The release's settings for captions and for short answers.
 CAPTION = GenerationConfig(max_new_tokens=20, min_new_tokens=8, beams=5, length_penalty=-1.0)
 ANSWER = GenerationConfig(max_new_tokens=20, min_new_tokens=1, beams=5, length_penalty=-1.0)
-# MM-Vet's answers of any length; its settings are unpublished.
+# Generation settings for MM-Vet, whose answers may have any length; the release's are unpublished.
 FREE = GenerationConfig(max_new_tokens=128, beams=5)
 
 

@@ -23,7 +23,7 @@ from emu_jax.evaluate.score import Scores
 from emu_jax.generate import diffusion_decoder
 from emu_jax.generate.session import Session
 
-# A parameter that only FID's Inception has.
+# A parameter that no other network than FID's Inception has, which identifies its checkpoint.
 INCEPTION_PARAM = "Mixed_7c/branch_pool/w"
 
 

@@ -231,7 +231,7 @@ def char_set(token: str) -> Set:
     units = np.zeros(UNITS, bool)
     if token[0] != "[" or len(token) == 1:
         letter = chr(_unit(token))
-        # Other characters that a case conversion turns into the letter.
+        # A letter also matches other characters that a case conversion turns into it.
         alike = {"i": "\u0130\u0131", "k": "\u212a", "s": "\u017f"}.get(letter.lower(), "")
         for case in {letter, letter.lower(), letter.upper(), *alike}:
             if len(case) == 1:

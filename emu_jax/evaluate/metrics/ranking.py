@@ -34,7 +34,10 @@ def ndcg(
 
 
 def true_rank_metrics(true_ranks: Sequence[int]) -> dict[str, float]:
-    """Recall, mean rank and mean reciprocal rank of the ranks (from 1) of the true answers."""
+    """Recall, mean rank and mean reciprocal rank.
+
+    ranks: the rank of the true answer in each round, from 1.
+    """
     ranks = np.asarray(true_ranks, float)
     metrics = {f"recall@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
     return metrics | {"mean_rank": float(ranks.mean()), "mrr": float((1 / ranks).mean())}

@@ -75,5 +75,5 @@ def _drop_punctuation(text: str) -> str:
     for mark in PUNCTUATION:
         remove = has_number or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if remove else " ")
-    # The original passes re.UNICODE, which is 32, where the count belongs.
+    # The original passes re.UNICODE, which is 32, as the maximum number of replacements.
     return re.sub(r"\.(?!\d)", "", cleaned, count=32)

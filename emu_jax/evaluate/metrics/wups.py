@@ -37,7 +37,7 @@ def words(text: str) -> list[str]:
 
 
 def _one_way(wordnet: WordNet, ours: list[str], theirs: list[str], threshold: float) -> float:
-    """Product over our words of the best similarity to any of theirs; zeros are skipped."""
+    """Multiply, over our words, the best similarity to any of theirs; zeros are left out."""
     product = 1.0
     found = False
     for word in ours:
