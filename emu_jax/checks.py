@@ -115,7 +115,7 @@ def check_memory(plan: RunPlan) -> None:
     memory = device_memory()
     if needed > memory:
         raise UserError(
-            f"the model's state needs {needed / GIB:.1f} GiB a device and a device has "
+            f"the model's state needs {needed / GIB:.1f} GiB per device and a device has "
             f"{memory / GIB:.1f} GiB: use more devices (mesh.fsdp), or a smaller model "
             "(--config=configs/pretrain.py:emu-1b)"
         )

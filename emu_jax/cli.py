@@ -47,14 +47,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        # argparse complains of a missing flag first, which hides that it was misspelt.
+        # argparse names a missing flag but not the misspelt one that was meant.
+        known = [name for name in self._option_string_actions if name[:2] == "--"]
         for argument in self._given if "are required" in message else ():
             flag = argument.partition("=")[0]
-            if flag[:2] == "--" and flag[2:] and flag not in self._option_string_actions:
-                known = [name for name in self._option_string_actions if name[:2] == "--"]
-                near = difflib.get_close_matches(flag, known, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"unrecognized arguments: {argument}{hint}")
+            near = difflib.get_close_matches(flag, known, 1)
+            if flag[:2] == "--" and flag not in known and near:
+                raise UserError(f"unrecognized arguments: {argument}; did you mean {near[0]}?")
         raise UserError(message)
 
 

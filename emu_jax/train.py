@@ -36,11 +36,14 @@ log = logging.getLogger("emu_jax.train")
 
 USAGE = """usage: python -m emu_jax.train --config=FILE[:SIZE] [--config.FIELD=VALUE ...]
 
+Train a model, or resume the run in its workdir. Ctrl-C saves and stops. The config files are
+configs/pretrain.py, decoder.py, instruct.py, clip.py and demo.py, or one of your own.
+
   python -m emu_jax.train --config=configs/pretrain.py --config.workdir=runs/emu
   python -m emu_jax.train --config=configs/pretrain.py:emu-1b --config.optim.steps=100 ...
 
 Below are the fields of configs/base.py and their defaults. A config file may change a default or
-add fields.
+add groups.
 """
 
 

@@ -468,6 +468,10 @@ def test_a_missing_average_is_an_error(tmp_path):
         run.restore(abstract(make_state()))
 
 
+def test_the_folder_of_the_checkpoints_is_as_good_as_the_workdir(saved):
+    assert read_config(str(saved / "checkpoints")) == read_config(str(saved))
+
+
 def test_a_missing_directory_or_step_is_an_error(saved, tmp_path):
     for read in (read_config, restore_params):
         with pytest.raises(UserError, match="no directory '.*nowhere'"):

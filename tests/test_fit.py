@@ -338,7 +338,7 @@ def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
 def test_a_state_that_cannot_fit_is_an_error_before_compiling():
     with pytest.raises(
         UserError,
-        match=r"the parameters and the optimizer alone need 0.0 GiB a device .* "
+        match=r"the parameters and the optimizer alone need 0.0 GiB per device .* "
         r"take at least \d+ devices",
     ):
         command.fit(make.cfg(*SHARDED), CHIP, jax.devices())

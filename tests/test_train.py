@@ -581,7 +581,7 @@ def test_the_memory_check_counts_the_average_of_the_weights(monkeypatch):
     needed = plain.state_bytes + plain.gradient_bytes
     monkeypatch.setattr(checks, "device_memory", lambda: needed)
     checks.check_memory(plain)
-    with pytest.raises(UserError, match=r"the model's state needs .* GiB a device"):
+    with pytest.raises(UserError, match=r"the model's state needs .* GiB per device"):
         checks.check_memory(averaged)
 
 

@@ -51,8 +51,8 @@ def split_step(path: AnyPath) -> tuple[AnyPath, int | None]:
 def find_steps(directory: str, step: int | None) -> tuple[epath.Path, int | None]:
     """The folder that holds the steps of a run, and the step to read; None: the newest.
 
-    directory: a run's workdir, or workdir/checkpoints/STEP, which overrides `step`. Raises
-    UserError if it does not exist.
+    directory: a run's workdir, workdir/checkpoints, or workdir/checkpoints/STEP, which overrides
+    `step`. Raises UserError if it does not exist.
     """
     path = resolve(directory)
     if not path.is_dir():
@@ -60,6 +60,9 @@ def find_steps(directory: str, step: int | None) -> tuple[epath.Path, int | None
             f"no directory {str(directory)!r}; give a run's workdir, "
             "or one of its checkpoints, workdir/checkpoints/1000"
         )
+    if path.name == "checkpoints" and not (path / "checkpoints").is_dir():
+        # The user has given the folder of the checkpoints in place of the workdir.
+        path = path.parent
     workdir, own_step = split_step(path)
     return workdir / "checkpoints", step if own_step is None else own_step
 

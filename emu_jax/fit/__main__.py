@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command(arguments: list[str]) -> int:
     flags, rest = _parse(arguments)
+    if flags.json and not os.access(Path(flags.json).absolute().parent, os.W_OK):
+        raise UserError(f"--json={flags.json} cannot be written: its folder must exist")
     c = config.load(rest)
     _use_no_devices()
     _use_few_arenas()
@@ -77,7 +80,7 @@ def _run_line(p: RunPlan) -> str:
     return (
         f"{p.mesh.size} x {p.mesh.devices.flat[0].device_kind}, mesh {dict(p.mesh.shape)}; "
         f"{data.batch} rows of {data.tokens} tokens and {data.images} images, "
-        f"{data.batch // batch_shards(p.mesh)} a device{micro}\n"
+        f"{data.batch // batch_shards(p.mesh)} per device{micro}\n"
     )
 
 
@@ -87,7 +90,7 @@ def _check_state(p: RunPlan, accelerator: Accelerator) -> None:
     if p.state_bytes > limit:
         needed = -(-p.state_bytes * p.mesh.size // limit)
         raise UserError(
-            f"the parameters and the optimizer alone need {p.state_bytes / GIB:.1f} GiB a device "
+            f"the parameters and the optimizer alone need {p.state_bytes / GIB:.1f} GiB per device "
             f"and a device has {limit / GIB:.1f} GiB: take at least {needed} devices, more "
             "mesh.fsdp, or a smaller model (pretrain.py:emu-1b)"
         )
@@ -118,6 +121,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     assert __doc__
     parser = cli.Parser(
         prog="python -m emu_jax.fit",
+        usage="python -m emu_jax.fit --config=FILE --topology=NAME [--search] [--json=FILE] "
+        "[--config.FIELD=VALUE ...]",
         description=__doc__.splitlines()[0],
         epilog="--config=FILE and --config.FIELD=VALUE as in python -m emu_jax.train --help",
     )

@@ -77,13 +77,13 @@ def search_batch(
         change: dict[str, Any] = dict.fromkeys(remat_policies(c), policy)
         change |= {"data.batch": rows * shards, "optim.accumulate": 1}
         tried: Attempt = attempt(make_plan(with_change(c, change), devices), accelerator)
-        print(f"remat {policy:5} {rows:3} rows a device: {tried}", flush=True)
+        print(f"remat {policy:5} {rows:3} rows per device: {tried}", flush=True)
         return tried.peak if tried.fits else None
 
     best = largest_batches(measure, accelerator.memory, COMPILATIONS)
     for policy, rows in best.items():
         if rows:
-            print(f"remat {policy}: {rows} rows a device fit, data.batch={rows * shards}")
+            print(f"remat {policy}: {rows} rows per device fit, data.batch={rows * shards}")
         else:
             print(f"remat {policy}: nothing fits")
     return {

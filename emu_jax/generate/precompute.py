@@ -279,6 +279,8 @@ def parts_before_image(document: Document) -> Parts | None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m emu_jax.generate precompute",
+        usage="python -m emu_jax.generate precompute --config=FILE --to=DIR [--latents] "
+        "[--batch=N] [--host=K --hosts=N] [--config.FIELD=VALUE ...]",
         description="Compute inputs of decoder training once for all epochs: the visual tokens "
         "that the LLM generates for each document's first image (then train with "
         "data.conditions=DIR and model.decoder.condition=generated), or its latents (then train "

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from emu_jax.config import UserError
+from emu_jax.files import one_line
 
 
 class Quantity(NamedTuple):
@@ -35,9 +36,11 @@ def load(path: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{path}: not a readable .npz of plain arrays ({str(error).splitlines()[0]})"
-        ) from error
+        reason = one_line(error)
+        # NumPy takes any file that is not its own for a pickle.
+        if "pickle" in reason:
+            reason = "it has other contents"
+        raise UserError(f"{path} is not a readable .npz of plain arrays: {reason}") from error
 
 
 def parameter_shapes(file: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

@@ -343,6 +343,11 @@ class MergedReader:
             elif not path.endswith(("/absmax", "/a", "/b")):
                 self.shapes[path] = dtype, shape
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether some matrix has LoRA, or is stored as codes."""
+        return self._source.shapes.keys() != self.shapes.keys()
+
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """Read a leaf, or its slice `layer`, merged and dequantized."""
         read = partial(self._source.read, layer=layer)
@@ -369,6 +374,10 @@ def merge(directory: str, to: str) -> None:
     Raises UserError if that fails, and then leaves no files behind.
     """
     source = MergedReader(directory)
+    if not source.has_parts:
+        raise UserError(
+            f"{directory} has no LoRA and no quantized matrices: nothing is to be merged"
+        )
     leaves = {
         path: jax.ShapeDtypeStruct(shape, dtype) for path, (dtype, shape) in source.shapes.items()
     }

@@ -152,12 +152,15 @@ def rewritten(change):
         ),
         (
             lambda path: path.write_bytes(open(FILES["emu1_pretrained"], "rb").read()[:100_000]),
-            "not a readable .npz of plain arrays",
+            "is not a readable .npz of plain arrays",
         ),
-        (lambda path: path.write_text("a golden file"), "not a readable .npz of plain arrays"),
+        (
+            lambda path: path.write_text("a golden file"),
+            "is not a readable .npz of plain arrays: it has other contents",
+        ),
         (
             lambda path: np.savez(path, config=np.array([{}], object)),
-            "not a readable .npz of plain arrays",
+            "is not a readable .npz of plain arrays",
         ),
         (lambda path: None, "no golden file"),
     ],

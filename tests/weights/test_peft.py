@@ -15,7 +15,7 @@ from emu_jax import tree
 from emu_jax.config import UserError
 from emu_jax.initial import load_weights
 from emu_jax.models import emu, lora, module
-from emu_jax.weights import files
+from emu_jax.weights import files, transfer
 from emu_jax.weights.__main__ import main
 from tests.support import make
 from tests.support.foreign import (
@@ -208,6 +208,8 @@ def test_a_quantised_run_starts_from_plain_matrices_and_merges_to_their_dequanti
         for k in range(2)
     ]
     np.testing.assert_allclose(merged["llama/blocks/attn/q/w"], want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="merged has no LoRA and no quantized matrices: nothing is"):
+        transfer.merge(str(tmp_path / "merged"), str(tmp_path / "again"))
 
 
 # Bad input
