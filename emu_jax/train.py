@@ -29,7 +29,7 @@ from emu_jax.metric_writer import MetricWriter
 from emu_jax.plan import RunPlan, abstract_params, make_plan, parameter_table
 from emu_jax.step import State, init_params, init_state
 from emu_jax.watchdog import Watchdog
-from emu_jax.workdir import check_same_config, check_workdir, write_config
+from emu_jax.workdir import check_same_config, check_workdir, remove_if_empty, write_config
 
 # Not __name__, which is "__main__" under `python -m`: main enables only the package's records.
 log = logging.getLogger("emu_jax.train")
@@ -116,6 +116,7 @@ def train(c: ConfigDict, began: float | None = None) -> State:
             evaluators.append(hooks.benchmark_evaluator(plan, tokenizer))
 
         # State: resume, else weights, else scratch.
+        stack.callback(remove_if_empty, workdir)
         check_workdir(workdir, c)
         watchdog = stack.enter_context(Watchdog(workdir, c.log.hang, began))
         checkpoints = CheckpointManager(

@@ -5,6 +5,7 @@ Read next: train.py.
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def check_workdir(workdir: Path, c: ConfigDict) -> None:
             probe.unlink()
         except OSError as error:
             raise _not_writable(workdir, error) from error
+
+
+def remove_if_empty(workdir: Path) -> None:
+    """Remove the workdir of a run that ended in an error before it wrote anything."""
+    if jax.process_index() == 0:
+        with suppress(OSError):
+            workdir.rmdir()
 
 
 def write_config(workdir: Path, values: dict[str, Any]) -> None:

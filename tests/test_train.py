@@ -496,9 +496,10 @@ def test_a_different_place_of_checkpoints_is_refused(whole, data, warm, capsys, 
     )
 
 
-def test_a_mistyped_init_does_not_claim_the_workdir(data, tmp_path, capsys):
-    assert train.main(arguments(data, tmp_path, "init=nowhere")) == 2
-    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "config.json").exists()
+def test_a_wrong_init_leaves_no_workdir(data, tmp_path, capsys):
+    assert train.main(arguments(data, tmp_path / "run", f"init={data}")) == 2
+    assert f"no checkpoint in {data}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_that_error_messages_advise_may_change(whole, data, warm, tmp_path):

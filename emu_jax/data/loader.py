@@ -131,6 +131,8 @@ class Loader:
     def _log_sizes(self) -> None:
         for name, documents in self._documents.items():
             log.info("source %s: %d documents", name, documents)
+        if self.eval:
+            return
         images = (2 + self.data.prefetch) * len(self.owned) * self._rows * self.data.images
         log.info(
             "memory: %d MiB of prefetched batches, at most %d MiB of cached documents, "
