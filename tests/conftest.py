@@ -81,6 +81,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """Leave all objects to the end of the process: pytest would search them for garbage."""
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items):
     """Run the longest tests first, so that no worker waits for them at the end."""
     items.sort(key=lambda item: item.path.name not in ("test_processes.py", "test_torture.py"))

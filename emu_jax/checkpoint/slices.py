@@ -4,6 +4,7 @@ Orbax's arrays are zarr arrays in an OCDBT store, and TensorStore reads and writ
 Read next: weights/transfer.py, which imports and exports foreign weights.
 """
 
+import base64
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -145,26 +146,40 @@ def param_writer(
 def _write_orbax_metadata(
     step: epath.Path, params: dict[str, jax.ShapeDtypeStruct], config: dict
 ) -> None:
-    """Let Orbax write a step whose arrays have one element each, then correct their shapes."""
-    ones = {path: jnp.zeros((1,) * len(x.shape), x.dtype) for path, x in params.items()}
-    content = {"params": tree.unflatten(ones), "data": {}, "config": config, "manifest": {}}
+    """Let Orbax write a step with one small array, and describe all arrays like that one."""
+    one, x = next(iter(params.items()))
+    tiny = tree.unflatten({one: jnp.zeros((1,) * len(x.shape), x.dtype)})
     with orbax_context():
-        ocp.save_checkpointables(step, content)
-    shapes = {path: list(x.shape) for path, x in params.items()}
+        ocp.save_checkpointables(
+            step, {"params": tiny, "data": {}, "config": config, "manifest": {}}
+        )
 
     tree_file = step / "params" / "_METADATA"
     tree_metadata = json.loads(tree_file.read_text())
-    for entry in tree_metadata["tree_metadata"].values():
-        path = "/".join(key["key"] for key in entry["key_metadata"])
-        entry["value_metadata"]["write_shape"] = shapes[path]
-    tree_file.write_text(json.dumps(tree_metadata))
+    (entry,) = tree_metadata["tree_metadata"].values()
+    entries = {}
+    for path, x in params.items():
+        keys = path.split("/")
+        entries[str(tuple(keys))] = {
+            "key_metadata": [entry["key_metadata"][0] | {"key": key} for key in keys],
+            "value_metadata": entry["value_metadata"] | {"write_shape": list(x.shape)},
+        }
+    tree_file.write_text(json.dumps(tree_metadata | {"tree_metadata": entries}))
+
+    sharding_file = step / "params" / "_sharding"
+    (sharding,) = json.loads(sharding_file.read_text()).values()
+    names = [base64.b64encode(path.replace("/", ".").encode()).decode() for path in params]
+    sharding_file.write_text(json.dumps(dict.fromkeys(names, sharding)))
 
     for file in (step / "params" / "array_metadatas").iterdir():
         arrays = json.loads(file.read_text())
-        for entry in arrays["array_metadatas"]:
-            array = entry["array_metadata"]
-            shape = shapes[array["param_name"].replace(".", "/")]
-            array |= {"write_shape": shape, "chunk_shape": shape}
+        array = arrays["array_metadatas"][0]["array_metadata"]
+        arrays["array_metadatas"] = []
+        for path, x in params.items():
+            shape = list(x.shape)
+            named = {"param_name": path.replace("/", "."), "write_shape": shape}
+            described = {"array_metadata": array | named | {"chunk_shape": shape}}
+            arrays["array_metadatas"].append(described)
         file.write_text(json.dumps(arrays))
 
 
