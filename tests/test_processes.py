@@ -59,14 +59,14 @@ def evaluated(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
-    """(workdir, standard error) of two processes of two devices and two readers each.
+    """(workdir, standard error) of two processes of two devices and a reader process each.
 
     One of them gets a SIGTERM once step STEPS is saved.
     """
     folder = tmp_path_factory.mktemp("stopped")
     workdir = folder / "run"
     overrides = evaluated(data, folder)
-    launch = command(data, workdir, 2, *overrides, "optim.steps=10000", "data.readers=2")
+    launch = command(data, workdir, 2, *overrides, "optim.steps=10000", "data.readers=1")
     note_pid = 'echo $$ > "$0-$JAX_PROCESS_ID"; exec "$@"'
     run = subprocess.Popen(
         [*launch[:2], "bash", "-c", note_pid, str(folder / "pid"), *launch[2:]],
@@ -86,10 +86,10 @@ def stopped(data, tmp_path_factory):
 def test_two_processes_are_one(data, stopped, tmp_path):
     """Runs of 2 processes x 2 devices, 1 x 4 and 1 x 1 give the same results.
 
-    The two processes have two readers each. Documents are packed, mixed and interleaved. Every
-    batch holds the same documents (the state of the streams counts them). Losses, held-out losses
-    and benchmark scores are equal. Images and captions are compared only between equal numbers of
-    devices.
+    Each of the two processes has a reader process. Documents are packed, mixed and interleaved.
+    Every batch holds the same documents (the state of the streams counts them). Losses, held-out
+    losses and benchmark scores are equal. Images and captions are compared only between equal
+    numbers of devices.
     """
     workdir, _ = stopped
     lines = [line for line in metrics(workdir) if line["step"] <= STEPS]
