@@ -220,7 +220,7 @@ def moment_has_come(
 def _changed(path: Path) -> float:
     try:
         return path.stat().st_ctime
-    # The folder has just been renamed.
+    # A save that ends at this moment renames its folder.
     except FileNotFoundError:
         return 0.0
 

@@ -155,7 +155,7 @@ def ask(before: Session, after: Session, source: Source) -> list[Answered]:
 
 
 def _turns(document: Document) -> list[tuple[chat_format.Turn, str]]:
-    """(turn, kind of its question) of a conversation."""
+    """The turns of a conversation, each with the kind of its question."""
     _, turns = chat_format.split_turns(document)
     return list(zip(turns, document.provenance["kinds"], strict=True))
 

@@ -59,7 +59,7 @@ def image_path(example: Example) -> str:
 
 
 def check_models(inception_dir: str, clip_dir: str | None) -> None:
-    """Raise UserError unless the checkpoints are FID's Inception and a CLIP (or None)."""
+    """Raise UserError unless the checkpoints are FID's Inception and, if given, a CLIP."""
     if INCEPTION_PARAM not in checkpoint.param_shapes(inception_dir):
         raise UserError(f"the checkpoint in '{inception_dir}' is not FID's Inception; {fid.WHERE}")
     if clip_dir:

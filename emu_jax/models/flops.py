@@ -56,11 +56,11 @@ def forward(
 
 
 def train(config: EmuConfig, trained: dict[str, bool], **counts: Count) -> dict[str, Count]:
-    """FLOPs of a step by tower; `counts` are those of `forward`.
+    """FLOPs of a step by tower. `counts` are the arguments of `forward`.
 
-    A tower that trains costs three times its forward pass; a frozen one costs twice its forward
-    pass if gradients pass through it to an earlier tower or to its LoRA (whose own FLOPs are not
-    counted), else once.
+    A tower that trains costs three times its forward pass. A frozen tower costs its forward pass
+    once, or twice if gradients pass through it to an earlier tower or to its LoRA. LoRA's own FLOPs
+    are not counted.
     """
     order = ("vision", "resampler", "inputs", "llama", "heads")
     passes = {

@@ -127,7 +127,7 @@ class RecordSource:
     """
 
     def __init__(self, folder: Path, split: str, image_size: int, fit: str = "squash"):
-        # Imported here because it imports JAX, which a reader process does not need.
+        # Import Grain only here: it imports JAX, which a reader process does not need.
         import grain
 
         try:
