@@ -62,10 +62,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that does not become a document, and the reason in one line."""
+    """A record that does not become a document, and the reason in one line.
+
+    whole_file: `id` is the name of a file, and the reason is an error that ended its reading.
+    """
 
     id: str
     reason: str
+    whole_file: bool = False
 
 
 def flat_parts(document: Document) -> Iterator[Text | Picture]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from emu_jax.config import UserError
 from emu_jax.data import images
 from emu_jax.data.documents import Document, Image, Picture, Skipped, Text, flat_parts
 from emu_jax.data.sources import kinds
@@ -23,9 +24,21 @@ CELLS = 4
 def inspect_documents(
     kind: str, path: Path, options: SourceOptions
 ) -> Iterator[Document | Skipped]:
-    """All documents and skipped records below `path`, in order."""
+    """Yield all documents and skipped records below `path`, in order.
+
+    Raises UserError at the end if `path` is a file of which nothing could be read.
+    """
+    was_read = False
+    reason = ""
     for shard in kinds.KINDS[kind].list_shards(path):
-        yield from kinds.read_documents(kind, shard, options)
+        for document in kinds.read_documents(kind, shard, options):
+            yield document
+            if isinstance(document, Skipped) and document.whole_file:
+                reason = document.reason
+            else:
+                was_read = True
+    if path.is_file() and reason and not was_read:
+        raise UserError(f"nothing of '{path}' can be read as {kind}: {reason}")
 
 
 def describe(document: Document | Skipped) -> dict[str, Any]:

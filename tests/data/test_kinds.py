@@ -201,7 +201,7 @@ def test_what_holds_no_pairs_is_told_apart(tmp_path):
     with pytest.raises(UserError, match="'.*a.txt' is not a file of pairs: its name ends in none"):
         inspected("pairs", tmp_path / "a.txt")
     (tmp_path / "a.png").write_bytes(encoded(picture()))
-    with pytest.raises(UserError, match=f"pack it first, tar -cf pictures.tar -C '{tmp_path}' ."):
+    with pytest.raises(UserError, match=f"with `tar -cf pictures.tar -C {tmp_path} .`"):
         inspected("pairs", tmp_path)
 
 

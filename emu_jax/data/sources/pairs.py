@@ -7,6 +7,7 @@ to a tar has no images and is ignored. A record becomes one `Pair`. Read next: m
 """
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,19 @@ def list_shards(path: Path) -> list[InputShard]:
     """One shard per tar, and per parquet file that contains images."""
     suffixes = (*archives.TARS, ".parquet")
     if path.is_file() and not path.name.lower().endswith(suffixes):
-        raise UserError(f"'{path}' is not a file of pairs: its name ends in none of {suffixes}")
-    if path.is_dir() and not any(path.rglob("*.tar*")) and any(map(_is_image, path.rglob("*.*"))):
         raise UserError(
-            f"'{path}' is a folder of images: pack it first, tar -cf pictures.tar -C '{path}' . ; "
-            "each image needs a text file of the same name"
+            f"'{path}' is not a file of pairs: its name ends in none of {', '.join(suffixes)}"
         )
-    found = archives.list_files(path, suffixes)
+    try:
+        found = archives.list_files(path, suffixes)
+    except UserError:
+        if not any(map(_is_image, path.rglob("*"))):
+            raise
+        raise UserError(
+            f"'{path}' is a folder of images: pack it first with "
+            f"`tar -cf pictures.tar -C {shlex.quote(str(path))} .` "
+            "(each image needs a text file of the same name)"
+        ) from None
     with_images = [
         file
         for file in found
@@ -70,7 +77,7 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
             for key, sample in _split_at_last_dot(name, files):
                 yield _sample(key, sample, shard, options)
     except ValueError as error:
-        yield Skipped(shard.path.name, str(error))
+        yield Skipped(shard.path.name, str(error), whole_file=True)
 
 
 def _is_image(path: Path) -> bool:

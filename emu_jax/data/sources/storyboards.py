@@ -41,7 +41,7 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
                     parts, Document(key, (), shard.name, {"video": key}), options
                 )
     except ValueError as error:
-        yield Skipped(shard.path.name, str(error))
+        yield Skipped(shard.path.name, str(error), whole_file=True)
 
 
 def _parts(files: dict[str, bytes]) -> tuple[Part, ...]:

@@ -94,7 +94,8 @@ def parquet_rows(shard: InputShard) -> Iterator[tuple[int, dict[str, Any] | Skip
             table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)
         ]
     except Exception as error:
-        yield 0, Skipped(shard.path.name, f"not a readable parquet file: {one_line(error)}")
+        reason = f"not a readable parquet file: {one_line(error)}"
+        yield 0, Skipped(shard.path.name, reason, whole_file=True)
         return
     with table:
         for group in range(shard.first, len(sizes) if shard.last is None else shard.last):
@@ -130,7 +131,7 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
         raise
     # For example a truncated .gz, a damaged .zip, or a broken array.
     except Exception as error:
-        yield 0, Skipped(path.name, f"not readable JSON: {one_line(error)}")
+        yield 0, Skipped(path.name, f"not readable JSON: {one_line(error)}", whole_file=True)
 
 
 def _value(line: bytes, id: str) -> Any:

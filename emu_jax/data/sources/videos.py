@@ -43,7 +43,7 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
             for key, files in archives.webdataset_samples(shard.path):
                 yield _document(key, files, shard, options)
         except ValueError as error:
-            yield Skipped(shard.path.name, str(error))
+            yield Skipped(shard.path.name, str(error), whole_file=True)
         return
     folder = archives.open_archive(shard.path)
     for name in shard.names:
