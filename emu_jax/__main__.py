@@ -3,6 +3,7 @@
 import sys
 
 from emu_jax import cli
+from emu_jax.config import UserError
 
 COMMANDS = """\
 usage: python -m emu_jax.COMMAND
@@ -20,13 +21,17 @@ Each has --help."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the commands; an argument is one too many, since a command's name has a dot."""
-
-    def command(given: list[str]) -> int:
-        print(COMMANDS)
-        return 2 if given and given[0] not in ("-h", "--help") else 0
-
+    """Print the commands and return the exit status, 2 if an argument is given."""
     return cli.run(command, arguments)
+
+
+def command(arguments: list[str]) -> None:
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise UserError(
+            f"python -m emu_jax takes no arguments, and was given {arguments[0]!r}; its commands "
+            "have a dot, as in python -m emu_jax.train; without arguments it lists them"
+        )
+    print(COMMANDS)
 
 
 if __name__ == "__main__":

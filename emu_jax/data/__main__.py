@@ -77,7 +77,8 @@ def _build(flags: argparse.Namespace) -> None:
     print(", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts))
     for what in ("skipped", "dropped"):
         for reason, number in list(summary[what].items())[:MAX_REASONS]:
-            print(f"{what} {number:,}: {reason}")
+            id = summary["examples"].get(reason)
+            print(f"{what} {number:,}: {reason}" + (f" (for example in {id!r})" if id else ""))
     print(f"{flags.to}/card.html")
 
 
@@ -139,15 +140,25 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     for subparser in (inspect, build):
         subparser.add_argument(
-            "--kind", required=True, choices=[*KINDS], metavar="KIND", help="format of the input"
+            "--kind",
+            required=True,
+            type=_kind,
+            choices=[*KINDS],
+            metavar="KIND",
+            help="format of the input",
         )
         _add_source_options(subparser)
-    if "--kind=openmoji" in arguments:
-        raise UserError("--kind=openmoji is a command of its own now: python -m emu_jax.demo build")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     flags = parser.parse_args(arguments[:split])
     flags.rest = arguments[split + 1 :]
     return flags
+
+
+def _kind(text: str) -> str:
+    """Refuse the kind that has become a command, and pass every other text on."""
+    if text == "openmoji":
+        raise UserError("--kind=openmoji is a command of its own now: python -m emu_jax.demo build")
+    return text
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:

@@ -181,9 +181,6 @@ def _score(arguments: list[str]) -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     from emu_jax.evaluate.tasks import TASKS
 
-    for old, new in (("demo", "evaluate"), ("demo-chat", "chat")):
-        if f"--task={old}" in arguments:
-            raise UserError(f"--task={old} is a command now: python -m emu_jax.demo {new} --help")
     parser = cli.Parser(
         prog="python -m emu_jax.evaluate",
         description=DESCRIPTION,
@@ -191,7 +188,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--task", required=True, choices=list(TASKS), metavar="T", help="one of the tasks below"
+        "--task",
+        required=True,
+        type=_task,
+        choices=list(TASKS),
+        metavar="T",
+        help="one of the tasks below",
     )
     parser.add_argument(
         "--checkpoint",
@@ -227,6 +229,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if flags.text_only and not flags.shots:
         raise UserError("--text-only needs --shots=K, the number of examples")
     return flags
+
+
+def _task(text: str) -> str:
+    """Refuse the tasks that have become commands, and pass every other text on."""
+    for old, new in (("demo", "evaluate"), ("demo-chat", "chat")):
+        if text == old:
+            raise UserError(f"--task={old} is a command now: python -m emu_jax.demo {new} --help")
+    return text
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:

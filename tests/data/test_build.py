@@ -269,6 +269,29 @@ def test_a_build_without_documents_is_an_error(shards, tmp_path):
     assert not (tmp_path / "dataset_info.json").exists()
 
 
+def test_a_build_of_nothing_says_so(tmp_path):
+    empty = formats.tar(tmp_path / "0.tar")
+    with pytest.raises(UserError, match="^no record became a document: the input has no records$"):
+        build.build("pairs", [empty], tmp_path / "set", SourceOptions(), workers=1)
+
+
+def test_the_command_prints_reasons_with_an_example(tmp_path, capsys):
+    image = formats.encoded(formats.picture())
+    path = formats.tar(
+        tmp_path / "0.tar",
+        {"__key__": "good", "jpg": image, "txt": "a picture"},
+        {"__key__": "odd", "jpg": image, "txt": b"caf\xe9 \x81"},
+        {"__key__": "odd2", "jpg": image, "txt": b"caf\xe9 \x81"},
+        {"__key__": "bare", "jpg": image},
+    )
+    command(["build", "--kind=pairs", f"--from={path}", f"--to={tmp_path}/set", "--workers=1"])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "skipped 2: caption: text is not UTF-8 (for example in 'odd')",
+        "skipped 1: no caption (for example in 'bare')",
+        f"{tmp_path}/set/card.html",
+    ]
+
+
 @pytest.fixture
 def noise(tmp_path):
     """A tar with an image that does not compress."""
@@ -386,7 +409,10 @@ def test_inspect_shows_a_page_or_leaves_nothing(shards, tmp_path, capsys):
     )
     with pytest.raises(UserError):
         command(["inspect", "/nope", "--kind=pairs", f"--page={tmp_path}/other.html"])
-    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    (tmp_path / "no.tar").write_text("This is no archive.")
+    with pytest.raises(UserError, match="nothing of '.*no.tar' can be read as pairs: the archive"):
+        command(["inspect", f"{tmp_path}/no.tar", "--kind=pairs", f"--page={tmp_path}/other.html"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["no.tar", "page.html"]
 
 
 @pytest.mark.parametrize(

@@ -176,19 +176,25 @@ def write_shard(task: Task) -> None:
     counts = Counter(dict.fromkeys(COUNTS, 0))
     skipped: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
+    # Reason -> id of the first record with it.
+    examples: dict[str, str] = {}
     samples = []
     histograms: dict[str, Counter] = {name: Counter() for name in HISTOGRAMS}
     writer = ArrayRecordWriter(str(part), "group_size:1")
     for document in kinds.read_documents(task.kind, task.source, task.options):
         if isinstance(document, Skipped):
+            reason = general_reason(document.reason)
             counts["skipped"] += 1
-            skipped[general_reason(document.reason)] += 1
+            skipped[reason] += 1
+            examples.setdefault(reason, document.id)
             continue
         raw = _serialized(document, task, features, serializer)
         with _one_line_errors(task):
             writer.write(raw)
         _count(document, len(raw), counts, histograms)
-        dropped.update(map(general_reason, document.dropped))
+        for reason in map(general_reason, document.dropped):
+            dropped[reason] += 1
+            examples.setdefault(reason, document.id)
         if task.number < SAMPLED_SHARDS and len(samples) < SAMPLES_PER_SHARD:
             samples.append(card.document_card(document, 400))
     with _one_line_errors(task):
@@ -198,6 +204,7 @@ def write_shard(task: Task) -> None:
         "counts": counts,
         "skipped": skipped,
         "dropped": dropped,
+        "examples": examples,
         "histograms": histograms,
         "samples": samples,
     }
@@ -365,7 +372,7 @@ def _finish(
     if not summary["counts"]["documents"]:
         most_common = list(summary["skipped"].items())[:3]
         reasons = "; ".join(f"{count} x {reason}" for reason, count in most_common)
-        raise UserError(f"no record became a document: {reasons}")
+        raise UserError(f"no record became a document: {reasons or 'the input has no records'}")
     samples = list(itertools.chain.from_iterable(part["samples"] for part in parts))
     _write_text(to / "card.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     _write_text(to / "card.html", card.card_page(summary, samples[:MAX_SAMPLES]))
@@ -390,6 +397,10 @@ def summarise(
     def ranked(counts: Counter) -> dict[str, int]:
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
+    examples: dict[str, str] = {}
+    for part in parts:
+        # Earlier versions wrote no examples.
+        examples = part.get("examples", {}) | examples
     counts = {name: total("counts")[name] for name in COUNTS} | {"shards": len(parts)}
     histograms = {
         name: dict(sorted(total("histograms", name).items(), key=lambda item: int(item[0])))
@@ -402,6 +413,7 @@ def summarise(
         "counts": counts,
         "skipped": ranked(total("skipped")),
         "dropped": ranked(total("dropped")),
+        "examples": examples,
         "histograms": histograms,
         "settings": asdict(options),
     }
