@@ -13,6 +13,7 @@ from emu_jax import profiler
 from emu_jax.config import SEEDS, UserError
 from emu_jax.data import precomputed
 from emu_jax.data.mixture import check_rows
+from emu_jax.files import made_by
 from emu_jax.generate import diffusion_decoder
 from emu_jax.hardware import GIB
 from emu_jax.plan import RunPlan, latent_metadata
@@ -41,37 +42,35 @@ def check_paths(c: ConfigDict) -> None:
     for field in ("mixture", "eval_mixture"):
         check_rows(c.data[field], field)
     sources = [(name, path) for name, _, path, *_ in (*c.data.mixture, *c.data.eval_mixture)]
-    missing = []
+    # What is missing, and its path.
+    missing: list[tuple[str, str]] = []
     if not c.workdir:
-        missing.append("a workdir (--config.workdir=DIR)")
+        missing.append(("a workdir (--config.workdir=DIR)", ""))
     if not Path(c.data.tokenizer).is_file():
-        missing.append(
+        needed = (
             f"the tokenizer {c.data.tokenizer!r} "
             "(--config.data.tokenizer=LLaMA's tokenizer.model or a tokenizer.json)"
-            f"{_made_by(c.data.tokenizer)}"
         )
+        missing.append((needed, c.data.tokenizer))
     if not sources:
-        missing.append("data (--config.data.mixture=\"(('NAME', WEIGHT, 'FOLDER:SPLIT'), ...)\")")
+        needed = "data (--config.data.mixture=\"(('NAME', WEIGHT, 'FOLDER:SPLIT'), ...)\")"
+        missing.append((needed, ""))
     for name, path in sources:
         folder, _, _ = path.rpartition(":")
         if not Path(folder).is_dir():
-            missing.append(f"the source {name!r} at {path!r}{_made_by(path)}")
+            missing.append((f"the source {name!r} at {path!r}", path))
     for directory in filter(None, c.init.split(",")):
         # A bucket is looked up later.
         if "://" not in directory and not Path(directory).is_dir():
-            missing.append(f"the checkpoint init={directory!r}{_made_by(directory)}")
+            missing.append((f"the checkpoint init={directory!r}", directory))
     if missing:
-        raise UserError(f"missing: {'; '.join(missing)}")
+        names = "; ".join(name for name, _ in missing)
+        raise UserError(f"missing: {names}{made_by(*(path for _, path in missing))}")
     if "://" in c.workdir:
         raise UserError(
             f"workdir={c.workdir!r} is a bucket, but metrics are written to a folder: set "
             f"--config.workdir=DIR, and --config.checkpoint.to={c.workdir} for the checkpoints"
         )
-
-
-def _made_by(path: str) -> str:
-    """Name the command that makes a file of the demo; "" for other files."""
-    return " (`make demo` makes it)" if path.startswith(("data/demo/", "runs/demo/")) else ""
 
 
 def check_precomputed(c: ConfigDict, stage: Stage) -> None:

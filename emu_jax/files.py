@@ -47,6 +47,14 @@ def commit(part: Path, path: Path) -> None:
             os.close(folder)
 
 
+def made_by(*paths: str) -> str:
+    """Name the command that makes the demo's files, if one of `paths` is such a file; else ""."""
+    folders = ("data/demo/", "runs/demo/")
+    if any(Path(path).as_posix().startswith(folders) for path in paths):
+        return " (`make demo` makes what is in data/demo and runs/demo)"
+    return ""
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's class and message in one line of at most `limit` characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]

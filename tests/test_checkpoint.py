@@ -476,6 +476,8 @@ def test_a_missing_directory_or_step_is_an_error(saved, tmp_path):
     for read in (read_config, restore_params):
         with pytest.raises(UserError, match="no directory '.*nowhere'"):
             read(str(tmp_path / "nowhere"))
+        with pytest.raises(UserError, match="checkpoints/1000 \\(`make demo` makes what is in"):
+            read("./runs/demo/nowhere")
         with pytest.raises(UserError, match="no checkpoint in "):
             read(str(tmp_path))
         with pytest.raises(UserError, match="no checkpoint of step 7 in .*; there are 1, 2"):

@@ -406,7 +406,7 @@ def test_visual_stats_ignore_empty_image_slots():
         (["init=runs/demo/emu"], "missing: the checkpoint init='runs/demo/emu' (`make demo`"),
         (
             ["data.mixture=(('a', 1.0, 'nowhere/a:train'),)"],
-            "missing: the source 'a' at 'nowhere/a:train'",
+            "missing: the source 'a' at 'nowhere/a:train'\n",
         ),
         (
             ["data.mixture=(('a', 1.0, '{data}/names:validation'),)"],

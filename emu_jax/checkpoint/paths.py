@@ -7,7 +7,7 @@ from etils import epath
 
 from emu_jax.checkpoint.format import root_cause
 from emu_jax.config import UserError
-from emu_jax.files import one_line
+from emu_jax.files import made_by, one_line
 
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
@@ -58,7 +58,7 @@ def find_steps(directory: str, step: int | None) -> tuple[epath.Path, int | None
     if not path.is_dir():
         raise UserError(
             f"no directory {str(directory)!r}; give a run's workdir, "
-            "or one of its checkpoints, workdir/checkpoints/1000"
+            f"or one of its checkpoints, workdir/checkpoints/1000{made_by(str(directory))}"
         )
     if path.name == "checkpoints" and not (path / "checkpoints").is_dir():
         # The user has given the folder of the checkpoints in place of the workdir.

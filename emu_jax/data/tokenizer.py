@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from emu_jax.config import UserError
-from emu_jax.files import commit, part_of
+from emu_jax.files import commit, made_by, part_of
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 BOS = SPECIAL.index("<s>")
@@ -77,7 +77,7 @@ def load(path: str | Path, vocab: int) -> Tokenizer:
     if not path.is_file():
         raise UserError(
             f"no tokenizer at '{path}'; data.tokenizer is the path of a tokenizer.model "
-            "(SentencePiece) or a tokenizer.json"
+            f"(SentencePiece) or a tokenizer.json{made_by(str(path))}"
         )
     load_file = _load_json if path.suffix == ".json" else _load_sentencepiece
     size, ends, encode, decode = load_file(path)

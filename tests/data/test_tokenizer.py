@@ -107,6 +107,8 @@ def test_too_few_texts_for_the_vocabulary(tmp_path):
 def test_missing_and_damaged_files(tmp_path, name):
     with pytest.raises(UserError, match="no tokenizer at"):
         tokenizer.load(tmp_path / name, 100)
+    with pytest.raises(UserError, match="`make demo` makes"):
+        tokenizer.load(f"data/demo/none/{name}", 100)
     (tmp_path / name).write_bytes(b"nonsense")
     with pytest.raises(UserError, match="is not a"):
         tokenizer.load(tmp_path / name, 100)
