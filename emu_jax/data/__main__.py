@@ -17,7 +17,6 @@ from pathlib import Path
 from emu_jax import cli
 from emu_jax.config import UserError
 from emu_jax.data.sources.options import SourceOptions
-from emu_jax.files import atomic_write
 
 # The most reasons for skipped records, and for dropped images, that `build` prints.
 MAX_REASONS = 5
@@ -54,7 +53,7 @@ def _inspect(flags: argparse.Namespace) -> None:
         return
     name = Path(flags.path).name.split(".")[0] or flags.kind
     page = Path(flags.page or f"inspect-{name}.html")
-    with atomic_write(page) as file:
+    with cli.output_file(page) as file:
         file.writelines(card.inspection_page(f"{flags.path}, read as {flags.kind}", documents))
     print(page)
 

@@ -301,8 +301,12 @@ def noise(tmp_path):
 
 
 def test_a_full_disk_is_one_line(noise, tmp_path, small_disk):
-    with pytest.raises(UserError, match=f"^cannot write into '{tmp_path}/set': .*; once that"):
+    with pytest.raises(
+        UserError, match=f"^cannot write into '{tmp_path}/set': File too large; once"
+    ):
         build.build("pairs", [noise], tmp_path / "set", SourceOptions(), workers=1)
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path}/long.txt: File too large$"):
+        build._write_text(tmp_path / "long.txt", "x" * 2**17)
     small_disk()
     summary = build.build("pairs", [noise], tmp_path / "set", SourceOptions(), workers=1)
     assert summary["counts"]["documents"] == 1
@@ -409,7 +413,7 @@ def test_inspect_shows_a_page_or_leaves_nothing(shards, tmp_path, capsys):
     )
     with pytest.raises(UserError):
         command(["inspect", "/nope", "--kind=pairs", f"--page={tmp_path}/other.html"])
-    (tmp_path / "no.tar").write_text("This is no archive.")
+    (tmp_path / "no.tar").write_text("not an archive")
     with pytest.raises(UserError, match="nothing of '.*no.tar' can be read as pairs: the archive"):
         command(["inspect", f"{tmp_path}/no.tar", "--kind=pairs", f"--page={tmp_path}/other.html"])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["no.tar", "page.html"]

@@ -31,6 +31,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.registered import skip_registration
 from tqdm import tqdm
 
+from emu_jax import cli
 from emu_jax.config import UserError
 from emu_jax.data import images, video
 from emu_jax.data.builders import card
@@ -39,7 +40,7 @@ from emu_jax.data.sources import kinds, records
 from emu_jax.data.sources.options import SourceOptions
 from emu_jax.data.sources.tables import InputShard
 from emu_jax.data.tokenizer import BYTES_PER_TOKEN, TOKENS_PER_IMAGE
-from emu_jax.files import PART, atomic_write, commit, one_line, part_of
+from emu_jax.files import PART, commit, one_line, part_of
 
 VERSION = "1.0.0"
 # Suffixes of half-written files; version 0.1 of the package used .new.
@@ -219,7 +220,7 @@ def _one_line_errors(task: Task) -> Generator[None]:
         yield
     # ArrayRecord raises nothing else, for example if the disk is full.
     except RuntimeError as error:
-        reason = one_line(error).removeprefix("write() failed: ").partition(";")[0]
+        reason = " ".join(str(error).split()).removeprefix("write() failed: ").partition(";")[0]
         raise UserError(
             f"cannot write into '{task.to}': {reason}; once that is mended, the same command "
             "continues the build"
@@ -447,5 +448,5 @@ def _describe(kind: str, to: Path, counts: list[dict[str, int]]) -> None:
 
 
 def _write_text(file: Path, text: str) -> None:
-    with atomic_write(file) as opened:
+    with cli.output_file(file) as opened:
         opened.write(text)

@@ -222,7 +222,7 @@ def webdataset_samples(path: Path, limit: int = MAX_FILE) -> Iterator[tuple[str,
                 _add_file(files, tar, member, limit)
     # tarfile and the decompressors raise nearly anything for broken files.
     except Exception as error:
-        where = "at its start, or it is no tar" if key is None else f"after the sample {key!r}"
+        where = "at its start, or is not a tar" if key is None else f"after the sample {key!r}"
         raise ValueError(f"the archive is damaged {where}: {one_line(error)}") from error
     if key is not None and files:
         yield key, files
