@@ -78,6 +78,8 @@ def test_ctrl_c_ends_a_starting_command_without_a_traceback(capfd):
     """Before cli.run, the process dies of the signal; after it, one line is printed."""
     program = """
 import os, signal, sys
+# The tests may run in the background, where a shell ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv[0] = "-m"
 import emu_jax
 assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL

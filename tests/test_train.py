@@ -27,7 +27,6 @@ from emu_jax.models import emu, module
 from emu_jax.plan import make_plan
 from emu_jax.workdir import check_same_config
 from tests.support import fixtures, make
-from tests.support.processes import environ
 from tests.support.runs import (
     KILLED,
     STATS_IMAGES,
@@ -137,7 +136,6 @@ def killed(data, warm, tmp_path_factory):
             f"{workdir}/checkpoints/2",
             *emu_arguments(data, workdir, warm),
         ],
-        env=environ(2),
         capture_output=True,
         text=True,
         timeout=900,

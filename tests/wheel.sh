@@ -60,6 +60,6 @@ PYTHON
 expect 0 "llama" "$bin/emu-weights" import --family=llama llama --dry-run
 mkdir pages
 echo "<p>a page" >pages/a.html
-expect 2 "^error: .*emu-jax\[data\]" \
+expect 2 "^error: .*pip install '\.\[data\]'" \
   "$bin/emu-data" inspect pages --kind=html
 echo "1 passed, 0 failed"

@@ -192,9 +192,7 @@ def test_without_av(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(
-        UserError, match=r"x.mp4': .* needs the package av: pip install 'emu-jax\[data\]'"
-    ):
+    with pytest.raises(UserError, match=r"x.mp4': .* needs the package av: .* '\.\[data\]'"):
         media.load_video(Path("x.mp4"), 28)
 
 

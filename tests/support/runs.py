@@ -73,8 +73,10 @@ def run(arguments):
 KILLED = f"""
 import os, signal, sys, time
 from etils import epath
-from emu_jax import initial, metric_writer, train
+from emu_jax import initial, metric_writer, sharding, train
+from tests.support.runs import mesh_of_two_devices
 
+sharding.make_mesh = mesh_of_two_devices
 initial.STATS_IMAGES = {STATS_IMAGES}
 at, saved, write = int(sys.argv[1]), epath.Path(sys.argv[2]), metric_writer.MetricWriter.write
 
