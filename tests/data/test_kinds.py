@@ -201,7 +201,12 @@ def test_what_holds_no_pairs_is_told_apart(tmp_path):
     with pytest.raises(UserError, match="'.*a.txt' is not a file of pairs: its name ends in none"):
         inspected("pairs", tmp_path / "a.txt")
     (tmp_path / "a.png").write_bytes(encoded(picture()))
-    with pytest.raises(UserError, match=f"with `tar -cf pictures.tar -C {tmp_path} .`"):
+    told = f"with `tar -cf pictures.tar -C {tmp_path} .`"
+    with pytest.raises(UserError, match=told):
+        inspected("pairs", tmp_path)
+    # img2dataset writes such a parquet file next to loose images, too.
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["http://a/a.png"]}), tmp_path / "0.parquet")
+    with pytest.raises(UserError, match=told):
         inspected("pairs", tmp_path)
 
 

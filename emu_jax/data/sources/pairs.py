@@ -42,19 +42,15 @@ def list_shards(path: Path) -> list[InputShard]:
     try:
         found = archives.list_files(path, suffixes)
     except UserError:
-        if not any(map(_is_image, path.rglob("*"))):
-            raise
-        raise UserError(
-            f"'{path}' is a folder of images: pack it first with "
-            f"`tar -cf pictures.tar -C {shlex.quote(str(path))} .` "
-            "(each image needs a text file of the same name)"
-        ) from None
+        _refuse_loose_images(path)
+        raise
     with_images = [
         file
         for file in found
         if file.suffix != ".parquet" or set(tables.parquet_columns(file)) & set(IMAGES)
     ]
     if not with_images:
+        _refuse_loose_images(path)
         raise UserError(
             f"'{path}' contains no images: it has no tar, and no parquet file with a column "
             f"{' or '.join(IMAGES)}"
@@ -80,8 +76,14 @@ def read_documents(shard: InputShard, options: SourceOptions) -> Iterator[Docume
         yield Skipped(shard.path.name, str(error), whole_file=True)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower().lstrip(".") in IMAGES
+def _refuse_loose_images(path: Path) -> None:
+    """Raise UserError that says how to pack the folder `path` if it has image files."""
+    if any(file.suffix.lower().lstrip(".") in IMAGES for file in path.rglob("*")):
+        raise UserError(
+            f"'{path}' is a folder of images: pack it first with "
+            f"`tar -cf pictures.tar -C {shlex.quote(str(path))} .` "
+            "(each image needs a text file of the same name)"
+        )
 
 
 def _split_at_last_dot(key: str, files: dict[str, bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
