@@ -1,8 +1,8 @@
 """Attention: one function and one mask for every tower, backed by accelerator kernels.
 
-`attention` is softmax(scale * q k + bias) v over the keys that a `Mask` allows. "dense" is the
-reference: every other kernel must equal it on packed rows, forward and backward
-(tests/models/test_attention.py). Read next: layers.py, then llama.py.
+`attention` is softmax(scale * q k + bias) v over the keys that a `Mask` allows. The kernel "dense"
+is the reference: tests/models/test_attention.py checks that every other kernel equals it on packed
+rows, forward and backward. Read next: layers.py, then llama.py.
 """
 
 from functools import partial
@@ -19,13 +19,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from emu_jax import sharding
 from emu_jax.config import UserError
 
-# Splash and pallas pad rows to a multiple of this.
+# The kernels splash and pallas pad rows to a multiple of this length.
 BLOCK = 128
-# The widest head that fits the GPU kernels' shared memory on every supported GPU.
+# The GPU kernels support heads up to this width; wider heads overflow some GPUs' shared memory.
 WIDEST = 128
 GPU = ("gpu", "cuda", "rocm")
-# The platforms of each kernel, in the order in which "auto" tries the kernels. On CPU they are
-# interpreted, for tests only.
+# The platforms of each kernel, in the order in which "auto" tries the kernels. On CPU, a kernel is
+# interpreted, which is slow and only for tests.
 PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}
 
 
@@ -33,11 +33,12 @@ PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": GPU, "pallas": (*GPU, "cpu")}
 # JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class Mask:
-    """Which keys a query sees: those of its own segment and, when causal, not later positions.
+    """Which keys each query sees.
 
-    `kv_*` describe the keys if they differ from the queries. A field that is None restricts
-    nothing. Without positions, `causal` compares indices in the row, which is equivalent in packed
-    rows. Examples, with a row per query and a column per key:
+    A query sees the keys of its own segment, and a causal mask hides those at later positions.
+    `kv_segments` is None if the keys have the segments of the queries. Without segments all keys
+    are in one segment. Without positions, `causal` compares indices in the row, which is equivalent
+    in packed rows. Examples, with one row per query and one column per key:
 
       self_mask()                          1 . .       one document
                                            1 1 .
@@ -48,8 +49,8 @@ class Mask:
                                            1 1 1
 
       self_mask([[1, 1, 2, 2, 0]])         1 . . . .   two documents packed in a row, and padding,
-                                           1 1 . . .   which sees itself: every query has a key
-                                           . . 1 . .
+                                           1 1 . . .   which sees itself, because every query
+                                           . . 1 . .   needs a key
                                            . . 1 1 .
                                            . . . . 1
 
@@ -71,7 +72,7 @@ def self_mask(segments: Int[Array, "B T"] | None = None, *, causal: bool = True)
 
 
 def allowed(mask: Mask | None, T: int, S: int) -> Bool[Array, "B T S"]:
-    """Write the mask out: whether query t sees key s. B is 1 if all rows have the same mask."""
+    """Expand the mask: does query t see key s? B is 1 if all rows have the same mask."""
     ok = jnp.ones((1, T, S), bool)
     if mask is None:
         return ok
@@ -99,11 +100,13 @@ def attention(
 ) -> Float[Array, "B T H d"]:
     """Compute softmax(scale * q k + bias) v over the keys that `mask` allows.
 
-    The softmax is in float32, and a query without keys gives zero. G divides H: each key head
-    serves H / G query heads (grouped-query attention). Dropout applies to the probabilities, if
-    `key` is given. Kernels: "dense" supports everything; "splash" (TPU), "pallas" and "cudnn" (GPU)
-    never materialise T x S; "auto" picks the platform's kernel if it supports the arguments, else
-    dense. Raises UserError for a kernel that does not support them.
+    B rows have T queries and S keys. Each of the G key heads serves H / G of the H query heads
+    (grouped-query attention). The softmax is in float32, and the output of a query without keys is
+    zero. If `key` is given, dropout applies to the probabilities.
+
+    The kernel "dense" supports all arguments. The kernels "splash" (TPU), "pallas" and "cudnn"
+    (GPU) never store a T x S array. "auto" picks a kernel of the platform that supports the
+    arguments, or else "dense". Raises UserError if a named kernel does not support the arguments.
     """
     mask = Mask() if mask is None else mask
     dropout = dropout if key is not None else 0.0
@@ -130,7 +133,10 @@ def attention(
 
 
 def platform_in_use() -> str:
-    """The platform to trace for: that of the mesh in use, whose devices may be absent."""
+    """Return the platform of the mesh in use, or JAX's default platform without a mesh.
+
+    A mesh may describe devices that this machine lacks, so the default would be wrong for it.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -165,10 +171,10 @@ def _obstacle(platform, q, k, mask, bias, dropout, kernel) -> str:
 
 
 def _pays(platform, q, k) -> bool:
-    """Whether "auto" should use a kernel at all.
+    """Return whether "auto" should try the kernels at all, instead of "dense".
 
-    It should not for short rows, which would be mostly padding; in float32, which asks for
-    exactness; and on CPUs, which only interpret kernels.
+    Short rows stay dense because kernels would mostly compute padding. Float32 stays dense because
+    a user who chooses it wants exact results. CPUs stay dense because they only interpret kernels.
     """
     return platform != "cpu" and q.dtype.itemsize == 2 and min(q.shape[1], k.shape[1]) >= BLOCK
 
@@ -192,10 +198,10 @@ def _dense(q, k, v, mask, scale, bias, dropout, key):
 
 
 def _cudnn(q, k, v, scale, causal):
-    """cuDNN's flash attention.
+    """Run cuDNN's flash attention.
 
-    It has no gradient for rows of odd length. Such rows get one more element, which the sequence
-    lengths mask out.
+    cuDNN has no gradient for rows of odd length, so such rows get one more element, which the
+    sequence lengths mask out.
     """
     B, T = q.shape[:2]
     S = k.shape[1]
@@ -219,7 +225,7 @@ def _cudnn(q, k, v, scale, causal):
 
 
 def _splash(q, k, v, segments, *, scale, causal, interpret):
-    """JAX's sparse flash attention for TPU, which skips blocks that are masked entirely."""
+    """Run JAX's sparse flash attention for TPU, which skips blocks that are masked entirely."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -244,13 +250,13 @@ def _splash(q, k, v, segments, *, scale, causal, interpret):
 
 
 def _pallas(q, k, v, segments, *, scale, causal, interpret):
-    """JAX's flash attention for GPU, which supports segments (cuDNN's does not)."""
+    """Run JAX's flash attention for GPU, which supports segments (cuDNN's does not)."""
     from jax.experimental.pallas.ops.gpu import attention as gpu
 
     T, H = q.shape[1:3]
     _, ids = _ids(q, k, segments, causal)
     k, v = (repeat(x, "B S G d -> B S (G r) d", r=H // k.shape[2]) for x in (k, v))
-    # 128 x 128 float32 blocks do not fit an H100's shared memory.
+    # Float32 needs smaller blocks: 128 x 128 of them do not fit an H100's shared memory.
     b = BLOCK // 2 if q.dtype.itemsize > 2 else BLOCK
     blocks = gpu.BlockSizes(
         block_q=b, block_k=b, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32
@@ -267,7 +273,7 @@ def _pallas(q, k, v, segments, *, scale, causal, interpret):
 
 
 def _block_size(length: int) -> int:
-    """The largest block of up to 4 * BLOCK that divides a padded length."""
+    """Return the largest multiple of BLOCK, up to 4 * BLOCK, that divides `length`."""
     return max(block for block in (BLOCK, 2 * BLOCK, 3 * BLOCK, 4 * BLOCK) if length % block == 0)
 
 
@@ -278,10 +284,10 @@ def _padded(x, value=0):
 
 
 def _ids(q, k, segments, causal):
-    """Segments of the padded queries and keys, or (None, None) if they would mask nothing.
+    """Return the segments of the padded queries and keys, or (None, None) if none are needed.
 
-    Every query needs a key, even padding, or its gradient would be 0/0. With segments, padding
-    sees itself; with padded keys alone, the padded queries see the real keys.
+    Padded queries also need a key, since their gradient would be 0/0 without one. With `segments`
+    they see the padded keys, and without `segments` they see the real keys.
     """
     if segments is not None:
         ids = _padded(segments, -1)
@@ -295,7 +301,10 @@ def _ids(q, k, segments, causal):
 
 
 def _sharded(run, q, k, v, mask):
-    """Run the kernel on each device's rows and heads: XLA does not partition Pallas calls."""
+    """Run the kernel on each device's rows and heads.
+
+    The split must be explicit because XLA does not partition Pallas calls.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run(q, k, v, mask.q_segments)
@@ -307,11 +316,12 @@ def _sharded(run, q, k, v, mask):
 
 
 def _spec(mesh, B: int, G: int, causal: bool) -> P:
-    """The sharding of [B, T, H, d].
+    """Choose the sharding of [B, T, H, d].
 
-    A causal mask means text: rows as in `sharding.constrain_rows`, heads over tensor. Otherwise the
-    rows are images and lie over all axes, as in `sharding.constrain_images`. An axis that does not
-    divide is replicated.
+    A causal mask means text: rows are split as in `sharding.constrain_rows`, and heads over the
+    mesh axis "tensor". Without a causal mask the rows are images, which are split over all mesh
+    axes as in `sharding.constrain_images`. If B or the heads cannot be split evenly, they are split
+    over fewer mesh axes or replicated.
     """
     heads = "tensor" if causal and G % mesh.shape["tensor"] == 0 else None
     rows = sharding.ROWS if heads else sharding.AXES

@@ -1,7 +1,7 @@
-"""CLIP (arXiv 2103.00020): text and image features that match if their cosine is large.
+"""CLIP (arXiv 2103.00020): features of texts and images, compared by their cosine.
 
-It scores generated images and is not part of Emu. Both towers are stacks of the same pre-norm
-block; the text tower is causal. Read next: weights/clip.py, evaluate/metrics/clip_score.py.
+CLIP scores generated images and is not part of Emu. Both towers are stacks of the same pre-norm
+block, and the text tower is causal. Read next: weights/clip.py, evaluate/metrics/clip_score.py.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-# Old config.json files give this id for </s>, but it is wrong. As in transformers, a model with
-# this id takes the largest id of a text as its end.
+# Old config.json files wrongly give 2 as the id of the end token. For a model with this id, the end
+# of a text is its largest id, as in transformers: CLIP's end token has the largest id of all.
 OLD_EOS = 2
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """Sizes of one tower. Each of the `heads` has width / heads dimensions."""
+    """Sizes of one tower. Each of its `heads` attention heads has width / heads channels."""
 
     width: int
     depth: int
@@ -49,7 +49,8 @@ class ClipConfig:
     vocab: int
     # Longest text, in tokens.
     context: int
-    # Id of the token that ends a text, where the text's features are read; see OLD_EOS.
+    # Id of the token that ends a text. The hidden state at this token gives the text's features.
+    # See also OLD_EOS.
     eos: int
     text: TowerConfig
     vision: TowerConfig
@@ -101,7 +102,10 @@ class ClipText(nnx.Module):
         )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B C"]:
-        """Features of each text, read at its first end token; padding after it has no effect."""
+        """Compute the features of each text from the hidden state at its first end token.
+
+        Padding after the end token has no effect, because the tower is causal.
+        """
         x = self.tokens.get_value()[ids] + self.positions.get_value()[: ids.shape[1]]
         x = layers.run(
             self.blocks,
@@ -130,7 +134,7 @@ class ClipVision(nnx.Module):
         )
 
     def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B C"]:
-        """Features of normalised images."""
+        """Compute the features of normalised images."""
         side = self.side
         patches = rearrange(images, "b (x i) (y j) c -> b x y i j c", i=side, j=side)
         x = rearrange(self.patch(patches), "b x y e -> b (x y) e")
@@ -147,5 +151,5 @@ class Clip(nnx.Module):
     def __init__(self, config: ClipConfig, rngs: layers.Rngs):
         self.text = ClipText(config, rngs)
         self.vision = ClipVision(config, rngs)
-        # Used only to train CLIP; features do not depend on it.
+        # Checkpoints contain this parameter, but only CLIP's training loss uses it.
         self.logit_scale = nnx.Param(jnp.zeros(()))

@@ -1,9 +1,10 @@
 """Contrastive warm-up of a randomly initialised image encoder.
 
-Emu starts from EVA-CLIP. From a random encoder its objective collapses: visual tokens are both
-input and target, and become constant. The warm-up gives them content first: CLIP's loss (arXiv
-2103.00020) against a bag of word trigrams, and a linear readout of the pixels. Read next:
-`contrastive` in ../stages.py.
+Emu starts from the trained encoder of EVA-CLIP. If training starts from a random encoder instead,
+Emu's objective collapses: visual tokens are both input and target, and they become constant. The
+warm-up first trains the encoder to describe its images. It adds two losses: CLIP's loss (arXiv
+2103.00020) against a bag of word trigrams, and the error of a linear readout of the pixels. Read
+next: `contrastive` in ../stages.py.
 """
 
 import jax
@@ -16,14 +17,15 @@ from emu_jax.models import layers
 from emu_jax.models.emu import EmuConfig, Encoder
 from emu_jax.types import Batch
 
-# Height and width of the linear readout of the image, in pixels.
+# Height and width, in pixels, of the small image that the linear readout predicts.
 READOUT = 16
 
 
 class TrigramEncoder(nnx.Module):
     """A text encoder that sees local word order: the mean of gelu(a[t] + b[t-1] + c[t-2]).
 
-    a, b and c are embeddings of the token and its two predecessors.
+    a, b and c are embedding tables for the token itself, the token before it and the one before
+    that.
     """
 
     def __init__(self, config: EmuConfig, rngs: layers.Rngs):
@@ -50,7 +52,7 @@ class TrigramEncoder(nnx.Module):
 
         x = jax.nn.gelu(sum(tables[n][ids_before(n)] for n in range(3)))
 
-        # Average over the text of the document that holds the image.
+        # Average over the text of the document that contains the image.
         slots = jnp.minimum(batch.image_slots, T - 1)
         segment = jnp.take_along_axis(batch.segments, slots, 1)
         mask = (batch.segments[:, None] == segment[:, :, None]) & is_text[:, None]
@@ -75,12 +77,15 @@ class ContrastiveHeads(nnx.Module):
         )
 
     def pixels(self, z: Float[Array, "M N D"]) -> Float[Array, "M x y 3"]:
-        """The image that the linear readout predicts from its visual tokens."""
+        """Predict small images from the visual tokens `z` by the linear readout."""
         return rearrange(self.readout(z), "m (x y c) -> m x y c", x=READOUT, y=READOUT)
 
 
 class ContrastiveModel(Encoder):
-    """The image encoder under Emu's parameter paths, and heads that are discarded afterwards."""
+    """The image encoder, and heads that are discarded after the warm-up.
+
+    The encoder has Emu's parameter paths, so that Emu can start from its checkpoint.
+    """
 
     def __init__(self, config: EmuConfig, rngs: layers.Rngs):
         super().__init__(config, rngs)

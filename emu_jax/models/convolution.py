@@ -1,7 +1,7 @@
-"""Layers shared by the U-Net and the autoencoder, channels last.
+"""Layers shared by the U-Net and the autoencoder. Images have their channels last.
 
-Shapes and parameters are those of Stable Diffusion's checkpoints (arXiv 2112.10752). Read next:
-unet.py, vae.py.
+The layers and their sizes are those of Stable Diffusion's checkpoints (arXiv 2112.10752). Read
+next: unet.py, vae.py.
 """
 
 from collections.abc import Iterable
@@ -20,13 +20,13 @@ from emu_jax.models.attention import platform_in_use
 def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
     """Hold modules of different shapes under the parameter paths 0, 1, ...
 
-    `in_order` lists them again.
+    `in_order` returns them as a list.
     """
     return nnx.Dict({str(number): module for number, module in enumerate(modules)})
 
 
 def in_order(modules: nnx.Dict) -> list[Any]:
-    """The modules held by `numbered`, in the order they were given."""
+    """Return the modules of `numbered` as a list in their original order."""
     return [modules[str(number)] for number in range(len(modules))]
 
 
@@ -57,7 +57,7 @@ class Conv(nnx.Module):
 
 
 def _convolve(x, w, stride: int, padding: tuple[int, int], precision: str | None):
-    """XLA's convolution, or on CPU a matrix product over shifted copies of `x`.
+    """Convolve with XLA, or on CPU by a matrix product over shifted copies of `x`.
 
     XLA's own convolution is 20 times slower on CPU inside a loop, such as a sampler's.
     """
@@ -72,7 +72,7 @@ def _convolve(x, w, stride: int, padding: tuple[int, int], precision: str | None
         )
     k = w.shape[0]
     x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
-    # The number of rows and columns that the window's top left corner moves across.
+    # The span of rows and columns from the first to the last place of the window's top left corner.
     height, width = ((side - k) // stride * stride + 1 for side in x.shape[1:3])
     shifted = [
         x[:, i : i + height : stride, j : j + width : stride] for i in range(k) for j in range(k)
@@ -88,7 +88,7 @@ def _convolve(x, w, stride: int, padding: tuple[int, int], precision: str | None
 def pointwise(
     width_in: int, width_out: int, *, rngs: layers.Rngs, std: float | None = None
 ) -> layers.Linear:
-    """A 1 x 1 convolution, as a linear map of each pixel's channels."""
+    """Make a 1 x 1 convolution, as a linear map of each pixel's channels."""
     return layers.Linear(
         "bhwi,io->bhwo",
         (width_in, width_out),
@@ -114,10 +114,10 @@ class GroupNorm(nnx.Module):
         return (normed * self.scale.get_value() + self.bias.get_value()).astype(x.dtype)
 
     def _mean(self, x: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 C"]:
-        """The mean of each channel's group, repeated for all its channels.
+        """Compute the mean of each group, and repeat it for every channel of the group.
 
-        Averages over pixels first: splitting [B, h, w, C] into groups would give arrays whose last
-        axis is small, which accelerators handle badly.
+        The mean over pixels comes first, because splitting [B, h, w, C] into groups would give
+        arrays whose last axis is small, which accelerators handle badly.
         """
         means = reduce(x.mean((1, 2)), "b (g c) -> b g", "mean", g=self.groups)
         return repeat(means, "b g -> b 1 1 (g c)", c=x.shape[-1] // self.groups)
@@ -147,7 +147,7 @@ class ResnetBlock(nnx.Module):
                 rngs=rngs,
             )
         self.norm2 = GroupNorm(width_out, groups, eps=eps)
-        # Zero, so that a fresh block passes its input on unchanged.
+        # These weights start at zero, so that a fresh block equals its shortcut.
         self.conv2 = Conv(width_out, width_out, rngs=rngs, std=0.0)
         if width_in != width_out:
             self.shortcut = pointwise(width_in, width_out, rngs=rngs)

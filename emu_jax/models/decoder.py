@@ -1,9 +1,10 @@
 """The visual decoder (Emu, section 3.3): a diffusion U-Net conditioned on visual tokens.
 
-The condition is one of: `generated` (visual tokens that the LLM generated beforehand; part of the
-batch), `teacher_forced` (the LLM's prediction of each visual token from the true ones before it) or
-`encoded` (the image's own visual tokens, which makes an autoencoder without an LLM, as in Emu2).
-Read next: unet.py, vae.py, diffusion.py; ../stages.py for the loss.
+There are three kinds of condition. `generated`: visual tokens that the LLM generated beforehand and
+that the batch contains. `teacher_forced`: the LLM's prediction of each visual token from the true
+visual tokens before it. `encoded`: the visual tokens of the image itself, which makes the model an
+autoencoder without an LLM, as in Emu2. Read next: unet.py, vae.py, diffusion.py; ../stages.py for
+the loss.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ CONDITIONS = ("generated", "teacher_forced", "encoded")
 class DecoderConfig:
     emu: EmuConfig
     unet: UNetConfig
-    # None: the U-Net works on pixels.
+    # None if the U-Net works on pixels.
     vae: VaeConfig | None
     diffusion: Diffusion
     # Height and width of decoded images, in pixels.
@@ -104,7 +105,7 @@ class DecoderConfig:
 
     @property
     def loader_image(self) -> int:
-        """Side in pixels of the images to load: the larger of the decoder's and the encoder's."""
+        """Side in pixels of the images to load: the larger of decoder's and encoder's sides."""
         return max(self.image, self.emu.vision.image)
 
     @property
@@ -115,13 +116,13 @@ class DecoderConfig:
 
     @property
     def moments(self) -> tuple[int, int, int]:
-        """Shape of one image's `moments`."""
+        """Shape [h, w, 2 c] of the `moments` of one image."""
         y, x, c = self.latents
         return y, x, 2 * c
 
 
 class UNetWithVae(nnx.Module):
-    """The U-Net and its autoencoder, if any: the part of a decoder that sampling needs."""
+    """The U-Net and, if it works on latents, the autoencoder: all that sampling needs."""
 
     def __init__(self, config: DecoderConfig, rngs: layers.Rngs):
         self.decoder = config
@@ -132,9 +133,10 @@ class UNetWithVae(nnx.Module):
     def clean_latents(
         self, images: UInt8[Array, "M h w 3"], key: Array | None = None
     ) -> Float[Array, "M y x c"]:
-        """Diffusion's x0 in float32: pixels in -1..1, or latents.
+        """Compute the arrays x0 to which diffusion adds noise, in float32.
 
-        Latents are sampled with `key`; without it they are the mean.
+        These are latents or, without an autoencoder, pixels in -1..1. Latents are sampled with
+        `key`; without a key they are the mean.
         """
         if not self.decoder.vae:
             return resize_to_unit(images, self.decoder.image)
@@ -143,20 +145,20 @@ class UNetWithVae(nnx.Module):
     def sample_latents(
         self, moments: Float[Array, "M y x m"], key: Array | None = None
     ) -> Float[Array, "M y x c"]:
-        """`clean_latents` of images whose `moments` are known."""
+        """Compute the `clean_latents` of images from the `moments` of these images."""
         mean, log_variance = jnp.split(moments.astype(self.decoder.emu.compute), 2, -1)
         return self.vae.sample(mean, log_variance, key).astype(jnp.float32)
 
     def predict(
         self, x: Float[Array, "M y x c"], times: Float[Array, "M"], condition: Float[Array, "M N D"]
     ) -> Float[Array, "M y x c"]:
-        """The U-Net's prediction, in float32."""
+        """Run the U-Net on the noisy x at the timesteps `times`; the result is in float32."""
         return self.unet(
             x.astype(self.decoder.emu.compute), times, condition, kernel=self.decoder.emu.attention
         ).astype(jnp.float32)
 
     def decode_images(self, x: Float[Array, "M y x c"]) -> UInt8[Array, "M h w 3"]:
-        """Images of sampled latents or pixels: the inverse of `clean_latents`."""
+        """Turn sampled latents or pixels into images: the inverse of `clean_latents`."""
         if self.decoder.vae:
             x = self.vae.decode(
                 (x / self.decoder.vae.scale).astype(self.decoder.emu.compute),
@@ -168,7 +170,7 @@ class UNetWithVae(nnx.Module):
 class Decoder(Emu, UNetWithVae):
     """Everything the decoder stage needs: an Emu for the condition, the U-Net and the VAE.
 
-    Emu's LLM is left out unless conditions are teacher-forced.
+    The LLM is left out unless conditions are teacher-forced, since only these need it here.
     """
 
     def __init__(self, config: DecoderConfig, rngs: layers.Rngs):
@@ -178,25 +180,26 @@ class Decoder(Emu, UNetWithVae):
         UNetWithVae.__init__(self, config, rngs)
 
     def batch_latents(self, batch: Batch, key: Array) -> Float[Array, "M y x c"]:
-        """`clean_latents` of every image of the batch, M = B * I.
+        """Compute the `clean_latents` of every image of the batch; M = B * I.
 
-        Precomputed moments of the batch are used if present; they differ only by rounding.
+        If the batch contains precomputed moments, the images are not encoded again. The latents
+        then differ only by rounding.
         """
         if isinstance(batch, DecoderBatch) and batch.latents is not None:
             return self.sample_latents(rearrange(batch.latents, "B I y x m -> (B I) y x m"), key)
         return self.clean_latents(rearrange(batch.images, "B I h w c -> (B I) h w c"), key)
 
     def encode_batch(self, batch: Batch) -> Float[Array, "M N D"]:
-        """The visual tokens of every image of the batch."""
+        """Encode every image of the batch into visual tokens; M = B * I."""
         images = rearrange(batch.images, "B I h w c -> (B I) h w c")
         return self.encode(resize(images, self.decoder.emu.vision.image))
 
     def conditions(self, batch: Batch) -> Float[Array, "M N D"]:
-        """The condition of every image of the batch, M = B * I."""
+        """Compute the condition of every image of the batch; M = B * I."""
         config = self.decoder
         (B, I) = batch.images.shape[:2]
         if config.condition == "generated":
-            # With this condition every batch is a DecoderBatch.
+            # With this condition every batch is a DecoderBatch, which has conditions.
             conditions = batch.conditions  # ty: ignore[missing-attribute]
             return rearrange(conditions, "B I N D -> (B I) N D").astype(config.emu.compute)
         z = self.encode_batch(batch)
@@ -205,7 +208,8 @@ class Decoder(Emu, UNetWithVae):
         visual = rearrange(z, "(B I) N D -> B I N D", B=B)
         x = self.interleave(batch.tokens, visual, batch.image_slots)
         hidden, _ = self.llama(x, batch.positions, batch.segments, kernel=config.emu.attention)
-        # Each visual token is predicted from the position before its own.
+        # The LLM predicts the next position, so the prediction of a visual token is one position
+        # before the token.
         positions = batch.image_slots[:, :, None] - 1 + jnp.arange(visual.shape[2])
         positions = rearrange(positions, "B I N -> B (I N)")
         before = jnp.take_along_axis(hidden, positions[..., None], 1, mode="clip")
@@ -216,7 +220,10 @@ class Decoder(Emu, UNetWithVae):
 def moments(
     config: DecoderConfig, vae: Vae, images: UInt8[Array, "M h w 3"]
 ) -> Float[Array, "M y x m"]:
-    """The VAE encoder's output: unscaled means of the latents, then log variances; m = 2 c."""
+    """Encode images with the VAE into the unscaled means and log variances of their latents.
+
+    Both are concatenated along the channels, so m is twice the number c of latent channels.
+    """
     pixels = resize_to_unit(images, config.image).astype(config.emu.compute)
     mean, log_variance = vae.encode(pixels, kernel=config.emu.attention)
     return jnp.concatenate([mean, log_variance], -1)

@@ -1,8 +1,9 @@
 """Diffusion as two linear maps: noisy images a x0 + s eps, and targets p x0 + q eps.
 
-eps is unit noise. The schedule gives a and s (Stable Diffusion: arXiv 2112.10752; flow: arXiv
-2209.03003); the prediction target gives p and q: the noise, the velocity (arXiv 2202.00512), the
-flow or x0. Recovering x0 and eps from a prediction inverts this 2 x 2 system. Read next:
+x0 is a clean image and eps is Gaussian noise of variance 1. The schedule determines a and s (Stable
+Diffusion: arXiv 2112.10752; flow: arXiv 2209.03003). The kind of target determines p and q: the
+network predicts the noise, the velocity (arXiv 2202.00512), the flow or x0. Together the two maps
+are a 2 x 2 system, whose inverse recovers x0 and eps from a prediction. Read next:
 ../generate/samplers.py.
 """
 
@@ -26,8 +27,8 @@ class Diffusion:
     beta_end: float
     # Rescale the schedule so that the last timestep is pure noise (arXiv 2305.08891).
     zero_snr: bool
-    # What the network predicts, one of TARGETS. "flow" also makes the path straight and the
-    # timesteps continuous.
+    # What the network predicts, one of TARGETS. "flow" also replaces the schedule: timesteps are
+    # continuous, and a and s are linear in them.
     target: str
     # Clip loss weights at this signal-to-noise ratio (arXiv 2303.09556); 0: all weights are 1.
     min_snr: float
@@ -44,21 +45,25 @@ class Diffusion:
 
 
 def alphas_cumprod(d: Diffusion) -> Float[np.ndarray, "steps"]:
-    """a squared at every timestep of the scaled-linear schedule.
+    """Compute the square of a, the coefficient of x0, at every timestep.
 
-    "Scaled linear" means that the square roots of the betas are linear in the timestep.
+    The schedule is "scaled linear", which means that the square roots of the betas are linear in
+    the timestep.
     """
     betas = np.linspace(d.beta_start**0.5, d.beta_end**0.5, d.steps, dtype=np.float64) ** 2
     alphas = np.cumprod(1 - betas)
     if d.zero_snr:
-        # Algorithm 1 of the paper: shift a to end at 0, then scale it to keep its first value.
+        # Algorithm 1 of arXiv 2305.08891 shifts a to end at 0 and then restores its first value.
         a = np.sqrt(alphas)
         alphas = ((a - a[-1]) * a[0] / (a[0] - a[-1])) ** 2
     return alphas
 
 
 def coefficients(d: Diffusion, timesteps: Array) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """The schedule's a and s at `timesteps`, which must be integral except for "flow"."""
+    """Look up a and s, the coefficients of x0 and eps, at `timesteps`.
+
+    Timesteps must be whole numbers unless the target is "flow".
+    """
     if d.target == "flow":
         return 1 - timesteps / d.steps, timesteps / d.steps
     a_squared = alphas_cumprod(d)
@@ -77,7 +82,7 @@ def sample_timesteps(d: Diffusion, key: Array, count: int) -> Float[Array, "B"]:
 
 
 def target_coefficients(d: Diffusion, a: Array, s: Array) -> tuple[Array, Array]:
-    """p and q of the prediction target p x0 + q eps."""
+    """Compute p and q of the prediction target p x0 + q eps from the schedule's a and s."""
     one = jnp.ones_like(a)
     by_target = {
         "epsilon": (0 * one, one),
@@ -94,7 +99,7 @@ def add_noise(
     eps: Float[Array, "B h w c"],
     timesteps: Float[Array, "B"],
 ) -> Float[Array, "B h w c"]:
-    """a x0 + s eps at each row's timestep."""
+    """Compute the noisy images a x0 + s eps, with a and s of each row's timestep."""
     a, s = coefficients(d, timesteps)
     return _per_row(a) * x0 + _per_row(s) * eps
 
@@ -105,7 +110,7 @@ def target(
     eps: Float[Array, "B h w c"],
     timesteps: Float[Array, "B"],
 ) -> Float[Array, "B h w c"]:
-    """p x0 + q eps at each row's timestep: what the network should predict."""
+    """Compute the prediction target p x0 + q eps, with p and q of each row's timestep."""
     p, q = target_coefficients(d, *coefficients(d, timesteps))
     return _per_row(p) * x0 + _per_row(q) * eps
 
@@ -119,7 +124,7 @@ def x0_and_eps(
 ) -> tuple[Array, Array]:
     """Recover (x0, eps) from x = a x0 + s eps and `prediction` = p x0 + q eps.
 
-    a, s: one value per row [B], or scalars.
+    a and s are scalars or have one value per row [B].
     """
     p, q = target_coefficients(d, a, s)
     a, s, p, q = (_per_row(value) for value in (a, s, p, q))
@@ -130,10 +135,10 @@ def x0_and_eps(
 
 
 def loss_weights(d: Diffusion, timesteps: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Min-SNR weight of each row's squared prediction error.
+    """Compute the Min-SNR weight of each row's squared prediction error.
 
-    The error of x0 is weighted by min(snr, min_snr); the second factor converts that weight to the
-    units of the prediction target.
+    Min-SNR gives the squared error of x0 the weight min(snr, min_snr). The second factor of the
+    result converts this to a weight for the squared error of the prediction target.
     """
     if not d.min_snr:
         return jnp.ones(timesteps.shape)
@@ -144,5 +149,5 @@ def loss_weights(d: Diffusion, timesteps: Float[Array, "B"]) -> Float[Array, "B"
 
 
 def _per_row(x: Array) -> Array:
-    """[B] -> [B, 1, 1, 1], to broadcast over images; scalars stay scalars."""
+    """Reshape [B] to [B, 1, 1, 1], which broadcasts over images; scalars stay scalars."""
     return jnp.reshape(x, (*jnp.shape(x), 1, 1, 1)) if jnp.ndim(x) else x

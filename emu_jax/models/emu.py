@@ -32,7 +32,7 @@ class EmuConfig:
     compute: str
     # Attention kernel of the three towers; see attention.py.
     attention: str
-    # Whether visual tokens are standardised by `VisualStats`.
+    # Whether `VisualStats` standardises the visual tokens.
     standardise: bool
     lora: LoraConfig = NO_LORA
 
@@ -53,7 +53,7 @@ class EmuConfig:
 class VisualStats(nnx.Module):
     """Standardise visual tokens by a mean and std per (token, dimension).
 
-    Both are measured once, before training; gradients never change them.
+    The mean and std are measured once, before training, and gradients never change them.
     """
 
     def __init__(self, config: EmuConfig):
@@ -68,7 +68,7 @@ class VisualStats(nnx.Module):
 class Encoder(nnx.Module):
     """Emu's image side: vision tower, layer norm and resampler.
 
-    The contrastive warm-up trains it without the LLM.
+    It is a separate class because the contrastive warm-up trains it without the LLM.
     """
 
     def __init__(self, config: EmuConfig, rngs: layers.Rngs):
@@ -80,7 +80,7 @@ class Encoder(nnx.Module):
     def encode(
         self, images: UInt8[Array, "M h w 3"], key: Array | None = None
     ) -> Float[Array, "M N D"]:
-        """The N visual tokens of each image; `key` turns dropout on."""
+        """Encode each image into N visual tokens; `key` turns dropout on."""
         x = normalise(sharding.constrain_images(images), self.config.vision, self.config.compute)
         features = self.ln_visual(self.vision(x, kernel=self.config.attention))
         return self.resampler(features, key, kernel=self.config.attention)
@@ -105,7 +105,7 @@ class Emu(Encoder):
     def __call__(
         self, batch: Batch, key: Array | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B I N D"]]:
-        """(hidden, visual tokens) of packed rows; `key` turns dropout on."""
+        """Return the LLM's hidden states and the visual tokens; `key` turns dropout on."""
         B = batch.images.shape[0]
         images = rearrange(batch.images, "B I h w c -> (B I) h w c")
         z = sharding.constrain_rows(self.encode(images, key))
@@ -117,10 +117,10 @@ class Emu(Encoder):
     def interleave(
         self, tokens: Int[Array, "B T"], visual: Float[Array, "B I N D"], slots: Int[Array, "B I"]
     ) -> Float[Array, "B T D"]:
-        """Token embeddings, with each image's visual tokens written from its slot on.
+        """Embed tokens, and write the visual tokens of each image from its slot on.
 
-        An empty place for an image has the slot T, the length of a row: what is written there falls
-        outside the row and is dropped.
+        A slot of T, the length of the row, means that there is no image. Its visual tokens would be
+        outside the row and are dropped.
         """
         x = self.llama.embeddings(tokens, visual.dtype)
         positions = slots[:, :, None] + jnp.arange(visual.shape[2])

@@ -23,10 +23,11 @@ def forward(
     labels: Count,
     regressed: Count,
 ) -> dict[str, Count]:
-    """Forward FLOPs by tower of `images` images and `tokens` tokens.
+    """Forward FLOPs of each tower for `images` images and `tokens` tokens.
 
-    pairs: (query, key) pairs that the causal mask allows, n (n + 1) / 2 summed over documents.
-    labels: tokens that are predicted. regressed: visual tokens that are targets.
+    pairs: number of (query, key) pairs that the causal mask allows, which is n (n + 1) / 2 for a
+    document of n tokens. labels: number of text tokens that have a loss. regressed: number of
+    visual tokens that are targets.
     """
     v = config.vision
     r = config.resampler
@@ -76,8 +77,8 @@ def train(config: EmuConfig, trained: dict[str, bool], **counts: Count) -> dict[
 def trained(paths: Iterable[str]) -> dict[str, bool]:
     """The `trained` argument of `train`, from the paths of trainable parameters.
 
-    If only LoRA and added rows of the LLM train, it has the entry "inputs" instead of "llama":
-    gradients then pass through the LLM, which counts as frozen.
+    If only LoRA and the added rows of the LLM train, the result has the entry "inputs" instead of
+    "llama". `train` then counts the LLM as frozen, but with gradients that pass through it.
     """
     found: dict[str, bool] = {}
     for path in paths:
@@ -88,7 +89,7 @@ def trained(paths: Iterable[str]) -> dict[str, bool]:
 
 
 def unet(config: UNetConfig, side: int, tokens: int) -> int:
-    """Forward FLOPs of one input of `side` x `side` with a condition of `tokens`."""
+    """Forward FLOPs of one `side` x `side` input with a condition of `tokens` tokens."""
     positions = [(side // config.patch // 2**level) ** 2 for level in range(len(config.widths))]
 
     def transformer(level):
@@ -171,8 +172,8 @@ def train_decoder(
 ) -> dict[str, Count]:
     """FLOPs by tower of a step of the decoder stage, which denoises every image once.
 
-    Emu's towers count only if the condition is computed with them, and the autoencoder's encoder
-    only if `encodes`: the images are encoded in each step, not read as precomputed latents.
+    Emu's towers count only if they compute the condition. The encoder of the autoencoder counts
+    only if `encodes`, which is False if the latents are precomputed.
     """
     reads_text = config.condition == "teacher_forced"
     text = {name: value if reads_text else 0.0 for name, value in counts.items()}

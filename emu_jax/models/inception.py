@@ -1,8 +1,8 @@
 """Inception-v3 as FID defines it: Google's graph of 2015, with 2048 pool3 features.
 
-It differs from newer Inceptions: average pooling excludes padding, the last block uses max pooling,
-there are 1008 classes, and images are resized as in TensorFlow 1. Read next:
-weights/inception.py, evaluate/metrics/fid.py.
+This graph differs from later versions of Inception-v3: average pooling excludes padding, the last
+block uses max pooling, there are 1008 classes, and images are resized as in TensorFlow 1. Read
+next: weights/inception.py, evaluate/metrics/fid.py.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,10 @@ CLASSES = 1008
 
 
 class Conv(NamedTuple):
-    """A convolution with batch norm: stride 1 pads (except UNPADDED), stride 2 does not."""
+    """A convolution with batch norm.
+
+    Its input is padded if the stride is 1 and the name is not in UNPADDED.
+    """
 
     name: str
     outputs: int
@@ -40,7 +43,7 @@ class Block(NamedTuple):
     branches: tuple[tuple[tuple[Conv, ...], ...], ...]
     # Kind of pooling: "average" or "max".
     pool: str
-    # Convolution after the pooling; None: the pooling has stride 2.
+    # Convolution after the pooling. None: no convolution, and the pooling has stride 2.
     project: Conv | None
 
 
@@ -214,7 +217,7 @@ class Mixed(nnx.Module):
 class Logits(nnx.Module):
     def __init__(self, inputs: int, rngs: layers.Rngs):
         self.w = nnx.Param(rngs.normal(inputs**-0.5, (inputs, CLASSES)))
-        # Part of the graph, but not of FID's logits.
+        # The graph has this bias, but the logits that FID defines leave it out.
         self.bias = nnx.Param(jnp.zeros(CLASSES))
 
 
@@ -232,9 +235,10 @@ class Inception(nnx.Module):
         self.fc = Logits(width, rngs)
 
     def __call__(self, images: Float[Array, "M h w 3"]) -> dict[str, Float[Array, "M _"]]:
-        """Spatial means of five layers' features, for images from `prepare`.
+        """Compute the features of images from `prepare`.
 
-        Keys: "64", "192", "768", "2048" (FID's) and "logits_unbiased".
+        The keys "64", "192", "768" and "2048" are spatial means of layers with so many channels;
+        FID uses "2048". The key "logits_unbiased" is the logits without their bias.
         """
         out = {}
         x = images
@@ -257,7 +261,7 @@ class Inception(nnx.Module):
 def prepare(images: UInt8[Array, "M h w 3"]) -> Float[Array, "M 299 299 3"]:
     """Make the network's input from RGB images of any size.
 
-    Resizes as TensorFlow 1 did (bilinear, no aligned corners, no half pixels), then scales to
+    Resizes them as TensorFlow 1 did (bilinear, no aligned corners, no half pixels), then scales to
     (x - 128) / 128.
     """
     rows, columns = (jnp.asarray(_bilinear(size)) for size in images.shape[1:3])
@@ -273,7 +277,7 @@ def apply(params: dict, images: Float[Array, "M 299 299 3"]) -> dict[str, Float[
 
 
 def _bilinear(size: int) -> np.ndarray:
-    """Weights [SIDE, size] of bilinear interpolation along one axis."""
+    """Compute the weights [SIDE, size] that resize one axis by bilinear interpolation."""
     place = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
     low = place.astype(int)
     weights = np.zeros((SIDE, size), np.float32)
@@ -294,7 +298,7 @@ def _maximum(x, *, stride: int):
 
 
 def _average(x, *, stride: int):
-    """Average 3 x 3 windows over the pixels inside the image only."""
+    """Average each 3 x 3 window over the pixels that are inside the image."""
 
     def total(x):
         return jax.lax.reduce_window(

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 from emu_jax import sharding
 from emu_jax.models.lora import Lora, Quantized, equations, split_axes
 
-# Rematerialisation of a block: "none" saves everything that its backward pass needs, "full" only
-# the block's inputs, "dots" the outputs of matrix products.
+# Kinds of rematerialisation. A block saves these values for its backward pass and computes the
+# others again: "none" saves all values, "full" only the block's inputs, and "dots" only the outputs
+# of matrix products.
 REMAT = {
     "none": lambda block, **_: block,
     "full": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
@@ -26,8 +27,8 @@ REMAT = {
         jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
 }
-# Stacks of up to this many blocks are unrolled if everything is saved, because a scan would copy
-# what it saves into stacked arrays and out of them.
+# Without rematerialisation, stacks of at most this many blocks are unrolled, because a scan would
+# copy all saved activations into stacked arrays and out of them again.
 SHORT = 8
 
 
@@ -35,8 +36,8 @@ def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
     """Multiply x by any kind of weight, in x's dtype; float32 is multiplied at full precision."""
     if isinstance(w, Lora):
         to_rank, from_rank = equations(equation)
-        # Compute this product first. The backward pass adds up gradients in the order of the
-        # products, and another order would change the rounding of runs that resume.
+        # This product must stay first. The backward pass adds up gradients in the order of the
+        # products, and another order would change the rounding of old runs that resume.
         base = einsum(equation, x, w.w)
         low_rank = einsum(to_rank, dropout(x, w.dropout, w.keys), w.a)
         return base + w.scale * einsum(from_rank, low_rank, w.b)
@@ -47,10 +48,10 @@ def einsum(equation: str, x: Array, w: Array | Quantized | Lora) -> Array:
 
 
 class Rngs:
-    """Keys for fresh parameters: `params()` gives the next one.
+    """Random keys for fresh parameters: `params()` returns the next key.
 
-    The keys are those of `nnx.Rngs(params=key)`, but the count is a plain int: nnx's count, an
-    array, took a sixth of the time to trace a model.
+    The keys equal those of `nnx.Rngs(params=key)`. The count is a plain int because the count of
+    nnx is an array, whose updates took a sixth of the time to trace a model.
     """
 
     def __init__(self, key: Array):
@@ -68,9 +69,9 @@ class Rngs:
 
 
 class AbstractRngs(Rngs):
-    """Zeros in place of fresh parameters.
+    """Make zeros instead of random parameters.
 
-    They are enough to find the shapes, and faster to trace than random numbers.
+    Zeros suffice if only the shapes of parameters matter, and are faster to trace.
     """
 
     def normal(self, std: float, shape: tuple[int, ...]) -> Array:
@@ -80,7 +81,7 @@ class AbstractRngs(Rngs):
 class Linear(nnx.Module):
     """`einsum` with a weight `w` of `shape`, plus a `bias` of the output's last axes if given.
 
-    equation: "x,w->y", one letter per axis.
+    equation: an einsum equation "x,w->y" with one letter per axis.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def stack(make: Callable[[Rngs], nnx.Module], depth: int, rngs: Rngs) -> nnx.Module:
-    """Make `depth` modules as one, with a leading L axis on every parameter."""
+    """Make `depth` modules as one, whose parameters have a leading axis L of this length."""
     return jax.vmap(lambda key: make(type(rngs)(key)))(jax.random.split(rngs.params(), depth))
 
 
@@ -156,10 +157,10 @@ def run(
 ) -> Any:
     """Run x through all L blocks of a stack: `x = call(block, x, key)` for each.
 
-    This is a scan over rematerialised blocks, compiled once; a SHORT stack without remat is
-    unrolled. x: the activations, or a tuple that begins with them. where: the stack's parameter
-    path, which determines how each block's weights are gathered just before use. key: split over
-    depth.
+    The blocks run in a scan, so that XLA compiles the code of only one block. A stack of at most
+    SHORT blocks is unrolled if `remat` is "none". x: the activations, or a tuple that begins with
+    them. where: the parameter path of the stack, which determines how the weights of a block are
+    gathered just before use. key: a random key, which is split into one key per block.
     """
     graphdef, state = nnx.split(blocks)
     weights = nnx.to_pure_dict(state)
@@ -184,7 +185,7 @@ def run(
 def once(
     block: nnx.Module, call: Callable[..., Array], x: Array, *inputs: Array, where: str, remat: str
 ) -> Array:
-    """Run one block as `run` runs each block, for towers whose blocks differ in shape."""
+    """Run one block as `run` does. Towers whose blocks differ in shape need this."""
     graphdef, state = nnx.split(block)
 
     def one(weights, x, *inputs):

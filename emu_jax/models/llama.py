@@ -1,8 +1,9 @@
 """LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783), the LLM of Emu.
 
-RMSNorm, rotary positions, SwiGLU. It takes embeddings, because an image's slots hold visual tokens
-instead of ids, and returns the hidden states after the final norm: in training the vocabulary head
-belongs to the loss (losses.py), which never holds all logits. Read next: emu.py.
+It has RMSNorm, rotary positions and SwiGLU. Its input is embeddings instead of ids, because some
+positions are visual tokens, which have no id. Its output is the hidden states after the final norm.
+In training, the loss (losses.py) applies the vocabulary head to a part of the positions at a time,
+so that all logits are never in memory at once. Read next: emu.py.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from emu_jax.types import KVCache
 class LlamaConfig:
     # Rows of LLaMA's own vocabulary.
     vocab: int
-    # Emu's tokens after them: [PAD] [IMG] [/IMG] <image>, and [USER] [ASSISTANT] in the chat model.
+    # Number of tokens that Emu adds: [PAD] [IMG] [/IMG] <image>, and in the chat model also [USER]
+    # [ASSISTANT]. Their ids follow those of LLaMA.
     added: int
     # D, width of the hidden states.
     width: int
@@ -72,7 +74,7 @@ class LlamaConfig:
 # JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class LayerCache:
-    """The cache of all layers, as the scan over depth carries it into layer `layer`."""
+    """Keys and values of all layers. The scan over layers carries it; `layer` is the next."""
 
     k: Float[Array, "L B S G d"]
     v: Float[Array, "L B S G d"]
@@ -81,7 +83,7 @@ class LayerCache:
     length: Int[Array, ""]
 
     def update(self, k: Float[Array, "B T G d"], v: Float[Array, "B T G d"]) -> "LayerCache":
-        """Write keys and values of T new tokens into this layer's next slots."""
+        """Write the keys and values of T new tokens into the next slots of layer `layer`."""
         start = (self.layer, 0, self.length, 0, 0)
         return replace(self, k=_write(self.k, k[None], start), v=_write(self.v, v[None], start))
 
@@ -98,9 +100,9 @@ class LlamaAttention(nnx.Module):
         self.o = layers.Linear("bthd,hdD->btD", (H, d, D), std=0.02, rngs=rngs)
 
     def __call__(self, x, mask, rotation, kernel: str, cache: LayerCache | None, use_cache: bool):
-        """The output, and the cache with the keys and values of x.
+        """Return the output, and the cache with the keys and values of x added.
 
-        use_cache: attend to everything in the cache; otherwise to x alone.
+        If `use_cache`, x attends to everything in the cache, else only to itself.
         """
         q = rotate(self.q(x), rotation)
         k = rotate(self.k(x), rotation)
@@ -182,7 +184,8 @@ class Llama(nnx.Module):
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Logits of the next token in float32: LLaMA's vocabulary, then the added tokens.
 
-        For few positions only: a training batch would need all logits at once (see losses.py).
+        Use it for few positions only: the logits of a training batch are too large to be in memory
+        at once, which is why losses.py does not call this.
         """
         head = sharding.gather_weights("llama/lm_head", self.head(), hidden.dtype)
         product = partial(
@@ -191,7 +194,7 @@ class Llama(nnx.Module):
         return jnp.concatenate([product(head["base"]), product(head["added"])], -1)
 
     def empty_cache(self, rows: int, slots: int, dtype) -> KVCache:
-        """A cache with room for `slots` tokens a row."""
+        """Make an empty cache with room for `slots` tokens per row."""
         L = self.config.depth
         G = self.config.kv
         d = self.config.width // self.config.heads
@@ -211,11 +214,12 @@ class Llama(nnx.Module):
         *,
         kernel: str = "auto",
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Hidden states after the final norm, and the cache with x in its next T slots.
+        """Return the hidden states after the final norm, and the cache with x added.
 
-        Position t attends to its own segment up to itself. Without a cache, x is the complete
-        sequence; with one, x continues it, and the cache must have T free slots. In the first x of
-        a cache, padding (segment 0) must be at the ends of the rows.
+        Each position attends to itself and to the earlier positions of its segment. Without a
+        cache, x is the complete sequence. With a cache, x continues the cached sequence, and the
+        cache must have T free slots. If the cache is empty, padding (segment 0) of x must be at the
+        ends of the rows.
         """
         config = self.config
         rotation = rotary(
@@ -234,7 +238,7 @@ class Llama(nnx.Module):
 
         kv_segments = _write(cache.segments, segments, (0, cache.length))
         kv_positions = _write(cache.positions, positions, (0, cache.length))
-        # The first x of a cache attends to itself alone, which every kernel supports.
+        # With an empty cache x attends only to itself, and every kernel supports such a mask.
         use_cache = not cache.empty
         if use_cache:
             mask = Mask(segments, kv_segments, positions, kv_positions, causal=True)
@@ -264,9 +268,9 @@ def _write(cached: Array, new: Array, start: tuple) -> Array:
 def rotary(
     positions: Int[Array, "B T"], width: int, base: float, dtype: str, scaling: tuple = ()
 ) -> tuple[Array, Array]:
-    """Rotary position embeddings (arXiv 2104.09864): cos and sin [B, T, 1, d/2] in float32.
+    """Compute rotary position embeddings (arXiv 2104.09864): cos and sin [B, T, 1, d/2].
 
-    dtype: the dtype to which the frequencies are rounded.
+    Both are in float32. dtype: the frequencies are rounded to it.
     """
     rounded = jnp.asarray(frequencies(width, base, scaling), dtype).astype(jnp.float32)
     angles = positions[:, :, None, None].astype(jnp.float32) * rounded
@@ -276,9 +280,10 @@ def rotary(
 def frequencies(width: int, base: float, scaling: tuple) -> np.ndarray:
     """Radians per token of each pair of dimensions [d/2], for a context extended by `scaling`.
 
-    ("linear", factor): all are divided by factor (arXiv 2306.15595). ("llama3", factor, low, high,
-    context): frequencies with less than `low` turns in `context` tokens are divided, those with
-    more than `high` are kept, and those in between are interpolated (LLaMA 3.1's model card).
+    ("linear", factor): all frequencies are divided by factor (arXiv 2306.15595). ("llama3", factor,
+    low, high, context): frequencies with fewer than `low` turns in `context` tokens are divided by
+    factor, those with more than `high` turns are kept, and those in between are interpolated, as in
+    LLaMA 3.1.
     """
     plain = base ** (-np.arange(0, width, 2) / width)
     match scaling:
@@ -296,7 +301,10 @@ def frequencies(width: int, base: float, scaling: tuple) -> np.ndarray:
 
 
 def rotate(x: Float[Array, "B T H d"], rotation: tuple[Array, Array]) -> Float[Array, "B T H d"]:
-    """Rotate x by its position; pairs are (i, i + d/2), as in Hugging Face's checkpoints."""
+    """Rotate each pair of channels of x by its position.
+
+    The pairs are (i, i + d/2), as in Hugging Face's checkpoints.
+    """
     cos, sin = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -2,8 +2,8 @@
 
 Next to a matrix `q/w` are LoRA's leaves `q/a` and `q/b`. A matrix stored in 8 or 4 bits (QLoRA,
 arXiv 2305.14314) has the codes `q/int8` or `q/nf4` and their scales `q/absmax` in place of `q/w`.
-`apply` folds these leaves into one value that layers.einsum multiplies by, so that no module knows
-of them. Read next: layers.py, module.py.
+`apply` folds these leaves into one value, and layers.einsum multiplies by it, so that modules need
+no code for LoRA. Read next: layers.py, module.py.
 """
 
 import math
@@ -25,9 +25,9 @@ from emu_jax import tree
 from emu_jax.config import UserError
 from emu_jax.sharding import QUANTIZED
 
-# Matrices that `storage` quantizes: nearly all of the LLM.
+# Paths of the matrices that `storage` quantizes. They contain nearly all parameters of the LLM.
 STORED = "llama/blocks/.*/w"
-# The most numbers that share a scale.
+# The largest count of numbers that share one scale.
 BLOCK = 64
 
 # An array on a device, or one read from a checkpoint.
@@ -43,10 +43,10 @@ class LoraConfig:
     alpha: float = 16.0
     # Dropout on LoRA's input.
     dropout: float = 0.05
-    # (regex, bool) rows over parameter paths: which matrices of the towers' blocks get LoRA.
+    # Which matrices of the towers' blocks get LoRA: rows of (regex of parameter paths, bool).
     targets: tuple = ()
-    # How the matrices of the LLM's blocks are stored: "int8" or "nf4", which cannot be trained, or
-    # "" for full precision.
+    # How the matrices of the LLM's blocks are stored: "int8" or "nf4", or "" for full precision.
+    # Matrices in int8 or nf4 cannot be trained.
     storage: str = ""
 
     def __post_init__(self):
@@ -69,9 +69,9 @@ NO_LORA = LoraConfig()
 # JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class Quantized:
-    """A matrix as codes times one scale per block of its last axis.
+    """A matrix as codes for numbers in -1..1, and one scale per block of its last axis.
 
-    int8 codes: -127 to 127 stand for -1 to 1. uint8 codes: two of NF4's 16 levels each.
+    An int8 code is the number times 127. A uint8 code is a pair of indices into NF4's 16 levels.
     """
 
     codes: Array
@@ -95,9 +95,9 @@ class Quantized:
 # JAX also builds this class with leaves that are not arrays, so its types cannot be checked.
 @no_type_check
 class Lora:
-    """w [in..., out...] + scale * a [in..., r] b [r, out...]; stacks have a leading L axis.
+    """A matrix with LoRA: w [in..., out...] + scale * a [in..., r] b [r, out...].
 
-    keys: a dropout key per layer, or None.
+    In a stack of layers the arrays have a leading L axis. keys: one dropout key per layer, or None.
     """
 
     w: Array | Quantized
@@ -108,13 +108,13 @@ class Lora:
     dropout: float
 
     def map(self, change: Callable[[str, Array], Array]) -> "Lora":
-        """Apply `change(name, array)` to every array but the keys."""
+        """Apply `change(name, array)` to every array except the keys."""
         w = self.w.map(change) if isinstance(self.w, Quantized) else change("w", self.w)
         return replace(self, w=w, a=change("a", self.a), b=change("b", self.b))
 
 
 def split_axes(equation: str) -> tuple[str, str]:
-    """Split w's axes in "x,w->y" into those summed over and those of the output."""
+    """Split the axes of w in "x,w->y" into summed axes and axes of the output y."""
     _, w, y = re.split(",|->", equation)
     summed = "".join(axis for axis in w if axis not in y)
     kept = "".join(axis for axis in w if axis in y)
@@ -122,7 +122,7 @@ def split_axes(equation: str) -> tuple[str, str]:
 
 
 def equations(equation: str) -> tuple[str, str]:
-    """The two einsums that LoRA adds to "x,w->y": x times a, and the result times b.
+    """Make the two einsums that LoRA adds to "x,w->y": x times a, and the result times b.
 
     "btD,Dhd->bthd" gives "btD,DR->btR" and "btR,Rhd->bthd". In every matrix of a tower's blocks the
     summed axes come first, so that LoRA of w [in..., out...] is a [in..., r] and b [r, out...].
@@ -139,8 +139,8 @@ def apply(
 ) -> dict[str, Any]:
     """Fold each matrix and its LoRA or quantized parts into one value named `w`.
 
-    key: random key of LoRA's dropout; None turns dropout off. path: where `params` is in the whole
-    tree. The dropout of each matrix has a key of its own, derived from the matrix's path.
+    key: random key of LoRA's dropout, which is off if this is None. path: path of `params` in the
+    complete tree. The dropout key of a matrix is derived from `key` and the path of the matrix.
     """
     leaves: dict[str, Any] = {}
     for name, part in params.items():
@@ -164,11 +164,11 @@ def apply(
 def init(
     config: LoraConfig | None, params: tree.Tree, inputs: dict[str, int], key: Array
 ) -> tree.Tree:
-    """Add fresh LoRA leaves to `params` and quantize what `config` stores in few bits.
+    """Add fresh LoRA leaves to `params`, and quantize matrices if `config.storage` is set.
 
-    a is initialised as in PEFT, b is zero. inputs: for the path of every matrix of a block, the
-    number of its axes that are summed over. Raises UserError for a target that is not such a
-    matrix.
+    LoRA's a is initialised as in PEFT, and b is zero. inputs: maps the path of each matrix of a
+    block to the number of its axes that are summed over. Raises UserError for a target that is not
+    in `inputs`.
     """
     if config is None:
         return params
@@ -193,7 +193,7 @@ def init(
 
 
 def _targets(config: LoraConfig, params: tree.Tree) -> list[str]:
-    """Paths of the matrices that get LoRA."""
+    """List the paths of the matrices that get LoRA."""
     if not config.rank:
         return []
     try:
@@ -204,7 +204,7 @@ def _targets(config: LoraConfig, params: tree.Tree) -> list[str]:
 
 
 def _key_of(path: str, key: Array) -> Array:
-    """The random key of the parameter at `path`; it does not depend on other parameters."""
+    """Derive the key of the parameter at `path`, which does not depend on other parameters."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -224,7 +224,7 @@ def merge(
 
 
 def quantize_leaf(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str, Array]:
-    """The leaves that replace the matrix at `path`."""
+    """Quantize the matrix at `path`, and return the leaves that replace it by path."""
     where = path.removesuffix("/w")
     codes, absmax = quantize(w, storage)
     return {f"{where}/{storage}": codes, f"{where}/absmax": absmax}
@@ -234,7 +234,7 @@ def quantize_leaf(path: str, w: Float[Numbers, "..."], storage: str) -> dict[str
 def quantize(
     w: Float[Numbers, "..."], storage: str
 ) -> tuple[Int8[Array, "..."] | UInt8[Array, "..."], Float[Array, "..."]]:
-    """Quantize a matrix by blocks of its last axis, each scaled to -1..1: (codes, scales)."""
+    """Scale each block of the last axis to -1..1 and quantize it: return (codes, scales)."""
     blocks = rearrange(
         jnp.asarray(w, jnp.float32), "... (n k) -> ... n k", k=math.gcd(BLOCK, w.shape[-1])
     )
@@ -269,9 +269,9 @@ def dequantize(
 
 
 def nf4() -> Float[np.ndarray, "16"]:
-    """NF4's 16 levels: quantiles of a normal distribution, scaled to -1..1 (QLoRA, section 3).
+    """Compute NF4's 16 levels: quantiles of a normal distribution, scaled to -1..1.
 
-    Eight are above 0 and seven below.
+    Eight levels are above 0 and seven below (QLoRA, section 3).
     """
 
     def quantiles(count):

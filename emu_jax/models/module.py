@@ -2,7 +2,7 @@
 
 `init` makes the parameters, `abstract` only their shapes, and `bind` turns parameters back into a
 module inside a jitted function. LoRA and quantized storage (lora.py) are added and resolved here,
-so that no module knows of them. Read next: layers.py.
+so that modules need no code for them. Read next: layers.py.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def init(module: Callable[..., nnx.Module], config: Any, key: Array) -> dict:
-    """Make fresh parameters of `module(config, rngs)` as a nested dict, LoRA's included."""
+    """Make fresh parameters of `module(config, rngs)`, including LoRA's, as a nested dict."""
     made = module(config, layers.Rngs(key))
     return lora.init(_lora(config), nnx.to_pure_dict(nnx.state(made)), _inputs(made), key)
 
 
 def abstract(module: Callable[..., nnx.Module], config: Any) -> dict:
-    """Shapes and dtypes of the parameters that `init` makes; allocates nothing."""
+    """Return the shapes and dtypes of the parameters that `init` makes; allocate nothing."""
     made = _abstract(module, config)
     add_lora = partial(lora.init, _lora(config), inputs=_inputs(made))
     return jax.eval_shape(add_lora, nnx.to_pure_dict(nnx.state(made)), key=jax.random.key(0))
@@ -35,7 +35,7 @@ def abstract(module: Callable[..., nnx.Module], config: Any) -> dict:
 def bind(module: type[M], config: Any, params: dict, key: Array | None = None) -> M:
     """Make the module whose parameters are `params`, for use inside a jitted function.
 
-    key: turns LoRA's dropout on.
+    key: random key of LoRA's dropout, which is off if this is None.
     """
     return nnx.merge(_graphdef(module, config), lora.apply(_lora(config), params, key))
 
@@ -52,9 +52,9 @@ def _graphdef(module: Callable[..., nnx.Module], config: Any) -> nnx.GraphDef:
 
 
 def _inputs(made: nnx.Module) -> dict[str, int]:
-    """The number of axes over which the matrix at each path is summed.
+    """Map the path of each matrix of a block to the number of its axes that are summed over.
 
-    LoRA's a has these axes, and its b the others.
+    LoRA's factor a has these axes, and its factor b has the others.
     """
     inputs = {}
     for path, part in nnx.iter_modules(made):
@@ -65,5 +65,5 @@ def _inputs(made: nnx.Module) -> dict[str, int]:
 
 
 def _lora(config: Any) -> LoraConfig | None:
-    """The LoRA of a config that contains an Emu; None for others, such as a U-Net alone."""
+    """The LoRA of a config with an Emu; None for other configs, such as a U-Net's."""
     return getattr(config, "lora", None)

@@ -1,9 +1,10 @@
 """The causal transformer (Emu, section 2.1): an image's features become N visual tokens.
 
 A T5 decoder (arXiv 1910.10683): N learned queries pass through blocks of causal self-attention,
-cross-attention to the features, and feed-forward layers. As in T5: no 1/sqrt(d) in attention, a
-relative position bias shared by all blocks, RMSNorm before each sublayer, no biases, dropout.
-`project` maps the result to the LLM's width. Read next: llama.py.
+cross-attention to the features, and feed-forward layers. As in T5, attention has no factor
+1/sqrt(d), all blocks share a relative position bias, RMSNorm comes before each sublayer, linear
+maps have no biases, and there is dropout. `project` maps the result to the LLM's width. Read next:
+llama.py.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from emu_jax.models.attention import Mask, attention
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    # N, visual tokens of an image.
+    # N, number of visual tokens per image.
     tokens: int
     # C, width of the hidden states.
     width: int
@@ -29,7 +30,7 @@ class ResamplerConfig:
     heads: int
     head_width: int
     ffn: int
-    # Buckets of the relative position bias.
+    # Number of buckets of the relative position bias.
     buckets: int
     # Distances of at least this many tokens share the last bucket.
     max_distance: int
@@ -88,7 +89,7 @@ class ResamplerBlock(nnx.Module):
     def __call__(self, x, features, bias, key, kernel: str):
         keys = [None] * 6 if key is None else jax.random.split(key, 6)
         y = self.norm1(x)
-        # Only "dense" supports a bias; N x N is small.
+        # Only the kernel "dense" supports a bias. It is cheap here, because N x N is small.
         y = self.self(y, y, Mask(causal=True), bias, self.dropout, keys[0], "dense")
         x = x + layers.dropout(y, self.dropout, keys[1])
         y = self.cross(self.norm2(x), features, None, None, self.dropout, keys[2], kernel)
@@ -115,7 +116,7 @@ class Resampler(nnx.Module):
     def __call__(
         self, features: Float[Array, "M S E"], key: Array | None = None, *, kernel: str = "auto"
     ) -> Float[Array, "M N D"]:
-        """The N visual tokens of each image; `key` turns dropout on."""
+        """Map the features of each image to N visual tokens; `key` turns dropout on."""
         config = self.config
         key_in, key_blocks, key_out = [None] * 3 if key is None else jax.random.split(key, 3)
         queries = self.queries.get_value().astype(features.dtype)
@@ -136,10 +137,10 @@ class Resampler(nnx.Module):
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
-    """T5's bucket of each (query, key) pair [length, length], for causal attention.
+    """Compute T5's bucket of each (query, key) pair [length, length], for causal attention.
 
-    Distances below buckets / 2 have a bucket each; longer ones share logarithmic buckets up to
-    max_distance. Keys after the query are in bucket 0; the causal mask hides them.
+    Every distance below buckets / 2 has one bucket. Longer distances up to max_distance share
+    logarithmic buckets. Keys after the query are in bucket 0, but the causal mask hides them.
     """
     distance = np.maximum(np.arange(length)[:, None] - np.arange(length)[None, :], 0)
     exact = buckets // 2

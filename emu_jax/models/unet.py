@@ -1,9 +1,9 @@
 """Stable Diffusion's U-Net (arXiv 2112.10752), versions 1 and 2: Emu's visual decoder.
 
-Residual blocks at falling, then rising resolution. At most levels each block is followed by a
-transformer over the positions, which attends to the condition (for Emu: the N visual tokens). With
-`patch` > 1 the U-Net works on pixels, without an autoencoder. Read next: diffusion.py for what it
-predicts, vae.py for the latents.
+The U-Net is a chain of residual blocks at falling, then rising resolution. At most resolutions, a
+transformer over the positions follows each block. The transformer attends to the condition, which
+in Emu is the N visual tokens. With `patch` > 1 the U-Net works on pixels, without an autoencoder.
+Read next: diffusion.py for the prediction targets, vae.py for the latents.
 """
 
 from dataclasses import dataclass
@@ -30,13 +30,14 @@ from emu_jax.models.convolution import (
     upsample,
 )
 
-# Parameters that read the condition. Their shape is [its width, heads, head width].
+# Paths of the matrices that multiply the condition. Their shape is [width of the condition, heads,
+# head width].
 CONDITIONED = "unet/.*/cross/(k|v)/w"
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a U-Net. Tuples have an entry per level, the finest first."""
+    """Sizes of a U-Net. Tuples have one entry per level, and the finest level comes first."""
 
     # Channels of the latents or pixels that are denoised.
     channels_in: int
@@ -45,37 +46,37 @@ class UNetConfig:
     patch: int
     # C, channels of the hidden states.
     widths: tuple[int, ...]
-    # Residual blocks on the way down; there is one more on the way up.
+    # Number of residual blocks on the way down. On the way up, each level has one more.
     resnets: tuple[int, ...]
-    # Whether each residual block is followed by a transformer.
+    # Whether a transformer follows each residual block.
     attends_down: tuple[bool, ...]
     attends_up: tuple[bool, ...]
-    # Blocks of each transformer.
+    # Number of blocks in each transformer.
     depths: tuple[int, ...]
     heads: tuple[int, ...]
     # D, width of the condition.
     condition: int
-    # N: add a projection of the concatenated condition tokens to the time embedding; 0: the
-    # condition is read by cross-attention only.
+    # Number of condition tokens (N) if a projection of all of them is added to the time embedding;
+    # 0 if only cross-attention reads the condition.
     pooled: int
-    # Side of the finest level, if each of its positions gets its own projection of the time
-    # embedding; 0: all positions share one.
+    # Side of the finest level if a projection of the time embedding that differs by position is
+    # added to its input; 0 if the time embedding affects all positions alike.
     side: int
     # Width of the time embedding.
     time: int
-    # Order and frequencies of the time's sinusoids; Stable Diffusion 1 and 2 have cosines first.
+    # Order and frequencies of the timestep's sinusoids. In Stable Diffusion, cosines come first.
     cosine_first: bool
     frequency_shift: float
     groups: int
     eps: float
-    # Whether checkpoints store the transformers' projections as linear maps (SD 2) or as 1 x 1
-    # convolutions (SD 1); the arithmetic is the same.
+    # Whether checkpoints store the transformers' projections as linear maps (Stable Diffusion 2)
+    # or as 1 x 1 convolutions (Stable Diffusion 1). The arithmetic is the same.
     linear: bool
     remat: str
 
     @property
     def divisor(self) -> int:
-        """The number that height and width of the input must be multiples of."""
+        """Height and width of the input must be multiples of this number."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
 
@@ -95,7 +96,7 @@ class LevelSpec(NamedTuple):
 
 
 def level_specs(config: UNetConfig) -> tuple[list[LevelSpec], LevelSpec, list[LevelSpec]]:
-    """The levels on the way down, in the middle and on the way up, in order of execution.
+    """List the levels on the way down, in the middle and on the way up, as they run.
 
     Each block on the way up also reads the output of its counterpart on the way down.
     """
@@ -121,7 +122,7 @@ def level_specs(config: UNetConfig) -> tuple[list[LevelSpec], LevelSpec, list[Le
 
 
 class UNetAttention(nnx.Module):
-    """Attention of C-wide positions to keys of any width; only the output has a bias."""
+    """Attention from positions of width C to keys of any width; only `o` has a bias."""
 
     def __init__(self, width: int, heads: int, keys_width: int, rngs: layers.Rngs):
         H = heads
@@ -209,7 +210,7 @@ class UNetLevel(nnx.Module):
 
 
 class TimeEmbedding(nnx.Module):
-    """Embeds a timestep, given as sinusoids."""
+    """Embed a timestep, given as sinusoids."""
 
     def __init__(self, config: UNetConfig, rngs: layers.Rngs):
         C = config.widths[0]
@@ -242,7 +243,7 @@ class UNet(nnx.Module):
         self.down = numbered(UNetLevel(config, spec, rngs) for spec in down)
         self.mid = UNetLevel(config, mid, rngs)
         rising = [UNetLevel(config, spec, rngs) for spec in up]
-        # up/0 is the finest level, as down/0 is.
+        # Reversed, so that up/0 is the finest level like down/0.
         self.up = numbered(reversed(rising))
         self.norm_out = GroupNorm(C, config.groups, eps=config.eps)
         self.conv_out = Conv(C, pixels * config.channels_out, rngs=rngs, std=0.0)
@@ -255,7 +256,7 @@ class UNet(nnx.Module):
         *,
         kernel: str = "auto",
     ) -> Float[Array, "B h w o"]:
-        """The prediction from x, noised at `timesteps` (0 to 1000), in x's dtype.
+        """Predict from the noisy x at `timesteps` (0 to 1000), in the dtype of x.
 
         Raises UserError if h or w is not a multiple of `config.divisor`.
         """
@@ -327,9 +328,9 @@ class UNet(nnx.Module):
 def sinusoids(
     timesteps: Float[Array, "B"], width: int, shift: float, *, cosine_first: bool
 ) -> Float[Array, "B C"]:
-    """Sines and cosines of timesteps (arXiv 1706.03762), in float32.
+    """Embed timesteps by sines and cosines (arXiv 1706.03762), in float32.
 
-    Wavelengths are from 2 pi to about 20000 pi.
+    Their wavelengths are from 2 pi to about 20000 pi.
     """
     half = width // 2
     frequencies = 10000.0 ** (-np.arange(half) / (half - shift))

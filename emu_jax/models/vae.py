@@ -1,7 +1,7 @@
 """Stable Diffusion's autoencoder (arXiv 2112.10752): images to latents and back.
 
-The latents of images have an eighth of their height and width. Read next: unet.py, which works on
-them; diffusion.py.
+In Stable Diffusion, latents have an eighth of the image's height and width. Read next: unet.py,
+which works on latents; diffusion.py.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class VaeConfig:
     latent: int
     # Channels of each level, the finest first.
     widths: tuple[int, ...]
-    # Residual blocks of each level of the encoder; the decoder has one more.
+    # Number of residual blocks per level of the encoder. Levels of the decoder have one more.
     resnets: int
     groups: int
     # Factor by which latents are multiplied before the U-Net sees them.
@@ -172,7 +172,7 @@ class Vae(nnx.Module):
     def encode(
         self, images: Float[Array, "B h w 3"], *, kernel: str = "auto"
     ) -> tuple[Float[Array, "B y x c"], Float[Array, "B y x c"]]:
-        """(mean, log variance) of the unscaled latents of images in -1..1.
+        """Return the mean and log variance of the unscaled latents of images in -1..1.
 
         Raises UserError if height or width is not a multiple of the config's `factor`.
         """
@@ -187,7 +187,7 @@ class Vae(nnx.Module):
     def decode(
         self, latents: Float[Array, "B y x c"], *, kernel: str = "auto"
     ) -> Float[Array, "B h w 3"]:
-        """The images, with values of about -1..1, of unscaled latents."""
+        """Decode unscaled latents into images with values of about -1..1."""
         return self.decoder(self.post_quant(latents), kernel)
 
     def sample(
@@ -196,9 +196,9 @@ class Vae(nnx.Module):
         log_variance: Float[Array, "B y x c"],
         key: Array | None = None,
     ) -> Float[Array, "B y x c"]:
-        """Scaled latents, as the U-Net sees them, sampled from the distribution of `encode`.
+        """Sample latents from the distribution of `encode`, and scale them for the U-Net.
 
-        Without a key they are its mean.
+        Without a key, the mean is used instead of a sample.
         """
         if key is not None:
             mean = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)

@@ -1,8 +1,8 @@
 """EVA-01-CLIP's vision transformer (arXiv 2211.07636), Emu's visual encoder (section 2.1).
 
-Pre-norm blocks, exact GELU, learned absolute positions, a bias on queries and values only. Emu
-reads the raw output of the last block, CLS included; the original's final norm, head and pooling
-are not used. Read next: resampler.py.
+Its blocks are pre-norm with an exact GELU, its positions are learned and absolute, and its keys
+have no bias. Emu reads the raw output of the last block, including the CLS token. The final norm,
+head and pooling of EVA-CLIP are not used. Read next: resampler.py.
 """
 
 from dataclasses import dataclass
@@ -91,14 +91,14 @@ class Vision(nnx.Module):
             "bxyijc,ijce->bxye", (p, p, 3, E), bias=(E,), std=0.02, rngs=rngs
         )
         self.cls = nnx.Param(rngs.normal(0.02, (E,)))
-        # Learned, but initialised with sines and cosines, so that positions differ from the start.
+        # Learned positions start as sines and cosines, so that they differ from the first step on.
         self.pos = nnx.Param(jnp.asarray(sincos(config.image // p, E)))
         self.blocks = layers.stack(lambda rngs: VisionBlock(config, rngs), config.depth, rngs)
 
     def __call__(
         self, images: Float[Array, "M h w 3"], *, kernel: str = "auto"
     ) -> Float[Array, "M S E"]:
-        """Raw features of normalised images (see `normalise`): CLS, then the P patches."""
+        """Compute the features of CLS and then the patches, for images from `normalise`."""
         p = self.config.patch
         x = self.patch(rearrange(images, "m (x i) (y j) c -> m x y i j c", i=p, j=p))
         x = rearrange(x, "m x y e -> m (x y) e")
@@ -115,7 +115,10 @@ class Vision(nnx.Module):
 
 
 def sincos(side: int, width: int) -> np.ndarray:
-    """Sine-cosine position embeddings [1 + side * side, width], as in MAE; zero for CLS."""
+    """Make sine-cosine position embeddings [1 + side * side, width], as in MAE.
+
+    The first row, for CLS, is zero.
+    """
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
     y, x = (position.reshape(-1, 1) * frequencies for position in np.mgrid[:side, :side])
     patches = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1)
