@@ -119,8 +119,8 @@ class Emu(Encoder):
     ) -> Float[Array, "B T D"]:
         """Embed tokens, and write the visual tokens of each image from its slot on.
 
-        A slot of T, the length of the row, means that there is no image. Its visual tokens would be
-        outside the row and are dropped.
+        An empty place for an image has the slot T, the length of the row. Its visual tokens would
+        be outside the row and are dropped.
         """
         x = self.llama.embeddings(tokens, visual.dtype)
         positions = slots[:, :, None] + jnp.arange(visual.shape[2])
