@@ -1,4 +1,4 @@
-"""Instruction tuning (section 4 of the paper).
+"""Instruction tuning, as in the paper.
 
 LoRA on the LLM's self-attention trains; everything else is frozen.
 
