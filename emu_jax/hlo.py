@@ -57,7 +57,7 @@ class Collective:
 
     @property
     def bytes_received(self) -> float:
-        """Bytes that one device receives in one run of the best algorithm, a ring."""
+        """Bytes that one device receives in one run, if the devices pass data around a ring."""
         members = len(self.groups[0]) if self.groups else 1
         return self._share(members) * self.bytes
 

@@ -27,7 +27,7 @@ ROMAN = {
 
 @pytest.fixture
 def released():
-    """LLaMA's tokenizer, as far as the golden files show it."""
+    """A processor that knows LLaMA's ids of the few texts in the golden files."""
     return Processor(
         Tokenizer(32000, ROMAN.__getitem__, str), n_visual=4, image_size=56, width=40, added=6
     )

@@ -67,7 +67,7 @@ def ours(directory, unet):
 
 
 def theirs(unet_model, vae_model, unet):
-    """The same by diffusers."""
+    """What diffusers computes from the same inputs."""
     with torch.no_grad():
         predicted = unet_model(
             first(LATENTS), torch.tensor(TIMES), torch.tensor(condition(unet))
